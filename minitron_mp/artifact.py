@@ -1,0 +1,151 @@
+"""Artefacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
+
+A manifest says what made the artefact: the stage, the settings that change its content, and the fingerprints of its inputs.
+Its own fingerprint is a hash of these, so one comparison tells whether an artefact is the one that a recipe asks for.
+Parallel layout, microbatch size and logging are left out of the settings on purpose: they do not change the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from pydantic import BaseModel, ConfigDict
+
+from minitron_mp.arch import Arch, differing_fields
+from minitron_mp.config import InputError, refuse
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class Manifest(BaseModel):
+    """What made an artefact. inputs: name -> fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    arch: Arch | None = None
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        content = self.model_dump(mode="json", include={"stage", "settings", "inputs", "format"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def differences(self, other: Manifest) -> list[str]:
+        """'settings.x: 1, here 2' for each field on which self (found) and other (expected) differ."""
+        rows = differing_fields({"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format})
+        rows += [f"settings.{row}" for row in differing_fields(_flat(self.settings), _flat(other.settings))]
+        return rows + [f"input {row}" for row in differing_fields(self.inputs, other.inputs)]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in tree.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
+
+
+def find(artifact: Path) -> Manifest | None:
+    """The manifest of a whole artefact, or None when there is none.
+
+    It lies in manifest.json in a folder, under "manifest" in a .json file, in the metadata of a .safetensors file.
+    Takes up a replacement that a kill stopped half-way.
+    """
+    old = _aside(artifact, "old")
+    if not artifact.exists() and old.exists():
+        old.rename(artifact)
+    try:
+        if artifact.is_dir():
+            text = (artifact / MANIFEST).read_text()
+        elif artifact.suffix == ".json":
+            text = json.dumps(json.loads(artifact.read_text())["manifest"])
+        else:
+            from safetensors import safe_open
+
+            with safe_open(artifact, "numpy") as file:
+                text = file.metadata()["manifest"]
+        return Manifest.model_validate_json(text)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged in one of many ways: json, safetensors, pydantic, a missing key
+        raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
+
+
+def require(artifact: Path, stage: str, expected: Manifest | None = None) -> Manifest:
+    """The artefact's manifest; InputError when it is missing, from another stage, or not what the recipe asks for."""
+    found = find(artifact)
+    if found is None:
+        raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
+    if expected is not None and found.fingerprint != expected.fingerprint:
+        refuse(f"{artifact} was made from something else; run `minitron-mp {stage}` again, or restore what differs:", found.differences(expected))
+    return found
+
+
+@contextmanager
+def writing(folder: Path, manifest: Manifest) -> Iterator[Path]:
+    """Yield a folder to write to; on success it takes the artefact's place, manifest included. For one process.
+
+    A kill leaves the old artefact or the new one (find() puts the old one back if it came between the two renames).
+    """
+    yield prepare(folder)
+    commit(folder, manifest)
+
+
+def prepare(folder: Path) -> Path:
+    """First half of writing(), for ranks that write together: rank 0 calls it, then all write below aside(folder)."""
+    temporary = aside(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def commit(folder: Path, manifest: Manifest) -> None:
+    """Second half of writing(): rank 0 calls it when every rank has written."""
+    old = _aside(folder, "old")
+    write_text(aside(folder) / MANIFEST, manifest.model_dump_json(indent=1))
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside(folder).rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def aside(path: Path) -> Path:
+    """Where an artefact is written before it takes its place: same folder, so that the rename is atomic."""
+    return _aside(path, "tmp")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside(path).write_text(text)
+    os.replace(aside(path), path)
+
+
+def fingerprint_files(paths: list[Path]) -> str:
+    """Hash of names, sizes and three 1 MiB samples (start, middle, end) of each file: seconds for a model of any size.
+
+    A change that keeps the size and misses all samples is not seen.
+    """
+    digest, sample = hashlib.sha256(), 1 << 20
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for start in sorted({0, max(0, size // 2 - sample // 2), max(0, size - sample)}):
+                file.seek(start)
+                digest.update(file.read(sample))
+    return digest.hexdigest()[:16]
+
+
+def _aside(artifact: Path, word: str) -> Path:
+    return artifact.with_name(f".{artifact.name}.{word}")

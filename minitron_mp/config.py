@@ -1,0 +1,266 @@
+"""The recipe: one frozen object from YAML or Python that every stage reads. All checks of user input start here."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Aggregation = Literal["mean", "l2", "var"]
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. The text says what was given, what is allowed and what to do."""
+
+
+def refuse(title: str, problems: Sequence[str]) -> None:
+    """Raise one InputError that lists every problem; do nothing when there is none."""
+    if problems:
+        raise InputError("\n".join([title, *(f"  - {p}" for p in problems)]))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Text for calibration, training and held-out evaluation."""
+
+    source: str | list[str] = "python-stdlib"
+    """Files or folders of .txt and .jsonl (field "text"), cut by document into the three parts; or "python-stdlib"."""
+    calibration: list[str] = []
+    """Instead of source: .txt, .jsonl or Megatron .bin/.idx prefixes for each part, used as they are."""
+    train: list[str] = []
+    valid: list[str] = []
+    valid_fraction: float = Field(0.03, gt=0, lt=0.5)
+    """Share of the documents of source held out; as many again are for calibration."""
+    sequence_length: int = Field(512, ge=2)
+    """Tokens a sample."""
+    tokenizer: str | None = None
+    """Hugging Face tokenizer folder or sentencepiece .model file; default: the model's own."""
+
+    @model_validator(mode="after")
+    def _all_parts(self) -> Data:
+        given = [name for name in ("calibration", "train", "valid") if getattr(self, name)]
+        if given and len(given) < 3:
+            missing = sorted({"calibration", "train", "valid"} - set(given))
+            raise ValueError(f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source")
+        return self
+
+
+class Parallel(Section):
+    """How the model is cut over the ranks; data parallel is what is left of the world."""
+
+    tp: int = Field(1, ge=1)
+    pp: int = Field(1, ge=1)
+    cp: int = Field(1, ge=1)
+    vpp: int | None = Field(None, ge=2)
+    """Model chunks a pipeline stage (interleaved schedule)."""
+    sequence_parallel: bool = False
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Parallel:
+        if self.vpp and self.pp == 1:
+            raise ValueError(f"vpp {self.vpp} needs pp of at least 2, given 1; drop vpp or raise pp")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel splits activations over tensor parallel ranks; with tp 1 there is nothing to split: drop it or raise tp")
+        return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+
+class Score(Section):
+    """Importance by forward passes over calibration text."""
+
+    num_samples: int = Field(1024, ge=1)
+    micro_batch_size: int = Field(1, ge=1)
+    batch_aggregation: Aggregation = "l2"
+    sequence_aggregation: Aggregation = "mean"
+
+
+class Target(Section):
+    """What the student should be: explicit sizes, or a number of parameters, or a share of the teacher's."""
+
+    num_layers: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(None, ge=1)
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    max_parameters: float | None = Field(None, gt=0)
+    """At most so many parameters: 8.4e9, "8.4B" or "102M"."""
+    keep: float | None = Field(None, gt=0, le=1)
+    """At most this share of the teacher's parameters."""
+    axes: list[Literal["hidden", "ffn", "layer"]] = ["hidden", "ffn"]
+    """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
+    align: int = Field(16, ge=1)
+    """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
+
+    @field_validator("max_parameters", mode="before")
+    @classmethod
+    def _suffix(cls, value: Any) -> Any:
+        units = {"K": 1e3, "M": 1e6, "B": 1e9}
+        if isinstance(value, str) and value[-1:].upper() in units:
+            try:
+                return float(value[:-1]) * units[value[-1].upper()]
+            except ValueError:
+                raise ValueError(f"{value!r} is no number of parameters; write 8.4e9, 8.4B or 102M") from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Target:
+        sizes = {n: v for n in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if (v := getattr(self, n))}
+        kinds = bool(sizes) + (self.max_parameters is not None) + (self.keep is not None)
+        if kinds > 1:
+            raise ValueError("sizes, max_parameters and keep are three ways to say one thing; give one of them")
+        return self
+
+
+class Distill(Section):
+    """Training of the student on the teacher's distribution (arXiv 2408.11796 table 4 for published settings)."""
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(8, ge=1)
+    """Samples an optimizer step, over all data parallel ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    min_lr: float = Field(1e-5, ge=0)
+    warmup_steps: int = Field(40, ge=0)
+    """Linear warm-up, then cosine from lr to min_lr over the rest of the steps."""
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
+    kl_weight: float = Field(1.0, ge=0)
+    ce_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy with the text; the papers use none."""
+    distributed_optimizer: bool = True
+    overlap: bool = False
+    """Overlap gradient reduction and parameter gathering with computation."""
+    recompute: bool = False
+    """Recompute activations layer by layer in the backward pass."""
+    log_interval: int = Field(1, ge=1)
+    checkpoint_interval: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Distill:
+        problems = []
+        if self.warmup_steps >= self.steps:
+            problems.append(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
+        if self.min_lr > self.lr:
+            problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if not self.kl_weight and not self.ce_weight:
+            problems.append("kl_weight and ce_weight are both 0; nothing would be trained")
+        if self.overlap and not self.distributed_optimizer:
+            problems.append("overlap needs distributed_optimizer")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class Evaluate(Section):
+    """Loss and perplexity on held-out text, and the KL to the teacher."""
+
+    num_samples: int = Field(64, ge=1)
+    micro_batch_size: int = Field(1, ge=1)
+
+
+class Export(Section):
+    """The Hugging Face folder at the end."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] | None = None
+    """Write the student as another family; only llama -> mistral, which computes the same, is possible."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Default: the precision of the run."""
+
+
+class Recipe(Section):
+    """Everything about one compression run."""
+
+    model: str
+    """Hugging Face folder of the teacher: config.json, safetensors, tokenizer."""
+    output: str
+    """Folder that gets every artefact."""
+    seed: int = 1234
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; optimizer state and gradients are float32."""
+    data: Data = Data()
+    parallel: Parallel = Parallel()
+    score: Score = Score()
+    target: Target = Target()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+
+    @model_validator(mode="after")
+    def _sequence_is_divisible(self) -> Recipe:
+        parts = (2 * self.parallel.cp if self.parallel.cp > 1 else 1) * (self.parallel.tp if self.parallel.sequence_parallel else 1)
+        if self.data.sequence_length % parts:
+            near = max(1, round(self.data.sequence_length / parts)) * parts
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} must be a multiple of {parts} (2 cp x tp under context and sequence parallelism); nearest {near}"
+            )
+        return self
+
+    @property
+    def root(self) -> Path:
+        return Path(self.output)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply dotted overrides ("distill.steps=10") and check everything; InputError lists all mistakes."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise InputError(f"no recipe at {path}; give a YAML file such as examples/quickstart.yaml")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, AttributeError) as error:
+        raise InputError(f"{path} or an override cannot be read: {error}") from error
+    return make_recipe(values, source=str(path))
+
+
+def make_recipe(values: Any, source: str = "recipe") -> Recipe:
+    """Recipe from nested dictionaries; InputError lists all mistakes, with the nearest key for a misspelt one."""
+    if not isinstance(values, dict):
+        raise InputError(f"{source} holds {type(values).__name__}, not keys and values")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        refuse(f"{source} cannot be used:", [_sentence(e) for e in error.errors()])
+        raise
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML, defaults included."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(recipe.model_dump()), path)
+
+
+def _sentence(error: Any) -> str:
+    """One validation error of pydantic in one line, with the nearest key for an unknown one."""
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    text = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] == "value_error" else f", given {error['input']!r}"
+    return f"{where}: {text}{given}" if where else text

@@ -1,0 +1,229 @@
+"""Importance scores, and the plan that says what to keep. Runs on a laptop: numpy only, no torchrun.
+
+Width: 2407.14679 section 2.3 (rank, keep the top). Depth: keep layers. Heads are ranked inside each query group and every
+group keeps as many, so that grouped-query attention stays regular and heads stay on their tensor-parallel rank.
+Scores agree between layouts to rounding only, so ties break by the lower index, and a cut whose gap is inside the rounding
+noise is reported by close_cuts().
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from minitron_mp.arch import Arch, export_problems, layout_problems
+from minitron_mp.artifact import Manifest, aside, write_text
+from minitron_mp.config import InputError, Target, refuse
+
+NOISE = 1e-5
+"""Relative gap at a cut under which float32 sums over another number of ranks may order two scores the other way."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores, float32 on the CPU, under global numbering: the same on every rank.
+
+    ffn [L, f], heads [L, np], hidden [h], layers [L] (1 - cosine of input and output, mean over tokens).
+    """
+
+    ffn: np.ndarray
+    heads: np.ndarray
+    hidden: np.ndarray
+    layers: np.ndarray
+
+    def save(self, path: Path, manifest: Manifest) -> None:
+        from safetensors.numpy import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in vars(self).items()}
+        save_file(tensors, aside(path), metadata={"manifest": manifest.model_dump_json()})
+        os.replace(aside(path), path)
+
+    @classmethod
+    def load(cls, path: Path) -> Importance:
+        from safetensors.numpy import load_file
+
+        return cls(**load_file(path))
+
+    def check(self, arch: Arch) -> None:
+        """InputError unless shapes fit the architecture and every score is finite."""
+        shapes = {
+            "ffn": (arch.num_layers, arch.ffn_hidden_size),
+            "heads": (arch.num_layers, arch.num_attention_heads),
+            "hidden": (arch.hidden_size,),
+            "layers": (arch.num_layers,),
+        }
+        problems = [
+            f"{name} has shape {getattr(self, name).shape}, the model needs {shape}" for name, shape in shapes.items() if getattr(self, name).shape != shape
+        ]
+        problems += [f"{name} holds a NaN or an infinity" for name in shapes if not np.isfinite(getattr(self, name)).all()]
+        refuse("these importance scores do not fit the model:", problems)
+
+
+class PrunePlan(BaseModel):
+    """Architecture before and after, and the kept indices, ascending, in the teacher's numbering.
+
+    layers [L'], hidden [h'], ffn [L'][f'], heads [L'][np']: one row for each kept layer. Equal on every rank.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    teacher: Arch
+    student: Arch
+    layers: list[int]
+    hidden: list[int]
+    ffn: list[list[int]]
+    heads: list[list[int]]
+    notes: list[str] = []
+
+    def save(self, path: Path, manifest: Manifest) -> None:
+        write_text(path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump(mode="json")}))
+
+    @classmethod
+    def load(cls, path: Path) -> PrunePlan:
+        content = json.loads(path.read_text())
+        content.pop("manifest")
+        return cls.model_validate(content)
+
+    def keep(self, axis: str, layer: int | None = None) -> np.ndarray:
+        """Kept units of a weight axis (arch.AXES) in a kept layer of the teacher's numbering; int64, ascending."""
+        if axis in ("vocab", "head_width"):
+            return np.arange(self.teacher.axis_size(axis))
+        if axis == "hidden":
+            return np.array(self.hidden)
+        assert layer is not None
+        rows = self.ffn if axis in ("ffn", "gate_up") else self.heads
+        return np.array(rows[self.layers.index(layer)])
+
+    def summary(self) -> list[tuple[str, str, str, str]]:
+        """Rows (size, teacher, student, kept) for a table."""
+        rows = []
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):
+            before, after = getattr(self.teacher, name), getattr(self.student, name)
+            rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+        for label, embeddings in (("parameters", True), ("non-embedding parameters", False)):
+            before, after = (a.num_parameters(embeddings=embeddings) for a in (self.teacher, self.student))
+            rows.append((label, f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
+        return rows
+
+
+def make_plan(importance: Importance, teacher: Arch, target: Target, tp: int = 1) -> PrunePlan:
+    """Rank and keep. tp: the tensor-parallel size that the student must run at, for alignment.
+
+    InputError lists every reason why the target cannot be.
+    """
+    importance.check(teacher)
+    student = resolve_target(teacher, target, tp)
+    layers = top(importance.layers, student.num_layers)
+    groups = (teacher.num_query_groups, teacher.heads_per_group)
+    offset = np.arange(groups[0])[:, None] * groups[1]
+    plan = PrunePlan(
+        teacher=teacher,
+        student=student,
+        layers=layers.tolist(),
+        hidden=top(importance.hidden, student.hidden_size).tolist(),
+        ffn=[top(importance.ffn[i], student.ffn_hidden_size).tolist() for i in layers],
+        heads=[(np.stack([top(row, student.heads_per_group) for row in importance.heads[i].reshape(groups)]) + offset).reshape(-1).tolist() for i in layers],
+        notes=close_cuts(importance, teacher, student),
+    )
+    return plan
+
+
+def top(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the count largest scores [n], ascending; a tie goes to the lower index."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def close_cuts(importance: Importance, teacher: Arch, student: Arch) -> list[str]:
+    """One sentence for each cut between two scores nearer than the rounding noise."""
+    rows = [("hidden", importance.hidden[None], student.hidden_size), ("layers", importance.layers[None], student.num_layers)]
+    rows.append(("ffn of layer", importance.ffn, student.ffn_hidden_size))
+    per_group = importance.heads.reshape(-1, teacher.heads_per_group)
+    rows.append(("heads of layer", per_group, student.heads_per_group))
+    notes = []
+    for name, scores, count in rows:
+        if count == scores.shape[1]:
+            continue
+        ordered = -np.sort(-scores.astype(np.float64), axis=1)
+        last, first = ordered[:, count - 1], ordered[:, count]
+        for row in np.flatnonzero(last - first <= NOISE * np.abs(last)):
+            label = f"{name} {row // teacher.num_query_groups if name.startswith('heads') else row}" if name.endswith("layer") else name
+            notes.append(f"{label}: the last kept and first cut score are {last[row]:.9g} and {first[row]:.9g}, nearer than rounding")
+    return notes
+
+
+def resolve_target(teacher: Arch, target: Target, tp: int = 1) -> Arch:
+    """The student's architecture; InputError with every problem and the nearest sizes that work."""
+    if target.max_parameters is None and target.keep is None:
+        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        student = teacher.model_copy(update={n: v for n in names if (v := getattr(target, n))})
+    else:
+        budget = target.max_parameters if target.max_parameters is not None else target.keep * teacher.num_parameters()
+        student = _largest(teacher, target, tp, budget)
+    refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
+    return student
+
+
+def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> list[str]:
+    problems = []
+    for name, step in (
+        ("num_layers", 1),
+        ("hidden_size", target.align),
+        ("ffn_hidden_size", target.align * tp),
+        ("num_attention_heads", teacher.num_query_groups),
+    ):
+        before, after = getattr(teacher, name), getattr(student, name)
+        if after > before:
+            problems.append(f"{name} {after} is larger than the teacher's {before}")
+        elif after != before and after % step:
+            near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
+            why = "the query groups" if name == "num_attention_heads" else f"align {target.align}" + (f" x tp {tp}" if step != target.align else "")
+            problems.append(f"{name} {after} is no multiple of {step} ({why}); nearest that work: {' or '.join(map(str, near)) or 'none'}")
+    if not problems:
+        problems = layout_problems(student, tp)
+    return problems
+
+
+def _largest(teacher: Arch, target: Target, tp: int, budget: float) -> Arch:
+    """The student of at most budget parameters: all layers it affords, or the width scaled most evenly."""
+    if set(target.axes) == {"layer"}:
+        candidates = [teacher.model_copy(update={"num_layers": n}) for n in range(teacher.num_layers, 0, -1)]
+        fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
+    elif set(target.axes) <= {"hidden", "ffn"}:
+        hidden = _steps(teacher.hidden_size, target.align) if "hidden" in target.axes else [teacher.hidden_size]
+        ffn = _steps(teacher.ffn_hidden_size, target.align * tp) if "ffn" in target.axes else [teacher.ffn_hidden_size]
+        fitting = []
+        for h in hidden:
+            widths = (teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f}) for f in ffn)
+            fitting += [next((a for a in widths if a.num_parameters() <= budget), None)]
+        fitting = [a for a in fitting if a]
+        # Scale both axes alike; of two equally even ones the larger.
+        fitting.sort(key=lambda a: (abs(a.hidden_size / teacher.hidden_size - a.ffn_hidden_size / teacher.ffn_hidden_size), -a.num_parameters()))
+    else:
+        raise InputError(f"target.axes {target.axes} mixes width and depth; give hidden and ffn, or layer, or explicit sizes for both")
+    if not fitting:
+        raise InputError(
+            f"no student along {target.axes} has at most {budget:,.0f} parameters; the embeddings alone may be larger: cut hidden too, or ask for more"
+        )
+    return fitting[0]
+
+
+def _steps(size: int, step: int) -> list[int]:
+    """size, then the multiples of step below it, falling."""
+    return [size, *range((size - 1) // step * step, 0, -step)]
+
+
+def exportable(student: Arch, family: str | None) -> Arch:
+    """The architecture under the family that it is exported as; InputError when transformers would refuse it."""
+    if family and family != student.family and (student.family, family) != ("llama", "mistral"):
+        raise InputError(f"export.family {family}: a {student.family} can be written as itself only (a llama as mistral, too)")
+    if family == "mistral" and student.family == "llama" and student.rope_scaling_factor:
+        raise InputError("export.family mistral: this Llama scales its rotary frequencies, which Mistral's configuration cannot say")
+    student = student.model_copy(update={"family": family or student.family})
+    refuse("the student cannot be exported:", export_problems(student))
+    return student
