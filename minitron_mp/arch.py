@@ -13,7 +13,8 @@ and fc1 holds all gate rows, then all up rows: (2f, h).
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict

@@ -1,0 +1,89 @@
+"""Megatron sharded checkpoints as artefacts: written whole or not at all, loaded at any layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from minitron_mp import artifact
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import InputError
+from minitron_mp.parallel import everyone
+
+FREE_SPACE_MARGIN = 1.1
+
+
+def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
+    """Sharded state of this rank's chunks: checkpoint keys that do not depend on the layout (arch.AXES).
+
+    Megatron adds an _extra_state object to each linear layer, for FP8 scales; they are empty in the local layers and left out.
+    """
+    metadata = {"dp_cp_group": world.groups.dp_cp}
+    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
+    return {f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")} for i, state in enumerate(states)}
+
+
+def load_model(chunks: list[Any], folder: Path, world: Any) -> None:
+    """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks."""
+    state = load(model_state(chunks, world), folder)
+    for i, chunk in enumerate(chunks):
+        missing = [k for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys if not k.endswith("_extra_state")]
+        assert not missing, missing
+
+
+def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """dist_checkpointing.load with errors that name the folder."""
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+        raise InputError(f"{folder} is no checkpoint of this model: {error}; run its stage again") from error
+
+
+def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callable[[Path], None] | None = None) -> None:
+    """Write a sharded state as the artefact `folder`; reached by all ranks, replaces an old one only when whole.
+
+    extra: called on rank 0 with the folder before it takes its place, for small files that belong to it. InputError on every
+    rank when there is not enough room, before anything is written.
+    """
+    _check_room(state, folder)
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            artifact.prepare(folder)
+        except OSError as error:
+            failure = InputError(f"{folder} cannot be written: {error}")
+    everyone(failure)
+    dist_checkpointing.save(state, str(artifact.aside(folder)))
+    try:
+        if dist.get_rank() == 0:
+            if extra is not None:
+                extra(artifact.aside(folder))
+            artifact.commit(folder, manifest)
+    except OSError as error:
+        failure = InputError(f"{folder} cannot be written: {error}")
+    everyone(failure)
+
+
+def _check_room(state: dict[str, Any], folder: Path) -> None:
+    """A full disk in the middle of a save stops the writer processes of some ranks only; so look before."""
+    needed = torch.tensor(float(sum(t.numel() * t.element_size() for t in _tensors(state))))
+    dist.all_reduce(needed)
+    near = next(p for p in folder.absolute().parents if p.exists())
+    free = shutil.disk_usage(near).free
+    short = needed.item() * FREE_SPACE_MARGIN > free
+    everyone(InputError(f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {near} has {free / 1e9:.2f} GB free; make room or set another output") if short else None)
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, dict):
+        return [t for value in state.values() for t in _tensors(value)]
+    if isinstance(state, (list, tuple)):
+        return [t for value in state for t in _tensors(value)]
+    data = getattr(state, "data", None)
+    return [data] if isinstance(data, torch.Tensor) else []

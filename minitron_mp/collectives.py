@@ -1,0 +1,58 @@
+"""The few collectives that Megatron-Core does not have in this form. Groups are arguments; every rank of a group calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Group = Any
+
+
+class AllGatherSequence(torch.autograd.Function):
+    """[s/cp, ...] on each rank -> [cp, s/cp, ...] on all; backward: reduce-scatter of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        out = x.new_empty((group.size(), *x.shape))
+        dist.all_gather_into_tensor(out.view(-1, *x.shape[1:]), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out = grad.new_empty(grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad.contiguous().view(-1, *grad.shape[2:]), group=ctx.group)
+        return out, None
+
+
+def context_parallel_slice(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """This rank's part of a sequence: chunks r and 2n-1-r of 2n, Megatron's zig-zag that balances causal attention."""
+    n, r = group.size(), group.rank()
+    if n == 1:
+        return x
+    chunks = x.chunk(2 * n, dim)
+    return torch.cat([chunks[r], chunks[2 * n - 1 - r]], dim)
+
+
+def exchange_kept(rows: torch.Tensor, keep: torch.Tensor, start: int, group: Group) -> torch.Tensor:
+    """Cut a tensor that is split on dim 0, and split what is left evenly again.
+
+    rows [n/tp, ...]: this rank's rows, the global ones from `start` on. keep [k]: kept global rows, ascending, equal on all
+    ranks, tp divides k. Returns [k/tp, ...]: kept rows r*k/tp to (r+1)*k/tp of rank r. Nothing is gathered: each rank sends
+    only kept rows to the rank that holds them next; as keep ascends, source order is already the right order.
+    """
+    size, rank = group.size(), group.rank()
+    mine = (keep >= start) & (keep < start + rows.shape[0])
+    kept = rows.index_select(0, (keep[mine] - start).to(rows.device))
+    if size == 1:
+        return kept
+    per_rank = keep.numel() // size
+    owner_after = torch.arange(keep.numel()) // per_rank
+    owner_before = keep // rows.shape[0]
+    send = torch.bincount(owner_after[mine], minlength=size).tolist()
+    receive = torch.bincount(owner_before[owner_after == rank], minlength=size).tolist()
+    out = rows.new_empty((per_rank, *rows.shape[1:]))
+    dist.all_to_all_single(out, kept, receive, send, group=group)
+    return out

@@ -1,0 +1,199 @@
+"""Makes Megatron-Core run on the CPU with the gloo backend. The only file that patches anything, reversible, idle on a GPU.
+
+Megatron-Core (0.16 to 0.19) is written for one CUDA device a process. What stands in the way on a CPU is small:
+explicit "cuda" devices, a dozen torch.cuda calls that it makes unconditionally, and an Adam whose state layout its
+checkpoints assume to be Apex's or Transformer Engine's. Each patch below says who needs it. Remove a line when upstream
+takes the device from its caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_undo: list[Callable[[], None]] = []
+
+
+def install() -> bool:
+    """Patch once a process, before anything of megatron.core is built; returns whether this is a CPU process."""
+    if torch.cuda.is_available():
+        return False
+    if _undo:
+        return True
+    for owner, name, new in _patches():
+        old = getattr(owner, name)
+        setattr(owner, name, new)
+        _undo.append(lambda owner=owner, name=name, old=old: setattr(owner, name, old))
+    mode, engine = CudaToCpu(), torch.autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        # Tensor.backward is itself intercepted and a mode is off inside its own handler; activation
+        # recomputation runs Megatron code in there, so the mode goes on again where the engine starts.
+        with mode:
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward
+    _undo.append(lambda: setattr(torch.autograd, "_engine_run_backward", engine))
+    mode.__enter__()
+    _undo.append(lambda: mode.__exit__(None, None, None))
+    # Megatron decorates small functions with torch.compile; compiling them on a CPU costs minutes and gains nothing.
+    torch.compiler.set_stance("force_eager")
+    _undo.append(lambda: torch.compiler.set_stance("default"))
+    return True
+
+
+def uninstall() -> None:
+    """Undo install()."""
+    while _undo:
+        _undo.pop()()
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Sends explicit CUDA devices to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].device.type == "cpu":
+            # Megatron's optimizers sort parameters by 'torch.cuda.FloatTensor'; nobody else may see that name.
+            name = func(*args)
+            asks = sys._getframe(1).f_globals.get("__name__", "")
+            return name.replace("torch.", "torch.cuda.", 1) if asks.startswith("megatron.core.") else name
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class NullStream:
+    """A CUDA stream or event on a machine where everything is synchronous."""
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *args: Any) -> NullStream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+class NullEvent(NullStream):
+    pass
+
+
+def _patches() -> list[tuple[Any, str, Any]]:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random
+
+    def nothing() -> Callable[..., None]:
+        return lambda *args, **kwargs: None  # a fresh object each: torch._dynamo refuses one object under two names
+
+    def get_state() -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: torch.get_rng_state()
+
+    def set_state() -> Callable[..., None]:
+        return lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    stream = NullStream()
+    cuda = {
+        "current_device": lambda: CPU,  # used as a device= argument all over megatron.core
+        "set_device": nothing(),
+        "synchronize": nothing(),  # timers
+        "empty_cache": nothing(),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),  # model_parallel_cuda_manual_seed
+        "get_rng_state": get_state(),
+        "set_rng_state": set_state(),
+        "current_stream": lambda *args, **kwargs: stream,  # param_and_grad_buffer on every gradient sync (0.19)
+        "default_stream": lambda *args, **kwargs: stream,
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "Stream": NullStream,
+        "Event": NullEvent,
+        "memory_allocated": lambda *args, **kwargs: 0,
+        "max_memory_allocated": lambda *args, **kwargs: 0,
+    }
+    patches = [(torch.cuda, name, new) for name, new in cuda.items()]
+    patches += [(torch.cuda.nvtx, "range_push", nothing()), (torch.cuda.nvtx, "range_pop", nothing())]
+    patches += [(random, "_get_cuda_rng_state", get_state()), (random, "_set_cuda_rng_state", set_state())]
+    patches += [(random, "CudaRNGStatesTracker", _cpu_tracker(random.CudaRNGStatesTracker))]
+    # torch's Adam keeps "step" in the state of each parameter; the distributed optimizer's checkpoint wants it in the group,
+    # as Apex and TE have it, and fails on load otherwise. FusedAdam below has their layout, so the same code path runs as on a GPU.
+    patches += [(optimizer, "Adam", FusedAdam), (optimizer, "USING_PYTORCH_OPTIMIZER", False)]
+    patches += [(distrib_optimizer, name, value) for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))]
+    return [(owner, name, new) for owner, name, new in patches if hasattr(owner, name)]
+
+
+def _cpu_tracker(stock: type) -> type:
+    class CpuRNGStatesTracker(stock):  # type: ignore[misc]
+        """Megatron's named random streams on the CPU generator (the stock one warns when the CPU state moves)."""
+
+        @contextlib.contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Any:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    return CpuRNGStatesTracker
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """torch's fused CPU AdamW in the state layout of Apex and Transformer Engine.
+
+    "step" lives in the parameter group; the state of a parameter is exactly {exp_avg, exp_avg_sq}, in its dtype.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, **_: Any):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            group["step"] = int(group.get("step") or 0) + 1
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(group["step"] - 1.0) for _ in params],  # the functional form counts up before it uses it
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )

@@ -1,0 +1,205 @@
+"""A sharded Megatron-Core GPTModel from an Arch.
+
+The head is deferred: the model's last stage returns the hidden states after the final norm, and the loss applies the output
+layer (logits()). So a teacher keeps 2h bytes a token between its forward pass and the loss instead of 4v, and the loss
+can work in chunks.
+
+    s sequence  b microbatch  h hidden  v padded vocabulary; under sequence parallelism s/tp, under context parallelism s/cp
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor, nn
+
+from minitron_mp.arch import Arch, layout_problems
+from minitron_mp.collectives import AllGatherSequence
+from minitron_mp.config import Distill, refuse
+from minitron_mp.parallel import World
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(arch: Arch, world: World, *, precision: str, sequence_length: int, training: Distill | None = None, random_weights: bool = False) -> list[Any]:
+    """This rank's model chunks (vpp of them, else one), on its device.
+
+    Weights are uninitialised memory unless random_weights: every user loads a checkpoint. training: the settings of a run that
+    takes gradients. InputError when the layout does not divide the sizes.
+    """
+    p = world.parallel
+    stages = p.pp * (p.vpp or 1)
+    problems = layout_problems(arch, p.tp)
+    if stages > arch.num_layers:
+        problems.append(f"{stages} pipeline stages (pp {p.pp} x vpp {p.vpp or 1}) for {arch.num_layers} layers; use at most {arch.num_layers}")
+    refuse("this layout does not fit the model:", problems)
+
+    config = _config(arch, world, DTYPES[precision], training, random_weights)
+    chunks = []
+    for chunk in range(p.vpp or 1):
+        first = world.is_first_stage and chunk == 0
+        last = world.is_last_stage and chunk == (p.vpp or 1) - 1
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, arch, chunk if p.vpp else None, world.groups.pp.rank()),
+            vocab_size=arch.padded_vocab_size,
+            max_sequence_length=sequence_length,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="rope",
+            rotary_base=arch.rotary_base,
+            rope_scaling=arch.rope_scaling_factor is not None,
+            rope_scaling_factor=arch.rope_scaling_factor or 8.0,
+            pg_collection=world.groups,
+            vp_stage=chunk if p.vpp else None,
+        )
+        if last:
+            model.output_layer = DeferredHead.taking_over(model.output_layer, config, world.groups.tp)
+        chunks.append(model.to(world.device))
+    return chunks
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """[s, b, h] after the final norm (s/tp under sequence parallelism) -> [s, b, v/tp], on the last stage. Differentiable."""
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    return model.output_layer.logits(hidden, weight)
+
+
+def unwrap(model: Any) -> Any:
+    """The GPTModel inside DistributedDataParallel."""
+    return getattr(model, "module", model)
+
+
+def _config(arch: Arch, world: World, dtype: torch.dtype, training: Distill | None, random_weights: bool) -> TransformerConfig:
+    p = world.parallel
+    stages = p.pp * (p.vpp or 1)
+    options: dict[str, Any] = {}
+    if arch.num_layers % stages:
+        # Megatron wants even stages unless it is told each one; the last ones, which also hold the head, get fewer layers.
+        counts = [arch.num_layers // stages + (i < arch.num_layers % stages) for i in range(stages)]
+        layout = [["decoder"] * n for n in counts]
+        options["pipeline_model_parallel_layout"] = [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+    if p.vpp:
+        # Without these two Megatron's interleaved schedule gives silently wrong gradients.
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "virtual_pipeline_model_parallel_size": p.vpp}
+    if training is not None and training.recompute:
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=p.tp,
+        pipeline_model_parallel_size=p.pp,
+        context_parallel_size=p.cp,
+        sequence_parallel=p.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=world.device.type == "cpu",
+        perform_initialization=random_weights,
+        # The fused kernels below come from Apex or torch.compile; the local layers do without.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **options,
+    )
+
+
+def _block_spec(config: Any, arch: Arch, vp_stage: int | None, pp_rank: int) -> Any:
+    """Megatron's local layer spec with a norm and an attention that run anywhere and know sequence and context parallelism."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = Attention
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension; its weight carries Megatron's sequence-parallel mark."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal scaled-dot-product attention with grouped queries; context parallel by gathering keys and values."""
+
+    def __init__(self, config: Any, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any):
+        super().__init__()
+        self.scale, self.cp = softmax_scale, pg_collection.cp
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn] -> [s, b, np/tp hn]; s is s/cp in zig-zag order."""
+        s, b = query.shape[:2]
+        mask = None
+        if self.cp.size() > 1:
+            key, value = (self._whole_sequence(x) for x in (key, value))
+            n, r, half = self.cp.size(), self.cp.rank(), s // 2
+            rows = torch.arange(half, device=query.device)
+            positions = torch.cat([r * half + rows, (2 * n - 1 - r) * half + rows])
+            mask = positions[:, None] >= torch.arange(key.shape[0], device=query.device)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+    def _whole_sequence(self, x: Tensor) -> Tensor:
+        """[s/cp, ...] in zig-zag order -> [s, ...] in order."""
+        n = self.cp.size()
+        parts = AllGatherSequence.apply(x, self.cp).view(2 * n, -1, *x.shape[1:])
+        return torch.cat([parts[2 * i] for i in range(n)] + [parts[2 * i + 1] for i in reversed(range(n))])
+
+
+class DeferredHead(ColumnParallelLinear):
+    """The output layer, applied by the loss: in the model's forward pass it hands the hidden states through.
+
+    It stays a module of the model, so checkpoint keys, tied embeddings and overlapped parameter gathering are Megatron's own.
+    """
+
+    @classmethod
+    def taking_over(cls, head: ColumnParallelLinear, config: TransformerConfig, tp_group: Any) -> DeferredHead:
+        """The same layer around the same weight (none when it is the embedding's)."""
+        new = cls(
+            head.input_size, head.output_size, config=config, init_method=config.init_method, bias=False, skip_weight_param_allocation=True, tp_group=tp_group
+        )
+        new.weight = head.weight
+        return new
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+        return hidden, None
+
+    def logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        return super().forward(hidden, weight)[0]

@@ -1,0 +1,139 @@
+"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minitron_mp.config import InputError, Parallel
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's place in the job. groups: Megatron-Core's ProcessGroupCollection (tp, pp, cp, dp, dp_cp, mp, ...)."""
+
+    parallel: Parallel
+    groups: Any
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that prints and writes small files."""
+        return dist.get_rank() == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def coordinates(self) -> str:
+        g = self.groups
+        return f"rank {self.rank} (dp {g.dp.rank()}, pp {g.pp.rank()}, cp {g.cp.rank()}, tp {g.tp.rank()})"
+
+
+@contextmanager
+def world(parallel: Parallel, *, seed: int, timeout_minutes: float = 30) -> Iterator[World]:
+    """Join the job that torchrun started (or a job of one process), build the groups, leave at the end.
+
+    GPU when there is one, CPU with gloo otherwise. Inside a process whose default group exists, for example a NeMo recipe or a
+    test worker, that group is used and left alone.
+    """
+    owns = not dist.is_initialized()
+    device = start(timeout_minutes) if owns else _device()
+    try:
+        yield build_groups(parallel, device, seed)
+    finally:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if owns and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(timeout_minutes: float = 30) -> torch.device:
+    """init_process_group from torchrun's environment, or alone when there is none. Returns this rank's device."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    device = _device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_groups(parallel: Parallel, device: torch.device, seed: int) -> World:
+    """Megatron-Core's groups for this layout over the default group; InputError when the ranks do not divide."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from minitron_mp import cpu
+
+    cpu.install()
+    size = dist.get_world_size()
+    if size % parallel.model_ranks:
+        p = parallel
+        raise InputError(
+            f"tp {p.tp} x pp {p.pp} x cp {p.cp} needs a multiple of {p.model_ranks} ranks, this job has {size}; "
+            f"start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower parallel.*"
+        )
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        context_parallel_size=parallel.cp,
+    )
+    seed_all(seed)
+    return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch's and Megatron's random streams. The trainer does it at every step, so a resume has no state to restore."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def everyone(ok: Exception | None) -> None:
+    """Raise on every rank when any rank has failed, so that nobody waits in the next collective; reached by all ranks."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if ok is None else f"rank {dist.get_rank()}: {ok}")
+    if ok is not None:
+        raise ok
+    failed = [e for e in errors if e]
+    if failed:
+        raise InputError("another rank failed: " + "; ".join(failed[:4]))
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's picklable value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

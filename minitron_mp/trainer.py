@@ -1,0 +1,246 @@
+"""The training loop: Megatron's schedules, data parallel wrapper and optimizer around one loss.
+
+With a teacher it is distillation; without one, and with ce_weight, plain fine-tuning. A step is a pure function of (weights,
+optimizer state, step number): the batch and the random streams are derived from seed and step, so a checkpoint is model,
+optimizer and step, and a resumed run repeats the unbroken one bitwise at the same layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from minitron_mp import artifact, checkpoint
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import Distill, InputError
+from minitron_mp.losses import distillation_loss
+from minitron_mp.model import logits, unwrap
+from minitron_mp.parallel import World, from_main, seed_all
+from minitron_mp.schedule import Batch, run
+from minitron_mp.teacher import with_signals
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. loss is what was optimised; it, kl and ce are means over the step's valid tokens, in nats."""
+
+    step: int
+    loss: float
+    kl: float
+    ce: float
+    grad_norm: float
+    lr: float
+    num_tokens: int
+    step_time_s: float
+    tokens_per_s: float
+
+
+def train(
+    chunks: list[Any],
+    teacher: Any,
+    batches_of: Callable[[int], Sequence[Batch]],
+    settings: Distill,
+    world: World,
+    *,
+    vocab_size: int,
+    seed: int,
+    checkpoints: Path,
+    manifest: Manifest,
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+    stop_after: int | None = None,
+) -> None:
+    """Train the chunks in place to settings.steps, from the newest checkpoint of this very run if there is one.
+
+    batches_of(step): this data parallel rank's microbatches of a step (from 0). on_step runs on rank 0, each log_interval, for
+    every step since. stop_after: leave after so many steps of this call, checkpoint written (time limits). InputError when the
+    loss is not finite. Reached by all ranks.
+    """
+    models, optimizer, scheduler = _prepare(chunks, settings, world)
+    first = _resume(models, optimizer, checkpoints, manifest, world)
+    scheduler.step(increment=first)
+    sums: list[torch.Tensor] = []
+    last, clock = min(settings.steps, first + (stop_after or settings.steps)), time.perf_counter()
+    pending: list[tuple[int, float, float]] = []  # step, learning rate, gradient norm
+    loss = _LossOnLastStage(models[-1], teacher, settings, world, vocab_size)
+    for step in range(first, last):
+        seed_all(seed + step)
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss.sums.zero_()
+        run(models, with_signals(teacher, batches_of(step)), world, loss, train=True)
+        scheduler.step(increment=1)
+        finite, grad_norm, _ = optimizer.step()
+        sums.append(loss.sums.clone())
+        pending.append((step, optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)))
+        if (step + 1) % settings.log_interval == 0 or step + 1 == last:
+            _log(pending, sums, settings, world, time.perf_counter() - clock, on_step)
+            clock = time.perf_counter()
+        if step + 1 < settings.steps and ((step + 1) % settings.checkpoint_interval == 0 or step + 1 == last):
+            _save(models, optimizer, checkpoints, manifest, step + 1, settings, world)
+            clock = time.perf_counter()
+    _settle(models, settings)
+
+
+class _LossOnLastStage:
+    """schedule.run's on_output: Megatron's (loss sum, tokens, report); adds (loss, kl, ce, tokens) of this rank to sums."""
+
+    def __init__(self, model: Any, teacher: Any, settings: Distill, world: World, vocab_size: int):
+        self.model, self.teacher, self.settings, self.world, self.vocab_size = model, teacher, settings, world, vocab_size
+        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+
+    def __call__(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        with torch.no_grad():
+            z_t = self.teacher.logits(batch["teacher"]) if self.teacher is not None else None
+        loss, kl, ce = distillation_loss(
+            logits(unwrap(self.model), hidden),
+            z_t,
+            batch["labels"],
+            vocab_size=self.vocab_size,
+            group=self.world.groups.tp,
+            temperature=self.settings.temperature,
+            kl_weight=self.settings.kl_weight,
+            ce_weight=self.settings.ce_weight,
+        )
+        mask = batch["loss_mask"]
+        total, tokens = (loss * mask).sum(), mask.sum()
+        self.sums += torch.stack([total.detach(), (kl * mask).sum(), (ce * mask).sum(), tokens]).double()
+        # Not divided: with calculate_per_token_loss Megatron divides the gradient by the global number of tokens of the step.
+        return total, tokens.to(torch.int32), {}
+
+
+def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[Any], Any, Any]:
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=settings.distributed_optimizer,
+        overlap_grad_reduce=settings.overlap,
+        overlap_param_gather=settings.overlap,
+    )
+    # Set before wrapping: it also decides how the wrapper scales gradients.
+    config.calculate_per_token_loss = True
+    models = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=world.groups) for i, chunk in enumerate(chunks)]
+    for model in models:
+        model.train()
+    bf16 = config.params_dtype is torch.bfloat16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=settings.distributed_optimizer,
+            overlap_param_gather=settings.overlap,
+        ),
+        models,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if settings.overlap:
+        config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
+        config.param_sync_func = [m.start_param_sync for m in models] if len(models) > 1 else models[0].start_param_sync
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=settings.steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=settings.steps,
+        wd_incr_style="constant",
+    )
+    return models, optimizer, scheduler
+
+
+def _log(pending: list, sums: list[torch.Tensor], settings: Distill, world: World, seconds: float, on_step: Callable) -> None:
+    """One host synchronisation and one collective for all steps since the last call; empties both lists."""
+    totals = torch.stack(sums)
+    if not (world.is_last_stage and world.groups.tp.rank() == 0):
+        totals.zero_()
+    dist.all_reduce(totals)
+    for (step, lr, grad_norm), row in zip(pending, totals.tolist()):
+        loss, kl, ce, tokens = row
+        each = seconds / len(pending)
+        metrics = StepMetrics(step + 1, loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each)
+        if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
+            raise InputError(f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower distill.lr, raise warmup_steps or set precision: fp32")
+        if world.is_main:
+            on_step(metrics)
+    pending.clear()
+    sums.clear()
+
+
+def _state(models: list[Any], optimizer: Any, world: World, step: int, *, loading: bool) -> dict[str, Any]:
+    model = checkpoint.model_state([m.module for m in models], world)
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": world.groups.dp_cp}
+    return {**model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata), "step": step}
+
+
+def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, step: int, settings: Distill, world: World) -> None:
+    if settings.overlap:
+        for model in models:
+            model.disable_forward_pre_hook(param_sync=True)
+    checkpoint.save(_state(models, optimizer, world, step, loading=False), folder / f"step_{step:08d}", manifest)
+    if settings.overlap:
+        for model in models:
+            model.enable_forward_pre_hook()
+    if world.is_main:
+        for old in sorted(folder.glob("step_*"))[: -settings.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, world: World) -> int:
+    """Load the newest whole checkpoint of this run; the number of steps done."""
+    newest = from_main(_newest(folder, manifest) if world.is_main else None)
+    if newest is None:
+        return 0
+    state = checkpoint.load(_state(models, optimizer, world, 0, loading=True), newest)
+    for i, model in enumerate(models):
+        model.module.load_state_dict(state[f"model{i}"], strict=False)
+    with torch.no_grad():  # with float32 weights Megatron copies into leaf views that require a gradient
+        optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _newest(folder: Path, manifest: Manifest) -> Path | None:
+    """InputError when the checkpoints there are another run's, naming the field that differs."""
+    whole = [path for path in sorted(folder.glob("step_*")) if artifact.find(path)]
+    if not whole:
+        return None
+    found = artifact.find(whole[-1])
+    if found.fingerprint != manifest.fingerprint:
+        fields = "\n".join(f"  - {row}" for row in found.differences(manifest))
+        raise InputError(f"{folder} holds checkpoints of another run:\n{fields}\nmove or delete it, or go back to those settings")
+    return whole[-1]
+
+
+def _settle(models: list[Any], settings: Distill) -> None:
+    """Leave the bare weights current: with overlap the last parameter gather is still to come."""
+    if settings.overlap:
+        for model in models:
+            model.disable_forward_pre_hook(param_sync=True)
+
+
+def metrics_line(metrics: StepMetrics) -> str:
+    """One line of metrics.jsonl."""
+    return json.dumps({**vars(metrics), "time": time.time()})
