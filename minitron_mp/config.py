@@ -141,7 +141,6 @@ class Distill(Section):
     kl_weight: float = Field(1.0, ge=0)
     ce_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy with the text; the papers use none."""
-    distributed_optimizer: bool = True
     overlap: bool = False
     """Overlap gradient reduction and parameter gathering with computation."""
     recompute: bool = False
@@ -160,8 +159,6 @@ class Distill(Section):
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
         if not self.kl_weight and not self.ce_weight:
             problems.append("kl_weight and ce_weight are both 0; nothing would be trained")
-        if self.overlap and not self.distributed_optimizer:
-            problems.append("overlap needs distributed_optimizer")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -117,7 +117,10 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Distill | No
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=world.device.type == "cpu",
-        perform_initialization=random_weights,
+        # Never skip initialisation: that is also where Megatron marks which weights are split over tensor parallel ranks, and
+        # without the marks the gradient norm counts them on one rank only.
+        perform_initialization=True,
+        **({} if random_weights else {"init_method": _leave, "output_layer_init_method": _leave, "embedding_init_method": _leave}),
         # The fused kernels below come from Apex or torch.compile; the local layers do without.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -127,6 +130,11 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Distill | No
         persist_layer_norm=False,
         **options,
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """An initialiser for weights that a checkpoint fills."""
+    return weight
 
 
 def _block_spec(config: Any, arch: Arch, vp_stage: int | None, pp_rank: int) -> Any:

@@ -27,6 +27,7 @@ from minitron_mp.artifact import Manifest
 from minitron_mp.config import Distill, InputError
 from minitron_mp.losses import distillation_loss
 from minitron_mp.model import logits, unwrap
+from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
 from minitron_mp.parallel import World, from_main, seed_all
 from minitron_mp.schedule import Batch, run
 from minitron_mp.teacher import with_signals
@@ -125,7 +126,7 @@ def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[A
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=settings.distributed_optimizer,
+        use_distributed_optimizer=True,
         overlap_grad_reduce=settings.overlap,
         overlap_param_gather=settings.overlap,
     )
@@ -146,7 +147,7 @@ def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[A
             clip_grad=settings.clip_grad,
             bf16=bf16,
             params_dtype=config.params_dtype,
-            use_distributed_optimizer=settings.distributed_optimizer,
+            use_distributed_optimizer=True,
             overlap_param_gather=settings.overlap,
         ),
         models,
@@ -190,17 +191,16 @@ def _log(pending: list, sums: list[torch.Tensor], settings: Distill, world: Worl
     sums.clear()
 
 
-def _state(models: list[Any], optimizer: Any, world: World, step: int, *, loading: bool) -> dict[str, Any]:
+def _state(models: list[Any], optimizer: Any, world: World, step: int) -> dict[str, Any]:
     model = checkpoint.model_state([m.module for m in models], world)
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": world.groups.dp_cp}
-    return {**model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata), "step": step}
+    return {**model, **optimizer_state(optimizer, model), "step": step}
 
 
 def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, step: int, settings: Distill, world: World) -> None:
     if settings.overlap:
         for model in models:
             model.disable_forward_pre_hook(param_sync=True)
-    checkpoint.save(_state(models, optimizer, world, step, loading=False), folder / f"step_{step:08d}", manifest)
+    checkpoint.save(_state(models, optimizer, world, step), folder / f"step_{step:08d}", manifest)
     if settings.overlap:
         for model in models:
             model.enable_forward_pre_hook()
@@ -214,11 +214,11 @@ def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest,
     newest = from_main(_newest(folder, manifest) if world.is_main else None)
     if newest is None:
         return 0
-    state = checkpoint.load(_state(models, optimizer, world, 0, loading=True), newest)
-    for i, model in enumerate(models):
-        model.module.load_state_dict(state[f"model{i}"], strict=False)
-    with torch.no_grad():  # with float32 weights Megatron copies into leaf views that require a gradient
-        optimizer.load_state_dict(state["optimizer"])
+    model = checkpoint.model_state([m.module for m in models], world)
+    state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model), "step": 0}, newest)
+    for i, chunk in enumerate(models):
+        chunk.module.load_state_dict(state[f"model{i}"], strict=False)
+    load_optimizer_state(optimizer, state, step=state["step"])
     return int(state["step"])
 
 

@@ -1,0 +1,304 @@
+import json
+import platform
+import sysconfig
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from minitron_mp.config import Data, InputError
+from minitron_mp.data import PARTS, Tokenizer, check_vocabulary, fingerprint, load_tokenizer, micro_batches, samples, tokenize
+
+LINES = [f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)]
+S = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Hugging Face folder of a byte-level BPE that would put <s> and </s> around a text if asked for special tokens."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    path = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def decode(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder).decode
+
+
+def stream(prefix) -> np.ndarray:
+    """All tokens of a prefix that tokenize() wrote, in the order on disk."""
+    return np.fromfile(f"{prefix}.bin", dtype=np.uint16).astype(np.int64)
+
+
+def texts(prefix, decode, eod) -> list[str]:
+    ids = stream(prefix)
+    return [decode(piece.tolist()) for piece in np.split(ids, np.flatnonzero(ids == eod) + 1)[:-1]]
+
+
+def lists(tmp_path, **sizes) -> Data:
+    """One .txt of so many lines for each part."""
+    for part in PARTS:
+        (tmp_path / f"{part}.txt").write_text("".join(LINES[: sizes[part]]))
+    return Data(**{part: [str(tmp_path / f"{part}.txt")] for part in PARTS})
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer):
+    """Folder with the parts of 8, 40 and 12 lines, each one document, so that samples are windows of one stream."""
+    tokenize(lists(tmp_path, calibration=8, train=40, valid=12), tokenizer, tmp_path / "data", 1)
+    return tmp_path / "data"
+
+
+def windows(prefix) -> Counter:
+    ids = stream(prefix)
+    return Counter(tuple(ids[i : i + S + 1].tolist()) for i in range(0, len(ids) - S, S))
+
+
+def rows(dataset, count=None) -> list[tuple[int, ...]]:
+    """Each sample as s + 1 tokens; checks that labels are the tokens one further."""
+    found = []
+    for i in range(len(dataset) if count is None else count):
+        item = dataset[i]
+        assert torch.equal(item["labels"][:-1], item["tokens"][1:])
+        found.append((*item["tokens"].tolist(), int(item["labels"][-1])))
+    return found
+
+
+def test_hugging_face_folder(tokenizer, decode):
+    ids = tokenizer.encode(["a few words", "x"])
+    assert tokenizer.eod == 1
+    assert tokenizer.vocab_size == 320
+    assert not {0, 1} & {i for row in ids for i in row}
+    assert decode(ids[0]) == "a few words"
+
+
+def test_sentencepiece_file(tmp_path):
+    import sentencepiece
+
+    def train(name, **options):
+        prefix = str(tmp_path / name)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_prefix=prefix, vocab_size=80, minloglevel=2, **options)
+        return prefix + ".model"
+
+    tokenizer = load_tokenizer(train("good"))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (80, 2)
+    first, second = tokenizer.encode([LINES[0], LINES[1]])
+    assert first != second
+    assert not {1, 2} & {*first, *second}
+    with pytest.raises(InputError, match="no end-of-sequence"):
+        load_tokenizer(train("endless", eos_id=-1))
+
+
+def test_bad_tokenizers(tmp_path, folder, tokenizer):
+    with pytest.raises(InputError, match=r"no tokenizer at .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "bad.model").write_bytes(b"junk")
+    with pytest.raises(InputError, match=r"bad\.model cannot be read"):
+        load_tokenizer(tmp_path / "bad.model")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_text(file.read_text().replace('"eos_token": "</s>"', '"sep_token": "</s>"'))
+    assert load_tokenizer(tmp_path).eod == 1
+    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text().replace('"eos_token": "</s>"', '"eos_token": null'))
+    with pytest.raises(InputError, match="no end-of-sequence"):
+        load_tokenizer(tmp_path)
+    check_vocabulary(tokenizer, 320)
+    with pytest.raises(InputError, match=r"up to 319, .* has 319 rows"):
+        check_vocabulary(tokenizer, 319)
+
+
+def test_stdlib_is_shared_out_once_and_the_same_each_time(tmp_path, monkeypatch, tokenizer, decode):
+    root, files = tmp_path / "lib", {f"package/module_{i}.py": f"value = {i}\n" for i in range(60)}
+    for name, text in {**files, "blank.py": "\n", "test/t.py": "no", "a/tests/t.py": "no", "site-packages/p.py": "no", "notes.txt": "no"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "latin.py").write_bytes(b"name = '\xe9'\n")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root))
+
+    data, done = Data(valid_fraction=0.2), []
+    counts = tokenize(data, tokenizer, tmp_path / "one", 1, progress=done.append)
+    assert counts == {part: len(stream(tmp_path / "one" / part)) for part in PARTS}
+    assert done == [60]
+    parts = {part: texts(tmp_path / "one" / part, decode, tokenizer.eod) for part in PARTS}
+    assert sorted(text for part in PARTS for text in parts[part]) == sorted(text + "</s>" for text in files.values())
+    assert [len(parts[part]) for part in PARTS] == [7, 41, 12]  # written down from a first run: the same on every machine
+    assert fingerprint(data) == f"python-stdlib {platform.python_version()}: 62 files, {sum(map(len, files.values())) + 1 + 11} bytes"
+
+    tokenize(data, tokenizer, tmp_path / "two", 1)
+    tokenize(data, tokenizer, tmp_path / "three", 2)
+    one, two, three = ((tmp_path / name / "valid.bin").read_bytes() for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_real_stdlib_has_text():
+    name, rest = fingerprint(Data()).split(": ")
+    assert name == f"python-stdlib {platform.python_version()}"
+    assert int(rest.split()[0]) > 300
+
+
+def test_single_txt_is_cut_at_blank_lines(tmp_path, tokenizer, decode):
+    text = "".join(line + "\n" * (i % 5 == 4) for i, line in enumerate(LINES * 8))
+    (tmp_path / "book.txt").write_text(text)
+    data = Data(source=str(tmp_path / "book.txt"), valid_fraction=0.2)
+    tokenize(data, tokenizer, tmp_path / "data", 1)
+    pieces = [piece.removesuffix("</s>") for part in PARTS for piece in texts(tmp_path / "data" / part, decode, tokenizer.eod)]
+    assert len(pieces) > 30
+    assert sum(map(len, pieces)) == len(text)
+    assert sum(4000 <= len(piece) < 5000 and piece.endswith("\n\n") for piece in pieces) >= len(pieces) - 1
+
+
+def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, decode):
+    (tmp_path / "more/deep").mkdir(parents=True)
+    (tmp_path / "more/b.jsonl").write_text('{"text": "second", "id": 1}\n\n{"text": "third"}\n{"text": " "}\n')
+    (tmp_path / "more/a.txt").write_text("first")
+    (tmp_path / "more/deep/c.txt").write_text("fourth")
+    train = [str(tmp_path / "more"), f"{corpus}/train.bin"]
+    data = Data(calibration=[f"{corpus}/calibration"], train=train, valid=[f"{corpus}/valid.idx"])
+    counts = tokenize(data, tokenizer, tmp_path / "new", 1)
+
+    assert texts(tmp_path / "new/train", decode, tokenizer.eod) == ["first</s>", "second</s>", "third</s>", "fourth</s>"]
+    assert json.loads((tmp_path / "new/parts.json").read_text())["train"] == ["train", f"{corpus}/train"]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"train.bin", "train.idx", "parts.json"}
+    assert counts["train"] == len(stream(tmp_path / "new/train")) + len(stream(corpus / "train"))
+    before = fingerprint(data)
+    (tmp_path / "more/a.txt").write_text("First")
+    assert fingerprint(data) != before
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "message"),
+    [
+        ({}, "nowhere", r"data\.source: .*nowhere does not exist"),
+        ({}, [], r"data\.source is empty"),
+        ({"x.csv": "a"}, "x.csv", r"x\.csv is no \.txt or \.jsonl"),
+        ({"x.csv": "a"}, ".", "folder without .txt and .jsonl"),
+        ({"a.txt": "one"}, "a.txt", r"no text for .*source held 1 documents .*data\.valid_fraction \(0\.03\)"),
+        ({"a.txt": " \n"}, "a.txt", r"no text for calibration, train, valid: source held 0 documents"),
+        ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, "a.jsonl", r"a\.jsonl line 2 is no JSON object"),
+        ({"a.jsonl": '{"content": "x"}\n'}, "a.jsonl", r'a\.jsonl line 1 .*"text"'),
+        ({"a.jsonl": '["text"]\n'}, "a.jsonl", r"a\.jsonl line 1 is no"),
+        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", r"a\.jsonl line 1 is no"),
+        ({"a.txt": b"caf\xe9"}, "a.txt", r"a\.txt is not UTF-8"),
+        ({"a.bin": "", "a.idx": ""}, "a", r"a is Megatron data, .*data\.train"),
+    ],
+)
+def test_bad_sources(tmp_path, monkeypatch, tokenizer, files, source, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        tokenize(Data(source=source), tokenizer, tmp_path / "out", 1)
+
+
+def test_bad_parts_are_reported_together(tmp_path, corpus, tokenizer):
+    with pytest.raises(InputError, match=r"(?s)data\.calibration: gone .*data\.valid: lost "):
+        tokenize(Data(calibration=["gone"], train=[f"{corpus}/train"], valid=["lost"]), tokenizer, tmp_path / "out", 1)
+    (tmp_path / "blank.txt").write_text("\n")
+    with pytest.raises(InputError, match="no text for valid: its documents are blank"):
+        tokenize(Data(calibration=[f"{corpus}/valid"], train=[f"{corpus}/train"], valid=[str(tmp_path / "blank.txt")]), tokenizer, tmp_path / "out", 1)
+
+
+def test_bad_megatron_data(tmp_path, corpus, tokenizer):
+    data = Data(**{part: [f"{corpus}/{part}"] for part in PARTS})
+    small = Tokenizer(tokenizer.encode, 200, tokenizer.eod)
+    with pytest.raises(InputError, match=r"calibration holds token id \d+, the tokenizer has ids up to 199"):
+        tokenize(data, small, tmp_path / "out", 1)
+    size = (corpus / "train.bin").stat().st_size
+    (corpus / "train.bin").write_bytes((corpus / "train.bin").read_bytes()[:100])
+    with pytest.raises(InputError, match=rf"train\.bin has 100 bytes, its index tells of {size // 2} tokens"):
+        tokenize(data, tokenizer, tmp_path / "out", 1)
+
+
+def test_damaged_index(tmp_path, corpus, tokenizer):
+    (corpus / "train.idx").write_bytes(b"junk" * 10)
+    with pytest.raises(InputError, match=r"train\.bin and \.idx are no Megatron indexed dataset"):
+        tokenize(Data(**{part: [f"{corpus}/{part}"] for part in PARTS}), tokenizer, tmp_path / "out", 1)
+
+
+def test_samples_are_the_text_cut_up(corpus, tokenizer):
+    whole = windows(corpus / "train")
+    dataset = samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
+    found = rows(dataset)
+    assert Counter(found) == whole  # one epoch, each window once
+    item = dataset[0]
+    assert {key: item[key].dtype for key in item} == {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64}
+    assert all((dataset[i]["loss_mask"] == 1).all() for i in range(len(dataset)))  # pad is -1: no label is masked
+    assert item["position_ids"].tolist() == list(range(S))
+    assert rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found  # from the cached index
+    assert rows(samples(corpus, "train", S, 10, 2, tokenizer, repeat=True)) != found
+
+
+def test_samples_repeat_for_training_only(corpus, tokenizer):
+    whole = windows(corpus / "train")
+    assert len(samples(corpus, "train", S, 3 * len(whole), 1, tokenizer, repeat=True)) >= 3 * len(whole)
+    held = len(windows(corpus / "valid"))
+    assert set(rows(samples(corpus, "valid", S, held, 1, tokenizer, repeat=False))) == set(windows(corpus / "valid"))
+    with pytest.raises(
+        InputError, match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; lower evaluate\.num_samples to at most {held}"
+    ):
+        samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
+    with pytest.raises(InputError, match=r"(?s)train text is too short for one sample of 100000 .*train holds \d+ tokens"):
+        samples(corpus, "train", 100_000, 1, 1, tokenizer, repeat=True)
+
+
+def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
+    both = [f"{corpus}/train", f"{corpus}/valid"]
+    tokenize(Data(calibration=both, train=both, valid=both), tokenizer, tmp_path / "mix", 1)
+    large, small = windows(corpus / "train"), windows(corpus / "valid")
+    held = large.total() + small.total()
+    assert Counter(rows(samples(tmp_path / "mix", "valid", S, held, 1, tokenizer, repeat=False))) == large + small
+    dataset = samples(tmp_path / "mix", "train", S, held // 2, 1, tokenizer, repeat=True)
+    from_small = [row in small and row not in large for row in rows(dataset)]
+    common = sum((large & small).values())
+    assert len(from_small) <= held // 2 + 2
+    assert small.total() // 2 - common <= sum(from_small) <= small.total() // 2 + 1
+    assert len(samples(tmp_path / "mix", "train", S, 3 * held, 1, tokenizer, repeat=True)) >= 3 * held
+    with pytest.raises(InputError, match=rf"holds {held} samples"):
+        samples(tmp_path / "mix", "valid", S, held + 1, 1, tokenizer, repeat=False)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, micro_batch_size):
+    dataset = samples(corpus, "train", S, 24, 1, tokenizer, repeat=True)
+    sizes = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
+    for step in (0, 2):
+        ranks = [micro_batches(dataset, step, dp_rank=rank, **sizes) for rank in range(dp_size)]
+        in_order = [batch for m in zip(*ranks) for batch in m]
+        for key, dtype in (("tokens", torch.int64), ("labels", torch.int64), ("position_ids", torch.int64), ("loss_mask", torch.float32)):
+            assert all(batch[key].shape == (micro_batch_size, S) and batch[key].dtype == dtype for batch in in_order)
+            assert torch.equal(torch.cat([batch[key] for batch in in_order]), torch.stack([dataset[i][key] for i in range(8 * step, 8 * step + 8)]))
+
+
+def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
+    dataset = samples(corpus, "valid", S, 5, 1, tokenizer, repeat=False)
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "dp_size": 2, "limit": 5}
+    masks = [torch.cat([b["loss_mask"] for b in micro_batches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist() for rank in range(2)]
+    assert masks == [[S, 0], [0, 0]]
+
+
+def test_batch_sizes_that_do_not_divide():
+    with pytest.raises(InputError, match=r"global batch size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8"):
+        micro_batches([], 0, global_batch_size=10, micro_batch_size=2, dp_rank=0, dp_size=2)
+    with pytest.raises(InputError, match="nearest 4"):
+        micro_batches([], 0, global_batch_size=1, micro_batch_size=2, dp_rank=0, dp_size=2)
