@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from minitron_mp import artifact
 from minitron_mp.artifact import Manifest
@@ -45,6 +46,12 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is no checkpoint of this model: {error}; run its stage again") from error
 
 
+def dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Checkpoint key -> dtype, of every tensor in a checkpoint; reads the metadata only, any process may."""
+    metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: entry.properties.dtype for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
 def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callable[[Path], None] | None = None) -> None:
     """Write a sharded state as the artefact `folder`; reached by all ranks, replaces an old one only when whole.
 
@@ -77,7 +84,11 @@ def _check_room(state: dict[str, Any], folder: Path) -> None:
     near = next(p for p in folder.absolute().parents if p.exists())
     free = shutil.disk_usage(near).free
     short = needed.item() * FREE_SPACE_MARGIN > free
-    everyone(InputError(f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {near} has {free / 1e9:.2f} GB free; make room or set another output") if short else None)
+    everyone(
+        InputError(f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {near} has {free / 1e9:.2f} GB free; make room or set another output")
+        if short
+        else None
+    )
 
 
 def _tensors(state: Any) -> list[torch.Tensor]:

@@ -204,7 +204,8 @@ class Recipe(Section):
         if self.data.sequence_length % parts:
             near = max(1, round(self.data.sequence_length / parts)) * parts
             raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} must be a multiple of {parts} (2 cp x tp under context and sequence parallelism); nearest {near}"
+                f"data.sequence_length {self.data.sequence_length} must be a multiple of {parts} "
+                f"(2 cp x tp under context and sequence parallelism); nearest {near}"
             )
         return self
 

@@ -123,6 +123,8 @@ def seed_all(seed: int) -> None:
 
 def everyone(ok: Exception | None) -> None:
     """Raise on every rank when any rank has failed, so that nobody waits in the next collective; reached by all ranks."""
+    if dist.get_world_size() == 1 and ok is None:
+        return
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if ok is None else f"rank {dist.get_rank()}: {ok}")
     if ok is not None:

@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, InputError
+from minitron_mp.config import Distill, InputError, refuse
 from minitron_mp.losses import distillation_loss
 from minitron_mp.model import logits, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
@@ -83,7 +83,7 @@ def train(
         loss.sums.zero_()
         run(models, with_signals(teacher, batches_of(step)), world, loss, train=True)
         scheduler.step(increment=1)
-        finite, grad_norm, _ = optimizer.step()
+        _, grad_norm, _ = optimizer.step()
         sums.append(loss.sums.clone())
         pending.append((step, optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)))
         if (step + 1) % settings.log_interval == 0 or step + 1 == last:
@@ -184,23 +184,21 @@ def _log(pending: list, sums: list[torch.Tensor], settings: Distill, world: Worl
         each = seconds / len(pending)
         metrics = StepMetrics(step + 1, loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each)
         if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
-            raise InputError(f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower distill.lr, raise warmup_steps or set precision: fp32")
+            raise InputError(
+                f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower distill.lr, raise warmup_steps or set precision: fp32"
+            )
         if world.is_main:
             on_step(metrics)
     pending.clear()
     sums.clear()
 
 
-def _state(models: list[Any], optimizer: Any, world: World, step: int) -> dict[str, Any]:
-    model = checkpoint.model_state([m.module for m in models], world)
-    return {**model, **optimizer_state(optimizer, model), "step": step}
-
-
 def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, step: int, settings: Distill, world: World) -> None:
     if settings.overlap:
         for model in models:
             model.disable_forward_pre_hook(param_sync=True)
-    checkpoint.save(_state(models, optimizer, world, step), folder / f"step_{step:08d}", manifest)
+    model = checkpoint.model_state([m.module for m in models], world)
+    checkpoint.save({**model, **optimizer_state(optimizer, model)}, _step_folder(folder, step), manifest)
     if settings.overlap:
         for model in models:
             model.enable_forward_pre_hook()
@@ -209,29 +207,34 @@ def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, s
             shutil.rmtree(old)
 
 
-def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, world: World) -> int:
-    """Load the newest whole checkpoint of this run; the number of steps done."""
-    newest = from_main(_newest(folder, manifest) if world.is_main else None)
-    if newest is None:
-        return 0
-    model = checkpoint.model_state([m.module for m in models], world)
-    state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model), "step": 0}, newest)
-    for i, chunk in enumerate(models):
-        chunk.module.load_state_dict(state[f"model{i}"], strict=False)
-    load_optimizer_state(optimizer, state, step=state["step"])
-    return int(state["step"])
+def resume_step(folder: Path, manifest: Manifest) -> int:
+    """Steps done in the newest whole checkpoint, 0 without one.
 
-
-def _newest(folder: Path, manifest: Manifest) -> Path | None:
-    """InputError when the checkpoints there are another run's, naming the field that differs."""
+    InputError when the checkpoints there are another run's, naming the field that differs.
+    """
     whole = [path for path in sorted(folder.glob("step_*")) if artifact.find(path)]
     if not whole:
-        return None
-    found = artifact.find(whole[-1])
-    if found.fingerprint != manifest.fingerprint:
-        fields = "\n".join(f"  - {row}" for row in found.differences(manifest))
-        raise InputError(f"{folder} holds checkpoints of another run:\n{fields}\nmove or delete it, or go back to those settings")
-    return whole[-1]
+        return 0
+    found = artifact.require(whole[-1], manifest.stage)
+    fields = found.differences(manifest)
+    refuse(f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:", fields)
+    return int(whole[-1].name.removeprefix("step_"))
+
+
+def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, world: World) -> int:
+    """Load the newest whole checkpoint of this run; the number of steps done."""
+    step = from_main(resume_step(folder, manifest) if world.is_main else None)
+    if step:
+        model = checkpoint.model_state([m.module for m in models], world)
+        state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model)}, _step_folder(folder, step))
+        for i, chunk in enumerate(models):
+            chunk.module.load_state_dict(state[f"model{i}"], strict=False)
+        load_optimizer_state(optimizer, state, step=step)
+    return step
+
+
+def _step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
 
 
 def _settle(models: list[Any], settings: Distill) -> None:

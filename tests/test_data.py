@@ -1,4 +1,5 @@
 import json
+import os
 import platform
 import sysconfig
 from collections import Counter
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from minitron_mp.config import Data, InputError
-from minitron_mp.data import PARTS, Tokenizer, check_vocabulary, fingerprint, load_tokenizer, micro_batches, samples, tokenize
+from minitron_mp.data import Tokenizer, check_vocabulary, load_tokenizer, micro_batches, samples
+from minitron_mp.text import PARTS, fingerprint, tokenize
 
 LINES = [f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)]
 S = 16
@@ -244,8 +246,25 @@ def test_samples_are_the_text_cut_up(corpus, tokenizer):
     assert {key: item[key].dtype for key in item} == {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64}
     assert all((dataset[i]["loss_mask"] == 1).all() for i in range(len(dataset)))  # pad is -1: no label is masked
     assert item["position_ids"].tolist() == list(range(S))
-    assert rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found  # from the cached index
+    assert rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found
     assert rows(samples(corpus, "train", S, 10, 2, tokenizer, repeat=True)) != found
+
+
+def test_half_an_index_is_made_again(corpus, tokenizer):
+    """What a kill during numpy.save leaves: Megatron takes any file of that name for a whole one."""
+    found = rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True))
+    files = list((corpus / "index").rglob("*.npy"))
+    assert len(files) == 3
+    for file in files:
+        os.truncate(file, file.stat().st_size // 2)
+    assert rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found
+
+
+def test_open_dataset_outlives_a_new_one_of_its_part(corpus, tokenizer):
+    first = samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
+    found = rows(first)
+    samples(corpus, "train", S, 20, 2, tokenizer, repeat=True)
+    assert rows(first) == found
 
 
 def test_samples_repeat_for_training_only(corpus, tokenizer):

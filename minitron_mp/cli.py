@@ -1,0 +1,110 @@
+"""The command line: one command a stage, and compress for all. Parsing imports neither torch nor megatron."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minitron_mp.config import InputError, Recipe, load_recipe
+from minitron_mp.console import console, say, speaks, table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Compress large language models by the Minitron method.")
+
+RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing")]
+World = Annotated[int | None, typer.Option("--world", help="ranks to plan for in a dry run; default: one copy of the model")]
+Force = Annotated[bool, typer.Option("--force", help="run the stage although its artefact is up to date")]
+
+HELP = {
+    "import": "Hugging Face folder -> sharded checkpoint.",
+    "data": "Text -> tokens: calibration, training and held-out parts.",
+    "score": "Importance of every layer, neuron, head and channel, by forward passes.",
+    "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
+    "prune": "Teacher and plan -> student checkpoint.",
+    "distill": "Train the student on the teacher's distribution.",
+    "evaluate": "Held-out loss, perplexity and KL of teacher, pruned and distilled student.",
+    "export": "Student -> Hugging Face folder.",
+}
+
+
+def _add(name: str) -> None:
+    @app.command(name, help=HELP[name])
+    def command(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None, force: Force = False) -> None:
+        resolved = load_recipe(recipe, overrides or [])
+        if dry_run:
+            _dry_run(resolved, world)
+            return
+        from minitron_mp.pipeline import run_stage
+
+        run_stage(name, resolved, force=force)
+
+
+for _name in HELP:
+    _add(_name)
+
+
+@app.command()
+def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None) -> None:
+    """All stages in order; what is done is skipped, so the same command goes on after a stop."""
+    resolved = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _dry_run(resolved, world)
+        return
+    from minitron_mp.pipeline import compress as run
+
+    run(resolved)
+
+
+@app.command()
+def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write report.md again from the artefacts."""
+    resolved = load_recipe(recipe, overrides or [])
+    from minitron_mp.pipeline import Project
+    from minitron_mp.report import write_report
+
+    project = Project(resolved)
+    project.require_inputs("export")
+    project.require_inputs("evaluate")
+    write_report(project)
+
+
+def _dry_run(recipe: Recipe, world: int | None) -> None:
+    """Everything that is known before anything runs; InputError when the recipe cannot run."""
+    from omegaconf import OmegaConf
+
+    from minitron_mp import cost, hf
+    from minitron_mp.pipeline import STAGES, Project
+    from minitron_mp.plan import resolve_target
+
+    project = Project(recipe)
+    project.check()
+    ranks = world or recipe.parallel.model_ranks
+    if ranks % recipe.parallel.model_ranks:
+        raise InputError(f"--world {ranks} is no multiple of tp x pp x cp = {recipe.parallel.model_ranks}")
+    teacher = hf.read_arch(Path(recipe.model))
+    student = resolve_target(teacher, recipe.target, recipe.parallel.tp)
+    say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
+    table("layout and memory", ("what", "value"), cost.rows(teacher, student, recipe, ranks))
+    states = {None: "done", True: "to do", False: "again"}
+    rows = []
+    for name in STAGES:
+        why = project.why_not_done(name)
+        rows.append((name, str(project.paths[name]), states[None if why is None else not why], "; ".join(why or [])))
+    table("stages", ("stage", "artefact", "state", "differs"), rows)
+
+
+def main() -> Any:
+    """Console entry: an InputError is printed without a traceback, exit code 2."""
+    warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, on each rank
+    try:
+        app()
+    except InputError as error:
+        if speaks():
+            console.print("[bold red]error:[/] ", end="")
+            console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)

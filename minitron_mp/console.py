@@ -1,0 +1,78 @@
+"""What a person sees: tables, a progress bar on a terminal, plain lines in a log file. Rank 0 speaks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+LINE_INTERVAL_S = 10.0
+
+
+def speaks() -> bool:
+    """Whether this process prints: rank 0 of torchrun, or the only one. Needs no torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if speaks():
+        console.print(text, soft_wrap=True, markup=False)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, first column left, the others right."""
+    if not speaks():
+        return
+    grid = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        grid.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+class Tracker:
+    """Progress of one long piece of work, with speed and time left: a bar on a terminal, a line every 10 s elsewhere.
+
+    A context manager; on ranks that do not speak it does nothing.
+    """
+
+    def __init__(self, title: str, total: int, unit: str):
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
+        self.bar: Any = None
+
+    def __enter__(self) -> Tracker:
+        self.start = self.last = time.monotonic()
+        if speaks() and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Progress(*columns, *times, console=console)
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, unit=self.unit, note="")
+        return self
+
+    def advance(self, count: int, note: str = "") -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(self.task, advance=count, note=note)
+        elif speaks() and (time.monotonic() - self.last > LINE_INTERVAL_S or self.done >= self.total):
+            self.last = time.monotonic()
+            seconds = self.last - self.start
+            left = seconds / self.done * max(0, self.total - self.done)
+            speed = f"{self.done / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
+            console.print(f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(left)} left  {note}", soft_wrap=True, markup=False)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,221 @@
+"""The stages in order: which artefact each needs, which settings change it, and whether it has to run again.
+
+An artefact is the recipe's own when its manifest is the one that the recipe asks for; then its stage is done. compress() runs what
+is not done. A single stage refuses inputs that are missing or made from something else, naming the field.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_mp import artifact, hf, text
+from minitron_mp.arch import layout_problems
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import InputError, Recipe, refuse, save_recipe
+from minitron_mp.console import say, table
+from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target
+
+
+@dataclass(frozen=True)
+class Stage:
+    """artifact: name below recipe.output. inputs: stages that come before. settings: what of the recipe changes the result."""
+
+    artifact: str
+    inputs: tuple[str, ...]
+    settings: Callable[[Recipe], dict[str, Any]]
+    sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
+    """Fingerprints of files of the user that the stage reads."""
+
+
+def _run_settings(recipe: Recipe) -> dict[str, Any]:
+    return {"precision": recipe.precision, "seed": recipe.seed, "sequence_length": recipe.data.sequence_length}
+
+
+def _target(recipe: Recipe) -> dict[str, Any]:
+    # Sizes that are searched for depend on what tp has to divide; given ones are only checked against it.
+    searched = recipe.target.keep is not None or recipe.target.max_parameters is not None
+    return {**recipe.target.model_dump(), **({"tp": recipe.parallel.tp} if searched else {})}
+
+
+def _distill(recipe: Recipe) -> dict[str, Any]:
+    how = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints"}
+    return {**recipe.distill.model_dump(exclude=how), **_run_settings(recipe)}
+
+
+def _model_files(recipe: Recipe) -> dict[str, str]:
+    folder = Path(recipe.model)
+    hf.read_arch(folder)  # a folder that is no model gets its own error
+    return {"model": artifact.fingerprint_files([*hf.assets(folder), *folder.glob("*.safetensors")])}
+
+
+def _text_files(recipe: Recipe) -> dict[str, str]:
+    tokenizer = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
+    own = {} if tokenizer is None else {"tokenizer": artifact.fingerprint_files([tokenizer] if tokenizer.is_file() else hf.assets(tokenizer))}
+    return {"text": text.fingerprint(recipe.data), **own}
+
+
+STAGES: dict[str, Stage] = {
+    "import": Stage("teacher", (), lambda recipe: {}, _model_files),
+    "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(exclude={"sequence_length", "tokenizer"}), "seed": recipe.seed}, _text_files),
+    "score": Stage(
+        "importance.safetensors", ("import", "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}
+    ),
+    "plan": Stage("plan.json", ("score",), _target),
+    "prune": Stage("student", ("import", "plan"), lambda recipe: {}),
+    "distill": Stage("student_distilled", ("import", "data", "prune"), _distill),
+    "evaluate": Stage("evaluation.json", ("import", "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
+    "export": Stage("student_hf", ("import", "distill"), lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision}),
+}
+
+
+class Project:
+    """A recipe and its artefacts. Reads files; needs neither a GPU nor torchrun."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.paths = {name: recipe.root / stage.artifact for name, stage in STAGES.items()}
+        self._manifests: dict[str, Manifest] = {}
+
+    def manifest(self, name: str) -> Manifest:
+        """What the stage's artefact must say to be this recipe's."""
+        if name not in self._manifests:
+            stage = STAGES[name]
+            inputs = {other: self.manifest(other).fingerprint for other in stage.inputs} | stage.sources(self.recipe)
+            self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs)
+        return self._manifests[name]
+
+    def why_not_done(self, name: str) -> list[str] | None:
+        """None when the artefact is whole and this recipe's; otherwise what differs ([] when it is not there)."""
+        found = artifact.find(self.paths[name])
+        return [] if found is None else (found.differences(self.manifest(name)) or None)
+
+    def require_inputs(self, name: str) -> None:
+        """InputError unless every artefact that the stage reads, and what those were made from, is this recipe's."""
+        for other in self.before(name):
+            artifact.require(self.paths[other], other, self.manifest(other))
+
+    def before(self, name: str) -> list[str]:
+        """All stages that a stage builds on, in order."""
+        needed = set(STAGES[name].inputs)
+        for other in reversed(STAGES):
+            needed |= set(STAGES[other].inputs) if other in needed else set()
+        return [other for other in STAGES if other in needed]
+
+    def check(self) -> None:
+        """InputError with everything about the recipe that would stop a later stage; runs in a second, before any work."""
+        arch = hf.read_arch(Path(self.recipe.model))
+        hf.check_weights(Path(self.recipe.model), arch)
+        problems = layout_problems(arch, self.recipe.parallel.tp)
+        p, d = self.recipe.parallel, self.recipe.distill
+        if d.global_batch_size % d.micro_batch_size:
+            problems.append(f"distill.global_batch_size {d.global_batch_size} is no multiple of micro_batch_size {d.micro_batch_size}")
+        try:
+            student = resolve_target(arch, self.recipe.target, p.tp)
+            exportable(student, self.recipe.export.family)
+            stages = p.pp * (p.vpp or 1)
+            if stages > student.num_layers:
+                problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {student.num_layers} layers")
+        except InputError as error:
+            problems.append(str(error))
+        refuse("this recipe cannot run:", problems)
+
+
+def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
+    """Run one stage (a key of STAGES) on all ranks of the job; the path of its artefact.
+
+    Done already: nothing happens, unless force. Under torchrun every rank calls it.
+    """
+    project = Project(recipe)
+    with _world_for(name, recipe) as world:
+        _run(name, project, world, force=force)
+    return project.paths[name]
+
+
+def compress(recipe: Recipe) -> Path:
+    """All stages from a Hugging Face teacher to a Hugging Face student and report.md; skips what is done. Reached by all ranks."""
+    from minitron_mp.report import write_report
+
+    project = Project(recipe)
+    project.check()
+    with _world_for("distill", recipe) as world:
+        if world.is_main:
+            recipe.root.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, recipe.root / "recipe.yaml")
+        for name in STAGES:
+            _run(name, project, world, force=False)
+        if world.is_main:
+            write_report(project)
+    return project.paths["export"]
+
+
+def plan(project: Project) -> PrunePlan:
+    """Importance -> plan.json. Numpy only: runs on a laptop."""
+    teacher = artifact.require(project.paths["score"], "score").arch
+    assert teacher is not None
+    result = make_plan(Importance.load(project.paths["score"]), teacher, project.recipe.target, project.recipe.parallel.tp)
+    result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
+    table("plan", ("size", "teacher", "student", "kept"), result.summary())
+    for note in result.notes:
+        say(f"note: {note}")
+    return result
+
+
+def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
+    """One stage on all ranks. Rank 0 decides, from the files that it sees; the others follow."""
+    differences = _agree(world, lambda: _decide(name, project, force))
+    if differences is None:
+        say(f"{name}: done, {project.paths[name]}")
+        return
+    for row in differences:
+        say(f"{name}: again, for {row}")
+    start = time.monotonic()
+    if name == "plan":
+        _agree(world, lambda: plan(project))
+    else:
+        from minitron_mp import stages
+
+        manifest = _agree(world, lambda: project.manifest(name))
+        stages.RUN[name](stages.Job(project.recipe, world, project.paths, manifest))
+    say(f"{name}: {project.paths[name]} in {time.monotonic() - start:.1f} s")
+
+
+def _decide(name: str, project: Project, force: bool) -> list[str] | None:
+    """None when there is nothing to do; otherwise why (the differences from what lies there). InputError on wrong inputs."""
+    differences = project.why_not_done(name)
+    if differences is None and not force:
+        return None
+    project.require_inputs(name)
+    return differences or []
+
+
+def _agree(world: Any, decide: Callable[[], Any]) -> Any:
+    """Rank 0's answer on every rank; an InputError there ends all of them."""
+    if world is None:
+        return decide()
+    from minitron_mp.parallel import everyone, from_main
+
+    answer, failure = None, None
+    if world.is_main:
+        try:
+            answer = decide()
+        except InputError as error:
+            failure = error
+    everyone(failure)
+    return from_main(answer)
+
+
+@contextmanager
+def _world_for(name: str, recipe: Recipe) -> Iterator[Any]:
+    """The job's ranks in this recipe's layout; None for the plan, which needs no torch.distributed."""
+    if name == "plan":
+        yield None
+        return
+    from minitron_mp.parallel import world
+
+    with world(recipe.parallel, seed=recipe.seed) as w:
+        yield w

@@ -1,0 +1,102 @@
+"""report.md: what was cut, what it cost, and how good the student is."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from minitron_mp import artifact
+from minitron_mp.console import say, table
+from minitron_mp.plan import Importance, PrunePlan
+
+LIBRARIES = ("minitron-mp", "torch", "megatron-core", "transformers", "numpy")
+
+
+def write_report(project: Any) -> None:
+    """Read a finished project's artefacts and write report.md beside them; one process."""
+    recipe, root = project.recipe, project.recipe.root
+    plan = PrunePlan.load(project.paths["plan"])
+    quality = quality_rows(project)
+    metrics = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    table("result", QUALITY_HEADER, quality)
+    parts = [
+        f"# {recipe.model} compressed to {plan.student.num_parameters() / plan.teacher.num_parameters():.1%}",
+        "## Result",
+        f"On {_evaluation(project)['pruned']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token.",
+        markdown(QUALITY_HEADER, quality),
+        "## What was cut",
+        markdown(("size", "teacher", "student", "kept"), plan.summary()),
+        *_cuts(plan, Importance.load(project.paths["score"])),
+        "## Distillation",
+        *_training(metrics),
+        "## Files",
+        markdown(("what", "where"), [(name, f"`{path.relative_to(root)}`") for name, path in project.paths.items()]),
+        "## How it was made",
+        "`minitron-mp compress recipe.yaml` with the recipe in `recipe.yaml`, on",
+        markdown(("software", "version"), [("Python", platform.python_version()), *((name, _version(name)) for name in LIBRARIES)]),
+    ]
+    artifact.write_text(root / "report.md", "\n\n".join(parts) + "\n")
+    say(f"report: {root / 'report.md'}")
+
+
+QUALITY_HEADER = ("model", "parameters", "of teacher", "held-out loss", "perplexity", "KL to teacher")
+
+
+def quality_rows(project: Any) -> list[tuple[str, ...]]:
+    """One row a model: teacher, pruned, distilled."""
+    plan, evaluation = PrunePlan.load(project.paths["plan"]), _evaluation(project)
+    rows = []
+    for name, arch in (("teacher", plan.teacher), ("pruned", plan.student), ("distilled", plan.student)):
+        q, count = evaluation[name], arch.num_parameters()
+        kl = "" if q["kl"] is None else f"{q['kl']:.4f}"
+        rows.append((name, f"{count:,}", f"{count / plan.teacher.num_parameters():.1%}", f"{q['loss']:.4f}", f"{q['perplexity']:.2f}", kl))
+    return rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _evaluation(project: Any) -> dict[str, Any]:
+    return json.loads(project.paths["evaluate"].read_text())
+
+
+def _cuts(plan: PrunePlan, importance: Importance) -> list[str]:
+    """Sentences on kept layers, and on the share of the importance that the kept channels hold."""
+    dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
+    lines = [f"Layers dropped (from 0): {', '.join(map(str, dropped)) or 'none'}."]
+    hidden = importance.hidden[plan.hidden].sum() / importance.hidden.sum()
+    ffn = np.array([importance.ffn[layer][keep].sum() / importance.ffn[layer].sum() for layer, keep in zip(plan.layers, plan.ffn)])
+    heads = np.array([importance.heads[layer][keep].sum() / importance.heads[layer].sum() for layer, keep in zip(plan.layers, plan.heads)])
+    lines.append(
+        f"Share of the importance score that stays: hidden {hidden:.1%}; ffn {ffn.mean():.1%} "
+        f"(layers from {ffn.min():.1%} to {ffn.max():.1%}); heads {heads.mean():.1%}."
+    )
+    return lines + [f"Note: {note}." for note in plan.notes]
+
+
+def _training(metrics: list[dict[str, Any]]) -> list[str]:
+    if not metrics:
+        return ["No steps were logged."]
+    tokens, seconds = sum(m["num_tokens"] for m in metrics), sum(m["step_time_s"] for m in metrics)
+    picked = [metrics[i] for i in sorted({round(x) for x in np.linspace(0, len(metrics) - 1, 11)})]
+    rows = [(str(m["step"]), f"{m['loss']:.4f}", f"{m['kl']:.4f}", f"{m['lr']:.2e}", f"{m['grad_norm']:.2f}") for m in picked]
+    return [
+        f"{len(metrics)} steps, {tokens:,} tokens, {seconds / 60:.1f} minutes, {tokens / seconds:,.0f} tokens/s over all ranks. "
+        "The full curve: `metrics.jsonl`, `tensorboard/`.",
+        markdown(("step", "loss", "KL", "learning rate", "gradient norm"), rows),
+    ]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except Exception:
+        return "not installed as a package"

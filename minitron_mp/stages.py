@@ -1,0 +1,315 @@
+"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
+
+Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from minitron_mp import artifact, checkpoint, data, hf, importance, slicing, text
+from minitron_mp.arch import AXES, Arch
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import InputError, Recipe
+from minitron_mp.console import Tracker, say
+from minitron_mp.evaluate import compare
+from minitron_mp.model import DTYPES, build_model
+from minitron_mp.parallel import World, everyone, from_main
+from minitron_mp.plan import PrunePlan, exportable
+from minitron_mp.schedule import Batch, run
+from minitron_mp.teacher import ColocatedTeacher
+from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
+
+ASSETS = "assets"
+"""Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
+READ_BYTES = 2e9
+"""Tensors that export holds at a time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written."""
+
+    recipe: Recipe
+    world: World
+    paths: dict[str, Path]
+    manifest: Manifest
+
+    @property
+    def output(self) -> Path:
+        return self.paths[self.manifest.stage]
+
+    def arch(self, stage: str) -> Arch:
+        """Architecture of the model that a stage left."""
+        arch = artifact.require(self.paths[stage], stage).arch
+        assert arch is not None
+        return arch
+
+    def tokenizer(self) -> data.Tokenizer:
+        return data.load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
+
+    def build(self, stage: str) -> list[Any]:
+        """The model that a stage left, loaded, in this recipe's layout and precision."""
+        chunks = build_model(self.arch(stage), self.world, precision=self.recipe.precision, sequence_length=self.recipe.data.sequence_length)
+        checkpoint.load_model(chunks, self.paths[stage], self.world)
+        return chunks
+
+    def teacher(self) -> ColocatedTeacher:
+        options = {"precision": self.recipe.precision, "sequence_length": self.recipe.data.sequence_length}
+        return ColocatedTeacher(self.arch("import"), self.paths["import"], self.world, **options)
+
+
+def import_model(job: Job) -> None:
+    """Hugging Face folder -> sharded checkpoint, in the folder's dtype. Each rank converts every world-size-th layer."""
+    source = Path(job.recipe.model)
+    arch = hf.read_arch(source)
+    weights, mine = hf.Weights(source, arch), {}
+    keys = [(key, layer) for key, layer in hf.canonical_keys(arch) if (layer or 0) % dist.get_world_size() == dist.get_rank()]
+    failure: Exception | None = None
+    try:
+        with Tracker("import", len(keys), "tensors") as tracker:
+            for key, layer in keys:
+                mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
+                tracker.advance(1)
+    except InputError as error:
+        failure = error
+    everyone(failure)
+
+    def copy_assets(folder: Path) -> None:
+        (folder / ASSETS).mkdir()
+        for path in hf.assets(source):
+            shutil.copy(path, folder / ASSETS)
+
+    checkpoint.save(mine, job.output, job.manifest.model_copy(update={"arch": arch}), copy_assets)
+
+
+def tokenize(job: Job) -> None:
+    """Text -> three Megatron indexed datasets; rank 0 works, the others wait."""
+    failure: Exception | None = None
+    if job.world.is_main:
+        try:
+            tokenizer = job.tokenizer()
+            data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
+            done = [0]
+
+            def progress(documents: int) -> None:
+                if documents - done[0] >= 250:
+                    done[0] = documents
+                    say(f"data: {documents} documents")
+
+            with artifact.writing(job.output, job.manifest) as folder:
+                tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
+            say("data: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+        except (InputError, OSError) as error:
+            failure = error
+    everyone(failure)
+
+
+def score(job: Job) -> None:
+    """Importance of all axes in one forward pass over the calibration text."""
+    settings, sequence_length = job.recipe.score, job.recipe.data.sequence_length
+    arch, chunks = job.arch("import"), job.build("import")
+    _, groups = _groups(job, "calibration", settings.num_samples, settings.micro_batch_size, exact=True)
+    for chunk in chunks:
+        chunk.eval()
+
+    def forward() -> None:
+        with Tracker("score", settings.num_samples, "samples") as tracker:
+            for batches in groups:
+                run(chunks, batches, job.world, None)
+                tracker.advance(len(batches) * settings.micro_batch_size * job.world.groups.dp.size())
+
+    result = importance.score(chunks, arch, settings, job.world, sequence_length, forward)
+    if job.world.is_main:
+        result.save(job.output, job.manifest.model_copy(update={"arch": arch}))
+    dist.barrier()
+
+
+def prune(job: Job) -> None:
+    """Slice the teacher by the plan and write the student."""
+    plan = PrunePlan.load(job.paths["plan"])
+    chunks = job.build("import")
+    if plan.teacher != job.arch("import"):
+        raise InputError(f"{job.paths['plan']} was made for another architecture than {job.paths['import']}; run `minitron-mp plan` again")
+    state = slicing.prune(chunks, plan, job.world)
+    checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": plan.student}), _assets_from(job.paths["import"]))
+
+
+def distill(job: Job) -> None:
+    """Train the student on the teacher's distribution; metrics.jsonl and TensorBoard beside the artefact."""
+    recipe, settings, world = job.recipe, job.recipe.distill, job.world
+    arch = job.arch("prune")
+    train_set = data.samples(
+        job.paths["data"], "train", recipe.data.sequence_length, settings.steps * settings.global_batch_size, recipe.seed, job.tokenizer(), repeat=True
+    )
+    sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
+    place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
+    data.micro_batches(train_set, 0, **sizes, **place)  # refuse sizes that do not divide before any model is built
+
+    def batches_of(step: int) -> Sequence[Batch]:
+        return data.micro_batches(train_set, step, **sizes, **place)
+
+    options = {"precision": recipe.precision, "sequence_length": recipe.data.sequence_length}
+    student = build_model(arch, world, training=settings, **options)
+    checkpoint.load_model(student, job.paths["prune"], world)
+    checkpoints = recipe.root / "checkpoints"
+    first = from_main(resume_step(checkpoints, job.manifest) if world.is_main else None)
+    if first:
+        say(f"distill: going on from step {first}")
+    with Tracker("distill", settings.steps, "steps") as tracker, _Log(recipe.root, first, world) as log:
+        tracker.done = first
+
+        def on_step(metrics: StepMetrics) -> None:
+            log(metrics)
+            tracker.advance(1, f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}  {metrics.tokens_per_s:,.0f} tokens/s")
+
+        train(
+            student,
+            job.teacher(),
+            batches_of,
+            settings,
+            world,
+            vocab_size=arch.vocab_size,
+            seed=recipe.seed,
+            checkpoints=checkpoints,
+            manifest=job.manifest,
+            on_step=on_step,
+        )
+    state = checkpoint.model_state(student, world)
+    checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), _assets_from(job.paths["import"]))
+    if world.is_main:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    dist.barrier()
+
+
+def evaluate(job: Job) -> None:
+    """Held-out loss, perplexity and KL of teacher, pruned and distilled student, in one pass over the text."""
+    settings = job.recipe.evaluate
+    teacher = job.teacher()
+    models = {"pruned": job.build("prune"), "distilled": job.build("distill")}
+    count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
+    with Tracker("evaluate", count, "batches") as tracker:
+        quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
+    if job.world.is_main:
+        content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}}
+        artifact.write_text(job.output, json.dumps(content, indent=1))
+    dist.barrier()
+
+
+def export(job: Job) -> None:
+    """Sharded checkpoint -> Hugging Face folder that transformers loads."""
+    arch = job.arch("distill")
+    settings = job.recipe.export
+    as_written = exportable(arch, settings.family)
+    dtype = DTYPES[settings.dtype or job.recipe.precision]
+    tensors = read_tensors(job.paths["distill"], arch, job.world)
+    failure: Exception | None = None
+    try:
+        if job.world.is_main:
+            with artifact.writing(job.output, job.manifest.model_copy(update={"arch": as_written})) as folder:
+                hf.write_folder(folder, job.paths["import"] / ASSETS, as_written, dtype, tensors)
+    except OSError as error:
+        failure = InputError(f"{job.output} cannot be written: {error}")
+    for _ in tensors:  # reading is collective: the other ranks, and rank 0 after a failure, walk it to the end
+        pass
+    everyone(failure)
+
+
+def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """(key, layer, canonical tensor on the CPU in the checkpoint's dtype) on rank 0, nothing elsewhere; reached by all ranks."""
+    keys, shapes, dtypes = list(hf.canonical_keys(arch)), arch.shapes(), checkpoint.dtypes(folder)
+    while keys:
+        part: dict[str, tuple[str, int | None]] = {}
+        state, num_bytes = {}, 0
+        while keys and num_bytes < READ_BYTES:
+            key, layer = keys.pop(0)
+            empty = torch.empty(shapes[key][layer is not None :], dtype=dtypes[key])
+            num_bytes += empty.nbytes
+            part[f"{key}/{layer}"] = (key, layer)
+            if world.is_main:
+                state[f"{key}/{layer}"] = _sharded(key, layer, empty, arch)
+        loaded = checkpoint.load(state, folder)
+        if world.is_main:
+            for name, (key, layer) in part.items():
+                yield key, layer, loaded[name]
+
+
+def _sharded(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
+    """A canonical tensor as the whole of its key, or as one layer of it."""
+    if AXES[key][0] != "layer":
+        return ShardedTensor.from_rank_offsets(key, tensor)
+    return ShardedTensor.from_rank_offsets(key, tensor, (0, layer, arch.num_layers), prepend_axis_num=1)
+
+
+def _groups(job: Job, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
+    """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
+
+    exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
+    """
+    world, recipe = job.world, job.recipe
+    dp, pp = world.groups.dp.size(), world.parallel.pp
+    unit = micro_batch_size * dp * (pp if world.parallel.vpp else 1)
+    if exact and num_samples % unit:
+        near = max(1, round(num_samples / unit)) * unit
+        raise InputError(
+            f"score.num_samples {num_samples} must be a multiple of {unit} (micro_batch_size x data parallel size, x pp under vpp); nearest {near}"
+        )
+    units = -(-num_samples // unit)
+    size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
+    samples = data.samples(job.paths["data"], part, recipe.data.sequence_length, num_samples, recipe.seed, job.tokenizer(), repeat=False)
+    sizes = {"global_batch_size": size, "micro_batch_size": micro_batch_size, "dp_rank": world.groups.dp.rank(), "dp_size": dp, "limit": num_samples}
+    count = -(-num_samples // size)
+    return count, (data.micro_batches(samples, i, **sizes) for i in range(count))
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard scalars, on rank 0; takes back what was logged after the step that a run resumes from."""
+
+    def __init__(self, root: Path, first: int, world: World):
+        self.path, self.first, self.enabled = root / "metrics.jsonl", first, world.is_main
+
+    def __enter__(self) -> Callable[[StepMetrics], None]:
+        if self.enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and self.first else []
+            artifact.write_text(self.path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.first))
+            self.file = self.path.open("a", buffering=1)
+            self.board = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=self.first)
+        return self._write
+
+    def _write(self, metrics: StepMetrics) -> None:
+        self.file.write(metrics_line(metrics) + "\n")
+        for name, value in vars(metrics).items():
+            if name != "step":
+                self.board.add_scalar(f"distill/{name}", value, metrics.step)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.enabled:
+            self.file.close()
+            self.board.close()
+
+
+def _assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
+    """Copies the Hugging Face side files of a checkpoint artefact into the next one."""
+    return lambda folder: shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
+
+
+RUN: dict[str, Callable[[Job], None]] = {
+    "import": import_model,
+    "data": tokenize,
+    "score": score,
+    "prune": prune,
+    "distill": distill,
+    "evaluate": evaluate,
+    "export": export,
+}

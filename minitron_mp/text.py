@@ -1,0 +1,212 @@
+"""Text on disk, in and out: files of the user -> the three parts of a run as Megatron indexed datasets.
+
+tokenize() writes <part>.bin, <part>.idx and parts.json, which names the prefixes of each part; Megatron data that the user
+already has stays where it is and is only named there. The module itself imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minitron_mp.artifact import fingerprint_files, write_text
+from minitron_mp.config import Data, InputError, refuse
+
+if TYPE_CHECKING:
+    from minitron_mp.data import Tokenizer
+
+STDLIB = "python-stdlib"
+PARTS = ("calibration", "train", "valid")
+PARTS_FILE = "parts.json"
+
+Files = list[tuple[str, Path]]
+"""(name, path) of text files; the name does not depend on where the folder lies."""
+
+
+def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progress: Callable[[int], None] | None = None) -> dict[str, int]:
+    """Write the three parts below output and return the tokens of each; progress hears how many documents are done. For one process.
+
+    A document of data.source goes to a part by a hash of seed and its name, the same on every machine. eod ends each document.
+    InputError for a missing path, a bad line, a part without documents, Megatron data with ids that the tokenizer lacks.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    inputs = _inputs(data)
+    for _, prefixes in inputs.values():
+        for prefix in prefixes:
+            _check_ids(prefix, tokenizer.vocab_size)
+
+    output.mkdir(parents=True, exist_ok=True)
+    builders: dict[str, IndexedDatasetBuilder] = {}
+    documents, done = _documents(inputs, data.valid_fraction, seed), 0
+    while batch := _batch(documents):
+        for (part, _), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
+            if part not in builders:
+                builders[part] = IndexedDatasetBuilder(str(output / f"{part}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+            builders[part].add_document(np.array([*ids, tokenizer.eod]), [len(ids) + 1])
+        done += len(batch)
+        if progress:
+            progress(done)
+    for part, builder in builders.items():
+        builder.finalize(str(output / f"{part}.idx"))
+
+    parts = {part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in PARTS}
+    if empty := [part for part in PARTS if not parts[part]]:
+        cure = f"raise data.valid_fraction ({data.valid_fraction}), or list data.calibration, data.train and data.valid"
+        held = "its documents are blank" if data.train else f"{', '.join(inputs)} held {done} documents that are not blank; give more, {cure}"
+        raise InputError(f"no text for {', '.join(empty)}: {held}")
+    write_text(output / PARTS_FILE, json.dumps(parts, indent=1))
+    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in PARTS}
+
+
+def fingerprint(data: Data) -> str:
+    """Identity of the text: of the files, or of the Python whose standard library is read. The tokenizer is no part of it."""
+    rows = []
+    for field, (files, prefixes) in _inputs(data).items():
+        paths = [path for _, path in files] + [Path(prefix + suffix) for prefix in prefixes for suffix in (".bin", ".idx")]
+        if field == STDLIB:
+            rows.append(f"{STDLIB} {platform.python_version()}: {len(paths)} files, {sum(path.stat().st_size for path in paths)} bytes")
+        else:
+            rows.append(f"{field} {fingerprint_files(paths)}")
+    return ", ".join(rows)
+
+
+def prefixes_of(folder: Path, part: str) -> list[str]:
+    """Absolute prefixes of a part; one that is absolute in parts.json stays as it is."""
+    return [str(folder.resolve() / prefix) for prefix in json.loads((folder / PARTS_FILE).read_text())[part]]
+
+
+def tokens_of(prefix: str) -> tuple[int, np.dtype]:
+    """Number of tokens and their dtype; InputError when the pair of files is damaged, empty or incomplete."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    try:
+        size = Path(prefix + ".bin").stat().st_size
+        dataset = IndexedDataset(prefix)  # needs a name: its arrays point into a map of the file that goes with it
+        num_tokens, dtype = int(dataset.sequence_lengths.sum()), np.dtype(dataset.index.dtype)
+    except (AssertionError, ValueError, OSError) as error:
+        raise InputError(f"{prefix}.bin and .idx are no Megatron indexed dataset ({error}); make or copy them again") from error
+    if not 0 < num_tokens * dtype.itemsize <= size:
+        raise InputError(f"{prefix}.bin has {size} bytes, its index tells of {num_tokens} tokens of {dtype.itemsize} bytes; make or copy it again")
+    return num_tokens, dtype
+
+
+def _inputs(data: Data) -> dict[str, tuple[Files, list[str]]]:
+    """Text files and absolute Megatron prefixes of each part when the parts are listed, else of "source" or "python-stdlib"."""
+    if not data.train and data.source == STDLIB:
+        return {STDLIB: (_stdlib_files(), [])}
+    source = [data.source] if isinstance(data.source, str) else data.source
+    fields = {part: getattr(data, part) for part in PARTS} if data.train else {"source": source}
+    problems: list[str] = []
+    inputs = {field: _resolve(entries, f"data.{field}", problems) for field, entries in fields.items()}
+    refuse("text that cannot be used:", problems)
+    return inputs
+
+
+def _stdlib_files() -> Files:
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    names = (path.relative_to(root) for path in root.rglob("*.py"))
+    return [(name, root / name) for name in sorted(path.as_posix() for path in names if not skip.intersection(path.parts))]
+
+
+def _resolve(entries: list[str], field: str, problems: list[str]) -> tuple[Files, list[str]]:
+    """Text files and absolute Megatron prefixes of the entries; adds a sentence to problems for each entry that cannot be used."""
+    files: Files = []
+    prefixes: list[str] = []
+    if not entries:
+        problems.append(f"{field} is empty; give files or folders of .txt and .jsonl")
+    for entry in entries:
+        path, prefix = Path(entry), entry.removesuffix(".bin").removesuffix(".idx")
+        if Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file():  # before folders: Megatron makes <prefix>/cache
+            prefixes.append(str(Path(prefix).resolve()))
+            if field == "data.source":
+                problems.append(f"{field}: {entry} is Megatron data, which is not cut into parts; give data.calibration, data.train and data.valid")
+        elif path.is_dir():
+            names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+            files += [(name, path / name) for name in names]
+            if not names:
+                problems.append(f"{field}: {entry} is a folder without .txt and .jsonl files (Megatron data is named by its prefix)")
+        elif path.suffix in (".txt", ".jsonl") and path.is_file():
+            files.append((path.name, path))
+        elif path.exists():
+            problems.append(f"{field}: {entry} is no .txt or .jsonl file, nor one of a .bin and .idx pair")
+        else:
+            problems.append(f"{field}: {entry} does not exist, nor do {prefix}.bin and {prefix}.idx; paths are relative to {Path.cwd()}")
+    return files, prefixes
+
+
+def _batch(documents: Iterator[tuple[str, str]], size: int = 1 << 21) -> list[tuple[str, str]]:
+    """The next documents, at least size characters of them while they last: a tokenizer takes some 150 bytes of memory a character."""
+    batch, length = [], 0
+    for part, text in documents:
+        batch.append((part, text))
+        length += len(text)
+        if length >= size:
+            break
+    return batch
+
+
+def _documents(inputs: dict[str, tuple[Files, list[str]]], valid_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
+    """(part, text) of every document that is not blank. A lone .txt as source is cut small, so that there is something to share out."""
+    for field, (files, _) in inputs.items():
+        piece_size = 4000 if field == "source" and len(files) == 1 else 1 << 20
+        for name, path in files:
+            for number, text in enumerate(_texts(path, piece_size)):
+                if text.strip():
+                    yield field if field in PARTS else _part_of(f"{seed}:{name}:{number}", valid_fraction), text
+
+
+def _part_of(name: str, valid_fraction: float) -> str:
+    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return "calibration" if share < valid_fraction else "valid" if share < 2 * valid_fraction else "train"
+
+
+def _texts(path: Path, piece_size: int) -> Iterator[str]:
+    """Documents of a file: the records of .jsonl, else its pieces, of which most files have one; none of a .py that is not UTF-8."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from _records(file, path) if path.suffix == ".jsonl" else _pieces(file, piece_size)
+    except UnicodeDecodeError as error:
+        if path.suffix != ".py":
+            raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv") from error
+
+
+def _records(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            text = None
+            with suppress(ValueError, KeyError, TypeError):
+                text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise InputError(f'{path} line {number} is no JSON object with a string in the field "text": {line[:80].strip()!r}')
+            yield text
+
+
+def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
+    """Pieces of at least size characters that end at a blank line, or at any line after four times the size."""
+    piece: list[str] = []
+    length = 0
+    for line in lines:
+        piece.append(line)
+        length += len(line)
+        if length >= (4 * size if line.strip() else size):
+            yield "".join(piece)
+            piece, length = [], 0
+    yield "".join(piece)
+
+
+def _check_ids(prefix: str, vocab_size: int) -> None:
+    """InputError when the first or last 4 Mi tokens (all, when there are fewer) hold an id that the tokenizer lacks."""
+    ids, many = np.memmap(prefix + ".bin", tokens_of(prefix)[1], mode="r"), 1 << 22
+    largest = max(ids[:many].max(), ids[-many:].max())
+    if largest >= vocab_size:
+        raise InputError(f"{prefix} holds token id {largest}, the tokenizer has ids up to {vocab_size - 1}; tokenize the text again, or set data.tokenizer")
