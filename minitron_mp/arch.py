@@ -144,5 +144,5 @@ def export_problems(arch: Arch) -> list[str]:
 
 
 def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """'name: x, here y' for every key on which two flat mappings differ; for error messages."""
-    return [f"{k}: {a.get(k)!r}, here {b.get(k)!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    """'name: x, here y' for every key on which two flat mappings differ, also where one has none; for error messages."""
+    return [f"{k}: {a.get(k)!r}, here {b.get(k)!r}" for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]

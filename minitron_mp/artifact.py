@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find(artifact: Path) -> Manifest | None:
-    """The manifest of a whole artefact, or None when there is none.
+    """The manifest of a whole artefact, or None when there is none; InputError for a damaged one, and for a folder of somebody else.
 
     It lies in manifest.json in a folder, under "manifest" in a .json file, in the metadata of a .safetensors file.
     Takes up a replacement that a kill stopped half-way.
     """
-    old = _aside(artifact, "old")
-    if not artifact.exists() and old.exists():
-        old.rename(artifact)
+    if not artifact.exists():
+        with suppress(FileNotFoundError):  # there is none, or another rank was faster
+            _aside(artifact, "old").rename(artifact)
+    if artifact.is_dir() and not (artifact / MANIFEST).is_file():
+        raise InputError(f"{artifact} holds no {MANIFEST}: minitron-mp did not make it and will not replace it; move it, or set another output")
     try:
         if artifact.is_dir():
             text = (artifact / MANIFEST).read_text()

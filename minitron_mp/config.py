@@ -63,10 +63,13 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> Parallel:
+        problems = []
         if self.vpp and self.pp == 1:
-            raise ValueError(f"vpp {self.vpp} needs pp of at least 2, given 1; drop vpp or raise pp")
+            problems.append(f"vpp {self.vpp} needs pp of at least 2, given 1: drop vpp or raise pp")
         if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel splits activations over tensor parallel ranks; with tp 1 there is nothing to split: drop it or raise tp")
+            problems.append("sequence_parallel splits activations over tensor parallel ranks, with tp 1 there is nothing to split: drop it or raise tp")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property
@@ -95,7 +98,7 @@ class Target(Section):
     """At most so many parameters: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(None, gt=0, le=1)
     """At most this share of the teacher's parameters."""
-    axes: list[Literal["hidden", "ffn", "layer"]] = ["hidden", "ffn"]
+    axes: list[Literal["hidden", "ffn", "layer"]] = Field(["hidden", "ffn"], min_length=1)
     """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
     align: int = Field(16, ge=1)
     """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
@@ -222,10 +225,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     if not Path(path).is_file():
         raise InputError(f"no recipe at {path}; give a YAML file such as examples/quickstart.yaml")
+    refuse("an override is a dotted key and a value, like distill.steps=10; this is not:", [text for text in overrides if "=" not in text])
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, AttributeError) as error:
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read: {error}") from error
     return make_recipe(values, source=str(path))
 

@@ -113,11 +113,13 @@ def samples(folder: Path, part: str, sequence_length: int, num_samples: int, see
 def _gpt_dataset(prefix: str, num_samples: int, index: Path, sequence_length: int, seed: int, tokenizer: Tokenizer) -> Dataset:
     """Megatron's dataset over one prefix: rank 0 writes the index, then a barrier (Megatron's), then the others read it.
 
-    Always anew: of a kill while the index is written a part of a file stays, which Megatron takes for the whole.
+    Always anew: a kill while the index is written leaves a part of a file, which Megatron would take for the whole.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+    if dist.is_initialized():
+        dist.barrier()  # no rank is still opening the index of an earlier call
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(index, ignore_errors=True)
     config = GPTDatasetConfig(

@@ -85,7 +85,7 @@ def read_arch(folder: Path) -> Arch:
     if not (folder / "config.json").is_file():
         refuse(f"{folder} cannot be used:", ["no config.json", *problems])
     config = _read_json(folder / "config.json")
-    family = config.get("model_type")
+    family = config.get("model_type", "")
     if family not in FAMILIES or config.get("architectures") not in (None, [], [FAMILIES[family]]):
         supported = ", ".join(f"{name} ({architecture})" for name, architecture in FAMILIES.items())
         problems.append(f"model_type {family!r} with architectures {config.get('architectures')} is not supported; supported: {supported}")

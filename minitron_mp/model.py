@@ -210,4 +210,5 @@ class DeferredHead(ColumnParallelLinear):
         return hidden, None
 
     def logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
-        return super().forward(hidden, weight)[0]
+        # Contiguous, or torch multiplies sample by sample; in bf16 on a CPU oneDNN then fails and torch switches it off for good.
+        return super().forward(hidden.contiguous(), weight)[0]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
+from minitron_mp import cpu
 from minitron_mp.config import InputError, Parallel
 
 
@@ -59,9 +62,7 @@ def world(parallel: Parallel, *, seed: int, timeout_minutes: float = 30) -> Iter
     try:
         yield build_groups(parallel, device, seed)
     finally:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        leave_groups()
         if owns and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -88,11 +89,6 @@ def _device() -> torch.device:
 
 def build_groups(parallel: Parallel, device: torch.device, seed: int) -> World:
     """Megatron-Core's groups for this layout over the default group; InputError when the ranks do not divide."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from minitron_mp import cpu
-
     cpu.install()
     size = dist.get_world_size()
     if size % parallel.model_ranks:
@@ -102,15 +98,28 @@ def build_groups(parallel: Parallel, device: torch.device, seed: int) -> World:
             f"start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower parallel.*"
         )
     if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
+        create_gloo_process_groups=False,  # a second set of groups over CPU; nothing here uses it
     )
     seed_all(seed)
     return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def leave_groups() -> None:
+    """Undo build_groups(). Megatron only forgets its groups; each keeps threads and sockets until it is destroyed."""
+    made: set[Any] = set()
+    for value in list(vars(parallel_state).values()):
+        found = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        made |= {group for group in found if isinstance(group, dist.ProcessGroup)}
+    parallel_state.destroy_model_parallel()
+    for group in made - {dist.group.WORLD}:
+        with suppress(ValueError):  # destroyed already, by Megatron or as another name of the same group
+            dist.destroy_process_group(group)
 
 
 def seed_all(seed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,29 +143,29 @@ def top(scores: np.ndarray, count: int) -> np.ndarray:
 def close_cuts(importance: Importance, teacher: Arch, student: Arch) -> list[str]:
     """One sentence for each cut between two scores nearer than the rounding noise."""
     rows = [("hidden", importance.hidden[None], student.hidden_size), ("layers", importance.layers[None], student.num_layers)]
-    rows.append(("ffn of layer", importance.ffn, student.ffn_hidden_size))
-    per_group = importance.heads.reshape(-1, teacher.heads_per_group)
-    rows.append(("heads of layer", per_group, student.heads_per_group))
+    for i in top(importance.layers, student.num_layers):
+        rows.append((f"ffn of layer {i}", importance.ffn[i][None], student.ffn_hidden_size))
+        rows.append((f"heads of layer {i}", importance.heads[i].reshape(-1, teacher.heads_per_group), student.heads_per_group))
     notes = []
     for name, scores, count in rows:
         if count == scores.shape[1]:
             continue
         ordered = -np.sort(-scores.astype(np.float64), axis=1)
-        last, first = ordered[:, count - 1], ordered[:, count]
-        for row in np.flatnonzero(last - first <= NOISE * np.abs(last)):
-            label = f"{name} {row // teacher.num_query_groups if name.startswith('heads') else row}" if name.endswith("layer") else name
-            notes.append(f"{label}: the last kept and first cut score are {last[row]:.9g} and {first[row]:.9g}, nearer than rounding")
+        for last, first in ordered[:, count - 1 : count + 1]:
+            if last - first <= NOISE * abs(last):
+                notes.append(f"{name}: the last kept and first cut score are {last:.9g} and {first:.9g}, nearer than rounding")
     return notes
 
 
 def resolve_target(teacher: Arch, target: Target, tp: int = 1) -> Arch:
     """The student's architecture; InputError with every problem and the nearest sizes that work."""
-    if target.max_parameters is None and target.keep is None:
+    if target.max_parameters is not None:
+        student = _largest(teacher, target, tp, target.max_parameters)
+    elif target.keep is not None:
+        student = _largest(teacher, target, tp, target.keep * teacher.num_parameters())
+    else:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         student = teacher.model_copy(update={n: v for n in names if (v := getattr(target, n))})
-    else:
-        budget = target.max_parameters if target.max_parameters is not None else target.keep * teacher.num_parameters()
-        student = _largest(teacher, target, tp, budget)
     refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
     return student
 
@@ -190,18 +191,23 @@ def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> l
 
 
 def _largest(teacher: Arch, target: Target, tp: int, budget: float) -> Arch:
-    """The student of at most budget parameters: all layers it affords, or the width scaled most evenly."""
+    """The student of at most budget parameters: all layers it affords, or the width scaled most evenly.
+
+    Only hidden sizes that can be exported in the teacher's family; explicit sizes may be others (export.family).
+    """
     if set(target.axes) == {"layer"}:
         candidates = [teacher.model_copy(update={"num_layers": n}) for n in range(teacher.num_layers, 0, -1)]
         fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
     elif set(target.axes) <= {"hidden", "ffn"}:
         hidden = _steps(teacher.hidden_size, target.align) if "hidden" in target.axes else [teacher.hidden_size]
         ffn = _steps(teacher.ffn_hidden_size, target.align * tp) if "ffn" in target.axes else [teacher.ffn_hidden_size]
-        fitting = []
-        for h in hidden:
-            widths = (teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f}) for f in ffn)
-            fitting += [next((a for a in widths if a.num_parameters() <= budget), None)]
-        fitting = [a for a in fitting if a]
+
+        def wide(h: int, f: int) -> Arch:
+            return teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f})
+
+        hidden = [h for h in hidden if not export_problems(wide(h, teacher.ffn_hidden_size))]
+        first = [bisect_left(ffn, -budget, key=lambda f: -wide(h, f).num_parameters()) for h in hidden]
+        fitting = [wide(h, ffn[i]) for h, i in zip(hidden, first) if i < len(ffn)]
         # Scale both axes alike; of two equally even ones the larger.
         fitting.sort(key=lambda a: (abs(a.hidden_size / teacher.hidden_size - a.ffn_hidden_size / teacher.ffn_hidden_size), -a.num_parameters()))
     else:

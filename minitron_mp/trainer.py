@@ -151,6 +151,7 @@ def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[A
             overlap_param_gather=settings.overlap,
         ),
         models,
+        use_gloo_process_groups=False,
     )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss

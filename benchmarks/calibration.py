@@ -1,0 +1,74 @@
+"""What the importance hooks cost: forward with hooks against forward without, in turn, in one process.
+
+    python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10
+    torchrun --nproc-per-node 2 benchmarks/calibration.py out/quickstart/teacher_hf --tp 2
+
+Random weights of the model's sizes and random tokens: neither changes the time. Prints medians and the ratio of each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from minitron_mp import hf, parallel
+from minitron_mp.config import Parallel, Score
+from minitron_mp.importance import recording
+from minitron_mp.model import build_model
+from minitron_mp.schedule import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="Hugging Face folder; only its sizes are read")
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    arch = hf.read_arch(args.model)
+    with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
+        chunks = build_model(arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True)
+        shape = (args.micro_batch_size, args.sequence_length)
+        tokens = torch.randint(0, arch.vocab_size, shape)
+        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous()}
+        batches = [batch] * args.pp
+
+        def forward() -> float:
+            _settle()
+            start = time.perf_counter()
+            run(chunks, batches, world, None)
+            _settle()
+            return time.perf_counter() - start
+
+        def hooked() -> float:
+            with recording(chunks, arch, Score(), world, args.sequence_length):
+                return forward()
+
+        forward(), hooked()
+        pairs = [(forward(), hooked()) for _ in range(args.pairs)]
+        if world.is_main:
+            plain, with_hooks = (statistics.median(column) for column in zip(*pairs))
+            ratios = sorted(b / a for a, b in pairs)
+            print(
+                f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, {shape[0] * shape[1] * len(batches)} tokens, {args.pairs} pairs"
+            )
+            print(f"forward without hooks {plain:.3f} s, with hooks {with_hooks:.3f} s")
+            print(f"ratio pair by pair: median {statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})")
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

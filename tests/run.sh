@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Lint, check types and test, in the pinned environment (launch/venv.sh makes it the first time). Arguments go to pytest.
+#
+#   bash tests/run.sh                       all but the slow tests
+#   bash tests/run.sh --all                 the slow ones as well
+#   bash tests/run.sh tests/test_plan.py    one file
+#   VENV=/path/to/env bash tests/run.sh     another place for the environment
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-$PWD/.venv}
+select=(-m "not slow")
+if [[ ${1:-} == --all ]]; then
+    select=()
+    shift
+fi
+
+bash launch/venv.sh "$venv"
+export PATH=$venv/bin:$PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+ruff check
+ruff format --check
+mypy
+python -m pytest --durations=10 "${select[@]}" "$@"

@@ -1,0 +1,237 @@
+"""Sizes, ranking and targets: arch.py and plan.py. Published numbers are from arXiv 2408.11796, tables 1 and 3."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from minitron_mp.arch import ATTENTION, AXES, Arch, expand, export_problems, layout_problems
+from minitron_mp.artifact import Manifest, find
+from minitron_mp.config import InputError, Target
+from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target, top
+
+
+def make_arch(**changes) -> Arch:
+    sizes = {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 2, "kv_channels": 6, "vocab_size": 300}
+    return Arch(**{"family": "llama", "max_position_embeddings": 64, "tied": False, **sizes, **changes})
+
+
+def published(**changes) -> Arch:
+    return make_arch(**{"num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128, **changes})
+
+
+NEMO = published(family="mistral", num_layers=40, hidden_size=5120, ffn_hidden_size=14336, vocab_size=131072)
+LLAMA = published(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, vocab_size=128256)
+SMALL = make_arch()
+
+
+def random_importance(arch: Arch, seed: int = 0) -> Importance:
+    random = np.random.default_rng(seed)
+    shapes = ((arch.num_layers, arch.ffn_hidden_size), (arch.num_layers, arch.num_attention_heads), (arch.hidden_size,), (arch.num_layers,))
+    return Importance(*(random.random(shape).astype(np.float32) for shape in shapes))
+
+
+def manifest(stage: str) -> Manifest:
+    return Manifest(stage=stage, settings={"a": 1}, inputs={}, arch=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arch", "total", "without_embeddings"),
+    [
+        (NEMO, 12.2, 10.9),
+        (NEMO.model_copy(update={"hidden_size": 4096, "ffn_hidden_size": 11520}), 8.4, 7.3),
+        (LLAMA, 8.0, 7.0),
+        (LLAMA.model_copy(update={"hidden_size": 3072, "ffn_hidden_size": 9216}), 4.5, 3.7),
+        (LLAMA.model_copy(update={"num_layers": 16}), 4.5, 3.5),
+    ],
+    ids=["Mistral-NeMo-12B", "MN-Minitron-8B", "Llama-3.1-8B", "Llama-3.1-Minitron-4B-Width", "Llama-3.1-Minitron-4B-Depth"],
+)
+def test_published_parameter_counts(arch, total, without_embeddings):
+    assert round(arch.num_parameters() / 1e9, 1) == total
+    assert round(arch.num_parameters(embeddings=False) / 1e9, 1) == without_embeddings
+
+
+def test_tied_embeddings_count_once_and_padding_never():
+    vocabulary = SMALL.vocab_size * SMALL.hidden_size
+    tied = make_arch(tied=True)
+    assert SMALL.padded_vocab_size == 384
+    assert SMALL.num_parameters() - tied.num_parameters() == vocabulary
+    assert tied.num_parameters() - tied.num_parameters(embeddings=False) == vocabulary
+    assert "output_layer.weight" not in tied.shapes()
+
+
+def test_shapes_follow_the_switches():
+    assert set(SMALL.shapes()) == set(AXES) - {ATTENTION + name for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")}
+    shapes = make_arch(qkv_bias=True, qk_norm=True).shapes()
+    assert set(shapes) == set(AXES)
+    assert shapes[ATTENTION + "linear_qkv.weight"] == (4, (8 + 2 * 2) * 6, 48)
+    assert shapes[ATTENTION + "linear_proj.weight"] == (4, 48, 8 * 6)
+    assert shapes[ATTENTION + "q_layernorm.weight"] == (4, 6)
+
+
+def test_expand_keeps_every_key_and_value():
+    """8 heads in 2 groups are q0 q1 q2 q3 k0 v0 q4 q5 q6 q7 k1 v1."""
+    keep = np.array([0, 3, 4, 5])
+    one_row_a_head = make_arch(kv_channels=1)
+    assert expand("qkv", keep, one_row_a_head).tolist() == [0, 3, 4, 5, 6, 7, 10, 11]
+    assert expand("heads", keep, one_row_a_head).tolist() == keep.tolist()
+    slots = np.array([0, 3, 4, 5, 6, 7, 10, 11])
+    assert expand("qkv", keep, SMALL).tolist() == [row for slot in slots for row in range(6 * slot, 6 * slot + 6)]
+    assert expand("heads", keep, SMALL).tolist() == [row for head in keep for row in range(6 * head, 6 * head + 6)]
+    assert expand("gate_up", np.array([0, 95]), SMALL).tolist() == [0, 95, 96, 191]
+    assert expand("ffn", np.array([0, 95]), SMALL).tolist() == [0, 95]
+
+
+@pytest.mark.parametrize("axis", ["qkv", "heads", "gate_up", "ffn", "hidden"])
+def test_expanding_all_is_the_identity(axis):
+    units = {"qkv": 8, "heads": 8, "gate_up": 96, "ffn": 96, "hidden": 48}[axis]
+    assert expand(axis, np.arange(units), SMALL).tolist() == list(range(SMALL.axis_size(axis)))
+
+
+def test_layout_problems_name_every_size():
+    assert layout_problems(SMALL, 2) == []
+    text = " ".join(layout_problems(SMALL, 5))
+    assert all(part in text for part in ("num_attention_heads 8", "num_query_groups 2", "ffn_hidden_size 96", "padded vocabulary 384", "size 5"))
+
+
+def test_top_is_ascending_and_gives_ties_to_the_lower_index():
+    assert top(np.array([1, 3, 2, 3, 3], np.float32), 2).tolist() == [1, 3]
+    assert top(np.array([5, 5, 5, 5], np.float32), 3).tolist() == [0, 1, 2]
+    assert top(np.array([0.0, -0.0, 1.0], np.float32), 2).tolist() == [0, 2]
+
+
+def test_plan_keeps_the_best_of_every_axis():
+    importance = random_importance(SMALL)
+    plan = make_plan(importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4))
+    assert plan.layers == sorted(np.argsort(-importance.layers)[:3])
+    assert plan.hidden == sorted(np.argsort(-importance.hidden)[:32])
+    for row, layer in enumerate(plan.layers):
+        assert plan.ffn[row] == sorted(np.argsort(-importance.ffn[layer])[:64])
+        groups = importance.heads[layer].reshape(2, 4)
+        assert plan.heads[row] == sorted(g * 4 + h for g in range(2) for h in np.argsort(-groups[g])[:2])  # as many in every group
+        assert plan.keep("qkv", layer).tolist() == plan.keep("heads", layer).tolist() == plan.heads[row]
+        assert plan.keep("gate_up", layer).tolist() == plan.ffn[row]
+    assert plan.keep("vocab").tolist() == list(range(SMALL.padded_vocab_size))
+    assert plan.keep("hidden").dtype == plan.keep("ffn", plan.layers[0]).dtype == np.int64
+    assert plan.notes == []
+
+
+def test_target_of_nothing_is_the_identity_plan():
+    plan = make_plan(random_importance(SMALL), SMALL, Target())
+    assert plan.student == SMALL
+    assert plan.hidden == list(range(48))
+    assert plan.layers == list(range(4))
+    assert plan.ffn == [list(range(96))] * 4
+    assert plan.heads == [list(range(8))] * 4
+
+
+def test_summary_has_sizes_and_parameters():
+    rows = {row[0]: row[1:] for row in make_plan(random_importance(SMALL), SMALL, Target(hidden_size=32)).summary()}
+    assert rows["hidden_size"] == ("48", "32", "67%")
+    assert rows["parameters"][0] == f"{SMALL.num_parameters():,}"
+
+
+def test_close_cuts_are_reported():
+    importance = random_importance(SMALL)
+    importance.hidden[:] = np.arange(48, 0, -1)
+    importance.layers[:] = [4, 2, 3, 1]
+    importance.hidden[32] = importance.hidden[31] * (1 - 2e-7)
+    importance.ffn[0, :] = 1.0  # layer 0 stays
+    importance.ffn[3, :] = 1.0  # layer 3 goes: its cut decides nothing
+    importance.heads[2, 4:] = [1, 0.5, 0.5, 0.1]
+    plan = make_plan(importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4))
+    assert [note.split(":")[0] for note in plan.notes] == ["hidden", "ffn of layer 0", "heads of layer 2"]
+    assert "last kept and first cut score are 17 and 16.9999" in plan.notes[0]
+    assert plan.ffn[0] == list(range(64))
+    assert make_plan(importance, SMALL, Target()).notes == []  # nothing is cut
+
+
+@pytest.mark.parametrize(
+    ("target", "tp", "message"),
+    [
+        ({"hidden_size": 40}, 1, r"hidden_size 40 is no multiple of 16 \(align 16\); nearest that work: 32 or 48"),
+        ({"hidden_size": 64}, 1, r"hidden_size 64 is larger than the teacher's 48"),
+        ({"hidden_size": 8}, 1, r"hidden_size 8 .* nearest that work: 16"),
+        ({"ffn_hidden_size": 80}, 2, r"ffn_hidden_size 80 is no multiple of 32 \(align 16 x tp 2\); nearest that work: 64 or 96"),
+        ({"num_attention_heads": 5}, 1, r"num_attention_heads 5 is no multiple of 2 \(the query groups\); nearest that work: 4 or 6"),
+        ({"num_layers": 5}, 1, r"num_layers 5 is larger than the teacher's 4"),
+        ({"hidden_size": 40, "ffn_hidden_size": 100, "num_layers": 9}, 1, r"(?s)num_layers 9 .*hidden_size 40 .*ffn_hidden_size 100 "),
+        ({"hidden_size": 32}, 3, r"(?s)tensor parallel size 3 does not divide num_attention_heads 8.*num_query_groups 2"),
+        ({"keep": 0.01}, 1, r"no student along \['hidden', 'ffn'\] has at most"),
+        ({"max_parameters": 20_000, "axes": ["ffn"]}, 1, r"no student along \['ffn'\] has at most 20,000 parameters; .*cut hidden too"),
+        ({"keep": 0.5, "axes": ["ffn", "layer"]}, 1, r"mixes width and depth"),
+    ],
+)
+def test_impossible_targets(target, tp, message):
+    with pytest.raises(InputError, match=message):
+        resolve_target(SMALL, Target(**target), tp)
+
+
+@pytest.mark.parametrize("axes", [["hidden", "ffn"], ["hidden"], ["ffn"], ["layer"]])
+@pytest.mark.parametrize("teacher", [NEMO, LLAMA, make_arch(hidden_size=64, num_attention_heads=4)], ids=["nemo", "llama", "small"])
+def test_parameter_budget_is_used_but_not_exceeded(teacher, axes):
+    budget = 0.75 * teacher.num_parameters()
+    start = time.process_time()
+    student = resolve_target(teacher, Target(keep=0.75, axes=axes))
+    assert time.process_time() - start < 5  # 0.5 s: a dry run comes here
+    assert student == resolve_target(teacher, Target(max_parameters=budget, axes=axes))
+    assert 0.6 * budget < student.num_parameters() <= budget
+    unchanged = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "layer": "num_layers"}.items()
+    assert all(getattr(student, name) == getattr(teacher, name) for axis, name in unchanged if axis not in axes)
+    assert exportable(student, None) == student
+
+
+def test_budget_of_the_paper_gives_nearly_its_student():
+    student = resolve_target(NEMO, Target(max_parameters="8.4B"))
+    assert (student.hidden_size, student.ffn_hidden_size) == (4096, 11488)  # published: 4096 and 11520, 8.414e9
+    assert resolve_target(LLAMA, Target(keep=1.0)) == LLAMA
+
+
+def test_budget_keeps_to_alignment_and_tensor_parallel_size():
+    student = resolve_target(NEMO, Target(keep=0.6, align=32), tp=8)
+    assert student.hidden_size % 32 == 0
+    assert student.ffn_hidden_size % (32 * 8) == 0
+
+
+def test_llama_export_rule_and_the_way_out():
+    student = LLAMA.model_copy(update={"hidden_size": 3088})
+    assert export_problems(NEMO.model_copy(update={"hidden_size": 3088})) == []
+    with pytest.raises(InputError, match=r"hidden_size 3088 .*num_attention_heads 32; nearest hidden_size 3072, or set export\.family: mistral"):
+        exportable(student, None)
+    assert exportable(student, "mistral") == student.model_copy(update={"family": "mistral"})
+    with pytest.raises(InputError, match="scales its rotary frequencies"):
+        exportable(student.model_copy(update={"rope_scaling_factor": 8.0}), "mistral")
+    with pytest.raises(InputError, match=r"export\.family qwen2: a llama can be written as itself only"):
+        exportable(student, "qwen2")
+
+
+def test_importance_survives_the_disk(tmp_path):
+    importance = random_importance(SMALL)
+    importance.save(tmp_path / "new" / "importance.safetensors", manifest("score"))
+    loaded = Importance.load(tmp_path / "new" / "importance.safetensors")
+    assert all(np.array_equal(value, vars(loaded)[name]) and value.dtype == np.float32 for name, value in vars(importance).items())
+    assert find(tmp_path / "new" / "importance.safetensors") == manifest("score")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["importance.safetensors"]
+
+
+def test_bad_importance_is_refused_with_every_reason():
+    importance = random_importance(SMALL)
+    importance.ffn[1, 2] = np.nan
+    importance.layers[0] = np.inf
+    with pytest.raises(InputError, match=r"(?s)ffn holds a NaN.*layers holds a NaN or an infinity"):
+        make_plan(importance, SMALL, Target())
+    with pytest.raises(InputError, match=r"(?s)ffn has shape \(4, 96\), the model needs \(32, 14336\).*hidden has shape \(48,\)"):
+        random_importance(SMALL).check(LLAMA)
+
+
+def test_plan_survives_the_disk(tmp_path):
+    plan = make_plan(random_importance(SMALL), SMALL, Target(num_layers=3, hidden_size=32))
+    plan.save(tmp_path / "plan.json", manifest("plan"))
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+    assert find(tmp_path / "plan.json") == manifest("plan")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**content, "extra": 1}))
+    with pytest.raises(ValidationError, match="extra"):
+        PrunePlan.load(tmp_path / "plan.json")

@@ -1,0 +1,88 @@
+"""A pruned model computes what its masked teacher computes, at every layout; an identity plan changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from cases import ARCHS, CASES, IDS, make_samples, saved_axes, targets
+from results import previous
+
+ROUNDING = 3e-5
+"""Of float32 logits relative to their largest one: 6 layers of sums of about 100 products at 6e-8 each; 1e-5 seen, x3."""
+AXES = ["hidden", "ffn", "heads", "layer", "all"]
+
+cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
+SAVED = [(arch, layout, axis) for arch, layout in CASES for axis in saved_axes(arch)]
+
+
+def tokens(arch):
+    return make_samples(ARCHS[arch], 0, 8)["tokens"]
+
+
+def assert_close(ours, dense, what):
+    """ours: logits by rank, None off the last stage."""
+    seen = [z for z in ours if z is not None]
+    assert seen, "no rank has logits"
+    for z in seen:
+        difference = (z - dense).abs().max() / dense.abs().max()
+        assert difference < ROUNDING, f"{what}: logits differ by {difference:.2e} of their largest"
+
+
+@cases
+def test_teacher_computes_what_plain_torch_does(results, arch, layout):
+    dense = reference.logits(ARCHS[arch], results.weights(arch), tokens(arch))
+    assert_close([rank["logits"] for rank in results.pruned(arch, layout)], dense, "teacher")
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_masked_reference_equals_sliced_reference(results, arch, axis):
+    """The references themselves, in float64: the algebra of the masks is exact but for rounding."""
+    plan, weights = results.plan(arch, axis), results.weights(arch)
+    masked, epsilon = reference.masked_teacher(ARCHS[arch], weights, plan)
+    want = reference.logits(ARCHS[arch], masked, tokens(arch), epsilon)
+    got = reference.logits(plan.student, reference.sliced(ARCHS[arch], weights, plan), tokens(arch))
+    # The masked norm weights are scaled in float32.
+    assert (got - want).abs().max() < 1e-6 * want.abs().max()
+    assert (want - reference.logits(ARCHS[arch], weights, tokens(arch))).abs().max() > 0.01 * want.abs().max(), "this plan cuts nothing that matters"
+
+
+@pytest.mark.parametrize(("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED])
+def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
+    """The student was cut and saved at the layout before this one in the table."""
+    masked, epsilon = reference.masked_teacher(ARCHS[arch], results.weights(arch), results.plan(arch, axis, previous(CASES, arch, layout)))
+    want = reference.logits(ARCHS[arch], masked, tokens(arch), epsilon)
+    assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
+
+
+@pytest.mark.parametrize("axis", [*AXES, "identity"])
+@cases
+def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis):
+    """Every rank holds the right part, and what is saved covers each weight once."""
+    want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
+    covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
+    for number, rank in enumerate(results.pruned(arch, layout)):
+        for key, offset, data, is_saved in rank["pieces"][axis]:
+            window = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
+            assert torch.equal(want[key][window], data), f"rank {number}: {key} at {offset}"
+            covered[key][window] += is_saved
+    for key, count in covered.items():
+        assert (count == 1).all(), f"{key} is saved {count.min()} to {count.max()} times"
+
+
+@cases
+def test_identity_plan_gives_a_bitwise_equal_student(results, arch, layout):
+    """Sliced, saved and loaded at the same layout; the weights are compared above."""
+    for rank in results.pruned(arch, layout):
+        assert (rank["logits"] is None and rank["identity"] is None) or torch.equal(rank["logits"], rank["identity"])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kept_neurons_are_uneven_over_ranks(results, arch):
+    """The case that the exchange is for: at tp 4 one rank keeps most, another next to none."""
+    plan = results.plan(arch, "ffn")
+    counts = [[sum(i * 4 // ARCHS[arch].ffn_hidden_size == rank for i in row) for rank in range(4)] for row in plan.ffn]
+    assert min(map(min, counts)) == 0
+    assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
+    assert set(targets(ARCHS[arch])) == {*AXES, "identity"}

@@ -1,0 +1,153 @@
+"""Training does not depend on the layout, on microbatches or on being stopped: against one rank, and against plain autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference
+import torch
+from cases import (
+    ARCHS,
+    BY_NAME,
+    DISTILL,
+    GLOBAL_BATCH_SIZE,
+    OVERLAP_LAYOUTS,
+    RECOMPUTE_LAYOUTS,
+    RESUME_AT,
+    SPLIT_LAYOUTS,
+    SPLITS,
+    STEPS,
+    TRAINED,
+    TRAINED_IDS,
+    make_samples,
+)
+
+ROUNDING = 1e-5
+"""Relative, of losses and gradient norms in float32: sums of a few thousand terms in another order; 2e-6 seen."""
+AXES = ("loss", "kl", "ce", "grad_norm")
+
+trained = pytest.mark.parametrize(("arch", "layout"), TRAINED, ids=TRAINED_IDS)
+
+
+def one_rank(results, arch="qwen3"):
+    return results.trained(arch, BY_NAME["one"])[0]["unbroken"]
+
+
+def assert_close(ours, want, tolerance=ROUNDING):
+    """Two lists of steps: same numbers and learning rates, same count of tokens."""
+    assert [m.step for m in ours] == [m.step for m in want]
+    for mine, other in zip(ours, want):
+        assert (mine.num_tokens, mine.lr) == (other.num_tokens, other.lr)
+        for name in AXES:
+            value, expected = getattr(mine, name), getattr(other, name)
+            assert math.isclose(value, expected, rel_tol=tolerance), f"step {mine.step}: {name} {value:.9g}, expected {expected:.9g}"
+
+
+@trained
+def test_steps_equal_plain_autograd(results, arch, layout):
+    """Loss, its parts and the gradient norm of every step, float64 dense weights and AdamW."""
+    history, _ = results.plain_training(arch)
+    metrics = results.trained(arch, layout)[0]["unbroken"]
+    for mine, want in zip(metrics, history, strict=True):
+        for name, expected in zip(AXES, want):
+            assert math.isclose(getattr(mine, name), expected, rel_tol=ROUNDING), f"step {mine.step}: {name} {getattr(mine, name):.9g}, expected {expected:.9g}"
+
+
+@trained
+def test_steps_equal_those_of_one_rank(results, arch, layout):
+    assert_close(results.trained(arch, layout)[0]["unbroken"], one_rank(results, arch))
+
+
+@trained
+def test_a_stopped_and_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
+    by_rank = results.trained(arch, layout)
+    unbroken, resumed = ([(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]] for name in ("unbroken", "resumed"))
+    assert len(unbroken) == STEPS
+    assert unbroken == resumed
+    assert all(rank["bitwise"] for rank in by_rank), "the final weights"
+
+
+@trained
+def test_a_run_resumes_at_another_layout(results, arch, layout):
+    """It was stopped at the layout before this one in the table."""
+    assert_close(results.resumed(arch, layout), one_rank(results, arch)[RESUME_AT:])
+
+
+@trained
+def test_saved_optimizer_state_equals_plain_adam(results, ranks, arch, layout):
+    """Float32 weights and both moments of every parameter, put together from all ranks."""
+    folder = results.stopped(arch, layout) / f"step_{RESUME_AT:08d}"
+    saved = ranks(1, "workers.read_tensors", folder=folder, prefix="optimizer.")[0]
+    _, want = results.plain_training(arch)
+    assert saved.keys() == want.keys()
+    for key, expected in want.items():
+        # A weight with a gradient near zero moves by a step whose sign is rounding: so weights to a share of the learning rate.
+        tolerance = 0.05 * DISTILL.lr if ".param." in key else 2e-5 * expected.abs().max()
+        difference = (saved[key] - expected).abs().max()
+        assert difference <= tolerance, f"{key} differs by {difference:.2e}, allowed {tolerance:.2e}"
+
+
+@trained
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(results, arch, layout):
+    """The two went through the same kernels, but with tensor parallelism the sums of two calls may differ in the last bit."""
+    same = results.trained(arch, layout)[0]["same"][0]
+    assert abs(same.kl) < 1e-6
+    assert same.grad_norm < 1e-4 * one_rank(results, arch)[0].grad_norm
+
+
+@trained
+def test_evaluation_equals_plain_torch(results, arch, layout):
+    """Means over the tokens that count, the same on every rank."""
+    student, teacher, plan = results.plan(arch, "all").student, results.weights(arch), results.plan(arch, "all")
+    weights, sums = reference.sliced(ARCHS[arch], teacher, plan), torch.zeros(3, dtype=torch.float64)
+    for step in range(2):
+        samples = make_samples(ARCHS[arch], step, 8)
+        z_s, z_t = reference.logits(student, weights, samples["tokens"]), reference.logits(ARCHS[arch], teacher, samples["tokens"])
+        mask = samples["loss_mask"]
+        sums += torch.stack([(x * mask).sum() for x in (*reference.losses(student, z_s, z_t, samples["labels"], 1.0), mask.double())])
+    kl, ce = (sums[:2] / sums[2]).tolist()
+    for rank in results.trained(arch, layout):
+        quality, own = rank["quality"], rank["quality_of_teacher"]
+        assert quality.num_tokens == sums[2]
+        assert math.isclose(quality.loss, ce, rel_tol=ROUNDING)
+        assert math.isclose(quality.kl, kl, rel_tol=ROUNDING)
+        assert math.isclose(quality.perplexity, math.exp(ce), rel_tol=10 * ROUNDING)
+        assert abs(own.kl) < 1e-6
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("layout", SPLIT_LAYOUTS)
+def test_a_step_does_not_depend_on_its_microbatches(results, layout, split):
+    """The samples count unequally many tokens, some none: a mean of means would show."""
+    assert_close(results.variants(BY_NAME[layout])[split], results.variants(BY_NAME["one"])["micro1"])
+
+
+@pytest.mark.parametrize("layout", OVERLAP_LAYOUTS)
+def test_overlapped_communication_changes_nothing(results, layout):
+    """Stopped and resumed in between: gradients and moments lie in several buckets then."""
+    assert_close(results.variants(BY_NAME[layout])["overlap"], one_rank(results))
+
+
+@pytest.mark.parametrize("layout", RECOMPUTE_LAYOUTS)
+def test_recomputation_changes_nothing(results, layout):
+    assert_close(results.variants(BY_NAME[layout])["recompute"], one_rank(results))
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(results):
+    decay = [(step - DISTILL.warmup_steps) / (STEPS - DISTILL.warmup_steps) for step in range(1, STEPS + 1)]
+    want = [DISTILL.min_lr + (DISTILL.lr - DISTILL.min_lr) * (1 + math.cos(math.pi * x)) / 2 for x in decay]
+    assert [m.lr for m in one_rank(results)] == pytest.approx(want)
+
+
+def test_bf16_trains(results, ranks):
+    """The loss on one batch, repeated, falls; its first value is float32's to bf16 rounding."""
+    layout = BY_NAME["tp2-sp"]
+    student_arch, student = results.student("qwen3", "all")
+    models = {"arch": ARCHS["qwen3"], "teacher": results.teacher("qwen3"), "student_arch": student_arch, "student": student}
+    losses = ranks(layout.ranks, "workers.train_in_bf16", layout=layout, output=results.root / "bf16", steps=6, **models)[0]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < 0.9 * losses[0]
+    # 8 bits of mantissa in 5 layers of teacher and student; 3e-3 seen.
+    assert math.isclose(losses[0], one_rank(results)[0].loss, rel_tol=0.02)
+    assert GLOBAL_BATCH_SIZE == 4
