@@ -239,10 +239,13 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 
 def _settle(models: list[Any], settings: Distill) -> None:
-    """Leave the bare weights current: with overlap the last parameter gather is still to come."""
-    if settings.overlap:
-        for model in models:
+    """Leave the bare weights current (with overlap the last parameter gather is still to come) and the wrapper collectable."""
+    for model in models:
+        if settings.overlap:
             model.disable_forward_pre_hook(param_sync=True)
+        # Gradient accumulators hold hooks that hold the wrapper: a cycle through C++ that Python's collector does not see, and
+        # that would keep weights, gradient buffers and process groups for the rest of the process.
+        model.grad_accs.clear()
 
 
 def metrics_line(metrics: StepMetrics) -> str:
