@@ -59,7 +59,8 @@ def main() -> None:
             plain, with_hooks = (statistics.median(column) for column in zip(*pairs))
             ratios = sorted(b / a for a, b in pairs)
             print(
-                f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, {shape[0] * shape[1] * len(batches)} tokens, {args.pairs} pairs"
+                f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, "
+                f"{shape[0] * shape[1] * len(batches)} tokens, {args.pairs} pairs"
             )
             print(f"forward without hooks {plain:.3f} s, with hooks {with_hooks:.3f} s")
             print(f"ratio pair by pair: median {statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})")

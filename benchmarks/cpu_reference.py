@@ -81,9 +81,8 @@ def run(args: argparse.Namespace, world: parallel.World, scratch: Path) -> None:
     tokens = args.micro_batch_size * args.sequence_length
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {tokens} tokens a step, {len(ours)} pairs of steps")
     for name, times in (("minitron_mp", ours), ("transformers loop", theirs)):
-        print(
-            f"{name:18s} {statistics.median(times):7.3f} s a step (min {min(times):.3f}, max {max(times):.3f}) {tokens / statistics.median(times):7.1f} tokens/s"
-        )
+        middle = statistics.median(times)
+        print(f"{name:18s} {middle:7.3f} s a step (min {min(times):.3f}, max {max(times):.3f}) {tokens / middle:7.1f} tokens/s")
     ratios = sorted(b / a for a, b in zip(ours, theirs))
     print(f"speed of minitron_mp over the loop, pair by pair: median {statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max {ratios[-1]:.2f})")
 

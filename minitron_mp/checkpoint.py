@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
 from minitron_mp import artifact
 from minitron_mp.artifact import Manifest
@@ -42,8 +42,10 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """dist_checkpointing.load with errors that name the folder."""
     try:
         return dist_checkpointing.load(state, str(folder))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
-        raise InputError(f"{folder} is no checkpoint of this model: {error}; run its stage again") from error
+    except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+        # CheckpointException is torch's, no Exception: what failed on some rank, told to all.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise InputError(f"{folder} is no checkpoint of this model or damaged: {type(cause).__name__} {cause}; run its stage again") from error
 
 
 def dtypes(folder: Path) -> dict[str, torch.dtype]:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from minitron_mp.config import InputError, Recipe, load_recipe
-from minitron_mp.console import console, say, speaks, table
+from minitron_mp.console import say, speaks, table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Compress large language models by the Minitron method.")
 
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing")]
-World = Annotated[int | None, typer.Option("--world", help="ranks to plan for in a dry run; default: one copy of the model")]
+World = Annotated[int | None, typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model")]
 Force = Annotated[bool, typer.Option("--force", help="run the stage although its artefact is up to date")]
 
 HELP = {
@@ -36,8 +37,7 @@ def _add(name: str) -> None:
     @app.command(name, help=HELP[name])
     def command(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None, force: Force = False) -> None:
         resolved = load_recipe(recipe, overrides or [])
-        if dry_run:
-            _dry_run(resolved, world)
+        if _dry(resolved, dry_run, world):
             return
         from minitron_mp.pipeline import run_stage
 
@@ -52,8 +52,7 @@ for _name in HELP:
 def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None) -> None:
     """All stages in order; what is done is skipped, so the same command goes on after a stop."""
     resolved = load_recipe(recipe, overrides or [])
-    if dry_run:
-        _dry_run(resolved, world)
+    if _dry(resolved, dry_run, world):
         return
     from minitron_mp.pipeline import compress as run
 
@@ -73,6 +72,15 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     write_report(project)
 
 
+def _dry(recipe: Recipe, dry_run: bool, world: int | None) -> bool:
+    """Whether this was a dry run, then done."""
+    if dry_run:
+        _dry_run(recipe, world)
+    elif world is not None:
+        raise InputError("--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)")
+    return dry_run
+
+
 def _dry_run(recipe: Recipe, world: int | None) -> None:
     """Everything that is known before anything runs; InputError when the recipe cannot run."""
     from omegaconf import OmegaConf
@@ -82,10 +90,10 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     from minitron_mp.plan import resolve_target
 
     project = Project(recipe)
-    project.check()
     ranks = world or recipe.parallel.model_ranks
     if ranks % recipe.parallel.model_ranks:
         raise InputError(f"--world {ranks} is no multiple of tp x pp x cp = {recipe.parallel.model_ranks}")
+    project.check(ranks)
     teacher = hf.read_arch(Path(recipe.model))
     student = resolve_target(teacher, recipe.target, recipe.parallel.tp)
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
@@ -105,6 +113,7 @@ def main() -> Any:
         app()
     except InputError as error:
         if speaks():
-            console.print("[bold red]error:[/] ", end="")
-            console.print(str(error), markup=False, soft_wrap=True)
+            errors = Console(stderr=True, highlight=False)
+            errors.print("[bold red]error:[/] ", end="")
+            errors.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)

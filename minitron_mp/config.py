@@ -30,7 +30,8 @@ class Data(Section):
     """Text for calibration, training and held-out evaluation."""
 
     source: str | list[str] = "python-stdlib"
-    """Files or folders of .txt and .jsonl (field "text"), cut by document into the three parts; or "python-stdlib"."""
+    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes, cut by document into the three parts;
+    or "python-stdlib"."""
     calibration: list[str] = []
     """Instead of source: .txt, .jsonl or Megatron .bin/.idx prefixes for each part, used as they are."""
     train: list[str] = []

@@ -41,11 +41,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 class Tracker:
     """Progress of one long piece of work, with speed and time left: a bar on a terminal, a line every 10 s elsewhere.
 
-    A context manager; on ranks that do not speak it does nothing.
+    A context manager; on ranks that do not speak it does nothing. first: what was done before, which tells nothing of the speed.
     """
 
-    def __init__(self, title: str, total: int, unit: str):
-        self.title, self.total, self.unit, self.done = title, total, unit, 0
+    def __init__(self, title: str, total: int, unit: str, first: int = 0):
+        self.title, self.total, self.unit, self.first, self.done = title, total, unit, first, first
         self.bar: Any = None
 
     def __enter__(self) -> Tracker:
@@ -55,7 +55,7 @@ class Tracker:
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
             self.bar = Progress(*columns, *times, console=console)
             self.bar.start()
-            self.task = self.bar.add_task(self.title, total=self.total, unit=self.unit, note="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.first, unit=self.unit, note="")
         return self
 
     def advance(self, count: int, note: str = "") -> None:
@@ -65,8 +65,9 @@ class Tracker:
         elif speaks() and (time.monotonic() - self.last > LINE_INTERVAL_S or self.done >= self.total):
             self.last = time.monotonic()
             seconds = self.last - self.start
-            left = seconds / self.done * max(0, self.total - self.done)
-            speed = f"{self.done / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
+            now = self.done - self.first
+            left = seconds / now * max(0, self.total - self.done)
+            speed = f"{now / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
             console.print(f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(left)} left  {note}", soft_wrap=True, markup=False)
 
     def __exit__(self, *_: Any) -> None:

@@ -84,9 +84,8 @@ def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[
     ]
     for name, arch in (("teacher", teacher), ("student", student)):
         total, outside = arch.num_parameters(), arch.num_parameters(embeddings=False)
-        lines.append(
-            (f"{name} parameters", f"{total:,} ({outside:,} without embeddings); on one rank of each stage {[f'{n:,}' for n in rank_parameters(arch, p)]}")
-        )
+        stages = ", ".join(f"{n:,}" for n in rank_parameters(arch, p))
+        lines.append((f"{name} parameters", f"{total:,} ({outside:,} without embeddings); on one rank of each stage {stages}"))
     d = recipe.distill
     tokens = d.steps * d.global_batch_size * recipe.data.sequence_length
     lines.append(("distillation", f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens"))

@@ -98,16 +98,24 @@ def samples(folder: Path, part: str, sequence_length: int, num_samples: int, see
     held = [max(0, n - 1) // sequence_length for n in tokens]
     short = [f"{prefix} holds {num} tokens" for prefix, num, n in zip(prefixes, tokens, held) if n == 0]
     refuse(f"{part} text is too short for one sample of {sequence_length} tokens and a label; lower data.sequence_length or give more text:", short)
-    if not repeat and sum(held) < num_samples:
-        setting = {"calibration": "score.num_samples", "valid": "evaluate.num_samples"}.get(part, "the number of samples")
-        raise InputError(
-            f"{part} text holds {sum(held)} samples of {sequence_length} tokens, {num_samples} are wanted; lower {setting} to at most {sum(held)}, "
-            "lower data.sequence_length, or give more text (more of data.source, a larger data.valid_fraction, or a longer data." + part + ")"
-        )
+    if not repeat and (problem := too_short(folder, part, sequence_length, num_samples)):
+        raise InputError(problem)
     wanted = [-(-num_samples * n // sum(held)) for n in held]  # rounded up, never above held unless repeated
     indices = [folder / "index" / f"{part}_{i}" for i in range(len(prefixes))]
     datasets = [_gpt_dataset(p, n, index, sequence_length, seed, tokenizer) for p, n, index in zip(prefixes, wanted, indices)]
     return datasets[0] if len(datasets) == 1 else _interleave(datasets, wanted)
+
+
+def too_short(folder: Path, part: str, sequence_length: int, num_samples: int) -> str | None:
+    """A sentence for the user when one epoch of a part has fewer samples."""
+    held = sum(max(0, tokens_of(prefix)[0] - 1) // sequence_length for prefix in prefixes_of(folder, part))
+    if held >= num_samples:
+        return None
+    setting = {"calibration": "score.num_samples", "valid": "evaluate.num_samples"}.get(part, "the number of samples")
+    return (
+        f"{part} text holds {held} samples of {sequence_length} tokens, {num_samples} are wanted; lower {setting} to at most {held}, "
+        f"lower data.sequence_length, or give more text (more of data.source, a larger data.valid_fraction, or a longer data.{part})"
+    )
 
 
 def _gpt_dataset(prefix: str, num_samples: int, index: Path, sequence_length: int, seed: int, tokenizer: Tokenizer) -> Dataset:

@@ -32,6 +32,10 @@ class World:
         return dist.get_rank()
 
     @property
+    def size(self) -> int:
+        return dist.get_world_size()
+
+    @property
     def is_main(self) -> bool:
         """The one rank that prints and writes small files."""
         return dist.get_rank() == 0

@@ -106,23 +106,42 @@ class Project:
             needed |= set(STAGES[other].inputs) if other in needed else set()
         return [other for other in STAGES if other in needed]
 
-    def check(self) -> None:
-        """InputError with everything about the recipe that would stop a later stage; runs in a second, before any work."""
+    def check(self, num_ranks: int | None = None) -> None:
+        """InputError with everything about the recipe that would stop a later stage; runs in a second, before any work.
+
+        num_ranks: of the job, where it is known; else one copy of the model is assumed.
+        """
         arch = hf.read_arch(Path(self.recipe.model))
         hf.check_weights(Path(self.recipe.model), arch)
-        problems = layout_problems(arch, self.recipe.parallel.tp)
-        p, d = self.recipe.parallel, self.recipe.distill
-        if d.global_batch_size % d.micro_batch_size:
-            problems.append(f"distill.global_batch_size {d.global_batch_size} is no multiple of micro_batch_size {d.micro_batch_size}")
+        p, d, s = self.recipe.parallel, self.recipe.distill, self.recipe.score
+        problems = layout_problems(arch, p.tp)
+        dp, interleaved = (num_ranks or p.model_ranks) // p.model_ranks, p.pp if p.vpp else 1
+        for name, size, unit in (
+            ("distill.global_batch_size", d.global_batch_size, d.micro_batch_size * dp),
+            ("score.num_samples", s.num_samples, s.micro_batch_size * dp * interleaved),
+        ):
+            if size % unit:
+                near = max(1, round(size / unit)) * unit
+                problems.append(f"{name} {size} must be a multiple of {unit} (micro_batch_size x data parallel size {dp}, x pp under vpp); nearest {near}")
+        num_layers = arch.num_layers
         try:
             student = resolve_target(arch, self.recipe.target, p.tp)
+            num_layers = student.num_layers
             exportable(student, self.recipe.export.family)
-            stages = p.pp * (p.vpp or 1)
-            if stages > student.num_layers:
-                problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {student.num_layers} layers")
         except InputError as error:
-            problems.append(str(error))
+            title, *rows = str(error).splitlines()
+            problems += [row.removeprefix("  - ") for row in rows] or [title]
+        if (stages := p.pp * (p.vpp or 1)) > num_layers:
+            problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {num_layers} layers")
         refuse("this recipe cannot run:", problems)
+
+    def check_text(self) -> None:
+        """InputError when the tokens of the data stage are too few for a later one; evaluate comes after hours of distill."""
+        from minitron_mp.data import too_short
+
+        wanted = {"calibration": self.recipe.score.num_samples, "valid": self.recipe.evaluate.num_samples}
+        found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
+        refuse("there is too little text:", [problem for problem in found if problem])
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
@@ -143,11 +162,14 @@ def compress(recipe: Recipe) -> Path:
     project = Project(recipe)
     project.check()
     with _world_for("distill", recipe) as world:
+        _agree(world, lambda: project.check(world.size))
         if world.is_main:
             recipe.root.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, recipe.root / "recipe.yaml")
         for name in STAGES:
             _run(name, project, world, force=False)
+            if name == "data":
+                _agree(world, project.check_text)
         if world.is_main:
             write_report(project)
     return project.paths["export"]

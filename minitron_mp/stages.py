@@ -23,7 +23,7 @@ from minitron_mp.config import InputError, Recipe
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
-from minitron_mp.parallel import World, everyone, from_main
+from minitron_mp.parallel import World, everyone
 from minitron_mp.plan import PrunePlan, exportable
 from minitron_mp.schedule import Batch, run
 from minitron_mp.teacher import ColocatedTeacher
@@ -162,11 +162,10 @@ def distill(job: Job) -> None:
     student = build_model(arch, world, training=settings, **options)
     checkpoint.load_model(student, job.paths["prune"], world)
     checkpoints = recipe.root / "checkpoints"
-    first = from_main(resume_step(checkpoints, job.manifest) if world.is_main else None)
+    first = resume_step(checkpoints, job.manifest, world)
     if first:
         say(f"distill: going on from step {first}")
-    with Tracker("distill", settings.steps, "steps") as tracker, _Log(recipe.root, first, world) as log:
-        tracker.done = first
+    with Tracker("distill", settings.steps, "steps", first) as tracker, _Log(recipe.root, first, world) as log:
 
         def on_step(metrics: StepMetrics) -> None:
             log(metrics)

@@ -1,7 +1,7 @@
 """Text on disk, in and out: files of the user -> the three parts of a run as Megatron indexed datasets.
 
-tokenize() writes <part>.bin, <part>.idx and parts.json, which names the prefixes of each part; Megatron data that the user
-already has stays where it is and is only named there. The module itself imports neither torch nor Megatron.
+tokenize() writes <part>.bin, <part>.idx and parts.json, which names the prefixes of each part. Megatron data listed for a part
+stays where it is and is only named there; as data.source it is cut by document like text. The module itself imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,14 +48,22 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
     output.mkdir(parents=True, exist_ok=True)
     builders: dict[str, IndexedDatasetBuilder] = {}
     documents, done = _documents(inputs, data.valid_fraction, seed), 0
+
+    def add(part: str, ids: np.ndarray) -> None:
+        if part not in builders:
+            builders[part] = IndexedDatasetBuilder(str(output / f"{part}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+        builders[part].add_document(ids, [len(ids)])
+
     while batch := _batch(documents):
         for (part, _), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
-            if part not in builders:
-                builders[part] = IndexedDatasetBuilder(str(output / f"{part}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-            builders[part].add_document(np.array([*ids, tokenizer.eod]), [len(ids) + 1])
+            add(part, np.array([*ids, tokenizer.eod]))
         done += len(batch)
         if progress:
             progress(done)
+    for prefix in inputs.get("source", ([], []))[1]:
+        for number, ids in enumerate(_tokenized(prefix)):
+            add(_part_of(f"{seed}:{Path(prefix).name}:{number}", data.valid_fraction), ids)
+            done += 1
     for part, builder in builders.items():
         builder.finalize(str(output / f"{part}.idx"))
 
@@ -128,8 +137,6 @@ def _resolve(entries: list[str], field: str, problems: list[str]) -> tuple[Files
         path, prefix = Path(entry), entry.removesuffix(".bin").removesuffix(".idx")
         if Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file():  # before folders: Megatron makes <prefix>/cache
             prefixes.append(str(Path(prefix).resolve()))
-            if field == "data.source":
-                problems.append(f"{field}: {entry} is Megatron data, which is not cut into parts; give data.calibration, data.train and data.valid")
         elif path.is_dir():
             names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
             files += [(name, path / name) for name in names]
@@ -202,6 +209,16 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
             yield "".join(piece)
             piece, length = [], 0
     yield "".join(piece)
+
+
+def _tokenized(prefix: str) -> Iterator[np.ndarray]:
+    """Token ids of each document of Megatron data, as they are."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    bounds = dataset.document_indices
+    for first, last in pairwise(bounds):
+        yield np.concatenate([dataset[i] for i in range(first, last)])
 
 
 def _check_ids(prefix: str, vocab_size: int) -> None:

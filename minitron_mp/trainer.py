@@ -28,7 +28,7 @@ from minitron_mp.config import Distill, InputError, refuse
 from minitron_mp.losses import distillation_loss
 from minitron_mp.model import logits, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
-from minitron_mp.parallel import World, from_main, seed_all
+from minitron_mp.parallel import World, everyone, from_main, seed_all
 from minitron_mp.schedule import Batch, run
 from minitron_mp.teacher import with_signals
 
@@ -208,12 +208,23 @@ def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, s
             shutil.rmtree(old)
 
 
-def resume_step(folder: Path, manifest: Manifest) -> int:
-    """Steps done in the newest whole checkpoint, 0 without one.
+def resume_step(folder: Path, manifest: Manifest, world: World) -> int:
+    """Steps done in the newest whole checkpoint, 0 without one; reached by all ranks.
 
     InputError when the checkpoints there are another run's, naming the field that differs.
     """
-    whole = [path for path in sorted(folder.glob("step_*")) if artifact.find(path)]
+    step, failure = 0, None
+    try:
+        step = _newest(folder, manifest) if world.is_main else 0
+    except InputError as error:
+        failure = error
+    everyone(failure)
+    return from_main(step)
+
+
+def _newest(folder: Path, manifest: Manifest) -> int:
+    # A step without a manifest is none: the machine stopped before the disk had it.
+    whole = [path for path in sorted(folder.glob("step_*")) if (path / artifact.MANIFEST).is_file()]
     if not whole:
         return 0
     found = artifact.require(whole[-1], manifest.stage)
@@ -224,7 +235,7 @@ def resume_step(folder: Path, manifest: Manifest) -> int:
 
 def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, world: World) -> int:
     """Load the newest whole checkpoint of this run; the number of steps done."""
-    step = from_main(resume_step(folder, manifest) if world.is_main else None)
+    step = resume_step(folder, manifest, world)
     if step:
         model = checkpoint.model_state([m.module for m in models], world)
         state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model)}, _step_folder(folder, step))
@@ -239,13 +250,14 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 
 def _settle(models: list[Any], settings: Distill) -> None:
-    """Leave the bare weights current (with overlap the last parameter gather is still to come) and the wrapper collectable."""
+    """Leave the bare weights current (with overlap the last parameter gather is still to come) and the rest collectable."""
     for model in models:
         if settings.overlap:
             model.disable_forward_pre_hook(param_sync=True)
-        # Gradient accumulators hold hooks that hold the wrapper: a cycle through C++ that Python's collector does not see, and
-        # that would keep weights, gradient buffers and process groups for the rest of the process.
-        model.grad_accs.clear()
+        # Through the optimizer's shards, which hold gradient hooks that Python's collector does not see, these would keep
+        # model, optimizer and process groups for the rest of the process.
+        config = unwrap(model).config
+        config.finalize_model_grads_func = config.grad_scale_func = config.no_sync_func = config.param_sync_func = None
 
 
 def metrics_line(metrics: StepMetrics) -> str:

@@ -83,12 +83,12 @@ class Results:
         return {"layout": layout, "arch": ARCHS[arch], "teacher": self.teacher(arch), "student_arch": student_arch, "student": student}
 
     def stopped(self, arch: str, layout: Layout) -> Path:
-        """Checkpoints of the run that stopped after RESUME_AT steps."""
+        """Folder with the checkpoint after RESUME_AT steps."""
         self.trained(arch, layout)
-        return self.root / arch / "trained" / layout.name / "stopped"
+        return self.root / arch / "trained" / layout.name / "unbroken"
 
     def resumed(self, arch: str, layout: Layout) -> list[Any]:
-        """Steps after RESUME_AT of the run that the previous layout of the table stopped."""
+        """Steps after RESUME_AT, from the checkpoint of the previous layout of the table."""
         source = previous(TRAINED, arch, layout)
 
         def resume() -> list[Any]:

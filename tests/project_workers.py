@@ -1,0 +1,51 @@
+"""What test_pipeline.py and test_cli.py run on the ranks of a pool: the command line, and models of other layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+from collections import namedtuple
+from typing import NamedTuple
+from unittest.mock import patch
+
+from cases import SEQUENCE_LENGTH, Layout
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from workers import joined
+
+from minitron_mp import cli
+from minitron_mp.arch import Arch
+from minitron_mp.model import build_model
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def minitron(*, arguments: list[str], free_bytes: float | None = None) -> Done:
+    """The command line on this rank. free_bytes: what the disk seems to have."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", ["minitron-mp", *arguments]))
+        stack.enter_context(patch.dict("os.environ", COLUMNS="160"))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if free_bytes is not None:
+            disk = namedtuple("disk", "total used free")(10**15, 10**15 - free_bytes, free_bytes)
+            stack.enter_context(patch.object(shutil, "disk_usage", lambda path: disk))
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
+    """(pipeline stage, parameters on this rank) of a model."""
+    with joined(layout) as world:
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())

@@ -1,0 +1,422 @@
+"""All stages from a Hugging Face folder to a Hugging Face folder: what comes out, what is repeated when, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BY_NAME, make_samples
+from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, command, environment, make_model, make_recipe_file, make_text, minitron, read_metrics
+
+from minitron_mp import artifact, load_recipe
+from minitron_mp.pipeline import STAGES, Project
+from minitron_mp.plan import PrunePlan
+
+OUTPUT = ["data", "evaluation.json", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.md"]
+OUTPUT += ["student", "student_distilled", "student_hf", "teacher", "tensorboard"]
+SMALLER = "target.ffn_hidden_size=64"
+TWO_RANKS = ("parallel.tp=2", "parallel.sequence_parallel=true")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A project on disk, and how the command that made it ended."""
+
+    recipe: Path
+    output: Path
+    done: subprocess.CompletedProcess | None = None
+
+    def project(self, *overrides: str) -> Project:
+        return Project(load_recipe(self.recipe, overrides))
+
+    def to_repeat(self, *overrides: str) -> dict[str, list[str]]:
+        """Stages that are not done, and why."""
+        project = self.project(*overrides)
+        return {name: why for name in STAGES if (why := project.why_not_done(name)) is not None}
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of each file of an artefact."""
+        files = (path for stage in STAGES.values() for path in [self.output / stage.artifact, *(self.output / stage.artifact).rglob("*")])
+        return {str(path.relative_to(self.output)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("project")
+    make_model(root / "model")
+    make_text(root / "text")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(inputs) -> Run:
+    """A finished project, made by one command in one process."""
+    recipe = make_recipe_file(inputs / "recipe.yaml", inputs / "model", inputs / "text", inputs / "whole")
+    return Run(recipe, inputs / "whole", minitron("compress", recipe))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs) -> Run:
+    """The same project under torchrun with tensor and sequence parallelism."""
+    recipe = make_recipe_file(inputs / "two.yaml", inputs / "model", inputs / "text", inputs / "two")
+    return Run(recipe, inputs / "two", minitron("compress", recipe, *TWO_RANKS, ranks=2))
+
+
+@pytest.fixture
+def copied(whole, inputs, tmp_path) -> Run:
+    """The finished project and its model, to damage."""
+    assert whole.done.returncode == 0, whole.done.stderr
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    shutil.copytree(whole.output, tmp_path / "out")
+    # The path of the text is a setting of the data stage, so it stays the same word.
+    return Run(make_recipe_file(tmp_path / "recipe.yaml", tmp_path / "model", inputs / "text", tmp_path / "out"), tmp_path / "out")
+
+
+@pytest.fixture
+def on_rank(ranks):
+    """on_rank(words...) -> what the command line does on one rank that has imported everything already."""
+    return lambda *words, **options: ranks(1, "project_workers.minitron", arguments=[str(word) for word in words], **options)[0]
+
+
+def refused(done, *words: str) -> None:
+    """The command failed with a sentence for the user that holds these words."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.out + done.err
+    assert done.err.startswith("error: ")
+    for word in words:
+        assert word in done.err, done.err
+
+
+def drop(output: Path, *stages: str) -> None:
+    """Delete the artefacts of stages."""
+    for name in stages:
+        path = output / STAGES[name].artifact
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_compress_makes_every_artefact(whole):
+    assert whole.done.returncode == 0, whole.done.stderr
+    assert "Traceback" not in whole.done.stderr
+    assert names(whole.output) == OUTPUT  # and nothing written aside, no checkpoints
+    assert whole.to_repeat() == {}
+    assert load_recipe(whole.output / "recipe.yaml") == load_recipe(whole.recipe)
+    for name in STAGES:
+        assert f"{name}: {whole.output / STAGES[name].artifact} in " in whole.done.stdout
+
+
+def test_models_give_the_logits_of_transformers(whole, inputs, ranks):
+    """Float32 on both sides, so what differs is the order of sums: 1e-5 seen, at logits up to 10."""
+    from transformers import AutoModelForCausalLM
+
+    models = {}
+    for name, stage, folder in (("teacher", "import", inputs / "model"), ("student", "distill", whole.output / "student_hf")):
+        checkpoint = whole.output / STAGES[stage].artifact
+        models[name] = (artifact.require(checkpoint, stage).arch, checkpoint, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    found = ranks(1, "workers.load_and_run", layout=BY_NAME["one"], models={name: pair[:2] for name, pair in models.items()})[0]
+    for name, (arch, _, model) in models.items():
+        with torch.no_grad():
+            want = model(make_samples(arch, 0, 8)["tokens"]).logits
+        torch.testing.assert_close(found[name][..., : arch.vocab_size], want, atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert want.abs().max() > 1
+
+
+def test_export_is_a_model_with_its_tokenizer(whole, inputs):
+    from transformers import AutoTokenizer
+
+    config = json.loads((whole.output / "student_hf" / "config.json").read_text())
+    sizes = {"num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
+    # Heads keep their width, which is no longer hidden_size / num_attention_heads: without head_dim nobody could load it.
+    assert {name: config[name] for name in sizes} == sizes
+    assert config["head_dim"] == 8
+    assert config["dtype"] == "float32"
+    assert {path.name for path in (inputs / "model").iterdir()} <= set(names(whole.output / "student_hf"))
+    ids = [AutoTokenizer.from_pretrained(folder)("prune a layer")["input_ids"] for folder in (inputs / "model", whole.output / "student_hf")]
+    assert ids[0] == ids[1]
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(whole):
+    found = json.loads((whole.output / "evaluation.json").read_text())
+    assert found["teacher"]["kl"] is None
+    assert found["distilled"]["kl"] < found["pruned"]["kl"]
+    assert {found[name]["num_tokens"] for name in ("teacher", "pruned", "distilled")} == {16 * 32}
+    assert all(math.isclose(found[name]["perplexity"], math.exp(found[name]["loss"]), rel_tol=1e-6) for name in ("teacher", "pruned", "distilled"))
+
+
+def test_metrics_have_a_line_a_step(whole):
+    metrics = read_metrics(whole.output)
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert all(m["loss"] == m["kl"] and m["num_tokens"] == 4 * 32 for m in metrics)  # no cross-entropy, nothing masked
+    assert max(m["lr"] for m in metrics) == pytest.approx(MAX_LR, rel=0.01)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(whole.output / "tensorboard"))
+    board.Reload()
+    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in board.Scalars("distill/loss")] == [(m["step"], m["loss"]) for m in metrics]
+
+
+def test_report_tells_what_was_cut_and_how_good_it_is(whole):
+    report = (whole.output / "report.md").read_text()
+    found, plan = json.loads((whole.output / "evaluation.json").read_text()), PrunePlan.load(whole.output / "plan.json")
+    for name, arch in (("teacher", plan.teacher), ("pruned", plan.student), ("distilled", plan.student)):
+        quality, kl = found[name], "" if found[name]["kl"] is None else f"{found[name]['kl']:.4f}"
+        share = f"{arch.num_parameters() / plan.teacher.num_parameters():.1%}"
+        assert f"| {name} | {arch.num_parameters():,} | {share} | {quality['loss']:.4f} | {quality['perplexity']:.2f} | {kl} |" in report
+    for row in plan.summary():
+        assert "| " + " | ".join(row) + " |" in report
+    assert f"Layers dropped (from 0): {({*range(4)} - {*plan.layers}).pop()}." in report
+    assert f"{STEPS} steps, {STEPS * 4 * 32:,} tokens" in report
+    assert all(f"`{stage.artifact}`" in report for stage in STAGES.values())
+
+
+def test_a_second_run_does_nothing(copied, on_rank):
+    before = copied.state()
+    done = on_rank("compress", copied.recipe)
+    assert done.code == 0, done
+    assert [f"{name}: done, {path}" in done.out.splitlines() for name, path in copied.project().paths.items()] == [True] * len(STAGES)
+    assert copied.state() == before
+    assert names(copied.output) == OUTPUT
+
+
+@pytest.mark.parametrize(
+    ("override", "why", "first"),
+    [
+        ("data.valid_fraction=0.2", "settings.valid_fraction: 0.15, here 0.2", "data"),
+        ("score.num_samples=8", "settings.num_samples: 16, here 8", "score"),
+        ("score.batch_aggregation=mean", "settings.batch_aggregation: 'l2', here 'mean'", "score"),
+        ("data.sequence_length=16", "settings.sequence_length: 32, here 16", "score"),
+        ("precision=bf16", "settings.precision: 'fp32', here 'bf16'", "score"),
+        (SMALLER, "settings.ffn_hidden_size: 96, here 64", "plan"),
+        ("distill.lr=0.01", f"settings.lr: {MAX_LR}, here 0.01", "distill"),
+        ("distill.global_batch_size=8", "settings.global_batch_size: 4, here 8", "distill"),
+        ("evaluate.num_samples=8", "settings.num_samples: 16, here 8", "evaluate"),
+        ("export.family=mistral", "settings.family: None, here 'mistral'", "export"),
+    ],
+)
+def test_a_setting_repeats_what_depends_on_it(whole, override, why, first):
+    """The first stage names the setting; of the others those are repeated that have it, or that read what is made anew."""
+    found = whole.to_repeat(override)
+    after = {name for name in STAGES if first in whole.project().before(name)}
+    also = {"export"} if override.startswith("precision") else set()
+    assert set(found) == {first} | after | also
+    assert found[first] == [why]
+    for name in set(found) - {first} - also:
+        assert any(row.startswith("input ") for row in found[name]), (name, found[name])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        TWO_RANKS,
+        ("parallel.pp=3", "parallel.cp=2"),
+        ("score.micro_batch_size=2", "distill.micro_batch_size=4", "evaluate.micro_batch_size=1"),
+        ("distill.overlap=true", "distill.recompute=true"),
+        ("distill.log_interval=7", "distill.checkpoint_interval=3", "distill.keep_checkpoints=1"),
+    ],
+)
+def test_layout_microbatches_and_logging_repeat_nothing(whole, overrides):
+    assert whole.to_repeat(*overrides) == {}
+
+
+def test_changed_files_are_noticed(copied, inputs, tmp_path):
+    text, model = inputs / "text" / "00.txt", tmp_path / "model" / "model.safetensors"
+    text.rename(tmp_path / "gone.txt")
+    try:
+        found = copied.to_repeat()
+    finally:
+        (tmp_path / "gone.txt").rename(text)
+    assert list(found) == [name for name in STAGES if name != "import"], "a text file was gone"
+    assert found["data"][0].startswith("input text: ")
+    assert copied.to_repeat() == {}
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    found = copied.to_repeat()
+    assert list(found) == list(STAGES), "one bit of the weights has changed"
+    assert found["import"][0].startswith("input model: ")
+    (tmp_path / "model" / "README.md").write_text("not read")
+    assert copied.to_repeat() == found
+
+
+def test_repeated_stages_give_the_new_student_and_leave_the_rest(copied, on_rank):
+    before = copied.state()
+    done = on_rank("compress", copied.recipe, SMALLER)
+    assert done.code == 0, done
+    assert "plan: again, for settings.ffn_hidden_size: 96, here 64" in done.out
+    assert all(f"{name}: done" in done.out for name in ("import", "data", "score"))
+    assert json.loads((copied.output / "student_hf" / "config.json").read_text())["intermediate_size"] == 64
+    assert names(copied.output) == OUTPUT
+    assert copied.to_repeat(SMALLER) == {}
+    after = copied.state()
+    kept = {name for name in before if name.startswith(("teacher/", "importance")) or (name.startswith("data/") and "/index/" not in name)}
+    assert {name for name in before if after.get(name) == before[name]} >= kept
+    assert [m["step"] for m in read_metrics(copied.output)] == list(range(1, STEPS + 1)), "lines of the old run are left"
+
+
+def start_and_kill(run: Run, *overrides: str) -> int:
+    """distill in a process of its own, killed when it is past its first checkpoint; steps that it has logged."""
+    (run.output / "metrics.jsonl").unlink()
+    process = subprocess.Popen(
+        command("distill", run.recipe, *overrides),
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        deadline, logged = time.monotonic() + 120, 0
+        while logged < CHECKPOINT_INTERVAL + 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+            with_log = (run.output / "metrics.jsonl").exists()
+            logged = len((run.output / "metrics.jsonl").read_bytes().splitlines()) if with_log else 0
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was done, or had failed, before the kill"
+    finally:
+        # Checkpoint writers and Megatron-Core's manager outlive a process that is killed.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return logged
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ranks):
+    drop(copied.output, "distill", "evaluate", "export")
+    shutil.rmtree(copied.output / "tensorboard")
+    logged = start_and_kill(copied)
+    assert CHECKPOINT_INTERVAL < logged < STEPS
+    assert not (copied.output / "student_distilled").exists()
+    checkpoints = copied.output / "checkpoints"
+    saved = max(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
+    # What a kill in the middle of a save leaves, and what a machine leaves that lost what was not on its disk yet.
+    (checkpoints / f".step_{saved + CHECKPOINT_INTERVAL:08d}.tmp").mkdir(exist_ok=True)
+    (checkpoints / f".step_{saved + CHECKPOINT_INTERVAL:08d}.tmp" / "__0_0.distcp").write_bytes(b"half")
+    (checkpoints / f"step_{saved + CHECKPOINT_INTERVAL:08d}").mkdir()
+    (checkpoints / f"step_{saved + CHECKPOINT_INTERVAL:08d}" / "__0_0.distcp").write_bytes(b"half")
+    (copied.output / ".student_distilled.tmp").mkdir(exist_ok=True)
+    with (copied.output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+
+    done = on_rank("compress", copied.recipe)
+    assert done.code == 0, done
+    assert f"distill: going on from step {saved}" in done.out
+    assert read_metrics(copied.output) == read_metrics(whole.output)
+    unbroken, resumed = (ranks(1, "workers.read_tensors", folder=run.output / "student_distilled", prefix="")[0] for run in (whole, copied))
+    assert unbroken.keys() == resumed.keys()
+    assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
+    assert names(copied.output) == OUTPUT
+    evaluations = [{**json.loads((run.output / "evaluation.json").read_text()), "manifest": None} for run in (whole, copied)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_checkpoints_of_another_run_are_refused(copied, on_rank):
+    drop(copied.output, "distill")
+    manifest = copied.project("distill.lr=0.01").manifest("distill")
+    with artifact.writing(copied.output / "checkpoints" / f"step_{CHECKPOINT_INTERVAL:08d}", manifest):
+        pass
+    refused(on_rank("distill", copied.recipe), "checkpoints of another run; move or delete it, or go back", f"settings.lr: 0.01, here {MAX_LR}")
+    assert names(copied.output / "checkpoints") == [f"step_{CHECKPOINT_INTERVAL:08d}"]
+
+
+def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
+    assert two_ranks.done.returncode == 0, two_ranks.done.stderr
+    assert names(two_ranks.output) == OUTPUT
+    one, two = (PrunePlan.load(run.output / "plan.json") for run in (whole, two_ranks))
+    assert (one.layers, one.hidden, one.ffn, one.heads) == (two.layers, two.hidden, two.ffn, two.heads)
+    assert two_ranks.to_repeat() == {}, "a run on one rank would repeat something"
+    # 40 steps at a large learning rate let rounding grow: 1e-5 seen after them, 1e-6 before.
+    found = [json.loads((run.output / "evaluation.json").read_text()) for run in (whole, two_ranks)]
+    assert found[1]["pruned"]["kl"] == pytest.approx(found[0]["pruned"]["kl"], rel=1e-5)
+    assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-3)
+    assert [m["loss"] for m in read_metrics(two_ranks.output)] == pytest.approx([m["loss"] for m in read_metrics(whole.output)], rel=1e-3)
+
+    done = on_rank("evaluate", two_ranks.recipe, "--force")
+    assert done.code == 0, done
+    assert "evaluate: done" not in done.out
+    again = json.loads((two_ranks.output / "evaluation.json").read_text())
+    assert again["manifest"] == found[1]["manifest"]
+    for name in ("teacher", "pruned", "distilled"):
+        assert again[name]["loss"] == pytest.approx(found[1][name]["loss"], rel=1e-6)
+
+
+def test_only_rank_0_speaks(two_ranks):
+    assert two_ranks.done.stdout.count("import: ") == 2  # progress and artefact
+    assert two_ranks.done.stdout.count("report: ") == 1
+
+
+def test_a_stage_says_which_comes_first(copied, on_rank, inputs, tmp_path):
+    recipe = make_recipe_file(tmp_path / "new.yaml", inputs / "model", inputs / "text", tmp_path / "new")
+    refused(on_rank("export", recipe), f"{tmp_path / 'new' / 'teacher'} is missing; run `minitron-mp import` first")
+    assert not (tmp_path / "new").exists()
+    drop(copied.output, "plan", "prune", "distill")
+    refused(on_rank("prune", copied.recipe), "plan.json is missing; run `minitron-mp plan` first")
+    refused(on_rank("distill", copied.recipe), "plan.json is missing; run `minitron-mp plan` first")
+    done = on_rank("plan", copied.recipe)
+    assert done.code == 0, done
+    assert "hidden_size" in done.out
+    assert list(copied.to_repeat()) == ["prune", "distill"]
+
+
+def test_a_plan_of_something_else_is_refused(copied, on_rank):
+    drop(copied.output, "prune")
+    plan, content = copied.output / "plan.json", json.loads((copied.output / "plan.json").read_text())
+    cases = {
+        "settings.ffn_hidden_size: 64, here 96": {"settings": {**content["manifest"]["settings"], "ffn_hidden_size": 64}},
+        "input score: 'beef', here ": {"inputs": {"score": "beef"}},
+        "stage: 'score', here 'plan'": {"stage": "score"},
+    }
+    for row, change in cases.items():
+        plan.write_text(json.dumps({**content, "manifest": {**content["manifest"], **change}}))
+        refused(on_rank("prune", copied.recipe), "plan.json was made from something else; run `minitron-mp plan` again, or restore", row)
+    assert not (copied.output / "student").exists()
+
+
+def test_a_damaged_artefact_is_named(copied, on_rank):
+    manifest, plan = copied.output / "student" / "manifest.json", copied.output / "plan.json"
+    before = copied.state()
+    manifest.write_text(manifest.read_text()[:100])
+    refused(on_rank("compress", copied.recipe), f"{copied.output / 'student'} is damaged", "delete it and run its stage again")
+    shutil.rmtree(copied.output / "student")
+    plan.write_text(plan.read_text()[:100])
+    refused(on_rank("prune", copied.recipe), "plan.json is damaged")
+    plan.unlink()
+    done = on_rank("compress", copied.recipe)
+    assert done.code == 0, done
+    assert copied.state().keys() == before.keys()
+
+
+def test_a_checkpoint_with_a_lost_file_is_named(copied, on_rank):
+    for path in (copied.output / "student_distilled").glob("*.distcp"):
+        path.unlink()
+    refused(on_rank("export", copied.recipe, "--force"), f"{copied.output / 'student_distilled'} is no checkpoint of this model or damaged", ".distcp")
+    assert copied.project().why_not_done("export") is None, "the old export is gone"
+
+
+@pytest.mark.parametrize("name", ["teacher", "student_hf"])
+def test_a_folder_of_somebody_else_is_left_alone(copied, on_rank, name):
+    drop(copied.output, *(stage for stage in STAGES if STAGES[stage].artifact == name))
+    (copied.output / name).mkdir()
+    (copied.output / name / "thesis.txt").write_text("years of work")
+    refused(on_rank("compress", copied.recipe), f"{copied.output / name} holds no manifest.json", "will not replace it; move it, or set another output")
+    assert names(copied.output / name) == ["thesis.txt"]
+
+
+def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
+    read = lambda: ranks(1, "workers.read_tensors", folder=copied.output / "student", prefix="")[0]  # noqa: E731
+    before, tensors = copied.state(), read()
+    refused(on_rank("prune", copied.recipe, "--force", free_bytes=1000), f"{copied.output / 'student'} needs up to 0.00 GB", "make room or set another output")
+    assert copied.state() == before
+    assert all(torch.equal(value, tensors[key]) for key, value in read().items())
+    assert names(copied.output) == OUTPUT
+    assert copied.to_repeat() == {}
