@@ -98,8 +98,8 @@ def test_equal_logits_have_no_kl_and_no_gradient(ranks, ranks_tp, padded):
     case = make_case(padded)
     _, kl, _, grad = run(ranks, ranks_tp, case | {"teacher": case["student"].clone()}, **SETTINGS["kl-hot"])
     assert kl.abs().max() < 1e-6
-    # The sums of teacher and student over four ranks may be rounded differently, see above.
-    assert grad.abs().max() <= (0 if ranks_tp <= 2 else 1e-7)
+    # The sums of teacher and student over four ranks may be rounded differently, see above: T (p_s - p_t) to the last bits of p.
+    assert grad.abs().max() <= (0 if ranks_tp <= 2 else 1e-6)
 
 
 @splits

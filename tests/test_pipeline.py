@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BY_NAME, make_samples
-from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, command, environment, make_model, make_recipe_file, make_text, minitron, read_metrics
+from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, command, environment, make_model, make_recipe_file, make_text, minitron, read_metrics, refused
 
 from minitron_mp import artifact, load_recipe
 from minitron_mp.pipeline import STAGES, Project
@@ -85,15 +85,6 @@ def copied(whole, inputs, tmp_path) -> Run:
 def on_rank(ranks):
     """on_rank(words...) -> what the command line does on one rank that has imported everything already."""
     return lambda *words, **options: ranks(1, "project_workers.minitron", arguments=[str(word) for word in words], **options)[0]
-
-
-def refused(done, *words: str) -> None:
-    """The command failed with a sentence for the user that holds these words."""
-    assert done.code == 2, done
-    assert "Traceback" not in done.out + done.err
-    assert done.err.startswith("error: ")
-    for word in words:
-        assert word in done.err, done.err
 
 
 def drop(output: Path, *stages: str) -> None:
@@ -267,7 +258,8 @@ def test_repeated_stages_give_the_new_student_and_leave_the_rest(copied, on_rank
 
 def start_and_kill(run: Run, *overrides: str) -> int:
     """distill in a process of its own, killed when it is past its first checkpoint; steps that it has logged."""
-    (run.output / "metrics.jsonl").unlink()
+    log = run.output / "metrics.jsonl"
+    log.unlink()
     process = subprocess.Popen(
         command("distill", run.recipe, *overrides),
         env=environment(),
@@ -278,10 +270,9 @@ def start_and_kill(run: Run, *overrides: str) -> int:
     )
     try:
         deadline, logged = time.monotonic() + 120, 0
-        while logged < CHECKPOINT_INTERVAL + 3 and process.poll() is None and time.monotonic() < deadline:
+        while logged < CHECKPOINT_INTERVAL + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
-            with_log = (run.output / "metrics.jsonl").exists()
-            logged = len((run.output / "metrics.jsonl").read_bytes().splitlines()) if with_log else 0
+            logged = log.read_bytes().count(b"\n") if log.exists() else 0
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it was done, or had failed, before the kill"
     finally:
@@ -335,7 +326,7 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     one, two = (PrunePlan.load(run.output / "plan.json") for run in (whole, two_ranks))
     assert (one.layers, one.hidden, one.ffn, one.heads) == (two.layers, two.hidden, two.ffn, two.heads)
     assert two_ranks.to_repeat() == {}, "a run on one rank would repeat something"
-    # 40 steps at a large learning rate let rounding grow: 1e-5 seen after them, 1e-6 before.
+    # 30 steps at a large learning rate let rounding grow: 1e-5 seen after them, 1e-6 before.
     found = [json.loads((run.output / "evaluation.json").read_text()) for run in (whole, two_ranks)]
     assert found[1]["pruned"]["kl"] == pytest.approx(found[0]["pruned"]["kl"], rel=1e-5)
     assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-3)

@@ -8,7 +8,7 @@ import pytest
 from pool import Pool, RankError
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool():
     pool = Pool(2)
     yield pool

@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
 """Of a model that cuts on each axis and still divides by two tensor parallel ranks."""
-STEPS, CHECKPOINT_INTERVAL, MAX_LR = 40, 10, 5e-3
+STEPS, CHECKPOINT_INTERVAL, MAX_LR = 30, 6, 5e-3
 
 
 def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
@@ -51,7 +51,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> int:
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    words = "prune score layer head neuron channel teacher student token keep cut rank loss step of the a and by".split()
+    words = ["prune", "score", "layer", "head", "neuron", "channel", "teacher", "student", "token", "keep", "cut", "rank", "loss", "the", "a", "and"]
     chance = random.Random(seed)
     return [" ".join(chance.choices(words, k=chance.randint(6, 20))) + ".\n" for _ in range(count)]
 
@@ -112,3 +112,13 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what a clock says."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{name: row[name] for name in ("step", "loss", "kl", "ce", "grad_norm", "lr", "num_tokens")} for row in rows]
+
+
+def refused(done: tuple[int, str, str], *words: str) -> None:
+    """(exit code, output, error output) of a command that told the user what is wrong, in words that hold these, and said no more."""
+    code, out, err = done
+    assert code == 2, done
+    assert "Traceback" not in out + err
+    assert err.startswith("error: "), err
+    for word in words:
+        assert word in err, err
