@@ -6,6 +6,7 @@ is not done. A single stage refuses inputs that are missing or made from somethi
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,6 +172,7 @@ def compress(recipe: Recipe) -> Path:
             if name == "data":
                 _agree(world, project.check_text)
         if world.is_main:
+            shutil.rmtree(recipe.root / "checkpoints", ignore_errors=True)  # left when a kill came just after the student was written
             write_report(project)
     return project.paths["export"]
 

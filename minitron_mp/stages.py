@@ -283,7 +283,7 @@ class _Log:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and self.first else []
             artifact.write_text(self.path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.first))
             self.file = self.path.open("a", buffering=1)
-            self.board = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=self.first)
+            self.board = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=self.first + 1)
         return self._write
 
     def _write(self, metrics: StepMetrics) -> None:
@@ -291,6 +291,7 @@ class _Log:
         for name, value in vars(metrics).items():
             if name != "step":
                 self.board.add_scalar(f"distill/{name}", value, metrics.step)
+        self.board.flush()  # or a kill takes up to two minutes of points, and a resumed run does not repeat those before its checkpoint
 
     def __exit__(self, *_: Any) -> None:
         if self.enabled:

@@ -230,6 +230,8 @@ def documented() -> list[tuple[str, str]]:
             found += [("README.md", line) for line in block.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
         found.append((path.name, path.read_text().splitlines()[0].lstrip("# ")))
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        found += [(path.name, line) for line in ast.get_docstring(ast.parse(path.read_text())).splitlines() if line.startswith(("torchrun ", "python "))]
     return found
 
 
@@ -239,16 +241,15 @@ def test_documented_commands_exist(where, line):
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables for the command
         words.pop(0)
-    if words[0] in ("bash", "sh", "sbatch", "python"):
-        script = next(word for word in words[1:] if not word.startswith("-"))
-        assert (ROOT / script).is_file(), f"{where}: {script}"
-        words = words[words.index(script) + 1 :] if script.endswith("slurm.sbatch") else []
-    elif words[0] == "torchrun":
-        assert words[words.index("minitron_mp") - 1] == "-m", f"{where}: {line}"
+    program = words.pop(0)
+    if "minitron_mp" in words:
+        assert words[words.index("minitron_mp") - 1] == "-m"
         words = words[words.index("minitron_mp") + 1 :]
-    elif words[0] == "minitron-mp":
-        words = words[1:]
-    else:
+    elif program in ("bash", "sbatch", "python", "torchrun"):
+        script = next(word for word in words if re.search(r"\.(sh|py|sbatch)$", word))
+        assert (ROOT / script).is_file()
+        words = words[words.index(script) + 1 :] if script.endswith(".sbatch") else []
+    elif program != "minitron-mp":
         words = []
     if not words:
         return

@@ -109,7 +109,7 @@ def test_compress_makes_every_artefact(whole):
 
 
 def test_models_give_the_logits_of_transformers(whole, inputs, ranks):
-    """Float32 on both sides, so what differs is the order of sums: 1e-5 seen, at logits up to 10."""
+    """Float32 on both sides, so at most the order of sums differs; nothing seen on one machine, at logits up to 6."""
     from transformers import AutoModelForCausalLM
 
     models = {}
@@ -151,11 +151,18 @@ def test_metrics_have_a_line_a_step(whole):
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert all(m["loss"] == m["kl"] and m["num_tokens"] == 4 * 32 for m in metrics)  # no cross-entropy, nothing masked
     assert max(m["lr"] for m in metrics) == pytest.approx(MAX_LR, rel=0.01)
+    assert curve(whole) == pytest.approx({m["step"]: m["loss"] for m in metrics}, rel=1e-6)
+
+
+def curve(run: Run) -> dict[int, float]:
+    """Step -> loss, as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(whole.output / "tensorboard"))
+    board = EventAccumulator(str(run.output / "tensorboard"))
     board.Reload()
-    assert [(e.step, pytest.approx(e.value, rel=1e-6)) for e in board.Scalars("distill/loss")] == [(m["step"], m["loss"]) for m in metrics]
+    points = board.Scalars("distill/loss")
+    assert len({point.step for point in points}) == len(points)
+    return {point.step: point.value for point in points}
 
 
 def test_report_tells_what_was_cut_and_how_good_it_is(whole):
@@ -303,12 +310,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
     assert done.code == 0, done
     assert f"distill: going on from step {saved}" in done.out
     assert read_metrics(copied.output) == read_metrics(whole.output)
+    assert curve(copied) == curve(whole)
     unbroken, resumed = (ranks(1, "workers.read_tensors", folder=run.output / "student_distilled", prefix="")[0] for run in (whole, copied))
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
     assert names(copied.output) == OUTPUT
     evaluations = [{**json.loads((run.output / "evaluation.json").read_text()), "manifest": None} for run in (whole, copied)]
     assert evaluations[0] == evaluations[1]
+
+
+def test_checkpoints_that_a_kill_left_beside_the_student_are_cleaned_up(copied, on_rank):
+    (copied.output / "checkpoints").mkdir()
+    assert on_rank("compress", copied.recipe).code == 0
+    assert names(copied.output) == OUTPUT
 
 
 def test_checkpoints_of_another_run_are_refused(copied, on_rank):
@@ -326,11 +340,11 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     one, two = (PrunePlan.load(run.output / "plan.json") for run in (whole, two_ranks))
     assert (one.layers, one.hidden, one.ffn, one.heads) == (two.layers, two.hidden, two.ffn, two.heads)
     assert two_ranks.to_repeat() == {}, "a run on one rank would repeat something"
-    # 30 steps at a large learning rate let rounding grow: 1e-5 seen after them, 1e-6 before.
+    # Rounding of sums over two ranks, which 30 steps at a large learning rate may let grow: 3e-7 seen after them.
     found = [json.loads((run.output / "evaluation.json").read_text()) for run in (whole, two_ranks)]
     assert found[1]["pruned"]["kl"] == pytest.approx(found[0]["pruned"]["kl"], rel=1e-5)
-    assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-3)
-    assert [m["loss"] for m in read_metrics(two_ranks.output)] == pytest.approx([m["loss"] for m in read_metrics(whole.output)], rel=1e-3)
+    assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-4)
+    assert [m["loss"] for m in read_metrics(two_ranks.output)] == pytest.approx([m["loss"] for m in read_metrics(whole.output)], rel=1e-4)
 
     done = on_rank("evaluate", two_ranks.recipe, "--force")
     assert done.code == 0, done
