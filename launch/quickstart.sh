@@ -5,6 +5,7 @@
 #   bash launch/quickstart.sh --data FILE_OR_FOLDER        on your own text: .txt, .jsonl, or a Megatron .bin/.idx prefix
 #   bash launch/quickstart.sh distill.steps=200            any further words override the recipe
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-$PWD/.venv}
 overrides=()
@@ -12,7 +13,7 @@ while (($#)); do
     case $1 in
     --data)
         [[ -n ${2:-} ]] || { echo "--data needs a file or a folder" >&2; exit 2; }
-        overrides+=("data.source=$2")
+        case $2 in /*) overrides+=("data.source=$2") ;; *) overrides+=("data.source=$here/$2") ;; esac
         shift 2
         ;;
     -h | --help)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
 from minitron_mp import artifact
@@ -68,7 +70,10 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
         except OSError as error:
             failure = InputError(f"{folder} cannot be written: {error}")
     everyone(failure)
-    dist_checkpointing.save(state, str(artifact.aside(folder)))
+    try:
+        dist_checkpointing.save(state, str(artifact.aside(folder)))
+    except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
+        raise InputError(f"{folder} could not be written: {error}") from error
     try:
         if dist.get_rank() == 0:
             if extra is not None:
@@ -81,7 +86,7 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
 
 def _check_room(state: dict[str, Any], folder: Path) -> None:
     """A full disk in the middle of a save stops the writer processes of some ranks only; so look before."""
-    needed = torch.tensor(float(sum(t.numel() * t.element_size() for t in _tensors(state))))
+    needed = torch.tensor(float(sum(_written_bytes(entry) for entry in nested_values(state))))
     dist.all_reduce(needed)
     near = next(p for p in folder.absolute().parents if p.exists())
     free = shutil.disk_usage(near).free
@@ -93,10 +98,7 @@ def _check_room(state: dict[str, Any], folder: Path) -> None:
     )
 
 
-def _tensors(state: Any) -> list[torch.Tensor]:
-    if isinstance(state, dict):
-        return [t for value in state.values() for t in _tensors(value)]
-    if isinstance(state, (list, tuple)):
-        return [t for value in state for t in _tensors(value)]
-    data = getattr(state, "data", None)
-    return [data] if isinstance(data, torch.Tensor) else []
+def _written_bytes(entry: Any) -> int:
+    """Bytes that this rank writes of one entry; replicas are written once."""
+    data = getattr(entry, "data", None)
+    return data.nbytes if isinstance(data, torch.Tensor) and is_main_replica(entry.replica_id) else 0

@@ -95,7 +95,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
         raise InputError(f"--world {ranks} is no multiple of tp x pp x cp = {recipe.parallel.model_ranks}")
     project.check(ranks)
     teacher = hf.read_arch(Path(recipe.model))
-    student = resolve_target(teacher, recipe.target, recipe.parallel.tp)
+    student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
     table("layout and memory", ("what", "value"), cost.rows(teacher, student, recipe, ranks))
     states = {None: "done", True: "to do", False: "again"}

@@ -44,6 +44,7 @@ def exchange_kept(rows: torch.Tensor, keep: torch.Tensor, start: int, group: Gro
     only kept rows to the rank that holds them next; as keep ascends, source order is already the right order.
     """
     size, rank = group.size(), group.rank()
+    assert keep.numel() % size == 0, (keep.numel(), size)
     mine = (keep >= start) & (keep < start + rows.shape[0])
     kept = rows.index_select(0, (keep[mine] - start).to(rows.device))
     if size == 1:

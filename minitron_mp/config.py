@@ -123,6 +123,15 @@ class Target(Section):
             raise ValueError("sizes, max_parameters and keep are three ways to say one thing; give one of them")
         return self
 
+    @property
+    def searched(self) -> bool:
+        """Whether the sizes are to be found, not given."""
+        return self.max_parameters is not None or self.keep is not None
+
+    @property
+    def given(self) -> bool:
+        return self.searched or any((self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads))
+
 
 class Distill(Section):
     """Training of the student on the teacher's distribution (arXiv 2408.11796 table 4 for published settings)."""

@@ -107,15 +107,19 @@ def read_arch(folder: Path) -> Arch:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not keys and values; fetch it again")
+    return content
 
 
 def _size_problems(config: dict[str, Any]) -> list[str]:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
     problems = [f"{name} is {config.get(name)!r}, not a positive whole number" for name in names if not (isinstance(n := config.get(name), int) and n > 0)]
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    problems += [f"{n} is {config[n]!r}, not a whole number" for n in ("num_key_value_heads", "head_dim") if not isinstance(config.get(n), (int, type(None)))]
     if not problems and groups and heads % groups:
         problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
     return problems
@@ -202,7 +206,7 @@ def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    shards = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    shards = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
     refuse(f"{folder} is not whole:", [f"{path.name} is missing" for path in shards if not path.is_file()])
     return shards
 

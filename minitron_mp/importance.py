@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_mp.arch import Arch
 from minitron_mp.config import InputError, Score
 from minitron_mp.model import unwrap
-from minitron_mp.parallel import World, everyone
+from minitron_mp.parallel import World
 from minitron_mp.plan import Importance
 
 
@@ -131,7 +132,8 @@ class Recorder:
 
     def record_cosine(self, layer: int, before: Tensor, after: Tensor) -> None:
         """before, after [s, b, h]: sequence part of this rank; each token counts once over all ranks that split it."""
-        distance = 1 - torch.cosine_similarity(before.detach(), after.detach(), dim=-1)
+        # In float32, one layer at a time: rounded to bf16, 1 - cosine of a layer that changes little would be noise.
+        distance = 1 - torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)
         pair = torch.stack([distance.sum(dtype=torch.float64), distance.new_tensor(distance.numel(), dtype=torch.float64)])
         self.cosine[layer] = self.cosine[layer] + pair if layer in self.cosine else pair
 
@@ -178,19 +180,14 @@ def score(chunks: list[Any], arch: Arch, settings: Score, world: World, sequence
     """
     with recording(chunks, arch, settings, world, sequence_length) as recorder, torch.no_grad():
         run()
-    failure, result = None, None
-    try:
-        result = recorder.importance()
-    except InputError as error:
-        failure = error
-    everyone(failure)
-    assert result is not None
-    return result
+    return recorder.importance()  # every rank has the same values, and raises alike
 
 
 def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
     """Hooks of one TransformerLayer of the local spec."""
     layer = block.layer_number - 1
+    if isinstance(block.input_layernorm, IdentityOp) or isinstance(block.pre_mlp_layernorm, IdentityOp):
+        raise InputError(f"layer {layer} has its norms inside its linear layers (Transformer Engine spec); score a model of the local layer spec")
     ffn, heads = recorder.start_site("ffn", layer), recorder.start_site("heads", layer)
     norms = [(norm, recorder.start_site("hidden", layer)) for norm in (block.input_layernorm, block.pre_mlp_layernorm)]
     entering: list[Tensor] = []

@@ -69,6 +69,10 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
             piece = shards._get_model_param_range_map(parameter)["param"]
             pieces = {part: state[_name(part, number)].view(-1)[piece.start : piece.end].to(parameter.device) for part in PARTS}
             shards._set_main_param_and_optimizer_states(parameter, pieces)
+    for shards in _shards(optimizer):
+        if isinstance(shards.optimizer, torch.optim.Adam):  # a GPU without Apex and TE: torch counts steps for each parameter
+            for moments in shards.optimizer.state.values():
+                moments["step"] = torch.tensor(float(step))
 
 
 def _parameters(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:

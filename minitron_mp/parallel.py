@@ -81,7 +81,8 @@ def start(timeout_minutes: float = 30) -> torch.device:
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device)
+        # gloo beside it: small host-side values (free space, errors) are reduced on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
     return device

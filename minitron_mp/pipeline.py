@@ -18,7 +18,7 @@ from minitron_mp import artifact, hf, text
 from minitron_mp.arch import layout_problems
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError, Recipe, refuse, save_recipe
-from minitron_mp.console import say, table
+from minitron_mp.console import say, speaks, table
 from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target
 
 
@@ -39,8 +39,9 @@ def _run_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _target(recipe: Recipe) -> dict[str, Any]:
     # Sizes that are searched for depend on what tp has to divide; given ones are only checked against it.
-    searched = recipe.target.keep is not None or recipe.target.max_parameters is not None
-    return {**recipe.target.model_dump(), **({"tp": recipe.parallel.tp} if searched else {})}
+    if recipe.target.searched:
+        return {**recipe.target.model_dump(exclude_none=True), "tp": recipe.parallel.tp, "family": recipe.export.family}
+    return recipe.target.model_dump(exclude_none=True, exclude={"axes", "align"})
 
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def _text_files(recipe: Recipe) -> dict[str, str]:
 
 STAGES: dict[str, Stage] = {
     "import": Stage("teacher", (), lambda recipe: {}, _model_files),
-    "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(exclude={"sequence_length", "tokenizer"}), "seed": recipe.seed}, _text_files),
+    "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(include={"valid_fraction"}), "seed": recipe.seed}, _text_files),
     "score": Stage(
         "importance.safetensors", ("import", "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}
     ),
@@ -118,7 +119,7 @@ class Project:
         problems = layout_problems(arch, p.tp)
         dp, interleaved = (num_ranks or p.model_ranks) // p.model_ranks, p.pp if p.vpp else 1
         for name, size, unit in (
-            ("distill.global_batch_size", d.global_batch_size, d.micro_batch_size * dp),
+            ("distill.global_batch_size", d.global_batch_size, d.micro_batch_size * dp * interleaved),
             ("score.num_samples", s.num_samples, s.micro_batch_size * dp * interleaved),
         ):
             if size % unit:
@@ -126,7 +127,7 @@ class Project:
                 problems.append(f"{name} {size} must be a multiple of {unit} (micro_batch_size x data parallel size {dp}, x pp under vpp); nearest {near}")
         num_layers = arch.num_layers
         try:
-            student = resolve_target(arch, self.recipe.target, p.tp)
+            student = resolve_target(arch, self.recipe.target, p.tp, self.recipe.export.family)
             num_layers = student.num_layers
             exportable(student, self.recipe.export.family)
         except InputError as error:
@@ -134,6 +135,12 @@ class Project:
             problems += [row.removeprefix("  - ") for row in rows] or [title]
         if (stages := p.pp * (p.vpp or 1)) > num_layers:
             problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {num_layers} layers")
+        if not self.recipe.target.given:
+            problems.append("target says nothing; give sizes, max_parameters or keep")
+        problems += text.problems(self.recipe.data)
+        tokenizer = self.recipe.data.tokenizer
+        if tokenizer is not None and not Path(tokenizer).exists():
+            problems.append(f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file")
         refuse("this recipe cannot run:", problems)
 
     def check_text(self) -> None:
@@ -151,6 +158,8 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     Done already: nothing happens, unless force. Under torchrun every rank calls it.
     """
     project = Project(recipe)
+    if name == "plan" and not speaks():
+        return project.paths[name]  # needs no ranks: one process does it
     with _world_for(name, recipe) as world:
         _run(name, project, world, force=force)
     return project.paths[name]
@@ -181,7 +190,7 @@ def plan(project: Project) -> PrunePlan:
     """Importance -> plan.json. Numpy only: runs on a laptop."""
     teacher = artifact.require(project.paths["score"], "score").arch
     assert teacher is not None
-    result = make_plan(Importance.load(project.paths["score"]), teacher, project.recipe.target, project.recipe.parallel.tp)
+    result = make_plan(Importance.load(project.paths["score"]), teacher, project.recipe.target, project.recipe.parallel.tp, project.recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())
     for note in result.notes:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from minitron_mp.arch import Arch, export_problems, layout_problems
 from minitron_mp.artifact import Manifest, aside, write_text
@@ -82,6 +82,28 @@ class PrunePlan(BaseModel):
     heads: list[list[int]]
     notes: list[str] = []
 
+    @model_validator(mode="after")
+    def _fits(self) -> PrunePlan:
+        """A plan may be written by hand; slicing relies on every row being ascending and of the student's size."""
+        t, s = self.teacher, self.student
+        rows = [("layers", self.layers, s.num_layers, t.num_layers), ("hidden", self.hidden, s.hidden_size, t.hidden_size)]
+        rows += [(f"ffn[{i}]", row, s.ffn_hidden_size, t.ffn_hidden_size) for i, row in enumerate(self.ffn)]
+        rows += [(f"heads[{i}]", row, s.num_attention_heads, t.num_attention_heads) for i, row in enumerate(self.heads)]
+        problems = [f"{name} has {len(row)} entries, the student {size}" for name, row, size, _ in rows if len(row) != size]
+        problems += [
+            f"{name} is not strictly ascending from 0 to {limit - 1}" for name, row, _, limit in rows if sorted({i for i in row if 0 <= i < limit}) != row
+        ]
+        problems += [
+            f"{name} has {len(part)} rows for {s.num_layers} layers" for name, part in (("ffn", self.ffn), ("heads", self.heads)) if len(part) != s.num_layers
+        ]
+        for i, row in enumerate(self.heads):
+            groups = [head // t.heads_per_group for head in row]
+            if any(groups.count(group) != s.heads_per_group for group in range(t.num_query_groups)):
+                problems.append(f"heads[{i}] does not keep {s.heads_per_group} heads of every query group")
+        if problems:
+            raise ValueError("; ".join(problems[:8]))
+        return self
+
     def save(self, path: Path, manifest: Manifest) -> None:
         write_text(path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump(mode="json")}))
 
@@ -89,7 +111,10 @@ class PrunePlan(BaseModel):
     def load(cls, path: Path) -> PrunePlan:
         content = json.loads(path.read_text())
         content.pop("manifest")
-        return cls.model_validate(content)
+        try:
+            return cls.model_validate(content)
+        except ValueError as error:
+            raise InputError(f"{path} is no plan that can be carried out: {error}") from error
 
     def keep(self, axis: str, layer: int | None = None) -> np.ndarray:
         """Kept units of a weight axis (arch.AXES) in a kept layer of the teacher's numbering; int64, ascending."""
@@ -113,13 +138,13 @@ class PrunePlan(BaseModel):
         return rows
 
 
-def make_plan(importance: Importance, teacher: Arch, target: Target, tp: int = 1) -> PrunePlan:
+def make_plan(importance: Importance, teacher: Arch, target: Target, tp: int = 1, family: str | None = None) -> PrunePlan:
     """Rank and keep. tp: the tensor-parallel size that the student must run at, for alignment.
 
-    InputError lists every reason why the target cannot be.
+    family: what the student will be exported as, where that limits its sizes. InputError lists every reason why the target cannot be.
     """
     importance.check(teacher)
-    student = resolve_target(teacher, target, tp)
+    student = resolve_target(teacher, target, tp, family)
     layers = top(importance.layers, student.num_layers)
     groups = (teacher.num_query_groups, teacher.heads_per_group)
     offset = np.arange(groups[0])[:, None] * groups[1]
@@ -157,12 +182,12 @@ def close_cuts(importance: Importance, teacher: Arch, student: Arch) -> list[str
     return notes
 
 
-def resolve_target(teacher: Arch, target: Target, tp: int = 1) -> Arch:
+def resolve_target(teacher: Arch, target: Target, tp: int = 1, family: str | None = None) -> Arch:
     """The student's architecture; InputError with every problem and the nearest sizes that work."""
     if target.max_parameters is not None:
-        student = _largest(teacher, target, tp, target.max_parameters)
+        student = _largest(teacher, target, tp, target.max_parameters, family)
     elif target.keep is not None:
-        student = _largest(teacher, target, tp, target.keep * teacher.num_parameters())
+        student = _largest(teacher, target, tp, target.keep * teacher.num_parameters(), family)
     else:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         student = teacher.model_copy(update={n: v for n in names if (v := getattr(target, n))})
@@ -190,11 +215,13 @@ def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> l
     return problems
 
 
-def _largest(teacher: Arch, target: Target, tp: int, budget: float) -> Arch:
+def _largest(teacher: Arch, target: Target, tp: int, budget: float, family: str | None) -> Arch:
     """The student of at most budget parameters: all layers it affords, or the width scaled most evenly.
 
-    Only hidden sizes that can be exported in the teacher's family; explicit sizes may be others (export.family).
+    Only hidden sizes that can be exported as the family (default: the teacher's).
     """
+    if budget > teacher.num_parameters():
+        raise InputError(f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; nothing would be cut")
     if set(target.axes) == {"layer"}:
         candidates = [teacher.model_copy(update={"num_layers": n}) for n in range(teacher.num_layers, 0, -1)]
         fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
@@ -205,7 +232,7 @@ def _largest(teacher: Arch, target: Target, tp: int, budget: float) -> Arch:
         def wide(h: int, f: int) -> Arch:
             return teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f})
 
-        hidden = [h for h in hidden if not export_problems(wide(h, teacher.ffn_hidden_size))]
+        hidden = [h for h in hidden if not export_problems(wide(h, teacher.ffn_hidden_size).model_copy(update={"family": family or teacher.family}))]
         first = [bisect_left(ffn, -budget, key=lambda f: -wide(h, f).num_parameters()) for h in hidden]
         fitting = [wide(h, ffn[i]) for h, i in zip(hidden, first) if i < len(ffn)]
         # Scale both axes alike; of two equally even ones the larger.

@@ -22,7 +22,7 @@ def write_report(project: Any) -> None:
     recipe, root = project.recipe, project.recipe.root
     plan = PrunePlan.load(project.paths["plan"])
     quality = quality_rows(project)
-    metrics = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (project.paths["distill"] / "metrics.jsonl").read_text().splitlines()]
     table("result", QUALITY_HEADER, quality)
     parts = [
         f"# {recipe.model} compressed to {plan.student.num_parameters() / plan.teacher.num_parameters():.1%}",

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from minitron_mp import artifact, checkpoint, data, hf, importance, slicing, text
-from minitron_mp.arch import AXES, Arch
+from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe
+from minitron_mp.config import InputError, Recipe, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
@@ -31,6 +31,8 @@ from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
 
 ASSETS = "assets"
 """Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
+METRICS = "metrics.jsonl"
+"""Beside the artefacts while distillation runs; a copy of the whole curve goes into the artefact that it made."""
 READ_BYTES = 2e9
 """Tensors that export holds at a time."""
 
@@ -140,6 +142,7 @@ def prune(job: Job) -> None:
     chunks = job.build("import")
     if plan.teacher != job.arch("import"):
         raise InputError(f"{job.paths['plan']} was made for another architecture than {job.paths['import']}; run `minitron-mp plan` again")
+    refuse("this layout does not fit the student:", layout_problems(plan.student, job.recipe.parallel.tp))
     state = slicing.prune(chunks, plan, job.world)
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": plan.student}), _assets_from(job.paths["import"]))
 
@@ -184,7 +187,12 @@ def distill(job: Job) -> None:
             on_step=on_step,
         )
     state = checkpoint.model_state(student, world)
-    checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), _assets_from(job.paths["import"]))
+
+    def add_files(folder: Path) -> None:
+        _assets_from(job.paths["import"])(folder)
+        shutil.copy(recipe.root / METRICS, folder / METRICS)
+
+    checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
     if world.is_main:
         shutil.rmtree(checkpoints, ignore_errors=True)
     dist.barrier()
@@ -274,7 +282,7 @@ class _Log:
     """metrics.jsonl and TensorBoard scalars, on rank 0; takes back what was logged after the step that a run resumes from."""
 
     def __init__(self, root: Path, first: int, world: World):
-        self.path, self.first, self.enabled = root / "metrics.jsonl", first, world.is_main
+        self.path, self.first, self.enabled = root / METRICS, first, world.is_main
 
     def __enter__(self) -> Callable[[StepMetrics], None]:
         if self.enabled:

@@ -61,8 +61,8 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
         if progress:
             progress(done)
     for prefix in inputs.get("source", ([], []))[1]:
-        for number, ids in enumerate(_tokenized(prefix)):
-            add(_part_of(f"{seed}:{Path(prefix).name}:{number}", data.valid_fraction), ids)
+        for number, document in enumerate(_tokenized(prefix)):
+            add(_part_of(f"{seed}:{Path(prefix).name}:{number}", data.valid_fraction), document)
             done += 1
     for part, builder in builders.items():
         builder.finalize(str(output / f"{part}.idx"))
@@ -74,6 +74,15 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
         raise InputError(f"no text for {', '.join(empty)}: {held}")
     write_text(output / PARTS_FILE, json.dumps(parts, indent=1))
     return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in PARTS}
+
+
+def problems(data: Data) -> list[str]:
+    """One sentence for each path of the recipe's text that cannot be used."""
+    try:
+        _inputs(data)
+    except InputError as error:
+        return [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
+    return []
 
 
 def fingerprint(data: Data) -> str:

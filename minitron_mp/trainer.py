@@ -86,10 +86,11 @@ def train(
         _, grad_norm, _ = optimizer.step()
         sums.append(loss.sums.clone())
         pending.append((step, optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)))
-        if (step + 1) % settings.log_interval == 0 or step + 1 == last:
+        saving = step + 1 < settings.steps and ((step + 1) % settings.checkpoint_interval == 0 or step + 1 == last)
+        if saving or (step + 1) % settings.log_interval == 0 or step + 1 == last:  # logged, and so checked, before it is saved
             _log(pending, sums, settings, world, time.perf_counter() - clock, on_step)
             clock = time.perf_counter()
-        if step + 1 < settings.steps and ((step + 1) % settings.checkpoint_interval == 0 or step + 1 == last):
+        if saving:
             _save(models, optimizer, checkpoints, manifest, step + 1, settings, world)
             clock = time.perf_counter()
     _settle(models, settings)

@@ -74,7 +74,12 @@ IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
 
 def targets(arch: Arch) -> dict[str, Target]:
     """A student for each axis, for all together, and the teacher again. align 4: kept sizes still divide at tp 4."""
-    sizes = {"hidden": {"hidden_size": 28}, "ffn": {"ffn_hidden_size": 48}, "heads": {"num_attention_heads": arch.num_query_groups * 2}, "layer": {"num_layers": 5}}
+    sizes = {
+        "hidden": {"hidden_size": 28},
+        "ffn": {"ffn_hidden_size": 48},
+        "heads": {"num_attention_heads": arch.num_query_groups * 2},
+        "layer": {"num_layers": 5},
+    }
     sizes["all"] = {name: size for one in sizes.values() for name, size in one.items()}
     sizes["identity"] = {"num_layers": arch.num_layers}
     return {name: Target(align=4, **size) for name, size in sizes.items()}

@@ -1,6 +1,6 @@
 """Plain, dense, float64 implementations that the library is compared with. They share no code with it but the names of weights.
 
-    s sequence  b samples  h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
+s sequence  b samples  h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def test_sizes_that_tp_does_not_divide_are_all_listed(ranks):
             assert problem in message
 
 
-@pytest.mark.parametrize(("key", "layer", "where"), [("mlp.linear_fc1.weight", 4, "layer 4 (MLP)"), ("self_attention.linear_qkv.weight", 1, "layer 1 (attention)")])
+@pytest.mark.parametrize(
+    ("key", "layer", "where"), [("mlp.linear_fc1.weight", 4, "layer 4 (MLP)"), ("self_attention.linear_qkv.weight", 1, "layer 1 (attention)")]
+)
 @pytest.mark.parametrize("layout", ["tp2-pp2-sp", "cp2-dp2"])
 def test_activations_that_are_not_finite_are_named_by_layer(ranks, results, layout, key, layer, where):
     """Under pp 2 only one stage sees it."""

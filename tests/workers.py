@@ -256,7 +256,9 @@ class Runner:
     lr_in_manifest: int = 0
     """Something by which two runs can differ."""
 
-    def __call__(self, arch: Arch, start: Path | None, checkpoints: Path, *, stop_after: int | None = None, batch_of_step: Callable[[int], int] = lambda step: step) -> Run:
+    def __call__(
+        self, arch: Arch, start: Path | None, checkpoints: Path, *, stop_after: int | None = None, batch_of_step: Callable[[int], int] = lambda step: step
+    ) -> Run:
         """start: the student's first weights; None leaves them as they come, for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
         chunks = build_model(arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen)
@@ -281,7 +283,9 @@ def train_in_bf16(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch,
         return [m.loss for m in run(student_arch, student, output, batch_of_step=lambda step: 0).metrics]
 
 
-def vocab_parallel_loss(student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, vocab_size: int, chunk_elements: int, settings: dict[str, float]) -> Any:
+def vocab_parallel_loss(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, vocab_size: int, chunk_elements: int, settings: dict[str, float]
+) -> Any:
     """(loss, kl, ce, gradient of this rank's columns) of sum(loss * weights), over the default group."""
     group, usual = dist.group.WORLD, losses.CHUNK_ELEMENTS
     own = student.chunk(group.size(), -1)[group.rank()].clone().requires_grad_()
