@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -109,6 +110,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
 def main() -> Any:
     """Console entry: an InputError is printed without a traceback, exit code 2."""
     warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, on each rank
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # and 0.19 at each model that GPTModel will go
     try:
         app()
     except InputError as error:

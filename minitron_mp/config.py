@@ -196,11 +196,11 @@ class Export(Section):
 class Recipe(Section):
     """Everything about one compression run."""
 
-    model: str
+    model: str = Field(min_length=1)
     """Hugging Face folder of the teacher: config.json, safetensors, tokenizer."""
-    output: str
+    output: str = Field(min_length=1)
     """Folder that gets every artefact."""
-    seed: int = 1234
+    seed: int = Field(1234, ge=0, lt=2**32)
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of weights and activations; optimizer state and gradients are float32."""
     data: Data = Data()

@@ -117,6 +117,10 @@ class Project:
         hf.check_weights(Path(self.recipe.model), arch)
         p, d, s = self.recipe.parallel, self.recipe.distill, self.recipe.score
         problems = layout_problems(arch, p.tp)
+        if self.recipe.data.sequence_length > arch.max_position_embeddings:
+            problems.append(
+                f"data.sequence_length {self.recipe.data.sequence_length} is above the model's max_position_embeddings {arch.max_position_embeddings}"
+            )
         dp, interleaved = (num_ranks or p.model_ranks) // p.model_ranks, p.pp if p.vpp else 1
         for name, size, unit in (
             ("distill.global_batch_size", d.global_batch_size, d.micro_batch_size * dp * interleaved),
@@ -173,9 +177,7 @@ def compress(recipe: Recipe) -> Path:
     project.check()
     with _world_for("distill", recipe) as world:
         _agree(world, lambda: project.check(world.size))
-        if world.is_main:
-            recipe.root.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, recipe.root / "recipe.yaml")
+        _agree(world, lambda: _open(recipe))
         for name in STAGES:
             _run(name, project, world, force=False)
             if name == "data":
@@ -184,6 +186,15 @@ def compress(recipe: Recipe) -> Path:
             shutil.rmtree(recipe.root / "checkpoints", ignore_errors=True)  # left when a kill came just after the student was written
             write_report(project)
     return project.paths["export"]
+
+
+def _open(recipe: Recipe) -> None:
+    """The output folder with the resolved recipe in it."""
+    try:
+        recipe.root.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, recipe.root / "recipe.yaml")
+    except OSError as error:
+        raise InputError(f"the output folder {recipe.root} cannot be written: {error}") from error
 
 
 def plan(project: Project) -> PrunePlan:

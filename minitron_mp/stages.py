@@ -111,8 +111,10 @@ def tokenize(job: Job) -> None:
             with artifact.writing(job.output, job.manifest) as folder:
                 tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
             say("data: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
-        except (InputError, OSError) as error:
+        except InputError as error:
             failure = error
+        except OSError as error:
+            failure = InputError(f"{job.output} cannot be written: {error}")
     everyone(failure)
 
 

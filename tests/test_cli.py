@@ -81,6 +81,8 @@ def stage_states(out: str) -> dict[str, str]:
     [
         (["distill.stepz=3"], ["unknown key distill.stepz; did you mean steps?"]),
         (["distill"], ["an override is a dotted key and a value", "- distill"]),
+        (["seed=-1"], ["seed: Input should be greater than or equal to 0, given -1"]),
+        (["output=''"], ["output: String should have at least 1 character"]),
         (["model=nowhere"], ["there is no folder nowhere; give a Hugging Face model folder"]),
         (["parallel.tp=5"], [f"tensor parallel size 5 does not divide {what}" for what in ("num_attention_heads 8", "num_query_groups 2")]),
         (["parallel.tp=5"], [f"tensor parallel size 5 does not divide {what}" for what in ("ffn_hidden_size 128", "padded vocabulary 384")]),
@@ -93,10 +95,12 @@ def stage_states(out: str) -> dict[str, str]:
         (["parallel.pp=4"], ["4 pipeline stages (pp x vpp) for a student of 3 layers"]),
         (["distill.micro_batch_size=3"], ["distill.global_batch_size 4 must be a multiple of 3", "nearest 3"]),
         (["export.family=qwen3"], ["qwen3"]),
+        (["data.sequence_length=256"], ["data.sequence_length 256 is above the model's max_position_embeddings 128"]),
+        (["data.source=nowhere", "data.tokenizer=elsewhere"], ["data.source: nowhere does not exist", "data.tokenizer: elsewhere does not exist"]),
         # Mistakes of different kinds are told together, so that there is one round of corrections.
         (
-            ["parallel.tp=3", "parallel.pp=8", "distill.micro_batch_size=3", "score.num_samples=7", "target.hidden_size=40"],
-            ["size 3 does not divide num_query_groups 2", "8 pipeline stages", "global_batch_size 4", "score.num_samples 7", "nearest that work: 32 or 48"],
+            ["parallel.tp=3", "parallel.pp=8", "distill.micro_batch_size=3", "score.num_samples=7", "target.hidden_size=40", "data.source=nowhere"],
+            ["size 3 does not divide num_query_groups 2", "8 pipeline", "global_batch_size 4", "num_samples 7", "work: 32 or 48", "nowhere does not exist"],
         ),
     ],
 )
@@ -147,7 +151,6 @@ def test_text_and_tokenizer_that_do_not_fit_are_refused_before_the_model_runs(re
     largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
     refused(done, f"the tokenizer has ids up to {largest}, the model's embedding has 300 rows")
-    refused(on_ranks(1, "compress", recipe, output, "data.source=nowhere")[0], "data.source: nowhere does not exist")
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
     refused(done, "4096 are wanted; lower score.num_samples to at most", "valid text holds", "lower evaluate.num_samples to at most")
     samples = int(re.search(r"calibration text holds (\d+) samples of 32 tokens", done.err)[1])
@@ -159,6 +162,11 @@ def test_text_and_tokenizer_that_do_not_fit_are_refused_before_the_model_runs(re
 def test_fewer_ranks_than_the_layout_needs(recipe, on_ranks):
     done = on_ranks(1, "compress", recipe, "parallel.tp=2", "parallel.sequence_parallel=true")[0]
     refused(done, "tp 2 x pp 1 x cp 1 needs a multiple of 2 ranks, this job has 1; start 2 or a multiple (torchrun --nproc-per-node)")
+
+
+def test_an_output_that_cannot_be_a_folder(recipe, on_ranks):
+    refused(on_ranks(1, "compress", recipe, f"output={recipe}")[0], f"the output folder {recipe} cannot be written")
+    assert recipe.is_file()
 
 
 def test_batches_that_the_ranks_do_not_divide_are_refused_first(recipe, on_ranks, inputs):
