@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console(highlight=False)
 LINE_INTERVAL_S = 10.0
@@ -51,9 +51,10 @@ class Tracker:
     def __enter__(self) -> Tracker:
         self.start = self.last = time.monotonic()
         if speaks() and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self.bar = Progress(*columns, *times, console=console)
+            columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True))  # on a narrow terminal this is what is cut
+            self.bar = Progress(*columns, *times, note, console=console, expand=True)
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.first, unit=self.unit, note="")
         return self

@@ -111,6 +111,9 @@ def build_groups(parallel: Parallel, device: torch.device, seed: int) -> World:
         context_parallel_size=parallel.cp,
         create_gloo_process_groups=False,  # a second set of groups over CPU; nothing here uses it
     )
+    # new_group returns when this rank has connected. One that fails or finishes at once would close its sockets on ranks that
+    # are still at it, and they would report that instead of the reason.
+    dist.barrier()
     seed_all(seed)
     return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
 

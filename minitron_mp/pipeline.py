@@ -117,10 +117,8 @@ class Project:
         hf.check_weights(Path(self.recipe.model), arch)
         p, d, s = self.recipe.parallel, self.recipe.distill, self.recipe.score
         problems = layout_problems(arch, p.tp)
-        if self.recipe.data.sequence_length > arch.max_position_embeddings:
-            problems.append(
-                f"data.sequence_length {self.recipe.data.sequence_length} is above the model's max_position_embeddings {arch.max_position_embeddings}"
-            )
+        if (length := self.recipe.data.sequence_length) > arch.max_position_embeddings:
+            problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
         dp, interleaved = (num_ranks or p.model_ranks) // p.model_ranks, p.pp if p.vpp else 1
         for name, size, unit in (
             ("distill.global_batch_size", d.global_batch_size, d.micro_batch_size * dp * interleaved),

@@ -114,7 +114,7 @@ def tokenize(job: Job) -> None:
         except InputError as error:
             failure = error
         except OSError as error:
-            failure = InputError(f"{job.output} cannot be written: {error}")
+            failure = InputError(f"{job.output} cannot be made: {error}")
     everyone(failure)
 
 
@@ -174,7 +174,7 @@ def distill(job: Job) -> None:
 
         def on_step(metrics: StepMetrics) -> None:
             log(metrics)
-            tracker.advance(1, f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}  {metrics.tokens_per_s:,.0f} tokens/s")
+            tracker.advance(1, f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}")
 
         train(
             student,

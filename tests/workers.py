@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp import checkpoint, importance, losses, parallel, schedule, slicing
+from minitron_mp import checkpoint, importance, losses, parallel, schedule, slicing, trainer
 from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.collectives import context_parallel_slice
@@ -213,7 +214,7 @@ def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Ar
 def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, variants: dict[str, Distill]) -> dict[str, Any]:
     """Metrics of a run with each of these settings, stopped and resumed where it is long enough; rank 0's."""
     found = {}
-    with joined(layout) as world:
+    with joined(layout) as world, small_buckets():
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         for name, chosen in variants.items():
             run = Runner(world, signals, chosen)
@@ -221,6 +222,17 @@ def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch
             if chosen.steps > RESUME_AT:
                 found[name] += run(student_arch, None, output / name).metrics
     return found
+
+
+@contextmanager
+def small_buckets() -> Iterator[None]:
+    """Megatron's buckets of gradients hold 40 million and more: these models would fit in one."""
+    usual = trainer.DistributedDataParallelConfig
+    trainer.DistributedDataParallelConfig = partial(usual, bucket_size=5000)
+    try:
+        yield
+    finally:
+        trainer.DistributedDataParallelConfig = usual
 
 
 def resume(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, stopped: Path, output: Path) -> list[StepMetrics]:
