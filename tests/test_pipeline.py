@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -284,7 +285,8 @@ def start_and_kill(run: Run, *overrides: str) -> int:
         assert process.wait() == -signal.SIGKILL, "it was done, or had failed, before the kill"
     finally:
         # Checkpoint writers and Megatron-Core's manager outlive a process that is killed.
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return logged
 
