@@ -1,6 +1,6 @@
 """Score, plan and prune from Python, on your own batches and at any layout; needs the teacher/ that `minitron-mp import` leaves.
 
-torchrun --nproc-per-node 2 examples/library.py out/quickstart/teacher out/library_student --tp 2
+torchrun --nproc-per-node 3 examples/library.py out/quickstart/teacher out/library_student --tp 3
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     manifest = artifact.require(args.teacher, "import")
     arch = manifest.arch
-    with world(Parallel(tp=args.tp, sequence_parallel=args.tp > 1), seed=1) as w:
+    with world(Parallel(tp=args.tp), seed=1) as w:
         chunks = build_model(arch, w, precision="bf16", sequence_length=128)
         checkpoint.load_model(chunks, args.teacher, w)
         mine = batches(arch.vocab_size, w.groups.dp.rank())
