@@ -35,6 +35,8 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     arch: Arch | None = None
     format: int = FORMAT
+    made_by: str = ""
+    """For people; another version's artefact is as good while the format is the same."""
 
     @property
     def fingerprint(self) -> str:
@@ -127,11 +129,15 @@ def aside(path: Path) -> Path:
     return _aside(path, "tmp")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a small file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside(path).write_text(text)
+    aside(path).write_bytes(content)
     os.replace(aside(path), path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def fingerprint_files(paths: list[Path]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from minitron_mp import artifact
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError
-from minitron_mp.parallel import everyone
+from minitron_mp.parallel import everyone, on_main
 
 FREE_SPACE_MARGIN = 1.1
+DAMAGE = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
+"""What a missing, truncated or foreign file in a checkpoint makes torch and Megatron raise."""
 
 
 def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
@@ -44,7 +47,9 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """dist_checkpointing.load with errors that name the folder."""
     try:
         return dist_checkpointing.load(state, str(folder))
-    except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError, FileNotFoundError) as error:
+    except dist.DistError:
+        raise
+    except (CheckpointException, *DAMAGE) as error:
         # CheckpointException is torch's, no Exception: what failed on some rank, told to all.
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise InputError(f"{folder} is no checkpoint of this model or damaged: {type(cause).__name__} {cause}; run its stage again") from error
@@ -63,25 +68,18 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
     rank when there is not enough room, before anything is written.
     """
     _check_room(state, folder)
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            artifact.prepare(folder)
-        except OSError as error:
-            failure = InputError(f"{folder} cannot be written: {error}")
-    everyone(failure)
+    on_main(lambda: artifact.prepare(folder))
     try:
         dist_checkpointing.save(state, str(artifact.aside(folder)))
     except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
         raise InputError(f"{folder} could not be written: {error}") from error
-    try:
-        if dist.get_rank() == 0:
-            if extra is not None:
-                extra(artifact.aside(folder))
-            artifact.commit(folder, manifest)
-    except OSError as error:
-        failure = InputError(f"{folder} cannot be written: {error}")
-    everyone(failure)
+
+    def finish() -> None:
+        if extra is not None:
+            extra(artifact.aside(folder))
+        artifact.commit(folder, manifest)
+
+    on_main(finish)
 
 
 def _check_room(state: dict[str, Any], folder: Path) -> None:

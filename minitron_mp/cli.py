@@ -108,12 +108,12 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
 
 
 def main() -> Any:
-    """Console entry: an InputError is printed without a traceback, exit code 2."""
+    """Console entry: an InputError, or a disk that fails, is printed without a traceback, exit code 2."""
     warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, on each rank
     logging.getLogger("megatron").setLevel(logging.ERROR)  # and 0.19 at each model that GPTModel will go
     try:
         app()
-    except InputError as error:
+    except (InputError, OSError) as error:
         if speaks():
             errors = Console(stderr=True, highlight=False)
             errors.print("[bold red]error:[/] ", end="")

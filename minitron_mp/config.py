@@ -22,6 +22,15 @@ def refuse(title: str, problems: Sequence[str]) -> None:
         raise InputError("\n".join([title, *(f"  - {p}" for p in problems)]))
 
 
+def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleaved: int = 1) -> str | None:
+    """A sentence for the user unless a batch divides evenly; interleaved: pp under vpp, whose schedule wants multiples of it."""
+    unit = micro_batch_size * dp * interleaved
+    if size % unit == 0:
+        return None
+    parts = f"micro_batch_size {micro_batch_size} x data parallel size {dp}" + f" x pp {interleaved}" * (interleaved > 1)
+    return f"{name} {size} must be a multiple of {unit} ({parts}); nearest {max(1, round(size / unit)) * unit}"
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,6 +81,16 @@ class Parallel(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def interleaved(self) -> int:
+        """What the interleaved schedule wants microbatches a step to be a multiple of; 1 without vpp."""
+        return self.pp if self.vpp else 1
+
+    def layers_of_chunks(self, num_layers: int) -> list[int]:
+        """Layers of each model chunk in order of depth (chunk i is on stage i % pp); earlier ones take what does not divide."""
+        chunks = self.pp * (self.vpp or 1)
+        return [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
 
     @property
     def model_ranks(self) -> int:

@@ -16,9 +16,8 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 
 def stage_layers(num_layers: int, parallel: Parallel) -> list[int]:
-    """Layers on each pipeline stage; earlier chunks take what does not divide (model.py builds the same)."""
-    chunks = parallel.pp * (parallel.vpp or 1)
-    counts = [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
+    """Layers on each pipeline stage."""
+    counts = parallel.layers_of_chunks(num_layers)
     return [sum(counts[stage :: parallel.pp]) for stage in range(parallel.pp)]
 
 

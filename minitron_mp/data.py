@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from minitron_mp.config import InputError, refuse
+from minitron_mp.config import InputError, must_divide, refuse
 from minitron_mp.text import prefixes_of, tokens_of
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -164,12 +164,8 @@ def micro_batches(
     Samples from limit on are sample 0 with loss_mask 0, so that every rank has equally many microbatches of a last, partial batch.
     """
     unit = micro_batch_size * dp_size
-    if global_batch_size % unit:
-        near = max(1, round(global_batch_size / unit)) * unit
-        raise InputError(
-            f"global batch size {global_batch_size} must be a multiple of {unit} (micro_batch_size {micro_batch_size} x data parallel size {dp_size}); "
-            f"nearest {near}"
-        )
+    if problem := must_divide("global_batch_size", global_batch_size, micro_batch_size, dp_size):
+        raise InputError(problem)
     first = step * global_batch_size + dp_rank * micro_batch_size
     starts = range(first, (step + 1) * global_batch_size, unit)
     return [_micro_batch(dataset, range(start, start + micro_batch_size), limit) for start in starts]

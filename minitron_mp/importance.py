@@ -210,7 +210,9 @@ def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:
     """[s, b, d] in its own dtype -> [statistics, b, d] float32, read once each, no float32 copy of a."""
     if aggregation == "mean":
-        return a.abs().sum(0, dtype=torch.float32)[None]  # 40 times faster than vector_norm(a, 1) on a CPU, for one copy in a's dtype
+        if a.is_cuda:
+            return torch.linalg.vector_norm(a, 1, dim=0, dtype=torch.float32)[None]
+        return a.abs().sum(0, dtype=torch.float32)[None]  # 40 times faster than vector_norm on a CPU, for one copy in a's dtype
     squares = torch.linalg.vector_norm(a, 2, dim=0, dtype=torch.float32).square()
     return squares[None] if aggregation == "l2" else torch.stack([a.sum(0, dtype=torch.float32), squares])
 

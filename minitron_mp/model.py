@@ -85,8 +85,7 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Distill | No
     options: dict[str, Any] = {}
     if arch.num_layers % stages:
         # Megatron wants even stages unless it is told each one; the last ones, which also hold the head, get fewer layers.
-        counts = [arch.num_layers // stages + (i < arch.num_layers % stages) for i in range(stages)]
-        layout = [["decoder"] * n for n in counts]
+        layout = [["decoder"] * n for n in p.layers_of_chunks(arch.num_layers)]
         options["pipeline_model_parallel_layout"] = [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
     if p.vpp:
         # Without these two Megatron's interleaved schedule gives silently wrong gradients.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mp import cpu
 from minitron_mp.config import InputError, Parallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,15 @@ def world(parallel: Parallel, *, seed: int, timeout_minutes: float = 30) -> Iter
 
 def start(timeout_minutes: float = 30) -> torch.device:
     """init_process_group from torchrun's environment, or alone when there is none. Returns this rank's device."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     device = _device()
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes), **alone}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # gloo beside it: small host-side values (free space, errors) are reduced on the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group("gloo", **options)
     return device
 
 
@@ -151,8 +149,22 @@ def everyone(ok: Exception | None) -> None:
         raise InputError("another rank failed: " + "; ".join(failed[:4]))
 
 
-def from_main(value: Any) -> Any:
-    """Rank 0's picklable value, on every rank."""
-    box = [value]
+def on_main(action: Callable[[], T]) -> T:
+    """What action() returns on rank 0 (picklable), on every rank; when it fails there, every rank raises. Reached by all ranks."""
+    box: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except OSError as error:  # a full disk, a folder that may not be written
+            failure = InputError(str(error))
+            failure.__cause__ = error
+        except Exception as error:
+            failure = error
+        box[1] = failure and str(failure)
     dist.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
+    if box[1] is not None:
+        raise InputError(f"rank 0 failed: {box[1]}")
     return box[0]

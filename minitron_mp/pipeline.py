@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_mp import artifact, hf, text
+from minitron_mp import __version__, artifact, hf, text
 from minitron_mp.arch import layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, refuse, save_recipe
+from minitron_mp.config import InputError, Recipe, must_divide, refuse, save_recipe
 from minitron_mp.console import say, speaks, table
 from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target
 
@@ -88,7 +88,7 @@ class Project:
         if name not in self._manifests:
             stage = STAGES[name]
             inputs = {other: self.manifest(other).fingerprint for other in stage.inputs} | stage.sources(self.recipe)
-            self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs)
+            self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs, made_by=f"minitron_mp {__version__}")
         return self._manifests[name]
 
     def why_not_done(self, name: str) -> list[str] | None:
@@ -119,14 +119,9 @@ class Project:
         problems = layout_problems(arch, p.tp)
         if (length := self.recipe.data.sequence_length) > arch.max_position_embeddings:
             problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
-        dp, interleaved = (num_ranks or p.model_ranks) // p.model_ranks, p.pp if p.vpp else 1
-        for name, size, unit in (
-            ("distill.global_batch_size", d.global_batch_size, d.micro_batch_size * dp * interleaved),
-            ("score.num_samples", s.num_samples, s.micro_batch_size * dp * interleaved),
-        ):
-            if size % unit:
-                near = max(1, round(size / unit)) * unit
-                problems.append(f"{name} {size} must be a multiple of {unit} (micro_batch_size x data parallel size {dp}, x pp under vpp); nearest {near}")
+        dp = (num_ranks or p.model_ranks) // p.model_ranks
+        batches = (("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s))
+        problems += filter(None, (must_divide(name, size, section.micro_batch_size, dp, p.interleaved) for name, size, section in batches))
         num_layers = arch.num_layers
         try:
             student = resolve_target(arch, self.recipe.target, p.tp, self.recipe.export.family)
@@ -176,13 +171,14 @@ def compress(recipe: Recipe) -> Path:
     with _world_for("distill", recipe) as world:
         _agree(world, lambda: project.check(world.size))
         _agree(world, lambda: _open(recipe))
+        say(f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint")
         for name in STAGES:
             _run(name, project, world, force=False)
             if name == "data":
                 _agree(world, project.check_text)
-        if world.is_main:
-            shutil.rmtree(recipe.root / "checkpoints", ignore_errors=True)  # left when a kill came just after the student was written
-            write_report(project)
+        # left when a kill came just after the student was written
+        _agree(world, lambda: shutil.rmtree(recipe.root / "checkpoints", ignore_errors=True))
+        _agree(world, lambda: write_report(project))
     return project.paths["export"]
 
 
@@ -236,19 +232,12 @@ def _decide(name: str, project: Project, force: bool) -> list[str] | None:
 
 
 def _agree(world: Any, decide: Callable[[], Any]) -> Any:
-    """Rank 0's answer on every rank; an InputError there ends all of them."""
+    """Rank 0's answer on every rank; without a world this process is the only one."""
     if world is None:
         return decide()
-    from minitron_mp.parallel import everyone, from_main
+    from minitron_mp.parallel import on_main
 
-    answer, failure = None, None
-    if world.is_main:
-        try:
-            answer = decide()
-        except InputError as error:
-            failure = error
-    everyone(failure)
-    return from_main(answer)
+    return on_main(decide)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ noise is reported by close_cuts().
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from minitron_mp.arch import Arch, export_problems, layout_problems
-from minitron_mp.artifact import Manifest, aside, write_text
+from minitron_mp.artifact import Manifest, write_bytes, write_text
 from minitron_mp.config import InputError, Target, refuse
 
 NOISE = 1e-5
@@ -38,12 +37,10 @@ class Importance:
     layers: np.ndarray
 
     def save(self, path: Path, manifest: Manifest) -> None:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in vars(self).items()}
-        save_file(tensors, aside(path), metadata={"manifest": manifest.model_dump_json()})
-        os.replace(aside(path), path)
+        write_bytes(path, save(tensors, metadata={"manifest": manifest.model_dump_json()}))
 
     @classmethod
     def load(cls, path: Path) -> Importance:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from minitron_mp import artifact
+from minitron_mp import __version__, artifact
 from minitron_mp.console import say, table
 from minitron_mp.plan import Importance, PrunePlan
 
-LIBRARIES = ("minitron-mp", "torch", "megatron-core", "transformers", "numpy")
+LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
 
 
 def write_report(project: Any) -> None:
@@ -38,7 +38,7 @@ def write_report(project: Any) -> None:
         markdown(("what", "where"), [(name, f"`{path.relative_to(root)}`") for name, path in project.paths.items()]),
         "## How it was made",
         "`minitron-mp compress recipe.yaml` with the recipe in `recipe.yaml`, on",
-        markdown(("software", "version"), [("Python", platform.python_version()), *((name, _version(name)) for name in LIBRARIES)]),
+        markdown(("software", "version"), _software()),
     ]
     artifact.write_text(root / "report.md", "\n\n".join(parts) + "\n")
     say(f"report: {root / 'report.md'}")
@@ -93,6 +93,10 @@ def _training(metrics: list[dict[str, Any]]) -> list[str]:
         "The full curve: `metrics.jsonl`, `tensorboard/`.",
         markdown(("step", "loss", "KL", "learning rate", "gradient norm"), rows),
     ]
+
+
+def _software() -> list[tuple[str, str]]:
+    return [("Python", platform.python_version()), ("minitron-mp", __version__), *((name, _version(name)) for name in LIBRARIES)]
 
 
 def _version(name: str) -> str:

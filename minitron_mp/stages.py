@@ -19,11 +19,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from minitron_mp import artifact, checkpoint, data, hf, importance, slicing, text
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, refuse
+from minitron_mp.config import InputError, Recipe, must_divide, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
-from minitron_mp.parallel import World, everyone
+from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, exportable
 from minitron_mp.schedule import Batch, run
 from minitron_mp.teacher import ColocatedTeacher
@@ -96,26 +96,22 @@ def import_model(job: Job) -> None:
 
 def tokenize(job: Job) -> None:
     """Text -> three Megatron indexed datasets; rank 0 works, the others wait."""
-    failure: Exception | None = None
-    if job.world.is_main:
-        try:
-            tokenizer = job.tokenizer()
-            data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
-            done = [0]
+    done = 0
 
-            def progress(documents: int) -> None:
-                if documents - done[0] >= 250:
-                    done[0] = documents
-                    say(f"data: {documents} documents")
+    def progress(documents: int) -> None:
+        nonlocal done
+        if documents - done >= 250:
+            done = documents
+            say(f"data: {documents} documents")
 
-            with artifact.writing(job.output, job.manifest) as folder:
-                tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
-            say("data: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
-        except InputError as error:
-            failure = error
-        except OSError as error:
-            failure = InputError(f"{job.output} cannot be made: {error}")
-    everyone(failure)
+    def write() -> None:
+        tokenizer = job.tokenizer()
+        data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
+        with artifact.writing(job.output, job.manifest) as folder:
+            tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
+        say("data: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+
+    on_main(write)
 
 
 def score(job: Job) -> None:
@@ -133,9 +129,7 @@ def score(job: Job) -> None:
                 tracker.advance(len(batches) * settings.micro_batch_size * job.world.groups.dp.size())
 
     result = importance.score(chunks, arch, settings, job.world, sequence_length, forward)
-    if job.world.is_main:
-        result.save(job.output, job.manifest.model_copy(update={"arch": arch}))
-    dist.barrier()
+    on_main(lambda: result.save(job.output, job.manifest.model_copy(update={"arch": arch})))
 
 
 def prune(job: Job) -> None:
@@ -195,9 +189,7 @@ def distill(job: Job) -> None:
         shutil.copy(recipe.root / METRICS, folder / METRICS)
 
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
-    if world.is_main:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    dist.barrier()
+    on_main(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
 
 
 def evaluate(job: Job) -> None:
@@ -208,10 +200,8 @@ def evaluate(job: Job) -> None:
     count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
     with Tracker("evaluate", count, "batches") as tracker:
         quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
-    if job.world.is_main:
-        content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}}
-        artifact.write_text(job.output, json.dumps(content, indent=1))
-    dist.barrier()
+    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}}
+    on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))
 
 
 def export(job: Job) -> None:
@@ -265,13 +255,10 @@ def _groups(job: Job, part: str, num_samples: int, micro_batch_size: int, *, exa
     exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
     """
     world, recipe = job.world, job.recipe
-    dp, pp = world.groups.dp.size(), world.parallel.pp
-    unit = micro_batch_size * dp * (pp if world.parallel.vpp else 1)
-    if exact and num_samples % unit:
-        near = max(1, round(num_samples / unit)) * unit
-        raise InputError(
-            f"score.num_samples {num_samples} must be a multiple of {unit} (micro_batch_size x data parallel size, x pp under vpp); nearest {near}"
-        )
+    dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
+    if exact and (problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)):
+        raise InputError(problem)
+    unit = micro_batch_size * dp * interleaved
     units = -(-num_samples // unit)
     size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
     samples = data.samples(job.paths["data"], part, recipe.data.sequence_length, num_samples, recipe.seed, job.tokenizer(), repeat=False)

@@ -28,7 +28,7 @@ from minitron_mp.config import Distill, InputError, refuse
 from minitron_mp.losses import distillation_loss
 from minitron_mp.model import logits, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
-from minitron_mp.parallel import World, everyone, from_main, seed_all
+from minitron_mp.parallel import World, on_main, seed_all
 from minitron_mp.schedule import Batch, run
 from minitron_mp.teacher import with_signals
 
@@ -145,7 +145,7 @@ def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[A
             weight_decay=settings.weight_decay,
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
-            clip_grad=settings.clip_grad,
+            clip_grad=settings.clip_grad or math.inf,  # at 0 Megatron would not compute the norm, which is logged
             bf16=bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
@@ -214,13 +214,7 @@ def resume_step(folder: Path, manifest: Manifest, world: World) -> int:
 
     InputError when the checkpoints there are another run's, naming the field that differs.
     """
-    step, failure = 0, None
-    try:
-        step = _newest(folder, manifest) if world.is_main else 0
-    except InputError as error:
-        failure = error
-    everyone(failure)
-    return from_main(step)
+    return on_main(lambda: _newest(folder, manifest))
 
 
 def _newest(folder: Path, manifest: Manifest) -> int:

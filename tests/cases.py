@@ -169,14 +169,14 @@ def settings(layout: Layout) -> Distill:
 ONE_STEP = DISTILL.model_copy(update={"steps": 1, "warmup_steps": 0, "global_batch_size": 8})
 SPLITS = {f"micro{n}": ONE_STEP.model_copy(update={"micro_batch_size": n}) for n in (1, 2, 4)}
 SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2")
-OVERLAP = DISTILL.model_copy(update={"overlap": True})
 OVERLAP_LAYOUTS = ("dp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2")
-RECOMPUTE = DISTILL.model_copy(update={"recompute": True})
 RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
 
 
 def variants(layout: Layout) -> dict[str, Distill]:
     """Other settings of a run that must not change its numbers."""
     chosen = dict(SPLITS) if layout.name in SPLIT_LAYOUTS else {}
-    chosen |= {"overlap": OVERLAP} if layout.name in OVERLAP_LAYOUTS else {}
-    return chosen | ({"recompute": RECOMPUTE} if layout.name in RECOMPUTE_LAYOUTS else {})
+    for name, where in (("overlap", OVERLAP_LAYOUTS), ("recompute", RECOMPUTE_LAYOUTS)):
+        if layout.name in where:
+            chosen[name] = settings(layout).model_copy(update={name: True})
+    return chosen

@@ -68,15 +68,17 @@ class Results:
         return self.once(("loaded", arch, layout), load)
 
     def trained(self, arch: str, layout: Layout) -> list[dict[str, Any]]:
-        """workers.train_everything, by rank, from the student that one rank cut on all axes."""
+        """workers_training.train_everything, by rank, from the student that one rank cut on all axes."""
 
         output = self.root / arch / "trained" / layout.name
-        return self.once(("trained", arch, layout), lambda: self.ranks(layout.ranks, "workers.train_everything", output=output, **self._training(arch, layout)))
+        return self.once(
+            ("trained", arch, layout), lambda: self.ranks(layout.ranks, "workers_training.train_everything", output=output, **self._training(arch, layout))
+        )
 
-    def variants(self, layout: Layout) -> dict[str, list[Any]]:
-        """Metrics of cases.variants(), for qwen3."""
+    def variants(self, layout: Layout) -> list[dict[str, Any]]:
+        """workers_training.train_variants of cases.variants(), for qwen3, by rank."""
         case = {"output": self.root / "variants" / layout.name, "variants": variants(layout)}
-        return self.once(("variants", layout), lambda: self.ranks(layout.ranks, "workers.train_variants", **case, **self._training("qwen3", layout))[0])
+        return self.once(("variants", layout), lambda: self.ranks(layout.ranks, "workers_training.train_variants", **case, **self._training("qwen3", layout)))
 
     def _training(self, arch: str, layout: Layout) -> dict[str, Any]:
         student_arch, student = self.student(arch, "all")
@@ -94,7 +96,7 @@ class Results:
         def resume() -> list[Any]:
             models = {"arch": ARCHS[arch], "teacher": self.teacher(arch), "student_arch": self.student(arch, "all")[0]}
             folders = {"stopped": self.stopped(arch, source), "output": self.root / arch / "resumed" / layout.name}
-            return self.ranks(layout.ranks, "workers.resume", layout=layout, **models, **folders)[0]
+            return self.ranks(layout.ranks, "workers_training.resume", layout=layout, **models, **folders)[0]
 
         return self.once(("resumed", arch, layout), resume)
 

@@ -172,7 +172,7 @@ def test_an_output_that_cannot_be_a_folder(recipe, on_ranks):
 def test_batches_that_the_ranks_do_not_divide_are_refused_first(recipe, on_ranks, inputs):
     """On two data parallel ranks; distill would find out after hours of other stages."""
     for done in on_ranks(2, "compress", recipe, "distill.global_batch_size=2"):
-        refused(done, "distill.global_batch_size 2 must be a multiple of 4 (micro_batch_size x data parallel size 2")
+        refused(done, "distill.global_batch_size 2 must be a multiple of 4 (micro_batch_size 2 x data parallel size 2")
     assert not (inputs / "out").exists()
 
 

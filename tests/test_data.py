@@ -347,7 +347,7 @@ def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
 
 
 def test_batch_sizes_that_do_not_divide():
-    with pytest.raises(InputError, match=r"global batch size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8"):
+    with pytest.raises(InputError, match=r"global_batch_size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8"):
         micro_batches([], 0, global_batch_size=10, micro_batch_size=2, dp_rank=0, dp_size=2)
     with pytest.raises(InputError, match="nearest 4"):
         micro_batches([], 0, global_batch_size=1, micro_batch_size=2, dp_rank=0, dp_size=2)

@@ -1,0 +1,141 @@
+"""What the training tests run on the ranks of a pool, as in workers.py."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
+from torch import Tensor
+from workers import gather, joined, load, manifest
+
+from minitron_mp import checkpoint, trainer
+from minitron_mp.arch import Arch
+from minitron_mp.config import Distill
+from minitron_mp.evaluate import compare
+from minitron_mp.model import build_model
+from minitron_mp.parallel import World
+from minitron_mp.teacher import ColocatedTeacher
+from minitron_mp.trainer import StepMetrics, train
+
+
+def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
+    """An unbroken run, the same run resumed from its checkpoint, a student that is its teacher, and evaluations.
+
+    The checkpoint after RESUME_AT steps stays in output/unbroken. Metrics are rank 0's, [] elsewhere.
+    """
+    with joined(layout) as world:
+        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        run = Runner(world, signals, settings(layout))
+        unbroken = run(student_arch, student, output / "unbroken")
+        copy_once(output / "unbroken", output / "resumed")
+        resumed = run(student_arch, None, output / "resumed")
+        pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 4})
+        steps = [micro_batches(make_samples(arch, step, 4), 2, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
+        models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
+        return {
+            "unbroken": unbroken.metrics,
+            "resumed": resumed.metrics,
+            "bitwise": all(map(torch.equal, unbroken.weights, resumed.weights)),
+            "same": Runner(world, signals, pure)(arch, teacher, output / "same").metrics,
+            "quality": compare(models, signals, steps, world, vocab_size=arch.vocab_size),
+        }
+
+
+def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, variants: dict[str, Distill]) -> dict[str, Any]:
+    """For each of these settings: (rank 0's metrics, whether the final weights agree over data parallel ranks).
+
+    Runs are stopped and resumed where they are long enough.
+    """
+    found = {}
+    with joined(layout) as world, small_buckets():
+        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        for name, chosen in variants.items():
+            runner = Runner(world, signals, chosen)
+            run = runner(student_arch, student, output / name, stop_after=RESUME_AT)
+            metrics = run.metrics
+            if chosen.steps > RESUME_AT:
+                run = runner(student_arch, None, output / name)
+                metrics = metrics + run.metrics
+            whole = torch.cat([weight.flatten() for weight in run.weights])
+            copies = gather(whole[None], 0, world.groups.dp_cp)
+            found[name] = metrics, bool((copies == whole).all())
+    return found
+
+
+@contextmanager
+def small_buckets() -> Iterator[None]:
+    """Megatron's buckets of gradients hold 40 million and more: these models would fit in one."""
+    usual = trainer.DistributedDataParallelConfig
+    trainer.DistributedDataParallelConfig = partial(usual, bucket_size=5000)
+    try:
+        yield
+    finally:
+        trainer.DistributedDataParallelConfig = usual
+
+
+def resume(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, stopped: Path, output: Path) -> list[StepMetrics]:
+    """The rest of a run that another layout stopped; rank 0's metrics."""
+    with joined(layout) as world:
+        copy_once(stopped, output)
+        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        return Runner(world, signals, settings(layout))(student_arch, None, output).metrics
+
+
+def copy_once(source: Path, target: Path) -> None:
+    if dist.get_rank() == 0:
+        shutil.copytree(source, target)
+    dist.barrier()
+
+
+@dataclass
+class Run:
+    """metrics: rank 0's, one entry a step. weights: this rank's, at the end."""
+
+    metrics: list[StepMetrics]
+    weights: list[Tensor]
+
+
+@dataclass
+class Runner:
+    """train() with the batches of these tests."""
+
+    world: World
+    teacher: Any
+    settings: Distill
+    precision: str = "fp32"
+    lr_in_manifest: int = 0
+    """Something by which two runs can differ."""
+
+    def __call__(
+        self, arch: Arch, start: Path | None, checkpoints: Path, *, stop_after: int | None = None, batch_of_step: Callable[[int], int] = lambda step: step
+    ) -> Run:
+        """start: the student's first weights; None leaves them as they come, for a run that resumes."""
+        world, chosen, metrics = self.world, self.settings, []
+        chunks = build_model(arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen)
+        if start is not None:
+            checkpoint.load_model(chunks, start, world)
+
+        def batches_of(step: int) -> list[dict[str, Tensor]]:
+            samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
+            return micro_batches(samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
+
+        options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": manifest("distill", lr=self.lr_in_manifest)}
+        train(chunks, self.teacher, batches_of, chosen, world, **options, on_step=metrics.append, stop_after=stop_after)
+        return Run(metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()])
+
+
+def train_in_bf16(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, steps: int) -> list[float]:
+    """Losses of a few steps on one batch, teacher and student in bf16."""
+    with joined(layout) as world:
+        signals = ColocatedTeacher(arch, teacher, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)
+        chosen = settings(layout).model_copy(update={"steps": steps})
+        run = Runner(world, signals, chosen, precision="bf16")
+        return [m.loss for m in run(student_arch, student, output, batch_of_step=lambda step: 0).metrics]
