@@ -50,7 +50,12 @@ def run(args: argparse.Namespace, world: parallel.World, scratch: Path) -> None:
     arch = hf.read_arch(args.teacher)
     student_arch = arch.model_copy(update={"hidden_size": args.hidden_size, "ffn_hidden_size": args.ffn_hidden_size})
     settings = Distill(
-        steps=args.steps + 2, global_batch_size=args.micro_batch_size, micro_batch_size=args.micro_batch_size, warmup_steps=1, checkpoint_interval=10**6
+        steps=args.steps + 2,
+        global_batch_size=args.micro_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        warmup_steps=1,
+        checkpoint_interval=10**6,
+        logits_precision="bf16",  # as the loop, whose logits are bf16 under autocast
     )
     options = {"precision": "bf16", "sequence_length": args.sequence_length}
     teacher = ColocatedTeacher(arch, scratch / "teacher", world, **options)

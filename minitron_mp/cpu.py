@@ -107,7 +107,7 @@ class NullEvent(NullStream):
 
 def _patches() -> list[tuple[Any, str, Any]]:
     from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.tensor_parallel import random
 
     def nothing() -> Callable[..., None]:
@@ -144,7 +144,16 @@ def _patches() -> list[tuple[Any, str, Any]]:
     # as Apex and TE have it, and fails on load otherwise. FusedAdam below has their layout, so the same code path runs as on a GPU.
     patches += [(optimizer, "Adam", FusedAdam), (optimizer, "USING_PYTORCH_OPTIMIZER", False)]
     patches += [(distrib_optimizer, name, value) for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))]
+    # Without Apex and TE gradients are clipped by a product and a copy of each; this is the same in place.
+    patches += [(clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)]
     return [(owner, name, new) for owner, name, new in patches if hasattr(owner, name)]
+
+
+def _multi_tensor_scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: Any) -> None:
+    sources, targets = lists
+    if any(source is not target for source, target in zip(sources, targets)):
+        torch._foreach_copy_(targets, sources)
+    torch._foreach_mul_(targets, scale)
 
 
 def _cpu_tracker(stock: type) -> type:

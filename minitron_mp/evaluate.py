@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from minitron_mp.losses import distillation_loss
-from minitron_mp.model import logits, unwrap
+from minitron_mp.losses import Objective, TeacherHidden, distillation_loss
+from minitron_mp.model import output_weight, unwrap
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch, local_batch, run
 from minitron_mp.teacher import with_signals
@@ -52,13 +52,14 @@ def compare(
         for chunk in chunks:
             chunk.eval()
 
-    def add(name: str, z: torch.Tensor, z_t: torch.Tensor | None, batch: Batch) -> None:
-        _, kl, ce = distillation_loss(z, z_t, batch["labels"], vocab_size=vocab_size, group=world.groups.tp, kl_weight=float(z_t is not None))
-        mask = batch["loss_mask"]
+    def add(name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherHidden | None, batch: Batch) -> None:
+        objective = Objective(kl_weight=float(target is not None), logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32)
+        mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
+        _, (_, kl, ce) = distillation_loss(hidden, weight, batch["labels"], mask, target, objective, **place)
         sums[name].add_(torch.stack([(ce * mask).sum(), (kl * mask).sum(), mask.sum()]).double())
 
     def judge(name: str, hidden: torch.Tensor, batch: Batch) -> None:
-        add(name, logits(unwrap(models[name][-1]), hidden), teacher.logits(batch["teacher"]) if teacher else None, batch)
+        add(name, hidden, output_weight(unwrap(models[name][-1])), teacher.target(batch["teacher"]) if teacher else None, batch)
 
     with torch.no_grad():
         for batches in steps:
@@ -67,7 +68,8 @@ def compare(
                 run(chunks, batches, world, partial(judge, name))
             if teacher and world.is_last_stage:
                 for batch in batches:
-                    add("teacher", teacher.logits(batch["teacher"]), None, local_batch(batch, world))
+                    target = teacher.target(batch["teacher"])
+                    add("teacher", target.hidden, target.weight, None, local_batch(batch, world))
             progress()
     return {name: _quality(total, world, has_kl=teacher is not None and name != "teacher") for name, total in sums.items()}
 

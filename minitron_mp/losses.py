@@ -1,129 +1,359 @@
-"""Vocab-parallel distillation loss on logits, exact, in plain torch.
+"""The distillation loss from hidden states to gradients: exact, vocab-parallel, fused with both output layers, in chunks of tokens.
 
-    L = kl_weight T^2 KL(teacher || student) at temperature T  +  ce_weight CE(labels)         per token
+    L = sum_i w_i (kl_weight T^2 D(teacher, student)_i + ce_weight CE(labels)_i)         w_i token weights
 
-The KL is forward: KL(teacher || student) (2407.14679 section 3, forward KLD). With z_s, z_t the logits over T and
-m, d their max and sum of exp(z - m) over the whole vocabulary:
+    forward_kl  KL(teacher || student)    sum_v p (log p - log q)          dz = w T (q - p)
+    reverse_kl  KL(student || teacher)    sum_v q (log q - log p)          dz = w T q (log q - log p - D)
+    js          Jensen-Shannon            (KL(p || m) + KL(q || m)) / 2    dz = w T q (log(q / m) - KL(q || m)) / 2,  m = (p + q) / 2
+    top k       forward KL over the k most likely tokens of the teacher and a ghost that holds the rest of the mass:
+                dz = w T (q - p) on the k tokens, w T q (1 - p_ghost / q_ghost) on all others
 
-    KL = sum_v exp(z_t - m_t) (z_t - z_s) / d_t  -  lse_t + lse_s          dL/dz_s = w T (softmax(z_s) - softmax(z_t))
+p, q are the softmax of the teacher's and student's logits over T; z the student's logits over T. Forward KL is the Minitron loss
+(2407.14679 section 3); the gradients follow from d log q_v / d z_u = [u = v] - q_u.
 
-Each rank holds v/tp columns and needs only the row statistics of the others: one max and one sum all-reduce a chunk of rows,
-never a gather of logits. The gradient is local and carries no factor of tp. Columns of the padded vocabulary take no part.
+The student's logits exist for one chunk of tokens at a time. The gradient is computed with the loss (recomputing the logits in
+the backward pass would cost half as much again), so forward leaves dX, and adds dW to weight.main_grad when Megatron's wrapper
+made one. Each rank holds v/tp columns; of the others it needs a few sums a row, by one all-gather of seven floats a row and chunk
+(js: two). The gradient of the logits is local and carries no factor of tp. Columns of the padded vocabulary take no part,
+and a row whose weight is zero has gradient exactly zero whatever its logits are.
+
+The row functions are in rows.py, plain torch, and kernels.py, Triton for CUDA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits handled at a time, in elements: float32 temporaries stay at 16 MB each, below what malloc gives back to the system every time."""
+from minitron_mp import rows as rows_in_torch
+
+ELEMENTS = {"cpu": (1 << 20, 1 << 26, 1 << 26), "cuda": (1 << 26, 1 << 26, 1 << 28)}
+"""Logits, in elements, that the row functions take at a time, that one product makes, and whose gradients are multiplied together.
+
+CPU: rows in the cache, products as large as they like. GPU: few float32 logits alive, but products of the gradients over four
+chunks, since over few rows the weight gradient is bound by its memory traffic.
+"""
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class TeacherHidden:
+    """hidden [s', b, h_t] after the final norm, weight [v_t/tp, h_t] of the same columns as the student's (padding may differ)."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """logits [s/cp, b, v_t/tp], of the same columns as the student's (padding may differ)."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """The k most likely tokens at the temperature of the loss, equal on all tensor parallel ranks.
+
+    indices int64 [s', b, k] in the whole vocabulary; log_probs float32 [s', b, k]; log_ghost float32 [s', b, 1]: log of the mass
+    of all other tokens, -inf when there are none.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    log_ghost: Tensor
+
+
+Teacher = TeacherHidden | TeacherLogits | TeacherTopK
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised; config.Distill says it to users."""
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    logits_dtype: torch.dtype = torch.float32
+    """Of the logits between the matrix product and the row sums. bf16 inputs with bf16 logits have 10 times the error of float32 logits
+    in the gradient at 131072 columns, and are a little faster."""
 
 
 def distillation_loss(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    *,
-    vocab_size: int,
-    group: Any,
-    temperature: float = 1.0,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token (loss, kl, ce), float32 [s, b], equal on all ranks of the tensor parallel group.
+    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, teacher: Teacher | None, objective: Objective, *, vocab_size: int, group: Any
+) -> tuple[Tensor, Tensor]:
+    """(loss, per token): the sum over tokens above, float32 scalar; [3, s/cp, b] float32 (loss without token weight, divergence, CE), zero for
+    tokens of weight zero.
 
-    student, teacher: logits [s, b, v/tp] of this rank, any float dtype; teacher None (then kl is 0 and kl_weight must be 0).
-    labels: int64 [s, b], below vocab_size. loss is differentiable in student (the gradient is in its dtype); kl carries no T^2,
-    so that it compares between temperatures; kl and ce are for the log.
+    hidden [s', b, h]: after the student's final norm; s' is s/cp, or s/cp/tp under sequence parallelism (then it is gathered here).
+    weight [v/tp, h]: rows [rank v/tp, (rank + 1) v/tp) of the output layer. labels int64 [s/cp, b] below vocab_size.
+    token_weights float32 [s/cp, b]: mask, normalisation, loss scale. teacher None: cross-entropy alone.
+    group: tensor parallel; all its ranks call and get equal losses. The divergence is given without T^2, for the log; of a
+    top-k teacher it is a lower bound.
+
+    Differentiable in hidden and weight. When weight has a main_grad, dW is added to it during the forward pass, autograd sees no
+    weight (its hooks do not run), and the gradient that comes in must be 1: put scales into token_weights.
     """
-    assert teacher is not None or not kl_weight
-    settings = (vocab_size, group, temperature, kl_weight, ce_weight)
-    loss, kl, ce = _DistillationLoss.apply(student, teacher, labels, settings)
-    return loss, kl.detach(), ce.detach()
+    if teacher is None and objective.kl_weight:
+        raise ValueError("kl_weight without a teacher")
+    if isinstance(teacher, TeacherTopK) and objective.divergence != "forward_kl":
+        raise ValueError(f"a top-k teacher has no {objective.divergence}; use forward_kl")
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    main_grad = getattr(weight, "main_grad", None) if wants_gradient and weight.requires_grad else None
+    weight = weight if main_grad is None else weight.detach()
+    return _Fused.apply(hidden, weight, labels, token_weights, teacher, objective, vocab_size, group, wants_gradient, main_grad)
 
 
-class _DistillationLoss(torch.autograd.Function):
-    """Computes the gradient in the forward pass: the logits' statistics are in the cache then."""
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor,
+        teacher: Teacher | None,
+        objective: Objective,
+        vocab_size: int,
+        group: Any,
+        wants_gradient: bool,
+        main_grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        tokens = labels.shape[0]
+        x = _rows(hidden, tokens, group)
+        w, labels_, weights = weight.detach(), labels.reshape(-1), token_weights.reshape(-1).float()
+        source = _teacher_rows(teacher, tokens, group)
+        upcast = not x.is_cuda and objective.logits_dtype != x.dtype  # the CPU has no product of bf16 with a float32 result
+        w_logits = w.to(objective.logits_dtype) if upcast else w
+        if upcast and isinstance(source, TeacherHidden):
+            source = TeacherHidden(source.hidden, source.weight.to(objective.logits_dtype))
+        counts = weights != 0
+        columns = w.shape[0]
+        first = group.rank() * columns
+        valid = max(0, min(columns, vocab_size - first))  # a rank may hold padding only
+        local = labels_ - first
+        ops = _row_functions(x)
+
+        out = torch.empty((3, len(x)), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if wants_gradient else None
+        wants_dw = wants_gradient and weight.requires_grad  # not when there is a main_grad
+        dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if wants_dw else main_grad
+
+        chunk, part, block = (max(1, size // columns) for size in ELEMENTS[x.device.type])
+        for start in range(0, len(x), block):
+            stop = min(start + block, len(x))
+            in_place = part >= block and x.dtype == objective.logits_dtype  # the gradient takes the place of the logits
+            dz = torch.empty((stop - start, columns), dtype=x.dtype, device=x.device) if wants_gradient and not in_place else None
+            for first_row, last_row in _spans(start, stop, part):
+                z_s = _product(x[first_row:last_row], w_logits, objective.logits_dtype)
+                z_t = _teacher_part(source, first_row, last_row, objective.logits_dtype)
+                dz = z_s if wants_gradient and in_place else dz
+                for i, end in _spans(first_row, last_row, chunk):
+                    here = slice(i - first_row, end - first_row)
+                    gradient = None if dz is None else dz[i - start : end - start]
+                    out[:, i:end] = _chunk(ops, z_s[here], _take(z_t, here), local[i:end], weights[i:end], first, valid, gradient, objective, group)
+                del z_s, z_t
+            if dz is not None and dx is not None:
+                torch.mm(dz, w, out=dx[start:stop])
+                if dw is not None:
+                    _add_product(dw, dz, torch.where(counts[start:stop, None], x[start:stop], 0.0))  # 0 x not-a-number is not 0
+            dz = None  # before the next block's
+
+        ctx.dx = ctx.dw = None
+        if dx is not None:
+            ctx.dx = _reduce(dx.view(tokens, *hidden.shape[1:]), hidden.shape[0], group)
+            ctx.dw, ctx.in_main_grad, ctx.dtype = (dw if main_grad is None else None), main_grad is not None, weight.dtype
+        out = torch.where(counts, out, 0.0)  # rows without weight may hold anything, not-a-number included
+        per_token = out.view(3, *labels.shape)
+        ctx.mark_non_differentiable(per_token)
+        return (out[0] * weights).sum(), per_token
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, settings: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        rows = student.reshape(-1, student.shape[-1])
-        teacher_rows = None if teacher is None else teacher.reshape(rows.shape)
-        flat, gradient = labels.reshape(-1), torch.empty_like(rows) if student.requires_grad else None
-        out = rows.new_empty((3, rows.shape[0]), dtype=torch.float32)
-        chunk = max(1, CHUNK_ELEMENTS // rows.shape[1])
-        for i in range(0, rows.shape[0], chunk):
-            part = slice(i, i + chunk)
-            out[:, part] = _chunk(
-                rows[part], None if teacher_rows is None else teacher_rows[part], flat[part], None if gradient is None else gradient[part], *settings
-            )
-        ctx.gradient = None if gradient is None else gradient.view(student.shape)
-        loss, kl, ce = out.view(3, *labels.shape)
-        ctx.mark_non_differentiable(kl, ce)
-        return loss, kl, ce
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grad_loss[..., None].to(gradient.dtype)), None, None, None
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        dx, dw, ctx.dx, ctx.dw = ctx.dx, ctx.dw, None, None
+        if ctx.in_main_grad:
+            torch._assert_async(grad == 1, "the gradient of distillation_loss must be 1 when the weight has a main_grad: put scales into token_weights")
+        return dx.mul_(grad.to(dx.dtype)), None if dw is None else (dw.mul_(grad)).to(ctx.dtype), *[None] * 8
 
 
 def _chunk(
-    student: Tensor,
-    teacher: Tensor | None,
+    ops: Any,
+    z_s: Tensor,
+    z_t: Tensor | TeacherTopK | None,
     labels: Tensor,
+    weights: Tensor,
+    first: int,
+    valid: int,
     gradient: Tensor | None,
-    vocab_size: int,
+    objective: Objective,
     group: Any,
-    temperature: float,
-    kl_weight: float,
-    ce_weight: float,
 ) -> Tensor:
-    """[3, n] (loss, kl, ce) of n rows [n, v/tp]; writes dloss/dstudent into `gradient` [n, v/tp]."""
-    columns = student.shape[1]
-    first = group.rank() * columns
-    valid = max(0, min(columns, vocab_size - first))  # a rank may hold padding only
-    local = labels - first
-    mine = (local >= 0) & (local < valid)
-    index = local.clamp(0, columns - 1)[:, None]
+    """[3, n] (loss, divergence, ce) of n rows; writes w dloss/dz_s into `gradient` [n, v/tp]. labels: in this rank's numbering."""
+    t, name = objective.temperature, objective.divergence
+    top = _Top.of(z_t, z_s.shape[1], first, valid) if isinstance(z_t, TeacherTopK) else None
+    dense = None if top else z_t
+    stats, kept = ops.statistics(z_s, dense, labels, valid, t, name)
+    if top:
+        stats[:, 5:] = top.statistics(z_s, stats[:, 0], valid, t)
+    parts = _gather(stats, group)  # [tp, n, 7]
+    m_s, m_t = parts[..., 0].amax(0), parts[..., 4].amax(0)
+    scale_s, scale_t = torch.exp(parts[..., 0] - m_s), torch.exp(parts[..., 4] - m_t)
+    d_s, d_1 = (parts[..., 1] * scale_s).sum(0), (parts[..., 2] * scale_s**t).sum(0)
+    lse_s, lse_1 = m_s + d_s.log(), m_s * t + d_1.log()
+    ce = lse_1 - parts[..., 3].sum(0)
 
-    z_s = student[:, :valid].float()
-    label_logit = torch.where(mine, student.gather(1, index)[:, 0].float(), 0.0)
-    logits = [z_s / temperature if temperature != 1 else z_s]
-    if teacher is not None:
-        z_t = teacher[:, :valid].float()
-        logits.append(z_t / temperature if temperature != 1 else z_t)
-    if temperature != 1:
-        logits.append(z_s)  # the cross-entropy has no temperature
-    own = 0 if temperature == 1 else -1  # the student without temperature
-    peaks = torch.stack([z.amax(1) if valid else z.new_full((len(z),), -torch.inf) for z in logits])
-    _all_reduce(peaks, dist.ReduceOp.MAX, group)
-    exps = [torch.exp(z - peak[:, None]) for z, peak in zip(logits, peaks)]
-    cross = [(exps[1] * (logits[1] - logits[0])).sum(1)] if teacher is not None else []
-    sums = torch.stack([*(e.sum(1) for e in exps), label_logit, *cross])
-    _all_reduce(sums, dist.ReduceOp.SUM, group)
-
-    masses, label_logit = sums[: len(exps)], sums[len(exps)]
-    lse = peaks + masses.log()
-    kl = sums[-1] / masses[1] - lse[1] + lse[0] if teacher is not None else torch.zeros_like(label_logit)
-    ce = lse[own] - label_logit
+    kl = lse_t = extra = torch.zeros_like(ce)
+    if top:
+        others = (parts[..., 5] * scale_s).sum(0)  # mass of all tokens but the k, over exp(m_s)
+        kl, extra = top.divergence(others.clamp_min(TINY).log() - d_s.log(), lse_s, parts[..., 6].sum(0))
+    elif dense is not None:
+        d_t = (parts[..., 5] * scale_t).sum(0)
+        lse_t = m_t + d_t.log()
+        if name == "forward_kl":
+            kl = (parts[..., 6] * scale_t).sum(0) / d_t - lse_t + lse_s
+        elif name == "reverse_kl":
+            kl = extra = (parts[..., 6] * scale_s).sum(0) / d_s - lse_s + lse_t
+        else:
+            sums = _gather(ops.js_sums(z_s, dense, lse_s, lse_t, valid, t), group).sum(0)  # [n, 2]: KL(p || m), KL(q || m)
+            kl, extra = sums.mean(1), sums[:, 1]
     if gradient is not None:
-        probabilities = [e.div_(mass[:, None]) for e, mass in zip(exps, masses)]
-        total = torch.zeros_like(z_s)
-        if kl_weight:
-            total.add_(probabilities[0], alpha=kl_weight * temperature).sub_(probabilities[1], alpha=kl_weight * temperature)
-        if ce_weight and valid:
-            total.add_(probabilities[own], alpha=ce_weight)
-            total.scatter_add_(1, index.clamp(max=valid - 1), -ce_weight * mine[:, None].float())
-        gradient[:, :valid] = total
-        gradient[:, valid:] = 0
-    return torch.stack([kl_weight * temperature**2 * kl + ce_weight * ce, kl, ce])
+        row_values = torch.stack([lse_s, lse_t, lse_1, weights * (objective.kl_weight * t), weights * objective.ce_weight, extra], 1)
+        (top or ops).gradient(z_s, dense, stats, kept, row_values, labels, valid, t, name, objective.ce_weight > 0, gradient)
+    return torch.stack([objective.kl_weight * t**2 * kl + objective.ce_weight * ce, kl, ce])
 
 
-def _all_reduce(x: Tensor, op: Any, group: Any) -> None:
+@dataclass(frozen=True)
+class _Top:
+    """The teacher's k tokens of n rows. Works in plain torch on any device: k entries a row are no work for a kernel."""
+
+    place: Tensor
+    """int64 [n, k], in this rank's numbering; of another rank's tokens one column behind the last."""
+    log_p: Tensor
+    log_ghost: Tensor
+
+    @classmethod
+    def of(cls, teacher: TeacherTopK, columns: int, first: int, valid: int) -> _Top:
+        place = teacher.indices - first
+        return cls(torch.where((place >= 0) & (place < valid), place, columns), teacher.log_probs, teacher.log_ghost[:, 0])
+
+    def statistics(self, z_s: Tensor, peak: Tensor, valid: int, t: float) -> Tensor:
+        """[n, 2] of this rank: mass of all but the k tokens over exp(peak), summed (one minus the k would cancel); sum of p s."""
+        s, columns = z_s[:, :valid].float() / t, z_s.shape[1]
+        e = F.pad(torch.exp(s - peak[:, None]), (0, columns + 1 - valid)).scatter_(1, self.place, 0.0)
+        picked = F.pad(s, (0, columns + 1 - valid)).gather(1, self.place)
+        return torch.stack([e.sum(1), (self.log_p.exp() * picked).sum(1)], 1)
+
+    def divergence(self, log_q_ghost: Tensor, lse_s: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] the divergence; [n] mass of the ghost in the teacher over that in the student."""
+        p, has_ghost = self.log_p.exp(), self.log_ghost > -torch.inf
+        ghost = torch.where(has_ghost, self.log_ghost - log_q_ghost, 0.0)
+        entropy = torch.where(p > 0, p * self.log_p, 0.0).sum(1)
+        return entropy - cross + p.sum(1) * lse_s + self.log_ghost.exp() * ghost, torch.where(has_ghost, ghost.exp(), 0.0)
+
+    def gradient(
+        self, z_s: Tensor, _: Any, stats: Tensor, kept: Any, rows: Tensor, labels: Tensor, valid: int, t: float, divergence: str, has_ce: bool, out: Tensor
+    ) -> None:
+        """As rows.gradient; rows[:, 5] is the second result of divergence()."""
+        if valid == 0:
+            out.zero_()
+            return
+        raw, columns = z_s[:, :valid].float(), z_s.shape[1]
+        q = F.pad(torch.exp(raw / t - rows[:, :1]), (0, columns + 1 - valid))
+        on_top = q.gather(1, self.place) - self.log_p.exp()
+        total = (q * (1 - rows[:, 5:])).scatter_(1, self.place, on_top)[:, :valid] * rows[:, 3:4]
+        if has_ce:
+            total += torch.exp(raw - rows[:, 2:3]) * rows[:, 4:5]
+        rows_in_torch.write(total, rows, labels, valid, has_ce, out)
+
+
+def _row_functions(x: Tensor) -> Any:
+    """The module that has statistics, js_sums and gradient for this device."""
+    if not x.is_cuda:
+        return rows_in_torch
+    from minitron_mp import kernels
+
+    return kernels
+
+
+def _rows(x: Tensor, tokens: int, group: Any) -> Tensor:
+    """[s', b, n] -> [s b, n] contiguous; gathered over the group when s' is a part of the sequence."""
+    x = x.detach()
+    if x.shape[0] != tokens:
+        whole = x.new_empty((tokens, *x.shape[1:]))
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+        x = whole
+    return x.reshape(-1, x.shape[-1])
+
+
+def _teacher_rows(teacher: Teacher | None, tokens: int, group: Any) -> Teacher | None:
+    if isinstance(teacher, TeacherHidden):
+        return TeacherHidden(_rows(teacher.hidden, tokens, group), teacher.weight.detach())
+    if isinstance(teacher, TeacherLogits):
+        return TeacherLogits(_rows(teacher.logits, tokens, group))
+    if isinstance(teacher, TeacherTopK):
+        return TeacherTopK(*(_rows(x, tokens, group) for x in (teacher.indices, teacher.log_probs, teacher.log_ghost)))
+    return None
+
+
+def _teacher_part(teacher: Teacher | None, first: int, last: int, dtype: torch.dtype) -> Tensor | TeacherTopK | None:
+    """The teacher's logits, or top k, of some rows."""
+    if isinstance(teacher, TeacherHidden):
+        return _product(teacher.hidden[first:last], teacher.weight, dtype)
+    return _take(teacher.logits if isinstance(teacher, TeacherLogits) else teacher, slice(first, last))
+
+
+def _take(x: Tensor | TeacherTopK | None, rows: slice) -> Any:
+    if isinstance(x, TeacherTopK):
+        return TeacherTopK(x.indices[rows], x.log_probs[rows], x.log_ghost[rows])
+    return None if x is None else x[rows]
+
+
+def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for i in range(start, stop, size):
+        yield i, min(i + size, stop)
+
+
+def _product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """x w^T in dtype, accumulated in float32."""
+    if x.dtype == dtype:
+        return torch.mm(x, w.t())
+    if x.is_cuda:
+        return torch.mm(x, w.t(), out_dtype=dtype)
+    return torch.mm(x.to(dtype), w.t())  # the CPU has no product of bf16 with a float32 result; w comes converted
+
+
+def _add_product(dw: Tensor, dz: Tensor, x: Tensor) -> None:
+    """dw += dz^T x."""
+    if dw.dtype == dz.dtype:
+        dw.addmm_(dz.t(), x)
+    elif dz.is_cuda:
+        torch.addmm(dw, dz.t(), x, out_dtype=dw.dtype, out=dw)
+    else:
+        dw += torch.mm(dz.t(), x)
+
+
+def _reduce(dx: Tensor, length: int, group: Any) -> Tensor:
+    """Sum [s, b, h] over the group; the rank's part [s/tp, b, h] when the sequence is split."""
+    if length != dx.shape[0]:
+        part = dx.new_empty((length, *dx.shape[1:]))
+        dist.reduce_scatter_tensor(part, dx, group=group)
+        return part
     if group.size() > 1:
-        dist.all_reduce(x, op, group=group)
+        dist.all_reduce(dx, group=group)
+    return dx
+
+
+def _gather(x: Tensor, group: Any) -> Tensor:
+    """[n, k] -> [tp, n, k]."""
+    if group.size() == 1:
+        return x[None]
+    whole = x.new_empty((group.size(), *x.shape))
+    dist.all_gather_into_tensor(whole.view(-1, x.shape[1]), x.contiguous(), group=group)
+    return whole

@@ -70,8 +70,12 @@ def build_model(arch: Arch, world: World, *, precision: str, sequence_length: in
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """[s, b, h] after the final norm (s/tp under sequence parallelism) -> [s, b, v/tp], on the last stage. Differentiable."""
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    return model.output_layer.logits(hidden, weight)
+    return model.output_layer.logits(hidden, output_weight(model))
+
+
+def output_weight(model: Any) -> Tensor:
+    """The output layer's weight [v/tp, h] on the last stage, which is the embedding's when they are tied."""
+    return model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
 
 
 def unwrap(model: Any) -> Any:
@@ -208,6 +212,6 @@ class DeferredHead(ColumnParallelLinear):
     def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
         return hidden, None
 
-    def logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         # Contiguous, or torch multiplies sample by sample; in bf16 on a CPU oneDNN then fails and torch switches it off for good.
         return super().forward(hidden.contiguous(), weight)[0]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minitron_mp.arch import Arch
 from minitron_mp.checkpoint import load_model
-from minitron_mp.model import build_model, logits
+from minitron_mp.losses import TeacherHidden
+from minitron_mp.model import build_model, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch, run
 
@@ -34,9 +35,9 @@ class ColocatedTeacher:
         hidden = run(self.chunks, batches, self.world, lambda hidden, _: hidden)
         return hidden if self.world.is_last_stage else [None] * len(batches)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[s', b, h] -> [s/cp, b, v/tp], on the last stage."""
-        return logits(self.chunks[-1], hidden)
+    def target(self, signal: Any) -> TeacherHidden:
+        """What the loss takes, on the last stage."""
+        return TeacherHidden(signal, output_weight(self.chunks[-1]))
 
 
 def with_signals(teacher: Any, batches: Sequence[Batch]) -> list[Batch]:

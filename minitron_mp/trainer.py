@@ -25,8 +25,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import Distill, InputError, refuse
-from minitron_mp.losses import distillation_loss
-from minitron_mp.model import logits, unwrap
+from minitron_mp.losses import Objective, distillation_loss
+from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
 from minitron_mp.parallel import World, on_main, seed_all
 from minitron_mp.schedule import Batch, run
@@ -100,25 +100,23 @@ class _LossOnLastStage:
     """schedule.run's on_output: Megatron's (loss sum, tokens, report); adds (loss, kl, ce, tokens) of this rank to sums."""
 
     def __init__(self, model: Any, teacher: Any, settings: Distill, world: World, vocab_size: int):
-        self.model, self.teacher, self.settings, self.world, self.vocab_size = model, teacher, settings, world, vocab_size
+        self.model, self.teacher, self.world, self.vocab_size = model, teacher, world, vocab_size
+        self.objective = Objective(settings.divergence, settings.temperature, settings.kl_weight, settings.ce_weight, DTYPES[settings.logits_precision])
+        self.overlap = settings.overlap
+        inner = unwrap(model)
+        self.other_gradient = inner.share_embeddings_and_output_weights and inner.pre_process  # the embedding's, in the backward pass
         self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        with torch.no_grad():
-            z_t = self.teacher.logits(batch["teacher"]) if self.teacher is not None else None
-        loss, kl, ce = distillation_loss(
-            logits(unwrap(self.model), hidden),
-            z_t,
-            batch["labels"],
-            vocab_size=self.vocab_size,
-            group=self.world.groups.tp,
-            temperature=self.settings.temperature,
-            kl_weight=self.settings.kl_weight,
-            ce_weight=self.settings.ce_weight,
-        )
-        mask = batch["loss_mask"]
-        total, tokens = (loss * mask).sum(), mask.sum()
-        self.sums += torch.stack([total.detach(), (kl * mask).sum(), (ce * mask).sum(), tokens]).double()
+        mask, weight = batch["loss_mask"], output_weight(unwrap(self.model))
+        if self.overlap and not self.other_gradient:
+            # The loss adds the weight's gradient to its main_grad; this tells the wrapper, which waits for all of a bucket.
+            hidden.register_hook(lambda _: self.model.param_to_bucket_group[weight].register_grad_ready(weight))
+        target = self.teacher.target(batch["teacher"]) if self.teacher is not None else None
+        place = {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
+        total, per_token = distillation_loss(hidden, weight, batch["labels"], mask, target, self.objective, **place)
+        tokens = mask.sum()
+        self.sums += torch.cat([(per_token * mask).sum((1, 2)), tokens[None]]).double()
         # Not divided: with calculate_per_token_loss Megatron divides the gradient by the global number of tokens of the step.
         return total, tokens.to(torch.int32), {}
 

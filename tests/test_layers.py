@@ -13,9 +13,9 @@ import minitron_mp
 PACKAGE = Path(minitron_mp.__file__).parent
 LAYERS = [
     "config arch artifact plan cost",  # runs on a laptop
-    "collectives losses",  # torch.distributed, groups passed in
+    "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
-    "parallel cpu model schedule checkpoint optimizer_state hf text data importance slicing teacher evaluate",
+    "parallel cpu model schedule checkpoint optimizer_state hf text data importance slicing stream teacher evaluate",
     "trainer",
     "stages pipeline report bridge console cli __main__ __init__",
 ]
