@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,26 @@ def export_problems(arch: Arch) -> list[str]:
     return []
 
 
-def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class HeadSpec:
+    """All that stands between the tapped hidden states and the logits. Who streams hidden states and who makes logits of them must agree.
+
+    The models of this library have their last norm before the tap, and neither scale, soft cap nor bias after it.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    padded_vocab_size: int
+    tap: str = "after the final norm"
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+    bias: bool = False
+
+    @classmethod
+    def of(cls, arch: Arch) -> HeadSpec:
+        return cls(arch.hidden_size, arch.vocab_size, arch.padded_vocab_size)
+
+
+def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str = "", of_b: str = "here") -> list[str]:
     """'name: x, here y' for every key on which two flat mappings differ, also where one has none; for error messages."""
-    return [f"{k}: {a.get(k)!r}, here {b.get(k)!r}" for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
+    return [f"{k}: {of_a}{' ' * bool(of_a)}{a.get(k)!r}, {of_b} {b.get(k)!r}" for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
 from minitron_mp import artifact
+from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError
 from minitron_mp.parallel import everyone, on_main
@@ -41,6 +43,13 @@ def load_model(chunks: list[Any], folder: Path, world: Any) -> None:
     for i, chunk in enumerate(chunks):
         missing = [k for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys if not k.endswith("_extra_state")]
         assert not missing, missing
+
+
+def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTensor:
+    """A rank's rows [v/tp, h] of the output layer, under the key of its weight, for load(); on the last pipeline stage."""
+    key = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
+    groups = world.groups
+    return ShardedTensor.from_rank_offsets(key, tensor, (0, groups.tp.rank(), groups.tp.size()), replica_id=groups.dp_cp.rank())
 
 
 def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:

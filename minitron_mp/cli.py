@@ -91,9 +91,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     from minitron_mp.plan import resolve_target
 
     project = Project(recipe)
-    ranks = world or recipe.parallel.model_ranks
-    if ranks % recipe.parallel.model_ranks:
-        raise InputError(f"--world {ranks} is no multiple of tp x pp x cp = {recipe.parallel.model_ranks}")
+    ranks = world or recipe.parallel.model_ranks + recipe.teacher.num_ranks
     project.check(ranks)
     teacher = hf.read_arch(Path(recipe.model))
     student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)

@@ -201,6 +201,47 @@ class Distill(Section):
         return self
 
 
+class Teacher(Section):
+    """Where the teacher runs while the student is distilled, and what it hands over."""
+
+    placement: Literal["colocated", "remote"] = "colocated"
+    """colocated: on the student's ranks in the student's layout. remote: on ranks of its own, the last ones of the job."""
+    ranks: int | None = Field(None, ge=1)
+    """Remote: how many ranks of the job are the teacher's; default: one copy of the model."""
+    parallel: Parallel = Parallel()
+    """Remote: the teacher's own layout."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Default: the precision of the run."""
+    payload: Literal["hidden", "logits", "topk"] = "hidden"
+    """Remote: hidden states after the final norm (exact, smallest; the student's last stage holds a copy of the teacher's output layer), logits,
+    or the top_k most likely tokens with the mass of the rest (an approximation)."""
+    top_k: int = Field(256, ge=1)
+    window: int = Field(3, ge=1)
+    """Remote: microbatches that a copy of the teacher may be ahead of the student; bounds memory on both sides."""
+    timeout_s: float = Field(600, gt=0)
+    """Remote: how long either side waits for the other; above the longest pause of the student (a checkpoint)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Teacher:
+        problems = []
+        if self.placement == "colocated" and self.payload != "hidden":
+            problems.append(f"payload {self.payload} is for a remote teacher; a colocated one hands over hidden states: drop it, or set placement: remote")
+        if self.parallel.vpp:
+            problems.append("parallel.vpp gains nothing in forward passes alone; drop it")
+        if self.window < self.parallel.pp:
+            problems.append(f"window {self.window} does not fill the teacher's {self.parallel.pp} pipeline stages; give at least {self.parallel.pp}")
+        if self.ranks is not None and self.ranks % self.parallel.model_ranks:
+            problems.append(f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = {self.parallel.model_ranks}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that are the teacher's alone."""
+        return 0 if self.placement == "colocated" else self.ranks or self.parallel.model_ranks
+
+
 class Evaluate(Section):
     """Loss and perplexity on held-out text, and the KL to the teacher."""
 
@@ -232,19 +273,26 @@ class Recipe(Section):
     score: Score = Score()
     target: Target = Target()
     distill: Distill = Distill()
+    teacher: Teacher = Teacher()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
 
     @model_validator(mode="after")
     def _sequence_is_divisible(self) -> Recipe:
-        parts = (2 * self.parallel.cp if self.parallel.cp > 1 else 1) * (self.parallel.tp if self.parallel.sequence_parallel else 1)
-        if self.data.sequence_length % parts:
-            near = max(1, round(self.data.sequence_length / parts)) * parts
-            raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} must be a multiple of {parts} "
-                f"(2 cp x tp under context and sequence parallelism); nearest {near}"
-            )
+        layouts = {"parallel": self.parallel} | ({"teacher.parallel": self.teacher.parallel} if self.teacher.num_ranks else {})
+        for name, p in layouts.items():
+            parts = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)
+            if self.data.sequence_length % parts:
+                near = max(1, round(self.data.sequence_length / parts)) * parts
+                raise ValueError(
+                    f"data.sequence_length {self.data.sequence_length} must be a multiple of {parts} "
+                    f"({name}: 2 cp x tp under context and sequence parallelism); nearest {near}"
+                )
         return self
+
+    @property
+    def teacher_precision(self) -> Literal["bf16", "fp32"]:
+        return self.teacher.precision or self.precision
 
     @property
     def root(self) -> Path:

@@ -86,12 +86,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def samples(folder: Path, part: str, sequence_length: int, num_samples: int, seed: int, tokenizer: Tokenizer, *, repeat: bool) -> Dataset:
+def samples(folder: Path, part: str, sequence_length: int, num_samples: int, seed: int, tokenizer: Tokenizer, *, repeat: bool, owner: str = "") -> Dataset:
     """Map-style dataset of at least num_samples samples of a part; every rank calls it, with or without torch.distributed.
 
     A sample is {tokens, labels, position_ids: int64 [s], loss_mask: float32 [s]}; labels are the tokens one further.
     The order depends on seed, num_samples and the text. Several prefixes are mixed in proportion to their sizes.
     repeat=False: InputError when one epoch has fewer samples. repeat=True: epochs repeat, as Megatron shuffles them.
+    owner: of the index files; two worlds in one job must not write the same ones.
     """
     prefixes = prefixes_of(folder, part)
     tokens = [tokens_of(prefix)[0] for prefix in prefixes]
@@ -101,7 +102,7 @@ def samples(folder: Path, part: str, sequence_length: int, num_samples: int, see
     if not repeat and (problem := too_short(folder, part, sequence_length, num_samples)):
         raise InputError(problem)
     wanted = [-(-num_samples * n // sum(held)) for n in held]  # rounded up, never above held unless repeated
-    indices = [folder / "index" / f"{part}_{i}" for i in range(len(prefixes))]
+    indices = [folder / "index" / owner / f"{part}_{i}" for i in range(len(prefixes))]
     datasets = [_gpt_dataset(p, n, index, sequence_length, seed, tokenizer) for p, n, index in zip(prefixes, wanted, indices)]
     return datasets[0] if len(datasets) == 1 else _interleave(datasets, wanted)
 

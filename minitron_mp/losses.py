@@ -6,7 +6,7 @@
     reverse_kl  KL(student || teacher)    sum_v q (log q - log p)          dz = w T q (log q - log p - D)
     js          Jensen-Shannon            (KL(p || m) + KL(q || m)) / 2    dz = w T q (log(q / m) - KL(q || m)) / 2,  m = (p + q) / 2
     top k       forward KL over the k most likely tokens of the teacher and a ghost that holds the rest of the mass:
-                dz = w T (q - p) on the k tokens, w T q (1 - p_ghost / q_ghost) on all others
+                dz = w T (q - p) on the k tokens, w T q (1 - p_ghost / q_ghost) on all others (q / q_ghost is their own softmax)
 
 p, q are the softmax of the teacher's and student's logits over T; z the student's logits over T. Forward KL is the Minitron loss
 (2407.14679 section 3); the gradients follow from d log q_v / d z_u = [u = v] - q_u.
@@ -39,7 +39,7 @@ ELEMENTS = {"cpu": (1 << 20, 1 << 26, 1 << 26), "cuda": (1 << 26, 1 << 26, 1 << 
 CPU: rows in the cache, products as large as they like. GPU: few float32 logits alive, but products of the gradients over four
 chunks, since over few rows the weight gradient is bound by its memory traffic.
 """
-TINY = torch.finfo(torch.float32).tiny
+LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class _Fused(torch.autograd.Function):
                 torch.mm(dz, w, out=dx[start:stop])
                 if dw is not None:
                     _add_product(dw, dz, torch.where(counts[start:stop, None], x[start:stop], 0.0))  # 0 x not-a-number is not 0
-            dz = None  # before the next block's
+            dz = gradient = None  # or the next block's would lie beside it
 
         ctx.dx = ctx.dw = None
         if dx is not None:
@@ -201,25 +201,26 @@ def _chunk(
     dense = None if top else z_t
     stats, kept = ops.statistics(z_s, dense, labels, valid, t, name)
     if top:
-        stats[:, 5:] = top.statistics(z_s, stats[:, 0], valid, t)
+        stats[:, 4:] = top.statistics(z_s, valid, t)
     parts = _gather(stats, group)  # [tp, n, 7]
     m_s, m_t = parts[..., 0].amax(0), parts[..., 4].amax(0)
     scale_s, scale_t = torch.exp(parts[..., 0] - m_s), torch.exp(parts[..., 4] - m_t)
     d_s, d_1 = (parts[..., 1] * scale_s).sum(0), (parts[..., 2] * scale_s**t).sum(0)
+    d_t = (parts[..., 5] * scale_t).sum(0)
     lse_s, lse_1 = m_s + d_s.log(), m_s * t + d_1.log()
     ce = lse_1 - parts[..., 3].sum(0)
 
     kl = lse_t = extra = torch.zeros_like(ce)
     if top:
-        others = (parts[..., 5] * scale_s).sum(0)  # mass of all tokens but the k, over exp(m_s)
-        kl, extra = top.divergence(others.clamp_min(TINY).log() - d_s.log(), lse_s, parts[..., 6].sum(0))
+        lse_t, extra = m_t + d_t.log(), top.log_ghost.exp()  # of the student too: all tokens but the k
+        kl = top.divergence(lse_t, lse_s, parts[..., 6].sum(0))
     elif dense is not None:
-        d_t = (parts[..., 5] * scale_t).sum(0)
         lse_t = m_t + d_t.log()
+        gap = (m_t - m_s) + (d_t.log() - d_s.log())  # lse_t - lse_s would keep the rounding of two large numbers
         if name == "forward_kl":
-            kl = (parts[..., 6] * scale_t).sum(0) / d_t - lse_t + lse_s
+            kl = (parts[..., 6] * scale_t).sum(0) / d_t - gap
         elif name == "reverse_kl":
-            kl = extra = (parts[..., 6] * scale_s).sum(0) / d_s - lse_s + lse_t
+            kl = extra = (parts[..., 6] * scale_s).sum(0) / d_s + gap
         else:
             sums = _gather(ops.js_sums(z_s, dense, lse_s, lse_t, valid, t), group).sum(0)  # [n, 2]: KL(p || m), KL(q || m)
             kl, extra = sums.mean(1), sums[:, 1]
@@ -243,31 +244,30 @@ class _Top:
         place = teacher.indices - first
         return cls(torch.where((place >= 0) & (place < valid), place, columns), teacher.log_probs, teacher.log_ghost[:, 0])
 
-    def statistics(self, z_s: Tensor, peak: Tensor, valid: int, t: float) -> Tensor:
-        """[n, 2] of this rank: mass of all but the k tokens over exp(peak), summed (one minus the k would cancel); sum of p s."""
-        s, columns = z_s[:, :valid].float() / t, z_s.shape[1]
-        e = F.pad(torch.exp(s - peak[:, None]), (0, columns + 1 - valid)).scatter_(1, self.place, 0.0)
-        picked = F.pad(s, (0, columns + 1 - valid)).gather(1, self.place)
-        return torch.stack([e.sum(1), (self.log_p.exp() * picked).sum(1)], 1)
+    def statistics(self, z_s: Tensor, valid: int, t: float) -> Tensor:
+        """[n, 3] of this rank: max s of all tokens but the k, sum e^(s - that) of them (one minus the k would cancel), sum of p s of the k."""
+        s, behind = z_s[:, :valid].float() / t, (0, z_s.shape[1] + 1 - valid)
+        others = F.pad(s, behind, value=-torch.inf).scatter_(1, self.place, -torch.inf)
+        peak = others.amax(1).clamp_min(LOWEST)  # finite when there are no others
+        return torch.stack([peak, torch.exp(others - peak[:, None]).sum(1), (self.log_p.exp() * F.pad(s, behind).gather(1, self.place)).sum(1)], 1)
 
-    def divergence(self, log_q_ghost: Tensor, lse_s: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
-        """[n] the divergence; [n] mass of the ghost in the teacher over that in the student."""
-        p, has_ghost = self.log_p.exp(), self.log_ghost > -torch.inf
-        ghost = torch.where(has_ghost, self.log_ghost - log_q_ghost, 0.0)
+    def divergence(self, lse_others: Tensor, lse_s: Tensor, cross: Tensor) -> Tensor:
+        p, has_ghost = self.log_p.exp(), (self.log_ghost > -torch.inf) & (lse_others > -torch.inf)
+        ghost = torch.where(has_ghost, self.log_ghost.exp() * (self.log_ghost - lse_others + lse_s), 0.0)
         entropy = torch.where(p > 0, p * self.log_p, 0.0).sum(1)
-        return entropy - cross + p.sum(1) * lse_s + self.log_ghost.exp() * ghost, torch.where(has_ghost, ghost.exp(), 0.0)
+        return entropy - cross + p.sum(1) * lse_s + ghost
 
     def gradient(
         self, z_s: Tensor, _: Any, stats: Tensor, kept: Any, rows: Tensor, labels: Tensor, valid: int, t: float, divergence: str, has_ce: bool, out: Tensor
     ) -> None:
-        """As rows.gradient; rows[:, 5] is the second result of divergence()."""
+        """As rows.gradient. rows[:, 1]: log of sum e^s of all tokens but the k; rows[:, 5]: the teacher's mass of them."""
         if valid == 0:
             out.zero_()
             return
-        raw, columns = z_s[:, :valid].float(), z_s.shape[1]
-        q = F.pad(torch.exp(raw / t - rows[:, :1]), (0, columns + 1 - valid))
+        raw, behind = z_s[:, :valid].float(), (0, z_s.shape[1] + 1 - valid)
+        q, among_others = F.pad(torch.exp(raw / t - rows[:, :1]), behind), F.pad(torch.exp(raw / t - rows[:, 1:2]), behind)
         on_top = q.gather(1, self.place) - self.log_p.exp()
-        total = (q * (1 - rows[:, 5:])).scatter_(1, self.place, on_top)[:, :valid] * rows[:, 3:4]
+        total = (q - among_others * rows[:, 5:]).scatter_(1, self.place, on_top)[:, :valid] * rows[:, 3:4]
         if has_ce:
             total += torch.exp(raw - rows[:, 2:3]) * rows[:, 4:5]
         rows_in_torch.write(total, rows, labels, valid, has_ce, out)

@@ -1,11 +1,21 @@
-"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment."""
+"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment.
+
+A job has one world, or one for each role (teacher, students). Megatron-Core calls collectives on the default process group, in
+its optimizer and all over its checkpoints, so every role has a default group of its own; rank 0 is the first of the role. The
+ranks of all roles are joined by a Bridge. Everything meets in the store of the job, under a prefix of its own.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -27,6 +37,9 @@ class World:
     parallel: Parallel
     groups: Any
     device: torch.device
+    role: str = "student"
+    bridge: Bridge | None = None
+    """To the ranks of the other roles, in a job that has some."""
 
     @property
     def rank(self) -> int:
@@ -37,8 +50,13 @@ class World:
         return dist.get_world_size()
 
     @property
+    def job_size(self) -> int:
+        """Ranks of all roles."""
+        return self.bridge.place.size if self.bridge else self.size
+
+    @property
     def is_main(self) -> bool:
-        """The one rank that prints and writes small files."""
+        """The one rank of a role that prints and writes small files."""
         return dist.get_rank() == 0
 
     @property
@@ -53,6 +71,109 @@ class World:
     def coordinates(self) -> str:
         g = self.groups
         return f"rank {self.rank} (dp {g.dp.rank()}, pp {g.pp.rank()}, cp {g.cp.rank()}, tp {g.tp.rank()})"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is in the job."""
+
+    store: Any
+    rank: int
+    size: int
+
+
+@dataclass
+class Bridge:
+    """What joins the ranks of all roles of a job. Job ranks number them through: each role is a span of them.
+
+    data: raw process group, NCCL on GPUs; control: raw gloo group, for small messages. They know only .send and .recv with lists
+    of one tensor, a job rank and a tag, and .barrier.
+    """
+
+    role: str
+    place: Place
+    spans: dict[str, range]
+    data: Any
+    control: Any
+    timeout: timedelta
+    device: torch.device
+    side_stream: Any = field(default=None)
+
+    @property
+    def rank(self) -> int:
+        """Of this process, in the job."""
+        return self.place.rank
+
+    def stream(self) -> Any:
+        """Context in which transfers are issued: a stream of their own on a GPU, behind what was issued so far."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        self.side_stream = self.side_stream or torch.cuda.Stream(self.device, priority=-1)
+        self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.side_stream)
+
+    def record_event(self) -> Any:
+        """What the receiving stream waits for; None on a CPU."""
+        return self.side_stream.record_event() if self.side_stream is not None else None
+
+    def report(self, reason: str) -> str:
+        """Tell all ranks why the job fails; the first reason that any rank gave."""
+        try:
+            return self.place.store.compare_set("failed", "", reason).decode()
+        except dist.DistError:  # the process that holds the store is gone
+            return reason
+
+    def reason(self, wait_s: float = 0.0) -> str | None:
+        """Why the job fails, if a rank has said so within so many seconds."""
+        deadline = time.monotonic() + wait_s
+        with suppress(dist.DistError):
+            while True:
+                if self.place.store.check(["failed"]):
+                    return self.place.store.get("failed").decode()
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(0.05)
+        return None
+
+    def blame(self, rank: int, text: str, grace_s: float = 1.0) -> str:
+        """This rank's wait for another has failed with this text; the text of the rank that waits for one that waits for nobody."""
+        store, chain = self.place.store, [self.rank]
+        with suppress(dist.DistError):
+            store.set(f"waits/{self.rank}", json.dumps([rank, text]))
+            self.reason(grace_s)  # one that knows more may say it; and the others may say for whom they wait
+            while rank not in chain and store.check([f"waits/{rank}"]):
+                chain.append(rank)
+                rank, text = json.loads(store.get(f"waits/{rank}"))
+        return text
+
+    def meet(self, topic: str, timeout_s: float) -> None:
+        """Wait for all ranks of the job; RuntimeError when one fails instead."""
+        store, deadline = self.place.store, time.monotonic() + timeout_s
+        store.add(topic, 1)
+        while (here := store.add(topic, 0)) < self.place.size:
+            if reason := self.reason():
+                raise RuntimeError(reason)
+            if time.monotonic() > deadline:
+                raise RuntimeError(self.report(f"{here} of {self.place.size} ranks have reached the {topic} within {timeout_s:.0f} s"))
+            time.sleep(0.05)
+
+    def exchange(self, topic: str, mine: Any, timeout_s: float | None = 0) -> dict[str, Any]:
+        """Every role's value (json) of a topic, by role, on every rank; rank 0 of a role speaks for it. InputError when one fails instead.
+
+        timeout_s: default the bridge's; None: for ever, where the others may be at work for hours before they come.
+        """
+        store, limit = self.place.store, timeout_s or self.timeout.total_seconds()
+        if dist.get_rank() == 0:
+            store.set(f"{topic}/{self.role}", json.dumps(mine))
+        keys, start = {role: f"{topic}/{role}" for role in self.spans}, time.monotonic()
+        while not store.check(list(keys.values())):
+            if reason := self.reason():
+                raise InputError(reason)
+            if timeout_s is not None and time.monotonic() - start > limit:
+                missing = ", ".join(role for role, key in keys.items() if not store.check([key]))
+                raise InputError(self.report(f"{missing} did not say its {topic} within {limit:.0f} s"))
+            time.sleep(0.05)
+        return {role: json.loads(store.get(key)) for role, key in keys.items()}
 
 
 @contextmanager
@@ -72,18 +193,88 @@ def world(parallel: Parallel, *, seed: int, timeout_minutes: float = 30) -> Iter
             dist.destroy_process_group()
 
 
+@contextmanager
+def roles(
+    layouts: Mapping[str, tuple[int, Parallel]], *, seed: int, timeout_minutes: float = 30, stream_timeout_s: float = 600, place: Place | None = None
+) -> Iterator[World]:
+    """Join the job as the role whose span holds this rank; yields the world of the role, with the bridge to the others.
+
+    layouts: role -> (ranks, layout), in the order of their job ranks. place: of this process; default: torchrun's. InputError when
+    the ranks do not add up. When ranks fail, each raises the reason that the first of them gave.
+    """
+    assert not dist.is_initialized(), "roles() makes the default process groups; leave the one that is there"
+    place = place or _place()
+    sizes = {role: ranks for role, (ranks, _) in layouts.items()}
+    if sum(sizes.values()) != place.size:
+        parts = " + ".join(f"{ranks} ({role})" for role, ranks in sizes.items())
+        raise InputError(f"this job has {place.size} ranks, its roles want {parts} = {sum(sizes.values())}; start as many, or change teacher.ranks")
+    spans, first = {}, 0
+    for role, ranks in sizes.items():
+        spans[role], first = range(first, first + ranks), first + ranks
+    role = next(role for role, span in spans.items() if place.rank in span)
+    place = Place(_next_prefix(place.store), place.rank, place.size)
+    device, bridge = _device(), None
+    _init(device, Place(dist.PrefixStore(f"role/{role}", place.store), place.rank - spans[role].start, sizes[role]), timeout_minutes)
+    try:
+        timeout = timedelta(seconds=stream_timeout_s)
+        control, data = (
+            group(dist.PrefixStore(name, place.store), place.rank, place.size, timeout)
+            for name, group in (("control", dist.ProcessGroupGloo), ("data", dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo))
+        )
+        bridge = Bridge(role, place, spans, data, control, timeout, device)
+        yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, bridge=bridge)
+        bridge.meet("end", timeout_minutes * 60)  # nobody tears down what a peer still uses
+    except Exception as error:
+        if bridge is None:
+            raise
+        # A collective (RuntimeError) may break before the rank that knows why has said it.
+        bridge.reason(3.0 if isinstance(error, RuntimeError) else 0.0)
+        reason = bridge.report(f"{role} rank {place.rank - spans[role].start}: {error}")
+        if str(error) in reason:
+            raise
+        raise (InputError if isinstance(error, InputError) else RuntimeError)(reason) from error
+    finally:
+        leave_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def job_size() -> int:
+    """Ranks of the job, before it is joined."""
+    return dist.get_world_size() if dist.is_initialized() else _place().size
+
+
 def start(timeout_minutes: float = 30) -> torch.device:
-    """init_process_group from torchrun's environment, or alone when there is none. Returns this rank's device."""
-    device = _device()
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes), **alone}
+    """init_process_group in torchrun's job, or alone when there is none. Returns this rank's device."""
+    place, device = _place(), _device()
+    _init(device, Place(_next_prefix(place.store), place.rank, place.size), timeout_minutes)
+    return device
+
+
+def _init(device: torch.device, place: Place, timeout_minutes: float) -> None:
+    options = {"store": place.store, "rank": place.rank, "world_size": place.size, "timeout": timedelta(minutes=timeout_minutes)}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # gloo beside it: small host-side values (free space, errors) are reduced on the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    return device
+
+
+_joined = itertools.count()
+"""Worlds that this process has joined, the same number on every rank: each has fresh keys in the store."""
+
+
+def _next_prefix(store: Any) -> Any:
+    return dist.PrefixStore(f"world{next(_joined)}", store)
+
+
+@functools.cache
+def _place() -> Place:
+    """torchrun's; alone without it. Once a process: the first call may have made the store that the others connect to."""
+    if "RANK" not in os.environ:
+        return Place(dist.HashStore(), 0, 1)
+    return Place(*next(iter(dist.rendezvous("env://"))))
 
 
 def _device() -> torch.device:

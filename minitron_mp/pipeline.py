@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ def _target(recipe: Recipe) -> dict[str, Any]:
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
     how = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints"}
-    return {**recipe.distill.model_dump(exclude=how), **_run_settings(recipe)}
+    # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
+    teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
+    return {**recipe.distill.model_dump(exclude=how), **_run_settings(recipe), "teacher": teacher}
 
 
 def _model_files(recipe: Recipe) -> dict[str, str]:
@@ -115,11 +117,24 @@ class Project:
         """
         arch = hf.read_arch(Path(self.recipe.model))
         hf.check_weights(Path(self.recipe.model), arch)
-        p, d, s = self.recipe.parallel, self.recipe.distill, self.recipe.score
+        p, d, s, teacher = self.recipe.parallel, self.recipe.distill, self.recipe.score, self.recipe.teacher
         problems = layout_problems(arch, p.tp)
         if (length := self.recipe.data.sequence_length) > arch.max_position_embeddings:
             problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
-        dp = (num_ranks or p.model_ranks) // p.model_ranks
+        if teacher.num_ranks:
+            problems += [f"teacher: {problem}" for problem in layout_problems(arch, teacher.parallel.tp)]
+            if teacher.parallel.pp > arch.num_layers:
+                problems.append(f"teacher: {teacher.parallel.pp} pipeline stages for {arch.num_layers} layers")
+            if teacher.payload == "topk" and teacher.top_k > arch.vocab_size:
+                problems.append(f"teacher.top_k {teacher.top_k} is above the vocabulary of {arch.vocab_size}")
+            if teacher.payload == "topk" and d.divergence != "forward_kl":
+                problems.append(f"teacher.payload topk has no divergence {d.divergence}; use forward_kl")
+        own = (num_ranks or p.model_ranks + teacher.num_ranks) - teacher.num_ranks
+        if own <= 0 or own % p.model_ranks:
+            problems.append(
+                f"{num_ranks} ranks less {teacher.num_ranks} of the teacher leave {own}; the student needs a multiple of tp x pp x cp = {p.model_ranks}"
+            )
+        dp = max(1, own // p.model_ranks)
         batches = (("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s))
         problems += filter(None, (must_divide(name, size, section.micro_batch_size, dp, p.interleaved) for name, size, section in batches))
         num_layers = arch.num_layers
@@ -157,8 +172,11 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     project = Project(recipe)
     if name == "plan" and not speaks():
         return project.paths[name]  # needs no ranks: one process does it
-    with _world_for(name, recipe) as world:
-        _run(name, project, world, force=force)
+    with nullcontext() if name == "plan" else _world(recipe) as world:
+        if world is None or world.role == "student":
+            _run(name, project, world, force=force)
+        elif name == "distill":
+            _teach(project, world)
     return project.paths[name]
 
 
@@ -168,8 +186,11 @@ def compress(recipe: Recipe) -> Path:
 
     project = Project(recipe)
     project.check()
-    with _world_for("distill", recipe) as world:
-        _agree(world, lambda: project.check(world.size))
+    with _world(recipe) as world:
+        if world.role == "teacher":
+            _teach(project, world)
+            return project.paths["export"]
+        _agree(world, lambda: project.check(world.job_size))
         _agree(world, lambda: _open(recipe))
         say(f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint")
         for name in STAGES:
@@ -206,6 +227,8 @@ def plan(project: Project) -> PrunePlan:
 def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
     """One stage on all ranks. Rank 0 decides, from the files that it sees; the others follow."""
     differences = _agree(world, lambda: _decide(name, project, force))
+    if name == "distill" and world.bridge is not None:
+        world.bridge.exchange("distill", differences is not None)
     if differences is None:
         say(f"{name}: done, {project.paths[name]}")
         return
@@ -240,13 +263,25 @@ def _agree(world: Any, decide: Callable[[], Any]) -> Any:
     return on_main(decide)
 
 
-@contextmanager
-def _world_for(name: str, recipe: Recipe) -> Iterator[Any]:
-    """The job's ranks in this recipe's layout; None for the plan, which needs no torch.distributed."""
-    if name == "plan":
-        yield None
-        return
-    from minitron_mp.parallel import world
+def _teach(project: Project, world: Any) -> None:
+    """The ranks of a remote teacher: wait until the student comes to distill, and serve it."""
+    from minitron_mp import stages
 
-    with world(recipe.parallel, seed=recipe.seed) as w:
+    if world.bridge.exchange("distill", True, timeout_s=None)["student"]:
+        manifest = _agree(world, lambda: project.manifest("distill"))
+        stages.RUN["distill"](stages.Job(project.recipe, world, project.paths, manifest))
+
+
+@contextmanager
+def _world(recipe: Recipe) -> Iterator[Any]:
+    """This rank's world: all ranks of the job in the recipe's layout; or those of its role, when the teacher has ranks of its own."""
+    from minitron_mp import parallel
+
+    t = recipe.teacher
+    if t.num_ranks == 0:
+        with parallel.world(recipe.parallel, seed=recipe.seed) as w:
+            yield w
+        return
+    layouts = {"student": (max(0, parallel.job_size() - t.num_ranks), recipe.parallel), "teacher": (t.num_ranks, t.parallel)}
+    with parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w:
         yield w

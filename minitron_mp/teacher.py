@@ -1,47 +1,186 @@
-"""The teacher as a source of signals: for each microbatch of a step, what the loss on the student's last stage needs."""
+"""The teacher as a source of signals: for each microbatch of a step, what the loss on the student's last stage needs.
+
+Two placements behind one interface (signals, target, release). ColocatedTeacher runs on the student's ranks, in the student's
+layout. RemoteTeacher is the student's view of a teacher on ranks of its own, where serve() runs; stream.py carries the signals.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from minitron_mp import checkpoint, losses
 from minitron_mp.arch import Arch
-from minitron_mp.checkpoint import load_model
-from minitron_mp.losses import TeacherHidden
-from minitron_mp.model import build_model, output_weight
+from minitron_mp.losses import TeacherHidden, TeacherLogits, TeacherTopK
+from minitron_mp.model import build_model, logits, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch, run
+from minitron_mp.stream import Link, Payload, Receiver, Sender, Shape, splits_sequence
 
 
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
     Its forward-only schedule runs the microbatches of a step first and leaves, on the last stage, the hidden states after the
-    final norm: 2h bytes a token in bf16. The loss applies the teacher's head one microbatch at a time.
+    final norm: 2h bytes a token in bf16. The loss applies the teacher's head to a chunk of tokens at a time.
     """
 
-    def __init__(self, arch: Arch, checkpoint: Path, world: World, *, precision: str, sequence_length: int):
+    def __init__(self, arch: Arch, folder: Path, world: World, *, precision: str, sequence_length: int):
         self.world = world
-        self.chunks = build_model(arch, world, precision=precision, sequence_length=sequence_length)
-        load_model(self.chunks, checkpoint, world)
-        for chunk in self.chunks:
-            chunk.eval().requires_grad_(False)
+        self.chunks = frozen_model(arch, folder, world, precision=precision, sequence_length=sequence_length)
 
-    def signals(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+    def signals(self, batches: Sequence[Batch], step: int) -> list[Any]:
         """One entry a microbatch: hidden [s', b, h] on the last stage (s' as schedule.run says), None elsewhere."""
         hidden = run(self.chunks, batches, self.world, lambda hidden, _: hidden)
         return hidden if self.world.is_last_stage else [None] * len(batches)
 
-    def target(self, signal: Any) -> TeacherHidden:
+    def target(self, signal: Any) -> losses.Teacher:
         """What the loss takes, on the last stage."""
         return TeacherHidden(signal, output_weight(self.chunks[-1]))
 
+    def release(self, signal: Any) -> None:
+        """The loss is done with it."""
 
-def with_signals(teacher: Any, batches: Sequence[Batch]) -> list[Batch]:
+
+class RemoteTeacher:
+    """The student's end of the stream. head [v/tp, h_t] of the teacher lies on the last stage when hidden states are streamed."""
+
+    def __init__(self, receiver: Receiver | None, payload: Payload, head: Tensor | None, world: World):
+        self.receiver, self.payload, self.head, self.world = receiver, payload, head, world
+
+    def signals(self, batches: Sequence[Batch], step: int) -> list[Any]:
+        """The ids of this data parallel rank's microbatches."""
+        dp = self.world.groups.dp
+        return [(step * len(batches) + i) * dp.size() + dp.rank() for i in range(len(batches))]
+
+    def target(self, signal: int) -> losses.Teacher:
+        assert self.receiver is not None, "signals arrive on the last stage"
+        received = self.receiver.get(signal)
+        if self.payload == "hidden":
+            assert self.head is not None
+            return TeacherHidden(received, self.head)
+        return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
+
+    def release(self, signal: int) -> None:
+        assert self.receiver is not None
+        self.receiver.release(signal)
+
+    def close(self) -> None:
+        if self.receiver is not None:
+            self.receiver.close()
+
+
+def with_signals(teacher: Any, batches: Sequence[Batch], step: int = 0) -> list[Batch]:
     """The microbatches with the teacher's signal of each under "teacher"; without a teacher, as they are."""
     if teacher is None:
         return list(batches)
-    return [{**batch, "teacher": signal} for batch, signal in zip(batches, teacher.signals(batches))]
+    return [{**batch, "teacher": signal} for batch, signal in zip(batches, teacher.signals(batches, step))]
+
+
+def frozen_model(arch: Arch, folder: Path, world: World, *, precision: str, sequence_length: int) -> list[Any]:
+    chunks = build_model(arch, world, precision=precision, sequence_length=sequence_length)
+    checkpoint.load_model(chunks, folder, world)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
+def load_head(arch: Arch, folder: Path, world: World, dtype: torch.dtype) -> Tensor | None:
+    """The teacher's output layer in the student's tensor parallel layout, [v/tp, h_t] on the last stage; reached by all ranks."""
+    tp, state = world.groups.tp, {}
+    if world.is_last_stage:
+        empty = torch.empty((arch.padded_vocab_size // tp.size(), arch.hidden_size), dtype=dtype)
+        state["head"] = checkpoint.vocabulary_shard(arch, empty, world)
+    loaded = checkpoint.load(state, folder)
+    return loaded["head"].to(world.device) if world.is_last_stage else None
+
+
+def serve(
+    chunks: list[Any],
+    world: World,
+    link: Link,
+    batch_of: Callable[[int], Batch],
+    ids: Iterable[int],
+    *,
+    vocab_size: int,
+    top_k: int = 0,
+    temperature: float = 1.0,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Sender | None:
+    """Run the teacher over its replica's share of the ids and stream what it makes; reached by all ranks of the teacher.
+
+    batch_of(id): the microbatch of an id, whole. Runs ahead of the student by link.window microbatches, over optimizer steps as
+    well: the teacher is frozen and the data known. Returns when everything is consumed, on the last stage with the sender.
+    """
+    sender = Sender(link) if world.is_last_stage else None
+    pack = partial(payload_of, chunks[-1], link.shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature)
+    mine = (id for id in ids if id % link.teacher.dp == world.groups.dp.rank())
+    group = min(link.window, world.parallel.pp)  # enough to fill the pipeline
+    while part := list(itertools.islice(mine, group)):
+        if sender is not None:
+            sender.make_room(len(part))
+        signals = run(chunks, [batch_of(id) for id in part], world, lambda hidden, _: pack(hidden))
+        if sender is not None:
+            for id, signal in zip(part, signals):
+                sender.send(id, signal)
+        progress(len(part))
+    if sender is not None:
+        sender.finish()
+    return sender
+
+
+def payload_of(model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_size: int, top_k: int, temperature: float) -> Tensor:
+    """What a rank of the teacher's last stage sends, [s', b, n'], from hidden [s', b, h]."""
+    if shape.payload == "logits":
+        return logits(model, hidden).to(shape.dtype)
+    own = hidden
+    if shape.payload == "topk":
+        own = pack_top_k(top_k_of(logits(model, hidden), top_k, vocab_size, world.groups.tp, temperature))
+    tp = world.groups.tp
+    if splits_sequence(shape, world.parallel) and not (shape.payload == "hidden" and world.parallel.sequence_parallel):
+        own = own.chunk(tp.size())[tp.rank()]  # all tensor parallel ranks have all tokens; each sends a part
+    return own
+
+
+def top_k_of(z: Tensor, k: int, vocab_size: int, group: Any, temperature: float) -> TeacherTopK:
+    """The k most likely tokens and the mass of the rest from logits [s, b, v/tp], at a temperature; equal on all ranks of the group."""
+    columns, first = z.shape[-1], group.rank() * z.shape[-1]
+    z = z.float() / temperature
+    z[..., max(0, vocab_size - first) :] = -torch.inf
+    values, indices = z.topk(min(k, columns), dim=-1)
+    values, order = _gather_last(values, group).topk(k, dim=-1)
+    indices = _gather_last(indices + first, group).gather(-1, order)
+    # The rest is summed: one minus the k would cancel. Tokens of other ranks go to a column behind the last.
+    place = indices - first
+    rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, torch.where((place >= 0) & (place < columns), place, columns), -torch.inf)
+    rest = torch.logsumexp(_gather_last(torch.logsumexp(rest, -1, keepdim=True), group), -1, keepdim=True)
+    total = torch.logaddexp(torch.logsumexp(values, -1, keepdim=True), rest)
+    return TeacherTopK(indices, values - total, rest - total)
+
+
+def _gather_last(x: Tensor, group: Any) -> Tensor:
+    """[..., n] of each rank -> [..., tp n]."""
+    if group.size() == 1:
+        return x
+    parts = x.new_empty((group.size(), *x.shape))
+    dist.all_gather_into_tensor(parts.view(-1, *x.shape[1:]), x.contiguous(), group=group)
+    return torch.cat(list(parts), -1)
+
+
+def pack_top_k(top: TeacherTopK) -> Tensor:
+    """int32 [s, b, 2k + 1]: the bits of log_probs and log_ghost, and the indices."""
+    return torch.cat([top.log_probs.view(torch.int32), top.log_ghost.view(torch.int32), top.indices.int()], -1)
+
+
+def unpack_top_k(packed: Tensor) -> TeacherTopK:
+    k = packed.shape[-1] // 2
+    log_probs, log_ghost, indices = packed.split([k, 1, k], -1)
+    return TeacherTopK(indices.long(), log_probs.contiguous().view(torch.float32), log_ghost.contiguous().view(torch.float32))

@@ -81,7 +81,7 @@ def train(
             model.zero_grad_buffer()
         optimizer.zero_grad()
         loss.sums.zero_()
-        run(models, with_signals(teacher, batches_of(step)), world, loss, train=True)
+        run(models, with_signals(teacher, batches_of(step), step), world, loss, train=True)
         scheduler.step(increment=1)
         _, grad_norm, _ = optimizer.step()
         sums.append(loss.sums.clone())
@@ -115,6 +115,8 @@ class _LossOnLastStage:
         target = self.teacher.target(batch["teacher"]) if self.teacher is not None else None
         place = {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
         total, per_token = distillation_loss(hidden, weight, batch["labels"], mask, target, self.objective, **place)
+        if self.teacher is not None:
+            self.teacher.release(batch["teacher"])
         tokens = mask.sum()
         self.sums += torch.cat([(per_token * mask).sum((1, 2)), tokens[None]]).double()
         # Not divided: with calculate_per_token_loss Megatron divides the gradient by the global number of tokens of the step.

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ CALL_TIMEOUT_S = 300.0
 GRACE_S = 3.0
 """After one rank's failure the others get so long to report theirs."""
 
-here: dict[str, str] = {}
-"""In a rank: "coordinates", set by the functions that know them."""
+here: dict[str, Any] = {}
+"""In a rank: "coordinates", set by the functions that know them; "place": (store, rank, size)."""
 
 
 class RankError(AssertionError):
@@ -46,7 +47,7 @@ class Pool:
     def __init__(self, size: int):
         self.size, self.ranks = size, []
 
-    def run(self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, **kwargs: Any) -> list[Any]:
+    def run(self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, grace_s: float = GRACE_S, **kwargs: Any) -> list[Any]:
         """function(**kwargs) on every rank -> return values by rank."""
         if not self.ranks:
             self._start()
@@ -63,7 +64,7 @@ class Pool:
                 ok, value = rank.receive()
                 (values if ok else errors)[rank.number] = value
                 if not ok:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + grace_s)
         silent = [rank for rank in self.ranks if rank.number not in values and rank.number not in errors]
         if errors or silent:
             text = [f"rank {number} of {self.size}: {error}" for number, error in sorted(errors.items())]
@@ -173,7 +174,23 @@ def _join(pipe: Connection, rank: int, size: int) -> None:
         pipe.send_bytes(pickle.dumps((True, store.port)))
     port = pickle.loads(pipe.recv_bytes())
     store = store or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    here["place"] = store, rank, size
+    dist.init_process_group("gloo", store=dist.PrefixStore("pool", store), rank=rank, world_size=size, timeout=timeout)
+
+
+@contextlib.contextmanager
+def without_group() -> Iterator[None]:
+    """In a rank: leave the default group for what makes its own, and make it again."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    yield
+    store, rank, size = here["place"]
+    here["count"] = here.get("count", 0) + 1
+    options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=GROUP_TIMEOUT_S)}
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"pool{here['count']}", store), **options)
 
 
 def main() -> None:

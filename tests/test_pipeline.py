@@ -427,3 +427,30 @@ def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
     assert all(torch.equal(value, tensors[key]) for key, value in read().items())
     assert names(copied.output) == OUTPUT
     assert copied.to_repeat() == {}
+
+
+REMOTE = ("teacher.placement=remote", "teacher.window=2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "tolerance"),
+    [
+        (2, (), 0.0),  # the same kernels on the same numbers
+        (2, ("teacher.payload=logits",), 1e-5),  # the product of all tokens at once rounds in another order
+        (3, ("teacher.parallel.tp=2", "teacher.payload=topk", "teacher.top_k=300"), 1e-5),  # top_k of the whole vocabulary leaves nothing out
+        (3, ("teacher.parallel.pp=2",), 1e-5),
+        (3, ("parallel.tp=2", "parallel.sequence_parallel=true"), 1e-4),
+    ],
+    ids=["hidden", "logits", "topk-from-tp2", "from-pp2", "to-tp2"],
+)
+def test_a_remote_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, ranks, overrides, tolerance):
+    """All stages run on the student's ranks; distill has the teacher on the rest of the job."""
+    shutil.copytree(whole.output, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "student_distilled")
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
+    done = minitron("distill", recipe, *REMOTE, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    here, there = read_metrics(tmp_path / "out"), read_metrics(whole.output)
+    assert [m["step"] for m in here] == list(range(1, STEPS + 1))
+    for key in ("loss", "kl", "ce", "grad_norm"):
+        assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=tolerance, abs=0), key

@@ -1,0 +1,358 @@
+"""Transport of teacher signals between two grids of ranks: who sends which block of a microbatch to whom, and the two ends.
+
+    id  number of a microbatch in the run: step * microbatches a step + its place in the step
+    s   sequence length   b microbatch   n payload width: h for hidden, padded vocabulary for logits, 2 k + 1 for topk
+
+A signal is one tensor [s, b, n] a microbatch, spread over the last pipeline stage of the teacher and wanted, spread otherwise, on
+the last stage of the student. Microbatch id belongs to replica id % dp on either side. messages() is a pure function of the
+replicas and the layouts, so both ends know every transfer without asking, and all walk ids in ascending order: the smallest
+unfinished one can always complete, so nothing deadlocks at any window.
+
+    teacher                                   student
+    waits until id - window is consumed
+    computes, announces id on `control`  -->  a listening thread hears it, then posts the receive
+    sends the blocks on `data`           -->  get(id) hands the signal to the loss
+                                         <--  release(id): credit on `control`
+
+A receive is posted only when its send is, so no NCCL kernel waits on the student's GPU beside its collectives; credits have their
+own gloo group, because NCCL knows no tags and only order counts. Every wait ends after bridge.timeout with the name of the rank
+that is to blame: a student may wait for a teacher that waits for another student, see Link.fail().
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from minitron_mp.config import Parallel
+
+STREAM_VERSION = 1
+"""Of messages() and of what travels with them; both ends must have the same."""
+Payload = Literal["hidden", "logits", "topk"]
+ANNOUNCE, CREDIT, DATA = 1, 2, 3
+"""Tags; gloo matches by them, NCCL ignores them."""
+
+
+class StreamError(RuntimeError):
+    """The stream broke; names the rank at the other end."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A role's layout over its span of job ranks, which start at `first`."""
+
+    role: str
+    parallel: Parallel
+    dp: int
+    first: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.parallel.model_ranks * self.dp
+
+    def last_stage(self, dp: int, cp: int, tp: int) -> int:
+        """Job rank of a place on the last pipeline stage; Megatron's order: tp fastest, then cp, dp, pp."""
+        p = self.parallel
+        return self.first + (((p.pp - 1) * self.dp + dp) * p.cp + cp) * p.tp + tp
+
+    def describe(self, rank: int) -> str:
+        p, place = self.parallel, rank - self.first
+        tp, place = place % p.tp, place // p.tp
+        cp, place = place % p.cp, place // p.cp
+        return f"{self.role} rank {rank - self.first} (job rank {rank}; dp {place % self.dp}, pp {place // self.dp}, cp {cp}, tp {tp})"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all microbatches have in common. width: n of the whole payload."""
+
+    payload: Payload
+    sequence_length: int
+    micro_batch_size: int
+    width: int
+    dtype: torch.dtype
+
+    def local(self, parallel: Parallel) -> tuple[int, int, int]:
+        """[s', b, n'] of one rank of the last stage."""
+        rows = sum(high - low for low, high, _ in rows_of(self, parallel, 0, 0))
+        return rows, self.micro_batch_size, self.width // parallel.tp if self.payload == "logits" else self.width
+
+    def bytes_per_token(self) -> int:
+        return self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Message:
+    """One block: rows and columns of the sender's local tensor, of the receiver's, and the two job ranks."""
+
+    source: int
+    target: int
+    source_rows: slice
+    source_columns: slice
+    target_rows: slice
+    target_columns: slice
+
+    def shape(self, micro_batch_size: int) -> tuple[int, int, int]:
+        rows, columns = self.target_rows, self.target_columns
+        return rows.stop - rows.start, micro_batch_size, columns.stop - columns.start
+
+
+def splits_sequence(shape: Shape, parallel: Parallel) -> bool:
+    """Whether each tensor parallel rank sends or receives its own part of the tokens: for logits, and what does not divide, all have all."""
+    return shape.payload != "logits" and shape.sequence_length // parallel.cp % parallel.tp == 0
+
+
+def rows_of(shape: Shape, parallel: Parallel, cp: int, tp: int) -> list[tuple[int, int, int]]:
+    """(first global token, end, place in the local tensor) of the intervals that a rank of the last stage holds, in local order."""
+    n = parallel.cp
+    half = shape.sequence_length // (2 * n)
+    intervals = [(0, shape.sequence_length)] if n == 1 else [(i * half, (i + 1) * half) for i in (cp, 2 * n - 1 - cp)]
+    local = shape.sequence_length // n
+    low, high = (tp * local // parallel.tp, (tp + 1) * local // parallel.tp) if splits_sequence(shape, parallel) else (0, local)
+    found, place = [], 0
+    for first, end in intervals:  # place: of the interval among the tokens of this context parallel rank
+        a, b = max(low, place), min(high, place + end - first)
+        if a < b:
+            found.append((first + a - place, first + b - place, a - low))
+        place += end - first
+    return found
+
+
+def columns_of(shape: Shape, parallel: Parallel, tp: int) -> tuple[int, int]:
+    """Interval of the payload's columns that a rank holds."""
+    part = shape.width // parallel.tp
+    return (tp * part, (tp + 1) * part) if shape.payload == "logits" else (0, shape.width)
+
+
+@lru_cache(maxsize=4096)
+def messages(shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int) -> tuple[Message, ...]:
+    """All blocks that go from one teacher replica to one student replica for a microbatch, in the order in which both ends walk them."""
+    found = []
+    for (cp_s, tp_s), (cp_t, tp_t) in itertools.product(_places(student.parallel), _places(teacher.parallel)):
+        if tp_t and shape.payload != "logits" and not splits_sequence(shape, teacher.parallel):
+            continue  # all tensor parallel ranks have the same: the first one sends
+        (low_s, high_s), (low_t, high_t) = columns_of(shape, student.parallel, tp_s), columns_of(shape, teacher.parallel, tp_t)
+        low, high = max(low_s, low_t), min(high_s, high_t)
+        if low >= high:
+            continue
+        columns = slice(low - low_t, high - low_t), slice(low - low_s, high - low_s)
+        for (first_s, end_s, at_s), (first_t, end_t, at_t) in itertools.product(
+            rows_of(shape, student.parallel, cp_s, tp_s), rows_of(shape, teacher.parallel, cp_t, tp_t)
+        ):
+            a, b = max(first_s, first_t), min(end_s, end_t)
+            if a < b:
+                rows = slice(at_t + a - first_t, at_t + b - first_t), slice(at_s + a - first_s, at_s + b - first_s)
+                ends = teacher.last_stage(teacher_dp, cp_t, tp_t), student.last_stage(student_dp, cp_s, tp_s)
+                found.append(Message(*ends, rows[0], columns[0], rows[1], columns[1]))
+    return tuple(found)
+
+
+def _places(parallel: Parallel) -> Iterator[tuple[int, int]]:
+    return itertools.product(range(parallel.cp), range(parallel.tp))
+
+
+@dataclass
+class Link:
+    """What both ends share. bridge: parallel.Bridge of this rank; window: microbatches in flight a teacher replica."""
+
+    bridge: Any
+    shape: Shape
+    teacher: Grid
+    students: Sequence[Grid]
+    window: int
+    bytes_moved: int = 0
+    wait_s: float = 0.0
+
+    def blocks(self, id: int, student: Grid) -> tuple[Message, ...]:
+        return messages(self.shape, self.teacher, student, id % self.teacher.dp, id % student.dp)
+
+    def fail(self, rank: int, what: str, error: BaseException | None = None) -> StreamError:
+        """The error of this rank's wait for another: names the rank at the end of the chain of waits.
+
+        When a wait ends, gloo closes every connection, so all ranks that wait come here at about the same time. Each says for whom
+        it waits; a rank that says nothing is dead or hangs.
+        """
+        bridge = self.bridge
+        cause = f" ({str(error).splitlines()[0].split('] ')[-1].split('. ')[0]})" if error is not None and str(error) else ""
+        text = f"{self.describe(rank)} {what}{cause}"
+        blame = bridge.blame(rank, text) if error is not None else text
+        return StreamError(bridge.reason() or bridge.report(blame))
+
+    def describe(self, rank: int) -> str:
+        """Role and place of a job rank."""
+        return next(g for g in (self.teacher, *self.students) if g.first <= rank < g.first + g.size).describe(rank)
+
+
+class Sender:
+    """The teacher's end, on one rank of its last stage. Holds at most `window` microbatches that some student has not consumed."""
+
+    def __init__(self, link: Link):
+        self.link = link
+        self.flying: deque[tuple[int, dict[int, tuple[Any, Tensor]], list[Any]]] = deque()  # id, credits that are owed, sends under way
+        self.most_in_flight = 0
+
+    def make_room(self, count: int = 1) -> None:
+        """Wait until `count` more microbatches may be in flight."""
+        assert count <= self.link.window, f"{count} microbatches at once in a window of {self.link.window}"
+        while len(self.flying) > self.link.window - count:
+            self._land()
+
+    def send(self, id: int, signal: Tensor) -> None:
+        """signal [s', b, n'] of this rank, contiguous; may be overwritten when its credits are there."""
+        link, rank = self.link, self.link.bridge.rank
+        assert len(self.flying) < link.window, "make_room() first"
+        blocks = [block for student in link.students for block in link.blocks(id, student) if block.source == rank]
+        works: list[Any] = []
+        credits: dict[int, tuple[Any, Tensor]] = {}
+        for target in dict.fromkeys(block.target for block in blocks):
+            number = torch.tensor([id])
+            works.append((link.bridge.control.send([number], target, ANNOUNCE), number))
+            credit = torch.empty(1, dtype=torch.int64)
+            credits[target] = link.bridge.control.recv([credit], target, CREDIT), credit
+        with link.bridge.stream():
+            for block in blocks:
+                part = signal[block.source_rows, :, block.source_columns].contiguous()
+                works.append((link.bridge.data.send([part], block.target, DATA), part))
+                link.bytes_moved += part.nbytes
+        self.flying.append((id, credits, works))
+        self.most_in_flight = max(self.most_in_flight, len(self.flying))
+
+    def finish(self) -> None:
+        """Wait until everything sent is consumed."""
+        while self.flying:
+            self._land()
+
+    def _land(self) -> None:
+        id, credits, works = self.flying[0]
+        for target, (work, credit) in credits.items():
+            try:
+                work.wait(self.link.bridge.timeout)
+            except RuntimeError as error:
+                raise self.link.fail(target, f"did not consume microbatch {id}", error) from error
+            if credit.item() != id:
+                raise self.link.fail(target, f"consumed microbatch {credit.item()}, microbatch {id} was due")
+        for work, _ in works:
+            work.wait(self.link.bridge.timeout)
+        self.flying.popleft()
+
+
+class _Broken(Exception):
+    """What the listening thread found: the job rank at the other end, and what it did."""
+
+    def __init__(self, rank: int, what: str):
+        super().__init__(rank, what)
+        self.rank, self.what = rank, what
+
+
+@dataclass
+class _Arrival:
+    signal: Tensor
+    event: Any = None
+
+
+class Receiver:
+    """The student's end, on one rank of its last stage: get(id) and release(id) in ascending order of `ids`.
+
+    A thread listens, so that transfers go on while the student computes.
+    """
+
+    def __init__(self, link: Link, student: Grid, ids: Sequence[int], device: torch.device):
+        self.link, self.student, self.ids, self.device = link, student, ids, device
+        self.arrived: dict[int, _Arrival] = {}
+        self.credit = {dp: link.window for dp in range(link.teacher.dp)}  # microbatches that a teacher replica may have in flight
+        self.changed = threading.Condition()
+        self.failure: BaseException | None = None
+        self.closed = False
+        self.thread = threading.Thread(target=self._listen, name="teacher stream", daemon=True)
+        self.thread.start()
+
+    def get(self, id: int) -> Tensor:
+        """[s', b, n'] of this rank; waits for it."""
+        with self.changed:
+            self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
+            arrival = self.arrived.pop(id, None)  # the thread's waits are bounded, so this one is
+        if arrival is None:
+            # Only now does this rank wait for the other: before, the thread was ahead of it.
+            error = self.failure
+            raise self.link.fail(error.rank, error.what, error.__cause__) if isinstance(error, _Broken) else RuntimeError(str(error)) from error
+        if arrival.event is not None:
+            torch.cuda.current_stream().wait_event(arrival.event)
+            arrival.signal.record_stream(torch.cuda.current_stream())
+        return arrival.signal
+
+    def release(self, id: int) -> None:
+        """The loss has used the signal: let the teacher send another."""
+        link = self.link
+        for source in dict.fromkeys(block.source for block in self._blocks(id)):
+            try:
+                link.bridge.control.send([torch.tensor([id])], source, CREDIT).wait(link.bridge.timeout)
+            except RuntimeError as error:
+                raise link.fail(source, f"did not take the credit for microbatch {id}", error) from error
+        with self.changed:
+            self.credit[id % link.teacher.dp] += 1
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.thread.join()
+
+    def _blocks(self, id: int) -> list[Message]:
+        return [block for block in self.link.blocks(id, self.student) if block.target == self.link.bridge.rank]
+
+    def _listen(self) -> None:
+        try:
+            for id in self.ids:
+                replica = id % self.link.teacher.dp
+                with self.changed:
+                    # Not before the teacher may send it: then the wait below is for the teacher alone, however long this side pauses.
+                    while self.credit[replica] == 0 and not self.closed:
+                        self.changed.wait()
+                    if self.closed:
+                        return
+                    self.credit[replica] -= 1
+                arrival = self._receive(id)
+                with self.changed:
+                    self.arrived[id] = arrival
+                    self.changed.notify_all()
+        except BaseException as error:
+            with self.changed:
+                self.failure = error
+                self.changed.notify_all()
+
+    def _receive(self, id: int) -> _Arrival:
+        link, shape = self.link, self.link.shape
+        bridge, blocks = link.bridge, self._blocks(id)
+        for source in dict.fromkeys(block.source for block in blocks):
+            number = torch.empty(1, dtype=torch.int64)
+            try:
+                bridge.control.recv([number], source, ANNOUNCE).wait(bridge.timeout)
+            except RuntimeError as error:
+                raise _Broken(source, f"did not announce microbatch {id}") from error
+            if number.item() != id:
+                raise _Broken(source, f"announced microbatch {number.item()}, microbatch {id} was due")
+        with bridge.stream():
+            signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype, device=self.device)
+            parts = []
+            for block in blocks:
+                view = signal[block.target_rows, :, block.target_columns]
+                part = view if view.is_contiguous() else torch.empty(view.shape, dtype=view.dtype, device=view.device)
+                parts.append((bridge.data.recv([part], block.source, DATA), block, view, part))
+                link.bytes_moved += part.nbytes
+            for work, block, view, part in parts:
+                try:
+                    work.wait(bridge.timeout)
+                except RuntimeError as error:
+                    raise _Broken(block.source, f"stopped in the middle of microbatch {id}") from error
+                if part is not view:
+                    view.copy_(part)
+            return _Arrival(signal, bridge.record_event())

@@ -1,0 +1,162 @@
+"""The transport of teacher signals: the plan of transfers as pure functions, both ends over gloo, and what happens when it breaks."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+
+import pytest
+import torch
+from pool import Pool, RankError
+from workers_stream import local_signal
+
+from minitron_mp.config import Parallel
+from minitron_mp.stream import Grid, Shape, messages
+
+SP = {"sequence_parallel": True}
+HIDDEN = Shape("hidden", 24, 2, 6, torch.float32)
+LOGITS = Shape("logits", 24, 2, 8, torch.bfloat16)
+TOPK = Shape("topk", 24, 2, 7, torch.float32)
+ODD = Shape("hidden", 6, 1, 3, torch.float32)
+"""Three tokens on each of two context parallel ranks: no two tensor parallel ranks share them evenly."""
+SHAPES = {"hidden": HIDDEN, "logits": LOGITS, "topk": TOPK, "odd": ODD}
+
+# (teacher, student): (ranks, layout) each. Of four ranks, uneven data parallel sizes (1:2, 1:3, 2:1, 3:1) and context parallelism among them.
+PAIRS = {
+    "one-to-one": ((1, {}), (1, {})),
+    "one-to-tp2": ((1, {}), (2, {"tp": 2})),
+    "tp2-to-one": ((2, {"tp": 2}), (1, {})),
+    "tp2sp-to-tp2": ((2, {"tp": 2, **SP}), (2, {"tp": 2})),
+    "tp2-to-tp2sp": ((2, {"tp": 2}), (2, {"tp": 2, **SP})),
+    "one-to-dp3": ((1, {}), (3, {})),
+    "dp3-to-one": ((3, {}), (1, {})),
+    "dp2-to-cp2": ((2, {}), (2, {"cp": 2})),
+    "cp2-to-tp2sp": ((2, {"cp": 2}), (2, {"tp": 2, **SP})),
+    "tp2-to-dp2": ((2, {"tp": 2}), (2, {})),
+    "pp2-to-dp2": ((2, {"pp": 2}), (2, {})),
+    "tp2-to-pp2": ((2, {"tp": 2}), (2, {"pp": 2})),
+    "one-to-cp3": ((1, {}), (3, {"cp": 3})),
+    "dp2-to-one": ((2, {}), (1, {})),
+}
+
+
+def grid(role, ranks, layout, first=0):
+    p = Parallel(**layout)
+    return Grid(role, p, ranks // p.model_ranks, first)
+
+
+LARGE = [{"tp": tp, "cp": cp, "pp": pp} for tp, cp, pp in itertools.product((1, 2, 3, 4), (1, 2, 4), (1, 2))]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_messages_carry_every_element_once(name):
+    """Any two layouts, on one process: what the messages bring is what the student's rank wants, nothing twice."""
+    shape = Shape(SHAPES[name].payload, 48 if name != "odd" else 24, 2, 12, torch.float32)
+    for left, right in itertools.product(LARGE, LARGE):
+        teacher, student = Parallel(**left), Parallel(**right)
+        t, s = Grid("teacher", teacher, 2), Grid("student", student, 3, first=1000)
+        plan = messages(shape, t, s, 1, 2)
+        for cp, tp in itertools.product(range(student.cp), range(student.tp)):
+            want = local_signal(shape, student, 5, cp, tp)
+            got, times = torch.full(want.shape, torch.nan), torch.zeros(want.shape)
+            for m in plan:
+                if m.target == s.last_stage(2, cp, tp):
+                    source = next(p for p in itertools.product(range(teacher.cp), range(teacher.tp)) if t.last_stage(1, *p) == m.source)
+                    got[m.target_rows, :, m.target_columns] = local_signal(shape, teacher, 5, *source)[m.source_rows, :, m.source_columns]
+                    times[m.target_rows, :, m.target_columns] += 1
+            assert torch.equal(got, want), (left, right, cp, tp)
+            assert (times == 1).all(), (left, right, cp, tp)
+
+
+def test_bytes_on_the_wire_are_those_of_the_payload():
+    """Hidden states: each token once to each group that wants it, whatever the tensor parallel sizes."""
+    shape = Shape("hidden", 48, 2, 12, torch.bfloat16)
+    for left, right in itertools.product(LARGE, LARGE):
+        plan = messages(shape, Grid("teacher", Parallel(**left), 1), Grid("student", Parallel(**right), 1, 1000), 0, 0)
+        elements = sum(torch.Size(m.shape(2)).numel() for m in plan)
+        copies = 1 if 48 // right["cp"] % right["tp"] == 0 else right["tp"]
+        assert elements * 2 == copies * 48 * 2 * shape.bytes_per_token()
+
+
+def roles_of(pair):
+    teacher, student = PAIRS[pair]
+    return {"student": student, "teacher": teacher}
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", ["hidden", "logits"])
+def test_what_arrives_is_what_was_sent(ranks, name, pair, window):
+    """Bitwise, with random delays on both sides."""
+    roles, shape = roles_of(pair), SHAPES[name]
+    size, count = sum(n for n, _ in roles.values()), 13
+    found = ranks(size, "workers_stream.transport", roles=roles, shape=shape, window=window, count=count, seed=window, delay_s=0.004)
+    assert [rank["wrong"] for rank in found if "wrong" in rank] == [[]] * sum("wrong" in rank for rank in found)
+    assert sum(rank["received"] for rank in found if "received" in rank) >= count
+    assert max(rank.get("in flight", 0) for rank in found) <= window
+    sent, received = (sum(rank["bytes"] for rank in found if key in rank) for key in ("in flight", "wrong"))
+    assert sent == received > 0
+
+
+def test_the_window_holds_for_a_thousand_microbatches(ranks):
+    shape = Shape("hidden", 64, 4, 256, torch.float32)  # 256 KiB
+    roles = {"student": (1, {}), "teacher": (1, {})}
+    student, teacher = ranks(2, "workers_stream.transport", roles=roles, shape=shape, window=3, count=1000)
+    assert student["wrong"] == []
+    assert teacher["in flight"] == 3
+    # 750 microbatches of 256 KiB would be 188 MiB; in KiB.
+    assert student["memory at the end"] - student["memory at a quarter"] < 8 * 1024
+
+
+def test_one_teacher_serves_several_students(ranks):
+    """Every student gets every microbatch, in its own layout; the teacher sends when the slowest has room."""
+    roles = {"student": (1, {}), "sibling": (2, {"tp": 2}), "teacher": (1, {})}
+    found = ranks(4, "workers_stream.transport", roles=roles, shape=HIDDEN, window=2, count=17, delay_s=0.004)
+    assert [rank["wrong"] for rank in found[:3]] == [[]] * 3
+    assert [rank["received"] for rank in found[:3]] == [17] * 3
+    assert found[3]["in flight"] <= 2
+
+
+@pytest.mark.parametrize(("announced", "due"), [(3, 4), (5, 4)], ids=["duplicate", "out-of-order"])
+def test_a_number_that_is_not_due_is_an_error(ranks, announced, due):
+    student, _ = ranks(2, "workers_stream.disordered", roles=roles_of("one-to-one"), shape=HIDDEN, announced=announced, due=due)
+    assert f"announced microbatch {announced}, microbatch {due} was due" in student
+    assert "teacher rank 0 (job rank 1; dp 0, pp 0, cp 0, tp 0)" in student
+
+
+FAULTS = {
+    "teacher 0 kill before announcing 4": "teacher rank 0",
+    "teacher 0 kill while sending 4": "teacher rank 0",
+    "teacher 0 kill after sending 4": "teacher rank 0",
+    "teacher 0 hang before announcing 4": "teacher rank 0",
+    "teacher 0 raise before announcing 4": "this rank has a defect",
+    "student 1 kill before the credit 4": "student rank 1",
+    "student 1 hang before the credit 4": "student rank 1",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(fault):
+    """Every other rank ends with an error that names it, after 3 s of the bound and 3 s in which another rank may say why."""
+    roles = roles_of("one-to-dp3" if fault.startswith("student") else "dp2-to-one")
+    broken, case = Pool(sum(n for n, _ in roles.values())), {"roles": roles, "shape": HIDDEN, "window": 2}
+    broken.run("workers_stream.transport", **case, count=2)
+    start = time.monotonic()
+    with pytest.raises(RankError) as failure:
+        broken.run("workers_stream.transport", **case, count=12, die=fault, timeout_s=30, grace_s=8)
+    took, said = time.monotonic() - start, re.split(r"^rank \d of \d", str(failure.value), flags=re.MULTILINE)[1:]
+    print(f"{fault}: {took:.1f} s")
+    ends = [text.split("\nlast output")[0].strip().splitlines()[-1] for text in said[: broken.size]]
+    silent = [text for text in ends if "died with exit code" in text or "has not answered" in text]
+    assert len(silent) == ("raise" not in fault), ends
+    named = [text for text in ends if text not in silent and FAULTS[fault] in text]
+    assert len(named) == broken.size - len(silent), ends
+
+
+def test_contracts_that_differ_are_refused_on_both_sides(ranks):
+    for message in ranks(2, "workers_stream.contract", roles=roles_of("one-to-one"), sequence_length="48", window=1):
+        assert "teacher and student do not fit" in message
+        assert "sequence_length: teacher '48', student '24'" in message
+        assert "window: teacher 1, student 3" in message
+        assert "payload" not in message

@@ -1,0 +1,168 @@
+"""What the tests of the teacher stream run on the ranks of a pool: roles in one job, over plain signals and over models."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pool
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from minitron_mp import parallel
+from minitron_mp.config import InputError, Parallel
+from minitron_mp.parallel import World
+from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape, columns_of, rows_of
+
+Roles = dict[str, tuple[int, dict[str, Any]]]
+"""role -> (ranks, arguments of Parallel)"""
+
+
+@contextmanager
+def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None]:
+    """The world of this rank's role; None on ranks of the pool that no role wants."""
+    store, rank, _ = pool.here["place"]
+    wanted = sum(ranks for ranks, _ in roles.values())
+    with pool.without_group():
+        if rank >= wanted:
+            parallel._next_prefix(store)  # every rank counts the worlds of the job
+            yield None
+            return
+        layouts = {role: (ranks, Parallel(**p)) for role, (ranks, p) in roles.items()}
+        place = parallel.Place(store, rank, wanted)
+        with parallel.roles(layouts, seed=1, timeout_minutes=timeout_s / 60, stream_timeout_s=timeout_s, place=place) as world:
+            pool.here["coordinates"] = f"{world.role} {world.coordinates}"
+            yield world
+        RotaryEmbedding.forward.cache_clear()
+
+
+def make_link(world: World, roles: Roles, shape: Shape, window: int) -> Link:
+    bridge = world.bridge
+    grids = {}
+    for role, (ranks, p) in roles.items():
+        layout = Parallel(**p)
+        grids[role] = Grid(role, layout, ranks // layout.model_ranks, bridge.spans[role].start)
+    return Link(bridge, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window)
+
+
+def whole_signal(shape: Shape, id: int) -> Tensor:
+    """[s, b, n] of a microbatch, known to both ends."""
+    generator = torch.Generator().manual_seed(id)
+    return torch.randn((shape.sequence_length, shape.micro_batch_size, shape.width), generator=generator).to(shape.dtype)
+
+
+def local_signal(shape: Shape, p: Parallel, id: int, cp: int, tp: int) -> Tensor:
+    """[s', b, n'] of one place."""
+    whole, columns = whole_signal(shape, id), slice(*columns_of(shape, p, tp))
+    return torch.cat([whole[first:end, :, columns] for first, end, _ in rows_of(shape, p, cp, tp)])
+
+
+def transport(roles: Roles, shape: Shape, window: int, count: int, seed: int = 0, delay_s: float = 0.0, die: str = "") -> dict[str, Any]:
+    """Stream `count` plain signals with random delays on both sides; what each end saw. die: "ROLE RANK PHASE", see _fault."""
+    found: dict[str, Any] = {}
+    with joined_roles(roles, timeout_s=3.0 if die else 60.0) as world:
+        if world is None:
+            return found
+        link = make_link(world, roles, shape, window)
+        g, chance, fault = world.groups, random.Random(seed * 100 + world.bridge.rank), _Fault(world, die)
+
+        def pause() -> None:
+            time.sleep(delay_s * chance.random())
+
+        if not world.is_last_stage:
+            return found
+        place, data = (g.cp.rank(), g.tp.rank()), link.bridge.data
+        if world.role == "teacher":
+            sender = Sender(link)
+            for id in range(count):
+                if id % link.teacher.dp == g.dp.rank():
+                    sender.make_room()
+                    pause()
+                    fault("before announcing", id)
+                    if die:
+                        link.bridge.data = _Watched(data, lambda id=id: fault("while sending", id))
+                    sender.send(id, local_signal(shape, link.teacher.parallel, id, *place))
+                    fault("after sending", id)
+            sender.finish()
+            found["in flight"] = sender.most_in_flight
+        else:
+            grid = next(grid for grid in link.students if grid.role == world.role)
+            ids = [id for id in range(count) if id % grid.dp == g.dp.rank()]
+            receiver, wrong = Receiver(link, grid, ids, world.device), []
+            for n, id in enumerate(ids):
+                signal = receiver.get(id)
+                fault("before the credit", id)
+                if not torch.equal(signal, local_signal(shape, grid.parallel, id, *place)):
+                    wrong.append(id)
+                pause()
+                receiver.release(id)
+                if n == len(ids) // 4:
+                    found["memory at a quarter"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            receiver.close()
+            found |= {"wrong": wrong, "received": len(ids), "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        found["bytes"] = link.bytes_moved
+    return found
+
+
+class _Fault:
+    """Lets one rank die, hang or fail at one point: "teacher 0 kill before announcing 3"."""
+
+    def __init__(self, world: World, text: str):
+        role, rank, self.kind, self.place = (text.split(" ", 3) + [""] * 4)[:4]
+        self.mine = bool(text) and role == world.role and int(rank) == parallel.dist.get_rank()
+
+    def __call__(self, phase: str, id: int) -> None:
+        if self.mine and self.place == f"{phase} {id}":
+            if self.kind == "kill":
+                os._exit(9)
+            if self.kind == "hang":
+                time.sleep(30)
+            raise ValueError("this rank has a defect")
+
+
+class _Watched:
+    """A process group that does something before it sends."""
+
+    def __init__(self, group: Any, before: Any):
+        self.group, self.before = group, before
+
+    def send(self, *arguments: Any) -> Any:
+        self.before()
+        return self.group.send(*arguments)
+
+
+def disordered(roles: Roles, shape: Shape, announced: int, due: int) -> str:
+    """The error of a student to which microbatch `announced` is announced where `due` is due."""
+    with joined_roles(roles, timeout_s=3.0) as world:
+        link = make_link(world, roles, shape, 3)
+        if world.role == "teacher":
+            world.bridge.control.send([torch.tensor([announced])], link.students[0].first, 1).wait()
+            time.sleep(0.5)
+            return ""
+        receiver, text = Receiver(link, link.students[0], [due], world.device), ""
+        try:
+            receiver.get(due)
+        except RuntimeError as error:
+            text = str(error)
+        receiver.close()
+        world.bridge.place.store.delete_key("failed")  # so that the roles part as if nothing had been
+        return text
+
+
+def contract(roles: Roles, **other: Any) -> str:
+    """The refusal of a contract that differs in some fields, on this rank."""
+    from minitron_mp.stages import compare_contracts
+
+    mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
+    try:
+        with joined_roles(roles) as world:
+            compare_contracts(world.bridge, mine | other if world.role == "teacher" else mine, 0)
+    except InputError as error:
+        return str(error)
+    return ""
