@@ -13,6 +13,8 @@ from minitron_mp.config import Parallel, Recipe
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
 BYTES = {"bf16": 2, "fp32": 4}
+CHUNK_LOGITS, BLOCK_LOGITS = 1 << 26, 1 << 28
+"""losses.ELEMENTS of a GPU."""
 
 
 def stage_layers(num_layers: int, parallel: Parallel) -> list[int]:
@@ -41,10 +43,18 @@ def rank_parameters(arch: Arch, parallel: Parallel) -> list[int]:
     return stages
 
 
-def distill_memory(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> dict[str, float]:
-    """Bytes on the fullest rank while distilling with a colocated teacher, by part."""
-    p, d = recipe.parallel, recipe.distill
-    size, shards = BYTES[recipe.precision], max(1, world_size // (p.tp * p.pp))
+def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
+    """What a remote teacher sends for a token, over all its ranks; stream.py counts the same."""
+    t = recipe.teacher
+    element = BYTES[recipe.teacher_precision]
+    return {"hidden": element * teacher.hidden_size, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[t.payload]
+
+
+def distill_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: int) -> dict[str, float]:
+    """Bytes on the student's fullest rank while distilling, by part."""
+    p, d, t = recipe.parallel, recipe.distill, recipe.teacher
+    size, shards = BYTES[recipe.precision], max(1, student_ranks // (p.tp * p.pp))
+    teacher_size = BYTES[recipe.teacher_precision]
     sequence = recipe.data.sequence_length // p.cp
     tokens = sequence * d.micro_batch_size
     in_flight = min(p.pp, max(1, d.global_batch_size // d.micro_batch_size))
@@ -57,37 +67,54 @@ def distill_memory(teacher: Arch, student: Arch, recipe: Recipe, world_size: int
     # their rotated copies (split over tp), gate, up, their activation and product.
     per_token = 6 * a.hidden_size / along_sequence + (3 * a.axis_size("qkv") + 2 * a.axis_size("heads") + 5 * a.ffn_hidden_size) / p.tp
     per_token = a.hidden_size / along_sequence if d.recompute else per_token
-    steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, world_size // p.model_ranks))
+    steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
+    if t.num_ranks:
+        head = teacher_size * teacher.padded_vocab_size * teacher.hidden_size / p.tp if t.payload == "hidden" else 0
+        share = p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1
+        beside = {
+            "teacher's output layer (a copy)": head,
+            "teacher signals in the window": tokens * payload_bytes_per_token(teacher, recipe) / share * (t.window + 1),
+        }
+    else:
+        beside = {
+            "teacher weights": teacher_size * teacher_parameters,
+            "teacher hidden states of a step": teacher_size * tokens * teacher.hidden_size / along_sequence * steps_held,
+        }
+    # In chunks (losses.py): float32 logits of both models and the gradient of a block.
+    columns = student.padded_vocab_size / p.tp
+    logits = min(tokens * columns, CHUNK_LOGITS) * 2 * BYTES[d.logits_precision] + min(tokens * columns, BLOCK_LOGITS) * size
     return {
         "student weights": size * student_parameters,
         "student gradients (float32)": 4 * student_parameters,
         "optimizer state": (8 + main_copy) * student_parameters / shards,
-        "teacher weights": size * teacher_parameters,
+        **beside,
         "student activations (estimate)": size * tokens * layers * per_token * in_flight,
-        "teacher hidden states of a step": size * tokens * teacher.hidden_size / along_sequence * steps_held,
-        "logits and their gradient (estimate)": (3 * size + 4) * tokens * student.padded_vocab_size / p.tp,
+        "logits and their gradient": logits,
     }
 
 
 def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[tuple[str, str]]:
     """Lines (what, value) of the dry run."""
-    p = recipe.parallel
-    dp = world_size // p.model_ranks
-    memory = distill_memory(teacher, student, recipe, world_size)
-    lines = [
-        (
-            "ranks",
-            f"{world_size} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {dp}" + (f", vpp {p.vpp}" if p.vpp else "") + ", sequence parallel" * p.sequence_parallel,
-        ),
-        ("layers on each stage", f"teacher {stage_layers(teacher.num_layers, p)}, student {stage_layers(student.num_layers, p)}"),
-    ]
-    for name, arch in (("teacher", teacher), ("student", student)):
+    d, t = recipe.distill, recipe.teacher
+    memory = distill_memory(teacher, student, recipe, world_size - t.num_ranks)
+    teacher_layout = t.parallel if t.num_ranks else recipe.parallel
+    lines = [("ranks", _layout(world_size - t.num_ranks, recipe.parallel))]
+    if t.num_ranks:
+        lines.append(("ranks of the teacher", _layout(t.num_ranks, t.parallel)))
+        per_token = payload_bytes_per_token(teacher, recipe)
+        lines.append(("teacher stream", f"{t.payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step"))
+    for name, arch, p in (("teacher", teacher, teacher_layout), ("student", student, recipe.parallel)):
         total, outside = arch.num_parameters(), arch.num_parameters(embeddings=False)
         stages = ", ".join(f"{n:,}" for n in rank_parameters(arch, p))
+        lines.append((f"layers of the {name} on each stage", str(stage_layers(arch.num_layers, p))))
         lines.append((f"{name} parameters", f"{total:,} ({outside:,} without embeddings); on one rank of each stage {stages}"))
-    d = recipe.distill
     tokens = d.steps * d.global_batch_size * recipe.data.sequence_length
     lines.append(("distillation", f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens"))
     lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
     lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
     return lines
+
+
+def _layout(ranks: int, p: Parallel) -> str:
+    parts = f"{ranks} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {ranks // p.model_ranks}"
+    return parts + (f", vpp {p.vpp}" if p.vpp else "") + ", sequence parallel" * p.sequence_parallel

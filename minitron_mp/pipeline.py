@@ -131,9 +131,8 @@ class Project:
                 problems.append(f"teacher.payload topk has no divergence {d.divergence}; use forward_kl")
         own = (num_ranks or p.model_ranks + teacher.num_ranks) - teacher.num_ranks
         if own <= 0 or own % p.model_ranks:
-            problems.append(
-                f"{num_ranks} ranks less {teacher.num_ranks} of the teacher leave {own}; the student needs a multiple of tp x pp x cp = {p.model_ranks}"
-            )
+            less = f" ({num_ranks} less the teacher's {teacher.num_ranks})" if teacher.num_ranks else ""
+            problems.append(f"{own} ranks{less} for the student is no multiple of tp x pp x cp = {p.model_ranks}")
         dp = max(1, own // p.model_ranks)
         batches = (("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s))
         problems += filter(None, (must_divide(name, size, section.micro_batch_size, dp, p.interleaved) for name, size, section in batches))

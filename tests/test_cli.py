@@ -187,7 +187,8 @@ def test_dry_run_of_a_cluster(here, inputs, tmp_path, capsys):
     for words in (
         "warmup_steps: 4",
         "64 = tp 8 x pp 4 x cp 1 x dp 2, sequence parallel",
-        "teacher [3, 2, 2, 2], student [2, 2, 2, 2]",
+        "[3, 2, 2, 2]",
+        "[2, 2, 2, 2]",
         "teacher parameters",
         f"{STEPS} steps of 4 samples of 32 tokens: {STEPS * 128:,} tokens",
         "memory: optimizer state",
@@ -197,7 +198,7 @@ def test_dry_run_of_a_cluster(here, inputs, tmp_path, capsys):
     assert stage_states(out) == dict.fromkeys(STAGES, "to do")
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "out").exists()
-    refused(here("compress", recipe, "--dry-run", "--world", "48"), "--world 48 is no multiple of tp x pp x cp = 32")
+    refused(here("compress", recipe, "--dry-run", "--world", "48"), "48 ranks for the student is no multiple of tp x pp x cp = 32")
     refused(here("compress", recipe, "--dry-run", "--world", "256"), "distill.global_batch_size 4 must be a multiple of 16")
 
 
@@ -297,3 +298,18 @@ def test_quickstart_helps():
     done = subprocess.run(["bash", ROOT / "launch" / "quickstart.sh", "--help"], env=environment(), capture_output=True, text=True, timeout=10)
     assert done.returncode == 0
     assert "--data FILE_OR_FOLDER" in done.stdout
+
+
+def test_dry_run_with_a_remote_teacher(here, recipe):
+    """6 ranks: a student of tp 2 twice, a teacher of tp 2; 64 hidden channels in float32 are 256 bytes a token."""
+    words = ["parallel.tp=2", "teacher.placement=remote", "teacher.parallel.tp=2"]
+    code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words)
+    assert (code, err) == (0, "")
+    for text in ("4 = tp 2 x pp 1 x cp 1 x dp 2", "2 = tp 2 x pp 1 x cp 1 x dp 1", "hidden, 256 bytes a token", "teacher's output layer (a copy)"):
+        assert text in out, out
+    assert "memory: teacher weights" not in out
+    refused(here("compress", recipe, "--dry-run", "--world", "5", *words), "3 ranks (5 less the teacher's 2) for the student is no multiple of tp x pp x cp = 2")
+    refused(here("compress", recipe, "--dry-run", *words, "teacher.parallel.tp=3"), "teacher: ", "num_attention_heads 8")
+    refused(here("compress", recipe, "--dry-run", "teacher.payload=topk"), "payload topk is for a remote teacher")
+    refused(here("compress", recipe, "--dry-run", *words, "teacher.payload=topk", "teacher.top_k=4000"), "teacher.top_k 4000 is above the vocabulary of")
+    refused(here("compress", recipe, "--dry-run", *words, "teacher.ranks=3"), "ranks 3 must be a multiple of the teacher's tp x pp x cp = 2")
