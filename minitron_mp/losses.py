@@ -107,7 +107,7 @@ def distillation_loss(
         raise ValueError(f"a top-k teacher has no {objective.divergence}; use forward_kl")
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     main_grad = getattr(weight, "main_grad", None) if wants_gradient and weight.requires_grad else None
-    weight = weight if main_grad is None else weight.detach()
+    weight = weight.detach() if main_grad is not None and hidden.requires_grad else weight
     return _Fused.apply(hidden, weight, labels, token_weights, teacher, objective, vocab_size, group, wants_gradient, main_grad)
 
 

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp import checkpoint, importance, losses, parallel, schedule, slicing
+from minitron_mp import checkpoint, importance, parallel, schedule, slicing
 from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.collectives import context_parallel_slice
@@ -180,19 +180,3 @@ def score_checkpoint(arch: Arch, folder: Path, samples: dict[str, Tensor], pairs
         chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
         checkpoint.load_model(chunks, folder, world)
         return {pair: vars(score_samples(chunks, arch, samples, world, pair)) for pair in pairs}
-
-
-def vocab_parallel_loss(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor, vocab_size: int, chunk_elements: int, settings: dict[str, float]
-) -> Any:
-    """(loss, kl, ce, gradient of this rank's columns) of sum(loss * weights), over the default group."""
-    group, usual = dist.group.WORLD, losses.CHUNK_ELEMENTS
-    own = student.chunk(group.size(), -1)[group.rank()].clone().requires_grad_()
-    own_teacher = None if teacher is None else teacher.chunk(group.size(), -1)[group.rank()].clone()
-    try:
-        losses.CHUNK_ELEMENTS = chunk_elements
-        loss, kl, ce = losses.distillation_loss(own, own_teacher, labels, vocab_size=vocab_size, group=group, **settings)
-    finally:
-        losses.CHUNK_ELEMENTS = usual
-    (loss * weights).sum().backward()
-    return loss.detach(), kl, ce, own.grad

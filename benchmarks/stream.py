@@ -1,0 +1,100 @@
+"""What the teacher stream costs: time that the student waits as a share of its step, and bytes on the wire, computed and counted.
+
+    torchrun --nproc-per-node 2 benchmarks/stream.py
+    torchrun --nproc-per-node 2 benchmarks/stream.py --payload logits --window 1
+    NCCL_HOSTID=... torchrun ...      on a GPU with two ranks each needs a NCCL_HOSTID of its own
+
+The transfers are real; the work is imitated by pauses of the length that it has on a GPU (defaults: half of the 12B -> 8B model's
+times for a microbatch of 8192 tokens on 8 H100 at tp 8, by the cost model: student 119 ms, teacher 38 ms). Sizes default to an
+eighth of that microbatch, a rank's part at tp 8: a CPU's loopback is not NVLink. Reported beside it: the same transfers with
+nothing to hide behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from minitron_mp import parallel
+from minitron_mp.config import Parallel
+from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a microbatch on this rank")
+    parser.add_argument("--hidden-size", type=int, default=5120)
+    parser.add_argument("--vocabulary", type=int, default=16384, help="columns on this rank, for --payload logits")
+    parser.add_argument("--payload", choices=("hidden", "logits", "topk"), default="hidden")
+    parser.add_argument("--top-k", type=int, default=1024)
+    parser.add_argument("--window", type=int, default=3)
+    parser.add_argument("--micro-batches", type=int, default=16, help="in a step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--student-ms", type=float, default=119.0, help="forward and backward of a microbatch")
+    parser.add_argument("--teacher-ms", type=float, default=38.0)
+    parser.add_argument("--pause-ms", type=float, default=60.0, help="optimizer step, in which no microbatch is consumed")
+    args = parser.parse_args()
+    width, dtype = {
+        "hidden": (args.hidden_size, torch.bfloat16),
+        "logits": (args.vocabulary, torch.bfloat16),
+        "topk": (2 * args.top_k + 1, torch.int32),
+    }[args.payload]
+    shape, one = Shape(args.payload, args.tokens, 1, width, dtype), Parallel()
+    with parallel.roles({"student": (1, one), "teacher": (1, one)}, seed=1) as world:
+        assert world.bridge is not None
+        for title, student_s, teacher_s, pause_s in (
+            ("nothing else to do", 0.0, 0.0, 0.0),
+            ("with the work of a GPU", args.student_ms / 1e3, args.teacher_ms / 1e3, args.pause_ms / 1e3),
+        ):
+            link = Link(world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window)
+            count = args.steps * args.micro_batches
+            if world.role == "teacher":
+                serve(link, count, teacher_s, world.device)
+            else:
+                report(title, args, link, *consume(link, args, student_s, pause_s, world.device))
+
+
+def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> None:
+    sender, signal = Sender(link), torch.randn(link.shape.local(Parallel()), device=device).to(link.shape.dtype)
+    for id in range(count):
+        sender.make_room()
+        time.sleep(teacher_s)
+        sender.send(id, signal)
+    sender.finish()
+
+
+def consume(link: Link, args: argparse.Namespace, student_s: float, pause_s: float, device: torch.device) -> tuple[list[float], list[float]]:
+    """(time of each step, of it waiting); the first step, which starts with nothing in the window, is left out."""
+    receiver = Receiver(link, link.students[0], range(args.steps * args.micro_batches), device)
+    steps, waits = [], []
+    for step in range(args.steps):
+        start, waited = time.perf_counter(), 0.0
+        for i in range(args.micro_batches):
+            before = time.perf_counter()
+            receiver.get(step * args.micro_batches + i)
+            waited += time.perf_counter() - before
+            time.sleep(student_s)
+            receiver.release(step * args.micro_batches + i)
+        time.sleep(pause_s)
+        steps.append(time.perf_counter() - start)
+        waits.append(waited)
+    receiver.close()
+    return steps[1:], waits[1:]
+
+
+def report(title: str, args: argparse.Namespace, link: Link, steps: list[float], waits: list[float]) -> None:
+    tokens = args.tokens * args.micro_batches
+    step, wait = statistics.median(steps), statistics.median(waits)
+    counted = link.bytes_moved / (tokens * args.steps)
+    print(
+        f"{title}: {args.payload}, window {args.window}, step {step * 1e3:.0f} ms, waiting {wait * 1e3:.1f} ms = {wait / step:.1%}; "
+        f"{tokens * link.shape.bytes_per_token() / step / 1e9:.2f} GB/s; bytes a token: {link.shape.bytes_per_token():,} computed, {counted:,.0f} counted",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
