@@ -2,7 +2,7 @@
 # Compress SmolLM2-135M-Instruct to three quarters of its size: environment, model, all stages, report. Run it again to go on.
 #
 #   bash launch/quickstart.sh                              on the sources of the Python standard library
-#   bash launch/quickstart.sh --data FILE_OR_FOLDER        on your own text: .txt, .jsonl, or a Megatron .bin/.idx prefix
+#   bash launch/quickstart.sh --data FILE_OR_FOLDER        on your own text: .txt, .jsonl, or a Megatron .bin/.idx prefix; 8 MB or more
 #   bash launch/quickstart.sh distill.steps=200            any further words override the recipe
 set -euo pipefail
 here=$PWD
@@ -44,7 +44,7 @@ fi
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     precision=(precision=bf16)
 else
-    precision=(precision=fp32 distill.steps=50 score.num_samples=64)
+    precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=50 score.num_samples=64)
 fi
 minitron-mp compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
-echo "Teacher $teacher, student out/quickstart/student_hf, report out/quickstart/report.md"
+echo "The student is in the folder student_hf of the output, beside report.md; its teacher is $teacher"

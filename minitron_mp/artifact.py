@@ -101,7 +101,12 @@ def writing(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
     A kill leaves the old artefact or the new one (find() puts the old one back if it came between the two renames).
     """
-    yield prepare(folder)
+    temporary = prepare(folder)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     commit(folder, manifest)
 
 
@@ -122,6 +127,14 @@ def commit(folder: Path, manifest: Manifest) -> None:
         folder.rename(old)
     aside(folder).rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path, stage: str) -> Any:
+    """Content of a small file that a stage made; InputError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); delete it and run `minitron-mp {stage}` again") from error
 
 
 def aside(path: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,31 @@ def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTen
 
 def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """dist_checkpointing.load with errors that name the folder."""
-    try:
+    with _readable(folder):
         return dist_checkpointing.load(state, str(folder))
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except dist.DistError:
         raise
     except (CheckpointException, *DAMAGE) as error:
-        # CheckpointException is torch's, no Exception: what failed on some rank, told to all.
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise InputError(f"{folder} is no checkpoint of this model or damaged: {type(cause).__name__} {cause}; run its stage again") from error
+        raise InputError(f"{folder} is no checkpoint of this model or damaged: {_cause(error)}; delete it and run its stage again") from error
+
+
+def _cause(error: BaseException) -> str:
+    """In one line. CheckpointException is torch's, no Exception: what failed on some rank, with its traceback, told to all."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__} {error}".strip()
 
 
 def dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Checkpoint key -> dtype, of every tensor in a checkpoint; reads the metadata only, any process may."""
-    metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    with _readable(folder):
+        metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {key: entry.properties.dtype for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -76,12 +89,12 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
     extra: called on rank 0 with the folder before it takes its place, for small files that belong to it. InputError on every
     rank when there is not enough room, before anything is written.
     """
-    _check_room(state, folder)
+    check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
     on_main(lambda: artifact.prepare(folder))
     try:
         dist_checkpointing.save(state, str(artifact.aside(folder)))
     except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
-        raise InputError(f"{folder} could not be written: {error}") from error
+        raise InputError(f"{folder} could not be written: {_cause(error)}") from error
 
     def finish() -> None:
         if extra is not None:
@@ -91,9 +104,12 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
     on_main(finish)
 
 
-def _check_room(state: dict[str, Any], folder: Path) -> None:
-    """A full disk in the middle of a save stops the writer processes of some ranks only; so look before."""
-    needed = torch.tensor(float(sum(_written_bytes(entry) for entry in nested_values(state))))
+def check_room(num_bytes: float, folder: Path) -> None:
+    """InputError on every rank when the disk of folder lacks what all ranks are to write, num_bytes on this one.
+
+    A full disk in the middle of a save stops the writer processes of some ranks only; so look before.
+    """
+    needed = torch.tensor(float(num_bytes))
     dist.all_reduce(needed)
     near = next(p for p in folder.absolute().parents if p.exists())
     free = shutil.disk_usage(near).free

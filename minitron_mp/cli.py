@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,12 +65,14 @@ def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = 
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write report.md again from the artefacts."""
     resolved = load_recipe(recipe, overrides or [])
+    from minitron_mp import artifact
     from minitron_mp.pipeline import Project
     from minitron_mp.report import write_report
 
     project = Project(resolved)
-    project.require_inputs("export")
-    project.require_inputs("evaluate")
+    for name in ("evaluate", "export"):
+        project.require_inputs(name)
+        artifact.require(project.paths[name], name, project.manifest(name))
     write_report(project)
 
 
@@ -108,6 +111,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
 def main() -> Any:
     """Console entry: an InputError, or a disk that fails, is printed without a traceback, exit code 2."""
     warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, on each rank
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # tells the traceback of what we say in a line
     logging.getLogger("megatron").setLevel(logging.ERROR)  # and 0.19 at each model that GPTModel will go
     try:
         app()
@@ -116,4 +120,6 @@ def main() -> Any:
             errors = Console(stderr=True, highlight=False)
             errors.print("[bold red]error:[/] ", end="")
             errors.print(str(error), markup=False, soft_wrap=True)
+        else:
+            time.sleep(3)  # the first rank that ends makes torchrun stop the others, and rank 0 has to print
         sys.exit(2)

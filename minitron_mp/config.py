@@ -32,7 +32,7 @@ def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleave
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -140,6 +140,8 @@ class Target(Section):
         kinds = bool(sizes) + (self.max_parameters is not None) + (self.keep is not None)
         if kinds > 1:
             raise ValueError("sizes, max_parameters and keep are three ways to say one thing; give one of them")
+        if sizes and "axes" in self.model_fields_set:
+            raise ValueError("axes says what max_parameters and keep may cut; with sizes there is nothing to choose: drop it")
         return self
 
     @property
@@ -276,6 +278,12 @@ class Recipe(Section):
     teacher: Teacher = Teacher()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+
+    @model_validator(mode="after")
+    def _logits_are_no_coarser(self) -> Recipe:
+        if self.precision == "fp32" and self.distill.logits_precision == "bf16":
+            raise ValueError("distill.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
+        return self
 
     @model_validator(mode="after")
     def _sequence_is_divisible(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""Makes Megatron-Core run on the CPU with the gloo backend. The only file that patches anything, reversible, idle on a GPU.
+"""Makes Megatron-Core run on the CPU with the gloo backend. The only file that patches anything; idle on a GPU.
 
 Megatron-Core (0.16 to 0.19) is written for one CUDA device a process. What stands in the way on a CPU is small:
 explicit "cuda" devices, a dozen torch.cuda calls that it makes unconditionally, and an Adam whose state layout its
@@ -9,6 +9,7 @@ takes the device from its caller.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +19,15 @@ from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-_undo: list[Callable[[], None]] = []
 
 
+@functools.cache
 def install() -> bool:
     """Patch once a process, before anything of megatron.core is built; returns whether this is a CPU process."""
     if torch.cuda.is_available():
         return False
-    if _undo:
-        return True
     for owner, name, new in _patches():
-        old = getattr(owner, name)
         setattr(owner, name, new)
-        _undo.append(lambda owner=owner, name=name, old=old: setattr(owner, name, old))
     mode, engine = CudaToCpu(), torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
@@ -40,19 +37,10 @@ def install() -> bool:
             return engine(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_backward
-    _undo.append(lambda: setattr(torch.autograd, "_engine_run_backward", engine))
     mode.__enter__()
-    _undo.append(lambda: mode.__exit__(None, None, None))
     # Megatron decorates small functions with torch.compile; compiling them on a CPU costs minutes and gains nothing.
     torch.compiler.set_stance("force_eager")
-    _undo.append(lambda: torch.compiler.set_stance("default"))
     return True
-
-
-def uninstall() -> None:
-    """Undo install()."""
-    while _undo:
-        _undo.pop()()
 
 
 class CudaToCpu(TorchFunctionMode):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -95,14 +96,18 @@ def read_arch(folder: Path) -> Arch:
     config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = _rope(config)
-    return Arch(
-        family=family,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        rotary_base=rope["rope_theta"],
-        rope_scaling_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
-        **{name: config[key] for name, key in FIELDS.items()},
-    )
+    try:
+        return Arch(
+            family=family,
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            rotary_base=rope["rope_theta"],
+            rope_scaling_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
+            **{name: config[key] for name, key in FIELDS.items()},
+        )
+    except ValidationError as error:
+        given = [f"{FIELDS.get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}, given {e['input']!r}" for e in error.errors()]
+        raise InputError("\n".join([f"{folder} cannot be used:", *(f"  - {row}" for row in given)])) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -116,7 +121,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _size_problems(config: dict[str, Any]) -> list[str]:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+    names += [name for name in ("head_dim", "num_key_value_heads") if isinstance(config.get(name), int)]  # or absent, or null
     problems = [f"{name} is {config.get(name)!r}, not a positive whole number" for name in names if not (isinstance(n := config.get(name), int) and n > 0)]
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     problems += [f"{n} is {config[n]!r}, not a whole number" for n in ("num_key_value_heads", "head_dim") if not isinstance(config.get(n), (int, type(None)))]
@@ -163,7 +169,6 @@ class Weights:
                 raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
             self.files |= dict.fromkeys(file.keys(), file)
         refuse(f"the weights in {folder} do not fit its config.json:", self._problems())
-        self.dtype = DTYPES[self.files[EMBEDDING].get_slice(EMBEDDING).get_dtype()]
 
     def tensor(self, key: str, layer: int | None = None) -> torch.Tensor:
         """Canonical tensor on the CPU in the file's dtype; InputError when a value is not finite."""

@@ -38,9 +38,10 @@ def _run_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _target(recipe: Recipe) -> dict[str, Any]:
-    # Sizes that are searched for depend on what tp has to divide; given ones are only checked against it.
+    # What counts are the sizes. Searched ones depend on what tp has to divide, but seldom come out differently.
     if recipe.target.searched:
-        return {**recipe.target.model_dump(exclude_none=True), "tp": recipe.parallel.tp, "family": recipe.export.family}
+        student = resolve_target(hf.read_arch(Path(recipe.model)), recipe.target, recipe.parallel.tp, recipe.export.family)
+        return student.model_dump(include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"})
     return recipe.target.model_dump(exclude_none=True, exclude={"axes", "align"})
 
 
@@ -216,6 +217,7 @@ def plan(project: Project) -> PrunePlan:
     teacher = artifact.require(project.paths["score"], "score").arch
     assert teacher is not None
     result = make_plan(Importance.load(project.paths["score"]), teacher, project.recipe.target, project.recipe.parallel.tp, project.recipe.export.family)
+    exportable(result.student, project.recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())
     for note in result.notes:

@@ -46,7 +46,11 @@ class Importance:
     def load(cls, path: Path) -> Importance:
         from safetensors.numpy import load_file
 
-        return cls(**load_file(path))
+        tensors = load_file(path)
+        fields = set(cls.__dataclass_fields__)
+        if set(tensors) != fields:
+            raise InputError(f"{path} holds {', '.join(sorted(tensors))}, not {', '.join(sorted(fields))}; run `minitron-mp score --force` again")
+        return cls(**tensors)
 
     def check(self, arch: Arch) -> None:
         """InputError unless shapes fit the architecture and every score is finite."""

@@ -65,7 +65,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _evaluation(project: Any) -> dict[str, Any]:
-    return json.loads(project.paths["evaluate"].read_text())
+    return artifact.read_json(project.paths["evaluate"], "evaluate --force")
 
 
 def _cuts(plan: PrunePlan, importance: Importance) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 from minitron_mp import artifact, checkpoint, data, hf, importance, slicing, text
@@ -309,11 +310,14 @@ def export(job: Job) -> None:
     dtype = DTYPES[settings.dtype or job.recipe.precision]
     tensors = read_tensors(job.paths["distill"], arch, job.world)
     failure: Exception | None = None
+    checkpoint.check_room(arch.num_parameters() * dtype.itemsize if job.world.is_main else 0, job.output)
     try:
         if job.world.is_main:
             with artifact.writing(job.output, job.manifest.model_copy(update={"arch": as_written})) as folder:
                 hf.write_folder(folder, job.paths["import"] / ASSETS, as_written, dtype, tensors)
-    except OSError as error:
+    except InputError as error:
+        failure = error
+    except (OSError, SafetensorError) as error:
         failure = InputError(f"{job.output} cannot be written: {error}")
     for _ in tensors:  # reading is collective: the other ranks, and rank 0 after a failure, walk it to the end
         pass
@@ -375,7 +379,7 @@ class _Log:
             from torch.utils.tensorboard import SummaryWriter
 
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and self.first else []
-            artifact.write_text(self.path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.first))
+            artifact.write_text(self.path, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.first))
             self.file = self.path.open("a", buffering=1)
             self.board = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=self.first + 1)
         return self._write

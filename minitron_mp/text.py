@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minitron_mp.artifact import fingerprint_files, write_text
+from minitron_mp.artifact import fingerprint_files, read_json, write_text
 from minitron_mp.config import Data, InputError, refuse
 
 if TYPE_CHECKING:
@@ -93,13 +93,14 @@ def fingerprint(data: Data) -> str:
         if field == STDLIB:
             rows.append(f"{STDLIB} {platform.python_version()}: {len(paths)} files, {sum(path.stat().st_size for path in paths)} bytes")
         else:
-            rows.append(f"{field} {fingerprint_files(paths)}")
+            names = hashlib.sha256(repr([name for name, _ in files]).encode()).hexdigest()[:16]  # a document's name and place choose its part
+            rows.append(f"{field} {names} {fingerprint_files(paths)}")
     return ", ".join(rows)
 
 
 def prefixes_of(folder: Path, part: str) -> list[str]:
     """Absolute prefixes of a part; one that is absolute in parts.json stays as it is."""
-    return [str(folder.resolve() / prefix) for prefix in json.loads((folder / PARTS_FILE).read_text())[part]]
+    return [str(folder.resolve() / prefix) for prefix in read_json(folder / PARTS_FILE, "data --force")[part]]
 
 
 def tokens_of(prefix: str) -> tuple[int, np.dtype]:

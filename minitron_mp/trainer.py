@@ -233,7 +233,11 @@ def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest,
     step = resume_step(folder, manifest, world)
     if step:
         model = checkpoint.model_state([m.module for m in models], world)
-        state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model)}, _step_folder(folder, step))
+        path = _step_folder(folder, step)
+        try:
+            state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model)}, path)
+        except InputError as error:
+            raise InputError(f"{path} cannot be read: delete it, and the run goes on from the checkpoint before it, or from the start ({error})") from error
         for i, chunk in enumerate(models):
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
         load_optimizer_state(optimizer, state, step=step)

@@ -49,6 +49,8 @@ LAYOUTS = [
     Layout("cp2-dp2", 4, {"cp": 2}),
     Layout("tp4", 4, {"tp": 4}),
     Layout("pp4", 4, {"pp": 4}),
+    Layout("pp2-cp2", 4, {"pp": 2, "cp": 2}),
+    Layout("pp2-vpp2-dp2", 4, {"pp": 2, "vpp": 2}),
 ]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 

@@ -12,6 +12,8 @@ select=(-m "not slow")
 if [[ ${1:-} == --all ]]; then
     select=()
     shift
+    # The real model, when the quick start has fetched it.
+    if [[ -z ${MINITRON_SMOLLM2:-} && -f out/quickstart/teacher_hf/config.json ]]; then export MINITRON_SMOLLM2=$PWD/out/quickstart/teacher_hf; fi
 fi
 
 bash launch/venv.sh "$venv"

@@ -120,6 +120,22 @@ def assert_same_plans(arch, ours, want):
 
 @pytest.mark.slow
 @pytest.mark.skipif("MINITRON_SMOLLM2" not in os.environ, reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
+def test_logits_of_a_real_model_equal_those_of_transformers(tmp_path, ranks):
+    """Float32 on both sides; logits up to 34."""
+    from transformers import AutoModelForCausalLM
+
+    source = Path(os.environ["MINITRON_SMOLLM2"])
+    arch = ranks(1, "workers.write_hugging_face", folder=tmp_path / "teacher", source=source)[0]
+    ours = ranks(1, "workers.load_and_run", layout=BY_NAME["one"], models={"it": (arch, tmp_path / "teacher")})[0]["it"]
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(make_samples(arch, 0, 8)["tokens"]).logits
+    difference = (ours[..., : arch.vocab_size] - want).abs().max()
+    print("largest difference of a logit", difference, "largest logit", want.abs().max())
+    assert difference < 2e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MINITRON_SMOLLM2" not in os.environ, reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
 def test_scores_of_a_real_model_equal_a_plain_implementation(tmp_path, ranks):
     """On text: the source of this file, in float32 on both sides."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
