@@ -29,6 +29,7 @@ HELP = {
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
     "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
     "prune": "Teacher and plan -> student checkpoint.",
+    "cache": "The teacher's signals of all microbatches -> disk; for teacher.placement: cached.",
     "distill": "Train the student on the teacher's distribution.",
     "evaluate": "Held-out loss, perplexity and KL of teacher, pruned and distilled student.",
     "export": "Student -> Hugging Face folder.",
@@ -90,11 +91,11 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mp import cost, hf
-    from minitron_mp.pipeline import STAGES, Project
+    from minitron_mp.pipeline import Project
     from minitron_mp.plan import resolve_target
 
     project = Project(recipe)
-    ranks = world or recipe.parallel.model_ranks + recipe.teacher.num_ranks
+    ranks = world or recipe.parallel.model_ranks + recipe.teacher.num_ranks + sum(recipe.teacher.siblings.values())
     project.check(ranks)
     teacher = hf.read_arch(Path(recipe.model))
     student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)
@@ -102,7 +103,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     table("layout and memory", ("what", "value"), cost.rows(teacher, student, recipe, ranks))
     states = {None: "done", True: "to do", False: "again"}
     rows = []
-    for name in STAGES:
+    for name in project.stages:
         why = project.why_not_done(name)
         rows.append((name, str(project.paths[name]), states[None if why is None else not why], "; ".join(why or [])))
     table("stages", ("stage", "artefact", "state", "differs"), rows)

@@ -140,7 +140,7 @@ class Target(Section):
         kinds = bool(sizes) + (self.max_parameters is not None) + (self.keep is not None)
         if kinds > 1:
             raise ValueError("sizes, max_parameters and keep are three ways to say one thing; give one of them")
-        if sizes and "axes" in self.model_fields_set:
+        if sizes and self.axes != ["hidden", "ffn"]:
             raise ValueError("axes says what max_parameters and keep may cut; with sizes there is nothing to choose: drop it")
         return self
 
@@ -206,8 +206,9 @@ class Distill(Section):
 class Teacher(Section):
     """Where the teacher runs while the student is distilled, and what it hands over."""
 
-    placement: Literal["colocated", "remote"] = "colocated"
-    """colocated: on the student's ranks in the student's layout. remote: on ranks of its own, the last ones of the job."""
+    placement: Literal["colocated", "remote", "cached"] = "colocated"
+    """colocated: on the student's ranks in the student's layout. remote: on ranks of its own, the last ones of the job. cached: the stage
+    `cache` runs it over all microbatches first and writes its signals to disk."""
     ranks: int | None = Field(None, ge=1)
     """Remote: how many ranks of the job are the teacher's; default: one copy of the model."""
     parallel: Parallel = Parallel()
@@ -220,6 +221,9 @@ class Teacher(Section):
     top_k: int = Field(256, ge=1)
     window: int = Field(3, ge=1)
     """Remote: microbatches that a copy of the teacher may be ahead of the student; bounds memory on both sides."""
+    siblings: dict[str, int] = {}
+    """Remote: recipe -> ranks of further students of this teacher, which `distill` trains in the same job from the same stream. Their ranks
+    come between the student's and the teacher's; their recipes say model, text, batches and steps as this one does."""
     timeout_s: float = Field(600, gt=0)
     """Remote: how long either side waits for the other; above the longest pause of the student (a checkpoint)."""
 
@@ -227,7 +231,12 @@ class Teacher(Section):
     def _consistent(self) -> Teacher:
         problems = []
         if self.placement == "colocated" and self.payload != "hidden":
-            problems.append(f"payload {self.payload} is for a remote teacher; a colocated one hands over hidden states: drop it, or set placement: remote")
+            problems.append(
+                f"payload {self.payload} is for a teacher elsewhere; a colocated one hands over hidden states: drop it, or set placement: remote or cached"
+            )
+        if self.siblings and self.placement != "remote":
+            problems.append("siblings share the stream of a remote teacher; set placement: remote")
+        problems += [f"siblings: {path} is given {ranks} ranks; at least 1" for path, ranks in self.siblings.items() if ranks < 1]
         if self.parallel.vpp:
             problems.append("parallel.vpp gains nothing in forward passes alone; drop it")
         if self.window < self.parallel.pp:
@@ -241,7 +250,7 @@ class Teacher(Section):
     @property
     def num_ranks(self) -> int:
         """Ranks that are the teacher's alone."""
-        return 0 if self.placement == "colocated" else self.ranks or self.parallel.model_ranks
+        return (self.ranks or self.parallel.model_ranks) if self.placement == "remote" else 0
 
 
 class Evaluate(Section):

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -157,15 +157,15 @@ class Bridge:
                 raise RuntimeError(self.report(f"{here} of {self.place.size} ranks have reached the {topic} within {timeout_s:.0f} s"))
             time.sleep(0.05)
 
-    def exchange(self, topic: str, mine: Any, timeout_s: float | None = 0) -> dict[str, Any]:
+    def exchange(self, topic: str, mine: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()) -> dict[str, Any]:
         """Every role's value (json) of a topic, by role, on every rank; rank 0 of a role speaks for it. InputError when one fails instead.
 
-        timeout_s: default the bridge's; None: for ever, where the others may be at work for hours before they come.
+        roles: that take part, default all. timeout_s: default the bridge's; None: for ever, where the others may be at work for hours before they come.
         """
         store, limit = self.place.store, timeout_s or self.timeout.total_seconds()
         if dist.get_rank() == 0:
             store.set(f"{topic}/{self.role}", json.dumps(mine))
-        keys, start = {role: f"{topic}/{role}" for role in self.spans}, time.monotonic()
+        keys, start = {role: f"{topic}/{role}" for role in roles or self.spans}, time.monotonic()
         while not store.check(list(keys.values())):
             if reason := self.reason():
                 raise InputError(reason)

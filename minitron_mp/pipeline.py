@@ -17,7 +17,7 @@ from typing import Any
 from minitron_mp import __version__, artifact, hf, text
 from minitron_mp.arch import layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, must_divide, refuse, save_recipe
+from minitron_mp.config import InputError, Recipe, load_recipe, must_divide, refuse, save_recipe
 from minitron_mp.console import say, speaks, table
 from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target
 
@@ -52,6 +52,13 @@ def _distill(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.distill.model_dump(exclude=how), **_run_settings(recipe), "teacher": teacher}
 
 
+def _cache(recipe: Recipe) -> dict[str, Any]:
+    d, t = recipe.distill, recipe.teacher
+    batches = d.model_dump(include={"steps", "global_batch_size", "micro_batch_size"})
+    top = {"top_k": t.top_k, "temperature": d.temperature} if t.payload == "topk" else {}
+    return {**batches, **_run_settings(recipe), "precision": recipe.teacher_precision, "payload": t.payload, **top}
+
+
 def _model_files(recipe: Recipe) -> dict[str, str]:
     folder = Path(recipe.model)
     hf.read_arch(folder)  # a folder that is no model gets its own error
@@ -77,19 +84,26 @@ STAGES: dict[str, Stage] = {
     "export": Stage("student_hf", ("import", "distill"), lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision}),
 }
 
+CACHE = Stage("teacher_signals", ("import", "data"), _cache)
+"""Before distill, for teacher.placement: cached."""
+
 
 class Project:
     """A recipe and its artefacts. Reads files; needs neither a GPU nor torchrun."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.paths = {name: recipe.root / stage.artifact for name, stage in STAGES.items()}
+        names = list(STAGES)
+        if recipe.teacher.placement == "cached":
+            names.insert(names.index("distill"), "cache")
+        self.stages = {name: STAGES.get(name, CACHE) for name in names}
+        self.paths = {name: recipe.root / stage.artifact for name, stage in self.stages.items()}
         self._manifests: dict[str, Manifest] = {}
 
     def manifest(self, name: str) -> Manifest:
         """What the stage's artefact must say to be this recipe's."""
         if name not in self._manifests:
-            stage = STAGES[name]
+            stage = self.stages[name]
             inputs = {other: self.manifest(other).fingerprint for other in stage.inputs} | stage.sources(self.recipe)
             self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs, made_by=f"minitron_mp {__version__}")
         return self._manifests[name]
@@ -101,15 +115,15 @@ class Project:
 
     def require_inputs(self, name: str) -> None:
         """InputError unless every artefact that the stage reads, and what those were made from, is this recipe's."""
-        for other in self.before(name):
+        for other in self.before(name) + (["cache"] if name == "distill" and "cache" in self.stages else []):
             artifact.require(self.paths[other], other, self.manifest(other))
 
     def before(self, name: str) -> list[str]:
         """All stages that a stage builds on, in order."""
-        needed = set(STAGES[name].inputs)
-        for other in reversed(STAGES):
-            needed |= set(STAGES[other].inputs) if other in needed else set()
-        return [other for other in STAGES if other in needed]
+        needed = set(self.stages[name].inputs)
+        for other in reversed(self.stages):
+            needed |= set(self.stages[other].inputs) if other in needed else set()
+        return [other for other in self.stages if other in needed]
 
     def check(self, num_ranks: int | None = None) -> None:
         """InputError with everything about the recipe that would stop a later stage; runs in a second, before any work.
@@ -130,9 +144,10 @@ class Project:
                 problems.append(f"teacher.top_k {teacher.top_k} is above the vocabulary of {arch.vocab_size}")
             if teacher.payload == "topk" and d.divergence != "forward_kl":
                 problems.append(f"teacher.payload topk has no divergence {d.divergence}; use forward_kl")
-        own = (num_ranks or p.model_ranks + teacher.num_ranks) - teacher.num_ranks
+        taken = teacher.num_ranks + sum(teacher.siblings.values())
+        own = (num_ranks or p.model_ranks + taken) - taken
         if own <= 0 or own % p.model_ranks:
-            less = f" ({num_ranks} less the teacher's {teacher.num_ranks})" if teacher.num_ranks else ""
+            less = f" ({num_ranks} less the teacher's {taken})" if taken else ""
             problems.append(f"{own} ranks{less} for the student is no multiple of tp x pp x cp = {p.model_ranks}")
         dp = max(1, own // p.model_ranks)
         batches = (("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s))
@@ -165,18 +180,20 @@ class Project:
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
-    """Run one stage (a key of STAGES) on all ranks of the job; the path of its artefact.
+    """Run one stage (a key of STAGES, or cache) on all ranks of the job; the path of its artefact.
 
     Done already: nothing happens, unless force. Under torchrun every rank calls it.
     """
     project = Project(recipe)
+    if name not in project.stages:
+        raise InputError(f"the stage {name} makes what only teacher.placement: cached reads; set it")
     if name == "plan" and not speaks():
         return project.paths[name]  # needs no ranks: one process does it
     with nullcontext() if name == "plan" else _world(recipe) as world:
         if world is None or world.role == "student":
             _run(name, project, world, force=force)
         elif name == "distill":
-            _teach(project, world)
+            _join(recipe, world, force=force)
     return project.paths[name]
 
 
@@ -187,13 +204,13 @@ def compress(recipe: Recipe) -> Path:
     project = Project(recipe)
     project.check()
     with _world(recipe) as world:
-        if world.role == "teacher":
-            _teach(project, world)
+        if world.role != "student":
+            _join(recipe, world)
             return project.paths["export"]
         _agree(world, lambda: project.check(world.job_size))
         _agree(world, lambda: _open(recipe))
         say(f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint")
-        for name in STAGES:
+        for name in project.stages:
             _run(name, project, world, force=False)
             if name == "data":
                 _agree(world, project.check_text)
@@ -228,8 +245,7 @@ def plan(project: Project) -> PrunePlan:
 def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
     """One stage on all ranks. Rank 0 decides, from the files that it sees; the others follow."""
     differences = _agree(world, lambda: _decide(name, project, force))
-    if name == "distill" and world.bridge is not None:
-        world.bridge.exchange("distill", differences is not None)
+    active = _active(project.recipe, world, differences is not None) if name == "distill" and world.bridge is not None else {}
     if differences is None:
         say(f"{name}: done, {project.paths[name]}")
         return
@@ -242,7 +258,7 @@ def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
         from minitron_mp import stages
 
         manifest = _agree(world, lambda: project.manifest(name))
-        stages.RUN[name](stages.Job(project.recipe, world, project.paths, manifest))
+        stages.RUN[name](stages.Job(project.recipe, world, project.paths, manifest, active))
     say(f"{name}: {project.paths[name]} in {time.monotonic() - start:.1f} s")
 
 
@@ -264,13 +280,28 @@ def _agree(world: Any, decide: Callable[[], Any]) -> Any:
     return on_main(decide)
 
 
-def _teach(project: Project, world: Any) -> None:
-    """The ranks of a remote teacher: wait until the student comes to distill, and serve it."""
+def students_of(recipe: Recipe) -> dict[str, Recipe]:
+    """Role -> recipe of all students of a remote teacher; siblings take its settings from the first one."""
+    siblings = {f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher}) for path in recipe.teacher.siblings}
+    return {"student": recipe, **siblings}
+
+
+def _join(recipe: Recipe, world: Any, *, force: bool = False) -> None:
+    """The ranks of a remote teacher and of siblings: wait until the student comes to distill, and take part."""
     from minitron_mp import stages
 
-    if world.bridge.exchange("distill", True, timeout_s=None)["student"]:
+    if world.role != "teacher":
+        _run("distill", Project(students_of(recipe)[world.role]), world, force=force)
+    elif active := _active(recipe, world, True):
+        project = Project(recipe)
         manifest = _agree(world, lambda: project.manifest("distill"))
-        stages.RUN["distill"](stages.Job(project.recipe, world, project.paths, manifest))
+        stages.RUN["distill"](stages.Job(recipe, world, project.paths, manifest, active))
+
+
+def _active(recipe: Recipe, world: Any, mine: bool) -> dict[str, Recipe]:
+    """The students that are not done; every rank of the job calls. The others may be at work for hours before they come."""
+    said = world.bridge.exchange("distill", mine, timeout_s=None)
+    return {role: own for role, own in students_of(recipe).items() if said[role]}
 
 
 @contextmanager
@@ -283,6 +314,9 @@ def _world(recipe: Recipe) -> Iterator[Any]:
         with parallel.world(recipe.parallel, seed=recipe.seed) as w:
             yield w
         return
-    layouts = {"student": (max(0, parallel.job_size() - t.num_ranks), recipe.parallel), "teacher": (t.num_ranks, t.parallel)}
+    others = {**t.siblings, "teacher": t.num_ranks}
+    layouts = {role: (others.get(role.removeprefix("sibling "), 0), own.parallel) for role, own in students_of(recipe).items()}
+    layouts["student"] = (max(0, parallel.job_size() - sum(others.values())), recipe.parallel)
+    layouts["teacher"] = (t.num_ranks, t.parallel)
     with parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w:
         yield w

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError
-from torch.utils.data import Dataset
 
-from minitron_mp import artifact, checkpoint, data, hf, importance, slicing, text
-from minitron_mp.arch import AXES, Arch, HeadSpec, differing_fields, layout_problems
+from minitron_mp import artifact, checkpoint, data, hf, importance, signals, slicing, text
+from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError, Recipe, must_divide, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
-from minitron_mp.parallel import Bridge, World, everyone, on_main
+from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, exportable
 from minitron_mp.schedule import Batch, run
-from minitron_mp.stream import STREAM_VERSION, Grid, Link, Receiver, Shape
-from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
+from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
 
 ASSETS = "assets"
@@ -42,12 +40,16 @@ READ_BYTES = 2e9
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written."""
+    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written.
+
+    students: role -> recipe of those that a remote teacher serves in this job.
+    """
 
     recipe: Recipe
     world: World
     paths: dict[str, Path]
     manifest: Manifest
+    students: dict[str, Recipe] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -149,11 +151,11 @@ def prune(job: Job) -> None:
 def distill(job: Job) -> None:
     """Train the student on the teacher's distribution; metrics.jsonl and TensorBoard beside the artefact."""
     if job.world.role == "teacher":
-        _teach(job)
+        signals.teach(job)
         return
     recipe, settings, world = job.recipe, job.recipe.distill, job.world
     arch = job.arch("prune")
-    train_set = _train_set(job)
+    train_set = signals.train_set(job)
     sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
     place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
     data.micro_batches(train_set, 0, **sizes, **place)  # refuse sizes that do not divide before any model is built
@@ -168,7 +170,7 @@ def distill(job: Job) -> None:
     first = resume_step(checkpoints, job.manifest, world)
     if first:
         say(f"distill: going on from step {first}")
-    teacher = job.teacher() if world.bridge is None else _remote_teacher(job, first)
+    teacher = signals.source(job, first)
     with Tracker("distill", settings.steps, "steps", first) as tracker, _Log(recipe.root, first, world) as log:
 
         def on_step(metrics: StepMetrics) -> None:
@@ -187,8 +189,7 @@ def distill(job: Job) -> None:
             manifest=job.manifest,
             on_step=on_step,
         )
-    if isinstance(teacher, RemoteTeacher):
-        teacher.close()
+    teacher.close()
     state = checkpoint.model_state(student, world)
 
     def add_files(folder: Path) -> None:
@@ -197,97 +198,6 @@ def distill(job: Job) -> None:
 
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
     on_main(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
-
-
-def _train_set(job: Job) -> Dataset:
-    """The samples of all steps, the same for every role."""
-    recipe = job.recipe
-    count = recipe.distill.steps * recipe.distill.global_batch_size
-    return data.samples(job.paths["data"], "train", recipe.data.sequence_length, count, recipe.seed, job.tokenizer(), repeat=True, owner=job.world.role)
-
-
-def _link(job: Job) -> Link:
-    """The stream between the roles of this job, the same on all ranks."""
-    recipe, bridge = job.recipe, job.world.bridge
-    assert bridge is not None
-    t, arch = recipe.teacher, job.arch("import")
-    width, dtype = {
-        "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
-        "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
-        "topk": (2 * t.top_k + 1, torch.int32),
-    }[t.payload]
-    shape = Shape(t.payload, recipe.data.sequence_length, recipe.distill.micro_batch_size, width, dtype)
-    grids = {
-        role: Grid(role, parallel, len(bridge.spans[role]) // parallel.model_ranks, bridge.spans[role].start)
-        for role, parallel in (("teacher", t.parallel), ("student", recipe.parallel))
-    }
-    return Link(bridge, shape, grids["teacher"], [grids["student"]], t.window)
-
-
-def _handshake(job: Job, link: Link, first: int) -> int:
-    """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
-    recipe, arch = job.recipe, job.arch("import")
-    head = HeadSpec.of(arch)
-    mine = {
-        "teacher checkpoint": artifact.require(job.paths["import"], "import").fingerprint,
-        "data": artifact.require(job.paths["data"], "data").fingerprint,
-        "tokenizer": dict(job.tokenizer().unique_identifiers),
-        "seed": recipe.seed,
-        "steps": recipe.distill.steps,
-        "global_batch_size": recipe.distill.global_batch_size,
-        "temperature": recipe.distill.temperature,
-        **{f"head {name}": value for name, value in vars(head).items()},
-        **{name: str(value) for name, value in vars(link.shape).items()},
-        "window": link.window,
-        "context parallel order": "zig-zag",
-        "stream version": STREAM_VERSION,
-    }
-    assert job.world.bridge is not None
-    return compare_contracts(job.world.bridge, mine, first)
-
-
-def compare_contracts(bridge: Bridge, mine: dict[str, Any], first: int) -> int:
-    """What the student says is the first step, when the roles agree on everything else; InputError on all ranks otherwise."""
-    said = bridge.exchange("contract", {"first": first, "contract": mine})
-    refuse("teacher and student do not fit:", differing_fields(said["teacher"]["contract"], said["student"]["contract"], "teacher", "student"))
-    return said["student"]["first"]
-
-
-def _remote_teacher(job: Job, first: int) -> RemoteTeacher:
-    """The student's end of the stream."""
-    link, recipe, world = _link(job), job.recipe, job.world
-    _handshake(job, link, first)
-    head = None
-    if recipe.teacher.payload == "hidden":
-        head = load_head(job.arch("import"), job.paths["import"], world, DTYPES[recipe.teacher_precision])
-    receiver = None
-    if world.is_last_stage:
-        ids, dp = _ids(recipe, first), world.groups.dp
-        receiver = Receiver(link, link.students[0], [id for id in ids if id % dp.size() == dp.rank()], world.device)
-    return RemoteTeacher(receiver, recipe.teacher.payload, head, world)
-
-
-def _teach(job: Job) -> None:
-    """The teacher's ranks of distill: stream the signals of all microbatches that the student is still to see."""
-    link, recipe, world = _link(job), job.recipe, job.world
-    first = _handshake(job, link, 0)
-    train_set, d = _train_set(job), recipe.distill
-    per_step = d.global_batch_size // d.micro_batch_size
-
-    def batch_of(id: int) -> Batch:
-        place = {"dp_rank": id % per_step, "dp_size": per_step}
-        return data.micro_batches(train_set, id // per_step, global_batch_size=d.global_batch_size, micro_batch_size=d.micro_batch_size, **place)[0]
-
-    options = {"precision": recipe.teacher_precision, "sequence_length": recipe.data.sequence_length}
-    chunks = frozen_model(job.arch("import"), job.paths["import"], world, **options)
-    settings = {"vocab_size": job.arch("import").vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature}
-    serve(chunks, world, link, batch_of, _ids(recipe, first), **settings)
-
-
-def _ids(recipe: Recipe, first: int) -> range:
-    """Ids (stream.py) of the microbatches of all steps from `first` on."""
-    per_step = recipe.distill.global_batch_size // recipe.distill.micro_batch_size
-    return range(first * per_step, recipe.distill.steps * per_step)
 
 
 def evaluate(job: Job) -> None:
@@ -407,6 +317,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "data": tokenize,
     "score": score,
     "prune": prune,
+    "cache": signals.cache,
     "distill": distill,
     "evaluate": evaluate,
     "export": export,

@@ -1,7 +1,8 @@
 """The teacher as a source of signals: for each microbatch of a step, what the loss on the student's last stage needs.
 
 Two placements behind one interface (signals, target, release). ColocatedTeacher runs on the student's ranks, in the student's
-layout. RemoteTeacher is the student's view of a teacher on ranks of its own, where serve() runs; stream.py carries the signals.
+layout. RemoteTeacher is the student's view of a teacher on ranks of its own, where serve() runs, or of what one left on disk; stream.py
+and cache.py carry the signals.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from minitron_mp.losses import TeacherHidden, TeacherLogits, TeacherTopK
 from minitron_mp.model import build_model, logits, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch, run
-from minitron_mp.stream import Link, Payload, Receiver, Sender, Shape, splits_sequence
+from minitron_mp.stream import Grid, Payload, Shape, splits_sequence
 
 
 class ColocatedTeacher:
@@ -49,11 +50,14 @@ class ColocatedTeacher:
     def release(self, signal: Any) -> None:
         """The loss is done with it."""
 
+    def close(self) -> None:
+        """The run is done with the teacher."""
+
 
 class RemoteTeacher:
-    """The student's end of the stream. head [v/tp, h_t] of the teacher lies on the last stage when hidden states are streamed."""
+    """A teacher elsewhere: receiver is a stream.Receiver or cache.Reader, on the last stage. head [v/tp, h_t]: the teacher's, for hidden states."""
 
-    def __init__(self, receiver: Receiver | None, payload: Payload, head: Tensor | None, world: World):
+    def __init__(self, receiver: Any, payload: Payload, head: Tensor | None, world: World):
         self.receiver, self.payload, self.head, self.world = receiver, payload, head, world
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[Any]:
@@ -106,25 +110,27 @@ def load_head(arch: Arch, folder: Path, world: World, dtype: torch.dtype) -> Ten
 def serve(
     chunks: list[Any],
     world: World,
-    link: Link,
+    shape: Shape,
+    teacher: Grid,
+    sender: Any,
     batch_of: Callable[[int], Batch],
     ids: Iterable[int],
     *,
+    group: int,
     vocab_size: int,
     top_k: int = 0,
     temperature: float = 1.0,
     progress: Callable[[int], None] = lambda count: None,
-) -> Sender | None:
-    """Run the teacher over its replica's share of the ids and stream what it makes; reached by all ranks of the teacher.
+) -> None:
+    """Run the teacher over its replica's share of the ids and send what it makes; reached by all ranks of the teacher.
 
-    batch_of(id): the microbatch of an id, whole. Runs ahead of the student by link.window microbatches, over optimizer steps as
-    well: the teacher is frozen and the data known. Returns when everything is consumed, on the last stage with the sender.
+    sender: stream.Sender or cache.Writer, on the last stage. batch_of(id): the microbatch of an id, whole. group: microbatches that
+    may go through the pipeline together. Runs ahead of the student as far as the sender has room, over optimizer steps as well: the
+    teacher is frozen and the data known. Returns when everything is consumed.
     """
-    sender = Sender(link) if world.is_last_stage else None
-    pack = partial(payload_of, chunks[-1], link.shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature)
-    mine = (id for id in ids if id % link.teacher.dp == world.groups.dp.rank())
-    group = min(link.window, world.parallel.pp)  # enough to fill the pipeline
-    while part := list(itertools.islice(mine, group)):
+    pack = partial(payload_of, chunks[-1], shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature)
+    mine = (id for id in ids if id % teacher.dp == world.groups.dp.rank())
+    while part := list(itertools.islice(mine, min(group, world.parallel.pp))):  # enough to fill the pipeline
         if sender is not None:
             sender.make_room(len(part))
         signals = run(chunks, [batch_of(id) for id in part], world, lambda hidden, _: pack(hidden))
@@ -134,7 +140,6 @@ def serve(
         progress(len(part))
     if sender is not None:
         sender.finish()
-    return sender
 
 
 def payload_of(model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_size: int, top_k: int, temperature: float) -> Tensor:

@@ -186,11 +186,13 @@ def without_group() -> Iterator[None]:
     import torch.distributed as dist
 
     dist.destroy_process_group()
-    yield
-    store, rank, size = here["place"]
-    here["count"] = here.get("count", 0) + 1
-    options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=GROUP_TIMEOUT_S)}
-    dist.init_process_group("gloo", store=dist.PrefixStore(f"pool{here['count']}", store), **options)
+    try:
+        yield
+    finally:
+        store, rank, size = here["place"]
+        here["count"] = here.get("count", 0) + 1
+        options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=GROUP_TIMEOUT_S)}
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"pool{here['count']}", store), **options)
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ from collections import namedtuple
 from typing import NamedTuple
 from unittest.mock import patch
 
+import pool
 from cases import SEQUENCE_LENGTH, Layout
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from workers import joined
 
-from minitron_mp import cli
+from minitron_mp import cli, parallel
 from minitron_mp.arch import Arch
 from minitron_mp.model import build_model
 
@@ -25,14 +26,17 @@ class Done(NamedTuple):
     err: str
 
 
-def minitron(*, arguments: list[str], free_bytes: float | None = None) -> Done:
-    """The command line on this rank. free_bytes: what the disk seems to have."""
+def minitron(*, arguments: list[str], free_bytes: float | None = None, own_job: bool = False) -> Done:
+    """The command line on this rank. free_bytes: what the disk seems to have. own_job: it makes its process groups itself, as under torchrun."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", ["minitron-mp", *arguments]))
         stack.enter_context(patch.dict("os.environ", COLUMNS="160"))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
+        if own_job:
+            stack.enter_context(pool.without_group())
+            stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(*pool.here["place"])))
         if free_bytes is not None:
             disk = namedtuple("disk", "total used free")(10**15, 10**15 - free_bytes, free_bytes)
             stack.enter_context(patch.object(shutil, "disk_usage", lambda path: disk))

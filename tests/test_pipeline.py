@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from cases import BY_NAME, make_samples
@@ -264,12 +265,12 @@ def test_repeated_stages_give_the_new_student_and_leave_the_rest(copied, on_rank
     assert [m["step"] for m in read_metrics(copied.output)] == list(range(1, STEPS + 1)), "lines of the old run are left"
 
 
-def start_and_kill(run: Run, *overrides: str) -> int:
-    """distill in a process of its own, killed when it is past its first checkpoint; steps that it has logged."""
+def start_and_kill(run: Run, *overrides: str, ranks: int = 1) -> int:
+    """distill in a process of its own, or under torchrun, killed when it is past its first checkpoint; steps that it has logged."""
     log = run.output / "metrics.jsonl"
     log.unlink()
     process = subprocess.Popen(
-        command("distill", run.recipe, *overrides),
+        command("distill", run.recipe, *overrides, ranks=ranks),
         env=environment(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
@@ -281,8 +282,12 @@ def start_and_kill(run: Run, *overrides: str) -> int:
         while logged < CHECKPOINT_INTERVAL + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
             logged = log.read_bytes().count(b"\n") if log.exists() else 0
+        children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it was done, or had failed, before the kill"
+        for child in children:  # torchrun gives its ranks sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     finally:
         # Checkpoint writers and Megatron-Core's manager outlive a process that is killed.
         with contextlib.suppress(ProcessLookupError):
@@ -432,25 +437,94 @@ def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
 REMOTE = ("teacher.placement=remote", "teacher.window=2")
 
 
+@pytest.fixture
+def in_job(ranks):
+    """in_job(count, words...) -> what the command line did on each of so many ranks, in worlds that it makes itself."""
+    return lambda count, *words: ranks(count, "project_workers.minitron", arguments=[str(word) for word in words], own_job=True)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "overrides", "tolerance"),
+    ("size", "overrides", "tolerance"),
     [
         (2, (), 0.0),  # the same kernels on the same numbers
         (2, ("teacher.payload=logits",), 1e-5),  # the product of all tokens at once rounds in another order
-        (3, ("teacher.parallel.tp=2", "teacher.payload=topk", "teacher.top_k=300"), 1e-5),  # top_k of the whole vocabulary leaves nothing out
-        (3, ("teacher.parallel.pp=2",), 1e-5),
-        (3, ("parallel.tp=2", "parallel.sequence_parallel=true"), 1e-4),
+        (
+            4,
+            ("parallel.tp=2", "teacher.parallel.tp=2", "teacher.payload=topk", "teacher.top_k=300"),  # all tokens are among the top k
+            1e-4,
+        ),
+        (4, ("teacher.parallel.pp=2",), 1e-5),  # and two data parallel ranks of the student
+        (4, ("parallel.tp=2", "parallel.sequence_parallel=true", "teacher.ranks=2"), 1e-4),  # and two of the teacher
     ],
-    ids=["hidden", "logits", "topk-from-tp2", "from-pp2", "to-tp2"],
+    ids=["hidden", "logits", "topk-tp2-to-tp2", "pp2-to-dp2", "dp2-to-tp2"],
 )
-def test_a_remote_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, ranks, overrides, tolerance):
+def test_a_remote_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, in_job, size, overrides, tolerance):
     """All stages run on the student's ranks; distill has the teacher on the rest of the job."""
     shutil.copytree(whole.output, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "student_distilled")
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
-    done = minitron("distill", recipe, *REMOTE, *overrides, ranks=ranks)
-    assert done.returncode == 0, done.stderr
+    for done in in_job(size, "distill", recipe, *REMOTE, *overrides):
+        assert done.code == 0, done.err
     here, there = read_metrics(tmp_path / "out"), read_metrics(whole.output)
     assert [m["step"] for m in here] == list(range(1, STEPS + 1))
     for key in ("loss", "kl", "ce", "grad_norm"):
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=tolerance, abs=0), key
+
+
+def test_a_remote_run_that_was_killed_goes_on(whole, copied):
+    """The stream starts where the student's checkpoint is."""
+    drop(copied.output, "distill", "evaluate", "export")
+    logged = start_and_kill(copied, *REMOTE, ranks=2)
+    assert CHECKPOINT_INTERVAL < logged < STEPS
+    done = minitron("distill", copied.recipe, *REMOTE, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "distill: going on from step" in done.stdout
+    assert read_metrics(copied.output) == read_metrics(whole.output)
+
+
+def test_a_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_rank, in_job):
+    """Written by two tensor parallel ranks, read by one; the cache is an artefact like any other."""
+    shutil.copytree(whole.output, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "student_distilled")
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
+
+    def run(stage, *words):
+        return on_rank(stage, recipe, *words)
+
+    cached = "teacher.placement=cached"
+    refused(run("distill", cached), "teacher_signals is missing; run `minitron-mp cache` first")
+    refused(run("cache"), "teacher.placement: cached")
+    assert [done.code for done in in_job(2, "cache", recipe, cached, *TWO_RANKS)] == [0, 0]
+    code, out, err = run("compress", cached)
+    assert code == 0, err
+    assert "cache: done" in out
+    here, there = read_metrics(tmp_path / "out"), read_metrics(whole.output)
+    for key in ("loss", "kl", "ce", "grad_norm"):  # two ranks round the teacher's sums in another order
+        assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=1e-4, abs=0), key
+    refused(run("distill", cached, "distill.micro_batch_size=4", "--force"), "teacher_signals was made from something else", "micro_batch_size: 2, here 4")
+    (shard, *_) = sorted((tmp_path / "out" / "teacher_signals").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    refused(run("distill", cached, "--force"), f"{shard} is damaged", "run `minitron-mp cache` again")
+
+
+def test_siblings_learn_from_one_stream(inputs, whole, tmp_path, on_rank, in_job):
+    """Two students of other sizes and layouts in one job with one teacher: each has the loss curve that it has alone."""
+    sizes = {"target": {"num_layers": 4, "ffn_hidden_size": 64}}
+    alone = make_recipe_file(tmp_path / "alone.yaml", inputs / "model", inputs / "text", tmp_path / "alone", **sizes)
+    assert on_rank("compress", alone).code == 0
+    for name, source in (("first", whole.output), ("second", tmp_path / "alone")):
+        shutil.copytree(source, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "student_distilled")
+    sibling = make_recipe_file(tmp_path / "second.yaml", inputs / "model", inputs / "text", tmp_path / "second", **sizes, parallel={"tp": 2})
+    recipe = make_recipe_file(
+        tmp_path / "first.yaml",
+        inputs / "model",
+        inputs / "text",
+        tmp_path / "first",
+        teacher={"placement": "remote", "window": 2, "siblings": {str(sibling): 2}},
+    )
+    for done in in_job(4, "distill", recipe):
+        assert done.code == 0, done.err
+    for name, expected, tolerance in (("first", whole.output, 0.0), ("second", tmp_path / "alone", 1e-4)):
+        here, there = read_metrics(tmp_path / name), read_metrics(expected)
+        assert [m["loss"] for m in here] == pytest.approx([m["loss"] for m in there], rel=tolerance, abs=0), name

@@ -144,7 +144,7 @@ def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(fault):
     broken.run("workers_stream.transport", **case, count=2)
     start = time.monotonic()
     with pytest.raises(RankError) as failure:
-        broken.run("workers_stream.transport", **case, count=12, die=fault, timeout_s=30, grace_s=8)
+        broken.run("workers_stream.transport", **case, count=12, die=fault, timeout_s=30, grace_s=5)
     took, said = time.monotonic() - start, re.split(r"^rank \d of \d", str(failure.value), flags=re.MULTILINE)[1:]
     print(f"{fault}: {took:.1f} s")
     ends = [text.split("\nlast output")[0].strip().splitlines()[-1] for text in said[: broken.size]]

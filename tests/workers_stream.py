@@ -157,12 +157,12 @@ def disordered(roles: Roles, shape: Shape, announced: int, due: int) -> str:
 
 def contract(roles: Roles, **other: Any) -> str:
     """The refusal of a contract that differs in some fields, on this rank."""
-    from minitron_mp.stages import compare_contracts
+    from minitron_mp.signals import compare_contracts
 
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
         with joined_roles(roles) as world:
-            compare_contracts(world.bridge, mine | other if world.role == "teacher" else mine, 0)
+            compare_contracts(world.bridge, ["student"], mine | other if world.role == "teacher" else mine, 0)
     except InputError as error:
         return str(error)
     return ""

@@ -37,7 +37,8 @@ def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Ar
         unbroken = run(student_arch, student, output / "unbroken")
         copy_once(output / "unbroken", output / "resumed")
         resumed = run(student_arch, None, output / "resumed")
-        pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 4})
+        interleaved = layout.dp > 1 and "vpp" in layout.parallel  # wants two microbatches on each data parallel rank
+        pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 2 if interleaved else 4})
         steps = [micro_batches(make_samples(arch, step, 4), 2, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
         models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
         return {

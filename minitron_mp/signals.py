@@ -1,0 +1,161 @@
+"""Where the teacher's signals of a distillation come from: the teacher here, on other ranks, or what a teacher left on disk.
+
+Recipe and artefacts -> the links, ends and ids that teacher.py, stream.py and cache.py work with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from minitron_mp import artifact, checkpoint, data
+from minitron_mp.arch import HeadSpec, differing_fields
+from minitron_mp.cache import Reader, Writer, write_index
+from minitron_mp.config import InputError, Parallel, Recipe, refuse
+from minitron_mp.console import Tracker
+from minitron_mp.model import DTYPES
+from minitron_mp.parallel import Bridge, everyone, on_main
+from minitron_mp.schedule import Batch
+from minitron_mp.stream import STREAM_VERSION, Grid, Link, Receiver, Sender, Shape
+from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
+
+if TYPE_CHECKING:
+    from minitron_mp.stages import Job
+
+
+def train_set(job: Job) -> Dataset:
+    """The samples of all steps, the same for every role."""
+    recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
+    count = recipe.distill.steps * recipe.distill.global_batch_size
+    return data.samples(job.paths["data"], "train", recipe.data.sequence_length, count, recipe.seed, job.tokenizer(), repeat=True, owner=owner)
+
+
+def ids(recipe: Recipe, first: int) -> range:
+    """Ids (stream.py) of the microbatches of all steps from `first` on."""
+    per_step = recipe.distill.global_batch_size // recipe.distill.micro_batch_size
+    return range(first * per_step, recipe.distill.steps * per_step)
+
+
+def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
+    """The teacher as the student's trainer sees it; first: the step that the run goes on from."""
+    recipe, world = job.recipe, job.world
+    t = recipe.teacher
+    if t.placement == "colocated":
+        return job.teacher()
+    receiver, dp = None, world.groups.dp
+    mine = [id for id in ids(recipe, first) if id % dp.size() == dp.rank()]
+    if t.placement == "cached":
+        place = (dp.rank(), world.groups.cp.rank(), world.groups.tp.rank())
+        student = Grid("student", recipe.parallel, dp.size())
+        receiver = Reader(job.paths["cache"], _shape(job), student, place, mine, world.device) if world.is_last_stage else None
+    else:
+        link = _link(job)
+        _handshake(job, link, first)
+        receiver = Receiver(link, link.students[0], mine, world.device) if world.is_last_stage else None
+    head = None
+    if t.payload == "hidden":
+        head = load_head(job.arch("import"), job.paths["import"], world, DTYPES[recipe.teacher_precision])
+    return RemoteTeacher(receiver, t.payload, head, world)
+
+
+def teach(job: Job) -> None:
+    """The ranks of a remote teacher in distill: stream the signals of all microbatches that the student is still to see."""
+    link = _link(job)
+    first = _handshake(job, link, 0)
+    _serve(job, link.shape, link.teacher, Sender(link) if job.world.is_last_stage else None, first, link.window)
+
+
+def cache(job: Job) -> None:
+    """The teacher over all microbatches of distill, on all ranks in the recipe's layout, to disk."""
+    recipe, world, shape = job.recipe, job.world, _shape(job)
+    teacher = Grid("teacher", recipe.parallel, world.groups.dp.size())
+    g, is_last = world.groups, world.is_last_stage
+    share = len(ids(recipe, 0)) / teacher.dp * torch.Size(shape.local(recipe.parallel)).numel() * shape.dtype.itemsize
+    checkpoint.check_room(share if is_last else 0, job.output)
+    folder = on_main(lambda: artifact.prepare(job.output))
+    writer = Writer(folder, teacher.last_stage(g.dp.rank(), g.cp.rank(), g.tp.rank())) if is_last else None
+    failure: Exception | None = None
+    with Tracker("cache", len(ids(recipe, 0)), "microbatches") as tracker:
+        try:
+            _serve(job, shape, teacher, writer, 0, recipe.parallel.pp, lambda count: tracker.advance(count * teacher.dp))
+        except Exception as error:
+            failure = error
+    everyone(failure)
+
+    def finish() -> None:
+        write_index(folder, shape, teacher, 0, len(ids(recipe, 0)))
+        artifact.commit(job.output, job.manifest)
+
+    on_main(finish)
+
+
+def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group: int, progress: Any = lambda count: None) -> None:
+    recipe, world, d, samples = job.recipe, job.world, job.recipe.distill, train_set(job)
+    per_step = d.global_batch_size // d.micro_batch_size
+
+    def batch_of(id: int) -> Batch:
+        place = {"dp_rank": id % per_step, "dp_size": per_step}
+        return data.micro_batches(samples, id // per_step, global_batch_size=d.global_batch_size, micro_batch_size=d.micro_batch_size, **place)[0]
+
+    arch = job.arch("import")
+    chunks = frozen_model(arch, job.paths["import"], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
+    settings = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature}
+    serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
+
+
+def _shape(job: Job) -> Shape:
+    recipe, arch = job.recipe, job.arch("import")
+    width, dtype = {
+        "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
+        "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
+        "topk": (2 * recipe.teacher.top_k + 1, torch.int32),
+    }[recipe.teacher.payload]
+    return Shape(recipe.teacher.payload, recipe.data.sequence_length, recipe.distill.micro_batch_size, width, dtype)
+
+
+def _link(job: Job) -> Link:
+    """The stream between the roles of this job, the same on all ranks."""
+    recipe, bridge = job.recipe, job.world.bridge
+    assert bridge is not None
+
+    def grid(role: str, parallel: Parallel) -> Grid:
+        return Grid(role, parallel, len(bridge.spans[role]) // parallel.model_ranks, bridge.spans[role].start)
+
+    students = [grid(role, own.parallel) for role, own in job.students.items() if bridge.role in ("teacher", role)]
+    return Link(bridge, _shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window)
+
+
+def _handshake(job: Job, link: Link, first: int) -> int:
+    """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
+    recipe = job.recipe
+    mine = {
+        "teacher checkpoint": artifact.require(job.paths["import"], "import").fingerprint,
+        "data": artifact.require(job.paths["data"], "data").fingerprint,
+        "tokenizer": dict(job.tokenizer().unique_identifiers),
+        "seed": recipe.seed,
+        "steps": recipe.distill.steps,
+        "global_batch_size": recipe.distill.global_batch_size,
+        "temperature": recipe.distill.temperature,
+        **{f"head {name}": value for name, value in vars(HeadSpec.of(job.arch("import"))).items()},
+        **{name: str(value) for name, value in vars(link.shape).items()},
+        "window": link.window,
+        "context parallel order": "zig-zag",
+        "stream version": STREAM_VERSION,
+    }
+    assert job.world.bridge is not None
+    return compare_contracts(job.world.bridge, list(job.students), mine, first)
+
+
+def compare_contracts(bridge: Bridge, students: Sequence[str], mine: dict[str, Any], first: int) -> int:
+    """What the students say is the first step, when the roles agree on everything; InputError on all their ranks otherwise."""
+    said = bridge.exchange("contract", {"first": first, "contract": mine}, roles=["teacher", *students])
+    problems = [row for role in students for row in differing_fields(said["teacher"]["contract"], said[role]["contract"], "teacher", role)]
+    refuse("teacher and student do not fit:", problems)
+    steps = {role: said[role]["first"] for role in students}
+    if len(set(steps.values())) > 1:
+        where = ", ".join(f"{role} from step {step}" for role, step in steps.items())
+        raise InputError(f"students of one stream go on together, these would go on {where}; delete the checkpoints after the earliest of these steps")
+    return steps[students[0]]
