@@ -180,19 +180,17 @@ def _join(pipe: Connection, rank: int, size: int) -> None:
 
 @contextlib.contextmanager
 def without_group() -> Iterator[None]:
-    """In a rank: leave the default group for what makes its own, and make it again."""
+    """In a rank: leave the default group for what makes its own, and make it again; not after an error, when others may be dead."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
     dist.destroy_process_group()
-    try:
-        yield
-    finally:
-        store, rank, size = here["place"]
-        here["count"] = here.get("count", 0) + 1
-        options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=GROUP_TIMEOUT_S)}
-        dist.init_process_group("gloo", store=dist.PrefixStore(f"pool{here['count']}", store), **options)
+    yield
+    store, rank, size = here["place"]
+    here["count"] = here.get("count", 0) + 1
+    options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=GROUP_TIMEOUT_S)}
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"pool{here['count']}", store), **options)
 
 
 def main() -> None:

@@ -28,18 +28,23 @@ Roles = dict[str, tuple[int, dict[str, Any]]]
 def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None]:
     """The world of this rank's role; None on ranks of the pool that no role wants."""
     store, rank, _ = pool.here["place"]
-    wanted = sum(ranks for ranks, _ in roles.values())
+    wanted, refused = sum(ranks for ranks, _ in roles.values()), None
     with pool.without_group():
         if rank >= wanted:
             parallel._next_prefix(store)  # every rank counts the worlds of the job
             yield None
             return
         layouts = {role: (ranks, Parallel(**p)) for role, (ranks, p) in roles.items()}
-        place = parallel.Place(store, rank, wanted)
-        with parallel.roles(layouts, seed=1, timeout_minutes=timeout_s / 60, stream_timeout_s=timeout_s, place=place) as world:
-            pool.here["coordinates"] = f"{world.role} {world.coordinates}"
-            yield world
+        options = {"timeout_minutes": timeout_s / 60, "stream_timeout_s": timeout_s, "place": parallel.Place(store, rank, wanted)}
+        try:
+            with parallel.roles(layouts, seed=1, **options) as world:
+                pool.here["coordinates"] = f"{world.role} {world.coordinates}"
+                yield world
+        except InputError as error:  # all ranks have it: they go on together
+            refused = error
         RotaryEmbedding.forward.cache_clear()
+    if refused is not None:
+        raise refused
 
 
 def make_link(world: World, roles: Roles, shape: Shape, window: int) -> Link:
