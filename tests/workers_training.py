@@ -39,7 +39,8 @@ def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Ar
         resumed = run(student_arch, None, output / "resumed")
         interleaved = layout.dp > 1 and "vpp" in layout.parallel  # wants two microbatches on each data parallel rank
         pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 2 if interleaved else 4})
-        steps = [micro_batches(make_samples(arch, step, 4), 2, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
+        size = 1 if interleaved else 2
+        steps = [micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
         models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
         return {
             "unbroken": unbroken.metrics,
