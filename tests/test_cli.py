@@ -311,6 +311,6 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     less = "3 ranks (5 less the teacher's 2) for the student is no multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "5", *words), less)
     refused(here("compress", recipe, "--dry-run", *words, "teacher.parallel.tp=3"), "teacher: ", "num_attention_heads 8")
-    refused(here("compress", recipe, "--dry-run", "teacher.payload=topk"), "payload topk is for a remote teacher")
+    refused(here("compress", recipe, "--dry-run", "teacher.payload=topk"), "payload topk is for a teacher elsewhere")
     refused(here("compress", recipe, "--dry-run", *words, "teacher.payload=topk", "teacher.top_k=4000"), "teacher.top_k 4000 is above the vocabulary of")
     refused(here("compress", recipe, "--dry-run", *words, "teacher.ranks=3"), "ranks 3 must be a multiple of the teacher's tp x pp x cp = 2")
