@@ -95,7 +95,8 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     from minitron_mp.plan import resolve_target
 
     project = Project(recipe)
-    ranks = world or recipe.parallel.model_ranks + recipe.teacher.num_ranks + sum(recipe.teacher.siblings.values())
+    t = recipe.teacher
+    ranks = world or (t.student_ranks or recipe.parallel.model_ranks) + t.ranks_in(None) + sum(t.siblings.values())
     project.check(ranks)
     teacher = hf.read_arch(Path(recipe.model))
     student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)

@@ -211,6 +211,9 @@ class Teacher(Section):
     `cache` runs it over all microbatches first and writes its signals to disk."""
     ranks: int | None = Field(None, ge=1)
     """Remote: how many ranks of the job are the teacher's; default: one copy of the model."""
+    student_ranks: int | None = Field(None, ge=1)
+    """Remote, instead of `ranks`: how many are the student's; copies of the teacher get all others. A job that comes back with fewer nodes
+    (torchrun --nnodes 3:4 --max-restarts 9) then goes on with fewer copies, and with the same loss."""
     parallel: Parallel = Parallel()
     """Remote: the teacher's own layout."""
     precision: Literal["bf16", "fp32"] | None = None
@@ -243,14 +246,25 @@ class Teacher(Section):
             problems.append(f"window {self.window} does not fill the teacher's {self.parallel.pp} pipeline stages; give at least {self.parallel.pp}")
         if self.ranks is not None and self.ranks % self.parallel.model_ranks:
             problems.append(f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = {self.parallel.model_ranks}")
+        if self.ranks is not None and self.student_ranks is not None:
+            problems.append(f"ranks {self.ranks} and student_ranks {self.student_ranks}: one of them says how the job is divided, drop the other")
+        if self.placement != "remote" and (self.ranks or self.student_ranks):
+            problems.append(f"ranks and student_ranks divide a job between student and teacher; placement {self.placement} has no ranks of the teacher's own")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     @property
-    def num_ranks(self) -> int:
-        """Ranks that are the teacher's alone."""
-        return (self.ranks or self.parallel.model_ranks) if self.placement == "remote" else 0
+    def is_remote(self) -> bool:
+        return self.placement == "remote"
+
+    def ranks_in(self, job_size: int | None) -> int:
+        """Ranks that are the teacher's alone in a job of so many; None: one copy where nothing else is said."""
+        if not self.is_remote:
+            return 0
+        if self.student_ranks is None or job_size is None:
+            return self.ranks or self.parallel.model_ranks
+        return max(0, job_size - self.student_ranks - sum(self.siblings.values()))
 
 
 class Evaluate(Section):
@@ -296,7 +310,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sequence_is_divisible(self) -> Recipe:
-        layouts = {"parallel": self.parallel} | ({"teacher.parallel": self.teacher.parallel} if self.teacher.num_ranks else {})
+        layouts = {"parallel": self.parallel} | ({"teacher.parallel": self.teacher.parallel} if self.teacher.is_remote else {})
         for name, p in layouts.items():
             parts = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)
             if self.data.sequence_length % parts:

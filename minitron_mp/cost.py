@@ -68,7 +68,7 @@ def distill_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: 
     per_token = 6 * a.hidden_size / along_sequence + (3 * a.axis_size("qkv") + 2 * a.axis_size("heads") + 5 * a.ffn_hidden_size) / p.tp
     per_token = a.hidden_size / along_sequence if d.recompute else per_token
     steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
-    if t.num_ranks:
+    if t.is_remote:
         head = teacher_size * teacher.padded_vocab_size * teacher.hidden_size / p.tp if t.payload == "hidden" else 0
         share = p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1
         beside = {
@@ -96,11 +96,13 @@ def distill_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: 
 def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[tuple[str, str]]:
     """Lines (what, value) of the dry run."""
     d, t = recipe.distill, recipe.teacher
-    memory = distill_memory(teacher, student, recipe, world_size - t.num_ranks)
-    teacher_layout = t.parallel if t.num_ranks else recipe.parallel
-    lines = [("ranks", _layout(world_size - t.num_ranks, recipe.parallel))]
-    if t.num_ranks:
-        lines.append(("ranks of the teacher", _layout(t.num_ranks, t.parallel)))
+    teachers = t.ranks_in(world_size)
+    students = world_size - teachers - sum(t.siblings.values())
+    memory = distill_memory(teacher, student, recipe, students)
+    teacher_layout = t.parallel if t.is_remote else recipe.parallel
+    lines = [("ranks", _layout(students, recipe.parallel))]
+    if t.is_remote:
+        lines.append(("ranks of the teacher", _layout(teachers, t.parallel)))
         per_token = payload_bytes_per_token(teacher, recipe)
         lines.append(("teacher stream", f"{t.payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step"))
     for name, arch, p in (("teacher", teacher, teacher_layout), ("student", student, recipe.parallel)):

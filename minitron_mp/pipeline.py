@@ -136,7 +136,7 @@ class Project:
         problems = layout_problems(arch, p.tp)
         if (length := self.recipe.data.sequence_length) > arch.max_position_embeddings:
             problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
-        if teacher.num_ranks:
+        if teacher.is_remote:
             problems += [f"teacher: {problem}" for problem in layout_problems(arch, teacher.parallel.tp)]
             if teacher.parallel.pp > arch.num_layers:
                 problems.append(f"teacher: {teacher.parallel.pp} pipeline stages for {arch.num_layers} layers")
@@ -144,11 +144,13 @@ class Project:
                 problems.append(f"teacher.top_k {teacher.top_k} is above the vocabulary of {arch.vocab_size}")
             if teacher.payload == "topk" and d.divergence != "forward_kl":
                 problems.append(f"teacher.payload topk has no divergence {d.divergence}; use forward_kl")
-        taken = teacher.num_ranks + sum(teacher.siblings.values())
-        own = (num_ranks or p.model_ranks + taken) - taken
-        if own <= 0 or own % p.model_ranks:
-            less = f" ({num_ranks} less the teacher's {taken})" if taken else ""
-            problems.append(f"{own} ranks{less} for the student is no multiple of tp x pp x cp = {p.model_ranks}")
+        teachers, siblings = teacher.ranks_in(num_ranks), sum(teacher.siblings.values())
+        own = teacher.student_ranks or (num_ranks - teachers - siblings if num_ranks else p.model_ranks)
+        parts = {"student": (own, p, "teacher", teachers), "teacher": (teachers, teacher.parallel, "student", own)}
+        for role, (ranks, layout, other, taken) in parts.items():
+            if (role == "student" or teacher.is_remote) and (ranks <= 0 or ranks % layout.model_ranks):
+                less = f" ({num_ranks} less the {other}'s {taken + siblings})" if num_ranks and teacher.is_remote else ""
+                problems.append(f"{ranks} ranks{less} for the {role} is no multiple of tp x pp x cp = {layout.model_ranks}")
         dp = max(1, own // p.model_ranks)
         batches = (("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s))
         problems += filter(None, (must_divide(name, size, section.micro_batch_size, dp, p.interleaved) for name, size, section in batches))
@@ -310,13 +312,14 @@ def _world(recipe: Recipe) -> Iterator[Any]:
     from minitron_mp import parallel
 
     t = recipe.teacher
-    if t.num_ranks == 0:
+    if not t.is_remote:
         with parallel.world(recipe.parallel, seed=recipe.seed) as w:
             yield w
         return
-    others = {**t.siblings, "teacher": t.num_ranks}
+    job_size = parallel.job_size()
+    others = {**t.siblings, "teacher": t.ranks_in(job_size)}
     layouts = {role: (others.get(role.removeprefix("sibling "), 0), own.parallel) for role, own in students_of(recipe).items()}
-    layouts["student"] = (max(0, parallel.job_size() - sum(others.values())), recipe.parallel)
-    layouts["teacher"] = (t.num_ranks, t.parallel)
+    layouts["student"] = (t.student_ranks or max(0, job_size - sum(others.values())), recipe.parallel)
+    layouts["teacher"] = (others["teacher"], t.parallel)
     with parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w:
         yield w

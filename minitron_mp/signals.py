@@ -15,7 +15,7 @@ from minitron_mp import artifact, checkpoint, data
 from minitron_mp.arch import HeadSpec, differing_fields
 from minitron_mp.cache import Reader, Writer, write_index
 from minitron_mp.config import InputError, Parallel, Recipe, refuse
-from minitron_mp.console import Tracker
+from minitron_mp.console import Tracker, say
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
 from minitron_mp.schedule import Batch
@@ -54,6 +54,8 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     else:
         link = _link(job)
         _handshake(job, link, first)
+        copies = link.teacher.dp
+        say(f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on")
         receiver = Receiver(link, link.students[0], mine, world.device) if world.is_last_stage else None
     head = None
     if t.payload == "hidden":

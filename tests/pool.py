@@ -1,12 +1,9 @@
-"""A pool of gloo ranks that outlives single tests, so that torch and Megatron-Core are imported once a session.
+"""A pool of gloo ranks that outlives single tests. They are forked from a server that has imported torch and Megatron-Core once.
 
 A test sends a function by name ("module.function", module-level, in tests/) with keyword arguments to all ranks and gets the
 list of return values, by rank. An exception on any rank comes back as RankError with that rank's traceback and coordinates.
 A pool that failed is not used again: its ranks may wait in different collectives. So it is killed, and the next call starts
 a new one. Every rank leads a process group of its own: Megatron-Core's checkpoint writers and manager die with it.
-
-This file is also the program of the ranks. Megatron-Core's first checkpoint save re-imports it, hence the guard at the end
-and no heavy import at the top.
 """
 
 from __future__ import annotations
@@ -14,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 GROUP_TIMEOUT_S = 120
 """Of one collective: above the slowest one on a loaded machine, below the patience of whoever waits for the suite."""
@@ -41,11 +38,17 @@ class RankError(AssertionError):
     """What went wrong, for every rank on which something did."""
 
 
-class Pool:
-    """`size` ranks with one default process group, started at the first run()."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
-    def __init__(self, size: int):
-        self.size, self.ranks = size, []
+
+class Pool:
+    """`size` ranks with one default process group, started at the first run().
+
+    environment: for what reads it at its import; such ranks are not forked, they import everything themselves.
+    """
+
+    def __init__(self, size: int, environment: Mapping[str, str] | None = None):
+        self.size, self.environment, self.ranks = size, environment, []
 
     def run(self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, grace_s: float = GRACE_S, **kwargs: Any) -> list[Any]:
         """function(**kwargs) on every rank -> return values by rank."""
@@ -79,8 +82,7 @@ class Pool:
         for rank in self.ranks:
             rank.pipe.close()
         for rank in self.ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.process.wait(10)
+            rank.process.join(10)
         self.kill()
 
     def kill(self) -> None:
@@ -89,7 +91,7 @@ class Pool:
         self.ranks = []
 
     def _start(self) -> None:
-        self.ranks = [_Rank(number, self.size) for number in range(self.size)]
+        self.ranks = [_Rank(number, self.size, self.environment) for number in range(self.size)]
         ok, port = self.ranks[0].receive()
         if not ok:
             self.kill()
@@ -101,22 +103,15 @@ class Pool:
 class _Rank:
     """One worker process as the test session sees it."""
 
-    def __init__(self, number: int, size: int):
+    def __init__(self, number: int, size: int, environment: Mapping[str, str] | None):
         self.number = number
         self.pipe, theirs = Pipe()
-        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in kill)
-        tests = Path(__file__).parent
-        paths = [str(tests), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno()), str(number), str(size)],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (closed in kill)
+        with patch.dict(os.environ, {**ENVIRONMENT, **(environment or {})}):
+            context = multiprocessing.get_context("forkserver" if environment is None else "spawn")
+            forkserver.set_forkserver_preload(["minitron_mp.pipeline", "minitron_mp.stages"])
+            self.process = context.Process(target=live, args=(theirs, number, size, self.log.name))
+            self.process.start()
         theirs.close()
 
     def receive(self) -> tuple[bool, Any]:
@@ -124,7 +119,8 @@ class _Rank:
         try:
             return pickle.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
-            return False, f"died with exit code {self.process.wait()}"
+            self.process.join()
+            return False, f"died with exit code {self.process.exitcode}"
 
     def output(self, characters: int = 3000) -> str:
         self.log.seek(0)
@@ -133,13 +129,27 @@ class _Rank:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # the group is gone already
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()  # where it does not lead its group yet
+        self.process.join()
         self.pipe.close()
         self.log.close()
 
 
+def live(pipe: Connection, rank: int, size: int, log: str) -> None:
+    """A rank from its start to its end."""
+    os.setsid()
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    serve(pipe, rank, size)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    # No interpreter shutdown: gloo's threads and Megatron-Core's manager can make it wait, and nothing is left to write.
+    os._exit(0)
+
+
 def serve(pipe: Connection, rank: int, size: int) -> None:
-    """The life of a rank: join the group, then answer requests until the session closes its end of the pipe."""
+    """Join the group, then answer requests until the session closes its end of the pipe."""
     _join(pipe, rank, size)
     while True:
         try:
@@ -191,19 +201,3 @@ def without_group() -> Iterator[None]:
     here["count"] = here.get("count", 0) + 1
     options = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=GROUP_TIMEOUT_S)}
     dist.init_process_group("gloo", store=dist.PrefixStore(f"pool{here['count']}", store), **options)
-
-
-def main() -> None:
-    import multiprocessing
-
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))
-    for child in multiprocessing.active_children():
-        child.terminate()
-    # No interpreter shutdown: gloo's threads and Megatron-Core's manager can make it wait, and nothing is left to write.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    import pool  # not this copy of the file: the functions that are sent import `here` from there
-
-    pool.main()

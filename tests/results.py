@@ -80,6 +80,16 @@ class Results:
         case = {"output": self.root / "variants" / layout.name, "variants": variants(layout)}
         return self.once(("variants", layout), lambda: self.ranks(layout.ranks, "workers_training.train_variants", **case, **self._training("qwen3", layout)))
 
+    def streamed(self, payload: str, layout: Layout, teacher: Layout | None, window: int = 3) -> list[Any]:
+        """Steps of trained("qwen3") with the teacher elsewhere, or with one here that hands over this payload."""
+        name = f"{payload}-{layout.name}-{teacher and teacher.name}-{window}"
+        models = self._training("qwen3", layout)
+        case = {"student": models["layout"], "arch": models["arch"], "weights": models["teacher"]}
+        case |= {"student_arch": models["student_arch"], "student_weights": models["student"], "output": self.root / "streamed" / name}
+        size = layout.ranks + (teacher.ranks if teacher else 0)
+        place = {"payload": payload, "teacher": teacher, "window": window}
+        return self.once(("streamed", name), lambda: self.ranks(size, "workers_stream.train_with", **case, **place)[0])
+
     def _training(self, arch: str, layout: Layout) -> dict[str, Any]:
         student_arch, student = self.student(arch, "all")
         return {"layout": layout, "arch": ARCHS[arch], "teacher": self.teacher(arch), "student_arch": student_arch, "student": student}

@@ -313,4 +313,12 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     refused(here("compress", recipe, "--dry-run", *words, "teacher.parallel.tp=3"), "teacher: ", "num_attention_heads 8")
     refused(here("compress", recipe, "--dry-run", "teacher.payload=topk"), "payload topk is for a teacher elsewhere")
     refused(here("compress", recipe, "--dry-run", *words, "teacher.payload=topk", "teacher.top_k=4000"), "teacher.top_k 4000 is above the vocabulary of")
+    code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words, "teacher.student_ranks=2")  # the teacher has the rest
+    assert (code, err) == (0, "")
+    for text in ("2 = tp 2 x pp 1 x cp 1 x dp 1", "4 = tp 2 x pp 1 x cp 1 x dp 2"):
+        assert text in out, out
+    rest = "0 ranks (2 less the student's 2) for the teacher is no multiple of tp x pp x cp = 2"
+    refused(here("compress", recipe, "--dry-run", "--world", "2", *words, "teacher.student_ranks=2"), rest)
+    refused(here("compress", recipe, "--dry-run", *words, "teacher.student_ranks=2", "teacher.ranks=2"), "one of them says how the job is divided")
+    refused(here("compress", recipe, "--dry-run", "teacher.student_ranks=2"), "placement colocated has no ranks of the teacher's own")
     refused(here("compress", recipe, "--dry-run", *words, "teacher.ranks=3"), "ranks 3 must be a multiple of the teacher's tp x pp x cp = 2")

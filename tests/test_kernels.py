@@ -22,10 +22,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 @pytest.fixture(scope="module")
 def interpreted():
     """Runs a function in a process whose Triton interprets."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool = Pool(1)
-        pool.run("workers_kernels.fused_all", calls={})
+    pool = Pool(1, environment={"TRITON_INTERPRET": "1"})
     yield lambda function, **kwargs: pool.run(f"workers_kernels.{function}", **kwargs)[0]
     pool.close()
 

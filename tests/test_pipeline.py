@@ -8,7 +8,9 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,33 +269,36 @@ def test_repeated_stages_give_the_new_student_and_leave_the_rest(copied, on_rank
 
 def start_and_kill(run: Run, *overrides: str, ranks: int = 1) -> int:
     """distill in a process of its own, or under torchrun, killed when it is past its first checkpoint; steps that it has logged."""
-    log = run.output / "metrics.jsonl"
-    log.unlink()
-    process = subprocess.Popen(
-        command("distill", run.recipe, *overrides, ranks=ranks),
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+    (run.output / "metrics.jsonl").unlink()
+    process = subprocess.Popen(command("distill", run.recipe, *overrides, ranks=ranks), env=environment(), start_new_session=True, **quiet)
     try:
-        deadline, logged = time.monotonic() + 120, 0
-        while logged < CHECKPOINT_INTERVAL + 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-            logged = log.read_bytes().count(b"\n") if log.exists() else 0
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "it was done, or had failed, before the kill"
-        for child in children:  # torchrun gives its ranks sessions of their own
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        logged = wait_past_a_checkpoint(run, process)
     finally:
-        # Checkpoint writers and Megatron-Core's manager outlive a process that is killed.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)
+    assert process.returncode == -signal.SIGKILL, "it was done, or had failed, before the kill"
     return logged
+
+
+def wait_past_a_checkpoint(run: Run, process: subprocess.Popen) -> int:
+    """Steps that the run has logged by then."""
+    log, deadline, logged = run.output / "metrics.jsonl", time.monotonic() + 120, 0
+    while logged < CHECKPOINT_INTERVAL + 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+        logged = log.read_bytes().count(b"\n") if log.exists() else 0
+    return logged
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """torchrun gives its ranks sessions of their own; Megatron-Core's checkpoint writers and manager outlive a process that is killed."""
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    process.wait()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ranks):
@@ -528,3 +533,39 @@ def test_siblings_learn_from_one_stream(inputs, whole, tmp_path, on_rank, in_job
     for name, expected, tolerance in (("first", whole.output, 0.0), ("second", tmp_path / "alone", 1e-4)):
         here, there = read_metrics(tmp_path / name), read_metrics(expected)
         assert [m["loss"] for m in here] == pytest.approx([m["loss"] for m in there], rel=tolerance, abs=0), name
+
+
+@pytest.mark.slow
+def test_the_teachers_that_are_left_take_over(whole, copied, tmp_path):
+    """Two torchrun agents with a copy of the teacher each; one of them dies. The job comes back without it, with the same losses."""
+    drop(copied.output, "distill", "evaluate", "export")
+    (copied.output / "metrics.jsonl").unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}", "--rdzv-id", "elastic"]
+    patience = ["--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2", "--monitor-interval", "0.2"]
+    distill = ["-m", "minitron_mp", "distill", str(copied.recipe), *REMOTE, "teacher.student_ranks=1", "teacher.timeout_s=20"]
+    agents, text = [], ""
+    try:
+        for ranks in (2, 1):  # the student is on the first one, which also has the store
+            words = ["--nnodes", "1:2", "--nproc-per-node", str(ranks), "--max-restarts", "3", *place, *patience, *distill]
+            with (tmp_path / f"agent{ranks}.txt").open("w") as log:
+                line = [sys.executable, "-m", "torch.distributed.run", *words]
+                # A store of its own for each start of the ranks: the agents' would still hold the addresses of ranks that are gone.
+                own_store = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+                agents.append(subprocess.Popen(line, env=own_store, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+            time.sleep(1)
+        logged = wait_past_a_checkpoint(copied, agents[0])
+        kill_tree(agents[1])
+        ended = agents[0].wait(120)
+    finally:
+        for agent in agents:
+            kill_tree(agent)
+        text = (tmp_path / "agent2.txt").read_text()
+        print(text)
+    assert ended == 0, text
+    assert CHECKPOINT_INTERVAL < logged < STEPS
+    assert "2 copies of the teacher, from job rank 1 on" in text
+    assert "1 copy of the teacher" in text
+    assert "distill: going on from step" in text
+    assert read_metrics(copied.output) == read_metrics(whole.output)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from cases import BY_NAME, STEPS, Layout
 from pool import Pool, RankError
 from workers_stream import local_signal
 
@@ -123,6 +124,47 @@ def test_a_number_that_is_not_due_is_an_error(ranks, announced, due):
     student, _ = ranks(2, "workers_stream.disordered", roles=roles_of("one-to-one"), shape=HIDDEN, announced=announced, due=due)
     assert f"announced microbatch {announced}, microbatch {due} was due" in student
     assert "teacher rank 0 (job rank 1; dp 0, pp 0, cp 0, tp 0)" in student
+
+
+# (student, teacher). Bitwise where the teacher computes in the same shapes: tensor and context parallel sizes round.
+TRAINED = {
+    "one-from-one": ("one", "one"),
+    "one-from-dp2": ("one", "dp2"),
+    "one-from-dp3": ("one", "dp3"),
+    "one-from-pp2": ("one", "pp2"),
+    "dp2-from-one": ("dp2", "one"),
+    "dp2-from-dp2": ("dp2", "dp2"),
+    "pp2-from-dp2": ("pp2", "dp2"),
+    "pp2-vpp2-from-one": ("pp2-vpp2", "one"),
+    "pp2-vpp2-from-pp2": ("pp2-vpp2", "pp2"),
+    "cp2-from-cp2": ("cp2", "cp2"),
+    "tp2-from-tp2": ("tp2", "tp2"),
+    "tp2-sp-from-tp2-sp": ("tp2-sp", "tp2-sp"),
+}
+ROUNDED = {"cp2-from-one": ("cp2", "one"), "one-from-cp2": ("one", "cp2"), "tp2-sp-from-one": ("tp2-sp", "one"), "cp2-from-tp2-sp": ("cp2", "tp2-sp")}
+TEACHERS = {**BY_NAME, "dp3": Layout("dp3", 3)}
+
+
+def streamed(results, payload, pair, window):
+    """Every number of every step: with the teacher elsewhere, and here."""
+    student, teacher = ({**TRAINED, **ROUNDED})[pair]
+    runs = results.streamed(payload, BY_NAME[student], TEACHERS[teacher], window), results.streamed(payload, BY_NAME[student], None)
+    return [[(m.loss, m.kl, m.ce, m.grad_norm) for m in run] for run in runs]
+
+
+@pytest.mark.parametrize("pair", TRAINED)
+@pytest.mark.parametrize("payload", ["hidden", "logits"])
+def test_training_from_a_stream_is_training_beside_the_teacher(results, payload, pair):
+    """Bitwise; the steps of the whole trainer, with context parallelism, interleaved stages and uneven data parallel sizes."""
+    remote, colocated = streamed(results, payload, pair, 1 if pair.startswith("dp2") else 3)
+    assert len(remote) == STEPS
+    assert remote == colocated
+
+
+@pytest.mark.parametrize("pair", ROUNDED)
+def test_a_teacher_of_another_shape_differs_by_rounding(results, pair):
+    for mine, other in zip(*streamed(results, "hidden", pair, 3), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)  # as in test_training.py
 
 
 FAULTS = {

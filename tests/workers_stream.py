@@ -8,17 +8,26 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pool
 import torch
+from cases import SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
+from workers import joined
+from workers_training import Runner
 
 from minitron_mp import parallel
+from minitron_mp.arch import Arch
 from minitron_mp.config import InputError, Parallel
+from minitron_mp.losses import TeacherLogits
+from minitron_mp.model import logits
 from minitron_mp.parallel import World
 from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape, columns_of, rows_of
+from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
+from minitron_mp.trainer import StepMetrics
 
 Roles = dict[str, tuple[int, dict[str, Any]]]
 """role -> (ranks, arguments of Parallel)"""
@@ -171,3 +180,49 @@ def contract(roles: Roles, **other: Any) -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def train_with(
+    student: Layout, teacher: Layout | None, payload: str, window: int, arch: Arch, weights: Path, student_arch: Arch, student_weights: Path, output: Path
+) -> list[StepMetrics]:
+    """The run of workers_training.train_everything with a teacher on ranks of its own, or a colocated one (None) that hands over the payload.
+
+    Metrics of the student's rank 0, [] elsewhere.
+    """
+    chosen, start = settings(student), {"arch": student_arch, "start": student_weights, "checkpoints": output}
+    frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
+    if teacher is None:
+        with joined(student) as world:
+            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(arch, weights, world, **frozen)
+            return Runner(world, local, chosen)(**start).metrics
+    roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
+    per_step = chosen.global_batch_size // chosen.micro_batch_size
+    width = arch.hidden_size if payload == "hidden" else arch.padded_vocab_size
+    shape = Shape(payload, SEQUENCE_LENGTH, chosen.micro_batch_size, width, torch.float32)
+
+    def batch_of(id: int) -> dict[str, Tensor]:
+        samples = make_samples(arch, id // per_step, chosen.global_batch_size)
+        return micro_batches(samples, chosen.micro_batch_size, id % per_step, per_step)[0]
+
+    with joined_roles(roles) as world:
+        if world is None:
+            return []
+        link, ids, is_last = make_link(world, roles, shape, window), range(chosen.steps * per_step), world.is_last_stage
+        if world.role == "teacher":
+            chunks = frozen_model(arch, weights, world, **frozen)
+            serve(chunks, world, shape, link.teacher, Sender(link) if is_last else None, batch_of, ids, group=window, vocab_size=arch.vocab_size)
+            return []
+        dp = world.groups.dp
+        receiver = Receiver(link, link.students[0], ids[dp.rank() :: dp.size()], world.device) if is_last else None
+        head = load_head(arch, weights, world, torch.float32) if payload == "hidden" else None
+        remote = RemoteTeacher(receiver, payload, head, world)
+        metrics = Runner(world, remote, chosen)(**start).metrics
+        remote.close()
+        return metrics
+
+
+class ColocatedLogits(ColocatedTeacher):
+    """Makes the logits of a whole microbatch, as a remote teacher that sends them does."""
+
+    def target(self, signal: Any) -> TeacherLogits:
+        return TeacherLogits(logits(self.chunks[-1], signal))
