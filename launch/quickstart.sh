@@ -44,7 +44,7 @@ fi
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     precision=(precision=bf16)
 else
-    precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=50 score.num_samples=64)
+    precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=65 score.num_samples=64)
 fi
 minitron-mp compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
 echo "The student is in the folder student_hf of the output, beside report.md; its teacher is $teacher"
