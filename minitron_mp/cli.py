@@ -26,6 +26,7 @@ Force = Annotated[bool, typer.Option("--force", help="run the stage although its
 HELP = {
     "import": "Hugging Face folder -> sharded checkpoint.",
     "data": "Text -> tokens: calibration, training and held-out parts.",
+    "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
     "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
     "prune": "Teacher and plan -> student checkpoint.",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -154,8 +155,8 @@ class Target(Section):
         return self.searched or any((self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads))
 
 
-class Distill(Section):
-    """Training of the student on the teacher's distribution (arXiv 2408.11796 table 4 for published settings)."""
+class Training(Section):
+    """A training run: batches, optimizer, checkpoints."""
 
     steps: int = Field(100, ge=1)
     """Optimizer steps."""
@@ -171,13 +172,6 @@ class Distill(Section):
     """Largest global gradient norm; 0: no clipping."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
-    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    """forward_kl: KL(teacher || student), the papers'; reverse_kl: KL(student || teacher); js: Jensen-Shannon, half way between."""
-    temperature: float = Field(1.0, gt=0)
-    kl_weight: float = Field(1.0, ge=0)
-    """Weight of the divergence (of whatever kind), times temperature squared."""
-    ce_weight: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy with the text; the papers use none."""
     logits_precision: Literal["bf16", "fp32"] = "fp32"
     """Of the logits inside the loss. In a bf16 model bf16 logits put 2 to 5 % error into the gradient at 131072 columns."""
     overlap: bool = False
@@ -190,17 +184,51 @@ class Distill(Section):
     keep_checkpoints: int = Field(2, ge=1)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Distill:
+    def _consistent(self) -> Training:
         problems = []
         if self.warmup_steps >= self.steps:
             problems.append(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
-        if not self.kl_weight and not self.ce_weight:
-            problems.append("kl_weight and ce_weight are both 0; nothing would be trained")
+        problems += self._problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _problems(self) -> list[str]:
+        return []
+
+
+class Correct(Training):
+    """Teacher correction: the unpruned teacher learns the distillation data by cross-entropy before it is scored, cut and distilled from.
+
+    Defaults after 2408.11796 section 3.1: a fifth of the peak learning rate of the teacher's pre-training, 120 warm-up steps, cosine.
+    """
+
+    steps: int = Field(1000, ge=1)
+    lr: float = Field(6e-5, gt=0)
+    """A fifth of the peak learning rate of the teacher's pre-training; 6e-5 is that of Llama 3.1 8B (3e-4)."""
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_steps: int = Field(120, ge=0)
+    divergence: ClassVar = "forward_kl"
+    temperature: ClassVar = 1.0
+    kl_weight: ClassVar = 0.0
+    ce_weight: ClassVar = 1.0
+
+
+class Distill(Training):
+    """Training of the student on the teacher's distribution (arXiv 2408.11796 table 4 for published settings)."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    """forward_kl: KL(teacher || student), the papers'; reverse_kl: KL(student || teacher); js: Jensen-Shannon, half way between."""
+    temperature: float = Field(1.0, gt=0)
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the divergence (of whatever kind), times temperature squared."""
+    ce_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy with the text; the papers use none."""
+
+    def _problems(self) -> list[str]:
+        return [] if self.kl_weight or self.ce_weight else ["kl_weight and ce_weight are both 0; nothing would be trained"]
 
 
 class Teacher(Section):
@@ -295,6 +323,8 @@ class Recipe(Section):
     """Of weights and activations; optimizer state and gradients are float32."""
     data: Data = Data()
     parallel: Parallel = Parallel()
+    correct: Correct | None = None
+    """Teacher correction; without this section the teacher stays as it is."""
     score: Score = Score()
     target: Target = Target()
     distill: Distill = Distill()
@@ -304,8 +334,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _logits_are_no_coarser(self) -> Recipe:
-        if self.precision == "fp32" and self.distill.logits_precision == "bf16":
-            raise ValueError("distill.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
+        for name, training in (("correct", self.correct), ("distill", self.distill)):
+            if training and self.precision == "fp32" and training.logits_precision == "bf16":
+                raise ValueError(f"{name}.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
         return self
 
     @model_validator(mode="after")
@@ -324,6 +355,11 @@ class Recipe(Section):
     @property
     def teacher_precision(self) -> Literal["bf16", "fp32"]:
         return self.teacher.precision or self.precision
+
+    @property
+    def base(self) -> str:
+        """The stage whose model is scored, cut and distilled from."""
+        return "correct" if self.correct else "import"
 
     @property
     def root(self) -> Path:
@@ -371,7 +407,8 @@ def _sentence(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section: Any = Recipe
         for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            kinds = typing.get_args(annotation := section.model_fields[part].annotation)
+            section = kinds[0] if kinds else annotation  # Correct | None
         known = list(section.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from minitron_mp.arch import AXES, Arch
-from minitron_mp.config import Parallel, Recipe
+from minitron_mp.config import Parallel, Recipe, Training
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
 BYTES = {"bf16": 2, "fp32": 4}
@@ -50,46 +50,44 @@ def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
     return {"hidden": element * teacher.hidden_size, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[t.payload]
 
 
-def distill_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: int) -> dict[str, float]:
-    """Bytes on the student's fullest rank while distilling, by part."""
-    p, d, t = recipe.parallel, recipe.distill, recipe.teacher
-    size, shards = BYTES[recipe.precision], max(1, student_ranks // (p.tp * p.pp))
-    teacher_size = BYTES[recipe.teacher_precision]
-    sequence = recipe.data.sequence_length // p.cp
-    tokens = sequence * d.micro_batch_size
-    in_flight = min(p.pp, max(1, d.global_batch_size // d.micro_batch_size))
-    student_parameters, teacher_parameters = max(rank_parameters(student, p)), max(rank_parameters(teacher, p))
-    main_copy = 4 if recipe.precision == "bf16" else 0
-    layers = max(stage_layers(student.num_layers, p))
+def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int) -> dict[str, float]:
+    """Bytes of a model in training on its fullest rank, by part. ranks: that train it."""
+    p, size = recipe.parallel, BYTES[recipe.precision]
+    tokens = recipe.data.sequence_length // p.cp * training.micro_batch_size
+    in_flight = min(p.pp, max(1, training.global_batch_size // training.micro_batch_size))
+    parameters, main_copy = max(rank_parameters(arch, p)), 4 if recipe.precision == "bf16" else 0
     along_sequence = p.tp if p.sequence_parallel else 1
-    a = student
     # Kept for the backward pass in each layer: norms, residuals and their inputs (6 h), q k v and the attention output with
     # their rotated copies (split over tp), gate, up, their activation and product.
-    per_token = 6 * a.hidden_size / along_sequence + (3 * a.axis_size("qkv") + 2 * a.axis_size("heads") + 5 * a.ffn_hidden_size) / p.tp
-    per_token = a.hidden_size / along_sequence if d.recompute else per_token
-    steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
+    per_token = 6 * arch.hidden_size / along_sequence + (3 * arch.axis_size("qkv") + 2 * arch.axis_size("heads") + 5 * arch.ffn_hidden_size) / p.tp
+    per_token = arch.hidden_size / along_sequence if training.recompute else per_token
+    # In chunks (losses.py): float32 logits of both models and the gradient of a block.
+    columns = arch.padded_vocab_size / p.tp
+    logits = min(tokens * columns, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision] + min(tokens * columns, BLOCK_LOGITS) * size
+    return {
+        "weights": size * parameters,
+        "gradients (float32)": 4 * parameters,
+        "optimizer state": (8 + main_copy) * parameters / max(1, ranks // (p.tp * p.pp)),
+        "activations (estimate)": size * tokens * max(stage_layers(arch.num_layers, p)) * per_token * in_flight,
+        "logits and their gradient": logits,
+    }
+
+
+def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int) -> dict[str, float]:
+    """Bytes that the teacher takes on the student's fullest rank while distilling, by part."""
+    p, d, t = recipe.parallel, recipe.distill, recipe.teacher
+    size, sequence = BYTES[recipe.teacher_precision], recipe.data.sequence_length // p.cp
+    tokens = sequence * d.micro_batch_size
     if t.is_remote:
-        head = teacher_size * teacher.padded_vocab_size * teacher.hidden_size / p.tp if t.payload == "hidden" else 0
         share = p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1
-        beside = {
-            "teacher's output layer (a copy)": head,
+        return {
+            "teacher's output layer (a copy)": size * teacher.padded_vocab_size * teacher.hidden_size / p.tp if t.payload == "hidden" else 0,
             "teacher signals in the window": tokens * payload_bytes_per_token(teacher, recipe) / share * (t.window + 1),
         }
-    else:
-        beside = {
-            "teacher weights": teacher_size * teacher_parameters,
-            "teacher hidden states of a step": teacher_size * tokens * teacher.hidden_size / along_sequence * steps_held,
-        }
-    # In chunks (losses.py): float32 logits of both models and the gradient of a block.
-    columns = student.padded_vocab_size / p.tp
-    logits = min(tokens * columns, CHUNK_LOGITS) * 2 * BYTES[d.logits_precision] + min(tokens * columns, BLOCK_LOGITS) * size
+    steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
     return {
-        "student weights": size * student_parameters,
-        "student gradients (float32)": 4 * student_parameters,
-        "optimizer state": (8 + main_copy) * student_parameters / shards,
-        **beside,
-        "student activations (estimate)": size * tokens * layers * per_token * in_flight,
-        "logits and their gradient": logits,
+        "teacher weights": size * max(rank_parameters(teacher, p)),
+        "teacher hidden states of a step": size * tokens * teacher.hidden_size / (p.tp if p.sequence_parallel else 1) * steps_held,
     }
 
 
@@ -98,7 +96,7 @@ def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[
     d, t = recipe.distill, recipe.teacher
     teachers = t.ranks_in(world_size)
     students = world_size - teachers - sum(t.siblings.values())
-    memory = distill_memory(teacher, student, recipe, students)
+    memory = {**training_memory(student, d, recipe, students), **teacher_memory(teacher, recipe, students)}
     teacher_layout = t.parallel if t.is_remote else recipe.parallel
     lines = [("ranks", _layout(students, recipe.parallel))]
     if t.is_remote:
@@ -114,6 +112,9 @@ def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[
     lines.append(("distillation", f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens"))
     lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
     lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
+    if recipe.correct:
+        needed = sum(training_memory(teacher, recipe.correct, recipe, students).values())
+        lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
     return lines
 
 

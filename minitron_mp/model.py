@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from minitron_mp.arch import Arch, layout_problems
 from minitron_mp.collectives import AllGatherSequence
-from minitron_mp.config import Distill, refuse
+from minitron_mp.config import Training, refuse
 from minitron_mp.parallel import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(arch: Arch, world: World, *, precision: str, sequence_length: int, training: Distill | None = None, random_weights: bool = False) -> list[Any]:
+def build_model(arch: Arch, world: World, *, precision: str, sequence_length: int, training: Training | None = None, random_weights: bool = False) -> list[Any]:
     """This rank's model chunks (vpp of them, else one), on its device.
 
     Weights are uninitialised memory unless random_weights: every user loads a checkpoint. training: the settings of a run that
@@ -83,7 +83,7 @@ def unwrap(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _config(arch: Arch, world: World, dtype: torch.dtype, training: Distill | None, random_weights: bool) -> TransformerConfig:
+def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | None, random_weights: bool) -> TransformerConfig:
     p = world.parallel
     stages = p.pp * (p.vpp or 1)
     options: dict[str, Any] = {}

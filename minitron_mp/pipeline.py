@@ -21,16 +21,23 @@ from minitron_mp.config import InputError, Recipe, load_recipe, must_divide, ref
 from minitron_mp.console import say, speaks, table
 from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target
 
+BASE = "base"
+
 
 @dataclass(frozen=True)
 class Stage:
-    """artifact: name below recipe.output. inputs: stages that come before. settings: what of the recipe changes the result."""
+    """artifact: name below recipe.output. inputs: stages that come before, BASE for the one that makes the teacher. settings: what of the
+    recipe changes the result."""
 
     artifact: str
     inputs: tuple[str, ...]
     settings: Callable[[Recipe], dict[str, Any]]
     sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
     """Fingerprints of files of the user that the stage reads."""
+
+
+HOW = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints"}
+"""Settings of a training run that change nothing in its result."""
 
 
 def _run_settings(recipe: Recipe) -> dict[str, Any]:
@@ -46,10 +53,9 @@ def _target(recipe: Recipe) -> dict[str, Any]:
 
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
-    how = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints"}
     # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
     teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
-    return {**recipe.distill.model_dump(exclude=how), **_run_settings(recipe), "teacher": teacher}
+    return {**recipe.distill.model_dump(exclude=HOW), **_run_settings(recipe), "teacher": teacher}
 
 
 def _cache(recipe: Recipe) -> dict[str, Any]:
@@ -74,18 +80,19 @@ def _text_files(recipe: Recipe) -> dict[str, str]:
 STAGES: dict[str, Stage] = {
     "import": Stage("teacher", (), lambda recipe: {}, _model_files),
     "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(include={"valid_fraction"}), "seed": recipe.seed}, _text_files),
-    "score": Stage(
-        "importance.safetensors", ("import", "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}
-    ),
+    "score": Stage("importance.safetensors", (BASE, "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}),
     "plan": Stage("plan.json", ("score",), _target),
-    "prune": Stage("student", ("import", "plan"), lambda recipe: {}),
-    "distill": Stage("student_distilled", ("import", "data", "prune"), _distill),
-    "evaluate": Stage("evaluation.json", ("import", "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
+    "prune": Stage("student", (BASE, "plan"), lambda recipe: {}),
+    "distill": Stage("student_distilled", (BASE, "data", "prune"), _distill),
+    "evaluate": Stage("evaluation.json", (BASE, "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
     "export": Stage("student_hf", ("import", "distill"), lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision}),
 }
 
-CACHE = Stage("teacher_signals", ("import", "data"), _cache)
-"""Before distill, for teacher.placement: cached."""
+OPTIONAL: dict[str, Stage] = {
+    "correct": Stage("teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude=HOW), **_run_settings(r)} if r.correct else {}),
+    "cache": Stage("teacher_signals", (BASE, "data"), _cache),
+}
+"""correct: after data, where the recipe has that section. cache: before distill, for teacher.placement: cached."""
 
 
 class Project:
@@ -94,9 +101,11 @@ class Project:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         names = list(STAGES)
+        if recipe.correct:
+            names.insert(names.index("score"), "correct")
         if recipe.teacher.placement == "cached":
             names.insert(names.index("distill"), "cache")
-        self.stages = {name: STAGES.get(name, CACHE) for name in names}
+        self.stages = {name: {**STAGES, **OPTIONAL}[name] for name in names}
         self.paths = {name: recipe.root / stage.artifact for name, stage in self.stages.items()}
         self._manifests: dict[str, Manifest] = {}
 
@@ -104,9 +113,13 @@ class Project:
         """What the stage's artefact must say to be this recipe's."""
         if name not in self._manifests:
             stage = self.stages[name]
-            inputs = {other: self.manifest(other).fingerprint for other in stage.inputs} | stage.sources(self.recipe)
+            inputs = {other: self.manifest(other).fingerprint for other in self.inputs(name)} | stage.sources(self.recipe)
             self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs, made_by=f"minitron_mp {__version__}")
         return self._manifests[name]
+
+    def inputs(self, name: str) -> list[str]:
+        """Stages whose artefacts a stage reads."""
+        return [self.recipe.base if other == BASE else other for other in self.stages[name].inputs]
 
     def why_not_done(self, name: str) -> list[str] | None:
         """None when the artefact is whole and this recipe's; otherwise what differs ([] when it is not there)."""
@@ -120,9 +133,9 @@ class Project:
 
     def before(self, name: str) -> list[str]:
         """All stages that a stage builds on, in order."""
-        needed = set(self.stages[name].inputs)
+        needed = set(self.inputs(name))
         for other in reversed(self.stages):
-            needed |= set(self.stages[other].inputs) if other in needed else set()
+            needed |= set(self.inputs(other)) if other in needed else set()
         return [other for other in self.stages if other in needed]
 
     def check(self, num_ranks: int | None = None) -> None:
@@ -152,7 +165,9 @@ class Project:
                 less = f" ({num_ranks} less the {other}'s {taken + siblings})" if num_ranks and teacher.is_remote else ""
                 problems.append(f"{ranks} ranks{less} for the {role} is no multiple of tp x pp x cp = {layout.model_ranks}")
         dp = max(1, own // p.model_ranks)
-        batches = (("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s))
+        batches = [("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s)]
+        if c := self.recipe.correct:
+            batches.append(("correct.global_batch_size", c.global_batch_size, c))
         problems += filter(None, (must_divide(name, size, section.micro_batch_size, dp, p.interleaved) for name, size, section in batches))
         num_layers = arch.num_layers
         try:
@@ -182,13 +197,14 @@ class Project:
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
-    """Run one stage (a key of STAGES, or cache) on all ranks of the job; the path of its artefact.
+    """Run one stage (a key of STAGES or OPTIONAL) on all ranks of the job; the path of its artefact.
 
     Done already: nothing happens, unless force. Under torchrun every rank calls it.
     """
     project = Project(recipe)
     if name not in project.stages:
-        raise InputError(f"the stage {name} makes what only teacher.placement: cached reads; set it")
+        missing = {"cache": "teacher.placement: cached", "correct": "a section correct, for example correct: {steps: 1000}"}
+        raise InputError(f"the recipe has no stage {name}; it comes with {missing[name]}")
     if name == "plan" and not speaks():
         return project.paths[name]  # needs no ranks: one process does it
     with nullcontext() if name == "plan" else _world(recipe) as world:

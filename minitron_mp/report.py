@@ -22,7 +22,6 @@ def write_report(project: Any) -> None:
     recipe, root = project.recipe, project.recipe.root
     plan = PrunePlan.load(project.paths["plan"])
     quality = quality_rows(project)
-    metrics = [json.loads(line) for line in (project.paths["distill"] / "metrics.jsonl").read_text().splitlines()]
     table("result", QUALITY_HEADER, quality)
     parts = [
         f"# {recipe.model} compressed to {plan.student.num_parameters() / plan.teacher.num_parameters():.1%}",
@@ -32,8 +31,9 @@ def write_report(project: Any) -> None:
         "## What was cut",
         markdown(("size", "teacher", "student", "kept"), plan.summary()),
         *_cuts(plan, Importance.load(project.paths["score"])),
+        *(["## Teacher correction", _bought(project), *_training(project, "correct", "metrics_correct.jsonl")] if recipe.correct else []),
         "## Distillation",
-        *_training(metrics),
+        *_training(project, "distill", "metrics.jsonl"),
         "## Files",
         markdown(("what", "where"), [(name, f"`{path.relative_to(root)}`") for name, path in project.paths.items()]),
         "## How it was made",
@@ -48,10 +48,12 @@ QUALITY_HEADER = ("model", "parameters", "of teacher", "held-out loss", "perplex
 
 
 def quality_rows(project: Any) -> list[tuple[str, ...]]:
-    """One row a model: teacher, pruned, distilled."""
+    """One row a model: the teacher before its correction, where it had one, teacher, pruned, distilled."""
     plan, evaluation = PrunePlan.load(project.paths["plan"]), _evaluation(project)
     rows = []
-    for name, arch in (("teacher", plan.teacher), ("pruned", plan.student), ("distilled", plan.student)):
+    for name, arch in (("uncorrected", plan.teacher), ("teacher", plan.teacher), ("pruned", plan.student), ("distilled", plan.student)):
+        if name not in evaluation:
+            continue
         q, count = evaluation[name], arch.num_parameters()
         kl = "" if q["kl"] is None else f"{q['kl']:.4f}"
         rows.append((name, f"{count:,}", f"{count / plan.teacher.num_parameters():.1%}", f"{q['loss']:.4f}", f"{q['perplexity']:.2f}", kl))
@@ -82,7 +84,14 @@ def _cuts(plan: PrunePlan, importance: Importance) -> list[str]:
     return lines + [f"Note: {note}." for note in plan.notes]
 
 
-def _training(metrics: list[dict[str, Any]]) -> list[str]:
+def _bought(project: Any) -> str:
+    """A sentence on what the teacher gained by its correction."""
+    before, after = (_evaluation(project)[name]["loss"] for name in ("uncorrected", "teacher"))
+    return f"The teacher's held-out loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}); everything below is cut and distilled from it."
+
+
+def _training(project: Any, stage: str, curve: str) -> list[str]:
+    metrics = [json.loads(line) for line in (project.paths[stage] / curve).read_text().splitlines()]
     if not metrics:
         return ["No steps were logged."]
     tokens, seconds = sum(m["num_tokens"] for m in metrics), sum(m["step_time_s"] for m in metrics)
@@ -90,7 +99,7 @@ def _training(metrics: list[dict[str, Any]]) -> list[str]:
     rows = [(str(m["step"]), f"{m['loss']:.4f}", f"{m['kl']:.4f}", f"{m['lr']:.2e}", f"{m['grad_norm']:.2f}") for m in picked]
     return [
         f"{len(metrics)} steps, {tokens:,} tokens, {seconds / 60:.1f} minutes, {tokens / seconds:,.0f} tokens/s over all ranks. "
-        "The full curve: `metrics.jsonl`, `tensorboard/`.",
+        f"The full curve: `{curve}`, `tensorboard/{stage}`.",
         markdown(("step", "loss", "KL", "learning rate", "gradient norm"), rows),
     ]
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from minitron_mp import artifact, checkpoint, data
 from minitron_mp.arch import HeadSpec, differing_fields
 from minitron_mp.cache import Reader, Writer, write_index
-from minitron_mp.config import InputError, Parallel, Recipe, refuse
+from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from minitron_mp.stages import Job
 
 
-def train_set(job: Job) -> Dataset:
+def train_set(job: Job, settings: Training) -> Dataset:
     """The samples of all steps, the same for every role."""
     recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
-    count = recipe.distill.steps * recipe.distill.global_batch_size
+    count = settings.steps * settings.global_batch_size
     return data.samples(job.paths["data"], "train", recipe.data.sequence_length, count, recipe.seed, job.tokenizer(), repeat=True, owner=owner)
 
 
@@ -59,7 +59,7 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
         receiver = Receiver(link, link.students[0], mine, world.device) if world.is_last_stage else None
     head = None
     if t.payload == "hidden":
-        head = load_head(job.arch("import"), job.paths["import"], world, DTYPES[recipe.teacher_precision])
+        head = load_head(job.arch(recipe.base), job.paths[recipe.base], world, DTYPES[recipe.teacher_precision])
     return RemoteTeacher(receiver, t.payload, head, world)
 
 
@@ -95,21 +95,21 @@ def cache(job: Job) -> None:
 
 
 def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group: int, progress: Any = lambda count: None) -> None:
-    recipe, world, d, samples = job.recipe, job.world, job.recipe.distill, train_set(job)
+    recipe, world, d, samples = job.recipe, job.world, job.recipe.distill, train_set(job, job.recipe.distill)
     per_step = d.global_batch_size // d.micro_batch_size
 
     def batch_of(id: int) -> Batch:
         place = {"dp_rank": id % per_step, "dp_size": per_step}
         return data.micro_batches(samples, id // per_step, global_batch_size=d.global_batch_size, micro_batch_size=d.micro_batch_size, **place)[0]
 
-    arch = job.arch("import")
-    chunks = frozen_model(arch, job.paths["import"], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
+    arch = job.arch(recipe.base)
+    chunks = frozen_model(arch, job.paths[recipe.base], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
     settings = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature}
     serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
 
 
 def _shape(job: Job) -> Shape:
-    recipe, arch = job.recipe, job.arch("import")
+    recipe, arch = job.recipe, job.arch(job.recipe.base)
     width, dtype = {
         "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
         "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
@@ -134,14 +134,14 @@ def _handshake(job: Job, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
     recipe = job.recipe
     mine = {
-        "teacher checkpoint": artifact.require(job.paths["import"], "import").fingerprint,
+        "teacher checkpoint": artifact.require(job.paths[recipe.base], recipe.base).fingerprint,
         "data": artifact.require(job.paths["data"], "data").fingerprint,
         "tokenizer": dict(job.tokenizer().unique_identifiers),
         "seed": recipe.seed,
         "steps": recipe.distill.steps,
         "global_batch_size": recipe.distill.global_batch_size,
         "temperature": recipe.distill.temperature,
-        **{f"head {name}": value for name, value in vars(HeadSpec.of(job.arch("import"))).items()},
+        **{f"head {name}": value for name, value in vars(HeadSpec.of(job.arch(recipe.base))).items()},
         **{name: str(value) for name, value in vars(link.shape).items()},
         "window": link.window,
         "context parallel order": "zig-zag",

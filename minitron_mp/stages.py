@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from minitron_mp import artifact, checkpoint, data, hf, importance, signals, slicing, text
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, must_divide, refuse
+from minitron_mp.config import InputError, Recipe, Training, must_divide, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
@@ -32,8 +32,10 @@ from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
 
 ASSETS = "assets"
 """Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
-METRICS = "metrics.jsonl"
-"""Beside the artefacts while distillation runs; a copy of the whole curve goes into the artefact that it made."""
+METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
+"""Beside the artefacts while a stage trains; a copy of the whole curve goes into the artefact that it made."""
+CHECKPOINTS = "checkpoints"
+"""Beside the artefacts while a stage trains, a folder for each."""
 READ_BYTES = 2e9
 """Tensors that export holds at a time."""
 
@@ -70,9 +72,11 @@ class Job:
         checkpoint.load_model(chunks, self.paths[stage], self.world)
         return chunks
 
-    def teacher(self) -> ColocatedTeacher:
+    def teacher(self, stage: str = "") -> ColocatedTeacher:
+        """The model that a stage left, default the teacher of the student."""
+        stage = stage or self.recipe.base
         options = {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
-        return ColocatedTeacher(self.arch("import"), self.paths["import"], self.world, **options)
+        return ColocatedTeacher(self.arch(stage), self.paths[stage], self.world, **options)
 
 
 def import_model(job: Job) -> None:
@@ -122,7 +126,7 @@ def tokenize(job: Job) -> None:
 def score(job: Job) -> None:
     """Importance of all axes in one forward pass over the calibration text."""
     settings, sequence_length = job.recipe.score, job.recipe.data.sequence_length
-    arch, chunks = job.arch("import"), job.build("import")
+    arch, chunks = job.arch(job.recipe.base), job.build(job.recipe.base)
     _, groups = _groups(job, "calibration", settings.num_samples, settings.micro_batch_size, exact=True)
     for chunk in chunks:
         chunk.eval()
@@ -140,71 +144,75 @@ def score(job: Job) -> None:
 def prune(job: Job) -> None:
     """Slice the teacher by the plan and write the student."""
     plan = PrunePlan.load(job.paths["plan"])
-    chunks = job.build("import")
-    if plan.teacher != job.arch("import"):
-        raise InputError(f"{job.paths['plan']} was made for another architecture than {job.paths['import']}; run `minitron-mp plan` again")
+    chunks = job.build(job.recipe.base)
+    if plan.teacher != job.arch(job.recipe.base):
+        raise InputError(f"{job.paths['plan']} was made for another architecture than {job.paths[job.recipe.base]}; run `minitron-mp plan` again")
     refuse("this layout does not fit the student:", layout_problems(plan.student, job.recipe.parallel.tp))
     state = slicing.prune(chunks, plan, job.world)
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": plan.student}), _assets_from(job.paths["import"]))
 
 
+def correct(job: Job) -> None:
+    """Train the teacher on the distillation text by cross-entropy (2408.11796 section 3.1)."""
+    assert job.recipe.correct is not None
+    _fit(job, "import", job.recipe.correct, lambda first: None)
+
+
 def distill(job: Job) -> None:
-    """Train the student on the teacher's distribution; metrics.jsonl and TensorBoard beside the artefact."""
+    """Train the student on the teacher's distribution."""
     if job.world.role == "teacher":
         signals.teach(job)
-        return
-    recipe, settings, world = job.recipe, job.recipe.distill, job.world
-    arch = job.arch("prune")
-    train_set = signals.train_set(job)
+    else:
+        _fit(job, "prune", job.recipe.distill, lambda first: signals.source(job, first))
+
+
+def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int], Any]) -> None:
+    """Train the model that the stage `start` left; its metrics and TensorBoard come beside the artefact.
+
+    teacher_from: first step -> the teacher, or None.
+    """
+    recipe, world, name = job.recipe, job.world, job.manifest.stage
+    arch, place = job.arch(start), {"dp_rank": job.world.groups.dp.rank(), "dp_size": job.world.groups.dp.size()}
+    train_set = signals.train_set(job, settings)
     sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
-    place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
     data.micro_batches(train_set, 0, **sizes, **place)  # refuse sizes that do not divide before any model is built
 
     def batches_of(step: int) -> Sequence[Batch]:
         return data.micro_batches(train_set, step, **sizes, **place)
 
-    options = {"precision": recipe.precision, "sequence_length": recipe.data.sequence_length}
-    student = build_model(arch, world, training=settings, **options)
-    checkpoint.load_model(student, job.paths["prune"], world)
-    checkpoints = recipe.root / "checkpoints"
+    model = build_model(arch, world, training=settings, precision=recipe.precision, sequence_length=recipe.data.sequence_length)
+    checkpoint.load_model(model, job.paths[start], world)
+    checkpoints, curve = recipe.root / CHECKPOINTS / name, recipe.root / METRICS[name]
     first = resume_step(checkpoints, job.manifest, world)
     if first:
-        say(f"distill: going on from step {first}")
-    teacher = signals.source(job, first)
-    with Tracker("distill", settings.steps, "steps", first) as tracker, _Log(recipe.root, first, world) as log:
+        say(f"{name}: going on from step {first}")
+    teacher = teacher_from(first)
+    with Tracker(name, settings.steps, "steps", first) as tracker, _Log(curve, name, first, world) as log:
 
         def on_step(metrics: StepMetrics) -> None:
             log(metrics)
             tracker.advance(1, f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}")
 
-        train(
-            student,
-            teacher,
-            batches_of,
-            settings,
-            world,
-            vocab_size=arch.vocab_size,
-            seed=recipe.seed,
-            checkpoints=checkpoints,
-            manifest=job.manifest,
-            on_step=on_step,
-        )
-    teacher.close()
-    state = checkpoint.model_state(student, world)
+        options = {"vocab_size": arch.vocab_size, "seed": recipe.seed, "checkpoints": checkpoints, "manifest": job.manifest}
+        train(model, teacher, batches_of, settings, world, **options, on_step=on_step)
+    if teacher is not None:
+        teacher.close()
+    state = checkpoint.model_state(model, world)
 
     def add_files(folder: Path) -> None:
         _assets_from(job.paths["import"])(folder)
-        shutil.copy(recipe.root / METRICS, folder / METRICS)
+        shutil.copy(curve, folder / curve.name)
 
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
     on_main(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
 
 
 def evaluate(job: Job) -> None:
-    """Held-out loss, perplexity and KL of teacher, pruned and distilled student, in one pass over the text."""
+    """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text."""
     settings = job.recipe.evaluate
     teacher = job.teacher()
-    models = {"pruned": job.build("prune"), "distilled": job.build("distill")}
+    models = {"uncorrected": job.build("import")} if job.recipe.correct else {}
+    models |= {"pruned": job.build("prune"), "distilled": job.build("distill")}
     count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
     with Tracker("evaluate", count, "batches") as tracker:
         quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
@@ -281,8 +289,8 @@ def _groups(job: Job, part: str, num_samples: int, micro_batch_size: int, *, exa
 class _Log:
     """metrics.jsonl and TensorBoard scalars, on rank 0; takes back what was logged after the step that a run resumes from."""
 
-    def __init__(self, root: Path, first: int, world: World):
-        self.path, self.first, self.enabled = root / METRICS, first, world.is_main
+    def __init__(self, path: Path, name: str, first: int, world: World):
+        self.path, self.name, self.first, self.enabled = path, name, first, world.is_main
 
     def __enter__(self) -> Callable[[StepMetrics], None]:
         if self.enabled:
@@ -291,14 +299,14 @@ class _Log:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and self.first else []
             artifact.write_text(self.path, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.first))
             self.file = self.path.open("a", buffering=1)
-            self.board = SummaryWriter(str(self.path.with_name("tensorboard")), purge_step=self.first + 1)
+            self.board = SummaryWriter(str(self.path.with_name("tensorboard") / self.name), purge_step=self.first + 1)
         return self._write
 
     def _write(self, metrics: StepMetrics) -> None:
         self.file.write(metrics_line(metrics) + "\n")
         for name, value in vars(metrics).items():
             if name != "step":
-                self.board.add_scalar(f"distill/{name}", value, metrics.step)
+                self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
         self.board.flush()  # or a kill takes up to two minutes of points, and a resumed run does not repeat those before its checkpoint
 
     def __exit__(self, *_: Any) -> None:
@@ -316,6 +324,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "import": import_model,
     "data": tokenize,
     "score": score,
+    "correct": correct,
     "prune": prune,
     "cache": signals.cache,
     "distill": distill,

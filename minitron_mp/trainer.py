@@ -24,7 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, InputError, refuse
+from minitron_mp.config import Correct, Distill, InputError, Training, refuse
 from minitron_mp.losses import Objective, distillation_loss
 from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
@@ -52,7 +52,7 @@ def train(
     chunks: list[Any],
     teacher: Any,
     batches_of: Callable[[int], Sequence[Batch]],
-    settings: Distill,
+    settings: Distill | Correct,
     world: World,
     *,
     vocab_size: int,
@@ -99,7 +99,7 @@ def train(
 class _LossOnLastStage:
     """schedule.run's on_output: Megatron's (loss sum, tokens, report); adds (loss, kl, ce, tokens) of this rank to sums."""
 
-    def __init__(self, model: Any, teacher: Any, settings: Distill, world: World, vocab_size: int):
+    def __init__(self, model: Any, teacher: Any, settings: Distill | Correct, world: World, vocab_size: int):
         self.model, self.teacher, self.world, self.vocab_size = model, teacher, world, vocab_size
         self.objective = Objective(settings.divergence, settings.temperature, settings.kl_weight, settings.ce_weight, DTYPES[settings.logits_precision])
         self.overlap = settings.overlap
@@ -123,7 +123,7 @@ class _LossOnLastStage:
         return total, tokens.to(torch.int32), {}
 
 
-def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[Any], Any, Any]:
+def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[Any], Any, Any]:
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -175,7 +175,7 @@ def _prepare(chunks: list[Any], settings: Distill, world: World) -> tuple[list[A
     return models, optimizer, scheduler
 
 
-def _log(pending: list, sums: list[torch.Tensor], settings: Distill, world: World, seconds: float, on_step: Callable) -> None:
+def _log(pending: list, sums: list[torch.Tensor], settings: Training, world: World, seconds: float, on_step: Callable) -> None:
     """One host synchronisation and one collective for all steps since the last call; empties both lists."""
     totals = torch.stack(sums)
     if not (world.is_last_stage and world.groups.tp.rank() == 0):
@@ -195,7 +195,7 @@ def _log(pending: list, sums: list[torch.Tensor], settings: Distill, world: Worl
     sums.clear()
 
 
-def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, step: int, settings: Distill, world: World) -> None:
+def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, step: int, settings: Training, world: World) -> None:
     if settings.overlap:
         for model in models:
             model.disable_forward_pre_hook(param_sync=True)
@@ -248,7 +248,7 @@ def _step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def _settle(models: list[Any], settings: Distill) -> None:
+def _settle(models: list[Any], settings: Training) -> None:
     """Leave the bare weights current (with overlap the last parameter gather is still to come) and the rest collectable."""
     for model in models:
         if settings.overlap:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minitron_mp.arch import ATTENTION, AXES, MLP, Arch
-from minitron_mp.config import Distill, Target
+from minitron_mp.config import Correct, Distill, Target, Training
 
 SEQUENCE_LENGTH = 24
 """Divides by 8: 2 cp x tp under context and sequence parallelism."""
@@ -173,12 +173,17 @@ SPLITS = {f"micro{n}": ONE_STEP.model_copy(update={"micro_batch_size": n}) for n
 SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2")
 OVERLAP_LAYOUTS = ("dp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2")
 RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
+CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"steps"}), steps=2)
+"""Cross-entropy alone, without a teacher."""
+CORRECT_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
 
 
-def variants(layout: Layout) -> dict[str, Distill]:
+def variants(layout: Layout) -> dict[str, Distill | Correct]:
     """Other settings of a run that must not change its numbers."""
     chosen = dict(SPLITS) if layout.name in SPLIT_LAYOUTS else {}
     for name, where in (("overlap", OVERLAP_LAYOUTS), ("recompute", RECOMPUTE_LAYOUTS)):
         if layout.name in where:
             chosen[name] = settings(layout).model_copy(update={name: True})
+    if layout.name in CORRECT_LAYOUTS:
+        chosen["correct"] = CORRECT.model_copy(update={"micro_batch_size": settings(layout).micro_batch_size})
     return chosen

@@ -162,7 +162,7 @@ def curve(run: Run) -> dict[int, float]:
     """Step -> loss, as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(run.output / "tensorboard"))
+    board = EventAccumulator(str(run.output / "tensorboard" / "distill"))
     board.Reload()
     points = board.Scalars("distill/loss")
     assert len({point.step for point in points}) == len(points)
@@ -307,7 +307,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
     logged = start_and_kill(copied)
     assert CHECKPOINT_INTERVAL < logged < STEPS
     assert not (copied.output / "student_distilled").exists()
-    checkpoints = copied.output / "checkpoints"
+    checkpoints = copied.output / "checkpoints" / "distill"
     saved = max(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
     # What a kill in the middle of a save leaves, and what a machine leaves that lost what was not on its disk yet.
     (checkpoints / f".step_{saved + CHECKPOINT_INTERVAL:08d}.tmp").mkdir(exist_ok=True)
@@ -340,10 +340,10 @@ def test_checkpoints_that_a_kill_left_beside_the_student_are_cleaned_up(copied, 
 def test_checkpoints_of_another_run_are_refused(copied, on_rank):
     drop(copied.output, "distill")
     manifest = copied.project("distill.lr=0.01").manifest("distill")
-    with artifact.writing(copied.output / "checkpoints" / f"step_{CHECKPOINT_INTERVAL:08d}", manifest):
+    with artifact.writing(copied.output / "checkpoints" / "distill" / f"step_{CHECKPOINT_INTERVAL:08d}", manifest):
         pass
     refused(on_rank("distill", copied.recipe), "checkpoints of another run; move or delete it, or go back", f"settings.lr: 0.01, here {MAX_LR}")
-    assert names(copied.output / "checkpoints") == [f"step_{CHECKPOINT_INTERVAL:08d}"]
+    assert names(copied.output / "checkpoints" / "distill") == [f"step_{CHECKPOINT_INTERVAL:08d}"]
 
 
 def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
@@ -437,6 +437,30 @@ def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
     assert all(torch.equal(value, tensors[key]) for key, value in read().items())
     assert names(copied.output) == OUTPUT
     assert copied.to_repeat() == {}
+
+
+def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path, on_rank):
+    """It learns the text, everything after it is made from it, and a second run finds all of it done."""
+    correct = {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "lr": MAX_LR, "warmup_steps": 4, "checkpoint_interval": 6}
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", correct=correct, distill={"steps": 6})
+    code, out, err = on_rank("compress", recipe)
+    assert code == 0, err
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert evaluation["teacher"]["loss"] < 0.9 * evaluation["uncorrected"]["loss"]
+    assert evaluation["uncorrected"]["kl"] > 0  # of the teacher, which is the corrected one
+    project = Project(load_recipe(recipe))
+    corrected = artifact.require(project.paths["correct"], "correct")
+    assert {project.manifest(name).inputs["correct"] for name in ("score", "prune", "distill", "evaluate")} == {corrected.fingerprint}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## Teacher correction" in report
+    assert "| uncorrected |" in report
+    assert len((project.paths["correct"] / "metrics_correct.jsonl").read_text().splitlines()) == 20
+    code, out, err = on_rank("compress", recipe)
+    assert code == 0, err
+    assert out.count(": done, ") == len(project.stages) == len(STAGES) + 1
+    refused(on_rank("correct", inputs / "recipe.yaml"), "the recipe has no stage correct; it comes with a section correct")
+    refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
+    refused(on_rank("compress", recipe, "correct.warmup_steps=20"), "correct: warmup_steps 20 must be smaller than steps 20")
 
 
 REMOTE = ("teacher.placement=remote", "teacher.window=2")
@@ -543,7 +567,7 @@ def test_the_teachers_that_are_left_take_over(whole, copied, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}", "--rdzv-id", "elastic"]
-    patience = ["--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2", "--monitor-interval", "0.2"]
+    patience = ["--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5", "--monitor-interval", "0.2"]
     distill = ["-m", "minitron_mp", "distill", str(copied.recipe), *REMOTE, "teacher.student_ranks=1", "teacher.timeout_s=20"]
     agents, text = [], ""
     try:

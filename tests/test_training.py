@@ -10,6 +10,8 @@ import torch
 from cases import (
     ARCHS,
     BY_NAME,
+    CORRECT,
+    CORRECT_LAYOUTS,
     DISTILL,
     OVERLAP_LAYOUTS,
     RECOMPUTE_LAYOUTS,
@@ -140,6 +142,20 @@ def test_overlapped_communication_changes_nothing(results, layout):
 @pytest.mark.parametrize("layout", RECOMPUTE_LAYOUTS)
 def test_recomputation_changes_nothing(results, layout):
     assert_close(variant(results, layout, "recompute"), one_rank(results))
+
+
+@pytest.mark.parametrize("layout", CORRECT_LAYOUTS)
+def test_teacher_correction_equals_plain_autograd(results, layout):
+    """Cross-entropy alone, no teacher: the same numbers at every layout."""
+    metrics, plan = variant(results, layout, "correct"), results.plan("qwen3", "all")
+    weights = reference.sliced(ARCHS["qwen3"], results.weights("qwen3"), plan)
+    run = reference.PlainTraining(plan.student, weights, plan.student, weights, CORRECT)
+    assert [m.step for m in metrics] == [1, 2]
+    for mine in metrics:
+        run.step(make_samples(ARCHS["qwen3"], mine.step - 1, CORRECT.global_batch_size), mine.lr)
+        loss, _, ce, norm = run.history[-1]
+        assert (mine.kl, mine.loss) == (0.0, mine.ce)
+        assert [mine.loss, mine.ce, mine.grad_norm] == pytest.approx([loss, ce, norm], rel=ROUNDING)
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine(results):

@@ -18,7 +18,7 @@ from workers import gather, joined, load, manifest
 
 from minitron_mp import checkpoint, trainer
 from minitron_mp.arch import Arch
-from minitron_mp.config import Distill
+from minitron_mp.config import Correct, Distill
 from minitron_mp.evaluate import compare
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
@@ -60,7 +60,7 @@ def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch
     with joined(layout) as world, small_buckets():
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         for name, chosen in variants.items():
-            runner = Runner(world, signals, chosen)
+            runner = Runner(world, None if isinstance(chosen, Correct) else signals, chosen)
             run = runner(student_arch, student, output / name, stop_after=RESUME_AT)
             metrics = run.metrics
             if chosen.steps > RESUME_AT:
