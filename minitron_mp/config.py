@@ -112,6 +112,8 @@ class Target(Section):
     """What the student should be: explicit sizes, or a number of parameters, or a share of the teacher's."""
 
     num_layers: int | None = Field(None, ge=1)
+    drop_layers: list[int] | None = None
+    """Instead of num_layers: the very layers that go, from 0."""
     hidden_size: int | None = Field(None, ge=1)
     ffn_hidden_size: int | None = Field(None, ge=1)
     num_attention_heads: int | None = Field(None, ge=1)
@@ -137,7 +139,11 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Target:
-        sizes = {n: v for n in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if (v := getattr(self, n))}
+        sizes = {n: v for n in ("num_layers", "drop_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if (v := getattr(self, n))}
+        if self.num_layers and self.drop_layers is not None:
+            raise ValueError("num_layers and drop_layers both say how deep the student is; give one of them")
+        if self.drop_layers is not None and self.drop_layers != sorted({n for n in self.drop_layers if n >= 0}):
+            raise ValueError(f"drop_layers {self.drop_layers} is not ascending from 0, each layer once")
         kinds = bool(sizes) + (self.max_parameters is not None) + (self.keep is not None)
         if kinds > 1:
             raise ValueError("sizes, max_parameters and keep are three ways to say one thing; give one of them")
@@ -152,7 +158,24 @@ class Target(Section):
 
     @property
     def given(self) -> bool:
-        return self.searched or any((self.num_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads))
+        return self.searched or any((self.num_layers, self.drop_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads))
+
+
+class Depth(Section):
+    """Which layers go, when the target has fewer.
+
+    cosine: those that change the hidden states least (importance of the stage `score`). drop: those without which, one at a time, the
+    loss is least (2407.14679 section 2.2). block: the contiguous block without which the loss is least (2408.11796 section 4.2).
+    greedy: one after the other, each time the one without which the loss is least. All but cosine are measured by the stage `depth`.
+    """
+
+    method: Literal["cosine", "drop", "block", "greedy"] = "cosine"
+    protect_first: int = Field(0, ge=0)
+    """So many layers at the start stay, whatever their score."""
+    protect_last: int = Field(0, ge=0)
+    num_samples: int = Field(32, ge=1)
+    """Calibration samples for the losses."""
+    micro_batch_size: int = Field(1, ge=1)
 
 
 class Training(Section):
@@ -326,6 +349,7 @@ class Recipe(Section):
     correct: Correct | None = None
     """Teacher correction; without this section the teacher stays as it is."""
     score: Score = Score()
+    depth: Depth = Depth()
     target: Target = Target()
     distill: Distill = Distill()
     teacher: Teacher = Teacher()

@@ -17,9 +17,9 @@ from typing import Any
 from minitron_mp import __version__, artifact, hf, text
 from minitron_mp.arch import layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, load_recipe, must_divide, refuse, save_recipe
+from minitron_mp.config import Depth, InputError, Recipe, load_recipe, must_divide, refuse, save_recipe
 from minitron_mp.console import say, speaks, table
-from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target
+from minitron_mp.plan import Importance, PrunePlan, Trials, droppable, exportable, make_plan, resolve_target
 
 BASE = "base"
 
@@ -52,6 +52,25 @@ def _target(recipe: Recipe) -> dict[str, Any]:
     return recipe.target.model_dump(exclude_none=True, exclude={"axes", "align"})
 
 
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    depth = recipe.depth.model_dump(include={"method", "protect_first", "protect_last"})
+    return {**_target(recipe), **(depth if recipe.depth != Depth() and _layers_to_drop(recipe) else {})}
+
+
+def _depth(recipe: Recipe) -> dict[str, Any]:
+    # The trials of single layers serve any number of them.
+    count = {} if recipe.depth.method == "drop" else {"layers to drop": _layers_to_drop(recipe)}
+    return {**recipe.depth.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe), **count}
+
+
+def _layers_to_drop(recipe: Recipe) -> int:
+    """By measured or chosen importance; 0 where the target names them."""
+    if recipe.target.drop_layers is not None or (recipe.target.num_layers is None and "layer" not in recipe.target.axes):
+        return 0
+    teacher = hf.read_arch(Path(recipe.model))
+    return teacher.num_layers - resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+
+
 def _distill(recipe: Recipe) -> dict[str, Any]:
     # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
     teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
@@ -81,7 +100,7 @@ STAGES: dict[str, Stage] = {
     "import": Stage("teacher", (), lambda recipe: {}, _model_files),
     "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(include={"valid_fraction"}), "seed": recipe.seed}, _text_files),
     "score": Stage("importance.safetensors", (BASE, "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}),
-    "plan": Stage("plan.json", ("score",), _target),
+    "plan": Stage("plan.json", ("score",), _plan),
     "prune": Stage("student", (BASE, "plan"), lambda recipe: {}),
     "distill": Stage("student_distilled", (BASE, "data", "prune"), _distill),
     "evaluate": Stage("evaluation.json", (BASE, "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
@@ -90,9 +109,11 @@ STAGES: dict[str, Stage] = {
 
 OPTIONAL: dict[str, Stage] = {
     "correct": Stage("teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude=HOW), **_run_settings(r)} if r.correct else {}),
+    "depth": Stage("depth.json", (BASE, "data"), _depth),
     "cache": Stage("teacher_signals", (BASE, "data"), _cache),
 }
-"""correct: after data, where the recipe has that section. cache: before distill, for teacher.placement: cached."""
+"""correct: after data, where the recipe has that section. depth: before plan, where layers go and depth.method is not cosine. cache: before distill, for
+teacher.placement: cached."""
 
 
 class Project:
@@ -103,6 +124,8 @@ class Project:
         names = list(STAGES)
         if recipe.correct:
             names.insert(names.index("score"), "correct")
+        if recipe.depth.method != "cosine" and _layers_to_drop(recipe):
+            names.insert(names.index("plan"), "depth")
         if recipe.teacher.placement == "cached":
             names.insert(names.index("distill"), "cache")
         self.stages = {name: {**STAGES, **OPTIONAL}[name] for name in names}
@@ -119,7 +142,8 @@ class Project:
 
     def inputs(self, name: str) -> list[str]:
         """Stages whose artefacts a stage reads."""
-        return [self.recipe.base if other == BASE else other for other in self.stages[name].inputs]
+        depth = ("depth",) if name == "plan" and "depth" in self.stages else ()
+        return [self.recipe.base if other == BASE else other for other in self.stages[name].inputs + depth]
 
     def why_not_done(self, name: str) -> list[str] | None:
         """None when the artefact is whole and this recipe's; otherwise what differs ([] when it is not there)."""
@@ -174,6 +198,8 @@ class Project:
             student = resolve_target(arch, self.recipe.target, p.tp, self.recipe.export.family)
             num_layers = student.num_layers
             exportable(student, self.recipe.export.family)
+            if count := _layers_to_drop(self.recipe):
+                droppable(self.recipe.depth, arch.num_layers, count)
         except InputError as error:
             title, *rows = str(error).splitlines()
             problems += [row.removeprefix("  - ") for row in rows] or [title]
@@ -203,7 +229,11 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     """
     project = Project(recipe)
     if name not in project.stages:
-        missing = {"cache": "teacher.placement: cached", "correct": "a section correct, for example correct: {steps: 1000}"}
+        missing = {
+            "cache": "teacher.placement: cached",
+            "correct": "a section correct, for example correct: {steps: 1000}",
+            "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
+        }
         raise InputError(f"the recipe has no stage {name}; it comes with {missing[name]}")
     if name == "plan" and not speaks():
         return project.paths[name]  # needs no ranks: one process does it
@@ -251,8 +281,10 @@ def plan(project: Project) -> PrunePlan:
     """Importance -> plan.json. Numpy only: runs on a laptop."""
     teacher = artifact.require(project.paths["score"], "score").arch
     assert teacher is not None
-    result = make_plan(Importance.load(project.paths["score"]), teacher, project.recipe.target, project.recipe.parallel.tp, project.recipe.export.family)
-    exportable(result.student, project.recipe.export.family)
+    recipe = project.recipe
+    trials = Trials.load(project.paths["depth"]) if "depth" in project.stages else None
+    result = make_plan(Importance.load(project.paths["score"]), teacher, recipe.target, recipe.parallel.tp, recipe.export.family, recipe.depth, trials)
+    exportable(result.student, recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())
     for note in result.notes:

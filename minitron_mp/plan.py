@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from minitron_mp.arch import Arch, export_problems, layout_problems
-from minitron_mp.artifact import Manifest, write_bytes, write_text
-from minitron_mp.config import InputError, Target, refuse
+from minitron_mp.artifact import Manifest, read_json, write_bytes, write_text
+from minitron_mp.config import Depth, InputError, Target, refuse
 
 NOISE = 1e-5
 """Relative gap at a cut under which float32 sums over another number of ranks may order two scores the other way."""
@@ -139,14 +140,17 @@ class PrunePlan(BaseModel):
         return rows
 
 
-def make_plan(importance: Importance, teacher: Arch, target: Target, tp: int = 1, family: str | None = None) -> PrunePlan:
+def make_plan(
+    importance: Importance, teacher: Arch, target: Target, tp: int = 1, family: str | None = None, depth: Depth | None = None, trials: Trials | None = None
+) -> PrunePlan:
     """Rank and keep. tp: the tensor-parallel size that the student must run at, for alignment.
 
-    family: what the student will be exported as, where that limits its sizes. InputError lists every reason why the target cannot be.
+    family: what the student will be exported as, where that limits its sizes. depth, trials: which layers go, where the target does not name
+    them; default: those of the least 1 - cosine. InputError lists every reason why the target cannot be.
     """
     importance.check(teacher)
-    student = resolve_target(teacher, target, tp, family)
-    layers = top(importance.layers, student.num_layers)
+    student, depth = resolve_target(teacher, target, tp, family), depth or Depth()
+    layers = kept_layers(importance.layers, teacher.num_layers, student.num_layers, target, depth, trials)
     groups = (teacher.num_query_groups, teacher.heads_per_group)
     offset = np.arange(groups[0])[:, None] * groups[1]
     plan = PrunePlan(
@@ -156,7 +160,7 @@ def make_plan(importance: Importance, teacher: Arch, target: Target, tp: int = 1
         hidden=top(importance.hidden, student.hidden_size).tolist(),
         ffn=[top(importance.ffn[i], student.ffn_hidden_size).tolist() for i in layers],
         heads=[(np.stack([top(row, student.heads_per_group) for row in importance.heads[i].reshape(groups)]) + offset).reshape(-1).tolist() for i in layers],
-        notes=close_cuts(importance, teacher, student),
+        notes=close_cuts(importance, teacher, student, layers, by_cosine=target.drop_layers is None and depth.method == "cosine"),
     )
     return plan
 
@@ -166,10 +170,69 @@ def top(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
-def close_cuts(importance: Importance, teacher: Arch, student: Arch) -> list[str]:
-    """One sentence for each cut between two scores nearer than the rounding noise."""
-    rows = [("hidden", importance.hidden[None], student.hidden_size), ("layers", importance.layers[None], student.num_layers)]
-    for i in top(importance.layers, student.num_layers):
+class Trials(BaseModel):
+    """The stage `depth`: losses, in nats a token, without some layers. base: with all. trials: (layers left out, loss).
+
+    greedy: one trial a round, each with the layers of the one before and one more.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: float
+    trials: list[tuple[list[int], float]]
+
+    def save(self, path: Path, manifest: Manifest) -> None:
+        write_text(path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump()}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Trials:
+        content = read_json(path, "depth --force")
+        return cls(base=content["base"], trials=content["trials"])
+
+
+def droppable(depth: Depth, num_layers: int, count: int) -> list[int]:
+    """Layers that are not protected; InputError when they are fewer than `count`, which are to go."""
+    free = list(range(depth.protect_first, num_layers - depth.protect_last))
+    if count > len(free):
+        raise InputError(
+            f"depth.protect_first {depth.protect_first} and protect_last {depth.protect_last} leave {len(free)} of {num_layers} layers that may go, "
+            f"the target drops {count}; protect fewer, or keep more layers"
+        )
+    return free
+
+
+def depth_candidates(depth: Depth, num_layers: int, count: int, gone: Collection[int] = ()) -> list[frozenset[int]]:
+    """What the stage `depth` measures: sets of layers to leave out. gone: those that a greedy search has dropped already."""
+    free = droppable(depth, num_layers, count)
+    if depth.method == "block":
+        return [frozenset(range(first, first + count)) for first in free[: len(free) - count + 1]]
+    return [frozenset({*gone, layer}) for layer in free if layer not in gone]
+
+
+def kept_layers(cosine: np.ndarray, num_layers: int, keep: int, target: Target, depth: Depth, trials: Trials | None) -> np.ndarray:
+    """Layers of the student, ascending; a tie goes to the lower layer."""
+    count = num_layers - keep
+    if target.drop_layers is not None or count == 0:
+        dropped = np.array(target.drop_layers or [], int)
+    elif depth.method == "cosine":
+        free = np.array(droppable(depth, num_layers, count))
+        dropped = np.setdiff1d(free, free[top(cosine[free], len(free) - count)])
+    else:
+        assert trials is not None, "run the stage depth first"
+        ranked = sorted(trials.trials, key=lambda trial: trial[1])
+        if depth.method == "drop":
+            dropped = np.array([layers[0] for layers, _ in ranked[:count]])
+        else:
+            dropped = np.array(ranked[0][0] if depth.method == "block" else trials.trials[count - 1][0])
+    return np.setdiff1d(np.arange(num_layers), dropped)
+
+
+def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, by_cosine: bool) -> list[str]:
+    """One sentence for each cut between two scores nearer than the rounding noise. layers: that stay."""
+    rows = [("hidden", importance.hidden[None], student.hidden_size)]
+    if by_cosine:
+        rows.append(("layers", importance.layers[None], student.num_layers))
+    for i in layers:
         rows.append((f"ffn of layer {i}", importance.ffn[i][None], student.ffn_hidden_size))
         rows.append((f"heads of layer {i}", importance.heads[i].reshape(-1, teacher.heads_per_group), student.heads_per_group))
     notes = []
@@ -192,12 +255,16 @@ def resolve_target(teacher: Arch, target: Target, tp: int = 1, family: str | Non
     else:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         student = teacher.model_copy(update={n: v for n in names if (v := getattr(target, n))})
+        if target.drop_layers:
+            student = student.model_copy(update={"num_layers": teacher.num_layers - len(target.drop_layers)})
     refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
     return student
 
 
 def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> list[str]:
-    problems = []
+    problems = [f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}" for n in target.drop_layers or [] if n >= teacher.num_layers]
+    if target.drop_layers and len(target.drop_layers) >= teacher.num_layers:
+        problems.append("drop_layers names every layer")
     for name, step in (
         ("num_layers", 1),
         ("hidden_size", target.align),

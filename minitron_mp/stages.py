@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError
 
 from minitron_mp import artifact, checkpoint, data, hf, importance, signals, slicing, text
+from minitron_mp.ablation import losses_without
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError, Recipe, Training, must_divide, refuse
@@ -25,7 +26,7 @@ from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World, everyone, on_main
-from minitron_mp.plan import PrunePlan, exportable
+from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable, resolve_target
 from minitron_mp.schedule import Batch, run
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
@@ -139,6 +140,34 @@ def score(job: Job) -> None:
 
     result = importance.score(chunks, arch, settings, job.world, sequence_length, forward)
     on_main(lambda: result.save(job.output, job.manifest.model_copy(update={"arch": arch})))
+
+
+def depth(job: Job) -> None:
+    """Losses of the teacher without single layers or blocks of them, on calibration text."""
+    recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.base)
+    count = arch.num_layers - resolve_target(arch, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+    chunks = job.build(job.recipe.base)
+    for chunk in chunks:
+        chunk.eval()
+    gone: frozenset[int] = frozenset()
+    rounds, trials, whole = count if settings.method == "greedy" else 1, [], 0.0
+    _, first = _groups(job, "calibration", settings.num_samples, settings.micro_batch_size, exact=False)
+    groups = list(first)
+    with Tracker("depth", rounds, "rounds") if rounds > 1 else Tracker("depth", len(groups), "batches") as tracker:
+        for _ in range(rounds):
+            candidates = depth_candidates(settings, arch.num_layers, count, gone)
+            progress = (lambda: None) if rounds > 1 else lambda: tracker.advance(1)
+            base, losses = losses_without(chunks, groups, job.world, candidates, gone=gone, vocab_size=arch.vocab_size, progress=progress)
+            found = [(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)]
+            if settings.method == "greedy":
+                trials.append(min(found, key=lambda trial: trial[1]))
+                whole = whole if gone else base
+                gone = frozenset(trials[-1][0])
+                tracker.advance(1, f"without {', '.join(map(str, sorted(gone)))}: loss {trials[-1][1]:.4f}")
+            else:
+                trials, whole = found, base
+    result = Trials(base=whole, trials=trials)
+    on_main(lambda: result.save(job.output, job.manifest))
 
 
 def prune(job: Job) -> None:
@@ -325,6 +354,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "data": tokenize,
     "score": score,
     "correct": correct,
+    "depth": depth,
     "prune": prune,
     "cache": signals.cache,
     "distill": distill,

@@ -463,6 +463,25 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path,
     refused(on_rank("compress", recipe, "correct.warmup_steps=20"), "correct: warmup_steps 20 must be smaller than steps 20")
 
 
+@pytest.mark.parametrize("method", ["drop", "block", "greedy"])
+def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, method):
+    """The stage depth measures, the plan follows it; the first layer is protected, and the searched sets are as the method says."""
+    shutil.copytree(whole.output, tmp_path / "out")
+    sizes = {"target": {"num_layers": 2}, "depth": {"method": method, "protect_first": 1, "num_samples": 8, "micro_batch_size": 4}}
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", **sizes)
+    refused(on_rank("plan", recipe), "depth.json is missing; run `minitron-mp depth` first")
+    assert [on_rank(stage, recipe).code for stage in ("depth", "plan")] == [0, 0]
+    found = json.loads((tmp_path / "out" / "depth.json").read_text())
+    tried = [layers for layers, _ in found["trials"]]
+    assert tried == {"drop": [[1], [2], [3]], "block": [[1, 2], [2, 3]]}.get(method, tried)
+    kept = PrunePlan.load(tmp_path / "out" / "plan.json").layers
+    best = sorted(found["trials"], key=lambda trial: trial[1])
+    dropped = {"drop": [best[0][0][0], best[1][0][0]], "block": best[0][0], "greedy": found["trials"][-1][0]}[method]
+    assert kept == sorted({0, 1, 2, 3} - set(dropped))
+    refused(on_rank("depth", whole.recipe), "the recipe has no stage depth; it comes with depth.method: drop, block or greedy")
+    refused(on_rank("compress", recipe, "depth.protect_last=2"), "leave 1 of 4 layers that may go, the target drops 2")
+
+
 REMOTE = ("teacher.placement=remote", "teacher.window=2")
 
 

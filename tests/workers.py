@@ -75,6 +75,22 @@ def read_tensors(folder: Path, prefix: str) -> Weights:
         return {key: value for key, value in dist_checkpointing.load_plain_tensors(str(folder)).items() if key.startswith(prefix)}
 
 
+def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset[int]], gone: frozenset[int]) -> dict[str, Any]:
+    """Losses without layers, on two steps of samples, and the layer forwards of this rank that they took."""
+    from minitron_mp.ablation import losses_without
+
+    with joined(layout) as world:
+        chunks, calls = load(arch, teacher, world), []
+        interleaved = layout.dp > 1 and "vpp" in layout.parallel
+        place = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
+        steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
+        for chunk in chunks:
+            for block in chunk.eval().decoder.layers:
+                block.register_forward_hook(lambda *_: calls.append(1))
+        base, losses = losses_without(chunks, steps, world, candidates, gone=gone, vocab_size=arch.vocab_size)
+        return {"base": base, "losses": losses, "forwards": len(calls)}
+
+
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
     chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
     checkpoint.load_model(chunks, folder, world)

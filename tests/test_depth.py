@@ -1,0 +1,113 @@
+"""Losses without layers: against a dense model that lacks them, at every layout; and which layers go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import torch
+from cases import ARCHS, BY_NAME, LAYOUTS, make_samples
+
+from minitron_mp.arch import AXES
+from minitron_mp.config import Depth, InputError, Target
+from minitron_mp.plan import Trials, depth_candidates, droppable, kept_layers
+
+ARCH = ARCHS["qwen3"]
+BLOCKS = [frozenset({i, i + 1}) for i in range(ARCH.num_layers - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]
+GONE = frozenset({3})
+
+
+def dense_loss(weights, missing):
+    """Mean cross-entropy of two steps of samples by a float64 model without these layers."""
+    keep = torch.tensor([layer for layer in range(ARCH.num_layers) if layer not in missing])
+    arch = ARCH.model_copy(update={"num_layers": len(keep)})
+    cut = {key: value[keep] if AXES[key][0] == "layer" else value for key, value in weights.items()}
+    total = torch.zeros(2, dtype=torch.float64)
+    for step in range(2):
+        samples = make_samples(ARCH, step, 4)
+        z, mask = reference.logits(arch, cut, samples["tokens"]), samples["loss_mask"].double()
+        _, ce = reference.losses(arch, z, z, samples["labels"], 1.0)
+        total += torch.stack([(ce * mask).sum(), mask.sum()])
+    return (total[0] / total[1]).item()
+
+
+@pytest.fixture(scope="module")
+def dense(results):
+    weights = results.weights("qwen3")
+    return {missing: dense_loss(weights, missing) for missing in [frozenset(), GONE, *BLOCKS, *(block | GONE for block in BLOCKS)]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+def test_losses_are_those_of_models_without_the_layers(results, ranks, dense, layout):
+    """On every rank; also where a greedy search has dropped a layer before."""
+    for gone, candidates in ((frozenset(), BLOCKS), (GONE, [block | GONE for block in BLOCKS])):
+        if gone and layout.name not in ("one", "tp2-pp2-vpp2-sp"):
+            continue
+        case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "candidates": candidates, "gone": gone}
+        for rank in ranks(layout.ranks, "workers.ablate", layout=layout, **case):
+            assert [rank["base"], *rank["losses"]] == pytest.approx([dense[gone], *(dense[c] for c in candidates)], rel=1e-5)  # as in test_training.py
+
+
+def forwards(num_layers, length):
+    """Of a block search: the base run, and each start's layers behind the block."""
+    return num_layers + sum(num_layers - length - first for first in range(num_layers - length + 1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_a_block_search_computes_shared_layers_once(results, ranks, length):
+    """Two steps of two microbatches, and one forward pass that catches what the layers are given."""
+    blocks = depth_candidates(Depth(method="block"), ARCH.num_layers, length)
+    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "candidates": blocks, "gone": frozenset()}
+    assert ranks(1, "workers.ablate", layout=BY_NAME["one"], **case)[0]["forwards"] == 4 * forwards(ARCH.num_layers, length) + ARCH.num_layers
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 10])
+def test_thirty_layers_cost_at_most_six_tenths(length):
+    naive = (30 - length + 1) * (30 - length)
+    assert forwards(30, length) <= 0.6 * naive
+
+
+def kept(num_layers, keep, depth, trials=None, target=None, cosine=None):
+    cosine = np.arange(num_layers) if cosine is None else np.array(cosine)
+    return kept_layers(cosine, num_layers, keep, target or Target(num_layers=keep), depth, trials).tolist()
+
+
+def test_protected_layers_stay():
+    cosine = [0, 5, 1, 4, 3, 0]
+    assert kept(6, 4, Depth(), cosine=cosine) == [1, 2, 3, 4]
+    assert kept(6, 4, Depth(protect_first=1), cosine=cosine) == [0, 1, 3, 4]
+    assert kept(6, 4, Depth(protect_first=1, protect_last=1), cosine=cosine) == [0, 1, 3, 5]
+    assert depth_candidates(Depth(method="drop", protect_first=1, protect_last=2), 6, 1) == [frozenset({i}) for i in (1, 2, 3)]
+    with pytest.raises(InputError, match="leave 3 of 6 layers that may go, the target drops 4"):
+        droppable(Depth(protect_first=1, protect_last=2), 6, 4)
+
+
+def test_the_published_choice_of_llama_is_a_candidate_and_is_found():
+    """2408.11796 section 4.2: of 32 layers the last one and the first 15 stay."""
+    candidates = depth_candidates(Depth(method="block"), 32, 16)
+    assert len(candidates) == 17
+    losses = [(sorted(block), 5.0 - (block == frozenset(range(15, 31)))) for block in candidates]
+    assert kept(32, 16, Depth(method="block"), Trials(base=2.0, trials=losses)) == [*range(15), 31]
+    assert kept(32, 16, Depth(), target=Target(drop_layers=list(range(15, 31)))) == [*range(15), 31]
+    assert all(31 not in block for block in depth_candidates(Depth(method="block", protect_last=1), 32, 16))
+
+
+def test_single_trials_and_greedy_rounds():
+    singles = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, 1.2, 8.0])])
+    assert kept(5, 3, Depth(method="drop"), singles) == [0, 3, 4]  # of two alike the lower one goes
+    rounds = Trials(base=1.0, trials=[([2], 1.1), ([1, 2], 1.3), ([1, 2, 3], 1.9)])
+    assert kept(5, 3, Depth(method="greedy"), rounds) == [0, 3, 4]
+    assert depth_candidates(Depth(method="greedy"), 5, 2, gone={2}) == [frozenset({2, i}) for i in (0, 1, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"num_layers": 3, "drop_layers": [1]}, "num_layers and drop_layers both say"),
+        ({"drop_layers": [2, 1]}, "is not ascending from 0"),
+        ({"drop_layers": [1, 1]}, "is not ascending from 0"),
+    ],
+)
+def test_layers_that_cannot_be_dropped(target, words):
+    with pytest.raises(ValueError, match=words):
+        Target(**target)
