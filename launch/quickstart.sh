@@ -5,7 +5,7 @@
 #   bash launch/quickstart.sh --data FILE_OR_FOLDER        on your own text: .txt, .jsonl, or a Megatron .bin/.idx prefix; 8 MB or more
 #   bash launch/quickstart.sh distill.steps=200            any further words override the recipe
 set -euo pipefail
-here=$PWD
+here=$PWD self=$(realpath "${BASH_SOURCE[0]}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-$PWD/.venv}
 overrides=()
@@ -13,11 +13,12 @@ while (($#)); do
     case $1 in
     --data)
         [[ -n ${2:-} ]] || { echo "--data needs a file or a folder" >&2; exit 2; }
-        case $2 in /*) overrides+=("data.source=$2") ;; *) overrides+=("data.source=$here/$2") ;; esac
+        case $2 in /*) source=$2 ;; *) source=$here/$2 ;; esac
+        overrides+=("data.source='${source//\'/\'\'}'") # quoted: the value is read as YAML
         shift 2
         ;;
     -h | --help)
-        sed -n '2,6p' "$0"
+        sed -n '2,6p' "$self"
         exit
         ;;
     *=*)

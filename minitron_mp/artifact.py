@@ -129,6 +129,17 @@ def commit(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
+    """Delete a finished run's checkpoints, and the folder when it is empty then; what another run or somebody else left stays."""
+    for path in folder.glob("*step_*"):
+        half = path.name.startswith(".") or not (path / MANIFEST).is_file()
+        if half or Manifest.model_validate_json((path / MANIFEST).read_text()).fingerprint == manifest.fingerprint:
+            shutil.rmtree(path, ignore_errors=True)
+    for empty in (folder, folder.parent):
+        with suppress(OSError):  # not there, or not empty
+            empty.rmdir()
+
+
 def read_json(path: Path, stage: str) -> Any:
     """Content of a small file that a stage made; InputError when it is missing or damaged."""
     try:

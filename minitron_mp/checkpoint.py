@@ -89,11 +89,13 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
     extra: called on rank 0 with the folder before it takes its place, for small files that belong to it. InputError on every
     rank when there is not enough room, before anything is written.
     """
+    on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))  # what a kill left would count against the room
     check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
     on_main(lambda: artifact.prepare(folder))
     try:
         dist_checkpointing.save(state, str(artifact.aside(folder)))
     except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
+        on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))
         raise InputError(f"{folder} could not be written: {_cause(error)}") from error
 
     def finish() -> None:

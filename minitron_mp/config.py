@@ -59,6 +59,8 @@ class Data(Section):
         if given and len(given) < 3:
             missing = sorted({"calibration", "train", "valid"} - set(given))
             raise ValueError(f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source")
+        if given and (self.source != "python-stdlib" or self.valid_fraction != type(self).model_fields["valid_fraction"].default):
+            raise ValueError("source and valid_fraction say how to make calibration, train and valid; with these three given, drop them")
         return self
 
 
@@ -288,6 +290,9 @@ class Teacher(Section):
             problems.append(
                 f"payload {self.payload} is for a teacher elsewhere; a colocated one hands over hidden states: drop it, or set placement: remote or cached"
             )
+        own = ["parallel", "window", "timeout_s"] * (self.placement != "remote") + ["top_k"] * (self.payload != "topk")
+        if ignored := [name for name in own if getattr(self, name) != type(self).model_fields[name].default]:
+            problems.append(f"{', '.join(ignored)}: without effect with placement {self.placement} and payload {self.payload}; drop it")
         if self.siblings and self.placement != "remote":
             problems.append("siblings share the stream of a remote teacher; set placement: remote")
         problems += [f"siblings: {path} is given {ranks} ranks; at least 1" for path, ranks in self.siblings.items() if ranks < 1]
@@ -357,23 +362,22 @@ class Recipe(Section):
     export: Export = Export()
 
     @model_validator(mode="after")
-    def _logits_are_no_coarser(self) -> Recipe:
+    def _sections_fit(self) -> Recipe:
+        problems = []
         for name, training in (("correct", self.correct), ("distill", self.distill)):
             if training and self.precision == "fp32" and training.logits_precision == "bf16":
-                raise ValueError(f"{name}.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
-        return self
-
-    @model_validator(mode="after")
-    def _sequence_is_divisible(self) -> Recipe:
+                problems.append(f"{name}.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
         layouts = {"parallel": self.parallel} | ({"teacher.parallel": self.teacher.parallel} if self.teacher.is_remote else {})
         for name, p in layouts.items():
             parts = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)
             if self.data.sequence_length % parts:
                 near = max(1, round(self.data.sequence_length / parts)) * parts
-                raise ValueError(
+                problems.append(
                     f"data.sequence_length {self.data.sequence_length} must be a multiple of {parts} "
                     f"({name}: 2 cp x tp under context and sequence parallelism); nearest {near}"
                 )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property

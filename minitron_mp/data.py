@@ -94,29 +94,28 @@ def samples(folder: Path, part: str, sequence_length: int, num_samples: int, see
     repeat=False: InputError when one epoch has fewer samples. repeat=True: epochs repeat, as Megatron shuffles them.
     owner: of the index files; two worlds in one job must not write the same ones.
     """
+    refuse("there is too little text:", too_short(folder, part, sequence_length, 0 if repeat else num_samples))
     prefixes = prefixes_of(folder, part)
-    tokens = [tokens_of(prefix)[0] for prefix in prefixes]
-    held = [max(0, n - 1) // sequence_length for n in tokens]
-    short = [f"{prefix} holds {num} tokens" for prefix, num, n in zip(prefixes, tokens, held) if n == 0]
-    refuse(f"{part} text is too short for one sample of {sequence_length} tokens and a label; lower data.sequence_length or give more text:", short)
-    if not repeat and (problem := too_short(folder, part, sequence_length, num_samples)):
-        raise InputError(problem)
+    held = [max(0, tokens_of(prefix)[0] - 1) // sequence_length for prefix in prefixes]
     wanted = [-(-num_samples * n // sum(held)) for n in held]  # rounded up, never above held unless repeated
     indices = [folder / "index" / owner / f"{part}_{i}" for i in range(len(prefixes))]
     datasets = [_gpt_dataset(p, n, index, sequence_length, seed, tokenizer) for p, n, index in zip(prefixes, wanted, indices)]
     return datasets[0] if len(datasets) == 1 else _interleave(datasets, wanted)
 
 
-def too_short(folder: Path, part: str, sequence_length: int, num_samples: int) -> str | None:
-    """A sentence for the user when one epoch of a part has fewer samples."""
-    held = sum(max(0, tokens_of(prefix)[0] - 1) // sequence_length for prefix in prefixes_of(folder, part))
-    if held >= num_samples:
-        return None
+def too_short(folder: Path, part: str, sequence_length: int, num_samples: int) -> list[str]:
+    """A sentence for the user for each file of a part that has not one sample, or when one epoch has fewer than num_samples."""
+    tokens = {prefix: tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)}
+    cure = f"one sample is {sequence_length} and a label: lower data.sequence_length or give more text"
+    problems = [f"{part} text: {prefix} holds {n} tokens, {cure}" for prefix, n in tokens.items() if n <= sequence_length]
+    held = sum(max(0, n - 1) // sequence_length for n in tokens.values())
+    if problems or held >= num_samples:
+        return problems
     setting = {"calibration": "score.num_samples", "valid": "evaluate.num_samples"}.get(part, "the number of samples")
-    return (
+    return [
         f"{part} text holds {held} samples of {sequence_length} tokens, {num_samples} are wanted; lower {setting} to at most {held}, "
         f"lower data.sequence_length, or give more text (more of data.source, a larger data.valid_fraction, or a longer data.{part})"
-    )
+    ]
 
 
 def _gpt_dataset(prefix: str, num_samples: int, index: Path, sequence_length: int, seed: int, tokenizer: Tokenizer) -> Dataset:

@@ -149,6 +149,7 @@ def _setting_problems(config: dict[str, Any]) -> list[str]:
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings, from rope_parameters (transformers 5) or rope_theta and rope_scaling (transformers 4)."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = given if isinstance(given, dict) else {"rope_type": given}
     defaults = {name: config.get(name) or default for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1))}
     return {"rope_type": given.get("type", "default"), **defaults, **given}
 
@@ -211,7 +212,10 @@ def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single] if single.is_file() else []
-    shards = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index} has no weight_map of weight names to files; fetch it again")
+    shards = sorted({folder / name for name in weight_map.values()})
     refuse(f"{folder} is not whole:", [f"{path.name} is missing" for path in shards if not path.is_file()])
     return shards
 

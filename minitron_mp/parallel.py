@@ -205,9 +205,9 @@ def roles(
     assert not dist.is_initialized(), "roles() makes the default process groups; leave the one that is there"
     place = place or _place()
     sizes = {role: ranks for role, (ranks, _) in layouts.items()}
-    if sum(sizes.values()) != place.size:
+    if sum(sizes.values()) != place.size or min(sizes.values()) < 1:
         parts = " + ".join(f"{ranks} ({role})" for role, ranks in sizes.items())
-        raise InputError(f"this job has {place.size} ranks, its roles want {parts} = {sum(sizes.values())}; start as many, or change teacher.ranks")
+        raise InputError(f"this job has {place.size} ranks, its roles have {parts}; start more (torchrun --nproc-per-node), or change teacher.ranks")
     spans, first = {}, 0
     for role, ranks in sizes.items():
         spans[role], first = range(first, first + ranks), first + ranks

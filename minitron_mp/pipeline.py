@@ -6,7 +6,6 @@ is not done. A single stage refuses inputs that are missing or made from somethi
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mp import __version__, artifact, hf, text
-from minitron_mp.arch import layout_problems
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Depth, InputError, Recipe, load_recipe, must_divide, refuse, save_recipe
+from minitron_mp.config import Depth, InputError, Recipe, load_recipe, refuse, save_recipe
 from minitron_mp.console import say, speaks, table
-from minitron_mp.plan import Importance, PrunePlan, Trials, droppable, exportable, make_plan, resolve_target
+from minitron_mp.plan import Importance, PrunePlan, Trials, exportable, make_plan, resolve_target
+from minitron_mp.precheck import recipe_problems
 
 BASE = "base"
 
@@ -163,63 +162,17 @@ class Project:
         return [other for other in self.stages if other in needed]
 
     def check(self, num_ranks: int | None = None) -> None:
-        """InputError with everything about the recipe that would stop a later stage; runs in a second, before any work.
-
-        num_ranks: of the job, where it is known; else one copy of the model is assumed.
-        """
-        arch = hf.read_arch(Path(self.recipe.model))
-        hf.check_weights(Path(self.recipe.model), arch)
-        p, d, s, teacher = self.recipe.parallel, self.recipe.distill, self.recipe.score, self.recipe.teacher
-        problems = layout_problems(arch, p.tp)
-        if (length := self.recipe.data.sequence_length) > arch.max_position_embeddings:
-            problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
-        if teacher.is_remote:
-            problems += [f"teacher: {problem}" for problem in layout_problems(arch, teacher.parallel.tp)]
-            if teacher.parallel.pp > arch.num_layers:
-                problems.append(f"teacher: {teacher.parallel.pp} pipeline stages for {arch.num_layers} layers")
-            if teacher.payload == "topk" and teacher.top_k > arch.vocab_size:
-                problems.append(f"teacher.top_k {teacher.top_k} is above the vocabulary of {arch.vocab_size}")
-            if teacher.payload == "topk" and d.divergence != "forward_kl":
-                problems.append(f"teacher.payload topk has no divergence {d.divergence}; use forward_kl")
-        teachers, siblings = teacher.ranks_in(num_ranks), sum(teacher.siblings.values())
-        own = teacher.student_ranks or (num_ranks - teachers - siblings if num_ranks else p.model_ranks)
-        parts = {"student": (own, p, "teacher", teachers), "teacher": (teachers, teacher.parallel, "student", own)}
-        for role, (ranks, layout, other, taken) in parts.items():
-            if (role == "student" or teacher.is_remote) and (ranks <= 0 or ranks % layout.model_ranks):
-                less = f" ({num_ranks} less the {other}'s {taken + siblings})" if num_ranks and teacher.is_remote else ""
-                problems.append(f"{ranks} ranks{less} for the {role} is no multiple of tp x pp x cp = {layout.model_ranks}")
-        dp = max(1, own // p.model_ranks)
-        batches = [("distill.global_batch_size", d.global_batch_size, d), ("score.num_samples", s.num_samples, s)]
-        if c := self.recipe.correct:
-            batches.append(("correct.global_batch_size", c.global_batch_size, c))
-        problems += filter(None, (must_divide(name, size, section.micro_batch_size, dp, p.interleaved) for name, size, section in batches))
-        num_layers = arch.num_layers
-        try:
-            student = resolve_target(arch, self.recipe.target, p.tp, self.recipe.export.family)
-            num_layers = student.num_layers
-            exportable(student, self.recipe.export.family)
-            if count := _layers_to_drop(self.recipe):
-                droppable(self.recipe.depth, arch.num_layers, count)
-        except InputError as error:
-            title, *rows = str(error).splitlines()
-            problems += [row.removeprefix("  - ") for row in rows] or [title]
-        if (stages := p.pp * (p.vpp or 1)) > num_layers:
-            problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {num_layers} layers")
-        if not self.recipe.target.given:
-            problems.append("target says nothing; give sizes, max_parameters or keep")
-        problems += text.problems(self.recipe.data)
-        tokenizer = self.recipe.data.tokenizer
-        if tokenizer is not None and not Path(tokenizer).exists():
-            problems.append(f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file")
-        refuse("this recipe cannot run:", problems)
+        """InputError with everything about the recipe that would stop a later stage; num_ranks: of the job, where it is known."""
+        refuse("this recipe cannot run:", recipe_problems(self.recipe, self.paths, num_ranks))
 
     def check_text(self) -> None:
         """InputError when the tokens of the data stage are too few for a later one; evaluate comes after hours of distill."""
         from minitron_mp.data import too_short
 
-        wanted = {"calibration": self.recipe.score.num_samples, "valid": self.recipe.evaluate.num_samples}
+        calibration = max(self.recipe.score.num_samples, self.recipe.depth.num_samples if "depth" in self.stages else 0)
+        wanted = {"calibration": calibration, "train": 0, "valid": self.recipe.evaluate.num_samples}
         found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
-        refuse("there is too little text:", [problem for problem in found if problem])
+        refuse("there is too little text:", [problem for problems in found for problem in problems])
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
@@ -262,8 +215,9 @@ def compress(recipe: Recipe) -> Path:
             _run(name, project, world, force=False)
             if name == "data":
                 _agree(world, project.check_text)
-        # left when a kill came just after the student was written
-        _agree(world, lambda: shutil.rmtree(recipe.root / "checkpoints", ignore_errors=True))
+        for name in ("correct", "distill"):  # left when a kill came just after the model was written
+            if name in project.stages:
+                _agree(world, lambda name=name: artifact.discard_checkpoints(recipe.root / "checkpoints" / name, project.manifest(name)))
         _agree(world, lambda: write_report(project))
     return project.paths["export"]
 

@@ -5,6 +5,7 @@ Recipe and artefacts -> the links, ends and ids that teacher.py, stream.py and c
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ def cache(job: Job) -> None:
     teacher = Grid("teacher", recipe.parallel, world.groups.dp.size())
     g, is_last = world.groups, world.is_last_stage
     share = len(ids(recipe, 0)) / teacher.dp * torch.Size(shape.local(recipe.parallel)).numel() * shape.dtype.itemsize
+    on_main(lambda: shutil.rmtree(artifact.aside(job.output), ignore_errors=True))
     checkpoint.check_room(share if is_last else 0, job.output)
     folder = on_main(lambda: artifact.prepare(job.output))
     writer = Writer(folder, teacher.last_stage(g.dp.rank(), g.cp.rank(), g.tp.rank())) if is_last else None

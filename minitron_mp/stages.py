@@ -117,8 +117,11 @@ def tokenize(job: Job) -> None:
     def write() -> None:
         tokenizer = job.tokenizer()
         data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
-        with artifact.writing(job.output, job.manifest) as folder:
-            tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
+        try:
+            with artifact.writing(job.output, job.manifest) as folder:
+                tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
+        except OSError as error:
+            raise InputError(f"{job.output} cannot be written: {error}") from error
         say("data: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
 
     on_main(write)
@@ -233,7 +236,7 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int],
         shutil.copy(curve, folder / curve.name)
 
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
-    on_main(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
+    on_main(lambda: artifact.discard_checkpoints(checkpoints, job.manifest))
 
 
 def evaluate(job: Job) -> None:

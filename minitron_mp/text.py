@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import struct
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 STDLIB = "python-stdlib"
 PARTS = ("calibration", "train", "valid")
 PARTS_FILE = "parts.json"
+
+PIECE = 1 << 20
+"""Characters after which a document is cut."""
 
 Files = list[tuple[str, Path]]
 """(name, path) of text files; the name does not depend on where the folder lies."""
@@ -111,7 +115,7 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
         size = Path(prefix + ".bin").stat().st_size
         dataset = IndexedDataset(prefix)  # needs a name: its arrays point into a map of the file that goes with it
         num_tokens, dtype = int(dataset.sequence_lengths.sum()), np.dtype(dataset.index.dtype)
-    except (AssertionError, ValueError, OSError) as error:
+    except (AssertionError, ValueError, OSError, struct.error) as error:
         raise InputError(f"{prefix}.bin and .idx are no Megatron indexed dataset ({error}); make or copy them again") from error
     if not 0 < num_tokens * dtype.itemsize <= size:
         raise InputError(f"{prefix}.bin has {size} bytes, its index tells of {num_tokens} tokens of {dtype.itemsize} bytes; make or copy it again")
@@ -173,11 +177,13 @@ def _batch(documents: Iterator[tuple[str, str]], size: int = 1 << 21) -> list[tu
 
 
 def _documents(inputs: dict[str, tuple[Files, list[str]]], valid_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """(part, text) of every document that is not blank. A lone .txt as source is cut small, so that there is something to share out."""
+    """(part, text) of every document that is not blank. Long ones of a source are cut to a thousandth of it: there must be something to share out."""
     for field, (files, _) in inputs.items():
-        piece_size = 4000 if field == "source" and len(files) == 1 else 1 << 20
+        longest = PIECE
+        if field == "source":
+            longest = min(max(4000, sum(path.stat().st_size for _, path in files) // 1000), PIECE)
         for name, path in files:
-            for number, text in enumerate(_texts(path, piece_size)):
+            for number, text in enumerate(_texts(path, longest)):
                 if text.strip():
                     yield field if field in PARTS else _part_of(f"{seed}:{name}:{number}", valid_fraction), text
 
@@ -188,10 +194,12 @@ def _part_of(name: str, valid_fraction: float) -> str:
 
 
 def _texts(path: Path, piece_size: int) -> Iterator[str]:
-    """Documents of a file: the records of .jsonl, else its pieces, of which most files have one; none of a .py that is not UTF-8."""
+    """Pieces of a file, or of each record of .jsonl; most have one. None of a .py that is not UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
-            yield from _records(file, path) if path.suffix == ".jsonl" else _pieces(file, piece_size)
+            documents = (record.splitlines(keepends=True) for record in _records(file, path)) if path.suffix == ".jsonl" else [file]
+            for lines in documents:
+                yield from _pieces(lines, piece_size)
     except UnicodeDecodeError as error:
         if path.suffix != ".py":
             raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv") from error

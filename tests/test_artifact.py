@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from minitron_mp import artifact
 from minitron_mp.arch import Arch
-from minitron_mp.artifact import Manifest, find, fingerprint_files, require, write_text, writing
+from minitron_mp.artifact import Manifest, discard_checkpoints, find, fingerprint_files, require, write_text, writing
 from minitron_mp.config import InputError
 
 ARCH = Arch(
@@ -139,6 +139,24 @@ def test_stale_artefact_names_what_differs(folder, other, row):
         require(folder, "score", other)
     assert str(caught.value).splitlines()[1:] == [f"  - {row}"]
     assert "run `minitron-mp score` again" in str(caught.value)
+
+
+def test_only_checkpoints_of_the_finished_run_are_deleted(tmp_path):
+    """And what a kill left of a save; not another run's, nor somebody else's files."""
+    mine, other = (Manifest(stage="distill", settings={"steps": steps}, inputs={}) for steps in (1, 2))
+    folder = tmp_path / "checkpoints" / "distill"
+    for name, manifest in (("step_01", mine), ("step_02", other)):
+        with writing(folder / name, manifest):
+            pass
+    (folder / ".step_03.tmp").mkdir()
+    (folder / "step_04").mkdir()
+    (folder / "my_notes").mkdir()
+    discard_checkpoints(folder, mine)
+    assert sorted(path.name for path in folder.iterdir()) == ["my_notes", "step_02"]
+    (folder / "my_notes").rmdir()
+    discard_checkpoints(folder, other)
+    discard_checkpoints(folder, other)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fingerprint_is_of_what_made_it_and_not_of_the_sizes():

@@ -97,6 +97,8 @@ def stage_states(out: str) -> dict[str, str]:
         (["export.family=qwen3"], ["qwen3"]),
         (["data.sequence_length=256"], ["data.sequence_length 256 is above the model's max_position_embeddings 128"]),
         (["data.source=nowhere", "data.tokenizer=elsewhere"], ["data.source: nowhere does not exist", "data.tokenizer: elsewhere does not exist"]),
+        (["model=nowhere", "data.source=nowhere2", "distill.micro_batch_size=3"], ["no folder nowhere", "nowhere2 does not exist", "batch_size 4"]),
+        (["teacher.placement=cached", "teacher.payload=topk", "teacher.top_k=4000", "distill.divergence=js"], ["4000 is above", "no divergence js"]),
         # Mistakes of different kinds are told together, so that there is one round of corrections.
         (
             ["parallel.tp=3", "parallel.pp=8", "distill.micro_batch_size=3", "score.num_samples=7", "target.hidden_size=40", "data.source=nowhere"],
@@ -109,6 +111,13 @@ def test_a_recipe_that_cannot_run_is_refused_before_anything_runs(here, recipe, 
         refused(here("compress", recipe, *overrides, *flags), *said)
     assert not (inputs / "out").exists()
     assert not torch.distributed.is_initialized()
+
+
+def test_the_model_is_never_overwritten(here, recipe, inputs, tmp_path):
+    """A student as the next teacher, in the same output."""
+    shutil.copytree(inputs / "model", tmp_path / "out" / "student_hf")
+    words = [f"model={tmp_path / 'out' / 'student_hf'}", f"output={tmp_path / 'out'}"]
+    refused(here("compress", recipe, *words), "student_hf would be overwritten by the stage export; set another output")
 
 
 def test_wrong_commands(here, recipe):
@@ -295,7 +304,8 @@ def test_quickstart_refuses_what_it_does_not_know(words):
 
 
 def test_quickstart_helps():
-    done = subprocess.run(["bash", ROOT / "launch" / "quickstart.sh", "--help"], env=environment(), capture_output=True, text=True, timeout=10)
+    options = {"env": environment(), "capture_output": True, "text": True, "timeout": 10, "cwd": ROOT / "tests"}
+    done = subprocess.run(["bash", "../launch/quickstart.sh", "--help"], **options)
     assert done.returncode == 0
     assert "--data FILE_OR_FOLDER" in done.stdout
 

@@ -67,6 +67,12 @@ def test_parameter_suffixes(text, number):
         ({"parallel": {"cp": 2, "tp": 2, "sequence_parallel": True}, "data": {"sequence_length": 100}}, r"100 must be a multiple of 8 .*nearest 96"),
         ({"parallel": {"cp": 2}, "data": {"sequence_length": 2}}, r"2 must be a multiple of 4 .*nearest 4"),
         ({"data": {"train": ["a"]}}, r"data: train given without calibration, valid; give all three, or only source"),
+        (
+            {"data": {"train": ["a"], "valid": ["b"], "calibration": ["c"], "valid_fraction": 0.1}},
+            r"data: source and valid_fraction say how to make .*drop them",
+        ),
+        ({"teacher": {"window": 5}}, r"teacher: window: without effect with placement colocated and payload hidden; drop it"),
+        ({"teacher": {"placement": "cached", "parallel": {"tp": 2}, "top_k": 7}}, r"parallel, top_k: without effect with placement cached"),
         ({"data": None}, r"data: .*given None"),
         ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
         ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),

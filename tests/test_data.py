@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import re
 import sysconfig
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from minitron_mp.config import Data, InputError
-from minitron_mp.data import Tokenizer, check_vocabulary, load_tokenizer, micro_batches, samples
+from minitron_mp.data import Tokenizer, check_vocabulary, load_tokenizer, micro_batches, samples, too_short
 from minitron_mp.text import PARTS, fingerprint, tokenize
 
 LINES = [f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)]
@@ -169,6 +170,17 @@ def test_single_txt_is_cut_at_blank_lines(tmp_path, tokenizer, decode):
     assert sum(4000 <= len(piece) < 5000 and piece.endswith("\n\n") for piece in pieces) >= len(pieces) - 1
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
+    text = "".join(line + "\n" * (i % 5 == 4) for i, line in enumerate(LINES * 8))
+    (tmp_path / "books").mkdir()
+    for name in "abc":
+        (tmp_path / "books" / f"{name}{suffix}").write_text(text if suffix == ".txt" else json.dumps({"text": text}) + "\n")
+    tokens = tokenize(Data(source=str(tmp_path / "books"), valid_fraction=0.1), tokenizer, tmp_path / "data", 1)
+    for part in ("calibration", "valid"):
+        assert 0.02 < tokens[part] / sum(tokens.values()) < 0.2
+
+
 def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, decode):
     (tmp_path / "more/deep").mkdir(parents=True)
     (tmp_path / "more/b.jsonl").write_text('{"text": "second", "id": 1}\n\n{"text": "third"}\n{"text": " "}\n')
@@ -235,6 +247,11 @@ def test_damaged_index(tmp_path, corpus, tokenizer):
     (corpus / "train.idx").write_bytes(b"junk" * 10)
     with pytest.raises(InputError, match=r"train\.bin and \.idx are no Megatron indexed dataset"):
         tokenize(Data(**{part: [f"{corpus}/{part}"] for part in PARTS}), tokenizer, tmp_path / "out", 1)
+    with (corpus / "valid.idx").open("r+b") as file:
+        file.truncate(20)
+    (corpus / "train.idx").unlink()
+    with pytest.raises(InputError, match=r"valid\.bin and \.idx are no Megatron indexed dataset"):
+        tokenize(Data(source=f"{corpus}/valid"), tokenizer, tmp_path / "out", 1)
 
 
 def test_samples_are_the_text_cut_up(corpus, tokenizer):
@@ -289,8 +306,20 @@ def test_samples_repeat_for_training_only(corpus, tokenizer):
         InputError, match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; lower evaluate\.num_samples to at most {held}"
     ):
         samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
-    with pytest.raises(InputError, match=r"(?s)train text is too short for one sample of 100000 .*train holds \d+ tokens"):
+    with pytest.raises(InputError, match=r"(?s)train text: .*train holds \d+ tokens, one sample is 100000 and a label"):
         samples(corpus, "train", 100_000, 1, 1, tokenizer, repeat=True)
+
+
+def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
+    """Found before the stages that need it, and by them."""
+    (tmp_path / "short.txt").write_text("one line\n")
+    parts = {part: [f"{corpus}/{part}"] for part in PARTS} | {"valid": [f"{corpus}/valid", str(tmp_path / "short.txt")]}
+    tokenize(Data(**parts), tokenizer, tmp_path / "data", 1)
+    assert too_short(tmp_path / "data", "train", S, 0) == []
+    (problem,) = too_short(tmp_path / "data", "valid", S, 1)
+    assert re.search(r"valid text: .*/data/valid holds \d+ tokens, one sample is", problem)
+    with pytest.raises(InputError, match="one sample is"):
+        samples(tmp_path / "data", "valid", S, 1, 1, tokenizer, repeat=False)
 
 
 def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):

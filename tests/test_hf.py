@@ -249,6 +249,12 @@ def test_all_problems_are_told_together(llama, tmp_path):
     with pytest.raises(InputError) as told:
         read_arch(edit(llama, mlp_bias=True, hidden_act="relu", rope_scaling={"type": "dynamic"}, vocab_size=0))
     assert all(word in str(told.value) for word in ("no model.safetensors", "mlp_bias", "hidden_act", "dynamic", "vocab_size"))
+    (llama / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(InputError, match=r"index\.json has no weight_map of weight names to files"):
+        read_arch(llama)
+    (llama / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match=r"rope settings .*linear.* are not supported"):
+        read_arch(edit(llama, rope_scaling="linear"))
     (llama / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json is damaged"):
         read_arch(llama)

@@ -519,6 +519,12 @@ def test_a_remote_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, in_
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=tolerance, abs=0), key
 
 
+def test_a_job_too_small_for_its_roles_is_refused(whole, in_job):
+    """One rank, which would be the teacher's."""
+    for stage in ("import", "distill", "compress"):
+        refused(in_job(1, stage, whole.recipe, *REMOTE)[0], "this job has 1 ranks, its roles have 0 (student) + 1 (teacher); start more")
+
+
 def test_a_remote_run_that_was_killed_goes_on(whole, copied):
     """The stream starts where the student's checkpoint is."""
     drop(copied.output, "distill", "evaluate", "export")

@@ -1,0 +1,98 @@
+"""Everything about a recipe that would stop a stage later on, found in a second before any work. Reads headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from minitron_mp import hf, text
+from minitron_mp.arch import Arch, layout_problems
+from minitron_mp.config import InputError, Recipe, must_divide
+from minitron_mp.plan import droppable, exportable, resolve_target
+
+
+def recipe_problems(recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None) -> list[str]:
+    """One sentence each; empty when nothing stops it. paths: stage -> artefact.
+
+    num_ranks: of the job, where it is known; else one copy of the model is assumed.
+    """
+    found: list[Arch] = []
+
+    def read() -> None:
+        found.append(hf.read_arch(Path(recipe.model)))
+        hf.check_weights(Path(recipe.model), found[0])
+
+    problems = _told(read) + _files(recipe, paths)
+    if not recipe.target.given:
+        problems.append("target says nothing; give sizes, max_parameters or keep")
+    dp, too_few = _ranks(recipe, num_ranks)
+    return problems + too_few + _batches(recipe, dp) + (_model(recipe, found[0]) if found else [])
+
+
+def _told(check: Callable[[], None]) -> list[str]:
+    """The rows of the InputError that check() raises."""
+    try:
+        check()
+    except InputError as error:
+        title, *rows = str(error).splitlines()
+        return [f"{title} {row.removeprefix('  - ')}" for row in rows] or [title]
+    return []
+
+
+def _files(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
+    problems = text.problems(recipe.data)
+    tokenizer, model = recipe.data.tokenizer, Path(recipe.model).resolve()
+    if tokenizer is not None and not Path(tokenizer).exists():
+        problems.append(f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file")
+    problems += [f"model: {recipe.model} would be overwritten by the stage {name}; set another output" for name, p in paths.items() if p.resolve() == model]
+    return problems
+
+
+def _ranks(recipe: Recipe, num_ranks: int | None) -> tuple[int, list[str]]:
+    """The student's data parallel size, and what is wrong with how the ranks are shared out."""
+    t, layout = recipe.teacher, recipe.parallel
+    teachers, siblings = t.ranks_in(num_ranks), sum(t.siblings.values())
+    own = t.student_ranks or (num_ranks - teachers - siblings if num_ranks else layout.model_ranks)
+    roles = [("student", own, layout, "teacher", teachers)]
+    if t.is_remote:
+        roles.append(("teacher", teachers, t.parallel, "student", own))
+    problems = []
+    for role, ranks, p, other, taken in roles:
+        if ranks <= 0 or ranks % p.model_ranks:
+            less = f" ({num_ranks} less the {other}'s {taken + siblings})" if num_ranks and t.is_remote else ""
+            problems.append(f"{ranks} ranks{less} for the {role} is no multiple of tp x pp x cp = {p.model_ranks}")
+    return max(1, own // layout.model_ranks), problems
+
+
+def _batches(recipe: Recipe, dp: int) -> list[str]:
+    sizes = [("distill.global_batch_size", recipe.distill.global_batch_size, recipe.distill), ("score.num_samples", recipe.score.num_samples, recipe.score)]
+    if c := recipe.correct:
+        sizes.append(("correct.global_batch_size", c.global_batch_size, c))
+    return [p for name, size, section in sizes if (p := must_divide(name, size, section.micro_batch_size, dp, recipe.parallel.interleaved))]
+
+
+def _model(recipe: Recipe, arch: Arch) -> list[str]:
+    """What the sizes of the model rule out."""
+    p, t = recipe.parallel, recipe.teacher
+    problems, students = layout_problems(arch, p.tp), [arch]
+    if (length := recipe.data.sequence_length) > arch.max_position_embeddings:
+        problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
+    if t.is_remote:
+        problems += [f"teacher: {problem}" for problem in layout_problems(arch, t.parallel.tp)]
+        if t.parallel.pp > arch.num_layers:
+            problems.append(f"teacher: {t.parallel.pp} pipeline stages for {arch.num_layers} layers")
+    if t.payload == "topk" and t.top_k > arch.vocab_size:
+        problems.append(f"teacher.top_k {t.top_k} is above the vocabulary of {arch.vocab_size}")
+    if t.payload == "topk" and recipe.distill.divergence != "forward_kl":
+        problems.append(f"teacher.payload topk has no divergence {recipe.distill.divergence}; use forward_kl")
+
+    def size_student() -> None:
+        students.append(resolve_target(arch, recipe.target, p.tp, recipe.export.family))
+        exportable(students[-1], recipe.export.family)
+        if recipe.target.drop_layers is None:
+            droppable(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
+
+    problems += _told(size_student)
+    if (stages := p.pp * (p.vpp or 1)) > students[-1].num_layers:
+        problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {students[-1].num_layers} layers")
+    return problems
