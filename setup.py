@@ -3,7 +3,7 @@
 from setuptools import setup
 
 CORE = [
-    "torch>=2.6",
+    "torch>=2.11",
     "megatron-core>=0.16.1,<0.20",  # pip takes 0.16.1 on Python 3.10 and 3.11, 0.19 on 3.12
     "numpy",
     "pydantic>=2.9",

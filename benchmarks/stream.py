@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 benchmarks/stream.py
     torchrun --nproc-per-node 2 benchmarks/stream.py --payload logits --window 1
-    NCCL_HOSTID=... torchrun ...      on a GPU with two ranks each needs a NCCL_HOSTID of its own
 
-The transfers are real; the work is imitated by pauses of the length that it has on a GPU (defaults: half of the 12B -> 8B model's
-times for a microbatch of 8192 tokens on 8 H100 at tp 8, by the cost model: student 119 ms, teacher 38 ms). Sizes default to an
+The transfers are real. The work has the length that it has on a GPU (defaults: half of the 12B -> 8B model's times for a microbatch of
+8192 tokens on 8 H100 at tp 8, by the cost model: student 119 ms, teacher 38 ms): matrix products on a GPU, which two ranks may share,
+pauses on a CPU. Sizes default to an
 eighth of that microbatch, a rank's part at tp 8: a CPU's loopback is not NVLink. Reported beside it: the same transfers with
 nothing to hide behind.
 """
@@ -13,6 +13,8 @@ nothing to hide behind.
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import statistics
 import time
 
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--teacher-ms", type=float, default=38.0)
     parser.add_argument("--pause-ms", type=float, default=60.0, help="optimizer step, in which no microbatch is consumed")
     args = parser.parse_args()
+    if 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
     width, dtype = {
         "hidden": (args.hidden_size, torch.bfloat16),
         "logits": (args.vocabulary, torch.bfloat16),
@@ -61,7 +65,7 @@ def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> Non
     sender, signal = Sender(link), torch.randn(link.shape.local(Parallel()), device=device).to(link.shape.dtype)
     for id in range(count):
         sender.make_room()
-        time.sleep(teacher_s)
+        work(teacher_s, device)
         sender.send(id, signal)
     sender.finish()
 
@@ -76,13 +80,26 @@ def consume(link: Link, args: argparse.Namespace, student_s: float, pause_s: flo
             before = time.perf_counter()
             receiver.get(step * args.micro_batches + i)
             waited += time.perf_counter() - before
-            time.sleep(student_s)
+            work(student_s, device)
             receiver.release(step * args.micro_batches + i)
-        time.sleep(pause_s)
+        work(pause_s, device)
         steps.append(time.perf_counter() - start)
         waits.append(waited)
     receiver.close()
     return steps[1:], waits[1:]
+
+
+def work(seconds: float, device: torch.device) -> None:
+    """Keep the device busy for so long, with products of 2048 rows on a GPU; returns when it is done."""
+    if device.type == "cpu" or not seconds:
+        time.sleep(seconds)
+        return
+    end, a = time.perf_counter() + seconds, torch.ones((2048, 4096), device=device, dtype=torch.bfloat16)
+    b = torch.ones((4096, 4096), device=device, dtype=torch.bfloat16)
+    while time.perf_counter() < end:
+        for _ in range(8):
+            torch.mm(a, b)
+        torch.cuda.current_stream().synchronize()
 
 
 def report(title: str, args: argparse.Namespace, link: Link, steps: list[float], waits: list[float]) -> None:

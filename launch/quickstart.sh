@@ -3,12 +3,13 @@
 #
 #   bash launch/quickstart.sh                              on the sources of the Python standard library
 #   bash launch/quickstart.sh --data FILE_OR_FOLDER        on your own text: .txt, .jsonl, or a Megatron .bin/.idx prefix; 8 MB or more
+#   bash launch/quickstart.sh --ranks 2 teacher.placement=remote      under torchrun, here with the teacher on a rank of its own
 #   bash launch/quickstart.sh distill.steps=200            any further words override the recipe
 set -euo pipefail
 here=$PWD self=$(realpath "${BASH_SOURCE[0]}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-$PWD/.venv}
-overrides=()
+overrides=() run=(minitron-mp)
 while (($#)); do
     case $1 in
     --data)
@@ -17,8 +18,13 @@ while (($#)); do
         overrides+=("data.source='${source//\'/\'\'}'") # quoted: the value is read as YAML
         shift 2
         ;;
+    --ranks)
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--ranks needs a number" >&2; exit 2; }
+        run=(torchrun --standalone --nproc-per-node "$2" -m minitron_mp)
+        shift 2
+        ;;
     -h | --help)
-        sed -n '2,6p' "$self"
+        sed -n '2,7p' "$self"
         exit
         ;;
     *=*)
@@ -26,7 +32,7 @@ while (($#)); do
         shift
         ;;
     *)
-        echo "unknown argument $1; give --data FILE_OR_FOLDER or key=value" >&2
+        echo "unknown argument $1; give --data FILE_OR_FOLDER, --ranks N or key=value" >&2
         exit 2
         ;;
     esac
@@ -47,5 +53,5 @@ if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpu
 else
     precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=65 score.num_samples=64)
 fi
-minitron-mp compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
+"${run[@]}" compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
 echo "The student is in the folder student_hf of the output, beside report.md; its teacher is $teacher"

@@ -73,17 +73,19 @@ def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int) 
     }
 
 
-def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int) -> dict[str, float]:
+def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ranks: int) -> dict[str, float]:
     """Bytes that the teacher takes on the student's fullest rank while distilling, by part."""
+    head = BYTES[recipe.teacher_precision] * teacher.padded_vocab_size * teacher.hidden_size / recipe.parallel.tp
     p, d, t = recipe.parallel, recipe.distill, recipe.teacher
     size, sequence = BYTES[recipe.teacher_precision], recipe.data.sequence_length // p.cp
     tokens = sequence * d.micro_batch_size
-    if t.is_remote:
-        share = p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1
-        return {
-            "teacher's output layer (a copy)": size * teacher.padded_vocab_size * teacher.hidden_size / p.tp if t.payload == "hidden" else 0,
-            "teacher signals in the window": tokens * payload_bytes_per_token(teacher, recipe) / share * (t.window + 1),
-        }
+    copy = {"teacher's output layer (a copy)": head if t.payload == "hidden" else 0}
+    signal = tokens * payload_bytes_per_token(teacher, recipe) / (p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1)
+    if t.placement == "cached":
+        return {**copy, "teacher signal": signal}
+    if t.is_remote:  # a window for each copy of the teacher that this copy of the student hears, and the one in use
+        copies = teacher_ranks // t.parallel.model_ranks
+        return {**copy, "teacher signals in the window": signal * (t.window * copies // math.gcd(copies, student_ranks // p.model_ranks) + 1)}
     steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
     return {
         "teacher weights": size * max(rank_parameters(teacher, p)),
@@ -96,7 +98,7 @@ def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[
     d, t = recipe.distill, recipe.teacher
     teachers = t.ranks_in(world_size)
     students = world_size - teachers - sum(t.siblings.values())
-    memory = {**training_memory(student, d, recipe, students), **teacher_memory(teacher, recipe, students)}
+    memory = {**training_memory(student, d, recipe, students), **teacher_memory(teacher, recipe, students, teachers)}
     teacher_layout = t.parallel if t.is_remote else recipe.parallel
     lines = [("ranks", _layout(students, recipe.parallel))]
     if t.is_remote:

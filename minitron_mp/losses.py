@@ -130,10 +130,9 @@ class _Fused(torch.autograd.Function):
         x = _rows(hidden, tokens, group)
         w, labels_, weights = weight.detach(), labels.reshape(-1), token_weights.reshape(-1).float()
         source = _teacher_rows(teacher, tokens, group)
-        upcast = not x.is_cuda and objective.logits_dtype != x.dtype  # the CPU has no product of bf16 with a float32 result
-        w_logits = w.to(objective.logits_dtype) if upcast else w
-        if upcast and isinstance(source, TeacherHidden):
-            source = TeacherHidden(source.hidden, source.weight.to(objective.logits_dtype))
+        w_logits = _for_product(x, w, objective.logits_dtype)
+        if isinstance(source, TeacherHidden):  # its precision is its own
+            source = TeacherHidden(source.hidden, _for_product(source.hidden, source.weight, objective.logits_dtype))
         counts = weights != 0
         columns = w.shape[0]
         first = group.rank() * columns
@@ -320,13 +319,28 @@ def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
         yield i, min(i + size, stop)
 
 
+def _for_product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """w as _product(x, w, dtype) takes it: converted where no kernel multiplies these dtypes into that one. Once for all rows."""
+    widens = x.is_cuda and x.dtype == w.dtype and dtype is torch.float32  # a GPU multiplies bf16 into float32, a CPU does not
+    return w if widens else w.to(dtype)
+
+
 def _product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """x w^T in dtype, accumulated in float32."""
-    if x.dtype == dtype:
-        return torch.mm(x, w.t())
-    if x.is_cuda:
-        return torch.mm(x, w.t(), out_dtype=dtype)
-    return torch.mm(x.to(dtype), w.t())  # the CPU has no product of bf16 with a float32 result; w comes converted
+    """x w^T in dtype, accumulated in float32; w from _for_product."""
+    if w.dtype == dtype:
+        return torch.mm(x.to(dtype), w.t())
+    return torch.mm(x, w.t(), out_dtype=dtype)
+
+
+def float32_logits(hidden: Tensor, weight: Tensor, tokens: int, group: Any) -> Iterator[Tensor]:
+    """hidden [s', b, h], s' = tokens or, split over the group, a part of it -> the rows' logits [n, v/tp], in float32 from bf16 operands.
+
+    In chunks of the size that the loss has; the rows of all are tokens x b, in order. No gradient.
+    """
+    rows, chunk = _rows(hidden, tokens, group), max(1, ELEMENTS[hidden.device.type][1] // weight.shape[0])
+    weight = _for_product(rows, weight.detach(), torch.float32)
+    for start, stop in _spans(0, len(rows), chunk):
+        yield _product(rows[start:stop], weight, torch.float32)
 
 
 def _add_product(dw: Tensor, dz: Tensor, x: Tensor) -> None:

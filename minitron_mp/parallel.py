@@ -104,13 +104,31 @@ class Bridge:
         """Of this process, in the job."""
         return self.place.rank
 
-    def stream(self) -> Any:
-        """Context in which transfers are issued: a stream of their own on a GPU, behind what was issued so far."""
+    def stream(self, *, behind_current: bool = True) -> Any:
+        """Context in which transfers are issued: a stream of their own on a GPU, behind what this thread has issued so far."""
         if self.device.type != "cuda":
             return nullcontext()
         self.side_stream = self.side_stream or torch.cuda.Stream(self.device, priority=-1)
-        self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
+        if behind_current:
+            self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.side_stream)
+
+    def computed(self) -> None:
+        """Wait on the host for what was issued on the current stream."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def used_by_stream(self, tensor: torch.Tensor) -> None:
+        """Its memory is not given to others before stream() is done with it."""
+        if self.side_stream is not None:
+            tensor.record_stream(self.side_stream)
+
+    def abort(self) -> None:
+        """Give up on transfers and collectives under way: on a GPU a kernel that waits for a dead rank would hold up the end of this one."""
+        if self.device.type == "cuda":
+            with suppress(Exception):
+                self.data.abort()
+                dist.distributed_c10d._abort_process_group()
 
     def record_event(self) -> Any:
         """What the receiving stream waits for; None on a CPU."""
@@ -146,15 +164,13 @@ class Bridge:
                 rank, text = json.loads(store.get(f"waits/{rank}"))
         return text
 
-    def meet(self, topic: str, timeout_s: float) -> None:
-        """Wait for all ranks of the job; RuntimeError when one fails instead."""
-        store, deadline = self.place.store, time.monotonic() + timeout_s
+    def meet(self, topic: str) -> None:
+        """Wait for all ranks of the job, for ever: they may have hours of other work. RuntimeError when one fails instead."""
+        store = self.place.store
         store.add(topic, 1)
-        while (here := store.add(topic, 0)) < self.place.size:
+        while store.add(topic, 0) < self.place.size:
             if reason := self.reason():
                 raise RuntimeError(reason)
-            if time.monotonic() > deadline:
-                raise RuntimeError(self.report(f"{here} of {self.place.size} ranks have reached the {topic} within {timeout_s:.0f} s"))
             time.sleep(0.05)
 
     def exchange(self, topic: str, mine: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()) -> dict[str, Any]:
@@ -217,18 +233,19 @@ def roles(
     _init(device, Place(dist.PrefixStore(f"role/{role}", place.store), place.rank - spans[role].start, sizes[role]), timeout_minutes)
     try:
         timeout = timedelta(seconds=stream_timeout_s)
-        control, data = (
-            group(dist.PrefixStore(name, place.store), place.rank, place.size, timeout)
-            for name, group in (("control", dist.ProcessGroupGloo), ("data", dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo))
-        )
+        control = dist.ProcessGroupGloo(dist.PrefixStore("control", place.store), place.rank, place.size, timeout)
+        # NCCL's watchdog ends the process at its timeout: later than our waits, which say who is to blame.
+        kind, patience = (dist.ProcessGroupNCCL, 3 * timeout) if device.type == "cuda" else (dist.ProcessGroupGloo, timeout)
+        data = kind(dist.PrefixStore("data", place.store), place.rank, place.size, patience)
         bridge = Bridge(role, place, spans, data, control, timeout, device)
         yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, bridge=bridge)
-        bridge.meet("end", timeout_minutes * 60)  # nobody tears down what a peer still uses
+        bridge.meet("end")  # nobody tears down what a peer still uses
     except Exception as error:
         if bridge is None:
             raise
         # A collective (RuntimeError) may break before the rank that knows why has said it.
         bridge.reason(3.0 if isinstance(error, RuntimeError) else 0.0)
+        bridge.abort()
         reason = bridge.report(f"{role} rank {place.rank - spans[role].start}: {error}")
         if str(error) in reason:
             raise
@@ -278,7 +295,10 @@ def _place() -> Place:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # More ranks than GPUs: NCCL refuses two on one, unless each has a NCCL_HOSTID of its own, as the tests do it.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def build_groups(parallel: Parallel, device: torch.device, seed: int) -> World:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from minitron_mp import artifact, checkpoint, data
-from minitron_mp.arch import HeadSpec, differing_fields
+from minitron_mp.arch import Arch, HeadSpec, differing_fields
 from minitron_mp.cache import Reader, Writer, write_index
 from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
 from minitron_mp.console import Tracker, say
@@ -134,23 +134,32 @@ def _link(job: Job) -> Link:
 
 def _handshake(job: Job, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
-    recipe = job.recipe
-    mine = {
-        "teacher checkpoint": artifact.require(job.paths[recipe.base], recipe.base).fingerprint,
-        "data": artifact.require(job.paths["data"], "data").fingerprint,
-        "tokenizer": dict(job.tokenizer().unique_identifiers),
+    recipe, bridge = job.recipe, job.world.bridge
+    assert bridge is not None
+    own = job.arch(recipe.base if job.world.role == "teacher" else "prune")
+    made_from = {stage: artifact.require(job.paths[stage], stage).fingerprint for stage in (recipe.base, "data")}
+    mine = contract(recipe, link, job.arch(recipe.base), own.vocab_size, made_from, dict(job.tokenizer().unique_identifiers))
+    return compare_contracts(bridge, list(job.students), mine, first)
+
+
+def contract(recipe: Recipe, link: Link, teacher: Arch, vocab_size: int, made_from: dict[str, str], tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What both ends of the stream must have alike. vocab_size: of this end's own model; made_from: fingerprints of teacher and data."""
+    return {
+        "teacher checkpoint": made_from[recipe.base],
+        "data": made_from["data"],
+        "tokenizer": tokenizer,
         "seed": recipe.seed,
         "steps": recipe.distill.steps,
         "global_batch_size": recipe.distill.global_batch_size,
         "temperature": recipe.distill.temperature,
-        **{f"head {name}": value for name, value in vars(HeadSpec.of(job.arch(recipe.base))).items()},
+        **{f"head {name}": value for name, value in vars(HeadSpec.of(teacher)).items()},
+        "head vocab_size": vocab_size,
+        "teacher ranks": str(link.teacher),
         **{name: str(value) for name, value in vars(link.shape).items()},
         "window": link.window,
         "context parallel order": "zig-zag",
         "stream version": STREAM_VERSION,
     }
-    assert job.world.bridge is not None
-    return compare_contracts(job.world.bridge, list(job.students), mine, first)
 
 
 def compare_contracts(bridge: Bridge, students: Sequence[str], mine: dict[str, Any], first: int) -> int:

@@ -211,6 +211,9 @@ class Sender:
         assert len(self.flying) < link.window, "make_room() first"
         blocks = [block for student in link.students for block in link.blocks(id, student) if block.source == rank]
         works: list[Any] = []
+        # Announced when it is there: the student then posts its receive, and an NCCL kernel that waits for this rank's forward pass
+        # would take processors from the student's.
+        link.bridge.computed()
         credits: dict[int, tuple[Any, Tensor]] = {}
         for target in dict.fromkeys(block.target for block in blocks):
             number = torch.tensor([id])
@@ -218,6 +221,7 @@ class Sender:
             credit = torch.empty(1, dtype=torch.int64)
             credits[target] = link.bridge.control.recv([credit], target, CREDIT), credit
         with link.bridge.stream():
+            link.bridge.used_by_stream(signal)
             for block in blocks:
                 part = signal[block.source_rows, :, block.source_columns].contiguous()
                 works.append((link.bridge.data.send([part], block.target, DATA), part))
@@ -310,6 +314,8 @@ class Receiver:
         return [block for block in self.link.blocks(id, self.student) if block.target == self.link.bridge.rank]
 
     def _listen(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a thread starts on the first GPU
         try:
             for id in self.ids:
                 replica = id % self.link.teacher.dp
@@ -340,7 +346,7 @@ class Receiver:
                 raise _Broken(source, f"did not announce microbatch {id}") from error
             if number.item() != id:
                 raise _Broken(source, f"announced microbatch {number.item()}, microbatch {id} was due")
-        with bridge.stream():
+        with bridge.stream(behind_current=False):  # the buffer is new, the student's work no concern of the transfer
             signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype, device=self.device)
             parts = []
             for block in blocks:

@@ -148,7 +148,10 @@ def payload_of(model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_
         return logits(model, hidden).to(shape.dtype)
     own = hidden
     if shape.payload == "topk":
-        own = pack_top_k(top_k_of(logits(model, hidden), top_k, vocab_size, world.groups.tp, temperature))
+        # From float32: in logits rounded to bf16 the probabilities would be off by percents.
+        tokens, b = shape.sequence_length // world.parallel.cp, hidden.shape[1]
+        parts = losses.float32_logits(hidden, output_weight(model), tokens, world.groups.tp)
+        own = torch.cat([pack_top_k(top_k_of(z, top_k, vocab_size, world.groups.tp, temperature)) for z in parts]).view(tokens, b, -1)
     tp = world.groups.tp
     if splits_sequence(shape, world.parallel) and not (shape.payload == "hidden" and world.parallel.sequence_parallel):
         own = own.chunk(tp.size())[tp.rank()]  # all tensor parallel ranks have all tokens; each sends a part
@@ -156,7 +159,7 @@ def payload_of(model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_
 
 
 def top_k_of(z: Tensor, k: int, vocab_size: int, group: Any, temperature: float) -> TeacherTopK:
-    """The k most likely tokens and the mass of the rest from logits [s, b, v/tp], at a temperature; equal on all ranks of the group."""
+    """The k most likely tokens and the mass of the rest from logits [..., v/tp], at a temperature; equal on all ranks of the group."""
     columns, first = z.shape[-1], group.rank() * z.shape[-1]
     z = z.float() / temperature
     z[..., max(0, vocab_size - first) :] = -torch.inf

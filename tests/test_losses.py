@@ -6,14 +6,17 @@ finite difference of the loss itself along random directions, which shares nothi
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron_mp.losses import Objective, TeacherHidden, TeacherLogits, TeacherTopK, distillation_loss
+from minitron_mp.losses import Objective, TeacherHidden, TeacherLogits, TeacherTopK, distillation_loss, float32_logits
+from minitron_mp.teacher import top_k_of
 
 VOCAB, HIDDEN, TEACHER_HIDDEN, TOP = 37, 11, 13, 5
 # (tensor parallel ranks, padded vocabulary). 40 and 48: the last rank has some padding; 56: at 4 ranks nothing but padding.
@@ -399,3 +402,46 @@ def test_refusals():
         distillation_loss(*(case | {"teacher": None}).values(), OBJECTIVES["forward_kl"], **sizes)
     with pytest.raises(ValueError, match="a top-k teacher has no js; use forward_kl"):
         distillation_loss(*as_top_k(case, OBJECTIVES["js"]).values(), OBJECTIVES["js"], **sizes)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_teacher_and_student_have_a_precision_each(ranks, tp):
+    """All eight pairs with the logits' dtype run; bf16 anywhere leaves an error of bf16's size."""
+    calls = {}
+    for student, teacher, inside in itertools.product((torch.float32, torch.bfloat16), repeat=3):
+        case = make_case(40, dtype=student)
+        t = case["teacher"]
+        case["teacher"] = TeacherHidden(t.hidden.to(teacher), t.weight.to(teacher))
+        calls[f"student {student}, teacher {teacher}, logits {inside}"] = case, Objective(ce_weight=0.3, logits_dtype=inside), {}
+    for name, got in run_all(ranks, tp, calls).items():
+        coarse = "bfloat16" in name
+        case, objective, _ = calls[name]
+        check(got, dense(case, objective), name, **({"loss": 2e-2, "gradient": 3e-2, "scale": 2e-2} if coarse else {}))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@widths
+def test_the_top_k_that_a_teacher_sends(ranks, tp, temperature):
+    """Probabilities of the k, mass of the rest and indices, of a vocabulary with padding, as the other end unpacks them."""
+    case, k = make_case(56 if tp > 1 else 40), 5
+    found = ranks(tp, "workers_losses.top_k", hidden=case["hidden"], weight=case["weight"], k=k, vocab_size=VOCAB, temperature=temperature)
+    z = case["hidden"].double() @ case["weight"][:VOCAB].double().T
+    log_p = F.log_softmax(z / temperature, -1)
+    want = log_p.topk(k)
+    rest = log_p.scatter(-1, want.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    for indices, log_probs, log_ghost in found:
+        assert torch.equal(indices, want.indices)
+        # float32 logits of size 10
+        assert torch.allclose(log_probs.double(), want.values, rtol=0, atol=1e-5)
+        assert torch.allclose(log_ghost.double(), rest, rtol=0, atol=1e-5)
+
+
+def test_top_k_of_bf16_operands_is_exact():
+    """A logit rounded to bf16 would put 1e-2 into a probability."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 1, 64), (4096, 64)))
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    (z,) = float32_logits(hidden, weight, 16, group)
+    top = top_k_of(z, 64, 4096, group, 1.0)
+    want = F.log_softmax(hidden.double() @ weight.double().T, -1).view(16, -1).gather(-1, top.indices)
+    assert (top.log_probs.double() - want).abs().max() < 1e-4

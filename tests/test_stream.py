@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import BY_NAME, STEPS, Layout
+from cases import ARCHS, BY_NAME, STEPS, Layout
 from pool import Pool, RankError
 from workers_stream import local_signal
 
-from minitron_mp.config import Parallel
-from minitron_mp.stream import Grid, Shape, messages
+from minitron_mp.arch import differing_fields
+from minitron_mp.config import Parallel, make_recipe
+from minitron_mp.cost import payload_bytes_per_token
+from minitron_mp.signals import contract
+from minitron_mp.stream import Grid, Link, Shape, messages
 
 SP = {"sequence_parallel": True}
 HIDDEN = Shape("hidden", 24, 2, 6, torch.float32)
@@ -23,7 +28,7 @@ ODD = Shape("hidden", 6, 1, 3, torch.float32)
 """Three tokens on each of two context parallel ranks: no two tensor parallel ranks share them evenly."""
 SHAPES = {"hidden": HIDDEN, "logits": LOGITS, "topk": TOPK, "odd": ODD}
 
-# (teacher, student): (ranks, layout) each. Of four ranks, uneven data parallel sizes (1:2, 1:3, 2:1, 3:1) and context parallelism among them.
+# (teacher, student): (ranks, layout) each. Of up to four ranks, uneven data parallel sizes (1:2, 1:3, 2:1, 3:1) and context parallelism among them.
 PAIRS = {
     "one-to-one": ((1, {}), (1, {})),
     "one-to-tp2": ((1, {}), (2, {"tp": 2})),
@@ -39,6 +44,9 @@ PAIRS = {
     "tp2-to-pp2": ((2, {"tp": 2}), (2, {"pp": 2})),
     "one-to-cp3": ((1, {}), (3, {"cp": 3})),
     "dp2-to-one": ((2, {}), (1, {})),
+    # Five ranks: data parallel sizes that do not divide each other.
+    "dp3-to-dp2": ((3, {}), (2, {})),
+    "one-to-dp4": ((1, {}), (4, {})),
 }
 
 
@@ -96,6 +104,8 @@ def test_what_arrives_is_what_was_sent(ranks, name, pair, window):
     assert [rank["wrong"] for rank in found if "wrong" in rank] == [[]] * sum("wrong" in rank for rank in found)
     assert sum(rank["received"] for rank in found if "received" in rank) >= count
     assert max(rank.get("in flight", 0) for rank in found) <= window
+    teacher, student = (grid(role, *roles[role]) for role in ("teacher", "student"))
+    assert max(rank.get("held", 0) for rank in found) <= window * teacher.dp // math.gcd(teacher.dp, student.dp)
     sent, received = (sum(rank["bytes"] for rank in found if key in rank) for key in ("in flight", "wrong"))
     assert sent == received > 0
 
@@ -167,6 +177,60 @@ def test_a_teacher_of_another_shape_differs_by_rounding(results, pair):
         assert mine == pytest.approx(other, rel=1e-5)  # as in test_training.py
 
 
+def test_a_credit_for_another_microbatch_is_an_error(ranks):
+    _, teacher = ranks(2, "workers_stream.wrong_credit", roles=roles_of("one-to-one"), shape=HIDDEN)
+    assert "student rank 0 (job rank 0; dp 0, pp 0, cp 0, tp 0) consumed microbatch 5, microbatch 4 was due" in teacher
+
+
+RECIPE = {"model": "m", "output": "o", "data": {"sequence_length": 24}, "teacher": {"placement": "remote", "window": 2}}
+
+
+def agreement(recipe=None, *, arch=ARCHS["qwen3"], vocab_size=150, made_from=("abc", "def"), tokenizer="t", shape=HIDDEN, window=2, ranks=1):
+    link = Link(None, shape, grid("teacher", ranks, {}), [], window)
+    return contract(make_recipe(recipe or RECIPE), link, arch, vocab_size, dict(zip(("import", "data"), made_from)), {"name": tokenizer})
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("teacher checkpoint", {"made_from": ("xyz", "def")}),
+        ("data", {"made_from": ("abc", "xyz")}),
+        ("tokenizer", {"tokenizer": "another"}),
+        ("seed", {"recipe": {**RECIPE, "seed": 5}}),
+        ("steps", {"recipe": {**RECIPE, "distill": {"steps": 50}}}),
+        ("global_batch_size", {"recipe": {**RECIPE, "distill": {"global_batch_size": 4}}}),
+        ("temperature", {"recipe": {**RECIPE, "distill": {"temperature": 2.0}}}),
+        ("head hidden_size", {"arch": ARCHS["qwen3"].model_copy(update={"hidden_size": 48})}),
+        ("head vocab_size", {"vocab_size": 149}),
+        ("head padded_vocab_size", {"arch": ARCHS["qwen3"].model_copy(update={"vocab_size": 300})}),
+        ("payload", {"shape": replace(HIDDEN, payload="logits")}),
+        ("sequence_length", {"shape": replace(HIDDEN, sequence_length=48)}),
+        ("micro_batch_size", {"shape": replace(HIDDEN, micro_batch_size=1)}),
+        ("width", {"shape": replace(HIDDEN, width=8)}),
+        ("dtype", {"shape": replace(HIDDEN, dtype=torch.bfloat16)}),
+        ("window", {"window": 3}),
+        ("teacher ranks", {"ranks": 2}),
+    ],
+)
+def test_each_field_of_the_contract(field, other):
+    (difference,) = differing_fields(agreement(), agreement(**other))
+    assert difference.startswith(f"{field}: ")
+
+
+def test_the_contract_has_no_other_field():
+    fixed = {"head tap", "head logit_scale", "head soft_cap", "head bias", "context parallel order", "stream version"}
+    named = {"teacher checkpoint", "data", "tokenizer", "seed", "steps", "global_batch_size", "temperature", "window", "teacher ranks"}
+    assert agreement().keys() == fixed | named | {"head hidden_size", "head vocab_size", "head padded_vocab_size", *vars(HIDDEN)}
+
+
+@pytest.mark.parametrize("payload", ["hidden", "logits", "topk"])
+def test_the_planner_counts_the_bytes_of_the_stream(payload):
+    arch = ARCHS["qwen3"]
+    recipe = make_recipe({**RECIPE, "teacher": {"placement": "remote", "payload": payload, **({"top_k": 7} if payload == "topk" else {})}})
+    width, dtype = {"hidden": (40, torch.bfloat16), "logits": (256, torch.bfloat16), "topk": (15, torch.int32)}[payload]
+    assert payload_bytes_per_token(arch, recipe) == Shape(payload, 24, 2, width, dtype).bytes_per_token()
+
+
 FAULTS = {
     "teacher 0 kill before announcing 4": "teacher rank 0",
     "teacher 0 kill while sending 4": "teacher rank 0",
@@ -174,6 +238,7 @@ FAULTS = {
     "teacher 0 hang before announcing 4": "teacher rank 0",
     "teacher 0 raise before announcing 4": "this rank has a defect",
     "student 1 kill before the credit 4": "student rank 1",
+    "student 1 kill after the credit 4": "student rank 1",
     "student 1 hang before the credit 4": "student rank 1",
 }
 

@@ -117,3 +117,13 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
 
 def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:
     return lambda *arguments: function(*arguments) * factor
+
+
+def top_k(hidden: Tensor, weight: Tensor, k: int, vocab_size: int, temperature: float) -> tuple[Tensor, ...]:
+    """What the student's end has of a teacher's top k, from hidden [s, b, h] and weight [v, h] given whole."""
+    from minitron_mp.teacher import pack_top_k, top_k_of, unpack_top_k
+
+    group = dist.group.WORLD
+    z = hidden @ weight.chunk(group.size())[group.rank()].T
+    top = unpack_top_k(pack_top_k(top_k_of(z, k, vocab_size, group, temperature)))
+    return top.indices, top.log_probs, top.log_ghost

@@ -108,18 +108,20 @@ def transport(roles: Roles, shape: Shape, window: int, count: int, seed: int = 0
         else:
             grid = next(grid for grid in link.students if grid.role == world.role)
             ids = [id for id in range(count) if id % grid.dp == g.dp.rank()]
-            receiver, wrong = Receiver(link, grid, ids, world.device), []
+            receiver, wrong, held = Receiver(link, grid, ids, world.device), [], 0
             for n, id in enumerate(ids):
+                held = max(held, len(receiver.arrived))
                 signal = receiver.get(id)
                 fault("before the credit", id)
                 if not torch.equal(signal, local_signal(shape, grid.parallel, id, *place)):
                     wrong.append(id)
                 pause()
                 receiver.release(id)
+                fault("after the credit", id)
                 if n == len(ids) // 4:
                     found["memory at a quarter"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             receiver.close()
-            found |= {"wrong": wrong, "received": len(ids), "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+            found |= {"wrong": wrong, "held": held, "received": len(ids), "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
         found["bytes"] = link.bytes_moved
     return found
 
@@ -166,6 +168,28 @@ def disordered(roles: Roles, shape: Shape, announced: int, due: int) -> str:
             text = str(error)
         receiver.close()
         world.bridge.place.store.delete_key("failed")  # so that the roles part as if nothing had been
+        return text
+
+
+def wrong_credit(roles: Roles, shape: Shape) -> str:
+    """The error of a teacher that gets credit for another microbatch than the one that is due."""
+    with joined_roles(roles, timeout_s=3.0) as world:
+        link = make_link(world, roles, shape, 3)
+        if world.role == "student":
+            number = torch.empty(1, dtype=torch.int64)
+            signal = torch.empty(shape.local(Parallel()), dtype=shape.dtype)
+            world.bridge.control.recv([number], link.teacher.first, 1).wait()
+            world.bridge.data.recv([signal], link.teacher.first, 3).wait()
+            world.bridge.control.send([number + 1], link.teacher.first, 2).wait()
+            time.sleep(0.5)
+            return ""
+        sender, text = Sender(link), ""
+        sender.send(4, whole_signal(shape, 4))
+        try:
+            sender.finish()
+        except RuntimeError as error:
+            text = str(error)
+        world.bridge.place.store.delete_key("failed")
         return text
 
 
