@@ -47,7 +47,8 @@ LAYOUTS = [
     Layout("tp2-dp2-sp", 4, {"tp": 2, **SP}),
     Layout("pp2-dp2", 4, {"pp": 2}),
     Layout("cp2-dp2", 4, {"cp": 2}),
-    Layout("tp4", 4, {"tp": 4}),
+    Layout("tp4-sp", 4, {"tp": 4, **SP}),
+    Layout("cp4", 4, {"cp": 4}),
     Layout("pp4", 4, {"pp": 4}),
     Layout("pp2-cp2", 4, {"pp": 2, "cp": 2}),
     Layout("pp2-vpp2-dp2", 4, {"pp": 2, "vpp": 2}),
@@ -67,7 +68,7 @@ ARCHS = {
 
 # qwen3 everywhere; the others where their own points matter: biases and a head that is not tied, and heads that tp does not divide.
 SOME = {
-    "qwen2": ("one", "tp2", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp", "tp2-pp2-vpp2-sp", "tp2-cp2-sp", "tp2-dp2-sp", "tp4"),
+    "qwen2": ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp", "tp2-cp2-sp", "tp4-sp"),
     "llama": ("one", "pp2", "cp2", "dp2", "pp4"),
 }
 CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.name in SOME.get(arch, BY_NAME)]
@@ -157,7 +158,7 @@ DISTILL = Distill(
     steps=STEPS, warmup_steps=1, lr=1e-3, temperature=2.0, ce_weight=0.5, clip_grad=0.5, global_batch_size=GLOBAL_BATCH_SIZE, checkpoint_interval=RESUME_AT
 )
 """Each term of the loss and the clipping take part."""
-UNTIED = ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp", "tp2-cp2-sp", "tp4")
+UNTIED = ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp")
 TRAINED = [(arch, layout) for arch, layout in CASES if arch == "qwen3" or (arch == "qwen2" and layout.name in UNTIED)]
 TRAINED_IDS = [f"{arch}-{layout.name}" for arch, layout in TRAINED]
 

@@ -222,7 +222,7 @@ def test_dry_run_knows_what_is_done(here, recipe, on_ranks, tmp_path):
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "qwen2"])
-@pytest.mark.parametrize("layout", ["one", "pp2-vpp2", "tp2-pp2-sp", "pp4", "tp4"])
+@pytest.mark.parametrize("layout", ["one", "pp2-vpp2", "tp2-pp2-sp", "pp4", "tp4-sp"])
 def test_parameters_of_a_dry_run_are_those_of_the_models(ranks, arch, layout):
     """qwen3 is tied, qwen2 not; six layers do not divide over four stages."""
     chosen = BY_NAME[layout]
