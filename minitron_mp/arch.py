@@ -7,7 +7,7 @@ the parallel layout: layers are stacked on dim 0, so a key with axis "layer" is 
 
 The qkv rows are interleaved by query group. With 4 heads in 2 groups the "heads" along dim 1 of linear_qkv.weight are
     q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
-and fc1 holds all gate rows, then all up rows: (2f, h).
+and fc1 holds all gate rows, then all up rows: (2f, h); without a gate the up rows alone: (f, h).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -26,15 +26,18 @@ ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
 AXES: dict[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": ("vocab", "hidden"),
     ATTENTION + "linear_qkv.layer_norm_weight": ("layer", "hidden"),
+    ATTENTION + "linear_qkv.layer_norm_bias": ("layer", "hidden"),
     ATTENTION + "linear_qkv.weight": ("layer", "qkv", "hidden"),
     ATTENTION + "linear_qkv.bias": ("layer", "qkv"),
     ATTENTION + "q_layernorm.weight": ("layer", "head_width"),
     ATTENTION + "k_layernorm.weight": ("layer", "head_width"),
     ATTENTION + "linear_proj.weight": ("layer", "hidden", "heads"),
     MLP + "linear_fc1.layer_norm_weight": ("layer", "hidden"),
+    MLP + "linear_fc1.layer_norm_bias": ("layer", "hidden"),
     MLP + "linear_fc1.weight": ("layer", "gate_up", "hidden"),
     MLP + "linear_fc2.weight": ("layer", "hidden", "ffn"),
     "decoder.final_layernorm.weight": ("hidden",),
+    "decoder.final_layernorm.bias": ("hidden",),
     "output_layer.weight": ("vocab", "hidden"),
 }
 
@@ -59,14 +62,23 @@ class Arch(BaseModel):
     tied: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    norm: Literal["rms", "layer1p"] = "rms"
+    """rms: RMSNorm. layer1p: LayerNorm with a bias and a weight that is stored less one."""
+    activation: Literal["swiglu", "squared_relu"] = "swiglu"
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    """Share of each head's width that is rotated."""
     rope_scaling_factor: float | None = None
     """Llama 3 frequency scaling (low 1, high 4, original context 8192, as Megatron-Core has it), or none."""
 
     @property
     def padded_vocab_size(self) -> int:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "swiglu"
 
     @property
     def heads_per_group(self) -> int:
@@ -79,7 +91,7 @@ class Arch(BaseModel):
             "vocab": self.padded_vocab_size,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
-            "gate_up": 2 * self.ffn_hidden_size,
+            "gate_up": (1 + self.gated) * self.ffn_hidden_size,
             "heads": self.num_attention_heads * self.kv_channels,
             "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels,
             "head_width": self.kv_channels,
@@ -94,6 +106,8 @@ class Arch(BaseModel):
             absent.add(ATTENTION + "linear_qkv.bias")
         if not self.qk_norm:
             absent |= {ATTENTION + "q_layernorm.weight", ATTENTION + "k_layernorm.weight"}
+        if self.norm == "rms":
+            absent |= {key for key in AXES if key.endswith(("layer_norm_bias", "final_layernorm.bias"))}
         return {key: tuple(map(self.axis_size, axes)) for key, axes in AXES.items() if key not in absent}
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
@@ -109,7 +123,7 @@ def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
     keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels for "hidden".
     "qkv" keeps every group's key and value: 8 heads in 2 groups, keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11].
     """
-    if axis == "gate_up":
+    if axis == "gate_up" and arch.gated:
         return np.concatenate([keep, keep + arch.ffn_hidden_size])
     if axis == "qkv":
         group, width = keep // arch.heads_per_group, arch.heads_per_group + 2

@@ -25,6 +25,7 @@ Force = Annotated[bool, typer.Option("--force", help="run the stage although its
 
 HELP = {
     "import": "Hugging Face folder -> sharded checkpoint.",
+    "import-teacher": "The model of teacher.model -> sharded checkpoint.",
     "data": "Text -> tokens: calibration, training and held-out parts.",
     "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
@@ -99,11 +100,16 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     project = Project(recipe)
     t = recipe.teacher
     ranks = world or (t.student_ranks or recipe.parallel.model_ranks) + t.ranks_in(None) + sum(t.siblings.values())
-    project.check(ranks)
-    teacher = hf.read_arch(Path(recipe.model))
-    student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)
+    models = [Path(recipe.model), Path(t.model or recipe.model)]
+    weights = all(map(hf.has_weights, filter(Path.is_dir, models)))
+    project.check(ranks, weights=weights)
+    base, teacher = (hf.read_arch(folder, weights=weights) for folder in models)
+    student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
-    table("layout and memory", ("what", "value"), cost.rows(teacher, student, recipe, ranks))
+    table("layout and memory", ("what", "value"), cost.rows(base, teacher, student, recipe, ranks))
+    if not weights:
+        say("only config.json is there, no weights: the sizes are known, the artefacts are not")
+        return
     states = {None: "done", True: "to do", False: "again"}
     rows = []
     for name in project.stages:

@@ -259,6 +259,9 @@ class Distill(Training):
 class Teacher(Section):
     """Where the teacher runs while the student is distilled, and what it hands over."""
 
+    model: str | None = None
+    """Hugging Face folder of another model to distil from than the one that is cut, with the same vocabulary: iterative compression
+    (2407.14679: 15B -> 8B -> 4B, the 15B always the teacher)."""
     placement: Literal["colocated", "remote", "cached"] = "colocated"
     """colocated: on the student's ranks in the student's layout. remote: on ranks of its own, the last ones of the job. cached: the stage
     `cache` runs it over all microbatches first and writes its signals to disk."""
@@ -333,7 +336,7 @@ class Evaluate(Section):
 class Export(Section):
     """The Hugging Face folder at the end."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] | None = None
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "nemotron"] | None = None
     """Write the student as another family; only llama -> mistral, which computes the same, is possible."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Default: the precision of the run."""
@@ -364,6 +367,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         problems = []
+        if self.correct and self.teacher.model:
+            problems.append("correct trains the model that is cut, teacher.model is another one: correct that one in a run of its own, and drop one of the two")
         for name, training in (("correct", self.correct), ("distill", self.distill)):
             if training and self.precision == "fp32" and training.logits_precision == "bf16":
                 problems.append(f"{name}.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
@@ -386,8 +391,13 @@ class Recipe(Section):
 
     @property
     def base(self) -> str:
-        """The stage whose model is scored, cut and distilled from."""
+        """The stage whose model is scored and cut."""
         return "correct" if self.correct else "import"
+
+    @property
+    def tutor(self) -> str:
+        """The stage whose model is distilled from."""
+        return "import-teacher" if self.teacher.model else self.base
 
     @property
     def root(self) -> Path:

@@ -93,8 +93,8 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
     }
 
 
-def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[tuple[str, str]]:
-    """Lines (what, value) of the dry run."""
+def rows(base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[tuple[str, str]]:
+    """Lines (what, value) of the dry run. base: what is cut; teacher: what is distilled from."""
     d, t = recipe.distill, recipe.teacher
     teachers = t.ranks_in(world_size)
     students = world_size - teachers - sum(t.siblings.values())
@@ -105,7 +105,8 @@ def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[
         lines.append(("ranks of the teacher", _layout(teachers, t.parallel)))
         per_token = payload_bytes_per_token(teacher, recipe)
         lines.append(("teacher stream", f"{t.payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step"))
-    for name, arch, p in (("teacher", teacher, teacher_layout), ("student", student, recipe.parallel)):
+    models = [("teacher", teacher, teacher_layout), *([("unpruned", base, recipe.parallel)] if base != teacher else []), ("student", student, recipe.parallel)]
+    for name, arch, p in models:
         total, outside = arch.num_parameters(), arch.num_parameters(embeddings=False)
         stages = ", ".join(f"{n:,}" for n in rank_parameters(arch, p))
         lines.append((f"layers of the {name} on each stage", str(stage_layers(arch.num_layers, p))))
@@ -115,7 +116,7 @@ def rows(teacher: Arch, student: Arch, recipe: Recipe, world_size: int) -> list[
     lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
     lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
     if recipe.correct:
-        needed = sum(training_memory(teacher, recipe.correct, recipe, students).values())
+        needed = sum(training_memory(base, recipe.correct, recipe, students).values())
         lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
     return lines
 

@@ -31,20 +31,31 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NAMES: dict[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": (EMBEDDING,),
     ATTENTION + "linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    ATTENTION + "linear_qkv.layer_norm_bias": ("input_layernorm.bias",),
     ATTENTION + "linear_qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     ATTENTION + "linear_qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     ATTENTION + "q_layernorm.weight": ("self_attn.q_norm.weight",),
     ATTENTION + "k_layernorm.weight": ("self_attn.k_norm.weight",),
     ATTENTION + "linear_proj.weight": ("self_attn.o_proj.weight",),
     MLP + "linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
+    MLP + "linear_fc1.layer_norm_bias": ("post_attention_layernorm.bias",),
     MLP + "linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     MLP + "linear_fc2.weight": ("mlp.down_proj.weight",),
     "decoder.final_layernorm.weight": ("model.norm.weight",),
+    "decoder.final_layernorm.bias": ("model.norm.bias",),
     "output_layer.weight": (HEAD,),
 }
-"""Canonical key -> the Hugging Face weights that hold its rows, in this order; below model.layers.N where it has a layer axis."""
+"""Canonical key -> the Hugging Face weights that hold its rows, in this order; below model.layers.N where it has a layer axis.
+Without a gate the first name of fc1 goes."""
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES["nemotron"] = "NemotronForCausalLM"
+SWITCHES: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "nemotron": {"norm": "layer1p", "activation": "squared_relu"},
+}
+"""Fields of Arch that a family sets."""
 FIELDS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -57,17 +68,18 @@ FIELDS = {
     "tied": "tie_word_embeddings",
     "norm_epsilon": "rms_norm_eps",
 }
-"""Field of Arch -> key of config.json."""
+"""Field of Arch -> key of config.json; in fields() what a family calls otherwise."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "nemotron": {"max_position_embeddings": 4096, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "hidden_act": "relu2"},
 }
 """What transformers takes when config.json leaves a key out; for all families tie_word_embeddings false, rms_norm_eps 1e-6."""
 
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "use_sliding_window": False, "quantization_config": None}
+ONLY = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0, "use_sliding_window": False, "quantization_config": None}
 """Settings of config.json that change the computation, and the one value that is computed here."""
 
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -78,11 +90,25 @@ ASSETS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens
 ASSETS += ["vocab.*", "merges.txt", "*.model", "tekken.json", "LICENSE*", "NOTICE*"]
 
 
-def read_arch(folder: Path) -> Arch:
-    """The architecture of a Hugging Face folder; InputError with everything in it that we cannot compute."""
+def fields(family: str) -> dict[str, str]:
+    """Field of Arch -> key of a family's config.json."""
+    return FIELDS | ({"norm_epsilon": "norm_eps"} if family == "nemotron" else {})
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds more of a model than its config.json."""
+    return bool(_weight_files(folder))
+
+
+def read_arch(folder: Path, *, weights: bool = True) -> Arch:
+    """The architecture of a Hugging Face folder; InputError with everything in it that we cannot compute. weights: they must be there, too."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give a Hugging Face model folder: config.json, safetensors weights, tokenizer")
-    problems = [] if _weight_files(folder) else ["no model.safetensors or model.safetensors.index.json; write them with save_pretrained of transformers"]
+    problems = (
+        []
+        if not weights or _weight_files(folder)
+        else ["no model.safetensors or model.safetensors.index.json; write them with save_pretrained of transformers"]
+    )
     if not (folder / "config.json").is_file():
         refuse(f"{folder} cannot be used:", ["no config.json", *problems])
     config = _read_json(folder / "config.json")
@@ -99,14 +125,14 @@ def read_arch(folder: Path) -> Arch:
     try:
         return Arch(
             family=family,
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
             rotary_base=rope["rope_theta"],
+            rotary_percent=rope["partial_rotary_factor"],
             rope_scaling_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
-            **{name: config[key] for name, key in FIELDS.items()},
+            **SWITCHES.get(family, {}),
+            **{name: config[key] for name, key in fields(family).items()},
         )
     except ValidationError as error:
-        given = [f"{FIELDS.get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}, given {e['input']!r}" for e in error.errors()]
+        given = [f"{fields(family).get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}, given {e['input']!r}" for e in error.errors()]
         raise InputError("\n".join([f"{folder} cannot be used:", *(f"  - {row}" for row in given)])) from error
 
 
@@ -132,16 +158,18 @@ def _size_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _setting_problems(config: dict[str, Any]) -> list[str]:
-    problems = [f"{name} is {config[name]!r}; only {only!r} is supported" for name, only in ONLY.items() if config.get(name) not in (only, None)]
+    family = config["model_type"]
+    only_here = ONLY | {"hidden_act": "relu2" if family == "nemotron" else "silu"}
+    problems = [f"{name} is {config[name]!r}; only {only!r} is supported" for name, only in only_here.items() if config.get(name) not in (only, None)]
     if others := sorted({*(config.get("layer_types") or [])} - {"full_attention"}):
         problems.append(f"layer_types holds {', '.join(others)}; only full_attention is supported")
     window, positions = config.get("sliding_window"), config["max_position_embeddings"]
-    if config["model_type"] == "mistral" and window and positions and window < positions:
+    if family == "mistral" and window and positions and window < positions:
         problems.append(f"sliding_window is {window}, below max_position_embeddings {positions}; set it to null if all sequences stay within the window")
     rope = _rope(config)
     if rope["rope_type"] not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         return [*problems, f"rope settings {rope} are not supported; supported: rope_type 'default' or 'llama3', one setting for all layers"]
-    fixed = {"partial_rotary_factor": 1} | (LLAMA3_ROPE if rope["rope_type"] == "llama3" else {})
+    fixed = ({} if family == "nemotron" else {"partial_rotary_factor": 1}) | (LLAMA3_ROPE if rope["rope_type"] == "llama3" else {})
     problems += [f"{name} of the rope settings is {rope.get(name)}; only {only} is supported" for name, only in fixed.items() if rope.get(name) != only]
     return problems + (["the llama3 rope settings have no factor"] if rope["rope_type"] == "llama3" and not rope.get("factor") else [])
 
@@ -173,7 +201,7 @@ class Weights:
 
     def tensor(self, key: str, layer: int | None = None) -> torch.Tensor:
         """Canonical tensor on the CPU in the file's dtype; InputError when a value is not finite."""
-        parts = [self._read(name) for name in _names(key, layer)]
+        parts = [self._read(name) for name in _names(key, layer, self.arch)]
         if key == "embedding.word_embeddings.weight" and self.arch.tied and HEAD in self.files and not torch.equal(parts[0], self._read(HEAD)):
             # transformers 4 would take the embedding as head, transformers 5 would untie them.
             raise InputError(f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set it to false in config.json if the head is meant")
@@ -229,7 +257,7 @@ def canonical_keys(arch: Arch) -> Iterator[tuple[str, int | None]]:
 def hf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of the Hugging Face model, without padding."""
     columns = {key: shape[(AXES[key][0] == "layer") + 1 :] for key, shape in arch.shapes().items()}
-    return {name: (rows, *columns[key]) for key, layer in canonical_keys(arch) for name, rows in zip(_names(key, layer), _rows(key, arch))}
+    return {name: (rows, *columns[key]) for key, layer in canonical_keys(arch) for name, rows in zip(_names(key, layer, arch), _rows(key, arch))}
 
 
 def to_hf(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> dict[str, torch.Tensor]:
@@ -241,7 +269,7 @@ def to_hf(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> dict
         parts = [part.flatten(0, 1) for part in grouped.split([n // arch.num_query_groups for n in rows], dim=1)]
     else:
         parts = tensor[: sum(rows)].split(rows)
-    return dict(zip(_names(key, layer), parts))
+    return dict(zip(_names(key, layer, arch), parts))
 
 
 def _to_canonical(key: str, parts: list[torch.Tensor], arch: Arch) -> torch.Tensor:
@@ -260,12 +288,13 @@ def _row_axis(key: str) -> str:
 def _rows(key: str, arch: Arch) -> list[int]:
     """Rows of each Hugging Face weight of a key."""
     axis, key_value = _row_axis(key), arch.num_query_groups * arch.kv_channels
-    several = {"qkv": [arch.axis_size("heads"), key_value, key_value], "gate_up": [arch.ffn_hidden_size] * 2, "vocab": [arch.vocab_size]}
+    several = {"qkv": [arch.axis_size("heads"), key_value, key_value], "gate_up": [arch.ffn_hidden_size] * (1 + arch.gated), "vocab": [arch.vocab_size]}
     return several.get(axis) or [arch.axis_size(axis)]
 
 
-def _names(key: str, layer: int | None) -> list[str]:
-    return [name if layer is None else f"model.layers.{layer}.{name}" for name in NAMES[key]]
+def _names(key: str, layer: int | None, arch: Arch) -> list[str]:
+    names = NAMES[key] if arch.gated or _row_axis(key) != "gate_up" else NAMES[key][1:]
+    return [name if layer is None else f"model.layers.{layer}.{name}" for name in names]
 
 
 def assets(folder: Path) -> list[Path]:
@@ -306,7 +335,7 @@ def _new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[
     if config.get("layer_types"):
         config = config | {"layer_types": config["layer_types"][: arch.num_layers]}
     name = str(dtype).removeprefix("torch.")
-    sizes = {key: getattr(arch, name) for name, key in FIELDS.items()}
+    sizes = {key: getattr(arch, name) for name, key in fields(arch.family).items()}
     # torch_dtype is for transformers before 4.56.
     return config | sizes | {"architectures": [FAMILIES[arch.family]], "model_type": arch.family, "dtype": name, "torch_dtype": name}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -57,6 +58,7 @@ def build_model(arch: Arch, world: World, *, precision: str, sequence_length: in
             share_embeddings_and_output_weights=arch.tied,
             position_embedding_type="rope",
             rotary_base=arch.rotary_base,
+            rotary_percent=arch.rotary_percent,
             rope_scaling=arch.rope_scaling_factor is not None,
             rope_scaling_factor=arch.rope_scaling_factor or 8.0,
             pg_collection=world.groups,
@@ -103,10 +105,11 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | N
         num_attention_heads=arch.num_attention_heads,
         num_query_groups=arch.num_query_groups,
         kv_channels=arch.kv_channels,
-        normalization="RMSNorm",
+        normalization="RMSNorm" if arch.norm == "rms" else "LayerNorm",
+        layernorm_zero_centered_gamma=arch.norm == "layer1p",
         layernorm_epsilon=arch.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        gated_linear_unit=arch.gated,
+        activation_func=F.silu if arch.gated else squared_relu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
@@ -144,13 +147,14 @@ def _block_spec(config: Any, arch: Arch, vp_stage: int | None, pp_rank: int) -> 
     """Megatron's local layer spec with a norm and an attention that run anywhere and know sequence and context parallelism."""
     layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    norm = RMSNorm if arch.norm == "rms" else LayerNorm1p
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     attention = parts.self_attention.submodules
     attention.core_attention = Attention
     if arch.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = norm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
 class RMSNorm(nn.Module):
@@ -164,6 +168,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm1p(nn.Module):
+    """Layer norm over the last dimension with a bias; its weight is stored less one, so that weight decay pulls it to one (Nemotron)."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = (nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) for _ in range(2))
+        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight + 1, self.bias, self.eps)
 
 
 class Attention(nn.Module):

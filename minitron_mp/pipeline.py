@@ -20,13 +20,13 @@ from minitron_mp.console import say, speaks, table
 from minitron_mp.plan import Importance, PrunePlan, Trials, exportable, make_plan, resolve_target
 from minitron_mp.precheck import recipe_problems
 
-BASE = "base"
+BASE, TUTOR = "base", "tutor"
+"""Among a stage's inputs: the stages that recipe.base and recipe.tutor name."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """artifact: name below recipe.output. inputs: stages that come before, BASE for the one that makes the teacher. settings: what of the
-    recipe changes the result."""
+    """artifact: name below recipe.output. inputs: stages that come before. settings: what of the recipe changes the result."""
 
     artifact: str
     inputs: tuple[str, ...]
@@ -46,7 +46,7 @@ def _run_settings(recipe: Recipe) -> dict[str, Any]:
 def _target(recipe: Recipe) -> dict[str, Any]:
     # What counts are the sizes. Searched ones depend on what tp has to divide, but seldom come out differently.
     if recipe.target.searched:
-        student = resolve_target(hf.read_arch(Path(recipe.model)), recipe.target, recipe.parallel.tp, recipe.export.family)
+        student = resolve_target(hf.read_arch(Path(recipe.model), weights=False), recipe.target, recipe.parallel.tp, recipe.export.family)
         return student.model_dump(include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"})
     return recipe.target.model_dump(exclude_none=True, exclude={"axes", "align"})
 
@@ -66,7 +66,7 @@ def _layers_to_drop(recipe: Recipe) -> int:
     """By measured or chosen importance; 0 where the target names them."""
     if recipe.target.drop_layers is not None or (recipe.target.num_layers is None and "layer" not in recipe.target.axes):
         return 0
-    teacher = hf.read_arch(Path(recipe.model))
+    teacher = hf.read_arch(Path(recipe.model), weights=False)
     return teacher.num_layers - resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
 
 
@@ -83,8 +83,8 @@ def _cache(recipe: Recipe) -> dict[str, Any]:
     return {**batches, **_run_settings(recipe), "precision": recipe.teacher_precision, "payload": t.payload, **top}
 
 
-def _model_files(recipe: Recipe) -> dict[str, str]:
-    folder = Path(recipe.model)
+def _model_files(model: str) -> dict[str, str]:
+    folder = Path(model)
     hf.read_arch(folder)  # a folder that is no model gets its own error
     return {"model": artifact.fingerprint_files([*hf.assets(folder), *folder.glob("*.safetensors")])}
 
@@ -96,23 +96,24 @@ def _text_files(recipe: Recipe) -> dict[str, str]:
 
 
 STAGES: dict[str, Stage] = {
-    "import": Stage("teacher", (), lambda recipe: {}, _model_files),
+    "import": Stage("teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.model)),
     "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(include={"valid_fraction"}), "seed": recipe.seed}, _text_files),
     "score": Stage("importance.safetensors", (BASE, "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}),
     "plan": Stage("plan.json", ("score",), _plan),
     "prune": Stage("student", (BASE, "plan"), lambda recipe: {}),
-    "distill": Stage("student_distilled", (BASE, "data", "prune"), _distill),
-    "evaluate": Stage("evaluation.json", (BASE, "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
+    "distill": Stage("student_distilled", (TUTOR, "data", "prune"), _distill),
+    "evaluate": Stage("evaluation.json", (BASE, TUTOR, "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
     "export": Stage("student_hf", ("import", "distill"), lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision}),
 }
 
 OPTIONAL: dict[str, Stage] = {
     "correct": Stage("teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude=HOW), **_run_settings(r)} if r.correct else {}),
     "depth": Stage("depth.json", (BASE, "data"), _depth),
-    "cache": Stage("teacher_signals", (BASE, "data"), _cache),
+    "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
+    "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
-"""correct: after data, where the recipe has that section. depth: before plan, where layers go and depth.method is not cosine. cache: before distill, for
-teacher.placement: cached."""
+"""import-teacher: for teacher.model. correct: after data, where the recipe has that section. depth: before plan, where layers go and
+depth.method is not cosine. cache: before distill, for teacher.placement: cached."""
 
 
 class Project:
@@ -121,6 +122,8 @@ class Project:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         names = list(STAGES)
+        if recipe.teacher.model:
+            names.insert(names.index("import") + 1, "import-teacher")
         if recipe.correct:
             names.insert(names.index("score"), "correct")
         if recipe.depth.method != "cosine" and _layers_to_drop(recipe):
@@ -142,7 +145,8 @@ class Project:
     def inputs(self, name: str) -> list[str]:
         """Stages whose artefacts a stage reads."""
         depth = ("depth",) if name == "plan" and "depth" in self.stages else ()
-        return [self.recipe.base if other == BASE else other for other in self.stages[name].inputs + depth]
+        meant = {BASE: self.recipe.base, TUTOR: self.recipe.tutor}
+        return list(dict.fromkeys(meant.get(other, other) for other in self.stages[name].inputs + depth))
 
     def why_not_done(self, name: str) -> list[str] | None:
         """None when the artefact is whole and this recipe's; otherwise what differs ([] when it is not there)."""
@@ -161,9 +165,9 @@ class Project:
             needed |= set(self.inputs(other)) if other in needed else set()
         return [other for other in self.stages if other in needed]
 
-    def check(self, num_ranks: int | None = None) -> None:
-        """InputError with everything about the recipe that would stop a later stage; num_ranks: of the job, where it is known."""
-        refuse("this recipe cannot run:", recipe_problems(self.recipe, self.paths, num_ranks))
+    def check(self, num_ranks: int | None = None, *, weights: bool = True) -> None:
+        """InputError with everything about the recipe that would stop a later stage; num_ranks: of the job, where it is known. weights: look at them."""
+        refuse("this recipe cannot run:", recipe_problems(self.recipe, self.paths, num_ranks, weights=weights))
 
     def check_text(self) -> None:
         """InputError when the tokens of the data stage are too few for a later one; evaluate comes after hours of distill."""
@@ -184,6 +188,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     if name not in project.stages:
         missing = {
             "cache": "teacher.placement: cached",
+            "import-teacher": "teacher.model",
             "correct": "a section correct, for example correct: {steps: 1000}",
             "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
         }

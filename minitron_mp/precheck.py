@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from minitron_mp import hf, text
@@ -11,22 +12,26 @@ from minitron_mp.config import InputError, Recipe, must_divide
 from minitron_mp.plan import droppable, exportable, resolve_target
 
 
-def recipe_problems(recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None) -> list[str]:
-    """One sentence each; empty when nothing stops it. paths: stage -> artefact.
+def recipe_problems(recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None, *, weights: bool = True) -> list[str]:
+    """One sentence each; empty when nothing stops it. paths: stage -> artefact. weights: False to look at the models' config.json alone.
 
     num_ranks: of the job, where it is known; else one copy of the model is assumed.
     """
-    found: list[Arch] = []
+    found: dict[str, Arch] = {}
 
-    def read() -> None:
-        found.append(hf.read_arch(Path(recipe.model)))
-        hf.check_weights(Path(recipe.model), found[0])
+    def read(folder: str) -> None:
+        found[folder] = hf.read_arch(Path(folder), weights=weights)
+        if weights:
+            hf.check_weights(Path(folder), found[folder])
 
-    problems = _told(read) + _files(recipe, paths)
+    tutor = recipe.teacher.model or recipe.model
+    problems = [problem for folder in dict.fromkeys([recipe.model, tutor]) for problem in _told(partial(read, folder))]
+    if weights:
+        problems += _files(recipe, paths)
     if not recipe.target.given:
         problems.append("target says nothing; give sizes, max_parameters or keep")
     dp, too_few = _ranks(recipe, num_ranks)
-    return problems + too_few + _batches(recipe, dp) + (_model(recipe, found[0]) if found else [])
+    return problems + too_few + _batches(recipe, dp) + (_model(recipe, found[recipe.model], found[tutor]) if {recipe.model, tutor} <= found.keys() else [])
 
 
 def _told(check: Callable[[], None]) -> list[str]:
@@ -71,16 +76,20 @@ def _batches(recipe: Recipe, dp: int) -> list[str]:
     return [p for name, size, section in sizes if (p := must_divide(name, size, section.micro_batch_size, dp, recipe.parallel.interleaved))]
 
 
-def _model(recipe: Recipe, arch: Arch) -> list[str]:
-    """What the sizes of the model rule out."""
+def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
+    """What the sizes of the model, and of the one that teaches, rule out."""
     p, t = recipe.parallel, recipe.teacher
     problems, students = layout_problems(arch, p.tp), [arch]
+    if tutor.vocab_size != arch.vocab_size:
+        problems.append(f"teacher.model has a vocabulary of {tutor.vocab_size}, the model that is cut {arch.vocab_size}; they must have the same")
     if (length := recipe.data.sequence_length) > arch.max_position_embeddings:
         problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
     if t.is_remote:
-        problems += [f"teacher: {problem}" for problem in layout_problems(arch, t.parallel.tp)]
-        if t.parallel.pp > arch.num_layers:
-            problems.append(f"teacher: {t.parallel.pp} pipeline stages for {arch.num_layers} layers")
+        problems += [f"teacher: {problem}" for problem in layout_problems(tutor, t.parallel.tp)]
+        if t.parallel.pp > tutor.num_layers:
+            problems.append(f"teacher: {t.parallel.pp} pipeline stages for {tutor.num_layers} layers")
+    elif recipe.teacher.model:
+        problems += [f"teacher.model: {problem}" for problem in layout_problems(tutor, p.tp)]
     if t.payload == "topk" and t.top_k > arch.vocab_size:
         problems.append(f"teacher.top_k {t.top_k} is above the vocabulary of {arch.vocab_size}")
     if t.payload == "topk" and recipe.distill.divergence != "forward_kl":

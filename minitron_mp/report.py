@@ -48,10 +48,12 @@ QUALITY_HEADER = ("model", "parameters", "of teacher", "held-out loss", "perplex
 
 
 def quality_rows(project: Any) -> list[tuple[str, ...]]:
-    """One row a model: the teacher before its correction, where it had one, teacher, pruned, distilled."""
+    """One row a model: the teacher before its correction, where it had one, teacher, what was cut, where that is another model, pruned, distilled."""
     plan, evaluation = PrunePlan.load(project.paths["plan"]), _evaluation(project)
     rows = []
-    for name, arch in (("uncorrected", plan.teacher), ("teacher", plan.teacher), ("pruned", plan.student), ("distilled", plan.student)):
+    tutor = artifact.require(project.paths[project.recipe.tutor], project.recipe.tutor).arch
+    rows_of = {"uncorrected": plan.teacher, "teacher": tutor, "unpruned": plan.teacher, "pruned": plan.student, "distilled": plan.student}
+    for name, arch in rows_of.items():
         if name not in evaluation:
             continue
         q, count = evaluation[name], arch.num_parameters()

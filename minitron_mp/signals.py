@@ -60,7 +60,7 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
         receiver = Receiver(link, link.students[0], mine, world.device) if world.is_last_stage else None
     head = None
     if t.payload == "hidden":
-        head = load_head(job.arch(recipe.base), job.paths[recipe.base], world, DTYPES[recipe.teacher_precision])
+        head = load_head(job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision])
     return RemoteTeacher(receiver, t.payload, head, world)
 
 
@@ -104,14 +104,14 @@ def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group
         place = {"dp_rank": id % per_step, "dp_size": per_step}
         return data.micro_batches(samples, id // per_step, global_batch_size=d.global_batch_size, micro_batch_size=d.micro_batch_size, **place)[0]
 
-    arch = job.arch(recipe.base)
-    chunks = frozen_model(arch, job.paths[recipe.base], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
+    arch = job.arch(recipe.tutor)
+    chunks = frozen_model(arch, job.paths[recipe.tutor], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
     settings = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature}
     serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
 
 
 def _shape(job: Job) -> Shape:
-    recipe, arch = job.recipe, job.arch(job.recipe.base)
+    recipe, arch = job.recipe, job.arch(job.recipe.tutor)
     width, dtype = {
         "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
         "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
@@ -136,16 +136,16 @@ def _handshake(job: Job, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
     recipe, bridge = job.recipe, job.world.bridge
     assert bridge is not None
-    own = job.arch(recipe.base if job.world.role == "teacher" else "prune")
-    made_from = {stage: artifact.require(job.paths[stage], stage).fingerprint for stage in (recipe.base, "data")}
-    mine = contract(recipe, link, job.arch(recipe.base), own.vocab_size, made_from, dict(job.tokenizer().unique_identifiers))
+    own = job.arch(recipe.tutor if job.world.role == "teacher" else "prune")
+    made_from = {stage: artifact.require(job.paths[stage], stage).fingerprint for stage in (recipe.tutor, "data")}
+    mine = contract(recipe, link, job.arch(recipe.tutor), own.vocab_size, made_from, dict(job.tokenizer().unique_identifiers))
     return compare_contracts(bridge, list(job.students), mine, first)
 
 
 def contract(recipe: Recipe, link: Link, teacher: Arch, vocab_size: int, made_from: dict[str, str], tokenizer: dict[str, Any]) -> dict[str, Any]:
     """What both ends of the stream must have alike. vocab_size: of this end's own model; made_from: fingerprints of teacher and data."""
     return {
-        "teacher checkpoint": made_from[recipe.base],
+        "teacher checkpoint": made_from[recipe.tutor],
         "data": made_from["data"],
         "tokenizer": tokenizer,
         "seed": recipe.seed,

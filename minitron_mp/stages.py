@@ -75,20 +75,20 @@ class Job:
 
     def teacher(self, stage: str = "") -> ColocatedTeacher:
         """The model that a stage left, default the teacher of the student."""
-        stage = stage or self.recipe.base
+        stage = stage or self.recipe.tutor
         options = {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
         return ColocatedTeacher(self.arch(stage), self.paths[stage], self.world, **options)
 
 
 def import_model(job: Job) -> None:
     """Hugging Face folder -> sharded checkpoint, in the folder's dtype. Each rank converts every world-size-th layer."""
-    source = Path(job.recipe.model)
+    source = Path(job.recipe.model if job.manifest.stage == "import" else job.recipe.teacher.model or "")
     arch = hf.read_arch(source)
     weights, mine = hf.Weights(source, arch), {}
     keys = [(key, layer) for key, layer in hf.canonical_keys(arch) if (layer or 0) % dist.get_world_size() == dist.get_rank()]
     failure: Exception | None = None
     try:
-        with Tracker("import", len(keys), "tensors") as tracker:
+        with Tracker(job.manifest.stage, len(keys), "tensors") as tracker:
             for key, layer in keys:
                 mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
                 tracker.advance(1)
@@ -244,6 +244,8 @@ def evaluate(job: Job) -> None:
     settings = job.recipe.evaluate
     teacher = job.teacher()
     models = {"uncorrected": job.build("import")} if job.recipe.correct else {}
+    if job.recipe.tutor != job.recipe.base:
+        models["unpruned"] = job.build(job.recipe.base)
     models |= {"pruned": job.build("prune"), "distilled": job.build("distill")}
     count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
     with Tracker("evaluate", count, "batches") as tracker:
@@ -354,6 +356,7 @@ def _assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
 
 RUN: dict[str, Callable[[Job], None]] = {
     "import": import_model,
+    "import-teacher": import_model,
     "data": tokenize,
     "score": score,
     "correct": correct,

@@ -62,6 +62,7 @@ SIZES |= {"vocab_size": 150, "max_position_embeddings": 256}
 ARCHS = {
     "qwen3": Arch(family="qwen3", tied=True, qk_norm=True, norm_epsilon=1e-3, **SIZES),
     "qwen2": Arch(family="qwen2", tied=False, qkv_bias=True, rotary_base=5000.0, **SIZES),
+    "nemotron": Arch(family="nemotron", tied=False, norm="layer1p", activation="squared_relu", rotary_percent=0.5, **SIZES),
     "llama": Arch(family="llama", tied=False, **SIZES | {"num_attention_heads": 9, "num_query_groups": 3, "hidden_size": 44}),
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
@@ -70,6 +71,7 @@ ARCHS = {
 SOME = {
     "qwen2": ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp", "tp2-cp2-sp", "tp4-sp"),
     "llama": ("one", "pp2", "cp2", "dp2", "pp4"),
+    "nemotron": ("one", "tp2-sp", "tp2-pp2-vpp2-sp"),
 }
 CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.name in SOME.get(arch, BY_NAME)]
 IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
@@ -99,8 +101,8 @@ def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
     weights = {}
     for key, shape in arch.shapes().items():
         noise = torch.randn(shape, generator=generator)
-        if "layernorm" in key or "layer_norm" in key:
-            weights[key] = 1 + 0.3 * noise
+        if ("layernorm" in key or "layer_norm" in key) and not key.endswith("bias"):
+            weights[key] = (arch.norm == "rms") + 0.3 * noise
         elif key.endswith("bias"):
             weights[key] = 0.5 * noise
         elif AXES[key][0] == "vocab":
@@ -109,7 +111,7 @@ def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
             weights[key] = 1.2 * noise / shape[-1] ** 0.5
     ramp = torch.logspace(0.5, -0.5, arch.ffn_hidden_size)
     for layer in range(arch.num_layers):
-        weights[MLP + "linear_fc1.weight"][layer].unflatten(0, (2, -1)).mul_((ramp if layer % 2 == 0 else ramp.flip(0))[:, None])
+        weights[MLP + "linear_fc1.weight"][layer].unflatten(0, (-1, arch.ffn_hidden_size)).mul_((ramp if layer % 2 == 0 else ramp.flip(0))[:, None])
     weights[ATTENTION + "linear_proj.weight"] *= torch.linspace(0.7, 1.3, arch.num_layers)[:, None, None]  # layers differ in weight
     return weights
 
@@ -137,15 +139,15 @@ def micro_batches(samples: dict[str, Tensor], micro_batch_size: int, dp_rank: in
 
 def saved_axes(arch: str) -> list[str]:
     """Students that are written and loaded at another layout; the others' slices are compared in memory only, to save time."""
-    return ["hidden", "ffn", "heads", "layer", "all"] if arch == "qwen3" else ["all"]
+    return ["layer", "all"] if arch == "qwen3" else ["all"]
 
 
 AGGREGATIONS = ("l2", "mean", "var")
 DEFAULT_PAIR = ("l2", "mean")
 ALL_PAIRS = [DEFAULT_PAIR, *((b, s) for b in AGGREGATIONS for s in AGGREGATIONS if (b, s) != DEFAULT_PAIR)]
 """(batch, sequence)"""
-LAYOUTS_OF_ALL_PAIRS = ("tp2-cp2-sp", "tp2-dp2-sp", "tp2-pp2-vpp2-sp")
-"""Each kind of split once: the sequence in two ways, the samples, the layers."""
+LAYOUTS_OF_ALL_PAIRS = ("dp2", "tp2-cp2-sp", "tp2-pp2-vpp2-sp")
+"""Each kind of split once: the samples, the sequence in two ways, the layers."""
 
 
 def pairs(arch: str, layout: Layout) -> list[tuple[str, str]]:
@@ -164,14 +166,14 @@ TRAINED_IDS = [f"{arch}-{layout.name}" for arch, layout in TRAINED]
 
 
 def settings(layout: Layout) -> Distill:
-    """Tensor parallel ranks talk in every layer of every microbatch, so they get fewer and larger ones: two for a pipeline, else one."""
-    micro_batch_size = 1 if layout.tp == 1 else 2 if layout.ranks > layout.tp else 4
-    return DISTILL.model_copy(update={"micro_batch_size": micro_batch_size})
+    """Ranks that share a layer talk in each layer of each microbatch, so they get few and large ones: as many as fill the pipeline."""
+    parts = layout.parallel.get("pp", 1) if layout.tp * layout.parallel.get("cp", 1) > 1 else GLOBAL_BATCH_SIZE // layout.dp
+    return DISTILL.model_copy(update={"micro_batch_size": max(1, GLOBAL_BATCH_SIZE // layout.dp // parts)})
 
 
 ONE_STEP = DISTILL.model_copy(update={"steps": 1, "warmup_steps": 0, "global_batch_size": 8})
 SPLITS = {f"micro{n}": ONE_STEP.model_copy(update={"micro_batch_size": n}) for n in (1, 2, 4)}
-SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2")
+SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp")
 OVERLAP_LAYOUTS = ("dp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2")
 RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
 CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"steps"}), steps=2)

@@ -19,20 +19,35 @@ ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
 QKV, PROJ = ATTENTION + "linear_qkv.", ATTENTION + "linear_proj.weight"
 FC1, FC2 = MLP + "linear_fc1.", MLP + "linear_fc2.weight"
 EMBEDDING, HEAD, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
-HIDDEN_NORMS = (QKV + "layer_norm_weight", FC1 + "layer_norm_weight", FINAL_NORM)
+FINAL_BIAS = "decoder.final_layernorm.bias"
+HIDDEN_NORMS = (QKV + "layer_norm_weight", FC1 + "layer_norm_weight", FINAL_NORM, QKV + "layer_norm_bias", FC1 + "layer_norm_bias", FINAL_BIAS)
 
 
-def logits(arch: Any, weights: Weights, tokens: Tensor, epsilon: float | None = None) -> Tensor:
-    """[b, s] -> [b, s, v], float64. epsilon: of the norms over the hidden axis, if not the architecture's."""
+def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
+    """[b, s] -> [b, s, v], float64. kept: the only hidden channels that the norms see; their output is zero elsewhere."""
     w = {key: value.double() for key, value in weights.items()}
-    epsilon = arch.norm_epsilon if epsilon is None else epsilon
     x = w[EMBEDDING][tokens]  # [b, s, h]
     for layer in range(arch.num_layers):
         own = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
-        x = x + _attention(arch, own, _rms_norm(x, own[QKV + "layer_norm_weight"], epsilon))
-        gate, up = (_rms_norm(x, own[FC1 + "layer_norm_weight"], epsilon) @ own[FC1 + "weight"].T).chunk(2, -1)
-        x = x + (F.silu(gate) * up) @ own[FC2].T
-    return _rms_norm(x, w[FINAL_NORM], epsilon) @ (w[EMBEDDING] if arch.tied else w[HEAD]).T
+        x = x + _attention(arch, own, _norm(arch, x, own[QKV + "layer_norm_weight"], own.get(QKV + "layer_norm_bias"), kept))
+        up = _norm(arch, x, own[FC1 + "layer_norm_weight"], own.get(FC1 + "layer_norm_bias"), kept) @ own[FC1 + "weight"].T
+        if arch.activation == "swiglu":
+            gate, up = up.chunk(2, -1)
+            x = x + (F.silu(gate) * up) @ own[FC2].T
+        else:
+            x = x + up.clamp(min=0).square() @ own[FC2].T
+    return _norm(arch, x, w[FINAL_NORM], w.get(FINAL_BIAS), kept) @ (w[EMBEDDING] if arch.tied else w[HEAD]).T
+
+
+def _norm(arch: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Sequence[int] | None) -> Tensor:
+    kept = list(range(x.shape[-1]) if kept is None else kept)
+    out, part = torch.zeros_like(x), x[..., kept]
+    if arch.norm == "rms":
+        out[..., kept] = _rms_norm(part, weight[kept], arch.norm_epsilon)
+    else:
+        centred = part - part.mean(-1, keepdim=True)
+        out[..., kept] = _rms_norm(centred, weight[kept] + 1, arch.norm_epsilon) + bias[kept]
+    return out
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -48,7 +63,8 @@ def _attention(arch: Any, own: Weights, x: Tensor) -> Tensor:
     if arch.qk_norm:
         q = _rms_norm(q, own[ATTENTION + "q_layernorm.weight"], arch.norm_epsilon)
         k = _rms_norm(k, own[ATTENTION + "k_layernorm.weight"], arch.norm_epsilon)
-    q, k = _rotate(q, arch.rotary_base), _rotate(k, arch.rotary_base)
+    rotated = round(arch.kv_channels * arch.rotary_percent)
+    q, k = (torch.cat([_rotate(x[..., :rotated], arch.rotary_base), x[..., rotated:]], -1) for x in (q, k))
     scores = torch.einsum("bsgqd,btgkd->bgqst", q, k) / arch.kv_channels**0.5
     s = x.shape[1]
     scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf)
@@ -64,18 +80,11 @@ def _rotate(x: Tensor, base: float) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, float]:
-    """The teacher with everything that the plan drops set to zero, and its epsilon: it computes what the student computes.
-
-    RMSNorm divides by the root of the mean over the full width: the kept channels' mean square is full / kept times larger,
-    hence norm weight times sqrt(kept / full) and epsilon times kept / full.
-    """
+def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Sequence[int]]:
+    """The teacher with everything that the plan drops set to zero, and the channels that its norms may see: it computes what the student computes."""
     w = {key: value.clone() for key, value in weights.items()}
-    share = len(plan.hidden) / arch.hidden_size
     hidden = _flags(plan.hidden, arch.hidden_size)
     w[EMBEDDING] *= hidden
-    for key in HIDDEN_NORMS:
-        w[key] *= share**0.5
     for layer in range(arch.num_layers):
         if layer not in plan.layers:
             w[PROJ][layer] = w[FC2][layer] = 0
@@ -84,7 +93,7 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, flo
         heads = _flags(plan.heads[row], arch.num_attention_heads).repeat_interleave(arch.kv_channels)
         w[PROJ][layer] *= hidden[:, None] * heads
         w[FC2][layer] *= hidden[:, None] * _flags(plan.ffn[row], arch.ffn_hidden_size)
-    return w, arch.norm_epsilon * share
+    return w, plan.hidden
 
 
 def _flags(kept: Sequence[int], size: int) -> Tensor:
@@ -101,14 +110,14 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
         parts = []
         for layer, ffn, heads in zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]:
             x = whole if layer is None else whole[layer]
-            if key.startswith(QKV) and key != QKV + "layer_norm_weight":
+            if key.startswith(QKV) and "layer_norm" not in key:
                 groups = x.unflatten(0, (arch.num_query_groups, per_group + 2, width))
                 slots = [[h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1] for g in range(arch.num_query_groups)]
                 x = torch.cat([group[slot].flatten(0, 1) for group, slot in zip(groups, slots)])
             if key == PROJ:
                 x = x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
             if key == FC1 + "weight":
-                x = x.unflatten(0, (2, -1))[:, ffn].flatten(0, 1)
+                x = x.unflatten(0, (-1, arch.ffn_hidden_size))[:, ffn].flatten(0, 1)
             if key == FC2:
                 x = x[:, ffn]
             if key in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):

@@ -211,6 +211,28 @@ def test_dry_run_of_a_cluster(here, inputs, tmp_path, capsys):
     refused(here("compress", recipe, "--dry-run", "--world", "256"), "distill.global_batch_size 4 must be a multiple of 16")
 
 
+PUBLISHED = {  # billions of parameters, and without embeddings: 2407.14679 and 2408.11796, table 1 each
+    "mn_minitron_8b": (8.4, 7.3),
+    "llama_3_1_minitron_4b_width": (4.5, 3.7),
+    "llama_3_1_minitron_4b_depth": (4.5, 3.5),
+    "minitron_8b": (8.27, 6.2),
+    "minitron_4b": (4.19, 2.6),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_sizes(here, monkeypatch, name):
+    """On a laptop, from a config.json alone."""
+    monkeypatch.chdir(ROOT)
+    code, out, err = here("compress", f"examples/{name}.yaml", "--dry-run", "--world", "128")
+    assert (code, err) == (0, "")
+    assert "only config.json is there, no weights" in out
+    student = next(line for line in out.splitlines() if "student parameters" in line)
+    found = [int(number.replace(",", "")) / 1e9 for number in re.findall(r"\d+(?:,\d{3})+", student)[:2]]
+    for ours, published in zip(found, PUBLISHED[name]):
+        assert round(ours, len(str(published).split(".")[1])) == published
+
+
 def test_dry_run_knows_what_is_done(here, recipe, on_ranks, tmp_path):
     output = f"output={tmp_path / 'out'}"
     assert on_ranks(1, "import", recipe, output)[0].code == 0

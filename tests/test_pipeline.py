@@ -463,6 +463,26 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path,
     refused(on_rank("compress", recipe, "correct.warmup_steps=20"), "correct: warmup_steps 20 must be smaller than steps 20")
 
 
+def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs, tmp_path, on_rank):
+    """Iterative compression: model is a student, teacher.model what that one was cut from."""
+    sizes = {"target": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 6}, "distill": {"steps": 6}}
+    student, first = whole.output / "student_hf", inputs / "model"
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", student, inputs / "text", tmp_path / "out", **sizes, teacher={"model": str(first)})
+    code, _, err = on_rank("compress", recipe)
+    assert code == 0, err
+    again, before = (json.loads((path / "evaluation.json").read_text()) for path in (tmp_path / "out", whole.output))
+    for name, loss in (("teacher", before["teacher"]["loss"]), ("unpruned", before["distilled"]["loss"])):
+        assert again[name]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert again["unpruned"]["kl"] == pytest.approx(before["distilled"]["kl"], rel=1e-4)
+    assert again["distilled"]["kl"] < again["pruned"]["kl"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.index("| teacher |") < report.index("| unpruned |") < report.index("| pruned |")
+    refused(on_rank("import-teacher", whole.recipe), "the recipe has no stage import-teacher; it comes with teacher.model")
+    refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
+    other = make_model(tmp_path / "other", vocab_size=400)
+    refused(on_rank("compress", recipe, f"teacher.model={other}"), "teacher.model has a vocabulary of 400, the model that is cut")
+
+
 @pytest.mark.parametrize("method", ["drop", "block", "greedy"])
 def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, method):
     """The stage depth measures, the plan follows it; the first layer is protected, and the searched sets are as the method says."""

@@ -40,10 +40,9 @@ def test_teacher_computes_what_plain_torch_does(results, arch, layout):
 def test_masked_reference_equals_sliced_reference(results, arch, axis):
     """The references themselves, in float64: the algebra of the masks is exact but for rounding."""
     plan, weights = results.plan(arch, axis), results.weights(arch)
-    masked, epsilon = reference.masked_teacher(ARCHS[arch], weights, plan)
-    want = reference.logits(ARCHS[arch], masked, tokens(arch), epsilon)
+    masked, kept = reference.masked_teacher(ARCHS[arch], weights, plan)
+    want = reference.logits(ARCHS[arch], masked, tokens(arch), kept)
     got = reference.logits(plan.student, reference.sliced(ARCHS[arch], weights, plan), tokens(arch))
-    # The masked norm weights are scaled in float32.
     assert (got - want).abs().max() < 1e-6 * want.abs().max()
     assert (want - reference.logits(ARCHS[arch], weights, tokens(arch))).abs().max() > 0.01 * want.abs().max(), "this plan cuts nothing that matters"
 
@@ -51,8 +50,8 @@ def test_masked_reference_equals_sliced_reference(results, arch, axis):
 @pytest.mark.parametrize(("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED])
 def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
     """The student was cut and saved at the layout before this one in the table."""
-    masked, epsilon = reference.masked_teacher(ARCHS[arch], results.weights(arch), results.plan(arch, axis, previous(CASES, arch, layout)))
-    want = reference.logits(ARCHS[arch], masked, tokens(arch), epsilon)
+    masked, kept = reference.masked_teacher(ARCHS[arch], results.weights(arch), results.plan(arch, axis, previous(CASES, arch, layout)))
+    want = reference.logits(ARCHS[arch], masked, tokens(arch), kept)
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
@@ -83,6 +82,6 @@ def test_kept_neurons_are_uneven_over_ranks(results, arch):
     """The case that the exchange is for: at tp 4 one rank keeps most, another next to none."""
     plan = results.plan(arch, "ffn")
     counts = [[sum(i * 4 // ARCHS[arch].ffn_hidden_size == rank for i in row) for rank in range(4)] for row in plan.ffn]
-    assert min(map(min, counts)) == 0
+    assert min(map(min, counts)) <= 1
     assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}

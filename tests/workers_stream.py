@@ -13,7 +13,7 @@ from typing import Any
 
 import pool
 import torch
-from cases import SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
+from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 from workers import joined
@@ -213,7 +213,7 @@ def train_with(
 
     Metrics of the student's rank 0, [] elsewhere.
     """
-    chosen, start = settings(student), {"arch": student_arch, "start": student_weights, "checkpoints": output}
+    chosen, start = settings(student).model_copy(update={"steps": RESUME_AT}), {"arch": student_arch, "start": student_weights, "checkpoints": output}
     frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
     if teacher is None:
         with joined(student) as world:
