@@ -331,6 +331,10 @@ class Evaluate(Section):
 
     num_samples: int = Field(64, ge=1)
     micro_batch_size: int = Field(1, ge=1)
+    tasks: dict[str, str] = {}
+    """Name -> .jsonl of items, choices or last words (tasks.py says in what form): {piqa: tasks/piqa.jsonl}."""
+    task_items: int | None = Field(None, ge=1)
+    """The first so many of each file; default: all."""
 
 
 class Export(Section):

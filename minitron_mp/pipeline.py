@@ -76,6 +76,15 @@ def _distill(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.distill.model_dump(exclude=HOW), **_run_settings(recipe), "teacher": teacher}
 
 
+def _evaluate(recipe: Recipe) -> dict[str, Any]:
+    items = {"task_items": recipe.evaluate.task_items} if recipe.evaluate.tasks else {}
+    return {"num_samples": recipe.evaluate.num_samples, **items, **_run_settings(recipe)}
+
+
+def _task_files(recipe: Recipe) -> dict[str, str]:
+    return {f"task {name}": artifact.fingerprint_files([Path(path)]) for name, path in recipe.evaluate.tasks.items()}
+
+
 def _cache(recipe: Recipe) -> dict[str, Any]:
     d, t = recipe.distill, recipe.teacher
     batches = d.model_dump(include={"steps", "global_batch_size", "micro_batch_size"})
@@ -102,7 +111,7 @@ STAGES: dict[str, Stage] = {
     "plan": Stage("plan.json", ("score",), _plan),
     "prune": Stage("student", (BASE, "plan"), lambda recipe: {}),
     "distill": Stage("student_distilled", (TUTOR, "data", "prune"), _distill),
-    "evaluate": Stage("evaluation.json", (BASE, TUTOR, "data", "prune", "distill"), lambda r: {"num_samples": r.evaluate.num_samples, **_run_settings(r)}),
+    "evaluate": Stage("evaluation.json", (BASE, TUTOR, "data", "prune", "distill"), _evaluate, _task_files),
     "export": Stage("student_hf", ("import", "distill"), lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision}),
 }
 

@@ -28,6 +28,7 @@ def write_report(project: Any) -> None:
         "## Result",
         f"On {_evaluation(project)['pruned']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token.",
         markdown(QUALITY_HEADER, quality),
+        *_tasks(project),
         "## What was cut",
         markdown(("size", "teacher", "student", "kept"), plan.summary()),
         *_cuts(plan, Importance.load(project.paths["score"])),
@@ -84,6 +85,21 @@ def _cuts(plan: PrunePlan, importance: Importance) -> list[str]:
         f"(layers from {ffn.min():.1%} to {ffn.max():.1%}); heads {heads.mean():.1%}."
     )
     return lines + [f"Note: {note}." for note in plan.notes]
+
+
+def _tasks(project: Any) -> list[str]:
+    """A table of task scores with standard errors, one column a model."""
+    tasks = _evaluation(project).get("tasks", {})
+    if not tasks:
+        return []
+    models = list(next(iter(tasks.values())))
+    rows = []
+    for task, results in tasks.items():
+        for name, label in (("accuracy", "accuracy"), ("normalised", "accuracy by characters")):
+            if results[models[0]][name] is not None:
+                shares = [f"{results[model][name]:.1%} ± {results[model][name + '_stderr']:.1%}" for model in models]
+                rows.append((f"{task} ({results[models[0]]['num_items']:,}), {label}", *shares))
+    return ["## Tasks", "Shares of the items, zero-shot, with standard errors.", markdown(("task (items)", *models), rows)]
 
 
 def _bought(project: Any) -> str:

@@ -28,6 +28,7 @@ from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable, resolve_target
 from minitron_mp.schedule import Batch, run
+from minitron_mp.tasks import judge, read_items
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
 
@@ -250,8 +251,23 @@ def evaluate(job: Job) -> None:
     count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
     with Tracker("evaluate", count, "batches") as tracker:
         quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
-    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}}
+    tasks = _judge_tasks(job, {"teacher": teacher.chunks, **models})
+    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks}
     on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))
+
+
+def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Task -> model -> its result."""
+    settings, found = job.recipe.evaluate, {}
+    for task, path in settings.tasks.items():
+        items, size = read_items(Path(path), settings.task_items), settings.micro_batch_size
+        rows = sum(len(item.options) for item in items)
+        calls = -(-rows // (size * job.world.groups.dp.size() * job.world.parallel.interleaved)) * len(models)
+        place = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": size, "vocab_size": job.arch(job.recipe.base).vocab_size}
+        with Tracker(task, calls, "batches") as tracker:
+            results = judge(models, items, job.tokenizer(), job.world, **place, progress=lambda tracker=tracker: tracker.advance(1))
+        found[task] = {name: result.model_dump() for name, result in results.items()}
+    return found
 
 
 def export(job: Job) -> None:

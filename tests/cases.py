@@ -176,6 +176,7 @@ SPLITS = {f"micro{n}": ONE_STEP.model_copy(update={"micro_batch_size": n}) for n
 SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp")
 OVERLAP_LAYOUTS = ("dp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2")
 RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
+RESUMED_LAYOUTS = ("one", "tp2-sp", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-vpp2-sp", "tp2-dp2-sp", "pp2-dp2", "tp4-sp")
 CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"steps"}), steps=2)
 """Cross-entropy alone, without a teacher."""
 CORRECT_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")

@@ -467,6 +467,9 @@ def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs,
     """Iterative compression: model is a student, teacher.model what that one was cut from."""
     sizes = {"target": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 6}, "distill": {"steps": 6}}
     student, first = whole.output / "student_hf", inputs / "model"
+    items = [{"query": "the teacher and the", "choices": ["student", "loss"], "gold": 1}, {"query": "prune", "choices": ["head", "cut it"], "gold": 0}]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    sizes["evaluate"] = {"tasks": {"choices": str(tmp_path / "choices.jsonl")}}
     recipe = make_recipe_file(tmp_path / "recipe.yaml", student, inputs / "text", tmp_path / "out", **sizes, teacher={"model": str(first)})
     code, _, err = on_rank("compress", recipe)
     assert code == 0, err
@@ -477,6 +480,9 @@ def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs,
     assert again["distilled"]["kl"] < again["pruned"]["kl"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.index("| teacher |") < report.index("| unpruned |") < report.index("| pruned |")
+    assert set(again["tasks"]["choices"]) == {"teacher", "unpruned", "pruned", "distilled"}
+    assert "| choices (2), accuracy by characters |" in report
+    refused(on_rank("compress", recipe, "evaluate.tasks.choices=nowhere.jsonl"), "evaluate.tasks.choices: there is no file nowhere.jsonl")
     refused(on_rank("import-teacher", whole.recipe), "the recipe has no stage import-teacher; it comes with teacher.model")
     refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
     other = make_model(tmp_path / "other", vocab_size=400)

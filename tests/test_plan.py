@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from minitron_mp.arch import ATTENTION, AXES, Arch, expand, export_problems, layout_problems
+from minitron_mp.arch import ATTENTION, AXES, MLP, Arch, expand, export_problems, layout_problems
 from minitron_mp.artifact import Manifest, find
 from minitron_mp.config import InputError, Target
 from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target, top
@@ -62,9 +62,14 @@ def test_tied_embeddings_count_once_and_padding_never():
 
 
 def test_shapes_follow_the_switches():
-    assert set(SMALL.shapes()) == set(AXES) - {ATTENTION + name for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")}
+    norm_biases = {ATTENTION + "linear_qkv.layer_norm_bias", MLP + "linear_fc1.layer_norm_bias", "decoder.final_layernorm.bias"}
+    switched = {ATTENTION + name for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")}
+    assert set(SMALL.shapes()) == set(AXES) - switched - norm_biases
     shapes = make_arch(qkv_bias=True, qk_norm=True).shapes()
-    assert set(shapes) == set(AXES)
+    assert set(shapes) == set(AXES) - norm_biases
+    nemotron = make_arch(norm="layer1p", activation="squared_relu").shapes()
+    assert set(nemotron) == set(AXES) - switched
+    assert nemotron[MLP + "linear_fc1.weight"][1] * 2 == shapes[MLP + "linear_fc1.weight"][1]
     assert shapes[ATTENTION + "linear_qkv.weight"] == (4, (8 + 2 * 2) * 6, 48)
     assert shapes[ATTENTION + "linear_proj.weight"] == (4, 48, 8 * 6)
     assert shapes[ATTENTION + "q_layernorm.weight"] == (4, 6)

@@ -16,6 +16,7 @@ from cases import (
     OVERLAP_LAYOUTS,
     RECOMPUTE_LAYOUTS,
     RESUME_AT,
+    RESUMED_LAYOUTS,
     SPLIT_LAYOUTS,
     SPLITS,
     STEPS,
@@ -69,7 +70,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
     assert all(rank["bitwise"] for rank in by_rank), "the final weights"
 
 
-@trained
+@pytest.mark.parametrize(("arch", "layout"), [("qwen3", BY_NAME[name]) for name in RESUMED_LAYOUTS], ids=RESUMED_LAYOUTS)
 def test_a_run_resumes_at_another_layout(results, arch, layout):
     """From the checkpoint that the layout before this one in the table wrote."""
     assert_close(results.resumed(arch, layout), one_rank(results, arch)[RESUME_AT:])

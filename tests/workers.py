@@ -91,6 +91,25 @@ def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset
         return {"base": base, "losses": losses, "forwards": len(calls)}
 
 
+def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
+    """(scores of all options, result of choices.jsonl, of words.jsonl); a token for each character."""
+    from minitron_mp import tasks
+    from minitron_mp.data import Tokenizer
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts]
+
+    tokenizer = Tokenizer(encode, arch.vocab_size, 0)
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        choices, words = (tasks.read_items(path / f"{name}.jsonl") for name in ("choices", "words"))
+        rows = tasks._rows(choices + words, tokenizer, SEQUENCE_LENGTH)
+        scores = tasks._scores(chunks, rows, world, SEQUENCE_LENGTH, 2, arch.vocab_size, 0, lambda: None)
+        options = {"sequence_length": SEQUENCE_LENGTH, "micro_batch_size": 2, "vocab_size": arch.vocab_size}
+        found = [tasks.judge({"m": chunks}, items, tokenizer, world, **options)["m"] for items in (choices, words)]
+        return scores, *found
+
+
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
     chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
     checkpoint.load_model(chunks, folder, world)

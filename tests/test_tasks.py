@@ -1,0 +1,98 @@
+"""Choice tasks on the sharded model: the scores of a dense model, at layouts of every kind; and what files may hold."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
+
+from minitron_mp.config import InputError
+from minitron_mp.tasks import read_items
+
+ARCH = ARCHS["qwen3"]
+LAYOUTS = ["one", "tp2-sp", "pp2-vpp2", "dp2", "tp2-cp2-sp"]
+CHOICES = [
+    {"query": "what is the answer to this", "choices": ["one word", "two other words", "nothing"], "gold": 1},
+    {"query": "and now", "choices": ["it is over, as long as this sentence is", "go"], "gold": 0},
+    {"query": "x" * 40, "choices": ["an ending behind a context that is too long", "b"], "gold": 1},
+    {"context_options": ["the cat saw the dog and the cat", "the cat saw the dog and the dog"], "continuation": "ran away.", "gold": 0},
+]
+WORDS = [{"text": "a b c d e"}, {"text": "the last word of this is hello"}]
+
+
+def encode(texts):
+    """A token for each character, as the workers have it."""
+    return [[ord(c) % (ARCH.vocab_size - 1) + 1 for c in text] for text in texts]
+
+
+def dense_scores(weights, items):
+    """[(log p, all most likely)] for each option, one at a time."""
+    found = []
+    for item in items:
+        for context, ending in item.options:
+            (tokens,), (before,) = encode([f"{context} {ending}"]), encode([context])
+            start, cut = len(before), max(0, len(tokens) - SEQUENCE_LENGTH - 1)
+            tokens, start = torch.tensor(tokens[cut:]), max(1, start - cut)
+            z = reference.logits(ARCH, weights, tokens[None, :-1])[0, start - 1 :, : ARCH.vocab_size]
+            log_p = F.log_softmax(z, -1).gather(-1, tokens[start:, None])
+            found.append((log_p.sum().item(), bool((z.argmax(-1) == tokens[start:]).all())))
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tasks")
+    for name, rows in (("choices", CHOICES), ("words", WORDS)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_are_those_of_a_dense_model(results, ranks, files, layout):
+    items = read_items(files / "choices.jsonl") + read_items(files / "words.jsonl")
+    want = dense_scores(results.weights("qwen3"), items)
+    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "path": files}
+    for scores, choices, words in ranks(BY_NAME[layout].ranks, "workers.judge_tasks", layout=BY_NAME[layout], **case):
+        assert scores[:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
+        assert (scores[:, 1] == 0).tolist() == [greedy for _, greedy in want]
+        best, place = [], 0
+        for item in items[: len(CHOICES)]:
+            own = [log_p for log_p, _ in want[place : place + len(item.options)]]
+            best.append(own.index(max(own)) == item.gold)
+            place += len(item.options)
+        share = sum(best) / len(CHOICES)
+        assert choices.accuracy == share
+        assert choices.accuracy_stderr == pytest.approx(math.sqrt(share * (1 - share) / (len(CHOICES) - 1)))
+        assert words.accuracy == sum(greedy for _, greedy in want[-2:]) / 2
+        assert words.normalised is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"query": "a", "choices": ["b"]}',
+        '{"query": "a", "choices": ["b", "c"], "gold": 2}',
+        '{"text": "one"}',
+        "[1]",
+        '{"query": "", "choices": ["b"], "gold": 0}',
+    ],
+)
+def test_a_line_that_is_no_item_is_named(tmp_path, line):
+    (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
+    with pytest.raises(InputError, match=r"task\.jsonl line 3 is no item: needs text, or query, choices and gold, or"):
+        read_items(tmp_path / "task.jsonl")
+
+
+def test_files_without_items(tmp_path, files):
+    with pytest.raises(InputError, match="there is no file"):
+        read_items(tmp_path / "nowhere.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="holds no item"):
+        read_items(tmp_path / "empty.jsonl")
+    assert len(read_items(files / "choices.jsonl", limit=2)) == 2
