@@ -136,26 +136,29 @@ def _scores(
     def add(hidden: Tensor, batch: Batch) -> None:
         found.index_add_(0, batch["rows"].to(world.device), _of_endings(chunks[-1], hidden, batch, world, vocab_size))
 
-    unit = micro_batch_size * dp.size() * world.parallel.interleaved
+    p, unit = world.parallel, micro_batch_size * dp.size() * world.parallel.interleaved
+    multiple = (2 * p.cp if p.cp > 1 else 1) * p.tp
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))  # alike lengths together: padding costs as much as text
     with torch.no_grad():
         for first in range(0, len(rows), unit):
-            mine = range(first + dp.rank() * micro_batch_size, first + unit, micro_batch_size * dp.size())
-            run(chunks, [_batch(rows, start, micro_batch_size, length, eod) for start in mine], world, add)
+            longest = len(rows[order[first]].tokens) - 1
+            padded = min(length, -(-longest // multiple) * multiple)
+            starts = range(first + dp.rank() * micro_batch_size, first + unit, micro_batch_size * dp.size())
+            run(chunks, [_batch(rows, order[start : start + micro_batch_size], micro_batch_size, padded, eod) for start in starts], world, add)
             progress()
     dist.all_reduce(found, group=groups.dp_cp)
     dist.all_reduce(found, group=groups.pp)  # the last stage alone has counted
     return found.cpu()
 
 
-def _batch(rows: list[_Row], start: int, size: int, length: int, eod: int) -> Batch:
-    """Rows start to start + size, filled up with eod, and with row 0 of no weight behind the last."""
+def _batch(rows: list[_Row], numbers: list[int], size: int, length: int, eod: int) -> Batch:
+    """These rows, filled up with eod to `length`, and with empty ones of no weight to `size`."""
     tokens, mask = torch.full((size, length + 1), eod), torch.zeros((size, length))
-    numbers = [number if number < len(rows) else 0 for number in range(start, start + size)]
     for i, number in enumerate(numbers):
         row = rows[number]
         tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        if start + i < len(rows):
-            mask[i, row.start - 1 : len(row.tokens) - 1] = 1  # position p predicts token p + 1
+        mask[i, row.start - 1 : len(row.tokens) - 1] = 1  # position p predicts token p + 1
+    numbers = numbers + [0] * (size - len(numbers))
     positions = torch.arange(length).expand(size, length).contiguous()
     batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": positions, "loss_mask": mask}
     return batch | {"rows": torch.tensor(numbers)}
