@@ -167,7 +167,7 @@ class Depth(Section):
     """Which layers go, when the target has fewer.
 
     cosine: those that change the hidden states least (importance of the stage `score`). drop: those without which, one at a time, the
-    loss is least (2407.14679 section 2.2). block: the contiguous block without which the loss is least (2408.11796 section 4.2).
+    loss is least (2407.14679, depth). block: the contiguous block without which the loss is least (2408.11796, depth).
     greedy: one after the other, each time the one without which the loss is least. All but cosine are measured by the stage `depth`.
     """
 
@@ -227,7 +227,7 @@ class Training(Section):
 class Correct(Training):
     """Teacher correction: the unpruned teacher learns the distillation data by cross-entropy before it is scored, cut and distilled from.
 
-    Defaults after 2408.11796 section 3.1: a fifth of the peak learning rate of the teacher's pre-training, 120 warm-up steps, cosine.
+    Defaults after 2408.11796, teacher correction: a fifth of the peak learning rate of the teacher's pre-training, 120 warm-up steps, cosine.
     """
 
     steps: int = Field(1000, ge=1)

@@ -154,16 +154,16 @@ def depth(job: Job) -> None:
     for chunk in chunks:
         chunk.eval()
     gone: frozenset[int] = frozenset()
-    rounds, trials, whole = count if settings.method == "greedy" else 1, [], 0.0
+    greedy, trials, whole = settings.method == "greedy", [], 0.0
     _, first = _groups(job, "calibration", settings.num_samples, settings.micro_batch_size, exact=False)
     groups = list(first)
-    with Tracker("depth", rounds, "rounds") if rounds > 1 else Tracker("depth", len(groups), "batches") as tracker:
-        for _ in range(rounds):
+    with Tracker("depth", count, "rounds") if greedy else Tracker("depth", len(groups), "batches") as tracker:
+        for _ in range(count if greedy else 1):
             candidates = depth_candidates(settings, arch.num_layers, count, gone)
-            progress = (lambda: None) if rounds > 1 else lambda: tracker.advance(1)
+            progress = (lambda: None) if greedy else lambda: tracker.advance(1)
             base, losses = losses_without(chunks, groups, job.world, candidates, gone=gone, vocab_size=arch.vocab_size, progress=progress)
             found = [(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)]
-            if settings.method == "greedy":
+            if greedy:
                 trials.append(min(found, key=lambda trial: trial[1]))
                 whole = whole if gone else base
                 gone = frozenset(trials[-1][0])
@@ -186,7 +186,7 @@ def prune(job: Job) -> None:
 
 
 def correct(job: Job) -> None:
-    """Train the teacher on the distillation text by cross-entropy (2408.11796 section 3.1)."""
+    """Train the teacher on the distillation text by cross-entropy (2408.11796, teacher correction)."""
     assert job.recipe.correct is not None
     _fit(job, "import", job.recipe.correct, lambda first: None)
 

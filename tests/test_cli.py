@@ -211,7 +211,7 @@ def test_dry_run_of_a_cluster(here, inputs, tmp_path, capsys):
     refused(here("compress", recipe, "--dry-run", "--world", "256"), "distill.global_batch_size 4 must be a multiple of 16")
 
 
-PUBLISHED = {  # billions of parameters, and without embeddings: 2407.14679 and 2408.11796, table 1 each
+PUBLISHED = {  # billions of parameters, and without embeddings: 2407.14679 and 2408.11796
     "mn_minitron_8b": (8.4, 7.3),
     "llama_3_1_minitron_4b_width": (4.5, 3.7),
     "llama_3_1_minitron_4b_depth": (4.5, 3.5),

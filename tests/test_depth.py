@@ -83,7 +83,7 @@ def test_protected_layers_stay():
 
 
 def test_the_published_choice_of_llama_is_a_candidate_and_is_found():
-    """2408.11796 section 4.2: of 32 layers the last one and the first 15 stay."""
+    """2408.11796, depth: of 32 layers the last one and the first 15 stay."""
     candidates = depth_candidates(Depth(method="block"), 32, 16)
     assert len(candidates) == 17
     losses = [(sorted(block), 5.0 - (block == frozenset(range(15, 31)))) for block in candidates]

@@ -94,7 +94,7 @@ def roles_of(pair):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize(("name", "window"), [("hidden", 1), ("logits", 3)])
+@pytest.mark.parametrize(("name", "window"), [("hidden", 1), ("hidden", 3), ("logits", 3)])
 def test_what_arrives_is_what_was_sent(ranks, name, pair, window):
     """Bitwise, with random delays on both sides."""
     roles, shape = roles_of(pair), SHAPES[name]
