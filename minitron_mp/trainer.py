@@ -68,32 +68,74 @@ def train(
     every step since. stop_after: leave after so many steps of this call, checkpoint written (time limits). InputError when the
     loss is not finite. Reached by all ranks.
     """
-    models, optimizer, scheduler = _prepare(chunks, settings, world)
-    first = _resume(models, optimizer, checkpoints, manifest, world)
-    scheduler.step(increment=first)
-    sums: list[torch.Tensor] = []
-    last, clock = min(settings.steps, first + (stop_after or settings.steps)), time.perf_counter()
-    pending: list[tuple[int, float, float]] = []  # step, learning rate, gradient norm
-    loss = _LossOnLastStage(models[-1], teacher, settings, world, vocab_size)
-    for step in range(first, last):
-        seed_all(seed + step)
-        for model in models:
+    training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=checkpoints, manifest=manifest, on_step=on_step)
+    train_together([training], teacher, batches_of, min(settings.steps, training.done + (stop_after or settings.steps)), seed=seed)
+    training.settle()
+
+
+def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int], Sequence[Batch]], last: int, *, seed: int) -> None:
+    """Take all runs to step `last`, with one forward pass of the teacher for all of them; a run that is ahead waits for the others."""
+    for training in runs:
+        training.start_clock()
+    for step in range(min(training.done for training in runs), last):
+        batches = with_signals(teacher, batches_of(step), step)
+        for training in runs:
+            if training.done == step:
+                seed_all(seed + step)
+                training.step(batches, is_last=step + 1 == last)
+
+
+class Run:
+    """One model in training: wrapped, with its optimizer, from its newest checkpoint. done: steps so far."""
+
+    def __init__(
+        self,
+        chunks: list[Any],
+        teacher: Any,
+        settings: Distill | Correct,
+        world: World,
+        *,
+        vocab_size: int,
+        checkpoints: Path,
+        manifest: Manifest,
+        on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+    ):
+        self.settings, self.world, self.checkpoints, self.manifest, self.on_step = settings, world, checkpoints, manifest, on_step
+        self.models, self.optimizer, self.scheduler = _prepare(chunks, settings, world)
+        self.done = _resume(self.models, self.optimizer, checkpoints, manifest, world)
+        self.scheduler.step(increment=self.done)
+        self.loss = _LossOnLastStage(self.models[-1], teacher, settings, world, vocab_size)
+        self.sums: list[torch.Tensor] = []
+        self.pending: list[tuple[int, float, float]] = []
+        """step, learning rate, gradient norm"""
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def step(self, batches: Sequence[Batch], *, is_last: bool = False) -> None:
+        """One optimizer step. is_last: of this call of train(): log and save after it."""
+        for model in self.models:
             model.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss.sums.zero_()
-        run(models, with_signals(teacher, batches_of(step), step), world, loss, train=True)
-        scheduler.step(increment=1)
-        _, grad_norm, _ = optimizer.step()
-        sums.append(loss.sums.clone())
-        pending.append((step, optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)))
-        saving = step + 1 < settings.steps and ((step + 1) % settings.checkpoint_interval == 0 or step + 1 == last)
-        if saving or (step + 1) % settings.log_interval == 0 or step + 1 == last:  # logged, and so checked, before it is saved
-            _log(pending, sums, settings, world, time.perf_counter() - clock, on_step)
-            clock = time.perf_counter()
+        self.optimizer.zero_grad()
+        self.loss.sums.zero_()
+        run(self.models, batches, self.world, self.loss, train=True)
+        self.scheduler.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        self.sums.append(self.loss.sums.clone())
+        self.pending.append((self.done, self.optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)))
+        self.done += 1
+        saving = self.done < self.settings.steps and (self.done % self.settings.checkpoint_interval == 0 or is_last)
+        if saving or self.done % self.settings.log_interval == 0 or is_last:  # logged, and so checked, before it is saved
+            _log(self.pending, self.sums, self.settings, self.world, time.perf_counter() - self.clock, self.on_step)
+            self.start_clock()
         if saving:
-            _save(models, optimizer, checkpoints, manifest, step + 1, settings, world)
-            clock = time.perf_counter()
-    _settle(models, settings)
+            _save(self.models, self.optimizer, self.checkpoints, self.manifest, self.done, self.settings, self.world)
+            self.start_clock()
+
+    def settle(self) -> None:
+        """Leave the bare weights current and the rest collectable; the run is over."""
+        _settle(self.models, self.settings)
 
 
 class _LossOnLastStage:
