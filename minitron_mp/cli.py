@@ -30,6 +30,7 @@ HELP = {
     "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
     "depth": "Losses without single layers or blocks of them; for depth.method: drop, block, greedy.",
+    "search": "Candidates inside a budget, ranked by held-out loss, the best ones distilled for a short time; for recipes with a section search.",
     "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
     "prune": "Teacher and plan -> student checkpoint.",
     "cache": "The teacher's signals of all microbatches -> disk; for teacher.placement: cached.",
@@ -94,6 +95,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mp import cost, hf
+    from minitron_mp.candidates import candidates, name_of
     from minitron_mp.pipeline import Project
     from minitron_mp.plan import resolve_target
 
@@ -104,9 +106,16 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     weights = all(map(hf.has_weights, filter(Path.is_dir, models)))
     project.check(ranks, weights=weights)
     base, teacher = (hf.read_arch(folder, weights=weights) for folder in models)
-    student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
+    found = candidates(recipe, base) if recipe.search else [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
+    student = max(found, key=lambda arch: arch.num_parameters())
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
     table("layout and memory", ("what", "value"), cost.rows(base, teacher, student, recipe, ranks))
+    if recipe.search:
+        table(
+            "candidates of the search; the layout above is that of the largest",
+            ("candidate", "parameters"),
+            [(name_of(a), f"{a.num_parameters():,}") for a in found],
+        )
     if not weights:
         say("only config.json is there, no weights: the sizes are known, the artefacts are not")
         return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Aggregation = Literal["mean", "l2", "var"]
 
@@ -30,6 +31,19 @@ def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleave
         return None
     parts = f"micro_batch_size {micro_batch_size} x data parallel size {dp}" + f" x pp {interleaved}" * (interleaved > 1)
     return f"{name} {size} must be a multiple of {unit} ({parts}); nearest {max(1, round(size / unit)) * unit}"
+
+
+def _with_suffix(value: Any) -> Any:
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    if isinstance(value, str) and value[-1:].upper() in units:
+        try:
+            return float(value[:-1]) * units[value[-1].upper()]
+        except ValueError:
+            raise ValueError(f"{value!r} is no number of parameters; write 8.4e9, 8.4B or 102M") from None
+    return value
+
+
+Count = Annotated[float, BeforeValidator(_with_suffix)]
 
 
 class Section(BaseModel):
@@ -119,7 +133,7 @@ class Target(Section):
     hidden_size: int | None = Field(None, ge=1)
     ffn_hidden_size: int | None = Field(None, ge=1)
     num_attention_heads: int | None = Field(None, ge=1)
-    max_parameters: float | None = Field(None, gt=0)
+    max_parameters: Count | None = Field(None, gt=0)
     """At most so many parameters: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(None, gt=0, le=1)
     """At most this share of the teacher's parameters."""
@@ -127,17 +141,6 @@ class Target(Section):
     """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
     align: int = Field(16, ge=1)
     """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
-
-    @field_validator("max_parameters", mode="before")
-    @classmethod
-    def _suffix(cls, value: Any) -> Any:
-        units = {"K": 1e3, "M": 1e6, "B": 1e9}
-        if isinstance(value, str) and value[-1:].upper() in units:
-            try:
-                return float(value[:-1]) * units[value[-1].upper()]
-            except ValueError:
-                raise ValueError(f"{value!r} is no number of parameters; write 8.4e9, 8.4B or 102M") from None
-        return value
 
     @model_validator(mode="after")
     def _one_kind(self) -> Target:
@@ -178,6 +181,78 @@ class Depth(Section):
     num_samples: int = Field(32, ge=1)
     """Calibration samples for the losses."""
     micro_batch_size: int = Field(1, ge=1)
+
+
+class Search(Section):
+    """The student's sizes by search instead of by `target`: all candidates inside a budget are ranked by their held-out loss after pruning
+    (by masks, no weight is copied); the best ones are distilled for a short time, the better half of them for longer, until one is left
+    (2407.14679: candidates within 5 % of the parameters, ranked after light retraining). Held-out is the calibration text, so that what
+    `evaluate` reads has chosen nothing.
+
+    One budget: parameters, memory_gib or latency_ms. One list for each size; an empty one stands for num_layers: all of the teacher's to 9
+    tenths of them; hidden_size: sixteenths of the teacher's, down to half; ffn_hidden_size: what comes nearest to the budget; num_attention_heads:
+    the teacher's.
+    """
+
+    parameters: Count | None = Field(None, gt=0)
+    """So many parameters, within `tolerance`: 8e9, "8B"."""
+    memory_gib: float | None = Field(None, gt=0)
+    """At most so much for weights and key-value cache of batch_size sequences of `context` tokens, over all ranks."""
+    latency_ms: float | None = Field(None, gt=0)
+    """At most so long for a forward pass of batch_size sequences of `context` tokens, measured on this job's ranks."""
+    tolerance: float = Field(0.05, gt=0, lt=1)
+    """parameters: either way. memory_gib, latency_ms: candidates use at least 1 - 2 tolerance of the budget."""
+    batch_size: int = Field(1, ge=1)
+    context: int | None = Field(None, ge=1)
+    """Default: data.sequence_length."""
+    num_layers: list[int] = []
+    hidden_size: list[int] = []
+    ffn_hidden_size: list[int] = []
+    mlp_expansion: list[float] = []
+    """Instead of ffn_hidden_size: multiples of each hidden_size."""
+    num_attention_heads: list[int] = []
+    num_samples: int = Field(64, ge=1)
+    """Samples of held-out text that candidates are judged on."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Of these samples."""
+    finalists: int = Field(4, ge=1)
+    """So many are distilled."""
+    steps: int = Field(100, ge=2)
+    """Optimizer steps of the last two; of those that leave a round earlier half as many, and so on. Learning rate and batches are those of `distill`."""
+    together: int | None = Field(None, ge=1)
+    """Students in memory at a time, which share each forward pass of the teacher; default: all that are left."""
+    max_candidates: int = Field(256, ge=1)
+    """More are refused: narrow the lists."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Search:
+        given = [name for name in ("parameters", "memory_gib", "latency_ms") if getattr(self, name) is not None]
+        problems = [] if len(given) == 1 else [f"give one budget of parameters, memory_gib and latency_ms, given {' and '.join(given) or 'none'}"]
+        if given == ["parameters"] and self.context is not None:
+            problems.append("batch_size and context are those of memory_gib and latency_ms; with parameters drop them")
+        if self.ffn_hidden_size and self.mlp_expansion:
+            problems.append("ffn_hidden_size and mlp_expansion both list the width of the MLP; drop one of them")
+        if given == ["latency_ms"] and not (self.ffn_hidden_size or self.mlp_expansion):
+            problems.append("latency_ms is measured for every candidate, so ffn_hidden_size cannot be solved for it: list the sizes to try")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """(name, value) of the budget."""
+        return next((name, value) for name in ("parameters", "memory_gib", "latency_ms") if (value := getattr(self, name)) is not None)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and most of the budget that a candidate may use."""
+        name, value = self.budget
+        return (value * (1 - self.tolerance), value * (1 + self.tolerance)) if name == "parameters" else (value * (1 - 2 * self.tolerance), value)
+
+    def rounds(self, students: int) -> list[int]:
+        """Step at which each round of distillation of so many students ends; half of them stay after it, one after the last."""
+        count = math.ceil(math.log2(students))
+        return [max(1, self.steps >> (count - 1 - i)) for i in range(count)]
 
 
 class Training(Section):
@@ -363,6 +438,8 @@ class Recipe(Section):
     score: Score = Score()
     depth: Depth = Depth()
     target: Target = Target()
+    search: Search | None = None
+    """Instead of sizes or a budget in `target`."""
     distill: Distill = Distill()
     teacher: Teacher = Teacher()
     evaluate: Evaluate = Evaluate()
@@ -373,6 +450,12 @@ class Recipe(Section):
         problems = []
         if self.correct and self.teacher.model:
             problems.append("correct trains the model that is cut, teacher.model is another one: correct that one in a run of its own, and drop one of the two")
+        if self.search and self.target.given:
+            problems.append("search finds the sizes and target gives them; drop one of the two (target.align may stay)")
+        if self.search and self.depth.method == "block" and len(set(self.search.num_layers)) != 1:
+            problems.append(
+                "depth.method block measures blocks of one length, the candidates of search differ in depth; use drop or greedy, or one search.num_layers"
+            )
         for name, training in (("correct", self.correct), ("distill", self.distill)):
             if training and self.precision == "fp32" and training.logits_precision == "bf16":
                 problems.append(f"{name}.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")

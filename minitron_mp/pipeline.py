@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_mp import __version__, artifact, hf, text
+from minitron_mp import __version__, artifact, candidates, hf, text
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import Depth, InputError, Recipe, load_recipe, refuse, save_recipe
 from minitron_mp.console import say, speaks, table
@@ -44,6 +44,8 @@ def _run_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _target(recipe: Recipe) -> dict[str, Any]:
+    if recipe.search is not None:
+        return {}  # what it found is among the inputs
     # What counts are the sizes. Searched ones depend on what tp has to divide, but seldom come out differently.
     if recipe.target.searched:
         student = resolve_target(hf.read_arch(Path(recipe.model), weights=False), recipe.target, recipe.parallel.tp, recipe.export.family)
@@ -64,10 +66,18 @@ def _depth(recipe: Recipe) -> dict[str, Any]:
 
 def _layers_to_drop(recipe: Recipe) -> int:
     """By measured or chosen importance; 0 where the target names them."""
-    if recipe.target.drop_layers is not None or (recipe.target.num_layers is None and "layer" not in recipe.target.axes):
+    if recipe.search is None and (recipe.target.drop_layers is not None or (recipe.target.num_layers is None and "layer" not in recipe.target.axes)):
         return 0
-    teacher = hf.read_arch(Path(recipe.model), weights=False)
-    return teacher.num_layers - resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+    return candidates.layers_to_drop(recipe, hf.read_arch(Path(recipe.model), weights=False))
+
+
+def _search(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.search is not None
+    depth = recipe.depth.model_dump(include={"method", "protect_first", "protect_last"})
+    sizes = recipe.search.model_dump(exclude={"micro_batch_size", "together"})
+    # The candidates themselves, and not what makes them: the layout is part of that, and seldom changes them.
+    names = [candidates.name_of(arch) for arch in candidates.candidates(recipe, hf.read_arch(Path(recipe.model), weights=False))]
+    return {**sizes, "candidates": names, "depth": depth, "distill": recipe.distill.model_dump(exclude={*HOW, "steps"}), **_run_settings(recipe)}
 
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
@@ -118,11 +128,12 @@ STAGES: dict[str, Stage] = {
 OPTIONAL: dict[str, Stage] = {
     "correct": Stage("teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude=HOW), **_run_settings(r)} if r.correct else {}),
     "depth": Stage("depth.json", (BASE, "data"), _depth),
+    "search": Stage("search.json", (BASE, TUTOR, "data", "score"), _search),
     "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
 """import-teacher: for teacher.model. correct: after data, where the recipe has that section. depth: before plan, where layers go and
-depth.method is not cosine. cache: before distill, for teacher.placement: cached."""
+depth.method is not cosine. search: before plan, where the recipe has that section. cache: before distill, for teacher.placement: cached."""
 
 
 class Project:
@@ -137,6 +148,8 @@ class Project:
             names.insert(names.index("score"), "correct")
         if recipe.depth.method != "cosine" and _layers_to_drop(recipe):
             names.insert(names.index("plan"), "depth")
+        if recipe.search:
+            names.insert(names.index("plan"), "search")
         if recipe.teacher.placement == "cached":
             names.insert(names.index("distill"), "cache")
         self.stages = {name: {**STAGES, **OPTIONAL}[name] for name in names}
@@ -153,9 +166,10 @@ class Project:
 
     def inputs(self, name: str) -> list[str]:
         """Stages whose artefacts a stage reads."""
-        depth = ("depth",) if name == "plan" and "depth" in self.stages else ()
+        optional = {"plan": ("depth", "search"), "search": ("depth",)}.get(name, ())
+        found = (*self.stages[name].inputs, *(other for other in optional if other in self.stages))
         meant = {BASE: self.recipe.base, TUTOR: self.recipe.tutor}
-        return list(dict.fromkeys(meant.get(other, other) for other in self.stages[name].inputs + depth))
+        return list(dict.fromkeys(meant.get(other, other) for other in found))
 
     def why_not_done(self, name: str) -> list[str] | None:
         """None when the artefact is whole and this recipe's; otherwise what differs ([] when it is not there)."""
@@ -182,7 +196,10 @@ class Project:
         """InputError when the tokens of the data stage are too few for a later one; evaluate comes after hours of distill."""
         from minitron_mp.data import too_short
 
-        calibration = max(self.recipe.score.num_samples, self.recipe.depth.num_samples if "depth" in self.stages else 0)
+        recipe = self.recipe
+        calibration = max(
+            recipe.score.num_samples, recipe.depth.num_samples if "depth" in self.stages else 0, recipe.search.num_samples if recipe.search else 0
+        )
         wanted = {"calibration": calibration, "train": 0, "valid": self.recipe.evaluate.num_samples}
         found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
         refuse("there is too little text:", [problem for problems in found for problem in problems])
@@ -200,6 +217,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
             "import-teacher": "teacher.model",
             "correct": "a section correct, for example correct: {steps: 1000}",
             "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
+            "search": "a section search, for example search: {parameters: 8B}",
         }
         raise InputError(f"the recipe has no stage {name}; it comes with {missing[name]}")
     if name == "plan" and not speaks():
@@ -251,7 +269,9 @@ def plan(project: Project) -> PrunePlan:
     assert teacher is not None
     recipe = project.recipe
     trials = Trials.load(project.paths["depth"]) if "depth" in project.stages else None
-    result = make_plan(Importance.load(project.paths["score"]), teacher, recipe.target, recipe.parallel.tp, recipe.export.family, recipe.depth, trials)
+    found = project.paths.get("search")
+    target = candidates.target_of(candidates.chosen(found), recipe.target.align) if found else recipe.target
+    result = make_plan(Importance.load(project.paths["score"]), teacher, target, recipe.parallel.tp, recipe.export.family, recipe.depth, trials)
     exportable(result.student, recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minitron_mp import hf, text
 from minitron_mp.arch import Arch, layout_problems
+from minitron_mp.candidates import candidates
 from minitron_mp.config import InputError, Recipe, must_divide
 from minitron_mp.plan import droppable, exportable, resolve_target
 
@@ -28,8 +29,8 @@ def recipe_problems(recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | 
     problems = [problem for folder in dict.fromkeys([recipe.model, tutor]) for problem in _told(partial(read, folder))]
     if weights:
         problems += _files(recipe, paths)
-    if not recipe.target.given:
-        problems.append("target says nothing; give sizes, max_parameters or keep")
+    if not recipe.target.given and not recipe.search:
+        problems.append("target says nothing; give sizes, max_parameters or keep, or a section search")
     dp, too_few = _ranks(recipe, num_ranks)
     return problems + too_few + _batches(recipe, dp) + (_model(recipe, found[recipe.model], found[tutor]) if {recipe.model, tutor} <= found.keys() else [])
 
@@ -97,6 +98,10 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
         problems.append(f"teacher.payload topk has no divergence {recipe.distill.divergence}; use forward_kl")
 
     def size_student() -> None:
+        if recipe.search:
+            students.extend(sorted(candidates(recipe, arch), key=lambda a: -a.num_layers))  # the shallowest last
+            exportable(students[-1], recipe.export.family)
+            return
         students.append(resolve_target(arch, recipe.target, p.tp, recipe.export.family))
         exportable(students[-1], recipe.export.family)
         if recipe.target.drop_layers is None:

@@ -21,13 +21,15 @@ from minitron_mp import artifact, checkpoint, data, hf, importance, signals, sli
 from minitron_mp.ablation import losses_without
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
+from minitron_mp.candidates import layers_to_drop
 from minitron_mp.config import InputError, Recipe, Training, must_divide, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
 from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World, everyone, on_main
-from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable, resolve_target
+from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import Batch, run
+from minitron_mp.search import search
 from minitron_mp.tasks import judge, read_items
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
@@ -79,6 +81,23 @@ class Job:
         stage = stage or self.recipe.tutor
         options = {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
         return ColocatedTeacher(self.arch(stage), self.paths[stage], self.world, **options)
+
+    def groups(self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
+        """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
+
+        exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
+        """
+        world, recipe = self.world, self.recipe
+        dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
+        if exact and (problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)):
+            raise InputError(problem)
+        unit = micro_batch_size * dp * interleaved
+        units = -(-num_samples // unit)
+        size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
+        samples = data.samples(self.paths["data"], part, recipe.data.sequence_length, num_samples, recipe.seed, self.tokenizer(), repeat=False)
+        sizes = {"global_batch_size": size, "micro_batch_size": micro_batch_size, "dp_rank": world.groups.dp.rank(), "dp_size": dp, "limit": num_samples}
+        count = -(-num_samples // size)
+        return count, (data.micro_batches(samples, i, **sizes) for i in range(count))
 
 
 def import_model(job: Job) -> None:
@@ -132,7 +151,7 @@ def score(job: Job) -> None:
     """Importance of all axes in one forward pass over the calibration text."""
     settings, sequence_length = job.recipe.score, job.recipe.data.sequence_length
     arch, chunks = job.arch(job.recipe.base), job.build(job.recipe.base)
-    _, groups = _groups(job, "calibration", settings.num_samples, settings.micro_batch_size, exact=True)
+    _, groups = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
     for chunk in chunks:
         chunk.eval()
 
@@ -149,13 +168,13 @@ def score(job: Job) -> None:
 def depth(job: Job) -> None:
     """Losses of the teacher without single layers or blocks of them, on calibration text."""
     recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.base)
-    count = arch.num_layers - resolve_target(arch, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+    count = layers_to_drop(recipe, arch)
     chunks = job.build(job.recipe.base)
     for chunk in chunks:
         chunk.eval()
     gone: frozenset[int] = frozenset()
     greedy, trials, whole = settings.method == "greedy", [], 0.0
-    _, first = _groups(job, "calibration", settings.num_samples, settings.micro_batch_size, exact=False)
+    _, first = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
     groups = list(first)
     with Tracker("depth", count, "rounds") if greedy else Tracker("depth", len(groups), "batches") as tracker:
         for _ in range(count if greedy else 1):
@@ -248,7 +267,7 @@ def evaluate(job: Job) -> None:
     if job.recipe.tutor != job.recipe.base:
         models["unpruned"] = job.build(job.recipe.base)
     models |= {"pruned": job.build("prune"), "distilled": job.build("distill")}
-    count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
+    count, groups = job.groups("valid", settings.num_samples, settings.micro_batch_size, exact=False)
     with Tracker("evaluate", count, "batches") as tracker:
         quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
     tasks = _judge_tasks(job, {"teacher": teacher.chunks, **models})
@@ -318,24 +337,6 @@ def _sharded(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> S
     return ShardedTensor.from_rank_offsets(key, tensor, (0, layer, arch.num_layers), prepend_axis_num=1)
 
 
-def _groups(job: Job, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
-    """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
-
-    exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
-    """
-    world, recipe = job.world, job.recipe
-    dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
-    if exact and (problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)):
-        raise InputError(problem)
-    unit = micro_batch_size * dp * interleaved
-    units = -(-num_samples // unit)
-    size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
-    samples = data.samples(job.paths["data"], part, recipe.data.sequence_length, num_samples, recipe.seed, job.tokenizer(), repeat=False)
-    sizes = {"global_batch_size": size, "micro_batch_size": micro_batch_size, "dp_rank": world.groups.dp.rank(), "dp_size": dp, "limit": num_samples}
-    count = -(-num_samples // size)
-    return count, (data.micro_batches(samples, i, **sizes) for i in range(count))
-
-
 class _Log:
     """metrics.jsonl and TensorBoard scalars, on rank 0; takes back what was logged after the step that a run resumes from."""
 
@@ -377,6 +378,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "score": score,
     "correct": correct,
     "depth": depth,
+    "search": search,
     "prune": prune,
     "cache": signals.cache,
     "distill": distill,

@@ -53,3 +53,26 @@ def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
     with joined(layout) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+class _Stopped(BaseException):
+    """Not an error: as if somebody had pulled the plug."""
+
+
+def search(*, arguments: list[str], stop_after: int | None = None) -> Done:
+    """minitron() that ends with code "stopped" after so many measurements of a search are kept."""
+    from minitron_mp.search import _Progress
+
+    kept, keep = [], _Progress.keep
+
+    def count(progress: _Progress) -> None:
+        keep(progress)
+        kept.append(1)
+        if len(kept) == stop_after:
+            raise _Stopped
+
+    with patch.object(_Progress, "keep", count):
+        try:
+            return minitron(arguments=arguments)
+        except _Stopped:
+            return Done("stopped", "", "")

@@ -55,6 +55,15 @@ def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
+@pytest.mark.parametrize(("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED])
+def test_a_teacher_under_masks_computes_what_the_student_will(results, arch, layout, axis):
+    """Not a weight is sliced; and afterwards it is the teacher again, bitwise (test_importance.py looks at "unchanged")."""
+    want = reference.logits(
+        results.plan(arch, axis, layout).student, reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout)), tokens(arch)
+    )
+    assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
+
+
 @pytest.mark.parametrize("axis", [*AXES, "identity"])
 @cases
 def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis):

@@ -24,6 +24,7 @@ from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.collectives import context_parallel_slice
 from minitron_mp.config import Parallel, Score
+from minitron_mp.masks import masked
 from minitron_mp.model import build_model, logits
 from minitron_mp.parallel import World
 from minitron_mp.plan import Importance, make_plan
@@ -152,9 +153,13 @@ def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, sa
         samples = make_samples(arch, 0, 8)
         hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
+        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch).items()}
+        by_masks = {}
+        for name in save:
+            with masked(chunks, plans[name], world):
+                by_masks[name] = global_logits(chunks, samples, world)
         after = global_logits(chunks, samples, world)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
-        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch).items()}
         whole = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
         for name, plan in plans.items():
@@ -167,6 +172,7 @@ def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, sa
         return {
             "logits": before,
             "unchanged": unchanged,
+            "masked": by_masks,
             "scores": {pair: vars(value) for pair, value in scores.items()},
             "plans": plans,
             "pieces": pieces,

@@ -1,0 +1,167 @@
+"""The architectures that a search looks at: all combinations of the sizes to try that fit the budget, the layout and the export format.
+
+Runs on a laptop. 2407.14679, search: combinations of layers, heads, MLP expansion and embedding size within 5 % of a number of parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from minitron_mp.arch import Arch, export_problems, layout_problems
+from minitron_mp.artifact import read_json
+from minitron_mp.config import InputError, Recipe, Search, Target, refuse
+from minitron_mp.cost import BYTES
+from minitron_mp.plan import resolve_target
+
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+class Candidate(BaseModel):
+    """What was measured of one architecture. Losses are means over the held-out text, in nats a token."""
+
+    name: str
+    arch: Arch
+    parameters: int
+    memory_gib: float
+    latency_s: float | None = None
+    pruned_loss: float | None = None
+    distilled: list[dict[str, float]] = []
+    """A row a round: steps, loss, kl."""
+    chosen: bool = False
+
+    @property
+    def loss(self) -> float:
+        """The last one measured."""
+        return self.distilled[-1]["loss"] if self.distilled else self.pruned_loss or 0.0
+
+
+def name_of(arch: Arch) -> str:
+    """Short and unique among the candidates of one teacher; also the name of a folder."""
+    return f"l{arch.num_layers}-h{arch.hidden_size}-f{arch.ffn_hidden_size}-a{arch.num_attention_heads}"
+
+
+def target_of(arch: Arch, align: int) -> Target:
+    """The target that cuts a candidate."""
+    return Target(align=align, **{size: getattr(arch, size) for size in SIZES})
+
+
+def inference_bytes(arch: Arch, precision: str, batch_size: int, context: int) -> int:
+    """Weights, without the vocabulary padding, and key-value cache, over all ranks."""
+    cache = 2 * arch.num_layers * arch.num_query_groups * arch.kv_channels * context * batch_size
+    return BYTES[precision] * (arch.num_parameters() + cache)
+
+
+def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
+    """Of the shallowest student that the recipe may come to."""
+    if recipe.search is not None:
+        return teacher.num_layers - min(arch.num_layers for arch in candidates(recipe, teacher))
+    return teacher.num_layers - resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+
+
+def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
+    """All candidates of a recipe with a section search, in order of their sizes; of a latency budget those that are to be measured.
+
+    InputError names what leaves none.
+    """
+    search, p, depth = recipe.search, recipe.parallel, recipe.depth
+    assert search is not None
+    (budget, wanted), (least, most), unit = search.budget, search.bounds, recipe.target.align * p.tp
+    deepest_cut = teacher.num_layers - depth.protect_first - depth.protect_last
+
+    def used(arch: Arch) -> float:
+        if budget == "parameters":
+            return arch.num_parameters()
+        return inference_bytes(arch, recipe.precision, search.batch_size, search.context or recipe.data.sequence_length) / 2**30
+
+    def possible(arch: Arch) -> bool:
+        exported = arch.model_copy(update={"family": recipe.export.family or arch.family})
+        deep_enough = arch.num_layers >= p.pp * (p.vpp or 1) and teacher.num_layers - arch.num_layers <= deepest_cut
+        return deep_enough and arch != teacher and not layout_problems(arch, p.tp) and not export_problems(exported)
+
+    grid, fitting, seen = _grid(teacher, search, recipe.target.align, p.tp), [], []
+    solved = not (search.ffn_hidden_size or search.mlp_expansion)
+    others = [name for name in grid if name != "ffn_hidden_size"]
+    for sizes in itertools.product(*(grid[name] for name in others)):
+        arch = teacher.model_copy(update=dict(zip(others, sizes)))
+        widths = _steps(teacher.ffn_hidden_size, unit) if solved else grid["ffn_hidden_size"]
+        if search.mlp_expansion:
+            widths = [f for f in (round(e * arch.hidden_size) for e in search.mlp_expansion) if f <= teacher.ffn_hidden_size and f % unit == 0]
+        archs = list(filter(possible, (arch.model_copy(update={"ffn_hidden_size": f}) for f in widths)))
+        if solved and archs:
+            below = [arch for arch in archs if used(arch) <= most]
+            archs = [min(archs, key=lambda arch: abs(used(arch) - wanted))] if budget == "parameters" else (below[:1] or archs[-1:])
+        if budget != "latency_ms":
+            seen += map(used, archs)
+            archs = [arch for arch in archs if least <= used(arch) <= most]
+        fitting += archs
+    if not fitting:
+        near = f"; the nearest one has {min(seen, key=lambda value: abs(value - wanted)):,.4g}" if seen else ""
+        raise InputError(f"no candidate of search has {least:,.4g} to {most:,.4g} ({budget}){near}: change the budget, or list other sizes")
+    if len(fitting) > search.max_candidates:
+        raise InputError(f"search has {len(fitting)} candidates, search.max_candidates is {search.max_candidates}: list fewer sizes, or raise it")
+    return fitting
+
+
+def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[int]]:
+    """Sizes to try; InputError for those that cannot be cut."""
+    unit = math.ceil(teacher.hidden_size / 16 / align) * align
+    defaults: dict[str, list[int]] = {
+        "num_layers": list(range(teacher.num_layers, math.ceil(0.9 * teacher.num_layers) - 1, -1)),
+        "hidden_size": [h for h in _steps(teacher.hidden_size, unit) if 2 * h >= teacher.hidden_size],
+        "ffn_hidden_size": [teacher.ffn_hidden_size],
+        "num_attention_heads": [teacher.num_attention_heads],
+    }
+    steps = {"num_layers": 1, "hidden_size": align, "ffn_hidden_size": align * tp, "num_attention_heads": teacher.num_query_groups}
+    problems, grid = [], {}
+    for name, default in defaults.items():
+        grid[name] = sorted(set(getattr(search, name)), reverse=True) or default
+        largest = getattr(teacher, name)
+        wrong = [n for n in grid[name] if not 0 < n <= largest or (n != largest and n % steps[name])]
+        if wrong:
+            problems.append(f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps[name]} up to the teacher's {largest}")
+    refuse("these sizes cannot be cut:", problems)
+    return grid
+
+
+def _steps(size: int, step: int) -> list[int]:
+    """size, then the multiples of step below it, falling."""
+    return [size, *range((size - 1) // step * step, 0, -step)]
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
+    """Names of the points that no other one beats in both values, of which less is better."""
+
+    def beaten(a: tuple[float, float], others: Iterable[tuple[float, float]]) -> bool:
+        return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in others)
+
+    return {name for name, point in points.items() if not beaten(point, points.values())}
+
+
+def chosen(path: Path) -> Arch:
+    """The architecture that a search chose."""
+    content = read_json(path, "search --force")
+    return next(Candidate.model_validate(row).arch for row in content["candidates"] if row["chosen"])
+
+
+def rows(found: Sequence[Candidate]) -> list[tuple[str, ...]]:
+    """A line a candidate, best first, for a table; * where no other one has both less parameters and less loss."""
+    ordered = sorted(found, key=lambda c: (-len(c.distilled), c.loss, c.name))
+    front = set()
+    for count in {len(c.distilled) for c in found}:
+        front |= pareto({c.name: (c.parameters, c.loss) for c in found if len(c.distilled) == count})
+    lines = []
+    for c in ordered:
+        after = f"{c.distilled[-1]['loss']:.4f} ({c.distilled[-1]['steps']:.0f} steps)" if c.distilled else ""
+        mark = " (chosen)" * c.chosen + " *" * (c.name in front)
+        sizes = (f"{c.arch.num_layers}", f"{c.arch.hidden_size:,}", f"{c.arch.ffn_hidden_size:,}", f"{c.arch.num_attention_heads}")
+        speed = "" if c.latency_s is None else f"{1000 * c.latency_s:,.1f}"
+        lines.append((c.name + mark, *sizes, f"{c.parameters:,}", f"{c.memory_gib:.2f}", speed, f"{c.pruned_loss:.4f}", after))
+    return lines
+
+
+HEADER = ("candidate", "layers", "hidden", "ffn", "heads", "parameters", "memory, GiB", "latency, ms", "loss after pruning", "after distillation")

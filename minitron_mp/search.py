@@ -1,0 +1,219 @@
+"""The search for the student's sizes: candidates ranked by held-out loss after pruning, the best ones after short distillation.
+
+    score ranks the candidates   masks (masks.py), one forward pass over the held-out text each
+    rounds of distillation       the students that are left, all from one forward pass of the teacher; the better half stays
+    search.json                  every candidate with what was measured; `plan` cuts the one that is chosen
+
+A candidate is ranked by the last thing measured of it, never by its size. Progress lies beside search.json: candidates that are judged
+are not judged again, and each student of a round goes on from its own checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from minitron_mp import artifact, checkpoint, data, signals, slicing
+from minitron_mp.arch import Arch
+from minitron_mp.artifact import Manifest
+from minitron_mp.candidates import HEADER, Candidate, candidates, inference_bytes, name_of, rows, target_of
+from minitron_mp.config import Distill, InputError, Recipe
+from minitron_mp.console import Tracker, say, table
+from minitron_mp.evaluate import compare
+from minitron_mp.masks import masked
+from minitron_mp.model import build_model
+from minitron_mp.parallel import World, on_main
+from minitron_mp.plan import Importance, PrunePlan, Trials, make_plan
+from minitron_mp.schedule import Batch, run
+from minitron_mp.trainer import Run, train_together
+
+if TYPE_CHECKING:
+    from minitron_mp.stages import Job
+
+WORK = "search"
+"""Folder beside the artefacts while the search goes on."""
+REPEATS = 3
+
+
+def search(job: Job) -> None:
+    """Measure the candidates of a recipe and choose one; reached by all ranks, rank 0 writes search.json."""
+    progress = _Progress(job)
+    _judge_pruned(job, progress)
+    alive = sorted(progress.candidates, key=lambda c: (c.pruned_loss, c.name))[: job.recipe.search.finalists]
+    for last in job.recipe.search.rounds(len(alive)):
+        _distill(job, progress, alive, last)
+        alive = sorted(alive, key=lambda c: (c.loss, c.name))[: -(-len(alive) // 2)]
+    alive[0].chosen = True
+    _show(progress.candidates)
+
+    def finish() -> None:
+        content = {"manifest": job.manifest.model_dump(mode="json"), "candidates": [c.model_dump() for c in progress.candidates]}
+        artifact.write_text(job.output, json.dumps(content, indent=1))
+        shutil.rmtree(progress.folder, ignore_errors=True)
+
+    on_main(finish)
+
+
+class _Progress:
+    """The candidates with what is known of them so far, equal on every rank; rank 0 keeps them on disk."""
+
+    def __init__(self, job: Job):
+        self.job, self.folder = job, job.recipe.root / WORK
+        self.file = self.folder / "progress.json"
+        rows = on_main(self._read)
+        self.candidates = [Candidate.model_validate(row) for row in rows] if rows else self._start()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.file.exists():
+            return []
+        content = artifact.read_json(self.file, "search")
+        if Manifest.model_validate(content["manifest"]).fingerprint == self.job.manifest.fingerprint:
+            say(f"search: going on, {sum(row['pruned_loss'] is not None for row in content['candidates'])} candidates are judged")
+            return content["candidates"]
+        shutil.rmtree(self.folder)
+        return []
+
+    def _start(self) -> list[Candidate]:
+        recipe = self.job.recipe
+        s, context = recipe.search, recipe.search.context or recipe.data.sequence_length
+        found = []
+        for arch in candidates(recipe, self.job.arch(recipe.base)):
+            memory = inference_bytes(arch, recipe.precision, s.batch_size, context) / 2**30
+            found.append(Candidate(name=name_of(arch), arch=arch, parameters=arch.num_parameters(), memory_gib=memory))
+        return _of_latency(self.job, found) if s.latency_ms else found
+
+    def keep(self) -> None:
+        """Reached by all ranks."""
+        content = {"manifest": self.job.manifest.model_dump(mode="json"), "candidates": [c.model_dump() for c in self.candidates]}
+        on_main(lambda: artifact.write_text(self.file, json.dumps(content)))
+
+    def plan(self, candidate: Candidate) -> PrunePlan:
+        recipe, paths = self.job.recipe, self.job.paths
+        trials = Trials.load(paths["depth"]) if "depth" in paths else None
+        target = target_of(candidate.arch, recipe.target.align)
+        return make_plan(Importance.load(paths["score"]), self.job.arch(recipe.base), target, recipe.parallel.tp, recipe.export.family, recipe.depth, trials)
+
+
+def _of_latency(job: Job, found: list[Candidate]) -> list[Candidate]:
+    """Those whose forward pass takes as long as the budget says."""
+    least, most = job.recipe.search.bounds
+    with Tracker("search, latency", len(found), "candidates") as tracker:
+        for candidate in found:
+            chunks = build_model(
+                candidate.arch, job.world, precision=job.recipe.precision, sequence_length=job.recipe.data.sequence_length, random_weights=True
+            )
+            candidate.latency_s = latency(chunks, candidate.arch, job.world, job.recipe)
+            tracker.advance(1, f"{candidate.name}: {1000 * candidate.latency_s:,.1f} ms")
+    inside = [c for c in found if least <= 1000 * c.latency_s <= most]
+    if not inside:
+        times = [1000 * c.latency_s for c in found]
+        raise InputError(
+            f"no candidate takes {least:,.4g} to {most:,.4g} ms, they take {min(times):,.4g} to {max(times):,.4g}: "
+            "change search.latency_ms, or list other sizes"
+        )
+    return inside
+
+
+def latency(chunks: list[Any], arch: Arch, world: World, recipe: Recipe) -> float:
+    """Seconds of a forward pass of search.batch_size sequences of search.context tokens, the least of some, the slowest rank's; equal on every rank."""
+    s = recipe.search
+    shape = (s.batch_size, s.context or recipe.data.sequence_length)
+    tokens = torch.arange(shape[0] * shape[1]).view(shape) % arch.vocab_size
+    batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(shape[1]).expand(shape), "loss_mask": torch.ones(shape)}
+    for chunk in chunks:
+        chunk.eval()
+    times = []
+    for _ in range(REPEATS + 1):  # the first one warms up
+        dist.barrier()
+        start = time.perf_counter()
+        run(chunks, [batch] * world.parallel.interleaved, world, None)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    slowest = torch.tensor(min(times[1:]), dtype=torch.float64, device=world.device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.item()
+
+
+def _judge_pruned(job: Job, progress: _Progress) -> None:
+    """Held-out loss of every candidate right after pruning, by masks."""
+    todo = [c for c in progress.candidates if c.pruned_loss is None]
+    if not todo:
+        return
+    arch, chunks, groups = job.arch(job.recipe.base), job.build(job.recipe.base), _held_out(job)
+    with Tracker("search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)) as tracker:
+        for candidate in todo:
+            with masked(chunks, progress.plan(candidate), job.world):
+                candidate.pruned_loss = compare({"": chunks}, None, groups, job.world, vocab_size=arch.vocab_size)[""].loss
+            progress.keep()
+            tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
+
+
+def _distill(job: Job, progress: _Progress, alive: Sequence[Candidate], last: int) -> None:
+    """Take the candidates that have not been there to step `last`, and judge them."""
+    todo = [c for c in alive if not any(row["steps"] == last for row in c.distilled)]
+    size = job.recipe.search.together or len(alive)
+    groups = _held_out(job) if todo else []
+    for first in range(0, len(todo), size):
+        _distill_together(job, progress, todo[first : first + size], last, groups)
+
+
+def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]) -> None:
+    recipe, world, vocab_size = job.recipe, job.world, part[0].arch.vocab_size
+    settings = training(recipe)
+    for candidate in part:
+        _slice(job, progress, candidate)
+    teacher, train_set = job.teacher(), signals.train_set(job, settings)
+    runs, models = [], {}
+    for candidate in part:
+        folder = progress.folder / candidate.name
+        chunks = build_model(candidate.arch, world, training=settings, precision=recipe.precision, sequence_length=recipe.data.sequence_length)
+        checkpoint.load_model(chunks, folder / "student", world)
+        manifest = job.manifest.model_copy(update={"settings": {**job.manifest.settings, "candidate": candidate.name}})
+        runs.append(Run(chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=folder, manifest=manifest))
+        models[candidate.name] = chunks
+    first = min(training.done for training in runs)
+    with Tracker(f"search, {len(runs)} students to step {last}", last, "steps", first) as tracker:
+        runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
+        place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
+        sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
+        train_together(runs, teacher, partial(data.micro_batches, train_set, **sizes, **place), last, seed=recipe.seed)
+    for training_run in runs:
+        training_run.settle()
+    quality = compare(models, teacher, groups, world, vocab_size=vocab_size)
+    for candidate in part:
+        found = quality[candidate.name]
+        candidate.distilled.append({"steps": last, "loss": found.loss, "kl": found.kl})
+        if candidate.latency_s is None:
+            candidate.latency_s = latency(models[candidate.name], candidate.arch, world, recipe)
+    progress.keep()
+
+
+def training(recipe: Recipe) -> Distill:
+    """The settings of the short distillation: those of distill, over search.steps; warm-up at most a tenth of them, a checkpoint at the end of a round."""
+    assert recipe.search is not None
+    d, steps = recipe.distill, recipe.search.steps
+    return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1})
+
+
+def _slice(job: Job, progress: _Progress, candidate: Candidate) -> None:
+    folder, manifest = progress.folder / candidate.name / "student", job.manifest.model_copy(update={"arch": candidate.arch})
+    if on_main(lambda: folder.is_dir() and artifact.find(folder) is not None):
+        return
+    checkpoint.save(slicing.prune(job.build(job.recipe.base), progress.plan(candidate), job.world), folder, manifest)
+
+
+def _held_out(job: Job) -> list[list[Batch]]:
+    s = job.recipe.search
+    return list(job.groups("calibration", s.num_samples, s.micro_batch_size, exact=False)[1])
+
+
+def _show(found: Sequence[Candidate]) -> None:
+    table("search (* on the Pareto front of parameters and loss among candidates that went as far)", HEADER, rows(found))

@@ -1,0 +1,193 @@
+"""The search: which candidates there are, what ranks them, that a stop loses nothing, and that companions and layouts change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, make_model, make_recipe_file, make_text
+
+from minitron_mp import hf
+from minitron_mp.candidates import candidates, chosen, inference_bytes, name_of, pareto
+from minitron_mp.config import InputError, make_recipe
+from minitron_mp.pipeline import Project, load_recipe
+from minitron_mp.plan import PrunePlan
+
+CONFIGS = ROOT / "examples" / "configs"
+FREE = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
+SEARCH = {"parameters": 100_000, "tolerance": 0.08, "num_layers": [3, 4], "hidden_size": [64, 48], "ffn_hidden_size": [128, 96, 64]}
+SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4}
+"""Three candidates, at any layout of the tests: sizes that are solved for the budget would depend on what tp has to divide."""
+TWO_BY_TWO = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
+
+
+def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
+    sections = {"search": search, "parallel": parallel or {}, "target": target or {}, "data": {"sequence_length": 4096}}
+    recipe = make_recipe({"model": "m", "output": "o", **sections})
+    return [name_of(arch) for arch in candidates(recipe, hf.read_arch(CONFIGS / teacher, weights=False))]
+
+
+def test_the_published_grids_are_among_the_candidates():
+    """2407.14679, search space and parameters within 5 %: 18 candidates for 4B as published; for 8B 18, published 15."""
+    common = {"num_layers": [29, 30, 31, 32], "mlp_expansion": [2.5, 3, 3.5, 4]}
+    four = found("nemotron_4_15b", parameters="4B", num_attention_heads=[24, 32, 48], hidden_size=[2560, 3072, 3584, 4096, 4608], **common)
+    eight = found("nemotron_4_15b", parameters="8B", num_attention_heads=[32, 48], hidden_size=[4096, 4608, 5120, 5632, 6144], **common)
+    assert len(four) == 18
+    assert "l32-h3072-f9216-a24" in four  # Minitron 4B
+    assert len(eight) == 18
+    assert "l32-h4096-f16384-a48" in eight  # Minitron 8B
+
+
+def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
+    teacher = hf.read_arch(CONFIGS / "llama_3_1_8b", weights=False)
+    recipe = make_recipe({"model": "m", "output": "o", "search": {"parameters": "4.5B"}, "target": {"align": 32}, "parallel": {"tp": 8}})
+    archs = candidates(recipe, teacher)
+    assert len(archs) > 10
+    for arch in archs:
+        assert abs(arch.num_parameters() / 4.5e9 - 1) < 0.05
+        assert arch.hidden_size % 32 == 0
+        assert arch.ffn_hidden_size % (32 * 8) == 0
+        assert arch.hidden_size % arch.num_attention_heads == 0  # what transformers asks of a Llama
+    assert len({arch.hidden_size for arch in archs}) > 3
+    assert {arch.num_layers for arch in archs} >= {29, 32}
+
+
+def test_a_memory_budget_counts_the_cache():
+    teacher = hf.read_arch(CONFIGS / "llama_3_1_8b", weights=False)
+    section = {"memory_gib": 16, "batch_size": 8, "context": 8192}
+    recipe = make_recipe({"model": "m", "output": "o", "search": section, "parallel": {}})
+    for arch in candidates(recipe, teacher):
+        cache = 2 * arch.num_layers * 8 * 128 * 8192 * 8 * 2  # keys and values, 8 groups of 128, bf16
+        assert inference_bytes(arch, "bf16", 8, 8192) == 2 * arch.num_parameters() + cache
+        assert 0.9 * 16 <= (2 * arch.num_parameters() + cache) / 2**30 <= 16
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({}, "give one budget of parameters, memory_gib and latency_ms, given none"),
+        ({"parameters": "8B", "memory_gib": 4}, "given parameters and memory_gib"),
+        ({"parameters": "8X"}, "number"),
+        ({"latency_ms": 5}, "ffn_hidden_size cannot be solved for it: list the sizes"),
+        ({"parameters": "8B", "ffn_hidden_size": [4096], "mlp_expansion": [3]}, "drop one of them"),
+        ({"parameters": "8B", "context": 4096}, "with parameters drop them"),
+        ({"parameters": "8B", "hidden_size": [4097]}, "search.hidden_size 4097: give multiples of 16 up to the teacher's 6144"),
+        ({"parameters": "8B", "num_layers": [40]}, "search.num_layers 40: give multiples of 1 up to the teacher's 32"),
+        ({"parameters": "20B"}, "no candidate of search has 1.9e+10 to 2.1e+10 (parameters); the nearest one has 1.5"),
+        ({"parameters": "8B", "max_candidates": 3}, "search.max_candidates is 3: list fewer sizes, or raise it"),
+    ],
+)
+def test_searches_that_cannot_be(search, words):
+    with pytest.raises(InputError) as error:
+        found("nemotron_4_15b", **search)
+    assert words in str(error.value)
+
+
+def test_sizes_come_from_one_place():
+    with pytest.raises(InputError, match="search finds the sizes and target gives them"):
+        found("nemotron_4_15b", target={"keep": 0.5}, parameters="8B")
+
+
+def test_rounds_end_with_the_last_two_at_all_steps():
+    search = make_recipe({"model": "m", "output": "o", "search": {"parameters": 1e9, "steps": 400}}).search
+    assert search.rounds(1) == []
+    assert search.rounds(2) == [400]
+    assert search.rounds(5) == [100, 200, 400]
+    assert search.rounds(8) == [100, 200, 400]
+
+
+def test_pareto():
+    assert pareto({"small": (1, 3), "both": (1, 2), "large": (2, 1), "worse": (2, 2), "twin": (2, 1)}) == {"both", "large", "twin"}
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, ranks) -> Path:
+    """A recipe with a search, run up to the scores."""
+    root = tmp_path_factory.mktemp("search")
+    make_model(root / "model")
+    make_text(root / "text")
+    recipe = make_recipe_file(root / "recipe.yaml", root / "model", root / "text", root / "out", search=SEARCH, target=FREE, distill={"steps": 6})
+    for stage in ("import", "data", "score"):
+        assert ranks(1, "project_workers.minitron", arguments=[stage, str(recipe)])[0].code == 0
+    return recipe
+
+
+def searched(ranks, recipe, *overrides, count=1, stop_after=None):
+    """(the candidates, losses by what was measured) of the command, on so many ranks; stop_after: measurements until it is stopped."""
+    done = ranks(count, "project_workers.search", arguments=["search", str(recipe), "--force", *overrides], stop_after=stop_after)
+    assert all(rank.code == (0 if stop_after is None else "stopped") for rank in done), done
+    path = Project(load_recipe(recipe, overrides)).paths["search"]
+    return json.loads(path.read_text())["candidates"] if stop_after is None else [], done[0].out
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, scored):
+    return searched(ranks, scored)[0]
+
+
+def losses(rows):
+    return {row["name"]: (row["pruned_loss"], [(part["steps"], part["loss"], part["kl"]) for part in row["distilled"]]) for row in rows}
+
+
+def test_losses_rank_and_never_sizes(whole, scored):
+    """Three candidates, all distilled to step 2, the better two to step 4, and the best of these is cut."""
+    by_round = {count: [row for row in whole if len(row["distilled"]) >= count] for count in (0, 1, 2)}
+    assert [len(rows) for rows in by_round.values()] == [3, 3, 2]
+    early = sorted(by_round[1], key=lambda row: row["distilled"][0]["loss"])
+    assert {row["name"] for row in early[:2]} == {row["name"] for row in by_round[2]}
+    best = min(by_round[2], key=lambda row: row["distilled"][1]["loss"])
+    assert [row["name"] for row in whole if row["chosen"]] == [best["name"]]
+    assert all(row["distilled"][0]["loss"] != row["pruned_loss"] for row in whole)
+    project = Project(load_recipe(scored))
+    assert name_of(chosen(project.paths["search"])) == best["name"]
+    assert not (project.recipe.root / "search").exists()
+
+
+def test_the_plan_is_the_winners(ranks, whole, scored):
+    assert ranks(1, "project_workers.minitron", arguments=["plan", str(scored)])[0].code == 0
+    project = Project(load_recipe(scored))
+    assert PrunePlan.load(project.paths["plan"]).student == chosen(project.paths["search"])
+    assert project.why_not_done("plan") is None
+    assert project.why_not_done("search") is None
+    other = Project(load_recipe(scored, ["search.steps=8"]))
+    assert any("settings.steps" in row for row in other.why_not_done("search"))
+
+
+@pytest.mark.parametrize("stop_after", [2, 4])
+def test_a_stopped_search_goes_on(ranks, whole, scored, stop_after):
+    """Once while candidates are judged, once after the first round of distillation: nothing is measured twice, and the same comes out."""
+    searched(ranks, scored, stop_after=stop_after)
+    rows, out = searched(ranks, scored)
+    assert losses(rows) == losses(whole)
+    assert f"going on, {min(3, stop_after)} candidates are judged" in out
+    assert ("to step 2" in out) == (stop_after == 2)
+
+
+def test_companions_change_nothing(ranks, whole, scored):
+    """One student at a time, each with a pass of the teacher of its own; bitwise."""
+    assert losses(searched(ranks, scored, "search.together=1")[0]) == losses(whole)
+
+
+def test_layouts_change_nothing(ranks, whole, scored):
+    rows, _ = searched(ranks, scored, *TWO_BY_TWO, count=4)
+    got, want = losses(rows), losses(whole)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name][0] == pytest.approx(want[name][0], rel=1e-5)  # float32 sums in another order, as in test_training.py
+        for (steps, *values), (same, *others) in zip(got[name][1], want[name][1], strict=True):
+            assert steps == same
+            assert values == pytest.approx(others, rel=1e-4)  # after some steps of an optimizer that divides by the root of small squares
+    assert [row["name"] for row in rows if row["chosen"]] == [row["name"] for row in whole if row["chosen"]]
+
+
+def test_a_measured_latency_is_a_budget(ranks, scored):
+    """Every size is timed; those outside of the budget are left out and the refusal says what was seen."""
+    sizes = ["search.parameters=null", "search.ffn_hidden_size=[96]", "search.finalists=1"]  # of two depths and two widths
+    rows, _ = searched(ranks, scored, *sizes, "search.latency_ms=1e6", "search.tolerance=0.4999999")
+    assert len(rows) == 4
+    assert all(0 < row["latency_s"] < 100 for row in rows)
+    assert sum(row["chosen"] for row in rows) == 1
+    done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), "--force", *sizes, "search.latency_ms=1e-3"])[0]
+    assert done.code == 2
+    assert "no candidate takes" in done.err
