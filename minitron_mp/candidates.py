@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -88,13 +89,17 @@ def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
     others = [name for name in grid if name != "ffn_hidden_size"]
     for sizes in itertools.product(*(grid[name] for name in others)):
         arch = teacher.model_copy(update=dict(zip(others, sizes)))
+
+        def wide(f: int, arch: Arch = arch) -> Arch:
+            return arch.model_copy(update={"ffn_hidden_size": f})
+
         widths = _steps(teacher.ffn_hidden_size, unit) if solved else grid["ffn_hidden_size"]
-        if search.mlp_expansion:
+        if solved:  # the largest inside the budget; of parameters, which may be exceeded, the nearest
+            i = min(bisect_left(widths, -wanted, key=lambda f: -used(wide(f))), len(widths) - 1)
+            widths = [min(widths[max(0, i - (budget == "parameters")) : i + 1], key=lambda f: abs(used(wide(f)) - wanted))]
+        elif search.mlp_expansion:
             widths = [f for f in (round(e * arch.hidden_size) for e in search.mlp_expansion) if f <= teacher.ffn_hidden_size and f % unit == 0]
-        archs = list(filter(possible, (arch.model_copy(update={"ffn_hidden_size": f}) for f in widths)))
-        if solved and archs:
-            below = [arch for arch in archs if used(arch) <= most]
-            archs = [min(archs, key=lambda arch: abs(used(arch) - wanted))] if budget == "parameters" else (below[:1] or archs[-1:])
+        archs = list(filter(possible, map(wide, widths)))
         if budget != "latency_ms":
             seen += map(used, archs)
             archs = [arch for arch in archs if least <= used(arch) <= most]
