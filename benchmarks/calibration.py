@@ -1,6 +1,7 @@
-"""What the importance hooks cost: forward with hooks against forward without, in turn, in one process.
+"""What the importance hooks cost, or the masks of a search: forward with them against forward without, in turn, in one process.
 
     python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10
+    python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10 --masks      all layers kept: the dearest candidate
     torchrun --nproc-per-node 2 benchmarks/calibration.py out/quickstart/teacher_hf --tp 2
 
 Random weights of the model's sizes and random tokens: neither changes the time. Prints medians and the ratio of each pair.
@@ -14,12 +15,15 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minitron_mp import hf, parallel
-from minitron_mp.config import Parallel, Score
+from minitron_mp.config import Parallel, Score, Target
 from minitron_mp.importance import recording
+from minitron_mp.masks import masked
 from minitron_mp.model import build_model
+from minitron_mp.plan import Importance, make_plan
 from minitron_mp.schedule import run
 
 
@@ -32,6 +36,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--masks", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     arch = hf.read_arch(args.model)
@@ -49,8 +54,20 @@ def main() -> None:
             _settle()
             return time.perf_counter() - start
 
+        scores = Importance(
+            *(np.random.default_rng(1).random(n) for n in ((arch.num_layers, arch.ffn_hidden_size), (arch.num_layers, arch.num_attention_heads))),
+            np.random.default_rng(2).random(arch.hidden_size),
+            np.ones(arch.num_layers),
+        )
+        smaller = {
+            "hidden_size": arch.hidden_size - 16,
+            "ffn_hidden_size": arch.ffn_hidden_size - 16 * args.tp,
+            "num_attention_heads": arch.num_attention_heads - arch.num_query_groups,
+        }
+        plan = make_plan(scores, arch, Target(**smaller), tp=args.tp)
+
         def hooked() -> float:
-            with recording(chunks, arch, Score(), world, args.sequence_length):
+            with masked(chunks, plan, world) if args.masks else recording(chunks, arch, Score(), world, args.sequence_length):
                 return forward()
 
         forward(), hooked()
@@ -62,7 +79,8 @@ def main() -> None:
                 f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, "
                 f"{shape[0] * shape[1] * len(batches)} tokens, {args.pairs} pairs"
             )
-            print(f"forward without hooks {plain:.3f} s, with hooks {with_hooks:.3f} s")
+            what = "masks" if args.masks else "hooks"
+            print(f"forward without {what} {plain:.3f} s, with {what} {with_hooks:.3f} s")
             print(f"ratio pair by pair: median {statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})")
 
 
