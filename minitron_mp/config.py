@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,9 +67,13 @@ class Data(Section):
     """Tokens a sample."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file; default: the model's own."""
+    held_out: dict[str, list[str]] = {}
+    """Name -> files or folders as above: further texts for `evaluate`, such as what the teacher was trained on: {pretraining: [old/]}."""
 
     @model_validator(mode="after")
     def _all_parts(self) -> Data:
+        if odd := [name for name in self.held_out if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)]:
+            raise ValueError(f"held_out: {odd[0]!r} is to be part of a file's name; use letters, digits, _ . and -")
         given = [name for name in ("calibration", "train", "valid") if getattr(self, name)]
         if given and len(given) < 3:
             missing = sorted({"calibration", "train", "valid"} - set(given))

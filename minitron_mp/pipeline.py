@@ -197,10 +197,10 @@ class Project:
         from minitron_mp.data import too_short
 
         recipe = self.recipe
-        calibration = max(
-            recipe.score.num_samples, recipe.depth.num_samples if "depth" in self.stages else 0, recipe.search.num_samples if recipe.search else 0
-        )
-        wanted = {"calibration": calibration, "train": 0, "valid": self.recipe.evaluate.num_samples}
+        readers = [recipe.score, *[recipe.depth] * ("depth" in self.stages), *([recipe.search] if recipe.search else [])]
+        calibration = max(section.num_samples for section in readers)
+        held_out = dict.fromkeys(("valid", *map(text.held_out, recipe.data.held_out)), recipe.evaluate.num_samples)
+        wanted = {"calibration": calibration, "train": 0, **held_out}
         found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
         refuse("there is too little text:", [problem for problems in found for problem in problems])
 

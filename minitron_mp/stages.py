@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,8 +272,21 @@ def evaluate(job: Job) -> None:
     with Tracker("evaluate", count, "batches") as tracker:
         quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
     tasks = _judge_tasks(job, {"teacher": teacher.chunks, **models})
-    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks}
+    texts = _judge_texts(job, teacher, models)
+    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks, "texts": texts}
     on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))
+
+
+def _judge_texts(job: Job, teacher: ColocatedTeacher, models: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Name of a further held-out text -> model -> its quality there."""
+    settings, found = job.recipe.evaluate, {}
+    for name in job.recipe.data.held_out:
+        count, groups = job.groups(text.held_out(name), settings.num_samples, settings.micro_batch_size, exact=False)
+        with Tracker(f"evaluate, {name}", count, "batches") as tracker:
+            progress = partial(tracker.advance, 1)
+            quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=progress)
+        found[name] = {model: q.model_dump() for model, q in quality.items()}
+    return found
 
 
 def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ Files = list[tuple[str, Path]]
 
 
 def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progress: Callable[[int], None] | None = None) -> dict[str, int]:
-    """Write the three parts below output and return the tokens of each; progress hears how many documents are done. For one process.
+    """Write the three parts, and those of data.held_out, below output and return the tokens of each; progress hears how many documents are done. For one process.
 
     A document of data.source goes to a part by a hash of seed and its name, the same on every machine. eod ends each document.
     InputError for a missing path, a bad line, a part without documents, Megatron data with ids that the tokenizer lacks.
@@ -71,13 +71,18 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
     for part, builder in builders.items():
         builder.finalize(str(output / f"{part}.idx"))
 
-    parts = {part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in PARTS}
-    if empty := [part for part in PARTS if not parts[part]]:
+    parts = {part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in (*PARTS, *map(held_out, data.held_out))}
+    if empty := [part for part in parts if not parts[part]]:
         cure = f"raise data.valid_fraction ({data.valid_fraction}), or list data.calibration, data.train and data.valid"
         held = "its documents are blank" if data.train else f"{', '.join(inputs)} held {done} documents that are not blank; give more, {cure}"
         raise InputError(f"no text for {', '.join(empty)}: {held}")
     write_text(output / PARTS_FILE, json.dumps(parts, indent=1))
-    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in PARTS}
+    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in parts}
+
+
+def held_out(name: str) -> str:
+    """The part of a text of data.held_out."""
+    return f"held_out_{name}"
 
 
 def problems(data: Data) -> list[str]:
@@ -124,12 +129,13 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
 
 def _inputs(data: Data) -> dict[str, tuple[Files, list[str]]]:
     """Text files and absolute Megatron prefixes of each part when the parts are listed, else of "source" or "python-stdlib"."""
-    if not data.train and data.source == STDLIB:
-        return {STDLIB: (_stdlib_files(), [])}
     source = [data.source] if isinstance(data.source, str) else data.source
     fields = {part: getattr(data, part) for part in PARTS} if data.train else {"source": source}
     problems: list[str] = []
-    inputs = {field: _resolve(entries, f"data.{field}", problems) for field, entries in fields.items()}
+    inputs = {field: _resolve(entries, f"data.{field}", problems) for field, entries in fields.items() if entries != [STDLIB]} or {
+        STDLIB: (_stdlib_files(), [])
+    }
+    inputs |= {held_out(name): _resolve(entries, f"data.held_out.{name}", problems) for name, entries in data.held_out.items()}
     refuse("text that cannot be used:", problems)
     return inputs
 
@@ -185,7 +191,7 @@ def _documents(inputs: dict[str, tuple[Files, list[str]]], valid_fraction: float
         for name, path in files:
             for number, text in enumerate(_texts(path, longest)):
                 if text.strip():
-                    yield field if field in PARTS else _part_of(f"{seed}:{name}:{number}", valid_fraction), text
+                    yield _part_of(f"{seed}:{name}:{number}", valid_fraction) if field in ("source", STDLIB) else field, text
 
 
 def _part_of(name: str, valid_fraction: float) -> str:
