@@ -41,17 +41,18 @@ def exchange_kept(rows: torch.Tensor, keep: torch.Tensor, start: int, group: Gro
 
     rows [n/tp, ...]: this rank's rows, the global ones from `start` on. keep [k]: kept global rows, ascending, equal on all
     ranks, tp divides k. Returns [k/tp, ...]: kept rows r*k/tp to (r+1)*k/tp of rank r. Nothing is gathered: each rank sends
-    only kept rows to the rank that holds them next; as keep ascends, source order is already the right order.
+    only kept rows to the rank that holds them next; as keep ascends, source order is already the right order. Where every
+    row stays on its rank, nothing is communicated: the ranks see that alike.
     """
     size, rank = group.size(), group.rank()
     assert keep.numel() % size == 0, (keep.numel(), size)
     mine = (keep >= start) & (keep < start + rows.shape[0])
     kept = rows.index_select(0, (keep[mine] - start).to(rows.device))
-    if size == 1:
-        return kept
     per_rank = keep.numel() // size
     owner_after = torch.arange(keep.numel()) // per_rank
     owner_before = keep // rows.shape[0]
+    if torch.equal(owner_before, owner_after):
+        return kept
     send = torch.bincount(owner_after[mine], minlength=size).tolist()
     receive = torch.bincount(owner_before[owner_after == rank], minlength=size).tolist()
     out = rows.new_empty((per_rank, *rows.shape[1:]))

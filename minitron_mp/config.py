@@ -119,6 +119,11 @@ class Target(Section):
     hidden_size: int | None = Field(None, ge=1)
     ffn_hidden_size: int | None = Field(None, ge=1)
     num_attention_heads: int | None = Field(None, ge=1)
+    """Query heads, as many in each query group; default: as many a group as the teacher has."""
+    num_query_groups: int | None = Field(None, ge=1)
+    """Key and value heads: fewer than the teacher's, and whole groups go with their query heads. tp must divide it. The papers keep all."""
+    merge_heads: bool = False
+    """Give the query of a kept head the residual of a pruned one of its group, head + (head - pruned) (2407.14679 section 2.3)."""
     max_parameters: float | None = Field(None, gt=0)
     """At most so many parameters: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(None, gt=0, le=1)
@@ -127,6 +132,7 @@ class Target(Section):
     """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
     align: int = Field(16, ge=1)
     """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
+    _sizes: ClassVar = ("num_layers", "drop_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
     @field_validator("max_parameters", mode="before")
     @classmethod
@@ -141,7 +147,7 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Target:
-        sizes = {n: v for n in ("num_layers", "drop_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if (v := getattr(self, n))}
+        sizes = [getattr(self, name) for name in self._sizes if getattr(self, name)]
         if self.num_layers and self.drop_layers is not None:
             raise ValueError("num_layers and drop_layers both say how deep the student is; give one of them")
         if self.drop_layers is not None and self.drop_layers != sorted({n for n in self.drop_layers if n >= 0}):
@@ -160,7 +166,7 @@ class Target(Section):
 
     @property
     def given(self) -> bool:
-        return self.searched or any((self.num_layers, self.drop_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads))
+        return self.searched or any(getattr(self, name) for name in self._sizes)
 
 
 class Depth(Section):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from cases import ARCHS, CASES, IDS, make_samples, saved_axes, targets
+from cases import ARCHS, BY_NAME, CASES, IDS, make_samples, saved_axes, targets
 from results import previous
 
 ROUNDING = 2e-5
 """Of float32 logits relative to their largest one: 6 layers of sums of about 100 products at 6e-8 each; 4e-6 seen."""
-AXES = ["hidden", "ffn", "heads", "layer", "all"]
+AXES = ["hidden", "ffn", "heads", "layer", "all", "groups", "merged"]
 
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
+SLICED = [(arch, layout, axis) for arch, layout in CASES for axis in targets(ARCHS[arch], layout.tp)]
 SAVED = [(arch, layout, axis) for arch, layout in CASES for axis in saved_axes(arch)]
 
 
@@ -55,10 +56,9 @@ def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
-@pytest.mark.parametrize("axis", [*AXES, "identity"])
-@cases
+@pytest.mark.parametrize(("arch", "layout", "axis"), SLICED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SLICED])
 def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis):
-    """Every rank holds the right part, and what is saved covers each weight once."""
+    """Every rank holds the right part, and what is saved covers each weight once. Merged queries are rounded once, like the reference."""
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
     covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
     for number, rank in enumerate(results.pruned(arch, layout)):
@@ -85,3 +85,13 @@ def test_kept_neurons_are_uneven_over_ranks(results, arch):
     assert min(map(min, counts)) <= 1
     assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}
+
+
+def test_kept_groups_are_uneven_over_ranks(results):
+    """At tp 4 one rank keeps both of its query groups, another none, and both ways of a merge are exercised."""
+    arch, plan = ARCHS["qwen2"], results.plan("qwen2", "merged", BY_NAME["tp4-sp"])
+    counts = [[len({h // arch.heads_per_group for h in row if h * 4 // arch.num_attention_heads == rank}) for rank in range(4)] for row in plan.heads]
+    assert (min(map(min, counts)), max(map(max, counts))) == (0, 2)
+    assert all(len(pairs) == plan.student.num_query_groups for pairs in plan.merge)
+    signs = {kept < pruned for pairs in plan.merge for kept, pruned in pairs}
+    assert signs == {True, False}

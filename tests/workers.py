@@ -154,7 +154,7 @@ def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, sa
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
         after = global_logits(chunks, samples, world)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
-        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch).items()}
+        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch, layout.tp).items()}
         whole = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
         for name, plan in plans.items():
