@@ -281,7 +281,7 @@ def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.
             pair = f"{ordered[row, at]:.9g} and {ordered[row, at + 1]:.9g}, nearer than rounding"
             if at == count - 1:
                 notes.append(f"{name}: the last kept and first cut score are {pair}")
-            elif merge and name.startswith("heads"):
+            elif merge and name.startswith("heads") and abs(at - (count - 1)) <= min(count, scores.shape[1] - count):
                 notes.append(f"{name}: two scores whose order says what is merged are {pair}")
     return notes
 
