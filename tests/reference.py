@@ -94,7 +94,7 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Seq
             continue
         row = plan.layers.index(layer)
         for key in (key for key in w if _is_qkv(key)):
-            w[key][layer] = _merged(arch, w[key][layer], plan, row)
+            w[key][layer] = merged(arch, w[key][layer], plan, row)
         heads = _flags(plan.heads[row], arch.num_attention_heads).repeat_interleave(arch.kv_channels)
         w[PROJ][layer] *= hidden[:, None] * heads
         w[FC2][layer] *= hidden[:, None] * _flags(plan.ffn[row], arch.ffn_hidden_size)
@@ -111,7 +111,7 @@ def _is_qkv(key: str) -> bool:
     return key in (QKV + "weight", QKV + "bias")
 
 
-def _merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
+def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
     """linear_qkv [(np + 2 ng) hn, ...] of a layer; 2407.14679 section 2.3, in float64: query + (query - query of the pruned head)."""
     per_group = arch.num_attention_heads // arch.num_query_groups
     old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
@@ -131,7 +131,7 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
         for layer, ffn, heads in zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]:
             x = whole if layer is None else whole[layer]
             if _is_qkv(key):
-                groups = _merged(arch, x, plan, plan.layers.index(layer)).unflatten(0, (arch.num_query_groups, per_group + 2, width))
+                groups = merged(arch, x, plan, plan.layers.index(layer)).unflatten(0, (arch.num_query_groups, per_group + 2, width))
                 slots = {g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1] for g in range(arch.num_query_groups)}
                 x = torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
             if key == PROJ:

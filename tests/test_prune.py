@@ -95,3 +95,21 @@ def test_kept_groups_are_uneven_over_ranks(results):
     assert all(len(pairs) == plan.student.num_query_groups for pairs in plan.merge)
     signs = {kept < pruned for pairs in plan.merge for kept, pruned in pairs}
     assert signs == {True, False}
+
+
+def test_rows_that_stay_on_their_rank_are_not_sent(ranks):
+    """Every second row of each rank; then three of the first rank's and one of the second's."""
+    rows, layout = torch.arange(8.0)[:, None].expand(8, 3).contiguous(), BY_NAME["tp2"]
+    keeps = [torch.tensor([0, 2, 4, 6]), torch.tensor([0, 1, 3, 7])]
+    for number, found in enumerate(ranks(2, "workers.exchange", layout=layout, rows=rows, keeps=keeps)):
+        assert [sent for _, sent in found] == [0, 1]
+        assert all(torch.equal(got, rows[keep].chunk(2)[number]) for (got, _), keep in zip(found, keeps))
+
+
+def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
+    plan = results.plan("qwen2", "merged")
+    rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
+    merged = ranks(1, "workers.merge_queries", plan=plan, rows=rows, layer=plan.layers[0])[0]
+    want = reference.merged(ARCHS["qwen2"], rows, plan, 0)
+    assert torch.equal(merged, want)
+    assert (want != rows).any(1).sum() == len(plan.merge[0]) * plan.teacher.kv_channels
