@@ -84,15 +84,14 @@ def _slice_axis(data: Tensor, dim: int, axis: str, start: int, plan: PrunePlan, 
         return data
     if axis == "hidden":
         return data.index_select(dim, torch.from_numpy(plan.keep(axis)).to(data.device))
-    rows = data.transpose(0, dim)
     if axis == "qkv":
         assert layer is not None
-        rows = _merge_heads(rows, start, plan, layer)
+        data = _merge_heads(data, start, plan, layer)
     if axis == "gate_up":
         # Gate and up come as two tensors of one key; the up half starts at f.
         axis, start = "ffn", start % plan.teacher.ffn_hidden_size
     keep = torch.from_numpy(expand(axis, plan.keep(axis, layer), plan.teacher))
-    return exchange_kept(rows, keep, start, world.groups.tp).transpose(0, dim)
+    return exchange_kept(data, dim, keep, start, world.groups.tp)
 
 
 def _merge_heads(rows: Tensor, start: int, plan: PrunePlan, layer: int) -> Tensor:
@@ -103,7 +102,7 @@ def _merge_heads(rows: Tensor, start: int, plan: PrunePlan, layer: int) -> Tenso
     """
     if not plan.merge:
         return rows
-    pairs = np.array(plan.merge[plan.layers.index(layer)])
+    pairs = np.array(plan.merge[plan.layers.index(layer)], int).reshape(-1, 2)
     kept, pruned = (torch.from_numpy(slot_rows(query_slots(heads, plan.teacher), plan.teacher)) for heads in pairs.T)
     mine = (kept >= start) & (kept < start + rows.shape[0])
     kept, pruned = ((at[mine] - start).to(rows.device) for at in (kept, pruned))

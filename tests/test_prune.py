@@ -109,7 +109,9 @@ def test_rows_that_stay_on_their_rank_are_not_sent(ranks):
 def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
     plan = results.plan("qwen2", "merged")
     rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
-    merged = ranks(1, "workers.merge_queries", plan=plan, rows=rows, layer=plan.layers[0])[0]
+    none = plan.model_copy(update={"merge": [[]] * len(plan.layers)})
+    merged, unchanged = (ranks(1, "workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0] for p in (plan, none))
+    assert torch.equal(unchanged, rows)
     want = reference.merged(ARCHS["qwen2"], rows, plan, 0)
     assert torch.equal(merged, want)
     assert (want != rows).any(1).sum() == len(plan.merge[0]) * plan.teacher.kv_channels

@@ -189,7 +189,7 @@ def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Te
         for keep in keeps:
             before, part = sent.call_count, len(rows) // group.size()
             start = group.rank() * part
-            found.append((exchange_kept(rows[start : start + part], keep, start, group), sent.call_count - before))
+            found.append((exchange_kept(rows[start : start + part], 0, keep, start, group), sent.call_count - before))
         return found
 
 
