@@ -19,7 +19,7 @@ from minitron_mp.config import InputError, Recipe, Search, Target, refuse
 from minitron_mp.cost import BYTES
 from minitron_mp.plan import resolve_target
 
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads")
 
 
 class Candidate(BaseModel):
@@ -43,7 +43,7 @@ class Candidate(BaseModel):
 
 def name_of(arch: Arch) -> str:
     """Short and unique among the candidates of one teacher; also the name of a folder."""
-    return f"l{arch.num_layers}-h{arch.hidden_size}-f{arch.ffn_hidden_size}-a{arch.num_attention_heads}"
+    return f"l{arch.num_layers}-h{arch.hidden_size}-f{arch.ffn_hidden_size}-a{arch.num_attention_heads}-g{arch.num_query_groups}"
 
 
 def target_of(arch: Arch, align: int) -> Target:
@@ -82,13 +82,15 @@ def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
     def possible(arch: Arch) -> bool:
         exported = arch.model_copy(update={"family": recipe.export.family or arch.family})
         deep_enough = arch.num_layers >= p.pp * (p.vpp or 1) and teacher.num_layers - arch.num_layers <= deepest_cut
-        return deep_enough and arch != teacher and not layout_problems(arch, p.tp) and not export_problems(exported)
+        return deep_enough and arch != teacher and not _head_problem(arch, teacher) and not layout_problems(arch, p.tp) and not export_problems(exported)
 
     grid, fitting, seen = _grid(teacher, search, recipe.target.align, p.tp), [], []
     solved = not (search.ffn_hidden_size or search.mlp_expansion)
     others = [name for name in grid if name != "ffn_hidden_size"]
     for sizes in itertools.product(*(grid[name] for name in others)):
         arch = teacher.model_copy(update=dict(zip(others, sizes)))
+        if not search.num_attention_heads:
+            arch = arch.model_copy(update={"num_attention_heads": arch.num_query_groups * teacher.heads_per_group})
 
         def wide(f: int, arch: Arch = arch) -> Arch:
             return arch.model_copy(update={"ffn_hidden_size": f})
@@ -119,18 +121,24 @@ def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[
         "num_layers": list(range(teacher.num_layers, math.ceil(0.9 * teacher.num_layers) - 1, -1)),
         "hidden_size": [h for h in _steps(teacher.hidden_size, unit) if 2 * h >= teacher.hidden_size],
         "ffn_hidden_size": [teacher.ffn_hidden_size],
+        "num_query_groups": [teacher.num_query_groups],
         "num_attention_heads": [teacher.num_attention_heads],
     }
-    steps = {"num_layers": 1, "hidden_size": align, "ffn_hidden_size": align * tp, "num_attention_heads": teacher.num_query_groups}
+    steps = {"hidden_size": align, "ffn_hidden_size": align * tp}
     problems, grid = [], {}
     for name, default in defaults.items():
         grid[name] = sorted(set(getattr(search, name)), reverse=True) or default
         largest = getattr(teacher, name)
-        wrong = [n for n in grid[name] if not 0 < n <= largest or (n != largest and n % steps[name])]
+        wrong = [n for n in grid[name] if not 0 < n <= largest or (n != largest and n % steps.get(name, 1))]
         if wrong:
-            problems.append(f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps[name]} up to the teacher's {largest}")
+            problems.append(f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps.get(name, 1)} up to the teacher's {largest}")
     refuse("these sizes cannot be cut:", problems)
     return grid
+
+
+def _head_problem(arch: Arch, teacher: Arch) -> bool:
+    """Groups keep as many heads each, and at most the teacher's."""
+    return arch.num_attention_heads % arch.num_query_groups > 0 or arch.heads_per_group > teacher.heads_per_group
 
 
 def _steps(size: int, step: int) -> list[int]:
@@ -163,10 +171,10 @@ def rows(found: Sequence[Candidate]) -> list[tuple[str, ...]]:
     for c in ordered:
         after = f"{c.distilled[-1]['loss']:.4f} ({c.distilled[-1]['steps']:.0f} steps)" if c.distilled else ""
         mark = " (chosen)" * c.chosen + " *" * (c.name in front)
-        sizes = (f"{c.arch.num_layers}", f"{c.arch.hidden_size:,}", f"{c.arch.ffn_hidden_size:,}", f"{c.arch.num_attention_heads}")
+        sizes = (f"{c.arch.num_layers}", f"{c.arch.hidden_size:,}", f"{c.arch.ffn_hidden_size:,}", f"{c.arch.num_attention_heads} / {c.arch.num_query_groups}")
         speed = "" if c.latency_s is None else f"{1000 * c.latency_s:,.1f}"
         lines.append((c.name + mark, *sizes, f"{c.parameters:,}", f"{c.memory_gib:.2f}", speed, f"{c.pruned_loss:.4f}", after))
     return lines
 
 
-HEADER = ("candidate", "layers", "hidden", "ffn", "heads", "parameters", "memory, GiB", "latency, ms", "loss after pruning", "after distillation")
+HEADER = ("candidate", "layers", "hidden", "ffn", "heads / groups", "parameters", "memory, GiB", "latency, ms", "loss after pruning", "after distillation")

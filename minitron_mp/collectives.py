@@ -36,24 +36,26 @@ def context_parallel_slice(x: torch.Tensor, dim: int, group: Group) -> torch.Ten
     return torch.cat([chunks[r], chunks[2 * n - 1 - r]], dim)
 
 
-def exchange_kept(rows: torch.Tensor, keep: torch.Tensor, start: int, group: Group) -> torch.Tensor:
-    """Cut a tensor that is split on dim 0, and split what is left evenly again.
+def exchange_kept(x: torch.Tensor, dim: int, keep: torch.Tensor, start: int, group: Group) -> torch.Tensor:
+    """Cut a tensor that is split on a dim, and split what is left evenly again.
 
-    rows [n/tp, ...]: this rank's rows, the global ones from `start` on. keep [k]: kept global rows, ascending, equal on all
-    ranks, tp divides k. Returns [k/tp, ...]: kept rows r*k/tp to (r+1)*k/tp of rank r. Nothing is gathered: each rank sends
-    only kept rows to the rank that holds them next; as keep ascends, source order is already the right order.
+    x [.., n/tp, ..]: this rank's part, the global rows of the dim from `start` on. keep [k]: kept global rows, ascending, equal on
+    all ranks, tp divides k. Returns [.., k/tp, ..]: kept rows r*k/tp to (r+1)*k/tp of rank r. Nothing is gathered: each rank
+    sends only kept rows to the rank that holds them next; as keep ascends, source order is already the right order. Where every
+    row stays on its rank, nothing is communicated: the ranks see that alike.
     """
-    size, rank = group.size(), group.rank()
+    size, rank, part = group.size(), group.rank(), x.shape[dim]
     assert keep.numel() % size == 0, (keep.numel(), size)
-    mine = (keep >= start) & (keep < start + rows.shape[0])
-    kept = rows.index_select(0, (keep[mine] - start).to(rows.device))
-    if size == 1:
-        return kept
+    mine = (keep >= start) & (keep < start + part)
+    index = (keep[mine] - start).to(x.device)
     per_rank = keep.numel() // size
     owner_after = torch.arange(keep.numel()) // per_rank
-    owner_before = keep // rows.shape[0]
+    owner_before = keep // part
+    if torch.equal(owner_before, owner_after):
+        return x.index_select(dim, index)
+    kept = x.transpose(0, dim).index_select(0, index)
     send = torch.bincount(owner_after[mine], minlength=size).tolist()
     receive = torch.bincount(owner_before[owner_after == rank], minlength=size).tolist()
-    out = rows.new_empty((per_rank, *rows.shape[1:]))
+    out = kept.new_empty((per_rank, *kept.shape[1:]))
     dist.all_to_all_single(out, kept, receive, send, group=group)
-    return out
+    return out.transpose(0, dim)

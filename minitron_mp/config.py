@@ -138,6 +138,11 @@ class Target(Section):
     hidden_size: int | None = Field(None, ge=1)
     ffn_hidden_size: int | None = Field(None, ge=1)
     num_attention_heads: int | None = Field(None, ge=1)
+    """Query heads, as many in each query group; default: as many a group as the teacher has."""
+    num_query_groups: int | None = Field(None, ge=1)
+    """Key and value heads: fewer than the teacher's, and whole groups go with their query heads. tp must divide it. The papers keep all."""
+    merge_heads: bool = False
+    """Give the query of a kept head the residual of a pruned one of its group, head + (head - pruned) (2407.14679 section 2.3)."""
     max_parameters: Count | None = Field(None, gt=0)
     """At most so many parameters: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(None, gt=0, le=1)
@@ -146,10 +151,11 @@ class Target(Section):
     """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
     align: int = Field(16, ge=1)
     """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
+    _sizes: ClassVar = ("num_layers", "drop_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Target:
-        sizes = {n: v for n in ("num_layers", "drop_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads") if (v := getattr(self, n))}
+        sizes = [getattr(self, name) for name in self._sizes if getattr(self, name)]
         if self.num_layers and self.drop_layers is not None:
             raise ValueError("num_layers and drop_layers both say how deep the student is; give one of them")
         if self.drop_layers is not None and self.drop_layers != sorted({n for n in self.drop_layers if n >= 0}):
@@ -168,7 +174,7 @@ class Target(Section):
 
     @property
     def given(self) -> bool:
-        return self.searched or any((self.num_layers, self.drop_layers, self.hidden_size, self.ffn_hidden_size, self.num_attention_heads))
+        return self.searched or any(getattr(self, name) for name in self._sizes)
 
 
 class Depth(Section):
@@ -195,8 +201,8 @@ class Search(Section):
     `evaluate` reads has chosen nothing.
 
     One budget: parameters, memory_gib or latency_ms. One list for each size; an empty one stands for num_layers: all of the teacher's to 9
-    tenths of them; hidden_size: sixteenths of the teacher's, down to half; ffn_hidden_size: what comes nearest to the budget; num_attention_heads:
-    the teacher's.
+    tenths of them; hidden_size: sixteenths of the teacher's, down to half; ffn_hidden_size: what comes nearest to the budget; num_query_groups:
+    the teacher's; num_attention_heads: as many a group as the teacher has.
     """
 
     parameters: Count | None = Field(None, gt=0)
@@ -215,6 +221,7 @@ class Search(Section):
     ffn_hidden_size: list[int] = []
     mlp_expansion: list[float] = []
     """Instead of ffn_hidden_size: multiples of each hidden_size."""
+    num_query_groups: list[int] = []
     num_attention_heads: list[int] = []
     num_samples: int = Field(64, ge=1)
     """Samples of held-out text that candidates are judged on."""
@@ -455,8 +462,8 @@ class Recipe(Section):
         problems = []
         if self.correct and self.teacher.model:
             problems.append("correct trains the model that is cut, teacher.model is another one: correct that one in a run of its own, and drop one of the two")
-        if self.search and self.target.given:
-            problems.append("search finds the sizes and target gives them; drop one of the two (target.align may stay)")
+        if self.search and (self.target.given or self.target.merge_heads):
+            problems.append("search finds the sizes and target gives them, or merges heads; drop one of the two (target.align may stay)")
         if self.search and self.depth.method == "block" and len(set(self.search.num_layers)) != 1:
             problems.append(
                 "depth.method block measures blocks of one length, the candidates of search differ in depth; use drop or greedy, or one search.num_layers"

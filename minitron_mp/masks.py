@@ -31,6 +31,8 @@ def masked(chunks: list[Any], plan: PrunePlan, world: World) -> Iterator[None]:
 
     For forward passes without gradients. Each rank masks what it holds; no communication.
     """
+    if plan.merge:
+        raise InputError("masks do not merge heads; leave target.merge_heads out")
     with ExitStack() as stack:
         for chunk in map(unwrap, chunks):
             norms = [chunk.decoder.final_layernorm] if chunk.post_process else []

@@ -50,7 +50,7 @@ def _target(recipe: Recipe) -> dict[str, Any]:
     if recipe.target.searched:
         student = resolve_target(hf.read_arch(Path(recipe.model), weights=False), recipe.target, recipe.parallel.tp, recipe.export.family)
         return student.model_dump(include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"})
-    return recipe.target.model_dump(exclude_none=True, exclude={"axes", "align"})
+    return recipe.target.model_dump(exclude_defaults=True, exclude={"axes", "align"})
 
 
 def _plan(recipe: Recipe) -> dict[str, Any]:

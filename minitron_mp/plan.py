@@ -1,7 +1,8 @@
 """Importance scores, and the plan that says what to keep. Runs on a laptop: numpy only, no torchrun.
 
 Width: 2407.14679 section 2.3 (rank, keep the top). Depth: keep layers. Heads are ranked inside each query group and every
-group keeps as many, so that grouped-query attention stays regular and heads stay on their tensor-parallel rank.
+kept group keeps as many, so that grouped-query attention stays regular. A query group (its key, value and queries) scores the l2
+norm of its heads' scores, as a head does of its channels'; the papers keep all groups.
 Scores agree between layouts to rounding only, so ties break by the lower index, and a cut whose gap is inside the rounding
 noise is reported by close_cuts().
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +73,8 @@ class Importance:
 class PrunePlan(BaseModel):
     """Architecture before and after, and the kept indices, ascending, in the teacher's numbering.
 
-    layers [L'], hidden [h'], ffn [L'][f'], heads [L'][np']: one row for each kept layer. Equal on every rank.
+    layers [L'], hidden [h'], ffn [L'][f'], heads [L'][np']: one row for each kept layer. Equal on every rank. The query groups
+    that stay are those of the heads that stay. merge [L'][pairs]: (kept head, pruned head whose residual it takes), or empty.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,6 +85,7 @@ class PrunePlan(BaseModel):
     hidden: list[int]
     ffn: list[list[int]]
     heads: list[list[int]]
+    merge: list[list[tuple[int, int]]] = []
     notes: list[str] = []
 
     @model_validator(mode="after")
@@ -95,13 +99,16 @@ class PrunePlan(BaseModel):
         problems += [
             f"{name} is not strictly ascending from 0 to {limit - 1}" for name, row, _, limit in rows if sorted({i for i in row if 0 <= i < limit}) != row
         ]
-        problems += [
-            f"{name} has {len(part)} rows for {s.num_layers} layers" for name, part in (("ffn", self.ffn), ("heads", self.heads)) if len(part) != s.num_layers
-        ]
+        parts = [("ffn", self.ffn), ("heads", self.heads)] + [("merge", self.merge)] * bool(self.merge)
+        problems += [f"{name} has {len(part)} rows for {s.num_layers} layers" for name, part in parts if len(part) != s.num_layers]
         for i, row in enumerate(self.heads):
-            groups = [head // t.heads_per_group for head in row]
-            if any(groups.count(group) != s.heads_per_group for group in range(t.num_query_groups)):
-                problems.append(f"heads[{i}] does not keep {s.heads_per_group} heads of every query group")
+            groups = Counter(head // t.heads_per_group for head in row)
+            if len(groups) != s.num_query_groups or set(groups.values()) != {s.heads_per_group}:
+                problems.append(f"heads[{i}] does not keep {s.heads_per_group} heads in each of {s.num_query_groups} query groups")
+        for i, (row, pairs) in enumerate(zip(self.heads, self.merge)):
+            alike = all(kept in row and pruned not in row and kept // t.heads_per_group == pruned // t.heads_per_group for kept, pruned in pairs)
+            if not alike or len({kept for kept, _ in pairs}) != len(pairs):
+                problems.append(f"merge[{i}] is not (kept head, pruned head of the same query group), each kept head at most once")
         if problems:
             raise ValueError("; ".join(problems[:8]))
         return self
@@ -151,23 +158,50 @@ def make_plan(
     importance.check(teacher)
     student, depth = resolve_target(teacher, target, tp, family), depth or Depth()
     layers = kept_layers(importance.layers, teacher.num_layers, student.num_layers, target, depth, trials)
-    groups = (teacher.num_query_groups, teacher.heads_per_group)
-    offset = np.arange(groups[0])[:, None] * groups[1]
-    plan = PrunePlan(
+    heads = [kept_heads(importance.heads[i], teacher, student) for i in layers]
+    return PrunePlan(
         teacher=teacher,
         student=student,
         layers=layers.tolist(),
         hidden=top(importance.hidden, student.hidden_size).tolist(),
         ffn=[top(importance.ffn[i], student.ffn_hidden_size).tolist() for i in layers],
-        heads=[(np.stack([top(row, student.heads_per_group) for row in importance.heads[i].reshape(groups)]) + offset).reshape(-1).tolist() for i in layers],
-        notes=close_cuts(importance, teacher, student, layers, by_cosine=target.drop_layers is None and depth.method == "cosine"),
+        heads=heads,
+        merge=[merged_heads(importance.heads[i], kept, teacher) for i, kept in zip(layers, heads)] if target.merge_heads else [],
+        notes=close_cuts(importance, teacher, student, layers, by_cosine=target.drop_layers is None and depth.method == "cosine", merge=target.merge_heads),
     )
-    return plan
 
 
 def top(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the count largest scores [n], ascending; a tie goes to the lower index."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def kept_groups(scores: np.ndarray, teacher: Arch, student: Arch) -> np.ndarray:
+    """Query groups that stay, ascending, by the scores of a layer's heads [np]."""
+    return top(np.linalg.norm(scores.reshape(teacher.num_query_groups, -1), axis=1), student.num_query_groups)
+
+
+def kept_heads(scores: np.ndarray, teacher: Arch, student: Arch) -> list[int]:
+    """Heads that stay, ascending: the best of each kept group, by the scores of a layer's heads [np]."""
+    groups = scores.reshape(teacher.num_query_groups, -1)
+    return [int(g * teacher.heads_per_group + h) for g in kept_groups(scores, teacher, student) for h in top(groups[g], student.heads_per_group)]
+
+
+def merged_heads(scores: np.ndarray, kept: list[int], teacher: Arch) -> list[tuple[int, int]]:
+    """(kept head, pruned head whose residual it takes) in each kept group, mirrored at the cut, by a layer's scores [np].
+
+    2407.14679 section 2.3: with L heads in the order of importance cut to K, head i becomes head_i + (head_i - head_{2K-i+1}) for
+    i in [K-(L-K), K]: the last kept takes the first pruned, the one before it the second. The paper's first i names head L+1,
+    which is none, so it begins one later; with more pruned than kept heads it begins at 1, and the weakest are lost. The paper does
+    this only to queries under grouped-query attention, and so do we: the key and value of a group are still whole.
+    """
+    pairs: list[tuple[int, int]] = []
+    for group in sorted({head // teacher.heads_per_group for head in kept}):
+        members = np.arange(teacher.heads_per_group) + group * teacher.heads_per_group
+        ranked = members[np.argsort(-scores[members], kind="stable")].tolist()
+        count = len(set(ranked) & set(kept))
+        pairs += zip(ranked[:count][::-1], ranked[count:])
+    return pairs
 
 
 class Trials(BaseModel):
@@ -227,22 +261,28 @@ def kept_layers(cosine: np.ndarray, num_layers: int, keep: int, target: Target, 
     return np.setdiff1d(np.arange(num_layers), dropped)
 
 
-def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, by_cosine: bool) -> list[str]:
-    """One sentence for each cut between two scores nearer than the rounding noise. layers: that stay."""
+def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, by_cosine: bool, merge: bool) -> list[str]:
+    """One sentence for each cut between two scores nearer than the rounding noise. layers: that stay. merge: the order of heads counts."""
     rows = [("hidden", importance.hidden[None], student.hidden_size)]
     if by_cosine:
         rows.append(("layers", importance.layers[None], student.num_layers))
     for i in layers:
+        groups = importance.heads[i].reshape(teacher.num_query_groups, -1)
         rows.append((f"ffn of layer {i}", importance.ffn[i][None], student.ffn_hidden_size))
-        rows.append((f"heads of layer {i}", importance.heads[i].reshape(-1, teacher.heads_per_group), student.heads_per_group))
+        rows.append((f"query groups of layer {i}", np.linalg.norm(groups, axis=1)[None], student.num_query_groups))
+        rows.append((f"heads of layer {i}", groups[kept_groups(importance.heads[i], teacher, student)], student.heads_per_group))
     notes = []
     for name, scores, count in rows:
         if count == scores.shape[1]:
             continue
         ordered = -np.sort(-scores.astype(np.float64), axis=1)
-        for last, first in ordered[:, count - 1 : count + 1]:
-            if last - first <= NOISE * abs(last):
-                notes.append(f"{name}: the last kept and first cut score are {last:.9g} and {first:.9g}, nearer than rounding")
+        close = ordered[:, :-1] - ordered[:, 1:] <= NOISE * np.abs(ordered[:, :-1])
+        for row, at in np.argwhere(close):
+            pair = f"{ordered[row, at]:.9g} and {ordered[row, at + 1]:.9g}, nearer than rounding"
+            if at == count - 1:
+                notes.append(f"{name}: the last kept and first cut score are {pair}")
+            elif merge and name.startswith("heads") and abs(at - (count - 1)) <= min(count, scores.shape[1] - count):
+                notes.append(f"{name}: two scores whose order says what is merged are {pair}")
     return notes
 
 
@@ -253,10 +293,12 @@ def resolve_target(teacher: Arch, target: Target, tp: int = 1, family: str | Non
     elif target.keep is not None:
         student = _largest(teacher, target, tp, target.keep * teacher.num_parameters(), family)
     else:
-        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         student = teacher.model_copy(update={n: v for n in names if (v := getattr(target, n))})
         if target.drop_layers:
             student = student.model_copy(update={"num_layers": teacher.num_layers - len(target.drop_layers)})
+        if target.num_query_groups and not target.num_attention_heads:
+            student = student.model_copy(update={"num_attention_heads": target.num_query_groups * teacher.heads_per_group})
     refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
     return student
 
@@ -265,19 +307,29 @@ def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> l
     problems = [f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}" for n in target.drop_layers or [] if n >= teacher.num_layers]
     if target.drop_layers and len(target.drop_layers) >= teacher.num_layers:
         problems.append("drop_layers names every layer")
-    for name, step in (
-        ("num_layers", 1),
-        ("hidden_size", target.align),
-        ("ffn_hidden_size", target.align * tp),
-        ("num_attention_heads", teacher.num_query_groups),
+    for name, step, why in (
+        ("num_layers", 1, ""),
+        ("hidden_size", target.align, f"align {target.align}"),
+        ("ffn_hidden_size", target.align * tp, f"align {target.align}" + f" x tp {tp}" * (tp > 1)),
+        ("num_query_groups", tp, f"tp {tp}"),
+        ("num_attention_heads", student.num_query_groups, "the query groups"),
     ):
         before, after = getattr(teacher, name), getattr(student, name)
         if after > before:
             problems.append(f"{name} {after} is larger than the teacher's {before}")
         elif after != before and after % step:
             near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
-            why = "the query groups" if name == "num_attention_heads" else f"align {target.align}" + (f" x tp {tp}" if step != target.align else "")
-            problems.append(f"{name} {after} is no multiple of {step} ({why}); nearest that work: {' or '.join(map(str, near)) or 'none'}")
+            other = ", or cut num_query_groups too" if name == "num_attention_heads" else ""
+            problems.append(f"{name} {after} is no multiple of {step} ({why}); nearest that work: {' or '.join(map(str, near)) or 'none'}{other}")
+    heads, groups = student.num_attention_heads, student.num_query_groups
+    if not problems and student.heads_per_group > teacher.heads_per_group:
+        limit = groups * teacher.heads_per_group
+        problems.append(f"num_attention_heads {heads} in {groups} query groups are more a group than the teacher's {teacher.heads_per_group}; at most {limit}")
+    if not problems and target.merge_heads and student.heads_per_group == teacher.heads_per_group:
+        problems.append(
+            f"merge_heads: each query group that stays keeps its {teacher.heads_per_group} heads, so there is nothing to merge; "
+            "drop it, or give fewer num_attention_heads"
+        )
     if not problems:
         problems = layout_problems(student, tp)
     return problems

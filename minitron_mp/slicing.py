@@ -3,8 +3,10 @@
 Every tensor of the model says by its checkpoint key which axes it has, and by its global offset which part of them this rank
 holds. So slicing needs neither the model's classes nor its layout:
 
-    hidden, heads, qkv   the kept part of this rank is this rank's part of what is kept: an index_select
+    hidden               whole on every rank: an index_select
     ffn, gate_up         kept neurons are spread unevenly over tensor parallel ranks: one all-to-all evens them out
+    heads, qkv           as many heads go from every query group, so they stay on their rank; kept groups may be spread
+                         unevenly: then, as above, one all-to-all
     layer                a kept layer gets its new number; the result is written under it, and loading it at any other
                          layout is what moves layers between ranks
     vocab, head_width    whole
@@ -14,12 +16,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
-from minitron_mp.arch import AXES, expand
+from minitron_mp.arch import AXES, expand, query_slots, slot_rows
 from minitron_mp.checkpoint import model_state
 from minitron_mp.collectives import exchange_kept
 from minitron_mp.config import InputError
@@ -32,7 +35,7 @@ def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, Sharded
     """The student's sharded state, for checkpoint.save(); reached by all ranks with the same plan.
 
     Consumes the model: each weight's memory goes as soon as its slice is there, so the peak beyond the model is one weight's
-    slice and the buffers of one exchange. InputError names a parameter that AXES does not know.
+    slice and the buffers of one exchange; where heads are merged, also a copy of one linear_qkv. InputError names a parameter that AXES does not know.
     """
     chunks = [unwrap(chunk) for chunk in chunks]
     if sum(p.requires_grad and hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()):
@@ -79,12 +82,28 @@ def _slice_axis(data: Tensor, dim: int, axis: str, start: int, plan: PrunePlan, 
     """data: this rank's part of a weight, which holds the axis from global position `start` on."""
     if axis in ("vocab", "head_width"):
         return data
-    if axis in ("ffn", "gate_up"):
+    if axis == "hidden":
+        return data.index_select(dim, torch.from_numpy(plan.keep(axis)).to(data.device))
+    if axis == "qkv":
+        assert layer is not None
+        data = _merge_heads(data, start, plan, layer)
+    if axis == "gate_up":
         # Gate and up come as two tensors of one key; the up half starts at f.
-        half = start // plan.teacher.ffn_hidden_size if axis == "gate_up" else 0
-        keep = torch.from_numpy(plan.keep("ffn", layer))
-        rows = data.transpose(0, dim)
-        return exchange_kept(rows, keep, start - half * plan.teacher.ffn_hidden_size, world.groups.tp).transpose(0, dim)
-    keep = torch.from_numpy(expand(axis, plan.keep("heads" if axis == "qkv" else axis, layer), plan.teacher))
-    mine = keep[(keep >= start) & (keep < start + data.shape[dim])] - start
-    return data.index_select(dim, mine.to(data.device))
+        axis, start = "ffn", start % plan.teacher.ffn_hidden_size
+    keep = torch.from_numpy(expand(axis, plan.keep(axis, layer), plan.teacher))
+    return exchange_kept(data, dim, keep, start, world.groups.tp)
+
+
+def _merge_heads(rows: Tensor, start: int, plan: PrunePlan, layer: int) -> Tensor:
+    """linear_qkv's rows with the residual of pruned queries in kept ones: head + (head - pruned head), as plan.merge pairs them.
+
+    2407.14679 section 2.3. Both of a pair are in one query group, and so on one rank. The sum is made in float32 and rounded
+    once; in bf16 the difference would be rounded before it is added, too.
+    """
+    if not plan.merge:
+        return rows
+    pairs = np.array(plan.merge[plan.layers.index(layer)], int).reshape(-1, 2)
+    kept, pruned = (torch.from_numpy(slot_rows(query_slots(heads, plan.teacher), plan.teacher)) for heads in pairs.T)
+    mine = (kept >= start) & (kept < start + rows.shape[0])
+    kept, pruned = ((at[mine] - start).to(rows.device) for at in (kept, pruned))
+    return rows.index_copy(0, kept, (2 * rows[kept].float() - rows[pruned].float()).to(rows.dtype))

@@ -37,8 +37,9 @@ Files = list[tuple[str, Path]]
 
 
 def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progress: Callable[[int], None] | None = None) -> dict[str, int]:
-    """Write the three parts, and those of data.held_out, below output and return the tokens of each; progress hears how many documents are done. For one process.
+    """Write the three parts, and those of data.held_out, below output and return the tokens of each. For one process.
 
+    progress hears how many documents are done.
     A document of data.source goes to a part by a hash of seed and its name, the same on every machine. eod ends each document.
     InputError for a missing path, a bad line, a part without documents, Megatron data with ids that the tokenizer lacks.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +60,11 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 # the vocabulary leaves padding, and at tp 4 a rank with padding only. Even are only heads, groups and ffn, which tp must divide.
 SIZES = {"num_layers": 6, "hidden_size": 40, "ffn_hidden_size": 112, "num_attention_heads": 12, "num_query_groups": 4, "kv_channels": 8}
 SIZES |= {"vocab_size": 150, "max_position_embeddings": 256}
+MANY_GROUPS = {"num_attention_heads": 24, "num_query_groups": 8, "kv_channels": 4}
+"""Half of them still divide by tp 4, and two lie on each rank, which may keep both or none."""
 ARCHS = {
     "qwen3": Arch(family="qwen3", tied=True, qk_norm=True, norm_epsilon=1e-3, **SIZES),
-    "qwen2": Arch(family="qwen2", tied=False, qkv_bias=True, rotary_base=5000.0, **SIZES),
+    "qwen2": Arch(family="qwen2", tied=False, qkv_bias=True, rotary_base=5000.0, **SIZES | MANY_GROUPS),
     "nemotron": Arch(family="nemotron", tied=False, norm="layer1p", activation="squared_relu", rotary_percent=0.5, **SIZES),
     "llama": Arch(family="llama", tied=False, **SIZES | {"num_attention_heads": 9, "num_query_groups": 3, "hidden_size": 44}),
 }
@@ -77,8 +80,11 @@ CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.name i
 IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
 
 
-def targets(arch: Arch) -> dict[str, Target]:
-    """A student for each axis, for all together, and the teacher again. align 4: kept sizes still divide at tp 4."""
+def targets(arch: Arch, tp: int = 1) -> dict[str, Target]:
+    """A student for each axis, for all with all groups, for all with merged heads, and the teacher again.
+
+    align 4: kept sizes still divide at tp 4; where kept groups do not, the students that lose some are left out.
+    """
     sizes = {
         "hidden": {"hidden_size": 28},
         "ffn": {"ffn_hidden_size": 48},
@@ -86,6 +92,10 @@ def targets(arch: Arch) -> dict[str, Target]:
         "layer": {"num_layers": 5},
     }
     sizes["all"] = {name: size for one in sizes.values() for name, size in one.items()}
+    groups = math.ceil(arch.num_query_groups / 2)
+    if groups % tp == 0:
+        sizes["groups"] = {"num_query_groups": groups}
+        sizes["merged"] = {**sizes["all"], "num_query_groups": groups, "num_attention_heads": groups * 2, "merge_heads": True}
     sizes["identity"] = {"num_layers": arch.num_layers}
     return {name: Target(align=4, **size) for name, size in sizes.items()}
 
@@ -139,7 +149,7 @@ def micro_batches(samples: dict[str, Tensor], micro_batch_size: int, dp_rank: in
 
 def saved_axes(arch: str) -> list[str]:
     """Students that are written and loaded at another layout; the others' slices are compared in memory only, to save time."""
-    return ["layer", "all"] if arch == "qwen3" else ["all"]
+    return {"qwen3": ["layer", "all"], "qwen2": ["all", "merged"]}.get(arch, ["all"])
 
 
 AGGREGATIONS = ("l2", "mean", "var")

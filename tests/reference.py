@@ -81,7 +81,10 @@ def _rotate(x: Tensor, base: float) -> Tensor:
 
 
 def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Sequence[int]]:
-    """The teacher with everything that the plan drops set to zero, and the channels that its norms may see: it computes what the student computes."""
+    """The teacher with everything that the plan drops set to zero and its merged queries, and the channels that its norms may see.
+
+    It computes what the student computes.
+    """
     w = {key: value.clone() for key, value in weights.items()}
     hidden = _flags(plan.hidden, arch.hidden_size)
     w[EMBEDDING] *= hidden
@@ -90,6 +93,8 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Seq
             w[PROJ][layer] = w[FC2][layer] = 0
             continue
         row = plan.layers.index(layer)
+        for key in (key for key in w if _is_qkv(key)):
+            w[key][layer] = merged(arch, w[key][layer], plan, row)
         heads = _flags(plan.heads[row], arch.num_attention_heads).repeat_interleave(arch.kv_channels)
         w[PROJ][layer] *= hidden[:, None] * heads
         w[FC2][layer] *= hidden[:, None] * _flags(plan.ffn[row], arch.ffn_hidden_size)
@@ -102,6 +107,21 @@ def _flags(kept: Sequence[int], size: int) -> Tensor:
     return flags
 
 
+def _is_qkv(key: str) -> bool:
+    return key in (QKV + "weight", QKV + "bias")
+
+
+def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
+    """linear_qkv [(np + 2 ng) hn, ...] of a layer; 2407.14679 section 2.3, in float64: query + (query - query of the pruned head)."""
+    per_group = arch.num_attention_heads // arch.num_query_groups
+    old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
+    new = old.clone()
+    for kept, pruned in plan.merge[row] if plan.merge else []:
+        group, place = divmod(kept, per_group)
+        new[group, place] = old[group, place] + (old[group, place] - old[group, pruned % per_group])
+    return new.flatten(0, 2).to(x.dtype)
+
+
 def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
     """The student's weights, cut from the teacher's by plain indexing, layer by layer."""
     per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
@@ -110,10 +130,10 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
         parts = []
         for layer, ffn, heads in zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]:
             x = whole if layer is None else whole[layer]
-            if key.startswith(QKV) and "layer_norm" not in key:
-                groups = x.unflatten(0, (arch.num_query_groups, per_group + 2, width))
-                slots = [[h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1] for g in range(arch.num_query_groups)]
-                x = torch.cat([group[slot].flatten(0, 1) for group, slot in zip(groups, slots)])
+            if _is_qkv(key):
+                groups = merged(arch, x, plan, plan.layers.index(layer)).unflatten(0, (arch.num_query_groups, per_group + 2, width))
+                slots = {g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1] for g in range(arch.num_query_groups)}
+                x = torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
             if key == PROJ:
                 x = x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
             if key == FC1 + "weight":

@@ -201,6 +201,8 @@ def test_a_second_run_does_nothing(copied, on_rank):
         ("data.sequence_length=16", "settings.sequence_length: 32, here 16", "score"),
         ("precision=bf16", "settings.precision: 'fp32', here 'bf16'", "score"),
         (SMALLER, "settings.ffn_hidden_size: 96, here 64", "plan"),
+        ("target.num_query_groups=1", "settings.num_query_groups: None, here 1", "plan"),
+        ("target.merge_heads=true", "settings.merge_heads: None, here True", "plan"),
         ("distill.lr=0.01", f"settings.lr: {MAX_LR}, here 0.01", "distill"),
         ("distill.global_batch_size=8", "settings.global_batch_size: 4, here 8", "distill"),
         ("evaluate.num_samples=8", "settings.num_samples: 16, here 8", "evaluate"),
@@ -464,8 +466,9 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path,
 
 
 def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs, tmp_path, on_rank):
-    """Iterative compression: model is a student, teacher.model what that one was cut from."""
-    sizes = {"target": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 6}, "distill": {"steps": 6}}
+    """Iterative compression: model is a student, teacher.model what that one was cut from. One query group goes, the other's heads are merged."""
+    heads = {"num_query_groups": 1, "num_attention_heads": 2, "merge_heads": True}
+    sizes = {"target": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, **heads}, "distill": {"steps": 6}}
     student, first = whole.output / "student_hf", inputs / "model"
     items = [{"query": "the teacher and the", "choices": ["student", "loss"], "gold": 1}, {"query": "prune", "choices": ["head", "cut it"], "gold": 0}]
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -478,6 +481,9 @@ def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs,
         assert again[name]["loss"] == pytest.approx(loss, rel=1e-5)
     assert again["unpruned"]["kl"] == pytest.approx(before["distilled"]["kl"], rel=1e-4)
     assert again["distilled"]["kl"] < again["pruned"]["kl"]
+    config = json.loads((tmp_path / "out" / "student_hf" / "config.json").read_text())
+    assert (config["num_key_value_heads"], config["num_attention_heads"]) == (1, 2)
+    assert [len(pairs) for pairs in json.loads((tmp_path / "out" / "plan.json").read_text())["merge"]] == [1, 1]
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.index("| teacher |") < report.index("| unpruned |") < report.index("| pruned |")
     assert set(again["tasks"]["choices"]) == {"teacher", "unpruned", "pruned", "distilled"}

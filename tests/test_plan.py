@@ -88,6 +88,13 @@ def test_expand_keeps_every_key_and_value():
     assert expand("ffn", np.array([0, 95]), SMALL).tolist() == [0, 95]
 
 
+def test_expand_drops_the_key_and_value_of_a_group_without_heads():
+    one_row_a_head = make_arch(kv_channels=1)
+    assert expand("qkv", np.array([4, 5, 7]), one_row_a_head).tolist() == [6, 7, 9, 10, 11]
+    assert expand("qkv", np.array([1]), one_row_a_head).tolist() == [1, 4, 5]
+    assert expand("heads", np.array([4, 5, 7]), one_row_a_head).tolist() == [4, 5, 7]
+
+
 @pytest.mark.parametrize("axis", ["qkv", "heads", "gate_up", "ffn", "hidden"])
 def test_expanding_all_is_the_identity(axis):
     units = {"qkv": 8, "heads": 8, "gate_up": 96, "ffn": 96, "hidden": 48}[axis]
@@ -131,6 +138,54 @@ def test_target_of_nothing_is_the_identity_plan():
     assert plan.heads == [list(range(8))] * 4
 
 
+GROUPED = make_arch(num_attention_heads=24, num_query_groups=4)
+"""6 heads a group."""
+
+
+def test_whole_query_groups_go_and_heads_follow():
+    importance = random_importance(GROUPED)
+    plan = make_plan(importance, GROUPED, Target(num_query_groups=2))
+    assert (plan.student.num_query_groups, plan.student.num_attention_heads) == (2, 12)
+    cut = make_plan(importance, GROUPED, Target(num_query_groups=2, num_attention_heads=6))
+    for layer in range(GROUPED.num_layers):
+        groups = importance.heads[layer].reshape(4, 6)
+        best = sorted(range(4), key=lambda g: -sum(float(score) ** 2 for score in groups[g]))[:2]
+        assert plan.heads[layer] == [6 * g + h for g in sorted(best) for h in range(6)]
+        assert cut.heads[layer] == [6 * g + h for g in sorted(best) for h in sorted(np.argsort(-groups[g])[:3])]
+    assert {row[0]: row[1:] for row in plan.summary()}["num_query_groups"] == ("4", "2", "50%")
+
+
+def test_heads_without_groups_to_share_go_with_their_key_and_value():
+    """Multi-head attention: each head is a group."""
+    teacher, importance = make_arch(num_query_groups=8), random_importance(SMALL)
+    plan = make_plan(importance, teacher, Target(num_query_groups=5))
+    assert (plan.student.num_query_groups, plan.student.num_attention_heads) == (5, 5)
+    assert plan.heads == [top(row, 5).tolist() for row in importance.heads]
+
+
+@pytest.mark.parametrize("keep", [5, 4, 3, 2, 1])
+def test_merged_heads_are_mirrored_at_the_cut(keep):
+    """head_i += head_i - head_(2K-i+1), 1-based in the order of importance; past 2K the pruned heads have no partner."""
+    importance = random_importance(GROUPED)
+    plan = make_plan(importance, GROUPED, Target(num_attention_heads=4 * keep, merge_heads=True))
+    for layer, pairs in enumerate(plan.merge):
+        want = set()
+        for group in range(4):
+            ranked = {i: group * 6 + int(h) for i, h in enumerate(np.argsort(-importance.heads[layer].reshape(4, 6)[group]), 1)}
+            want |= {(ranked[i], ranked[2 * keep - i + 1]) for i in range(max(1, keep - (6 - keep) + 1), keep + 1)}
+        assert set(pairs) == want
+        assert len(pairs) == len(want) == 4 * min(keep, 6 - keep)
+
+
+def test_heads_merge_in_groups_that_stay_only():
+    importance = random_importance(GROUPED)
+    plan = make_plan(importance, GROUPED, Target(num_query_groups=1, num_attention_heads=4, merge_heads=True))
+    for heads, pairs in zip(plan.heads, plan.merge):
+        assert len(pairs) == 2
+        assert {head // 6 for pair in pairs for head in pair} == {heads[0] // 6}
+    assert make_plan(importance, GROUPED, Target(num_attention_heads=16)).merge == []
+
+
 def test_summary_has_sizes_and_parameters():
     rows = {row[0]: row[1:] for row in make_plan(random_importance(SMALL), SMALL, Target(hidden_size=32)).summary()}
     assert rows["hidden_size"] == ("48", "32", "67%")
@@ -150,6 +205,14 @@ def test_close_cuts_are_reported():
     assert "last kept and first cut score are 17 and 16.9999" in plan.notes[0]
     assert plan.ffn[0] == list(range(64))
     assert make_plan(importance, SMALL, Target()).notes == []  # nothing is cut
+    importance.heads[0] = [1, 2, 3, 4, 4, 3, 2, 1]
+    notes = make_plan(importance, SMALL, Target(num_query_groups=1)).notes
+    assert len(notes) == 1
+    assert notes[0].startswith("query groups of layer 0: the last kept and first cut score are 5.4772")
+    importance.heads[0], importance.heads[2] = [3, 2, 1, 0, 4, 4, 2, 1], importance.heads[1]
+    plans = {(n, merge): make_plan(importance, SMALL, Target(num_query_groups=1, num_attention_heads=n, merge_heads=merge)) for n in (2, 3) for merge in (0, 1)}
+    assert plans[2, 0].notes == plans[3, 0].notes == plans[3, 1].notes == []  # both stay; of three kept heads only the third takes a residual
+    assert plans[2, 1].notes == ["heads of layer 0: two scores whose order says what is merged are 4 and 4, nearer than rounding"]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +222,17 @@ def test_close_cuts_are_reported():
         ({"hidden_size": 64}, 1, r"hidden_size 64 is larger than the teacher's 48"),
         ({"hidden_size": 8}, 1, r"hidden_size 8 .* nearest that work: 16"),
         ({"ffn_hidden_size": 80}, 2, r"ffn_hidden_size 80 is no multiple of 32 \(align 16 x tp 2\); nearest that work: 64 or 96"),
-        ({"num_attention_heads": 5}, 1, r"num_attention_heads 5 is no multiple of 2 \(the query groups\); nearest that work: 4 or 6"),
+        (
+            {"num_attention_heads": 5},
+            1,
+            r"num_attention_heads 5 is no multiple of 2 \(the query groups\); nearest that work: 4 or 6, or cut num_q",
+        ),
+        ({"num_query_groups": 3}, 1, r"num_query_groups 3 is larger than the teacher's 2"),
+        ({"num_query_groups": 1}, 2, r"num_query_groups 1 is no multiple of 2 \(tp 2\); nearest that work: 2"),
+        ({"num_query_groups": 1, "num_attention_heads": 6}, 1, r"num_attention_heads 6 in 1 query groups are more a group than the teacher's 4; at most 4"),
+        ({"hidden_size": 32, "merge_heads": True}, 1, r"merge_heads: each query group that stays keeps its 4 heads, .* give fewer num_attention_heads"),
+        ({"num_query_groups": 1, "merge_heads": True}, 1, r"nothing to merge; drop it"),
+        ({"keep": 0.75, "merge_heads": True}, 1, r"nothing to merge; drop it"),
         ({"num_layers": 5}, 1, r"num_layers 5 is larger than the teacher's 4"),
         ({"hidden_size": 40, "ffn_hidden_size": 100, "num_layers": 9}, 1, r"(?s)num_layers 9 .*hidden_size 40 .*ffn_hidden_size 100 "),
         ({"hidden_size": 32}, 3, r"(?s)tensor parallel size 3 does not divide num_attention_heads 8.*num_query_groups 2"),
@@ -239,3 +312,33 @@ def test_plan_survives_the_disk(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({**content, "extra": 1}))
     with pytest.raises(InputError, match="extra"):
         PrunePlan.load(tmp_path / "plan.json")
+
+
+def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
+    """As plans were written before there were merged heads and cut query groups."""
+    plan = make_plan(random_importance(SMALL), SMALL, Target(num_layers=3, hidden_size=32, num_attention_heads=4))
+    plan.save(tmp_path / "plan.json", manifest("plan"))
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content.pop("merge") == []
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": [[0, 1, 2, 4]] * 4}, r"heads\[0\] does not keep 2 heads in each of 2 query groups"),
+        ({"heads": [[0, 1, 2, 3]] * 4}, r"heads\[3\] does not keep 2 heads in each of 2 query groups"),
+        ({"merge": [[(0, 2)]]}, r"merge has 1 rows for 4 layers"),
+        ({"merge": [[]] * 3 + [[(0, 6)]]}, r"merge\[3\] is not \(kept head, pruned head of the same query group\)"),
+        ({"merge": [[(2, 3)]] * 4}, r"merge\[0\] is not"),
+        ({"merge": [[(0, 1)]] * 4}, r"merge\[0\] is not"),
+        ({"merge": [[(0, 2), (0, 3)]] * 4}, r"each kept head at most once"),
+    ],
+)
+def test_plan_by_hand_is_checked(changes, message):
+    plan = make_plan(random_importance(SMALL), SMALL, Target(num_attention_heads=4)).model_copy(update={"heads": [[0, 1, 4, 5]] * 4})
+    values = plan.model_dump()
+    assert PrunePlan.model_validate({**values, "merge": [[(1, 2), (0, 3)]] * 4}).merge[0] == [(1, 2), (0, 3)]
+    with pytest.raises(ValueError, match=message):
+        PrunePlan.model_validate({**values, **changes})

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from cases import ARCHS, CASES, IDS, make_samples, saved_axes, targets
+from cases import ARCHS, BY_NAME, CASES, IDS, make_samples, saved_axes, targets
 from results import previous
 
 ROUNDING = 2e-5
 """Of float32 logits relative to their largest one: 6 layers of sums of about 100 products at 6e-8 each; 4e-6 seen."""
-AXES = ["hidden", "ffn", "heads", "layer", "all"]
+AXES = ["hidden", "ffn", "heads", "layer", "all", "groups", "merged"]
 
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
+SLICED = [(arch, layout, axis) for arch, layout in CASES for axis in targets(ARCHS[arch], layout.tp)]
 SAVED = [(arch, layout, axis) for arch, layout in CASES for axis in saved_axes(arch)]
+MASKED = [(arch, layout, axis) for arch, layout, axis in SAVED if axis != "merged"]  # a mask merges nothing
 
 
 def tokens(arch):
@@ -55,19 +57,17 @@ def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
-@pytest.mark.parametrize(("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED])
+@pytest.mark.parametrize(("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED])
 def test_a_teacher_under_masks_computes_what_the_student_will(results, arch, layout, axis):
     """Not a weight is sliced; and afterwards it is the teacher again, bitwise (test_importance.py looks at "unchanged")."""
-    want = reference.logits(
-        results.plan(arch, axis, layout).student, reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout)), tokens(arch)
-    )
+    plan = results.plan(arch, axis, layout)
+    want = reference.logits(plan.student, reference.sliced(ARCHS[arch], results.weights(arch), plan), tokens(arch))
     assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
 
 
-@pytest.mark.parametrize("axis", [*AXES, "identity"])
-@cases
+@pytest.mark.parametrize(("arch", "layout", "axis"), SLICED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SLICED])
 def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis):
-    """Every rank holds the right part, and what is saved covers each weight once."""
+    """Every rank holds the right part, and what is saved covers each weight once. Merged queries are rounded once, like the reference."""
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
     covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
     for number, rank in enumerate(results.pruned(arch, layout)):
@@ -94,3 +94,33 @@ def test_kept_neurons_are_uneven_over_ranks(results, arch):
     assert min(map(min, counts)) <= 1
     assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}
+
+
+def test_kept_groups_are_uneven_over_ranks(results):
+    """At tp 4 one rank keeps both of its query groups, another none, and both ways of a merge are exercised."""
+    arch, plan = ARCHS["qwen2"], results.plan("qwen2", "merged", BY_NAME["tp4-sp"])
+    counts = [[len({h // arch.heads_per_group for h in row if h * 4 // arch.num_attention_heads == rank}) for rank in range(4)] for row in plan.heads]
+    assert (min(map(min, counts)), max(map(max, counts))) == (0, 2)
+    assert all(len(pairs) == plan.student.num_query_groups for pairs in plan.merge)
+    signs = {kept < pruned for pairs in plan.merge for kept, pruned in pairs}
+    assert signs == {True, False}
+
+
+def test_rows_that_stay_on_their_rank_are_not_sent(ranks):
+    """Every second row of each rank; then three of the first rank's and one of the second's."""
+    rows, layout = torch.arange(8.0)[:, None].expand(8, 3).contiguous(), BY_NAME["tp2"]
+    keeps = [torch.tensor([0, 2, 4, 6]), torch.tensor([0, 1, 3, 7])]
+    for number, found in enumerate(ranks(2, "workers.exchange", layout=layout, rows=rows, keeps=keeps)):
+        assert [sent for _, sent in found] == [0, 1]
+        assert all(torch.equal(got, rows[keep].chunk(2)[number]) for (got, _), keep in zip(found, keeps))
+
+
+def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
+    plan = results.plan("qwen2", "merged")
+    rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
+    none = plan.model_copy(update={"merge": [[]] * len(plan.layers)})
+    merged, unchanged = (ranks(1, "workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0] for p in (plan, none))
+    assert torch.equal(unchanged, rows)
+    want = reference.merged(ARCHS["qwen2"], rows, plan, 0)
+    assert torch.equal(merged, want)
+    assert (want != rows).any(1).sum() == len(plan.merge[0]) * plan.teacher.kv_channels

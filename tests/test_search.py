@@ -34,9 +34,9 @@ def test_the_published_grids_are_among_the_candidates():
     four = found("nemotron_4_15b", parameters="4B", num_attention_heads=[24, 32, 48], hidden_size=[2560, 3072, 3584, 4096, 4608], **common)
     eight = found("nemotron_4_15b", parameters="8B", num_attention_heads=[32, 48], hidden_size=[4096, 4608, 5120, 5632, 6144], **common)
     assert len(four) == 18
-    assert "l32-h3072-f9216-a24" in four  # Minitron 4B
+    assert "l32-h3072-f9216-a24-g8" in four  # Minitron 4B
     assert len(eight) == 18
-    assert "l32-h4096-f16384-a48" in eight  # Minitron 8B
+    assert "l32-h4096-f16384-a48-g8" in eight  # Minitron 8B
 
 
 def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
@@ -51,6 +51,11 @@ def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
         assert arch.hidden_size % arch.num_attention_heads == 0  # what transformers asks of a Llama
     assert len({arch.hidden_size for arch in archs}) > 3
     assert {arch.num_layers for arch in archs} >= {29, 32}
+
+
+def test_query_groups_are_an_axis():
+    archs = found("llama_3_1_8b", parameters="4.5B", num_query_groups=[4, 8], num_layers=[32], hidden_size=[3072])
+    assert [name.split("-", 3)[3] for name in archs] == ["a32-g8", "a16-g4"]
 
 
 def test_a_memory_budget_counts_the_cache():

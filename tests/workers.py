@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pool
 import torch
@@ -22,12 +23,12 @@ from torch import Tensor
 from minitron_mp import checkpoint, importance, parallel, schedule, slicing
 from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.collectives import context_parallel_slice
+from minitron_mp.collectives import context_parallel_slice, exchange_kept
 from minitron_mp.config import Parallel, Score
 from minitron_mp.masks import masked
 from minitron_mp.model import build_model, logits
 from minitron_mp.parallel import World
-from minitron_mp.plan import Importance, make_plan
+from minitron_mp.plan import Importance, PrunePlan, make_plan
 
 Weights = dict[str, Tensor]
 
@@ -153,9 +154,9 @@ def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, sa
         samples = make_samples(arch, 0, 8)
         hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
-        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch).items()}
+        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch, layout.tp).items()}
         by_masks = {}
-        for name in save:
+        for name in (name for name in save if not plans[name].merge):
             with masked(chunks, plans[name], world):
                 by_masks[name] = global_logits(chunks, samples, world)
         after = global_logits(chunks, samples, world)
@@ -185,6 +186,21 @@ def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
     data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.data.shape)).clone()
     replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
     return tensor.key, tuple(tensor.global_offset), data, not any(replica)
+
+
+def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """(rows of this rank afterwards, all-to-alls that it took) for each choice of rows to keep."""
+    with joined(layout) as world, mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent:
+        group, found = world.groups.tp, []
+        for keep in keeps:
+            before, part = sent.call_count, len(rows) // group.size()
+            start = group.rank() * part
+            found.append((exchange_kept(rows[start : start + part], 0, keep, start, group), sent.call_count - before))
+        return found
+
+
+def merge_queries(plan: PrunePlan, rows: Tensor, layer: int) -> Tensor:
+    return slicing._merge_heads(rows, 0, plan, layer)
 
 
 def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
