@@ -156,7 +156,7 @@ def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, sa
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
         plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch, layout.tp).items()}
         by_masks = {}
-        for name in (name for name in save if not plans[name].merge):
+        for name in (name for name in plans if name in (*save, "groups") and not plans[name].merge):
             with masked(chunks, plans[name], world):
                 by_masks[name] = global_logits(chunks, samples, world)
         after = global_logits(chunks, samples, world)
