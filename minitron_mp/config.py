@@ -114,6 +114,15 @@ class Parallel(Section):
         chunks = self.pp * (self.vpp or 1)
         return [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
 
+    def place_of_state(self, state: int, num_layers: int) -> tuple[int, int]:
+        """(pipeline stage, model chunk there) that has layer `state`; num_layers: the final norm."""
+        chunks, last = self.layers_of_chunks(num_layers), 0
+        for number, count in enumerate(chunks):
+            last += count
+            if state < last or number + 1 == len(chunks):
+                break
+        return number % self.pp, number // self.pp
+
     @property
     def model_ranks(self) -> int:
         """Ranks that hold one copy of the model."""
@@ -326,6 +335,57 @@ class Correct(Training):
     temperature: ClassVar = 1.0
     kl_weight: ClassVar = 0.0
     ce_weight: ClassVar = 1.0
+    states: ClassVar = None
+
+
+class States(Section):
+    """States inside the student that are held against the teacher's (2407.14679, tables 17 and 18: it helps where depth was cut a lot, and
+    not where it was kept). The loss is L_logits + alpha L_is; L_is is the mean over tokens of the sum over the pairs.
+
+    State j is what layer j is given after its input norm: 0 the embeddings, num_layers the output after the final norm.
+    """
+
+    layers: list[list[int]] = Field(min_length=1)
+    """State of the student -> state of the teacher: {0: 0, 14: 30}, or pairs [[0, 0], [14, 30]]."""
+    kind: Literal["cosine", "mse"] = "cosine"
+    """cosine: 1 - cosine similarity; mse: mean over channels of the squared difference."""
+    weight: Literal["dynamic"] | float = "dynamic"
+    """alpha. dynamic: L_logits / L_is of the step before, 1 in the first; or a number above 0."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _as_pairs(cls, value: Any) -> Any:
+        return [[int(state) if str(state).isdecimal() else state, other] for state, other in value.items()] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _pairs(self) -> States:
+        problems = [f"layers: {pair} is no pair of states [student, teacher], counted from 0" for pair in self.layers if len(pair) != 2 or min(pair) < 0]
+        own = [pair[0] for pair in self.layers if pair]
+        if own != sorted(set(own)):
+            problems.append(f"layers: the student's states {own} are not ascending, each once")
+        if self.weight != "dynamic" and self.weight <= 0:
+            problems.append(f"weight {self.weight}: give a number above 0, or dynamic; without states, drop the section")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def blocks(self, num_layers: int, parallel: Parallel) -> dict[int, list[int]]:
+        """Pipeline stage of a student of so many layers -> what it needs of the teacher, in units of its hidden size: 0 the hidden states for
+        the logits, i + 1 the state of pair i. Stages that need nothing are left out."""
+        found: dict[int, list[int]] = {parallel.pp - 1: [0]}
+        for number, (state, _) in enumerate(self.layers):
+            found.setdefault(parallel.place_of_state(state, num_layers)[0], []).append(number + 1)
+        return found
+
+    def problems(self, student_layers: int, teacher_layers: int) -> list[str]:
+        """What the depths of the models rule out."""
+        limits = (("student", student_layers), ("teacher", teacher_layers))
+        return [
+            f"distill.states.layers names state {state} of the {role}, which has 0 (embeddings) to {last} (after the final norm)"
+            for pair in self.layers
+            for state, (role, last) in zip(pair, limits)
+            if state > last
+        ]
 
 
 class Distill(Training):
@@ -338,9 +398,14 @@ class Distill(Training):
     """Weight of the divergence (of whatever kind), times temperature squared."""
     ce_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy with the text; the papers use none."""
+    states: States | None = None
+    """Also match states inside the models; default: logits alone."""
 
     def _problems(self) -> list[str]:
-        return [] if self.kl_weight or self.ce_weight else ["kl_weight and ce_weight are both 0; nothing would be trained"]
+        problems = [] if self.kl_weight or self.ce_weight else ["kl_weight and ce_weight are both 0; nothing would be trained"]
+        if self.states and not self.kl_weight:
+            problems.append("states go beside the divergence from the teacher, kl_weight is 0: raise it, or drop states")
+        return problems
 
 
 class Teacher(Section):
@@ -471,6 +536,14 @@ class Recipe(Section):
         for name, training in (("correct", self.correct), ("distill", self.distill)):
             if training and self.precision == "fp32" and training.logits_precision == "bf16":
                 problems.append(f"{name}.logits_precision bf16 would round a float32 model's loss and gain no time; drop it, or set precision: bf16")
+        if self.distill.states:
+            t, what = self.teacher, "distill.states needs the teacher's states beside its hidden states"
+            if t.placement == "cached":
+                problems.append(f"{what}, a cache holds none: set teacher.placement: colocated or remote, or drop the states")
+            if t.payload != "hidden":
+                problems.append(f"{what}, teacher.payload is {t.payload}: set hidden, or drop the states")
+            if t.siblings:
+                problems.append("distill.states is for one student, teacher.siblings shares the stream: train them in jobs of their own, or drop the states")
         layouts = {"parallel": self.parallel} | ({"teacher.parallel": self.teacher.parallel} if self.teacher.is_remote else {})
         for name, p in layouts.items():
             parts = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)

@@ -47,7 +47,8 @@ def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
     """What a remote teacher sends for a token, over all its ranks; stream.py counts the same."""
     t = recipe.teacher
     element = BYTES[recipe.teacher_precision]
-    return {"hidden": element * teacher.hidden_size, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[t.payload]
+    hidden = element * teacher.hidden_size * (1 + (len(states.layers) if (states := recipe.distill.states) else 0))
+    return {"hidden": hidden, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[t.payload]
 
 
 def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int) -> dict[str, float]:
@@ -70,6 +71,23 @@ def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int) 
         "optimizer state": (8 + main_copy) * parameters / max(1, ranks // (p.tp * p.pp)),
         "activations (estimate)": size * tokens * max(stage_layers(arch.num_layers, p)) * per_token * in_flight,
         "logits and their gradient": logits,
+    }
+
+
+def states_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: int) -> dict[str, float]:
+    """Bytes that matching states takes on the rank with the most pairs, by part; {} without."""
+    p, d, states = recipe.parallel, recipe.distill, recipe.distill.states
+    if states is None:
+        return {}
+    pairs = max(sum(block > 0 for block in blocks) for blocks in states.blocks(student.num_layers, p).values())
+    batches = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
+    tokens = recipe.data.sequence_length // p.cp * d.micro_batch_size / (p.tp if p.sequence_parallel else 1)
+    projection = 16 * teacher.hidden_size * student.hidden_size if teacher.hidden_size != student.hidden_size else 0
+    held = {} if recipe.teacher.is_remote else {"teacher states of a step": BYTES[recipe.teacher_precision] * tokens * teacher.hidden_size * pairs * batches}
+    return {
+        **held,
+        "gradients of states": BYTES[recipe.precision] * tokens * student.hidden_size * pairs * min(p.pp, batches),
+        "up-projection of states": projection,
     }
 
 
@@ -98,13 +116,18 @@ def rows(base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: i
     d, t = recipe.distill, recipe.teacher
     teachers = t.ranks_in(world_size)
     students = world_size - teachers - sum(t.siblings.values())
-    memory = {**training_memory(student, d, recipe, students), **teacher_memory(teacher, recipe, students, teachers)}
+    memory = {
+        **training_memory(student, d, recipe, students),
+        **teacher_memory(teacher, recipe, students, teachers),
+        **states_memory(teacher, student, recipe, students),
+    }
     teacher_layout = t.parallel if t.is_remote else recipe.parallel
     lines = [("ranks", _layout(students, recipe.parallel))]
     if t.is_remote:
         lines.append(("ranks of the teacher", _layout(teachers, t.parallel)))
         per_token = payload_bytes_per_token(teacher, recipe)
-        lines.append(("teacher stream", f"{t.payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step"))
+        payload = t.payload + (" and states" if d.states else "")
+        lines.append(("teacher stream", f"{payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step"))
     models = [("teacher", teacher, teacher_layout), *([("unpruned", base, recipe.parallel)] if base != teacher else []), ("student", student, recipe.parallel)]
     for name, arch, p in models:
         total, outside = arch.num_parameters(), arch.num_parameters(embeddings=False)

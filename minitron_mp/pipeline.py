@@ -83,7 +83,7 @@ def _search(recipe: Recipe) -> dict[str, Any]:
 def _distill(recipe: Recipe) -> dict[str, Any]:
     # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
     teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
-    return {**recipe.distill.model_dump(exclude=HOW), **_run_settings(recipe), "teacher": teacher}
+    return {**recipe.distill.model_dump(exclude=HOW, exclude_none=True), **_run_settings(recipe), "teacher": teacher}
 
 
 def _evaluate(recipe: Recipe) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
             droppable(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
 
     problems += _told(size_student)
+    if recipe.distill.states and len(students) > 1:
+        problems += recipe.distill.states.problems(students[-1].num_layers, tutor.num_layers)
     if (stages := p.pp * (p.vpp or 1)) > students[-1].num_layers:
         problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {students[-1].num_layers} layers")
     return problems

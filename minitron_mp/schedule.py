@@ -18,13 +18,22 @@ Batch = dict[str, Tensor]
 OnOutput = Callable[[Tensor, Batch], Any]
 
 
-def run(chunks: list[Any], batches: Sequence[Batch], world: World, on_output: OnOutput | None, *, train: bool = False) -> list[Any]:
+def run(
+    chunks: list[Any],
+    batches: Sequence[Batch],
+    world: World,
+    on_output: OnOutput | None,
+    *,
+    train: bool = False,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> list[Any]:
     """Send microbatches through the chunks; reached by all ranks with equally many batches.
 
     batches: this data parallel rank's, whole sequences: tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s].
     on_output(hidden [s', b, h], local batch [s/cp, b]) runs on the last stage for each microbatch in order; s' is s/cp, under
     sequence parallelism s/cp/tp. With train it returns Megatron's (loss sum, number of tokens, report) and gradients are
     accumulated and finalised; otherwise the list of what it returned comes back on the last stage ([] elsewhere).
+    on_batch(local batch) runs on every stage before each chunk's forward pass.
     """
     p, b, s = world.parallel, *batches[0]["tokens"].shape
     if p.vpp and len(batches) % p.pp:
@@ -32,7 +41,7 @@ def run(chunks: list[Any], batches: Sequence[Batch], world: World, on_output: On
     forward_backward = get_forward_backward_func()
     with torch.set_grad_enabled(train):
         return forward_backward(
-            forward_step_func=partial(_forward_step, world=world, on_output=on_output, train=train),
+            forward_step_func=partial(_forward_step, world=world, on_output=on_output, on_batch=on_batch),
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
@@ -53,8 +62,9 @@ def local_batch(batch: Batch, world: World) -> Batch:
     return local
 
 
-def _forward_step(iterator: Any, model: Any, *, world: World, on_output: OnOutput | None, train: bool) -> tuple[Tensor, Callable]:
+def _forward_step(iterator: Any, model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable) -> tuple[Tensor, Callable]:
     batch = local_batch(next(iterator), world)
+    on_batch(batch)
     output = model(batch["tokens"], batch["position_ids"], None)
 
     def finish(output: Tensor, non_loss_data: bool = False) -> Any:

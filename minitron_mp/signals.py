@@ -19,8 +19,10 @@ from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
+from minitron_mp.plan import PrunePlan
 from minitron_mp.schedule import Batch
-from minitron_mp.stream import STREAM_VERSION, Grid, Link, Receiver, Sender, Shape
+from minitron_mp.states import Pairs
+from minitron_mp.stream import STREAM_VERSION, Grid, Link, Receiver, Sender, Senders, Shape
 from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
 
 if TYPE_CHECKING:
@@ -43,9 +45,9 @@ def ids(recipe: Recipe, first: int) -> range:
 def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     """The teacher as the student's trainer sees it; first: the step that the run goes on from."""
     recipe, world = job.recipe, job.world
-    t = recipe.teacher
+    t, pairs = recipe.teacher, _pairs(job)
     if t.placement == "colocated":
-        return job.teacher()
+        return job.teacher(pairs=pairs)
     receiver, dp = None, world.groups.dp
     mine = [id for id in ids(recipe, first) if id % dp.size() == dp.rank()]
     if t.placement == "cached":
@@ -57,18 +59,22 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
         _handshake(job, link, first)
         copies = link.teacher.dp
         say(f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on")
-        receiver = Receiver(link, link.students[0], mine, world.device) if world.is_last_stage else None
+        own = link.to_stages(pairs.blocks(recipe.parallel) if pairs else {recipe.parallel.pp - 1: [0]}).get(world.groups.pp.rank())
+        receiver = Receiver(own, link.students[0], mine, world.device) if own else None
     head = None
     if t.payload == "hidden":
         head = load_head(job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision])
-    return RemoteTeacher(receiver, t.payload, head, world)
+    return RemoteTeacher(receiver, t.payload, head, world, pairs)
 
 
 def teach(job: Job) -> None:
     """The ranks of a remote teacher in distill: stream the signals of all microbatches that the student is still to see."""
     link = _link(job)
-    first = _handshake(job, link, 0)
-    _serve(job, link.shape, link.teacher, Sender(link) if job.world.is_last_stage else None, first, link.window)
+    first, pairs, sender = _handshake(job, link, 0), _pairs(job), None
+    if job.world.is_last_stage:
+        blocks = pairs.blocks(job.recipe.parallel) if pairs else None
+        sender = Senders(link.to_stages(blocks), blocks, link.shape.width) if blocks else Sender(link)
+    _serve(job, link.shape, link.teacher, sender, first, link.window, pairs=pairs)
 
 
 def cache(job: Job) -> None:
@@ -96,7 +102,7 @@ def cache(job: Job) -> None:
     on_main(finish)
 
 
-def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group: int, progress: Any = lambda count: None) -> None:
+def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group: int, progress: Any = lambda count: None, pairs: Pairs | None = None) -> None:
     recipe, world, d, samples = job.recipe, job.world, job.recipe.distill, train_set(job, job.recipe.distill)
     per_step = d.global_batch_size // d.micro_batch_size
 
@@ -106,8 +112,17 @@ def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group
 
     arch = job.arch(recipe.tutor)
     chunks = frozen_model(arch, job.paths[recipe.tutor], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
-    settings = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature}
+    settings: dict[str, Any] = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature, "pairs": pairs}
     serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
+
+
+def _pairs(job: Job) -> Pairs | None:
+    """The states to match; a student cut from its teacher knows the channels that it kept."""
+    recipe = job.recipe
+    if recipe.distill.states is None:
+        return None
+    channels = None if recipe.teacher.model else tuple(PrunePlan.load(job.paths["plan"]).hidden)
+    return Pairs(recipe.distill.states, job.arch("prune"), job.arch(recipe.tutor), channels)
 
 
 def _shape(job: Job) -> Shape:
@@ -152,6 +167,7 @@ def contract(recipe: Recipe, link: Link, teacher: Arch, vocab_size: int, made_fr
         "steps": recipe.distill.steps,
         "global_batch_size": recipe.distill.global_batch_size,
         "temperature": recipe.distill.temperature,
+        "states": recipe.distill.states and recipe.distill.states.model_dump(),
         **{f"head {name}": value for name, value in vars(HeadSpec.of(teacher)).items()},
         "head vocab_size": vocab_size,
         "teacher ranks": str(link.teacher),

@@ -31,6 +31,7 @@ from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import Batch, run
 from minitron_mp.search import search
+from minitron_mp.states import Pairs
 from minitron_mp.tasks import judge, read_items
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
@@ -77,11 +78,11 @@ class Job:
         checkpoint.load_model(chunks, self.paths[stage], self.world)
         return chunks
 
-    def teacher(self, stage: str = "") -> ColocatedTeacher:
-        """The model that a stage left, default the teacher of the student."""
+    def teacher(self, stage: str = "", pairs: Pairs | None = None) -> ColocatedTeacher:
+        """The model that a stage left, default the teacher of the student. pairs: states that it hands over."""
         stage = stage or self.recipe.tutor
-        options = {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
-        return ColocatedTeacher(self.arch(stage), self.paths[stage], self.world, **options)
+        options: dict[str, Any] = {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
+        return ColocatedTeacher(self.arch(stage), self.paths[stage], self.world, **options, pairs=pairs)
 
     def groups(self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
         """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
@@ -369,7 +370,7 @@ class _Log:
 
     def _write(self, metrics: StepMetrics) -> None:
         self.file.write(metrics_line(metrics) + "\n")
-        for name, value in vars(metrics).items():
+        for name, value in metrics.given().items():
             if name != "step":
                 self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
         self.board.flush()  # or a kill takes up to two minutes of points, and a resumed run does not repeat those before its checkpoint

@@ -4,7 +4,8 @@
     s   sequence length   b microbatch   n payload width: h for hidden, padded vocabulary for logits, 2 k + 1 for topk
 
 A signal is one tensor [s, b, n] a microbatch, spread over the last pipeline stage of the teacher and wanted, spread otherwise, on
-the last stage of the student. Microbatch id belongs to replica id % dp on either side. messages() is a pure function of the
+the last stage of the student; for losses inside the student (states.py) each stage that wants something has a link of its own.
+Microbatch id belongs to replica id % dp on either side. messages() is a pure function of the
 replicas and the layouts, so both ends know every transfer without asking, and all walk ids in ascending order: the smallest
 unfinished one can always complete, so nothing deadlocks at any window.
 
@@ -24,8 +25,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -58,10 +59,14 @@ class Grid:
     def size(self) -> int:
         return self.parallel.model_ranks * self.dp
 
-    def last_stage(self, dp: int, cp: int, tp: int) -> int:
-        """Job rank of a place on the last pipeline stage; Megatron's order: tp fastest, then cp, dp, pp."""
+    def rank(self, stage: int, dp: int, cp: int, tp: int) -> int:
+        """Job rank of a place; Megatron's order: tp fastest, then cp, dp, pp. stage: -1 for the last one."""
         p = self.parallel
-        return self.first + (((p.pp - 1) * self.dp + dp) * p.cp + cp) * p.tp + tp
+        return self.first + ((stage % p.pp * self.dp + dp) * p.cp + cp) * p.tp + tp
+
+    def last_stage(self, dp: int, cp: int, tp: int) -> int:
+        """Job rank of a place on the last pipeline stage."""
+        return self.rank(-1, dp, cp, tp)
 
     def describe(self, rank: int) -> str:
         p, place = self.parallel, rank - self.first
@@ -133,8 +138,8 @@ def columns_of(shape: Shape, parallel: Parallel, tp: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def messages(shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int) -> tuple[Message, ...]:
-    """All blocks that go from one teacher replica to one student replica for a microbatch, in the order in which both ends walk them."""
+def messages(shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int, stage: int = -1) -> tuple[Message, ...]:
+    """All blocks that go from one teacher replica to a stage of one student replica for a microbatch, in the order in which both ends walk them."""
     found = []
     for (cp_s, tp_s), (cp_t, tp_t) in itertools.product(_places(student.parallel), _places(teacher.parallel)):
         if tp_t and shape.payload != "logits" and not splits_sequence(shape, teacher.parallel):
@@ -150,7 +155,7 @@ def messages(shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, studen
             a, b = max(first_s, first_t), min(end_s, end_t)
             if a < b:
                 rows = slice(at_t + a - first_t, at_t + b - first_t), slice(at_s + a - first_s, at_s + b - first_s)
-                ends = teacher.last_stage(teacher_dp, cp_t, tp_t), student.last_stage(student_dp, cp_s, tp_s)
+                ends = teacher.last_stage(teacher_dp, cp_t, tp_t), student.rank(stage, student_dp, cp_s, tp_s)
                 found.append(Message(*ends, rows[0], columns[0], rows[1], columns[1]))
     return tuple(found)
 
@@ -161,18 +166,26 @@ def _places(parallel: Parallel) -> Iterator[tuple[int, int]]:
 
 @dataclass
 class Link:
-    """What both ends share. bridge: parallel.Bridge of this rank; window: microbatches in flight a teacher replica."""
+    """What both ends share. bridge: parallel.Bridge of this rank; window: microbatches in flight a teacher replica.
+
+    stage: of the students, that receives. Two ranks share one link at most, so that order says which message is whose.
+    """
 
     bridge: Any
     shape: Shape
     teacher: Grid
     students: Sequence[Grid]
     window: int
+    stage: int = -1
     bytes_moved: int = 0
     wait_s: float = 0.0
 
     def blocks(self, id: int, student: Grid) -> tuple[Message, ...]:
-        return messages(self.shape, self.teacher, student, id % self.teacher.dp, id % student.dp)
+        return messages(self.shape, self.teacher, student, id % self.teacher.dp, id % student.dp, self.stage)
+
+    def to_stages(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Link]:
+        """Stage -> its link, where each stage receives some blocks of the width of this link's payload."""
+        return {stage: replace(self, stage=stage, shape=replace(self.shape, width=len(own) * self.shape.width)) for stage, own in blocks.items()}
 
     def fail(self, rank: int, what: str, error: BaseException | None = None) -> StreamError:
         """The error of this rank's wait for another: names the rank at the end of the chain of waits.
@@ -246,6 +259,28 @@ class Sender:
         for work, _ in works:
             work.wait(self.link.bridge.timeout)
         self.flying.popleft()
+
+
+class Senders:
+    """In the place of one Sender, to several stages: each gets its blocks of `width` columns of the signal."""
+
+    def __init__(self, links: Mapping[int, Link], blocks: Mapping[int, Sequence[int]], width: int):
+        self.width = width
+        self.parts = [(Sender(link), blocks[stage]) for stage, link in links.items()]
+
+    def make_room(self, count: int = 1) -> None:
+        for sender, _ in self.parts:
+            sender.make_room(count)
+
+    def send(self, id: int, signal: Tensor) -> None:
+        """signal [s', b, width x all blocks] of this rank."""
+        blocks = signal.split(self.width, -1)
+        for sender, own in self.parts:
+            sender.send(id, torch.cat([blocks[number] for number in own], -1))
+
+    def finish(self) -> None:
+        for sender, _ in self.parts:
+            sender.finish()
 
 
 class _Broken(Exception):

@@ -1,14 +1,16 @@
 """The teacher as a source of signals: for each microbatch of a step, what the loss on the student's last stage needs.
 
-Two placements behind one interface (signals, target, release). ColocatedTeacher runs on the student's ranks, in the student's
-layout. RemoteTeacher is the student's view of a teacher on ranks of its own, where serve() runs, or of what one left on disk; stream.py
-and cache.py carry the signals.
+Two placements behind one interface (signals, target, release; states, where losses inside the student want some). ColocatedTeacher
+runs on the student's ranks, in the student's layout. RemoteTeacher is the student's view of a teacher on ranks of its own, where
+serve() runs, or of what one left on disk; stream.py and cache.py carry the signals.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,28 +26,46 @@ from minitron_mp.losses import TeacherHidden, TeacherLogits, TeacherTopK
 from minitron_mp.model import build_model, logits, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch, run
+from minitron_mp.states import Capture, Pairs
 from minitron_mp.stream import Grid, Payload, Shape, splits_sequence
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A colocated teacher's, of one microbatch. hidden [s', b, h] on the last stage (s' as schedule.run says), None elsewhere; states: what this
+    stage wants, [s', b, h] each."""
+
+    hidden: Tensor | None
+    states: list[Tensor]
 
 
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
     Its forward-only schedule runs the microbatches of a step first and leaves, on the last stage, the hidden states after the
-    final norm: 2h bytes a token in bf16. The loss applies the teacher's head to a chunk of tokens at a time.
+    final norm: 2h bytes a token in bf16, and as much for each pair of states on the stage that wants it. The loss applies the
+    teacher's head to a chunk of tokens at a time.
     """
 
-    def __init__(self, arch: Arch, folder: Path, world: World, *, precision: str, sequence_length: int):
-        self.world = world
+    def __init__(self, arch: Arch, folder: Path, world: World, *, precision: str, sequence_length: int, pairs: Pairs | None = None):
+        self.world, self.pairs = world, pairs
         self.chunks = frozen_model(arch, folder, world, precision=precision, sequence_length=sequence_length)
+        self.capture = pairs and Capture(self.chunks, world, pairs.routes(world.parallel, pairs.blocks(world.parallel)), arch.num_layers)
 
-    def signals(self, batches: Sequence[Batch], step: int) -> list[Any]:
-        """One entry a microbatch: hidden [s', b, h] on the last stage (s' as schedule.run says), None elsewhere."""
-        hidden = run(self.chunks, batches, self.world, lambda hidden, _: hidden)
-        return hidden if self.world.is_last_stage else [None] * len(batches)
+    def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
+        """One entry a microbatch, on all ranks."""
+        hidden = run(self.chunks, batches, self.world, lambda hidden, _: hidden) or [None] * len(batches)
+        states = self.capture.take(batches) if self.capture else [[] for _ in batches]
+        return list(map(Signal, hidden, states))
 
-    def target(self, signal: Any) -> losses.Teacher:
+    def target(self, signal: Signal) -> losses.Teacher:
         """What the loss takes, on the last stage."""
-        return TeacherHidden(signal, output_weight(self.chunks[-1]))
+        assert signal.hidden is not None
+        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
+
+    def states(self, signal: Signal) -> list[Tensor]:
+        """The teacher's states [s', b, h_t] that this stage wants, in order of the pairs; called before each chunk's forward pass."""
+        return signal.states
 
     def release(self, signal: Any) -> None:
         """The loss is done with it."""
@@ -55,10 +75,14 @@ class ColocatedTeacher:
 
 
 class RemoteTeacher:
-    """A teacher elsewhere: receiver is a stream.Receiver or cache.Reader, on the last stage. head [v/tp, h_t]: the teacher's, for hidden states."""
+    """A teacher elsewhere: receiver is a stream.Receiver or cache.Reader, on the last stage, and on those that want states. head [v/tp, h_t]: the
+    teacher's, for hidden states."""
 
-    def __init__(self, receiver: Any, payload: Payload, head: Tensor | None, world: World):
-        self.receiver, self.payload, self.head, self.world = receiver, payload, head, world
+    def __init__(self, receiver: Any, payload: Payload, head: Tensor | None, world: World, pairs: Pairs | None = None):
+        self.receiver, self.payload, self.head, self.world, self.pairs = receiver, payload, head, world, pairs
+        self.held: dict[int, Tensor] = {}
+        """With states: signals that a chunk of this stage has still to use."""
+        self.uses: Counter[int] = Counter()
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[Any]:
         """The ids of this data parallel rank's microbatches."""
@@ -67,15 +91,35 @@ class RemoteTeacher:
 
     def target(self, signal: int) -> losses.Teacher:
         assert self.receiver is not None, "signals arrive on the last stage"
-        received = self.receiver.get(signal)
+        received = self.held.pop(signal)[..., : self.pairs.teacher.hidden_size] if self.pairs else self.receiver.get(signal)
         if self.payload == "hidden":
             assert self.head is not None
             return TeacherHidden(received, self.head)
         return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
 
+    def states(self, signal: int) -> list[Tensor]:
+        """As ColocatedTeacher.states; under tensor parallelism the rows may be this rank's part of what the student has whole (stream.py).
+
+        Taken over, and credit given, before the first chunk runs: interleaved stages run that on several microbatches before the
+        loss sees the first of them, which would deadlock with a small window.
+        """
+        if self.receiver is None or self.pairs is None:
+            return []
+        if signal not in self.held:
+            self.held[signal] = self.receiver.get(signal)
+            self.receiver.release(signal)
+        blocks = self.held[signal].split(self.pairs.teacher.hidden_size, -1)
+        self.uses[signal] += 1
+        if self.uses[signal] == (self.world.parallel.vpp or 1):
+            del self.uses[signal]
+            if not self.world.is_last_stage:
+                del self.held[signal]
+        return list(blocks[self.world.is_last_stage :])  # the last stage's first block is for the logits
+
     def release(self, signal: int) -> None:
         assert self.receiver is not None
-        self.receiver.release(signal)
+        if not self.pairs:
+            self.receiver.release(signal)
 
     def close(self) -> None:
         if self.receiver is not None:
@@ -120,20 +164,29 @@ def serve(
     vocab_size: int,
     top_k: int = 0,
     temperature: float = 1.0,
+    pairs: Pairs | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Run the teacher over its replica's share of the ids and send what it makes; reached by all ranks of the teacher.
 
-    sender: stream.Sender or cache.Writer, on the last stage. batch_of(id): the microbatch of an id, whole. group: microbatches that
-    may go through the pipeline together. Runs ahead of the student as far as the sender has room, over optimizer steps as well: the
-    teacher is frozen and the data known. Returns when everything is consumed.
+    sender: stream.Sender, stream.Senders or cache.Writer, on the last stage. batch_of(id): the microbatch of an id, whole. group:
+    microbatches that may go through the pipeline together. pairs: what is sent has the states behind the hidden states. Runs ahead
+    of the student as far as the sender has room, over optimizer steps as well: the teacher is frozen and the data known. Returns
+    when everything is consumed.
     """
     pack = partial(payload_of, chunks[-1], shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature)
+    capture = pairs and Capture(
+        chunks, world, pairs.routes(world.parallel, {world.parallel.pp - 1: [*range(len(pairs.settings.layers) + 1)]}), pairs.teacher.num_layers
+    )
     mine = (id for id in ids if id % teacher.dp == world.groups.dp.rank())
     while part := list(itertools.islice(mine, min(group, world.parallel.pp))):  # enough to fill the pipeline
         if sender is not None:
             sender.make_room(len(part))
-        signals = run(chunks, [batch_of(id) for id in part], world, lambda hidden, _: pack(hidden))
+        batches = [batch_of(id) for id in part]
+        signals = run(chunks, batches, world, lambda hidden, _: hidden if capture else pack(hidden))
+        if capture:
+            states = capture.take(batches)
+            signals = [pack(torch.cat([hidden, *own], -1)) for hidden, own in zip(signals, states)]
         if sender is not None:
             for id, signal in zip(part, signals):
                 sender.send(id, signal)

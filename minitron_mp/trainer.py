@@ -30,6 +30,7 @@ from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
 from minitron_mp.parallel import World, on_main, seed_all
 from minitron_mp.schedule import Batch, run
+from minitron_mp.states import States
 from minitron_mp.teacher import with_signals
 
 
@@ -46,6 +47,13 @@ class StepMetrics:
     num_tokens: int
     step_time_s: float
     tokens_per_s: float
+    states: float | None = None
+    """L_is and its weight in the loss (states.py), where states are matched."""
+    alpha: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """Name -> value, of what there is."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def train(
@@ -102,12 +110,13 @@ class Run:
     ):
         self.settings, self.world, self.checkpoints, self.manifest, self.on_step = settings, world, checkpoints, manifest, on_step
         self.models, self.optimizer, self.scheduler = _prepare(chunks, settings, world)
-        self.done = _resume(self.models, self.optimizer, checkpoints, manifest, world)
+        self.states = States(self.models, teacher, settings, world) if settings.states else None
+        self.done = _resume(self.models, self.optimizer, self.states, checkpoints, manifest, world)
         self.scheduler.step(increment=self.done)
         self.loss = _LossOnLastStage(self.models[-1], teacher, settings, world, vocab_size)
         self.sums: list[torch.Tensor] = []
-        self.pending: list[tuple[int, float, float]] = []
-        """step, learning rate, gradient norm"""
+        self.pending: list[tuple[int, float, float, torch.Tensor | None]] = []
+        """step, learning rate, gradient norm, alpha"""
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -119,23 +128,32 @@ class Run:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.loss.sums.zero_()
-        run(self.models, batches, self.world, self.loss, train=True)
+        if self.states:
+            self.states.start_step()
+        run(self.models, batches, self.world, self.loss, train=True, **({"on_batch": self.states.begin} if self.states else {}))
         self.scheduler.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
-        self.sums.append(self.loss.sums.clone())
-        self.pending.append((self.done, self.optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)))
+        # Of this rank alone: elsewhere there is no loss, or the same.
+        sums = self.loss.sums.clone() if self.world.is_last_stage and self.world.groups.tp.rank() == 0 else torch.zeros_like(self.loss.sums)
+        lr, alpha = self.optimizer.param_groups[0]["lr"], self.states and self.states.alpha
+        self.sums.append(torch.cat([sums, self.states.sum[None]]) if self.states else sums)
+        self.pending.append((self.done, lr, float(grad_norm or 0.0), alpha))
+        if self.states:
+            self.states.end_step(sums[1] * self.settings.kl_weight * self.settings.temperature**2, sums[3], lr)
         self.done += 1
         saving = self.done < self.settings.steps and (self.done % self.settings.checkpoint_interval == 0 or is_last)
         if saving or self.done % self.settings.log_interval == 0 or is_last:  # logged, and so checked, before it is saved
             _log(self.pending, self.sums, self.settings, self.world, time.perf_counter() - self.clock, self.on_step)
             self.start_clock()
         if saving:
-            _save(self.models, self.optimizer, self.checkpoints, self.manifest, self.done, self.settings, self.world)
+            _save(self.models, self.optimizer, self.states, self.checkpoints, self.manifest, self.done, self.settings, self.world)
             self.start_clock()
 
     def settle(self) -> None:
         """Leave the bare weights current and the rest collectable; the run is over."""
         _settle(self.models, self.settings)
+        if self.states:
+            self.states.remove()
 
 
 class _LossOnLastStage:
@@ -220,13 +238,14 @@ def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[
 def _log(pending: list, sums: list[torch.Tensor], settings: Training, world: World, seconds: float, on_step: Callable) -> None:
     """One host synchronisation and one collective for all steps since the last call; empties both lists."""
     totals = torch.stack(sums)
-    if not (world.is_last_stage and world.groups.tp.rank() == 0):
-        totals.zero_()
     dist.all_reduce(totals)
-    for (step, lr, grad_norm), row in zip(pending, totals.tolist()):
-        loss, kl, ce, tokens = row
-        each = seconds / len(pending)
-        metrics = StepMetrics(step + 1, loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each)
+    for (step, lr, grad_norm, alpha), row in zip(pending, totals.tolist()):
+        loss, kl, ce, tokens, *inside = row
+        each, matched = seconds / len(pending), {}
+        for states in inside:
+            matched = {"states": states / tokens, "alpha": alpha.item()}
+            loss += alpha.item() * states
+        metrics = StepMetrics(step + 1, loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each, **matched)
         if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
             raise InputError(
                 f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower distill.lr, raise warmup_steps or set precision: fp32"
@@ -237,12 +256,12 @@ def _log(pending: list, sums: list[torch.Tensor], settings: Training, world: Wor
     sums.clear()
 
 
-def _save(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, step: int, settings: Training, world: World) -> None:
+def _save(models: list[Any], optimizer: Any, states: States | None, folder: Path, manifest: Manifest, step: int, settings: Training, world: World) -> None:
     if settings.overlap:
         for model in models:
             model.disable_forward_pre_hook(param_sync=True)
     model = checkpoint.model_state([m.module for m in models], world)
-    checkpoint.save({**model, **optimizer_state(optimizer, model)}, _step_folder(folder, step), manifest)
+    checkpoint.save({**model, **optimizer_state(optimizer, model), **(states.state() if states else {})}, _step_folder(folder, step), manifest)
     if settings.overlap:
         for model in models:
             model.enable_forward_pre_hook()
@@ -270,19 +289,21 @@ def _newest(folder: Path, manifest: Manifest) -> int:
     return int(whole[-1].name.removeprefix("step_"))
 
 
-def _resume(models: list[Any], optimizer: Any, folder: Path, manifest: Manifest, world: World) -> int:
+def _resume(models: list[Any], optimizer: Any, states: States | None, folder: Path, manifest: Manifest, world: World) -> int:
     """Load the newest whole checkpoint of this run; the number of steps done."""
     step = resume_step(folder, manifest, world)
     if step:
         model = checkpoint.model_state([m.module for m in models], world)
         path = _step_folder(folder, step)
         try:
-            state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model)}, path)
+            state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model), **(states.state() if states else {})}, path)
         except InputError as error:
             raise InputError(f"{path} cannot be read: delete it, and the run goes on from the checkpoint before it, or from the start ({error})") from error
         for i, chunk in enumerate(models):
             chunk.module.load_state_dict(state[f"model{i}"], strict=False)
         load_optimizer_state(optimizer, state, step=step)
+        if states:
+            states.load(state, step)
     return step
 
 
@@ -303,4 +324,4 @@ def _settle(models: list[Any], settings: Training) -> None:
 
 def metrics_line(metrics: StepMetrics) -> str:
     """One line of metrics.jsonl."""
-    return json.dumps({**vars(metrics), "time": time.time()})
+    return json.dumps({**metrics.given(), "time": time.time()})

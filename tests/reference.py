@@ -25,18 +25,26 @@ HIDDEN_NORMS = (QKV + "layer_norm_weight", FC1 + "layer_norm_weight", FINAL_NORM
 
 def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
     """[b, s] -> [b, s, v], float64. kept: the only hidden channels that the norms see; their output is zero elsewhere."""
+    return logits_and_states(arch, weights, tokens, kept)[0]
+
+
+def logits_and_states(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+    """logits(), and what each layer's input norm makes and, last, the final norm: L + 1 of [b, s, h]."""
+    states = []
     w = {key: value.double() for key, value in weights.items()}
     x = w[EMBEDDING][tokens]  # [b, s, h]
     for layer in range(arch.num_layers):
         own = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
-        x = x + _attention(arch, own, _norm(arch, x, own[QKV + "layer_norm_weight"], own.get(QKV + "layer_norm_bias"), kept))
+        states.append(_norm(arch, x, own[QKV + "layer_norm_weight"], own.get(QKV + "layer_norm_bias"), kept))
+        x = x + _attention(arch, own, states[-1])
         up = _norm(arch, x, own[FC1 + "layer_norm_weight"], own.get(FC1 + "layer_norm_bias"), kept) @ own[FC1 + "weight"].T
         if arch.activation == "swiglu":
             gate, up = up.chunk(2, -1)
             x = x + (F.silu(gate) * up) @ own[FC2].T
         else:
             x = x + up.clamp(min=0).square() @ own[FC2].T
-    return _norm(arch, x, w[FINAL_NORM], w.get(FINAL_BIAS), kept) @ (w[EMBEDDING] if arch.tied else w[HEAD]).T
+    states.append(_norm(arch, x, w[FINAL_NORM], w.get(FINAL_BIAS), kept))
+    return states[-1] @ (w[EMBEDDING] if arch.tied else w[HEAD]).T, states
 
 
 def _norm(arch: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Sequence[int] | None) -> Tensor:
@@ -209,27 +217,47 @@ def losses(arch: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperat
 class PlainTraining:
     """Distillation by autograd and AdamW on dense float64 weights: the student's steps, one call each.
 
-    settings: config.Distill. Vectors (norm weights, biases) have no weight decay. history: (loss, kl, ce, gradient norm).
+    settings: config.Distill. Vectors (norm weights, biases) have no weight decay. history: (loss, kl, ce, gradient norm), with states also
+    (L_is, alpha); gradient norm: of the model. projection [h_t, h_s]: at the start, where the states have other widths.
     """
 
-    def __init__(self, teacher_arch: Any, teacher: Weights, arch: Any, student: Weights, settings: Any):
+    def __init__(self, teacher_arch: Any, teacher: Weights, arch: Any, student: Weights, settings: Any, projection: Tensor | None = None):
         self.teacher_arch, self.teacher, self.arch, self.settings = teacher_arch, teacher, arch, settings
         self.weights = {key: value.double().requires_grad_() for key, value in student.items()}
-        self.moments = {key: (torch.zeros_like(value), torch.zeros_like(value)) for key, value in self.weights.items()}
-        self.history: list[tuple[float, float, float, float]] = []
+        self.outside = {} if projection is None else {"projection": projection.double().requires_grad_()}
+        self.alpha = 1.0 if settings.states is None or settings.states.weight == "dynamic" else settings.states.weight
+        self.moments = {key: (torch.zeros_like(value), torch.zeros_like(value)) for key, value in (self.weights | self.outside).items()}
+        self.history: list[tuple[float, ...]] = []
 
     def step(self, samples: dict[str, Tensor], lr: float) -> None:
         s, tokens, mask = self.settings, samples["tokens"], samples["loss_mask"].double()
-        z_s, z_t = logits(self.arch, self.weights, tokens), logits(self.teacher_arch, self.teacher, tokens)
+        (z_s, own), (z_t, other) = logits_and_states(self.arch, self.weights, tokens), logits_and_states(self.teacher_arch, self.teacher, tokens)
         kl, ce = ((x * mask).sum() / mask.sum() for x in losses(self.arch, z_s, z_t, samples["labels"], s.temperature))
         loss = s.kl_weight * s.temperature**2 * kl + s.ce_weight * ce
-        gradients = dict(zip(self.weights, torch.autograd.grad(loss, list(self.weights.values()))))
-        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
-        self.history.append((loss.item(), kl.item(), ce.item(), norm.item()))
+        inside, alpha = self._inside(own, other, mask), self.alpha
+        loss = loss + alpha * inside
+        every = self.weights | self.outside
+        gradients = dict(zip(every, torch.autograd.grad(loss, list(every.values()))))
+        norm = torch.stack([gradients[key].norm() for key in self.weights]).norm()
+        self.history.append((loss.item(), kl.item(), ce.item(), norm.item(), *((inside.item(), alpha) if s.states else ())))
+        if s.states and s.states.weight == "dynamic":
+            self.alpha = (s.kl_weight * s.temperature**2 * kl / inside).item()
         clip = min(1.0, s.clip_grad / (norm.item() + 1e-6))  # 1e-6 as in torch.nn.utils.clip_grad_norm_ and Megatron-Core
         with torch.no_grad():
             for key, weight in self.weights.items():
                 self._update(key, weight, gradients[key] * clip, lr)
+            for key, weight in self.outside.items():
+                self._update(key, weight, gradients[key], lr)
+
+    def _inside(self, own: list[Tensor], other: list[Tensor], mask: Tensor) -> Tensor:
+        """Mean over tokens of the sum over pairs of the distance between states."""
+        total = torch.zeros((), dtype=torch.float64)
+        for j, i in self.settings.states.layers if self.settings.states else []:
+            x, t = own[j], other[i]
+            x = x @ self.outside["projection"].T if self.outside else x
+            d = 1 - F.cosine_similarity(x, t, dim=-1) if self.settings.states.kind == "cosine" else (x - t).square().mean(-1)
+            total = total + (d * mask).sum() / mask.sum()
+        return total
 
     def _update(self, key: str, weight: Tensor, gradient: Tensor, lr: float) -> None:
         s, number, (first, second) = self.settings, len(self.history), self.moments[key]

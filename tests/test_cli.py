@@ -340,6 +340,12 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     for text in ("4 = tp 2 x pp 1 x cp 1 x dp 2", "2 = tp 2 x pp 1 x cp 1 x dp 1", "hidden, 256 bytes a token", "teacher's output layer (a copy)"):
         assert text in out, out
     assert "memory: teacher weights" not in out
+    states = "distill.states.layers={0: 0, 2: 3}"
+    code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words, states)
+    assert (code, err) == (0, "")
+    for text in ("hidden and states, 768 bytes a token", "memory: gradients of states", "memory: up-projection of states"):
+        assert text in out, out
+    refused(here("compress", recipe, "--dry-run", "distill.states.layers={0: 0, 9: 3}"), "names state 9 of the student, which has 0")
     less = "3 ranks (5 less the teacher's 2) for the student is no multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "5", *words), less)
     refused(here("compress", recipe, "--dry-run", *words, "teacher.parallel.tp=3"), "teacher: ", "num_attention_heads 8")

@@ -15,7 +15,7 @@ LAYERS = [
     "config arch artifact plan cost candidates",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
-    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache teacher evaluate tasks",
+    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher evaluate tasks",
     "trainer",
     "stages signals search precheck pipeline report bridge console cli __main__ __init__",
 ]

@@ -549,6 +549,25 @@ def test_a_remote_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, in_
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=tolerance, abs=0), key
 
 
+def test_states_of_a_remote_teacher_go_to_every_stage(whole, inputs, tmp_path, on_rank, in_job):
+    """The stages of two students, one beside its teacher on a rank, one in two stages with the teacher on a third."""
+    words, curves = ("distill.steps=6", "distill.states.layers={0: 0, 1: 3, 3: 4}"), []
+    for name, run in (("here", lambda *words: [on_rank(*words)]), ("there", lambda *words: in_job(3, *words, *REMOTE, "parallel.pp=2"))):
+        shutil.copytree(whole.output, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "student_distilled")
+        recipe = make_recipe_file(tmp_path / f"{name}.yaml", inputs / "model", inputs / "text", tmp_path / name)
+        for done in run("distill", recipe, *words):
+            assert done.code == 0, done.err
+        curves.append(read_metrics(tmp_path / name))
+    assert [m["alpha"] for m in curves[0]] == pytest.approx([1.0, *(m["kl"] / m["states"] for m in curves[0][:-1])])
+    for mine, other in zip(*curves, strict=True):
+        assert mine["states"] > 0
+        assert {**mine, "step": 0} == pytest.approx({**other, "step": 0}, rel=1e-4)
+    refused(
+        on_rank("compress", recipe, "distill.states.layers={0: 0, 4: 4}"), "names state 4 of the student, which has 0 (embeddings) to 3 (after the final norm)"
+    )
+
+
 def test_a_job_too_small_for_its_roles_is_refused(whole, in_job):
     """One rank, which would be the teacher's."""
     for stage in ("import", "distill", "compress"):

@@ -111,7 +111,7 @@ def minitron(*words: str | Path, ranks: int = 1, timeout_s: float = 150) -> subp
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what a clock says."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in ("step", "loss", "kl", "ce", "grad_norm", "lr", "num_tokens")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("time", "step_time_s", "tokens_per_s")} for row in rows]
 
 
 def refused(done: tuple[int, str, str], *words: str) -> None:

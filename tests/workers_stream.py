@@ -249,4 +249,4 @@ class ColocatedLogits(ColocatedTeacher):
     """Makes the logits of a whole microbatch, as a remote teacher that sends them does."""
 
     def target(self, signal: Any) -> TeacherLogits:
-        return TeacherLogits(logits(self.chunks[-1], signal))
+        return TeacherLogits(logits(self.chunks[-1], signal.hidden))
