@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Aggregation = Literal["mean", "l2", "var"]
 
@@ -529,6 +529,8 @@ class Recipe(Section):
             problems.append("correct trains the model that is cut, teacher.model is another one: correct that one in a run of its own, and drop one of the two")
         if self.search and (self.target.given or self.target.merge_heads):
             problems.append("search finds the sizes and target gives them, or merges heads; drop one of the two (target.align may stay)")
+        if self.search and self.distill.states and len(set(self.search.num_layers)) != 1:
+            problems.append("distill.states pairs the layers of one student, candidates of search differ in depth: give one search.num_layers, or drop states")
         if self.search and self.depth.method == "block" and len(set(self.search.num_layers)) != 1:
             problems.append(
                 "depth.method block measures blocks of one length, the candidates of search differ in depth; use drop or greedy, or one search.num_layers"

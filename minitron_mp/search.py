@@ -197,8 +197,7 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
 
 
 def training(recipe: Recipe) -> Distill:
-    """The settings of the short distillation: those of distill, over search.steps; warm-up at most a tenth of them. Without losses on states, whose pairs of layers
-    are those of one student."""
+    """The settings of the short distillation: those of distill over search.steps, warm-up at most a tenth of them, no losses on states."""
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
     return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, "states": None})
