@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
 from minitron_mp import artifact
@@ -38,9 +39,15 @@ def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
     return {f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")} for i, state in enumerate(states)}
 
 
-def load_model(chunks: list[Any], folder: Path, world: Any) -> None:
-    """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks."""
-    state = load(model_state(chunks, world), folder)
+def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The state under other checkpoint keys, in place: a second model in one checkpoint."""
+    add_prefix_for_sharding(state, prefix)
+    return state
+
+
+def load_model(chunks: list[Any], folder: Path, world: Any, prefix: str = "") -> None:
+    """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks. prefix: of the keys of this model there."""
+    state = load(prefixed(model_state(chunks, world), prefix), folder)
     for i, chunk in enumerate(chunks):
         missing = [k for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys if not k.endswith("_extra_state")]
         assert not missing, missing

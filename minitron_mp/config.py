@@ -326,7 +326,11 @@ class Correct(Training):
     Defaults after 2408.11796, teacher correction: a fifth of the peak learning rate of the teacher's pre-training, 120 warm-up steps, cosine.
     """
 
+    when: Literal["before", "during"] = "before"
+    """during: the student is distilled from the teacher while it is corrected, and cut from the original (2408.11796, figure 5); a step of the
+    teacher for each of the student's, on the same batches, on the student's ranks."""
     steps: int = Field(1000, ge=1)
+    """During distillation: at most its steps; the teacher stays as it is after them."""
     lr: float = Field(6e-5, gt=0)
     """A fifth of the peak learning rate of the teacher's pre-training; 6e-5 is that of Llama 3.1 8B (3e-4)."""
     min_lr: float = Field(1e-6, ge=0)
@@ -527,6 +531,8 @@ class Recipe(Section):
         problems = []
         if self.correct and self.teacher.model:
             problems.append("correct trains the model that is cut, teacher.model is another one: correct that one in a run of its own, and drop one of the two")
+        if self.correct and self.corrects_meanwhile:
+            problems += self._meanwhile(self.correct)
         if self.search and (self.target.given or self.target.merge_heads):
             problems.append("search finds the sizes and target gives them, or merges heads; drop one of the two (target.align may stay)")
         if self.search and self.distill.states and len(set(self.search.num_layers)) != 1:
@@ -559,6 +565,24 @@ class Recipe(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    def _meanwhile(self, correct: Correct) -> list[str]:
+        """What does not go with a teacher that is corrected during distillation."""
+        d, problems = self.distill, []
+        if self.teacher.placement != "colocated":
+            problems.append(f"correct.when during trains the teacher beside the student; teacher.placement {self.teacher.placement} keeps it elsewhere")
+        if d.states:
+            problems.append("distill.states needs the states of a teacher that is not trained; use correct.when: before")
+        if correct.steps > d.steps:
+            problems.append(f"correct.steps {correct.steps} is above distill.steps {d.steps}, and the teacher takes a step for each of the student's")
+        for name in ("global_batch_size", "micro_batch_size"):
+            if getattr(correct, name) != getattr(d, name):
+                problems.append(
+                    f"correct.{name} {getattr(correct, name)} is not distill.{name} {getattr(d, name)}; during distillation both learn from one batch"
+                )
+        if "checkpoint_interval" in correct.model_fields_set or "keep_checkpoints" in correct.model_fields_set:
+            problems.append("correct.checkpoint_interval and keep_checkpoints: the teacher's state lies in the checkpoints of distill; drop them")
+        return problems
+
     @property
     def teacher_precision(self) -> Literal["bf16", "fp32"]:
         return self.teacher.precision or self.precision
@@ -566,7 +590,12 @@ class Recipe(Section):
     @property
     def base(self) -> str:
         """The stage whose model is scored and cut."""
-        return "correct" if self.correct else "import"
+        return "correct" if self.correct and self.correct.when == "before" else "import"
+
+    @property
+    def corrects_meanwhile(self) -> bool:
+        """Whether the teacher is corrected while the student is distilled from it."""
+        return self.correct is not None and self.correct.when == "during"
 
     @property
     def tutor(self) -> str:

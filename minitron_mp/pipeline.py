@@ -83,7 +83,8 @@ def _search(recipe: Recipe) -> dict[str, Any]:
 def _distill(recipe: Recipe) -> dict[str, Any]:
     # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
     teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
-    return {**recipe.distill.model_dump(exclude=HOW, exclude_none=True), **_run_settings(recipe), "teacher": teacher}
+    meanwhile = {"correct": recipe.correct.model_dump(exclude=HOW)} if recipe.correct and recipe.corrects_meanwhile else {}
+    return {**recipe.distill.model_dump(exclude=HOW, exclude_none=True), **_run_settings(recipe), "teacher": teacher, **meanwhile}
 
 
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -126,7 +127,9 @@ STAGES: dict[str, Stage] = {
 }
 
 OPTIONAL: dict[str, Stage] = {
-    "correct": Stage("teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude=HOW), **_run_settings(r)} if r.correct else {}),
+    "correct": Stage(
+        "teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude={*HOW, "when"}), **_run_settings(r)} if r.correct else {}
+    ),
     "depth": Stage("depth.json", (BASE, "data"), _depth),
     "search": Stage("search.json", (BASE, TUTOR, "data", "score"), _search),
     "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
@@ -144,7 +147,7 @@ class Project:
         names = list(STAGES)
         if recipe.teacher.model:
             names.insert(names.index("import") + 1, "import-teacher")
-        if recipe.correct:
+        if recipe.base == "correct":
             names.insert(names.index("score"), "correct")
         if recipe.depth.method != "cosine" and _layers_to_drop(recipe):
             names.insert(names.index("plan"), "depth")
@@ -215,7 +218,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
         missing = {
             "cache": "teacher.placement: cached",
             "import-teacher": "teacher.model",
-            "correct": "a section correct, for example correct: {steps: 1000}",
+            "correct": "a section correct whose `when` is before, for example correct: {steps: 1000}",
             "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
             "search": "a section search, for example search: {parameters: 8B}",
         }

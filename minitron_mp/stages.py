@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,9 @@ from minitron_mp.artifact import Manifest
 from minitron_mp.candidates import layers_to_drop
 from minitron_mp.config import InputError, Recipe, Training, must_divide, refuse
 from minitron_mp.console import Tracker, say
+from minitron_mp.correction import PREFIX, LearningTeacher
 from minitron_mp.evaluate import compare
-from minitron_mp.model import DTYPES, build_model
+from minitron_mp.model import DTYPES, build_model, unwrap
 from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import Batch, run
@@ -34,7 +36,7 @@ from minitron_mp.search import search
 from minitron_mp.states import Pairs
 from minitron_mp.tasks import judge, read_items
 from minitron_mp.teacher import ColocatedTeacher
-from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
+from minitron_mp.trainer import Run, StepMetrics, metrics_line, resume_step, train
 
 ASSETS = "assets"
 """Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
@@ -78,11 +80,12 @@ class Job:
         checkpoint.load_model(chunks, self.paths[stage], self.world)
         return chunks
 
-    def teacher(self, stage: str = "", pairs: Pairs | None = None) -> ColocatedTeacher:
-        """The model that a stage left, default the teacher of the student. pairs: states that it hands over."""
-        stage = stage or self.recipe.tutor
-        options: dict[str, Any] = {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
-        return ColocatedTeacher(self.arch(stage), self.paths[stage], self.world, **options, pairs=pairs)
+    def teacher(self, pairs: Pairs | None = None, *, corrected: bool = False) -> ColocatedTeacher:
+        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it."""
+        arch, options = self.arch(self.recipe.tutor), {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
+        if corrected and self.recipe.corrects_meanwhile:
+            return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
+        return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
 
     def groups(self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
         """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
@@ -209,7 +212,7 @@ def prune(job: Job) -> None:
 def correct(job: Job) -> None:
     """Train the teacher on the distillation text by cross-entropy (2408.11796, teacher correction)."""
     assert job.recipe.correct is not None
-    _fit(job, "import", job.recipe.correct, lambda first: None)
+    _fit(job, "import", job.recipe.correct, lambda first, log: None)
 
 
 def distill(job: Job) -> None:
@@ -217,13 +220,23 @@ def distill(job: Job) -> None:
     if job.world.role == "teacher":
         signals.teach(job)
     else:
-        _fit(job, "prune", job.recipe.distill, lambda first: signals.source(job, first))
+        _fit(job, "prune", job.recipe.distill, lambda first, log: _learning_teacher(job, log) if job.recipe.corrects_meanwhile else signals.source(job, first))
 
 
-def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int], Any]) -> None:
+def _learning_teacher(job: Job, log: Callable[[StepMetrics], None]) -> LearningTeacher:
+    recipe, tutor = job.recipe, job.recipe.tutor
+    assert recipe.correct is not None
+    arch, place = job.arch(tutor), {"precision": recipe.teacher_precision, "sequence_length": recipe.data.sequence_length}
+    chunks = build_model(arch, job.world, training=recipe.correct, **place)
+    checkpoint.load_model(chunks, job.paths[tutor], job.world)
+    state = {"checkpoints": None, "manifest": job.manifest}
+    return LearningTeacher(Run(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state))
+
+
+def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, Callable], Any]) -> None:
     """Train the model that the stage `start` left; its metrics and TensorBoard come beside the artefact.
 
-    teacher_from: first step -> the teacher, or None.
+    teacher_from: (first step, what is called with the teacher's metrics, where it learns) -> the teacher, or None.
     """
     recipe, world, name = job.recipe, job.world, job.manifest.stage
     arch, place = job.arch(start), {"dp_rank": job.world.groups.dp.rank(), "dp_size": job.world.groups.dp.size()}
@@ -236,26 +249,32 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int],
 
     model = build_model(arch, world, training=settings, precision=recipe.precision, sequence_length=recipe.data.sequence_length)
     checkpoint.load_model(model, job.paths[start], world)
-    checkpoints, curve = recipe.root / CHECKPOINTS / name, recipe.root / METRICS[name]
+    checkpoints = recipe.root / CHECKPOINTS / name
     first = resume_step(checkpoints, job.manifest, world)
     if first:
         say(f"{name}: going on from step {first}")
-    teacher = teacher_from(first)
-    with Tracker(name, settings.steps, "steps", first) as tracker, _Log(curve, name, first, world) as log:
+    curves = {which: recipe.root / METRICS[which] for which in (name, *["correct"] * (name == "distill" and recipe.corrects_meanwhile))}
+    with Tracker(name, settings.steps, "steps", first) as tracker, ExitStack() as stack:
+        logs = {which: stack.enter_context(_Log(path, which, first, world)) for which, path in curves.items()}
 
         def on_step(metrics: StepMetrics) -> None:
-            log(metrics)
+            logs[name](metrics)
             tracker.advance(1, f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}")
 
-        options = {"vocab_size": arch.vocab_size, "seed": recipe.seed, "checkpoints": checkpoints, "manifest": job.manifest}
+        teacher = teacher_from(first, logs.get("correct", on_step))
+        companion = teacher if isinstance(teacher, LearningTeacher) else None
+        options = {"vocab_size": arch.vocab_size, "seed": recipe.seed, "checkpoints": checkpoints, "manifest": job.manifest, "companion": companion}
         train(model, teacher, batches_of, settings, world, **options, on_step=on_step)
-    if teacher is not None:
-        teacher.close()
+        if teacher is not None:
+            teacher.close()
     state = checkpoint.model_state(model, world)
+    if companion is not None:
+        state["teacher"] = checkpoint.prefixed(checkpoint.model_state(list(map(unwrap, companion.chunks)), world), PREFIX)
 
     def add_files(folder: Path) -> None:
         _assets_from(job.paths["import"])(folder)
-        shutil.copy(curve, folder / curve.name)
+        for path in curves.values():
+            shutil.copy(path, folder / path.name)
 
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
     on_main(lambda: artifact.discard_checkpoints(checkpoints, job.manifest))
@@ -264,7 +283,7 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int],
 def evaluate(job: Job) -> None:
     """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text."""
     settings = job.recipe.evaluate
-    teacher = job.teacher()
+    teacher = job.teacher(corrected=True)
     models = {"uncorrected": job.build("import")} if job.recipe.correct else {}
     if job.recipe.tutor != job.recipe.base:
         models["unpruned"] = job.build(job.recipe.base)

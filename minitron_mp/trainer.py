@@ -69,14 +69,16 @@ def train(
     manifest: Manifest,
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
     stop_after: int | None = None,
+    companion: Any = None,
 ) -> None:
     """Train the chunks in place to settings.steps, from the newest checkpoint of this very run if there is one.
 
     batches_of(step): this data parallel rank's microbatches of a step (from 0). on_step runs on rank 0, each log_interval, for
-    every step since. stop_after: leave after so many steps of this call, checkpoint written (time limits). InputError when the
-    loss is not finite. Reached by all ranks.
+    every step since. stop_after: leave after so many steps of this call, checkpoint written (time limits). companion:
+    what has a state of its own in the checkpoints, sharded() and fill() as Run has them. InputError when the loss is not finite. Reached by all ranks.
     """
-    training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=checkpoints, manifest=manifest, on_step=on_step)
+    place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
+    training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, **place)
     train_together([training], teacher, batches_of, min(settings.steps, training.done + (stop_after or settings.steps)), seed=seed)
     training.settle()
 
@@ -94,7 +96,10 @@ def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int]
 
 
 class Run:
-    """One model in training: wrapped, with its optimizer, from its newest checkpoint. done: steps so far."""
+    """One model in training: wrapped, with its optimizer, from its newest checkpoint. done: steps so far.
+
+    checkpoints None: somebody else keeps its state (sharded(), fill()).
+    """
 
     def __init__(
         self,
@@ -104,19 +109,22 @@ class Run:
         world: World,
         *,
         vocab_size: int,
-        checkpoints: Path,
+        checkpoints: Path | None,
         manifest: Manifest,
         on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+        companion: Any = None,
     ):
         self.settings, self.world, self.checkpoints, self.manifest, self.on_step = settings, world, checkpoints, manifest, on_step
+        self.companion = companion
         self.models, self.optimizer, self.scheduler = _prepare(chunks, settings, world)
         self.states = States(self.models, teacher, settings, world) if settings.states else None
-        self.done = _resume(self.models, self.optimizer, self.states, checkpoints, manifest, world)
-        self.scheduler.step(increment=self.done)
         self.loss = _LossOnLastStage(self.models[-1], teacher, settings, world, vocab_size)
         self.sums: list[torch.Tensor] = []
         self.pending: list[tuple[int, float, float, torch.Tensor | None]] = []
         """step, learning rate, gradient norm, alpha"""
+        self.done = 0
+        if checkpoints is not None:
+            self._resume(checkpoints)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -124,13 +132,21 @@ class Run:
 
     def step(self, batches: Sequence[Batch], *, is_last: bool = False) -> None:
         """One optimizer step. is_last: of this call of train(): log and save after it."""
+        self.accumulate(batches, self.loss)
+        self.update(is_last=is_last)
+
+    def accumulate(self, batches: Sequence[Batch], loss: Callable) -> None:
+        """Gradients of a step. loss: self.loss, or what calls it."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.loss.sums.zero_()
         if self.states:
             self.states.start_step()
-        run(self.models, batches, self.world, self.loss, train=True, **({"on_batch": self.states.begin} if self.states else {}))
+        run(self.models, batches, self.world, loss, train=True, **({"on_batch": self.states.begin} if self.states else {}))
+
+    def update(self, *, is_last: bool = False) -> None:
+        """The optimizer's part of a step, its log, and a checkpoint when it is time."""
         self.scheduler.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         # Of this rank alone: elsewhere there is no loss, or the same.
@@ -141,13 +157,65 @@ class Run:
         if self.states:
             self.states.end_step(sums[1] * self.settings.kl_weight * self.settings.temperature**2, sums[3], lr)
         self.done += 1
-        saving = self.done < self.settings.steps and (self.done % self.settings.checkpoint_interval == 0 or is_last)
+        due = self.done < self.settings.steps and (self.done % self.settings.checkpoint_interval == 0 or is_last)
+        saving = due and self.checkpoints is not None
         if saving or self.done % self.settings.log_interval == 0 or is_last:  # logged, and so checked, before it is saved
-            _log(self.pending, self.sums, self.settings, self.world, time.perf_counter() - self.clock, self.on_step)
-            self.start_clock()
+            self.log()
         if saving:
-            _save(self.models, self.optimizer, self.states, self.checkpoints, self.manifest, self.done, self.settings, self.world)
+            self._save(self.checkpoints)
             self.start_clock()
+
+    def log(self) -> None:
+        """Tell of the steps since the last call; reached by all ranks."""
+        _log(self.pending, self.sums, self.settings, self.world, time.perf_counter() - self.clock, self.on_step)
+        self.start_clock()
+
+    def sharded(self, *, empty: bool = False) -> dict[str, Any]:
+        """Sharded state of weights and optimizer (and of losses on states); empty: as checkpoint.load() wants it, on every rank."""
+        model = checkpoint.model_state([m.module for m in self.models], self.world)
+        optimizer = (empty_optimizer_state if empty else optimizer_state)(self.optimizer, model)
+        return {**model, **optimizer, **(self.states.state() if self.states else {})}
+
+    def fill(self, state: dict[str, Any], step: int) -> None:
+        """Take over a loaded sharded(empty=True) of this step."""
+        for i, chunk in enumerate(self.models):
+            chunk.module.load_state_dict(state[f"model{i}"], strict=False)
+        load_optimizer_state(self.optimizer, state, step=step)
+        if self.states:
+            self.states.load(state, step)
+        self.scheduler.step(increment=step)
+        self.done = step
+
+    def _save(self, folder: Path) -> None:
+        if self.settings.overlap:
+            for model in self.models:
+                model.disable_forward_pre_hook(param_sync=True)
+        state = self.sharded()
+        if self.companion is not None:
+            state["companion"] = self.companion.sharded()
+        checkpoint.save(state, _step_folder(folder, self.done), self.manifest)
+        if self.settings.overlap:
+            for model in self.models:
+                model.enable_forward_pre_hook()
+        if self.world.is_main:
+            for old in sorted(folder.glob("step_*"))[: -self.settings.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def _resume(self, folder: Path) -> None:
+        """Go on from the newest whole checkpoint of this run, if there is one."""
+        step = resume_step(folder, self.manifest, self.world)
+        if not step:
+            return
+        path, state = _step_folder(folder, step), self.sharded(empty=True)
+        if self.companion is not None:
+            state["companion"] = self.companion.sharded(empty=True)
+        try:
+            state = checkpoint.load(state, path)
+        except InputError as error:
+            raise InputError(f"{path} cannot be read: delete it, and the run goes on from the checkpoint before it, or from the start ({error})") from error
+        if self.companion is not None:
+            self.companion.fill(state.pop("companion"), step)
+        self.fill(state, step)
 
     def settle(self) -> None:
         """Leave the bare weights current and the rest collectable; the run is over."""
@@ -256,20 +324,6 @@ def _log(pending: list, sums: list[torch.Tensor], settings: Training, world: Wor
     sums.clear()
 
 
-def _save(models: list[Any], optimizer: Any, states: States | None, folder: Path, manifest: Manifest, step: int, settings: Training, world: World) -> None:
-    if settings.overlap:
-        for model in models:
-            model.disable_forward_pre_hook(param_sync=True)
-    model = checkpoint.model_state([m.module for m in models], world)
-    checkpoint.save({**model, **optimizer_state(optimizer, model), **(states.state() if states else {})}, _step_folder(folder, step), manifest)
-    if settings.overlap:
-        for model in models:
-            model.enable_forward_pre_hook()
-    if world.is_main:
-        for old in sorted(folder.glob("step_*"))[: -settings.keep_checkpoints]:
-            shutil.rmtree(old)
-
-
 def resume_step(folder: Path, manifest: Manifest, world: World) -> int:
     """Steps done in the newest whole checkpoint, 0 without one; reached by all ranks.
 
@@ -287,24 +341,6 @@ def _newest(folder: Path, manifest: Manifest) -> int:
     fields = found.differences(manifest)
     refuse(f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:", fields)
     return int(whole[-1].name.removeprefix("step_"))
-
-
-def _resume(models: list[Any], optimizer: Any, states: States | None, folder: Path, manifest: Manifest, world: World) -> int:
-    """Load the newest whole checkpoint of this run; the number of steps done."""
-    step = resume_step(folder, manifest, world)
-    if step:
-        model = checkpoint.model_state([m.module for m in models], world)
-        path = _step_folder(folder, step)
-        try:
-            state = checkpoint.load({**model, **empty_optimizer_state(optimizer, model), **(states.state() if states else {})}, path)
-        except InputError as error:
-            raise InputError(f"{path} cannot be read: delete it, and the run goes on from the checkpoint before it, or from the start ({error})") from error
-        for i, chunk in enumerate(models):
-            chunk.module.load_state_dict(state[f"model{i}"], strict=False)
-        load_optimizer_state(optimizer, state, step=step)
-        if states:
-            states.load(state, step)
-    return step
 
 
 def _step_folder(folder: Path, step: int) -> Path:

@@ -16,7 +16,7 @@ LAYERS = [
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
     "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher evaluate tasks",
-    "trainer",
+    "trainer correction",
     "stages signals search precheck pipeline report bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
