@@ -28,6 +28,7 @@ from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable, resolve_target
 from minitron_mp.schedule import Batch, run
+from minitron_mp.spans import num_groups
 from minitron_mp.tasks import judge, read_items
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
@@ -261,8 +262,7 @@ def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, 
     settings, found = job.recipe.evaluate, {}
     for task, path in settings.tasks.items():
         items, size = read_items(Path(path), settings.task_items), settings.micro_batch_size
-        rows = sum(len(item.options) for item in items)
-        calls = -(-rows // (size * job.world.groups.dp.size() * job.world.parallel.interleaved)) * len(models)
+        calls = num_groups(sum(len(item.options) for item in items), job.world, size) * len(models)
         place = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": size, "vocab_size": job.arch(job.recipe.base).vocab_size}
         with Tracker(task, calls, "batches") as tracker:
             results = judge(models, items, job.tokenizer(), job.world, **place, progress=lambda tracker=tracker: tracker.advance(1))

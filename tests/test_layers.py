@@ -15,9 +15,9 @@ LAYERS = [
     "config arch artifact plan cost",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
-    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing stream cache teacher evaluate tasks",
+    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing stream cache teacher evaluate spans tasks",
     "trainer",
-    "stages signals precheck pipeline report bridge console cli __main__ __init__",
+    "stages signals precheck pipeline harness report bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {

@@ -93,7 +93,7 @@ def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset
 
 def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
     """(scores of all options, result of choices.jsonl, of words.jsonl); a token for each character."""
-    from minitron_mp import tasks
+    from minitron_mp import spans, tasks
     from minitron_mp.data import Tokenizer
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -103,8 +103,8 @@ def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
         choices, words = (tasks.read_items(path / f"{name}.jsonl") for name in ("choices", "words"))
-        rows = tasks._rows(choices + words, tokenizer, SEQUENCE_LENGTH)
-        scores = tasks._scores(chunks, rows, world, SEQUENCE_LENGTH, 2, arch.vocab_size, 0, lambda: None)
+        rows = tasks.rows_of(choices + words, tokenizer, SEQUENCE_LENGTH)
+        scores = spans.score_rows(chunks, rows, world, micro_batch_size=2, vocab_size=arch.vocab_size, eod=0)
         options = {"sequence_length": SEQUENCE_LENGTH, "micro_batch_size": 2, "vocab_size": arch.vocab_size}
         found = [tasks.judge({"m": chunks}, items, tokenizer, world, **options)["m"] for items in (choices, words)]
         return scores, *found
