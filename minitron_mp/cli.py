@@ -29,7 +29,7 @@ HELP = {
     "data": "Text -> tokens: calibration, training and held-out parts.",
     "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
-    "depth": "Losses without single layers or blocks of them; for depth.method: drop, block, greedy.",
+    "depth": "Losses, or accuracies, without single layers or blocks of them; for depth.method: drop, block, greedy.",
     "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
     "prune": "Teacher and plan -> student checkpoint.",
     "cache": "The teacher's signals of all microbatches -> disk; for teacher.placement: cached.",

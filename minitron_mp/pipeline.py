@@ -59,7 +59,12 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 def _depth(recipe: Recipe) -> dict[str, Any]:
     # The trials of single layers serve any number of them.
     count = {} if recipe.depth.method == "drop" else {"layers to drop": _layers_to_drop(recipe)}
-    return {**recipe.depth.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe), **count}
+    other = {"num_samples", "task"} if recipe.depth.metric == "task" else {"metric", "task", "task_items"}
+    return {**recipe.depth.model_dump(exclude={"micro_batch_size", *other}), **_run_settings(recipe), **count}
+
+
+def _depth_files(recipe: Recipe) -> dict[str, str]:
+    return {"task": artifact.fingerprint_files([Path(recipe.depth.task)])} if recipe.depth.task else {}
 
 
 def _layers_to_drop(recipe: Recipe) -> int:
@@ -117,7 +122,7 @@ STAGES: dict[str, Stage] = {
 
 OPTIONAL: dict[str, Stage] = {
     "correct": Stage("teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude=HOW), **_run_settings(r)} if r.correct else {}),
-    "depth": Stage("depth.json", (BASE, "data"), _depth),
+    "depth": Stage("depth.json", (BASE, "data"), _depth, _depth_files),
     "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
@@ -182,7 +187,8 @@ class Project:
         """InputError when the tokens of the data stage are too few for a later one; evaluate comes after hours of distill."""
         from minitron_mp.data import too_short
 
-        calibration = max(self.recipe.score.num_samples, self.recipe.depth.num_samples if "depth" in self.stages else 0)
+        reads_text = "depth" in self.stages and self.recipe.depth.metric == "loss"
+        calibration = max(self.recipe.score.num_samples, self.recipe.depth.num_samples if reads_text else 0)
         wanted = {"calibration": calibration, "train": 0, "valid": self.recipe.evaluate.num_samples}
         found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
         refuse("there is too little text:", [problem for problems in found for problem in problems])
