@@ -66,6 +66,29 @@ def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = 
 
 
 @app.command()
+def harness(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tasks: Annotated[str, typer.Option(help="names of tasks of lm-evaluation-harness, with commas between")] = "",
+    model: Annotated[str, typer.Option(help="teacher, pruned, distilled; uncorrected, unpruned where there is one")] = "distilled",
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many items of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples before each item; default: the task's own")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens that the model is given at most; default: data.sequence_length")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="items as chats, by the tokenizer's template")] = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a model of the recipe; needs the extra eval (lm-eval)."""
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
+    resolved = load_recipe(recipe, overrides or [])
+    from minitron_mp.harness import run_harness
+
+    where = {"include_path": include_path, "max_length": max_length, "chat_template": apply_chat_template}
+    run_harness(resolved, names, model=model, limit=limit, num_fewshot=num_fewshot, **where)
+
+
+@app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write report.md again from the artefacts."""
     resolved = load_recipe(recipe, overrides or [])
