@@ -27,6 +27,7 @@ ONLY_IN = {
     "transformer_engine": {"precision", "model"},
     "transformers": {"hf", "data"},
     "triton": {"kernels"},
+    "lm_eval": {"harness"},
     "os.environ": {"parallel", "console"},  # console asks for RANK before torch is imported
     "os.getenv": set(),
 }
