@@ -119,8 +119,8 @@ class ShardedLM(TemplateLM):
         plans = [self._generation(*request.args) for request in requests]
         made: list[list[int]] = [[] for _ in requests]
         texts = [""] * len(requests)
-        active = list(range(len(requests)))
-        with Tracker("harness: generate_until", len(requests), "requests") as tracker:
+        active = [i for i, (_, _, limit) in enumerate(plans) if limit > 0]
+        with Tracker("harness: generate_until", len(active), "requests") as tracker:
             while active:
                 found = next_tokens(self.chunks, [plans[i][0] + made[i] for i in active], self.world, **self.place)
                 for i, token in zip(active, found):

@@ -104,7 +104,8 @@ def asked(dense, tokenizer):
         "pairs": [answer(dense, *split(tokenizer, *pair)) for pair in pairs],
         "texts": [sum(answer(dense, *window)[0] for window in windows(tokenizer.encode(text))) for text in TEXTS],
     }
-    want["prompts"] = [write(dense, tokenizer, context, stop, 1)[0] for (context, _), stop in zip(prompts, stops)]
+    prompts.append((CONTEXTS[0], {**ENOUGH, "max_gen_toks": 0}))
+    want["prompts"] = [write(dense, tokenizer, context, stop, 1)[0] for (context, _), stop in zip(prompts, stops)] + [""]
     want["prompt until eos"] = [write(dense, tokenizer, CONTEXTS[0], None, third)[0]]
     assert want["pairs"][-1][1]
     return {"pairs": pairs, "texts": TEXTS, "prompts": prompts, "eos": stop}, want, free
@@ -121,7 +122,7 @@ def test_answers_are_those_of_a_dense_model(results, ranks, tokenizer, asked, la
         assert found["prompts"] == want["prompts"]
         assert found["prompt until eos"] == want["prompt until eos"]
         assert found["cut"] == 2  # a pair and a prompt; windows of a long text are no cuts
-    assert want["prompts"][-1] == want["prompt until eos"][0] == free[: free.index(requests["eos"])]
+    assert want["prompts"][-2] == want["prompt until eos"][0] == free[: free.index(requests["eos"])]
 
 
 TASKS = {
