@@ -11,6 +11,7 @@ tokens as the context alone has; too long requests cut from the left to max_leng
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from minitron_mp.config import InputError, Recipe, refuse
 from minitron_mp.console import Tracker, say, speaks, table
 from minitron_mp.data import load_hugging_face
 from minitron_mp.model import build_model
-from minitron_mp.parallel import World, on_main, world
+from minitron_mp.parallel import World, everyone, on_main, world
 from minitron_mp.pipeline import Project
 from minitron_mp.spans import Row, next_tokens, num_groups, score_rows
 from minitron_mp.stages import ASSETS
@@ -94,6 +95,7 @@ class ShardedLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
         rows = [self._row(context, continuation) for _, context, continuation in requests]
+        _same_on_all(rows)
         if not rows:
             return []
         with Tracker("harness: loglikelihood", num_groups(len(rows), self.world, self.place["micro_batch_size"]), "batches") as tracker:
@@ -117,6 +119,7 @@ class ShardedLM(TemplateLM):
         micro_batch_size a data parallel rank. InputError for sampling and beams.
         """
         plans = [self._generation(*request.args) for request in requests]
+        _same_on_all(plans)
         made: list[list[int]] = [[] for _ in requests]
         texts = [""] * len(requests)
         active = [i for i, (_, _, limit) in enumerate(plans) if limit > 0]
@@ -147,6 +150,13 @@ class ShardedLM(TemplateLM):
 
     def _ended(self, made: list[int], text: str, stops: list[str], limit: int) -> bool:
         return made[-1] == self.eot_token_id or len(made) == limit or any(stop in text for stop in stops if stop)
+
+
+def _same_on_all(requests: list[Any]) -> None:
+    """InputError unless every rank has rank 0's requests: what ranks find for a request's number is added up."""
+    digest = hashlib.sha256(repr(requests).encode()).hexdigest()
+    first = on_main(lambda: digest)
+    everyone(None if digest == first else InputError("the harness has made other requests here than on rank 0; give all nodes the same tasks and data"))
 
 
 def run_harness(

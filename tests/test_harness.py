@@ -197,6 +197,11 @@ def test_requests_that_cannot_be_served_are_refused(ranks, tokenizer):
         assert word in text
 
 
+def test_ranks_that_are_asked_unlike_things_say_so(ranks, tokenizer):
+    for said in ranks(2, "workers_harness.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path):
+        assert "the harness has made other requests here than on rank 0" in said
+
+
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "minitron_mp.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)

@@ -57,6 +57,21 @@ def refusals(arch: Arch, folder: Path, settings: list[dict[str, Any]]) -> list[s
     return said
 
 
+def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
+    """What the adapter says when ranks are asked unlike things."""
+    from transformers import AutoTokenizer
+
+    from minitron_mp.harness import ShardedLM
+
+    with joined(layout) as world:
+        lm = ShardedLM([], AutoTokenizer.from_pretrained(folder), world, max_length=8, micro_batch_size=1, vocab_size=arch.vocab_size)
+        try:
+            lm.loglikelihood([SimpleNamespace(args=("a", " bc"[: 2 + world.rank]))])
+        except InputError as error:
+            return str(error)
+    return "nothing"
+
+
 def command(arguments: list[str], task: Path, layout: Layout, micro_batch_size: int) -> tuple[Any, float, float]:
     """The command line as on this rank of torchrun, and the accuracy and normalised accuracy that our own choice tasks give."""
     from minitron_mp import hf, tasks
