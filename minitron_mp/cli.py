@@ -29,7 +29,7 @@ HELP = {
     "data": "Text -> tokens: calibration, training and held-out parts.",
     "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
-    "depth": "Losses without single layers or blocks of them; for depth.method: drop, block, greedy.",
+    "depth": "Losses, or accuracies, without single layers or blocks of them; for depth.method: drop, block, greedy.",
     "search": "Candidates inside a budget, ranked by held-out loss, the best ones distilled for a short time; for recipes with a section search.",
     "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
     "prune": "Teacher and plan -> student checkpoint.",
@@ -64,6 +64,29 @@ def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = 
     from minitron_mp.pipeline import compress as run
 
     run(resolved)
+
+
+@app.command()
+def harness(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tasks: Annotated[str, typer.Option(help="names of tasks of lm-evaluation-harness, with commas between")] = "",
+    model: Annotated[str, typer.Option(help="teacher, pruned, distilled; uncorrected, unpruned where there is one")] = "distilled",
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many items of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples before each item; default: the task's own")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens that the model is given at most; default: data.sequence_length")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="items as chats, by the tokenizer's template")] = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a model of the recipe; needs the extra eval (lm-eval)."""
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
+    resolved = load_recipe(recipe, overrides or [])
+    from minitron_mp.harness import run_harness
+
+    where = {"include_path": include_path, "max_length": max_length, "chat_template": apply_chat_template}
+    run_harness(resolved, names, model=model, limit=limit, num_fewshot=num_fewshot, **where)
 
 
 @app.command()

@@ -192,15 +192,37 @@ class Depth(Section):
     cosine: those that change the hidden states least (importance of the stage `score`). drop: those without which, one at a time, the
     loss is least (2407.14679, depth). block: the contiguous block without which the loss is least (2408.11796, depth).
     greedy: one after the other, each time the one without which the loss is least. All but cosine are measured by the stage `depth`.
+    With metric task they are ranked by the accuracy that is left on a task, as 2408.11796 does with Winogrande, in place of the loss.
     """
 
     method: Literal["cosine", "drop", "block", "greedy"] = "cosine"
     protect_first: int = Field(0, ge=0)
     """So many layers at the start stay, whatever their score."""
     protect_last: int = Field(0, ge=0)
+    metric: Literal["loss", "task"] = "loss"
+    """loss: cross-entropy on calibration text. task: accuracy by partial scoring; of equals the one that finds the right options likelier."""
     num_samples: int = Field(32, ge=1)
     """Calibration samples for the losses."""
+    task: str | None = None
+    """For metric task: .jsonl of items, as in evaluate.tasks."""
+    task_items: int | None = Field(None, ge=1)
+    """The first so many of them; default: all."""
     micro_batch_size: int = Field(1, ge=1)
+    """Samples, or options of a task."""
+
+    @model_validator(mode="after")
+    def _one_metric(self) -> Depth:
+        problems = []
+        if self.metric == "task" and self.task is None:
+            problems.append("metric task needs items to be right on; give task: FILE.jsonl")
+        if self.metric == "task" and self.method == "cosine":
+            problems.append("metric task: without effect with method cosine, which measures nothing; set method: drop, block or greedy, or drop metric")
+        own = ["num_samples"] if self.metric == "task" else ["task", "task_items"]
+        if ignored := [name for name in own if getattr(self, name) != type(self).model_fields[name].default]:
+            problems.append(f"{', '.join(ignored)}: without effect with metric {self.metric}; drop it")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 class Search(Section):

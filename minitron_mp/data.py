@@ -58,10 +58,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(encode, vocab_size, eod)
 
 
-def _hugging_face(folder: Path) -> tuple[Callable[[list[str]], list[list[int]]], int, int | None]:
+def load_hugging_face(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer itself, with its special tokens and chat template; InputError when there is none or the model lacks ids of it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; special tokens and chat templates need a tokenizer in the form of Hugging Face: set data.tokenizer")
+    loaded = load_tokenizer(folder)
+    check_vocabulary(loaded, vocab_size)
+    return _from_folder(folder)
+
+
+def _from_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _hugging_face(folder: Path) -> tuple[Callable[[list[str]], list[list[int]]], int, int | None]:
+    tokenizer = _from_folder(folder)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]

@@ -61,7 +61,12 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
 def _depth(recipe: Recipe) -> dict[str, Any]:
     # The trials of single layers serve any number of them.
     count = {} if recipe.depth.method == "drop" else {"layers to drop": _layers_to_drop(recipe)}
-    return {**recipe.depth.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe), **count}
+    other = {"num_samples", "task"} if recipe.depth.metric == "task" else {"metric", "task", "task_items"}
+    return {**recipe.depth.model_dump(exclude={"micro_batch_size", *other}), **_run_settings(recipe), **count}
+
+
+def _depth_files(recipe: Recipe) -> dict[str, str]:
+    return {"task": artifact.fingerprint_files([Path(recipe.depth.task)])} if recipe.depth.task else {}
 
 
 def _layers_to_drop(recipe: Recipe) -> int:
@@ -130,7 +135,7 @@ OPTIONAL: dict[str, Stage] = {
     "correct": Stage(
         "teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude={*HOW, "when"}), **_run_settings(r)} if r.correct else {}
     ),
-    "depth": Stage("depth.json", (BASE, "data"), _depth),
+    "depth": Stage("depth.json", (BASE, "data"), _depth, _depth_files),
     "search": Stage("search.json", (BASE, TUTOR, "data", "score"), _search),
     "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
@@ -200,7 +205,7 @@ class Project:
         from minitron_mp.data import too_short
 
         recipe = self.recipe
-        readers = [recipe.score, *[recipe.depth] * ("depth" in self.stages), *([recipe.search] if recipe.search else [])]
+        readers = [recipe.score, *[recipe.depth] * ("depth" in self.stages and recipe.depth.metric == "loss"), *([recipe.search] if recipe.search else [])]
         calibration = max(section.num_samples for section in readers)
         held_out = dict.fromkeys(("valid", *map(text.held_out, recipe.data.held_out)), recipe.evaluate.num_samples)
         wanted = {"calibration": calibration, "train": 0, **held_out}

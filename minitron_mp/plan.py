@@ -205,15 +205,23 @@ def merged_heads(scores: np.ndarray, kept: list[int], teacher: Arch) -> list[tup
 
 
 class Trials(BaseModel):
-    """The stage `depth`: losses, in nats a token, without some layers. base: with all. trials: (layers left out, loss).
+    """The stage `depth`: losses without some layers. base: with all. trials: (layers left out, loss).
 
-    greedy: one trial a round, each with the layers of the one before and one more.
+    Losses are cross-entropies on text, in nats a token; or, with the metric task, means of -log p of the right options, in nats an
+    item, and then accuracies has the share of items that is right in each trial. greedy: one trial a round, each with the layers of
+    the one before and one more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: float
     trials: list[tuple[list[int], float]]
+    base_accuracy: float | None = None
+    accuracies: list[float] = []
+
+    def ranked(self) -> list[int]:
+        """Numbers of the trials, the best one first: by accuracy where there is one, then by loss, then in order."""
+        return sorted(range(len(self.trials)), key=lambda i: (-self.accuracies[i] if self.accuracies else 0.0, self.trials[i][1]))
 
     def save(self, path: Path, manifest: Manifest) -> None:
         write_text(path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump()}, indent=1))
@@ -221,7 +229,7 @@ class Trials(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Trials:
         content = read_json(path, "depth --force")
-        return cls(base=content["base"], trials=content["trials"])
+        return cls.model_validate({name: value for name, value in content.items() if name != "manifest"})
 
 
 def droppable(depth: Depth, num_layers: int, count: int) -> list[int]:
@@ -253,11 +261,11 @@ def kept_layers(cosine: np.ndarray, num_layers: int, keep: int, target: Target, 
         dropped = np.setdiff1d(free, free[top(cosine[free], len(free) - count)])
     else:
         assert trials is not None, "run the stage depth first"
-        ranked = sorted(trials.trials, key=lambda trial: trial[1])
+        ranked = trials.ranked()
         if depth.method == "drop":
-            dropped = np.array([layers[0] for layers, _ in ranked[:count]])
+            dropped = np.array([trials.trials[i][0][0] for i in ranked[:count]])
         else:
-            dropped = np.array(ranked[0][0] if depth.method == "block" else trials.trials[count - 1][0])
+            dropped = np.array(trials.trials[ranked[0] if depth.method == "block" else count - 1][0])
     return np.setdiff1d(np.arange(num_layers), dropped)
 
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError
 
 from minitron_mp import artifact, checkpoint, data, hf, importance, signals, slicing, text
-from minitron_mp.ablation import losses_without
+from minitron_mp.ablation import losses_without, scores_without
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
 from minitron_mp.candidates import layers_to_drop
@@ -33,8 +33,9 @@ from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import Batch, run
 from minitron_mp.search import search
+from minitron_mp.spans import num_groups
 from minitron_mp.states import Pairs
-from minitron_mp.tasks import judge, read_items
+from minitron_mp.tasks import judge, read_items, result_of, right_log_p, rows_of
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import Run, StepMetrics, metrics_line, resume_step, train
 
@@ -171,31 +172,63 @@ def score(job: Job) -> None:
 
 
 def depth(job: Job) -> None:
-    """Losses of the teacher without single layers or blocks of them, on calibration text."""
+    """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
     recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.base)
     count = layers_to_drop(recipe, arch)
     chunks = job.build(job.recipe.base)
     for chunk in chunks:
         chunk.eval()
-    gone: frozenset[int] = frozenset()
-    greedy, trials, whole = settings.method == "greedy", [], 0.0
-    _, first = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
-    groups = list(first)
-    with Tracker("depth", count, "rounds") if greedy else Tracker("depth", len(groups), "batches") as tracker:
+    total, measure = (_task_without if settings.metric == "task" else _text_without)(job, chunks, arch.vocab_size)
+    greedy, gone, rounds = settings.method == "greedy", frozenset(), []
+    with Tracker("depth", count, "rounds") if greedy else Tracker("depth", total, "batches") as tracker:
         for _ in range(count if greedy else 1):
             candidates = depth_candidates(settings, arch.num_layers, count, gone)
-            progress = (lambda: None) if greedy else lambda: tracker.advance(1)
-            base, losses = losses_without(chunks, groups, job.world, candidates, gone=gone, vocab_size=arch.vocab_size, progress=progress)
-            found = [(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)]
+            found = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
             if greedy:
-                trials.append(min(found, key=lambda trial: trial[1]))
-                whole = whole if gone else base
-                gone = frozenset(trials[-1][0])
-                tracker.advance(1, f"without {', '.join(map(str, sorted(gone)))}: loss {trials[-1][1]:.4f}")
+                best = found.ranked()[0]
+                rounds.append(found.model_copy(update={"trials": [found.trials[best]], "accuracies": found.accuracies[best : best + 1]}))
+                gone = frozenset(found.trials[best][0])
+                accuracy = "".join(f", accuracy {share:.1%}" for share in rounds[-1].accuracies)
+                tracker.advance(1, f"without {', '.join(map(str, sorted(gone)))}: loss {found.trials[best][1]:.4f}{accuracy}")
             else:
-                trials, whole = found, base
-    result = Trials(base=whole, trials=trials)
+                rounds = [found]
+    together = {"trials": [trial for r in rounds for trial in r.trials], "accuracies": [share for r in rounds for share in r.accuracies]}
+    result = rounds[0].model_copy(update=together)
     on_main(lambda: result.save(job.output, job.manifest))
+
+
+Measure = Callable[[list[frozenset[int]], frozenset[int], Callable[[], None]], Trials]
+"""(candidates, layers that are gone already, progress) -> one trial for each candidate."""
+
+
+def _text_without(job: Job, chunks: list[Any], vocab_size: int) -> tuple[int, Measure]:
+    """How many groups of microbatches of calibration text, and the losses on them."""
+    settings = job.recipe.depth
+    _, first = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
+    groups = list(first)
+
+    def measure(candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]) -> Trials:
+        base, losses = losses_without(chunks, groups, job.world, candidates, gone=gone, vocab_size=vocab_size, progress=progress)
+        return Trials(base=base, trials=[(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)])
+
+    return len(groups), measure
+
+
+def _task_without(job: Job, chunks: list[Any], vocab_size: int) -> tuple[int, Measure]:
+    """How many groups of microbatches of the task's options, and accuracies and losses on them."""
+    settings, tokenizer = job.recipe.depth, job.tokenizer()
+    assert settings.task is not None
+    items = read_items(Path(settings.task), settings.task_items)
+    rows, size = rows_of(items, tokenizer, job.recipe.data.sequence_length), settings.micro_batch_size
+    place = {"micro_batch_size": size, "vocab_size": vocab_size, "eod": tokenizer.eod}
+
+    def measure(candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]) -> Trials:
+        whole, scores = scores_without(chunks, rows, job.world, candidates, gone=gone, **place, progress=progress)
+        shares, losses = zip(*[(result_of(items, own).accuracy, -right_log_p(items, own)) for own in (whole, *scores)])
+        trials = [(sorted(dropped), loss) for dropped, loss in zip(candidates, losses[1:])]
+        return Trials(base=losses[0], trials=trials, base_accuracy=shares[0], accuracies=list(shares[1:]))
+
+    return num_groups(len(rows), job.world, size), measure
 
 
 def prune(job: Job) -> None:
@@ -314,8 +347,7 @@ def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, 
     settings, found = job.recipe.evaluate, {}
     for task, path in settings.tasks.items():
         items, size = read_items(Path(path), settings.task_items), settings.micro_batch_size
-        rows = sum(len(item.options) for item in items)
-        calls = -(-rows // (size * job.world.groups.dp.size() * job.world.parallel.interleaved)) * len(models)
+        calls = num_groups(sum(len(item.options) for item in items), job.world, size) * len(models)
         place = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": size, "vocab_size": job.arch(job.recipe.base).vocab_size}
         with Tracker(task, calls, "batches") as tracker:
             results = judge(models, items, job.tokenizer(), job.world, **place, progress=lambda tracker=tracker: tracker.advance(1))

@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 
 from minitron_mp.config import InputError
-from minitron_mp.losses import float32_logits
-from minitron_mp.model import output_weight, unwrap
 from minitron_mp.parallel import World
-from minitron_mp.schedule import Batch, run
+from minitron_mp.spans import Row, score_rows
 
 if TYPE_CHECKING:
     from minitron_mp.data import Tokenizer
@@ -84,15 +81,7 @@ def _item(line: str, where: str) -> Item:
     raise InputError(f"{where} is no item: needs text, or query, choices and gold, or context_options, continuation and gold; given {line[:80].strip()!r}")
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One option as tokens. start: of the ending."""
-
-    tokens: list[int]
-    start: int
-
-
-def _rows(items: list[Item], tokenizer: Tokenizer, sequence_length: int) -> list[_Row]:
+def rows_of(items: list[Item], tokenizer: Tokenizer, sequence_length: int) -> list[Row]:
     """One for each option, in order. What is longer than sequence_length + 1 loses its beginning."""
     texts = [option for item in items for option in item.options]
     whole = tokenizer.encode([f"{context.rstrip()} {ending.lstrip()}" for context, ending in texts])
@@ -101,7 +90,7 @@ def _rows(items: list[Item], tokenizer: Tokenizer, sequence_length: int) -> list
     for all_tokens, context in zip(whole, before):
         start = min(max(len(context), 1), len(all_tokens) - 1)  # the first token has nothing before it that could make it likely
         cut = max(0, len(all_tokens) - sequence_length - 1)
-        rows.append(_Row(all_tokens[cut:], max(1, start - cut)))
+        rows.append(Row(all_tokens[cut:], max(1, start - cut)))
     return rows
 
 
@@ -117,78 +106,16 @@ def judge(
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, TaskResult]:
     """Results of each model, the same on every rank; reached by all ranks. Contexts longer than the sequence lose their beginning."""
-    rows = _rows(items, tokenizer, sequence_length)
-    return {
-        name: _result(items, _scores(chunks, rows, world, sequence_length, micro_batch_size, vocab_size, tokenizer.eod, progress))
-        for name, chunks in models.items()
-    }
+    rows = rows_of(items, tokenizer, sequence_length)
+    options = {"micro_batch_size": micro_batch_size, "vocab_size": vocab_size, "eod": tokenizer.eod, "progress": progress}
+    return {name: result_of(items, score_rows(chunks, rows, world, **options)) for name, chunks in models.items()}
 
 
-def _scores(
-    chunks: list[Any], rows: list[_Row], world: World, length: int, micro_batch_size: int, vocab_size: int, eod: int, progress: Callable[[], None]
-) -> Tensor:
-    """[rows, 2] on the CPU: log p of the ending, and how many of its tokens are not the most likely one."""
-    dp, groups = world.groups.dp, world.groups
-    found = torch.zeros((len(rows), 2), dtype=torch.float64, device=world.device)
-    for chunk in chunks:
-        chunk.eval()
-
-    def add(hidden: Tensor, batch: Batch) -> None:
-        found.index_add_(0, batch["rows"].to(world.device), _of_endings(chunks[-1], hidden, batch, world, vocab_size))
-
-    p, unit = world.parallel, micro_batch_size * dp.size() * world.parallel.interleaved
-    multiple = (2 * p.cp if p.cp > 1 else 1) * p.tp
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))  # alike lengths together: padding costs as much as text
-    with torch.no_grad():
-        for first in range(0, len(rows), unit):
-            longest = len(rows[order[first]].tokens) - 1
-            padded = min(length, -(-longest // multiple) * multiple)
-            starts = range(first + dp.rank() * micro_batch_size, first + unit, micro_batch_size * dp.size())
-            run(chunks, [_batch(rows, order[start : start + micro_batch_size], micro_batch_size, padded, eod) for start in starts], world, add)
-            progress()
-    dist.all_reduce(found, group=groups.dp_cp)
-    dist.all_reduce(found, group=groups.pp)  # the last stage alone has counted
-    return found.cpu()
-
-
-def _batch(rows: list[_Row], numbers: list[int], size: int, length: int, eod: int) -> Batch:
-    """These rows, filled up with eod to `length`, and with empty ones of no weight to `size`."""
-    tokens, mask = torch.full((size, length + 1), eod), torch.zeros((size, length))
-    for i, number in enumerate(numbers):
-        row = rows[number]
-        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        mask[i, row.start - 1 : len(row.tokens) - 1] = 1  # position p predicts token p + 1
-    numbers = numbers + [0] * (size - len(numbers))
-    positions = torch.arange(length).expand(size, length).contiguous()
-    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": positions, "loss_mask": mask}
-    return batch | {"rows": torch.tensor(numbers)}
-
-
-def _of_endings(model: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int) -> Tensor:
-    """[b, 2] of this context parallel rank's part of a microbatch: sum of log p of the masked labels, number of those not most likely."""
-    labels, mask, tp = batch["labels"], batch["loss_mask"], world.groups.tp
-    weight = output_weight(unwrap(model))
-    first, rest, parts = tp.rank() * len(weight), labels.reshape(-1), []
-    for z in float32_logits(hidden, weight, labels.shape[0], tp):
-        own, rest = rest[: len(z)] - first, rest[len(z) :]
-        z[:, max(0, vocab_size - first) :] = -torch.inf
-        here = (own >= 0) & (own < z.shape[1])
-        at_label = torch.where(here, z.gather(1, own.clamp(0, z.shape[1] - 1)[:, None])[:, 0], -torch.inf)
-        peak = z.amax(1)
-        parts.append(torch.stack([at_label, peak, torch.logsumexp(z, 1)], 1))
-    local = torch.cat(parts)  # [s b, 3]
-    every = local.new_empty((tp.size(), *local.shape))
-    dist.all_gather_into_tensor(every.view(-1, 3), local, group=tp)
-    at_label, peak = every[..., 0].amax(0), every[..., 1].amax(0)
-    log_p, missed = at_label - torch.logsumexp(every[..., 2], 0), at_label < peak
-    shaped = torch.stack([log_p, missed.float()], -1).view(*labels.shape, 2)
-    return torch.where(mask[..., None] > 0, shaped, 0.0).sum(0).double()
-
-
-def _result(items: list[Item], scores: Tensor) -> TaskResult:
-    right, right_normalised, row = 0, 0, iter(_slices(items))
-    for item in items:
-        own = scores[next(row)]
+def result_of(items: list[Item], scores: Tensor) -> TaskResult:
+    """scores: of the items' rows, as score_rows() has them."""
+    right, right_normalised = 0, 0
+    for item, rows in zip(items, _slices(items)):
+        own = scores[rows]
         if item.gold is None:
             right += int(own[0, 1] == 0)
             continue
@@ -208,6 +135,11 @@ def _result(items: list[Item], scores: Tensor) -> TaskResult:
         normalised_stderr=None if normalised is None else error(normalised),
         num_items=n,
     )
+
+
+def right_log_p(items: list[Item], scores: Tensor) -> float:
+    """Mean log p of the right options, in nats an item."""
+    return sum(scores[own][item.gold or 0, 0].item() for item, own in zip(items, _slices(items))) / len(items)
 
 
 def _slices(items: list[Item]) -> Iterator[slice]:

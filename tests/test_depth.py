@@ -7,21 +7,28 @@ import pytest
 import reference
 import torch
 from cases import ARCHS, BY_NAME, LAYOUTS, make_samples
+from test_tasks import dense_scores, write_files
 
 from minitron_mp.arch import AXES
 from minitron_mp.config import Depth, InputError, Target
 from minitron_mp.plan import Trials, depth_candidates, droppable, kept_layers
+from minitron_mp.tasks import Item, read_items, result_of, right_log_p
 
 ARCH = ARCHS["qwen3"]
 BLOCKS = [frozenset({i, i + 1}) for i in range(ARCH.num_layers - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]
 GONE = frozenset({3})
 
 
+def without(weights, missing):
+    """(architecture, weights) of the model without these layers."""
+    keep = torch.tensor([layer for layer in range(ARCH.num_layers) if layer not in missing])
+    cut = {key: value[keep] if AXES[key][0] == "layer" else value for key, value in weights.items()}
+    return ARCH.model_copy(update={"num_layers": len(keep)}), cut
+
+
 def dense_loss(weights, missing):
     """Mean cross-entropy of two steps of samples by a float64 model without these layers."""
-    keep = torch.tensor([layer for layer in range(ARCH.num_layers) if layer not in missing])
-    arch = ARCH.model_copy(update={"num_layers": len(keep)})
-    cut = {key: value[keep] if AXES[key][0] == "layer" else value for key, value in weights.items()}
+    arch, cut = without(weights, missing)
     total = torch.zeros(2, dtype=torch.float64)
     for step in range(2):
         samples = make_samples(ARCH, step, 4)
@@ -46,6 +53,22 @@ def test_losses_are_those_of_models_without_the_layers(results, ranks, dense, la
         case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "candidates": candidates, "gone": gone}
         for rank in ranks(layout.ranks, "workers.ablate", layout=layout, **case):
             assert [rank["base"], *rank["losses"]] == pytest.approx([dense[gone], *(dense[c] for c in candidates)], rel=1e-5)  # as in test_training.py
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-cp2-sp", "pp2-vpp2", "pp2-dp2"])
+def test_task_scores_are_those_of_models_without_the_layers(results, ranks, tmp_path, layout):
+    """Rows of three lengths, so the layers' arguments change on the way; a layer is gone already."""
+    files = write_files(tmp_path)
+    items = read_items(files / "choices.jsonl") + read_items(files / "words.jsonl")
+    candidates = [GONE | more for more in ({4}, {0, 5}, {1, 2})]
+    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "path": files, "candidates": candidates, "gone": GONE}
+    found = ranks(BY_NAME[layout].ranks, "workers.ablate_tasks", layout=BY_NAME[layout], **case)
+    for number, missing in enumerate([GONE, *candidates]):
+        arch, cut = without(results.weights("qwen3"), missing)
+        want = dense_scores(cut, items, arch)
+        for rank in found:
+            assert rank[number][:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
+            assert (rank[number][:, 1] == 0).tolist() == [greedy for _, greedy in want]
 
 
 def forwards(num_layers, length):
@@ -98,6 +121,36 @@ def test_single_trials_and_greedy_rounds():
     rounds = Trials(base=1.0, trials=[([2], 1.1), ([1, 2], 1.3), ([1, 2, 3], 1.9)])
     assert kept(5, 3, Depth(method="greedy"), rounds) == [0, 3, 4]
     assert depth_candidates(Depth(method="greedy"), 5, 2, gone={2}) == [frozenset({2, i}) for i in (0, 1, 3, 4)]
+
+
+def test_accuracy_comes_before_the_loss():
+    trials = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([1.1, 1.4, 1.3, 1.2, 1.2])], base_accuracy=0.9, accuracies=[0.4, 0.8, 0.8, 0.5, 0.5])
+    assert trials.ranked() == [2, 1, 3, 4, 0]
+    depth = Depth(method="drop", metric="task", task="items.jsonl")
+    assert kept(5, 3, depth, trials) == [0, 3, 4]
+    assert kept(5, 2, depth, trials) == [0, 4]
+    assert kept(5, 3, Depth(method="drop"), trials.model_copy(update={"accuracies": []})) == [1, 2, 4]
+
+
+def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():
+    items = [Item([("a", "b"), ("a", "c")], 1), Item([("a", "b")], None), Item([("a", "bb"), ("a", "c")], 0)]
+    scores = torch.tensor([[-1.0, 0], [-0.5, 1], [-2.0, 0], [-3.0, 1], [-1.0, 0]])
+    assert right_log_p(items, scores) == pytest.approx((-0.5 - 2.0 - 3.0) / 3)
+    assert result_of(items, scores).accuracy == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        ({"method": "block", "metric": "task"}, "give task: FILE.jsonl"),
+        ({"metric": "task", "task": "a.jsonl"}, "without effect with method cosine"),
+        ({"method": "block", "task": "a.jsonl", "task_items": 2}, "task, task_items: without effect with metric loss"),
+        ({"method": "drop", "metric": "task", "task": "a.jsonl", "num_samples": 3}, "num_samples: without effect with metric task"),
+    ],
+)
+def test_settings_of_depth_without_effect(depth, words):
+    with pytest.raises(ValueError, match=words):
+        Depth(**depth)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ LAYERS = [
     "config arch artifact plan cost candidates",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
-    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher evaluate tasks",
+    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher evaluate spans tasks",
     "trainer correction",
-    "stages signals search precheck pipeline report bridge console cli __main__ __init__",
+    "stages signals search precheck pipeline harness report bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {
@@ -27,6 +27,7 @@ ONLY_IN = {
     "transformer_engine": {"precision", "model"},
     "transformers": {"hf", "data"},
     "triton": {"kernels"},
+    "lm_eval": {"harness"},
     "os.environ": {"parallel", "console"},  # console asks for RANK before torch is imported
     "os.getenv": set(),
 }

@@ -514,6 +514,24 @@ def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, me
     refused(on_rank("compress", recipe, "depth.protect_last=2"), "leave 1 of 4 layers that may go, the target drops 2")
 
 
+def test_layers_go_by_the_accuracy_without_them(whole, inputs, tmp_path, on_rank):
+    """Greedily by a task's items; other items are another artefact."""
+    shutil.copytree(whole.output, tmp_path / "out")
+    items = [{"query": "the teacher and the", "choices": ["student", "loss"], "gold": gold} for gold in (0, 1, 1)] + [{"text": "prune the head"}]
+    lines, task = [json.dumps(item) + "\n" for item in items], tmp_path / "task.jsonl"
+    task.write_text("".join(lines))
+    sizes = {"target": {"num_layers": 2}, "depth": {"method": "greedy", "metric": "task", "task": str(task), "micro_batch_size": 4}}
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", **sizes)
+    assert [on_rank(stage, recipe).code for stage in ("depth", "plan")] == [0, 0]
+    found = json.loads((tmp_path / "out" / "depth.json").read_text())
+    assert [len(layers) for layers, _ in found["trials"]] == [1, 2]
+    assert {share * 4 for share in [found["base_accuracy"], *found["accuracies"]]} <= {1, 2, 3}
+    assert PrunePlan.load(tmp_path / "out" / "plan.json").layers == sorted({0, 1, 2, 3} - set(found["trials"][-1][0]))
+    task.write_text("".join(lines[:2]))
+    refused(on_rank("plan", recipe), "depth.json was made from something else", "input task: ")
+    refused(on_rank("compress", recipe, "depth.task=nowhere.jsonl"), "depth.task: there is no file nowhere.jsonl")
+
+
 REMOTE = ("teacher.placement=remote", "teacher.window=2")
 
 

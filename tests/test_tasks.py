@@ -30,7 +30,7 @@ def encode(texts):
     return [[ord(c) % (ARCH.vocab_size - 1) + 1 for c in text] for text in texts]
 
 
-def dense_scores(weights, items):
+def dense_scores(weights, items, arch=ARCH):
     """[(log p, all most likely)] for each option, one at a time."""
     found = []
     for item in items:
@@ -38,18 +38,21 @@ def dense_scores(weights, items):
             (tokens,), (before,) = encode([f"{context} {ending}"]), encode([context])
             start, cut = len(before), max(0, len(tokens) - SEQUENCE_LENGTH - 1)
             tokens, start = torch.tensor(tokens[cut:]), max(1, start - cut)
-            z = reference.logits(ARCH, weights, tokens[None, :-1])[0, start - 1 :, : ARCH.vocab_size]
+            z = reference.logits(arch, weights, tokens[None, :-1])[0, start - 1 :, : arch.vocab_size]
             log_p = F.log_softmax(z, -1).gather(-1, tokens[start:, None])
             found.append((log_p.sum().item(), bool((z.argmax(-1) == tokens[start:]).all())))
     return found
 
 
+def write_files(folder):
+    for name, rows in (("choices", CHOICES), ("words", WORDS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tasks")
-    for name, rows in (("choices", CHOICES), ("words", WORDS)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+    return write_files(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

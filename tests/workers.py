@@ -94,22 +94,40 @@ def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset
 
 
 def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
-    """(scores of all options, result of choices.jsonl, of words.jsonl); a token for each character."""
-    from minitron_mp import tasks
-    from minitron_mp.data import Tokenizer
+    """(scores of all options, result of choices.jsonl, of words.jsonl)."""
+    from minitron_mp import spans, tasks
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts]
-
-    tokenizer = Tokenizer(encode, arch.vocab_size, 0)
+    tokenizer = characters(arch)
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
         choices, words = (tasks.read_items(path / f"{name}.jsonl") for name in ("choices", "words"))
-        rows = tasks._rows(choices + words, tokenizer, SEQUENCE_LENGTH)
-        scores = tasks._scores(chunks, rows, world, SEQUENCE_LENGTH, 2, arch.vocab_size, 0, lambda: None)
+        rows = tasks.rows_of(choices + words, tokenizer, SEQUENCE_LENGTH)
+        scores = spans.score_rows(chunks, rows, world, micro_batch_size=2, vocab_size=arch.vocab_size, eod=0)
         options = {"sequence_length": SEQUENCE_LENGTH, "micro_batch_size": 2, "vocab_size": arch.vocab_size}
         found = [tasks.judge({"m": chunks}, items, tokenizer, world, **options)["m"] for items in (choices, words)]
         return scores, *found
+
+
+def characters(arch: Arch) -> Any:
+    """A tokenizer with a token for each character."""
+    from minitron_mp.data import Tokenizer
+
+    return Tokenizer(lambda texts: [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts], arch.vocab_size, 0)
+
+
+def ablate_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path, candidates: list[frozenset[int]], gone: frozenset[int]) -> list[Any]:
+    """Scores of all options of choices.jsonl and words.jsonl without the layers `gone`, and without those of each candidate."""
+    from minitron_mp.ablation import scores_without
+    from minitron_mp.tasks import read_items, rows_of
+
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        for chunk in chunks:
+            chunk.eval()
+        rows = rows_of([item for name in ("choices", "words") for item in read_items(path / f"{name}.jsonl")], characters(arch), SEQUENCE_LENGTH)
+        options = {"gone": gone, "micro_batch_size": 2, "vocab_size": arch.vocab_size, "eod": 0}
+        base, others = scores_without(chunks, rows, world, candidates, **options)
+        return [base, *others]
 
 
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
