@@ -189,6 +189,9 @@ RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
 RESUMED_LAYOUTS = ("one", "tp2-sp", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-vpp2-sp", "tp2-dp2-sp", "pp2-dp2", "tp4-sp")
 CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"steps"}), steps=2)
 """Cross-entropy alone, without a teacher."""
+MEANWHILE = CORRECT.model_copy(update={"steps": 3})
+"""Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
+MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "tp2-dp2-sp", "tp2-cp2-sp", "tp2-pp2-sp")
 CORRECT_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
 
 

@@ -7,7 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import reference
-from cases import ARCHS, BY_NAME, CASES, DISTILL, GLOBAL_BATCH_SIZE, RESUME_AT, STEPS, TRAINED, Layout, make_samples, make_weights, pairs, saved_axes, variants
+from cases import (
+    ARCHS,
+    BY_NAME,
+    CASES,
+    DISTILL,
+    GLOBAL_BATCH_SIZE,
+    MEANWHILE,
+    RESUME_AT,
+    STEPS,
+    TRAINED,
+    Layout,
+    make_samples,
+    make_weights,
+    pairs,
+    saved_axes,
+    variants,
+)
 from torch import Tensor
 
 ONE = BY_NAME["one"]
@@ -79,6 +95,11 @@ class Results:
         """workers_training.train_variants of cases.variants(), for qwen3, by rank."""
         case = {"output": self.root / "variants" / layout.name, "variants": variants(layout)}
         return self.once(("variants", layout), lambda: self.ranks(layout.ranks, "workers_training.train_variants", **case, **self._training("qwen3", layout)))
+
+    def corrected_meanwhile(self, layout: Layout) -> list[dict[str, Any]]:
+        """workers_training.correct_meanwhile, for qwen3, by rank."""
+        case = {"output": self.root / "meanwhile" / layout.name, "correct": MEANWHILE, **self._training("qwen3", layout)}
+        return self.once(("meanwhile", layout), lambda: self.ranks(layout.ranks, "workers_training.correct_meanwhile", **case))
 
     def streamed(self, payload: str, layout: Layout, teacher: Layout | None, window: int = 3) -> list[Any]:
         """Steps of trained("qwen3") with the teacher elsewhere, or with one here that hands over this payload."""

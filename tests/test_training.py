@@ -13,6 +13,7 @@ from cases import (
     CORRECT,
     CORRECT_LAYOUTS,
     DISTILL,
+    MEANWHILE_LAYOUTS,
     OVERLAP_LAYOUTS,
     RECOMPUTE_LAYOUTS,
     RESUME_AT,
@@ -175,3 +176,20 @@ def test_bf16_trains(results, ranks):
     assert losses[-1] < 0.9 * losses[0]
     # 8 bits of mantissa in 5 layers of teacher and student; 3e-3 seen.
     assert math.isclose(losses[0], one_rank(results)[0].loss, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("layout", MEANWHILE_LAYOUTS)
+def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout):
+    """Bitwise, and over a resume as well; what it teaches in a step is what it has learned before it."""
+    first = results.corrected_meanwhile(BY_NAME[layout])[0]
+    assert [m.step for m in first["unbroken"]["teacher"]] == [1, 2, 3]
+    for run in ("unbroken", "resumed"):
+        for name in ("loss", "ce", "grad_norm", "lr", "num_tokens"):
+            assert [getattr(m, name) for m in first[run]["teacher"]] == [getattr(m, name) for m in first["alone"]], name
+    student, again = (first[run]["student"] for run in ("unbroken", "resumed"))
+    assert len(student) == STEPS
+    assert_close(again, student, tolerance=0)
+    assert all(rank["bitwise"] for rank in results.corrected_meanwhile(BY_NAME[layout]))
+    assert math.isclose(student[1].kl, first["kl to the second"], rel_tol=ROUNDING)
+    assert not math.isclose(student[1].kl, first["kl to the first"], rel_tol=1e-3)
+    assert_close(student, results.corrected_meanwhile(BY_NAME["one"])[0]["unbroken"]["student"])

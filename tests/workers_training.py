@@ -19,6 +19,7 @@ from workers import gather, joined, load, manifest
 from minitron_mp import checkpoint, trainer
 from minitron_mp.arch import Arch
 from minitron_mp.config import Correct, Distill
+from minitron_mp.correction import LearningTeacher
 from minitron_mp.evaluate import compare
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
@@ -72,6 +73,49 @@ def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch
     return found
 
 
+def correct_meanwhile(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, correct: Correct) -> dict[str, Any]:
+    """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone; and how far
+    the student of the first step is from the teacher of the first and of the second, on the batch of the second.
+
+    Curves are rank 0's, [] elsewhere.
+    """
+    distil, folder, found = settings(layout).model_copy(update={"temperature": 1.0}), output / "meanwhile", {}  # compare() has no other
+    correct = correct.model_copy(update={"micro_batch_size": distil.micro_batch_size})
+    with joined(layout) as world:
+
+        def start(curve: list[StepMetrics]) -> LearningTeacher:
+            chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, training=correct)
+            checkpoint.load_model(chunks, teacher, world)
+            state = {"checkpoints": None, "manifest": manifest("distill")}
+            return LearningTeacher(trainer.Run(chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state))
+
+        for name, parts in (("unbroken", (None,)), ("resumed", (RESUME_AT, None))):
+            students, teachers = [], []
+            for number, stop_after in enumerate(parts):
+                learner = start(teachers)
+                begin = student if number == 0 else None
+                run = Runner(world, learner, distil)(student_arch, begin, folder / name, stop_after=stop_after, companion=learner)
+                learner.close()
+                students += run.metrics
+            weights = [parameter.detach().clone() for chunk in learner.chunks for parameter in chunk.parameters()]
+            found[name] = {"student": students, "teacher": teachers, "weights": run.weights + weights}
+        found["bitwise"] = all(map(torch.equal, found["unbroken"].pop("weights"), found["resumed"].pop("weights")))
+        # The teacher alone, and the student of the first step against the teacher of the second.
+        alone = correct.model_copy(update={"checkpoint_interval": 1, "keep_checkpoints": 9})
+        found["alone"] = Runner(world, None, alone)(arch, teacher, output / "alone").metrics
+        learner = start([])
+        once = Runner(world, learner, distil)(student_arch, student, folder / "once", stop_after=1, companion=learner)
+        learner.close()
+        chunks = load(student_arch, student, world)
+        for parameter, weight in zip((parameter for chunk in chunks for parameter in chunk.parameters()), once.weights):
+            parameter.data.copy_(weight)
+        batches = micro_batches(make_samples(arch, 1, distil.global_batch_size), distil.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
+        for name, place in (("first", teacher), ("second", output / "alone" / "step_00000001")):
+            frozen = ColocatedTeacher(arch, place, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+            found[f"kl to the {name}"] = compare({"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size)[""].kl
+        return found
+
+
 @contextmanager
 def small_buckets() -> Iterator[None]:
     """Megatron's buckets of gradients hold 40 million and more: these models would fit in one."""
@@ -117,7 +161,14 @@ class Runner:
     """Something by which two runs can differ."""
 
     def __call__(
-        self, arch: Arch, start: Path | None, checkpoints: Path, *, stop_after: int | None = None, batch_of_step: Callable[[int], int] = lambda step: step
+        self,
+        arch: Arch,
+        start: Path | None,
+        checkpoints: Path,
+        *,
+        stop_after: int | None = None,
+        batch_of_step: Callable[[int], int] = lambda step: step,
+        companion: Any = None,
     ) -> Run:
         """start: the student's first weights; None leaves them as they come, for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
@@ -129,7 +180,13 @@ class Runner:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
             return micro_batches(samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
 
-        options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": manifest("distill", lr=self.lr_in_manifest)}
+        options = {
+            "vocab_size": arch.vocab_size,
+            "seed": 3,
+            "checkpoints": checkpoints,
+            "manifest": manifest("distill", lr=self.lr_in_manifest),
+            "companion": companion,
+        }
         train(chunks, self.teacher, batches_of, chosen, world, **options, on_step=metrics.append, stop_after=stop_after)
         return Run(metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()])
 
