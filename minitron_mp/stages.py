@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable, resolve_target
 from minitron_mp.schedule import Batch, run
+from minitron_mp.speed import measure
 from minitron_mp.tasks import judge, read_items
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, metrics_line, resume_step, train
@@ -40,6 +42,8 @@ CHECKPOINTS = "checkpoints"
 """Beside the artefacts while a stage trains, a folder for each."""
 READ_BYTES = 2e9
 """Tensors that export holds at a time."""
+SPEED_SHARE, SPEED_S = 0.03, 2.0
+"""Share of the time of evaluate, and at least so many seconds, after which the measurement of speed repeats nothing more."""
 
 
 @dataclass(frozen=True)
@@ -241,18 +245,25 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int],
 
 
 def evaluate(job: Job) -> None:
-    """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text."""
-    settings = job.recipe.evaluate
+    """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text.
+
+    Then their scores in tasks, and their speed, which changes from run to run and so is no part of what the manifest says.
+    """
+    settings, start = job.recipe.evaluate, time.monotonic()
     teacher = job.teacher()
     models = {"uncorrected": job.build("import")} if job.recipe.correct else {}
     if job.recipe.tutor != job.recipe.base:
         models["unpruned"] = job.build(job.recipe.base)
     models |= {"pruned": job.build("prune"), "distilled": job.build("distill")}
     count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
+    vocab_size, every = job.arch("import").vocab_size, {"teacher": teacher.chunks, **models}
     with Tracker("evaluate", count, "batches") as tracker:
-        quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
-    tasks = _judge_tasks(job, {"teacher": teacher.chunks, **models})
+        quality = compare(models, teacher, groups, job.world, vocab_size=vocab_size, progress=lambda: tracker.advance(1))
+    tasks = _judge_tasks(job, every)
+    shape = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": settings.micro_batch_size, "vocab_size": vocab_size}
+    speed = measure(every, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start)))
     content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks}
+    content["speed"] = speed.model_dump()
     on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))
 
 
