@@ -67,7 +67,7 @@ def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = 
 
 @app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write report.md again from the artefacts."""
+    """Write report.md and report.html again from the artefacts."""
     resolved = load_recipe(recipe, overrides or [])
     from minitron_mp import artifact
     from minitron_mp.pipeline import Project
