@@ -34,7 +34,7 @@ def quality(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
     shapes, rates = _rates(found) if speed else ([], {})
     rows = [_row(name, arch, recipe, plan.teacher, found[name], rates.get(name, [])) for name, arch in archs.items() if name in found]
     header = ["model", "parameters", "of teacher", "held-out loss", "perplexity", "KL to teacher", "weights"]
-    return Table([*header, *(f"tokens/s, {samples} x {length}" for samples, length in shapes)], rows)
+    return Table([*header, *(f"tokens/s, {samples}\u00a0x\u00a0{length}" for samples, length in shapes)], rows)
 
 
 def _row(name: str, arch: Arch, recipe: Recipe, base: Arch, q: dict[str, Any], rates: list[str]) -> list[str]:
@@ -59,8 +59,9 @@ def speed_note(found: dict[str, Any]) -> list[str]:
     passes = "one pass" if repeats == [1] else f"the median of {' to '.join(map(str, dict.fromkeys([repeats[0], repeats[-1]])))} passes"
     place = f"{speed['ranks']} rank{'s' * (speed['ranks'] > 1)}" + (f", {speed['copies']} copies of the model side by side" if speed["copies"] > 1 else "")
     return [
-        f"tokens/s, samples x tokens: measured forward passes of so many samples at once (prefill) in this run's layout, without the output layer, which "
-        f"prefill needs for one token of a sample; {passes} on {speed['device']}; {place}. No serving engine, no decoding: compare the rows, not other programs."
+        "tokens/s, samples x tokens: measured forward passes of so many samples at once (prefill) in this run's layout, without the output layer, "
+        f"which prefill needs for one token of a sample; {passes} on {speed['device']}; {place}. No serving engine, no decoding: "
+        "compare the rows, not other programs."
     ]
 
 
@@ -83,6 +84,7 @@ def headline(table: Table, found: dict[str, Any]) -> str:
     rows = {row[0]: dict(zip(table.header, row)) for row in table.rows}
     teacher, pruned, student = (rows[name] for name in ("teacher", "pruned", "distilled"))
     return (
-        f"The student has {student['parameters']} parameters, {student['of teacher']} of what it was cut from; on {found['distilled']['num_tokens']:,} "
-        f"held-out tokens its perplexity is {student['perplexity']}, the teacher's is {teacher['perplexity']}, and it was {pruned['perplexity']} before distillation."
+        f"The student has {student['parameters']} parameters, {student['of teacher']} of what it was cut from; on "
+        f"{found['distilled']['num_tokens']:,} held-out tokens its perplexity is {student['perplexity']}, "
+        f"the teacher's is {teacher['perplexity']}, and it was {pruned['perplexity']} before distillation."
     )

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from minitron_mp.page import Figure
 
 INK, SOFT, KEPT, CUT = "#1b1f24", "#57606a", "#0b57a4", "#b35900"
+HATCHED = {"facecolor": "#f3dfcc", "edgecolor": CUT, "hatch": "///"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "minitron",  # the same numbers give the same file
@@ -43,7 +44,7 @@ STYLE = {
     "legend.fontsize": 8.5,
     "hatch.linewidth": 0.6,
 }
-SMALL, WIDE = (4.8, 3.0), (9.6, 2.9)
+SMALL, HEAT, WIDE = (3.9, 2.7), (3.9, 3.3), (9.4, 2.6)
 """Inches."""
 POINTS, BINS = 128, 64
 """Of a curve, and along the ranks of a heat map: what a screen can show."""
@@ -58,9 +59,7 @@ def kept_layers(num_layers: int, shares: Mapping[str, Mapping[int, float]]) -> F
     names = ", ".join(map(str, dropped)) or "none"
     with _drawing("What stays of each layer", f"Of {num_layers} layers {len(kept)} stay; dropped: {names}.", WIDE, wide=True) as (ax, done):
         for layer in dropped:
-            ax.axvspan(
-                layer - 0.5, layer + 0.5, facecolor="#f3dfcc", edgecolor=CUT, hatch="///", linewidth=0, label="_" * (layer > dropped[0]) + "layer dropped"
-            )
+            ax.axvspan(layer - 0.5, layer + 0.5, **HATCHED, linewidth=0, label="layer dropped" if layer == dropped[0] else None)
         for (axis, values), colour, marker in zip(shares.items(), (KEPT, "#3f8f5f"), ("o", "s")):
             # A gap where layers are dropped.
             ax.plot(range(num_layers), [values.get(layer, np.nan) for layer in range(num_layers)], marker, color=colour, ls="-", ms=4, lw=1.2, label=axis)
@@ -72,20 +71,18 @@ def kept_layers(num_layers: int, shares: Mapping[str, Mapping[int, float]]) -> F
     return done()
 
 
-def curve(title: str, scores: np.ndarray, keep: int, unit: str, lines: str = "") -> Figure:
-    """Scores sorted from the largest, one line a row of [rows, n], with the cut after the first `keep`. lines: what a row is."""
+def curve(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure:
+    """Scores sorted from the largest, one line a row of [rows, n], with the cut after the first `keep`."""
     ordered, n = -np.sort(-scores, axis=1), scores.shape[1]
     picked = np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(int))
     cut = f"The first {keep:,} of {n:,} stay." if keep < n else f"All {n:,} stay."
     with _drawing(title, f"Importance scores, largest first. {cut}") as (ax, done):
-        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(ordered))) if len(ordered) > 1 else [KEPT]
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.78, len(ordered))) if len(ordered) > 1 else [KEPT]
         for row, colour in zip(ordered, colours):
             ax.plot(picked + 1, row[picked], color=colour, lw=0.8 if len(ordered) > 1 else 1.6, marker="o" if n < 24 else None, ms=2.5)
         _mark_cut(ax, keep, n)
         if ordered.min() > 0 and ordered.max() > 8 * ordered.min():
             ax.set_yscale("log")
-        if lines:
-            ax.text(0.98, 0.97, lines, transform=ax.transAxes, ha="right", va="top", fontsize=8, color=SOFT)
         ax.set(xlabel=f"{unit}, by rank", ylabel="score")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     return done()
@@ -93,27 +90,26 @@ def curve(title: str, scores: np.ndarray, keep: int, unit: str, lines: str = "")
 
 def _mark_cut(ax: Any, keep: int, n: int) -> None:
     if keep < n:
-        ax.axvspan(keep + 0.5, n + 0.5, facecolor="#f3dfcc", alpha=0.6, edgecolor=CUT, hatch="///", linewidth=0)
+        ax.axvspan(keep + 0.5, n + 0.5, **HATCHED, alpha=0.6, linewidth=0)
         ax.axvline(keep + 0.5, color=CUT, lw=1.2)
-        ax.annotate(
-            f"cut after {keep:,}", (keep + 0.5, 0.02), xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", ha="right", color=CUT
-        )
+        _note(ax, f"cut after {keep:,}", keep + 0.5)
+
+
+def _note(ax: Any, text: str, x: float) -> None:
+    """Above the axes, centred at x, or ending there where the right edge is near."""
+    low, high = ax.get_xlim()
+    near = (x - low) / (high - low) > 0.8
+    ax.annotate(text, (x, 1.01), xycoords=("data", "axes fraction"), ha="right" if near else "center", va="bottom", color=CUT)
 
 
 def layer_bars(title: str, values: Mapping[int, float], dropped: Sequence[int], label: str, base: float | None = None) -> Figure:
     """A bar a layer; those that go are hatched. base: a line for the whole model, which bars start from."""
     gone = f"Dropped: {', '.join(map(str, dropped))}." if len(dropped) else "No layer is dropped."
     with _drawing(title, f"{label} of {len(values)} layers. {gone}") as (ax, done):
-        for group, style in ((dropped, {"color": "#f3dfcc", "edgecolor": CUT, "hatch": "///"}), (sorted(set(values) - set(dropped)), {"color": KEPT})):
-            if rows := [layer for layer in group if layer in values]:
-                ax.bar(
-                    rows,
-                    [values[layer] - (base or 0) for layer in rows],
-                    bottom=base or 0,
-                    width=0.75,
-                    label="dropped" if group is dropped else "kept",
-                    **style,
-                )
+        for name, style in (("kept", {"color": KEPT}), ("dropped", HATCHED)):
+            rows = [layer for layer in values if (layer in dropped) == (name == "dropped")]
+            if rows:
+                ax.bar(rows, [values[layer] - (base or 0) for layer in rows], bottom=base or 0, width=0.75, label=name, **style)
         if base is not None:
             ax.axhline(base, color=INK, lw=1, ls="--", label=f"whole model {base:.3f}")
         if len(dropped) or base is not None:
@@ -154,12 +150,12 @@ def heat_by_rank(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure
     ordered, n = -np.sort(-scores, axis=1), scores.shape[1]
     parts = np.array_split(np.arange(n), min(n, BINS))
     binned = np.stack([ordered[:, part].mean(1) for part in parts], 1) / scores.mean(1, keepdims=True)
-    with _drawing(title, f"Each row is a layer, its {n:,} {unit} sorted by score; {_extent(binned)}", (4.8, 3.5)) as (ax, done):
+    with _drawing(title, f"Each row is a layer, its {n:,} {unit} sorted by score; {_extent(binned)}", HEAT) as (ax, done):
         _heat(ax, binned, (0.5, n + 0.5))
         if keep < n:
             ax.axvline(keep + 0.5, color="#fff", lw=3)
             ax.axvline(keep + 0.5, color=CUT, lw=1.4)
-            ax.annotate(f"cut after {keep:,}", (keep + 0.5, 1.01), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=CUT)
+            _note(ax, f"cut after {keep:,}", keep + 0.5)
         ax.set(xlabel=f"{unit}, by rank in the layer", ylabel="layer")
     return done()
 
@@ -169,7 +165,7 @@ def heat_heads(title: str, scores: np.ndarray, kept: Mapping[int, Sequence[int]]
     relative = scores / scores.mean(1, keepdims=True)
     cut = [(head, layer) for layer in range(len(scores)) for head in range(scores.shape[1]) if head not in kept.get(layer, ())]
     text = f"Each row is a layer, each column one of {scores.shape[1]} heads; {_extent(relative)} {len(cut)} of {scores.size} are cut."
-    with _drawing(title, text, (4.8, 3.5)) as (ax, done):
+    with _drawing(title, text, HEAT) as (ax, done):
         _heat(ax, relative, (-0.5, scores.shape[1] - 0.5))
         if cut:
             ax.plot(*zip(*cut), "x", color=CUT, ms=4, mew=1.2, clip_on=False)

@@ -88,15 +88,14 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
     """Figures only; the numbers are in importance.safetensors and depth.json."""
     teacher, student = plan.teacher, plan.student
     groups = importance.heads.reshape(-1, teacher.heads_per_group) if teacher.heads_per_group > 1 else importance.heads
-    where = "a line a layer, from the first (dark) to the last (light)"
+    per_group = student.heads_per_group if groups is not importance.heads else teacher.num_attention_heads  # alone in their groups none is cut
     parts: list[Part] = [
+        "Lines and rows from the first layer (dark) to the last (light). Scores of different axes do not compare.",
         figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
         *([figures.trials(method, trials.base, trials.trials, plan.layers)] if trials else []),
         figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
-        figures.curve("Neurons (ffn)", importance.ffn, student.ffn_hidden_size, "neuron", where),
-        figures.curve(
-            "Heads of a query group", groups, student.heads_per_group if groups is not importance.heads else groups.shape[1], "head", "a line a group"
-        ),
+        figures.curve("Neurons (ffn), a line a layer", importance.ffn, student.ffn_hidden_size, "neuron"),
+        figures.curve("Heads, a line a query group", groups, per_group, "head"),
         figures.heat_by_rank("Neurons of each layer", importance.ffn, student.ffn_hidden_size, "neurons"),
         figures.heat_heads("Heads of each layer", importance.heads, dict(zip(plan.layers, plan.heads))),
     ]

@@ -22,6 +22,7 @@ from minitron_mp import artifact, checkpoint, data, hf, importance, signals, sli
 from minitron_mp.ablation import losses_without
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
+from minitron_mp.card import CARD, model_card, source_card
 from minitron_mp.config import InputError, Recipe, Training, must_divide, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.evaluate import compare
@@ -89,6 +90,7 @@ def import_model(job: Job) -> None:
     """Hugging Face folder -> sharded checkpoint, in the folder's dtype. Each rank converts every world-size-th layer."""
     source = Path(job.recipe.model if job.manifest.stage == "import" else job.recipe.teacher.model or "")
     arch = hf.read_arch(source)
+    source_card(source)  # refused now, not by the export hours later
     weights, mine = hf.Weights(source, arch), {}
     keys = [(key, layer) for key, layer in hf.canonical_keys(arch) if (layer or 0) % dist.get_world_size() == dist.get_rank()]
     failure: Exception | None = None
@@ -103,7 +105,7 @@ def import_model(job: Job) -> None:
 
     def copy_assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
-        for path in hf.assets(source):
+        for path in hf.assets(source) + [source / CARD] * (source / CARD).is_file():  # the card changes no model: no fingerprint has it
             shutil.copy(path, folder / ASSETS)
 
     checkpoint.save(mine, job.output, job.manifest.model_copy(update={"arch": arch}), copy_assets)
@@ -282,7 +284,7 @@ def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, 
 
 
 def export(job: Job) -> None:
-    """Sharded checkpoint -> Hugging Face folder that transformers loads."""
+    """Sharded checkpoint -> Hugging Face folder that transformers loads, with a model card."""
     arch = job.arch("distill")
     settings = job.recipe.export
     as_written = exportable(arch, settings.family)
@@ -294,6 +296,8 @@ def export(job: Job) -> None:
         if job.world.is_main:
             with artifact.writing(job.output, job.manifest.model_copy(update={"arch": as_written})) as folder:
                 hf.write_folder(folder, job.paths["import"] / ASSETS, as_written, dtype, tensors)
+                card = model_card(job.recipe, job.paths, job.manifest, as_written.family, job.paths["import"] / ASSETS)
+                (folder / CARD).write_text(card, encoding="utf-8")
     except InputError as error:
         failure = error
     except (OSError, SafetensorError) as error:

@@ -15,9 +15,9 @@ LAYERS = [
     "config arch artifact plan cost",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
-    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing stream cache teacher evaluate tasks",
+    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing stream cache teacher evaluate speed tasks",
     "trainer",
-    "stages signals precheck pipeline report bridge console cli __main__ __init__",
+    "page figures facts card report stages signals precheck pipeline bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {
@@ -27,6 +27,9 @@ ONLY_IN = {
     "transformer_engine": {"precision", "model"},
     "transformers": {"hf", "data"},
     "triton": {"kernels"},
+    "matplotlib": {"figures"},
+    "jinja2": {"page"},
+    "huggingface_hub": {"card"},
     "os.environ": {"parallel", "console"},  # console asks for RANK before torch is imported
     "os.getenv": set(),
 }
