@@ -33,6 +33,11 @@ STYLE = {
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 8.5,
+    "axes.titlecolor": SOFT,
+    "axes.titlepad": 5,
+    "axes.labelpad": 2,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e4e8ec",
@@ -64,10 +69,10 @@ def kept_layers(num_layers: int, shares: Mapping[str, Mapping[int, float]]) -> F
             # A gap where layers are dropped.
             ax.plot(range(num_layers), [values.get(layer, np.nan) for layer in range(num_layers)], marker, color=colour, ls="-", ms=4, lw=1.2, label=axis)
         low = min(min(values.values()) for values in shares.values())
-        ax.set(xlim=(-0.6, num_layers - 0.4), ylim=(max(0.0, np.floor(low * 10 - 0.5) / 10), 1.02), xlabel="layer", ylabel="importance kept")
+        ax.set(xlim=(-0.6, num_layers - 0.4), ylim=(max(0.0, np.floor(low * 10 - 0.5) / 10), 1.02), xlabel="layer", title="importance kept")
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=3, borderaxespad=0)
     return done()
 
 
@@ -83,7 +88,7 @@ def curve(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure:
         _mark_cut(ax, keep, n)
         if ordered.min() > 0 and ordered.max() > 8 * ordered.min():
             ax.set_yscale("log")
-        ax.set(xlabel=f"{unit}, by rank", ylabel="score")
+        ax.set(xlabel=f"{unit}, by rank", title="score")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     return done()
 
@@ -114,7 +119,7 @@ def layer_bars(title: str, values: Mapping[int, float], dropped: Sequence[int], 
             ax.axhline(base, color=INK, lw=1, ls="--", label=f"whole model {base:.3f}")
         if len(dropped) or base is not None:
             ax.legend(loc="best")
-        ax.set(xlabel="layer", ylabel=label)
+        ax.set(xlabel="layer", title=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     return done()
 
@@ -139,7 +144,7 @@ def trials(method: str, base: float, found: Sequence[tuple[Sequence[int], float]
             for i, ((out, loss), before) in enumerate(zip(found, [(), *(out for out, _ in found)])):
                 (layer,) = set(out) - set(before)
                 ax.annotate(str(layer), (x[i], loss), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=SOFT)
-        ax.set(xlabel="layers dropped (the figure: which one)" if greedy else "first layer of the block", ylabel="loss (nats a token)")
+        ax.set(xlabel="layers dropped (the figure: which one)" if greedy else "first layer of the block", title="loss (nats a token)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         ax.legend(loc="best")
     return done()
@@ -156,7 +161,7 @@ def heat_by_rank(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure
             ax.axvline(keep + 0.5, color="#fff", lw=3)
             ax.axvline(keep + 0.5, color=CUT, lw=1.4)
             _note(ax, f"cut after {keep:,}", keep + 0.5)
-        ax.set(xlabel=f"{unit}, by rank in the layer", ylabel="layer")
+        ax.set(xlabel=f"{unit}, by rank in the layer", title="layer")
     return done()
 
 
@@ -170,7 +175,7 @@ def heat_heads(title: str, scores: np.ndarray, kept: Mapping[int, Sequence[int]]
         if cut:
             ax.plot(*zip(*cut), "x", color=CUT, ms=4, mew=1.2, clip_on=False)
             ax.annotate("x cut", (1, 1.01), xycoords="axes fraction", ha="right", va="bottom", color=CUT)
-        ax.set(xlabel="head", ylabel="layer")
+        ax.set(xlabel="head", title="layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     return done()
 
@@ -184,8 +189,8 @@ def _heat(ax: Any, values: np.ndarray, span: tuple[float, float]) -> None:
     norm = BoundaryNorm(LEVELS, 256, extend="max")
     extent = (*span, len(values) - 0.5, -0.5)
     image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="YlGnBu", norm=norm, extent=extent)
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03, spacing="uniform", format="%g")
-    bar.set_label("score, in means of the layer", fontsize=8)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.12, pad=0.04, aspect=18, spacing="uniform", format="%g")
+    bar.ax.set_title("x mean", fontsize=8, color=INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
@@ -204,13 +209,13 @@ def training(name: str, metrics: Sequence[Mapping[str, float]]) -> list[Figure]:
 
 def _lines(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float]], unit: str) -> Figure:
     ends = "; ".join(f"{label} from {values[0]:.4g} to {values[-1]:.4g}" for label, values in series.items())
+    top = max(map(max, series.values()))
+    power = int(np.floor(np.log10(top))) if 0 < top < 0.01 else 0  # ticks of few digits
     with _drawing(title, f"Over {len(steps)} steps: {ends}.") as (ax, done):
         for (label, values), colour, style in zip(series.items(), (KEPT, CUT), ("-", "--")):
-            ax.plot(steps, values, style, color=colour, lw=1.3, label=label, marker="o" if len(steps) < 4 else None)
-        ax.set(xlabel="step", ylabel=unit)
+            ax.plot(steps, np.array(values) / 10.0**power, style, color=colour, lw=1.3, label=label, marker="o" if len(steps) < 4 else None)
+        ax.set(xlabel="step", title=unit + f" / 1e{power}" * bool(power))
         ax.set_ylim(bottom=0)
-        if max(map(max, series.values())) < 0.01:
-            ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if len(series) > 1 or label != title.rpartition(": ")[2]:
             ax.legend(loc="best")
@@ -229,7 +234,7 @@ def pareto(title: str, points: Sequence[tuple[str, float, float, bool]], x_label
         for name, x, y, _ in points:
             ax.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=SOFT)
         ax.margins(0.12)
-        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.set(xlabel=x_label, title=y_label)
         ax.legend(loc="best")
     return done()
 
@@ -237,9 +242,12 @@ def pareto(title: str, points: Sequence[tuple[str, float, float, bool]], x_label
 @contextmanager
 def _drawing(title: str, text: str, size: tuple[float, float] = SMALL, *, wide: bool = False) -> Iterator[tuple[Any, Callable[[], Figure]]]:
     """Axes to draw on, and what makes a Figure of them afterwards."""
-    canvas = Canvas(figsize=size, layout="constrained")
+    canvas = Canvas(figsize=size)
+    width, height = size
     with matplotlib.rc_context(STYLE):
-        yield canvas.subplots(), lambda: Figure(title, _svg(canvas, f"{title}. {text}"), text, wide)
+        # The same margins everywhere, in inches: a layout engine would draw each figure four times.
+        margins = {"left": 0.5 / width, "right": 1 - 0.12 / width, "bottom": 0.45 / height, "top": 1 - 0.28 / height}
+        yield canvas.subplots(gridspec_kw=margins), lambda: Figure(title, _svg(canvas, f"{title}. {text}"), text, wide)
 
 
 def _svg(canvas: Canvas, label: str) -> str:

@@ -90,7 +90,7 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
     groups = importance.heads.reshape(-1, teacher.heads_per_group) if teacher.heads_per_group > 1 else importance.heads
     per_group = student.heads_per_group if groups is not importance.heads else teacher.num_attention_heads  # alone in their groups none is cut
     parts: list[Part] = [
-        "Lines and rows from the first layer (dark) to the last (light). Scores of different axes do not compare.",
+        "Lines go from the first layer (dark) to the last (light). Scores of different axes do not compare.",
         figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
         *([figures.trials(method, trials.base, trials.trials, plan.layers)] if trials else []),
         figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
