@@ -81,7 +81,8 @@ def curve(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure:
     ordered, n = -np.sort(-scores, axis=1), scores.shape[1]
     picked = np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(int))
     cut = f"The first {keep:,} of {n:,} stay." if keep < n else f"All {n:,} stay."
-    with _drawing(title, f"Importance scores, largest first. {cut}") as (ax, done):
+    several = " A line is darker the earlier its layer." * (len(ordered) > 1)
+    with _drawing(title, f"Importance scores, largest first. {cut}{several}") as (ax, done):
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.78, len(ordered))) if len(ordered) > 1 else [KEPT]
         for row, colour in zip(ordered, colours):
             ax.plot(picked + 1, row[picked], color=colour, lw=0.8 if len(ordered) > 1 else 1.6, marker="o" if n < 24 else None, ms=2.5)

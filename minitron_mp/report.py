@@ -44,6 +44,7 @@ def collect(project: Any) -> Document:
     ]
     if tasks is not None:
         result += ["Scores in tasks: shares of the items, zero-shot, with standard errors.", tasks]
+    files = [(name, f"`{path.relative_to(recipe.root)}`") for name, path in paths.items()]
     sections = [
         Section("Result", result),
         _cut(plan, importance),
@@ -52,7 +53,7 @@ def collect(project: Any) -> Document:
         _training("distill", metrics["distill"], []),
         _cost(metrics),
         *([search_section(artifact.read_json(search, "search")["candidates"])] if search.is_file() else []),
-        Section("Files", [Table(("what", "where"), [(name, f"`{path.relative_to(recipe.root)}`") for name, path in paths.items()], "left")]),
+        Section("Files", [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")]),
         _made(recipe, project.stages, found),
     ]
     return Document(f"{recipe.model} compressed to {quality.rows[-1][2]}", facts.headline(quality, found), sections)
@@ -90,7 +91,6 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
     groups = importance.heads.reshape(-1, teacher.heads_per_group) if teacher.heads_per_group > 1 else importance.heads
     per_group = student.heads_per_group if groups is not importance.heads else teacher.num_attention_heads  # alone in their groups none is cut
     parts: list[Part] = [
-        "Lines go from the first layer (dark) to the last (light). Scores of different axes do not compare.",
         figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
         *([figures.trials(method, trials.base, trials.trials, plan.layers)] if trials else []),
         figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),

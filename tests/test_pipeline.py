@@ -12,60 +12,22 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from cases import BY_NAME, make_samples
-from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, command, environment, make_model, make_recipe_file, make_text, minitron, read_metrics, refused
+from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, Run, command, environment, make_model, make_recipe_file, minitron, read_metrics, refused
 
 from minitron_mp import artifact, load_recipe
 from minitron_mp.pipeline import STAGES, Project
 from minitron_mp.plan import PrunePlan
 
-OUTPUT = ["data", "evaluation.json", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.md"]
+OUTPUT = ["data", "evaluation.json", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.html", "report.md"]
 OUTPUT += ["student", "student_distilled", "student_hf", "teacher", "tensorboard"]
 SMALLER = "target.ffn_hidden_size=64"
 TWO_RANKS = ("parallel.tp=2", "parallel.sequence_parallel=true")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A project on disk, and how the command that made it ended."""
-
-    recipe: Path
-    output: Path
-    done: subprocess.CompletedProcess | None = None
-
-    def project(self, *overrides: str) -> Project:
-        return Project(load_recipe(self.recipe, overrides))
-
-    def to_repeat(self, *overrides: str) -> dict[str, list[str]]:
-        """Stages that are not done, and why."""
-        project = self.project(*overrides)
-        return {name: why for name in STAGES if (why := project.why_not_done(name)) is not None}
-
-    def state(self) -> dict[str, tuple[int, int]]:
-        """Size and time of change of each file of an artefact."""
-        files = (path for stage in STAGES.values() for path in [self.output / stage.artifact, *(self.output / stage.artifact).rglob("*")])
-        return {str(path.relative_to(self.output)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("project")
-    make_model(root / "model")
-    make_text(root / "text")
-    return root
-
-
-@pytest.fixture(scope="module")
-def whole(inputs) -> Run:
-    """A finished project, made by one command in one process."""
-    recipe = make_recipe_file(inputs / "recipe.yaml", inputs / "model", inputs / "text", inputs / "whole")
-    return Run(recipe, inputs / "whole", minitron("compress", recipe))
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +289,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
     assert names(copied.output) == OUTPUT
-    evaluations = [{**json.loads((run.output / "evaluation.json").read_text()), "manifest": None} for run in (whole, copied)]
+    measured = {"manifest": None, "speed": None}
+    evaluations = [{**json.loads((run.output / "evaluation.json").read_text()), **measured} for run in (whole, copied)]
     assert evaluations[0] == evaluations[1]
 
 
