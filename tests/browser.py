@@ -69,8 +69,8 @@ def browse(path: Path, profile: Path) -> Iterator[Page]:
     """The page of a file. profile: a folder that the browser may fill."""
     to_read, to_write = os.pipe(), os.pipe()  # it reads from 3 and writes to 4
     command = [str(BINARY), *QUIET, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-    # A shell moves the descriptors, because Popen keeps their numbers.
-    line = ["sh", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "sh", *command]
+    # A shell moves the descriptors, because Popen keeps their numbers; not sh, which knows those of one digit only.
+    line = ["bash", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "bash", *command]
     process = subprocess.Popen(line, pass_fds=(to_read[0], to_write[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(to_read[0])
     os.close(to_write[1])

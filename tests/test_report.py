@@ -84,15 +84,8 @@ def test_page_has_the_numbers_of_the_artefacts(whole, read):
     assert list(rows) == ["teacher", "pruned", "distilled"]
     for name, arch in (("teacher", plan.teacher), ("pruned", plan.student), ("distilled", plan.student)):
         q, count = found[name], arch.num_parameters()
-        kl, weights = "" if name == "teacher" else f"{q['kl']:.4f}", f"{4 * count / 1e6:.1f} MB fp32"
-        expected = [
-            f"{count:,}",
-            f"{count / plan.teacher.num_parameters():.1%}",
-            f"{q['loss']:.4f}",
-            f"{q['perplexity']:.2f}",
-            kl,
-            f"{4 * count / 1e6:.1f} MB fp32",
-        ]
+        kl, size = "" if name == "teacher" else f"{q['kl']:.4f}", f"{4 * count / 1e6:.1f} MB fp32"
+        expected = [f"{count:,}", f"{count / plan.teacher.num_parameters():.1%}", f"{q['loss']:.4f}", f"{q['perplexity']:.2f}", kl, size]
         assert rows[name] == expected + [f"{one['tokens_per_s']:,.0f}" for one in found["speed"]["models"][name]]
     metrics = read_metrics(whole.output)
     steps = next(table for table in read.tables if table[0][0] == "step")
@@ -167,7 +160,8 @@ def test_search_is_a_table_and_fronts():
     section = report.search_section(candidates())
     table = next(part for part in section.parts if isinstance(part, Table))
     assert [row[0] for row in table.rows] == ["b", "a", "c", "d"]  # longest distilled first, then by loss: never by size
-    assert table.rows[0][1:] == ("80,000,000", "4", "44", "40", "9", "2.2000", "1.1000", "40", "8.0", "chosen")
+    sizes = [str(getattr(ARCHS["llama"], name)) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")]
+    assert table.rows[0][1:] == ("80,000,000", *sizes, "2.2000", "1.1000", "40", "8.0", "chosen")
     plots = [part for part in section.parts if isinstance(part, Figure)]
     assert [plot.text for plot in plots] == ["4 candidates. On the front: c, b, a.", "2 candidates. On the front: b."] * 2
     assert [plot.title.split(" by ")[1] for plot in plots] == ["parameters", "parameters", "latency", "latency"]
@@ -180,7 +174,6 @@ def test_page_in_a_browser(whole, tmp_path):
     """At the width of a telephone and of a screen; with a search, all kinds of sections are there."""
     if browser.BINARY is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    shutil.copytree(whole.output, tmp_path / "out", ignore=shutil.ignore_patterns("teacher", "student", "student_hf", "tensorboard", "data"))
     document = report.collect(whole.project())
     sections = [*document.sections, report.search_section(candidates())]
     (tmp_path / "report.html").write_text(page.html(page.Document(document.title, document.lead, sections)))
