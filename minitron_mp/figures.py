@@ -232,7 +232,9 @@ def pareto(title: str, points: Sequence[tuple[str, float, float, bool]], x_label
         for chosen, style in ((False, {"marker": "o", "color": KEPT, "ms": 5}), (True, {"marker": "D", "color": CUT, "ms": 7, "label": "chosen"})):
             if rows := [(x, y) for _, x, y, mine in points if mine is chosen]:
                 ax.plot(*zip(*rows), ls="none", **style)
-        for name, x, y, _ in points:
+        for name, x, y, chosen in points:
+            if len(points) > 12 and name not in front and not chosen:
+                continue  # too many words to read
             ax.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=SOFT)
         ax.margins(0.12)
         ax.set(xlabel=x_label, title=y_label)

@@ -164,8 +164,8 @@ def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
         last, sizes = _last(c), (c["arch"][name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
         distilled = (f"{last['loss']:.4f}", f"{last['steps']:,}") if last else ("", "")
         latency = "" if c["latency_s"] is None else f"{c['latency_s'] * 1e3:.1f}"
-        rows.append((c["name"], f"{c['parameters']:,}", *(f"{n:,}" for n in sizes), f"{c['pruned_loss']:.4f}", *distilled, latency, "chosen" * c["chosen"]))
-    header = ("candidate", "parameters", "layers", "hidden", "ffn", "heads", "loss as cut", "loss distilled", "steps", "latency (ms)", "")
+        rows.append((c["name"], f"{c['parameters']:,}", *(f"{n:,}" for n in sizes), f"{c['pruned_loss']:.4f}", *distilled, latency, "yes" * c["chosen"]))
+    header = ("candidate", "parameters", "layers", "hidden", "ffn", "heads", "loss as cut", "loss distilled", "steps", "latency (ms)", "chosen")
     scales = [("parameters (millions)", lambda c: c["parameters"] / 1e6)]
     if all(c["latency_s"] is not None for c in candidates):
         scales.append(("latency (ms)", lambda c: c["latency_s"] * 1e3))

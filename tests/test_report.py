@@ -161,7 +161,7 @@ def test_search_is_a_table_and_fronts():
     table = next(part for part in section.parts if isinstance(part, Table))
     assert [row[0] for row in table.rows] == ["b", "a", "c", "d"]  # longest distilled first, then by loss: never by size
     sizes = [str(getattr(ARCHS["llama"], name)) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")]
-    assert table.rows[0][1:] == ("80,000,000", *sizes, "2.2000", "1.1000", "40", "8.0", "chosen")
+    assert table.rows[0][1:] == ("80,000,000", *sizes, "2.2000", "1.1000", "40", "8.0", "yes")
     plots = [part for part in section.parts if isinstance(part, Figure)]
     assert [plot.text for plot in plots] == ["4 candidates. On the front: c, b, a.", "2 candidates. On the front: b."] * 2
     assert [plot.title.split(" by ")[1] for plot in plots] == ["parameters", "parameters", "latency", "latency"]
