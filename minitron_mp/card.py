@@ -99,7 +99,9 @@ def _evaluated(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest) ->
     quality, tasks = facts.quality(recipe, paths, speed=False), facts.tasks(content)
     said = f"On {content['distilled']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token."
     parts: list[Part] = [f"{said} This model is `distilled`.", quality]
-    return [Section("Evaluation", [*parts, *(["Shares of the items, zero-shot, with standard errors.", tasks] if tasks is not None else [])])]
+    if tasks is not None:
+        parts += ["Shares of the items, zero-shot, with standard errors.", tasks]
+    return [Section("Evaluation", parts)]
 
 
 def _limits(recipe: Recipe, family: str, assets: Path) -> list[Part]:

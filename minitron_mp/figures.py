@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from minitron_mp.page import Figure
 
 INK, SOFT, KEPT, CUT = "#1b1f24", "#57606a", "#0b57a4", "#b35900"
-HATCHED = {"facecolor": "#f3dfcc", "edgecolor": CUT, "hatch": "///"}
-STYLE = {
+HATCHED: dict[str, Any] = {"facecolor": "#f3dfcc", "edgecolor": CUT, "hatch": "///"}
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "minitron",  # the same numbers give the same file
     "font.family": "sans-serif",

@@ -172,7 +172,7 @@ def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
     runs = [("as cut", candidates, lambda c: c["pruned_loss"])]
     if longest:
         finalists = [c for c in candidates if (last := _last(c)) and last["steps"] == longest]
-        runs.append((f"after {longest:,} steps of distillation", finalists, lambda c: _last(c)["loss"]))
+        runs.append((f"after {longest:,} steps of distillation", finalists, lambda c: (_last(c) or {})["loss"]))
     plots = []
     for label, of in scales:
         for when, group, loss in runs:
