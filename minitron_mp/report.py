@@ -105,7 +105,7 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
 def _bought(found: dict[str, Any]) -> str:
     """A sentence on what the teacher gained by its correction."""
     before, after = (found[name]["loss"] for name in ("uncorrected", "teacher"))
-    return f"The teacher's held-out loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}); everything below is cut and distilled from it."
+    return f"The teacher's held-out loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}); the student is cut and distilled from it."
 
 
 def _metrics(project: Any, stage: str) -> list[dict[str, float]]:
@@ -123,7 +123,10 @@ def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -
         return Section(title, [*before, "No steps were logged."])
     tokens, seconds = _spent(metrics)
     picked = [metrics[i] for i in sorted({round(x) for x in np.linspace(0, len(metrics) - 1, 11)})]
-    rows = [(str(m["step"]), f"{m['loss']:.4f}", f"{m['kl']:.4f}", f"{m['lr']:.2e}", f"{m['grad_norm']:.2f}") for m in picked]
+    columns = {"step": ("step", "d"), "loss": ("loss", ".4f"), "KL": ("kl", ".4f"), "learning rate": ("lr", ".2e"), "gradient norm": ("grad_norm", ".2f")}
+    if not any(m["kl"] for m in metrics):  # a run without a teacher
+        del columns["KL"]
+    rows = [[format(m[key], form) for key, form in columns.values()] for m in picked]
     return Section(
         title,
         [
@@ -131,7 +134,7 @@ def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -
             f"{len(metrics)} steps, {tokens:,} tokens, {seconds / 60:.1f} minutes, {tokens / seconds:,.0f} tokens/s over all ranks. "
             f"The full curve: `{curve}`, `tensorboard/{stage}`.",
             *figures.training(title, metrics),
-            Table(("step", "loss", "KL", "learning rate", "gradient norm"), rows),
+            Table(list(columns), rows),
         ],
     )
 
