@@ -60,8 +60,8 @@ def speed_note(found: dict[str, Any]) -> list[str]:
     place = f"{speed['ranks']} rank{'s' * (speed['ranks'] > 1)}" + (f", {speed['copies']} copies of the model side by side" if speed["copies"] > 1 else "")
     return [
         "tokens/s, samples x tokens: measured forward passes of so many samples at once (prefill) in this run's layout, without the output layer, "
-        f"which prefill needs for one token of a sample; {passes} on {speed['device']}; {place}. No serving engine, no decoding: "
-        "compare the rows, not other programs."
+        f"which prefill needs for one token of a sample; {passes} on {speed['device']}; {place}. Models of one "
+        "architecture share a measurement. No serving engine, no decoding: compare the rows, not other programs."
     ]
 
 

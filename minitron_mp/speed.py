@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,33 @@ class Speed(BaseModel):
     models: dict[str, list[Prefill]]
 
 
-def measure(models: Mapping[str, list[Any]], world: World, *, sequence_length: int, micro_batch_size: int, vocab_size: int, budget_s: float) -> Speed:
+def measure(
+    models: Mapping[str, list[Any]],
+    kinds: Mapping[str, Hashable],
+    world: World,
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    vocab_size: int,
+    budget_s: float,
+) -> Speed:
     """Speed of each model on a single sample, and on a batch where that is more; the same on every rank, reached by all ranks.
 
+    kinds: name -> architecture and precision. Models of one kind are as fast: the first of them is measured, or noise would tell them apart.
     A batch is micro_batch_size samples, and as many of them as the pipeline has stages. The models must have run microbatches of this size
     just before: they are warm for it, and a pass to warm up is made for the other size only. The models take turns, so that a machine that
     slows down does so for all of them; budget_s: no further round begins after it.
     """
-    p = world.parallel
+    p, first = world.parallel, {kind: name for name, kind in reversed(kinds.items())}
     shapes = list(dict.fromkeys([(1, p.interleaved), (micro_batch_size, p.pp)]))  # samples of a microbatch, microbatches: vpp wants pp of them
-    work = {(name, shape): [_batch(shape[0], sequence_length, vocab_size)] * shape[1] for name in models for shape in shapes}
+    work = {(name, shape): [_batch(shape[0], sequence_length, vocab_size)] * shape[1] for name in kinds if first[kinds[name]] == name for shape in shapes}
     times: dict[tuple[str, tuple[int, int]], list[float]] = {key: [] for key in work}
     budget_s, spent = _slowest(budget_s, world), 0.0
-    for name, chunks in models.items():
-        for chunk in chunks:
+    for (name, shape), batches in work.items():
+        for chunk in models[name]:
             chunk.eval()
-        if micro_batch_size > 1:
-            spent += _timed(chunks, world, work[name, shapes[0]])
+        if shape[0] != micro_batch_size:
+            spent += _timed(models[name], world, batches)
     # Times are the slowest rank's, known to all, so that every rank leaves the loop after the same round.
     for repeat in range(REPEATS):
         if repeat and spent > budget_s:
@@ -68,7 +78,7 @@ def measure(models: Mapping[str, list[Any]], world: World, *, sequence_length: i
             times[name, shape].append(_timed(models[name], world, batches))
             spent += times[name, shape][-1]
     copies = world.groups.dp.size()
-    found = {name: [_prefill(shape, sequence_length, copies, times[name, shape]) for shape in shapes] for name in models}
+    found = {name: [_prefill(shape, sequence_length, copies, times[first[kind], shape]) for shape in shapes] for name, kind in kinds.items()}
     return Speed(device=_device(world), ranks=world.size, copies=copies, models=found)
 
 

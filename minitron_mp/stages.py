@@ -43,7 +43,7 @@ CHECKPOINTS = "checkpoints"
 """Beside the artefacts while a stage trains, a folder for each."""
 READ_BYTES = 2e9
 """Tensors that export holds at a time."""
-SPEED_SHARE, SPEED_S = 0.03, 2.0
+SPEED_SHARE, SPEED_S = 0.04, 2.0
 """Share of the time of evaluate, and at least so many seconds, after which the measurement of speed repeats nothing more."""
 
 
@@ -253,17 +253,20 @@ def evaluate(job: Job) -> None:
     """
     settings, start = job.recipe.evaluate, time.monotonic()
     teacher = job.teacher()
-    models = {"uncorrected": job.build("import")} if job.recipe.correct else {}
+    left_by = {"uncorrected": "import"} if job.recipe.correct else {}
     if job.recipe.tutor != job.recipe.base:
-        models["unpruned"] = job.build(job.recipe.base)
-    models |= {"pruned": job.build("prune"), "distilled": job.build("distill")}
+        left_by["unpruned"] = job.recipe.base
+    left_by |= {"pruned": "prune", "distilled": "distill"}
+    models = {name: job.build(stage) for name, stage in left_by.items()}
     count, groups = _groups(job, "valid", settings.num_samples, settings.micro_batch_size, exact=False)
     vocab_size, every = job.arch("import").vocab_size, {"teacher": teacher.chunks, **models}
     with Tracker("evaluate", count, "batches") as tracker:
         quality = compare(models, teacher, groups, job.world, vocab_size=vocab_size, progress=lambda: tracker.advance(1))
     tasks = _judge_tasks(job, every)
     shape = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": settings.micro_batch_size, "vocab_size": vocab_size}
-    speed = measure(every, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start)))
+    kinds = {name: (job.arch(stage), job.recipe.precision) for name, stage in left_by.items()}
+    kinds = {"teacher": (job.arch(job.recipe.tutor), job.recipe.teacher_precision), **kinds}
+    speed = measure(every, kinds, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start)))
     content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks}
     content["speed"] = speed.model_dump()
     on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))

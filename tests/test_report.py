@@ -243,7 +243,8 @@ def test_speed_is_measured_in_any_layout(ranks, layout, copies, samples):
     found = ranks(place.ranks, "workers.measure_speed", layout=place, arch=ARCHS["qwen3"], micro_batch_size=3, budget_s=0.0)
     assert all(one == found[0] for one in found)
     assert (found[0]["ranks"], found[0]["copies"]) == (place.ranks, copies)
-    assert list(found[0]["models"]) == ["large", "small"]
+    assert list(found[0]["models"]) == ["large", "small", "twin"]
+    assert found[0]["models"]["small"] == found[0]["models"]["twin"] != found[0]["models"]["large"]
     for measured in found[0]["models"].values():
         assert [one["samples"] for one in measured] == samples
         for one in measured:
@@ -254,6 +255,7 @@ def test_speed_is_measured_in_any_layout(ranks, layout, copies, samples):
 def test_speed_of_a_project(whole):
     speed = json.loads((whole.output / "evaluation.json").read_text())["speed"]
     assert set(speed["models"]) == {"teacher", "pruned", "distilled"}
+    assert speed["models"]["pruned"] == speed["models"]["distilled"]
     for measured in speed["models"].values():
         assert [(one["samples"], one["sequence_length"], one["repeats"]) for one in measured] == [(1, 32, 3), (4, 32, 3)]
     assert "thread" in speed["device"]

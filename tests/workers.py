@@ -218,7 +218,10 @@ def score_checkpoint(arch: Arch, folder: Path, samples: dict[str, Tensor], pairs
 
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
-    """speed.measure of two models with random weights."""
+    """speed.measure of a model and a smaller one with random weights, and of one that is said to be of the second's kind."""
+    small = arch.model_copy(update={"ffn_hidden_size": arch.ffn_hidden_size // 2})
     with joined(layout) as world:
-        models = {name: build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True) for name in ("large", "small")}
-        return speed.measure(models, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options).model_dump()
+        build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
+        models = {name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))}
+        kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
+        return speed.measure(models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options).model_dump()
