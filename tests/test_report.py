@@ -17,9 +17,10 @@ from PIL import Image
 from tiny import STEPS, read_metrics
 
 from minitron_mp import card, facts, figures, page, report
-from minitron_mp.config import InputError
+from minitron_mp.config import Depth, InputError
 from minitron_mp.page import Figure, Table
-from minitron_mp.plan import Importance, PrunePlan
+from minitron_mp.pipeline import Project
+from minitron_mp.plan import Importance, PrunePlan, Trials
 
 WIDTHS = (400, 1400)
 
@@ -168,6 +169,22 @@ def test_search_is_a_table_and_fronts():
     few = report.search_section([{**c, "distilled": []} for c in candidates(latency=False)])
     assert len([part for part in few.parts if isinstance(part, Figure)]) == 1
     assert report.front([("x", 1, 2, False), ("y", 1, 1, False), ("z", 2, 1, False)]) == ["y"]
+
+
+def test_files_of_other_stages_have_their_place(whole, tmp_path):
+    """search.json and depth.json, where a project has them."""
+    shutil.copytree(whole.output, tmp_path / "out", ignore=shutil.ignore_patterns("*.distcp", "tensorboard", "data"))
+    first = whole.project()
+    recipe = first.recipe.model_copy(update={"output": str(tmp_path / "out"), "depth": Depth(method="drop")})
+    (tmp_path / "out" / "search.json").write_text(json.dumps({"candidates": candidates()}))
+    project, plan = Project(recipe), PrunePlan.load(first.paths["plan"])
+    (gone,) = {*range(4)} - {*plan.layers}
+    losses = [([layer], 1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
+    Trials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
+    plain, more = report.collect(first), report.collect(project)
+    assert {s.title for s in more.sections} - {s.title for s in plain.sections} == {"Search"}
+    drawn = [{part.title for s in document.sections for part in s.parts if isinstance(part, Figure)} for document in (plain, more)]
+    assert "Loss without one layer" in drawn[1] - drawn[0]
 
 
 def test_page_in_a_browser(whole, tmp_path):
