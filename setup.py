@@ -15,13 +15,15 @@ CORE = [
     "tokenizers",
     "sentencepiece>=0.2",
     "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "jinja2>=3.1",  # torch asks for it, too
+    "huggingface-hub",  # and transformers for this
     "psutil",  # Megatron-Core 0.16.1 to 0.19.2 do not declare it, and without it their checkpoint save hangs for ever
 ]
 EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "bridge": ["megatron-bridge"],
     "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot be imported with leptonai 0.47
-    "report": ["matplotlib", "jinja2"],
     "eval": ["lm-eval>=0.4.13"],  # the first version that was tried
     "quickstart": ["gguf"],
     # lm-eval for the tests of harness.py; triton for its interpreter, which runs kernels.py on a CPU.
@@ -35,6 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["minitron_mp"],
+    package_data={"minitron_mp": ["report.html.j2"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minitron-mp = minitron_mp.cli:main"]},

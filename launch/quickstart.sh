@@ -54,4 +54,4 @@ else
     precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=65 score.num_samples=64)
 fi
 "${run[@]}" compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
-echo "The student is in the folder student_hf of the output, beside report.md; its teacher is $teacher"
+echo "The student is in the folder student_hf of the output, beside report.html and report.md; its teacher is $teacher"

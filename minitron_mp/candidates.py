@@ -146,13 +146,14 @@ def _steps(size: int, step: int) -> list[int]:
     return [size, *range((size - 1) // step * step, 0, -step)]
 
 
-def pareto(points: Mapping[str, tuple[float, float]]) -> set[str]:
-    """Names of the points that no other one beats in both values, of which less is better."""
-
-    def beaten(a: tuple[float, float], others: Iterable[tuple[float, float]]) -> bool:
-        return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in others)
-
-    return {name for name, point in points.items() if not beaten(point, points.values())}
+def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:
+    """Names of the points (name, x, y, ...) that no other one beats: less or equal on both axes, and less on one."""
+    best, names = float("inf"), []
+    for name, _, y, _ in sorted(points, key=lambda point: point[1:3]):
+        if y < best:
+            best = y
+            names.append(name)
+    return names
 
 
 def chosen(path: Path) -> Arch:
@@ -164,13 +165,13 @@ def chosen(path: Path) -> Arch:
 def rows(found: Sequence[Candidate]) -> list[tuple[str, ...]]:
     """A line a candidate, best first, for a table; * where no other one has both less parameters and less loss."""
     ordered = sorted(found, key=lambda c: (-len(c.distilled), c.loss, c.name))
-    front = set()
+    best = set()
     for count in {len(c.distilled) for c in found}:
-        front |= pareto({c.name: (c.parameters, c.loss) for c in found if len(c.distilled) == count})
+        best |= set(front([(c.name, c.parameters, c.loss, c.chosen) for c in found if len(c.distilled) == count]))
     lines = []
     for c in ordered:
         after = f"{c.distilled[-1]['loss']:.4f} ({c.distilled[-1]['steps']:.0f} steps)" if c.distilled else ""
-        mark = " (chosen)" * c.chosen + " *" * (c.name in front)
+        mark = " (chosen)" * c.chosen + " *" * (c.name in best)
         sizes = (f"{c.arch.num_layers}", f"{c.arch.hidden_size:,}", f"{c.arch.ffn_hidden_size:,}", f"{c.arch.num_attention_heads} / {c.arch.num_query_groups}")
         speed = "" if c.latency_s is None else f"{1000 * c.latency_s:,.1f}"
         lines.append((c.name + mark, *sizes, f"{c.parameters:,}", f"{c.memory_gib:.2f}", speed, f"{c.pruned_loss:.4f}", after))

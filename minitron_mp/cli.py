@@ -91,7 +91,7 @@ def harness(
 
 @app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write report.md again from the artefacts."""
+    """Write report.md and report.html again from the artefacts."""
     resolved = load_recipe(recipe, overrides or [])
     from minitron_mp import artifact
     from minitron_mp.pipeline import Project

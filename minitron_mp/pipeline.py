@@ -239,9 +239,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
 
 
 def compress(recipe: Recipe) -> Path:
-    """All stages from a Hugging Face teacher to a Hugging Face student and report.md; skips what is done. Reached by all ranks."""
-    from minitron_mp.report import write_report
-
+    """All stages from a Hugging Face teacher to a Hugging Face student, report.md and report.html; skips what is done. Reached by all ranks."""
     project = Project(recipe)
     project.check()
     with _world(recipe) as world:
@@ -258,8 +256,14 @@ def compress(recipe: Recipe) -> Path:
         for name in ("correct", "distill"):  # left when a kill came just after the model was written
             if name in project.stages:
                 _agree(world, lambda name=name: artifact.discard_checkpoints(recipe.root / "checkpoints" / name, project.manifest(name)))
-        _agree(world, lambda: write_report(project))
+        _agree(world, lambda: _report(project))
     return project.paths["export"]
+
+
+def _report(project: Project) -> None:
+    from minitron_mp.report import write_report  # brings the drawing library, which one rank needs, at the end
+
+    write_report(project)
 
 
 def _open(recipe: Recipe) -> None:

@@ -1,125 +1,223 @@
-"""report.md: what was cut, what it cost, and how good the student is."""
+"""report.md and report.html: what was cut, what it cost, and how good the student is. One document, written in two ways."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minitron_mp import __version__, artifact
+from minitron_mp import __version__, artifact, facts, figures, page
+from minitron_mp.candidates import front
 from minitron_mp.console import say, table
-from minitron_mp.plan import Importance, PrunePlan
+from minitron_mp.page import Code, Document, Part, Section, Table
+from minitron_mp.plan import Importance, PrunePlan, Trials
 
 LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
+CURVES = {"correct": ("Teacher correction", "metrics_correct.jsonl"), "distill": ("Distillation", "metrics.jsonl")}
+"""Stages that train: title of their section, file of their metrics."""
 
 
 def write_report(project: Any) -> None:
-    """Read a finished project's artefacts and write report.md beside them; one process."""
-    recipe, root = project.recipe, project.recipe.root
-    plan = PrunePlan.load(project.paths["plan"])
-    quality = quality_rows(project)
-    table("result", QUALITY_HEADER, quality)
-    parts = [
-        f"# {recipe.model} compressed to {plan.student.num_parameters() / plan.teacher.num_parameters():.1%}",
-        "## Result",
-        f"On {_evaluation(project)['pruned']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token.",
-        markdown(QUALITY_HEADER, quality),
-        *_tasks(project),
-        "## What was cut",
-        markdown(("size", "teacher", "student", "kept"), plan.summary()),
-        *_cuts(plan, Importance.load(project.paths["score"])),
-        *(["## Teacher correction", _bought(project), *_training(project, "correct", "metrics_correct.jsonl")] if recipe.correct else []),
-        "## Distillation",
-        *_training(project, "distill", "metrics.jsonl"),
-        "## Files",
-        markdown(("what", "where"), [(name, f"`{path.relative_to(root)}`") for name, path in project.paths.items()]),
-        "## How it was made",
-        "`minitron-mp compress recipe.yaml` with the recipe in `recipe.yaml`, on",
-        markdown(("software", "version"), _software()),
+    """Read a finished project's artefacts and write report.md and report.html beside them; one process."""
+    document, root = collect(project), project.recipe.root
+    result = next(part for part in document.sections[0].parts if isinstance(part, Table))
+    table("result", result.header, result.rows)
+    for name, write in (("report.md", page.markdown), ("report.html", page.html)):
+        artifact.write_text(root / name, write(document))
+    say(f"report: {root / 'report.md'}, {root / 'report.html'}")
+
+
+def collect(project: Any) -> Document:
+    """All that the report says. project: pipeline.Project, finished."""
+    recipe, paths = project.recipe, project.paths
+    plan, importance, found = PrunePlan.load(paths["plan"]), Importance.load(paths["score"]), facts.evaluation(paths)
+    trials = Trials.load(paths["depth"]) if "depth" in paths else None
+    left_by = {"correct": "distill" if recipe.corrects_meanwhile else "correct", "distill": "distill"}
+    metrics = {stage: _metrics(paths[folder], stage) for stage, folder in left_by.items() if stage == "distill" or recipe.correct}
+    quality, tasks, texts = facts.quality(recipe, paths), facts.tasks(found), facts.texts(found)
+    result: list[Part] = [
+        f"On {found['pruned']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token.",
+        quality,
+        *facts.speed_note(found),
     ]
-    artifact.write_text(root / "report.md", "\n\n".join(parts) + "\n")
-    say(f"report: {root / 'report.md'}")
+    if tasks is not None:
+        result += ["Scores in tasks: shares of the items, zero-shot, with standard errors.", tasks]
+    if texts is not None:
+        result += ["Losses on further held-out texts, in nats a token.", texts]
+    files = [(name, f"`{path.relative_to(recipe.root)}`") for name, path in paths.items()]
+    sections = [
+        Section("Result", result),
+        _cut(plan, importance),
+        _importance(plan, importance, trials, recipe.depth.method),
+        *([_training("correct", metrics["correct"], [_bought(found, meanwhile=recipe.corrects_meanwhile)])] if "correct" in metrics else []),
+        _training("distill", metrics["distill"], []),
+        _cost(metrics),
+        *([search_section(artifact.read_json(paths["search"], "search --force")["candidates"])] if "search" in paths else []),
+        Section("Files", [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")]),
+        _made(recipe, project.stages, found),
+    ]
+    return Document(f"{recipe.model} compressed to {quality.rows[-1][2]}", facts.headline(quality, found), sections)
 
 
-QUALITY_HEADER = ("model", "parameters", "of teacher", "held-out loss", "perplexity", "KL to teacher")
-
-
-def quality_rows(project: Any) -> list[tuple[str, ...]]:
-    """One row a model: the teacher before its correction, where it had one, teacher, what was cut, where that is another model, pruned, distilled."""
-    plan, evaluation = PrunePlan.load(project.paths["plan"]), _evaluation(project)
-    rows = []
-    tutor = artifact.require(project.paths[project.recipe.tutor], project.recipe.tutor).arch
-    rows_of = {"uncorrected": plan.teacher, "teacher": tutor, "unpruned": plan.teacher, "pruned": plan.student, "distilled": plan.student}
-    for name, arch in rows_of.items():
-        if name not in evaluation:
-            continue
-        q, count = evaluation[name], arch.num_parameters()
-        kl = "" if q["kl"] is None else f"{q['kl']:.4f}"
-        rows.append((name, f"{count:,}", f"{count / plan.teacher.num_parameters():.1%}", f"{q['loss']:.4f}", f"{q['perplexity']:.2f}", kl))
-    return rows
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column left, the others right."""
-    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _evaluation(project: Any) -> dict[str, Any]:
-    return artifact.read_json(project.paths["evaluate"], "evaluate --force")
-
-
-def _cuts(plan: PrunePlan, importance: Importance) -> list[str]:
-    """Sentences on kept layers, and on the share of the importance that the kept channels hold."""
-    dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
-    lines = [f"Layers dropped (from 0): {', '.join(map(str, dropped)) or 'none'}."]
+def _cut(plan: PrunePlan, importance: Importance) -> Section:
+    """Sizes, kept layers, and the share of the importance that the kept channels hold."""
+    dropped = _dropped(plan)
+    shares = {
+        axis: {layer: float(scores[layer][keep].sum() / scores[layer].sum()) for layer, keep in zip(plan.layers, rows)}
+        for axis, scores, rows in (("ffn", importance.ffn, plan.ffn), ("heads", importance.heads, plan.heads))
+    }
     hidden = importance.hidden[plan.hidden].sum() / importance.hidden.sum()
-    ffn = np.array([importance.ffn[layer][keep].sum() / importance.ffn[layer].sum() for layer, keep in zip(plan.layers, plan.ffn)])
-    heads = np.array([importance.heads[layer][keep].sum() / importance.heads[layer].sum() for layer, keep in zip(plan.layers, plan.heads)])
-    lines.append(
-        f"Share of the importance score that stays: hidden {hidden:.1%}; ffn {ffn.mean():.1%} "
-        f"(layers from {ffn.min():.1%} to {ffn.max():.1%}); heads {heads.mean():.1%}."
+    ffn, heads = (np.array(list(values.values())) for values in shares.values())
+    return Section(
+        "What was cut",
+        [
+            Table(("size", "teacher", "student", "kept"), plan.summary()),
+            f"Layers dropped (from 0): {', '.join(map(str, dropped)) or 'none'}.",
+            f"Share of the importance score that stays: hidden {hidden:.1%}; ffn {ffn.mean():.1%} "
+            f"(layers from {ffn.min():.1%} to {ffn.max():.1%}); heads {heads.mean():.1%}.",
+            *(f"Note: {note}." for note in plan.notes),
+            figures.kept_layers(plan.teacher.num_layers, shares),
+        ],
     )
-    return lines + [f"Note: {note}." for note in plan.notes]
 
 
-def _tasks(project: Any) -> list[str]:
-    """A table of task scores with standard errors, one column a model."""
-    tasks = _evaluation(project).get("tasks", {})
-    if not tasks:
-        return []
-    models = list(next(iter(tasks.values())))
-    rows = []
-    for task, results in tasks.items():
-        for name, label in (("accuracy", "accuracy"), ("normalised", "accuracy by characters")):
-            if results[models[0]][name] is not None:
-                shares = [f"{results[model][name]:.1%} ± {results[model][name + '_stderr']:.1%}" for model in models]
-                rows.append((f"{task} ({results[models[0]]['num_items']:,}), {label}", *shares))
-    return ["## Tasks", "Shares of the items, zero-shot, with standard errors.", markdown(("task (items)", *models), rows)]
+def _dropped(plan: PrunePlan) -> list[int]:
+    return sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
 
 
-def _bought(project: Any) -> str:
-    """A sentence on what the teacher gained by its correction."""
-    before, after = (_evaluation(project)[name]["loss"] for name in ("uncorrected", "teacher"))
-    return f"The teacher's held-out loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}); everything below is cut and distilled from it."
-
-
-def _training(project: Any, stage: str, curve: str) -> list[str]:
-    metrics = [json.loads(line) for line in (project.paths[stage] / curve).read_text().splitlines()]
-    if not metrics:
-        return ["No steps were logged."]
-    tokens, seconds = sum(m["num_tokens"] for m in metrics), sum(m["step_time_s"] for m in metrics)
-    picked = [metrics[i] for i in sorted({round(x) for x in np.linspace(0, len(metrics) - 1, 11)})]
-    rows = [(str(m["step"]), f"{m['loss']:.4f}", f"{m['kl']:.4f}", f"{m['lr']:.2e}", f"{m['grad_norm']:.2f}") for m in picked]
-    return [
-        f"{len(metrics)} steps, {tokens:,} tokens, {seconds / 60:.1f} minutes, {tokens / seconds:,.0f} tokens/s over all ranks. "
-        f"The full curve: `{curve}`, `tensorboard/{stage}`.",
-        markdown(("step", "loss", "KL", "learning rate", "gradient norm"), rows),
+def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, method: str) -> Section:
+    """Figures only; the numbers are in importance.safetensors and depth.json."""
+    teacher, student = plan.teacher, plan.student
+    groups = importance.heads.reshape(-1, teacher.heads_per_group) if teacher.heads_per_group > 1 else importance.heads
+    per_group = student.heads_per_group if groups is not importance.heads else teacher.num_attention_heads  # alone in their groups none is cut
+    parts: list[Part] = [
+        figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
+        *([figures.trials(method, trials.base, trials.trials, plan.layers)] if trials else []),
+        figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
+        figures.curve("Neurons (ffn), a line a layer", importance.ffn, student.ffn_hidden_size, "neuron"),
+        figures.curve("Heads, a line a query group", groups, per_group, "head"),
+        figures.heat_by_rank("Neurons of each layer", importance.ffn, student.ffn_hidden_size, "neurons"),
+        figures.heat_heads("Heads of each layer", importance.heads, dict(zip(plan.layers, plan.heads))),
     ]
+    return Section("Importance", parts)
+
+
+def _bought(found: dict[str, Any], *, meanwhile: bool) -> str:
+    """What the teacher gained by its correction, and lost on other texts."""
+    told = {"": found, **{f" on {name}": models for name, models in found.get("texts", {}).items()}}
+    parts = []
+    for where, models in told.items():
+        before, after = (models[name]["loss"] for name in ("uncorrected", "teacher"))
+        parts.append(f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})")
+    what = "is distilled from it while it learns, and cut from the original" if meanwhile else "is cut and distilled from it"
+    return f"The teacher was corrected: {'; '.join(parts)}. The student {what}."
+
+
+def _metrics(folder: Path, stage: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / CURVES[stage][1]).read_text().splitlines()]
+
+
+def _spent(metrics: Sequence[Mapping[str, float]]) -> tuple[int, float]:
+    """Tokens and seconds of a run."""
+    return round(sum(m["num_tokens"] for m in metrics)), sum(m["step_time_s"] for m in metrics)
+
+
+def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -> Section:
+    title, curve = CURVES[stage]
+    if not metrics:
+        return Section(title, [*before, "No steps were logged."])
+    tokens, seconds = _spent(metrics)
+    picked = [metrics[i] for i in sorted({round(x) for x in np.linspace(0, len(metrics) - 1, 11)})]
+    columns = {"step": ("step", "d"), "loss": ("loss", ".4f"), "KL": ("kl", ".4f"), "learning rate": ("lr", ".2e"), "gradient norm": ("grad_norm", ".2f")}
+    if not any(m["kl"] for m in metrics):  # a run without a teacher
+        del columns["KL"]
+    rows = [[format(m[key], form) for key, form in columns.values()] for m in picked]
+    return Section(
+        title,
+        [
+            *before,
+            f"{len(metrics)} steps, {tokens:,} tokens, {seconds / 60:.1f} minutes, {tokens / seconds:,.0f} tokens/s over all ranks. "
+            f"The full curve: `{curve}`, `tensorboard/{stage}`.",
+            *figures.training(title, metrics),
+            Table(list(columns), rows),
+        ],
+    )
+
+
+def _cost(metrics: Mapping[str, list[dict[str, float]]]) -> Section:
+    """Time of the optimizer steps, over all ranks; without loading, saving and the other stages."""
+    rows = []
+    for stage, own in metrics.items():
+        if own:
+            tokens, seconds = _spent(own)
+            rows.append((stage, f"{len(own):,}", f"{tokens:,}", f"{seconds / 3600:.3f}", f"{tokens / seconds:,.0f}"))
+    parts: list[Part] = ["Of the optimizer steps, by the clock; loading, saving and the other stages are not in it."]
+    return Section("Cost", [*parts, Table(("stage", "steps", "tokens", "hours", "tokens/s"), rows)])
+
+
+def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
+    """Candidates of an architecture search, best first, and what they trade: size, and latency where it was measured, against loss.
+
+    A candidate: name, arch (fields of Arch), parameters, pruned_loss, distilled ([{steps, loss}]), chosen, latency_s (or None). Losses in
+    nats a token. Losses after different numbers of steps do not compare: a front is drawn among those distilled longest, and one among all as cut.
+    """
+    longest = max((last["steps"] for c in candidates if (last := _last(c))), default=0)
+
+    def order(c: Mapping[str, Any]) -> tuple[int, float]:
+        last = _last(c)
+        return (-last["steps"], last["loss"]) if last else (0, c["pruned_loss"])
+
+    rows = []
+    for c in sorted(candidates, key=order):
+        last, sizes = _last(c), (c["arch"][name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
+        distilled = (f"{last['loss']:.4f}", f"{last['steps']:,}") if last else ("", "")
+        latency = "" if c["latency_s"] is None else f"{c['latency_s'] * 1e3:.1f}"
+        rows.append((c["name"], f"{c['parameters']:,}", *(f"{n:,}" for n in sizes), f"{c['pruned_loss']:.4f}", *distilled, latency, "yes" * c["chosen"]))
+    header = ("candidate", "parameters", "layers", "hidden", "ffn", "heads", "loss as cut", "loss distilled", "steps", "latency (ms)", "chosen")
+    scales = [("parameters (millions)", lambda c: c["parameters"] / 1e6)]
+    if all(c["latency_s"] is not None for c in candidates):
+        scales.append(("latency (ms)", lambda c: c["latency_s"] * 1e3))
+    runs = [("as cut", candidates, lambda c: c["pruned_loss"])]
+    if longest:
+        finalists = [c for c in candidates if (last := _last(c)) and last["steps"] == longest]
+        runs.append((f"after {longest:,} steps of distillation", finalists, lambda c: (_last(c) or {})["loss"]))
+    plots = []
+    for label, of in scales:
+        for when, group, loss in runs:
+            points = [(c["name"], of(c), loss(c), c["chosen"]) for c in group]
+            plots.append(figures.pareto(f"Loss {when} by {label.partition(' (')[0]}", points, label, "loss (nats a token)", front(points)))
+    said = "Candidates of the search, those distilled longest first, then by loss. A candidate is on the front when no other is at least as good on both axes."
+    return Section("Search", [said, Table(header, rows), *plots])
+
+
+def _last(candidate: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The distilled loss after the most steps."""
+    return max(candidate["distilled"], key=lambda d: d["steps"], default=None)
+
+
+def _made(recipe: Any, stages: Sequence[str], found: dict[str, Any]) -> Section:
+    """Commands, recipe, versions."""
+    from omegaconf import OmegaConf
+
+    t, file = recipe.teacher, recipe.root / "recipe.yaml"
+    ranks = found["speed"]["ranks"] if "speed" in found else recipe.parallel.model_ranks
+    job = ranks + t.ranks_in(None) + sum(t.siblings.values())
+    start = f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp"
+    lines = [f"{start} compress {file}", "", "# or stage by stage", *(f"{start if name != 'plan' else 'minitron-mp'} {name} {file}" for name in stages)]
+    return Section(
+        "How it was made",
+        [
+            Code("\n".join([*lines, f"minitron-mp report {file}"])),
+            "The recipe, with every default:",
+            Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))),
+            Table(("software", "version"), _software(), "left"),
+        ],
+    )
 
 
 def _software() -> list[tuple[str, str]]:

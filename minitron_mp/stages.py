@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from minitron_mp.ablation import losses_without, scores_without
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.artifact import Manifest
 from minitron_mp.candidates import layers_to_drop
+from minitron_mp.card import CARD, model_card, source_card
 from minitron_mp.config import InputError, Recipe, Training, must_divide, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.correction import PREFIX, LearningTeacher
@@ -34,6 +36,7 @@ from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import Batch, run
 from minitron_mp.search import search
 from minitron_mp.spans import num_groups
+from minitron_mp.speed import measure
 from minitron_mp.states import Pairs
 from minitron_mp.tasks import judge, read_items, result_of, right_log_p, rows_of
 from minitron_mp.teacher import ColocatedTeacher
@@ -47,6 +50,8 @@ CHECKPOINTS = "checkpoints"
 """Beside the artefacts while a stage trains, a folder for each."""
 READ_BYTES = 2e9
 """Tensors that export holds at a time."""
+SPEED_SHARE, SPEED_S = 0.04, 2.0
+"""Share of the time of evaluate, and at least so many seconds, after which the measurement of speed repeats nothing more."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def import_model(job: Job) -> None:
     """Hugging Face folder -> sharded checkpoint, in the folder's dtype. Each rank converts every world-size-th layer."""
     source = Path(job.recipe.model if job.manifest.stage == "import" else job.recipe.teacher.model or "")
     arch = hf.read_arch(source)
+    source_card(source)  # refused now, not by the export hours later
     weights, mine = hf.Weights(source, arch), {}
     keys = [(key, layer) for key, layer in hf.canonical_keys(arch) if (layer or 0) % dist.get_world_size() == dist.get_rank()]
     failure: Exception | None = None
@@ -124,7 +130,7 @@ def import_model(job: Job) -> None:
 
     def copy_assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
-        for path in hf.assets(source):
+        for path in hf.assets(source) + [source / CARD] * (source / CARD).is_file():  # the card changes no model: no fingerprint has it
             shutil.copy(path, folder / ASSETS)
 
     checkpoint.save(mine, job.output, job.manifest.model_copy(update={"arch": arch}), copy_assets)
@@ -314,19 +320,28 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
 
 
 def evaluate(job: Job) -> None:
-    """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text."""
-    settings = job.recipe.evaluate
+    """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text.
+
+    Then their scores in tasks, and their speed, which changes from run to run and so is no part of what the manifest says.
+    """
+    settings, start = job.recipe.evaluate, time.monotonic()
     teacher = job.teacher(corrected=True)
-    models = {"uncorrected": job.build("import")} if job.recipe.correct else {}
+    left_by = {"uncorrected": "import"} if job.recipe.correct else {}
     if job.recipe.tutor != job.recipe.base:
-        models["unpruned"] = job.build(job.recipe.base)
-    models |= {"pruned": job.build("prune"), "distilled": job.build("distill")}
+        left_by["unpruned"] = job.recipe.base
+    left_by |= {"pruned": "prune", "distilled": "distill"}
+    models = {name: job.build(stage) for name, stage in left_by.items()}
     count, groups = job.groups("valid", settings.num_samples, settings.micro_batch_size, exact=False)
+    vocab_size, every = job.arch("import").vocab_size, {"teacher": teacher.chunks, **models}
     with Tracker("evaluate", count, "batches") as tracker:
-        quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=lambda: tracker.advance(1))
-    tasks = _judge_tasks(job, {"teacher": teacher.chunks, **models})
-    texts = _judge_texts(job, teacher, models)
-    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks, "texts": texts}
+        quality = compare(models, teacher, groups, job.world, vocab_size=vocab_size, progress=lambda: tracker.advance(1))
+    tasks, texts = _judge_tasks(job, every), _judge_texts(job, teacher, models)
+    shape = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": settings.micro_batch_size, "vocab_size": vocab_size}
+    kinds = {name: (job.arch(stage), job.recipe.precision) for name, stage in left_by.items()}
+    kinds = {"teacher": (job.arch(job.recipe.tutor), job.recipe.teacher_precision), **kinds}
+    speed = measure(every, kinds, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start)))
+    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks}
+    content |= {"texts": texts, "speed": speed.model_dump()}
     on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))
 
 
@@ -356,7 +371,7 @@ def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, 
 
 
 def export(job: Job) -> None:
-    """Sharded checkpoint -> Hugging Face folder that transformers loads."""
+    """Sharded checkpoint -> Hugging Face folder that transformers loads, with a model card."""
     arch = job.arch("distill")
     settings = job.recipe.export
     as_written = exportable(arch, settings.family)
@@ -368,6 +383,8 @@ def export(job: Job) -> None:
         if job.world.is_main:
             with artifact.writing(job.output, job.manifest.model_copy(update={"arch": as_written})) as folder:
                 hf.write_folder(folder, job.paths["import"] / ASSETS, as_written, dtype, tensors)
+                card = model_card(job.recipe, job.paths, job.manifest, as_written.family, job.paths["import"] / ASSETS)
+                (folder / CARD).write_text(card, encoding="utf-8")
     except InputError as error:
         failure = error
     except (OSError, SafetensorError) as error:

@@ -15,9 +15,10 @@ LAYERS = [
     "config arch artifact plan cost candidates",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
-    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher evaluate spans tasks",
+    "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "
+    "evaluate speed spans tasks",
     "trainer correction",
-    "stages signals search precheck pipeline harness report bridge console cli __main__ __init__",
+    "page figures facts card report stages signals search precheck pipeline harness bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {
@@ -28,6 +29,9 @@ ONLY_IN = {
     "transformers": {"hf", "data"},
     "triton": {"kernels"},
     "lm_eval": {"harness"},
+    "matplotlib": {"figures"},
+    "jinja2": {"page"},
+    "huggingface_hub": {"card"},
     "os.environ": {"parallel", "console"},  # console asks for RANK before torch is imported
     "os.getenv": set(),
 }

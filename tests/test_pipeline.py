@@ -12,60 +12,22 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from cases import BY_NAME, make_samples
-from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, command, environment, make_model, make_recipe_file, make_text, minitron, read_metrics, refused
+from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, Run, command, environment, make_model, make_recipe_file, minitron, read_metrics, refused
 
 from minitron_mp import artifact, load_recipe
 from minitron_mp.pipeline import STAGES, Project
 from minitron_mp.plan import PrunePlan
 
-OUTPUT = ["data", "evaluation.json", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.md"]
+OUTPUT = ["data", "evaluation.json", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.html", "report.md"]
 OUTPUT += ["student", "student_distilled", "student_hf", "teacher", "tensorboard"]
 SMALLER = "target.ffn_hidden_size=64"
 TWO_RANKS = ("parallel.tp=2", "parallel.sequence_parallel=true")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A project on disk, and how the command that made it ended."""
-
-    recipe: Path
-    output: Path
-    done: subprocess.CompletedProcess | None = None
-
-    def project(self, *overrides: str) -> Project:
-        return Project(load_recipe(self.recipe, overrides))
-
-    def to_repeat(self, *overrides: str) -> dict[str, list[str]]:
-        """Stages that are not done, and why."""
-        project = self.project(*overrides)
-        return {name: why for name in STAGES if (why := project.why_not_done(name)) is not None}
-
-    def state(self) -> dict[str, tuple[int, int]]:
-        """Size and time of change of each file of an artefact."""
-        files = (path for stage in STAGES.values() for path in [self.output / stage.artifact, *(self.output / stage.artifact).rglob("*")])
-        return {str(path.relative_to(self.output)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("project")
-    make_model(root / "model")
-    make_text(root / "text")
-    return root
-
-
-@pytest.fixture(scope="module")
-def whole(inputs) -> Run:
-    """A finished project, made by one command in one process."""
-    recipe = make_recipe_file(inputs / "recipe.yaml", inputs / "model", inputs / "text", inputs / "whole")
-    return Run(recipe, inputs / "whole", minitron("compress", recipe))
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +291,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
     assert unbroken.keys() == resumed.keys()
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
     assert names(copied.output) == OUTPUT
-    evaluations = [{**json.loads((run.output / "evaluation.json").read_text()), "manifest": None} for run in (whole, copied)]
+    measured = {"manifest": None, "speed": None}
+    evaluations = [{**json.loads((run.output / "evaluation.json").read_text()), **measured} for run in (whole, copied)]
     assert evaluations[0] == evaluations[1]
 
 
@@ -463,6 +426,30 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path,
     refused(on_rank("correct", inputs / "recipe.yaml"), "the recipe has no stage correct; it comes with a section correct")
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(on_rank("compress", recipe, "correct.warmup_steps=20"), "correct: warmup_steps 20 must be smaller than steps 20")
+
+
+def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
+    """Cut from the original; the teacher that the student is judged by is what the other one has become; also on a text that nobody learned."""
+    (tmp_path / "old.txt").write_text("An old text of other words, again and again. " * 200)
+    sections = {"correct": {"when": "during", "steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "lr": MAX_LR, "warmup_steps": 2}}
+    sections |= {"distill": {"steps": 14}, "data": {"held_out": {"old": [str(tmp_path / "old.txt")]}}}
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", **sections)
+    code, _, err = on_rank("compress", recipe)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["teacher"]["loss"] < 0.95 * found["uncorrected"]["loss"]
+    assert found["texts"]["old"]["teacher"]["loss"] != found["texts"]["old"]["uncorrected"]["loss"]
+    project = Project(load_recipe(recipe))
+    assert list(project.stages) == list(STAGES)
+    assert len((project.paths["distill"] / "metrics_correct.jsonl").read_text().splitlines()) == 12
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "is distilled from it while it learns, and cut from the original" in report
+    assert "its held-out loss on old went from" in report
+    assert "| old (" in report
+    refused(on_rank("compress", recipe, "teacher.placement=cached"), "correct.when during trains the teacher beside the student")
+    refused(on_rank("compress", recipe, "correct.steps=15"), "correct.steps 15 is above distill.steps 14")
+    refused(on_rank("compress", recipe, "distill.micro_batch_size=4"), "correct.micro_batch_size 2 is not distill.micro_batch_size 4")
+    refused(on_rank("correct", recipe), "the recipe has no stage correct; it comes with a section correct whose `when` is before")
 
 
 def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs, tmp_path, on_rank):

@@ -9,7 +9,7 @@ import pytest
 from tiny import ROOT, make_model, make_recipe_file, make_text
 
 from minitron_mp import hf
-from minitron_mp.candidates import candidates, chosen, inference_bytes, name_of, pareto
+from minitron_mp.candidates import candidates, chosen, inference_bytes, name_of
 from minitron_mp.config import InputError, make_recipe
 from minitron_mp.pipeline import Project, load_recipe
 from minitron_mp.plan import PrunePlan
@@ -100,10 +100,6 @@ def test_rounds_end_with_the_last_two_at_all_steps():
     assert search.rounds(2) == [400]
     assert search.rounds(5) == [100, 200, 400]
     assert search.rounds(8) == [100, 200, 400]
-
-
-def test_pareto():
-    assert pareto({"small": (1, 3), "both": (1, 2), "large": (2, 1), "worse": (2, 2), "twin": (2, 1)}) == {"both", "large", "twin"}
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,41 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minitron_mp import load_recipe
+from minitron_mp.pipeline import STAGES, Project
+
 ROOT = Path(__file__).parents[1]
 SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
 """Of a model that cuts on each axis and still divides by two tensor parallel ranks."""
 STEPS, CHECKPOINT_INTERVAL, MAX_LR = 30, 6, 5e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A project on disk, and how the command that made it ended."""
+
+    recipe: Path
+    output: Path
+    done: subprocess.CompletedProcess | None = None
+
+    def project(self, *overrides: str) -> Project:
+        return Project(load_recipe(self.recipe, overrides))
+
+    def to_repeat(self, *overrides: str) -> dict[str, list[str]]:
+        """Stages that are not done, and why."""
+        project = self.project(*overrides)
+        return {name: why for name in STAGES if (why := project.why_not_done(name)) is not None}
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of each file of an artefact."""
+        files = (path for stage in STAGES.values() for path in [self.output / stage.artifact, *(self.output / stage.artifact).rglob("*")])
+        return {str(path.relative_to(self.output)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
 
 
 def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:

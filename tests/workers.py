@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp import checkpoint, importance, parallel, schedule, slicing
+from minitron_mp import checkpoint, importance, parallel, schedule, slicing, speed
 from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.collectives import context_parallel_slice, exchange_kept
@@ -255,3 +255,13 @@ def score_checkpoint(arch: Arch, folder: Path, samples: dict[str, Tensor], pairs
         chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
         checkpoint.load_model(chunks, folder, world)
         return {pair: vars(score_samples(chunks, arch, samples, world, pair)) for pair in pairs}
+
+
+def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
+    """speed.measure of a model and a smaller one with random weights, and of one that is said to be of the second's kind."""
+    small = arch.model_copy(update={"ffn_hidden_size": arch.ffn_hidden_size // 2})
+    with joined(layout) as world:
+        build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
+        models = {name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))}
+        kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
+        return speed.measure(models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options).model_dump()
