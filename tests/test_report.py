@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import STEPS, read_metrics
 
 from minitron_mp import card, facts, figures, page, report
-from minitron_mp.config import Depth, InputError
+from minitron_mp.config import Depth, InputError, Search
 from minitron_mp.page import Figure, Table
 from minitron_mp.pipeline import Project
 from minitron_mp.plan import Importance, PrunePlan, Trials
@@ -175,9 +175,10 @@ def test_files_of_other_stages_have_their_place(whole, tmp_path):
     """search.json and depth.json, where a project has them."""
     shutil.copytree(whole.output, tmp_path / "out", ignore=shutil.ignore_patterns("*.distcp", "tensorboard", "data"))
     first = whole.project()
-    recipe = first.recipe.model_copy(update={"output": str(tmp_path / "out"), "depth": Depth(method="drop")})
+    plan = PrunePlan.load(first.paths["plan"])
+    search = Search(parameters=plan.student.num_parameters(), num_layers=[3])
+    project = Project(first.recipe.model_copy(update={"output": str(tmp_path / "out"), "depth": Depth(method="drop"), "search": search}))
     (tmp_path / "out" / "search.json").write_text(json.dumps({"candidates": candidates()}))
-    project, plan = Project(recipe), PrunePlan.load(first.paths["plan"])
     (gone,) = {*range(4)} - {*plan.layers}
     losses = [([layer], 1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
     Trials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))

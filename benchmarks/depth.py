@@ -1,0 +1,74 @@
+"""What a block search over the layers costs: layer forwards, counted by hooks, and time, against one evaluation for each candidate.
+
+    python benchmarks/depth.py out/quickstart/teacher_hf --block 8 --tokens 16384
+    torchrun --nproc-per-node 2 benchmarks/depth.py out/quickstart/teacher_hf --pp 2
+
+Random weights of the model's sizes and random tokens: neither changes the count or the time. The count one by one is that of the layers kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from minitron_mp import hf, parallel
+from minitron_mp.ablation import losses_without
+from minitron_mp.config import Depth, Parallel
+from minitron_mp.model import build_model
+from minitron_mp.plan import depth_candidates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="Hugging Face folder; only its sizes are read")
+    parser.add_argument("--block", type=int, default=8, help="layers that go")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    arch = hf.read_arch(args.model)
+    with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
+        chunks = build_model(arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True)
+        shape = (args.micro_batch_size, args.sequence_length)
+        tokens = torch.randint(0, arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous()}
+        groups = [[batch] * args.pp] * (args.tokens // tokens.numel() // args.pp)
+        calls: list[int] = []
+        for chunk in chunks:
+            for block in chunk.eval().decoder.layers:
+                block.register_forward_hook(lambda *_: calls.append(1))
+        candidates = depth_candidates(Depth(method="block"), arch.num_layers, args.block)
+
+        def measure(which: list[frozenset[int]], batches: list) -> tuple[float, int]:
+            """Seconds, and layer forwards over all pipeline stages."""
+            calls.clear()
+            dist.barrier()
+            start = time.perf_counter()
+            losses_without(chunks, batches, world, which, vocab_size=arch.vocab_size)
+            count = torch.tensor(len(calls), device=world.device)
+            dist.all_reduce(count, group=world.groups.pp)
+            return time.perf_counter() - start, int(count)
+
+        measure(candidates[:1], groups[:1])
+        seconds, count = measure(candidates, groups)
+        microbatches, kept = len(groups) * args.pp, arch.num_layers - args.block
+        naive = len(candidates) * kept * microbatches
+        if world.is_main:
+            shown = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, {microbatches * tokens.numel()} tokens"
+            print(f"{shown}, {len(candidates)} blocks of {args.block} of {arch.num_layers} layers")
+            print(
+                f"layer forwards {count}, one by one {naive}: {count / naive:.3f}; {seconds:.1f} s, {1000 * seconds / count:.1f} ms a layer forward with its losses"
+            )
+
+
+if __name__ == "__main__":
+    main()
