@@ -55,8 +55,11 @@ def speed_note(found: dict[str, Any]) -> list[str]:
     if "speed" not in found:
         return []
     speed = found["speed"]
-    repeats = sorted({one["repeats"] for measured in speed["models"].values() for one in measured})
-    passes = "one pass" if repeats == [1] else f"the median of {' to '.join(map(str, dict.fromkeys([repeats[0], repeats[-1]])))} passes"
+    measured = [one for models in speed["models"].values() for one in models]
+    repeats = sorted({one["repeats"] for one in measured})
+    times = " to ".join(map(str, dict.fromkeys([repeats[0], repeats[-1]])))
+    spread = f"the median of {times} passes, which differed by up to {max(one['spread'] for one in measured):.0%}"
+    passes = "one pass" if repeats == [1] else spread
     place = f"{speed['ranks']} rank{'s' * (speed['ranks'] > 1)}" + (f", {speed['copies']} copies of the model side by side" if speed["copies"] > 1 else "")
     return [
         "tokens/s, samples x tokens: measured forward passes of so many samples at once (prefill) in this run's layout, without the output layer, "

@@ -31,6 +31,8 @@ class Prefill(BaseModel):
     sequence_length: int
     repeats: int
     seconds: float
+    spread: float
+    """Slowest less fastest pass, as a share of seconds: how much the machine was disturbed; 0 for one pass."""
     tokens_per_s: float
 
 
@@ -85,7 +87,8 @@ def measure(
 def _prefill(shape: tuple[int, int], length: int, copies: int, times: list[float]) -> Prefill:
     samples, seconds = shape[0] * shape[1], statistics.median(times)
     rate = samples * length * copies / seconds
-    return Prefill(samples=samples, sequence_length=length, repeats=len(times), seconds=seconds, tokens_per_s=rate)
+    spread = (max(times) - min(times)) / seconds
+    return Prefill(samples=samples, sequence_length=length, repeats=len(times), seconds=seconds, spread=spread, tokens_per_s=rate)
 
 
 def _timed(chunks: list[Any], world: World, batches: list[Batch]) -> float:

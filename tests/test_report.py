@@ -266,7 +266,7 @@ def test_speed_is_measured_in_any_layout(ranks, layout, copies, samples):
     for measured in found[0]["models"].values():
         assert [one["samples"] for one in measured] == samples
         for one in measured:
-            assert one["repeats"] == 1  # there was no time for more
+            assert (one["repeats"], one["spread"]) == (1, 0)  # there was no time for more
             assert one["tokens_per_s"] == pytest.approx(one["samples"] * SEQUENCE_LENGTH * copies / one["seconds"])
 
 
@@ -277,3 +277,5 @@ def test_speed_of_a_project(whole):
     for measured in speed["models"].values():
         assert [(one["samples"], one["sequence_length"], one["repeats"]) for one in measured] == [(1, 32, 3), (4, 32, 3)]
     assert "thread" in speed["device"]
+    spread = max(one["spread"] for measured in speed["models"].values() for one in measured)
+    assert f"the median of 3 passes, which differed by up to {spread:.0%} on {speed['device']}" in (whole.output / "report.md").read_text()
