@@ -11,6 +11,28 @@ from pool import Pool
 from results import Results
 from tiny import Run, make_model, make_recipe_file, make_text, minitron
 
+TOGETHER = {
+    "test_training": "training",
+    "test_states": "training",
+    "test_prune": "pruning",
+    "test_importance": "pruning",
+    "test_pipeline": "projects",
+    "test_report": "projects",
+}
+"""Files that share what fixtures of the session compute; any other file is a group of its own. Groups that take long come first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest -n 2 --dist loadgroup: a process takes a whole group."""
+    order = list(dict.fromkeys(TOGETHER.values()))
+
+    def group(item: pytest.Item) -> str:
+        return TOGETHER.get(item.path.stem, item.path.stem)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: order.index(group(item)) if group(item) in order else len(order))
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:

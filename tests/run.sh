@@ -21,4 +21,7 @@ export PATH=$venv/bin:$PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff check
 ruff format --check
 mypy
-python -m pytest --durations=10 "${select[@]}" "$@"
+# Two at a time: many tests wait, for a bound or for a process of their own.
+parallel=()
+(($#)) || parallel=(-n 2 --dist loadgroup)
+python -m pytest --durations=10 "${select[@]}" "${parallel[@]}" "$@"
