@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny import ROOT, make_model, sentences
+from workers_reproduce import FEW
 
 from minitron_mp import InputError, load_recipe
 
@@ -66,7 +67,8 @@ def test_every_variant_leaves_a_whole_result(toy):
     code, out, err = toy.done
     assert code == 0, out + err
     found = toy.results()
-    assert found.keys() == VARIANTS.keys() == {name for claim in CLAIMS.values() for name in claim.variants}
+    assert VARIANTS.keys() == {name for claim in CLAIMS.values() for name in claim.variants}
+    assert found.keys() == {name for name in VARIANTS if not name.startswith("scores ") or name in FEW}
     for name, result in found.items():
         corrected = {"uncorrected"} if name.endswith("corrected teacher") else set()
         assert result.keys() == FIELDS | corrected, name
@@ -138,7 +140,7 @@ def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
     path.unlink()
     code, out, err = ranks(1, "workers_reproduce.reproduce", words=["scores", *toy.words])[0]
     assert code == 0, err
-    assert out.count("seed 7: done") == len(CLAIMS["scores"].variants) - 1
+    assert out.count("seed 7: done") == len(FEW) - 1
     assert out.count("score: done") == 1  # the shared artefact, which the shuffled scores of the first time have left alone
     changing = {"date", "wall_s", "seconds", "tokens_per_s"}
     after = {name: {key: value for key, value in own.items() if key not in changing} for name, own in toy.results().items()}
@@ -180,7 +182,8 @@ def test_claims_that_need_more_are_left_out(toy, ranks):
     assert code == 0
     assert "correction: left out, it needs --shift-text" in out
     assert "search: left out, it needs --search" in out
-    assert out.count(" tokens ") == 2 * 15
+    variants = {variant for claim in CLAIMS.values() if not claim.needs for variant in claim.variants}
+    assert out.count(" min\n") == 2 * len([name for name in variants if not name.startswith("scores ") or name in FEW])
 
 
 def test_candidates_of_a_search(tmp_path):
@@ -207,7 +210,7 @@ def test_the_factor_of_tokens():
 
 def test_no_package_of_the_standard_library_is_on_both_sides(tmp_path):
     train, valid = (list(documents(path)) for path in stdlib_by_package(tmp_path))
-    assert len(train) > 2 * len(valid) > 40
+    assert len(train) > len(valid) > 40
     assert not set(train) & set(valid)
     whole = "".join(train), "".join(valid)
     for name in ("class JSONEncoder(object)", "class Logger(Filterer)", "class AbstractEventLoop:"):

@@ -63,16 +63,16 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         micro = batches(train, step, recipe, settings.global_batch_size, settings.micro_batch_size)
-        total = torch.zeros(2)
+        total = torch.zeros(2, device=device)
         for sample in micro:
             kl, ce = losses(sample)
             ((settings.kl_weight * kl + settings.ce_weight * ce) / len(micro)).backward()
-            total += torch.stack([kl.detach(), ce.detach()]).cpu() / len(micro)
+            total += torch.stack([kl.detach(), ce.detach()]) / len(micro)
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
         curve.append([(step + 1) * tokens_per_step, *total.tolist()])
+        seconds.append(time.perf_counter() - start)
     student.eval()
     with torch.no_grad():
         held_out = [losses(batches(valid, i, recipe, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]
