@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ HELD_OUT = 0.2
 """Share of the standard library's top-level modules and packages that is held out."""
 WORDS = 50
 """Of a passage at least, before its last word is asked for."""
+END = re.compile(r"(?<=[.!?])[\"')\]]*\s|\n")
 
 
 @functools.cache
@@ -62,20 +64,18 @@ def documents(source: Path) -> Iterator[str]:
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Consecutive lines up to the first end of a line that fits; then on from there."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        lines.append(line)
-        words = " ".join(lines).split()
+    """Up to the first end of a sentence or line that fits; then on from there."""
+    start = 0
+    for end in END.finditer(text):
+        words = text[start : end.start()].split()
         if len(words) <= WORDS:
             continue
         last = words[-1].rstrip(".,;:!?)]}\"'")
-        if len(last) > 2 and last.isalpha() and last in words[:-1]:
-            passage = "\n".join(lines).rstrip()
-            yield passage[: passage.rindex(last) + len(last)]
-            lines = []
+        if len(last) > 3 and last.isalpha() and last in words[:-1]:
+            yield text[start : text.rindex(last, start, end.start()) + len(last)].strip()
+            start = end.end()
         elif len(words) > 2 * WORDS:
-            lines = []
+            start = end.end()
 
 
 def _utf8(path: Path) -> str:
