@@ -123,6 +123,7 @@ def test_the_plain_loop_agrees(toy):
 def test_the_report_tells_every_claim(toy):
     text = (toy.folder / "out" / "report.md").read_text()
     assert report.NOT_RUN not in text
+    assert f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops beside" in text
     for name, claim in CLAIMS.items():
         assert f"### {name}: {claim.title}" in text
         assert claim.paper in text

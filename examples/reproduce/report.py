@@ -88,7 +88,19 @@ def summary(by_size: dict[str, Path]) -> str:
             said, effort, _ = judged(name, results, speed)
             cells.append(NOT_RUN if said == NOT_RUN else f"{said} ({effort})")
         table.append((f"`{name}`: {claim.title}", claim.paper, *cells))
-    return markdown(("claim", "paper says", *by_size), table).replace("---:", "---")
+    parts = [markdown(("claim", "paper says", *by_size), table).replace("---:", "---")]
+    return "\n\n".join(parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results])
+
+
+def beside(heading: str, results: Results) -> str:
+    """A sentence on all plain loops."""
+    runs = [run for own in results.values() for run in own if run["plain"]]
+    if not runs:
+        return f"{heading}: no plain loop has run yet."
+    worse = sorted(run["plain"]["loss"] - run["distilled"]["loss"] for run in runs)
+    faster = sorted(run["tokens_per_s"] / run["plain"]["tokens_per_s"] for run in runs)
+    text = f"{heading}: {len(runs)} plain transformers loops beside; their held-out loss less ours: {worse[0]:+.4f} to {worse[-1]:+.4f}, "
+    return f"{text}median {statistics.median(worse):+.4f}; our speed over theirs: {faster[0]:.2f} to {faster[-1]:.2f}, median {statistics.median(faster):.2f}."
 
 
 def details(folder: Path, plots: str) -> str:
