@@ -197,6 +197,26 @@ def test_candidates_of_a_search(tmp_path):
         searched("best")(recipe, path)
 
 
+def made_up(loss: float, accuracy: float = 0.5) -> dict[str, Any]:
+    words = {"accuracy": accuracy, "accuracy_stderr": 0.05}
+    return {"pruned": {"loss": 9.0}, "distilled": {"loss": loss}, "tasks": {"last words": {"pruned": words, "distilled": words}}}
+
+
+@pytest.mark.parametrize(("others", "shown"), [((2.1, 2.2), True), ((1.9, 1.8), False), ((2.1, 1.9), None)])
+def test_a_claim_needs_every_seed(others, shown):
+    results = {"pruned": [made_up(2.0), made_up(2.0)], "CE": [made_up(loss) for loss in others], "CE + KL": [made_up(2.5), made_up(2.5)]}
+    assert CLAIMS["objective"].judge(results) == (f"held-out loss: pruned 2.0000, CE {sum(others) / 2:.4f}, CE + KL 2.5000", shown)
+
+
+@pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
+def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
+    """Of two shares with 5 % each, over two seeds."""
+    results = {"contiguous layers": [made_up(2.0)] * 2, "scattered layers": [made_up(2.0, scattered)] * 2}
+    said, verdict = CLAIMS["layers"].judge(results)
+    assert verdict is shown
+    assert said.endswith(f"difference of the last words {0.5 - scattered:+.1%} +- 5.0%")
+
+
 def curve(*kl: float) -> list[list[float]]:
     return [[10 * (i + 1), 0, value, 0] for i, value in enumerate(kl)]
 
