@@ -76,7 +76,8 @@ def tokens_factor(fast: list[list[float]], slow: list[list[float]], window: int 
 
 
 def objective(results: Results) -> Verdict:
-    return "held-out loss: " + listed(results, "distilled", "loss", digits=4), least(results, "pruned", "distilled", "loss")
+    named = {"KL" if name == "pruned" else name: own for name, own in results.items()}
+    return "held-out loss: " + listed(named, "distilled", "loss", digits=4), least(results, "pruned", "distilled", "loss")
 
 
 def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Verdict:

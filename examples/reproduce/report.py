@@ -150,9 +150,9 @@ def plot(results: Results, title: str, path: Path) -> None:
         for when, marker in (("pruned", "o"), ("distilled", "s")):
             losses = values(results, variant, when, "loss")
             right.plot(losses, [number] * len(losses), marker, color=f"C{number}", fillstyle="none" if when == "pruned" else "full")
-    left.set(xlabel="tokens", ylabel="KL(teacher || student) of the batch, nats a token", yscale="log")
+    left.set(xlabel="tokens", ylabel="KL(teacher || student) of the batch, nats a token")
     left.legend(fontsize=8)
-    right.set(yticks=range(len(results)), yticklabels=list(results), xlabel="held-out loss: open pruned, filled distilled", xscale="log")
+    right.set(yticks=range(len(results)), yticklabels=list(results), xlabel="held-out loss, nats a token: open pruned, filled distilled")
     right.invert_yaxis()
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
