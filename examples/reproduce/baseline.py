@@ -1,0 +1,110 @@
+"""The same distillation as a user of transformers writes it: AutoModelForCausalLM, AdamW, KL from log_softmax. No Megatron-Core.
+
+The same student and teacher weights, samples, order, batch, learning rates, weight decay and clipping as the library's run. In bf16 it
+trains float32 weights under autocast beside a bf16 teacher; the library trains bf16 weights with float32 main weights in its optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from minitron_mp import artifact, data, hf, parallel
+from minitron_mp.config import Distill, Recipe
+from minitron_mp.model import DTYPES
+from minitron_mp.pipeline import Project
+from minitron_mp.plan import exportable
+from minitron_mp.stages import ASSETS, read_tensors
+
+
+def train_plain(project: Project, folder: Path) -> dict[str, Any]:
+    """Loss and KL on the held-out samples of `evaluate`, the training curve, and tokens/s from the median step; folder: for the exported models."""
+    from transformers import AutoModelForCausalLM
+
+    recipe, settings = project.recipe, project.recipe.distill
+    assert settings.divergence == "forward_kl"
+    assert settings.temperature == 1.0
+    with parallel.world(recipe.parallel, seed=recipe.seed) as world:
+        for stage in ("prune", recipe.tutor):
+            write_hf(project, stage, folder / stage, world)
+        parts = {
+            "train": (settings.steps * settings.global_batch_size, True),
+            "valid": (recipe.evaluate.num_samples, False),
+        }
+        tokenizer = data.load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
+        length = recipe.data.sequence_length
+        train, valid = (data.samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat) for part, (n, repeat) in parts.items())
+        device = world.device
+    student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device).train()
+    teacher = AutoModelForCausalLM.from_pretrained(folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]).to(device).eval()
+    optimizer = torch.optim.AdamW(groups(student, settings.weight_decay), betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+
+    def losses(sample: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of KL(teacher || student) and of the cross-entropy over a microbatch."""
+        tokens, labels = sample["tokens"].to(device), sample["labels"].to(device)
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher(tokens).logits.float(), -1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            z = student(tokens).logits
+        log_q = F.log_softmax(z.float(), -1)
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+        return kl, F.nll_loss(log_q.flatten(0, 1), labels.flatten())
+
+    curve, seconds = [], []
+    tokens_per_step = settings.global_batch_size * length
+    for step in range(settings.steps):
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        micro = batches(train, step, recipe, settings.global_batch_size, settings.micro_batch_size)
+        total = torch.zeros(2, device=device)
+        for sample in micro:
+            kl, ce = losses(sample)
+            ((settings.kl_weight * kl + settings.ce_weight * ce) / len(micro)).backward()
+            total += torch.stack([kl.detach(), ce.detach()]) / len(micro)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append([(step + 1) * tokens_per_step, *total.tolist()])
+        seconds.append(time.perf_counter() - start)
+    student.eval()
+    with torch.no_grad():
+        held_out = [losses(batches(valid, i, recipe, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]
+    kl, loss = (torch.stack(column).double().mean().item() for column in zip(*held_out))
+    return {"loss": loss, "kl": kl, "tokens_per_s": tokens_per_step / statistics.median(seconds), "seconds": sum(seconds), "curve": curve}
+
+
+def learning_rate(settings: Distill, step: int) -> float:
+    """Of step `step` from 0: linear warm-up, then a cosine from lr to min_lr over the rest."""
+    done = step + 1
+    if done <= settings.warmup_steps:
+        return settings.lr * done / settings.warmup_steps
+    share = (done - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: vectors (norms, biases) do not decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def batches(dataset: Any, step: int, recipe: Recipe, global_batch_size: int, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    return data.micro_batches(dataset, step, **sizes, dp_rank=0, dp_size=1)
+
+
+def write_hf(project: Project, stage: str, folder: Path, world: parallel.World) -> None:
+    """The model that a stage left as a Hugging Face folder."""
+    arch = artifact.require(project.paths[stage], stage).arch
+    assert arch is not None
+    tensors = read_tensors(project.paths[stage], arch, world)
+    family = project.recipe.export.family if stage == "prune" else None
+    hf.write_folder(folder, project.paths["import"] / ASSETS, exportable(arch, family), DTYPES[project.recipe.precision], tensors)

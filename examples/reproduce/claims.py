@@ -1,0 +1,192 @@
+"""What is compared: each claim looks at the results of its variants, seed by seed, and says in a sentence what came out.
+
+A result (run.py writes them) has loss, kl and tasks of teacher, pruned and distilled model on the held-out text, parameters, tokens, speed
+and the training curve.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from variants import AGGREGATIONS, LONGER, SEARCHED, scored
+
+Results = dict[str, list[dict[str, Any]]]
+"""Variant -> its results, one a seed, in the same order for all variants of a claim."""
+Verdict = tuple[str, bool | None]
+"""What was seen here, and whether that is what the paper says: None where seeds disagree or noise is as large."""
+
+
+def means(results: Results, variant: str, *path: str) -> float:
+    return statistics.mean(values(results, variant, *path))
+
+
+def values(results: Results, variant: str, *path: str) -> list[float]:
+    found = []
+    for result in results[variant]:
+        for key in path:
+            result = result[key]
+        found.append(float(result))
+    return found
+
+
+def agree(signs: Sequence[bool]) -> bool | None:
+    """True or False where all seeds say so, else None."""
+    return signs[0] if len(set(signs)) == 1 else None
+
+
+def least(results: Results, variant: str, *path: str) -> bool | None:
+    """Whether the variant has the least value of all, seed by seed."""
+    rows = {name: values(results, name, *path) for name in results}
+    return agree([all(rows[variant][i] < own[i] for name, own in rows.items() if name != variant) for i in range(len(rows[variant]))])
+
+
+def listed(results: Results, *path: str, digits: int = 3) -> str:
+    return ", ".join(f"{name} {means(results, name, *path):.{digits}f}" for name in results)
+
+
+def fewer_tokens(results: Results) -> Verdict:
+    long = f"random weights, {LONGER} x tokens"
+    text = f"held-out loss: {listed(results, 'distilled', 'loss')}; "
+    found = [tokens_factor(fast["curve"], slow["curve"]) for fast, slow in zip(results["pruned"], results[long])]
+    factor = min(factor for factor, _ in found)
+    at_once = any(at_once for _, at_once in found)
+    text += f"{'at least ' * at_once}{factor:.0f} x fewer tokens to the same KL" if factor else f"pruned never reaches the last KL of {long}"
+    better = [p < r for p, r in zip(values(results, "pruned", "distilled", "loss"), values(results, "random weights", "distilled", "loss"))]
+    return text, agree(better) if factor else False
+
+
+def tokens_factor(fast: list[list[float]], slow: list[list[float]], window: int = 8) -> tuple[float, bool]:
+    """(tokens of the slow run / tokens after which the fast one has the slow one's last KL; whether it had it from the first window on).
+
+    Curves hold [tokens, loss, kl, ce] a step; KL is averaged over a window of steps. The factor of a fast run that never gets there is 0.
+    """
+    smooth = {}
+    for name, curve in (("fast", fast), ("slow", slow)):
+        size = min(window, len(curve))
+        kl = np.convolve([row[2] for row in curve], np.ones(size) / size, "valid")
+        smooth[name] = list(zip([row[0] for row in curve[size - 1 :]], kl))
+    tokens, goal = smooth["slow"][-1]
+    reached = [t for t, kl in smooth["fast"] if kl <= goal]
+    return (tokens / reached[0], reached[0] == smooth["fast"][0][0]) if reached else (0.0, False)
+
+
+def objective(results: Results) -> Verdict:
+    named = {"KL" if name == "pruned" else name: own for name, own in results.items()}
+    return "held-out loss: " + listed(named, "distilled", "loss", digits=4), least(results, "pruned", "distilled", "loss")
+
+
+def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Verdict:
+    rows = {"width": "pruned", "depth": "contiguous layers"}
+    losses = {name: values(results, variant, "distilled", "loss") for name, variant in rows.items()}
+    sizes = {name: results[variant][0]["parameters"]["student"] for name, variant in rows.items()}
+    text = "; ".join(f"{name} {sizes[name] / 1e6:.1f}M: held-out loss {statistics.mean(losses[name]):.3f}" for name in rows)
+    better = agree([w < d for w, d in zip(losses["width"], losses["depth"])])
+    if not speed:
+        return text + "; speed not measured yet", None
+    ratios = {name: {kind: speed["tokens_per_s"][name][kind] / speed["tokens_per_s"]["teacher"][kind] for kind in speed["kinds"]} for name in rows}
+    text += ". Speed over the teacher's, width and depth: " + ", ".join(f"{k} {ratios['width'][k]:.2f}x, {ratios['depth'][k]:.2f}x" for k in speed["kinds"])
+    return text, better and all(ratios["depth"][k] > ratios["width"][k] for k in speed["kinds"])
+
+
+def corrected(results: Results) -> Verdict:
+    with_it = results["shifted text, corrected teacher"]
+    before, after = statistics.mean(r["uncorrected"]["loss"] for r in with_it), statistics.mean(r["teacher"]["loss"] for r in with_it)
+    text = f"teacher's held-out loss {before:.3f} -> {after:.3f} ({after / before - 1:+.1%}); student's {listed(results, 'distilled', 'loss')}"
+    return text, least(results, "shifted text, corrected teacher", "distilled", "loss")
+
+
+def aggregation(results: Results) -> Verdict:
+    measured = {name: own for name, own in results.items() if name != "random scores"}
+    labels = {"pruned": "(l2, mean)"} | {scored(b, s): f"({b}, {s})" for b, s in AGGREGATIONS[1:]}
+    parts = []
+    for when in ("pruned", "distilled"):
+        ranked = sorted(measured, key=lambda name: means(results, name, when, "loss"))
+        rows = ", ".join(f"{labels[name]} {means(results, name, when, 'loss'):.3f}" for name in ranked)
+        parts.append(f"{when}: {rows}, random {means(results, 'random scores', when, 'loss'):.3f}")
+    place = agree([min(measured, key=lambda name: values(results, name, "distilled", "loss")[i]) == "pruned" for i in range(len(results["pruned"]))])
+    return "held-out loss, best first, " + "; ".join(parts), place
+
+
+def contiguous(results: Results) -> Verdict:
+    def accuracy(name: str, when: str) -> str:
+        return f"{means(results, name, 'tasks', 'last words', when, 'accuracy'):.1%}"
+
+    parts = []
+    for name in results:
+        before, after = (means(results, name, when, "loss") for when in ("pruned", "distilled"))
+        words = f"last words {accuracy(name, 'pruned')} and {accuracy(name, 'distilled')}"
+        parts.append(f"{name}: loss {before:.3f} pruned, {after:.3f} distilled, {words}")
+    own = [values(results, name, "tasks", "last words", "distilled", "accuracy") for name in results]
+    errors = [values(results, name, "tasks", "last words", "distilled", "accuracy_stderr") for name in results]
+    difference = statistics.mean(own[0]) - statistics.mean(own[1])
+    error = math.sqrt(sum(statistics.mean(e) ** 2 for e in errors) / len(own[0]))
+    text = f"{'; '.join(parts)}; difference of the last words {difference:+.1%} +- {error:.1%}"
+    return text, None if abs(difference) <= error else difference > 0
+
+
+def search_wins(results: Results) -> Verdict:
+    sizes = ", ".join(f"{name} {results[name][0]['parameters']['student'] / 1e6:.1f}M" for name in results)
+    return f"held-out loss: {listed(results, 'distilled', 'loss')} ({sizes})", least(results, "search: best", "distilled", "loss")
+
+
+@dataclass(frozen=True)
+class Claim:
+    title: str
+    paper: str
+    variants: tuple[str, ...]
+    judge: Callable[..., Verdict]
+    needs: str = ""
+    """What a user has to give before its variants can run."""
+
+
+CLAIMS: dict[str, Claim] = {
+    "initialisation": Claim(
+        "Pruned weights beat random ones at equal tokens",
+        "8B, 1.8B tokens: LM loss 2.049 pruned, 3.953 random (2407.14679, table 1); 380B tokens instead of 15T, 40 x fewer (2408.11796)",
+        ("pruned", "random weights", f"random weights, {LONGER} x tokens"),
+        fewer_tokens,
+    ),
+    "objective": Claim(
+        "KL alone beats cross-entropy alone and both",
+        "LM loss: KL 2.107, CE + KL 2.117 (2407.14679, table 15); pruned and distilled below pruned and trained on LM loss (2408.11796, figure 6)",
+        ("pruned", "CE", "CE + KL"),
+        objective,
+    ),
+    "width": Claim(
+        "Width beats depth in quality, depth beats width in speed",
+        "LM loss 2.049 width (7.7B), 2.155 depth (9.4B) (2407.14679, table 13); speed-up 1.8 x width, 2.7 x depth at 4B (2408.11796)",
+        ("pruned", "contiguous layers"),
+        width_or_depth,
+    ),
+    "correction": Claim(
+        "A corrected teacher makes a better student",
+        "over 6 % lower LM loss by fine-tuning the teacher on the distillation data (2408.11796)",
+        ("shifted text", "shifted text, corrected teacher"),
+        corrected,
+        "--shift-text",
+    ),
+    "scores": Claim(
+        "(l2, mean) is the best aggregation of scores",
+        "LM loss after pruning: (l2, mean) 7.18, (mean, mean) 7.21, others 7.94 to 10.55 (2407.14679, table 11)",
+        (*(scored(b, s) for b, s in AGGREGATIONS), "random scores"),
+        aggregation,
+    ),
+    "layers": Claim(
+        "Contiguous layers are better cut than scattered ones",
+        "Winogrande 0.595 contiguous, 0.5 (chance) scattered, although the latter have the better LM loss (2408.11796)",
+        ("contiguous layers", "scattered layers"),
+        contiguous,
+    ),
+    "search": Claim(
+        "A searched size beats the largest one that fits",
+        "the order of candidates within 5 % of the parameters changes until some 300 steps of training, then settles (2407.14679, figure 9)",
+        tuple(f"search: {which}" for which in SEARCHED),
+        search_wins,
+        "--search",
+    ),
+}

@@ -1,0 +1,121 @@
+"""What is run: each variant is a change of the size's recipe, and some rewrite an artefact, which no recipe says.
+
+random_weights and random_scores replace what a stage left by something of the same shape under the same manifest, with another `made_by`;
+the stages behind it then work on as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minitron_mp import Importance, InputError, Recipe, artifact, build_model, checkpoint, hf
+from minitron_mp.parallel import world
+from minitron_mp.pipeline import Project
+from minitron_mp.plan import resolve_target
+from minitron_mp.stages import ASSETS
+
+LONGER = 4
+"""Times the tokens, for the student that starts from random weights."""
+BY_HAND = "examples/reproduce"
+"""In `made_by` of an artefact that an experiment has rewritten."""
+SEARCHED = ("best", "largest", "random")
+
+
+def random_weights(project: Project) -> None:
+    """The pruned student again with its sizes and Megatron-Core's initial weights."""
+    path, recipe = project.paths["prune"], project.recipe
+    found = artifact.require(path, "prune")
+    assert found.arch is not None
+    with world(recipe.parallel, seed=recipe.seed) as w:
+        chunks = build_model(found.arch, w, precision=recipe.precision, sequence_length=recipe.data.sequence_length, random_weights=True)
+        made = found.model_copy(update={"made_by": BY_HAND})
+        checkpoint.save(checkpoint.model_state(chunks, w), path, made, lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS))
+
+
+def random_scores(project: Project) -> None:
+    """Every importance score dealt out at random among the units of its layer, and layers among themselves."""
+    path, chance = project.paths["score"], np.random.default_rng(project.recipe.seed)
+    found, scores = artifact.require(path, "score"), Importance.load(path)
+    dealt = Importance(**{name: chance.permuted(value, axis=-1) for name, value in vars(scores).items()})
+    dealt.save(path, found.model_copy(update={"made_by": BY_HAND}))
+
+
+def as_deep_as_wide(recipe: Recipe) -> dict[str, Any]:
+    """Fewer layers instead of narrower ones, with the nearest number of parameters."""
+    teacher = hf.read_arch(Path(recipe.model))
+    size = resolve_target(teacher, recipe.target, family=recipe.export.family).num_parameters()
+    layers = min(range(1, teacher.num_layers), key=lambda n: abs(teacher.model_copy(update={"num_layers": n}).num_parameters() - size))
+    return {"target": {"num_layers": layers}}
+
+
+def correction(recipe: Recipe) -> dict[str, Any]:
+    """As many steps as the distillation, at a fifth of its learning rate."""
+    names = {"steps", "global_batch_size", "micro_batch_size", "warmup_steps", "weight_decay", "checkpoint_interval", "logits_precision"}
+    d = recipe.distill
+    return {"correct": {**d.model_dump(include=names), "lr": d.lr / 5, "min_lr": d.min_lr / 5}}
+
+
+def searched(which: str) -> Callable[[Recipe, Path | None], dict[str, Any]]:
+    """The target of one candidate of a search.
+
+    search.json: {"candidates": [{"target": {sizes}, "parameters": n, "loss": x}, ...]}. best: of the least loss; largest: of the most
+    parameters; random: of the others, by the recipe's seed.
+    """
+
+    def change(recipe: Recipe, search: Path | None) -> dict[str, Any]:
+        if search is None:
+            raise InputError("this variant needs a search: give --search SEARCH_JSON with at least 3 candidates")
+        found = json.loads(search.read_text())["candidates"]
+        if len(found) < 3:
+            raise InputError(f"{search} has {len(found)} candidates; a comparison of best, largest and random needs 3")
+        best, largest = min(found, key=lambda c: c["loss"]), max(found, key=lambda c: c["parameters"])
+        others = [c for c in found if c is not best and c is not largest]
+        return {"target": {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[which]["target"]}
+
+    return change
+
+
+@dataclass(frozen=True)
+class Variant:
+    """changes: key of the recipe ("distill.kl_weight") -> value; a section is replaced as a whole. derived: further ones.
+
+    after: stage -> what then rewrites its artefact. plain: whether the plain transformers loop runs beside it. text: which one.
+    """
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    derived: Sequence[Callable[[Recipe], dict[str, Any]]] = ()
+    search: Callable[[Recipe, Path | None], dict[str, Any]] | None = None
+    after: dict[str, Callable[[Project], None]] = field(default_factory=dict)
+    plain: bool = False
+    text: str = "text"
+
+
+AGGREGATIONS = [(batch, sequence) for batch in ("l2", "mean", "var") for sequence in ("mean", "l2", "var")]
+
+
+def scored(batch: str, sequence: str) -> str:
+    return "pruned" if (batch, sequence) == ("l2", "mean") else f"scores {batch} {sequence}"
+
+
+VARIANTS: dict[str, Variant] = {
+    "pruned": Variant(plain=True),
+    "random weights": Variant(after={"prune": random_weights}),
+    f"random weights, {LONGER} x tokens": Variant(derived=[lambda r: {"distill.steps": LONGER * r.distill.steps}], after={"prune": random_weights}),
+    "CE": Variant({"distill.kl_weight": 0.0, "distill.ce_weight": 1.0}, plain=True),
+    "CE + KL": Variant({"distill.ce_weight": 1.0}, plain=True),
+    "contiguous layers": Variant({"depth.method": "block"}, derived=[as_deep_as_wide], plain=True),
+    "scattered layers": Variant({"depth.method": "drop"}, derived=[as_deep_as_wide]),
+    "shifted text": Variant(text="shift-text", plain=True),
+    "shifted text, corrected teacher": Variant(derived=[correction], text="shift-text"),
+    **{scored(b, s): Variant({"score.batch_aggregation": b, "score.sequence_aggregation": s}) for b, s in AGGREGATIONS[1:]},
+    "random scores": Variant(after={"score": random_scores}),
+    **{f"search: {which}": Variant(search=searched(which), plain=which == "best") for which in SEARCHED},
+}

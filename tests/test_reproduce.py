@@ -1,0 +1,256 @@
+"""examples/reproduce at toy size: every variant runs, differs where it must, agrees with the plain loop, and is told as it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import ROOT, make_model, sentences
+from workers_reproduce import FEW
+
+from minitron_mp import InputError, load_recipe
+
+FOLDER = ROOT / "examples" / "reproduce"
+sys.path.insert(0, str(FOLDER))
+
+import report  # noqa: E402
+from claims import CLAIMS, tokens_factor  # noqa: E402
+from texts import documents, last_words, stdlib_by_package  # noqa: E402
+from variants import LONGER, VARIANTS, searched  # noqa: E402
+
+SEED = 7
+QUALITY = {"loss", "perplexity", "kl", "num_tokens"}
+FIELDS = {"variant", "seed", "size", "overrides", "date", "hardware", "software", "text", "fingerprint", "base", "wall_s", "teacher", "pruned", "distilled"}
+FIELDS |= {"tasks", "parameters", "layers", "tokens", "sequence_length", "seconds", "tokens_per_s", "curve", "config", "plain"}
+
+
+@dataclass(frozen=True)
+class Toy:
+    folder: Path
+    words: list[str]
+    done: tuple[int, str, str]
+
+    def result(self, variant: str) -> dict[str, Any]:
+        return self.results()[variant]
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        return {name: own[0] for name, own in report.read(self.folder / "out" / "results")[0].items()}
+
+
+def write_text(folder: Path, seed: int) -> None:
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number:02}.txt").write_text("".join(sentences(12, seed=100 * seed + number)))
+
+
+@pytest.fixture(scope="module")
+def toy(ranks, tmp_path_factory) -> Toy:
+    """All claims, once."""
+    root = tmp_path_factory.mktemp("reproduce")
+    make_model(root / "model", num_hidden_layers=6)
+    for seed, name in enumerate(("train", "valid", "novels", "others")):
+        write_text(root / name, seed)
+    sizes = [(48, 64, 3.2), (64, 32, 3.0), (32, 96, 3.5)]
+    rows = [{"target": {"hidden_size": h, "ffn_hidden_size": f}, "parameters": h * f, "loss": loss} for h, f, loss in sizes]
+    (root / "search.json").write_text(json.dumps({"candidates": rows}))
+    options = {"size": "toy", "model": root / "model", "output": root / "out", "seeds": SEED, "search": root / "search.json"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += ["--text", str(root / "train"), str(root / "valid"), "--shift-text", str(root / "novels"), str(root / "others")]
+    return Toy(root, words, ranks(1, "workers_reproduce.reproduce", words=["all", *words])[0])
+
+
+def test_every_variant_leaves_a_whole_result(toy):
+    code, out, err = toy.done
+    assert code == 0, out + err
+    found = toy.results()
+    assert VARIANTS.keys() == {name for claim in CLAIMS.values() for name in claim.variants}
+    assert found.keys() == {name for name in VARIANTS if not name.startswith("scores ") or name in FEW}
+    for name, result in found.items():
+        corrected = {"uncorrected"} if name.endswith("corrected teacher") else set()
+        assert result.keys() == FIELDS | corrected, name
+        assert all(result[model].keys() == QUALITY for model in ("teacher", "pruned", "distilled", *corrected))
+        assert result["tasks"]["last words"]["distilled"]["num_items"] == 8
+        assert len(result["curve"]) == 6 * (LONGER if str(LONGER) in name else 1)
+        assert result["tokens"] == result["curve"][-1][0] == len(result["curve"]) * 4 * 32
+        assert (result["plain"] is not None) == VARIANTS[name].plain
+    assert not list((toy.folder / "out" / "runs").iterdir())  # no models are left
+
+
+def test_variants_differ_where_they_must(toy):
+    found = toy.results()
+    for when in ("pruned", "distilled"):
+        losses = {name: result[when]["loss"] for name, result in found.items()}
+        same_start = {"CE", "CE + KL", f"random weights, {LONGER} x tokens", "search: largest"} if when == "pruned" else {"search: largest"}
+        distinct = [loss for name, loss in losses.items() if name not in same_start]
+        assert len(set(distinct)) == len(distinct), losses
+        assert losses["search: largest"] == losses["pruned"]  # these sizes are toy.yaml's
+    assert found["CE"]["pruned"] == found["CE + KL"]["pruned"] == found["pruned"]["pruned"]
+    assert found["CE"]["distilled"]["loss"] < found["CE + KL"]["distilled"]["loss"] < found["pruned"]["distilled"]["loss"]  # random teachers are bad ones
+    assert found["pruned"]["distilled"]["kl"] < found["CE + KL"]["distilled"]["kl"] < found["CE"]["distilled"]["kl"]
+
+
+def test_what_the_variants_are(toy):
+    width, depth, scattered = (toy.result(name) for name in ("pruned", "contiguous layers", "scattered layers"))
+    dropped = sorted(set(range(6)) - set(depth["layers"]))
+    assert dropped == list(range(dropped[0], dropped[-1] + 1))
+    assert len(scattered["layers"]) == len(depth["layers"])
+    one_layer = (depth["parameters"]["teacher"] - depth["parameters"]["student"]) / len(dropped)
+    assert abs(depth["parameters"]["student"] - width["parameters"]["student"]) <= one_layer / 2
+    weights = toy.result("random weights")
+    assert weights["config"] == width["config"]
+    assert weights["teacher"] == width["teacher"]
+    corrected = toy.result("shifted text, corrected teacher")
+    assert corrected["uncorrected"]["loss"] == pytest.approx(toy.result("shifted text")["teacher"]["loss"], rel=1e-6)
+    assert corrected["teacher"]["loss"] < corrected["uncorrected"]["loss"]
+
+
+def test_the_plain_loop_agrees(toy):
+    """Float32 on both sides, 6 steps of AdamW, which divides small gradients by their own size; 3e-6 seen."""
+    for name, variant in VARIANTS.items():
+        if variant.plain:
+            ours, plain = toy.result(name), toy.result(name)["plain"]
+            assert plain["loss"] == pytest.approx(ours["distilled"]["loss"], rel=1e-4), name
+            assert plain["kl"] == pytest.approx(ours["distilled"]["kl"], rel=1e-3), name
+            for (tokens, _, kl, ce), row in zip(ours["curve"], plain["curve"], strict=True):
+                assert row == pytest.approx([tokens, kl, ce], rel=1e-3), name
+            assert plain["tokens_per_s"] > 0
+
+
+def test_the_report_tells_every_claim(toy):
+    text = (toy.folder / "out" / "report.md").read_text()
+    assert report.NOT_RUN not in text
+    assert f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops beside" in text
+    for name, claim in CLAIMS.items():
+        assert f"### {name}: {claim.title}" in text
+        assert claim.paper in text
+        assert (toy.folder / "out" / f"{name}.png").stat().st_size > 10_000
+    for result in toy.results().values():
+        assert f"{result['distilled']['loss']:.4f}" in text
+    speed = json.loads((toy.folder / "out" / "results" / "speed.json").read_text())
+    assert speed["tokens_per_s"].keys() == {"teacher", "width", "depth"}
+    assert all(own.keys() == set(speed["kinds"]) and min(own.values()) > 0 for own in speed["tokens_per_s"].values())
+
+
+def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
+    path = toy.folder / "out" / "results" / f"random-scores-{SEED}.json"
+    before = toy.results()
+    path.unlink()
+    code, out, err = ranks(1, "workers_reproduce.reproduce", words=["scores", *toy.words])[0]
+    assert code == 0, err
+    assert out.count("seed 7: done") == len(FEW) - 1
+    assert out.count("score: done") == 1  # the shared artefact, which the shuffled scores of the first time have left alone
+    changing = {"date", "wall_s", "seconds", "tokens_per_s"}
+    after = {name: {key: value for key, value in own.items() if key not in changing} for name, own in toy.results().items()}
+    assert after == {name: {key: value for key, value in own.items() if key not in changing} for name, own in before.items()}
+
+
+def test_results_of_other_settings_are_not_compared(toy, tmp_path):
+    results, _ = report.read(toy.folder / "out" / "results")
+    assert report.of_claim("objective", results) is not None
+    results["CE"] = [{**results["CE"][0], "base": "another"}]
+    with pytest.raises(InputError, match="the results of objective come from different settings"):
+        report.of_claim("objective", results)
+    results["CE"] = [{**results["CE"][0], "seed": 8}]
+    assert report.of_claim("objective", results) is None
+    assert report.judged("objective", results, None)[0] == report.NOT_RUN
+    assert report.summary({"here": tmp_path}).count(report.NOT_RUN) == len(CLAIMS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing"], "claims to run: nothing; give all, or some of initialisation"),
+        ([], "claims to run: none"),
+        (["objective", "--text", "train", "train"], "train is given for training and as held-out text"),
+        (["objective", "--text", "train", "nowhere"], "there is no nowhere"),
+    ],
+)
+def test_wrong_commands(toy, ranks, monkeypatch, words, said):
+    words = [str(toy.folder / word) if word in ("train", "nowhere") else word for word in words]
+    code, _, err = ranks(1, "workers_reproduce.reproduce", words=[*words, "--size", "toy", "--output", str(toy.folder / "wrong")])[0]
+    assert code == 2
+    assert said in err.replace(f"{toy.folder}/", "")
+
+
+def test_claims_that_need_more_are_left_out(toy, ranks):
+    words = ["all", "--size", "toy", "--model", str(toy.folder / "model"), "--output", str(toy.folder / "dry"), "--dry-run"]
+    words += ["--text", str(toy.folder / "train"), str(toy.folder / "valid")]
+    code, out, _ = ranks(1, "workers_reproduce.reproduce", words=words)[0]
+    assert code == 0
+    assert "correction: left out, it needs --shift-text" in out
+    assert "search: left out, it needs --search" in out
+    variants = {variant for claim in CLAIMS.values() if not claim.needs for variant in claim.variants}
+    assert out.count(" min\n") == 2 * len([name for name in variants if not name.startswith("scores ") or name in FEW])
+
+
+def test_candidates_of_a_search(tmp_path):
+    recipe, path = load_recipe(FOLDER / "toy.yaml"), tmp_path / "search.json"
+    rows = [{"target": {"hidden_size": n}, "parameters": n, "loss": loss} for n, loss in ((16, 4.0), (32, 2.0), (48, 3.0))]
+    path.write_text(json.dumps({"candidates": rows}))
+    assert [searched(which)(recipe, path)["target"]["hidden_size"] for which in ("best", "largest", "random")] == [32, 48, 16]
+    path.write_text(json.dumps({"candidates": rows[:2]}))
+    with pytest.raises(InputError, match="has 2 candidates; a comparison of best, largest and random needs 3"):
+        searched("best")(recipe, path)
+
+
+def made_up(loss: float, accuracy: float = 0.5) -> dict[str, Any]:
+    words = {"accuracy": accuracy, "accuracy_stderr": 0.05}
+    return {"pruned": {"loss": 9.0}, "distilled": {"loss": loss}, "tasks": {"last words": {"pruned": words, "distilled": words}}}
+
+
+@pytest.mark.parametrize(("others", "shown"), [((2.1, 2.2), True), ((1.9, 1.8), False), ((2.1, 1.9), None)])
+def test_a_claim_needs_every_seed(others, shown):
+    results = {"pruned": [made_up(2.0), made_up(2.0)], "CE": [made_up(loss) for loss in others], "CE + KL": [made_up(2.5), made_up(2.5)]}
+    assert CLAIMS["objective"].judge(results) == (f"held-out loss: KL 2.0000, CE {sum(others) / 2:.4f}, CE + KL 2.5000", shown)
+
+
+@pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
+def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
+    """Of two shares with 5 % each, over two seeds."""
+    results = {"contiguous layers": [made_up(2.0)] * 2, "scattered layers": [made_up(2.0, scattered)] * 2}
+    said, verdict = CLAIMS["layers"].judge(results)
+    assert verdict is shown
+    assert said.endswith(f"difference of the last words {0.5 - scattered:+.1%} +- 5.0%")
+
+
+def curve(*kl: float) -> list[list[float]]:
+    return [[10 * (i + 1), 0, value, 0] for i, value in enumerate(kl)]
+
+
+def test_the_factor_of_tokens():
+    slow = curve(9, 8, 7, 6, 5, 4, 3, 2)
+    assert tokens_factor(curve(5, 3, 2, 1), slow, window=1) == (80 / 30, False)
+    assert tokens_factor(curve(2, 1, 1, 1), slow, window=1) == (8, True)  # from the start on
+    assert tokens_factor(curve(5, 4, 4, 3), slow, window=1) == (0, False)  # never
+    assert tokens_factor(curve(5, 3, 2, 1), slow, window=2) == (80 / 30, False)  # means 4, 2.5, 1.5 against a last one of 2.5
+
+
+def test_no_package_of_the_standard_library_is_on_both_sides(tmp_path):
+    train, valid = (list(documents(path)) for path in stdlib_by_package(tmp_path))
+    assert len(train) > len(valid) > 40
+    assert not set(train) & set(valid)
+    whole = "".join(train), "".join(valid)
+    for name in ("class JSONEncoder(object)", "class Logger(Filterer)", "class AbstractEventLoop:"):
+        assert sum(name in text for text in whole) == 1
+
+
+def test_last_words_can_be_found_in_the_passage(tmp_path):
+    (tmp_path / "text.txt").write_text("".join(sentences(400)))
+    path = last_words(tmp_path / "text.txt", tmp_path / "words.jsonl", 20)
+    items = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert len(set(items)) == 20
+    for text in items:
+        *context, word = text.split()
+        assert word in context
+        assert len(context) >= 50
+    with pytest.raises(InputError, match="5000 are wanted"):
+        last_words(tmp_path / "text.txt", tmp_path / "words.jsonl", 5000)
+
+
+def test_the_readme_says_what_the_results_say():
+    readme = (FOLDER / "README.md").read_text()
+    assert report.filled(readme, FOLDER / "results") == readme
