@@ -105,8 +105,11 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
         copies = teacher_ranks // t.parallel.model_ranks
         return {**copy, "teacher signals in the window": signal * (t.window * copies // math.gcd(copies, student_ranks // p.model_ranks) + 1)}
     steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
+    weights = {"teacher weights": size * max(rank_parameters(teacher, p))}
+    if recipe.correct and recipe.corrects_meanwhile:
+        weights = {f"teacher, {part}": value for part, value in training_memory(teacher, recipe.correct, recipe, student_ranks).items()}
     return {
-        "teacher weights": size * max(rank_parameters(teacher, p)),
+        **weights,
         "teacher hidden states of a step": size * tokens * teacher.hidden_size / (p.tp if p.sequence_parallel else 1) * steps_held,
     }
 
@@ -138,7 +141,7 @@ def rows(base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: i
     lines.append(("distillation", f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens"))
     lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
     lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
-    if recipe.correct:
+    if recipe.correct and not recipe.corrects_meanwhile:
         needed = sum(training_memory(base, recipe.correct, recipe, students).values())
         lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
     return lines
