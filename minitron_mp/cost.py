@@ -105,7 +105,7 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
         copies = teacher_ranks // t.parallel.model_ranks
         return {**copy, "teacher signals in the window": signal * (t.window * copies // math.gcd(copies, student_ranks // p.model_ranks) + 1)}
     steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
-    weights = {"teacher weights": size * max(rank_parameters(teacher, p))}
+    weights: dict[str, float] = {"teacher weights": size * max(rank_parameters(teacher, p))}
     if recipe.correct and recipe.corrects_meanwhile:
         weights = {f"teacher, {part}": value for part, value in training_memory(teacher, recipe.correct, recipe, student_ranks).items()}
     return {

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import ARCHS
 from tiny import ROOT, make_model, sentences
 from workers_reproduce import FEW
 
 from minitron_mp import InputError, load_recipe
+from minitron_mp.candidates import Candidate
 
 FOLDER = ROOT / "examples" / "reproduce"
 sys.path.insert(0, str(FOLDER))
@@ -54,10 +56,7 @@ def toy(ranks, tmp_path_factory) -> Toy:
     make_model(root / "model", num_hidden_layers=6)
     for seed, name in enumerate(("train", "valid", "novels", "others")):
         write_text(root / name, seed)
-    sizes = [(48, 64, 3.2), (64, 32, 3.0), (32, 96, 3.5)]
-    rows = [{"target": {"hidden_size": h, "ffn_hidden_size": f}, "parameters": h * f, "loss": loss} for h, f, loss in sizes]
-    (root / "search.json").write_text(json.dumps({"candidates": rows}))
-    options = {"size": "toy", "model": root / "model", "output": root / "out", "seeds": SEED, "search": root / "search.json"}
+    options = {"size": "toy", "model": root / "model", "output": root / "out", "seeds": SEED}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words += ["--text", str(root / "train"), str(root / "valid"), "--shift-text", str(root / "novels"), str(root / "others")]
     return Toy(root, words, ranks(1, "workers_reproduce.reproduce", words=["all", *words])[0])
@@ -84,10 +83,9 @@ def test_variants_differ_where_they_must(toy):
     found = toy.results()
     for when in ("pruned", "distilled"):
         losses = {name: result[when]["loss"] for name, result in found.items()}
-        same_start = {"CE", "CE + KL", f"random weights, {LONGER} x tokens", "search: largest"} if when == "pruned" else {"search: largest"}
+        same_start = {"CE", "CE + KL", f"random weights, {LONGER} x tokens"} if when == "pruned" else set()
         distinct = [loss for name, loss in losses.items() if name not in same_start]
         assert len(set(distinct)) == len(distinct), losses
-        assert losses["search: largest"] == losses["pruned"]  # these sizes are toy.yaml's
     assert found["CE"]["pruned"] == found["CE + KL"]["pruned"] == found["pruned"]["pruned"]
     assert found["CE"]["distilled"]["loss"] < found["CE + KL"]["distilled"]["loss"] < found["pruned"]["distilled"]["loss"]  # random teachers are bad ones
     assert found["pruned"]["distilled"]["kl"] < found["CE + KL"]["distilled"]["kl"] < found["CE"]["distilled"]["kl"]
@@ -182,14 +180,15 @@ def test_claims_that_need_more_are_left_out(toy, ranks):
     code, out, _ = ranks(1, "workers_reproduce.reproduce", words=words)[0]
     assert code == 0
     assert "correction: left out, it needs --shift-text" in out
-    assert "search: left out, it needs --search" in out
     variants = {variant for claim in CLAIMS.values() if not claim.needs for variant in claim.variants}
     assert out.count(" min\n") == 2 * len([name for name in variants if not name.startswith("scores ") or name in FEW])
 
 
 def test_candidates_of_a_search(tmp_path):
     recipe, path = load_recipe(FOLDER / "toy.yaml"), tmp_path / "search.json"
-    rows = [{"target": {"hidden_size": n}, "parameters": n, "loss": loss} for n, loss in ((16, 4.0), (32, 2.0), (48, 3.0))]
+    arch = ARCHS["llama"]
+    common = {"memory_gib": 0.1, "pruned_loss": 3.0}
+    rows = [Candidate(name=str(n), arch=arch.model_copy(update={"hidden_size": n}), parameters=n, chosen=n == 32, **common).model_dump() for n in (16, 32, 48)]
     path.write_text(json.dumps({"candidates": rows}))
     assert [searched(which)(recipe, path)["target"]["hidden_size"] for which in ("best", "largest", "random")] == [32, 48, 16]
     path.write_text(json.dumps({"candidates": rows[:2]}))

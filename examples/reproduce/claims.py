@@ -187,6 +187,5 @@ CLAIMS: dict[str, Claim] = {
         "the order of candidates within 5 % of the parameters changes until some 300 steps of training, then settles (2407.14679, figure 9)",
         tuple(f"search: {which}" for which in SEARCHED),
         search_wins,
-        "--search",
     ),
 }

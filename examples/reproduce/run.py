@@ -34,7 +34,7 @@ from baseline import train_plain
 from claims import CLAIMS
 from speed import measure
 from texts import last_words, stdlib_by_package
-from variants import BY_HAND, VARIANTS, Variant
+from variants import BY_HAND, VARIANTS, Variant, searching
 
 from minitron_mp import InputError, Recipe, artifact, load_recipe, make_recipe, run_stage
 from minitron_mp.model import DTYPES
@@ -42,7 +42,7 @@ from minitron_mp.pipeline import Project
 from minitron_mp.plan import PrunePlan
 
 HERE = Path(__file__).parent
-SHARED = ("import", "data", "correct", "score", "depth")
+SHARED = ("import", "data", "correct", "score", "depth", "search")
 """Stages whose artefacts all variants that ask for the same use together."""
 SIZES = ("cpu", "h100", "toy")
 
@@ -55,7 +55,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: the recipe's")
     parser.add_argument("--text", nargs=2, type=Path, metavar=("TRAIN", "VALID"), help=".txt or .jsonl files or folders; default: Python's standard library")
     parser.add_argument("--shift-text", nargs=2, type=Path, metavar=("TRAIN", "VALID"), help="text far from the teacher's training, for `correction`")
-    parser.add_argument("--search", type=Path, help="search.json of candidates, for `search`")
+    parser.add_argument("--search", type=Path, help="search.json of a search that has run, for `search`; default: one of its own a seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1235])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the size's recipe")
     parser.add_argument("--keep", action="store_true", help="keep the models of finished variants")
@@ -83,7 +83,7 @@ def act(args: argparse.Namespace) -> int:
     chosen = list(CLAIMS) if args.claims == ["all"] else args.claims
     if not chosen or not CLAIMS.keys() >= set(chosen):
         raise InputError(f"claims to run: {' '.join(chosen) or 'none'}; give all, or some of {', '.join(CLAIMS)}")
-    given = {"--shift-text": args.shift_text, "--search": args.search}
+    given = {"--shift-text": args.shift_text}
     for name in [name for name in chosen if CLAIMS[name].needs and not given[CLAIMS[name].needs]]:
         print(f"{name}: left out, it needs {CLAIMS[name].needs}")
         chosen.remove(name)
@@ -122,9 +122,20 @@ def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> R
     recipe = make_recipe(changed(values, changes), name)
     for derive in variant.derived:
         recipe = make_recipe(changed(recipe.model_dump(), derive(recipe)), name)
-    if variant.search:
-        recipe = make_recipe(changed(recipe.model_dump(), variant.search(recipe, args.search)), name)
     return recipe
+
+
+def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int) -> Path:
+    """search.json inside the budget of the recipe's target: the given one, or that of a search, which runs unless it is done."""
+    if args.search:
+        return args.search
+    values = {**searching(recipe, args.size), "output": str(output / "runs" / slug("search", seed))}
+    project = Project(make_recipe(changed(recipe.model_dump(), values), "search"))
+    project.check()
+    project.recipe.root.mkdir(parents=True, exist_ok=True)
+    for stage in [*project.before("search"), "search"]:
+        run_shared(project, stage, output / "shared")
+    return project.paths["search"]
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +162,8 @@ def text_of(args: argparse.Namespace, output: Path, variant: Variant) -> tuple[P
 def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
     """The result of one variant and seed, unless it is there."""
     recipe, variant = recipe_of(args, output, name, seed), VARIANTS[name]
+    if variant.search:
+        recipe = make_recipe(changed(recipe.model_dump(), variant.search(recipe, search_of(args, output, recipe, seed))), name)
     project = Project(recipe)
     project.check()
     path = output / "results" / f"{slug(name, seed)}.json"
@@ -190,7 +203,8 @@ def outcome(project: Project) -> dict[str, Any]:
     """What the artefacts of a finished run say."""
     recipe, plan = project.recipe, PrunePlan.load(project.paths["plan"])
     evaluation = json.loads(project.paths["evaluate"].read_text())
-    evaluation.pop("manifest")
+    for name in ("manifest", "speed", "texts"):
+        evaluation.pop(name)
     steps = [json.loads(line) for line in (project.paths["distill"] / "metrics.jsonl").read_text().splitlines()]
     curve, tokens = [], 0
     for step in steps:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from minitron_mp import Importance, InputError, Recipe, artifact, build_model, checkpoint, hf
+from minitron_mp.candidates import Candidate, target_of
 from minitron_mp.parallel import world
 from minitron_mp.pipeline import Project
 from minitron_mp.plan import resolve_target
@@ -63,22 +64,31 @@ def correction(recipe: Recipe) -> dict[str, Any]:
     return {"correct": {**d.model_dump(include=names), "lr": d.lr / 5, "min_lr": d.min_lr / 5}}
 
 
-def searched(which: str) -> Callable[[Recipe, Path | None], dict[str, Any]]:
-    """The target of one candidate of a search.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "toy": {"tolerance": 0.3, "num_layers": [5, 6], "hidden_size": [48, 64], "num_samples": 8, "micro_batch_size": 8, "finalists": 2, "steps": 2},
+    "cpu": {"num_layers": [27, 28, 29, 30], "hidden_size": [480, 512, 544, 576], "num_samples": 32, "micro_batch_size": 4, "steps": 32},
+    "h100": {"num_layers": [26, 27, 28, 29, 30], "hidden_size": [448, 480, 512, 544, 576], "micro_batch_size": 16, "finalists": 8, "steps": 300},
+}
+"""Of the search whose candidates are compared, by size of the experiment; its budget are the parameters of the size's target."""
 
-    search.json: {"candidates": [{"target": {sizes}, "parameters": n, "loss": x}, ...]}. best: of the least loss; largest: of the most
-    parameters; random: of the others, by the recipe's seed.
-    """
 
-    def change(recipe: Recipe, search: Path | None) -> dict[str, Any]:
-        if search is None:
-            raise InputError("this variant needs a search: give --search SEARCH_JSON with at least 3 candidates")
-        found = json.loads(search.read_text())["candidates"]
+def searching(recipe: Recipe, size: str) -> dict[str, Any]:
+    """What makes a recipe with a target one with a search inside the parameters of that target."""
+    parameters = resolve_target(hf.read_arch(Path(recipe.model)), recipe.target, family=recipe.export.family).num_parameters()
+    return {"target": {"align": recipe.target.align}, "search": {"parameters": parameters, **SEARCHES[size]}}
+
+
+def searched(which: str) -> Callable[[Recipe, Path], dict[str, Any]]:
+    """The target of one candidate of a search.json. best: the chosen one; largest: of the most parameters; random: of the others, by the recipe's seed."""
+
+    def change(recipe: Recipe, search: Path) -> dict[str, Any]:
+        found = [Candidate.model_validate(row) for row in json.loads(search.read_text())["candidates"]]
         if len(found) < 3:
             raise InputError(f"{search} has {len(found)} candidates; a comparison of best, largest and random needs 3")
-        best, largest = min(found, key=lambda c: c["loss"]), max(found, key=lambda c: c["parameters"])
-        others = [c for c in found if c is not best and c is not largest]
-        return {"target": {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[which]["target"]}
+        best, largest = next(c for c in found if c.chosen), max(found, key=lambda c: c.parameters)
+        others = [c for c in found if c not in (best, largest)]
+        picked = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[which]
+        return {"target": target_of(picked.arch, recipe.target.align).model_dump(exclude_defaults=True)}
 
     return change
 
@@ -92,7 +102,7 @@ class Variant:
 
     changes: dict[str, Any] = field(default_factory=dict)
     derived: Sequence[Callable[[Recipe], dict[str, Any]]] = ()
-    search: Callable[[Recipe, Path | None], dict[str, Any]] | None = None
+    search: Callable[[Recipe, Path], dict[str, Any]] | None = None
     after: dict[str, Callable[[Project], None]] = field(default_factory=dict)
     plain: bool = False
     text: str = "text"
