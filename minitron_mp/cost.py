@@ -101,9 +101,9 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
     signal = tokens * payload_bytes_per_token(teacher, recipe) / (p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1)
     if t.placement == "cached":
         return {**copy, "teacher signal": signal}
-    if t.is_remote:  # a window for each copy of the teacher that this copy of the student hears, and the one in use
-        copies = teacher_ranks // t.parallel.model_ranks
-        return {**copy, "teacher signals in the window": signal * (t.window * copies // math.gcd(copies, student_ranks // p.model_ranks) + 1)}
+    if t.is_remote:  # a window for each copy of the teacher that this copy of the student hears, and what is in use
+        copies, in_use = teacher_ranks // t.parallel.model_ranks, p.interleaved if d.states else 1
+        return {**copy, "teacher signals in the window": signal * (t.window * copies // math.gcd(copies, student_ranks // p.model_ranks) + in_use)}
     steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
     weights: dict[str, float] = {"teacher weights": size * max(rank_parameters(teacher, p))}
     if recipe.correct and recipe.corrects_meanwhile:

@@ -5,9 +5,9 @@
 
 A signal is one tensor [s, b, n] a microbatch, spread over the last pipeline stage of the teacher and wanted, spread otherwise, on
 the last stage of the student; for losses inside the student (states.py) each stage that wants something has a link of its own.
-Microbatch id belongs to replica id % dp on either side. messages() is a pure function of the
-replicas and the layouts, so both ends know every transfer without asking, and all walk ids in ascending order: the smallest
-unfinished one can always complete, so nothing deadlocks at any window.
+Microbatch id belongs to replica id % dp on either side. messages() is a pure function of the replicas and the layouts, so both ends
+know every transfer without asking, and all walk ids in ascending order: the smallest unfinished one can always complete, so nothing
+deadlocks at any window.
 
     teacher                                   student
     waits until id - window is consumed
@@ -328,7 +328,7 @@ class Receiver:
         return arrival.signal
 
     def release(self, id: int) -> None:
-        """The loss has used the signal: let the teacher send another."""
+        """The signal is used, or held by another: let the teacher send one more."""
         link = self.link
         for source in dict.fromkeys(block.source for block in self._blocks(id)):
             try:

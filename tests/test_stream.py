@@ -197,6 +197,7 @@ def agreement(recipe=None, *, arch=ARCHS["qwen3"], vocab_size=150, made_from=("a
         ("steps", {"recipe": {**RECIPE, "distill": {"steps": 50}}}),
         ("global_batch_size", {"recipe": {**RECIPE, "distill": {"global_batch_size": 4}}}),
         ("temperature", {"recipe": {**RECIPE, "distill": {"temperature": 2.0}}}),
+        ("states", {"recipe": {**RECIPE, "distill": {"states": {"layers": {0: 0}}}}}),
         ("head hidden_size", {"arch": ARCHS["qwen3"].model_copy(update={"hidden_size": 48})}),
         ("head vocab_size", {"vocab_size": 149}),
         ("head padded_vocab_size", {"arch": ARCHS["qwen3"].model_copy(update={"vocab_size": 300})}),
@@ -216,7 +217,7 @@ def test_each_field_of_the_contract(field, other):
 
 def test_the_contract_has_no_other_field():
     fixed = {"head tap", "head logit_scale", "head soft_cap", "head bias", "context parallel order", "stream version"}
-    named = {"teacher checkpoint", "data", "tokenizer", "seed", "steps", "global_batch_size", "temperature", "window", "teacher ranks"}
+    named = {"teacher checkpoint", "data", "tokenizer", "seed", "steps", "global_batch_size", "temperature", "states", "window", "teacher ranks"}
     assert agreement().keys() == fixed | named | {"head hidden_size", "head vocab_size", "head padded_vocab_size", *vars(HIDDEN)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
 from torch import Tensor
-from workers import count_hooks, gather, joined
+from workers import count_hooks, joined
 from workers_stream import joined_roles, make_link
 from workers_training import Runner, copy_once
 
@@ -26,7 +26,7 @@ FROZEN: dict[str, Any] = {"precision": "fp32", "sequence_length": SEQUENCE_LENGT
 
 
 def train_all(layout: Layout, arch: Arch, teacher: Path, runs: dict[str, tuple[Student, Distill, Path | None]], output: Path) -> dict[str, Any]:
-    """name -> (metrics of rank 0, whether all ranks end with one projection), for each run: (student, settings, checkpoints to resume from)."""
+    """name -> (metrics of rank 0, this rank's projection at the end), for each run: (student, settings, checkpoints to resume from)."""
     found = {}
     with joined(layout) as world:
         for name, ((student_arch, student, channels), settings, stopped) in runs.items():
@@ -37,7 +37,8 @@ def train_all(layout: Layout, arch: Arch, teacher: Path, runs: dict[str, tuple[S
             with watched(kept):
                 metrics = Runner(world, signals, settings)(student_arch, None if stopped else student, output / name).metrics
             assert count_hooks(kept[0].models) == 0, "hooks on the student are left"
-            found[name] = metrics, _is_one(kept[0].states.weight)
+            weight = kept[0].states.weight
+            found[name] = metrics, None if weight is None else weight.detach().clone()
     return found
 
 
@@ -56,13 +57,6 @@ class watched:
 
     def __exit__(self, *_: Any) -> None:
         trainer.Run = self.usual
-
-
-def _is_one(weight: Tensor | None) -> bool:
-    if weight is None:
-        return True
-    copies = gather(weight.detach()[None], 0, torch.distributed.group.WORLD)
-    return bool((copies == weight).all())
 
 
 def train_remote(
