@@ -24,11 +24,11 @@ from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError, Recipe, refuse
 from minitron_mp.console import Tracker, say, speaks, table
 from minitron_mp.data import load_hugging_face
+from minitron_mp.job import ASSETS
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World, everyone, on_main, world
 from minitron_mp.pipeline import Project
 from minitron_mp.spans import Row, next_tokens, num_groups, score_rows
-from minitron_mp.stages import ASSETS
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -306,9 +306,10 @@ def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
         _agree(world, lambda: plan(project))
     else:
         from minitron_mp import stages
+        from minitron_mp.job import Job
 
         manifest = _agree(world, lambda: project.manifest(name))
-        stages.RUN[name](stages.Job(project.recipe, world, project.paths, manifest, active))
+        stages.RUN[name](Job(project.recipe, world, project.paths, manifest, active))
     say(f"{name}: {project.paths[name]} in {time.monotonic() - start:.1f} s")
 
 
@@ -339,13 +340,14 @@ def students_of(recipe: Recipe) -> dict[str, Recipe]:
 def _join(recipe: Recipe, world: Any, *, force: bool = False) -> None:
     """The ranks of a remote teacher and of siblings: wait until the student comes to distill, and take part."""
     from minitron_mp import stages
+    from minitron_mp.job import Job
 
     if world.role != "teacher":
         _run("distill", Project(students_of(recipe)[world.role]), world, force=force)
     elif active := _active(recipe, world, True):
         project = Project(recipe)
         manifest = _agree(world, lambda: project.manifest("distill"))
-        stages.RUN["distill"](stages.Job(recipe, world, project.paths, manifest, active))
+        stages.RUN["distill"](Job(recipe, world, project.paths, manifest, active))
 
 
 def _active(recipe: Recipe, world: Any, mine: bool) -> dict[str, Recipe]:

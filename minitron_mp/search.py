@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,13 @@ from minitron_mp.candidates import HEADER, Candidate, candidates, inference_byte
 from minitron_mp.config import Distill, InputError, Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.evaluate import compare
+from minitron_mp.job import Job
 from minitron_mp.masks import masked
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World, on_main
 from minitron_mp.plan import Importance, PrunePlan, Trials, make_plan
 from minitron_mp.schedule import Batch, run
 from minitron_mp.trainer import Run, train_together
-
-if TYPE_CHECKING:
-    from minitron_mp.stages import Job
 
 WORK = "search"
 """Folder beside the artefacts while the search goes on."""

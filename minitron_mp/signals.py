@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -17,6 +17,7 @@ from minitron_mp.arch import Arch, HeadSpec, differing_fields
 from minitron_mp.cache import Reader, Writer, write_index
 from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
 from minitron_mp.console import Tracker, say
+from minitron_mp.job import Job
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
 from minitron_mp.plan import PrunePlan
@@ -24,9 +25,6 @@ from minitron_mp.schedule import Batch
 from minitron_mp.states import Pairs
 from minitron_mp.stream import STREAM_VERSION, Grid, Link, Receiver, Sender, Senders, Shape
 from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
-
-if TYPE_CHECKING:
-    from minitron_mp.stages import Job
 
 
 def train_set(job: Job, settings: Training) -> Dataset:

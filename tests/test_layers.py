@@ -18,7 +18,7 @@ LAYERS = [
     "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "
     "evaluate speed spans tasks",
     "trainer correction",
-    "page figures facts card report stages signals search precheck pipeline harness bridge console cli __main__ __init__",
+    "page figures facts card report job fit judging stages signals search precheck pipeline harness bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {

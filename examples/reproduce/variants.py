@@ -18,10 +18,10 @@ import numpy as np
 
 from minitron_mp import Importance, InputError, Recipe, artifact, build_model, checkpoint, hf
 from minitron_mp.candidates import Candidate, target_of
+from minitron_mp.job import ASSETS
 from minitron_mp.parallel import world
 from minitron_mp.pipeline import Project
 from minitron_mp.plan import resolve_target
-from minitron_mp.stages import ASSETS
 
 LONGER = 4
 """Times the tokens, for the student that starts from random weights."""

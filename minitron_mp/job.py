@@ -1,0 +1,85 @@
+"""What a stage works with: the recipe, this rank's world, and where the artefacts lie."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron_mp import artifact, checkpoint, data
+from minitron_mp.arch import Arch
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import InputError, Recipe, must_divide
+from minitron_mp.correction import PREFIX
+from minitron_mp.model import build_model
+from minitron_mp.parallel import World
+from minitron_mp.schedule import Batch
+from minitron_mp.states import Pairs
+from minitron_mp.teacher import ColocatedTeacher
+
+ASSETS = "assets"
+"""Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written.
+
+    students: role -> recipe of those that a remote teacher serves in this job.
+    """
+
+    recipe: Recipe
+    world: World
+    paths: dict[str, Path]
+    manifest: Manifest
+    students: dict[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return self.paths[self.manifest.stage]
+
+    def arch(self, stage: str) -> Arch:
+        """Architecture of the model that a stage left."""
+        arch = artifact.require(self.paths[stage], stage).arch
+        assert arch is not None
+        return arch
+
+    def tokenizer(self) -> data.Tokenizer:
+        return data.load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
+
+    def build(self, stage: str) -> list[Any]:
+        """The model that a stage left, loaded, in this recipe's layout and precision."""
+        chunks = build_model(self.arch(stage), self.world, precision=self.recipe.precision, sequence_length=self.recipe.data.sequence_length)
+        checkpoint.load_model(chunks, self.paths[stage], self.world)
+        return chunks
+
+    def teacher(self, pairs: Pairs | None = None, *, corrected: bool = False) -> ColocatedTeacher:
+        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it."""
+        arch, options = self.arch(self.recipe.tutor), {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
+        if corrected and self.recipe.corrects_meanwhile:
+            return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
+        return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
+
+    def groups(self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
+        """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
+
+        exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
+        """
+        world, recipe = self.world, self.recipe
+        dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
+        if exact and (problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)):
+            raise InputError(problem)
+        unit = micro_batch_size * dp * interleaved
+        units = -(-num_samples // unit)
+        size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
+        samples = data.samples(self.paths["data"], part, recipe.data.sequence_length, num_samples, recipe.seed, self.tokenizer(), repeat=False)
+        sizes = {"global_batch_size": size, "micro_batch_size": micro_batch_size, "dp_rank": world.groups.dp.rank(), "dp_size": dp, "limit": num_samples}
+        count = -(-num_samples // size)
+        return count, (data.micro_batches(samples, i, **sizes) for i in range(count))
+
+
+def assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
+    """Copies the Hugging Face side files of a checkpoint artefact into the next one."""
+    return lambda folder: shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
