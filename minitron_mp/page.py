@@ -68,10 +68,15 @@ def markdown(document: Document) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def markdown_table(table: Table) -> str:
+    """The first column left, the others as the table says."""
+    lines = [list(table.header), ["---", *["---:" if table.align == "right" else "---"] * (len(table.header) - 1)], *map(list, table.rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _markdown(part: str | Table | Code) -> str:
     if isinstance(part, Table):
-        lines = [list(part.header), ["---", *["---:" if part.align == "right" else "---"] * (len(part.header) - 1)], *map(list, part.rows)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return markdown_table(part)
     return f"```\n{part.text.rstrip()}\n```" if isinstance(part, Code) else part
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from pool import Pool
 from results import Results
 from tiny import Run, make_model, make_recipe_file, make_text, minitron
+
+os.environ["COLUMNS"] = "160"  # before the console is imported: a worker of pytest-xdist has the width of somebody's terminal
 
 TOGETHER = {
     "test_training": "training",

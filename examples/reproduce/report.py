@@ -13,7 +13,7 @@ from claims import CLAIMS, Results, values
 
 from minitron_mp import InputError
 from minitron_mp.artifact import write_text
-from minitron_mp.report import markdown
+from minitron_mp.page import Table, markdown_table
 
 HERE = Path(__file__).parent
 SIZES = ("cpu", "h100")
@@ -88,7 +88,7 @@ def summary(by_size: dict[str, Path]) -> str:
             said, effort, _ = judged(name, results, speed)
             cells.append(NOT_RUN if said == NOT_RUN else f"{said} ({effort})")
         table.append((f"`{name}`: {claim.title}", claim.paper, *cells))
-    parts = [markdown(("claim", "paper says", *by_size), table).replace("---:", "---")]
+    parts = [markdown_table(Table(("claim", "paper says", *by_size), table, "left"))]
     return "\n\n".join(parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results])
 
 
@@ -109,10 +109,10 @@ def details(folder: Path, plots: str) -> str:
     for name, claim in CLAIMS.items():
         if mine := of_claim(name, results):
             said, effort, place = judged(name, results, speed)
-            parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", markdown(COLUMNS, rows(mine))]
+            parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", markdown_table(Table(COLUMNS, rows(mine)))]
             if name == "width" and speed:
                 table = [(model, *(f"{own[kind]:,.1f}" for kind in speed["kinds"])) for model, own in speed["tokens_per_s"].items()]
-                parts += [f"Inference in tokens/s ({speed['hardware']}, {speed['date']}):", markdown(("model", *speed["kinds"]), table)]
+                parts += [f"Inference in tokens/s ({speed['hardware']}, {speed['date']}):", markdown_table(Table(("model", *speed["kinds"]), table))]
             parts.append(f"![{claim.title}]({plots}{name}.png)")
     return "\n\n".join(parts)
 

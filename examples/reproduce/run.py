@@ -129,7 +129,7 @@ def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int)
     """search.json inside the budget of the recipe's target: the given one, or that of a search, which runs unless it is done."""
     if args.search:
         return args.search
-    values = {**searching(recipe, args.size), "output": str(output / "runs" / slug("search", seed))}
+    values = {**searching(recipe, args.size), "output": str(output / "searches" / str(seed))}
     project = Project(make_recipe(changed(recipe.model_dump(), values), "search"))
     project.check()
     project.recipe.root.mkdir(parents=True, exist_ok=True)
