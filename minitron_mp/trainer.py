@@ -172,8 +172,13 @@ class Run:
 
     def sharded(self, *, empty: bool = False) -> dict[str, Any]:
         """Sharded state of weights and optimizer (and of losses on states); empty: as checkpoint.load() wants it, on every rank."""
+        late = self.settings.overlap and not empty  # the last parameter gather is still to come
+        for chunk in self.models if late else []:
+            chunk.disable_forward_pre_hook(param_sync=True)
         model = checkpoint.model_state([m.module for m in self.models], self.world)
         optimizer = (empty_optimizer_state if empty else optimizer_state)(self.optimizer, model)
+        for chunk in self.models if late else []:
+            chunk.enable_forward_pre_hook()
         return {**model, **optimizer, **(self.states.state() if self.states else {})}
 
     def fill(self, state: dict[str, Any], step: int) -> None:
@@ -187,16 +192,10 @@ class Run:
         self.done = step
 
     def _save(self, folder: Path) -> None:
-        if self.settings.overlap:
-            for model in self.models:
-                model.disable_forward_pre_hook(param_sync=True)
         state = self.sharded()
         if self.companion is not None:
             state["companion"] = self.companion.sharded()
         checkpoint.save(state, _step_folder(folder, self.done), self.manifest)
-        if self.settings.overlap:
-            for model in self.models:
-                model.enable_forward_pre_hook()
         if self.world.is_main:
             for old in sorted(folder.glob("step_*"))[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)

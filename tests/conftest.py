@@ -25,8 +25,9 @@ TOGETHER = {
 """Files that share what fixtures of the session compute; any other file is a group of its own. Groups that take long come first."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest -n 2 --dist loadgroup: a process takes a whole group."""
+    """For pytest -n 2 --dist loadgroup: a process takes a whole group. First, because pytest-xdist reads the marks at its own turn."""
     order = list(dict.fromkeys(TOGETHER.values()))
 
     def group(item: pytest.Item) -> str:

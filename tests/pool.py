@@ -27,6 +27,7 @@ from unittest.mock import patch
 GROUP_TIMEOUT_S = 120
 """Of one collective: above the slowest one on a loaded machine, below the patience of whoever waits for the suite."""
 CALL_TIMEOUT_S = 300.0
+STARTS = 3
 GRACE_S = 3.0
 """After one rank's failure the others get so long to report theirs."""
 
@@ -91,13 +92,23 @@ class Pool:
         self.ranks = []
 
     def _start(self) -> None:
-        self.ranks = [_Rank(number, self.size, self.environment) for number in range(self.size)]
-        ok, port = self.ranks[0].receive()
-        if not ok:
+        """Start the ranks, and again when they do not find each other: on a loaded machine gloo's first connections break now and then."""
+        for _ in range(STARTS):
+            self.ranks = [_Rank(number, self.size, self.environment) for number in range(self.size)]
+            ok, told = self.ranks[0].receive()
+            if ok:
+                for rank in self.ranks:
+                    rank.pipe.send_bytes(pickle.dumps(told))
+                waiting = {rank.pipe: rank for rank in self.ranks}
+                while ok and waiting:
+                    for pipe in wait(list(waiting)):
+                        ready, answer = waiting.pop(pipe).receive()
+                        ok, told = ok and ready, told if ready else answer
+            if ok:
+                return
+            output = "\n".join(rank.output(800) for rank in self.ranks if rank.output())
             self.kill()
-            raise RankError(f"the pool of {self.size} does not start: {port}")
-        for rank in self.ranks:
-            rank.pipe.send_bytes(pickle.dumps(port))
+        raise RankError(f"the pool of {self.size} does not start, {STARTS} times: {told}\n{output}")
 
 
 class _Rank:
@@ -151,6 +162,7 @@ def live(pipe: Connection, rank: int, size: int, log: str) -> None:
 def serve(pipe: Connection, rank: int, size: int) -> None:
     """Join the group, then answer requests until the session closes its end of the pipe."""
     _join(pipe, rank, size)
+    pipe.send_bytes(pickle.dumps((True, "ready")))
     while True:
         try:
             function, kwargs = pickle.loads(pipe.recv_bytes())

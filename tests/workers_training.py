@@ -80,7 +80,7 @@ def correct_meanwhile(layout: Layout, arch: Arch, teacher: Path, student_arch: A
     Curves are rank 0's, [] elsewhere.
     """
     distil, folder, found = settings(layout).model_copy(update={"temperature": 1.0}), output / "meanwhile", {}  # compare() has no other
-    correct = correct.model_copy(update={"micro_batch_size": distil.micro_batch_size})
+    correct = correct.model_copy(update={"micro_batch_size": distil.micro_batch_size, "overlap": layout.dp > 1})
     with joined(layout) as world:
 
         def start(curve: list[StepMetrics]) -> LearningTeacher:
