@@ -144,6 +144,12 @@ def rows(base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: i
     if recipe.correct and not recipe.corrects_meanwhile:
         needed = sum(training_memory(base, recipe.correct, recipe, students).values())
         lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
+    if recipe.search:
+        together = min(recipe.search.together or recipe.search.finalists, recipe.search.finalists)
+        needed = together * sum(training_memory(student, d, recipe, students).values()) + BYTES[recipe.teacher_precision] * max(
+            rank_parameters(teacher, recipe.parallel)
+        )
+        lines.append((f"memory while the search distils {together} students", f"{needed / 2**30:.2f} GiB"))
     return lines
 
 

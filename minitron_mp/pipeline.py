@@ -82,7 +82,8 @@ def _search(recipe: Recipe) -> dict[str, Any]:
     sizes = recipe.search.model_dump(exclude={"micro_batch_size", "together"})
     # The candidates themselves, and not what makes them: the layout is part of that, and seldom changes them.
     names = [candidates.name_of(arch) for arch in candidates.candidates(recipe, hf.read_arch(Path(recipe.model), weights=False))]
-    return {**sizes, "candidates": names, "depth": depth, "distill": recipe.distill.model_dump(exclude={*HOW, "steps"}), **_run_settings(recipe)}
+    distill = recipe.distill.model_dump(exclude={*HOW, "steps", "states"})
+    return {**sizes, "candidates": names, "depth": depth, "distill": distill, "teacher precision": recipe.teacher.precision, **_run_settings(recipe)}
 
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
