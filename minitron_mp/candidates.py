@@ -15,11 +15,19 @@ from pydantic import BaseModel
 
 from minitron_mp.arch import Arch, export_problems, layout_problems
 from minitron_mp.artifact import read_json
-from minitron_mp.config import InputError, Recipe, Search, Target, refuse
+from minitron_mp.config import Distill, InputError, Recipe, Search, Target, refuse
 from minitron_mp.cost import BYTES
-from minitron_mp.plan import resolve_target
+from minitron_mp.plan import resolve_target, steps_down
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads")
+
+
+class Trained(BaseModel):
+    """After so many steps of short distillation; inf: the loss was no number."""
+
+    steps: int
+    loss: float
+    kl: float
 
 
 class Candidate(BaseModel):
@@ -31,14 +39,15 @@ class Candidate(BaseModel):
     memory_gib: float
     latency_s: float | None = None
     pruned_loss: float | None = None
-    distilled: list[dict[str, float]] = []
-    """A row a round: steps, loss, kl."""
+    distilled: list[Trained] = []
+    """One a round."""
     chosen: bool = False
 
     @property
     def loss(self) -> float:
         """The last one measured."""
-        return self.distilled[-1]["loss"] if self.distilled else self.pruned_loss or 0.0
+        last = self.distilled[-1].loss if self.distilled else self.pruned_loss
+        return math.inf if last is None or math.isnan(last) else last
 
 
 def name_of(arch: Arch) -> str:
@@ -55,6 +64,13 @@ def inference_bytes(arch: Arch, precision: str, batch_size: int, context: int) -
     """Weights, without the vocabulary padding, and key-value cache, over all ranks."""
     cache = 2 * arch.num_layers * arch.num_query_groups * arch.kv_channels * context * batch_size
     return BYTES[precision] * (arch.num_parameters() + cache)
+
+
+def training(recipe: Recipe) -> Distill:
+    """The settings of the short distillation: those of distill over search.steps, warm-up at most a tenth of them, no losses on states."""
+    assert recipe.search is not None
+    d, steps = recipe.distill, recipe.search.steps
+    return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, "states": None})
 
 
 def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
@@ -95,12 +111,13 @@ def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
         def wide(f: int, arch: Arch = arch) -> Arch:
             return arch.model_copy(update={"ffn_hidden_size": f})
 
-        widths = _steps(teacher.ffn_hidden_size, unit) if solved else grid["ffn_hidden_size"]
+        widths = steps_down(teacher.ffn_hidden_size, unit) if solved else grid["ffn_hidden_size"]
         if solved:  # the largest inside the budget; of parameters, which may be exceeded, the nearest
             i = min(bisect_left(widths, -wanted, key=lambda f: -used(wide(f))), len(widths) - 1)
             widths = [min(widths[max(0, i - (budget == "parameters")) : i + 1], key=lambda f: abs(used(wide(f)) - wanted))]
         elif search.mlp_expansion:
-            widths = [f for f in (round(e * arch.hidden_size) for e in search.mlp_expansion) if f <= teacher.ffn_hidden_size and f % unit == 0]
+            nearest = {round(e * arch.hidden_size / unit) * unit for e in search.mlp_expansion}
+            widths = sorted((f for f in nearest if 0 < f <= teacher.ffn_hidden_size), reverse=True)
         archs = list(filter(possible, map(wide, widths)))
         if budget != "latency_ms":
             seen += map(used, archs)
@@ -119,7 +136,7 @@ def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[
     unit = math.ceil(teacher.hidden_size / 16 / align) * align
     defaults: dict[str, list[int]] = {
         "num_layers": list(range(teacher.num_layers, math.ceil(0.9 * teacher.num_layers) - 1, -1)),
-        "hidden_size": [h for h in _steps(teacher.hidden_size, unit) if 2 * h >= teacher.hidden_size],
+        "hidden_size": [h for h in steps_down(teacher.hidden_size, unit) if 2 * h >= teacher.hidden_size],
         "ffn_hidden_size": [teacher.ffn_hidden_size],
         "num_query_groups": [teacher.num_query_groups],
         "num_attention_heads": [teacher.num_attention_heads],
@@ -139,11 +156,6 @@ def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[
 def _head_problem(arch: Arch, teacher: Arch) -> bool:
     """Groups keep as many heads each, and at most the teacher's."""
     return arch.num_attention_heads % arch.num_query_groups > 0 or arch.heads_per_group > teacher.heads_per_group
-
-
-def _steps(size: int, step: int) -> list[int]:
-    """size, then the multiples of step below it, falling."""
-    return [size, *range((size - 1) // step * step, 0, -step)]
 
 
 def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:
@@ -170,7 +182,7 @@ def rows(found: Sequence[Candidate]) -> list[tuple[str, ...]]:
         best |= set(front([(c.name, c.parameters, c.loss, c.chosen) for c in found if len(c.distilled) == count]))
     lines = []
     for c in ordered:
-        after = f"{c.distilled[-1]['loss']:.4f} ({c.distilled[-1]['steps']:.0f} steps)" if c.distilled else ""
+        after = f"{c.distilled[-1].loss:.4f} ({c.distilled[-1].steps} steps)" if c.distilled else ""
         mark = " (chosen)" * c.chosen + " *" * (c.name in best)
         sizes = (f"{c.arch.num_layers}", f"{c.arch.hidden_size:,}", f"{c.arch.ffn_hidden_size:,}", f"{c.arch.num_attention_heads} / {c.arch.num_query_groups}")
         speed = "" if c.latency_s is None else f"{1000 * c.latency_s:,.1f}"

@@ -77,12 +77,16 @@ def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
     text = "the Python standard library" if recipe.data.source == "python-stdlib" and not recipe.data.train else "the text of the recipe"
     dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
     tutor = f"{Path(recipe.teacher.model).name}" if recipe.teacher.model else name
-    corrected = f", which was trained for {recipe.correct.steps:,} steps on the same text before (teacher correction)" if recipe.correct else ""
+    when = "meanwhile" if recipe.corrects_meanwhile else "before"
+    corrected = f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)" if recipe.correct else ""
+    corrected += f", and from its hidden states at {len(d.states.layers)} layers" if d.states else ""
     losses = [f"{weight:g} x {what}" for weight, what in ((d.kl_weight, d.divergence), (d.ce_weight, "cross-entropy")) if weight]
     chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{recipe.depth.method}`"
     parts: list[Part] = [
         f"Pruned to these sizes: what stays of each axis scored highest by its activations on {recipe.score.num_samples:,} samples of {length:,} tokens. "
-        f"Layers dropped (from 0): {', '.join(map(str, dropped)) + f'; {chosen}' if dropped else 'none'}.",
+        f"Layers dropped (from 0): {', '.join(map(str, dropped)) + f'; {chosen}' if dropped else 'none'}."
+        + " The queries of heads that stay have the residual of pruned ones."
+        * bool(plan.merge),
         f"Distilled: {d.steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, {d.steps * d.global_batch_size * length:,} tokens of {text}, "
         f"from {tutor}{corrected}. Loss: {' + '.join(losses)}, temperature {d.temperature:g}; learning rate {d.lr:g} to {d.min_lr:g}.",
         f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",

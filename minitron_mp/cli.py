@@ -27,6 +27,7 @@ HELP = {
     "import": "Hugging Face folder -> sharded checkpoint.",
     "import-teacher": "The model of teacher.model -> sharded checkpoint.",
     "data": "Text -> tokens: calibration, training and held-out parts.",
+    "texts": "Further held-out texts -> tokens; for data.held_out.",
     "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
     "score": "Importance of every layer, neuron, head and channel, by forward passes.",
     "depth": "Losses, or accuracies, without single layers or blocks of them; for depth.method: drop, block, greedy.",

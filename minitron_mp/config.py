@@ -72,6 +72,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _all_parts(self) -> Data:
+        if taken := {"source", "python-stdlib", "calibration", "train", "valid"} & self.held_out.keys():
+            raise ValueError(f"held_out: {', '.join(sorted(taken))} means something else here; take another name")
         if odd := [name for name in self.held_out if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)]:
             raise ValueError(f"held_out: {odd[0]!r} is to be part of a file's name; use letters, digits, _ . and -")
         given = [name for name in ("calibration", "train", "valid") if getattr(self, name)]
@@ -215,6 +217,8 @@ class Depth(Section):
         problems = []
         if self.metric == "task" and self.task is None:
             problems.append("metric task needs items to be right on; give task: FILE.jsonl")
+        if self.method == "cosine" and (self.num_samples, self.micro_batch_size) != (32, 1):
+            problems.append("num_samples and micro_batch_size: without effect with method cosine, which the stage score measures; drop them")
         if self.metric == "task" and self.method == "cosine":
             problems.append("metric task: without effect with method cosine, which measures nothing; set method: drop, block or greedy, or drop metric")
         own = ["num_samples"] if self.metric == "task" else ["task", "task_items"]
@@ -251,7 +255,7 @@ class Search(Section):
     hidden_size: list[int] = []
     ffn_hidden_size: list[int] = []
     mlp_expansion: list[float] = []
-    """Instead of ffn_hidden_size: multiples of each hidden_size."""
+    """Instead of ffn_hidden_size: times each hidden_size, to the nearest aligned one."""
     num_query_groups: list[int] = []
     num_attention_heads: list[int] = []
     num_samples: int = Field(64, ge=1)
@@ -271,7 +275,7 @@ class Search(Section):
     def _one_budget(self) -> Search:
         given = [name for name in ("parameters", "memory_gib", "latency_ms") if getattr(self, name) is not None]
         problems = [] if len(given) == 1 else [f"give one budget of parameters, memory_gib and latency_ms, given {' and '.join(given) or 'none'}"]
-        if given == ["parameters"] and self.context is not None:
+        if given == ["parameters"] and (self.context is not None or self.batch_size != 1):
             problems.append("batch_size and context are those of memory_gib and latency_ms; with parameters drop them")
         if self.ffn_hidden_size and self.mlp_expansion:
             problems.append("ffn_hidden_size and mlp_expansion both list the width of the MLP; drop one of them")
@@ -514,6 +518,12 @@ class Evaluate(Section):
     task_items: int | None = Field(None, ge=1)
     """The first so many of each file; default: all."""
 
+    @model_validator(mode="after")
+    def _items_of_tasks(self) -> Evaluate:
+        if self.task_items is not None and not self.tasks:
+            raise ValueError("task_items says how many items of the tasks are taken, and there are no tasks; drop it, or give tasks")
+        return self
+
 
 class Export(Section):
     """The Hugging Face folder at the end."""
@@ -555,8 +565,12 @@ class Recipe(Section):
             problems.append("correct trains the model that is cut, teacher.model is another one: correct that one in a run of its own, and drop one of the two")
         if self.correct and self.corrects_meanwhile:
             problems += self._meanwhile(self.correct)
-        if self.search and (self.target.given or self.target.merge_heads):
-            problems.append("search finds the sizes and target gives them, or merges heads; drop one of the two (target.align may stay)")
+        if self.search and self.target != Target(align=self.target.align):
+            problems.append("search finds the sizes and target says something about them; drop one of the two (target.align may stay)")
+        if self.depth.method != "cosine" and self.target.drop_layers is not None:
+            problems.append(
+                f"target.drop_layers names the layers that go, so there is nothing for depth.method {self.depth.method} to find: drop one of the two"
+            )
         if self.search and self.distill.states and len(set(self.search.num_layers)) != 1:
             problems.append("distill.states pairs the layers of one student, candidates of search differ in depth: give one search.num_layers, or drop states")
         if self.search and self.depth.method == "block" and len(set(self.search.num_layers)) != 1:
@@ -574,6 +588,10 @@ class Recipe(Section):
                 problems.append(f"{what}, teacher.payload is {t.payload}: set hidden, or drop the states")
             if t.siblings:
                 problems.append("distill.states is for one student, teacher.siblings shares the stream: train them in jobs of their own, or drop the states")
+        if self.search and self.search.latency_ms and self.search.context:
+            parts = (2 * self.parallel.cp if self.parallel.cp > 1 else 1) * (self.parallel.tp if self.parallel.sequence_parallel else 1)
+            if self.search.context % parts:
+                problems.append(f"search.context {self.search.context} must be a multiple of {parts} (2 cp x tp under context and sequence parallelism)")
         layouts = {"parallel": self.parallel} | ({"teacher.parallel": self.teacher.parallel} if self.teacher.is_remote else {})
         for name, p in layouts.items():
             parts = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)

@@ -65,6 +65,8 @@ class LearningTeacher:
     def sharded(self, *, empty: bool = False) -> dict[str, Any]:
         """For the student's checkpoint; reached by all ranks."""
         self._take_step()
+        if self.training.pending:  # logged, and so checked, before it is saved
+            self.training.log()
         return checkpoint.prefixed(self.training.sharded(empty=empty), PREFIX)
 
     def fill(self, state: dict[str, Any], step: int) -> None:

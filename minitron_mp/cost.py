@@ -51,12 +51,13 @@ def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
     return {"hidden": hidden, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[t.payload]
 
 
-def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int) -> dict[str, float]:
-    """Bytes of a model in training on its fullest rank, by part. ranks: that train it."""
-    p, size = recipe.parallel, BYTES[recipe.precision]
+def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int, precision: str | None = None) -> dict[str, float]:
+    """Bytes of a model in training on its fullest rank, by part. ranks: that train it. precision: default the recipe's."""
+    precision = precision or recipe.precision
+    p, size = recipe.parallel, BYTES[precision]
     tokens = recipe.data.sequence_length // p.cp * training.micro_batch_size
     in_flight = min(p.pp, max(1, training.global_batch_size // training.micro_batch_size))
-    parameters, main_copy = max(rank_parameters(arch, p)), 4 if recipe.precision == "bf16" else 0
+    parameters, main_copy = max(rank_parameters(arch, p)), 4 if precision == "bf16" else 0
     along_sequence = p.tp if p.sequence_parallel else 1
     # Kept for the backward pass in each layer: norms, residuals and their inputs (6 h), q k v and the attention output with
     # their rotated copies (split over tp), gate, up, their activation and product.
@@ -107,7 +108,9 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
     steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
     weights: dict[str, float] = {"teacher weights": size * max(rank_parameters(teacher, p))}
     if recipe.correct and recipe.corrects_meanwhile:
-        weights = {f"teacher, {part}": value for part, value in training_memory(teacher, recipe.correct, recipe, student_ranks).items()}
+        weights = {
+            f"teacher, {part}": value for part, value in training_memory(teacher, recipe.correct, recipe, student_ranks, recipe.teacher_precision).items()
+        }
     return {
         **weights,
         "teacher hidden states of a step": size * tokens * teacher.hidden_size / (p.tp if p.sequence_parallel else 1) * steps_held,

@@ -23,6 +23,7 @@ from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import InputError, Recipe, refuse
 from minitron_mp.console import Tracker, say, speaks, table
+from minitron_mp.correction import PREFIX
 from minitron_mp.data import load_hugging_face
 from minitron_mp.job import ASSETS
 from minitron_mp.model import build_model
@@ -179,7 +180,7 @@ def run_harness(
 
     project = Project(recipe)
     with world(recipe.parallel, seed=recipe.seed) as ranks, _quiet():
-        path, arch, made_from = on_main(lambda: _model(project, model))
+        path, arch, made_from, prefix = on_main(lambda: _model(project, model))
         length = max_length or recipe.data.sequence_length
         if length > arch.max_position_embeddings:
             raise InputError(f"--max-length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
@@ -189,7 +190,7 @@ def run_harness(
         manager, names = _find(tasks, include_path)
         on_main(lambda: _load(manager, names))  # so that one rank fetches what the others then find
         chunks = build_model(arch, ranks, precision=recipe.teacher_precision if model == "teacher" else recipe.precision, sequence_length=length)
-        checkpoint.load_model(chunks, path, ranks)
+        checkpoint.load_model(chunks, path, ranks, prefix)
         lm = ShardedLM(chunks, tokenizer, ranks, max_length=length, micro_batch_size=recipe.evaluate.micro_batch_size, vocab_size=arch.vocab_size)
         options = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": chat_template, "log_samples": False}
         draws = 100_000 if ranks.is_main else 0  # of standard errors by resampling, in processes of their own; the harness's default
@@ -212,18 +213,20 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _model(project: Project, model: str) -> tuple[Path, Arch, dict[str, str]]:
-    """Checkpoint, architecture, and stage -> fingerprint of a model, named as in evaluation.json; InputError unless it is this recipe's."""
+def _model(project: Project, model: str) -> tuple[Path, Arch, dict[str, str], str]:
+    """Checkpoint, architecture, stage -> fingerprint, and prefix of the keys of a model, named as in evaluation.json; InputError unless it is this recipe's."""
     recipe = project.recipe
-    stages = {"teacher": recipe.tutor, "pruned": "prune", "distilled": "distill"}
+    learned = model == "teacher" and recipe.corrects_meanwhile  # it lies beside the student that heard it
+    stages = {"teacher": "distill" if learned else recipe.tutor, "pruned": "prune", "distilled": "distill"}
     stages |= {"uncorrected": "import"} if recipe.correct else {}
     stages |= {"unpruned": recipe.base} if recipe.tutor != recipe.base else {}
     if model not in stages:
         raise InputError(f"--model {model}: this recipe has {', '.join(stages)}")
     for stage in ("import", stages[model]):  # the tokenizer lies in the first
         found = artifact.require(project.paths[stage], stage, project.manifest(stage))
-    assert found.arch is not None
-    return project.paths[stages[model]], found.arch, {stages[model]: found.fingerprint}
+    arch = artifact.require(project.paths[recipe.tutor], recipe.tutor).arch if learned else found.arch
+    assert arch is not None
+    return project.paths[stages[model]], arch, {stages[model]: found.fingerprint}, PREFIX if learned else ""
 
 
 def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:

@@ -74,7 +74,15 @@ class Job:
         unit = micro_batch_size * dp * interleaved
         units = -(-num_samples // unit)
         size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
-        samples = data.samples(self.paths["data"], part, recipe.data.sequence_length, num_samples, recipe.seed, self.tokenizer(), repeat=False)
+        samples = data.samples(
+            self.paths["texts" if part in recipe.data.held_out else "data"],
+            part,
+            recipe.data.sequence_length,
+            num_samples,
+            recipe.seed,
+            self.tokenizer(),
+            repeat=False,
+        )
         sizes = {"global_batch_size": size, "micro_batch_size": micro_batch_size, "dp_rank": world.groups.dp.rank(), "dp_size": dp, "limit": num_samples}
         count = -(-num_samples // size)
         return count, (data.micro_batches(samples, i, **sizes) for i in range(count))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minitron_mp import artifact, text
+from minitron_mp import artifact
 from minitron_mp.console import Tracker
 from minitron_mp.evaluate import compare
 from minitron_mp.job import Job
@@ -52,7 +52,7 @@ def _judge_texts(job: Job, teacher: ColocatedTeacher, models: dict[str, list[Any
     """Name of a further held-out text -> model -> its quality there."""
     settings, found = job.recipe.evaluate, {}
     for name in job.recipe.data.held_out:
-        count, groups = job.groups(text.held_out(name), settings.num_samples, settings.micro_batch_size, exact=False)
+        count, groups = job.groups(name, settings.num_samples, settings.micro_batch_size, exact=False)
         with Tracker(f"evaluate, {name}", count, "batches") as tracker:
             progress = partial(tracker.advance, 1)
             quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=progress)

@@ -55,7 +55,8 @@ def _target(recipe: Recipe) -> dict[str, Any]:
 
 def _plan(recipe: Recipe) -> dict[str, Any]:
     depth = recipe.depth.model_dump(include={"method", "protect_first", "protect_last"})
-    return {**_target(recipe), **(depth if recipe.depth != Depth() and _layers_to_drop(recipe) else {})}
+    usual = Depth().model_dump(include=set(depth))
+    return {**_target(recipe), **(depth if depth != usual and _layers_to_drop(recipe) else {})}
 
 
 def _depth(recipe: Recipe) -> dict[str, Any]:
@@ -77,13 +78,20 @@ def _layers_to_drop(recipe: Recipe) -> int:
 
 
 def _search(recipe: Recipe) -> dict[str, Any]:
+    """What its result depends on: the candidates themselves, and not what makes them, of which the layout is a part that seldom changes them."""
     assert recipe.search is not None
-    depth = recipe.depth.model_dump(include={"method", "protect_first", "protect_last"})
-    sizes = recipe.search.model_dump(exclude={"micro_batch_size", "together"})
-    # The candidates themselves, and not what makes them: the layout is part of that, and seldom changes them.
-    names = [candidates.name_of(arch) for arch in candidates.candidates(recipe, hf.read_arch(Path(recipe.model), weights=False))]
-    distill = recipe.distill.model_dump(exclude={*HOW, "steps", "states"})
-    return {**sizes, "candidates": names, "depth": depth, "distill": distill, "teacher precision": recipe.teacher.precision, **_run_settings(recipe)}
+    found = candidates.candidates(recipe, hf.read_arch(Path(recipe.model), weights=False))
+    measured = recipe.search.model_dump(include={"num_samples", "finalists", "steps"})
+    if recipe.search.latency_ms:  # of these candidates those that are as fast, on these ranks
+        measured |= recipe.search.model_dump(include={"latency_ms", "tolerance", "batch_size", "context"}) | {"parallel": recipe.parallel.model_dump()}
+    return {
+        **measured,
+        **_run_settings(recipe),
+        "candidates": sorted(map(candidates.name_of, found)),
+        "depth": recipe.depth.model_dump(include={"method", "protect_first", "protect_last"}),
+        "distill": candidates.training(recipe).model_dump(exclude=HOW, exclude_none=True),
+        "teacher precision": recipe.teacher.precision,
+    }
 
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
@@ -115,10 +123,10 @@ def _model_files(model: str) -> dict[str, str]:
     return {"model": artifact.fingerprint_files([*hf.assets(folder), *folder.glob("*.safetensors")])}
 
 
-def _text_files(recipe: Recipe) -> dict[str, str]:
+def _text_files(recipe: Recipe, further: bool = False) -> dict[str, str]:
     tokenizer = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
     own = {} if tokenizer is None else {"tokenizer": artifact.fingerprint_files([tokenizer] if tokenizer.is_file() else hf.assets(tokenizer))}
-    return {"text": text.fingerprint(recipe.data), **own}
+    return {"text": text.fingerprint(recipe.data, further), **own}
 
 
 STAGES: dict[str, Stage] = {
@@ -137,12 +145,13 @@ OPTIONAL: dict[str, Stage] = {
         "teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude={*HOW, "when"}), **_run_settings(r)} if r.correct else {}
     ),
     "depth": Stage("depth.json", (BASE, "data"), _depth, _depth_files),
+    "texts": Stage("held_out", ("import",), lambda recipe: {}, lambda recipe: _text_files(recipe, further=True)),
     "search": Stage("search.json", (BASE, TUTOR, "data", "score"), _search),
     "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
 """import-teacher: for teacher.model. correct: after data, where the recipe has that section. depth: before plan, where layers go and
-depth.method is not cosine. search: before plan, where the recipe has that section. cache: before distill, for teacher.placement: cached."""
+depth.method is not cosine. search: before plan, where the recipe has that section. texts: before evaluate, for data.held_out. cache: before distill, for teacher.placement: cached."""
 
 
 class Project:
@@ -159,6 +168,8 @@ class Project:
             names.insert(names.index("plan"), "depth")
         if recipe.search:
             names.insert(names.index("plan"), "search")
+        if recipe.data.held_out:
+            names.insert(names.index("evaluate"), "texts")
         if recipe.teacher.placement == "cached":
             names.insert(names.index("distill"), "cache")
         self.stages = {name: {**STAGES, **OPTIONAL}[name] for name in names}
@@ -175,7 +186,7 @@ class Project:
 
     def inputs(self, name: str) -> list[str]:
         """Stages whose artefacts a stage reads."""
-        optional = {"plan": ("depth", "search"), "search": ("depth",)}.get(name, ())
+        optional = {"plan": ("depth", "search"), "search": ("depth",), "evaluate": ("texts",)}.get(name, ())
         found = (*self.stages[name].inputs, *(other for other in optional if other in self.stages))
         meant = {BASE: self.recipe.base, TUTOR: self.recipe.tutor}
         return list(dict.fromkeys(meant.get(other, other) for other in found))
@@ -208,8 +219,7 @@ class Project:
         recipe = self.recipe
         readers = [recipe.score, *[recipe.depth] * ("depth" in self.stages and recipe.depth.metric == "loss"), *([recipe.search] if recipe.search else [])]
         calibration = max(section.num_samples for section in readers)
-        held_out = dict.fromkeys(("valid", *map(text.held_out, recipe.data.held_out)), recipe.evaluate.num_samples)
-        wanted = {"calibration": calibration, "train": 0, **held_out}
+        wanted = {"calibration": calibration, "train": 0, "valid": recipe.evaluate.num_samples}
         found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
         refuse("there is too little text:", [problem for problems in found for problem in problems])
 
@@ -226,6 +236,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
             "import-teacher": "teacher.model",
             "correct": "a section correct whose `when` is before, for example correct: {steps: 1000}",
             "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
+            "texts": "data.held_out",
             "search": "a section search, for example search: {parameters: 8B}",
         }
         raise InputError(f"the recipe has no stage {name}; it comes with {missing[name]}")

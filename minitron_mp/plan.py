@@ -354,8 +354,8 @@ def _largest(teacher: Arch, target: Target, tp: int, budget: float, family: str 
         candidates = [teacher.model_copy(update={"num_layers": n}) for n in range(teacher.num_layers, 0, -1)]
         fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
     elif set(target.axes) <= {"hidden", "ffn"}:
-        hidden = _steps(teacher.hidden_size, target.align) if "hidden" in target.axes else [teacher.hidden_size]
-        ffn = _steps(teacher.ffn_hidden_size, target.align * tp) if "ffn" in target.axes else [teacher.ffn_hidden_size]
+        hidden = steps_down(teacher.hidden_size, target.align) if "hidden" in target.axes else [teacher.hidden_size]
+        ffn = steps_down(teacher.ffn_hidden_size, target.align * tp) if "ffn" in target.axes else [teacher.ffn_hidden_size]
 
         def wide(h: int, f: int) -> Arch:
             return teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f})
@@ -374,7 +374,7 @@ def _largest(teacher: Arch, target: Target, tp: int, budget: float, family: str 
     return fitting[0]
 
 
-def _steps(size: int, step: int) -> list[int]:
+def steps_down(size: int, step: int) -> list[int]:
     """size, then the multiples of step below it, falling."""
     return [size, *range((size - 1) // step * step, 0, -step)]
 

@@ -87,11 +87,13 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
         problems.append(f"teacher.model has a vocabulary of {tutor.vocab_size}, the model that is cut {arch.vocab_size}; they must have the same")
     if (length := recipe.data.sequence_length) > arch.max_position_embeddings:
         problems.append(f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
+    if (s := recipe.search) and s.context and s.latency_ms and s.context > arch.max_position_embeddings:
+        problems.append(f"search.context {s.context} is above the model's max_position_embeddings {arch.max_position_embeddings}")
     if t.is_remote:
         problems += [f"teacher: {problem}" for problem in layout_problems(tutor, t.parallel.tp)]
         if t.parallel.pp > tutor.num_layers:
             problems.append(f"teacher: {t.parallel.pp} pipeline stages for {tutor.num_layers} layers")
-    elif recipe.teacher.model:
+    if recipe.teacher.model:  # evaluate and search load it in the student's layout
         problems += [f"teacher.model: {problem}" for problem in layout_problems(tutor, p.tp)]
     if t.payload == "topk" and t.top_k > arch.vocab_size:
         problems.append(f"teacher.top_k {t.top_k} is above the vocabulary of {arch.vocab_size}")

@@ -10,21 +10,19 @@ are not judged again, and each student of a round goes on from its own checkpoin
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import shutil
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from minitron_mp import artifact, checkpoint, data, signals, slicing
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.candidates import HEADER, Candidate, candidates, inference_bytes, name_of, rows, target_of
-from minitron_mp.config import Distill, InputError, Recipe
+from minitron_mp.candidates import HEADER, Candidate, Trained, candidates, inference_bytes, name_of, rows, target_of, training
+from minitron_mp.config import InputError, Recipe, refuse
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.evaluate import compare
 from minitron_mp.job import Job
@@ -32,7 +30,8 @@ from minitron_mp.masks import masked
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World, on_main
 from minitron_mp.plan import Importance, PrunePlan, Trials, make_plan
-from minitron_mp.schedule import Batch, run
+from minitron_mp.schedule import Batch
+from minitron_mp.speed import batch_of, timed
 from minitron_mp.trainer import Run, train_together
 
 WORK = "search"
@@ -44,7 +43,7 @@ def search(job: Job) -> None:
     """Measure the candidates of a recipe and choose one; reached by all ranks, rank 0 writes search.json."""
     progress = _Progress(job)
     _judge_pruned(job, progress)
-    alive = sorted(progress.candidates, key=lambda c: (c.pruned_loss, c.name))[: job.recipe.search.finalists]
+    alive = sorted(progress.candidates, key=lambda c: (c.loss, c.name))[: job.recipe.search.finalists]
     for last in job.recipe.search.rounds(len(alive)):
         _distill(job, progress, alive, last)
         alive = sorted(alive, key=lambda c: (c.loss, c.name))[: -(-len(alive) // 2)]
@@ -72,11 +71,10 @@ class _Progress:
         if not self.file.exists():
             return []
         content = artifact.read_json(self.file, "search")
-        if Manifest.model_validate(content["manifest"]).fingerprint == self.job.manifest.fingerprint:
-            say(f"search: going on, {sum(row['pruned_loss'] is not None for row in content['candidates'])} candidates are judged")
-            return content["candidates"]
-        shutil.rmtree(self.folder)
-        return []
+        fields = Manifest.model_validate(content["manifest"]).differences(self.job.manifest)
+        refuse(f"{self.folder} holds an unfinished search of another kind; move or delete it, or go back to these settings:", fields)
+        say(f"search: going on, {sum(row['pruned_loss'] is not None for row in content['candidates'])} candidates are judged")
+        return content["candidates"]
 
     def _start(self) -> list[Candidate]:
         recipe = self.job.recipe
@@ -88,9 +86,16 @@ class _Progress:
         return _of_latency(self.job, found) if s.latency_ms else found
 
     def keep(self) -> None:
-        """Reached by all ranks."""
-        content = {"manifest": self.job.manifest.model_dump(mode="json"), "candidates": [c.model_dump() for c in self.candidates]}
-        on_main(lambda: artifact.write_text(self.file, json.dumps(content)))
+        """Rank 0's numbers, on disk and on every rank: sums of ranks that reduce over other groups may differ in the last bit. Reached by all ranks."""
+
+        def write() -> list[dict[str, Any]]:
+            rows = [c.model_dump() for c in self.candidates]
+            artifact.write_text(self.file, json.dumps({"manifest": self.job.manifest.model_dump(mode="json"), "candidates": rows}))
+            return rows
+
+        for candidate, row in zip(self.candidates, on_main(write)):
+            same = Candidate.model_validate(row)
+            candidate.latency_s, candidate.pruned_loss, candidate.distilled = same.latency_s, same.pruned_loss, same.distilled
 
     def plan(self, candidate: Candidate) -> PrunePlan:
         recipe, paths = self.job.recipe, self.job.paths
@@ -122,22 +127,11 @@ def _of_latency(job: Job, found: list[Candidate]) -> list[Candidate]:
 def latency(chunks: list[Any], arch: Arch, world: World, recipe: Recipe) -> float:
     """Seconds of a forward pass of search.batch_size sequences of search.context tokens, the least of some, the slowest rank's; equal on every rank."""
     s = recipe.search
-    shape = (s.batch_size, s.context or recipe.data.sequence_length)
-    tokens = torch.arange(shape[0] * shape[1]).view(shape) % arch.vocab_size
-    batch = {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(shape[1]).expand(shape), "loss_mask": torch.ones(shape)}
+    assert s is not None
+    batches = [batch_of(s.batch_size, s.context or recipe.data.sequence_length, arch.vocab_size)] * world.parallel.interleaved
     for chunk in chunks:
         chunk.eval()
-    times = []
-    for _ in range(REPEATS + 1):  # the first one warms up
-        dist.barrier()
-        start = time.perf_counter()
-        run(chunks, [batch] * world.parallel.interleaved, world, None)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    slowest = torch.tensor(min(times[1:]), dtype=torch.float64, device=world.device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.item()
+    return min([timed(chunks, world, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
 
 
 def _judge_pruned(job: Job, progress: _Progress) -> None:
@@ -182,23 +176,19 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
         runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
         place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
         sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
-        train_together(runs, teacher, partial(data.micro_batches, train_set, **sizes, **place), last, seed=recipe.seed)
-    for training_run in runs:
-        training_run.settle()
+        train_together(runs, teacher, partial(data.micro_batches, train_set, **sizes, **place), last, seed=recipe.seed, go_on=True)
+    for one in runs:
+        one.settle()
     quality = compare(models, teacher, groups, world, vocab_size=vocab_size)
-    for candidate in part:
+    for candidate, one in zip(part, runs):
         found = quality[candidate.name]
-        candidate.distilled.append({"steps": last, "loss": found.loss, "kl": found.kl})
-        if candidate.latency_s is None:
-            candidate.latency_s = latency(models[candidate.name], candidate.arch, world, recipe)
+        loss, kl = (found.loss, found.kl) if one.done >= last and math.isfinite(found.loss) else (math.inf, math.inf)
+        candidate.distilled.append(Trained(steps=last, loss=loss, kl=kl))
+        if loss == math.inf:
+            say(f"search: the loss of {candidate.name} is no number, it is out")
     progress.keep()
-
-
-def training(recipe: Recipe) -> Distill:
-    """The settings of the short distillation: those of distill over search.steps, warm-up at most a tenth of them, no losses on states."""
-    assert recipe.search is not None
-    d, steps = recipe.distill, recipe.search.steps
-    return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, "states": None})
+    del teacher, runs, one, models, chunks  # wrappers and optimizers are garbage in cycles, and as large as the students
+    gc.collect()
 
 
 def _slice(job: Job, progress: _Progress, candidate: Candidate) -> None:

@@ -64,20 +64,20 @@ def measure(
     """
     p, first = world.parallel, {kind: name for name, kind in reversed(kinds.items())}
     shapes = list(dict.fromkeys([(1, p.interleaved), (micro_batch_size, p.pp)]))  # samples of a microbatch, microbatches: vpp wants pp of them
-    work = {(name, shape): [_batch(shape[0], sequence_length, vocab_size)] * shape[1] for name in kinds if first[kinds[name]] == name for shape in shapes}
+    work = {(name, shape): [batch_of(shape[0], sequence_length, vocab_size)] * shape[1] for name in kinds if first[kinds[name]] == name for shape in shapes}
     times: dict[tuple[str, tuple[int, int]], list[float]] = {key: [] for key in work}
     budget_s, spent = _slowest(budget_s, world), 0.0
     for (name, shape), batches in work.items():
         for chunk in models[name]:
             chunk.eval()
         if shape[0] != micro_batch_size:
-            spent += _timed(models[name], world, batches)
+            spent += timed(models[name], world, batches)
     # Times are the slowest rank's, known to all, so that every rank leaves the loop after the same round.
     for repeat in range(REPEATS):
         if repeat and spent > budget_s:
             break
         for (name, shape), batches in work.items():
-            times[name, shape].append(_timed(models[name], world, batches))
+            times[name, shape].append(timed(models[name], world, batches))
             spent += times[name, shape][-1]
     copies = world.groups.dp.size()
     found = {name: [_prefill(shape, sequence_length, copies, times[first[kind], shape]) for shape in shapes] for name, kind in kinds.items()}
@@ -91,7 +91,7 @@ def _prefill(shape: tuple[int, int], length: int, copies: int, times: list[float
     return Prefill(samples=samples, sequence_length=length, repeats=len(times), seconds=seconds, spread=spread, tokens_per_s=rate)
 
 
-def _timed(chunks: list[Any], world: World, batches: list[Batch]) -> float:
+def timed(chunks: list[Any], world: World, batches: list[Batch]) -> float:
     """Seconds of one pass on the slowest rank."""
     _wait(world)
     dist.barrier()
@@ -112,7 +112,7 @@ def _slowest(seconds: float, world: World) -> float:
     return value.item()
 
 
-def _batch(size: int, length: int, vocab_size: int) -> Batch:
+def batch_of(size: int, length: int, vocab_size: int) -> Batch:
     """The time does not depend on which tokens they are."""
     tokens = torch.arange(size * length).view(size, length) % vocab_size
     positions = torch.arange(length).expand(size, length).contiguous()

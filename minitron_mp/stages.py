@@ -63,24 +63,25 @@ def import_model(job: Job) -> None:
 
 
 def tokenize(job: Job) -> None:
-    """Text -> three Megatron indexed datasets; rank 0 works, the others wait."""
+    """Text -> three Megatron indexed datasets, or those of data.held_out (stage texts); rank 0 works, the others wait."""
     done = 0
 
     def progress(documents: int) -> None:
         nonlocal done
         if documents - done >= 250:
             done = documents
-            say(f"data: {documents} documents")
+            say(f"{job.manifest.stage}: {documents} documents")
 
     def write() -> None:
         tokenizer = job.tokenizer()
         data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
         try:
             with artifact.writing(job.output, job.manifest) as folder:
-                tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, progress=progress)
+                further = job.manifest.stage == "texts"
+                tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, further=further, progress=progress)
         except OSError as error:
             raise InputError(f"{job.output} cannot be written: {error}") from error
-        say("data: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+        say(f"{job.manifest.stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
 
     on_main(write)
 
@@ -115,7 +116,8 @@ def depth(job: Job) -> None:
     with Tracker("depth", count, "rounds") if greedy else Tracker("depth", total, "batches") as tracker:
         for _ in range(count if greedy else 1):
             candidates = depth_candidates(settings, arch.num_layers, count, gone)
-            found = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
+            own = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
+            found = on_main(lambda own=own: own)  # what a greedy search goes on from is the same on all ranks, to the last bit
             if greedy:
                 best = found.ranked()[0]
                 rounds.append(found.model_copy(update={"trials": [found.trials[best]], "accuracies": found.accuracies[best : best + 1]}))
@@ -228,6 +230,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "import": import_model,
     "import-teacher": import_model,
     "data": tokenize,
+    "texts": tokenize,
     "score": score,
     "correct": correct,
     "depth": depth,

@@ -36,8 +36,10 @@ Files = list[tuple[str, Path]]
 """(name, path) of text files; the name does not depend on where the folder lies."""
 
 
-def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progress: Callable[[int], None] | None = None) -> dict[str, int]:
-    """Write the three parts, and those of data.held_out, below output and return the tokens of each. For one process.
+def tokenize(
+    data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, further: bool = False, progress: Callable[[int], None] | None = None
+) -> dict[str, int]:
+    """Write the three parts, or with `further` those of data.held_out, below output and return the tokens of each. For one process.
 
     progress hears how many documents are done.
     A document of data.source goes to a part by a hash of seed and its name, the same on every machine. eod ends each document.
@@ -45,7 +47,7 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    inputs = _inputs(data)
+    inputs, names = _inputs(data, further), list(data.held_out) if further else list(PARTS)
     for _, prefixes in inputs.values():
         for prefix in prefixes:
             _check_ids(prefix, tokenizer.vocab_size)
@@ -72,7 +74,7 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
     for part, builder in builders.items():
         builder.finalize(str(output / f"{part}.idx"))
 
-    parts = {part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in (*PARTS, *map(held_out, data.held_out))}
+    parts = {part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in names}
     if empty := [part for part in parts if not parts[part]]:
         cure = f"raise data.valid_fraction ({data.valid_fraction}), or list data.calibration, data.train and data.valid"
         held = "its documents are blank" if data.train else f"{', '.join(inputs)} held {done} documents that are not blank; give more, {cure}"
@@ -81,24 +83,20 @@ def tokenize(data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, progr
     return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in parts}
 
 
-def held_out(name: str) -> str:
-    """The part of a text of data.held_out."""
-    return f"held_out_{name}"
-
-
 def problems(data: Data) -> list[str]:
     """One sentence for each path of the recipe's text that cannot be used."""
     try:
         _inputs(data)
+        _inputs(data, further=True)
     except InputError as error:
         return [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
     return []
 
 
-def fingerprint(data: Data) -> str:
-    """Identity of the text: of the files, or of the Python whose standard library is read. The tokenizer is no part of it."""
+def fingerprint(data: Data, further: bool = False) -> str:
+    """Identity of the text: of the files, or of the Python whose standard library is read. The tokenizer is no part of it. further: of data.held_out."""
     rows = []
-    for field, (files, prefixes) in _inputs(data).items():
+    for field, (files, prefixes) in _inputs(data, further).items():
         paths = [path for _, path in files] + [Path(prefix + suffix) for prefix in prefixes for suffix in (".bin", ".idx")]
         if field == STDLIB:
             rows.append(f"{STDLIB} {platform.python_version()}: {len(paths)} files, {sum(path.stat().st_size for path in paths)} bytes")
@@ -128,15 +126,17 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
     return num_tokens, dtype
 
 
-def _inputs(data: Data) -> dict[str, tuple[Files, list[str]]]:
-    """Text files and absolute Megatron prefixes of each part when the parts are listed, else of "source" or "python-stdlib"."""
-    source = [data.source] if isinstance(data.source, str) else data.source
-    fields = {part: getattr(data, part) for part in PARTS} if data.train else {"source": source}
+def _inputs(data: Data, further: bool = False) -> dict[str, tuple[Files, list[str]]]:
+    """Text files and absolute Megatron prefixes of each part when the parts are listed, else of "source" or "python-stdlib"; or of data.held_out."""
     problems: list[str] = []
-    inputs = {field: _resolve(entries, f"data.{field}", problems) for field, entries in fields.items() if entries != [STDLIB]} or {
-        STDLIB: (_stdlib_files(), [])
-    }
-    inputs |= {held_out(name): _resolve(entries, f"data.held_out.{name}", problems) for name, entries in data.held_out.items()}
+    if further:
+        inputs = {name: _resolve(entries, f"data.held_out.{name}", problems) for name, entries in data.held_out.items()}
+    elif not data.train and data.source in (STDLIB, [STDLIB]):
+        inputs = {STDLIB: (_stdlib_files(), [])}
+    else:
+        source = [data.source] if isinstance(data.source, str) else data.source
+        fields = {part: getattr(data, part) for part in PARTS} if data.train else {"source": source}
+        inputs = {field: _resolve(entries, f"data.{field}", problems) for field, entries in fields.items()}
     refuse("text that cannot be used:", problems)
     return inputs
 

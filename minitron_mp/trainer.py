@@ -83,16 +83,31 @@ def train(
     training.settle()
 
 
-def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int], Sequence[Batch]], last: int, *, seed: int) -> None:
-    """Take all runs to step `last`, with one forward pass of the teacher for all of them; a run that is ahead waits for the others."""
+class Diverged(InputError):
+    """A loss or gradient norm is not finite."""
+
+
+def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int], Sequence[Batch]], last: int, *, seed: int, go_on: bool = False) -> None:
+    """Take all runs to step `last`, with one forward pass of the teacher for all of them; a run that is ahead waits for the others.
+
+    go_on: a run that diverges is left where it is, and does not stop the others.
+    """
+    runs = list(runs)
     for training in runs:
         training.start_clock()
     for step in range(min(training.done for training in runs), last):
+        if not runs:
+            return
         batches = with_signals(teacher, batches_of(step), step)
-        for training in runs:
-            if training.done == step:
-                seed_all(seed + step)
+        for training in [one for one in runs if one.done == step]:
+            seed_all(seed + step)
+            try:
                 training.step(batches, is_last=step + 1 == last)
+            except Diverged:
+                if not go_on:
+                    raise
+                training.done = step
+                runs.remove(training)
 
 
 class Run:
@@ -314,9 +329,7 @@ def _log(pending: list, sums: list[torch.Tensor], settings: Training, world: Wor
             loss += alpha.item() * states
         metrics = StepMetrics(step + 1, loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each, **matched)
         if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
-            raise InputError(
-                f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower distill.lr, raise warmup_steps or set precision: fp32"
-            )
+            raise Diverged(f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower lr, raise warmup_steps or set precision: fp32")
         if world.is_main:
             on_step(metrics)
     pending.clear()

@@ -161,7 +161,7 @@ def test_text_and_tokenizer_that_do_not_fit_are_refused_before_the_model_runs(re
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
     refused(done, f"the tokenizer has ids up to {largest}, the model's embedding has 300 rows")
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
-    refused(done, "4096 are wanted; lower score.num_samples to at most", "valid text holds", "lower evaluate.num_samples to at most")
+    refused(done, "4096 are wanted; lower num_samples of score, depth and search to at most", "valid text holds", "lower evaluate.num_samples to at most")
     samples = int(re.search(r"calibration text holds (\d+) samples of 32 tokens", done.err)[1])
     assert not (tmp_path / "out" / "importance.safetensors").exists()
     done = on_ranks(1, "score", recipe, output, f"score.num_samples={samples}", "score.micro_batch_size=1")[0]

@@ -17,8 +17,8 @@ from minitron_mp.plan import PrunePlan
 CONFIGS = ROOT / "examples" / "configs"
 FREE = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
 SEARCH = {"parameters": 100_000, "tolerance": 0.08, "num_layers": [3, 4], "hidden_size": [64, 48], "ffn_hidden_size": [128, 96, 64]}
-SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4}
-"""Three candidates, at any layout of the tests: sizes that are solved for the budget would depend on what tp has to divide."""
+SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4, "finalists": 2}
+"""Three candidates, of which two are distilled, at any layout of the tests: sizes that are solved for the budget would depend on what tp has to divide."""
 TWO_BY_TWO = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
 
 
@@ -77,6 +77,7 @@ def test_a_memory_budget_counts_the_cache():
         ({"latency_ms": 5}, "ffn_hidden_size cannot be solved for it: list the sizes"),
         ({"parameters": "8B", "ffn_hidden_size": [4096], "mlp_expansion": [3]}, "drop one of them"),
         ({"parameters": "8B", "context": 4096}, "with parameters drop them"),
+        ({"parameters": "8B", "batch_size": 4}, "with parameters drop them"),
         ({"parameters": "8B", "hidden_size": [4097]}, "search.hidden_size 4097: give multiples of 16 up to the teacher's 6144"),
         ({"parameters": "8B", "num_layers": [40]}, "search.num_layers 40: give multiples of 1 up to the teacher's 32"),
         ({"parameters": "20B"}, "no candidate of search has 1.9e+10 to 2.1e+10 (parameters); the nearest one has 1.5"),
@@ -132,20 +133,31 @@ def losses(rows):
 
 
 def test_losses_rank_and_never_sizes(whole, scored):
-    """Three candidates, all distilled to step 2, the better two to step 4, and the best of these is cut."""
-    by_round = {count: [row for row in whole if len(row["distilled"]) >= count] for count in (0, 1, 2)}
-    assert [len(rows) for rows in by_round.values()] == [3, 3, 2]
-    early = sorted(by_round[1], key=lambda row: row["distilled"][0]["loss"])
-    assert {row["name"] for row in early[:2]} == {row["name"] for row in by_round[2]}
-    best = min(by_round[2], key=lambda row: row["distilled"][1]["loss"])
+    """The two that lose least by the cut are distilled, and the better one of these is chosen; with three finalists the worst leaves after a round."""
+    losing = sorted(whole, key=lambda row: row["pruned_loss"])
+    assert [len(row["distilled"]) for row in losing] == [1, 1, 0]
+    assert [row["parameters"] for row in losing] != sorted((row["parameters"] for row in losing), reverse=True), "sizes would rank them alike"
+    best = min(losing[:2], key=lambda row: row["distilled"][0]["loss"])
     assert [row["name"] for row in whole if row["chosen"]] == [best["name"]]
-    assert all(row["distilled"][0]["loss"] != row["pruned_loss"] for row in whole)
+    assert all(row["distilled"][0]["steps"] == 4 for row in losing[:2])
     project = Project(load_recipe(scored))
     assert name_of(chosen(project.paths["search"])) == best["name"]
     assert not (project.recipe.root / "search").exists()
 
 
+def test_rounds_keep_the_better_half(ranks, scored):
+    rows, _ = searched(ranks, scored, "search.finalists=3")
+    by_round = {count: [row for row in rows if len(row["distilled"]) >= count] for count in (1, 2)}
+    assert [len(part) for part in by_round.values()] == [3, 2]
+    early = sorted(by_round[1], key=lambda row: row["distilled"][0]["loss"])
+    assert {row["name"] for row in early[:2]} == {row["name"] for row in by_round[2]}
+    best = min(by_round[2], key=lambda row: row["distilled"][1]["loss"])
+    assert [row["name"] for row in rows if row["chosen"]] == [best["name"]]
+    assert [part["steps"] for part in best["distilled"]] == [2, 4]
+
+
 def test_the_plan_is_the_winners(ranks, whole, scored):
+    searched(ranks, scored)  # again, after other ones
     assert ranks(1, "project_workers.minitron", arguments=["plan", str(scored)])[0].code == 0
     project = Project(load_recipe(scored))
     assert PrunePlan.load(project.paths["plan"]).student == chosen(project.paths["search"])
@@ -162,7 +174,7 @@ def test_a_stopped_search_goes_on(ranks, whole, scored, stop_after):
     rows, out = searched(ranks, scored)
     assert losses(rows) == losses(whole)
     assert f"going on, {min(3, stop_after)} candidates are judged" in out
-    assert ("to step 2" in out) == (stop_after == 2)
+    assert ("to step 4" in out) == (stop_after == 2)
 
 
 def test_companions_change_nothing(ranks, whole, scored):
@@ -188,6 +200,7 @@ def test_a_measured_latency_is_a_budget(ranks, scored):
     rows, _ = searched(ranks, scored, *sizes, "search.latency_ms=1e6", "search.tolerance=0.4999999")
     assert len(rows) == 4
     assert all(0 < row["latency_s"] < 100 for row in rows)
+    assert min(rows, key=lambda row: row["pruned_loss"])["chosen"]
     assert sum(row["chosen"] for row in rows) == 1
     done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), "--force", *sizes, "search.latency_ms=1e-3"])[0]
     assert done.code == 2
