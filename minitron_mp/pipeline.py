@@ -151,7 +151,8 @@ OPTIONAL: dict[str, Stage] = {
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
 """import-teacher: for teacher.model. correct: after data, where the recipe has that section. depth: before plan, where layers go and
-depth.method is not cosine. search: before plan, where the recipe has that section. texts: before evaluate, for data.held_out. cache: before distill, for teacher.placement: cached."""
+depth.method is not cosine. search: before plan, where the recipe has that section. texts: before
+evaluate, for data.held_out. cache: before distill, for teacher.placement: cached."""
 
 
 class Project:

@@ -91,7 +91,7 @@ def test_searches_that_cannot_be(search, words):
 
 
 def test_sizes_come_from_one_place():
-    with pytest.raises(InputError, match="search finds the sizes and target gives them"):
+    with pytest.raises(InputError, match="search finds the sizes and target says something about them"):
         found("nemotron_4_15b", target={"keep": 0.5}, parameters="8B")
 
 
