@@ -41,6 +41,16 @@ def model_card(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest, fa
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page.markdown(document)}"))
 
 
+def refresh(project: Any) -> None:
+    """Write the card of a finished export again where its evaluation has changed; one process."""
+    paths, found = project.paths, artifact.find(project.paths["export"])
+    if found is None or found.arch is None or found.fingerprint != project.manifest("export").fingerprint:
+        return
+    text, place = model_card(project.recipe, paths, found, found.arch.family, paths["import"] / "assets"), paths["export"] / CARD
+    if not place.is_file() or place.read_text(encoding="utf-8") != text:
+        artifact.write_text(place, text)
+
+
 USE = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,10 +89,12 @@ def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
     tutor = f"{Path(recipe.teacher.model).name}" if recipe.teacher.model else name
     when = "meanwhile" if recipe.corrects_meanwhile else "before"
     corrected = f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)" if recipe.correct else ""
-    corrected += f", and from its hidden states at {len(d.states.layers)} layers" if d.states else ""
     losses = [f"{weight:g} x {what}" for weight, what in ((d.kl_weight, d.divergence), (d.ce_weight, "cross-entropy")) if weight]
-    chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{recipe.depth.method}`"
+    chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{recipe.depth.method}` ({recipe.depth.metric})"
+    if d.states:
+        losses.append(f"{d.states.kind} of {len(d.states.layers)} hidden states")
     parts: list[Part] = [
+        *(["The sizes were found by a search."] if recipe.search else []),
         f"Pruned to these sizes: what stays of each axis scored highest by its activations on {recipe.score.num_samples:,} samples of {length:,} tokens. "
         f"Layers dropped (from 0): {', '.join(map(str, dropped)) + f'; {chosen}' if dropped else 'none'}."
         + " The queries of heads that stay have the residual of pruned ones."

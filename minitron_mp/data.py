@@ -124,10 +124,12 @@ def too_short(folder: Path, part: str, sequence_length: int, num_samples: int) -
     held = sum(max(0, n - 1) // sequence_length for n in tokens.values())
     if problems or held >= num_samples:
         return problems
+    own = part in ("calibration", "train", "valid")
+    more = f"more of data.source, a larger data.valid_fraction, or a longer data.{part}" if own else f"a longer data.held_out.{part}"
     setting = {"calibration": "num_samples of score, depth and search", "train": "the number of samples"}.get(part, "evaluate.num_samples")
     return [
         f"{part} text holds {held} samples of {sequence_length} tokens, {num_samples} are wanted; lower {setting} to at most {held}, "
-        f"lower data.sequence_length, or give more text (more of data.source, a larger data.valid_fraction, or a longer data.{part})"
+        f"lower data.sequence_length, or give more text ({more})"
     ]
 
 

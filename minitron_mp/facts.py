@@ -33,7 +33,7 @@ def quality(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
     archs = {"uncorrected": plan.teacher, "teacher": tutor, "unpruned": plan.teacher, "pruned": plan.student, "distilled": plan.student}
     shapes, rates = _rates(found) if speed else ([], {})
     rows = [_row(name, arch, recipe, plan.teacher, found[name], rates.get(name, [])) for name, arch in archs.items() if name in found]
-    header = ["model", "parameters", "of teacher", "held-out loss", "perplexity", "KL to teacher", "weights"]
+    header = ["model", "parameters", "of unpruned", "held-out loss", "perplexity", "KL to teacher", "weights"]
     return Table([*header, *(f"tokens/s, {samples}\u00a0x\u00a0{length}" for samples, length in shapes)], rows)
 
 
@@ -99,7 +99,7 @@ def headline(table: Table, found: dict[str, Any]) -> str:
     rows = {row[0]: dict(zip(table.header, row)) for row in table.rows}
     teacher, pruned, student = (rows[name] for name in ("teacher", "pruned", "distilled"))
     return (
-        f"The student has {student['parameters']} parameters, {student['of teacher']} of what it was cut from; on "
+        f"The student has {student['parameters']} parameters, {student['of unpruned']} of what it was cut from; on "
         f"{found['distilled']['num_tokens']:,} held-out tokens its perplexity is {student['perplexity']}, "
         f"the teacher's is {teacher['perplexity']}, and it was {pruned['perplexity']} before distillation."
     )

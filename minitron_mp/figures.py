@@ -125,27 +125,33 @@ def layer_bars(title: str, values: Mapping[int, float], dropped: Sequence[int], 
     return done()
 
 
-def trials(method: str, base: float, found: Sequence[tuple[Sequence[int], float]], kept: Sequence[int]) -> Figure:
-    """What the stage `depth` measured: the loss without a layer (drop), without a block (block), or after each round (greedy)."""
+def trials(
+    method: str, base: float, found: Sequence[tuple[Sequence[int], float]], kept: Sequence[int], unit: str = "loss (nats a token)", better: int = -1
+) -> Figure:
+    """What the stage `depth` measured: the loss (or accuracy: unit, better 1) without a layer (drop), a block (block), or after each round (greedy)."""
+    what = unit.split(" ")[0].capitalize()
     layers = range(max([*kept, *(max(out) for out, _ in found)]) + 1)
     dropped = sorted(set(layers) - set(kept))
     if method == "drop":
-        return layer_bars("Loss without one layer", {out[0]: loss for out, loss in found}, dropped, "loss (nats a token)", base)
+        return layer_bars(f"{what} without one layer", {out[0]: loss for out, loss in found}, dropped, unit, base)
     greedy = method == "greedy"
     x = [len(out) for out, _ in found] if greedy else [out[0] for out, _ in found]
     losses = [loss for _, loss in found]
-    best = next(i for i, (out, _) in enumerate(found) if sorted(out) == dropped)
-    title = "Loss after each layer that goes" if greedy else f"Loss without {len(dropped)} layers in a row"
-    text = f"Losses of {len(found)} trials; chosen: without layers {', '.join(map(str, dropped))}, {losses[best]:.4f}; whole model {base:.4f}."
+    best = next((i for i, (out, _) in enumerate(found) if sorted(out) == dropped), None)  # a search may keep all layers
+    in_a_row = len(found[0][0])
+    title = f"{what} after each layer that goes" if greedy else f"{what} without {in_a_row} layer{'s in a row' * (in_a_row > 1)}"
+    chosen = f"chosen: without layers {', '.join(map(str, dropped))}, {losses[best]:.4f}; " if best is not None else ""
+    text = f"{len(found)} trials; {chosen}whole model {base:.4f}; {'more' if better > 0 else 'less'} is better."
     with _drawing(title, text) as (ax, done):
         ax.plot(x, losses, "o-", color=KEPT, ms=3.5, lw=1.2)
-        ax.plot(x[best], losses[best], "D", color=CUT, ms=7, label="chosen")
+        if best is not None:
+            ax.plot(x[best], losses[best], "D", color=CUT, ms=7, label="chosen")
         ax.axhline(base, color=INK, lw=1, ls="--", label=f"whole model {base:.3f}")
         if greedy:
             for i, ((out, loss), before) in enumerate(zip(found, [(), *(out for out, _ in found)])):
                 (layer,) = set(out) - set(before)
                 ax.annotate(str(layer), (x[i], loss), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8, color=SOFT)
-        ax.set(xlabel="layers dropped (the figure: which one)" if greedy else "first layer of the block", title="loss (nats a token)")
+        ax.set(xlabel="layers dropped (the figure: which one)" if greedy else "first layer of the block", title=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
         ax.legend(loc="best")
     return done()
@@ -236,7 +242,8 @@ def pareto(title: str, points: Sequence[tuple[str, float, float, bool]], x_label
             if len(points) > 12 and name not in front and not chosen:
                 continue  # too many words to read
             ax.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=SOFT)
-        ax.margins(0.12)
+        ax.margins(x=0.3, y=0.12)  # names stand to the right of their points
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
         ax.set(xlabel=x_label, title=y_label)
         ax.legend(loc="best")
     return done()

@@ -11,11 +11,12 @@ from typing import Any
 from minitron_mp import artifact
 from minitron_mp.console import Tracker
 from minitron_mp.evaluate import compare
+from minitron_mp.items import read_items
 from minitron_mp.job import Job
 from minitron_mp.parallel import on_main
 from minitron_mp.spans import num_groups
 from minitron_mp.speed import measure
-from minitron_mp.tasks import judge, read_items
+from minitron_mp.tasks import judge
 from minitron_mp.teacher import ColocatedTeacher
 
 SPEED_SHARE, SPEED_S = 0.04, 2.0

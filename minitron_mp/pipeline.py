@@ -151,8 +151,8 @@ OPTIONAL: dict[str, Stage] = {
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
 """import-teacher: for teacher.model. correct: after data, where the recipe has that section. depth: before plan, where layers go and
-depth.method is not cosine. search: before plan, where the recipe has that section. texts: before
-evaluate, for data.held_out. cache: before distill, for teacher.placement: cached."""
+depth.method is not cosine. search: before plan, where the recipe has that section. texts: after data, for
+data.held_out. cache: before distill, for teacher.placement: cached."""
 
 
 class Project:
@@ -170,7 +170,7 @@ class Project:
         if recipe.search:
             names.insert(names.index("plan"), "search")
         if recipe.data.held_out:
-            names.insert(names.index("evaluate"), "texts")
+            names.insert(names.index("data") + 1, "texts")
         if recipe.teacher.placement == "cached":
             names.insert(names.index("distill"), "cache")
         self.stages = {name: {**STAGES, **OPTIONAL}[name] for name in names}
@@ -221,7 +221,8 @@ class Project:
         readers = [recipe.score, *[recipe.depth] * ("depth" in self.stages and recipe.depth.metric == "loss"), *([recipe.search] if recipe.search else [])]
         calibration = max(section.num_samples for section in readers)
         wanted = {"calibration": calibration, "train": 0, "valid": recipe.evaluate.num_samples}
-        found = (too_short(self.paths["data"], part, self.recipe.data.sequence_length, count) for part, count in wanted.items())
+        folders = [("data", part, count) for part, count in wanted.items()] + [("texts", name, recipe.evaluate.num_samples) for name in recipe.data.held_out]
+        found = (too_short(self.paths[folder], part, recipe.data.sequence_length, count) for folder, part, count in folders)
         refuse("there is too little text:", [problem for problems in found for problem in problems])
 
 
@@ -264,7 +265,7 @@ def compress(recipe: Recipe) -> Path:
         say(f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint")
         for name in project.stages:
             _run(name, project, world, force=False)
-            if name == "data":
+            if name == ("texts" if "texts" in project.stages else "data"):
                 _agree(world, project.check_text)
         for name in ("correct", "distill"):  # left when a kill came just after the model was written
             if name in project.stages:
@@ -300,6 +301,8 @@ def plan(project: Project) -> PrunePlan:
     exportable(result.student, recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())
+    if dropped := sorted(set(range(teacher.num_layers)) - set(result.layers)):
+        say(f"layers that go (from 0): {', '.join(map(str, dropped))}")
     for note in result.notes:
         say(f"note: {note}")
     return result

@@ -47,8 +47,11 @@ def _told(check: Callable[[], None]) -> list[str]:
 
 def _files(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
     problems = text.problems(recipe.data)
-    tasks = {f"evaluate.tasks.{name}": path for name, path in recipe.evaluate.tasks.items()} | ({"depth.task": task} if (task := recipe.depth.task) else {})
-    problems += [f"{name}: there is no file {path}" for name, path in tasks.items() if not Path(path).is_file()]
+    tasks = {f"evaluate.tasks.{name}": (path, recipe.evaluate.task_items) for name, path in recipe.evaluate.tasks.items()}
+    if recipe.depth.task:
+        tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
+    for name, (path, limit) in tasks.items():
+        problems += [f"{name}: {problem}" for problem in _told(partial(read_items, Path(path), limit))]
     tokenizer, model = recipe.data.tokenizer, Path(recipe.model).resolve()
     if tokenizer is not None and not Path(tokenizer).exists():
         problems.append(f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file")

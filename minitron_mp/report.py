@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import numpy as np
 
 from minitron_mp import __version__, artifact, facts, figures, page
 from minitron_mp.candidates import front
+from minitron_mp.card import refresh
 from minitron_mp.console import say, table
 from minitron_mp.page import Code, Document, Part, Section, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
@@ -29,6 +31,7 @@ def write_report(project: Any) -> None:
     table("result", result.header, result.rows)
     for name, write in (("report.md", page.markdown), ("report.html", page.html)):
         artifact.write_text(root / name, write(document))
+    refresh(project)  # evaluate may have run again since the export
     say(f"report: {root / 'report.md'}, {root / 'report.html'}")
 
 
@@ -97,7 +100,7 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
     per_group = student.heads_per_group if groups is not importance.heads else teacher.num_attention_heads  # alone in their groups none is cut
     parts: list[Part] = [
         figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
-        *([figures.trials(method, trials.base, trials.trials, plan.layers)] if trials else []),
+        *([_trials(method, trials, plan)] if trials else []),
         figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
         figures.curve("Neurons (ffn), a line a layer", importance.ffn, student.ffn_hidden_size, "neuron"),
         figures.curve("Heads, a line a query group", groups, per_group, "head"),
@@ -105,6 +108,14 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
         figures.heat_heads("Heads of each layer", importance.heads, dict(zip(plan.layers, plan.heads))),
     ]
     return Section("Importance", parts)
+
+
+def _trials(method: str, trials: Trials, plan: PrunePlan) -> page.Figure:
+    """By what decided: accuracies where a task was the measure."""
+    if trials.base_accuracy is None:
+        return figures.trials(method, trials.base, trials.trials, plan.layers)
+    shares = [(layers, share) for (layers, _), share in zip(trials.trials, trials.accuracies)]
+    return figures.trials(method, trials.base_accuracy, shares, plan.layers, "accuracy (share of the items)", better=1)
 
 
 def _bought(found: dict[str, Any], *, meanwhile: bool) -> str:
@@ -167,6 +178,7 @@ def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
     nats a token. Losses after different numbers of steps do not compare: a front is drawn among those distilled longest, and one among all as cut.
     """
     longest = max((last["steps"] for c in candidates if (last := _last(c))), default=0)
+    measured = [c for c in candidates if all(math.isfinite(d["loss"]) for d in c["distilled"])]
 
     def order(c: Mapping[str, Any]) -> tuple[int, float]:
         last = _last(c)
@@ -182,9 +194,9 @@ def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
     scales = [("parameters (millions)", lambda c: c["parameters"] / 1e6)]
     if all(c["latency_s"] is not None for c in candidates):
         scales.append(("latency (ms)", lambda c: c["latency_s"] * 1e3))
-    runs = [("as cut", candidates, lambda c: c["pruned_loss"])]
+    runs = [("as cut", measured, lambda c: c["pruned_loss"])]
     if longest:
-        finalists = [c for c in candidates if (last := _last(c)) and last["steps"] == longest]
+        finalists = [c for c in measured if (last := _last(c)) and last["steps"] == longest]
         runs.append((f"after {longest:,} steps of distillation", finalists, lambda c: (_last(c) or {})["loss"]))
     plots = []
     for label, of in scales:

@@ -150,7 +150,7 @@ def _judge_pruned(job: Job, progress: _Progress) -> None:
 
 def _distill(job: Job, progress: _Progress, alive: Sequence[Candidate], last: int) -> None:
     """Take the candidates that have not been there to step `last`, and judge them."""
-    todo = [c for c in alive if not any(row["steps"] == last for row in c.distilled)]
+    todo = [c for c in alive if not any(row.steps == last for row in c.distilled)]
     size = job.recipe.search.together or len(alive)
     groups = _held_out(job) if todo else []
     for first in range(0, len(todo), size):

@@ -23,6 +23,7 @@ from minitron_mp.card import CARD, model_card, source_card
 from minitron_mp.config import InputError, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.fit import correct, distill
+from minitron_mp.items import read_items
 from minitron_mp.job import ASSETS, Job, assets_from
 from minitron_mp.judging import evaluate
 from minitron_mp.model import DTYPES
@@ -31,7 +32,7 @@ from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import run
 from minitron_mp.search import search
 from minitron_mp.spans import num_groups
-from minitron_mp.tasks import read_items, result_of, right_log_p, rows_of
+from minitron_mp.tasks import result_of, right_log_p, rows_of
 
 READ_BYTES = 2e9
 """Tensors that export holds at a time."""

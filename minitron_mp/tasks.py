@@ -1,42 +1,26 @@
 """Choice tasks by partial scoring, and last words, on the sharded model: which option does the model find most likely?
 
-A file is JSON lines of one of three kinds, as many public sets are, converted:
-
-    {"query": "...", "choices": ["...", "..."], "gold": 0}                PIQA, ARC, COPA, OpenBookQA: one context, several endings
-    {"context_options": ["...", "..."], "continuation": "...", "gold": 0}  Winogrande: several contexts, one ending (arXiv 1806.02847)
-    {"text": "... last"}                                                   LAMBADA: the last word, by greedy decoding
-
-An option's score is the sum of log p over its ending's tokens; its normalised score divides that by the ending's characters (acc and
+items.py says what a file of items holds. An option's score is the sum of log p over its ending's tokens; its normalised score divides that by the
+ending's characters (acc and
 acc_norm of lm-evaluation-harness). A last word counts when each of its tokens is the model's most likely one.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from minitron_mp.config import InputError
+from minitron_mp.items import Item
 from minitron_mp.parallel import World
 from minitron_mp.spans import Row, score_rows
 
 if TYPE_CHECKING:
     from minitron_mp.data import Tokenizer
-
-
-@dataclass(frozen=True)
-class Item:
-    """options: (context, ending) each. gold: the right one; None: the only one, to be found by greedy decoding."""
-
-    options: list[tuple[str, str]]
-    gold: int | None
 
 
 class TaskResult(BaseModel):
@@ -47,38 +31,6 @@ class TaskResult(BaseModel):
     normalised: float | None = None
     normalised_stderr: float | None = None
     num_items: int
-
-
-def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """The first `limit` items of a file; InputError names the line that is none."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; give a .jsonl of items (tasks.py says which kinds)")
-    items = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip() and (limit is None or len(items) < limit):
-                items.append(_item(line, f"{path} line {number}"))
-    if not items:
-        raise InputError(f"{path} holds no item")
-    return items
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        given = json.loads(line)
-        if "text" in given:
-            context, word = given["text"].rstrip().rsplit(maxsplit=1)
-            return Item([(context, word)], None)
-        if "choices" in given:
-            options = [(given["query"], choice) for choice in given["choices"]]
-        else:
-            options = [(context, given["continuation"]) for context in given["context_options"]]
-        gold = given["gold"]
-        if isinstance(gold, int) and 0 <= gold < len(options) and all(isinstance(part, str) and part.strip() for option in options for part in option):
-            return Item(options, gold)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f"{where} is no item: needs text, or query, choices and gold, or context_options, continuation and gold; given {line[:80].strip()!r}")
 
 
 def rows_of(items: list[Item], tokenizer: Tokenizer, sequence_length: int) -> list[Row]:

@@ -11,8 +11,9 @@ from test_tasks import dense_scores, write_files
 
 from minitron_mp.arch import AXES
 from minitron_mp.config import Depth, InputError, Target
+from minitron_mp.items import Item, read_items
 from minitron_mp.plan import Trials, depth_candidates, droppable, kept_layers
-from minitron_mp.tasks import Item, read_items, result_of, right_log_p
+from minitron_mp.tasks import result_of, right_log_p
 
 ARCH = ARCHS["qwen3"]
 BLOCKS = [frozenset({i, i + 1}) for i in range(ARCH.num_layers - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
 
 from minitron_mp.config import InputError
-from minitron_mp.tasks import read_items
+from minitron_mp.items import read_items
 
 ARCH = ARCHS["qwen3"]
 LAYOUTS = ["one", "tp2-sp", "pp2-vpp2", "dp2", "tp2-cp2-sp"]

@@ -95,12 +95,12 @@ def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset
 
 def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
     """(scores of all options, result of choices.jsonl, of words.jsonl)."""
-    from minitron_mp import spans, tasks
+    from minitron_mp import items, spans, tasks
 
     tokenizer = characters(arch)
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
-        choices, words = (tasks.read_items(path / f"{name}.jsonl") for name in ("choices", "words"))
+        choices, words = (items.read_items(path / f"{name}.jsonl") for name in ("choices", "words"))
         rows = tasks.rows_of(choices + words, tokenizer, SEQUENCE_LENGTH)
         scores = spans.score_rows(chunks, rows, world, micro_batch_size=2, vocab_size=arch.vocab_size, eod=0)
         options = {"sequence_length": SEQUENCE_LENGTH, "micro_batch_size": 2, "vocab_size": arch.vocab_size}
@@ -118,7 +118,8 @@ def characters(arch: Arch) -> Any:
 def ablate_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path, candidates: list[frozenset[int]], gone: frozenset[int]) -> list[Any]:
     """Scores of all options of choices.jsonl and words.jsonl without the layers `gone`, and without those of each candidate."""
     from minitron_mp.ablation import scores_without
-    from minitron_mp.tasks import read_items, rows_of
+    from minitron_mp.items import read_items
+    from minitron_mp.tasks import rows_of
 
     with joined(layout) as world:
         chunks = load(arch, teacher, world)

@@ -74,7 +74,7 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
 
 def command(arguments: list[str], task: Path, layout: Layout, micro_batch_size: int) -> tuple[Any, float, float]:
     """The command line as on this rank of torchrun, and the accuracy and normalised accuracy that our own choice tasks give."""
-    from minitron_mp import hf, tasks
+    from minitron_mp import hf, items, tasks
     from minitron_mp.data import load_tokenizer
 
     inventory = "torch.utils.collect_env.get_pretty_env_info"  # of the machine, by pip and others: seconds
@@ -85,5 +85,5 @@ def command(arguments: list[str], task: Path, layout: Layout, micro_batch_size: 
     with joined(layout) as world:
         chunks = load(arch, recipe / "out" / "teacher", world)
         place = {"sequence_length": 32, "micro_batch_size": micro_batch_size, "vocab_size": arch.vocab_size}
-        own = tasks.judge({"teacher": chunks}, tasks.read_items(task), load_tokenizer(recipe / "model"), world, **place)["teacher"]
+        own = tasks.judge({"teacher": chunks}, items.read_items(task), load_tokenizer(recipe / "model"), world, **place)["teacher"]
     return done, own.accuracy, own.normalised

@@ -101,14 +101,18 @@ def corrected(results: Results) -> Verdict:
 
 
 def aggregation(results: Results) -> Verdict:
-    measured = {name: own for name, own in results.items() if name != "random scores"}
-    labels = {"pruned": "(l2, mean)"} | {scored(b, s): f"({b}, {s})" for b, s in AGGREGATIONS[1:]}
+    measured = dict(results)
+    labels = {"pruned": "(l2, mean)"} | {scored(b, s): f"({b}, {s})" for b, s in AGGREGATIONS[1:]} | {"random scores": "random"}
     parts = []
     for when in ("pruned", "distilled"):
         ranked = sorted(measured, key=lambda name: means(results, name, when, "loss"))
         rows = ", ".join(f"{labels[name]} {means(results, name, when, 'loss'):.3f}" for name in ranked)
-        parts.append(f"{when}: {rows}, random {means(results, 'random scores', when, 'loss'):.3f}")
-    place = agree([min(measured, key=lambda name: values(results, name, "distilled", "loss")[i]) == "pruned" for i in range(len(results["pruned"]))])
+        parts.append(f"{when}: {rows}")
+    best = [
+        [min(measured, key=lambda name: values(results, name, when, "loss")[i]) == "pruned" for i in range(len(results["pruned"]))]
+        for when in ("pruned", "distilled")
+    ]
+    place = agree([all(pair) for pair in zip(*best)])
     return "held-out loss, best first, " + "; ".join(parts), place
 
 

@@ -67,7 +67,7 @@ def main(words: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     try:
         return act(args)
-    except InputError as error:
+    except (InputError, OSError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -95,7 +95,7 @@ def act(args: argparse.Namespace) -> int:
         for variant in variants:
             try:
                 once(args, output, variant, seed)
-            except InputError as error:
+            except (InputError, OSError, UnicodeError) as error:
                 print(f"error: {variant}, seed {seed}: {error}", file=sys.stderr)
                 failed += 1
     if "width" in chosen and not failed:
