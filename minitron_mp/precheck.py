@@ -10,6 +10,7 @@ from minitron_mp import hf, text
 from minitron_mp.arch import Arch, layout_problems
 from minitron_mp.candidates import candidates
 from minitron_mp.config import InputError, Recipe, must_divide
+from minitron_mp.items import read_items
 from minitron_mp.plan import droppable, exportable, resolve_target
 
 
