@@ -317,6 +317,7 @@ def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
         return
     for row in differences:
         say(f"{name}: again, for {row}")
+    _agree(world, lambda: _open(project.recipe))  # for a stage by itself, too: the report names the file
     start = time.monotonic()
     if name == "plan":
         _agree(world, lambda: plan(project))

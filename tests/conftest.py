@@ -25,17 +25,25 @@ TOGETHER = {
 """Files that share what fixtures of the session compute; any other file is a group of its own. Groups that take long come first."""
 
 
-@pytest.hookimpl(tryfirst=True)
+def group_of(file: str) -> str:
+    return TOGETHER.get(Path(file).stem, Path(file).stem)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest -n 2 --dist loadgroup: a process takes a whole group. First, because pytest-xdist reads the marks at its own turn."""
     order = list(dict.fromkeys(TOGETHER.values()))
+    items.sort(key=lambda item: order.index(group) if (group := group_of(item.path.name)) in order else len(order))
 
-    def group(item: pytest.Item) -> str:
-        return TOGETHER.get(item.path.stem, item.path.stem)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: order.index(group(item)) if group(item) in order else len(order))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """pytest -n 2: a process takes a whole group. The marks that pytest-xdist 3.8.0 has for it are lost under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::")[0])
+
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -96,10 +96,10 @@ class Results:
         case = {"output": self.root / "variants" / layout.name, "variants": variants(layout)}
         return self.once(("variants", layout), lambda: self.ranks(layout.ranks, "workers_training.train_variants", **case, **self._training("qwen3", layout)))
 
-    def corrected_meanwhile(self, layout: Layout) -> list[dict[str, Any]]:
+    def corrected_meanwhile(self, layout: Layout, precision: str = "fp32") -> list[dict[str, Any]]:
         """workers_training.correct_meanwhile, for qwen3, by rank."""
-        case = {"output": self.root / "meanwhile" / layout.name, "correct": MEANWHILE, **self._training("qwen3", layout)}
-        return self.once(("meanwhile", layout), lambda: self.ranks(layout.ranks, "workers_training.correct_meanwhile", **case))
+        case = {"output": self.root / "meanwhile" / layout.name / precision, "correct": MEANWHILE, "precision": precision, **self._training("qwen3", layout)}
+        return self.once(("meanwhile", layout, precision), lambda: self.ranks(layout.ranks, "workers_training.correct_meanwhile", **case))
 
     def streamed(self, payload: str, layout: Layout, teacher: Layout | None, window: int = 3) -> list[Any]:
         """Steps of trained("qwen3") with the teacher elsewhere, or with one here that hands over this payload."""

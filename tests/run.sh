@@ -23,5 +23,5 @@ ruff format --check
 mypy
 # Two at a time: many tests wait, for a bound or for a process of their own.
 parallel=()
-(($#)) || parallel=(-n 2 --dist loadgroup)
+(($#)) || parallel=(-n 2 --no-loadscope-reorder) # conftest.py says who takes what
 python -m pytest --durations=10 "${select[@]}" "${parallel[@]}" "$@"

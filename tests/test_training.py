@@ -193,3 +193,12 @@ def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout)
     assert math.isclose(student[1].kl, first["kl to the second"], rel_tol=ROUNDING)
     assert not math.isclose(student[1].kl, first["kl to the first"], rel_tol=1e-3)
     assert_close(student, results.corrected_meanwhile(BY_NAME["one"])[0]["unbroken"]["student"])
+
+
+def test_a_teacher_in_bf16_is_saved_with_its_last_parameters(results):
+    """With overlap the ranks gather them at the next forward pass; in float32 the optimizer works on the weights themselves, so nothing could be late."""
+    ranks = results.corrected_meanwhile(BY_NAME["dp2"], "bf16")
+    assert all(rank["bitwise"] for rank in ranks)
+    for name in ("loss", "grad_norm"):
+        curves = [[getattr(m, name) for m in ranks[0][run]["teacher"]] for run in ("unbroken", "resumed")]
+        assert curves[0] == curves[1]

@@ -73,7 +73,9 @@ def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch
     return found
 
 
-def correct_meanwhile(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, correct: Correct) -> dict[str, Any]:
+def correct_meanwhile(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, correct: Correct, precision: str
+) -> dict[str, Any]:
     """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone; and how far
     the student of the first step is from the teacher of the first and of the second, on the batch of the second.
 
@@ -84,7 +86,7 @@ def correct_meanwhile(layout: Layout, arch: Arch, teacher: Path, student_arch: A
     with joined(layout) as world:
 
         def start(curve: list[StepMetrics]) -> LearningTeacher:
-            chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, training=correct)
+            chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct)
             checkpoint.load_model(chunks, teacher, world)
             state = {"checkpoints": None, "manifest": manifest("distill")}
             return LearningTeacher(trainer.Run(chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state))
@@ -94,7 +96,7 @@ def correct_meanwhile(layout: Layout, arch: Arch, teacher: Path, student_arch: A
             for number, stop_after in enumerate(parts):
                 learner = start(teachers)
                 begin = student if number == 0 else None
-                run = Runner(world, learner, distil)(student_arch, begin, folder / name, stop_after=stop_after, companion=learner)
+                run = Runner(world, learner, distil, precision)(student_arch, begin, folder / name, stop_after=stop_after, companion=learner)
                 learner.close()
                 students += run.metrics
             weights = [parameter.detach().clone() for chunk in learner.chunks for parameter in chunk.parameters()]
@@ -102,16 +104,16 @@ def correct_meanwhile(layout: Layout, arch: Arch, teacher: Path, student_arch: A
         found["bitwise"] = all(map(torch.equal, found["unbroken"].pop("weights"), found["resumed"].pop("weights")))
         # The teacher alone, and the student of the first step against the teacher of the second.
         alone = correct.model_copy(update={"checkpoint_interval": 1, "keep_checkpoints": 9})
-        found["alone"] = Runner(world, None, alone)(arch, teacher, output / "alone").metrics
+        found["alone"] = Runner(world, None, alone, precision)(arch, teacher, output / "alone").metrics
         learner = start([])
-        once = Runner(world, learner, distil)(student_arch, student, folder / "once", stop_after=1, companion=learner)
+        once = Runner(world, learner, distil, precision)(student_arch, student, folder / "once", stop_after=1, companion=learner)
         learner.close()
-        chunks = load(student_arch, student, world)
+        chunks = load(student_arch, student, world, precision)
         for parameter, weight in zip((parameter for chunk in chunks for parameter in chunk.parameters()), once.weights):
             parameter.data.copy_(weight)
         batches = micro_batches(make_samples(arch, 1, distil.global_batch_size), distil.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
         for name, place in (("first", teacher), ("second", output / "alone" / "step_00000001")):
-            frozen = ColocatedTeacher(arch, place, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+            frozen = ColocatedTeacher(arch, place, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
             found[f"kl to the {name}"] = compare({"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size)[""].kl
         return found
 
