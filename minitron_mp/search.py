@@ -47,6 +47,8 @@ def search(job: Job) -> None:
     for last in job.recipe.search.rounds(len(alive)):
         _distill(job, progress, alive, last)
         alive = sorted(alive, key=lambda c: (c.loss, c.name))[: -(-len(alive) // 2)]
+    if not math.isfinite(alive[0].loss):
+        raise InputError(f"no candidate of the search has a loss that is a number: lower distill.lr, or set precision: fp32; then delete {progress.folder}")
     alive[0].chosen = True
     _show(progress.candidates)
 

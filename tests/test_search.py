@@ -205,3 +205,15 @@ def test_a_measured_latency_is_a_budget(ranks, scored):
     done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), "--force", *sizes, "search.latency_ms=1e-3"])[0]
     assert done.code == 2
     assert "no candidate takes" in done.err
+
+
+def test_a_student_that_diverges_is_out_and_none_is_chosen_by_default(ranks, scored):
+    """With a learning rate that breaks all of them."""
+    out = f"output={scored.parent / 'broken'}"
+    for stage in ("import", "data", "score"):
+        assert ranks(1, "project_workers.minitron", arguments=[stage, str(scored), out])[0].code == 0
+    rates = ["distill.lr=1e30", "distill.min_lr=1e29", "distill.clip_grad=0"]
+    done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), out, *rates])[0]
+    assert done.code == 2
+    assert done.out.count("is no number, it is out") == 2
+    assert "no candidate of the search has a loss that is a number" in done.err
