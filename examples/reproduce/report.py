@@ -72,7 +72,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         plain = [run for run in own if run["plain"]]
         worse = ", ".join(f"{run['plain']['loss'] - run['distilled']['loss']:+.4f}" for run in plain)
         faster = ", ".join(f"{run['tokens_per_s'] / run['plain']['tokens_per_s']:.2f}" for run in plain)
-        words = cell("tasks", "last words", "distilled", "accuracy", digits=3)
+        words = cell("tasks", "last words", "distilled", "accuracy", digits=3) if own[0].get("tasks") else ""
         cells = [f"{own[0]['parameters']['student']:,}", cell("pruned", "loss"), cell("distilled", "loss"), cell("distilled", "kl"), words]
         found.append((variant, *cells, f"{own[0]['tokens']:,}", f"{statistics.mean(values(results, variant, 'tokens_per_s')):,.0f}", worse, faster))
     return found

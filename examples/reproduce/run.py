@@ -109,14 +109,16 @@ def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> R
     variant = VARIANTS[name]
     base = load_recipe(HERE / f"{args.size}.yaml", [*args.set, f"seed={seed}"])
     train, valid = text_of(args, output, variant)
-    task = output / "text" / f"last_words_{variant.text}_{base.evaluate.task_items}.jsonl"
-    last_words(valid, task, base.evaluate.task_items or 100)
+    tasks = {}
+    if variant.words:
+        task = output / "text" / f"last_words_{variant.text}_{base.evaluate.task_items}.jsonl"
+        tasks["last words"] = str(last_words(valid, task, base.evaluate.task_items or 100))
     values = base.model_dump()
     changes = {
         "model": args.model or base.model,
         "output": str(output / "runs" / slug(name, seed)),
         "data": {**values["data"], "calibration": [str(train)], "train": [str(train)], "valid": [str(valid)]},
-        "evaluate.tasks": {"last words": str(task)},
+        "evaluate.tasks": tasks,
         **variant.changes,
     }
     recipe = make_recipe(changed(values, changes), name)

@@ -66,7 +66,7 @@ def correction(recipe: Recipe) -> dict[str, Any]:
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "toy": {"tolerance": 0.3, "num_layers": [5, 6], "hidden_size": [48, 64], "num_samples": 8, "micro_batch_size": 8, "finalists": 2, "steps": 2},
-    "cpu": {"num_layers": [27, 28, 29, 30], "hidden_size": [480, 512, 544, 576], "num_samples": 32, "micro_batch_size": 4, "steps": 32},
+    "cpu": {"num_layers": [27, 28, 29, 30], "hidden_size": [480, 512, 544, 576], "num_samples": 32, "micro_batch_size": 4, "steps": 16},
     "h100": {"num_layers": [26, 27, 28, 29, 30], "hidden_size": [448, 480, 512, 544, 576], "micro_batch_size": 16, "finalists": 8, "steps": 300},
 }
 """Of the search whose candidates are compared, by size of the experiment; its budget are the parameters of the size's target."""
@@ -98,6 +98,7 @@ class Variant:
     """changes: key of the recipe ("distill.kl_weight") -> value; a section is replaced as a whole. derived: further ones.
 
     after: stage -> what then rewrites its artefact. plain: whether the plain transformers loop runs beside it. text: which one.
+    words: whether the models guess last words, which costs as much as the held-out loss.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +107,7 @@ class Variant:
     after: dict[str, Callable[[Project], None]] = field(default_factory=dict)
     plain: bool = False
     text: str = "text"
+    words: bool = False
 
 
 AGGREGATIONS = [(batch, sequence) for batch in ("l2", "mean", "var") for sequence in ("mean", "l2", "var")]
@@ -121,8 +123,8 @@ VARIANTS: dict[str, Variant] = {
     f"random weights, {LONGER} x tokens": Variant(derived=[lambda r: {"distill.steps": LONGER * r.distill.steps}], after={"prune": random_weights}),
     "CE": Variant({"distill.kl_weight": 0.0, "distill.ce_weight": 1.0}, plain=True),
     "CE + KL": Variant({"distill.ce_weight": 1.0}, plain=True),
-    "contiguous layers": Variant({"depth.method": "block"}, derived=[as_deep_as_wide], plain=True),
-    "scattered layers": Variant({"depth.method": "drop"}, derived=[as_deep_as_wide]),
+    "contiguous layers": Variant({"depth.method": "block"}, derived=[as_deep_as_wide], plain=True, words=True),
+    "scattered layers": Variant({"depth.method": "drop"}, derived=[as_deep_as_wide], words=True),
     "shifted text": Variant(text="shift-text", plain=True),
     "shifted text, corrected teacher": Variant(derived=[correction], text="shift-text"),
     **{scored(b, s): Variant({"score.batch_aggregation": b, "score.sequence_aggregation": s}) for b, s in AGGREGATIONS[1:]},
