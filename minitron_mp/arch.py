@@ -43,6 +43,7 @@ AXES: dict[str, tuple[str, ...]] = {
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this at every layout, so that global shapes never depend on tp."""
+FP8_MULTIPLE = 16
 
 
 class Arch(BaseModel):
@@ -152,6 +153,26 @@ def layout_problems(arch: Arch, tp: int) -> list[str]:
         "padded vocabulary": arch.padded_vocab_size,
     }
     return [f"tensor parallel size {tp} does not divide {name} {n}; use a divisor of {n}" for name, n in sizes.items() if n % tp]
+
+
+def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
+    """What stops the linear layers from running in FP8, one sentence each. tokens: of one sample, as a rank quantises them.
+
+    The products want rows of whole 16 bytes in both operands, forward and backward, so each of their sizes is a multiple of 16.
+    """
+    qkv, proj = arch.axis_size("qkv") // tp, arch.axis_size("heads") // tp
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        f"ffn_hidden_size / tp ({arch.ffn_hidden_size} / {tp})": arch.ffn_hidden_size // tp,
+        "num_attention_heads x kv_channels / tp": proj,
+        "(num_attention_heads + 2 num_query_groups) x kv_channels / tp": qkv,
+        "the tokens of a sample on a rank": tokens,
+    }
+    return [
+        f"FP8 wants multiples of {FP8_MULTIPLE}, {name} is {n}; nearest {max(1, round(n / FP8_MULTIPLE)) * FP8_MULTIPLE}"
+        for name, n in sizes.items()
+        if n % FP8_MULTIPLE
+    ]
 
 
 def export_problems(arch: Arch) -> list[str]:

@@ -32,11 +32,22 @@ DAMAGE = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, 
 def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
     """Sharded state of this rank's chunks: checkpoint keys that do not depend on the layout (arch.AXES).
 
-    Megatron adds an _extra_state object to each linear layer, for FP8 scales; they are empty in the local layers and left out.
+    Megatron and Transformer Engine add an _extra_state object to each layer, for FP8 scales. It is left out; under delayed scaling alone it holds
+    anything that the tensors at hand do not say.
     """
     metadata = {"dp_cp_group": world.groups.dp_cp}
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     return {f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")} for i, state in enumerate(states)}
+
+
+def scaling_state(chunks: list[Any], world: Any) -> dict[str, Any]:
+    """The histories of largest values behind the scales of delayed FP8, for the checkpoints of a run; nothing of other models.
+
+    By layer, under numbers that do not depend on the pipeline; equal on tensor and data parallel ranks, which reduce them.
+    """
+    metadata, delayed = {"dp_cp_group": world.groups.dp_cp}, [chunk.config.fp8 and chunk.config.fp8_recipe == "delayed" for chunk in chunks]
+    states = {f"scaling{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks) if delayed[i]}
+    return {name: {k: v for k, v in state.items() if "linear" in k and k.endswith("_extra_state")} for name, state in states.items()}
 
 
 def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Aggregation = Literal["mean", "l2", "var"]
+FP8 = Literal["tensorwise", "delayed", "blockwise"]
+"""How FP8 numbers are scaled. tensorwise: by the largest value of the tensor at hand; delayed: by those of earlier steps, faster, and slow to
+start; blockwise: by that of each block of 128 or 128 x 128, the most exact."""
 
 
 class InputError(ValueError):
@@ -124,6 +127,10 @@ class Parallel(Section):
             if state < last or number + 1 == len(chunks):
                 break
         return number % self.pp, number // self.pp
+
+    def tokens_of_sample(self, sequence_length: int) -> int:
+        """Tokens of one sample that a rank has between its layers."""
+        return sequence_length // self.cp // (self.tp if self.sequence_parallel else 1)
 
     @property
     def model_ranks(self) -> int:
@@ -323,6 +330,14 @@ class Training(Section):
     """Overlap gradient reduction and parameter gathering with computation."""
     recompute: bool = False
     """Recompute activations layer by layer in the backward pass."""
+    fp8: FP8 | None = None
+    """Products of the linear layers in FP8, with weights, gradients and all else as before; needs Transformer Engine, a GPU of the Ada, Hopper or
+    Blackwell kind, and sizes that are multiples of 16 (docs/fp8.md). tensorwise to begin with."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor parallel communication with products, through buffers that GPUs of one NVLink domain share; needs Transformer Engine and
+    parallel.sequence_parallel."""
+    collect_interval: int | None = Field(None, ge=1)
+    """Collect Python's garbage each so many steps, on all ranks at once; default: whenever a rank's own count is full, while the others wait."""
     log_interval: int = Field(1, ge=1)
     checkpoint_interval: int = Field(100, ge=1)
     """Optimizer steps between checkpoints."""
@@ -454,6 +469,9 @@ class Teacher(Section):
     """Remote: the teacher's own layout."""
     precision: Literal["bf16", "fp32"] | None = None
     """Default: the precision of the run."""
+    fp8: Literal["tensorwise", "blockwise"] | None = None
+    """The teacher's forward passes in `distill`, `cache` and `search` in FP8, its weights kept so, too (half the memory). `evaluate` keeps to
+    bf16. Not delayed: the scales would come from the microbatches before, and what the teacher says of one depend on their order."""
     payload: Literal["hidden", "logits", "topk"] = "hidden"
     """Remote: hidden states after the final norm (exact, smallest; the student's last stage holds a copy of the teacher's output layer), logits,
     or the top_k most likely tokens with the mass of the rest (an approximation)."""
@@ -536,6 +554,8 @@ class Recipe(Section):
     seed: int = Field(1234, ge=0, lt=2**32)
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of weights and activations; optimizer state and gradients are float32."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers compute: Megatron-Core's own, or Transformer Engine's. auto: Transformer Engine's in bf16 on a GPU where it is installed."""
     data: Data = Data()
     parallel: Parallel = Parallel()
     correct: Correct | None = None
@@ -580,6 +600,7 @@ class Recipe(Section):
                 problems.append(f"{what}, teacher.payload is {t.payload}: set hidden, or drop the states")
             if t.siblings:
                 problems.append("distill.states is for one student, teacher.siblings shares the stream: train them in jobs of their own, or drop the states")
+        problems += self._fp8()
         if self.search and self.search.latency_ms and self.search.context:
             parts = (2 * self.parallel.cp if self.parallel.cp > 1 else 1) * (self.parallel.tp if self.parallel.sequence_parallel else 1)
             if self.search.context % parts:
@@ -596,6 +617,31 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _fp8(self) -> list[str]:
+        """What does not go with FP8 and the other keys of Transformer Engine."""
+        problems, trainings = [], {name: t for name, t in (("correct", self.correct), ("distill", self.distill)) if t}
+        precisions = {"correct": self.teacher_precision if self.corrects_meanwhile else self.precision, "distill": self.precision}
+        for name, training in trainings.items():
+            keys = [f"{name}.{key}" for key in ("fp8", "tp_comm_overlap") if getattr(training, key)]
+            if keys and self.transformer_impl == "local":
+                problems.append(f"{', '.join(keys)} is Transformer Engine's, transformer_impl is local: set transformer_engine or auto")
+            if training.fp8 and precisions[name] == "fp32":
+                problems.append(f"{name}.fp8 quantises what bf16 holds, the precision is fp32: set precision: bf16, or drop fp8")
+            if training.tp_comm_overlap and not self.parallel.sequence_parallel:
+                problems.append(f"{name}.tp_comm_overlap overlaps what sequence parallelism sends; set parallel.sequence_parallel: true, or drop it")
+        if self.corrects_meanwhile and any(t.tp_comm_overlap for t in trainings.values()):
+            problems.append("tp_comm_overlap has buffers for one width of model, with correct.when during two are trained: drop it")
+        if self.search and self.distill.tp_comm_overlap:
+            problems.append("distill.tp_comm_overlap has buffers for one width of model, search trains several: give the sizes in target, or drop it")
+        if self.teacher.fp8:
+            if self.transformer_impl == "local":
+                problems.append("teacher.fp8 is Transformer Engine's, transformer_impl is local: set transformer_engine or auto")
+            if self.teacher_precision == "fp32":
+                problems.append("teacher.fp8 quantises what bf16 holds, the teacher's precision is fp32: set teacher.precision: bf16, or drop fp8")
+            if self.corrects_meanwhile:
+                problems.append("teacher.fp8 is for a teacher that is not trained; with correct.when during set correct.fp8")
+        return problems
 
     def _meanwhile(self, correct: Correct) -> list[str]:
         """What does not go with a teacher that is corrected during distillation."""

@@ -13,9 +13,11 @@ from minitron_mp import artifact, checkpoint, data, signals
 from minitron_mp.config import Training
 from minitron_mp.console import Tracker, say
 from minitron_mp.correction import PREFIX, LearningTeacher
+from minitron_mp.drift import tell_drift
 from minitron_mp.job import Job, assets_from
 from minitron_mp.model import build_model, unwrap
 from minitron_mp.parallel import World, on_main
+from minitron_mp.precision import communication_buffers
 from minitron_mp.schedule import Batch
 from minitron_mp.trainer import Run, StepMetrics, metrics_line, resume_step, train
 
@@ -42,8 +44,8 @@ def distill(job: Job) -> None:
 def _learning_teacher(job: Job, log: Callable[[StepMetrics], None]) -> LearningTeacher:
     recipe, tutor = job.recipe, job.recipe.tutor
     assert recipe.correct is not None
-    arch, place = job.arch(tutor), {"precision": recipe.teacher_precision, "sequence_length": recipe.data.sequence_length}
-    chunks = build_model(arch, job.world, training=recipe.correct, **place)
+    arch = job.arch(tutor)
+    chunks = build_model(arch, job.world, training=recipe.correct, precision=recipe.teacher_precision, **job.build_options)
     checkpoint.load_model(chunks, job.paths[tutor], job.world)
     state = {"checkpoints": None, "manifest": job.manifest}
     return LearningTeacher(Run(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state))
@@ -63,7 +65,7 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
     def batches_of(step: int) -> Sequence[Batch]:
         return data.micro_batches(train_set, step, **sizes, **place)
 
-    model = build_model(arch, world, training=settings, precision=recipe.precision, sequence_length=recipe.data.sequence_length)
+    model = build_model(arch, world, training=settings, precision=recipe.precision, **job.build_options)
     checkpoint.load_model(model, job.paths[start], world)
     checkpoints = recipe.root / CHECKPOINTS / name
     first = resume_step(checkpoints, job.manifest, world)
@@ -78,6 +80,8 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
             tracker.advance(1, f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}")
 
         teacher = teacher_from(first, logs.get("correct", on_step))
+        tell_drift(job, getattr(teacher, "chunks", None))
+        stack.enter_context(communication_buffers(settings, recipe, arch.hidden_size))
         companion = teacher if isinstance(teacher, LearningTeacher) else None
         options = {"vocab_size": arch.vocab_size, "seed": recipe.seed, "checkpoints": checkpoints, "manifest": job.manifest, "companion": companion}
         train(model, teacher, batches_of, settings, world, **options, on_step=on_step)

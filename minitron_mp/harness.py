@@ -189,7 +189,8 @@ def run_harness(
             raise InputError("--apply-chat-template: the tokenizer has no chat template; drop it")
         manager, names = _find(tasks, include_path)
         on_main(lambda: _load(manager, names))  # so that one rank fetches what the others then find
-        chunks = build_model(arch, ranks, precision=recipe.teacher_precision if model == "teacher" else recipe.precision, sequence_length=length)
+        precision = recipe.teacher_precision if model == "teacher" else recipe.precision
+        chunks = build_model(arch, ranks, precision=precision, sequence_length=length, transformer_impl=recipe.transformer_impl)
         checkpoint.load_model(chunks, path, ranks, prefix)
         lm = ShardedLM(chunks, tokenizer, ranks, max_length=length, micro_batch_size=recipe.evaluate.micro_batch_size, vocab_size=arch.vocab_size)
         options = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": chat_template, "log_samples": False}

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
@@ -184,12 +185,10 @@ def score(chunks: list[Any], arch: Arch, settings: Score, world: World, sequence
 
 
 def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
-    """Hooks of one TransformerLayer of the local spec."""
+    """Hooks of one TransformerLayer, its norms modules of their own or inside the linear layers behind them."""
     layer = block.layer_number - 1
-    if isinstance(block.input_layernorm, IdentityOp) or isinstance(block.pre_mlp_layernorm, IdentityOp):
-        raise InputError(f"layer {layer} has its norms inside its linear layers (Transformer Engine spec); score a model of the local layer spec")
     ffn, heads = recorder.start_site("ffn", layer), recorder.start_site("heads", layer)
-    norms = [(norm, recorder.start_site("hidden", layer)) for norm in (block.input_layernorm, block.pre_mlp_layernorm)]
+    norms = ((block.input_layernorm, block.self_attention.linear_qkv), (block.pre_mlp_layernorm, block.mlp.linear_fc1))
     entering: list[Tensor] = []
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
@@ -201,10 +200,25 @@ def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
     return [
         block.mlp.linear_fc2.register_forward_pre_hook(lambda _, args: ffn(args[0])),
         block.self_attention.linear_proj.register_forward_pre_hook(lambda _, args: heads(args[0])),
-        *(norm.register_forward_hook(lambda _, args, output, record=record: record(output)) for norm, record in norms),
+        *(_hook_norm(norm, linear, recorder.start_site("hidden", layer)) for norm, linear in norms),
         block.register_forward_pre_hook(enter, with_kwargs=True),
         block.register_forward_hook(leave),
     ]
+
+
+def _hook_norm(norm: Any, linear: Any, record: Callable[[Tensor], None]) -> Any:
+    if not isinstance(norm, IdentityOp):
+        return norm.register_forward_hook(lambda _, args, output: record(output))
+    # Transformer Engine's LayerNormLinear keeps its norm's output to itself (in FP8 even rounded), so the norm is computed once more.
+    return linear.register_forward_pre_hook(lambda module, args: record(_norm_inside(module, args[0].detach())))
+
+
+def _norm_inside(linear: Any, x: Tensor) -> Tensor:
+    """What the norm inside a layer like Transformer Engine's LayerNormLinear makes of x [s, b, h]."""
+    weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
+    if linear.normalization == "RMSNorm":
+        return F.rms_norm(x, weight.shape, weight, linear.eps)
+    return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
 
 
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:

@@ -49,15 +49,21 @@ class Job:
     def tokenizer(self) -> data.Tokenizer:
         return data.load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
 
+    @property
+    def build_options(self) -> dict[str, Any]:
+        """What build_model() takes for every model of this recipe."""
+        return {"sequence_length": self.recipe.data.sequence_length, "transformer_impl": self.recipe.transformer_impl}
+
     def build(self, stage: str) -> list[Any]:
         """The model that a stage left, loaded, in this recipe's layout and precision."""
-        chunks = build_model(self.arch(stage), self.world, precision=self.recipe.precision, sequence_length=self.recipe.data.sequence_length)
+        chunks = build_model(self.arch(stage), self.world, precision=self.recipe.precision, **self.build_options)
         checkpoint.load_model(chunks, self.paths[stage], self.world)
         return chunks
 
-    def teacher(self, pairs: Pairs | None = None, *, corrected: bool = False) -> ColocatedTeacher:
-        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it."""
-        arch, options = self.arch(self.recipe.tutor), {"precision": self.recipe.teacher_precision, "sequence_length": self.recipe.data.sequence_length}
+    def teacher(self, pairs: Pairs | None = None, *, corrected: bool = False, fp8: str | None = None) -> ColocatedTeacher:
+        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
+        where it teaches, None where it is judged."""
+        arch, options = self.arch(self.recipe.tutor), {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options}
         if corrected and self.recipe.corrects_meanwhile:
             return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
         return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)

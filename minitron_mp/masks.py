@@ -17,10 +17,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
 from minitron_mp.config import InputError
-from minitron_mp.model import LayerNorm1p, RMSNorm, unwrap
+from minitron_mp.model import unwrap
 from minitron_mp.parallel import World
 from minitron_mp.plan import PrunePlan
 
@@ -60,8 +61,8 @@ def _mask_layer(block: Any, plan: PrunePlan, world: World, stack: ExitStack) -> 
 
 
 def _mask_norm(norm: Any, plan: PrunePlan, stack: ExitStack) -> None:
-    if not isinstance(norm, (RMSNorm, LayerNorm1p)):
-        raise InputError("this model has its norms inside its linear layers (Transformer Engine spec); search with a model of the local layer spec")
+    if isinstance(norm, IdentityOp):
+        raise InputError("this model has its norms inside its linear layers (Megatron's own Transformer Engine spec); search with one of build_model()")
     kept, size = len(plan.hidden), plan.teacher.hidden_size
     mask, share = _flags(plan.hidden, size, norm), kept / size
 
@@ -69,7 +70,7 @@ def _mask_norm(norm: Any, plan: PrunePlan, stack: ExitStack) -> None:
         mean = (args[0] * mask).sum(-1, keepdim=True, dtype=torch.float32) / kept
         return (torch.where(mask.bool(), args[0], mean.to(args[0].dtype)),)
 
-    if isinstance(norm, RMSNorm):
+    if getattr(norm, "bias", None) is None:
         _hook(norm, stack, lambda _, args: (args[0] * mask,))
         _replace(norm.weight, norm.weight * math.sqrt(share), stack)
     else:

@@ -9,63 +9,91 @@ can work in chunks.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 
-from minitron_mp.arch import Arch, layout_problems
+from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.collectives import AllGatherSequence
-from minitron_mp.config import Training, refuse
+from minitron_mp.config import InputError, Training, refuse
 from minitron_mp.parallel import World
+from minitron_mp.precision import check_hardware, fixed_shapes, fp8_options, fuse_gradient_accumulation, uses_engine
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(arch: Arch, world: World, *, precision: str, sequence_length: int, training: Training | None = None, random_weights: bool = False) -> list[Any]:
+def build_model(
+    arch: Arch,
+    world: World,
+    *,
+    precision: str,
+    sequence_length: int,
+    training: Training | None = None,
+    random_weights: bool = False,
+    transformer_impl: str = "auto",
+    fp8: str | None = None,
+) -> list[Any]:
     """This rank's model chunks (vpp of them, else one), on its device.
 
     Weights are uninitialised memory unless random_weights: every user loads a checkpoint. training: the settings of a run that
-    takes gradients. InputError when the layout does not divide the sizes.
+    takes gradients. transformer_impl: as in Recipe. fp8: of a model that is not trained, for its forward passes. InputError when the layout does
+    not divide the sizes, or the machine cannot compute so.
     """
-    p = world.parallel
+    p, dtype = world.parallel, DTYPES[precision]
     stages = p.pp * (p.vpp or 1)
     problems = layout_problems(arch, p.tp)
+    fp8 = fp8 if training is None else training.fp8
+    if fp8:
+        if dtype is not torch.bfloat16:
+            problems.append(f"fp8 {fp8} quantises what bf16 holds, the precision is {precision}")
+        problems += fp8_problems(arch, p.tp, p.tokens_of_sample(sequence_length))
     if stages > arch.num_layers:
         problems.append(f"{stages} pipeline stages (pp {p.pp} x vpp {p.vpp or 1}) for {arch.num_layers} layers; use at most {arch.num_layers}")
     refuse("this layout does not fit the model:", problems)
 
-    config = _config(arch, world, DTYPES[precision], training, random_weights)
+    engine = uses_engine(transformer_impl, dtype, world.device, fp8)
+    if fp8:
+        check_hardware(fp8, world.device)
+    if training is not None and training.tp_comm_overlap and not engine:
+        raise InputError("tp_comm_overlap is Transformer Engine's, and the local layers compute here; drop it")
+    config = _config(arch, world, dtype, training, random_weights, fp8, engine)
+    if engine:
+        fixed_shapes()
     chunks = []
     for chunk in range(p.vpp or 1):
         first = world.is_first_stage and chunk == 0
         last = world.is_last_stage and chunk == (p.vpp or 1) - 1
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=_block_spec(config, arch, chunk if p.vpp else None, world.groups.pp.rank()),
-            vocab_size=arch.padded_vocab_size,
-            max_sequence_length=sequence_length,
-            pre_process=first,
-            post_process=last,
-            parallel_output=True,
-            share_embeddings_and_output_weights=arch.tied,
-            position_embedding_type="rope",
-            rotary_base=arch.rotary_base,
-            rotary_percent=arch.rotary_percent,
-            rope_scaling=arch.rope_scaling_factor is not None,
-            rope_scaling_factor=arch.rope_scaling_factor or 8.0,
-            pg_collection=world.groups,
-            vp_stage=chunk if p.vpp else None,
-        )
+        with torch.no_grad() if config.fp8_param else nullcontext():  # with gradients each FP8 weight would keep its bf16 origin
+            model = GPTModel(
+                config=config,
+                transformer_layer_spec=_block_spec(config, arch, chunk if p.vpp else None, world.groups.pp.rank(), engine),
+                vocab_size=arch.padded_vocab_size,
+                max_sequence_length=sequence_length,
+                pre_process=first,
+                post_process=last,
+                parallel_output=True,
+                share_embeddings_and_output_weights=arch.tied,
+                position_embedding_type="rope",
+                rotary_base=arch.rotary_base,
+                rotary_percent=arch.rotary_percent,
+                rope_scaling=arch.rope_scaling_factor is not None,
+                rope_scaling_factor=arch.rope_scaling_factor or 8.0,
+                pg_collection=world.groups,
+                vp_stage=chunk if p.vpp else None,
+            )
         if last:
             model.output_layer = DeferredHead.taking_over(model.output_layer, config, world.groups.tp)
+        if engine and training is not None:
+            fuse_gradient_accumulation(model)
         chunks.append(model.to(world.device))
     return chunks
 
@@ -85,10 +113,10 @@ def unwrap(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | None, random_weights: bool) -> TransformerConfig:
+def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | None, random_weights: bool, fp8: str | None, engine: bool) -> TransformerConfig:
     p = world.parallel
     stages = p.pp * (p.vpp or 1)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = fp8_options(fp8, trains=training is not None)
     if arch.num_layers % stages:
         # Megatron wants even stages unless it is told each one; the last ones, which also hold the head, get fewer layers.
         layout = [["decoder"] * n for n in p.layers_of_chunks(arch.num_layers)]
@@ -98,6 +126,8 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | N
         options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "virtual_pipeline_model_parallel_size": p.vpp}
     if training is not None and training.recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if training is not None and training.tp_comm_overlap:
+        options["tp_comm_overlap"] = True
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -127,12 +157,12 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | N
         # without the marks the gradient norm counts them on one rank only.
         perform_initialization=True,
         **({} if random_weights else {"init_method": _leave, "output_layer_init_method": _leave, "embedding_init_method": _leave}),
-        # The fused kernels below come from Apex or torch.compile; the local layers do without.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        # The fused kernels below come from Apex, Transformer Engine or torch.compile; the local layers do without.
+        bias_activation_fusion=engine and arch.gated,
+        bias_dropout_fusion=engine,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=engine,
+        gradient_accumulation_fusion=False,  # of Transformer Engine's layers by precision.fuse_gradient_accumulation
         persist_layer_norm=False,
         **options,
     )
@@ -143,18 +173,41 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def _block_spec(config: Any, arch: Arch, vp_stage: int | None, pp_rank: int) -> Any:
-    """Megatron's local layer spec with a norm and an attention that run anywhere and know sequence and context parallelism."""
+def _block_spec(config: Any, arch: Arch, vp_stage: int | None, pp_rank: int, engine: bool) -> Any:
+    """Megatron's local layer spec with a norm and an attention that run anywhere and know sequence and context parallelism, or with
+    Transformer Engine's modules in the same places, and so with the same checkpoint keys.
+
+    Its norms stay modules of their own, where Megatron's Transformer Engine spec has each inside the linear layer behind it: hooks and masks
+    (importance.py, masks.py, states.py) see what they see in the local spec. That writes and reads a norm's output once more, 2 s b h bytes in
+    bf16 either way: under a hundredth of a layer's time at hidden size 4096 on an H100 (arithmetic, not measured).
+    """
     layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     parts = layer.submodules
-    norm = RMSNorm if arch.norm == "rms" else LayerNorm1p
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     attention = parts.self_attention.submodules
+    norm: Any = RMSNorm if arch.norm == "rms" else LayerNorm1p
     attention.core_attention = Attention
+    if engine:
+        backend = _engine_modules()
+        norm, attention.core_attention = backend.layer_norm(), backend.core_attention()
+        attention.linear_qkv, attention.linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
+        parts.mlp = get_mlp_module_spec_for_backend(backend=backend)
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def _engine_modules() -> Any:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    class OpenNorms(TESpecProvider):
+        """Transformer Engine's modules, each norm beside its linear layer instead of inside."""
+
+        def fuse_layernorm_and_linear(self) -> bool:
+            return False
+
+    return OpenNorms()
 
 
 class RMSNorm(nn.Module):

@@ -35,7 +35,7 @@ class Stage:
     """Fingerprints of files of the user that the stage reads."""
 
 
-HOW = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints"}
+HOW = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints", "tp_comm_overlap", "collect_interval"}
 """Settings of a training run that change nothing in its result."""
 
 
@@ -91,14 +91,20 @@ def _search(recipe: Recipe) -> dict[str, Any]:
         "depth": recipe.depth.model_dump(include={"method", "protect_first", "protect_last"}),
         "distill": candidates.training(recipe).model_dump(exclude=HOW, exclude_none=True),
         "teacher precision": recipe.teacher.precision,
+        **_teacher_fp8(recipe),
     }
 
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
     # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
     teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
-    meanwhile = {"correct": recipe.correct.model_dump(exclude=HOW)} if recipe.correct and recipe.corrects_meanwhile else {}
+    teacher |= _teacher_fp8(recipe)
+    meanwhile = {"correct": recipe.correct.model_dump(exclude=HOW, exclude_none=True)} if recipe.correct and recipe.corrects_meanwhile else {}
     return {**recipe.distill.model_dump(exclude=HOW, exclude_none=True), **_run_settings(recipe), "teacher": teacher, **meanwhile}
+
+
+def _teacher_fp8(recipe: Recipe) -> dict[str, Any]:
+    return {"fp8": recipe.teacher.fp8} if recipe.teacher.fp8 else {}
 
 
 def _evaluate(recipe: Recipe) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def _cache(recipe: Recipe) -> dict[str, Any]:
     d, t = recipe.distill, recipe.teacher
     batches = d.model_dump(include={"steps", "global_batch_size", "micro_batch_size"})
     top = {"top_k": t.top_k, "temperature": d.temperature} if t.payload == "topk" else {}
-    return {**batches, **_run_settings(recipe), "precision": recipe.teacher_precision, "payload": t.payload, **top}
+    return {**batches, **_run_settings(recipe), "precision": recipe.teacher_precision, "payload": t.payload, **top, **_teacher_fp8(recipe)}
 
 
 def _model_files(model: str) -> dict[str, str]:
@@ -142,7 +148,9 @@ STAGES: dict[str, Stage] = {
 
 OPTIONAL: dict[str, Stage] = {
     "correct": Stage(
-        "teacher_corrected", ("import", "data"), lambda r: {**r.correct.model_dump(exclude={*HOW, "when"}), **_run_settings(r)} if r.correct else {}
+        "teacher_corrected",
+        ("import", "data"),
+        lambda r: {**r.correct.model_dump(exclude={*HOW, "when"}, exclude_none=True), **_run_settings(r)} if r.correct else {},
     ),
     "depth": Stage("depth.json", (BASE, "data"), _depth, _depth_files),
     "texts": Stage("held_out", ("import",), lambda recipe: {}, lambda recipe: _text_files(recipe, further=True)),

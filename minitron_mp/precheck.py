@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from minitron_mp import hf, text
-from minitron_mp.arch import Arch, layout_problems
+from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.candidates import candidates
-from minitron_mp.config import InputError, Recipe, must_divide
+from minitron_mp.config import InputError, Parallel, Recipe, must_divide
 from minitron_mp.items import read_items
 from minitron_mp.plan import droppable, exportable, resolve_target
 
@@ -115,8 +115,18 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
             droppable(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
 
     problems += _told(size_student)
+    if recipe.distill.fp8:
+        problems += [f"distill.fp8: {problem}" for problem in _fp8(recipe, students[-1], p)]
+    if recipe.correct and recipe.correct.fp8:
+        problems += [f"correct.fp8: {problem}" for problem in _fp8(recipe, tutor if recipe.corrects_meanwhile else arch, p)]
+    if t.fp8:
+        problems += [f"teacher.fp8: {problem}" for problem in _fp8(recipe, tutor, t.parallel if t.is_remote else p)]
     if recipe.distill.states and len(students) > 1:
         problems += recipe.distill.states.problems(students[-1].num_layers, tutor.num_layers)
     if (stages := p.pp * (p.vpp or 1)) > students[-1].num_layers:
         problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {students[-1].num_layers} layers")
     return problems
+
+
+def _fp8(recipe: Recipe, arch: Arch, p: Parallel) -> list[str]:
+    return fp8_problems(arch, p.tp, p.tokens_of_sample(recipe.data.sequence_length))

@@ -111,9 +111,7 @@ def _of_latency(job: Job, found: list[Candidate]) -> list[Candidate]:
     least, most = job.recipe.search.bounds
     with Tracker("search, latency", len(found), "candidates") as tracker:
         for candidate in found:
-            chunks = build_model(
-                candidate.arch, job.world, precision=job.recipe.precision, sequence_length=job.recipe.data.sequence_length, random_weights=True
-            )
+            chunks = build_model(candidate.arch, job.world, precision=job.recipe.precision, random_weights=True, **job.build_options)
             candidate.latency_s = latency(chunks, candidate.arch, job.world, job.recipe)
             tracker.advance(1, f"{candidate.name}: {1000 * candidate.latency_s:,.1f} ms")
     inside = [c for c in found if least <= 1000 * c.latency_s <= most]
@@ -164,11 +162,11 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
     settings = training(recipe)
     for candidate in part:
         _slice(job, progress, candidate)
-    teacher, train_set = job.teacher(), signals.train_set(job, settings)
+    teacher, train_set = job.teacher(fp8=recipe.teacher.fp8), signals.train_set(job, settings)
     runs, models = [], {}
     for candidate in part:
         folder = progress.folder / candidate.name
-        chunks = build_model(candidate.arch, world, training=settings, precision=recipe.precision, sequence_length=recipe.data.sequence_length)
+        chunks = build_model(candidate.arch, world, training=settings, precision=recipe.precision, **job.build_options)
         checkpoint.load_model(chunks, folder / "student", world)
         manifest = job.manifest.model_copy(update={"settings": {**job.manifest.settings, "candidate": candidate.name}})
         runs.append(Run(chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=folder, manifest=manifest))

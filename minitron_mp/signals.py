@@ -17,6 +17,7 @@ from minitron_mp.arch import Arch, HeadSpec, differing_fields
 from minitron_mp.cache import Reader, Writer, write_index
 from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
 from minitron_mp.console import Tracker, say
+from minitron_mp.drift import tell_drift
 from minitron_mp.job import Job
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
@@ -45,7 +46,7 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     recipe, world = job.recipe, job.world
     t, pairs = recipe.teacher, _pairs(job)
     if t.placement == "colocated":
-        return job.teacher(pairs=pairs)
+        return job.teacher(pairs=pairs, fp8=t.fp8)
     receiver, dp = None, world.groups.dp
     mine = [id for id in ids(recipe, first) if id % dp.size() == dp.rank()]
     if t.placement == "cached":
@@ -109,7 +110,8 @@ def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group
         return data.micro_batches(samples, id // per_step, global_batch_size=d.global_batch_size, micro_batch_size=d.micro_batch_size, **place)[0]
 
     arch = job.arch(recipe.tutor)
-    chunks = frozen_model(arch, job.paths[recipe.tutor], world, precision=recipe.teacher_precision, sequence_length=recipe.data.sequence_length)
+    chunks = frozen_model(arch, job.paths[recipe.tutor], world, precision=recipe.teacher_precision, fp8=recipe.teacher.fp8, **job.build_options)
+    tell_drift(job, chunks)
     settings: dict[str, Any] = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature, "pairs": pairs}
     serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
 

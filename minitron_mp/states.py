@@ -255,7 +255,7 @@ def _norm(chunks: list[Any], state: int, num_layers: int) -> Any:
         blocks = {block.layer_number - 1: block.input_layernorm for block in chunk.decoder.layers}
         norm = blocks.get(state) if state < num_layers else chunk.decoder.final_layernorm
         if isinstance(norm, IdentityOp):
-            raise InputError(f"layer {state} has its norm inside a linear layer (Transformer Engine spec); states need a model of the local layer spec")
+            raise InputError(f"layer {state} has its norm inside a linear layer (Megatron's own Transformer Engine spec); states need a model of build_model()")
         if norm is not None:
             return norm
     return None

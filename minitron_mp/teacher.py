@@ -47,9 +47,10 @@ class ColocatedTeacher:
     teacher's head to a chunk of tokens at a time.
     """
 
-    def __init__(self, arch: Arch, folder: Path, world: World, *, precision: str, sequence_length: int, pairs: Pairs | None = None, prefix: str = ""):
+    def __init__(self, arch: Arch, folder: Path, world: World, *, pairs: Pairs | None = None, prefix: str = "", **build: Any):
+        """build: what build_model() takes."""
         self.world, self.pairs = world, pairs
-        self.chunks = frozen_model(arch, folder, world, precision=precision, sequence_length=sequence_length, prefix=prefix)
+        self.chunks = frozen_model(arch, folder, world, prefix=prefix, **build)
         self.capture = pairs and Capture(self.chunks, world, pairs.routes(world.parallel, pairs.blocks(world.parallel)), arch.num_layers)
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
@@ -133,9 +134,9 @@ def with_signals(teacher: Any, batches: Sequence[Batch], step: int = 0) -> list[
     return [{**batch, "teacher": signal} for batch, signal in zip(batches, teacher.signals(batches, step))]
 
 
-def frozen_model(arch: Arch, folder: Path, world: World, *, precision: str, sequence_length: int, prefix: str = "") -> list[Any]:
-    """The model of a checkpoint, for forward passes; prefix: of its keys there."""
-    chunks = build_model(arch, world, precision=precision, sequence_length=sequence_length)
+def frozen_model(arch: Arch, folder: Path, world: World, *, prefix: str = "", **build: Any) -> list[Any]:
+    """The model of a checkpoint, for forward passes; prefix: of its keys there; build: what build_model() takes."""
+    chunks = build_model(arch, world, **build)
     checkpoint.load_model(chunks, folder, world, prefix)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)

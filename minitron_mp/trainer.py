@@ -7,6 +7,7 @@ optimizer and step, and a resumed run repeats the unbroken one bitwise at the sa
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -29,6 +30,7 @@ from minitron_mp.losses import Objective, distillation_loss
 from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
 from minitron_mp.parallel import World, on_main, seed_all
+from minitron_mp.precision import silently_wrong
 from minitron_mp.schedule import Batch, run
 from minitron_mp.states import States
 from minitron_mp.teacher import with_signals
@@ -140,6 +142,8 @@ class Run:
         self.done = 0
         if checkpoints is not None:
             self._resume(checkpoints)
+        if settings.collect_interval:
+            gc.disable()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -172,6 +176,8 @@ class Run:
         if self.states:
             self.states.end_step(sums[1] * self.settings.kl_weight * self.settings.temperature**2, sums[3], lr)
         self.done += 1
+        if self.settings.collect_interval and self.done % self.settings.collect_interval == 0:
+            gc.collect()
         due = self.done < self.settings.steps and (self.done % self.settings.checkpoint_interval == 0 or is_last)
         saving = due and self.checkpoints is not None
         if saving or self.done % self.settings.log_interval == 0 or is_last:  # logged, and so checked, before it is saved
@@ -192,6 +198,7 @@ class Run:
             chunk.disable_forward_pre_hook(param_sync=True)
         model = checkpoint.model_state([m.module for m in self.models], self.world)
         optimizer = (empty_optimizer_state if empty else optimizer_state)(self.optimizer, model)
+        model |= checkpoint.scaling_state([m.module for m in self.models], self.world)
         for chunk in self.models if late else []:
             chunk.enable_forward_pre_hook()
         return {**model, **optimizer, **(self.states.state() if self.states else {})}
@@ -199,7 +206,7 @@ class Run:
     def fill(self, state: dict[str, Any], step: int) -> None:
         """Take over a loaded sharded(empty=True) of this step."""
         for i, chunk in enumerate(self.models):
-            chunk.module.load_state_dict(state[f"model{i}"], strict=False)
+            chunk.module.load_state_dict(state[f"model{i}"] | state.get(f"scaling{i}", {}), strict=False)
         load_optimizer_state(self.optimizer, state, step=step)
         if self.states:
             self.states.load(state, step)
@@ -234,6 +241,8 @@ class Run:
     def settle(self) -> None:
         """Leave the bare weights current and the rest collectable; the run is over."""
         _settle(self.models, self.settings)
+        if self.settings.collect_interval:
+            gc.enable()
         if self.states:
             self.states.remove()
 
@@ -273,6 +282,7 @@ def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[
         overlap_grad_reduce=settings.overlap,
         overlap_param_gather=settings.overlap,
     )
+    refuse("this model would be trained wrongly:", silently_wrong(config, ddp))
     # Set before wrapping: it also decides how the wrapper scales gradients.
     config.calculate_per_token_loss = True
     models = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=world.groups) for i, chunk in enumerate(chunks)]

@@ -1,0 +1,114 @@
+"""Whose layers compute, and in which number format: what is refused, and that the local layers compute on a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import ARCHS
+
+from minitron_mp.arch import fp8_problems
+from minitron_mp.config import InputError, make_recipe
+from minitron_mp.precision import fp8_options, hardware_problems
+
+NEEDED = {"model": "m", "output": "o"}
+EVEN = ARCHS["llama"].model_copy(update={"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"distill": {"fp8": "mxfp8"}}, r"distill\.fp8: .*'tensorwise', 'delayed' or 'blockwise', given 'mxfp8'"),
+        ({"teacher": {"fp8": "delayed"}}, r"teacher\.fp8: .*'tensorwise' or 'blockwise', given 'delayed'"),
+        ({"transformer_impl": "local", "distill": {"fp8": "tensorwise"}}, r"distill\.fp8 is Transformer Engine's, transformer_impl is local"),
+        ({"transformer_impl": "local", "teacher": {"fp8": "blockwise"}}, r"teacher\.fp8 is Transformer Engine's, transformer_impl is local"),
+        ({"precision": "fp32", "distill": {"fp8": "delayed"}}, r"distill\.fp8 quantises what bf16 holds, the precision is fp32"),
+        ({"precision": "fp32", "teacher": {"fp8": "tensorwise"}}, r"teacher\.fp8 quantises what bf16 holds, .*set teacher\.precision: bf16"),
+        ({"teacher": {"fp8": "tensorwise"}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9}}, r"teacher\.fp8 .*set correct\.fp8"),
+        ({"distill": {"tp_comm_overlap": True}}, r"distill\.tp_comm_overlap .*parallel\.sequence_parallel: true"),
+        (
+            {"distill": {"tp_comm_overlap": True}, "parallel": {"tp": 2, "sequence_parallel": True}, "search": {"parameters": "1B"}},
+            r"distill\.tp_comm_overlap has buffers for one width of model, search trains several",
+        ),
+    ],
+)
+def test_recipes_that_cannot_compute_so(values, message):
+    with pytest.raises(InputError, match=message):
+        make_recipe({**NEEDED, **values})
+
+
+def test_student_and_teacher_have_fp8_each_of_its_own():
+    recipe = make_recipe({**NEEDED, "precision": "fp32", "teacher": {"precision": "bf16", "fp8": "blockwise"}})
+    assert (recipe.teacher.fp8, recipe.distill.fp8) == ("blockwise", None)
+    assert fp8_options("blockwise", trains=False)["fp8_param"]
+    assert not fp8_options("delayed", trains=True)["fp8_param"]
+
+
+HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "machine", "words"),
+    [
+        ("tensorwise", (HOPPER, "13.0", "2.16.1"), []),
+        ("blockwise", (HOPPER, "12.9", "2.3.0"), []),
+        ("blockwise", ((10, 0), "13.0", "2.10"), []),
+        ("delayed", (ADA, "12.4", "2.1.0"), []),
+        ("tensorwise", (AMPERE, "13.0", "2.16.1"), ["compute capability 8.9 or above (Ada, Hopper or Blackwell), this one has 8.0"]),
+        ("blockwise", (ADA, "12.8", "2.2.0"), ["9.0 or above (Hopper or Blackwell)", "CUDA 12.9 or later, this one has 12.8", "2.3 or later, here is 2.2.0"]),
+        ("tensorwise", (HOPPER, "13.0", None), ["Transformer Engine 2.2 or later, here is none"]),
+        ("tensorwise", (HOPPER, "12.10", "2.10.0"), []),  # versions, no decimal fractions
+    ],
+)
+def test_what_a_machine_lacks(fp8, machine, words):
+    problems = hardware_problems(fp8, *machine)
+    assert len(problems) == len(words)
+    for problem, word in zip(problems, words):
+        assert word in problem
+
+
+def test_sizes_are_multiples_of_16_on_each_rank():
+    assert fp8_problems(EVEN, 1, 64) == fp8_problems(EVEN, 4, 16) == []
+    odd = EVEN.model_copy(update={"hidden_size": 72, "ffn_hidden_size": 120, "kv_channels": 12})
+    problems = fp8_problems(odd, 2, 24)  # 8 x 12 / 2 = 48 and (8 + 2 x 4) x 12 / 2 = 96 are fine
+    for words, problem in zip(("hidden_size is 72; nearest 64", "(120 / 2) is 60; nearest 64", "on a rank is 24; nearest 32"), problems, strict=True):
+        assert words in problem
+
+
+def test_local_layers_compute_without_a_gpu(ranks):
+    """And what only Transformer Engine does is refused there."""
+    kinds, local = ranks(1, "workers_precision.built", arch=EVEN, options={}, training=None), {"transformer_impl": "local"}
+    assert kinds == ranks(1, "workers_precision.built", arch=EVEN, options=local, training={})
+    assert "minitron_mp.model.RMSNorm" in kinds[0]
+    assert not any("transformer_engine" in name for name in kinds[0])
+    refused = [
+        ({"transformer_impl": "transformer_engine"}, None, "transformer_impl transformer_engine needs a GPU, this rank is on cpu"),
+        ({}, {"fp8": "tensorwise"}, "fp8 tensorwise needs a GPU, this rank is on cpu"),
+        ({"fp8": "blockwise"}, None, "fp8 blockwise needs a GPU"),
+        ({"fp8": "blockwise", **local}, None, "fp8 blockwise is Transformer Engine's, transformer_impl is local"),
+        ({}, {"tp_comm_overlap": True}, "tp_comm_overlap is Transformer Engine's, and the local layers compute here"),
+    ]
+    for options, training, words in refused:
+        assert words in ranks(1, "workers_precision.built", arch=EVEN, options=options, training=training)[0]
+    assert "multiples of 16, hidden_size is 40" in ranks(1, "workers_precision.built", arch=ARCHS["llama"], options={}, training={"fp8": "delayed"})[0]
+
+
+def test_what_would_be_trained_wrongly_without_an_error(ranks):
+    found = ranks(1, "workers_precision.wrongs", arch=EVEN)[0]
+    assert found["own"] == found["gathered"] == found["overlapped"] == []
+    assert "fp8_param without fp8_param_gather" in found["fp8_param"][0]
+    assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "nemotron"])
+def test_scores_of_norms_inside_linear_layers(ranks, results, arch):
+    """The same products and sums; nemotron has LayerNorm with a bias and a weight stored less one."""
+    own, fused = ranks(1, "workers_precision.scores_of_fused_norms", arch=ARCHS[arch], teacher=results.teacher(arch))[0]
+    for kind, scores in own.items():
+        np.testing.assert_array_equal(scores, fused[kind], err_msg=kind)
+
+
+def test_garbage_is_collected_at_steps(ranks, tmp_path):
+    usual, own = (ranks(1, "workers_precision.collected", arch=EVEN, checkpoints=tmp_path / str(n), interval=n)[0] for n in (None, 2))
+    assert usual[0] == own[0]
+    assert usual[1:] == ([True] * 3, True)
+    assert own[1:] == ([False] * 3, True)

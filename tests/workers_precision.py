@@ -1,0 +1,95 @@
+"""What test_precision.py runs on a rank: real models and wrappers, no GPU."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor, nn
+from workers import joined, load, manifest, score_samples
+
+from minitron_mp.arch import Arch
+from minitron_mp.checkpoint import scaling_state
+from minitron_mp.config import Correct, InputError, Training
+from minitron_mp.model import build_model
+from minitron_mp.precision import silently_wrong
+from minitron_mp.trainer import train
+
+ONE = Layout("one", 1)
+
+
+def built(arch: Arch, options: dict[str, Any], training: dict[str, Any] | None) -> str | list[str]:
+    """Why a model cannot be built, or the kinds of module in its first layer."""
+    with joined(ONE) as world:
+        settings = None if training is None else Training(**training)
+        try:
+            (chunk,) = build_model(arch, world, precision="bf16", sequence_length=32, training=settings, **options)
+        except InputError as error:
+            return str(error)
+        assert scaling_state([chunk], world) == {}
+        return sorted({f"{type(module).__module__}.{type(module).__name__}" for module in chunk.decoder.layers[0].modules()})
+
+
+def wrongs(arch: Arch) -> dict[str, list[str]]:
+    """What silently_wrong() says of a model's own configuration, and of it with one thing changed."""
+    with joined(ONE) as world:
+        config, ddp = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)[0].config, DistributedDataParallelConfig()
+        found = {"own": silently_wrong(config, ddp)}
+        config.fp8_param = True
+        found["fp8_param"] = silently_wrong(config, ddp)
+        ddp.fp8_param_gather = True
+        found["gathered"] = silently_wrong(config, ddp)
+        config.virtual_pipeline_model_parallel_size = 2
+        found["vpp"] = silently_wrong(config, ddp)
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        found["overlapped"] = silently_wrong(config, ddp)
+        return found
+
+
+class NormLinear(nn.Module):
+    """A norm and the linear layer behind it in one module, with the attributes of Transformer Engine's LayerNormLinear, which needs a GPU."""
+
+    def __init__(self, norm: Any, linear: Any, normalization: str):
+        super().__init__()
+        self.linear, self.normalization, self.eps, self.zero_centered_gamma = linear, normalization, norm.eps, hasattr(norm, "bias")
+        self.layer_norm_weight, self.layer_norm_bias = norm.weight, getattr(norm, "bias", None)
+        self.apply_norm = norm
+
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(self.apply_norm(x))
+
+
+def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
+    """Importance of a model of norms of their own, and of the same one with each inside the linear layer behind it."""
+    with joined(ONE) as world:
+        chunks, samples = load(arch, teacher, world), make_samples(arch, 0, 4)
+        found = [score_samples(chunks, arch, samples, world, DEFAULT_PAIR)]
+        name = "RMSNorm" if arch.norm == "rms" else "LayerNorm"
+        for block in chunks[0].decoder.layers:
+            block.self_attention.linear_qkv = NormLinear(block.input_layernorm, block.self_attention.linear_qkv, name)
+            block.mlp.linear_fc1 = NormLinear(block.pre_mlp_layernorm, block.mlp.linear_fc1, name)
+            block.input_layernorm, block.pre_mlp_layernorm = IdentityOp(), IdentityOp()
+        found.append(score_samples(chunks, arch, samples, world, DEFAULT_PAIR))
+        return [vars(scores) for scores in found]
+
+
+def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list[float], list[bool], bool]:
+    """(losses, whether Python collects by itself after each step, and at the end) of a few steps."""
+    settings = Correct(steps=3, warmup_steps=0, global_batch_size=4, lr=1e-3, collect_interval=interval)
+    losses, by_itself = [], []
+
+    def note(metrics: Any) -> None:
+        losses.append(metrics.loss)
+        by_itself.append(gc.isenabled())
+
+    with joined(ONE) as world:
+        torch.manual_seed(1)
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, training=settings, random_weights=True)
+        options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": manifest("correct")}
+        train(chunks, None, lambda step: micro_batches(make_samples(arch, step, 4), 1, 0, 1), settings, world, **options, on_step=note)
+    return losses, by_itself, gc.isenabled()
