@@ -76,20 +76,21 @@ def test_sizes_are_multiples_of_16_on_each_rank():
 
 def test_local_layers_compute_without_a_gpu(ranks):
     """And what only Transformer Engine does is refused there."""
-    kinds, local = ranks(1, "workers_precision.built", arch=EVEN, options={}, training=None), {"transformer_impl": "local"}
-    assert kinds == ranks(1, "workers_precision.built", arch=EVEN, options=local, training={})
-    assert "minitron_mp.model.RMSNorm" in kinds[0]
-    assert not any("transformer_engine" in name for name in kinds[0])
-    refused = [
-        ({"transformer_impl": "transformer_engine"}, None, "transformer_impl transformer_engine needs a GPU, this rank is on cpu"),
-        ({}, {"fp8": "tensorwise"}, "fp8 tensorwise needs a GPU, this rank is on cpu"),
-        ({"fp8": "blockwise"}, None, "fp8 blockwise needs a GPU"),
-        ({"fp8": "blockwise", **local}, None, "fp8 blockwise is Transformer Engine's, transformer_impl is local"),
-        ({}, {"tp_comm_overlap": True}, "tp_comm_overlap is Transformer Engine's, and the local layers compute here"),
-    ]
-    for options, training, words in refused:
-        assert words in ranks(1, "workers_precision.built", arch=EVEN, options=options, training=training)[0]
-    assert "multiples of 16, hidden_size is 40" in ranks(1, "workers_precision.built", arch=ARCHS["llama"], options={}, training={"fp8": "delayed"})[0]
+    local = {"transformer_impl": "local"}
+    refused = {
+        "transformer_impl transformer_engine needs a GPU, this rank is on cpu": ({"transformer_impl": "transformer_engine"}, None),
+        "fp8 tensorwise needs a GPU, this rank is on cpu": ({}, {"fp8": "tensorwise"}),
+        "fp8 blockwise needs a GPU": ({"fp8": "blockwise"}, None),
+        "fp8 blockwise is Transformer Engine's, transformer_impl is local": ({"fp8": "blockwise", **local}, None),
+        "tp_comm_overlap is Transformer Engine's, and the local layers compute here": ({}, {"tp_comm_overlap": True}),
+        "the tokens of a sample on a rank is 24; nearest 32": ({"fp8": "tensorwise", "sequence_length": 24}, None),
+    }
+    auto, chosen, *messages = ranks(1, "workers_precision.built", arch=EVEN, cases=[({}, None), (local, {}), *refused.values()])[0]
+    assert auto == chosen
+    assert "minitron_mp.model.RMSNorm" in auto
+    assert not any("transformer_engine" in name for name in auto)
+    for words, message in zip(refused, messages):
+        assert words in message
 
 
 def test_what_would_be_trained_wrongly_without_an_error(ranks):

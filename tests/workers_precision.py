@@ -23,16 +23,20 @@ from minitron_mp.trainer import train
 ONE = Layout("one", 1)
 
 
-def built(arch: Arch, options: dict[str, Any], training: dict[str, Any] | None) -> str | list[str]:
-    """Why a model cannot be built, or the kinds of module in its first layer."""
+def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> list[str | list[str]]:
+    """For (options of build_model, settings of a training): why there is no such model, or the kinds of module in its first layer."""
+    found: list[str | list[str]] = []
     with joined(ONE) as world:
-        settings = None if training is None else Training(**training)
-        try:
-            (chunk,) = build_model(arch, world, precision="bf16", sequence_length=32, training=settings, **options)
-        except InputError as error:
-            return str(error)
-        assert scaling_state([chunk], world) == {}
-        return sorted({f"{type(module).__module__}.{type(module).__name__}" for module in chunk.decoder.layers[0].modules()})
+        for options, training in cases:
+            settings = None if training is None else Training(**training)
+            try:
+                (chunk,) = build_model(arch, world, training=settings, **{"precision": "bf16", "sequence_length": 32} | options)
+            except InputError as error:
+                found.append(str(error))
+                continue
+            assert scaling_state([chunk], world) == {}
+            found.append(sorted({f"{type(module).__module__}.{type(module).__name__}" for module in chunk.decoder.layers[0].modules()}))
+    return found
 
 
 def wrongs(arch: Arch) -> dict[str, list[str]]:
