@@ -3,6 +3,7 @@
     python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10
     python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10 --masks      all layers kept: the dearest candidate
     torchrun --nproc-per-node 2 benchmarks/calibration.py out/quickstart/teacher_hf --tp 2
+    python benchmarks/calibration.py examples/configs/mistral_nemo_12b --layers 8 --sequence-length 8192 --micro-batch-size 1     on a GPU
 
 Random weights of the model's sizes and random tokens: neither changes the time. Prints medians and the ratio of each pair.
 """
@@ -30,6 +31,8 @@ from minitron_mp.schedule import run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="Hugging Face folder; only its sizes are read")
+    parser.add_argument("--layers", type=int, help="other than the model's")
+    parser.add_argument("--transformer-impl", choices=("auto", "local", "transformer_engine"), default="auto")
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=10)
@@ -39,9 +42,11 @@ def main() -> None:
     parser.add_argument("--masks", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    arch = hf.read_arch(args.model)
+    arch = hf.read_arch(args.model, weights=False)
+    arch = arch.model_copy(update={"num_layers": args.layers or arch.num_layers})
     with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
-        chunks = build_model(arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True)
+        options = {"precision": args.precision, "sequence_length": args.sequence_length, "transformer_impl": args.transformer_impl}
+        chunks = build_model(arch, world, random_weights=True, **options)
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape)
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous()}

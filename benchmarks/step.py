@@ -1,0 +1,213 @@
+"""A whole distillation step of Mistral NeMo 12B -> Minitron 8B widths: ours beside the naive loss, bf16 beside FP8, against the GEMM ceiling.
+
+    python benchmarks/step.py --out step.json                       on a GPU: 4 + 4 layers, 8192 tokens, vocabulary 131072
+    python benchmarks/step.py --fp8 tensorwise delayed blockwise    other scalings
+    python benchmarks/step.py                                       on a CPU: small sizes, bf16 alone, to see that it runs
+
+A row: teacher forward, student forward, both output layers, loss, backward, gradients in float32 (`step`), then the optimizer (`adam`), each
+the median of the repeats. TFLOP/s: what both models have to compute (flops.py) over `step`. Of ceiling: over the fastest matrix product found
+here in the same run, of the number format of the layers; the output layers are bf16 in all rows. Beyond: highest memory in a step less what
+lies there between steps (weights, gradients, optimizer), which leaves activations, both models' hidden states and the loss.
+
+naive: logits of all tokens of both models, softmax and KL in float32 in plain torch, autograd. FP8 rows: linear layers of both models, the
+teacher's weights FP8 as well. Random weights and tokens: neither changes the time, in bf16 or FP8, beyond the power limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from minitron_mp import hf, parallel
+from minitron_mp.arch import Arch
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import Distill, InputError, Parallel
+from minitron_mp.flops import forward_flops, training_flops
+from minitron_mp.model import build_model, logits, output_weight
+from minitron_mp.parallel import World
+from minitron_mp.precision import engine_version
+from minitron_mp.schedule import run
+from minitron_mp.teacher import Signal, TeacherHidden, with_signals
+from minitron_mp.trainer import Run
+
+CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
+SMALL = {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 32, "vocab_size": 1024}
+GIB = 2**30
+
+
+class Teacher:
+    """A frozen model of random weights, as the trainer sees a teacher on its own ranks."""
+
+    pairs = None
+
+    def __init__(self, arch: Arch, world: World, **build: Any):
+        self.world, self.chunks = world, build_model(arch, world, random_weights=True, **build)
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
+
+    def signals(self, batches: Any, step: int) -> list[Signal]:
+        return [Signal(hidden, []) for hidden in run(self.chunks, batches, self.world, lambda hidden, _: hidden)]
+
+    def target(self, signal: Signal) -> TeacherHidden:
+        assert signal.hidden is not None
+        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
+
+    def release(self, signal: Signal) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="of each model")
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument(
+        "--fp8", nargs="*", choices=("tensorwise", "delayed", "blockwise"), default=["tensorwise"], help="for the student; delayed: teacher tensorwise"
+    )
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    on_gpu = torch.cuda.is_available()
+    sequence = args.sequence_length or (8192 if on_gpu else 64)
+    teacher = hf.read_arch(CONFIGS / "mistral_nemo_12b", weights=False).model_copy(update={"num_layers": args.layers})
+    student = teacher.model_copy(update={"hidden_size": 4096, "ffn_hidden_size": 11520})
+    if not on_gpu:
+        teacher, student = teacher.model_copy(update=SMALL), student.model_copy(update={**SMALL, "hidden_size": 96, "ffn_hidden_size": 192})
+    with parallel.world(Parallel(), seed=1) as world:
+        ceilings = {"bf16": ceiling(None, world), **({"fp8": ceiling("fp8", world)} if on_gpu and args.fp8 else {})}
+        rows = []
+        for fp8 in [None, *(args.fp8 if on_gpu else [])]:
+            for loss in ("naive", "ours"):
+                try:
+                    row = measure(teacher, student, sequence, fp8, loss, world, args.repeats)
+                except (torch.OutOfMemoryError, InputError) as problem:
+                    print(f"{fp8 or 'bf16'}, {loss}: does not run: {str(problem).splitlines()[0][:100]}")
+                    continue
+                row["of_ceiling"] = row["tflops"] / ceilings["fp8" if fp8 else "bf16"]
+                rows.append(row)
+                _collect()
+    found = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformer_engine": engine_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "sizes": {"layers": [args.layers, args.layers], "sequence_length": sequence, "teacher": teacher.model_dump(), "student": student.model_dump()},
+        "ceilings_tflops": ceilings,
+        "rows": rows,
+    }
+    engine = f"Transformer Engine {found['transformer_engine']}"
+    print(f"{found['device']}, torch {torch.__version__}, {engine}, {args.layers} + {args.layers} layers, {sequence} tokens")
+    print("fastest matrix product, TFLOP/s: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
+    print(
+        f"{'layers':10} {'loss':6} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} {'held GiB':>9} {'beyond GiB':>10}"
+    )
+    for r in rows:
+        print(
+            f"{r['layers']:10} {r['loss']:6} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} {r['adam_ms']:8.1f} {r['tflops']:8.3g} "
+            f"{r['of_ceiling']:10.0%} {r['held_gib']:9.2f} {r['beyond_gib']:10.2f}"
+        )
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss: str, world: World, repeats: int) -> dict[str, Any]:
+    """One row of the table."""
+    build: dict[str, Any] = {"precision": "bf16", "sequence_length": sequence}
+    # Few warm-up steps: the loss must stay a number, no more.
+    settings = Distill(steps=10_000, warmup_steps=9_999, lr=1e-5, global_batch_size=1, fp8=fp8, log_interval=10_000, checkpoint_interval=10_000)
+    teacher = Teacher(teacher_arch, world, fp8="tensorwise" if fp8 == "delayed" else fp8, **build)
+    chunks = build_model(arch, world, training=settings, random_weights=True, **build)
+    student = Run(chunks, teacher, settings, world, vocab_size=arch.vocab_size, checkpoints=None, manifest=Manifest(stage="distill", settings={}, inputs={}))
+    tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
+    positions = torch.arange(sequence)[None]
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": torch.ones(1, sequence)}
+
+    def naive(hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        target = teacher.target(batch["teacher"])
+        with torch.no_grad():
+            wanted = logits(teacher.chunks[-1], target.hidden)
+        log_q, log_p = F.log_softmax(logits(chunks[-1], hidden).float(), -1), F.log_softmax(wanted.float(), -1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), batch["loss_mask"].sum().int(), {}
+
+    def step() -> None:
+        student.accumulate(with_signals(teacher, [batch]), student.loss if loss == "ours" else naive)
+
+    for _ in range(3):
+        step()
+        student.update()
+    _wait()
+    held = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
+    if held:
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    beyond = torch.cuda.max_memory_allocated() - held if held else 0
+    student.update()
+    times, updates = [], []
+    for _ in range(repeats):
+        times.append(_timed(step))
+        updates.append(_timed(student.update))
+    flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
+    student.settle()
+    return {
+        "layers": f"{fp8}" if fp8 else "bf16",
+        "loss": loss,
+        "step_ms": 1e3 * statistics.median(times),
+        "least_ms": 1e3 * min(times),
+        "most_ms": 1e3 * max(times),
+        "adam_ms": 1e3 * statistics.median(updates),
+        "tflops": flops / statistics.median(times) / 1e12,
+        "held_gib": held / GIB,
+        "beyond_gib": beyond / GIB,
+    }
+
+
+def ceiling(fp8: str | None, world: World) -> float:
+    """TFLOP/s of the fastest square matrix product of this kind, over a second of them, so that the power limit counts."""
+    n = 8192 if world.device.type == "cuda" else 512
+    a, b = (torch.randn((n, n), device=world.device, dtype=torch.bfloat16) for _ in range(2))
+    if fp8:
+        a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=world.device)
+        product = lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+    else:
+        product = lambda: torch.mm(a, b)  # noqa: E731
+    _timed(product)
+    count = max(1, int(1.0 / max(_timed(product), 1e-5)))
+
+    def many() -> None:
+        for _ in range(count):
+            product()
+
+    return 2 * n**3 * count / _timed(many) / 1e12
+
+
+def _timed(action: Callable[[], Any]) -> float:
+    """Seconds on the clock, the device's work included."""
+    _wait()
+    start = time.perf_counter()
+    action()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
