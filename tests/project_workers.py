@@ -17,7 +17,11 @@ from workers import joined
 
 from minitron_mp import cli, parallel
 from minitron_mp.arch import Arch
+from minitron_mp.config import load_recipe
+from minitron_mp.drift import tell_drift
+from minitron_mp.job import Job
 from minitron_mp.model import build_model
+from minitron_mp.pipeline import Project
 
 
 class Done(NamedTuple):
@@ -53,6 +57,17 @@ def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
     with joined(layout) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
+
+
+def drift(*, recipe: str) -> tuple[str | None, str | None]:
+    """What is said of a teacher that is the exact one, and of one with a weight changed, where the recipe has it in FP8."""
+    project = Project(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
+    with joined(Layout("one", 1)) as world:
+        job = Job(project.recipe, world, project.paths, project.manifest("distill"))
+        chunks = job.teacher().chunks
+        same = tell_drift(job, chunks)
+        chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
+        return same, tell_drift(job, chunks)
 
 
 class _Stopped(BaseException):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -674,3 +675,10 @@ def test_the_teachers_that_are_left_take_over(whole, copied, tmp_path):
     assert "1 copy of the teacher" in text
     assert "distill: going on from step" in text
     assert read_metrics(copied.output) == read_metrics(whole.output)
+
+
+def test_what_fp8_costs_the_teacher_is_told(ranks, whole):
+    """Two times the same teacher, then another one; that one of them computes in FP8 takes a GPU (tests/gpu)."""
+    same, other = ranks(1, "project_workers.drift", recipe=str(whole.recipe))[0]
+    assert re.fullmatch(r"teacher in FP8 \(tensorwise\): KL\(bf16 \|\| FP8\) -?0\.0000\d on \d+ tokens, loss (\S+), in bf16 \1", same)
+    assert float(re.search(r"FP8\) (\S+)", other)[1]) > 0.001
