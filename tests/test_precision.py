@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cases import ARCHS
 
 from minitron_mp.arch import fp8_problems
-from minitron_mp.config import InputError, make_recipe
+from minitron_mp.config import InputError, load_recipe, make_recipe
+from minitron_mp.precheck import recipe_problems
 from minitron_mp.precision import fp8_options, hardware_problems
 
 NEEDED = {"model": "m", "output": "o"}
+ROOT = Path(__file__).parents[1]
 EVEN = ARCHS["llama"].model_copy(update={"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16})
 
 
@@ -72,6 +76,20 @@ def test_sizes_are_multiples_of_16_on_each_rank():
     problems = fp8_problems(odd, 2, 24)  # 8 x 12 / 2 = 48 and (8 + 2 x 4) x 12 / 2 = 96 are fine
     for words, problem in zip(("hidden_size is 72; nearest 64", "(120 / 2) is 60; nearest 64", "on a rank is 24; nearest 32"), problems, strict=True):
         assert words in problem
+
+
+def test_sizes_are_looked_at_before_any_work(monkeypatch):
+    """Of the published 12B -> 8B: teacher and student each under the key that asks for FP8."""
+    monkeypatch.chdir(ROOT)
+
+    def problems(*overrides):
+        return recipe_problems(load_recipe("examples/mn_minitron_8b.yaml", ["distill.fp8=tensorwise", "teacher.fp8=blockwise", *overrides]), {}, weights=False)
+
+    assert problems() == []
+    found = problems("target.ffn_hidden_size=11528", "target.align=8", "parallel.tp=1", "parallel.sequence_parallel=false", "data.sequence_length=8200")
+    assert sum("distill.fp8: " in text for text in found) == 2
+    assert any("ffn_hidden_size / tp" in text for text in found)
+    assert sum(text.startswith("teacher.fp8: FP8 wants multiples of 16, the tokens of a sample") for text in found) == 1
 
 
 def test_local_layers_compute_without_a_gpu(ranks):
