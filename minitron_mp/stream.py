@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,6 +180,7 @@ class Link:
     stage: int = -1
     bytes_moved: int = 0
     wait_s: float = 0.0
+    """For which the student's host waited for signals."""
 
     def blocks(self, id: int, student: Grid) -> tuple[Message, ...]:
         return messages(self.shape, self.teacher, student, id % self.teacher.dp, id % student.dp, self.stage)
@@ -315,9 +317,11 @@ class Receiver:
 
     def get(self, id: int) -> Tensor:
         """[s', b, n'] of this rank; waits for it."""
+        start = time.perf_counter()
         with self.changed:
             self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
             arrival = self.arrived.pop(id, None)  # the thread's waits are bounded, so this one is
+        self.link.wait_s += time.perf_counter() - start
         if arrival is None:
             # Only now does this rank wait for the other: before, the thread was ahead of it.
             error = self.failure
