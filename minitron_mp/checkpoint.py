@@ -81,8 +81,10 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """In one line. CheckpointException is torch's, no Exception: what failed on some rank, with its traceback, told to all."""
+    """In one line. CheckpointException is torch's, no Exception: what failed on some rank, with its traceback; Megatron tells only the first rank."""
     while isinstance(error, CheckpointException):
+        if not error.failures:
+            return "rank 0 says why"
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__} {error}".strip()
 

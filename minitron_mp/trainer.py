@@ -225,7 +225,7 @@ class Run:
             self.states.end_step(sums[1] * self.settings.kl_weight * self.settings.temperature**2, sums[3], lr)
         self.done += 1
         due = self.checkpoints is not None and (self.done % self.settings.checkpoint_interval == 0 or is_last)
-        if due or self.done % self.settings.log_interval == 0 or is_last:  # logged, and so checked, before it is saved
+        if due or self.done % self.settings.log_interval == 0 or is_last:
             self.log()
         if due or self.save_now:
             self.save()
@@ -316,6 +316,8 @@ class Run:
         """Write a checkpoint of now, unless there is one; the last step needs none. Reached by all ranks."""
         if self.checkpoints is None or self.done == self.saved or self.done >= self.settings.steps:
             return
+        if self.pending:  # logged, and so checked, before it is saved
+            self.log()
         self.finish_save()
         start, folder = time.perf_counter(), self.checkpoints
         state = self.sharded()
