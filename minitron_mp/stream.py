@@ -36,11 +36,13 @@ from torch import Tensor
 
 from minitron_mp.config import Parallel
 
-STREAM_VERSION = 1
+STREAM_VERSION = 2
 """Of messages() and of what travels with them; both ends must have the same."""
 Payload = Literal["hidden", "logits", "topk"]
 ANNOUNCE, CREDIT, DATA = 1, 2, 3
 """Tags; gloo matches by them, NCCL ignores them."""
+NONE = -1
+"""Announced in the place of a microbatch: no further one comes."""
 
 
 class StreamError(RuntimeError):
@@ -213,6 +215,7 @@ class Sender:
         self.link = link
         self.flying: deque[tuple[int, dict[int, tuple[Any, Tensor]], list[Any]]] = deque()  # id, credits that are owed, sends under way
         self.most_in_flight = 0
+        self.said: list[Any] = []
 
     def make_room(self, count: int = 1) -> None:
         """Wait until `count` more microbatches may be in flight."""
@@ -249,6 +252,20 @@ class Sender:
         while self.flying:
             self._land()
 
+    def end(self, first: int, last: int) -> None:
+        """No id from `first` to `last` will come: each receiver hears it from the rank to which it listens for its next one."""
+        link = self.link
+        for student in link.students:
+            for id in range(first, min(first + student.dp, last)):  # one of each replica
+                next_source: dict[int, int] = {}
+                for block in link.blocks(id, student):
+                    next_source.setdefault(block.target, block.source)
+                for target, source in next_source.items():
+                    if source == link.bridge.rank:
+                        number = torch.tensor([NONE])
+                        # Kept, not waited for: a receiver that is closed already does not listen.
+                        self.said.append((link.bridge.control.send([number], target, ANNOUNCE), number))
+
     def _land(self) -> None:
         id, credits, works = self.flying[0]
         for target, (work, credit) in credits.items():
@@ -283,6 +300,10 @@ class Senders:
     def finish(self) -> None:
         for sender, _ in self.parts:
             sender.finish()
+
+    def end(self, first: int, last: int) -> None:
+        for sender, _ in self.parts:
+            sender.end(first, last)
 
 
 class _Broken(Exception):
@@ -366,6 +387,8 @@ class Receiver:
                         return
                     self.credit[replica] -= 1
                 arrival = self._receive(id)
+                if arrival is None:
+                    return
                 with self.changed:
                     self.arrived[id] = arrival
                     self.changed.notify_all()
@@ -374,7 +397,8 @@ class Receiver:
                 self.failure = error
                 self.changed.notify_all()
 
-    def _receive(self, id: int) -> _Arrival:
+    def _receive(self, id: int) -> _Arrival | None:
+        """None: it will not come, the stream ends here."""
         link, shape = self.link, self.link.shape
         bridge, blocks = link.bridge, self._blocks(id)
         for source in dict.fromkeys(block.source for block in blocks):
@@ -383,6 +407,8 @@ class Receiver:
                 bridge.control.recv([number], source, ANNOUNCE).wait(bridge.timeout)
             except RuntimeError as error:
                 raise _Broken(source, f"did not announce microbatch {id}") from error
+            if number.item() == NONE:
+                return None
             if number.item() != id:
                 raise _Broken(source, f"announced microbatch {number.item()}, microbatch {id} was due")
         with bridge.stream(behind_current=False):  # the buffer is new, the student's work no concern of the transfer

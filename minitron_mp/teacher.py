@@ -206,6 +206,8 @@ def serve(
                 sender.send(id, signal)
         progress(len(part))
     if sender is not None:
+        if limit is not None and limit <= ids[-1]:
+            sender.end(limit, ids[-1] + 1)
         sender.finish()
 
 
