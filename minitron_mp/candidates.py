@@ -67,10 +67,14 @@ def inference_bytes(arch: Arch, precision: str, batch_size: int, context: int) -
 
 
 def training(recipe: Recipe) -> Distill:
-    """The settings of the short distillation: those of distill over search.steps, warm-up at most a tenth of them, no losses on states."""
+    """The settings of the short distillation: those of distill over search.steps, warm-up at most a tenth of them, no losses on states.
+
+    Without a profile, and saved at once: several students' checkpoints would wait for each other.
+    """
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
-    return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, "states": None})
+    plain = {"states": None, "profile": None, "async_save": False}
+    return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, **plain})
 
 
 def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
@@ -27,6 +29,8 @@ from minitron_mp.parallel import everyone, on_main
 FREE_SPACE_MARGIN = 1.1
 DAMAGE = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 """What a missing, truncated or foreign file in a checkpoint makes torch and Megatron raise."""
+# From 0.17 on Megatron would rather use nvidia-resiliency-ext, which only GPU containers have; its own writers are in all versions.
+OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 
 
 def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
@@ -88,8 +92,10 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """In one line. CheckpointException is torch's, no Exception: what failed on some rank, with its traceback, told to all."""
+    """In one line. CheckpointException is torch's, no Exception: what failed on some rank, with its traceback; Megatron tells only the first rank."""
     while isinstance(error, CheckpointException):
+        if not error.failures:
+            return "rank 0 says why"
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__} {error}".strip()
 
@@ -107,14 +113,9 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
     extra: called on rank 0 with the folder before it takes its place, for small files that belong to it. InputError on every
     rank when there is not enough room, before anything is written.
     """
-    on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))  # what a kill left would count against the room
-    check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
-    on_main(lambda: artifact.prepare(folder))
-    try:
+    _make_room(state, folder)
+    with _writing(folder):
         dist_checkpointing.save(state, str(artifact.aside(folder)))
-    except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
-        on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))
-        raise InputError(f"{folder} could not be written: {_cause(error)}") from error
 
     def finish() -> None:
         if extra is not None:
@@ -122,6 +123,65 @@ def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callabl
         artifact.commit(folder, manifest)
 
     on_main(finish)
+
+
+class Background:
+    """Writes checkpoints while their ranks go on: one at a time, in forked processes that have the state as it was.
+
+    A kill leaves what is written without a name (artifact.aside); it becomes the artefact in finish(). All methods but `writing` are
+    reached by all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.queue, self.folder = AsyncCallsQueue(), Path()
+
+    def start(self, state: dict[str, Any], folder: Path, manifest: Manifest, after: Callable[[], None]) -> None:
+        """As save(), but returns when the state is copied. after: called on rank 0 when the artefact is whole."""
+        self.finish()  # their results share a queue
+        _make_room(state, folder)
+        self.folder = folder
+        with _writing(folder):
+            request = dist_checkpointing.save(state, str(artifact.aside(folder)), async_sharded_save=True, **OWN_WRITERS)
+
+            def finish() -> None:
+                artifact.commit(folder, manifest)
+                after()
+
+            assert request is not None
+            request.add_finalize_fn(lambda: on_main(finish))
+            self.queue.schedule_async_request(request)
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was started and not finished; equal on all ranks."""
+        return self.queue.get_num_unfinalized_calls() > 0
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes."""
+        return any(not call.async_caller.is_current_async_call_done(blocking=False, no_dist=True) for call in self.queue.async_calls)
+
+    def finish(self) -> None:
+        """Wait until what was started is whole; InputError on every rank when it could not be written."""
+        with _writing(self.folder):
+            self.queue.maybe_finalize_async_calls(blocking=True)
+
+
+def _make_room(state: dict[str, Any], folder: Path) -> None:
+    on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))  # what a kill left would count against the room
+    check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
+    on_main(lambda: artifact.prepare(folder))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
+        on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))
+        raise InputError(f"{folder} could not be written: {_cause(error)}") from error
 
 
 def check_room(num_bytes: float, folder: Path) -> None:

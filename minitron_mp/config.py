@@ -307,6 +307,25 @@ class Search(Section):
         return [max(1, self.steps >> (count - 1 - i)) for i in range(count)]
 
 
+class Profile(Section):
+    """A trace of some steps of a training run, on some ranks."""
+
+    steps: list[int] = Field(min_length=2, max_length=2)
+    """[first, last], from 1, as they are logged."""
+    ranks: list[int] = Field([0], min_length=1)
+    """Of the run; a remote teacher's are not among them."""
+    kind: Literal["torch", "nsys"] = "torch"
+    """torch: a Chrome trace for each rank in OUTPUT/profile. nsys: tells Nsight Systems, which has to start the job, when to trace."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Profile:
+        if not 1 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps {self.steps} is no [first, last], counted from 1")
+        if min(self.ranks) < 0:
+            raise ValueError(f"ranks {self.ranks}: ranks count from 0")
+        return self
+
+
 class Training(Section):
     """A training run: batches, optimizer, checkpoints."""
 
@@ -342,6 +361,9 @@ class Training(Section):
     checkpoint_interval: int = Field(100, ge=1)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
+    async_save: bool = False
+    """Train on while a checkpoint is written: it costs a copy of weights and optimizer in host memory until it is whole."""
+    profile: Profile | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -350,6 +372,8 @@ class Training(Section):
             problems.append(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.profile and self.profile.steps[1] > self.steps:
+            problems.append(f"profile.steps {self.profile.steps} goes beyond the last of {self.steps} steps")
         problems += self._problems()
         if problems:
             raise ValueError("; ".join(problems))

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mp import artifact, checkpoint, data, signals
+from minitron_mp.arch import Arch
 from minitron_mp.config import Training
 from minitron_mp.console import Tracker, say
 from minitron_mp.correction import PREFIX, LearningTeacher
 from minitron_mp.drift import tell_drift
 from minitron_mp.job import Job, assets_from
+from minitron_mp.leaving import Left
+from minitron_mp.meter import Work, distillation_work, training_work
 from minitron_mp.model import build_model, unwrap
 from minitron_mp.parallel import World, on_main
 from minitron_mp.precision import communication_buffers
@@ -25,6 +28,8 @@ METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
 """Beside the artefacts while a stage trains; a copy of the whole curve goes into the artefact that it made."""
 CHECKPOINTS = "checkpoints"
 """Beside the artefacts while a stage trains, a folder for each."""
+PROFILE = "profile"
+"""Beside the artefacts: traces of steps, where a section `profile` asks for them."""
 
 
 def correct(job: Job) -> None:
@@ -47,7 +52,7 @@ def _learning_teacher(job: Job, log: Callable[[StepMetrics], None]) -> LearningT
     arch = job.arch(tutor)
     chunks = build_model(arch, job.world, training=recipe.correct, precision=recipe.teacher_precision, **job.build_options)
     checkpoint.load_model(chunks, job.paths[tutor], job.world)
-    state = {"checkpoints": None, "manifest": job.manifest}
+    state: dict[str, Any] = {"checkpoints": None, "manifest": job.manifest}
     return LearningTeacher(Run(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state))
 
 
@@ -77,14 +82,27 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
 
         def on_step(metrics: StepMetrics) -> None:
             logs[name](metrics)
-            tracker.advance(1, f"loss {metrics.loss:.4f}  {metrics.tokens_per_s:,.0f} tokens/s  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}")
+            speed = f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.measured.line()}"
+            tracker.advance(1, f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}  {speed}")
 
         teacher = teacher_from(first, logs.get("correct", on_step))
         tell_drift(job, getattr(teacher, "chunks", None))
         stack.enter_context(communication_buffers(settings, recipe, arch.hidden_size))
         companion = teacher if isinstance(teacher, LearningTeacher) else None
-        options = {"vocab_size": arch.vocab_size, "seed": recipe.seed, "checkpoints": checkpoints, "manifest": job.manifest, "companion": companion}
-        train(model, teacher, batches_of, settings, world, **options, on_step=on_step)
+        options: dict[str, Any] = {
+            "vocab_size": arch.vocab_size,
+            "seed": recipe.seed,
+            "checkpoints": checkpoints,
+            "manifest": job.manifest,
+            "companion": companion,
+        }
+        options |= {"work": _work(job, arch, settings, teacher), "profile_folder": recipe.root / PROFILE}
+        try:
+            train(model, teacher, batches_of, settings, world, **options, on_step=on_step)
+        except Left:
+            if teacher is not None:
+                teacher.close()
+            raise
         if teacher is not None:
             teacher.close()
     state = checkpoint.model_state(model, world)
@@ -98,6 +116,14 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
 
     checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": arch}), add_files)
     on_main(lambda: artifact.discard_checkpoints(checkpoints, job.manifest))
+
+
+def _work(job: Job, arch: Arch, settings: Training, teacher: Any) -> Work:
+    """What a step computes, on which ranks."""
+    recipe, tokens = job.recipe, settings.global_batch_size * job.recipe.data.sequence_length
+    if teacher is None:
+        return training_work(recipe, arch, job.world, tokens=tokens)
+    return distillation_work(recipe, arch, job.arch(recipe.tutor), job.world, tokens=tokens)
 
 
 class _Log:

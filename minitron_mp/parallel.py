@@ -40,6 +40,8 @@ class World:
     role: str = "student"
     bridge: Bridge | None = None
     """To the ranks of the other roles, in a job that has some."""
+    leaving: Any = None
+    """leaving.Leaving of this process; None: nobody may stop it before the end."""
 
     @property
     def rank(self) -> int:
@@ -259,6 +261,20 @@ def roles(
 def job_size() -> int:
     """Ranks of the job, before it is joined."""
     return dist.get_world_size() if dist.is_initialized() else _place().size
+
+
+def deadline() -> float | None:
+    """Seconds since 1970 by which the job should have ended, as the launcher says; None: there is none. InputError when it is no time."""
+    text = os.environ.get("MINITRON_DEADLINE", "")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise InputError(f"MINITRON_DEADLINE is {text!r}; give seconds since 1970, as `date +%s` prints them, or unset it") from None
+
+
+def under_nsys() -> bool:
+    """Whether Nsight Systems started this process."""
+    return "NSYS_PROFILING_SESSION_ID" in os.environ
 
 
 def start(timeout_minutes: float = 30) -> torch.device:

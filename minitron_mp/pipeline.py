@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from minitron_mp.console import say, speaks, table
 from minitron_mp.plan import Importance, PrunePlan, Trials, exportable, make_plan, resolve_target
 from minitron_mp.precheck import recipe_problems
 
+FINISHED = "finished"
+"""Beside the artefacts when `compress` has reached its end; for scripts that start it again until then."""
 BASE, TUTOR = "base", "tutor"
 """Among a stage's inputs: the stages that recipe.base and recipe.tutor name."""
 
@@ -35,7 +37,8 @@ class Stage:
     """Fingerprints of files of the user that the stage reads."""
 
 
-HOW = {"micro_batch_size", "overlap", "recompute", "log_interval", "checkpoint_interval", "keep_checkpoints", "tp_comm_overlap", "collect_interval"}
+HOW = {"micro_batch_size", "overlap", "recompute", "tp_comm_overlap", "collect_interval"}
+HOW |= {"log_interval", "checkpoint_interval", "keep_checkpoints", "async_save", "profile"}
 """Settings of a training run that change nothing in its result."""
 
 
@@ -252,7 +255,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
         raise InputError(f"the recipe has no stage {name}; it comes with {missing[name]}")
     if name == "plan" and not speaks():
         return project.paths[name]  # needs no ranks: one process does it
-    with nullcontext() if name == "plan" else _world(recipe) as world:
+    with nullcontext() if name == "plan" else _world(recipe) as world, _may_leave(world):
         if world is None or world.role == "student":
             _run(name, project, world, force=force)
         elif name == "distill":
@@ -264,12 +267,13 @@ def compress(recipe: Recipe) -> Path:
     """All stages from a Hugging Face teacher to a Hugging Face student, report.md and report.html; skips what is done. Reached by all ranks."""
     project = Project(recipe)
     project.check()
-    with _world(recipe) as world:
+    with _world(recipe) as world, _may_leave(world):
         if world.role != "student":
             _join(recipe, world)
             return project.paths["export"]
         _agree(world, lambda: project.check(world.job_size))
         _agree(world, lambda: _open(recipe))
+        _agree(world, lambda: _forget_finished(project))
         say(f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint")
         for name in project.stages:
             _run(name, project, world, force=False)
@@ -279,7 +283,34 @@ def compress(recipe: Recipe) -> Path:
             if name in project.stages:
                 _agree(world, lambda name=name: artifact.discard_checkpoints(recipe.root / "checkpoints" / name, project.manifest(name)))
         _agree(world, lambda: _report(project))
+        _agree(world, lambda: artifact.write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
     return project.paths["export"]
+
+
+def _forget_finished(project: Project) -> None:
+    """Take the mark away when a stage has to run, or cannot."""
+    try:
+        done = all(project.why_not_done(name) is None for name in project.stages)
+    except InputError:
+        done = False
+    if not done:
+        (project.recipe.root / FINISHED).unlink(missing_ok=True)
+
+
+@contextmanager
+def _may_leave(world: Any) -> Iterator[None]:
+    """What ends early inside ends well: one line, and the stop file is obeyed. The roles of a job still meet."""
+    from minitron_mp.leaving import Left
+
+    try:
+        yield
+    except Left as left:
+        leaving = world.leaving
+        if world.bridge is not None and not leaving.met:
+            world.bridge.exchange("distill", False, timeout_s=None)
+        if world.is_main:
+            leaving.stop_file.unlink(missing_ok=True)
+        say(f"{left}; the same command goes on from there")
 
 
 def _report(project: Project) -> None:
@@ -319,6 +350,8 @@ def plan(project: Project) -> PrunePlan:
 def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
     """One stage on all ranks. Rank 0 decides, from the files that it sees; the others follow."""
     differences = _agree(world, lambda: _decide(name, project, force))
+    if differences is not None and world is not None:
+        world.leaving.check(f"before {name}", world.is_main)
     active = _active(project.recipe, world, differences is not None) if name == "distill" and world.bridge is not None else {}
     if differences is None:
         say(f"{name}: done, {project.paths[name]}")
@@ -378,23 +411,29 @@ def _join(recipe: Recipe, world: Any, *, force: bool = False) -> None:
 def _active(recipe: Recipe, world: Any, mine: bool) -> dict[str, Recipe]:
     """The students that are not done; every rank of the job calls. The others may be at work for hours before they come."""
     said = world.bridge.exchange("distill", mine, timeout_s=None)
+    world.leaving.met = True
     return {role: own for role, own in students_of(recipe).items() if said[role]}
 
 
 @contextmanager
 def _world(recipe: Recipe) -> Iterator[Any]:
-    """This rank's world: all ranks of the job in the recipe's layout; or those of its role, when the teacher has ranks of its own."""
+    """This rank's world: all ranks of the job in the recipe's layout; or those of its role, when the teacher has ranks of its own.
+
+    SIGTERM is noted from now on; before, while the ranks find each other, it ends the process as usual.
+    """
     from minitron_mp import parallel
+    from minitron_mp.leaving import listening
 
     t = recipe.teacher
     if not t.is_remote:
-        with parallel.world(recipe.parallel, seed=recipe.seed) as w:
-            yield w
+        with parallel.world(recipe.parallel, seed=recipe.seed) as w, listening(recipe.root) as leaving:
+            yield replace(w, leaving=leaving)
         return
     job_size = parallel.job_size()
     others = {**t.siblings, "teacher": t.ranks_in(job_size)}
     layouts = {role: (others.get(role.removeprefix("sibling "), 0), own.parallel) for role, own in students_of(recipe).items()}
     layouts["student"] = (t.student_ranks or max(0, job_size - sum(others.values())), recipe.parallel)
     layouts["teacher"] = (others["teacher"], t.parallel)
-    with parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w:
-        yield w
+    roots = {role: own.root for role, own in students_of(recipe).items()}
+    with parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w, listening(roots.get(w.role, recipe.root)) as leaving:
+        yield replace(w, leaving=leaving)

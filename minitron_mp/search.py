@@ -26,6 +26,7 @@ from minitron_mp.config import InputError, Recipe, refuse
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.evaluate import compare
 from minitron_mp.job import Job
+from minitron_mp.leaving import Left
 from minitron_mp.masks import masked
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World, on_main
@@ -176,7 +177,12 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
         runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
         place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
         sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
-        train_together(runs, teacher, partial(data.micro_batches, train_set, **sizes, **place), last, seed=recipe.seed, go_on=True)
+        try:
+            train_together(runs, teacher, partial(data.micro_batches, train_set, **sizes, **place), last, seed=recipe.seed, go_on=True)
+        except Left:
+            for one in runs:
+                one.settle()
+            raise
     for one in runs:
         one.settle()
     quality = compare(models, teacher, groups, world, vocab_size=vocab_size)

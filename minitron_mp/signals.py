@@ -19,6 +19,7 @@ from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
 from minitron_mp.console import Tracker, say
 from minitron_mp.drift import tell_drift
 from minitron_mp.job import Job
+from minitron_mp.leaving import Ending
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
 from minitron_mp.plan import PrunePlan
@@ -47,7 +48,7 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     t, pairs = recipe.teacher, _pairs(job)
     if t.placement == "colocated":
         return job.teacher(pairs=pairs, fp8=t.fp8)
-    receiver, dp = None, world.groups.dp
+    receiver, ending, dp = None, None, world.groups.dp
     mine = [id for id in ids(recipe, first) if id % dp.size() == dp.rank()]
     if t.placement == "cached":
         place = (dp.rank(), world.groups.cp.rank(), world.groups.tp.rank())
@@ -56,6 +57,7 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     else:
         link = _link(job)
         _handshake(job, link, first)
+        ending = _ending(job, link)
         copies = link.teacher.dp
         say(f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on")
         own = link.to_stages(pairs.blocks(recipe.parallel) if pairs else {recipe.parallel.pp - 1: [0]}).get(world.groups.pp.rank())
@@ -63,7 +65,7 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     head = None
     if t.payload == "hidden":
         head = load_head(job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision])
-    return RemoteTeacher(receiver, t.payload, head, world, pairs)
+    return RemoteTeacher(receiver, t.payload, head, world, pairs, ending)
 
 
 def teach(job: Job) -> None:
@@ -73,7 +75,15 @@ def teach(job: Job) -> None:
     if job.world.is_last_stage:
         blocks = pairs.blocks(job.recipe.parallel) if pairs else None
         sender = Senders(link.to_stages(blocks), blocks, link.shape.width) if blocks else Sender(link)
-    _serve(job, link.shape, link.teacher, sender, first, link.window, pairs=pairs)
+    _serve(job, link.shape, link.teacher, sender, first, link.window, pairs=pairs, ending=_ending(job, link))
+
+
+def _ending(job: Job, link: Link) -> Ending:
+    """How the stream ends early."""
+    assert job.world.bridge is not None
+    per_step = len(ids(job.recipe, 0)) // job.recipe.distill.steps
+    ahead = (link.window + min(link.window, job.recipe.teacher.parallel.pp)) * link.teacher.dp
+    return Ending(job.world.bridge, per_step, 1 + -(-ahead // per_step))
 
 
 def cache(job: Job) -> None:
@@ -101,7 +111,17 @@ def cache(job: Job) -> None:
     on_main(finish)
 
 
-def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group: int, progress: Any = lambda count: None, pairs: Pairs | None = None) -> None:
+def _serve(
+    job: Job,
+    shape: Shape,
+    teacher: Grid,
+    sender: Any,
+    first: int,
+    group: int,
+    progress: Any = lambda count: None,
+    pairs: Pairs | None = None,
+    ending: Ending | None = None,
+) -> None:
     recipe, world, d, samples = job.recipe, job.world, job.recipe.distill, train_set(job, job.recipe.distill)
     per_step = d.global_batch_size // d.micro_batch_size
 
@@ -112,7 +132,7 @@ def _serve(job: Job, shape: Shape, teacher: Grid, sender: Any, first: int, group
     arch = job.arch(recipe.tutor)
     chunks = frozen_model(arch, job.paths[recipe.tutor], world, precision=recipe.teacher_precision, fp8=recipe.teacher.fp8, **job.build_options)
     tell_drift(job, chunks)
-    settings: dict[str, Any] = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature, "pairs": pairs}
+    settings: dict[str, Any] = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature, "pairs": pairs, "ending": ending}
     serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,11 +36,13 @@ from torch import Tensor
 
 from minitron_mp.config import Parallel
 
-STREAM_VERSION = 1
+STREAM_VERSION = 2
 """Of messages() and of what travels with them; both ends must have the same."""
 Payload = Literal["hidden", "logits", "topk"]
 ANNOUNCE, CREDIT, DATA = 1, 2, 3
 """Tags; gloo matches by them, NCCL ignores them."""
+NONE = -1
+"""Announced in the place of a microbatch: no further one comes."""
 
 
 class StreamError(RuntimeError):
@@ -179,6 +182,7 @@ class Link:
     stage: int = -1
     bytes_moved: int = 0
     wait_s: float = 0.0
+    """For which the student's host waited for signals."""
 
     def blocks(self, id: int, student: Grid) -> tuple[Message, ...]:
         return messages(self.shape, self.teacher, student, id % self.teacher.dp, id % student.dp, self.stage)
@@ -211,6 +215,7 @@ class Sender:
         self.link = link
         self.flying: deque[tuple[int, dict[int, tuple[Any, Tensor]], list[Any]]] = deque()  # id, credits that are owed, sends under way
         self.most_in_flight = 0
+        self.said: list[Any] = []
 
     def make_room(self, count: int = 1) -> None:
         """Wait until `count` more microbatches may be in flight."""
@@ -247,6 +252,20 @@ class Sender:
         while self.flying:
             self._land()
 
+    def end(self, first: int, last: int) -> None:
+        """No id from `first` to `last` will come: each receiver hears it from the rank to which it listens for its next one."""
+        link = self.link
+        for student in link.students:
+            for id in range(first, min(first + student.dp, last)):  # one of each replica
+                next_source: dict[int, int] = {}
+                for block in link.blocks(id, student):
+                    next_source.setdefault(block.target, block.source)
+                for target, source in next_source.items():
+                    if source == link.bridge.rank:
+                        number = torch.tensor([NONE])
+                        # Kept, not waited for: a receiver that is closed already does not listen.
+                        self.said.append((link.bridge.control.send([number], target, ANNOUNCE), number))
+
     def _land(self) -> None:
         id, credits, works = self.flying[0]
         for target, (work, credit) in credits.items():
@@ -282,6 +301,10 @@ class Senders:
         for sender, _ in self.parts:
             sender.finish()
 
+    def end(self, first: int, last: int) -> None:
+        for sender, _ in self.parts:
+            sender.end(first, last)
+
 
 class _Broken(Exception):
     """What the listening thread found: the job rank at the other end, and what it did."""
@@ -315,9 +338,11 @@ class Receiver:
 
     def get(self, id: int) -> Tensor:
         """[s', b, n'] of this rank; waits for it."""
+        start = time.perf_counter()
         with self.changed:
             self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
             arrival = self.arrived.pop(id, None)  # the thread's waits are bounded, so this one is
+        self.link.wait_s += time.perf_counter() - start
         if arrival is None:
             # Only now does this rank wait for the other: before, the thread was ahead of it.
             error = self.failure
@@ -362,6 +387,8 @@ class Receiver:
                         return
                     self.credit[replica] -= 1
                 arrival = self._receive(id)
+                if arrival is None:
+                    return
                 with self.changed:
                     self.arrived[id] = arrival
                     self.changed.notify_all()
@@ -370,7 +397,8 @@ class Receiver:
                 self.failure = error
                 self.changed.notify_all()
 
-    def _receive(self, id: int) -> _Arrival:
+    def _receive(self, id: int) -> _Arrival | None:
+        """None: it will not come, the stream ends here."""
         link, shape = self.link, self.link.shape
         bridge, blocks = link.bridge, self._blocks(id)
         for source in dict.fromkeys(block.source for block in blocks):
@@ -379,6 +407,8 @@ class Receiver:
                 bridge.control.recv([number], source, ANNOUNCE).wait(bridge.timeout)
             except RuntimeError as error:
                 raise _Broken(source, f"did not announce microbatch {id}") from error
+            if number.item() == NONE:
+                return None
             if number.item() != id:
                 raise _Broken(source, f"announced microbatch {number.item()}, microbatch {id} was due")
         with bridge.stream(behind_current=False):  # the buffer is new, the student's work no concern of the transfer

@@ -7,9 +7,8 @@ serve() runs, or of what one left on disk; stream.py and cache.py carry the sign
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from minitron_mp import checkpoint, losses
 from minitron_mp.arch import Arch
+from minitron_mp.leaving import Ending
 from minitron_mp.losses import TeacherHidden, TeacherLogits, TeacherTopK
 from minitron_mp.model import build_model, logits, output_weight
 from minitron_mp.parallel import World
@@ -79,8 +79,10 @@ class RemoteTeacher:
     """A teacher elsewhere: receiver is a stream.Receiver or cache.Reader, on the last stage, and on those that want states. head [v/tp, h_t]: the
     teacher's, for hidden states."""
 
-    def __init__(self, receiver: Any, payload: Payload, head: Tensor | None, world: World, pairs: Pairs | None = None):
+    def __init__(self, receiver: Any, payload: Payload, head: Tensor | None, world: World, pairs: Pairs | None = None, ending: Ending | None = None):
         self.receiver, self.payload, self.head, self.world, self.pairs = receiver, payload, head, world, pairs
+        self.ending = ending
+        """Of a stream that may end early."""
         self.held: dict[int, Tensor] = {}
         """With states: signals that a chunk of this stage has still to use."""
         self.uses: Counter[int] = Counter()
@@ -122,6 +124,11 @@ class RemoteTeacher:
         if not self.pairs:
             self.receiver.release(signal)
 
+    def traffic(self) -> tuple[float, int] | None:
+        """(seconds for which this rank waited for signals, bytes received) so far; None where no stream comes."""
+        link = getattr(self.receiver, "link", None)
+        return link and (link.wait_s, link.bytes_moved)
+
     def close(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
@@ -160,7 +167,7 @@ def serve(
     teacher: Grid,
     sender: Any,
     batch_of: Callable[[int], Batch],
-    ids: Iterable[int],
+    ids: Sequence[int],
     *,
     group: int,
     vocab_size: int,
@@ -168,20 +175,26 @@ def serve(
     temperature: float = 1.0,
     pairs: Pairs | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    ending: Ending | None = None,
 ) -> None:
     """Run the teacher over its replica's share of the ids and send what it makes; reached by all ranks of the teacher.
 
     sender: stream.Sender, stream.Senders or cache.Writer, on the last stage. batch_of(id): the microbatch of an id, whole. group:
     microbatches that may go through the pipeline together. pairs: what is sent has the states behind the hidden states. Runs ahead
-    of the student as far as the sender has room, over optimizer steps as well: the teacher is frozen and the data known. Returns
-    when everything is consumed.
+    of the student as far as the sender has room, over optimizer steps as well: the teacher is frozen and the data known. ending: asked
+    before each group whether the ids end early. Returns when everything is consumed.
     """
     pack = partial(payload_of, chunks[-1], shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature)
     capture = pairs and Capture(
         chunks, world, pairs.routes(world.parallel, {world.parallel.pp - 1: [*range(len(pairs.settings.layers) + 1)]}), pairs.teacher.num_layers
     )
-    mine = (id for id in ids if id % teacher.dp == world.groups.dp.rank())
-    while part := list(itertools.islice(mine, min(group, world.parallel.pp))):  # enough to fill the pipeline
+    block, limit = min(group, world.parallel.pp) * teacher.dp, None  # enough to fill the pipeline of each replica
+    for place in range(0, len(ids), block):
+        if ending is not None and limit is None:
+            limit = ending.limit(ids[place], world.leaving)
+        part = [id for id in ids[place : place + block] if id % teacher.dp == world.groups.dp.rank() and (limit is None or id < limit)]
+        if not part:
+            continue
         if sender is not None:
             sender.make_room(len(part))
         batches = [batch_of(id) for id in part]
@@ -194,6 +207,8 @@ def serve(
                 sender.send(id, signal)
         progress(len(part))
     if sender is not None:
+        if limit is not None and limit <= ids[-1]:
+            sender.end(limit, ids[-1] + 1)
         sender.finish()
 
 

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import Correct, Distill, InputError, Training, refuse
+from minitron_mp.leaving import Ending, Left
 from minitron_mp.losses import Objective, distillation_loss
+from minitron_mp.meter import Measured, Work, peak_memory_gib
 from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
 from minitron_mp.parallel import World, on_main, seed_all
 from minitron_mp.precision import silently_wrong
+from minitron_mp.profiling import Profiler
 from minitron_mp.schedule import Batch, run
 from minitron_mp.states import States
 from minitron_mp.teacher import with_signals
@@ -52,10 +55,12 @@ class StepMetrics:
     states: float | None = None
     """L_is and its weight in the loss (states.py), where states are matched."""
     alpha: float | None = None
+    measured: Measured = field(default_factory=Measured, compare=False)
 
     def given(self) -> dict[str, float]:
         """Name -> value, of what there is."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        rows = {name: value for name, value in vars(self).items() if name != "measured"} | vars(self.measured)
+        return {name: value for name, value in rows.items() if value is not None}
 
 
 def train(
@@ -72,16 +77,25 @@ def train(
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
     stop_after: int | None = None,
     companion: Any = None,
+    work: Work | None = None,
+    profile_folder: Path | None = None,
 ) -> None:
     """Train the chunks in place to settings.steps, from the newest checkpoint of this very run if there is one.
 
     batches_of(step): this data parallel rank's microbatches of a step (from 0). on_step runs on rank 0, each log_interval, for
-    every step since. stop_after: leave after so many steps of this call, checkpoint written (time limits). companion:
-    what has a state of its own in the checkpoints, sharded() and fill() as Run has them. InputError when the loss is not finite. Reached by all ranks.
+    every step since. stop_after: return after so many steps of this call, checkpoint written. companion:
+    what has a state of its own in the checkpoints, sharded() and fill() as Run has them. work: for the meter. profile_folder: for the traces of
+    settings.profile. InputError when the loss is not finite; Left when world.leaving says so, checkpoint written. Reached by all ranks.
     """
     place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
-    training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, **place)
-    train_together([training], teacher, batches_of, min(settings.steps, training.done + (stop_after or settings.steps)), seed=seed)
+    training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, work=work, **place)
+    profiler = Profiler(settings.profile, world, profile_folder, manifest.stage) if settings.profile and profile_folder else None
+    last = min(settings.steps, training.done + (stop_after or settings.steps))
+    try:
+        train_together([training], teacher, batches_of, last, seed=seed, profiler=profiler)
+    except Left:
+        training.settle()
+        raise
     training.settle()
 
 
@@ -89,10 +103,19 @@ class Diverged(InputError):
     """A loss or gradient norm is not finite."""
 
 
-def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int], Sequence[Batch]], last: int, *, seed: int, go_on: bool = False) -> None:
+def train_together(
+    runs: Sequence[Run],
+    teacher: Any,
+    batches_of: Callable[[int], Sequence[Batch]],
+    last: int,
+    *,
+    seed: int,
+    go_on: bool = False,
+    profiler: Profiler | None = None,
+) -> None:
     """Take all runs to step `last`, with one forward pass of the teacher for all of them; a run that is ahead waits for the others.
 
-    go_on: a run that diverges is left where it is, and does not stop the others.
+    go_on: a run that diverges is left where it is, and does not stop the others. Left when the ranks have agreed to leave.
     """
     runs = list(runs)
     for training in runs:
@@ -100,6 +123,8 @@ def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int]
     for step in range(min(training.done for training in runs), last):
         if not runs:
             return
+        if profiler:
+            profiler.before(step)
         batches = with_signals(teacher, batches_of(step), step)
         for training in [one for one in runs if one.done == step]:
             seed_all(seed + step)
@@ -110,6 +135,24 @@ def train_together(runs: Sequence[Run], teacher: Any, batches_of: Callable[[int]
                     raise
                 training.done = step
                 runs.remove(training)
+        why = _why_leave(runs, getattr(teacher, "ending", None), step + 1) if step + 1 < last else ""
+        if profiler:
+            profiler.after(step, is_last=bool(why) or step + 1 == last)
+        if why:
+            for training in runs:
+                training.save()
+                training.finish_save()
+            raise Left(f"{runs[0].manifest.stage}: left after step {step + 1}: {why}")
+
+
+def _why_leave(runs: Sequence[Run], ending: Ending | None, step: int) -> str:
+    """Why all ranks leave after this step, "" when they go on; equal on all ranks, as far as its being empty."""
+    why = next((training.leave for training in runs if training.leave), "")
+    if ending is None or not runs:
+        return why
+    if why and runs[0].world.is_main and ending.told is None:
+        ending.ask(why)
+    return ending.why() if ending.step() == step else ""
 
 
 class Run:
@@ -130,9 +173,10 @@ class Run:
         manifest: Manifest,
         on_step: Callable[[StepMetrics], None] = lambda metrics: None,
         companion: Any = None,
+        work: Work | None = None,
     ):
         self.settings, self.world, self.checkpoints, self.manifest, self.on_step = settings, world, checkpoints, manifest, on_step
-        self.companion = companion
+        self.companion, self.teacher, self.work = companion, teacher, work
         self.models, self.optimizer, self.scheduler = _prepare(chunks, settings, world)
         self.states = States(self.models, teacher, settings, world) if settings.states else None
         self.loss = _LossOnLastStage(self.models[-1], teacher, settings, world, vocab_size)
@@ -140,10 +184,18 @@ class Run:
         self.pending: list[tuple[int, float, float, torch.Tensor | None]] = []
         """step, learning rate, gradient norm, alpha"""
         self.done = 0
+        self.background = checkpoint.Background() if settings.async_save and checkpoints is not None else None
+        self.leave = ""
+        """Why all ranks leave, when they have agreed to."""
+        self.save_now = False
+        """A checkpoint is to be timed."""
+        self.saving_since, self.stood_s, self.traffic = 0.0, 0.0, (0.0, 0)
         if checkpoints is not None:
             self._resume(checkpoints)
         if settings.collect_interval:
             gc.disable()
+        self.saved = self.first = self.done
+        self.begin = time.perf_counter()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -178,18 +230,72 @@ class Run:
         self.done += 1
         if self.settings.collect_interval and self.done % self.settings.collect_interval == 0:
             gc.collect()
-        due = self.done < self.settings.steps and (self.done % self.settings.checkpoint_interval == 0 or is_last)
-        saving = due and self.checkpoints is not None
-        if saving or self.done % self.settings.log_interval == 0 or is_last:  # logged, and so checked, before it is saved
+        due = self.checkpoints is not None and (self.done % self.settings.checkpoint_interval == 0 or is_last)
+        if due or self.done % self.settings.log_interval == 0 or is_last:
             self.log()
-        if saving:
-            self._save(self.checkpoints)
-            self.start_clock()
+        if due or self.save_now:
+            self.save()
 
     def log(self) -> None:
-        """Tell of the steps since the last call; reached by all ranks."""
-        _log(self.pending, self.sums, self.settings, self.world, time.perf_counter() - self.clock, self.on_step)
+        """Tell of the steps since the last call, and agree on what comes next; reached by all ranks.
+
+        One host synchronisation and one collective.
+        """
+        seconds, world, leaving = time.perf_counter() - self.clock, self.world, self.world.leaving
+        each = seconds / len(self.pending)
+        steps = torch.stack(self.sums)
+        wish, measure = self._wishes(each)
+        signals = getattr(self.teacher, "traffic", lambda: None)()
+        wait_s, num_bytes = (now - before for now, before in zip(signals or (0.0, 0), self.traffic))
+        self.traffic = signals or (0.0, 0)
+        writing = self.background is not None and self.background.writing
+        memory = [0.0] * world.rank + [peak_memory_gib(world.device)] + [0.0] * (world.size - world.rank - 1)
+        own = [bool(wish), measure, writing, wait_s, num_bytes, signals is not None, *memory]
+        totals = torch.cat([steps.flatten(), steps.new_tensor(own)])
+        dist.all_reduce(totals)
+        found, columns = totals.tolist(), steps.shape[1]
+        rows = [found[i : i + columns] for i in range(0, steps.numel(), columns)]
+        wishes, to_measure, writers, wait_s, num_bytes, receivers, *memory = found[steps.numel() :]
+        self.leave, self.save_now = (wish or "another rank was told to") if wishes else "", to_measure > 0
+        clock = {"peak_memory_gib": max(memory), "save_s": self.stood_s or None}
+        if receivers:
+            clock |= {"teacher_wait_s": wait_s / receivers / len(self.pending), "transport_gb_per_s": num_bytes / seconds / 1e9}
+        pace, self.stood_s = (time.perf_counter() - self.begin) / max(1, self.done - self.first), 0.0
+        for (step, lr, grad_norm, alpha), row in zip(self.pending, rows):
+            eta_s = pace * (self.settings.steps - step - 1)
+            rates = self.work.rates(step, each) if self.work else {}
+            measured = Measured(**clock, **rates, eta_s=eta_s, tokens_per_s_per_gpu=row[3] / each / world.job_size)
+            self._tell(step, lr, grad_norm, alpha, row, each, measured)
+        self.pending.clear()
+        self.sums.clear()
+        if leaving is not None:
+            leaving.step_s.append(each)
+        if self.background is not None and self.background.pending and not writers:
+            self.finish_save()
         self.start_clock()
+
+    def _wishes(self, step_s: float) -> tuple[str, bool]:
+        """Why this rank wants to leave; and whether a checkpoint is to be timed, which the first rank says."""
+        leaving, ending = self.world.leaving, getattr(self.teacher, "ending", None)
+        if leaving is None or self.checkpoints is None:
+            return "", False
+        steps = self.settings.log_interval + (ending.lead_steps if ending else 0)
+        saves = 1 + (self.background is not None and self.background.pending)
+        return leaving.why(self.world.is_main, steps=steps, saves=saves), self.world.is_main and leaving.unmeasured(self.checkpoints)
+
+    def _tell(self, step: int, lr: float, grad_norm: float, alpha: Any, row: Sequence[float], each: float, measured: Measured) -> None:
+        """Of one step, on rank 0; Diverged on all ranks."""
+        loss, kl, ce, tokens, *inside = row
+        matched = {}
+        for states in inside:
+            matched = {"states": states / tokens, "alpha": alpha.item()}
+            loss += alpha.item() * states
+        parts = (loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each)
+        metrics = StepMetrics(step + 1, *parts, **matched, measured=measured)
+        if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
+            raise Diverged(f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower lr, raise warmup_steps or set precision: fp32")
+        if self.world.is_main:
+            self.on_step(metrics)
 
     def sharded(self, *, empty: bool = False) -> dict[str, Any]:
         """Sharded state of weights and optimizer (and of losses on states); empty: as checkpoint.load() wants it, on every rank."""
@@ -213,14 +319,46 @@ class Run:
         self.scheduler.step(increment=step)
         self.done = step
 
-    def _save(self, folder: Path) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of now, unless there is one; the last step needs none. Reached by all ranks."""
+        if self.checkpoints is None or self.done == self.saved or self.done >= self.settings.steps:
+            return
+        if self.pending:  # logged, and so checked, before it is saved
+            self.log()
+        self.finish_save()
+        start, folder = time.perf_counter(), self.checkpoints
         state = self.sharded()
         if self.companion is not None:
             state["companion"] = self.companion.sharded()
-        checkpoint.save(state, _step_folder(folder, self.done), self.manifest)
-        if self.world.is_main:
+
+        def clear() -> None:
             for old in sorted(folder.glob("step_*"))[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(old)
+
+        if self.background is not None:
+            self.background.start(state, _step_folder(folder, self.done), self.manifest, clear)
+        else:
+            checkpoint.save(state, _step_folder(folder, self.done), self.manifest)
+            on_main(clear)
+        self.saved, self.saving_since, seconds = self.done, start, time.perf_counter() - start
+        self.stood_s += seconds
+        if self.background is None:
+            self._saved_in(seconds)
+        self.start_clock()
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written beside the training; reached by all ranks."""
+        if self.background is None or not self.background.pending:
+            return
+        start = time.perf_counter()
+        self.background.finish()
+        self.stood_s += time.perf_counter() - start
+        self._saved_in(time.perf_counter() - self.saving_since)
+
+    def _saved_in(self, seconds: float) -> None:
+        if self.world.leaving is not None:
+            known = self.world.leaving.save_s
+            known[self.checkpoints] = max(seconds, known.get(self.checkpoints, 0.0))
 
     def _resume(self, folder: Path) -> None:
         """Go on from the newest whole checkpoint of this run, if there is one."""
@@ -239,7 +377,11 @@ class Run:
         self.fill(state, step)
 
     def settle(self) -> None:
-        """Leave the bare weights current and the rest collectable; the run is over."""
+        """Leave the bare weights current and the rest collectable; the run is over. Reached by all ranks."""
+        self.finish_save()
+        if self.world.leaving is not None:
+            self.world.leaving.save_s.pop(self.checkpoints, None)
+            self.world.leaving.step_s.clear()
         _settle(self.models, self.settings)
         if self.settings.collect_interval:
             gc.enable()
@@ -325,25 +467,6 @@ def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[
         wd_incr_style="constant",
     )
     return models, optimizer, scheduler
-
-
-def _log(pending: list, sums: list[torch.Tensor], settings: Training, world: World, seconds: float, on_step: Callable) -> None:
-    """One host synchronisation and one collective for all steps since the last call; empties both lists."""
-    totals = torch.stack(sums)
-    dist.all_reduce(totals)
-    for (step, lr, grad_norm, alpha), row in zip(pending, totals.tolist()):
-        loss, kl, ce, tokens, *inside = row
-        each, matched = seconds / len(pending), {}
-        for states in inside:
-            matched = {"states": states / tokens, "alpha": alpha.item()}
-            loss += alpha.item() * states
-        metrics = StepMetrics(step + 1, loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each, **matched)
-        if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
-            raise Diverged(f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower lr, raise warmup_steps or set precision: fp32")
-        if world.is_main:
-            on_step(metrics)
-    pending.clear()
-    sums.clear()
 
 
 def resume_step(folder: Path, manifest: Manifest, world: World) -> int:

@@ -7,7 +7,7 @@ import io
 import shutil
 import sys
 from collections import namedtuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pool
@@ -15,7 +15,7 @@ from cases import SEQUENCE_LENGTH, Layout
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from workers import joined
 
-from minitron_mp import cli, parallel
+from minitron_mp import cli, fit, parallel
 from minitron_mp.arch import Arch
 from minitron_mp.config import load_recipe
 from minitron_mp.drift import tell_drift
@@ -30,8 +30,11 @@ class Done(NamedTuple):
     err: str
 
 
-def minitron(*, arguments: list[str], free_bytes: float | None = None, own_job: bool = False) -> Done:
-    """The command line on this rank. free_bytes: what the disk seems to have. own_job: it makes its process groups itself, as under torchrun."""
+def minitron(*, arguments: list[str], free_bytes: float | None = None, own_job: bool = False, stop_at: int | None = None) -> Done:
+    """The command line on this rank. free_bytes: what the disk seems to have. own_job: it makes its process groups itself, as under torchrun.
+
+    stop_at: a stop file comes when this step is logged.
+    """
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", ["minitron-mp", *arguments]))
@@ -44,12 +47,23 @@ def minitron(*, arguments: list[str], free_bytes: float | None = None, own_job: 
         if free_bytes is not None:
             disk = namedtuple("disk", "total used free")(10**15, 10**15 - free_bytes, free_bytes)
             stack.enter_context(patch.object(shutil, "disk_usage", lambda path: disk))
+        if stop_at is not None:
+            stack.enter_context(patch.object(fit._Log, "_write", _stopping(fit._Log._write, stop_at)))
         try:
             cli.main()
         except SystemExit as end:
             code = end.code or 0
     RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def _stopping(write: Any, stop_at: int) -> Any:
+    def note(log: Any, metrics: Any) -> None:
+        write(log, metrics)
+        if metrics.step == stop_at:
+            log.path.with_name("stop").touch()
+
+    return note
 
 
 def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:

@@ -16,7 +16,7 @@ LAYERS = [
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
     "parallel cpu precision model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "
-    "evaluate speed spans tasks",
+    "evaluate speed spans tasks leaving meter profiling",
     "trainer correction",
     "page figures facts card report job drift fit judging stages signals search precheck pipeline harness bridge console cli __main__ __init__",
 ]

@@ -25,7 +25,7 @@ from minitron_mp import artifact, load_recipe
 from minitron_mp.pipeline import STAGES, Project
 from minitron_mp.plan import PrunePlan
 
-OUTPUT = ["data", "evaluation.json", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.html", "report.md"]
+OUTPUT = ["data", "evaluation.json", "finished", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.html", "report.md"]
 OUTPUT += ["student", "student_distilled", "student_hf", "teacher", "tensorboard"]
 SMALLER = "target.ffn_hidden_size=64"
 TWO_RANKS = ("parallel.tp=2", "parallel.sequence_parallel=true")
@@ -297,6 +297,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
     assert evaluations[0] == evaluations[1]
 
 
+def test_a_stop_between_stages_leaves_no_mark_that_all_is_done(copied, on_rank):
+    drop(copied.output, "export")
+    (copied.output / "stop").touch()
+    done = on_rank("compress", copied.recipe)
+    assert done.code == 0, done
+    assert f"left before export: {copied.output / 'stop'} is there; the same command goes on from there" in done.out
+    assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
+    assert on_rank("compress", copied.recipe).code == 0
+    assert names(copied.output) == OUTPUT
+
+
 def test_checkpoints_that_a_kill_left_beside_the_student_are_cleaned_up(copied, on_rank):
     (copied.output / "checkpoints").mkdir()
     assert on_rank("compress", copied.recipe).code == 0
@@ -555,6 +566,35 @@ def test_a_remote_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, in_
     assert [m["step"] for m in here] == list(range(1, STEPS + 1))
     for key in ("loss", "kl", "ce", "grad_norm"):
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=tolerance, abs=0), key
+    if size == 2:  # 30 steps of 4 x 32 tokens with 64 channels of 4 bytes
+        steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        assert sum(m["transport_gb_per_s"] * m["step_time_s"] for m in steps) == pytest.approx(STEPS * 4 * 32 * 64 * 4 / 1e9)
+        assert all(0 <= m["teacher_wait_s"] <= m["step_time_s"] for m in steps)
+        assert all(m["tokens_per_s_per_gpu"] == pytest.approx(m["tokens_per_s"] / 2) for m in steps)
+        assert {"student_tflops", "teacher_tflops", "peak_memory_gib", "eta_s"} <= steps[0].keys()
+        assert steps[-1]["eta_s"] == 0
+
+
+@pytest.mark.parametrize(("overrides", "size"), [((), 2), (("teacher.ranks=2", "distill.log_interval=2", "distill.async_save=true"), 3)])
+def test_a_remote_run_that_is_told_to_leave_goes_on_bitwise(whole, inputs, tmp_path, in_job, ranks, overrides, size):
+    """The teacher is ahead when the student is told: both go to the step that the teacher names, and no further."""
+    shutil.copytree(whole.output, tmp_path / "out")
+    drop(tmp_path / "out", "distill")
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
+    words = [str(word) for word in ("distill", recipe, *REMOTE, *overrides)]
+    first = ranks(size, "project_workers.minitron", arguments=words, own_job=True, stop_at=8)
+    for done in first:
+        assert done.code == 0, done.err
+    left = len(read_metrics(tmp_path / "out"))
+    assert 8 < left < 16
+    assert f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; the same command goes on from there" in first[0].out
+    assert not (tmp_path / "out" / "stop").exists()
+    assert not (tmp_path / "out" / "student_distilled").exists()
+    second = in_job(size, *words)
+    for done in second:
+        assert done.code == 0, done.err
+    assert f"distill: going on from step {left}" in second[0].out
+    assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
 def test_states_of_a_remote_teacher_go_to_every_stage(whole, inputs, tmp_path, on_rank, in_job):

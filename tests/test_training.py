@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 
 import pytest
@@ -202,3 +204,50 @@ def test_a_teacher_in_bf16_is_saved_with_its_last_parameters(results):
     for name in ("loss", "grad_norm"):
         curves = [[getattr(m, name) for m in ranks[0][run]["teacher"]] for run in ("unbroken", "resumed")]
         assert curves[0] == curves[1]
+
+
+def numbers(metrics):
+    return [(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in metrics]
+
+
+def on_two_ranks(results, ranks, function):
+    """The layout dp2, by rank."""
+    case = {"output": results.root / function, **results._training("qwen3", BY_NAME["dp2"])}
+    return results.once(function, lambda: ranks(2, f"workers_training.{function}", **case))
+
+
+def test_a_run_that_was_told_to_leave_goes_on_bitwise(results, ranks):
+    """By a stop file that the first rank sees, by SIGTERM on the last rank alone, by a deadline; with checkpoints beside the training in one."""
+    unbroken = numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])
+    found = on_two_ranks(results, ranks, "leave")[0]
+    after = {"stop file": 2, "SIGTERM": 2, "far deadline": 3, "deadline": 1}
+    for name, steps in after.items():
+        (first, rest), checkpoints = found[name]
+        assert numbers(first) + numbers(rest) == unbroken, name
+        assert (len(first), checkpoints[-1]) == (steps, f"step_{steps:08d}"), name
+    assert found["SIGTERM"][1] == ["step_00000001", "step_00000002"]
+    assert found["far deadline"][1] == ["step_00000001", "step_00000003"], "the first one was to time it"
+    assert [m.measured.save_s is not None for m in found["far deadline"][0][0]] == [False, True, False]
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint_is_survived(results, ranks):
+    """The older checkpoint is whole, the run goes on from it bitwise, and the last k are kept."""
+    by_rank = on_two_ranks(results, ranks, "killed_writer")
+    first = by_rank[0]
+    assert first["left"] == ["step_00000001"]
+    assert all("step_00000002 could not be written: " in rank["said"] for rank in by_rank)
+    assert [rank["writing"] for rank in by_rank] == [[True], [False]], "the first data parallel rank writes, beside the training"
+    assert numbers(first["rest"]) == numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])[1:]
+    assert first["at the end"] == ["step_00000002", "step_00000003"]
+
+
+def test_a_profile_is_of_the_chosen_steps_and_ranks(results, ranks):
+    beyond, nsys = on_two_ranks(results, ranks, "profiled")[0]
+    assert "profile.ranks names rank 2, the run has 2: give ranks from 0 to 1" in beyond
+    assert "profile.kind nsys traces CUDA, this run is on a CPU: set profile.kind: torch" in nsys
+    (trace,) = results.root.joinpath("profiled").glob("*.json.gz")
+    assert trace.name == "distill_steps2-3_rank1.json.gz"
+    with gzip.open(trace) as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert "aten::mm" in names or "aten::addmm" in names
+    assert sum("Optimizer.step" in str(name) for name in names) == 2

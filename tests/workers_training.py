@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import psutil
 import torch
 import torch.distributed as dist
 from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
@@ -18,9 +23,10 @@ from workers import gather, joined, load, manifest
 
 from minitron_mp import checkpoint, trainer
 from minitron_mp.arch import Arch
-from minitron_mp.config import Correct, Distill
+from minitron_mp.config import Correct, Distill, InputError, Profile
 from minitron_mp.correction import LearningTeacher
 from minitron_mp.evaluate import compare
+from minitron_mp.leaving import Left, listening
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
 from minitron_mp.teacher import ColocatedTeacher
@@ -118,6 +124,94 @@ def correct_meanwhile(
         return found
 
 
+def leave(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
+    """Runs that are told to leave, each in another way, and go on: name -> (rank 0's metrics of each part, names of the checkpoints between them)."""
+    found: dict[str, Any] = {}
+    with joined(layout) as world, listening(output) as leaving:
+        output.mkdir(parents=True, exist_ok=True)
+        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        usual = settings(layout).model_copy(update={"checkpoint_interval": 9})
+
+        def stop_file(step: StepMetrics) -> None:
+            if step.step == 1:
+                leaving.stop_file.touch()
+
+        def term(step: int) -> int:
+            if step == 1 and world.rank == world.size - 1:  # during the second step, on the last rank alone
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step
+
+        def parts(name: str, chosen: Distill, **told: Any) -> None:
+            run = Runner(replace(world, leaving=leaving), signals, chosen)
+            first = run(student_arch, student, output / name, **told)
+            leaving.stop_file.unlink(missing_ok=True)
+            leaving.signalled, leaving.deadline = False, None
+            between = sorted(path.name for path in (output / name).iterdir())
+            dist.barrier()
+            found[name] = [first.metrics, run(student_arch, None, output / name).metrics], between
+            dist.barrier()
+
+        parts("stop file", usual, on_step=stop_file)
+        parts("SIGTERM", usual.model_copy(update={"async_save": True, "checkpoint_interval": 1}), batch_of_step=term)
+        leaving.deadline = time.time() + 1e6  # far off: only the time of a checkpoint is wanted, after the first step
+        parts("far deadline", usual, stop_after=3)
+        leaving.deadline = time.time()
+        parts("deadline", usual)
+    return found
+
+
+def killed_writer(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
+    """Checkpoints beside the training whose writers die in the middle of the second one: what lies there, what is said, and the run that goes on."""
+    with joined(layout) as world:
+        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        chosen = settings(layout).model_copy(update={"async_save": True, "checkpoint_interval": 1})
+        run, said, writers = Runner(world, signals, chosen), "", []
+        start = checkpoint.Background.start
+
+        def slow(background: checkpoint.Background, state: Any, folder: Path, *rest: Any) -> None:
+            """The second checkpoint's writers never come to an end by themselves."""
+            second = folder.name == "step_00000002"
+            with patch.object(os, "fsync", lambda number: time.sleep(600)) if second else nullcontext():
+                start(background, state, folder, *rest)
+            if second:
+                own = background.queue.async_calls[0].async_caller.process
+                writers.append(background.writing)
+                time.sleep(0.3)
+                for child in [*psutil.Process(own.pid).children(recursive=True), psutil.Process(own.pid)] if own else []:
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+
+        with patch.object(checkpoint.Background, "start", slow):
+            try:
+                run(student_arch, student, output)
+            except InputError as error:
+                said = str(error)
+        left = sorted(path.name for path in output.iterdir())
+        if dist.get_rank() == 0:  # as a kill of the job leaves it, which has nobody to tidy up
+            (output / ".step_00000002.tmp").mkdir()
+            (output / ".step_00000002.tmp" / "__0_0.distcp").write_bytes(b"half")
+        dist.barrier()
+        rest = run(student_arch, None, output).metrics
+        return {"said": said, "left": left, "writing": writers, "rest": rest, "at the end": sorted(path.name for path in output.iterdir())}
+
+
+def profiled(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> list[str]:
+    """What is refused; traces of the second and third step come into the folder, of the last rank."""
+    with joined(layout) as world:
+        signals, said = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH), []
+        for profile in (
+            Profile(steps=[2, 3], ranks=[0, world.size]),
+            Profile(steps=[2, 3], kind="nsys"),
+            Profile(steps=[2, 3], ranks=[world.size - 1]),
+        ):
+            run = Runner(world, signals, settings(layout).model_copy(update={"profile": profile}))
+            try:
+                run(student_arch, student, output / "run", stop_after=3, profile_folder=output)
+            except InputError as error:
+                said.append(str(error))
+        return said
+
+
 @contextmanager
 def small_buckets() -> Iterator[None]:
     """Megatron's buckets of gradients hold 40 million and more: these models would fit in one."""
@@ -171,6 +265,8 @@ class Runner:
         stop_after: int | None = None,
         batch_of_step: Callable[[int], int] = lambda step: step,
         companion: Any = None,
+        on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+        **more: Any,
     ) -> Run:
         """start: the student's first weights; None leaves them as they come, for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
@@ -189,7 +285,13 @@ class Runner:
             "manifest": manifest("distill", lr=self.lr_in_manifest),
             "companion": companion,
         }
-        train(chunks, self.teacher, batches_of, chosen, world, **options, on_step=metrics.append, stop_after=stop_after)
+
+        def note(step: StepMetrics) -> None:
+            metrics.append(step)
+            on_step(step)
+
+        with suppress(Left):
+            train(chunks, self.teacher, batches_of, chosen, world, **options, on_step=note, stop_after=stop_after, **more)
         return Run(metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()])
 
 
