@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ class Times:
         if not points:
             return UNMEASURED, ROOFLINE
         at = math.log(flops)
-        ratio = float(np.interp(at, *zip(*points)))
+        ratio = float(np.interp(at, [where for where, _ in points], [value for _, value in points]))
         near = min(abs(at - where) for where, _ in points) < 1e-3
         return ratio, MEASURED if near and self.same_gpu else SCALED
 
@@ -153,8 +152,8 @@ class Times:
         """(kind, FLOPs, roofline seconds) of a measured point."""
         parallel = Parallel(tp=point["tp"], sequence_parallel=point["tp"] > 1)
         if point["what"] == "loss":
-            sizes = point["hidden_size"], point["teacher_hidden_size"], point["vocab_size"], point["tokens"], point["tp"], point["dtype"]
-            return ("loss", point["dtype"]), *self._loss_roofline(*sizes)
+            widths = point["hidden_size"], point["teacher_hidden_size"], point["vocab_size"], point["tokens"], point["tp"], point["dtype"]
+            return ("loss", point["dtype"]), *self._loss_roofline(*widths)
         sizes = {name: point[name] for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_layers")}
         other = {"family": "", "vocab_size": 128, "max_position_embeddings": point["sequence_length"], "tied": True}
         arch = Arch(**sizes, **other, activation=point.get("activation", "swiglu"))
@@ -224,9 +223,3 @@ def read_times(gpu: str, hardware: Hardware, path: Path | None = None) -> Times:
         raise InputError(
             f"{path} holds no layer times ({type(error).__name__}: {error}); write them with: python benchmarks/layers.py RECIPE --out {path}"
         ) from error
-
-
-def seconds_of(parts: Sequence[tuple[float, str]], worst: Callable = max) -> tuple[float, str]:
-    """Sum of times, and the weakest of what they rest on."""
-    order = (MEASURED, SCALED, ROOFLINE)
-    return sum(seconds for seconds, _ in parts), worst((basis for _, basis in parts), key=order.index, default=MEASURED)

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from minitron_mp.arch import Arch, layout_problems
 from minitron_mp.config import Parallel, Recipe
@@ -90,7 +91,7 @@ def _possible(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: T
 
 def _variants(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterator[Recipe]:
     d, t = recipe.distill, recipe.teacher
-    beside = {"placement": "colocated", "payload": "hidden", "ranks": None, "student_ranks": None, "parallel": Parallel(), "siblings": {}}
+    beside: dict[str, Any] = {"placement": "colocated", "payload": "hidden", "ranks": None, "student_ranks": None, "parallel": Parallel(), "siblings": {}}
     placements = [t.model_copy(update=beside)]
     if not (recipe.correct and recipe.corrects_meanwhile):
         placements += _teachers(recipe, teacher, world, times)
