@@ -104,7 +104,8 @@ def kept_per_token(arch: Arch, parallel: Parallel, size: int, *, transformer_eng
         inner = size * (qkv + heads + arch.axis_size("gate_up")) + act * ffn + (heads if fp8 else 0)
         return 2 * arch.hidden_size * (size + act) / along + inner / tp + statistics
     gathered = 2 * key * parallel.cp if parallel.cp > 1 else 0  # keys and values of the whole sequence
-    inner = qkv + 2 * heads + key + gathered + (heads if arch.qk_norm else 0) + (5 if arch.gated else 2) * ffn
+    copied = heads if arch.qk_norm and arch.num_query_groups > tp else 0  # by the norm; with one group q, too, is a view
+    inner = qkv + 2 * heads + key + gathered + copied + (5 if arch.gated else 2) * ffn
     return size * (4 * arch.hidden_size / along + inner / tp) + statistics
 
 

@@ -144,7 +144,9 @@ def training(arch: Arch, settings: Training, recipe: Recipe, ranks: int, times: 
     dp = ranks // p.model_ranks
     own = settings.global_batch_size // settings.micro_batch_size // dp
     dtype = _dtype(settings, recipe.precision)
-    stages, carried, basis = _stages(arch, recipe, p, settings.micro_batch_size, times, dtype, train=True, recompute=settings.recompute)
+    overlapped = bool(vars(settings).get("tp_comm_overlap"))
+    options = {"train": True, "recompute": settings.recompute, "overlapped": overlapped}
+    stages, carried, basis = _stages(arch, recipe, p, settings.micro_batch_size, times, dtype, **options)
     tokens = recipe.data.sequence_length // p.cp * settings.micro_batch_size
     hidden = teacher.hidden_size if teacher else 0
     loss, rests = times.loss(arch.hidden_size, hidden, arch.padded_vocab_size, tokens, p.tp, settings.logits_precision, recipe.precision)
@@ -169,7 +171,16 @@ def training(arch: Arch, settings: Training, recipe: Recipe, ranks: int, times: 
 
 
 def _stages(
-    arch: Arch, recipe: Recipe, p: Parallel, micro_batch_size: int, times: Times, dtype: str, *, train: bool, recompute: bool = False
+    arch: Arch,
+    recipe: Recipe,
+    p: Parallel,
+    micro_batch_size: int,
+    times: Times,
+    dtype: str,
+    *,
+    train: bool,
+    recompute: bool = False,
+    overlapped: bool = False,
 ) -> tuple[list[Parts], dict[str, Wire], str]:
     """(seconds of a microbatch on each pipeline stage by part, what a GPU of the first stage sends for it, what the times rest on)."""
     sequence, size = recipe.data.sequence_length, 4 if dtype == "fp32" else 2
@@ -179,7 +190,8 @@ def _stages(
     again, _ = times.layer(arch, tokens, sequence, p, dtype, False) if recompute else (0.0, basis)
     passes = 1 + train + recompute
     states = size * tokens * arch.hidden_size
-    tensor = 4 * passes * times.collective_s(states, p.tp, 1) * times.hardware.tp_exposed
+    exposed = times.hardware.tp_exposed_overlapped if overlapped else times.hardware.tp_exposed
+    tensor = 4 * passes * times.collective_s(states, p.tp, 1) * exposed
     keys = size * tokens * p.cp * (arch.axis_size("qkv") - arch.axis_size("heads")) / p.tp
     context = passes * times.collective_s(keys, p.cp, p.tp)
     # Interleaved stages send while they compute; others wait for what comes in, forward and backward.

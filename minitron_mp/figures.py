@@ -264,14 +264,14 @@ def write_scaling(path: Path, points: Sequence[tuple[int, float, Mapping[str, fl
     with matplotlib.rc_context(STYLE):
         speed, parts = canvas.subplots(1, 2)
         speed.plot(worlds, [value for _, value, _ in points], "-o", color=KEPT, ms=4, lw=1.3)
-        speed.set(xlabel="GPUs", title=f"tokens/s/GPU, fastest layout each (estimate): {title}")
+        speed.set(xlabel="GPUs", title=f"tokens/s/GPU (estimate), {title}")
         speed.set_ylim(bottom=0)
         bottom = np.zeros(len(points))
         for (name, values), hatch in zip(bands.items(), itertools.cycle(("", "///", "...", "xx", "--", "ooo", "++"))):
             colour = KEPT if name == "computation" else None
             parts.bar(worlds, values, bottom=bottom, label=name, hatch=hatch, color=colour, edgecolor="white", linewidth=0.4)
             bottom += values
-        parts.set(xlabel="GPUs", title="share of a step", ylim=(0, 1))
+        parts.set(xlabel="GPUs", title="share of a step, fastest layout each", ylim=(0, 1))
         parts.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         parts.legend(loc="lower right", fontsize=7, framealpha=0.9, frameon=True)
         canvas.savefig(path, dpi=144)

@@ -57,7 +57,9 @@ class Hardware(BaseModel):
     host_fp8_ms: float = 8.0
     """The same in FP8: quoted, 32 ms for 4 layers."""
     tp_exposed: float = 1.0
-    """Share of tensor parallel communication that computation does not hide; with its overlap some 0.3 (assumed)."""
+    """Share of tensor parallel communication that computation does not hide."""
+    tp_exposed_overlapped: float = 0.3
+    """The same with distill.tp_comm_overlap. Assumed."""
     reserved_gib: float = 4.0
     """CUDA context, NCCL, cuBLAS and what the allocator cannot use. Assumed."""
     source: str = ""

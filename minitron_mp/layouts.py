@@ -40,9 +40,12 @@ class Search:
 
 def problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> str | None:
     """Why this layout is impossible, memory apart."""
-    p, t, d = recipe.parallel, recipe.teacher, recipe.distill
-    teachers = t.ranks_in(world)
-    students = world - teachers - sum(t.siblings.values())
+    return _sizes_problem(student, teacher, recipe, world, times) or _batch_problem(recipe, world)
+
+
+def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> str | None:
+    p, t = recipe.parallel, recipe.teacher
+    teachers, students = t.ranks_in(world), _students(recipe, world)
     here = [student] if t.is_remote else [student, teacher]
     if students < p.model_ranks or students % p.model_ranks or (t.is_remote and (teachers < 1 or teachers % t.parallel.model_ranks)):
         return DIVIDES
@@ -52,9 +55,16 @@ def problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Tim
         return DEPTH
     if recipe.data.sequence_length % ((2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)):
         return SEQUENCE
-    if d.global_batch_size % (d.micro_batch_size * (students // p.model_ranks) * p.interleaved):
-        return BATCH
     return None
+
+
+def _batch_problem(recipe: Recipe, world: int) -> str | None:
+    p, d = recipe.parallel, recipe.distill
+    return BATCH if d.global_batch_size % (d.micro_batch_size * (_students(recipe, world) // p.model_ranks) * p.interleaved) else None
+
+
+def _students(recipe: Recipe, world: int) -> int:
+    return world - recipe.teacher.ranks_in(world) - sum(recipe.teacher.siblings.values())
 
 
 def fits(estimate: Estimate, times: Times) -> bool:
@@ -79,29 +89,28 @@ def fastest(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Tim
 
 def _possible(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> tuple[list[Estimate], Counter[str]]:
     """(layouts that divide, fastest first, whether they fit or not; why the others do not)."""
-    found, impossible = [], Counter[str]()
-    for variant in _variants(recipe, teacher, world, times):
-        if why := problem(student, teacher, variant, world, times):
-            impossible[why] += 1
-        else:
-            found.append(distillation(student, teacher, variant, world, times))
-    found.sort(key=lambda estimate: estimate.step_s)
-    return found, impossible
-
-
-def _variants(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterator[Recipe]:
-    d, t = recipe.distill, recipe.teacher
+    d, t, found, impossible = recipe.distill, recipe.teacher, [], Counter[str]()
     beside: dict[str, Any] = {"placement": "colocated", "payload": "hidden", "ranks": None, "student_ranks": None, "parallel": Parallel(), "siblings": {}}
     placements = [t.model_copy(update=beside)]
     if not (recipe.correct and recipe.corrects_meanwhile):
         placements += _teachers(recipe, teacher, world, times)
-    layouts = []
-    for tp, pp, cp, vpp in itertools.product(TENSOR, PIPELINE, CONTEXT, CHUNKS):
-        if (not vpp or pp > 1) and tp * pp * cp <= world:
-            layouts.append(Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp, sequence_parallel=tp > 1))
     trainings = [d.model_copy(update={"micro_batch_size": m, "recompute": r}) for m, r in itertools.product(MICRO, (False, True))]
-    for placement, layout, settings in itertools.product(placements, layouts, trainings):
-        yield recipe.model_copy(update={"parallel": layout, "teacher": placement, "distill": settings})
+    for tp, pp, cp, vpp, placement in itertools.product(TENSOR, PIPELINE, CONTEXT, CHUNKS, placements):
+        if (vpp and pp == 1) or tp * pp * cp > world:
+            continue
+        layout = Parallel(tp=tp, pp=pp, cp=cp, vpp=vpp, sequence_parallel=tp > 1)
+        variant = recipe.model_copy(update={"parallel": layout, "teacher": placement})
+        if why := _sizes_problem(student, teacher, variant, world, times):
+            impossible[why] += len(trainings)
+            continue
+        for settings in trainings:
+            chosen = variant.model_copy(update={"distill": settings})
+            if why := _batch_problem(chosen, world):
+                impossible[why] += 1
+            else:
+                found.append(distillation(student, teacher, chosen, world, times))
+    found.sort(key=lambda estimate: estimate.step_s)
+    return found, impossible
 
 
 def _teachers(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,9 +170,10 @@ def _nothing(found: Search, student: Arch, teacher: Arch, recipe: Recipe, world:
     room = times.hardware.memory_gib - times.hardware.reserved_gib
     counted = [f"  - {why}: {count:,} layouts" for why, count in found.impossible.most_common()]
     if found.least_bytes is None:
-        near = [n for n in range(max(1, world // 2), 2 * world + 1) if n != world and fastest(student, teacher, recipe, n, times)] if world <= 64 else []
-        near = near or [n for n in (1 << i for i in range(12)) if fastest(student, teacher, recipe, n, times)]
-        options = ", ".join(map(str, sorted(near, key=lambda n: abs(n - world))[:4])) or "none up to 2,048"
+        unit = times.hardware.gpus_per_node if world > 4 * times.hardware.gpus_per_node else 1
+        nearest = sorted(range(unit, 2 * world + 2 * unit, unit), key=lambda n: abs(n - world))[:24]
+        near = itertools.islice((n for n in nearest if fastest(student, teacher, recipe, n, times)), 3)
+        options = ", ".join(map(str, near)) or "none near it"
         batch = f"distill.global_batch_size {recipe.distill.global_batch_size}"
         return "\n".join([f"no layout is possible on {world} GPUs with {batch}; GPUs that work: {options}", *counted])
     smallest = smallest_world(student, teacher, recipe, times, world)
