@@ -103,9 +103,10 @@ def kept_per_token(arch: Arch, parallel: Parallel, size: int, *, transformer_eng
     if transformer_engine:
         inner = size * (qkv + heads + arch.axis_size("gate_up")) + act * ffn + (heads if fp8 else 0)
         return 2 * arch.hidden_size * (size + act) / along + inner / tp + statistics
-    gathered = 2 * key * parallel.cp if parallel.cp > 1 else 0  # keys and values of the whole sequence
+    # Under context parallelism keys and values of the whole sequence, in place of the product's (and a mask, [s/cp, s], which is left out).
+    attention = 2 * heads + (2 * key * parallel.cp if parallel.cp > 1 else qkv + key)
     copied = heads if arch.qk_norm and arch.num_query_groups > tp else 0  # by the norm; with one group q, too, is a view
-    inner = qkv + 2 * heads + key + gathered + copied + (5 if arch.gated else 2) * ffn
+    inner = attention + copied + (5 if arch.gated else 2) * ffn
     return size * (4 * arch.hidden_size / along + inner / tp) + statistics
 
 
