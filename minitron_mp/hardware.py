@@ -52,10 +52,10 @@ class Hardware(BaseModel):
     """Assumed; a network that is shared has less."""
     latency_us: float = 20.0
     """Of a collective, whatever its size. Assumed."""
-    host_bf16_ms: float = 3.0
-    """Least time in which a process can issue forward and backward pass of a layer, without CUDA graphs. Assumed; with graphs 0.3."""
-    host_fp8_ms: float = 8.0
-    """The same in FP8: quoted, 32 ms for 4 layers."""
+    host_bf16_ms: float | None = None
+    """Least time in which a process can issue forward and backward pass of a layer; default: that of the layer times. With CUDA graphs some 0.3."""
+    host_fp8_ms: float | None = None
+    """The same in FP8."""
     tp_exposed: float = 1.0
     """Share of tensor parallel communication that computation does not hide."""
     tp_exposed_overlapped: float = 0.3
@@ -125,6 +125,8 @@ class Times:
             self.points.setdefault(key, []).append((math.log(flops), point["ms"] / 1e3 / seconds))
         for points in self.points.values():
             points.sort()
+        measured = {"bf16": 3.0, "fp8": 8.0} | content.get("host_ms_per_layer", {})
+        self.host_s = {name: (measured[name] if own is None else own) / 1e3 for name, own in (("bf16", hardware.host_bf16_ms), ("fp8", hardware.host_fp8_ms))}
         self.layer = functools.lru_cache(maxsize=65536)(self._layer)
         self.loss = functools.lru_cache(maxsize=65536)(self._loss)
 
@@ -132,8 +134,8 @@ class Times:
         """(seconds, what they rest on) of one layer for a microbatch on one rank; train: forward and backward pass. tokens: of the rank."""
         flops, seconds = self._layer_roofline(arch, tokens, sequence_length, parallel, dtype, train)
         ratio, basis = self._ratio(("train" if train else "forward", dtype), flops)
-        host = (self.hardware.host_bf16_ms if dtype in ("bf16", "fp32") else self.hardware.host_fp8_ms) / 1e3 * (1 if train else 1 / 3)
-        return max(seconds * ratio, host), basis
+        host = self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"]
+        return max(seconds * ratio, host if train else host / 3), basis
 
     def _loss(self, hidden: int, teacher_hidden: int, vocab: int, tokens: int, tp: int, logits: str, dtype: str = "bf16") -> tuple[float, str]:
         """(seconds, what they rest on) of both output layers with the loss, forward and backward; teacher_hidden 0: without a teacher's."""

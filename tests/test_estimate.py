@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cases import ARCHS
 from test_cli import here  # noqa: F401 (a fixture)
-from tiny import ROOT, refused
+from tiny import ROOT, SIZES, make_recipe_file, refused
 
 from minitron_mp.arch import Arch
 from minitron_mp.config import Parallel, Training, load_recipe
@@ -230,6 +230,26 @@ def arch_of(point: dict) -> Arch:
     return Arch(family="mistral", vocab_size=131072, max_position_embeddings=8192, tied=False, num_layers=40, **sizes)
 
 
-def test_layer_times_of_a_machine(ranks, here, tmp_path):  # noqa: F811
-    pytest.importorskip("torch")
-    assert Path(SHIPPED).is_file()
+def test_layer_times_are_measured_and_read(ranks, tmp_path):
+    """benchmarks/layers.py on a CPU at toy sizes; the planner then rests on them."""
+    recipe, out = make_toy(tmp_path), tmp_path / "times.json"
+    arguments = [str(recipe), "--out", str(out), "--gpu", "h100", "--layers", "1", "--repeats", "1", "--tp", "1,2"]
+    ranks(1, "workers_estimate.layer_times", folder=ROOT / "benchmarks", arguments=arguments)
+    content = json.loads(out.read_text())
+    kinds = [(point["what"], point["dtype"], point["tp"]) for point in content["points"]]
+    assert kinds == [(what, "fp32", tp) for tp in (1, 2) for what in ("train", "forward", "forward", "loss")]
+    assert all(point["ms"] > 0 for point in content["points"])
+    times = read_times("h100", read_hardware("h100"), out)
+    _, _, student = read_models(load_recipe(recipe))
+    seconds, basis = times.layer(student, 32, 32, Parallel(), "fp32", True)
+    point = content["points"][0]
+    assert seconds == pytest.approx(max(point["ms"], max(p["host_ms"] for p in content["points"] if p["what"] == "train")) / 1e3)
+    assert basis == MEASURED
+
+
+def make_toy(folder: Path) -> Path:
+    """A recipe whose model is a config.json."""
+    config = {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 128, **SIZES}
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    return make_recipe_file(folder / "recipe.yaml", folder / "model", folder / "text", folder / "out")
