@@ -234,7 +234,7 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
     """benchmarks/layers.py on a CPU at toy sizes; the planner then rests on them."""
     recipe, out = make_toy(tmp_path), tmp_path / "times.json"
     arguments = [str(recipe), "--out", str(out), "--gpu", "h100", "--layers", "1", "--repeats", "1", "--tp", "1,2"]
-    ranks(1, "workers_estimate.layer_times", folder=ROOT / "benchmarks", arguments=arguments)
+    ranks(1, "workers_estimate.benchmark", folder=ROOT / "benchmarks", program="layers.py", arguments=arguments)
     content = json.loads(out.read_text())
     kinds = [(point["what"], point["dtype"], point["tp"]) for point in content["points"]]
     assert kinds == [(what, "fp32", tp) for tp in (1, 2) for what in ("train", "forward", "forward", "loss")]
@@ -245,6 +245,15 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
     point = content["points"][0]
     assert seconds == pytest.approx(max(point["ms"], max(p["host_ms"] for p in content["points"] if p["what"] == "train")) / 1e3)
     assert basis == MEASURED
+
+
+def test_the_check_against_a_gpu_runs(ranks, tmp_path):
+    """benchmarks/planner_check.py on a CPU: its steps train; what it compares means nothing there."""
+    arguments = [str(make_toy(tmp_path)), "--toy", "--layers", "1", "--steps", "3", "--microbatches", "1"]
+    (out,) = ranks(1, "workers_estimate.benchmark", folder=ROOT / "benchmarks", program="planner_check.py", arguments=arguments)
+    rows = {line[:34].strip(): line[34:].split() for line in out.splitlines()}
+    assert list(rows) == ["configuration", "as it is", "half as long, two, recomputing"]
+    assert float(rows["as it is"][0]) > 0
 
 
 def make_toy(folder: Path) -> Path:

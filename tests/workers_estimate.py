@@ -140,10 +140,19 @@ def batches(arch: Arch, count: int) -> list[dict[str, torch.Tensor]]:
     return [{"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 8), "position_ids": tokens} for _ in range(count)]
 
 
-def layer_times(folder: Path, arguments: list[str]) -> None:
-    """benchmarks/layers.py in this process."""
+def benchmark(folder: Path, program: str, arguments: list[str]) -> str:
+    """What one of benchmarks/ prints, run in this process."""
+    import contextlib
+    import io
     import runpy
     import sys
 
-    with without_group(), patch.object(sys, "argv", ["layers.py", *arguments]):
-        runpy.run_path(str(folder / "layers.py"), run_name="__main__")
+    out = io.StringIO()
+    with (
+        without_group(),
+        patch.object(sys, "argv", [program, *arguments]),
+        patch.object(sys, "path", [str(folder), *sys.path]),
+        contextlib.redirect_stdout(out),
+    ):
+        runpy.run_path(str(folder / program), run_name="__main__")
+    return out.getvalue()
