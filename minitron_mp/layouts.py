@@ -114,7 +114,7 @@ def _possible(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: T
 
 
 def _teachers(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterator:
-    """Remote teachers: whole nodes of them from 32 GPUs on, at most half of all, each in its most frugal fast layout: the least tp that fits."""
+    """Remote teachers, at most half of all GPUs at the least tp that fits. From 32 GPUs on whole nodes, from 512 on thirty-seconds of the world."""
     t, room = recipe.teacher, (times.hardware.memory_gib - times.hardware.reserved_gib) * GIB
     remote = t.model_copy(update={"placement": "remote", "student_ranks": None, "siblings": {}, "payload": t.payload if t.is_remote else "hidden"})
     for tp in TENSOR:
@@ -122,7 +122,8 @@ def _teachers(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterat
         chosen = remote.model_copy(update={"parallel": layout})
         held = remote_teacher_memory(teacher, recipe.model_copy(update={"teacher": chosen}), 0)
         if not layout_problems(teacher, tp) and sum(held.values()) <= room:
-            unit = times.hardware.gpus_per_node if world >= 4 * times.hardware.gpus_per_node else tp
+            node = times.hardware.gpus_per_node
+            unit = max(node, world // 32 // node * node) if world >= 4 * node else tp
             for ranks in range(unit, world // 2 + 1, unit):
                 yield chosen.model_copy(update={"ranks": ranks})
             return
