@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_mp import hf
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import write_text
 from minitron_mp.candidates import candidates
@@ -17,6 +16,7 @@ from minitron_mp.console import say, table
 from minitron_mp.cost import uses_transformer_engine
 from minitron_mp.estimate import WORK, Estimate, distillation, training
 from minitron_mp.hardware import Times, read_hardware, read_times
+from minitron_mp.hf_config import read_arch
 from minitron_mp.layouts import GIB, Search, fastest, fits, problem, scaling, search, smallest_world
 from minitron_mp.plan import resolve_target
 
@@ -89,7 +89,7 @@ def run_estimate(
 def read_models(recipe: Recipe) -> tuple[Arch, Arch, Arch]:
     """(what is cut, what is distilled from, the student: the largest candidate of a search) from config.json alone."""
     folders = Path(recipe.model), Path(recipe.teacher.model or recipe.model)
-    base, teacher = (hf.read_arch(folder, weights=False) for folder in folders)
+    base, teacher = (read_arch(folder, weights=False) for folder in folders)
     if recipe.search:
         return base, teacher, max(candidates(recipe, base), key=lambda arch: arch.num_parameters())
     return base, teacher, resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
