@@ -23,7 +23,7 @@ from minitron_mp.hardware import MEASURED, ROOFLINE, SCALED, Times
 BUCKET = 40_000_000
 """Parameters whose gradients Megatron reduces together, at least; a million for each data parallel rank where that is more."""
 STUDENT, TEACHER, LOSS, AGAIN = "student's layers", "teacher's layers", "output layers and loss", "recomputation"
-TP, CP, PP, DP = "tensor parallel", "context parallel", "pipeline transfers", "data parallel"
+TP, CP, PP, DP, HOST = "tensor parallel", "context parallel", "pipeline transfers", "data parallel", "waiting for the host"
 BUBBLE, UNEVEN, OPTIMIZER, WAIT, STREAM = "pipeline bubble", "uneven stages", "optimizer", "waiting for the teacher", "teacher stream"
 WORK = (STUDENT, TEACHER, LOSS, AGAIN)
 """Parts of a step that are computation; the others are what a layout costs."""
@@ -194,12 +194,13 @@ def _stages(
     tensor = 4 * passes * times.collective_s(states, p.tp, 1) * exposed
     keys = size * tokens * p.cp * (arch.axis_size("qkv") - arch.axis_size("heads")) / p.tp
     context = passes * times.collective_s(keys, p.cp, p.tp)
+    idle = max(0.0, times.issue_s(dtype, (3 if train else 1) + recompute) - layer - again - tensor - context)
     # Interleaved stages send while they compute; others wait for what comes in, forward and backward.
     pipeline_link = _link(times, p.pp, p.model_ranks // p.pp * max(1, times.hardware.gpus_per_node // (p.tp * p.cp))) if p.pp > 1 else ""
     speed = times.nic if pipeline_link == "network" else times.nvlink
     transfer = 0.0 if p.pp == 1 or p.vpp else (1 + train) * (states / along / speed + times.hardware.latency_us / 1e6)
     layers = stage_layers(arch.num_layers, p)
-    stages = [{STUDENT: n * layer, AGAIN: n * again, TP: n * tensor, CP: n * context, PP: transfer} for n in layers]
+    stages = [{STUDENT: n * layer, AGAIN: n * again, TP: n * tensor, CP: n * context, HOST: n * idle, PP: transfer} for n in layers]
     wire = {}
     if p.tp > 1:  # with sequence parallelism the products' inputs are gathered once more for the weights' gradients
         extra = 2 * train * p.sequence_parallel

@@ -134,8 +134,11 @@ class Times:
         """(seconds, what they rest on) of one layer for a microbatch on one rank; train: forward and backward pass. tokens: of the rank."""
         flops, seconds = self._layer_roofline(arch, tokens, sequence_length, parallel, dtype, train)
         ratio, basis = self._ratio(("train" if train else "forward", dtype), flops)
-        host = self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"]
-        return max(seconds * ratio, host if train else host / 3), basis
+        return seconds * ratio, basis
+
+    def issue_s(self, dtype: str, passes: int) -> float:
+        """Seconds in which the host issues a layer's passes: 1 forward, 3 forward and backward."""
+        return self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"] * passes / 3
 
     def _loss(self, hidden: int, teacher_hidden: int, vocab: int, tokens: int, tp: int, logits: str, dtype: str = "bf16") -> tuple[float, str]:
         """(seconds, what they rest on) of both output layers with the loss, forward and backward; teacher_hidden 0: without a teacher's."""
