@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["minitron_mp"],
-    package_data={"minitron_mp": ["report.html.j2"]},
+    package_data={"minitron_mp": ["report.html.j2", "layer_times.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minitron-mp = minitron_mp.cli:main"]},

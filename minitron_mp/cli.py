@@ -118,6 +118,26 @@ def environment(
     print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
 
+@app.command()
+def estimate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option("--world", min=1, help="GPUs")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200 or a100")] = "h100",
+    hardware: Annotated[Path | None, typer.Option(help="YAML or JSON with values of your own (docs/estimate.md)")] = None,
+    times: Annotated[Path | None, typer.Option(help="layer times that benchmarks/layers.py wrote; default: those shipped")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour")] = None,
+    top: Annotated[int, typer.Option(min=1, help="layouts to show")] = 10,
+    json: Annotated[Path | None, typer.Option(help="write all of it to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
+) -> None:
+    """Memory, step time, GPU-hours and the best layouts on so many GPUs, before anything runs."""
+    from minitron_mp.planner import run_estimate
+
+    files = {"hardware_file": hardware, "times_file": times, "json_file": json, "plot_file": plot}
+    run_estimate(load_recipe(recipe, overrides or []), world, gpu=gpu, price=price, top=top, **files)
+
+
 def _dry(recipe: Recipe, dry_run: bool, world: int | None) -> bool:
     """Whether this was a dry run, then done."""
     if dry_run:
@@ -135,6 +155,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     from minitron_mp.candidates import candidates, name_of
     from minitron_mp.pipeline import Project
     from minitron_mp.plan import resolve_target
+    from minitron_mp.planner import dry_run_rows
 
     project = Project(recipe)
     t = recipe.teacher
@@ -146,7 +167,7 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
     found = candidates(recipe, base) if recipe.search else [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
     student = max(found, key=lambda arch: arch.num_parameters())
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
-    table("layout and memory", ("what", "value"), cost.rows(base, teacher, student, recipe, ranks))
+    table("layout and memory", ("what", "value"), cost.rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks))
     if recipe.search:
         table(
             "candidates of the search; the layout above is that of the largest",

@@ -6,9 +6,11 @@ Nothing is told by colour alone: what is cut is hatched or marked, lines have la
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -247,6 +249,32 @@ def pareto(title: str, points: Sequence[tuple[str, float, float, bool]], x_label
         ax.set(xlabel=x_label, title=y_label)
         ax.legend(loc="best")
     return done()
+
+
+def write_scaling(path: Path, points: Sequence[tuple[int, float, Mapping[str, float]]], work: Sequence[str], title: str) -> None:
+    """An image file: speed of a GPU against the number of GPUs, and where the time of a step goes. points: (GPUs, tokens/s/GPU, seconds by part).
+
+    Parts that are computation (work) are one band; of the others those that reach 2 % somewhere have a band each.
+    """
+    worlds = [str(n) for n, _, _ in points]
+    shares = [{name: value / sum(seconds.values()) for name, value in seconds.items()} for _, _, seconds in points]
+    names = dict.fromkeys(name for share in shares for name, value in share.items() if name not in work and value >= 0.02)
+    bands = {"computation": [sum(share.get(name, 0.0) for name in work) for share in shares]} | {n: [share.get(n, 0.0) for share in shares] for n in names}
+    canvas = Canvas(figsize=(9.4, 3.6), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        speed, parts = canvas.subplots(1, 2)
+        speed.plot(worlds, [value for _, value, _ in points], "-o", color=KEPT, ms=4, lw=1.3)
+        speed.set(xlabel="GPUs", title=f"tokens/s/GPU (estimate), {title}")
+        speed.set_ylim(bottom=0)
+        bottom = np.zeros(len(points))
+        for (name, values), hatch in zip(bands.items(), itertools.cycle(("", "///", "...", "xx", "--", "ooo", "++"))):
+            colour = KEPT if name == "computation" else None
+            parts.bar(worlds, values, bottom=bottom, label=name, hatch=hatch, color=colour, edgecolor="white", linewidth=0.4)
+            bottom += values
+        parts.set(xlabel="GPUs", title="share of a step, fastest layout each", ylim=(0, 1))
+        parts.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        parts.legend(loc="lower right", fontsize=7, framealpha=0.9, frameon=True)
+        canvas.savefig(path, dpi=144)
 
 
 @contextmanager

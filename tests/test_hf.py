@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from minitron_mp.arch import ATTENTION, AXES, Arch
 from minitron_mp.config import InputError
-from minitron_mp.hf import DEFAULTS, FAMILIES, Weights, assets, canonical_keys, check_weights, hf_shapes, read_arch, to_hf, write_folder
+from minitron_mp.hf import FAMILIES, Weights, assets, canonical_keys, check_weights, hf_shapes, read_arch, to_hf, write_folder
+from minitron_mp.hf_config import DEFAULTS
 
 QKV = ATTENTION + "linear_qkv.weight"
 SIZES = {

@@ -12,13 +12,13 @@ import minitron_mp
 
 PACKAGE = Path(minitron_mp.__file__).parent
 LAYERS = [
-    "config arch artifact plan cost flops candidates items environment",  # runs on a laptop
+    "config arch hf_config artifact plan cost flops hardware estimate layouts candidates items environment",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
     "parallel cpu precision model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "
     "evaluate speed spans tasks leaving meter profiling",
     "trainer correction",
-    "page figures facts card report job drift fit judging stages signals search precheck pipeline harness bridge console cli __main__ __init__",
+    "page figures facts card report job drift fit judging stages signals search precheck pipeline harness planner bridge console cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {
@@ -89,7 +89,9 @@ def run(*arguments: str) -> str:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout
 
 
-@pytest.mark.parametrize("module", ["minitron_mp", "minitron_mp.cli", "minitron_mp.plan", "minitron_mp.cost", "minitron_mp.text"])
+@pytest.mark.parametrize(
+    "module", ["minitron_mp", "minitron_mp.cli", "minitron_mp.plan", "minitron_mp.cost", "minitron_mp.layouts", "minitron_mp.planner", "minitron_mp.text"]
+)
 def test_light_imports(module):
     heavy = {"torch", "megatron", "transformers"}
     assert run("-c", f"import sys, {module}; print(*({heavy} & set(sys.modules)))").split() == []

@@ -1,0 +1,147 @@
+"""How near the planner comes: whole distillation steps on this GPU against `minitron-mp estimate` for the same. One command, some minutes on an H100.
+
+    python benchmarks/planner_check.py examples/mn_minitron_8b.yaml [--times FILE] [overrides]
+    python benchmarks/planner_check.py recipe.yaml --toy                     on a CPU: tries the program; its comparison means nothing
+
+Three configurations of the recipe's widths on one GPU, with as many layers as --layers says in student and teacher, random weights, optimizer included:
+as it is; FP8 (where Transformer Engine is); half the sequence length, two samples a microbatch, recomputation. Prints measured and estimated step time and peak
+memory; exit code 1 where the time is more than 15 % off or the memory more than 10 %. The planner's layer times should be this machine's: write them with
+benchmarks/layers.py first, or the shipped ones are compared. NOT RUN ON A GPU YET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from layers import DEVICE, _forget, _gpu, _wait
+
+from minitron_mp import parallel
+from minitron_mp.arch import Arch
+from minitron_mp.artifact import Manifest
+from minitron_mp.config import Parallel, Recipe, load_recipe, make_recipe
+from minitron_mp.cost import uses_transformer_engine
+from minitron_mp.estimate import distillation
+from minitron_mp.hardware import Times, read_hardware, read_times
+from minitron_mp.model import build_model
+from minitron_mp.parallel import World
+from minitron_mp.planner import read_models
+from minitron_mp.teacher import ColocatedTeacher, with_signals
+from minitron_mp.trainer import Run
+
+TIME, MEMORY = 0.15, 0.10
+"""What the planner may be off."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--times", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--microbatches", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if DEVICE.type != "cuda" and not args.toy:
+        parser.error("this needs a GPU; --toy tries the program on a CPU")
+    gpu = "h100" if args.toy else _gpu()
+    times = read_times(gpu, read_hardware(gpu), args.times)
+    off = []
+    print(f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} {'peak GiB':>9} {'planned':>8} {'off':>6}")
+    with parallel.world(Parallel(), seed=1) as world:
+        for name, recipe in configurations(load_recipe(args.recipe, args.overrides), args.microbatches).items():
+            off += compare(name, recipe, args.layers, args.steps, world, times)
+    if off and not args.toy:
+        print("more off than 15 % (time) or 10 % (memory): " + "; ".join(off))
+        sys.exit(1)
+
+
+def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
+    """Name -> recipe of one GPU."""
+
+    def of(sequence: int, batch: int, **training: Any) -> Recipe:
+        values = recipe.model_dump()
+        values |= {"parallel": {}, "correct": None, "search": None if recipe.target.given else values["search"]}
+        values["data"]["sequence_length"] = sequence
+        values["teacher"] = {"model": recipe.teacher.model, "precision": recipe.teacher.precision}
+        values["distill"] |= {
+            "micro_batch_size": batch,
+            "global_batch_size": batch * microbatches,
+            "recompute": False,
+            "overlap": False,
+            "states": None,
+        } | training
+        return make_recipe(values)
+
+    sequence = recipe.data.sequence_length
+    found = {"as it is": of(sequence, 1)}
+    if "fp8" in type(recipe.distill).model_fields and DEVICE.type == "cuda":
+        found["FP8 tensorwise"] = of(sequence, 1, fp8="tensorwise")
+    return found | {"half as long, two, recomputing": of(sequence // 2, 2, recompute=True)}
+
+
+def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
+    """Measure, print, and say what is too far off."""
+    _, teacher, student = (arch.model_copy(update={"num_layers": num_layers}) for arch in read_models(recipe))
+    planned = distillation(student, teacher, recipe, 1, times)
+    _forget()
+    base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = run_steps(student, teacher, recipe, steps, world)
+    peak = torch.cuda.max_memory_allocated() - base if DEVICE.type == "cuda" else float("nan")
+    rows = (("time", seconds, planned.step_s, TIME), ("memory", peak, planned.needs_bytes, MEMORY))
+    wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
+    times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
+    print(f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needs_bytes / 2**30:8.2f} {wrong['memory']:6.1%}", flush=True)
+    if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":
+        print(f"{'':34} the local layers computed; the layer times that are shipped are Transformer Engine's")
+    return [f"{name}: {what} {wrong[what]:.1%}" for what, _, _, allowed in rows if abs(wrong[what]) > allowed]
+
+
+def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: World) -> float:
+    """Seconds of a step, the median of all but the first two."""
+    d, sequence = recipe.distill, recipe.data.sequence_length
+    common: dict[str, Any] = {"sequence_length": sequence, "random_weights": True}
+    options: list[dict[str, Any]] = [{}, {}]
+    if "transformer_impl" in Recipe.model_fields:
+        options = [{"transformer_impl": vars(recipe)["transformer_impl"], "fp8": fp8} for fp8 in (None, vars(recipe.teacher)["fp8"])]
+    taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
+    for chunk in taught:
+        chunk.eval().requires_grad_(False)
+    chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
+    source = RandomTeacher(taught, world)
+    manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
+    training = Run(chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest)
+    tokens = torch.randint(0, student.vocab_size, (d.micro_batch_size, sequence))
+    positions = torch.arange(sequence).expand_as(tokens).contiguous()
+    batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
+    batches = [batch] * (d.global_batch_size // d.micro_batch_size)
+    found = []
+    for step in range(steps):
+        _wait()
+        start = time.perf_counter()
+        training.step(with_signals(source, batches, step))
+        _wait()
+        found.append(time.perf_counter() - start)
+    training.settle()
+    return statistics.median(found[2:])
+
+
+class RandomTeacher(ColocatedTeacher):
+    """One that was not read from a checkpoint."""
+
+    def __init__(self, chunks: list[Any], world: World):
+        self.chunks, self.world, self.pairs, self.capture = chunks, world, None, None
+
+
+if __name__ == "__main__":
+    main()
