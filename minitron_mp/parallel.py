@@ -256,6 +256,16 @@ def roles(
             dist.destroy_process_group()
 
 
+def place() -> Place:
+    """This process in the launcher's job, before any group is made: its store joins the ranks already."""
+    return _place()
+
+
+def device() -> torch.device:
+    """What this rank computes on."""
+    return _device()
+
+
 def job_size() -> int:
     """Ranks of the job, before it is joined."""
     return dist.get_world_size() if dist.is_initialized() else _place().size
