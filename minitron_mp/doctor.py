@@ -80,7 +80,7 @@ def _job() -> Any:
     from minitron_mp.parallel import place
 
     here = place()
-    return Job(dist.PrefixStore("doctor", here.store), here.rank, here.size, socket.gethostname())
+    return Job(here.store, here.rank, here.size, socket.gethostname())
 
 
 def _of_recipe(recipe: Recipe, job: Any) -> list[Finding]:

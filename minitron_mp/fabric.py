@@ -165,8 +165,9 @@ def shared(folder: Path, job: Job) -> list[Finding]:
     """Whether the ranks see one folder, and a replaced file as either the old or the new one, whole; reached by all ranks.
 
     Rank 0 replaces a file over and over while all ranks read it; then it renames a folder, as artefacts are finished, and each rank
-    leaves a file for rank 0. Everything lies in a folder of its own, which goes again.
+    leaves a file for rank 0. Everything lies in a folder of its own, which goes again, as do those above it that were not there.
     """
+    new = [above for above in (folder, *folder.parents) if not above.exists()]
     if job.rank == 0:
         scratch = folder / f".doctor-{uuid.uuid4().hex[:8]}"
         try:
@@ -205,6 +206,9 @@ def shared(folder: Path, job: Job) -> list[Finding]:
     finally:
         if job.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):  # somebody has put something there
+                for above in new:
+                    above.rmdir()
     if problems:
         cure = "put output on a file system that all nodes share, with POSIX renames (Lustre, GPFS, NFS without nosharecache; no object store)"
         return [Finding("file system", "failed", f"{folder}: {problem}", cure) for problem in problems]

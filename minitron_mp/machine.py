@@ -53,9 +53,9 @@ def packages(name: str = "minitron-mp") -> list[Finding]:
         about = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         cure = "pip install -e . in the checkout (launch/venv.sh does it)"
-        have = ", ".join(f"{other} {_version(other)}" for other in NAMED)
-        return [Finding("packages", "warning", f"{name} runs from a folder and is not installed, so the ranges are not known; {have}", cure)]
-    python, needed = platform.python_version(), about["Requires-Python"] if "Requires-Python" in about else ""
+        here = ", ".join(f"{other} {_version(other)}" for other in NAMED)
+        return [Finding("packages", "warning", f"{name} runs from a folder and is not installed, so the ranges are not known; {here}", cure)]
+    python, needed = platform.python_version(), str(about.json.get("requires_python", ""))
     fits = SpecifierSet(needed).contains(python, prereleases=True)
     found = [Finding("python", "ok" if fits else "failed", f"{python}, {needed or 'any'} is needed", "" if fits else "make an environment with another Python")]
     others = []

@@ -257,8 +257,9 @@ def roles(
 
 
 def place() -> Place:
-    """This process in the launcher's job, before any group is made: its store joins the ranks already."""
-    return _place()
+    """This process in the launcher's job, before any group is made; the store, with keys of its own, joins the ranks already."""
+    here = _place()
+    return Place(_next_prefix(here.store), here.rank, here.size)
 
 
 def device() -> torch.device:
