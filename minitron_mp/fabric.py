@@ -152,7 +152,7 @@ def clocks(job: Job, clock: Callable[[], float] = time.time) -> Finding:
         if best is None or max(mine) - min(mine) < max(best) - min(best):
             best = mine.tolist()
     assert best is not None
-    skew, middle = max(best) - min(best), sorted(best)[len(best) // 2]
+    skew, middle = max(best) - min(best), sorted(best)[(len(best) - 1) // 2]
     where = job.hosts()
     if skew <= CLOCK_WARNING_S:
         return Finding("clocks", "ok", f"{skew * 1e3:.1f} ms apart at most")

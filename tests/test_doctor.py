@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tiny import make_model, make_recipe_file, make_text, make_tokenizer
 
 from minitron_mp import cli, doctor, fabric, load_recipe, machine, parallel
+from minitron_mp.cost import rank_parameters
 from minitron_mp.fabric import Job
 from minitron_mp.findings import Finding, together
 from minitron_mp.hf import read_arch
@@ -111,12 +112,11 @@ def test_room_is_that_of_the_artefacts(whole):
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
     expected = doctor.artefact_bytes(project.recipe, arch, arch)
-    student = project.manifest("prune") and read_arch(project.paths["export"])
-    moments = 16 * sum(map(int, [doctor.cost.rank_parameters(student, project.recipe.parallel)[0]])) * (project.recipe.distill.keep_checkpoints + 1)
-    expected["distill"] -= moments
+    (student,) = rank_parameters(read_arch(project.paths["export"]), project.recipe.parallel)
+    expected["distill"] -= 16 * student * (project.recipe.distill.keep_checkpoints + 1)  # float32 weights, and their copies and moments for Adam
     for name in ("import", "prune", "distill", "export"):
         written = sum(p.stat().st_size for p in project.paths[name].rglob("*") if p.suffix in (".distcp", ".safetensors"))
-        assert written == pytest.approx(expected[name], rel=0.1), name  # headers, padding of the vocabulary
+        assert written == pytest.approx(expected[name], rel=0.2), name  # here headers are a part of it
     assert doctor.room(project.recipe, project.paths, arch, arch).found.endswith("write about 0.0 GB")
 
 
@@ -155,7 +155,7 @@ def test_a_prerelease_of_the_image_counts(install):
     assert verdicts(machine.packages())["torch"] == "ok"
 
 
-@pytest.mark.skipif(doctor.Path("/proc/driver/nvidia/version").exists(), reason="needs a machine without an NVIDIA driver")
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="needs a machine without an NVIDIA driver")
 def test_gpus(monkeypatch, tmp_path):
     assert verdicts(machine.devices({})) == {"GPU": "ok"}
     found = machine.devices({"distill.fp8": "tensorwise"})

@@ -21,7 +21,7 @@ def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
     out = io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, RANK=str(rank)))
-        stack.enter_context(patch.object(doctor.console, "file", out))
+        stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(store, rank, size)))
         stack.enter_context(pool.without_group())
         code = doctor.doctor(Path(words[0]) if words else None, words[1:], clock=lambda: time.time() + skew_s * (rank == size - 1))
