@@ -41,17 +41,22 @@ def doctor(path: Path | None = None, overrides: Sequence[str] = (), *, clock: Ca
         findings.append(Finding("recipe", "failed", str(error)))
     if path is None:
         findings.append(Finding("recipe", "ok", "none given, so no model, tokenizer or folder is looked at"))
+    own_gpu: int | None = None
     try:
         import torch
 
-        if launched() or recipe:
+        if launched():
+            from minitron_mp import parallel
+
+            own_gpu = parallel.device().index
+        elif recipe:
             import megatron.core  # noqa: F401 (whether it can be)
     except Exception as error:  # a missing library, a build for another Python
         missing = Finding("import", "failed", f"{type(error).__name__}: {error}", "install torch and megatron-core for this Python and driver")
         return _show([*findings, missing], start)
     from minitron_mp.fabric import ports, shared
 
-    findings += devices(_fp8_of(recipe)) + extensions(torch.cuda.is_available())
+    findings += devices(_fp8_of(recipe), own_gpu) + extensions(torch.cuda.is_available())
     job = _job()
     if recipe:
         findings += _of_recipe(recipe, job)

@@ -108,8 +108,11 @@ def limits() -> list[Finding]:
     return found or [Finding("limits", "ok", "shared memory, open files and pinned memory are enough")]
 
 
-def devices(fp8: dict[str, str]) -> list[Finding]:
-    """The GPUs that torch sees, whether they compute, and whether they can do the FP8 that the recipe asks for. fp8: its key -> kind."""
+def devices(fp8: dict[str, str], only: int | None = None) -> list[Finding]:
+    """The GPUs that torch sees, whether they compute, and whether they can do the FP8 that the recipe asks for.
+
+    fp8: key of the recipe -> kind. only: index of the one GPU to look at, for a rank among others: each look takes memory there.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -120,7 +123,7 @@ def devices(fp8: dict[str, str]) -> list[Finding]:
             found = [Finding("GPU", "failed", f"this host has an NVIDIA driver, but torch sees no GPU; torch {build}", cure)]
         return found + [Finding("FP8", "failed", f"{key}: {kind} needs a GPU", f"drop {key}, or run on Hopper or later") for key, kind in fp8.items()]
     found, least = [], (99, 0)
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count()) if only is None else [only]:
         about, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
         least = min(least, (about.major, about.minor))
         what = f"{about.name}, {total / 2**30:.0f} GiB, compute capability {about.major}.{about.minor}"
