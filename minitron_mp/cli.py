@@ -138,6 +138,16 @@ def estimate(
     run_estimate(load_recipe(recipe, overrides or []), world, gpu=gpu, price=price, top=top, **files)
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe whose model, tokenizer and folders are checked, too")] = None, overrides: Overrides = None
+) -> None:
+    """Check versions, GPUs, FP8, links between ranks, clocks, folders and room: a table, exit code 0 or 1."""
+    from minitron_mp.doctor import doctor as examine
+
+    raise typer.Exit(examine(recipe, overrides or []))
+
+
 def _dry(recipe: Recipe, dry_run: bool, world: int | None) -> bool:
     """Whether this was a dry run, then done."""
     if dry_run:

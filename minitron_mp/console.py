@@ -23,6 +23,11 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def launched() -> bool:
+    """Whether torchrun, or another launcher, started this process as a rank of a job. Needs no torch."""
+    return "RANK" in os.environ
+
+
 def say(text: str) -> None:
     if speaks():
         console.print(text, soft_wrap=True, markup=False)

@@ -258,6 +258,17 @@ def roles(
             dist.destroy_process_group()
 
 
+def place() -> Place:
+    """This process in the launcher's job, before any group is made; the store, with keys of its own, joins the ranks already."""
+    here = _place()
+    return Place(_next_prefix(here.store), here.rank, here.size)
+
+
+def device() -> torch.device:
+    """What this rank computes on."""
+    return _device()
+
+
 def job_size() -> int:
     """Ranks of the job, before it is joined."""
     return dist.get_world_size() if dist.is_initialized() else _place().size

@@ -21,6 +21,7 @@ TOGETHER = {
     "test_importance": "pruning",
     "test_pipeline": "projects",
     "test_report": "projects",
+    "test_doctor": "projects",
 }
 """Files that share what fixtures of the session compute; any other file is a group of its own. Groups that take long come first."""
 

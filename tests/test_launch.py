@@ -1,10 +1,12 @@
 """Scripts and package metadata: what they say when something is missing, and that they are clean."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,22 @@ def test_pins_fit_the_ranges(constraints):
         assert requirement.name in pins, f"{constraints.name} does not pin {requirement.name}"
         assert requirement.specifier.contains(pins[requirement.name]), f"{constraints.name}: {requirement.name} {pins[requirement.name]} is not {requirement}"
     assert not any(name.startswith(("nvidia-", "cuda-")) for name in pins)
+
+
+def test_what_a_base_image_brings_is_pinned_and_watched(tmp_path):
+    """launch/base_stack.py, with this environment as the base."""
+
+    def run(word: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, ROOT / "launch" / "base_stack.py", word, tmp_path], capture_output=True, text=True)
+
+    assert run("write").returncode == 0
+    pins = (tmp_path / "constraints.txt").read_text().splitlines()
+    assert f"torch=={version('torch')}" in pins
+    assert len(pins) == len({pin.split("==")[0] for pin in pins})
+    assert any(line.startswith("megatron-core>=") for line in (tmp_path / "requirements.txt").read_text().splitlines())
+    assert f"torch {version('torch')}" in run("check").stdout
+    stack = json.loads((tmp_path / "stack.json").read_text())
+    (tmp_path / "stack.json").write_text(json.dumps(stack | {"torch": ["2.12.0a0", stack["torch"][1]]}))
+    done = run("check")
+    assert done.returncode == 1
+    assert "torch: 2.12.0a0 in" in done.stderr

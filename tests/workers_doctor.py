@@ -1,0 +1,42 @@
+"""What test_doctor.py runs on the ranks of a pool."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pool
+import torch.distributed as dist
+
+from minitron_mp import doctor, fabric, parallel
+
+
+def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
+    """(exit code, what is printed) of the doctor on this rank, under what torchrun sets. skew_s: how much the last rank's clock is fast."""
+    store, rank, size = pool.here["place"]
+    out = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, RANK=str(rank)))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(store, rank, size)))
+        stack.enter_context(pool.without_group())
+        code = doctor.doctor(Path(words[0]) if words else None, words[1:], clock=lambda: time.time() + skew_s * (rank == size - 1))
+    return code, out.getvalue()
+
+
+def disks_of_their_own(*, folder: str) -> list[str]:
+    """What each rank finds in a relative folder, where each has another working directory: as if it were a disk of the node."""
+    store, rank, size = pool.here["place"]
+    own, before = Path(folder) / str(rank), os.getcwd()
+    own.mkdir(parents=True)
+    os.chdir(own)
+    try:
+        with patch.object(fabric, "PATIENCE_S", 1.0):
+            job = fabric.Job(dist.PrefixStore(folder, store), rank, size, "host")
+            return [f"{finding.verdict}: {finding.found}" for finding in fabric.shared(Path("out"), job)]
+    finally:
+        os.chdir(before)
