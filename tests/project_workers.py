@@ -8,8 +8,8 @@ import io
 import shutil
 import sys
 from collections import namedtuple
-from typing import Any, NamedTuple
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pool
