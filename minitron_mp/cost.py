@@ -65,7 +65,8 @@ def fp8_of(section: Section) -> str | None:
 
 def uses_transformer_engine(recipe: Recipe) -> bool:
     """Whether a GPU with Transformer Engine gets its layers; the local layers otherwise."""
-    return vars(recipe).get("transformer_impl", "local") != "local"
+    chosen = vars(recipe).get("transformer_impl", "local")
+    return chosen == "transformer_engine" or (chosen == "auto" and recipe.precision == "bf16")
 
 
 @functools.lru_cache(maxsize=4096)
