@@ -105,6 +105,19 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     write_report(project)
 
 
+@app.command()
+def environment(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="ranks on each node")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
+) -> None:
+    """What the environment of the ranks should hold, with reasons, for a shell to evaluate; launch/env.sh does."""
+    from minitron_mp.environment import lines, this_node
+
+    print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+
+
 def _dry(recipe: Recipe, dry_run: bool, world: int | None) -> bool:
     """Whether this was a dry run, then done."""
     if dry_run:

@@ -12,7 +12,7 @@ import minitron_mp
 
 PACKAGE = Path(minitron_mp.__file__).parent
 LAYERS = [
-    "config arch artifact plan cost flops candidates items",  # runs on a laptop
+    "config arch artifact plan cost flops candidates items environment",  # runs on a laptop
     "collectives losses rows kernels",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
     "parallel cpu model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Run a command of minitron-mp on the GPUs of this node; in a job of launch/slurm.sbatch, as one of its nodes.
+#
+#   bash launch/run.sh compress recipe.yaml parallel.tp=4          a rank for each GPU
+#   bash launch/run.sh --ranks 2 distill recipe.yaml               so many ranks, also without GPUs
+#
+# Uses the python on the PATH if it has minitron_mp, or that of $VENV (default: .venv of this checkout, launch/venv.sh makes it).
+# Exit code 2: the recipe, or an argument, cannot be used.
+set -euo pipefail
+self=$(realpath "${BASH_SOURCE[0]}")
+root=$(dirname "$(dirname "$self")")
+
+fail() {
+    echo "launch/run.sh: $*" >&2
+    exit 2
+}
+
+ranks_per_node=
+while (($#)); do
+    case $1 in
+    --ranks)
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "--ranks needs a number, given ${2:-nothing}"
+        ranks_per_node=$2
+        shift 2
+        ;;
+    -h | --help)
+        sed -n '2,8p' "$self"
+        exit
+        ;;
+    *) break ;;
+    esac
+done
+[[ $# -ge 2 ]] || fail "needs a command and a recipe: bash launch/run.sh compress recipe.yaml"
+command=$1 recipe=$2
+shift 2
+overrides=()
+for word in "$@"; do [[ $word == -* || $word != *=* ]] || overrides+=("$word"); done
+
+has_minitron() { command -v python >/dev/null && python -c 'from importlib.util import find_spec as f; assert f("minitron_mp") and f("torch")' 2>/dev/null; }
+if ! has_minitron; then
+    PATH=${VENV:-$root/.venv}/bin:$PATH
+    has_minitron || fail "no python with minitron_mp on the PATH or in ${VENV:-$root/.venv}; make one: bash launch/venv.sh"
+fi
+
+if [[ -z $ranks_per_node ]]; then
+    ranks_per_node=${SLURM_GPUS_ON_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+    [[ $ranks_per_node -ge 1 ]] || fail "no GPU here; say how many ranks are to run on the CPU: --ranks 2"
+fi
+num_nodes=1
+join=(--standalone)
+if [[ -n ${MINITRON_RENDEZVOUS:-} ]]; then # launch/slurm.sbatch has started one of us on each node
+    num_nodes=$SLURM_NNODES
+    read -ra addresses <<<"$MINITRON_ADDRESSES"
+    # Said, not guessed: who holds the store, and by which address the others reach a node.
+    join=(--nnodes "$num_nodes" --rdzv-backend c10d --rdzv-endpoint "$MINITRON_RENDEZVOUS" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+        --rdzv-conf "is_host=$((SLURM_NODEID == 0)),join_timeout=900" --local-addr "${addresses[SLURM_NODEID]}" --max-restarts 0)
+fi
+# shellcheck source=launch/env.sh
+. "$root/launch/env.sh" "$recipe" "${overrides[@]}"
+if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE"; fi
+
+exec python -m torch.distributed.run "${join[@]}" --nproc-per-node "$ranks_per_node" -m minitron_mp "$command" "$recipe" "$@"
