@@ -15,6 +15,9 @@ fail() {
     exit 2
 }
 
+# For launch/slurm.sbatch: Slurm's exit code would be that of the node that was stopped for it.
+trap '[[ $? != 2 || -z ${MINITRON_JOB_FILE:-} ]] || : >"$MINITRON_JOB_FILE.refused"' EXIT
+
 ranks_per_node=
 while (($#)); do
     case $1 in
@@ -57,6 +60,6 @@ if [[ -n ${MINITRON_RENDEZVOUS:-} ]]; then # launch/slurm.sbatch has started one
 fi
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh" "$recipe" "${overrides[@]}"
-if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE"; fi
+if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE.output"; fi
 
 exec python -m torch.distributed.run "${join[@]}" --nproc-per-node "$ranks_per_node" -m minitron_mp "$command" "$recipe" "$@"
