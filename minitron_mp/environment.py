@@ -66,7 +66,11 @@ VARIABLES = (
         "cores of the node over its ranks; torchrun would set 1",
         lambda recipe, node: max(1, min(16, node.cores // node.ranks)),
     ),
-    Variable("TRITON_CACHE_DIR", "kernels are compiled on a disk of the node; on a shared one all ranks would write at once", lambda recipe, node: node.scratch / "triton"),
+    Variable(
+        "TRITON_CACHE_DIR",
+        "kernels are compiled on a disk of the node; on a shared one all ranks would write at once",
+        lambda recipe, node: node.scratch / "triton",
+    ),
     Variable("TOKENIZERS_PARALLELISM", "threads of the tokenizer do not outlive the processes that are forked later", lambda recipe, node: "false"),
     Variable("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "so long, in seconds, torchrun lets ranks save after SIGTERM; its own 30 are few", lambda recipe, node: 120),
     Variable("PYTHONUNBUFFERED", "a line is in the log when it was said", lambda recipe, node: 1),
@@ -98,7 +102,9 @@ def places(recipe: Recipe, num_nodes: int, ranks: int) -> list[str]:
     problems, found, first = [], [], 0
     if min(sizes.values()) < 1 or sum(sizes.values()) != size:
         parts = " + ".join(f"{count} ({role})" for role, count in sizes.items())
-        refuse("the roles do not fit the job:", [f"{num_nodes} nodes x {ranks} ranks are {size}, the roles have {parts}; start other nodes, or change teacher.*"])
+        refuse(
+            "the roles do not fit the job:", [f"{num_nodes} nodes x {ranks} ranks are {size}, the roles have {parts}; start other nodes, or change teacher.*"]
+        )
     for role, count in sizes.items():
         layout = t.parallel if role == "teacher" else None if role.startswith("sibling") else recipe.parallel
         if layout and count % layout.model_ranks:

@@ -1,0 +1,103 @@
+"""launch/slurm.sbatch on a real Slurm of two virtual nodes with two gloo ranks each, from the first stage to the last, undisturbed and disturbed."""
+
+import shutil
+import time
+from datetime import datetime
+from pathlib import Path
+
+from conftest import INTERVAL, STEPS, recipe, submit
+from tiny import ROOT, read_metrics
+
+
+def steps(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_unbroken(slurm, unbroken):
+    job, output = unbroken
+    log, details = slurm.log(job), slurm.job(job)
+    assert details["JobState"] == "COMPLETED", log
+    assert "launch/slurm.sbatch: finished" in log
+    assert "# job: ranks 0 to 3, nodes 0 to 1" in log
+    assert (output / "finished").exists()
+    assert steps(output) == STEPS
+    assert slurm.jobs() == [job]  # nothing was submitted again
+    assert not list((slurm.root / "jobs").glob(".minitron*"))
+
+
+def test_deadline_is_before_the_time_limit(slurm, unbroken):
+    job, _ = unbroken
+    said = slurm.log(job).split("until ")[1].split(",")[0]
+    margin = datetime.fromisoformat(slurm.job(job)["StartTime"]).timestamp() + 20 * 60 - datetime.fromisoformat(said).timestamp()
+    assert abs(margin - 120) <= 1  # the site's
+
+
+def test_container_flags(slurm, unbroken):
+    """What pyxis is told on each node: the image, the folders of job, checkout and user, and not the home folder."""
+    jobs = slurm.root / "jobs"
+    given = dict(line.split(" ", 1) for line in (slurm.root / "pyxis.txt").read_text().splitlines())
+    expected = f"container-image=nvcr.io#nvidia/pytorch:26.06-py3 container-mounts={jobs}:{jobs},{ROOT}:{ROOT},/models:/models:ro container-workdir={jobs}"
+    assert given == {node: f"{expected} no-container-mount-home=yes" for node in ("n0", "n1")}
+
+
+def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
+    """One run in four jobs, each made by the one before; its curve is bitwise the unbroken one."""
+    _, whole = unbroken
+    output, options = project / "broken", ("--partition=other", "--job-name=mine", "--exclude=", "--time=3", "--signal=B:USR1@5")
+    shutil.copytree(
+        whole, output, ignore=shutil.ignore_patterns("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml")
+    )
+
+    # The deadline passes while the ranks start: they leave before the first step.
+    first = submit(slurm, "compress", recipe(project, "broken"), options=options, MINITRON_MARGIN_S="175")
+    site = Path(slurm.environment["MINITRON_SITE"])
+    text = site.read_text()
+    site.write_text(text.replace("120", "175"))
+    slurm.wait(lambda: "try 1" in slurm.log(first), first)
+    slurm.run("scontrol", "update", "PartitionName=other", "State=DOWN")  # the next job waits to be looked at
+    slurm.wait(lambda: slurm.ended(first), first)
+    site.write_text(text)
+    second = slurm.jobs()[-1]
+    assert "left before distill" in slurm.log(first), slurm.log(first)
+    same = ("JobName", "NumNodes", "TimeLimit", "Partition", "TresPerNode", "Command", "WorkDir")
+    assert {name: slurm.job(second)[name] for name in same} == {name: slurm.job(first)[name] for name in same}
+    assert slurm.job(second)["StdOut"].endswith(f"mine-{second}.out")
+    slurm.run("scontrol", "update", f"JobId={second}", "TimeLimit=20")
+    slurm.run("scontrol", "update", "PartitionName=other", "State=UP")
+
+    # Slurm's warning in the middle of distillation: the stop file, a checkpoint at the step where they are.
+    slurm.wait(lambda: steps(output) >= INTERVAL + 2, second)
+    slurm.run("scancel", "--batch", "--signal=USR1", str(second))
+    slurm.wait(lambda: slurm.ended(second), second)
+    third = slurm.jobs()[-1]
+    assert third > second
+    assert not (output / "stop").exists()
+    assert not (output / "finished").exists()
+    done = steps(output)
+    assert done < STEPS, "it was over before it was stopped"
+
+    # A node is lost, with its agent, its ranks and Slurm's daemon; it comes back later.
+    slurm.wait(lambda: steps(output) >= done + INTERVAL + 2, third)
+    slurm.lose("n1")
+    slurm.wait(lambda: slurm.jobs()[-1] > third, third)
+    assert steps(output) < STEPS, "it was over before the node was lost"
+    slurm.start("n1")
+    fourth = slurm.jobs()[-1]
+    slurm.wait(lambda: slurm.ended(fourth), fourth, 300)
+    assert slurm.job(fourth)["JobState"] == "COMPLETED", slurm.log(fourth)
+    assert "try 4" in slurm.log(fourth)
+    assert slurm.jobs()[-1] == fourth
+    assert (output / "finished").exists()
+    assert read_metrics(output) == read_metrics(whole)
+
+
+def test_wrong_recipe_is_not_submitted_again(slurm, project):
+    before = len(slurm.jobs())
+    job = submit(slurm, "compress", recipe(project, "wrong"), "parallel.tp=3")
+    slurm.wait(lambda: slurm.ended(job), job)
+    assert slurm.job(job)["ExitCode"] == "2:0"
+    assert "needs a multiple of 3" in slurm.log(job)
+    assert "cannot be used, not submitted again" in slurm.log(job)
+    time.sleep(1)
+    assert len(slurm.jobs()) == before + 1
