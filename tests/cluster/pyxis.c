@@ -18,7 +18,7 @@ static char given[COUNT][4096];
 static int take(int number, const char *value, int remote)
 {
     (void)remote;
-    snprintf(given[number], sizeof given[number], "%s", value ? value : "yes");
+    snprintf(given[number], sizeof given[number], "%s", value && *value ? value : "yes");
     return 0;
 }
 
