@@ -31,6 +31,7 @@ def executor(options: argparse.Namespace) -> run.SlurmExecutor:
         time=options.time,
         launcher="torchrun",
         packager=run.Packager(),  # the nodes see this checkout
+        srun_args=[f"--chdir={Path.cwd()}"],  # paths in the recipe mean what they mean here
         env_vars={name: os.environ[name] for name in ("PATH", "PYTHONPATH", "GLOO_SOCKET_IFNAME") if name in os.environ},
     )
 

@@ -1,0 +1,54 @@
+"""examples/with_nemo_run.py: NeMo-Run's SlurmExecutor starts a stage on two nodes, as a Python function and as a command line.
+
+MINITRON_NEMO_PYTHON: a Python with nemo-run beside minitron_mp's dependencies; default: the one that runs the tests.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import recipe
+from tiny import ROOT, read_metrics
+
+PYTHON = os.environ.get("MINITRON_NEMO_PYTHON", sys.executable)
+
+
+@pytest.fixture(scope="module")
+def nemo(slurm, tmp_path_factory):
+    """(form, stage, recipe) -> the log of the job that NeMo-Run made."""
+    done = subprocess.run([PYTHON, "-c", "import nemo_run, torch"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{PYTHON} cannot import nemo_run (set MINITRON_NEMO_PYTHON; docs/cluster.md says how it is installed): {done.stderr.strip().splitlines()[-1]}")
+    home, programs = tmp_path_factory.mktemp("nemo"), tmp_path_factory.mktemp("bin")
+    for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {PYTHON} {words}"$@"\n')
+        (programs / name).chmod(0o755)
+    variables = {"NEMORUN_HOME": str(home), "PATH": f"{programs}:{slurm.environment['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    where = ["--nodes", "2", "--ranks", "2", "--partition", "batch", "--account", "me", "--time", "00:20:00"]
+
+    def submit(form, stage, file):
+        before = slurm.jobs()
+        slurm.run("python", ROOT / "examples" / "with_nemo_run.py", file, stage, "--form", form, *where, **variables)
+        (job,) = set(slurm.jobs()) - set(before)
+        slurm.wait(lambda: slurm.ended(job), job, 200)
+        log = "\n".join(path.read_text() for path in home.rglob("*.out"))
+        assert slurm.job(job)["JobState"] == "COMPLETED", log[-4000:]
+        return log
+
+    return submit
+
+
+def test_both_forms(nemo, unbroken, project):
+    """run.Partial distils, run.Script evaluates; curve and figures are those of launch/slurm.sbatch."""
+    _, whole = unbroken
+    output, later = project / "nemo", ("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml")
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*later))
+    file = recipe(project, "nemo")
+    nemo("partial", "distill", file)
+    assert read_metrics(output) == read_metrics(whole)
+    nemo("script", "evaluate", file)
+    losses = [json.loads((folder / "evaluation.json").read_text())["distilled"]["loss"] for folder in (output, whole)]
+    assert losses[0] == losses[1]
