@@ -21,7 +21,9 @@ def nemo(slurm, tmp_path_factory):
     """(form, stage, recipe) -> the log of the job that NeMo-Run made."""
     done = subprocess.run([PYTHON, "-c", "import nemo_run, torch"], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"{PYTHON} cannot import nemo_run (set MINITRON_NEMO_PYTHON; docs/cluster.md says how it is installed): {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"{PYTHON} cannot import nemo_run (set MINITRON_NEMO_PYTHON; docs/cluster.md says how it is installed): {done.stderr.strip().splitlines()[-1]}"
+        )
     home, programs = tmp_path_factory.mktemp("nemo"), tmp_path_factory.mktemp("bin")
     for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
         (programs / name).write_text(f'#!/bin/sh\nexec {PYTHON} {words}"$@"\n')
