@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def slurm():
     """Two nodes that run the Python of this process."""
     if reason := why_not():
         pytest.skip(reason)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt  # SIGTERM, for example of timeout(1): pytest then leaves the fixtures, and nothing goes on running
+
+    signal.signal(signal.SIGTERM, interrupt)
     with cluster() as made:
         site = made.root / "site.env"
         site.write_text("GLOO_SOCKET_IFNAME=lo\nMINITRON_MARGIN_S=120\n")
