@@ -14,7 +14,7 @@ from slurm import Cluster, cluster, why_not
 from tiny import ROOT, make_model, make_recipe_file, make_text
 
 LAYOUT = {"tp": 2}
-STEPS, INTERVAL = 60, 6
+STEPS, INTERVAL = 48, 16
 
 
 @pytest.fixture(scope="session")
