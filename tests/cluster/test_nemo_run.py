@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import recipe
+from jobs import recipe
 from tiny import ROOT, read_metrics
 
 PYTHON = os.environ.get("MINITRON_NEMO_PYTHON", sys.executable)

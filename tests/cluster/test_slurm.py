@@ -5,7 +5,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from conftest import STEPS, recipe, submit
+from jobs import STEPS, recipe, submit
 from tiny import ROOT, read_metrics
 
 
