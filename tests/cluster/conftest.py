@@ -10,11 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py
 
-from slurm import Cluster, cluster, why_not
-from tiny import ROOT, make_model, make_recipe_file, make_text
-
-LAYOUT = {"tp": 2}
-STEPS, INTERVAL = 60, 6
+from jobs import recipe, submit
+from slurm import cluster, why_not
+from tiny import ROOT, make_model, make_text
 
 
 @pytest.fixture(scope="session")
@@ -43,17 +41,6 @@ def project(tmp_path_factory) -> Path:
     make_text(root / "text")
     recipe(root, "unbroken")
     return root
-
-
-def recipe(project: Path, output: str) -> Path:
-    """A recipe of the project's with an output folder of its own."""
-    training = {"steps": STEPS, "checkpoint_interval": INTERVAL}
-    return make_recipe_file(project / f"{output}.yaml", project / "model", project / "text", project / output, parallel=LAYOUT, distill=training)
-
-
-def submit(slurm: Cluster, *words: str | Path, options: tuple[str, ...] = (), **variables: str) -> int:
-    given = ("--nodes=2", "--gpus-per-node=8", "--time=20", *options)
-    return slurm.submit(*given, ROOT / "launch" / "slurm.sbatch", "--ranks", "2", *words, **variables)
 
 
 @pytest.fixture(scope="session")

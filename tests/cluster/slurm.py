@@ -82,9 +82,9 @@ class Cluster:
     environment: dict[str, str]
     daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
 
-    def run(self, *words: str | Path, **variables: str) -> str:
+    def run(self, *words: str | Path, timeout_s: float = 60, **variables: str) -> str:
         """Output of a Slurm command, which has to succeed."""
-        done = subprocess.run([*map(str, words)], env=self.environment | variables, capture_output=True, text=True, timeout=60, cwd=self.root / "jobs")
+        done = subprocess.run([*map(str, words)], env=self.environment | variables, capture_output=True, text=True, timeout=timeout_s, cwd=self.root / "jobs")
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 

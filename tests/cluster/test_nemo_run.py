@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import recipe
+from jobs import recipe
 from tiny import ROOT, read_metrics
 
 PYTHON = os.environ.get("MINITRON_NEMO_PYTHON", sys.executable)
@@ -33,7 +33,7 @@ def nemo(slurm, tmp_path_factory):
 
     def submit(form, stage, file):
         before = slurm.jobs()
-        slurm.run("python", ROOT / "examples" / "with_nemo_run.py", file, stage, "--form", form, *where, **variables)
+        slurm.run("python", ROOT / "examples" / "with_nemo_run.py", file, stage, "--form", form, *where, timeout_s=200, **variables)
         (job,) = set(slurm.jobs()) - set(before)
         slurm.wait(lambda: slurm.ended(job), job, 200)
         log = "\n".join(path.read_text() for path in home.rglob("*.out"))

@@ -5,7 +5,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from conftest import INTERVAL, STEPS, recipe, submit
+from jobs import STEPS, recipe, submit
 from tiny import ROOT, read_metrics
 
 
@@ -22,7 +22,7 @@ def test_unbroken(slurm, unbroken):
     assert "# job: ranks 0 to 3, nodes 0 to 1" in log
     assert (output / "finished").exists()
     assert steps(output) == STEPS
-    assert slurm.jobs() == [job]  # nothing was submitted again
+    assert "goes on" not in log  # nothing was submitted again
     assert not list((slurm.root / "jobs").glob(".minitron*"))
 
 
@@ -68,7 +68,7 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     slurm.run("scontrol", "update", "PartitionName=other", "State=UP")
 
     # Slurm's warning in the middle of distillation: the stop file, a checkpoint at the step where they are.
-    slurm.wait(lambda: steps(output) >= INTERVAL + 2, second)
+    slurm.wait(lambda: steps(output) >= 4, second, 300)
     slurm.run("scancel", "--batch", "--signal=USR1", str(second))
     slurm.wait(lambda: slurm.ended(second), second)
     third = slurm.jobs()[-1]
@@ -79,13 +79,13 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     assert done < STEPS, "it was over before it was stopped"
 
     # A node is lost, with its agent, its ranks and Slurm's daemon; it comes back later, and Slurm starts the job again.
-    slurm.wait(lambda: steps(output) >= done + INTERVAL + 2, third)
+    slurm.wait(lambda: steps(output) >= done + 4, third, 300)
     slurm.lose("n1")
     slurm.wait(lambda: slurm.job(third)["Restarts"] == "1", third)
     assert steps(output) < STEPS, "it was over before the node was lost"
     slurm.start("n1")
     slurm.run("scontrol", "update", f"JobId={third}", "StartTime=now")  # a job that is requeued waits for two minutes
-    slurm.wait(lambda: "try 4" in slurm.log(third) and slurm.ended(third), third, 300)
+    slurm.wait(lambda: "try 4" in slurm.log(third) and slurm.ended(third), third, 400)
     assert slurm.job(third)["JobState"] == "COMPLETED", slurm.log(third)
     assert all(slurm.job(job)["JobState"] == "CANCELLED" for job in slurm.jobs() if job > third)  # submitted before Slurm said that it requeues
     assert (output / "finished").exists()

@@ -1,0 +1,22 @@
+"""The recipe of the cluster's tests, and the command that submits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slurm import Cluster
+from tiny import ROOT, make_recipe_file
+
+LAYOUT = {"tp": 2}
+STEPS, INTERVAL = 48, 16
+
+
+def recipe(project: Path, output: str) -> Path:
+    """A recipe of the project's with an output folder of its own."""
+    training = {"steps": STEPS, "checkpoint_interval": INTERVAL}
+    return make_recipe_file(project / f"{output}.yaml", project / "model", project / "text", project / output, parallel=LAYOUT, distill=training)
+
+
+def submit(slurm: Cluster, *words: str | Path, options: tuple[str, ...] = (), **variables: str) -> int:
+    given = ("--nodes=2", "--gpus-per-node=8", "--time=20", *options)
+    return slurm.submit(*given, ROOT / "launch" / "slurm.sbatch", "--ranks", "2", *words, **variables)
