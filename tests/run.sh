@@ -85,13 +85,13 @@ case ${1:-} in
 --py312) py312 "${@:2}" ;;
 --cluster)
     pinned
-    python -m pytest --durations=5 tests/cluster "${@:2}"
+    python -m pytest -rs --durations=5 tests/cluster "${@:2}"
     ;;
 --docker)
     need buildah buildah
     need debootstrap debootstrap
     pinned
-    python -m pytest --durations=5 tests/docker "${@:2}"
+    python -m pytest -rs --durations=5 tests/docker "${@:2}"
     ;;
 --all)
     # The real model, when the quick start has fetched it.

@@ -41,7 +41,7 @@ def buildah(tmp_path_factory) -> Iterator[Buildah]:
     (root / "tmp").mkdir()
     places = ["--root", str(root / "storage"), "--runroot", str(root / "run"), "--storage-driver", "vfs"]
 
-    def run(*words: object, check: bool = True, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    def run(*words: object, check: bool = True, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"TMPDIR": str(root / "tmp")}
         done = subprocess.run(["buildah", *places, *map(str, words)], env=environment, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0 or not check, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -63,14 +63,18 @@ def base(buildah, tmp_path_factory) -> str:
     torch = re.search(r"^torch==(\S+)$", pins, re.M)
     assert torch
     command = ["debootstrap", "--variant=minbase", "--include=python3,python3-pip,ca-certificates", "bookworm", rootfs]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    finally:
+        for mount in ("proc", "sys"):  # which it leaves when it is stopped
+            subprocess.run(["umount", "-q", "-R", rootfs / mount])
     if done.returncode:
         pytest.skip(f"debootstrap cannot make Debian 12 here: {(done.stdout + done.stderr).strip()[-300:]}")
     packages = rootfs / "usr" / "local" / "lib" / "python3.11" / "dist-packages"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--python-version", "3.11", "--only-binary", ":all:", "--target", packages]
     wanted = [f"torch=={torch[1]}+cpu", f"numpy=={NUMPY}"]
     for index in ([], ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]):
-        done = subprocess.run([*install, *index, *wanted], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*install, *index, *wanted], capture_output=True, text=True, timeout=600)
         if done.returncode == 0:
             break
     else:
