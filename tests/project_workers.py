@@ -90,8 +90,8 @@ class _Stopped(BaseException):
     """Not an error: as if somebody had pulled the plug."""
 
 
-def search(*, arguments: list[str], stop_after: int | None = None) -> Done:
-    """minitron() that ends with code "stopped" after so many measurements of a search are kept."""
+def search(*, arguments: list[str], stop_after: int | None = None, leave_after: int | None = None) -> Done:
+    """minitron() that ends with code "stopped" after so many measurements of a search are kept; leave_after: then a stop file comes."""
     from minitron_mp.search import _Progress
 
     kept, keep = [], _Progress.keep
@@ -99,6 +99,8 @@ def search(*, arguments: list[str], stop_after: int | None = None) -> Done:
     def count(progress: _Progress) -> None:
         keep(progress)
         kept.append(1)
+        if len(kept) == leave_after:
+            (progress.job.recipe.root / "stop").touch()
         if len(kept) == stop_after:
             raise _Stopped
 

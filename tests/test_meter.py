@@ -45,11 +45,12 @@ def test_peak_of_a_device(device, peak):
 
 
 LENGTH = 24
+FILES = {"model": "m", "output": "o", "target": {"hidden_size": 28}}
 TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].model_copy(update={"hidden_size": 28})
 
 
 def work_of(**sections) -> Work:
-    recipe = make_recipe(model="m", output="o", target={"hidden_size": 28}, data={"sequence_length": LENGTH}, **sections)
+    recipe = make_recipe({**FILES, "data": {"sequence_length": LENGTH}, **sections})
     world = SimpleNamespace(device=torch.device("cpu"), size=4, bridge=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}))
     return distillation_work(recipe, STUDENT, TEACHER, world, tokens=96)
 
@@ -65,9 +66,7 @@ def test_the_teacher_counts_where_it_runs():
     assert (cached.student, cached.teacher_ranks) == (student + head, 0)
     learning = work_of(correct={"when": "during", "steps": 10, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 1})
     assert (learning.teacher(9), learning.teacher(10)) == (training_flops(TEACHER, LENGTH), whole)
-    alone = training_work(
-        make_recipe(model="m", output="o", target={"hidden_size": 28}), STUDENT, SimpleNamespace(device=torch.device("cpu"), size=2), tokens=1
-    )
+    alone = training_work(make_recipe(FILES), STUDENT, SimpleNamespace(device=torch.device("cpu"), size=2), tokens=1)
     assert alone.student_ranks == 2
     assert alone.peak is None
 
@@ -116,4 +115,4 @@ def test_a_deadline_that_is_no_time_is_refused(monkeypatch):
 )
 def test_profiles_that_cannot_be_are_refused(profile, words):
     with pytest.raises(InputError, match=words):
-        make_recipe(model="m", output="o", target={"hidden_size": 28}, distill={"profile": profile})
+        make_recipe({**FILES, "distill": {"profile": profile}})

@@ -177,6 +177,17 @@ def test_a_stopped_search_goes_on(ranks, whole, scored, stop_after):
     assert ("to step 4" in out) == (stop_after == 2)
 
 
+def test_a_search_that_is_told_to_leave_goes_on(ranks, whole, scored):
+    """Between two steps of the students that are distilled together: each has a checkpoint, and the same comes out."""
+    done = ranks(1, "project_workers.search", arguments=["search", str(scored), "--force"], leave_after=3)[0]
+    root = load_recipe(scored).root
+    assert done.code == 0, done.err
+    assert f"search: left after step 1: {root / 'stop'} is there; the same command goes on from there" in done.out
+    assert len(list((root / "search").glob("*/step_00000001"))) == 2
+    assert not (root / "stop").exists()
+    assert losses(searched(ranks, scored)[0]) == losses(whole)
+
+
 def test_companions_change_nothing(ranks, whole, scored):
     """One student at a time, each with a pass of the teacher of its own; bitwise."""
     assert losses(searched(ranks, scored, "search.together=1")[0]) == losses(whole)
