@@ -143,7 +143,8 @@ def with_signals(teacher: Any, batches: Sequence[Batch], step: int = 0) -> list[
 
 def frozen_model(arch: Arch, folder: Path, world: World, *, prefix: str = "", **build: Any) -> list[Any]:
     """The model of a checkpoint, for forward passes; prefix: of its keys there; build: what build_model() takes."""
-    chunks = build_model(arch, world, **build)
+    with torch.no_grad():  # or weights in FP8 would get a transposed copy for the backward pass
+        chunks = build_model(arch, world, **build)
     checkpoint.load_model(chunks, folder, world, prefix)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
