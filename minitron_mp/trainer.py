@@ -241,7 +241,7 @@ class Run:
 
         One host synchronisation and one collective.
         """
-        seconds, world, leaving = time.perf_counter() - self.clock, self.world, self.world.leaving
+        seconds, world = time.perf_counter() - self.clock, self.world
         each = seconds / len(self.pending)
         steps = torch.stack(self.sums)
         wish, measure = self._wishes(each)
@@ -268,8 +268,6 @@ class Run:
             self._tell(step, lr, grad_norm, alpha, row, each, measured)
         self.pending.clear()
         self.sums.clear()
-        if leaving is not None:
-            leaving.step_s.append(each)
         if self.background is not None and self.background.pending and not writers:
             self.finish_save()
         self.start_clock()
@@ -279,9 +277,11 @@ class Run:
         leaving, ending = self.world.leaving, getattr(self.teacher, "ending", None)
         if leaving is None or self.checkpoints is None:
             return "", False
+        leaving.step_s.append(step_s)
         steps = self.settings.log_interval + (ending.lead_steps if ending else 0)
-        saves = 1 + (self.background is not None and self.background.pending)
-        return leaving.why(self.world.is_main, steps=steps, saves=saves), self.world.is_main and leaving.unmeasured(self.checkpoints)
+        pending = self.background is not None and self.background.pending
+        measure = self.world.is_main and not pending and leaving.unmeasured(self.checkpoints)
+        return leaving.why(self.world.is_main, steps=steps, saves=1 + pending), measure
 
     def _tell(self, step: int, lr: float, grad_norm: float, alpha: Any, row: Sequence[float], each: float, measured: Measured) -> None:
         """Of one step, on rank 0; Diverged on all ranks."""
