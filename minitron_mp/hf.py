@@ -311,23 +311,34 @@ def write_folder(
     each of canonical_keys(arch), in any order. Holds one shard and one tensor at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in assets(source):
-        shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(_new_config(_read_json(source / "config.json"), arch, dtype), indent=2) + "\n")
+    copy_assets(source, folder, new_config(_read_json(source / "config.json"), arch, dtype))
     named = (item for key, layer, tensor in tensors for item in to_hf(key, layer, tensor, arch).items())
+    written = write_weights(folder, named, dtype, max_shard_bytes=max_shard_bytes)
+    assert written == hf_shapes(arch).keys(), written ^ hf_shapes(arch).keys()
+
+
+def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> None:
+    """The assets() of a source with another config.json."""
+    for path in assets(source) if source else []:
+        shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_weights(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, *, max_shard_bytes: float = 5e9) -> set[str]:
+    """Hugging Face names and tensors -> safetensors files and their index, in a folder that has a config.json; the names."""
     shards = list(_write_shards(folder, named, dtype, max_shard_bytes))
     weight_map: dict[str, str] = {}
-    for number, (path, names) in enumerate(shards, 1):
+    for number, (path, names, _) in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         path.rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    assert weight_map.keys() == hf_shapes(arch).keys(), weight_map.keys() ^ hf_shapes(arch).keys()
     if len(shards) > 1:
-        index = {"metadata": {"total_size": arch.num_parameters() * dtype.itemsize}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(size for *_, size in shards)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return set(weight_map)
 
 
-def _new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[str, Any]:
+def new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[str, Any]:
     """The source's config.json with the sizes, family and dtype of the model that is written."""
     if config["model_type"] != arch.family:
         llama_only = ("pretraining_tp", "attention_bias", "mlp_bias")
@@ -340,16 +351,16 @@ def _new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[
     return config | sizes | {"architectures": [FAMILIES[arch.family]], "model_type": arch.family, "dtype": name, "torch_dtype": name}
 
 
-def _write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, max_bytes: float) -> Iterator[tuple[Path, list[str]]]:
-    """Write the tensors file by file; yield each file, named without the number of files, and the names in it."""
+def _write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, max_bytes: float) -> Iterator[tuple[Path, list[str], int]]:
+    """Write the tensors file by file; yield each file, named without the number of files, the names in it, and the bytes of its tensors."""
     shard: dict[str, torch.Tensor] = {}
     num_bytes = number = 0
 
-    def save() -> tuple[Path, list[str]]:
+    def save() -> tuple[Path, list[str], int]:
         path = folder / f".shard-{number}"
         save_file(shard, path, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", path)  # safetensors writes for the owner only
-        return path, list(shard)
+        return path, list(shard), num_bytes
 
     for name, tensor in named:
         size = tensor.numel() * dtype.itemsize

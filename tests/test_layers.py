@@ -26,7 +26,7 @@ ONLY_IN = {
     "megatron.core.mpu": set(),
     "megatron.bridge": {"bridge"},
     "transformer_engine": {"precision", "model"},
-    "transformers": {"hf", "data"},
+    "transformers": {"hf", "data", "bridge"},
     "triton": {"kernels"},
     "lm_eval": {"harness"},
     "matplotlib": {"figures"},

@@ -1,0 +1,73 @@
+"""Score a model that Megatron-Bridge built, of any dense family that it maps, plan, and prune it: PRUNED, a checkpoint of any layout, and PRUNED_hf.
+
+torchrun --nproc-per-node 4 examples/bridge_prune.py MODEL_FOLDER PRUNED --keep 0.75 --tp 2 --pp 2
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from minitron_mp import InputError, artifact, bridge, checkpoint, make_plan, prune, schedule, score, world
+from minitron_mp.config import Parallel, Score, Target
+from minitron_mp.job import ASSETS
+
+
+def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
+    """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
+    tokens = torch.randint(0, vocab_size, (4, 2, 64), generator=torch.Generator().manual_seed(rank))
+    positions = torch.arange(64).expand(2, 64).contiguous()
+    return [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
+
+
+def compress(provider, source: Path, output: Path, target: Target, w) -> None:
+    """provider: of the model in source, with its weights and parallel sizes; reached by all ranks."""
+    config = json.loads((source / "config.json").read_text())
+    arch = bridge.arch_of(provider, config)
+    provider.finalize()
+    chunks = bridge.defer_head(provider.provide_distributed_model(wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=w.groups))
+    own = bridge.world_of(chunks)
+    for chunk in chunks:
+        chunk.eval()
+    importance = score(chunks, arch, Score(), own, 64, lambda: schedule.run(chunks, batches(arch.vocab_size, own.groups.dp.rank()), own, None))
+    plan = make_plan(importance, arch, target, tp=own.parallel.tp)
+    smaller = bridge.pruned_config(config, plan.student)
+
+    def assets(folder: Path) -> None:
+        (folder / ASSETS).mkdir()
+        (folder / ASSETS / "config.json").write_text(json.dumps(smaller))
+        for path in source.glob("tokenizer*"):
+            shutil.copy(path, folder / ASSETS)
+
+    made = artifact.Manifest(stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student)
+    checkpoint.save(prune(chunks, plan, own), output, made, assets)
+    if own.is_main:
+        print(f"{output}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("pruned", type=Path)
+    parser.add_argument("--keep", type=float, default=0.75)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    args = parser.parse_args()
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+
+    provider = AutoBridge.from_hf_pretrained(args.model).to_megatron_provider()
+    provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = args.tp, args.pp
+    provider.pipeline_dtype = provider.params_dtype
+    provider.transformer_layer_spec = local_layer_spec  # scores are read at the norms, which Transformer Engine's layers have inside
+    with world(Parallel(tp=args.tp, pp=args.pp), seed=1) as w:
+        compress(provider, args.model, args.pruned, Target(keep=args.keep), w)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
