@@ -77,6 +77,21 @@ def layers(config: Any) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // config.pipeline_model_parallel_size), layer_norm=Norm)
 
 
+def pretrain_without_cuda(cfg: Any) -> None:
+    """setup() asserts that there is CUDA, though the function that it calls has a parameter to go on without; that one then seeds no Megatron stream."""
+    from megatron.bridge.training import initialize, setup
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        groups = initialize.initialize_megatron(*args, allow_no_cuda=True, **kwargs)
+        model_parallel_cuda_manual_seed(cfg.rng.seed, force_reset_rng=True)
+        return groups
+
+    setup.initialize_megatron = initialize_megatron
+    initialize.compile_helpers = lambda: None  # Megatron-Core's wheels have the compiled helpers, and no Makefile
+    cfg.dist.distributed_backend = "gloo"
+
+
 LOCAL = {
     # Every fusion is a CUDA kernel of Apex or Transformer Engine.
     "gradient_accumulation_fusion": False,

@@ -11,8 +11,10 @@ from typing import Any
 
 import bridge_shims
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 bridge_shims.install()
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from bridge_shims import on_cpu
@@ -23,10 +25,10 @@ from minitron_mp import bridge, checkpoint, hf, parallel, schedule, slicing
 from minitron_mp.arch import AXES
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import Distill, Parallel, Target
-from minitron_mp.job import ASSETS
-from minitron_mp.model import build_model
+from minitron_mp.job import ASSETS, assets_from
+from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World
-from minitron_mp.plan import PrunePlan, make_plan
+from minitron_mp.plan import Importance, make_plan
 from minitron_mp.teacher import ColocatedTeacher, with_signals
 from minitron_mp.trainer import Run
 
@@ -77,3 +79,46 @@ def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Pa
             bridge.export(bridge.defer_head(ours), json.loads((source / "config.json").read_text()), folder / f"{family}_hf", source=source)
             found[family] = len(mine), differ
     return found
+
+
+def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
+    """teacher/ and student/ below the folder, as import and prune leave them; layers of both. Scores are drawn."""
+    with joined(1, 1) as world:
+        import_folder(source, folder / "teacher", world)
+        arch, draw = hf.read_arch(source), np.random.default_rng(0)
+        shapes = (arch.num_layers, arch.ffn_hidden_size), (arch.num_layers, arch.num_attention_heads), (arch.hidden_size,), (arch.num_layers,)
+        plan = make_plan(Importance(*(draw.random(shape).astype(np.float32) for shape in shapes)), arch, Target(hidden_size=48, ffn_hidden_size=64))
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        checkpoint.load_model(chunks, folder / "teacher", world)
+        made = Manifest(stage="prune", settings={}, inputs={}, arch=plan.student)
+        checkpoint.save(slicing.prune(chunks, plan, world), folder / "student", made, assets_from(folder / "teacher"))
+        return arch.num_layers, plan.student.num_layers
+
+
+class Losses:
+    """A callback that keeps what Bridge would log."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_step_end(self, context: Any) -> None:
+        self.rows.append({name: value.item() for name, value in context.loss_dict.items()} | {"grad_norm": float(context.grad_norm)})
+
+
+def pretrain(*, folder: Path, tp: int, pp: int, overrides: list[str], precision: str = "fp32") -> list[dict[str, float]]:
+    """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage."""
+    from bridge_distill import recipe
+    from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    cfg, step = recipe(folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision=precision)
+    cfg = process_config_with_overrides(config=cfg, config_filepath=None, cli_overrides=overrides)
+    on_cpu(cfg.model, tp, pp, DTYPES[precision])
+    cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", step.vocab_size - 1  # and an end of text
+    bridge.check(cfg, step)
+    bridge_shims.pretrain_without_cuda(cfg)
+    losses = Losses()
+    pretrain(cfg, step, callbacks=[step, losses])
+    parallel.leave_groups()
+    assert step.teacher.chunk is None, "the teacher is given back at the end"
+    return losses.rows
