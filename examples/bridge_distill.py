@@ -33,7 +33,7 @@ def recipe(pruned: str | Path, teacher: str | Path, *, sequence_length: int = SE
         train=TrainingConfig(train_iters=100, global_batch_size=8, micro_batch_size=1),
         validation=ValidationConfig(eval_interval=None, eval_iters=0),
         optimizer=OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=1e-5, weight_decay=0.1, bf16=precision == "bf16", use_distributed_optimizer=True),
-        scheduler=SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=10),
+        scheduler=SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=10, start_weight_decay=0.1, end_weight_decay=0.1),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False),
         dataset=GPTDatasetConfig(
             random_seed=1234,

@@ -110,7 +110,7 @@ def on_cpu(model: Any, tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.floa
     from megatron.core.transformer.enums import AttnBackend
 
     model.transformer_layer_spec = layers
-    model.attention_backend = AttnBackend.unfused
+    model.attention_backend = AttnBackend.auto  # Megatron-Core writes it to the environment, where all models of a process must agree
     model.tensor_model_parallel_size, model.pipeline_model_parallel_size = tp, pp
     model.params_dtype = model.pipeline_dtype = dtype
     model.bf16, model.fp16 = dtype is torch.bfloat16, False
