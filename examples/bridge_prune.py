@@ -13,6 +13,7 @@ import torch
 from minitron_mp import InputError, artifact, bridge, checkpoint, make_plan, prune, schedule, score, world
 from minitron_mp.config import Parallel, Score, Target
 from minitron_mp.job import ASSETS
+from minitron_mp.plan import PrunePlan
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
@@ -22,7 +23,7 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
     return [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
 
 
-def compress(provider, source: Path, output: Path, target: Target, w) -> None:
+def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePlan:
     """provider: of the model in source, with its weights and parallel sizes; reached by all ranks."""
     config = json.loads((source / "config.json").read_text())
     arch = bridge.arch_of(provider, config)
@@ -45,6 +46,7 @@ def compress(provider, source: Path, output: Path, target: Target, w) -> None:
     checkpoint.save(prune(chunks, plan, own), output, made, assets)
     if own.is_main:
         print(f"{output}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
+    return plan
 
 
 def main() -> None:

@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
-from megatron.core.distributed import DistributedDataParallelConfig
+from workers_stream import joined_roles, make_link
 
-from minitron_mp import bridge, checkpoint, hf, parallel, schedule, slicing
-from minitron_mp.arch import AXES
+from minitron_mp import bridge, checkpoint, hf, parallel, slicing
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, Parallel, Target
+from minitron_mp.config import Distill, InputError, Parallel, Target
 from minitron_mp.job import ASSETS, assets_from
 from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World
 from minitron_mp.plan import Importance, make_plan
-from minitron_mp.teacher import ColocatedTeacher, with_signals
-from minitron_mp.trainer import Run
+from minitron_mp.stream import Receiver, Sender, Shape
+from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
+from minitron_mp.trainer import train
 
 SEQUENCE_LENGTH = 16
 
@@ -105,20 +105,128 @@ class Losses:
         self.rows.append({name: value.item() for name, value in context.loss_dict.items()} | {"grad_norm": float(context.grad_norm)})
 
 
-def pretrain(*, folder: Path, tp: int, pp: int, overrides: list[str], precision: str = "fp32") -> list[dict[str, float]]:
-    """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage."""
+def pretrain(
+    *, folder: Path, tp: int, pp: int, overrides: list[str], precision: str = "fp32", sequence_parallel: bool = False, spy: bool = False, teacher: Any = None
+) -> Any:
+    """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage. spy: with the microbatches seen."""
     from bridge_distill import recipe
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
     cfg, step = recipe(folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision=precision)
     cfg = process_config_with_overrides(config=cfg, config_filepath=None, cli_overrides=overrides)
-    on_cpu(cfg.model, tp, pp, DTYPES[precision])
+    on_cpu(cfg.model, tp, pp, DTYPES[precision]).sequence_parallel = sequence_parallel
+    step.teacher = teacher or step.teacher
+    if spy:
+        step.__class__, step.seen = Spied, []
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", step.vocab_size - 1  # and an end of text
     bridge.check(cfg, step)
     bridge_shims.pretrain_without_cuda(cfg)
     losses = Losses()
     pretrain(cfg, step, callbacks=[step, losses])
-    parallel.leave_groups()
-    assert step.teacher.chunk is None, "the teacher is given back at the end"
-    return losses.rows
+    if teacher is None:
+        parallel.leave_groups()
+        assert step.teacher.chunk is None, "the teacher is given back at the end"
+    return (losses.rows, step.seen) if spy else losses.rows
+
+
+class Spied(bridge.KDForwardStep):
+    """Keeps the microbatches that it was given."""
+
+    seen: list[dict[str, Any]]
+
+    def __call__(self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Any:
+        raw = next(data_iterator)
+        self.seen.append({key: raw[key] for key in ("tokens", "labels", "loss_mask", "position_ids")})
+        return super().__call__(state, iter([raw]), model, return_schedule_plan)
+
+
+def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) -> list[dict[str, float]]:
+    """The same run by trainer.train, without Bridge; one rank."""
+    rows: list[dict[str, float]] = []
+    per_step = len(batches) // steps
+    same = {"steps": steps, "lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 1, "weight_decay": 0.1, "adam_beta2": 0.999, "clip_grad": 1.0}
+    with joined(1, 1) as world:
+        arch = bridge._arch_in(folder / "student")
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        checkpoint.load_model(chunks, folder / "student", world)
+        teacher = ColocatedTeacher(bridge._arch_in(folder / "teacher"), folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        settings = Distill(**same, global_batch_size=per_step, micro_batch_size=1)
+        train(
+            chunks,
+            teacher,
+            lambda step: batches[step * per_step : (step + 1) * per_step],
+            settings,
+            world,
+            vocab_size=arch.vocab_size,
+            seed=1,
+            checkpoints=folder / "by_hand",
+            manifest=Manifest(stage="distill", settings={}, inputs={}, arch=arch),
+            on_step=lambda metrics: rows.append({"kd loss": metrics.loss, "kl": metrics.kl, "lm loss": metrics.ce, "grad_norm": metrics.grad_norm}),
+        )
+    return rows
+
+
+def pretrain_beside_teacher(*, folder: Path, batches: list[dict[str, Any]], overrides: list[str]) -> list[dict[str, float]]:
+    """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks; what Bridge would log on the last rank of the student."""
+    arch = bridge._arch_in(folder / "teacher")
+    roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
+    shape = Shape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
+    with joined_roles(roles) as world:
+        link, ids = make_link(world, roles, shape, 2), range(len(batches))
+        if world.role == "teacher":
+            chunks = frozen_model(arch, folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+            serve(chunks, world, shape, link.teacher, Sender(link), lambda id: batches[id], ids, group=1, vocab_size=arch.vocab_size)
+            return []
+        head = load_head(arch, folder / "teacher", world, torch.float32)
+        receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None
+        streamed = bridge.Streamed(RemoteTeacher(receiver, "hidden", head, world), arch)
+        return pretrain(folder=folder, tp=1, pp=2, overrides=overrides, teacher=streamed)
+
+
+def refusals(*, folder: Path) -> str:
+    """What check() says of a recipe with everything wrong."""
+    from bridge_distill import recipe
+
+    with joined(1, 1):
+        cfg, step = recipe(folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision="fp32")
+        bridge.check(cfg, step)
+        cfg.model.vocab_size, cfg.model.should_pad_vocab, step.vocab_size = 64, True, 17
+        cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size = 3, 3
+        cfg.model.seq_length, cfg.model.calculate_per_token_loss, cfg.model.fp16, cfg.model.bf16 = 100, False, True, True
+        cfg.ddp.average_in_collective = cfg.dist.use_megatron_fsdp = cfg.tokenizer.use_tokenizer_vocab_size = True
+        cfg.train.global_batch_size, cfg.train.micro_batch_size = 7, 2
+        try:
+            bridge.check(cfg, step)
+        except InputError as error:
+            return str(error)
+    return ""
+
+
+def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str, Any]:
+    """examples/bridge_prune.py on a family that hf.py does not map; then the checkpoint, and the same cut in memory, as Hugging Face folders."""
+    from bridge_prune import compress
+
+    target, config = Target(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4), json.loads((source / "config.json").read_text())
+    found: dict[str, Any] = {}
+    with joined(tp, pp) as world:
+
+        def provider(api_folder: Path, **options: Any) -> Any:
+            made = AutoBridge.from_hf_pretrained(api_folder, torch_dtype=torch.float32).to_megatron_provider(**options)
+            return on_cpu(made, tp, pp)
+
+        teacher = provider(source)
+        arch = bridge.arch_of(teacher, config)
+        plan = compress(teacher, source, folder / "pruned", target, world)
+        smaller = bridge.pruned_config(config, plan.student)
+        for name, weights in {
+            "loaded": bridge.load_pruned(folder / "pruned"),
+            "sliced": bridge.slice_teacher(lambda: built(source, world), plan),
+        }.items():
+            student = bridge.student(folder / "pruned", sequence_length=SEQUENCE_LENGTH, precision="fp32")
+            student._pre_wrap_hooks[0] = weights
+            on_cpu(student, tp, pp).finalize()
+            chunks = student.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True, pg_collection=world.groups)
+            bridge.export(chunks, smaller, folder / name, source=source)
+        found = {"teacher": arch.num_parameters(), "student": plan.student.num_parameters(), "ffn": plan.ffn, "hidden": plan.hidden}
+    return found
