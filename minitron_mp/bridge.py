@@ -56,8 +56,7 @@ def student(folder: str | Path, *, sequence_length: int, precision: str = "bf16"
     result as on any other provider; hooks on it run after ours. InputError when Bridge is absent, or has not this api.
     """
     arch = _arch_in(Path(folder))
-    config = hf.new_config(json.loads((Path(folder) / ASSETS / "config.json").read_text()), arch, DTYPES[precision])
-    bridge = auto_bridge(config)
+    bridge = auto_bridge(pruned_config(json.loads((Path(folder) / ASSETS / "config.json").read_text()), arch))
     if api == "config" and not hasattr(bridge, "get_model_config"):
         raise InputError("this Megatron-Bridge has no AutoBridge.get_model_config(); use api='provider', or a newer Bridge")
     model = bridge.get_model_config() if api == "config" else bridge.to_megatron_provider(load_weights=False)
@@ -109,12 +108,12 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
         world = world_of(chunks)
         if plan.student.num_layers < plan.teacher.num_layers and world.parallel.pp > 1:
             raise InputError(f"the plan drops layers, and pp is {world.parallel.pp}: layers would move between stages; prune to a checkpoint, and load that")
-        kept = prune(teacher(), plan, world)
+        kept = {(tensor.key, tensor.global_offset): tensor for tensor in prune(teacher(), plan, world).values()}
         with torch.no_grad():
             for state in checkpoint.model_state(chunks, world).values():
                 for entry in state.values():
                     for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-                        part.data.copy_(kept.pop(f"{part.key}/{part.global_offset}").data)
+                        part.data.copy_(kept.pop((part.key, part.global_offset)).data)
         assert not kept, list(kept)
         return chunks
 
@@ -192,7 +191,8 @@ def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
     names = {"num_layers": "num_hidden_layers", "ffn_hidden_size": "intermediate_size", "num_query_groups": "num_key_value_heads", "kv_channels": "head_dim"}
     sizes = {names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")}
     refuse("this config.json names its sizes in another way:", [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"])
-    return {**config, **sizes}
+    types = config.get("layer_types")
+    return {**config, **sizes, **({"layer_types": types[: arch.num_layers]} if types else {})}
 
 
 def export(chunks: list[Any], config: dict[str, Any], folder: str | Path, *, source: str | Path | None = None) -> None:

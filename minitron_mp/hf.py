@@ -311,7 +311,7 @@ def write_folder(
     each of canonical_keys(arch), in any order. Holds one shard and one tensor at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    copy_assets(source, folder, new_config(_read_json(source / "config.json"), arch, dtype))
+    copy_assets(source, folder, _new_config(_read_json(source / "config.json"), arch, dtype))
     named = (item for key, layer, tensor in tensors for item in to_hf(key, layer, tensor, arch).items())
     written = write_weights(folder, named, dtype, max_shard_bytes=max_shard_bytes)
     assert written == hf_shapes(arch).keys(), written ^ hf_shapes(arch).keys()
@@ -338,7 +338,7 @@ def write_weights(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype
     return set(weight_map)
 
 
-def new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[str, Any]:
+def _new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[str, Any]:
     """The source's config.json with the sizes, family and dtype of the model that is written."""
     if config["model_type"] != arch.family:
         llama_only = ("pretraining_tp", "attention_bias", "mlp_bias")

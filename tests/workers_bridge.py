@@ -145,7 +145,7 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
     """The same run by trainer.train, without Bridge; one rank."""
     rows: list[dict[str, float]] = []
     per_step = len(batches) // steps
-    same = {"steps": steps, "lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 1, "weight_decay": 0.1, "adam_beta2": 0.999, "clip_grad": 1.0}
+    same = {"steps": steps, "lr": 1e-4, "min_lr": 1e-4, "warmup_steps": 0, "weight_decay": 0.1, "adam_beta2": 0.999, "clip_grad": 1.0}
     with joined(1, 1) as world:
         arch = bridge._arch_in(folder / "student")
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
