@@ -201,11 +201,18 @@ def export(chunks: list[Any], config: dict[str, Any], folder: str | Path, *, sou
     config: config.json of this very model (pruned_config()). source: folder whose tokenizer and other small files belong to it.
     """
     bridge, folder = auto_bridge(config), Path(folder)
-    tensors = bridge.export_hf_weights([bare(chunk) for chunk in chunks], cpu=True, show_progress=False)
+    inner = [bare(chunk) for chunk in chunks]
+    tensors = bridge.export_hf_weights(inner, cpu=True, show_progress=False)
+    padded = inner[0].vocab_size, inner[0].config.hidden_size
+
+    def own_rows(name: str, tensor: Tensor) -> Tensor:
+        """Embedding and head without the padding of the vocabulary, which Bridge leaves on."""
+        return tensor[: config["vocab_size"]] if tensor.shape == padded and ".layers." not in name else tensor
+
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         hf.copy_assets(Path(source) if source else None, folder, config)
-        hf.write_weights(folder, ((name, tensor) for name, tensor in tensors), bare(chunks[0]).config.params_dtype)
+        hf.write_weights(folder, ((name, own_rows(name, tensor)) for name, tensor in tensors), inner[0].config.params_dtype)
     for _ in tensors:  # the export is collective: the other ranks walk it to the end
         pass
     dist.barrier()
