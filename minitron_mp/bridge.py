@@ -422,6 +422,7 @@ def check(cfg: Any, step: KDForwardStep) -> None:
         (bool(getattr(m, "mtp_num_layers", None)), "model.mtp_num_layers: the loss has no multi-token prediction; set it to None"),
         (bool(getattr(m, "num_moe_experts", None)), "model.num_moe_experts: only dense decoders"),
         (cfg.dist.use_megatron_fsdp or cfg.dist.use_torch_fsdp2, "FSDP: use the distributed optimizer (ddp.use_distributed_optimizer)"),
+        (cfg.dist.use_gloo_process_groups and not own, "dist.use_gloo_process_groups: the world of a role has none; set it to False"),
         (cfg.peft is not None, "cfg.peft: adapters are no target of distillation here; set it to None"),
         (getattr(m, "cuda_graph_impl", "none") != "none", "model.cuda_graph_impl: the loss and the teacher run between the student's kernels; set it to 'none'"),
         (m.num_layers % pp != 0 and not getattr(m, "pipeline_model_parallel_layout", None), f"pp {pp} does not divide the student's {m.num_layers} layers; set pipeline_model_parallel_layout"),

@@ -181,7 +181,7 @@ def pretrain_beside_teacher(*, folder: Path, batches: list[dict[str, Any]], over
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None
         streamed = bridge.Streamed(RemoteTeacher(receiver, "hidden", head, world), arch)
-        return pretrain(folder=folder, tp=1, pp=2, overrides=overrides, teacher=streamed)
+        return pretrain(folder=folder, tp=1, pp=2, overrides=[*overrides, "dist.use_gloo_process_groups=false"], teacher=streamed)
 
 
 def refusals(*, folder: Path) -> str:
