@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -76,3 +78,16 @@ def search(*, arguments: list[str], stop_after: int | None = None) -> Done:
             return minitron(arguments=arguments)
         except _Stopped:
             return Done("stopped", "", "")
+
+
+def load_scripts(paths: list[Path]) -> list[str]:
+    """Import each file; names of those that have a main()."""
+    found = []
+    with patch.object(sys, "path", [*{str(path.parent) for path in paths}, *sys.path]):
+        for path in paths:
+            spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+            assert spec is not None and spec.loader is not None
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            found += [path.name] * hasattr(module, "main")
+    return found

@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -21,9 +22,9 @@ from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
 from workers_stream import joined_roles, make_link
 
-from minitron_mp import bridge, checkpoint, hf, parallel, slicing
+from minitron_mp import bridge, checkpoint, hf, importance, parallel, schedule, slicing
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, InputError, Parallel, Target
+from minitron_mp.config import Distill, InputError, Parallel, Score, Target
 from minitron_mp.job import ASSETS, assets_from
 from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World
@@ -81,6 +82,24 @@ def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Pa
     return found
 
 
+def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
+    """Largest relative difference between the scores of Bridge's model and of ours."""
+    with joined(tp, pp) as world:
+        import_folder(source, folder / "scored", world)
+        arch, tokens = hf.read_arch(source), torch.randint(0, 120, (4, 2, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(0))
+        positions = torch.arange(SEQUENCE_LENGTH).expand(2, -1).contiguous()
+        batches = [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
+        ours = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        checkpoint.load_model(ours, folder / "scored", world)
+        found = []
+        for chunks in (ours, bridge.defer_head(built(source, world))):
+            chunks[0].eval()
+            own = bridge.world_of(chunks)
+            found.append(importance.score(chunks, arch, Score(), own, SEQUENCE_LENGTH, lambda chunks=chunks, own=own: schedule.run(chunks, batches, own, None)))
+        pairs = [(getattr(found[0], name), getattr(found[1], name)) for name in ("ffn", "heads", "hidden", "layers")]
+        return max(float(np.abs(a / b - 1).max()) for a, b in pairs)
+
+
 def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
     """teacher/ and student/ below the folder, as import and prune leave them; layers of both. Scores are drawn."""
     with joined(1, 1) as world:
@@ -105,10 +124,24 @@ class Losses:
         self.rows.append({name: value.item() for name, value in context.loss_dict.items()} | {"grad_norm": float(context.grad_norm)})
 
 
+def as_model_config(provider: Any, folder: Path) -> Any:
+    """The student as AutoBridge.get_model_config() of Bridge's main would describe it, which 0.6 has not; pretrain() of 0.6 takes it, too."""
+    from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
+    from megatron.bridge.models.transformer_config import TransformerConfig
+
+    same = {field.name: getattr(provider, field.name) for field in dataclasses.fields(TransformerConfig) if field.init}
+    names = ("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base", "rotary_percent")
+    config = GPTModelConfig(transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names})
+    return bridge.prepare(config, bridge._arch_in(folder), sequence_length=SEQUENCE_LENGTH, precision="fp32", weights=bridge.load_pruned(folder))
+
+
 def pretrain(
-    *, folder: Path, tp: int, pp: int, overrides: list[str], precision: str = "fp32", sequence_parallel: bool = False, spy: bool = False, teacher: Any = None
+    *, folder: Path, tp: int, pp: int, overrides: list[str], precision: str = "fp32", sequence_parallel: bool = False, spy: bool = False, teacher: Any = None, api: str = "provider"
 ) -> Any:
-    """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage. spy: with the microbatches seen."""
+    """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage.
+
+    spy: with the microbatches seen. api: config, for a ModelConfig in the provider's place.
+    """
     from bridge_distill import recipe
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
@@ -117,6 +150,8 @@ def pretrain(
     cfg = process_config_with_overrides(config=cfg, config_filepath=None, cli_overrides=overrides)
     on_cpu(cfg.model, tp, pp, DTYPES[precision]).sequence_parallel = sequence_parallel
     step.teacher = teacher or step.teacher
+    if api == "config":
+        cfg.model = on_cpu(as_model_config(cfg.model, folder / "student"), tp, pp, DTYPES[precision])
     if spy:
         step.__class__, step.seen = Spied, []
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", step.vocab_size - 1  # and an end of text
