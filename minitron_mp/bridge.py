@@ -410,27 +410,54 @@ def check(cfg: Any, step: KDForwardStep) -> None:
     tp, pp, cp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.context_parallel_size
     own = isinstance(step.teacher, BesideStudent)
     found = [
-        (m.vocab_size != teacher.padded_vocab_size, f"model.vocab_size is {m.vocab_size}, the teacher's, padded, is {teacher.padded_vocab_size}; take cfg.model from student()"),
+        (
+            m.vocab_size != teacher.padded_vocab_size,
+            f"model.vocab_size is {m.vocab_size}, the teacher's, padded, is {teacher.padded_vocab_size}; take cfg.model from student()",
+        ),
         (m.should_pad_vocab, "model.should_pad_vocab is true: the columns of student and teacher would differ; set it to False"),
-        (step.vocab_size != teacher.vocab_size, f"vocab_size of the step is {step.vocab_size}, the teacher's {teacher.vocab_size}; student and teacher need one tokenizer"),
-        (getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False), "tokenizer.use_tokenizer_vocab_size would replace the student's vocabulary; set it to False"),
+        (
+            step.vocab_size != teacher.vocab_size,
+            f"vocab_size of the step is {step.vocab_size}, the teacher's {teacher.vocab_size}; student and teacher need one tokenizer",
+        ),
+        (
+            getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False),
+            "tokenizer.use_tokenizer_vocab_size would replace the student's vocabulary; set it to False",
+        ),
         (not m.calculate_per_token_loss, "model.calculate_per_token_loss is False; the loss is a mean over tokens: set it to True"),
         (cfg.ddp.average_in_collective, "ddp.average_in_collective averages over ranks, not over tokens; set it to False"),
         (m.fp16, "model.fp16: the loss takes no loss scale; use bf16 or float32"),
-        (m.bf16 != (m.params_dtype is torch.bfloat16), f"model.bf16 is {m.bf16} with params_dtype {m.params_dtype}; let cfg.mixed_precision say the same as student(precision=...)"),
-        (bool(m.virtual_pipeline_model_parallel_size) and own, "virtual pipeline stages are for a teacher on ranks of its own; unset virtual_pipeline_model_parallel_size"),
+        (
+            m.bf16 != (m.params_dtype is torch.bfloat16),
+            f"model.bf16 is {m.bf16} with params_dtype {m.params_dtype}; let cfg.mixed_precision say the same as student(precision=...)",
+        ),
+        (
+            bool(m.virtual_pipeline_model_parallel_size) and own,
+            "virtual pipeline stages are for a teacher on ranks of its own; unset virtual_pipeline_model_parallel_size",
+        ),
         (bool(getattr(m, "mtp_num_layers", None)), "model.mtp_num_layers: the loss has no multi-token prediction; set it to None"),
         (bool(getattr(m, "num_moe_experts", None)), "model.num_moe_experts: only dense decoders"),
         (cfg.dist.use_megatron_fsdp or cfg.dist.use_torch_fsdp2, "FSDP: use the distributed optimizer (ddp.use_distributed_optimizer)"),
         (cfg.dist.use_gloo_process_groups and not own, "dist.use_gloo_process_groups: the world of a role has none; set it to False"),
         (cfg.peft is not None, "cfg.peft: adapters are no target of distillation here; set it to None"),
-        (getattr(m, "cuda_graph_impl", "none") != "none", "model.cuda_graph_impl: the loss and the teacher run between the student's kernels; set it to 'none'"),
-        (m.num_layers % pp != 0 and not getattr(m, "pipeline_model_parallel_layout", None), f"pp {pp} does not divide the student's {m.num_layers} layers; set pipeline_model_parallel_layout"),
+        (
+            getattr(m, "cuda_graph_impl", "none") != "none",
+            "model.cuda_graph_impl: the loss and the teacher run between the student's kernels; set it to 'none'",
+        ),
+        (
+            m.num_layers % pp != 0 and not getattr(m, "pipeline_model_parallel_layout", None),
+            f"pp {pp} does not divide the student's {m.num_layers} layers; set pipeline_model_parallel_layout",
+        ),
         (own and teacher.num_layers < pp, f"the teacher has {teacher.num_layers} layers for pp {pp}; lower pp"),
         (m.seq_length % (2 * cp if cp > 1 else 1) != 0, f"model.seq_length {m.seq_length} is no multiple of 2 x context_parallel_size {cp}"),
-        (m.seq_length > teacher.max_position_embeddings, f"model.seq_length {m.seq_length} is beyond the teacher's {teacher.max_position_embeddings} positions"),
+        (
+            m.seq_length > teacher.max_position_embeddings,
+            f"model.seq_length {m.seq_length} is beyond the teacher's {teacher.max_position_embeddings} positions",
+        ),
         *((length != m.seq_length, f"dataset.seq_length {length} is not model.seq_length {m.seq_length}") for length in [_dataset_length(cfg)] if length),
-        (cfg.train.global_batch_size % cfg.train.micro_batch_size != 0, f"train.global_batch_size {cfg.train.global_batch_size} is no multiple of micro_batch_size {cfg.train.micro_batch_size}"),
+        (
+            cfg.train.global_batch_size % cfg.train.micro_batch_size != 0,
+            f"train.global_batch_size {cfg.train.global_batch_size} is no multiple of micro_batch_size {cfg.train.micro_batch_size}",
+        ),
     ]
     problems = [text for wrong, text in found if wrong]
     problems += [f"student: {text}" for text in layout_problems(_sizes(m, teacher), tp)]

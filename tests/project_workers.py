@@ -86,7 +86,8 @@ def load_scripts(paths: list[Path]) -> list[str]:
     with patch.object(sys, "path", [*{str(path.parent) for path in paths}, *sys.path]):
         for path in paths:
             spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             found += [path.name] * hasattr(module, "main")

@@ -136,7 +136,16 @@ def as_model_config(provider: Any, folder: Path) -> Any:
 
 
 def pretrain(
-    *, folder: Path, tp: int, pp: int, overrides: list[str], precision: str = "fp32", sequence_parallel: bool = False, spy: bool = False, teacher: Any = None, api: str = "provider"
+    *,
+    folder: Path,
+    tp: int,
+    pp: int,
+    overrides: list[str],
+    precision: str = "fp32",
+    sequence_parallel: bool = False,
+    spy: bool = False,
+    teacher: Any = None,
+    api: str = "provider",
 ) -> Any:
     """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage.
 
@@ -203,7 +212,8 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
 
 
 def pretrain_beside_teacher(*, folder: Path, batches: list[dict[str, Any]], overrides: list[str]) -> list[dict[str, float]]:
-    """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks; what Bridge would log on the last rank of the student."""
+    """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks. Rank 1, the student's last, has what
+    Bridge would log."""
     arch = bridge._arch_in(folder / "teacher")
     roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
     shape = Shape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
