@@ -164,6 +164,7 @@ def pretrain(
     if spy:
         step.__class__, step.seen = Spied, []
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", step.vocab_size - 1  # and an end of text
+    cfg.dataset.num_workers, cfg.dataset.persistent_workers = 0, False  # processes that would import everything again
     bridge.check(cfg, step)
     bridge_shims.pretrain_without_cuda(cfg)
     losses = Losses()
