@@ -232,6 +232,7 @@ class BesideStudent:
         self.folder, self.precision, self.arch = Path(folder), precision, _arch_in(Path(folder))
         self.sent: deque[tuple[Any, Tensor]] = deque()
         self.chunk: Any = None
+        self.group: Any = None
 
     def start(self, world: World, sequence_length: int) -> None:
         """Load it; reached by all ranks."""
@@ -242,8 +243,6 @@ class BesideStudent:
         for ranks in sorted(map(list, set(map(tuple, mine)))) if world.parallel.pp > 1 else []:
             group = dist.new_group(ranks)
             self.group = group if dist.get_rank() in ranks else self.group
-
-    group: Any = None
 
     def signal(self, batch: Batch, student: Any) -> Tensor | None:
         """Hidden states [s', b, h_t] after the final norm on the last stage, None elsewhere; called by every stage before the student's forward pass."""
@@ -338,7 +337,8 @@ class KDForwardStep:
 
     def __call__(self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Tensor, Callable]:
         """(output, loss function): Bridge's forward step; Bridge binds the first argument, its GlobalState."""
-        assert self.world is not None, "pass the step to pretrain() among the callbacks, too: callbacks=[step]"
+        if self.world is None:
+            raise InputError("the step was not told that training starts: give it to pretrain() among the callbacks, too: callbacks=[step]")
         assert not return_schedule_plan, "check() refuses the overlap of expert communication, which alone asks for a schedule plan"
         world, student, batch = self.world, bare(model), {}
         if world.is_first_stage or world.is_last_stage:  # Bridge reads no data elsewhere

@@ -45,13 +45,6 @@ def transformer_engine() -> None:
     module("transformer_engine", pytorch=pytorch, __version__="0.0.0")
 
 
-def inference_rng_tracker() -> None:
-    """A model for forward passes alone, built outside pretrain(): Megatron's tracker of CUDA's random states would fork states that are not there."""
-    from megatron.core.tensor_parallel.random import initialize_rng_tracker
-
-    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-
-
 class Norm(nn.Module):
     """Every norm of the families; Megatron-Core has weights stored less one (Nemotron, Gemma) only in Apex and Transformer Engine."""
 

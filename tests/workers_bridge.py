@@ -132,7 +132,9 @@ def as_model_config(provider: Any, folder: Path) -> Any:
     same = {field.name: getattr(provider, field.name) for field in dataclasses.fields(TransformerConfig) if field.init}
     names = ("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base", "rotary_percent")
     config = GPTModelConfig(transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names})
-    return bridge.prepare(config, bridge._arch_in(folder), sequence_length=SEQUENCE_LENGTH, precision="fp32", weights=bridge.load_pruned(folder))
+    bridge.prepare(config, bridge._arch_in(folder), sequence_length=SEQUENCE_LENGTH, precision="fp32", weights=bridge.load_pruned(folder))
+    config.transformer.seq_length = SEQUENCE_LENGTH  # 0.6, not main, looks for it there when it warms up its fused functions
+    return config
 
 
 def pretrain(
