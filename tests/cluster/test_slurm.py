@@ -22,7 +22,7 @@ def test_unbroken(slurm, unbroken):
     assert "# job: ranks 0 to 3, nodes 0 to 1" in log
     assert (output / "finished").exists()
     assert steps(output) == STEPS
-    assert "goes on" not in log  # nothing was submitted again
+    assert "launch/slurm.sbatch: job" not in log  # nothing was submitted again
     assert not list((slurm.root / "jobs").glob(".minitron*"))
 
 
