@@ -73,7 +73,7 @@ def uses_transformer_engine(recipe: Recipe) -> bool:
 def layers_in_flight(num_layers: int, parallel: Parallel, num_microbatches: int, stage: int) -> int:
     """Most (layer, microbatch) pairs of a stage whose activations wait for their backward pass at one time.
 
-    Megatron's schedules: pp - stage - 1 forward passes before the first backward one (2104.04473 section 2.2); interleaved, twice as many and
+    Megatron's schedules: pp - stage - 1 forward passes before the first backward one (arXiv 2104.04473); interleaved, twice as many and
     pp for each model chunk but one, the chunks in turn for pp microbatches each.
     """
     p, layers = parallel, parallel.layers_of_chunks(num_layers)[stage :: parallel.pp]

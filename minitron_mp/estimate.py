@@ -1,10 +1,10 @@
 """Step time and bytes on the wire of one layout, before it runs: closed forms over layer times (hardware.py) and memory (cost.py).
 
-pipeline        a step of m microbatches: m x the slowest stage, and once through the others: (sum - slowest) / vpp     2104.04473 section 2.2
-tensor          a layer and microbatch: 4 all-gathers' worth of [s b h] forward, 4 backward (2 all-reduces are as many)  2205.05198 section 4.2.2
+pipeline        a step of m microbatches: m x the slowest stage, and once through the others: (sum - slowest) / vpp     arXiv 2104.04473
+tensor          a layer and microbatch: 4 all-gathers' worth of [s b h] forward, 4 backward (2 all-reduces are as many)  arXiv 2205.05198
 context         keys and values are gathered forward, their gradients scattered backward                                 model.Attention
 data            float32 gradients scattered, weights gathered, once a step; with overlap what the last microbatch's
-                backward pass (gradients) and the first one's forward pass (weights) do not hide, at least one bucket    1910.02054 section 5
+                backward pass (gradients) and the first one's forward pass (weights) do not hide, at least one bucket    arXiv 1910.02054
 teacher         colocated: its forward passes come first, in the student's layout. Remote: the step takes as long as the slower of the two, since
                 a window of two or more microbatches hides the transfer; a window of one shows the teacher's time
 """
