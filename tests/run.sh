@@ -41,7 +41,7 @@ lint() {
     ruff check
     ruff format --check
     mypy
-    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 shellcheck
+    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 shellcheck -x
     hadolint Dockerfile
 }
 
