@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from minitron_mp import hf, parallel
-from minitron_mp.config import Parallel, Score, Target
 from minitron_mp.importance import recording
 from minitron_mp.masks import masked
 from minitron_mp.model import build_model
 from minitron_mp.plan import Importance, make_plan
+from minitron_mp.pruning_config import Target
 from minitron_mp.schedule import run
+from minitron_mp.sections import Parallel, Score
 
 
 def main() -> None:

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 
 from minitron_mp import hf, parallel
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, Parallel, Recipe
+from minitron_mp.config import Recipe
 from minitron_mp.job import Job
 from minitron_mp.model import build_model
+from minitron_mp.sections import Parallel
 from minitron_mp.stages import import_model
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, train
+from minitron_mp.training_config import Distill
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from minitron_mp import hf, parallel
 from minitron_mp.ablation import losses_without
-from minitron_mp.config import Depth, Parallel
 from minitron_mp.model import build_model
 from minitron_mp.plan import depth_candidates
+from minitron_mp.pruning_config import Depth
+from minitron_mp.sections import Parallel
 
 
 def main() -> None:

@@ -33,12 +33,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minitron_mp import parallel
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, Parallel, Recipe, Training, load_recipe
+from minitron_mp.config import Recipe, load_recipe
+from minitron_mp.errors import InputError
 from minitron_mp.hardware import GPUS
 from minitron_mp.losses import Objective, TeacherHidden, distillation_loss
 from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World
 from minitron_mp.planner import read_models
+from minitron_mp.sections import Parallel
+from minitron_mp.training_config import Training
 
 SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "activation")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,13 +25,14 @@ from layers import DEVICE, _forget, _gpu, _wait
 from minitron_mp import parallel
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Parallel, Recipe, load_recipe, make_recipe
+from minitron_mp.config import Recipe, load_recipe, make_recipe
 from minitron_mp.cost import uses_transformer_engine
 from minitron_mp.estimate import distillation
 from minitron_mp.hardware import Times, read_hardware, read_times
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
 from minitron_mp.planner import read_models
+from minitron_mp.sections import Parallel
 from minitron_mp.teacher import ColocatedTeacher, with_signals
 from minitron_mp.trainer import Run
 

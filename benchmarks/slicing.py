@@ -22,9 +22,10 @@ import torch.distributed as dist
 
 from minitron_mp import parallel
 from minitron_mp.arch import Arch
-from minitron_mp.config import Parallel, Target
 from minitron_mp.model import build_model
 from minitron_mp.plan import Importance, make_plan
+from minitron_mp.pruning_config import Target
+from minitron_mp.sections import Parallel
 from minitron_mp.slicing import prune
 
 

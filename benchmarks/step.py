@@ -31,14 +31,16 @@ import torch.nn.functional as F
 from minitron_mp import hf, parallel
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, InputError, Parallel
+from minitron_mp.errors import InputError
 from minitron_mp.flops import forward_flops, training_flops
 from minitron_mp.model import build_model, logits, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.precision import engine_version
 from minitron_mp.schedule import run
+from minitron_mp.sections import Parallel
 from minitron_mp.teacher import Signal, TeacherHidden, with_signals
 from minitron_mp.trainer import Run
+from minitron_mp.training_config import Distill
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 SMALL = {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 32, "vocab_size": 1024}

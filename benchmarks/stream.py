@@ -21,7 +21,7 @@ import time
 import torch
 
 from minitron_mp import parallel
-from minitron_mp.config import Parallel
+from minitron_mp.sections import Parallel
 from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape
 
 

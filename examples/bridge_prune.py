@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from minitron_mp import InputError, artifact, bridge, checkpoint, make_plan, prune, schedule, score, world
-from minitron_mp.config import Parallel, Score, Target
 from minitron_mp.job import ASSETS
 from minitron_mp.plan import PrunePlan
+from minitron_mp.pruning_config import Target
+from minitron_mp.sections import Parallel, Score
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:

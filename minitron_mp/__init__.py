@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "arch": ("Arch", "AXES"),
-    "config": ("InputError", "Recipe", "load_recipe", "make_recipe"),
+    "errors": ("InputError",),
+    "config": ("Recipe", "load_recipe", "make_recipe"),
     "plan": ("Importance", "PrunePlan", "make_plan"),
     "parallel": ("World", "world"),
     "model": ("build_model", "logits"),

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from minitron_mp.arch import Arch, differing_fields
-from minitron_mp.config import InputError, refuse
+from minitron_mp.errors import InputError, refuse
 
 FORMAT = 1
 MANIFEST = "manifest.json"

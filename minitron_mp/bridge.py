@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minitron_mp import artifact, checkpoint, hf
 from minitron_mp.arch import Arch, layout_problems
-from minitron_mp.config import InputError, Parallel, refuse
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.job import ASSETS
 from minitron_mp.losses import Objective, TeacherHidden, distillation_loss
 from minitron_mp.losses import Teacher as Target
@@ -38,6 +38,7 @@ from minitron_mp.model import DTYPES, DeferredHead, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.plan import PrunePlan
 from minitron_mp.schedule import Batch, local_batch
+from minitron_mp.sections import Parallel
 from minitron_mp.slicing import prune
 from minitron_mp.teacher import frozen_model
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_mp.artifact import read_json, write_text
-from minitron_mp.config import InputError, Parallel
+from minitron_mp.errors import InputError
+from minitron_mp.sections import Parallel
 from minitron_mp.stream import Grid, Shape, messages
 
 SHARD_BYTES = 1e9

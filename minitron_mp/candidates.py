@@ -15,9 +15,12 @@ from pydantic import BaseModel
 
 from minitron_mp.arch import Arch, export_problems, layout_problems
 from minitron_mp.artifact import read_json
-from minitron_mp.config import Distill, InputError, Recipe, Search, Target, refuse
+from minitron_mp.config import Recipe
 from minitron_mp.cost import BYTES
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.plan import resolve_target, steps_down
+from minitron_mp.pruning_config import Search, Target
+from minitron_mp.training_config import Distill
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads")
 

@@ -12,7 +12,8 @@ from yaml import YAMLError
 
 from minitron_mp import __version__, artifact, facts, page
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe
+from minitron_mp.config import Recipe
+from minitron_mp.errors import InputError
 from minitron_mp.page import Code, Document, Part, Section
 from minitron_mp.plan import PrunePlan
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from minitron_mp import artifact
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.parallel import everyone, on_main
 
 FREE_SPACE_MARGIN = 1.1

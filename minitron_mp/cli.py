@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from minitron_mp.config import InputError, Recipe, load_recipe
+from minitron_mp.config import Recipe, load_recipe
 from minitron_mp.console import say, speaks, table
+from minitron_mp.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Compress large language models by the Minitron method.")
 

@@ -11,7 +11,9 @@ import math
 from collections.abc import Sequence
 
 from minitron_mp.arch import AXES, Arch
-from minitron_mp.config import Parallel, Recipe, Section, Training
+from minitron_mp.config import Recipe
+from minitron_mp.sections import Parallel, Section
+from minitron_mp.training_config import Training
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
 BYTES = {"bf16": 2, "fp32": 4}

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from minitron_mp.config import InputError, must_divide, refuse
+from minitron_mp.errors import InputError, must_divide, refuse
 from minitron_mp.text import prefixes_of, tokens_of
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")

@@ -18,8 +18,9 @@ from typing import Any
 
 from minitron_mp import cost
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, Recipe, load_recipe
+from minitron_mp.config import Recipe, load_recipe
 from minitron_mp.console import console, launched, say, speaks
+from minitron_mp.errors import InputError
 from minitron_mp.findings import Finding, ranks_text, together
 from minitron_mp.machine import NAMED, devices, extensions, limits, packages
 

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mp.config import Parallel, Recipe, refuse
+from minitron_mp.config import Recipe
+from minitron_mp.errors import refuse
+from minitron_mp.sections import Parallel
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ from functools import cached_property
 from typing import Any
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import Parallel, Recipe, Training
+from minitron_mp.config import Recipe
 from minitron_mp.cost import BYTES, distilling_memory, fp8_of, fullest, payload_bytes_per_token, rank_parameters, remote_teacher_memory, stage_layers
 from minitron_mp.hardware import MEASURED, ROOFLINE, SCALED, Times
+from minitron_mp.sections import Parallel
+from minitron_mp.training_config import Training
 
 BUCKET = 40_000_000
 """Parameters whose gradients Megatron reduces together, at least; a million for each data parallel rank where that is more."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from minitron_mp import artifact, checkpoint, data, signals
 from minitron_mp.arch import Arch
-from minitron_mp.config import Training
 from minitron_mp.console import Tracker, say
 from minitron_mp.correction import PREFIX, LearningTeacher
 from minitron_mp.drift import tell_drift
@@ -23,6 +22,7 @@ from minitron_mp.parallel import World, on_main
 from minitron_mp.precision import communication_buffers
 from minitron_mp.schedule import Batch
 from minitron_mp.trainer import Run, StepMetrics, metrics_line, resume_step, train
+from minitron_mp.training_config import Training
 
 METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
 """Beside the artefacts while a stage trains; a copy of the whole curve goes into the artefact that it made."""

@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, Parallel, refuse
+from minitron_mp.errors import InputError, refuse
+from minitron_mp.sections import Parallel
 
 SHIPPED = Path(__file__).with_name("layer_times.json")
 MEASURED, SCALED, ROOFLINE = "measured", "measured, scaled", "roofline only"

@@ -21,10 +21,11 @@ from typing import Any
 from minitron_mp import __version__, artifact, checkpoint
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, refuse
+from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker, say, speaks, table
 from minitron_mp.correction import PREFIX
 from minitron_mp.data import load_hugging_face
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.job import ASSETS
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World, everyone, on_main, world

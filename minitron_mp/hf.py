@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minitron_mp.arch import ATTENTION, AXES, MLP, Arch
-from minitron_mp.config import InputError, refuse
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.hf_config import FAMILIES, fields
 from minitron_mp.hf_config import has_weights as has_weights
 from minitron_mp.hf_config import read_arch as read_arch

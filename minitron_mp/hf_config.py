@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, refuse
+from minitron_mp.errors import InputError, refuse
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 FAMILIES["nemotron"] = "NemotronForCausalLM"

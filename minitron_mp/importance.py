@@ -30,10 +30,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, Score
+from minitron_mp.errors import InputError
 from minitron_mp.model import unwrap
 from minitron_mp.parallel import World
 from minitron_mp.plan import Importance
+from minitron_mp.sections import Score
 
 
 @dataclass

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 
 
 @dataclass(frozen=True)

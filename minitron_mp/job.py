@@ -11,8 +11,9 @@ from typing import Any
 from minitron_mp import artifact, checkpoint, data
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import InputError, Recipe, must_divide
+from minitron_mp.config import Recipe
 from minitron_mp.correction import PREFIX
+from minitron_mp.errors import InputError, must_divide
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_mp.arch import Arch, layout_problems
-from minitron_mp.config import Parallel, Recipe
+from minitron_mp.config import Recipe
 from minitron_mp.cost import remote_teacher_memory
 from minitron_mp.estimate import Estimate, distillation
 from minitron_mp.hardware import Times
+from minitron_mp.sections import Parallel
 
 GIB = 2**30
 TENSOR, PIPELINE, CONTEXT, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (None, 2, 4), (1, 2, 4)

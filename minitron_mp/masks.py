@@ -20,7 +20,7 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.model import unwrap
 from minitron_mp.parallel import World
 from minitron_mp.plan import PrunePlan

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.collectives import AllGatherSequence
-from minitron_mp.config import InputError, Training, refuse
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.parallel import World
 from minitron_mp.precision import check_hardware, fixed_shapes, fp8_options, fuse_gradient_accumulation, uses_engine
+from minitron_mp.training_config import Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -25,7 +25,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mp import cpu
-from minitron_mp.config import InputError, Parallel
+from minitron_mp.errors import InputError
+from minitron_mp.sections import Parallel
 
 T = TypeVar("T")
 

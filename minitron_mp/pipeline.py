@@ -15,10 +15,12 @@ from typing import Any
 
 from minitron_mp import __version__, artifact, candidates, hf, text
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Depth, InputError, Recipe, load_recipe, refuse, save_recipe
+from minitron_mp.config import Recipe, load_recipe, save_recipe
 from minitron_mp.console import say, speaks, table
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.plan import Importance, PrunePlan, Trials, exportable, make_plan, resolve_target
 from minitron_mp.precheck import recipe_problems
+from minitron_mp.pruning_config import Depth
 
 FINISHED = "finished"
 """Beside the artefacts when `compress` has reached its end; for scripts that start it again until then."""

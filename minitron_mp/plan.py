@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from minitron_mp.arch import Arch, export_problems, layout_problems
 from minitron_mp.artifact import Manifest, read_json, write_bytes, write_text
-from minitron_mp.config import Depth, InputError, Target, refuse
+from minitron_mp.errors import InputError, refuse
+from minitron_mp.pruning_config import Depth, Target
 
 NOISE = 1e-5
 """Relative gap at a cut under which float32 sums over another number of ranks may order two scores the other way."""

@@ -11,14 +11,16 @@ from typing import Any
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import write_text
 from minitron_mp.candidates import candidates
-from minitron_mp.config import InputError, Parallel, Recipe
+from minitron_mp.config import Recipe
 from minitron_mp.console import say, table
 from minitron_mp.cost import uses_transformer_engine
+from minitron_mp.errors import InputError
 from minitron_mp.estimate import WORK, Estimate, distillation, training
 from minitron_mp.hardware import Times, read_hardware, read_times
 from minitron_mp.hf_config import read_arch
 from minitron_mp.layouts import GIB, Search, fastest, fits, problem, scaling, search, smallest_world
 from minitron_mp.plan import resolve_target
+from minitron_mp.sections import Parallel
 
 
 def run_estimate(

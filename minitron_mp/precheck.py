@@ -9,9 +9,11 @@ from pathlib import Path
 from minitron_mp import hf, text
 from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.candidates import candidates
-from minitron_mp.config import InputError, Parallel, Recipe, must_divide
+from minitron_mp.config import Recipe
+from minitron_mp.errors import InputError, must_divide
 from minitron_mp.items import read_items
 from minitron_mp.plan import droppable, exportable, resolve_target
+from minitron_mp.sections import Parallel
 
 
 def recipe_problems(recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None, *, weights: bool = True) -> list[str]:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from minitron_mp.config import InputError, Recipe, Training, refuse
+from minitron_mp.config import Recipe
+from minitron_mp.errors import InputError, refuse
+from minitron_mp.training_config import Training
 
 NEEDS_ENGINE = {"delayed": "2.1", "tensorwise": "2.2", "blockwise": "2.3"}
 """FP8 scaling -> the first version of Transformer Engine that Megatron-Core 0.16 to 0.19 takes for it."""

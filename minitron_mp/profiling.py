@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from minitron_mp.config import InputError, Profile
+from minitron_mp.errors import InputError
 from minitron_mp.parallel import World, everyone, under_nsys
+from minitron_mp.training_config import Profile
 
 
 class Profiler:

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from minitron_mp.collectives import context_parallel_slice
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.parallel import World
 
 Batch = dict[str, Tensor]

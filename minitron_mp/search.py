@@ -22,8 +22,9 @@ from minitron_mp import artifact, checkpoint, data, signals, slicing
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.candidates import HEADER, Candidate, Trained, candidates, inference_bytes, name_of, rows, target_of, training
-from minitron_mp.config import InputError, Recipe, refuse
+from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker, say, table
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.evaluate import compare
 from minitron_mp.job import Job
 from minitron_mp.leaving import Left

@@ -15,18 +15,21 @@ from torch.utils.data import Dataset
 from minitron_mp import artifact, checkpoint, data
 from minitron_mp.arch import Arch, HeadSpec, differing_fields
 from minitron_mp.cache import Reader, Writer, write_index
-from minitron_mp.config import InputError, Parallel, Recipe, Training, refuse
+from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker, say
 from minitron_mp.drift import tell_drift
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.job import Job
 from minitron_mp.leaving import Ending
 from minitron_mp.model import DTYPES
 from minitron_mp.parallel import Bridge, everyone, on_main
 from minitron_mp.plan import PrunePlan
 from minitron_mp.schedule import Batch
+from minitron_mp.sections import Parallel
 from minitron_mp.states import Pairs
 from minitron_mp.stream import STREAM_VERSION, Grid, Link, Receiver, Sender, Senders, Shape
 from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
+from minitron_mp.training_config import Training
 
 
 def train_set(job: Job, settings: Training) -> Dataset:

@@ -25,7 +25,7 @@ from torch import Tensor
 from minitron_mp.arch import AXES, expand, query_slots, slot_rows
 from minitron_mp.checkpoint import model_state
 from minitron_mp.collectives import exchange_kept
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.model import unwrap
 from minitron_mp.parallel import World
 from minitron_mp.plan import PrunePlan

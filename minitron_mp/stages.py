@@ -20,8 +20,8 @@ from minitron_mp.ablation import losses_without, scores_without
 from minitron_mp.arch import AXES, Arch, layout_problems
 from minitron_mp.candidates import layers_to_drop
 from minitron_mp.card import CARD, model_card, source_card
-from minitron_mp.config import InputError, refuse
 from minitron_mp.console import Tracker, say
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.fit import correct, distill
 from minitron_mp.items import read_items
 from minitron_mp.job import ASSETS, Job, assets_from

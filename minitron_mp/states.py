@@ -33,10 +33,12 @@ from torch import Tensor
 
 from minitron_mp import config
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, Parallel, Training, refuse
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.model import unwrap
 from minitron_mp.parallel import World
 from minitron_mp.schedule import Batch
+from minitron_mp.sections import Parallel
+from minitron_mp.training_config import Training
 
 
 @dataclass(frozen=True)

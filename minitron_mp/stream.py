@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from minitron_mp.config import Parallel
+from minitron_mp.sections import Parallel
 
 STREAM_VERSION = 2
 """Of messages() and of what travels with them; both ends must have the same."""

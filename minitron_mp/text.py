@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minitron_mp.artifact import fingerprint_files, read_json, write_text
-from minitron_mp.config import Data, InputError, refuse
+from minitron_mp.errors import InputError, refuse
+from minitron_mp.sections import Data
 
 if TYPE_CHECKING:
     from minitron_mp.data import Tokenizer

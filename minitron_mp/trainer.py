@@ -25,7 +25,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Correct, Distill, InputError, Training, refuse
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.leaving import Ending, Left
 from minitron_mp.losses import Objective, distillation_loss
 from minitron_mp.meter import Measured, Work, peak_memory_gib
@@ -37,6 +37,7 @@ from minitron_mp.profiling import Profiler
 from minitron_mp.schedule import Batch, run
 from minitron_mp.states import States
 from minitron_mp.teacher import with_signals
+from minitron_mp.training_config import Correct, Distill, Training
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from minitron_mp.arch import ATTENTION, AXES, MLP, Arch
-from minitron_mp.config import Correct, Distill, Target, Training
+from minitron_mp.pruning_config import Target
+from minitron_mp.training_config import Correct, Distill, Training
 
 SEQUENCE_LENGTH = 24
 """Divides by 8: 2 cp x tp under context and sequence parallelism."""

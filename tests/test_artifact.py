@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from minitron_mp import artifact
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest, discard_checkpoints, find, fingerprint_files, require, write_text, writing
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 
 ARCH = Arch(
     family="llama",

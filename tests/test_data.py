@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_mp.config import Data, InputError
 from minitron_mp.data import Tokenizer, check_vocabulary, load_tokenizer, micro_batches, samples, too_short
+from minitron_mp.errors import InputError
+from minitron_mp.sections import Data
 from minitron_mp.text import PARTS, fingerprint, tokenize
 
 LINES = [f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)]

@@ -10,9 +10,10 @@ from cases import ARCHS, BY_NAME, LAYOUTS, make_samples
 from test_tasks import dense_scores, write_files
 
 from minitron_mp.arch import AXES
-from minitron_mp.config import Depth, InputError, Target
+from minitron_mp.errors import InputError
 from minitron_mp.items import Item, read_items
 from minitron_mp.plan import Trials, depth_candidates, droppable, kept_layers
+from minitron_mp.pruning_config import Depth, Target
 from minitron_mp.tasks import result_of, right_log_p
 
 ARCH = ARCHS["qwen3"]

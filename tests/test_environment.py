@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from test_launch import ROOT
 
-from minitron_mp.config import InputError, make_recipe
+from minitron_mp.config import make_recipe
 from minitron_mp.environment import Node, lines, places
+from minitron_mp.errors import InputError
 
 NODE = Node(ranks=8, cores=64, scratch=Path("/scratch"))
 

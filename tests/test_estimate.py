@@ -11,12 +11,14 @@ from test_cli import here  # noqa: F401 (a fixture)
 from tiny import ROOT, SIZES, make_recipe_file, refused
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import Parallel, Training, load_recipe
+from minitron_mp.config import load_recipe
 from minitron_mp.cost import kept_per_token, layers_in_flight, rank_parameters, training_memory
 from minitron_mp.estimate import distillation
 from minitron_mp.hardware import GPUS, MEASURED, SCALED, SHIPPED, Times, read_hardware, read_times
 from minitron_mp.layouts import BATCH, fastest, search
 from minitron_mp.planner import read_models
+from minitron_mp.sections import Parallel
+from minitron_mp.training_config import Training
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.stem != "quickstart")
 """The quick start's model is fetched first."""

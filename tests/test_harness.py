@@ -14,7 +14,7 @@ import yaml
 from cases import ARCHS, BY_NAME
 from tiny import make_model, make_recipe_file, make_text, refused
 
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 
 pytest.importorskip("lm_eval")
 ARCH, MAX_LENGTH = ARCHS["qwen3"], 22

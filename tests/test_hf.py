@@ -11,7 +11,7 @@ from cases import BY_NAME, make_samples
 from safetensors.torch import load_file, save_file
 
 from minitron_mp.arch import ATTENTION, AXES, Arch
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.hf import FAMILIES, Weights, assets, canonical_keys, check_weights, hf_shapes, read_arch, to_hf, write_folder
 from minitron_mp.hf_config import DEFAULTS
 

@@ -11,8 +11,8 @@ import reference
 import torch
 from cases import ALL_PAIRS, ARCHS, BY_NAME, CASES, DEFAULT_PAIR, IDS, LAYOUTS_OF_ALL_PAIRS, make_samples, targets
 
-from minitron_mp.config import Target
 from minitron_mp.plan import Importance, make_plan, top
+from minitron_mp.pruning_config import Target
 
 ROUNDING = 1e-5
 """Relative, of float32 sums in another order over activations that are themselves rounded otherwise; 9e-7 seen."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import ARCHS
 
-from minitron_mp.config import InputError, make_recipe
+from minitron_mp.config import make_recipe
+from minitron_mp.errors import InputError
 from minitron_mp.flops import forward_flops, head_flops, training_flops
 from minitron_mp.leaving import Leaving
 from minitron_mp.meter import Measured, Work, distillation_work, peak_tflops, training_work

@@ -8,8 +8,9 @@ import pytest
 
 from minitron_mp.arch import ATTENTION, AXES, MLP, Arch, expand, export_problems, layout_problems
 from minitron_mp.artifact import Manifest, find
-from minitron_mp.config import InputError, Target
+from minitron_mp.errors import InputError
 from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target, top
+from minitron_mp.pruning_config import Target
 
 
 def make_arch(**changes) -> Arch:

@@ -9,7 +9,8 @@ import pytest
 from cases import ARCHS
 
 from minitron_mp.arch import fp8_problems
-from minitron_mp.config import InputError, load_recipe, make_recipe
+from minitron_mp.config import load_recipe, make_recipe
+from minitron_mp.errors import InputError
 from minitron_mp.precheck import recipe_problems
 from minitron_mp.precision import fp8_options, hardware_problems
 

@@ -10,7 +10,8 @@ from tiny import ROOT, make_model, make_recipe_file, make_text
 
 from minitron_mp import hf
 from minitron_mp.candidates import candidates, chosen, inference_bytes, name_of
-from minitron_mp.config import InputError, make_recipe
+from minitron_mp.config import make_recipe
+from minitron_mp.errors import InputError
 from minitron_mp.pipeline import Project, load_recipe
 from minitron_mp.plan import PrunePlan
 

@@ -9,9 +9,12 @@ import reference
 import torch
 from cases import ARCHS, BY_NAME, DISTILL, GLOBAL_BATCH_SIZE, RESUME_AT, make_samples, settings
 
-from minitron_mp.config import Distill, InputError, Parallel, States, make_recipe
+from minitron_mp.config import make_recipe
 from minitron_mp.cost import payload_bytes_per_token
+from minitron_mp.errors import InputError
+from minitron_mp.sections import Parallel
 from minitron_mp.states import Pairs
+from minitron_mp.training_config import Distill, States
 
 ROUNDING = 1e-5
 """As in test_training.py."""

@@ -15,8 +15,9 @@ from pool import Pool, RankError
 from workers_stream import local_signal
 
 from minitron_mp.arch import differing_fields
-from minitron_mp.config import Parallel, make_recipe
+from minitron_mp.config import make_recipe
 from minitron_mp.cost import payload_bytes_per_token
+from minitron_mp.sections import Parallel
 from minitron_mp.signals import contract
 from minitron_mp.stream import Grid, Link, Shape, messages
 

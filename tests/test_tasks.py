@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
 
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.items import read_items
 
 ARCH = ARCHS["qwen3"]

@@ -24,11 +24,11 @@ from minitron_mp import checkpoint, importance, parallel, schedule, slicing, spe
 from minitron_mp.arch import AXES, Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.collectives import context_parallel_slice, exchange_kept
-from minitron_mp.config import Parallel, Score
 from minitron_mp.masks import masked
 from minitron_mp.model import build_model, logits
 from minitron_mp.parallel import World
 from minitron_mp.plan import Importance, PrunePlan, make_plan
+from minitron_mp.sections import Parallel, Score
 
 Weights = dict[str, Tensor]
 

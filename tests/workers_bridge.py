@@ -24,14 +24,17 @@ from workers_stream import joined_roles, make_link
 
 from minitron_mp import bridge, checkpoint, hf, importance, parallel, schedule, slicing
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Distill, InputError, Parallel, Score, Target
+from minitron_mp.errors import InputError
 from minitron_mp.job import ASSETS, assets_from
 from minitron_mp.model import DTYPES, build_model
 from minitron_mp.parallel import World
 from minitron_mp.plan import Importance, make_plan
+from minitron_mp.pruning_config import Target
+from minitron_mp.sections import Parallel, Score
 from minitron_mp.stream import Receiver, Sender, Shape
 from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
 from minitron_mp.trainer import train
+from minitron_mp.training_config import Distill
 
 SEQUENCE_LENGTH = 16
 

@@ -18,10 +18,11 @@ from workers import manifest
 
 from minitron_mp import parallel
 from minitron_mp.arch import Arch
-from minitron_mp.config import Parallel, Training
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
+from minitron_mp.sections import Parallel
 from minitron_mp.trainer import Run
+from minitron_mp.training_config import Training
 
 META = torch.device("meta")
 

@@ -14,7 +14,7 @@ from cases import Layout
 from workers import joined, load
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 
 
 def ask(

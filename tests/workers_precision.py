@@ -15,10 +15,11 @@ from workers import joined, load, manifest, score_samples
 
 from minitron_mp.arch import Arch
 from minitron_mp.checkpoint import scaling_state
-from minitron_mp.config import Correct, InputError, Training
+from minitron_mp.errors import InputError
 from minitron_mp.model import build_model
 from minitron_mp.precision import silently_wrong
 from minitron_mp.trainer import train
+from minitron_mp.training_config import Correct, Training
 
 ONE = Layout("one", 1)
 

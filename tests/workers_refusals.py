@@ -15,7 +15,7 @@ from workers_training import Runner
 
 from minitron_mp import parallel, schedule, slicing
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError
+from minitron_mp.errors import InputError
 from minitron_mp.model import build_model
 from minitron_mp.plan import make_plan
 from minitron_mp.teacher import ColocatedTeacher

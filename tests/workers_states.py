@@ -14,11 +14,12 @@ from workers_training import Runner, copy_once
 
 from minitron_mp import trainer
 from minitron_mp.arch import Arch
-from minitron_mp.config import Distill, InputError
+from minitron_mp.errors import InputError
 from minitron_mp.states import Pairs
 from minitron_mp.stream import Receiver, Senders, Shape
 from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
 from minitron_mp.trainer import StepMetrics
+from minitron_mp.training_config import Distill
 
 Student = tuple[Arch, Path, list[int]]
 """Architecture, checkpoint, kept channels."""

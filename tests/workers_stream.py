@@ -21,10 +21,11 @@ from workers_training import Runner
 
 from minitron_mp import parallel
 from minitron_mp.arch import Arch
-from minitron_mp.config import InputError, Parallel
+from minitron_mp.errors import InputError
 from minitron_mp.losses import TeacherLogits
 from minitron_mp.model import logits
 from minitron_mp.parallel import World
+from minitron_mp.sections import Parallel
 from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape, columns_of, rows_of
 from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
 from minitron_mp.trainer import StepMetrics

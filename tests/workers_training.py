@@ -23,14 +23,15 @@ from workers import gather, joined, load, manifest
 
 from minitron_mp import checkpoint, trainer
 from minitron_mp.arch import Arch
-from minitron_mp.config import Correct, Distill, InputError, Profile
 from minitron_mp.correction import LearningTeacher
+from minitron_mp.errors import InputError
 from minitron_mp.evaluate import compare
 from minitron_mp.leaving import Left, listening
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World
 from minitron_mp.teacher import ColocatedTeacher
 from minitron_mp.trainer import StepMetrics, train
+from minitron_mp.training_config import Correct, Distill, Profile
 
 
 def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:

@@ -23,9 +23,12 @@ from tiny import make_model, make_recipe_file, make_text, read_metrics
 from minitron_mp import checkpoint, importance, parallel, schedule
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.config import Correct, InputError, Parallel, Score, Target
+from minitron_mp.errors import InputError
 from minitron_mp.masks import masked
 from minitron_mp.plan import make_plan
+from minitron_mp.pruning_config import Target
+from minitron_mp.sections import Parallel, Score
+from minitron_mp.training_config import Correct
 
 TESTS = Path(__file__).parents[1]
 FAMILIES = {

@@ -31,7 +31,7 @@ def main(payload: str, window: int) -> None:
     from workers_stream import whole_signal
 
     from minitron_mp import parallel
-    from minitron_mp.config import Parallel
+    from minitron_mp.sections import Parallel
     from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape
 
     one, width = Parallel(), {"hidden": 512, "logits": 1024, "topk": 65}[payload]
