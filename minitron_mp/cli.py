@@ -96,7 +96,7 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write report.md and report.html again from the artefacts."""
     resolved = load_recipe(recipe, overrides or [])
     from minitron_mp import artifact
-    from minitron_mp.pipeline import Project
+    from minitron_mp.project import Project
     from minitron_mp.report import write_report
 
     project = Project(resolved)
@@ -164,9 +164,9 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
 
     from minitron_mp import cost, hf
     from minitron_mp.candidates import candidates, name_of
-    from minitron_mp.pipeline import Project
     from minitron_mp.plan import resolve_target
     from minitron_mp.planner import dry_run_rows
+    from minitron_mp.project import Project
 
     project = Project(recipe)
     t = recipe.teacher

@@ -92,8 +92,8 @@ def _job() -> Any:
 def _of_recipe(recipe: Recipe, job: Any) -> list[Finding]:
     """Model, text and settings of the recipe on every rank; tokenizer and room on disk on rank 0."""
     from minitron_mp import hf
-    from minitron_mp.pipeline import Project
     from minitron_mp.precheck import recipe_problems
+    from minitron_mp.project import Project
 
     models = [Path(folder) for folder in dict.fromkeys([recipe.model, recipe.teacher.model or recipe.model])]
     try:

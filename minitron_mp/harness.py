@@ -29,7 +29,7 @@ from minitron_mp.errors import InputError, refuse
 from minitron_mp.job import ASSETS
 from minitron_mp.model import build_model
 from minitron_mp.parallel import World, everyone, on_main, world
-from minitron_mp.pipeline import Project
+from minitron_mp.project import Project
 from minitron_mp.spans import Row, next_tokens, num_groups, score_rows
 
 try:

@@ -23,7 +23,7 @@ from minitron_mp.config import load_recipe
 from minitron_mp.drift import tell_drift
 from minitron_mp.job import Job
 from minitron_mp.model import build_model
-from minitron_mp.pipeline import Project
+from minitron_mp.project import Project
 
 
 class Done(NamedTuple):

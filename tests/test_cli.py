@@ -22,7 +22,7 @@ from tiny import ROOT, STEPS, environment, make_model, make_recipe_file, make_te
 import minitron_mp
 from minitron_mp import cli, load_recipe
 from minitron_mp.cost import rank_parameters
-from minitron_mp.pipeline import STAGES
+from minitron_mp.project import STAGES
 from minitron_mp.sections import Parallel
 
 UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"

@@ -20,7 +20,8 @@ LAYERS = [
     "parallel cpu precision model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "
     "evaluate speed spans tasks leaving meter profiling",
     "trainer correction",
-    "page figures facts card report job drift fit judging stages signals search precheck pipeline harness planner bridge doctor console cli __main__ __init__",
+    "page figures facts card report job drift fit judging stages signals search precheck project pipeline harness planner bridge doctor console cli "
+    "__main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {

@@ -22,8 +22,8 @@ from cases import BY_NAME, make_samples
 from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, Run, command, environment, make_model, make_recipe_file, minitron, read_metrics, refused
 
 from minitron_mp import artifact, load_recipe
-from minitron_mp.pipeline import STAGES, Project
 from minitron_mp.plan import PrunePlan
+from minitron_mp.project import STAGES, Project
 
 OUTPUT = ["data", "evaluation.json", "finished", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.html", "report.md"]
 OUTPUT += ["student", "student_distilled", "student_hf", "teacher", "tensorboard"]

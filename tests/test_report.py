@@ -19,8 +19,8 @@ from tiny import STEPS, read_metrics
 from minitron_mp import card, facts, figures, page, report
 from minitron_mp.errors import InputError
 from minitron_mp.page import Figure, Table
-from minitron_mp.pipeline import Project
 from minitron_mp.plan import Importance, PrunePlan, Trials
+from minitron_mp.project import Project
 from minitron_mp.pruning_config import Depth, Search
 
 WIDTHS = (400, 1400)

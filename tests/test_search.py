@@ -10,10 +10,10 @@ from tiny import ROOT, make_model, make_recipe_file, make_text
 
 from minitron_mp import hf
 from minitron_mp.candidates import candidates, chosen, inference_bytes, name_of
-from minitron_mp.config import make_recipe
+from minitron_mp.config import load_recipe, make_recipe
 from minitron_mp.errors import InputError
-from minitron_mp.pipeline import Project, load_recipe
 from minitron_mp.plan import PrunePlan
+from minitron_mp.project import Project
 
 CONFIGS = ROOT / "examples" / "configs"
 FREE = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))

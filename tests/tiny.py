@@ -15,7 +15,7 @@ import yaml
 
 from minitron_mp import load_recipe
 from minitron_mp.meter import Measured
-from minitron_mp.pipeline import STAGES, Project
+from minitron_mp.project import STAGES, Project
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}

@@ -19,8 +19,8 @@ from minitron_mp import artifact, data, hf, parallel
 from minitron_mp.config import Recipe
 from minitron_mp.job import ASSETS
 from minitron_mp.model import DTYPES
-from minitron_mp.pipeline import Project
 from minitron_mp.plan import exportable
+from minitron_mp.project import Project
 from minitron_mp.stages import read_tensors
 from minitron_mp.training_config import Distill
 

@@ -38,8 +38,8 @@ from variants import BY_HAND, VARIANTS, Variant, searching
 
 from minitron_mp import InputError, Recipe, artifact, load_recipe, make_recipe, run_stage
 from minitron_mp.model import DTYPES
-from minitron_mp.pipeline import Project
 from minitron_mp.plan import PrunePlan
+from minitron_mp.project import Project
 
 HERE = Path(__file__).parent
 SHARED = ("import", "data", "correct", "score", "depth", "search")

@@ -20,8 +20,8 @@ from minitron_mp import Importance, InputError, Recipe, artifact, build_model, c
 from minitron_mp.candidates import Candidate, target_of
 from minitron_mp.job import ASSETS
 from minitron_mp.parallel import world
-from minitron_mp.pipeline import Project
 from minitron_mp.plan import resolve_target
+from minitron_mp.project import Project
 
 LONGER = 4
 """Times the tokens, for the student that starts from random weights."""
