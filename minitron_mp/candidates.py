@@ -31,6 +31,8 @@ class Trained(BaseModel):
     steps: int
     loss: float
     kl: float
+    seconds: float
+    """Of this round by the clock, shared out evenly among the students distilled together; what came before a stop is not in it."""
 
 
 class Candidate(BaseModel):
@@ -181,20 +183,20 @@ def chosen(path: Path) -> Arch:
     return next(Candidate.model_validate(row).arch for row in content["candidates"] if row["chosen"])
 
 
-def rows(found: Sequence[Candidate]) -> list[tuple[str, ...]]:
-    """A line a candidate, best first, for a table; * where no other one has both less parameters and less loss."""
+def shown(found: Sequence[Candidate]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, a line a candidate, best first) of a table that fits 80 columns; names say the sizes.
+
+    * where no other one has both less parameters and less loss, among those distilled as far.
+    """
     ordered = sorted(found, key=lambda c: (-len(c.distilled), c.loss, c.name))
+    timed = any(c.latency_s is not None for c in found)
     best = set()
     for count in {len(c.distilled) for c in found}:
         best |= set(front([(c.name, c.parameters, c.loss, c.chosen) for c in found if len(c.distilled) == count]))
     lines = []
     for c in ordered:
-        after = f"{c.distilled[-1].loss:.4f} ({c.distilled[-1].steps} steps)" if c.distilled else ""
-        mark = " (chosen)" * c.chosen + " *" * (c.name in best)
-        sizes = (f"{c.arch.num_layers}", f"{c.arch.hidden_size:,}", f"{c.arch.ffn_hidden_size:,}", f"{c.arch.num_attention_heads} / {c.arch.num_query_groups}")
-        speed = "" if c.latency_s is None else f"{1000 * c.latency_s:,.1f}"
-        lines.append((c.name + mark, *sizes, f"{c.parameters:,}", f"{c.memory_gib:.2f}", speed, f"{c.pruned_loss:.4f}", after))
-    return lines
-
-
-HEADER = ("candidate", "layers", "hidden", "ffn", "heads / groups", "parameters", "memory, GiB", "latency, ms", "loss after pruning", "after distillation")
+        after = f"{c.distilled[-1].loss:.4f} ({c.distilled[-1].steps})" if c.distilled else ""
+        speed = (f"{1000 * c.latency_s:,.1f}" if c.latency_s is not None else "",) * timed
+        size = f"{c.parameters / 1e9:.2f}B" if c.parameters >= 1e9 else f"{c.parameters / 1e6:.1f}M"
+        lines.append((f"{c.name}{' *' * (c.name in best)}", size, f"{c.memory_gib:.1f}", *speed, f"{c.pruned_loss:.4f}", after))
+    return ("candidate", "params", "GiB", *("ms",) * timed, "pruned", "distilled"), lines

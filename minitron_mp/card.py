@@ -118,6 +118,8 @@ def _evaluated(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest) ->
     parts: list[Part] = [f"{said} This model is `distilled`.", quality]
     if tasks is not None:
         parts += ["Shares of the items, zero-shot, with standard errors.", tasks]
+    if (harness := facts.harness(recipe.root, paths)) is not None:
+        parts += ["Tasks of lm-evaluation-harness.", harness]
     return [Section("Evaluation", parts)]
 
 

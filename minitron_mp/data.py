@@ -36,6 +36,8 @@ class Tokenizer:
     """Largest id + 1."""
     eod: int
     """Id that ends a document."""
+    bos: int | None = None
+    """Id that the tokenizer itself puts before a text; documents have none, as Megatron packs them, tasks do."""
     pad: ClassVar[int] = -1
     """No text holds it: Megatron masks the loss where a label is the pad id, and a real id would lose its loss."""
 
@@ -50,12 +52,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not (path.is_dir() or (path.suffix == ".model" and path.is_file())):
         raise InputError(f"no tokenizer at {path}; give a Hugging Face folder (tokenizer.json) or a sentencepiece .model file")
     try:
-        encode, vocab_size, eod = (_hugging_face if path.is_dir() else _sentencepiece)(path)
+        encode, vocab_size, eod, bos = (_hugging_face if path.is_dir() else _sentencepiece)(path)
     except Exception as error:  # whatever a foreign file makes transformers or sentencepiece raise
         raise InputError(f"{path} cannot be read as a tokenizer ({error}); give a Hugging Face folder or a sentencepiece .model file") from error
     if eod is None:
         raise InputError(f"the tokenizer in {path} has no end-of-sequence (eos) or separator (sep) token to end documents with; set eos_token")
-    return Tokenizer(encode, vocab_size, eod)
+    return Tokenizer(encode, vocab_size, eod, bos)
 
 
 def load_hugging_face(folder: Path, vocab_size: int) -> Any:
@@ -73,21 +75,25 @@ def _from_folder(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _hugging_face(folder: Path) -> tuple[Callable[[list[str]], list[list[int]]], int, int | None]:
+_Parts = tuple[Callable[[list[str]], list[list[int]]], int, int | None, int | None]
+
+
+def _hugging_face(folder: Path) -> _Parts:
     tokenizer = _from_folder(folder)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
 
     eod = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return encode, max(tokenizer.get_vocab().values()) + 1, eod
+    begun, bare = tokenizer("a")["input_ids"][:1], encode(["a"])[0][:1]
+    return encode, max(tokenizer.get_vocab().values()) + 1, eod, None if begun == bare else begun[0]
 
 
-def _sentencepiece(file: Path) -> tuple[Callable[[list[str]], list[list[int]]], int, int | None]:
+def _sentencepiece(file: Path) -> _Parts:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(file))
-    return model.encode, model.vocab_size(), model.eos_id() if model.eos_id() >= 0 else None
+    return model.encode, model.vocab_size(), model.eos_id() if model.eos_id() >= 0 else None, None
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

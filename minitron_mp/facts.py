@@ -82,6 +82,39 @@ def tasks(found: dict[str, Any]) -> Table | None:
     return Table(("task (items)", *models), rows)
 
 
+HARNESS = ("task", "version", "shots", "items", "metric", "value", "standard error")
+
+
+def harness_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One a task and metric, under HARNESS. found: content of a file of the command `harness`."""
+    rows = []
+    for task, values in found["results"].items():
+        about = str(found["versions"].get(task, "")), str(found["n-shot"].get(task, "")), str(found["n-samples"].get(task, {}).get("effective", ""))
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{filtered}", "")
+                rows.append((task, *about, metric if filtered == "none" else f"{metric} ({filtered})", _number(value), _number(error)))
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def harness(root: Path, paths: Paths) -> Table | None:
+    """What the command `harness` has found of the models as they are now, one row a model, task and metric; None without any."""
+    rows = []
+    for path in sorted(root.glob("harness_*.json")):
+        found = artifact.read_json(path, "harness")
+        made, settings = found["manifest"]["inputs"], found["manifest"]["settings"]
+        now = {stage: artifact.find(paths[stage]) for stage in made if stage in paths}
+        if {stage: manifest.fingerprint for stage, manifest in now.items() if manifest} == made:
+            limited = f"first {settings['limit']} items" if settings["limit"] else ""
+            rows += [(settings["model"], f"{settings['max_length']:,}", limited, *row) for row in harness_rows(found)]
+    return Table(("model", "tokens at most", "limit", *HARNESS), sorted(rows, key=lambda row: (row[3], row[0]))) if rows else None
+
+
 def texts(found: dict[str, Any]) -> Table | None:
     """Losses on the texts of data.held_out, one column a model; None without any."""
     judged = found.get("texts", {})

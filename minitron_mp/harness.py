@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_mp import __version__, artifact, checkpoint
+from minitron_mp import __version__, artifact, checkpoint, facts
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import Recipe
@@ -172,7 +172,7 @@ def run_harness(
     max_length: int | None = None,
     chat_template: bool = False,
 ) -> Path:
-    """Run tasks of the harness on a model of a recipe and write harness_<model>.json; its path. Reached by all ranks of the job.
+    """Run tasks of the harness on a model of a recipe and write harness_<model>_<hash of the settings>.json; its path. Reached by all ranks of the job.
 
     tasks: names, groups, or patterns. limit: the first so many items of each task. include_path: folder with more tasks; where it has all
     that are asked for, the harness's own are not read. max_length: tokens that the model is given at most; default data.sequence_length.
@@ -199,7 +199,7 @@ def run_harness(
         results = simple_evaluate(lm, tasks=names, task_manager=manager, **options, bootstrap_iters=draws)
         settings = {"model": model, "tasks": names, "limit": limit, "num_fewshot": num_fewshot, "max_length": length, "chat_template": chat_template}
         manifest = Manifest(stage="harness", settings=settings, inputs=made_from, arch=arch, made_by=f"minitron_mp {__version__}")
-        output = recipe.root / f"harness_{model}.json"
+        output = recipe.root / f"harness_{model}_{manifest.fingerprint[:8]}.json"
         on_main(lambda: _write(output, manifest, results, lm.cut))
     return output
 
@@ -255,23 +255,7 @@ def _load(manager: Any, names: list[str]) -> None:
 def _write(path: Path, manifest: Manifest, results: dict[str, Any], cut: int) -> None:
     found = {"manifest": manifest.model_dump(mode="json"), "cut_requests": cut, **{name: results[name] for name in KEPT if name in results}}
     artifact.write_text(path, json.dumps(found, indent=1, default=handle_non_serializable))
-    rows = []
-    for task, values in results["results"].items():
-        about = str(results["versions"].get(task, "")), str(results["n-shot"].get(task, "")), str(results["n-samples"].get(task, {}).get("effective", ""))
-        for key, value in values.items():
-            metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr"):
-                error = values.get(f"{metric}_stderr,{filtered}", "")
-                label = metric if filtered == "none" else f"{metric} ({filtered})"
-                rows.append((task, *about, label, _number(value), _number(error)))
-    table(f"{manifest.settings['model']}: lm-evaluation-harness {results['lm_eval_version']}", HEADER, rows)
+    table(f"{manifest.settings['model']}: lm-evaluation-harness {results['lm_eval_version']}", facts.HARNESS, facts.harness_rows(results))
     if cut:
         say(f"{cut} requests were longer than {manifest.settings['max_length']} tokens and lost their beginning; --max-length gives them more")
-    say(f"harness: {path}")
-
-
-HEADER = ("task", "version", "shots", "items", "metric", "value", "standard error")
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    say(f"harness: {path}; `minitron-mp report` takes it into a finished report")

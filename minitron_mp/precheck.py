@@ -117,6 +117,9 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
             droppable(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
 
     problems += _told(size_student)
+    if recipe.depth.method != "cosine" and len(students) > 1 and (recipe.target.drop_layers is not None or students[-1].num_layers == arch.num_layers):
+        why = "target.drop_layers names the layers that go" if recipe.target.drop_layers is not None else f"the student keeps all {arch.num_layers} layers"
+        problems.append(f"depth.method {recipe.depth.method} has nothing to choose, {why}; have layers go, or drop the section depth")
     if recipe.distill.fp8:
         problems += [f"distill.fp8: {problem}" for problem in _fp8(recipe, students[-1], p)]
     if recipe.correct and recipe.correct.fp8:

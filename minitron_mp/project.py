@@ -13,7 +13,7 @@ from typing import Any
 from minitron_mp import __version__, artifact, candidates, hf, text
 from minitron_mp.artifact import Manifest
 from minitron_mp.config import Recipe
-from minitron_mp.errors import refuse
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.plan import resolve_target
 from minitron_mp.precheck import recipe_problems
 from minitron_mp.pruning_config import Depth
@@ -74,6 +74,14 @@ def _layers_to_drop(recipe: Recipe) -> int:
     if recipe.search is None and (recipe.target.drop_layers is not None or (recipe.target.num_layers is None and "layer" not in recipe.target.axes)):
         return 0
     return candidates.layers_to_drop(recipe, hf.read_arch(Path(recipe.model), weights=False))
+
+
+def _drops_layers(recipe: Recipe) -> bool:
+    """Whether layers go by their importance. Sizes that cannot be are told by check(), beside whatever else is wrong."""
+    try:
+        return _layers_to_drop(recipe) > 0
+    except InputError:
+        return True
 
 
 def _search(recipe: Recipe) -> dict[str, Any]:
@@ -172,7 +180,7 @@ class Project:
             names.insert(names.index("import") + 1, "import-teacher")
         if recipe.base == "correct":
             names.insert(names.index("score"), "correct")
-        if recipe.depth.method != "cosine" and _layers_to_drop(recipe):
+        if recipe.depth.method != "cosine" and _drops_layers(recipe):
             names.insert(names.index("plan"), "depth")
         if recipe.search:
             names.insert(names.index("plan"), "search")

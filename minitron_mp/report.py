@@ -15,6 +15,7 @@ import numpy as np
 from minitron_mp import __version__, artifact, facts, figures, page
 from minitron_mp.candidates import front
 from minitron_mp.card import refresh
+from minitron_mp.config import Recipe
 from minitron_mp.console import say, table
 from minitron_mp.page import Code, Document, Part, Section, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
@@ -42,6 +43,7 @@ def collect(project: Any) -> Document:
     trials = Trials.load(paths["depth"]) if "depth" in paths else None
     left_by = {"correct": "distill" if recipe.corrects_meanwhile else "correct", "distill": "distill"}
     metrics = {stage: _metrics(paths[folder], stage) for stage, folder in left_by.items() if stage == "distill" or recipe.correct}
+    found_by_search = artifact.read_json(paths["search"], "search --force")["candidates"] if "search" in paths else []
     quality, tasks, texts = facts.quality(recipe, paths), facts.tasks(found), facts.texts(found)
     result: list[Part] = [
         f"On {found['pruned']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token.",
@@ -52,6 +54,8 @@ def collect(project: Any) -> Document:
         result += ["Scores in tasks: shares of the items, zero-shot, with standard errors.", tasks]
     if texts is not None:
         result += ["Losses on further held-out texts, in nats a token.", texts]
+    if (harness := facts.harness(recipe.root, paths)) is not None:
+        result += ["Tasks of lm-evaluation-harness, by the command `harness`.", harness]
     files = [(name, f"`{path.relative_to(recipe.root)}`") for name, path in paths.items()]
     sections = [
         Section("Result", result),
@@ -59,8 +63,8 @@ def collect(project: Any) -> Document:
         _importance(plan, importance, trials, recipe.depth.method),
         *([_training("correct", metrics["correct"], [_bought(found, meanwhile=recipe.corrects_meanwhile)])] if "correct" in metrics else []),
         _training("distill", metrics["distill"], []),
-        _cost(metrics),
-        *([search_section(artifact.read_json(paths["search"], "search --force")["candidates"])] if "search" in paths else []),
+        _cost(metrics, found_by_search, recipe),
+        *([search_section(found_by_search)] if found_by_search else []),
         Section("Files", [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")]),
         _made(recipe, project.stages, found),
     ]
@@ -160,14 +164,21 @@ def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -
     )
 
 
-def _cost(metrics: Mapping[str, list[dict[str, float]]]) -> Section:
-    """Time of the optimizer steps, over all ranks; without loading, saving and the other stages."""
+def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Mapping[str, Any]], recipe: Recipe) -> Section:
+    """Time of the optimizer steps, over all ranks; without loading, saving and the other stages. candidates: of a search."""
     rows = []
+    if distilled := [part for c in candidates for part in c["distilled"]]:
+        steps, seconds = sum(last["steps"] for c in candidates if (last := _last(c))), sum(part["seconds"] for part in distilled)
+        tokens = steps * recipe.distill.global_batch_size * recipe.data.sequence_length
+        rows.append(("search, all students", f"{steps:,}", f"{tokens:,}", f"{seconds / 3600:.3f}", f"{tokens / seconds:,.0f}"))
     for stage, own in metrics.items():
         if own:
             tokens, seconds = _spent(own)
             rows.append((stage, f"{len(own):,}", f"{tokens:,}", f"{seconds / 3600:.3f}", f"{tokens / seconds:,.0f}"))
-    parts: list[Part] = ["Of the optimizer steps, by the clock; loading, saving and the other stages are not in it."]
+    said = "Of the optimizer steps, by the clock; loading, saving and the other stages are not in it."
+    if distilled:
+        said += " The search's time has its cuts, checkpoints and losses in it."
+    parts: list[Part] = [said]
     return Section("Cost", [*parts, Table(("stage", "steps", "tokens", "hours", "tokens/s"), rows)])
 
 

@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from minitron_mp import artifact, checkpoint, data, signals, slicing
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.candidates import HEADER, Candidate, Trained, candidates, inference_bytes, name_of, rows, target_of, training
+from minitron_mp.candidates import Candidate, Trained, candidates, inference_bytes, name_of, shown, target_of, training
 from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.errors import InputError, refuse
@@ -161,7 +162,7 @@ def _distill(job: Job, progress: _Progress, alive: Sequence[Candidate], last: in
 
 def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]) -> None:
     recipe, world, vocab_size = job.recipe, job.world, part[0].arch.vocab_size
-    settings = training(recipe)
+    settings, start = training(recipe), time.monotonic()
     for candidate in part:
         _slice(job, progress, candidate)
     teacher, train_set = job.teacher(fp8=recipe.teacher.fp8), signals.train_set(job, settings)
@@ -190,7 +191,7 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
     for candidate, one in zip(part, runs):
         found = quality[candidate.name]
         loss, kl = (found.loss, found.kl) if one.done >= last and math.isfinite(found.loss) else (math.inf, math.inf)
-        candidate.distilled.append(Trained(steps=last, loss=loss, kl=kl))
+        candidate.distilled.append(Trained(steps=last, loss=loss, kl=kl, seconds=(time.monotonic() - start) / len(part)))
         if loss == math.inf:
             say(f"search: the loss of {candidate.name} is no number, it is out")
     progress.keep()
@@ -211,4 +212,5 @@ def _held_out(job: Job) -> list[list[Batch]]:
 
 
 def _show(found: Sequence[Candidate]) -> None:
-    table("search (* on the Pareto front of parameters and loss among candidates that went as far)", HEADER, rows(found))
+    table("search: held-out losses as cut and after distillation (steps); * on the Pareto front of parameters and loss", *shown(found))
+    say(f"search: {next(c.name for c in found if c.chosen)} is chosen")

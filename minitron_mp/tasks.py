@@ -34,12 +34,17 @@ class TaskResult(BaseModel):
 
 
 def rows_of(items: list[Item], tokenizer: Tokenizer, sequence_length: int) -> list[Row]:
-    """One for each option, in order. What is longer than sequence_length + 1 loses its beginning."""
+    """One for each option, in order, behind the token with which the tokenizer itself begins a text, where it does.
+
+    What is longer than sequence_length + 1 loses its beginning.
+    """
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
     texts = [option for item in items for option in item.options]
     whole = tokenizer.encode([f"{context.rstrip()} {ending.lstrip()}" for context, ending in texts])
     before = tokenizer.encode([context.rstrip() for context, _ in texts])
     rows = []
     for all_tokens, context in zip(whole, before):
+        all_tokens, context = first + all_tokens, first + context
         start = min(max(len(context), 1), len(all_tokens) - 1)  # the first token has nothing before it that could make it likely
         cut = max(0, len(all_tokens) - sequence_length - 1)
         rows.append(Row(all_tokens[cut:], max(1, start - cut)))

@@ -13,7 +13,10 @@ import torch
 import yaml
 from cases import ARCHS, BY_NAME
 from tiny import make_model, make_recipe_file, make_text, refused
+from tiny import make_tokenizer as make_tiny_tokenizer
 
+from minitron_mp import facts
+from minitron_mp.data import load_tokenizer
 from minitron_mp.errors import InputError
 
 pytest.importorskip("lm_eval")
@@ -163,7 +166,16 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
     (done, accuracy, normalised), (silent, *_) = ranks(2, "workers_harness.command", arguments=words, **case)
     assert done.code == silent.code == 0, done
     assert silent.out == silent.err == ""
-    found = json.loads((tmp_path / "out" / "harness_teacher.json").read_text())
+    (written,) = (tmp_path / "out").glob("harness_teacher_*.json")
+    found = json.loads(written.read_text())
+    told = facts.harness(tmp_path / "out", {"import": tmp_path / "out" / "teacher"})
+    error = found["results"]["local_choices"]["acc_stderr,none"]
+    assert ("teacher", "32", "", "local_choices", "1.5", "0", "5", "acc", f"{accuracy:.4f}", f"{error:.4f}") in told.rows
+    assert facts.harness(tmp_path / "out", {}) is None  # of a model that this recipe does not have
+    manifest = json.loads((tmp_path / "out" / "teacher" / "manifest.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps({**manifest, "inputs": {"model": "another"}}))
+    assert facts.harness(tmp_path / "out", {"import": tmp_path / "other"}) is None  # of what was there before
     assert found["results"]["local_choices"]["acc,none"] == accuracy
     assert found["results"]["local_choices"]["acc_norm,none"] == normalised
     assert found["results"]["local_choices"]["acc_stderr,none"] == pytest.approx((accuracy * (1 - accuracy) / 4) ** 0.5)
@@ -184,6 +196,12 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
         refused(ranks(2, "project_workers.minitron", arguments=[*words, *more])[0], text)
     (tmp_path / "items.jsonl").unlink()
     refused(ranks(2, "project_workers.minitron", arguments=words)[0], "the tasks local_choices, local_texts cannot be loaded: FileNotFoundError")
+
+
+def test_our_own_tasks_begin_texts_as_the_harness_does(tokenizer, tmp_path):
+    assert load_tokenizer(tokenizer.name_or_path).bos == tokenizer.bos_token_id == 0
+    make_tiny_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path).bos is None
 
 
 def test_requests_that_cannot_be_served_are_refused(ranks, tokenizer):

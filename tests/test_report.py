@@ -150,7 +150,7 @@ def candidates(latency: bool = True) -> list[dict]:
             "arch": ARCHS["llama"].model_dump(),
             "parameters": millions * 10**6,
             "pruned_loss": loss,
-            "distilled": [{"steps": steps, "loss": value} for steps, value in curve],
+            "distilled": [{"steps": steps, "loss": value, "seconds": 90.0} for steps, value in curve],
             "chosen": name == "b",
             "latency_s": millions / 1e4 if latency else None,
         }
@@ -185,6 +185,8 @@ def test_files_of_other_stages_have_their_place(whole, tmp_path):
     Trials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
     plain, more = report.collect(first), report.collect(project)
     assert {s.title for s in more.sections} - {s.title for s in plain.sections} == {"Search"}
+    (cost,) = (part for s in more.sections if s.title == "Cost" for part in s.parts if isinstance(part, Table))
+    assert cost.rows[0] == ("search, all students", "90", f"{90 * 4 * 32:,}", "0.125", "26")  # 40 + 40 + 10 steps, five rounds of 90 s
     drawn = [{part.title for s in document.sections for part in s.parts if isinstance(part, Figure)} for document in (plain, more)]
     assert "Loss without one layer" in drawn[1] - drawn[0]
 

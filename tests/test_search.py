@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, make_model, make_recipe_file, make_text
 
-from minitron_mp import hf
-from minitron_mp.candidates import candidates, chosen, inference_bytes, name_of
+from minitron_mp import console, hf
+from minitron_mp.candidates import Candidate, Trained, candidates, chosen, inference_bytes, name_of, shown
 from minitron_mp.config import load_recipe, make_recipe
 from minitron_mp.errors import InputError
 from minitron_mp.plan import PrunePlan
@@ -102,6 +102,24 @@ def test_rounds_end_with_the_last_two_at_all_steps():
     assert search.rounds(2) == [400]
     assert search.rounds(5) == [100, 200, 400]
     assert search.rounds(8) == [100, 200, 400]
+
+
+@pytest.mark.parametrize("latency", [None, 0.123456])
+def test_the_table_fits_a_terminal(latency, monkeypatch, capsys):
+    """With the sizes of a teacher of 15B: no cell goes on in a second line."""
+    arch = hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)
+    rows = [
+        Candidate(
+            name=name_of(a), arch=a, parameters=15_600_000_000, memory_gib=123.45, latency_s=latency, pruned_loss=12.3456, distilled=rounds, chosen=bool(rounds)
+        )
+        for a, rounds in ((arch, [Trained(steps=1800, loss=2.3456, kl=0.1, seconds=1.0)]), (arch.model_copy(update={"num_layers": 31}), []))
+    ]
+    monkeypatch.setattr(console.console, "width", 80)
+    console.table("search", *shown(rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 4 + len(rows)
+    assert "2.3456 (1800)" in lines[4]
+    assert lines[4].split()[1:3] == ["l32-h6144-f24576-a48-g8", "*"]
 
 
 @pytest.fixture(scope="module")

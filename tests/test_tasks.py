@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
 
+from minitron_mp.data import Tokenizer
 from minitron_mp.errors import InputError
 from minitron_mp.items import read_items
+from minitron_mp.tasks import rows_of
 
 ARCH = ARCHS["qwen3"]
 LAYOUTS = ["one", "tp2-sp", "pp2-vpp2", "dp2", "tp2-cp2-sp"]
@@ -73,6 +75,15 @@ def test_scores_are_those_of_a_dense_model(results, ranks, files, layout):
         assert choices.accuracy_stderr == pytest.approx(math.sqrt(share * (1 - share) / (len(CHOICES) - 1)))
         assert words.accuracy == sum(greedy for _, greedy in want[-2:]) / 2
         assert words.normalised is None
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(files):
+    (item,) = read_items(files / "words.jsonl")[:1]
+    plain, begun = (rows_of([item], Tokenizer(encode, 128, 0, bos), 100)[0] for bos in (None, 7))
+    assert begun.tokens == [7, *plain.tokens]
+    assert begun.start == plain.start + 1
+    cut = rows_of([item], Tokenizer(encode, 128, 0, 7), 4)[0]
+    assert (cut.tokens, cut.start) == (begun.tokens[-5:], 5 - (len(begun.tokens) - begun.start))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--shift-text", nargs=2, type=Path, metavar=("TRAIN", "VALID"), help="text far from the teacher's training, for `correction`")
     parser.add_argument("--search", type=Path, help="search.json of a search that has run, for `search`; default: one of its own a seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1235])
+    parser.add_argument("--no-plain", action="store_true", help="without the plain transformers loops, for a seed after the first")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the size's recipe")
     parser.add_argument("--keep", action="store_true", help="keep the models of finished variants")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and how long they take")
@@ -181,7 +182,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
         rewrite = variant.after.get(stage)
         if rewrite and artifact.require(project.paths[stage], stage).made_by != BY_HAND:
             rewrite(project)
-    plain = train_plain(project, recipe.root / "plain") if variant.plain else None
+    plain = train_plain(project, recipe.root / "plain") if variant.plain and not args.no_plain else None
     facts = {"variant": name, "seed": seed, "fingerprint": mark, "base": base_mark(args), "wall_s": time.monotonic() - start}
     artifact.write_text(path, json.dumps({**facts, **environment(args, variant), **outcome(project), "plain": rounded(plain)}, indent=1) + "\n")
     if not args.keep:
@@ -248,7 +249,7 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
         for seed in args.seeds:
             path = output / "results" / f"{slug(name, seed)}.json"
             recipe = recipe_of(args, output, name, seed)
-            trainings = [recipe.distill] * (1 + VARIANTS[name].plain) + [recipe.correct] * (recipe.correct is not None)
+            trainings = [recipe.distill] * (1 + (VARIANTS[name].plain and not args.no_plain)) + [recipe.correct] * (recipe.correct is not None)
             tokens = sum(t.steps * t.global_batch_size * recipe.data.sequence_length for t in trainings if t)
             seconds = 0.0 if path.exists() else tokens / args.tokens_per_s
             total += seconds
