@@ -153,6 +153,8 @@ def test_results_of_other_settings_are_not_compared(toy, tmp_path):
     results["CE"] = [{**results["CE"][0], "base": "another"}]
     with pytest.raises(InputError, match="the results of objective come from different settings"):
         report.of_claim("objective", results)
+    assert report.judged("objective", results, None)[0].startswith("the results of objective come from different settings")
+    assert "different settings" not in report.judged("layers", results, None)[0]
     results["CE"] = [{**results["CE"][0], "seed": 8}]
     assert report.of_claim("objective", results) is None
     assert report.judged("objective", results, None)[0] == report.NOT_RUN

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from minitron_mp import artifact, data, hf, parallel
 from minitron_mp.config import Recipe
+from minitron_mp.console import Tracker
 from minitron_mp.job import ASSETS
 from minitron_mp.model import DTYPES
 from minitron_mp.plan import exportable
@@ -58,10 +59,8 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
         return kl, F.nll_loss(log_q.flatten(0, 1), labels.flatten())
 
-    curve, seconds = [], []
-    tokens_per_step = settings.global_batch_size * length
-    for step in range(settings.steps):
-        start = time.perf_counter()
+    def train_step(step: int) -> list[float]:
+        """Means of KL and cross-entropy over the batch."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         micro = batches(train, step, recipe, settings.global_batch_size, settings.micro_batch_size)
@@ -73,8 +72,17 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        curve.append([(step + 1) * tokens_per_step, *total.tolist()])
-        seconds.append(time.perf_counter() - start)
+        return total.tolist()
+
+    curve, seconds = [], []
+    tokens_per_step = settings.global_batch_size * length
+    with Tracker("plain loop", settings.steps, "steps") as tracker:
+        for step in range(settings.steps):
+            start = time.perf_counter()
+            found = train_step(step)
+            seconds.append(time.perf_counter() - start)
+            curve.append([(step + 1) * tokens_per_step, *found])
+            tracker.advance(1, f"KL {found[0]:.4f}")
     student.eval()
     with torch.no_grad():
         held_out = [losses(batches(valid, i, recipe, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]

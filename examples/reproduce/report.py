@@ -35,7 +35,7 @@ def read(folder: Path) -> tuple[Results, dict[str, Any] | None]:
 
 
 def of_claim(name: str, results: Results) -> Results | None:
-    """Results of a claim's variants at the seeds that all of them have, in one order; None where there is none."""
+    """Results of a claim's variants at the seeds that all of them have, in one order; None where there is none, InputError where they do not compare."""
     by_seed = {variant: {r["seed"]: r for r in results.get(variant, [])} for variant in CLAIMS[name].variants}
     seeds = sorted(set.intersection(*(set(own) for own in by_seed.values())))
     if not seeds:
@@ -45,11 +45,19 @@ def of_claim(name: str, results: Results) -> Results | None:
     return {variant: [own[seed] for seed in seeds] for variant, own in by_seed.items()}
 
 
+def told(name: str, results: Results) -> tuple[Results | None, str]:
+    """of_claim(), or None and why: one claim's results must not keep those of the others from being told."""
+    try:
+        return of_claim(name, results), NOT_RUN
+    except InputError as error:
+        return None, str(error)
+
+
 def judged(name: str, results: Results, speed: dict[str, Any] | None) -> tuple[str, str, str]:
-    """Whether the claim is shown and what was seen, how much was trained, where and when; three times the words for nothing yet."""
-    mine = of_claim(name, results)
+    """Whether the claim is shown and what was seen, how much was trained, where and when; or why nothing can be said, and nothing more."""
+    mine, why = told(name, results)
     if mine is None:
-        return NOT_RUN, NOT_RUN, NOT_RUN
+        return why, "", ""
     said, shown = CLAIMS[name].judge(mine, speed) if name == "width" else CLAIMS[name].judge(mine)
     runs = [run for own in mine.values() for run in own]
     tokens, seeds = min(run["tokens"] for run in runs), len(next(iter(mine.values())))
@@ -86,7 +94,7 @@ def summary(by_size: dict[str, Path]) -> str:
         cells = []
         for results, speed in read_all.values():
             said, effort, _ = judged(name, results, speed)
-            cells.append(NOT_RUN if said == NOT_RUN else f"{said} ({effort})")
+            cells.append(f"{said} ({effort})" if effort else said)
         table.append((f"`{name}`: {claim.title}", claim.paper, *cells))
     parts = [markdown_table(Table(("claim", "paper says", *by_size), table, "left"))]
     return "\n\n".join(parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results])
@@ -107,7 +115,7 @@ def details(folder: Path, plots: str) -> str:
     """A section for each claim that was run. plots: what comes before the name of a plot, where it is shown."""
     (results, speed), parts = read(folder), []
     for name, claim in CLAIMS.items():
-        if mine := of_claim(name, results):
+        if mine := told(name, results)[0]:
             said, effort, place = judged(name, results, speed)
             parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", markdown_table(Table(COLUMNS, rows(mine)))]
             if name == "width" and speed:
@@ -131,7 +139,7 @@ def write(folder: Path, output: Path) -> None:
 def plots(folder: Path, output: Path) -> None:
     results, _ = read(folder)
     for name, claim in CLAIMS.items():
-        if mine := of_claim(name, results):
+        if mine := told(name, results)[0]:
             plot(mine, claim.title, output / f"{name}.png")
 
 

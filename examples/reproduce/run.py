@@ -169,9 +169,8 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
         recipe = make_recipe(changed(recipe.model_dump(), variant.search(recipe, search_of(args, output, recipe, seed))), name)
     project = Project(recipe)
     project.check()
-    path = output / "results" / f"{slug(name, seed)}.json"
-    mark = project.manifest("evaluate").fingerprint
-    if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
+    path, mark = result_of(output, name, seed), project.manifest("evaluate").fingerprint
+    if made_by(path, mark):
         print(f"{name}, seed {seed}: done, {path}", flush=True)
         return
     print(f"{name}, seed {seed}: {recipe.root}", flush=True)
@@ -189,6 +188,15 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
         shutil.rmtree(recipe.root)
 
 
+def result_of(output: Path, name: str, seed: int) -> Path:
+    return output / "results" / f"{slug(name, seed)}.json"
+
+
+def made_by(path: Path, mark: str) -> bool:
+    """Whether the result is there, and of these settings and this text."""
+    return path.exists() and json.loads(path.read_text())["fingerprint"] == mark
+
+
 def run_shared(project: Project, stage: str, shared: Path) -> None:
     """run_stage(); for the early stages through a folder of artefacts that variants share by symbolic links."""
     path = project.paths[stage]
@@ -196,6 +204,8 @@ def run_shared(project: Project, stage: str, shared: Path) -> None:
     if stage in SHARED and common.exists() and not path.exists():
         path.symlink_to(common.resolve())
     run_stage(stage, project.recipe)
+    if artifact.find(path) is None:  # SIGTERM, or a stop file
+        raise SystemExit(f"{stage} has left early; the same command goes on from there")
     if stage in SHARED and not path.is_symlink() and not common.exists() and artifact.require(path, stage).made_by != BY_HAND:
         shared.mkdir(exist_ok=True)
         path.rename(common)
@@ -231,7 +241,7 @@ def inference(args: argparse.Namespace, output: Path) -> None:
     recipe = recipe_of(args, output, "pruned", args.seeds[0])
     configs = {"teacher": json.loads((Path(recipe.model) / "config.json").read_text())}
     for name, variant in (("width", "pruned"), ("depth", "contiguous layers")):
-        configs[name] = json.loads((output / "results" / f"{slug(variant, args.seeds[0])}.json").read_text())["config"]
+        configs[name] = json.loads(result_of(output, variant, args.seeds[0]).read_text())["config"]
     path = output / "results" / "speed.json"
     mark = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:16]
     if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
@@ -247,13 +257,14 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
     total = 0.0
     for name in variants:
         for seed in args.seeds:
-            path = output / "results" / f"{slug(name, seed)}.json"
-            recipe = recipe_of(args, output, name, seed)
+            recipe, path = recipe_of(args, output, name, seed), result_of(output, name, seed)
+            # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
+            done = path.exists() if VARIANTS[name].search else made_by(path, Project(recipe).manifest("evaluate").fingerprint)
             trainings = [recipe.distill] * (1 + (VARIANTS[name].plain and not args.no_plain)) + [recipe.correct] * (recipe.correct is not None)
             tokens = sum(t.steps * t.global_batch_size * recipe.data.sequence_length for t in trainings if t)
-            seconds = 0.0 if path.exists() else tokens / args.tokens_per_s
+            seconds = 0.0 if done else tokens / args.tokens_per_s
             total += seconds
-            print(f"{name:40s} seed {seed}  {'done' if path.exists() else f'{tokens:12,} tokens {seconds / 60:7.1f} min'}")
+            print(f"{name:40s} seed {seed}  {'done' if done else f'{tokens:12,} tokens {seconds / 60:7.1f} min'}")
     print(f"training alone: {total / 3600:.1f} hours at {args.tokens_per_s:g} tokens/s; scores, layer losses and evaluation come on top")
     return 0
 
