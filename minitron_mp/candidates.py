@@ -51,8 +51,15 @@ class Candidate(BaseModel):
     @property
     def loss(self) -> float:
         """The last one measured."""
-        last = self.distilled[-1].loss if self.distilled else self.pruned_loss
-        return math.inf if last is None or math.isnan(last) else last
+        return self.loss_after(self.distilled[-1].steps if self.distilled else 0)
+
+    def loss_after(self, steps: int) -> float:
+        """The one after so many steps of distillation, 0: as cut; inf where it was not measured or is no number.
+
+        A round compares what was measured in it, also in a search that goes on and knows of later rounds.
+        """
+        found = {0: self.pruned_loss, **{row.steps: row.loss for row in self.distilled}}.get(steps)
+        return math.inf if found is None or math.isnan(found) else found
 
 
 def name_of(arch: Arch) -> str:

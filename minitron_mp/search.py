@@ -46,10 +46,10 @@ def search(job: Job) -> None:
     """Measure the candidates of a recipe and choose one; reached by all ranks, rank 0 writes search.json."""
     progress = _Progress(job)
     _judge_pruned(job, progress)
-    alive = sorted(progress.candidates, key=lambda c: (c.loss, c.name))[: job.recipe.search.finalists]
+    alive = sorted(progress.candidates, key=lambda c: (c.loss_after(0), c.name))[: job.recipe.search.finalists]
     for last in job.recipe.search.rounds(len(alive)):
         _distill(job, progress, alive, last)
-        alive = sorted(alive, key=lambda c: (c.loss, c.name))[: -(-len(alive) // 2)]
+        alive = sorted(alive, key=lambda c, steps=last: (c.loss_after(steps), c.name))[: -(-len(alive) // 2)]
     if not math.isfinite(alive[0].loss):
         raise InputError(f"no candidate of the search has a loss that is a number: lower distill.lr, or set precision: fp32; then delete {progress.folder}")
     alive[0].chosen = True

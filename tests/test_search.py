@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,20 @@ def test_rounds_end_with_the_last_two_at_all_steps():
     assert search.rounds(8) == [100, 200, 400]
 
 
+def test_a_round_compares_what_was_measured_in_it():
+    """Not the last losses: a search that goes on knows those of later rounds, in which some have diverged or got worse."""
+
+    def one(pruned, *rounds):
+        arch = hf.read_arch(CONFIGS / "smollm2_135m", weights=False)
+        distilled = [Trained(steps=2 * (i + 1), loss=loss, kl=0.0, seconds=1.0) for i, loss in enumerate(rounds)]
+        return Candidate(name="a", arch=arch, parameters=1, memory_gib=1.0, pruned_loss=pruned, distilled=distilled)
+
+    went_wrong, never_distilled = one(2.0, 3.0, math.inf), one(2.5)
+    assert [went_wrong.loss_after(steps) for steps in (0, 2, 4)] == [2.0, 3.0, math.inf]
+    assert went_wrong.loss_after(0) < never_distilled.loss_after(0) < went_wrong.loss == never_distilled.loss_after(2)
+    assert one(math.nan).loss_after(0) == one(None).loss == math.inf
+
+
 @pytest.mark.parametrize("latency", [None, 0.123456])
 def test_the_table_fits_a_terminal(latency, monkeypatch, capsys):
     """With the sizes of a teacher of 15B: no cell goes on in a second line."""
@@ -194,6 +209,19 @@ def test_a_stopped_search_goes_on(ranks, whole, scored, stop_after):
     assert losses(rows) == losses(whole)
     assert f"going on, {min(3, stop_after)} candidates are judged" in out
     assert ("to step 4" in out) == (stop_after == 2)
+
+
+def test_a_search_that_goes_on_takes_the_finalists_that_it_took(ranks, whole, scored):
+    """One of them has diverged before the stop: nobody comes in its place."""
+    searched(ranks, scored, stop_after=4)
+    file = load_recipe(scored).root / "search" / "progress.json"
+    content = json.loads(file.read_text())
+    broken, good = sorted((row for row in content["candidates"] if row["distilled"]), key=lambda row: row["pruned_loss"])
+    broken["distilled"][0]["loss"] = math.inf
+    file.write_text(json.dumps(content))
+    rows, _ = searched(ranks, scored)
+    assert [len(row["distilled"]) for row in rows] == [len(row["distilled"]) for row in whole]
+    assert [row["name"] for row in rows if row["chosen"]] == [good["name"]]
 
 
 def test_a_search_that_is_told_to_leave_goes_on(ranks, whole, scored):
