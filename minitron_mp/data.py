@@ -37,7 +37,7 @@ class Tokenizer:
     eod: int
     """Id that ends a document."""
     bos: int | None = None
-    """Id that the tokenizer itself puts before a text; documents have none, as Megatron packs them, tasks do."""
+    """Id that the tokenizer itself puts before a text: a model that was trained so has large activations there (arXiv 2309.17453)."""
     pad: ClassVar[int] = -1
     """No text holds it: Megatron masks the loss where a label is the pad id, and a real id would lose its loss."""
 

@@ -43,7 +43,8 @@ def tokenize(
     """Write the three parts, or with `further` those of data.held_out, below output and return the tokens of each. For one process.
 
     progress hears how many documents are done.
-    A document of data.source goes to a part by a hash of seed and its name, the same on every machine. eod ends each document.
+    A document of data.source goes to a part by a hash of seed and its name, the same on every machine. A text begins with bos, where the tokenizer
+    itself begins texts so, and ends with eod; Megatron data stays as it is.
     InputError for a missing path, a bad line, a part without documents, Megatron data with ids that the tokenizer lacks.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -56,6 +57,7 @@ def tokenize(
     output.mkdir(parents=True, exist_ok=True)
     builders: dict[str, IndexedDatasetBuilder] = {}
     documents, done = _documents(inputs, data.valid_fraction, seed), 0
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
 
     def add(part: str, ids: np.ndarray) -> None:
         if part not in builders:
@@ -64,7 +66,7 @@ def tokenize(
 
     while batch := _batch(documents):
         for (part, _), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
-            add(part, np.array([*ids, tokenizer.eod]))
+            add(part, np.array([*first, *ids, tokenizer.eod]))
         done += len(batch)
         if progress:
             progress(done)

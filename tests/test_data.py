@@ -54,8 +54,11 @@ def stream(prefix) -> np.ndarray:
 
 
 def texts(prefix, decode, eod) -> list[str]:
+    """Documents with their eod; checks that each begins as the tokenizer begins a text, with id 0."""
     ids = stream(prefix)
-    return [decode(piece.tolist()) for piece in np.split(ids, np.flatnonzero(ids == eod) + 1)[:-1]]
+    pieces = np.split(ids, np.flatnonzero(ids == eod) + 1)[:-1]
+    assert all(first == 0 for first, *_ in pieces)
+    return [decode(piece[1:].tolist()) for piece in pieces]
 
 
 def lists(tmp_path, **sizes) -> Data:
@@ -89,7 +92,7 @@ def rows(dataset, count=None) -> list[tuple[int, ...]]:
 
 def test_hugging_face_folder(tokenizer, decode):
     ids = tokenizer.encode(["a few words", "x"])
-    assert tokenizer.eod == 1
+    assert (tokenizer.bos, tokenizer.eod) == (0, 1)
     assert tokenizer.vocab_size == 320
     assert not {0, 1} & {i for row in ids for i in row}
     assert decode(ids[0]) == "a few words"
