@@ -62,10 +62,24 @@ def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 def load_model(chunks: list[Any], folder: Path, world: Any, prefix: str = "") -> None:
     """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks. prefix: of the keys of this model there."""
-    state = load(prefixed(model_state(chunks, world), prefix), folder)
+    state = prefixed(model_state(chunks, world), prefix)
+    for i, chunk in enumerate(chunks):
+        if chunk.config.fp8_param:
+            _receive_whole(state[f"model{i}"])
+    state = load(state, folder)
     for i, chunk in enumerate(chunks):
         missing = [k for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys if not k.endswith("_extra_state")]
         assert not missing, missing
+
+
+def _receive_whole(state: dict[str, Any]) -> None:
+    """Let a checkpoint be read into bf16 tensors on the CPU, not into weights in FP8, which load_state_dict() then quantises each as a whole.
+
+    Megatron-Core 0.19 would write to the weights as it reads, piece by piece (gate and up of a gated fc1; the shards of another layout), and
+    a tensor that is scaled as one would keep the scale of the last piece for all of them.
+    """
+    for entry in nested_values(state):
+        entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype)
 
 
 def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTensor:

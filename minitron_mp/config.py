@@ -102,6 +102,10 @@ class Recipe(Section):
                 problems.append(f"{name}.fp8 quantises what bf16 holds, the precision is fp32: set precision: bf16, or drop fp8")
             if training.tp_comm_overlap and not self.parallel.sequence_parallel:
                 problems.append(f"{name}.tp_comm_overlap overlaps what sequence parallelism sends; set parallel.sequence_parallel: true, or drop it")
+            if training.tp_comm_overlap and training.fp8 == "blockwise":
+                problems.append(f"{name}.tp_comm_overlap sends no tensors that are scaled in blocks; set {name}.fp8: tensorwise, or drop tp_comm_overlap")
+        if self.corrects_meanwhile and self.distill.fp8 == "delayed" and self.correct and self.correct.fp8:
+            problems.append("distill.fp8 delayed keeps a history that each FP8 layer of the teacher in training would move on, too; set tensorwise")
         if self.corrects_meanwhile and any(t.tp_comm_overlap for t in trainings.values()):
             problems.append("tp_comm_overlap has buffers for one width of model, with correct.when during two are trained: drop it")
         if self.search and self.distill.tp_comm_overlap:

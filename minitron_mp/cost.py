@@ -200,9 +200,9 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
 
 
 def teacher_weights(teacher: Arch, recipe: Recipe, parallel: Parallel, stage: int) -> float:
-    """Bytes of a frozen teacher's weights on a rank of a stage; in FP8 a layer's products have two bytes, as they are and transposed."""
+    """Bytes of a frozen teacher's weights on a rank of a stage; in FP8 a layer's products have one: without gradients none is kept transposed."""
     matrices = stage_layers(teacher.num_layers, parallel)[stage] * _matrices(teacher) / parallel.tp if fp8_of(recipe.teacher) else 0
-    return BYTES[recipe.teacher_precision] * (rank_parameters(teacher, parallel)[stage] - matrices) + 2 * matrices
+    return BYTES[recipe.teacher_precision] * (rank_parameters(teacher, parallel)[stage] - matrices) + matrices
 
 
 def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> dict[str, float]:

@@ -275,6 +275,20 @@ def job_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else _place().size
 
 
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Inside, this process has the variable; for a library that asks for nothing else."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def deadline() -> float | None:
     """Seconds since 1970 by which the job should have ended, as the launcher says; None: there is none. InputError when it is no time."""
     text = os.environ.get("MINITRON_DEADLINE", "")

@@ -31,7 +31,7 @@ from minitron_mp.losses import Objective, distillation_loss
 from minitron_mp.meter import Measured, Work, peak_memory_gib
 from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
-from minitron_mp.parallel import World, on_main, seed_all
+from minitron_mp.parallel import World, environment_variable, on_main, seed_all
 from minitron_mp.precision import silently_wrong
 from minitron_mp.profiling import Profiler
 from minitron_mp.schedule import Batch, run
@@ -312,8 +312,10 @@ class Run:
 
     def fill(self, state: dict[str, Any], step: int) -> None:
         """Take over a loaded sharded(empty=True) of this step."""
-        for i, chunk in enumerate(self.models):
-            chunk.module.load_state_dict(state[f"model{i}"] | state.get(f"scaling{i}", {}), strict=False)
+        # Transformer Engine 2.16 takes the histories of delayed scaling from nobody, for they are pickled; these are from our own checkpoint.
+        with environment_variable("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
+            for i, chunk in enumerate(self.models):
+                chunk.module.load_state_dict(state[f"model{i}"] | state.get(f"scaling{i}", {}), strict=False)
         load_optimizer_state(self.optimizer, state, step=step)
         if self.states:
             self.states.load(state, step)

@@ -34,6 +34,14 @@ EVEN = ARCHS["llama"].model_copy(update={"hidden_size": 64, "ffn_hidden_size": 1
             {"distill": {"tp_comm_overlap": True}, "parallel": {"tp": 2, "sequence_parallel": True}, "search": {"parameters": "1B"}},
             r"distill\.tp_comm_overlap has buffers for one width of model, search trains several",
         ),
+        (
+            {"distill": {"tp_comm_overlap": True, "fp8": "blockwise"}, "parallel": {"tp": 2, "sequence_parallel": True}},
+            r"distill\.tp_comm_overlap sends no tensors that are scaled in blocks; set distill\.fp8: tensorwise",
+        ),
+        (
+            {"distill": {"fp8": "delayed"}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9, "fp8": "tensorwise"}},
+            r"distill\.fp8 delayed keeps a history that each FP8 layer of the teacher",
+        ),
     ],
 )
 def test_recipes_that_cannot_compute_so(values, message):
@@ -125,6 +133,13 @@ def test_scores_of_norms_inside_linear_layers(ranks, results, arch):
     own, fused = ranks(1, "workers_precision.scores_of_fused_norms", arch=ARCHS[arch], teacher=results.teacher(arch))[0]
     for kind, scores in own.items():
         np.testing.assert_array_equal(scores, fused[kind], err_msg=kind)
+
+
+def test_weights_in_fp8_are_not_read_piece_by_piece(ranks, results):
+    """One scale for a tensor that is written in two halves would be the second one's; tests/gpu looks at the values that a GPU makes of it."""
+    elsewhere, equal = ranks(1, "workers_precision.read_whole", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3"))[0]
+    assert elsewhere
+    assert equal
 
 
 def test_garbage_is_collected_at_steps(ranks, tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from workers import joined, load, manifest, score_samples
 
+from minitron_mp import checkpoint
 from minitron_mp.arch import Arch
 from minitron_mp.checkpoint import scaling_state
 from minitron_mp.errors import InputError
@@ -54,6 +57,22 @@ def wrongs(arch: Arch) -> dict[str, list[str]]:
         config.overlap_p2p_comm, config.batch_p2p_comm = True, False
         found["overlapped"] = silently_wrong(config, ddp)
         return found
+
+
+def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
+    """Of a model that says that its weights are FP8: whether a checkpoint is read into other memory than theirs; whether they have its values."""
+    with joined(ONE) as world:
+        want = [parameter.clone() for parameter in load(arch, teacher, world)[0].parameters()]
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        chunks[0].config.fp8_param = True
+        own, places = {parameter.data_ptr() for parameter in chunks[0].parameters()}, set()
+        with patch.object(checkpoint, "load", side_effect=lambda state, folder, read=checkpoint.load: (places.update(_places(state)), read(state, folder))[1]):
+            checkpoint.load_model(chunks, teacher, world)
+        return not own & places, all(map(torch.equal, chunks[0].parameters(), want))
+
+
+def _places(state: dict[str, Any]) -> set[int]:
+    return {entry.data.data_ptr() for entry in nested_values(state)}
 
 
 class NormLinear(nn.Module):
