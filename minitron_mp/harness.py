@@ -189,7 +189,7 @@ def run_harness(
         if chat_template and not tokenizer.chat_template:
             raise InputError("--apply-chat-template: the tokenizer has no chat template; drop it")
         manager, names = _find(tasks, include_path)
-        on_main(lambda: _load(manager, names))  # so that one rank fetches what the others then find
+        on_main(lambda: _load(manager, names), takes_long=True)  # so that one rank fetches what the others then find
         precision = recipe.teacher_precision if model == "teacher" else recipe.precision
         chunks = build_model(arch, ranks, precision=precision, sequence_length=length, transformer_impl=recipe.transformer_impl)
         checkpoint.load_model(chunks, path, ranks, prefix)

@@ -402,8 +402,11 @@ def everyone(ok: Exception | None) -> None:
         raise InputError("another rank failed: " + "; ".join(failed[:4]))
 
 
-def on_main(action: Callable[[], T]) -> T:
-    """What action() returns on rank 0 (picklable), on every rank; when it fails there, every rank raises. Reached by all ranks."""
+def on_main(action: Callable[[], T], *, takes_long: bool = False) -> T:
+    """What action() returns on rank 0 (picklable), on every rank; when it fails there, every rank raises. Reached by all ranks.
+
+    takes_long: perhaps longer than a collective waits (half an hour), such as tokenising a corpus.
+    """
     box: list[Any] = [None, None]
     failure: Exception | None = None
     if dist.get_rank() == 0:
@@ -415,9 +418,27 @@ def on_main(action: Callable[[], T]) -> T:
         except Exception as error:
             failure = error
         box[1] = failure and str(failure)
+    if takes_long and dist.get_world_size() > 1:
+        _wait_for_main()
     dist.broadcast_object_list(box, src=0)
     if failure is not None:
         raise failure
     if box[1] is not None:
         raise InputError(f"rank 0 failed: {box[1]}")
     return box[0]
+
+
+def _wait_for_main() -> None:
+    """Wait until rank 0 comes here, for ever: by the store, since collectives give up. Reached by all ranks, one at a time."""
+    store, key = dist.distributed_c10d._get_default_store(), "rank 0 is done"
+    if dist.get_rank() == 0:
+        store.set(key, "")
+    while True:
+        try:
+            store.wait([key], timedelta(minutes=5))
+            break
+        except dist.DistStoreError:  # not yet; a lost store is another error
+            continue
+    dist.barrier()
+    if dist.get_rank() == 0:
+        store.delete_key(key)

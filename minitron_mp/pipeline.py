@@ -172,7 +172,7 @@ def _agree(world: Any, decide: Callable[[], Any]) -> Any:
         return decide()
     from minitron_mp.parallel import on_main
 
-    return on_main(decide)
+    return on_main(decide, takes_long=True)  # fingerprints of large models, figures
 
 
 def students_of(recipe: Recipe) -> dict[str, Recipe]:

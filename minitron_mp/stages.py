@@ -84,7 +84,7 @@ def tokenize(job: Job) -> None:
             raise InputError(f"{job.output} cannot be written: {error}") from error
         say(f"{job.manifest.stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
 
-    on_main(write)
+    on_main(write, takes_long=True)
 
 
 def score(job: Job) -> None:

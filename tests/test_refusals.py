@@ -90,3 +90,7 @@ def test_a_disk_that_is_full_for_one_rank(ranks, tmp_path):
     """everyone(): the rank that failed says why, the others that another failed."""
     messages = refusals(ranks, BY_NAME["dp2"], "by_one")
     assert messages == ["another rank failed: rank 1: the disk is full", "the disk is full"]
+
+
+def test_ranks_wait_for_what_rank_0_does_alone_longer_than_a_collective_would(ranks):
+    assert ranks(2, "workers.wait_for_slow_main", seconds=3.0, patience_s=1.0) == [[0, 1], [0, 1]]

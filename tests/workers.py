@@ -5,8 +5,10 @@ Each joins a world of one layout and leaves it. Results that must agree between 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,6 +42,15 @@ def joined(layout: Layout) -> Iterator[World]:
         pool.here["coordinates"] = world.coordinates
         yield world
     RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
+
+
+def wait_for_slow_main(*, seconds: float, patience_s: float) -> list[int]:
+    """What rank 0 says twice, the second time after so long, in a group whose collectives wait less."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
+    try:
+        return [parallel.on_main(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)]
+    finally:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=pool.GROUP_TIMEOUT_S))
 
 
 def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
