@@ -48,26 +48,36 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """The same tensors on every rank, uninitialised, for checkpoint.load()."""
+    """The same tensors on the same ranks, uninitialised, for checkpoint.load(): one of each group reads and holds 12 bytes a parameter, not all."""
     sharded = {id(entry.data): entry for entry in nested_values(model)}
     return {
         _name(part, number): _like(sharded[id(parameter)], part, torch.empty(parameter.shape, dtype=torch.float32))
-        for number, (_, parameter) in enumerate(_parameters(optimizer))
+        for number, (shards, parameter) in enumerate(_parameters(optimizer))
         for part in PARTS
+        if shards.data_parallel_group.rank() == 0
     }
 
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> None:
-    """Fill this rank's pieces from the loaded tensors; step: Adam's count of steps done."""
+    """Fill every rank's pieces from the tensors that the first data parallel rank has loaded. step: Adam's count of steps done. Reached by all ranks."""
     for shards in _shards(optimizer):
         shards.init_state_fn(shards.optimizer, shards.config)
         for group in shards.optimizer.param_groups:
             group["step"] = step
     for number, (shards, parameter) in enumerate(_parameters(optimizer)):
-        if parameter in shards.model_param_gbuf_map:
-            piece = shards._get_model_param_range_map(parameter)["param"]
-            pieces = {part: state[_name(part, number)].view(-1)[piece.start : piece.end].to(parameter.device) for part in PARTS}
+        group, pieces = shards.data_parallel_group, {}
+        piece = shards._get_model_param_range_map(parameter)["param"] if parameter in shards.model_param_gbuf_map else None
+        for part in PARTS:
+            if group.rank() == 0:
+                whole = state[_name(part, number)].view(-1).to(parameter.device)
+            else:
+                whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if group.size() > 1:
+                dist.broadcast(whole, group=group, group_src=0)
+            if piece is not None:
+                pieces[part] = whole[piece.start : piece.end].clone()
+        if piece is not None:
             shards._set_main_param_and_optimizer_states(parameter, pieces)
     for shards in _shards(optimizer):
         if isinstance(shards.optimizer, torch.optim.Adam):  # a GPU without Apex and TE: torch counts steps for each parameter
