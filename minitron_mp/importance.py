@@ -134,8 +134,7 @@ class Recorder:
 
     def record_cosine(self, layer: int, before: Tensor, after: Tensor) -> None:
         """before, after [s, b, h]: sequence part of this rank; each token counts once over all ranks that split it."""
-        # In float32, one layer at a time: rounded to bf16, 1 - cosine of a layer that changes little would be noise.
-        distance = 1 - torch.cosine_similarity(before.detach().float(), after.detach().float(), dim=-1)
+        distance = _cosine_distance(before.detach().flatten(0, 1), after.detach().flatten(0, 1))
         pair = torch.stack([distance.sum(dtype=torch.float64), distance.new_tensor(distance.numel(), dtype=torch.float64)])
         self.cosine[layer] = self.cosine[layer] + pair if layer in self.cosine else pair
 
@@ -220,6 +219,15 @@ def _norm_inside(linear: Any, x: Tensor) -> Tensor:
     if linear.normalization == "RMSNorm":
         return F.rms_norm(x, weight.shape, weight, linear.eps)
     return F.layer_norm(x, weight.shape, weight, linear.layer_norm_bias, linear.eps)
+
+
+def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """[n, h] twice -> [n] float32, computed in float32: rounded to bf16, 1 - cosine of a layer that changes little would be noise."""
+    if not a.is_cuda:
+        return 1 - torch.cosine_similarity(a.float(), b.float(), dim=-1)
+    from minitron_mp import kernels
+
+    return kernels.cosine_distance(a, b)
 
 
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:

@@ -1,4 +1,5 @@
 """The row functions of rows.py as Triton kernels, for CUDA: the same arguments and results, and no float32 copy of the logits.
+And the distance of hidden states that the importance of layers rests on, for the same reason.
 
 z_s, z_t  logits of student and teacher [n, v/tp], float32 or bf16, rows contiguous at any stride; columns from `valid` on are padding
 
@@ -55,6 +56,14 @@ def gradient(
     chosen = {"HOT": t != 1, "TEACHER": z_t is not None, "CE": has_ce, "DIVERGENCE": divergence, "BLOCK": block, "num_warps": WARPS}
     grid, sizes = (len(out), triton.cdiv(out.shape[1], block)), _sizes(z_s, teacher)
     _gradient[grid](z_s, teacher, out, rows.contiguous(), labels.contiguous(), *sizes, _stride(out), valid, 1 / t, **chosen)
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """[n, h] twice, float32 or bf16, h side by side -> [n] float32: 1 - cosine of each pair of rows. Each is read once: torch makes float32 copies,
+    and as many passes over them as there are operations."""
+    found = torch.empty(len(a), dtype=torch.float32, device=a.device)
+    _cosine_distance[(len(a),)](a, b, found, _stride(a), _stride(b), a.shape[1], BLOCK=_block(a), num_warps=WARPS)
+    return found
 
 
 def _block(z: Tensor) -> int:
@@ -232,3 +241,24 @@ def _gradient(
         total += w_ce * (q - tl.where(place == tl.load(labels + row), 1.0, 0.0))
     total = tl.where(place < valid * weighted, total, 0.0)
     tl.store(out + row * stride_out + place, total.to(out.dtype.element_ty), mask=place < columns_s)
+
+
+@triton.jit
+def _cosine_distance(a, b, out, stride_a, stride_b, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    a += row * stride_a
+    b += row * stride_b
+    lane = tl.arange(0, BLOCK)
+    product = tl.zeros((BLOCK,), tl.float32)
+    square_a = tl.zeros((BLOCK,), tl.float32)
+    square_b = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        place = start + lane
+        x = tl.load(a + place, mask=place < columns, other=0.0).to(tl.float32)
+        y = tl.load(b + place, mask=place < columns, other=0.0).to(tl.float32)
+        product += x * y
+        square_a += x * x
+        square_b += y * y
+    # Norms are at least 1e-8, as in torch.cosine_similarity.
+    norms = tl.sqrt(tl.maximum(tl.sum(square_a, 0), 1e-16)) * tl.sqrt(tl.maximum(tl.sum(square_b, 0), 1e-16))
+    tl.store(out + row, 1.0 - tl.sum(product, 0) / norms)

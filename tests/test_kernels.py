@@ -92,6 +92,19 @@ def test_the_loss_with_kernels_equals_dense_float64(interpreted, dtype):
         check(got, dense(*calls[name][:2]), name, **rounded)
 
 
+def test_cosine_distance_equals_torch(interpreted):
+    """Widths of one block and of several, rows apart, states that hardly change, one of nothing but zeros."""
+    generator, pairs = torch.Generator().manual_seed(0), []
+    for width, dtype in ((37, torch.float32), (64, torch.bfloat16), (4200, torch.float32), (4200, torch.bfloat16)):
+        a = torch.randn((5, 2 * width), generator=generator).to(dtype)[:, :width]
+        b = (a.float() + 0.02 * torch.randn((5, width), generator=generator)).to(dtype)
+        b[1], b[3] = -b[1], 0
+        pairs.append((a, b))
+    for found, (a, b) in zip(interpreted("cosine_distances", pairs=pairs), pairs):
+        want = 1 - torch.cosine_similarity(a.double(), b.double(), dim=-1)
+        assert (found.double() - want).abs().max() < 5e-7  # float32 sums, and 1 - cosine of 2e-4 has lost three digits
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_for_cuda(ranks, architecture):
     """What the interpreter does not see: types that change in a loop, constants, operations that a GPU lacks."""

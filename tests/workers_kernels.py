@@ -72,6 +72,12 @@ def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         losses._row_functions = usual
 
 
+def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    from minitron_mp import kernels
+
+    return [kernels.cosine_distance(a, b) for a, b in pairs]
+
+
 def compile_for(architecture: int) -> dict[str, int]:
     """{kernel and options: bytes of machine code} for CUDA, without a device."""
     import triton
@@ -83,14 +89,18 @@ def compile_for(architecture: int) -> dict[str, int]:
     numbers = {"t": "fp32", "inverse_t": "fp32", "labels": "*i64", "out": "*bf16"}
     tensors = dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32")
     found = {}
+
+    def build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> int:
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        return len(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernels.WARPS}).asm["cubin"])
+
     for logits in ("*fp32", "*bf16"):
+        found[f"_cosine_distance {logits}"] = build(kernels._cosine_distance, {"a": logits, "b": logits, "out": "*fp32"}, {"BLOCK": kernels.BLOCK})
         for hot, divergence in ((True, "forward_kl"), (False, "js")):
             options = {"WIDTH": rows.STATISTICS, "HOT": hot, "TEACHER": True, "CE": True, "DIVERGENCE": divergence, "BLOCK": kernels.BLOCK}
             for kernel in (kernels._statistics, kernels._js_sums, kernels._gradient):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}
                 types = numbers | tensors | {"z_s": logits, "z_t": logits}
-                signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-                source = ASTSource(kernel, signature, constexprs=constants)
-                built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernels.WARPS})
-                found[f"{kernel.fn.__name__} {logits} {hot} {divergence}"] = len(built.asm["cubin"])
+                found[f"{kernel.fn.__name__} {logits} {hot} {divergence}"] = build(kernel, types, constants)
     return found
