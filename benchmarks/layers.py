@@ -109,6 +109,7 @@ def time_layers(arch: Arch, what: str, dtype: str, where: dict[str, int], world:
 
         def work() -> None:
             model.zero_grad_buffer()
+            model.set_is_first_microbatch()  # FP8 copies of the weights are made once a step
             model(tokens, positions, None).backward(gradient)
     else:
         model = model.eval().requires_grad_(False)

@@ -68,11 +68,11 @@ def main() -> None:
 def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
     """Name -> recipe of one GPU."""
 
-    def of(sequence: int, batch: int, **training: Any) -> Recipe:
+    def of(sequence: int, batch: int, teacher_fp8: str | None = None, **training: Any) -> Recipe:
         values = recipe.model_dump()
         values |= {"parallel": {}, "correct": None, "search": None if recipe.target.given else values["search"]}
         values["data"]["sequence_length"] = sequence
-        values["teacher"] = {"model": recipe.teacher.model, "precision": recipe.teacher.precision}
+        values["teacher"] = {"model": recipe.teacher.model, "precision": recipe.teacher.precision, "fp8": teacher_fp8}
         values["distill"] |= {
             "micro_batch_size": batch,
             "global_batch_size": batch * microbatches,
@@ -85,7 +85,7 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
     sequence = recipe.data.sequence_length
     found = {"as it is": of(sequence, 1)}
     if "fp8" in type(recipe.distill).model_fields and DEVICE.type == "cuda":
-        found["FP8 tensorwise"] = of(sequence, 1, fp8="tensorwise")
+        found["FP8 tensorwise, both models"] = of(sequence, 1, teacher_fp8="tensorwise", fp8="tensorwise")
     return found | {"half as long, two, recomputing": of(sequence // 2, 2, recompute=True)}
 
 

@@ -7,7 +7,8 @@
 A row: teacher forward, student forward, both output layers, loss, backward, gradients in float32 (`step`), then the optimizer (`adam`), each
 the median of the repeats. TFLOP/s: what both models have to compute (flops.py) over `step`. Of ceiling: over the fastest matrix product found
 here in the same run, of the number format of the layers; the output layers are bf16 in all rows. Beyond: highest memory in a step less what
-lies there between steps (weights, gradients, optimizer), which leaves activations, both models' hidden states and the loss.
+lies there between steps (weights, gradients, optimizer), which leaves activations, both models' hidden states and the loss. Activations are counted
+by the planner's formula (cost.kept_per_token), the rest is what is left.
 
 naive: logits of all tokens of both models, softmax and KL in float32 in plain torch, autograd. FP8 rows: linear layers of both models, the
 teacher's weights FP8 as well. Random weights and tokens: neither changes the time, in bf16 or FP8, beyond the power limit.
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from minitron_mp import hf, parallel
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
+from minitron_mp.cost import kept_per_token
 from minitron_mp.errors import InputError
 from minitron_mp.flops import forward_flops, training_flops
 from minitron_mp.model import build_model, logits, output_weight
@@ -110,12 +112,13 @@ def main() -> None:
     print(f"{found['device']}, torch {torch.__version__}, {engine}, {args.layers} + {args.layers} layers, {sequence} tokens")
     print("fastest matrix product, TFLOP/s: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
     print(
-        f"{'layers':10} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} {'held GiB':>9} {'beyond GiB':>10}"
+        f"{'layers':10} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} "
+        f"{'held GiB':>9} {'beyond':>7} {'activations':>11} {'rest':>6}"
     )
     for r in rows:
         print(
             f"{r['layers']:10} {r['loss']:18} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} {r['adam_ms']:8.1f} {r['tflops']:8.3g} "
-            f"{r['of_ceiling']:10.0%} {r['held_gib']:9.2f} {r['beyond_gib']:10.2f}"
+            f"{r['of_ceiling']:10.0%} {r['held_gib']:9.2f} {r['beyond_gib']:7.2f} {r['activations_gib']:11.2f} {r['beyond_gib'] - r['activations_gib']:6.2f}"
         )
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -160,6 +163,7 @@ def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss
         times.append(_timed(step))
         updates.append(_timed(student.update))
     flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
+    kept = kept_per_token(arch, Parallel(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8))
     student.settle()
     return {
         "layers": f"{fp8}" if fp8 else "bf16",
@@ -171,6 +175,7 @@ def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss
         "tflops": flops / statistics.median(times) / 1e12,
         "held_gib": held / GIB,
         "beyond_gib": beyond / GIB,
+        "activations_gib": arch.num_layers * sequence * kept / GIB,
     }
 
 

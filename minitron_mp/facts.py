@@ -104,7 +104,7 @@ def _number(value: Any) -> str:
 
 def harness(root: Path, paths: Paths) -> Table | None:
     """What the command `harness` has found of the models as they are now, one row a model, task and metric; None without any."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for path in sorted(root.glob("harness_*.json")):
         found = artifact.read_json(path, "harness")
         made, settings = found["manifest"]["inputs"], found["manifest"]["settings"]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_mp.arch import Arch, layout_problems
+from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.config import Recipe
-from minitron_mp.cost import remote_teacher_memory
+from minitron_mp.cost import fp8_of, remote_teacher_memory
 from minitron_mp.estimate import Estimate, distillation
 from minitron_mp.hardware import Times
 from minitron_mp.sections import Parallel
@@ -19,11 +19,12 @@ GIB = 2**30
 TENSOR, PIPELINE, CONTEXT, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (None, 2, 4), (1, 2, 4)
 WORLDS = tuple(8 << i for i in range(9))
 """8 to 2,048."""
-HEADS, DIVIDES, DEPTH, SEQUENCE, BATCH, MEMORY = (
+HEADS, DIVIDES, DEPTH, SEQUENCE, EIGHT, BATCH, MEMORY = (
     "tp does not divide heads, groups, ffn or vocabulary",
     "GPUs are no multiple of tp x pp x cp",
     "more pipeline stages than layers",
     "sequence is no multiple of 2 cp x tp",
+    "FP8 wants multiples of 16 on each rank",
     "global batch is no multiple of micro batch x dp (x pp with vpp)",
     "more memory than the GPU has",
 )
@@ -56,6 +57,9 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
         return DEPTH
     if recipe.data.sequence_length % ((2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)):
         return SEQUENCE
+    for arch, kind, layout in ((student, fp8_of(recipe.distill), p), (teacher, fp8_of(t), t.parallel if t.is_remote else p)):
+        if kind and fp8_problems(arch, layout.tp, layout.tokens_of_sample(recipe.data.sequence_length)):
+            return EIGHT
     return None
 
 

@@ -43,8 +43,8 @@ TRAPS = [
     Trap({"apex": ">=0.9"}, "warning", "PyPI's apex is another project than NVIDIA's", "pip uninstall apex; NVIDIA's is in its PyTorch image"),
     Trap({"nemo-toolkit": ">=3"}, "warning", "nemo-toolkit has no collection llm since 3.0", "for NeMo 2 recipes: pip install 'nemo-toolkit<3'"),
 ]
-FP8 = {"delayed": ((8, 9), "1.0", (12, 1)), "tensorwise": ((8, 9), "2.2", (12, 1)), "blockwise": ((9, 0), "2.3", (12, 9))}
-"""Kind -> least compute capability, Transformer Engine (Megatron-Core's bound) and CUDA (Transformer Engine's) that have it."""
+FP8 = {"delayed": ((8, 9), "2.1", (12, 1)), "tensorwise": ((8, 9), "2.2", (12, 1)), "blockwise": ((9, 0), "2.3", (12, 9))}
+"""Kind -> least compute capability, Transformer Engine (the first that Megatron-Core 0.16 to 0.19 take for it) and CUDA of torch that have it."""
 
 
 def packages(name: str = "minitron-mp") -> list[Finding]:

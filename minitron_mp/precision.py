@@ -17,13 +17,9 @@ from packaging.version import Version
 
 from minitron_mp.config import Recipe
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.machine import FP8
 from minitron_mp.training_config import Training
 
-NEEDS_ENGINE = {"delayed": "2.1", "tensorwise": "2.2", "blockwise": "2.3"}
-"""FP8 scaling -> the first version of Transformer Engine that Megatron-Core 0.16 to 0.19 takes for it."""
-NEEDS_GPU = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
-NEEDS_CUDA = {"delayed": "12.1", "tensorwise": "12.1", "blockwise": "12.9"}
-"""Of the CUDA that torch was built with."""
 RECOMPILE_LIMIT = 64
 
 
@@ -51,14 +47,15 @@ def hardware_problems(fp8: str, capability: tuple[int, int], cuda: str | None, e
 
     capability: of the GPU, (9, 0) for Hopper; cuda: that torch was built with; engine: version of Transformer Engine. None: not there.
     """
-    problems, (major, minor) = [], NEEDS_GPU[fp8]
+    problems, ((major, minor), needs_engine, toolkit) = [], FP8[fp8]
+    needs_cuda = ".".join(map(str, toolkit))
     if capability < (major, minor):
         kinds = "Hopper or Blackwell" if major == 9 else "Ada, Hopper or Blackwell"
         problems.append(f"fp8 {fp8} needs a GPU of compute capability {major}.{minor} or above ({kinds}), this one has {capability[0]}.{capability[1]}")
-    if cuda is None or Version(cuda) < Version(NEEDS_CUDA[fp8]):
-        problems.append(f"fp8 {fp8} needs a torch built with CUDA {NEEDS_CUDA[fp8]} or later, this one has {cuda or 'none'}")
-    if engine is None or Version(engine) < Version(NEEDS_ENGINE[fp8]):
-        problems.append(f"fp8 {fp8} needs Transformer Engine {NEEDS_ENGINE[fp8]} or later, here is {engine or 'none'}")
+    if cuda is None or Version(cuda) < Version(needs_cuda):
+        problems.append(f"fp8 {fp8} needs a torch built with CUDA {needs_cuda} or later, this one has {cuda or 'none'}")
+    if engine is None or Version(engine) < Version(needs_engine):
+        problems.append(f"fp8 {fp8} needs Transformer Engine {needs_engine} or later, here is {engine or 'none'}")
     return problems
 
 

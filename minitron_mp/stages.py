@@ -27,7 +27,7 @@ from minitron_mp.items import read_items
 from minitron_mp.job import ASSETS, Job, assets_from
 from minitron_mp.judging import evaluate
 from minitron_mp.model import DTYPES
-from minitron_mp.parallel import World, everyone, on_main
+from minitron_mp.parallel import World, environment_variable, everyone, on_main
 from minitron_mp.plan import PrunePlan, Trials, depth_candidates, exportable
 from minitron_mp.schedule import run
 from minitron_mp.search import search
@@ -77,7 +77,8 @@ def tokenize(job: Job) -> None:
         tokenizer = job.tokenizer()
         data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
         try:
-            with artifact.writing(job.output, job.manifest) as folder:
+            # On many cores; elsewhere the launch scripts forbid it, for the sake of processes that are forked.
+            with environment_variable("TOKENIZERS_PARALLELISM", "true"), artifact.writing(job.output, job.manifest) as folder:
                 further = job.manifest.stage == "texts"
                 tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, further=further, progress=progress)
         except OSError as error:

@@ -40,7 +40,7 @@ def of_claim(name: str, results: Results) -> Results | None:
     seeds = sorted(set.intersection(*(set(own) for own in by_seed.values())))
     if not seeds:
         return None
-    if len({(r["base"], r["text"]) for own in by_seed.values() for r in own.values()}) > 1:
+    if len({(own[seed]["base"], own[seed]["text"]) for own in by_seed.values() for seed in seeds}) > 1:
         raise InputError(f"the results of {name} come from different settings or text; run them again with the same, or delete those that do not belong")
     return {variant: [own[seed] for seed in seeds] for variant, own in by_seed.items()}
 
