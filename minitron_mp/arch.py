@@ -44,6 +44,7 @@ AXES: dict[str, tuple[str, ...]] = {
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this at every layout, so that global shapes never depend on tp."""
 FP8_MULTIPLE = 16
+AS_MISTRAL = "set export.family: mistral (same computation)"
 
 
 class Arch(BaseModel):
@@ -182,7 +183,7 @@ def export_problems(arch: Arch) -> list[str]:
         near = round(arch.hidden_size / arch.num_attention_heads) * arch.num_attention_heads
         return [
             f"transformers refuses a Llama with hidden_size {arch.hidden_size} that is no multiple of "
-            f"num_attention_heads {arch.num_attention_heads}; nearest hidden_size {near}, or set export.family: mistral (same computation)"
+            f"num_attention_heads {arch.num_attention_heads}; nearest hidden_size {near}, or {AS_MISTRAL}"
         ]
     return []
 

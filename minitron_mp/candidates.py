@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from minitron_mp.arch import Arch, export_problems, layout_problems
+from minitron_mp.arch import AS_MISTRAL, Arch, export_problems, layout_problems
 from minitron_mp.artifact import read_json
 from minitron_mp.config import Recipe
 from minitron_mp.cost import BYTES
@@ -97,26 +98,27 @@ def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
 
 
 def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
-    """All candidates of a recipe with a section search, in order of their sizes; of a latency budget those that are to be measured.
+    """All candidates of a recipe with a section search: those of survey()."""
+    return survey(recipe, teacher)[0]
 
-    InputError names what leaves none.
+
+def survey(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
+    """(candidates in order of their sizes, a line on the combinations that are left out for another reason than the budget, empty without any).
+
+    Of a latency budget those that are to be measured. InputError names what leaves none.
     """
-    search, p, depth = recipe.search, recipe.parallel, recipe.depth
+    search, tp = recipe.search, recipe.parallel.tp
     assert search is not None
-    (budget, wanted), (least, most), unit = search.budget, search.bounds, recipe.target.align * p.tp
-    deepest_cut = teacher.num_layers - depth.protect_first - depth.protect_last
+    (budget, wanted), (least, most), unit = search.budget, search.bounds, recipe.target.align * tp
 
     def used(arch: Arch) -> float:
         if budget == "parameters":
             return arch.num_parameters()
         return inference_bytes(arch, recipe.precision, search.batch_size, search.context or recipe.data.sequence_length) / 2**30
 
-    def possible(arch: Arch) -> bool:
-        exported = arch.model_copy(update={"family": recipe.export.family or arch.family})
-        deep_enough = arch.num_layers >= p.pp * (p.vpp or 1) and teacher.num_layers - arch.num_layers <= deepest_cut
-        return deep_enough and arch != teacher and not _head_problem(arch, teacher) and not layout_problems(arch, p.tp) and not export_problems(exported)
-
-    grid, fitting, seen = _grid(teacher, search, recipe.target.align, p.tp), [], []
+    grid, fitting, seen = _grid(teacher, search, recipe.target.align, tp), [], []
+    reasons: Counter[str] = Counter()
+    possible = 0
     solved = not (search.ffn_hidden_size or search.mlp_expansion)
     others = [name for name in grid if name != "ffn_hidden_size"]
     for sizes in itertools.product(*(grid[name] for name in others)):
@@ -134,17 +136,53 @@ def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
         elif search.mlp_expansion:
             nearest = {round(e * arch.hidden_size / unit) * unit for e in search.mlp_expansion}
             widths = sorted((f for f in nearest if 0 < f <= teacher.ffn_hidden_size), reverse=True)
-        archs = list(filter(possible, map(wide, widths)))
+            reasons[f"mlp_expansion x hidden_size is 0 or above the teacher's ffn_hidden_size {teacher.ffn_hidden_size}"] += len(nearest) - len(widths)
+        tried = [(arch, _why_not(arch, teacher, recipe)) for arch in map(wide, widths) if arch != teacher]
+        reasons.update(why for _, why in tried if why)
+        archs = [arch for arch, why in tried if not why]
+        possible += len(archs)
         if budget != "latency_ms":
             seen += map(used, archs)
             archs = [arch for arch in archs if least <= used(arch) <= most]
         fitting += archs
+    left_out = _left_out(reasons, possible)
     if not fitting:
-        near = f"; the nearest one has {min(seen, key=lambda value: abs(value - wanted)):,.4g}" if seen else ""
-        raise InputError(f"no candidate of search has {least:,.4g} to {most:,.4g} ({budget}){near}: change the budget, or list other sizes")
+        if not seen:
+            raise InputError(f"no candidate of search is possible, whatever the budget: {left_out or 'the only one is the teacher; list smaller sizes'}")
+        near = f"the nearest one has {min(seen, key=lambda value: abs(value - wanted)):,.4g}"
+        other = f" ({left_out})" if left_out else ""
+        raise InputError(f"no candidate of search has {least:,.4g} to {most:,.4g} ({budget}); {near}: change the budget, or list other sizes{other}")
     if len(fitting) > search.max_candidates:
         raise InputError(f"search has {len(fitting)} candidates, search.max_candidates is {search.max_candidates}: list fewer sizes, or raise it")
-    return fitting
+    return fitting, left_out
+
+
+def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
+    """What stops a candidate, in words that many share, so that they can be counted; empty: it can be cut, run and exported."""
+    p, depth, heads, groups = recipe.parallel, recipe.depth, arch.num_attention_heads, arch.num_query_groups
+    free = teacher.num_layers - depth.protect_first - depth.protect_last
+    if (stages := p.pp * (p.vpp or 1)) > arch.num_layers:
+        return f"num_layers below the {stages} pipeline stages (pp x vpp)"
+    if teacher.num_layers - arch.num_layers > free:
+        return f"depth.protect_first and protect_last leave {max(0, free)} layers that may go; protect fewer, or keep more layers"
+    if heads % groups:
+        return f"num_attention_heads {heads} is no multiple of num_query_groups {groups}"
+    if arch.heads_per_group > teacher.heads_per_group:
+        return f"num_attention_heads {heads} in {groups} query groups are more a group than the teacher's {teacher.heads_per_group}"
+    if problems := layout_problems(arch, p.tp):
+        return problems[0]
+    if export_problems(arch.model_copy(update={"family": recipe.export.family or arch.family})):
+        return f"transformers refuses a Llama whose hidden_size is no multiple of num_attention_heads {heads}; {AS_MISTRAL}"
+    return ""
+
+
+def _left_out(reasons: Counter[str], possible: int) -> str:
+    """The commonest reasons, counted."""
+    count, common = sum(reasons.values()), reasons.most_common(3)
+    told = [f"{why} ({n:,})" for why, n in common if n]
+    if rest := count - sum(n for _, n in common):
+        told.append(f"others ({rest:,})")
+    return f"{count:,} of {count + possible:,} combinations left out: {', '.join(told)}" if told else ""
 
 
 def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[int]]:
@@ -167,11 +205,6 @@ def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[
             problems.append(f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps.get(name, 1)} up to the teacher's {largest}")
     refuse("these sizes cannot be cut:", problems)
     return grid
-
-
-def _head_problem(arch: Arch, teacher: Arch) -> bool:
-    """Groups keep as many heads each, and at most the teacher's."""
-    return arch.num_attention_heads % arch.num_query_groups > 0 or arch.heads_per_group > teacher.heads_per_group
 
 
 def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:

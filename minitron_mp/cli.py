@@ -46,7 +46,7 @@ def _add(name: str) -> None:
     @app.command(name, help=HELP[name])
     def command(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None, force: Force = False) -> None:
         resolved = load_recipe(recipe, overrides or [])
-        if _dry(resolved, dry_run, world):
+        if _dry(resolved, dry_run, world, name):
             return
         from minitron_mp.pipeline import run_stage
 
@@ -149,33 +149,35 @@ def doctor(
     raise typer.Exit(examine(recipe, overrides or []))
 
 
-def _dry(recipe: Recipe, dry_run: bool, world: int | None) -> bool:
-    """Whether this was a dry run, then done."""
+def _dry(recipe: Recipe, dry_run: bool, world: int | None, stage: str | None = None) -> bool:
+    """Whether this was a dry run, then done. stage: that the command runs; None for all."""
     if dry_run:
-        _dry_run(recipe, world)
+        _dry_run(recipe, world, stage)
     elif world is not None:
         raise InputError("--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)")
     return dry_run
 
 
-def _dry_run(recipe: Recipe, world: int | None) -> None:
+def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     """Everything that is known before anything runs; InputError when the recipe cannot run."""
     from omegaconf import OmegaConf
 
     from minitron_mp import cost, hf
-    from minitron_mp.candidates import candidates, name_of
+    from minitron_mp.candidates import name_of, survey
     from minitron_mp.plan import resolve_target
     from minitron_mp.planner import dry_run_rows
     from minitron_mp.project import Project
 
     project = Project(recipe)
+    if stage:
+        project.require_stage(stage)
     t = recipe.teacher
     ranks = world or (t.student_ranks or recipe.parallel.model_ranks) + t.ranks_in(None) + sum(t.siblings.values())
     models = [Path(recipe.model), Path(t.model or recipe.model)]
     weights = all(map(hf.has_weights, filter(Path.is_dir, models)))
     project.check(ranks, weights=weights)
     base, teacher = (hf.read_arch(folder, weights=weights) for folder in models)
-    found = candidates(recipe, base) if recipe.search else [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
+    found, left_out = survey(recipe, base) if recipe.search else ([resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], "")
     student = max(found, key=lambda arch: arch.num_parameters())
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
     table("layout and memory", ("what", "value"), cost.rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks))
@@ -185,6 +187,8 @@ def _dry_run(recipe: Recipe, world: int | None) -> None:
             ("candidate", "parameters"),
             [(name_of(a), f"{a.num_parameters():,}") for a in found],
         )
+        if left_out:
+            say(left_out)
     if not weights:
         say("only config.json is there, no weights: the sizes are known, the artefacts are not")
         return

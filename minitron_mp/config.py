@@ -87,7 +87,7 @@ class Recipe(Section):
                     f"({name}: 2 cp x tp under context and sequence parallelism); nearest {near}"
                 )
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def _fp8(self) -> list[str]:
@@ -185,7 +185,7 @@ def make_recipe(values: Any, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        refuse(f"{source} cannot be used:", [_sentence(e) for e in error.errors()])
+        refuse(f"{source} cannot be used:", [row for e in error.errors() for row in _rows(e)])
         raise
 
 
@@ -196,8 +196,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(recipe.model_dump()), path)
 
 
-def _sentence(error: Any) -> str:
-    """One validation error of pydantic in one line, with the nearest key for an unknown one."""
+def _rows(error: Any) -> list[str]:
+    """One validation error of pydantic, a sentence for each line that a validator wrote, with the nearest key for an unknown one."""
     where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         section: Any = Recipe
@@ -206,9 +206,9 @@ def _sentence(error: Any) -> str:
             section = kinds[0] if kinds else annotation  # Correct | None
         known = list(section.model_fields)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
-        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")
+        return [f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}")]
     if error["type"] == "missing":
-        return f"{where} is missing"
+        return [f"{where} is missing"]
     text = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] == "value_error" else f", given {error['input']!r}"
-    return f"{where}: {text}{given}" if where else text
+    return [f"{where}: {row}{given}" if where else row for row in text.splitlines()]

@@ -164,6 +164,17 @@ def assets(folder: Path) -> list[Path]:
     return sorted({path for pattern in ASSETS for path in folder.glob(pattern) if path.is_file()})
 
 
+def tokens(file: Path) -> dict[int, str]:
+    """Id -> token of a tokenizer.json, added tokens included."""
+    content = _read_json(file)
+    try:
+        vocab = content["model"]["vocab"]  # token -> id, or of a unigram model [token, score] in the order of the ids
+        known = {id: token for token, id in vocab.items()} if isinstance(vocab, dict) else {id: token for id, (token, _) in enumerate(vocab)}
+        return known | {added["id"]: added["content"] for added in content.get("added_tokens") or []}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is no tokenizer of the tokenizers library ({error!r}); fetch it again") from error
+
+
 def write_folder(
     folder: Path, source: Path, arch: Arch, dtype: torch.dtype, tensors: Iterable[tuple[str, int | None, torch.Tensor]], *, max_shard_bytes: float = 5e9
 ) -> None:

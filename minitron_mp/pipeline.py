@@ -29,16 +29,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     Done already: nothing happens, unless force. Under torchrun every rank calls it.
     """
     project = Project(recipe)
-    if name not in project.stages:
-        missing = {
-            "cache": "teacher.placement: cached",
-            "import-teacher": "teacher.model",
-            "correct": "a section correct whose `when` is before, for example correct: {steps: 1000}",
-            "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
-            "texts": "data.held_out",
-            "search": "a section search, for example search: {parameters: 8B}",
-        }
-        raise InputError(f"the recipe has no stage {name}; it comes with {missing[name]}")
+    project.require_stage(name)
     if name == "plan" and not speaks():
         return project.paths[name]  # needs no ranks: one process does it
     with nullcontext() if name == "plan" else _world(recipe) as world, _may_leave(world):

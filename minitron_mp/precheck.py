@@ -30,6 +30,7 @@ def recipe_problems(recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | 
 
     tutor = recipe.teacher.model or recipe.model
     problems = [problem for folder in dict.fromkeys([recipe.model, tutor]) for problem in _told(partial(read, folder))]
+    problems += _told(partial(_same_tokens, recipe.model, tutor))
     if weights:
         problems += _files(recipe, paths)
     if not recipe.target.given and not recipe.search:
@@ -48,8 +49,23 @@ def _told(check: Callable[[], None]) -> list[str]:
     return []
 
 
+def _same_tokens(model: str, tutor: str) -> None:
+    """InputError when an id means one token to the model and another one to the teacher. Ids that only one has a token for are no text's."""
+    one, other = Path(model) / "tokenizer.json", Path(tutor) / "tokenizer.json"
+    if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
+        return
+    own, theirs = hf.tokens(one), hf.tokens(other)
+    if differ := sorted(id for id in own.keys() & theirs.keys() if own[id] != theirs[id]):
+        example = f"{differ[0]} is {own[differ[0]]!r} in {one}, {theirs[differ[0]]!r} in {other}"
+        raise InputError(f"teacher.model has another tokenizer than model: {len(differ):,} ids differ ({example}); give a teacher with the same one")
+
+
 def _files(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
     problems = text.problems(recipe.data)
+    if recipe.search and recipe.data.train and not problems and (both := text.shared(recipe.data, "calibration", "train")):
+        named = f"{', '.join(both[:3])}{f' and {len(both) - 3} more' * (len(both) > 3)}"
+        why = "search ranks students on calibration text, which their distillation must not have seen"
+        problems.append(f"data.calibration and data.train share {named}: {why}; hold some text out, or give data.source")
     tasks = {f"evaluate.tasks.{name}": (path, recipe.evaluate.task_items) for name, path in recipe.evaluate.tasks.items()}
     if recipe.depth.task:
         tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
@@ -88,7 +104,7 @@ def _batches(recipe: Recipe, dp: int) -> list[str]:
 def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
     """What the sizes of the model, and of the one that teaches, rule out."""
     p, t = recipe.parallel, recipe.teacher
-    problems, students = layout_problems(arch, p.tp), [arch]
+    problems, students, stages = layout_problems(arch, p.tp), [arch], p.pp * (p.vpp or 1)
     if tutor.vocab_size != arch.vocab_size:
         problems.append(f"teacher.model has a vocabulary of {tutor.vocab_size}, the model that is cut {arch.vocab_size}; they must have the same")
     if (length := recipe.data.sequence_length) > arch.max_position_embeddings:
@@ -99,8 +115,14 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
         problems += [f"teacher: {problem}" for problem in layout_problems(tutor, t.parallel.tp)]
         if t.parallel.pp > tutor.num_layers:
             problems.append(f"teacher: {t.parallel.pp} pipeline stages for {tutor.num_layers} layers")
-    if recipe.teacher.model:  # evaluate and search load it in the student's layout
+    if t.model and Path(t.model).resolve() == Path(recipe.model).resolve():
+        problems.append(f"teacher.model {t.model} is the folder of model, so it has no effect; drop it")
+    elif t.model:  # evaluate and search load it in the student's layout
         problems += [f"teacher.model: {problem}" for problem in layout_problems(tutor, p.tp)]
+        if length > tutor.max_position_embeddings:
+            problems.append(f"data.sequence_length {length} is above max_position_embeddings {tutor.max_position_embeddings} of teacher.model")
+        if stages > tutor.num_layers:
+            problems.append(f"teacher.model: {stages} pipeline stages (pp x vpp) for {tutor.num_layers} layers; evaluate has it in the student's layout")
     if t.payload == "topk" and t.top_k > arch.vocab_size:
         problems.append(f"teacher.top_k {t.top_k} is above the vocabulary of {arch.vocab_size}")
     if t.payload == "topk" and recipe.distill.divergence != "forward_kl":
@@ -113,10 +135,17 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
             return
         students.append(resolve_target(arch, recipe.target, p.tp, recipe.export.family))
         exportable(students[-1], recipe.export.family)
-        if recipe.target.drop_layers is None:
-            droppable(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
+        free = droppable(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
+        if protected := [layer for layer in recipe.target.drop_layers or [] if layer not in free]:
+            said = f"depth.protect_first {recipe.depth.protect_first} and protect_last {recipe.depth.protect_last} keep"
+            raise InputError(f"target.drop_layers names {', '.join(map(str, protected))}, which {said}; name others, or protect fewer")
 
     problems += _told(size_student)
+    usual = type(recipe.depth)()
+    samples = [name for name in ("num_samples", "micro_batch_size") if getattr(recipe.depth, name) != getattr(usual, name)]
+    if recipe.depth.method == "cosine" and samples:
+        why = "without effect with depth.method cosine, which measures nothing"
+        problems.append(f"depth.{', depth.'.join(samples)}: {why}; drop it, or set depth.method: drop, block or greedy")
     if recipe.depth.method != "cosine" and len(students) > 1 and (recipe.target.drop_layers is not None or students[-1].num_layers == arch.num_layers):
         why = "target.drop_layers names the layers that go" if recipe.target.drop_layers is not None else f"the student keeps all {arch.num_layers} layers"
         problems.append(f"depth.method {recipe.depth.method} has nothing to choose, {why}; have layers go, or drop the section depth")
@@ -128,7 +157,7 @@ def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
         problems += [f"teacher.fp8: {problem}" for problem in _fp8(recipe, tutor, t.parallel if t.is_remote else p)]
     if recipe.distill.states and len(students) > 1:
         problems += recipe.distill.states.problems(students[-1].num_layers, tutor.num_layers)
-    if (stages := p.pp * (p.vpp or 1)) > students[-1].num_layers:
+    if stages > students[-1].num_layers:
         problems.append(f"{stages} pipeline stages (pp x vpp) for a student of {students[-1].num_layers} layers")
     return problems
 

@@ -169,6 +169,16 @@ OPTIONAL: dict[str, Stage] = {
 depth.method is not cosine. search: before plan, where the recipe has that section. texts: after data, for
 data.held_out. cache: before distill, for teacher.placement: cached."""
 
+COMES_WITH = {
+    "cache": "teacher.placement: cached",
+    "import-teacher": "teacher.model",
+    "correct": "a section correct whose `when` is before, for example correct: {steps: 1000}",
+    "depth": "depth.method: drop, block or greedy, and a target of fewer layers",
+    "texts": "data.held_out",
+    "search": "a section search, for example search: {parameters: 8B}",
+}
+"""What brings an optional stage into a recipe."""
+
 
 class Project:
     """A recipe and its artefacts. Reads files; needs neither a GPU nor torchrun."""
@@ -191,6 +201,11 @@ class Project:
         self.stages = {name: {**STAGES, **OPTIONAL}[name] for name in names}
         self.paths = {name: recipe.root / stage.artifact for name, stage in self.stages.items()}
         self._manifests: dict[str, Manifest] = {}
+
+    def require_stage(self, name: str) -> None:
+        """InputError unless the recipe has the stage."""
+        if name not in self.stages:
+            raise InputError(f"the recipe has no stage {name}; it comes with {COMES_WITH[name]}")
 
     def manifest(self, name: str) -> Manifest:
         """What the stage's artefact must say to be this recipe's."""

@@ -93,7 +93,7 @@ class Depth(Section):
         if ignored := [name for name in own if getattr(self, name) != type(self).model_fields[name].default]:
             problems.append(f"{', '.join(ignored)}: without effect with metric {self.metric}; drop it")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -150,7 +150,7 @@ class Search(Section):
         if given == ["latency_ms"] and not (self.ffn_hidden_size or self.mlp_expansion):
             problems.append("latency_ms is measured for every candidate, so ffn_hidden_size cannot be solved for it: list the sizes to try")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     @property

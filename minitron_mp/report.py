@@ -64,7 +64,7 @@ def collect(project: Any) -> Document:
         *([_training("correct", metrics["correct"], [_bought(found, meanwhile=recipe.corrects_meanwhile)])] if "correct" in metrics else []),
         _training("distill", metrics["distill"], []),
         _cost(metrics, found_by_search, recipe),
-        *([search_section(found_by_search)] if found_by_search else []),
+        *([search_section(found_by_search, recipe.search.budget[0])] if recipe.search else []),
         Section("Files", [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")]),
         _made(recipe, project.stages, found),
     ]
@@ -182,10 +182,11 @@ def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Ma
     return Section("Cost", [*parts, Table(("stage", "steps", "tokens", "hours", "tokens/s"), rows)])
 
 
-def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
-    """Candidates of an architecture search, best first, and what they trade: size, and latency where it was measured, against loss.
+def search_section(candidates: Sequence[Mapping[str, Any]], budget: str) -> Section:
+    """Candidates of an architecture search, best first, and what they trade: parameters, memory where it is the budget, latency where it was measured,
+    against loss.
 
-    A candidate: name, arch (fields of Arch), parameters, pruned_loss, distilled ([{steps, loss}]), chosen, latency_s (or None). Losses in
+    A candidate: name, arch (fields of Arch), parameters, memory_gib, pruned_loss, distilled ([{steps, loss}]), chosen, latency_s (or None). Losses in
     nats a token. Losses after different numbers of steps do not compare: a front is drawn among those distilled longest, and one among all as cut.
     """
     longest = max((last["steps"] for c in candidates if (last := _last(c))), default=0)
@@ -197,12 +198,18 @@ def search_section(candidates: Sequence[Mapping[str, Any]]) -> Section:
 
     rows = []
     for c in sorted(candidates, key=order):
-        last, sizes = _last(c), (c["arch"][name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
+        last, arch = _last(c), c["arch"]
+        sizes = [f"{arch[name]:,}" for name in ("num_layers", "hidden_size", "ffn_hidden_size")]
+        sizes.append(f"{arch['num_attention_heads']} / {arch['num_query_groups']}")
         distilled = (f"{last['loss']:.4f}", f"{last['steps']:,}") if last else ("", "")
         latency = "" if c["latency_s"] is None else f"{c['latency_s'] * 1e3:.1f}"
-        rows.append((c["name"], f"{c['parameters']:,}", *(f"{n:,}" for n in sizes), f"{c['pruned_loss']:.4f}", *distilled, latency, "yes" * c["chosen"]))
-    header = ("candidate", "parameters", "layers", "hidden", "ffn", "heads", "loss as cut", "loss distilled", "steps", "latency (ms)", "chosen")
+        count, memory = f"{c['parameters']:,}", f"{c['memory_gib']:.2f}"
+        rows.append((c["name"], count, memory, *sizes, f"{c['pruned_loss']:.4f}", *distilled, latency, "yes" * c["chosen"]))
+    sizes_header = ("candidate", "parameters", "memory, GiB", "layers", "hidden", "ffn", "heads / groups")
+    header = (*sizes_header, "loss as cut", "loss distilled", "steps", "latency (ms)", "chosen")
     scales = [("parameters (millions)", lambda c: c["parameters"] / 1e6)]
+    if budget == "memory_gib":
+        scales.append(("memory (GiB)", lambda c: c["memory_gib"]))
     if all(c["latency_s"] is not None for c in candidates):
         scales.append(("latency (ms)", lambda c: c["latency_s"] * 1e3))
     runs = [("as cut", measured, lambda c: c["pruned_loss"])]

@@ -22,7 +22,7 @@ from typing import Any
 from minitron_mp import artifact, checkpoint, data, signals, slicing
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.candidates import Candidate, Trained, candidates, inference_bytes, name_of, shown, target_of, training
+from minitron_mp.candidates import Candidate, Trained, inference_bytes, name_of, shown, survey, target_of, training
 from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.errors import InputError, refuse
@@ -85,7 +85,10 @@ class _Progress:
         recipe = self.job.recipe
         s, context = recipe.search, recipe.search.context or recipe.data.sequence_length
         found = []
-        for arch in candidates(recipe, self.job.arch(recipe.base)):
+        archs, left_out = survey(recipe, self.job.arch(recipe.base))
+        if left_out:
+            say(f"search: {left_out}")
+        for arch in archs:
             memory = inference_bytes(arch, recipe.precision, s.batch_size, context) / 2**30
             found.append(Candidate(name=name_of(arch), arch=arch, parameters=arch.num_parameters(), memory_gib=memory))
         return _of_latency(self.job, found) if s.latency_ms else found

@@ -21,6 +21,8 @@ def _with_suffix(value: Any) -> Any:
 
 
 Count = Annotated[float, BeforeValidator(_with_suffix)]
+Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""A list, or one path by itself."""
 
 
 class Section(BaseModel):
@@ -33,17 +35,17 @@ class Data(Section):
     source: str | list[str] = "python-stdlib"
     """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes, cut by document into the three parts;
     or "python-stdlib"."""
-    calibration: list[str] = []
+    calibration: Paths = []
     """Instead of source: .txt, .jsonl or Megatron .bin/.idx prefixes for each part, used as they are."""
-    train: list[str] = []
-    valid: list[str] = []
+    train: Paths = []
+    valid: Paths = []
     valid_fraction: float = Field(0.03, gt=0, lt=0.5)
     """Share of the documents of source held out; as many again are for calibration."""
     sequence_length: int = Field(512, ge=2)
     """Tokens a sample."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file; default: the model's own."""
-    held_out: dict[str, list[str]] = {}
+    held_out: dict[str, Paths] = {}
     """Name -> files or folders as above: further texts for `evaluate`, such as what the teacher was trained on: {pretraining: [old/]}."""
 
     @model_validator(mode="after")
@@ -79,7 +81,7 @@ class Parallel(Section):
         if self.sequence_parallel and self.tp == 1:
             problems.append("sequence_parallel splits activations over tensor parallel ranks, with tp 1 there is nothing to split: drop it or raise tp")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     @property

@@ -109,6 +109,12 @@ def fingerprint(data: Data, further: bool = False) -> str:
     return ", ".join(rows)
 
 
+def shared(data: Data, one: str, other: str) -> list[str]:
+    """Files and Megatron prefixes that two listed parts both hold."""
+    held = [{str(path.resolve()) for _, path in files} | set(prefixes) for files, prefixes in map(_inputs(data).__getitem__, (one, other))]
+    return sorted(held[0] & held[1])
+
+
 def prefixes_of(folder: Path, part: str) -> list[str]:
     """Absolute prefixes of a part; one that is absolute in parts.json stays as it is."""
     return [str(folder.resolve() / prefix) for prefix in read_json(folder / PARTS_FILE, "data --force")[part]]

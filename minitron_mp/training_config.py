@@ -82,7 +82,7 @@ class Training(Section):
             problems.append(f"profile.steps {self.profile.steps} goes beyond the last of {self.steps} steps")
         problems += self._problems()
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def _problems(self) -> list[str]:
@@ -139,7 +139,7 @@ class States(Section):
         if self.weight != "dynamic" and self.weight <= 0:
             problems.append(f"weight {self.weight}: give a number above 0, or dynamic; without states, drop the section")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def blocks(self, num_layers: int, parallel: Parallel) -> dict[int, list[int]]:
@@ -238,7 +238,7 @@ class Teacher(Section):
         if self.placement != "remote" and (self.ranks or self.student_ranks):
             problems.append(f"ranks and student_ranks divide a job between student and teacher; placement {self.placement} has no ranks of the teacher's own")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     @property

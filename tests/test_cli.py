@@ -22,7 +22,7 @@ from tiny import ROOT, STEPS, environment, make_model, make_recipe_file, make_te
 import minitron_mp
 from minitron_mp import cli, load_recipe
 from minitron_mp.cost import rank_parameters
-from minitron_mp.project import STAGES
+from minitron_mp.project import COMES_WITH, STAGES
 from minitron_mp.sections import Parallel
 
 UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
@@ -95,6 +95,11 @@ def stage_states(out: str) -> dict[str, str]:
         (["parallel.pp=4"], ["4 pipeline stages (pp x vpp) for a student of 3 layers"]),
         (["distill.micro_batch_size=3"], ["distill.global_batch_size 4 must be a multiple of 3", "nearest 3"]),
         (["export.family=qwen3"], ["qwen3"]),
+        (["depth.num_samples=8", "depth.micro_batch_size=4"], ["depth.num_samples, depth.micro_batch_size: without effect with depth.method cosine"]),
+        (
+            ["target.num_layers=null", "target.drop_layers=[0, 2]", "depth.protect_first=1", "depth.protect_last=1"],
+            ["target.drop_layers names 0, which depth.protect_first 1 and protect_last 1 keep; name others, or protect fewer"],
+        ),
         (["data.sequence_length=256"], ["data.sequence_length 256 is above the model's max_position_embeddings 128"]),
         (["data.source=nowhere", "data.tokenizer=elsewhere"], ["data.source: nowhere does not exist", "data.tokenizer: elsewhere does not exist"]),
         (["model=nowhere", "data.source=nowhere2", "distill.micro_batch_size=3"], ["no folder nowhere", "nowhere2 does not exist", "batch_size 4"]),
@@ -118,6 +123,49 @@ def test_the_model_is_never_overwritten(here, recipe, inputs, tmp_path):
     shutil.copytree(inputs / "model", tmp_path / "out" / "student_hf")
     words = [f"model={tmp_path / 'out' / 'student_hf'}", f"output={tmp_path / 'out'}"]
     refused(here("compress", recipe, *words), "student_hf would be overwritten by the stage export; set another output")
+
+
+def test_teachers_that_do_not_fit_are_refused(here, recipe, inputs, model):
+    """Another model to distil from than the one that is cut."""
+    words = ["--dry-run", f"teacher.model={model}"]
+    assert here("compress", recipe, *words)[0] == 0
+    refused(here("compress", recipe, "--dry-run", f"teacher.model={inputs}/text/../model"), "is the folder of model, so it has no effect; drop it")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocab = {id: token for token, id in tokenizer["model"]["vocab"].items()}
+    vocab[7], vocab[8] = vocab[8], vocab[7]
+    content = {**tokenizer, "model": {**tokenizer["model"], "vocab": {token: id for id, token in vocab.items()}}}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    refused(here("compress", recipe, *words), f"another tokenizer than model: 2 ids differ (7 is {vocab[8]!r} in ", "give a teacher with the same one")
+    unigram = [[vocab[id], 0.0] for id in sorted(vocab)]
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": unigram}, "added_tokens": None}))
+    refused(here("compress", recipe, *words), "2 ids differ (7 is ")
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    refused(here("compress", recipe, *words), "data.sequence_length 32 is above max_position_embeddings 16 of teacher.model")
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    refused(here("compress", recipe, *words, "parallel.pp=3"), "teacher.model: 3 pipeline stages (pp x vpp) for 2 layers")
+
+
+SEARCH = "search={parameters: 100K, tolerance: 0.2, num_layers: [3, 4], hidden_size: [64, 48], num_attention_heads: [7, 8]}"
+FREE = ["target={align: 16}", "target.num_layers=null", "target.hidden_size=null", "target.ffn_hidden_size=null", "target.num_attention_heads=null"]
+
+
+def test_dry_run_of_a_search(here, recipe, inputs):
+    code, out, err = here("search", recipe, "--dry-run", *FREE, SEARCH)
+    assert (code, err) == (0, "")
+    assert "4 of 8 combinations left out: num_attention_heads 7 is no multiple of num_query_groups 2 (4)" in out
+    text = sorted((inputs / "text").iterdir())
+    parts = ["data={source: python-stdlib, valid_fraction: 0.03}", f"data.calibration={text[1]}", f"data.train={inputs / 'text'}", f"data.valid={text[0]}"]
+    assert here("compress", recipe, "--dry-run", *parts)[0] == 0
+    refused(here("search", recipe, "--dry-run", *FREE, SEARCH, *parts), f"data.calibration and data.train share {text[1]}: search ranks students on calib")
+
+
+@pytest.mark.parametrize("stage", COMES_WITH)
+def test_a_stage_that_the_recipe_does_not_have(here, recipe, stage):
+    """A dry run says what the run says."""
+    for flags in ([], ["--dry-run"]):
+        refused(here(stage, recipe, *flags), f"the recipe has no stage {stage}; it comes with {COMES_WITH[stage]}")
 
 
 def test_wrong_commands(here, recipe):

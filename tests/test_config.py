@@ -32,6 +32,8 @@ def test_yaml_and_overrides(recipe_file):
     assert (recipe.distill.steps, recipe.distill.lr, recipe.parallel.tp) == (60, 1e-3, 2)
     assert recipe.data.train == ["a.txt", "b.txt"]
     assert load_recipe(recipe_file, ["data.tokenizer=null"]).data.tokenizer is None
+    data = load_recipe(recipe_file, ["data.held_out.old=old.txt", "data.train=a.txt", "data.calibration=c", "data.valid=[d]"]).data
+    assert (data.held_out, data.train, data.calibration) == ({"old": ["old.txt"]}, ["a.txt"], ["c"])
 
 
 def test_resolved_recipe_survives_the_disk(recipe_file, tmp_path):
@@ -75,6 +77,7 @@ def test_parameter_suffixes(text, number):
         ({"teacher": {"window": 5}}, r"teacher: window: without effect with placement colocated and payload hidden; drop it"),
         ({"teacher": {"placement": "cached", "parallel": {"tp": 2}, "top_k": 7}}, r"parallel, top_k: without effect with placement cached"),
         ({"data": None}, r"data: .*given None"),
+        ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: .*valid list, given 5"),
         ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
         ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),
         ({"modle": "x"}, r"unknown key modle; did you mean model\?"),
@@ -95,6 +98,9 @@ def test_mistakes_are_reported_together():
     assert text.startswith("recipe cannot be used:\n")
     for part in ("model is missing", "did you mean model", "vpp 2", "sequence_parallel", "warmup_steps 200", "both 0", "did you mean num_samples"):
         assert part in text
+    rows = text.splitlines()[1:]
+    assert len(rows) == 7, "a row for each mistake, also where a section has two"
+    assert sum(row.startswith("  - parallel: ") for row in rows) == sum(row.startswith("  - distill: ") for row in rows) == 2
 
 
 @pytest.mark.parametrize(

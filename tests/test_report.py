@@ -149,6 +149,7 @@ def candidates(latency: bool = True) -> list[dict]:
             "name": name,
             "arch": ARCHS["llama"].model_dump(),
             "parameters": millions * 10**6,
+            "memory_gib": millions / 500,
             "pruned_loss": loss,
             "distilled": [{"steps": steps, "loss": value, "seconds": 90.0} for steps, value in curve],
             "chosen": name == "b",
@@ -159,16 +160,19 @@ def candidates(latency: bool = True) -> list[dict]:
 
 
 def test_search_is_a_table_and_fronts():
-    section = report.search_section(candidates())
+    section = report.search_section(candidates(), "latency_ms")
     table = next(part for part in section.parts if isinstance(part, Table))
     assert [row[0] for row in table.rows] == ["b", "a", "c", "d"]  # longest distilled first, then by loss: never by size
-    sizes = [str(getattr(ARCHS["llama"], name)) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")]
-    assert table.rows[0][1:] == ("80,000,000", *sizes, "2.2000", "1.1000", "40", "8.0", "yes")
+    arch = ARCHS["llama"]
+    sizes = [*map(str, (arch.num_layers, arch.hidden_size, arch.ffn_hidden_size)), f"{arch.num_attention_heads} / {arch.num_query_groups}"]
+    assert table.rows[0][1:] == ("80,000,000", "0.16", *sizes, "2.2000", "1.1000", "40", "8.0", "yes")
+    assert len(table.header) == len(table.rows[0])
     plots = [part for part in section.parts if isinstance(part, Figure)]
     assert [plot.text for plot in plots] == ["4 candidates. On the front: c, b, a.", "2 candidates. On the front: b."] * 2
     assert [plot.title.split(" by ")[1] for plot in plots] == ["parameters", "parameters", "latency", "latency"]
-    few = report.search_section([{**c, "distilled": []} for c in candidates(latency=False)])
-    assert len([part for part in few.parts if isinstance(part, Figure)]) == 1
+    for budget, scales in (("parameters", ["parameters"]), ("memory_gib", ["parameters", "memory"])):
+        few = report.search_section([{**c, "distilled": []} for c in candidates(latency=False)], budget)
+        assert [part.title.split(" by ")[1] for part in few.parts if isinstance(part, Figure)] == scales
     assert report.front([("x", 1, 2, False), ("y", 1, 1, False), ("z", 2, 1, False)]) == ["y"]
 
 
@@ -196,7 +200,7 @@ def test_page_in_a_browser(whole, tmp_path):
     if browser.BINARY is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     document = report.collect(whole.project())
-    sections = [*document.sections, report.search_section(candidates())]
+    sections = [*document.sections, report.search_section(candidates(), "memory_gib")]
     (tmp_path / "report.html").write_text(page.html(page.Document(document.title, document.lead, sections)))
     with browser.browse(tmp_path / "report.html", tmp_path / "profile") as tab:
         for width in WIDTHS:

@@ -83,12 +83,37 @@ def test_a_memory_budget_counts_the_cache():
         ({"parameters": "8B", "hidden_size": [4097]}, "search.hidden_size 4097: give multiples of 16 up to the teacher's 6144"),
         ({"parameters": "8B", "num_layers": [40]}, "search.num_layers 40: give multiples of 1 up to the teacher's 32"),
         ({"parameters": "20B"}, "no candidate of search has 1.9e+10 to 2.1e+10 (parameters); the nearest one has 1.5"),
+        (
+            {"parameters": "8B", "num_layers": [20], "mlp_expansion": [9]},
+            "9 of 9 combinations left out: mlp_expansion x hidden_size is 0 or above the teacher's ffn",
+        ),
+        ({"parameters": "8B", "num_attention_heads": [36, 44]}, "num_attention_heads 36 is no multiple of num_query_groups 8 ("),
+        ({"parameters": "15.6B", "num_layers": [32], "hidden_size": [6144], "ffn_hidden_size": [24576]}, "the only one is the teacher; list smaller sizes"),
         ({"parameters": "8B", "max_candidates": 3}, "search.max_candidates is 3: list fewer sizes, or raise it"),
     ],
 )
 def test_searches_that_cannot_be(search, words):
     with pytest.raises(InputError) as error:
         found("nemotron_4_15b", **search)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("search", "sections", "words"),
+    [
+        ({"hidden_size": [512]}, {}, "4 of 4 combinations left out: transformers refuses a Llama whose hidden_size is no multiple of"),
+        ({"hidden_size": [512]}, {}, "set export.family: mistral (same computation) (4)"),
+        ({"num_attention_heads": [7, 8]}, {}, "num_attention_heads 8 is no multiple of num_query_groups 3 ("),
+        ({}, {"parallel": {"tp": 2}}, "tensor parallel size 2 does not divide num_attention_heads 9; use a divisor of 9 ("),
+        ({"num_layers": [20]}, {"depth": {"protect_first": 12, "protect_last": 12}}, "leave 6 layers that may go; protect fewer, or keep more layers ("),
+        ({"num_layers": [20]}, {"parallel": {"pp": 12, "vpp": 2}}, "num_layers below the 24 pipeline stages (pp x vpp) ("),
+    ],
+)
+def test_what_leaves_no_candidate_is_counted(search, sections, words):
+    """The budget is in reach; another one would not help."""
+    recipe = make_recipe({"model": "m", "output": "o", "search": {"parameters": "102M", **search}, **sections})
+    with pytest.raises(InputError, match="no candidate of search is possible, whatever the budget: ") as error:
+        candidates(recipe, hf.read_arch(CONFIGS / "smollm2_135m", weights=False))
     assert words in str(error.value)
 
 

@@ -33,7 +33,7 @@ import report
 from baseline import train_plain
 from claims import CLAIMS
 from speed import measure
-from texts import last_words, stdlib_by_package
+from texts import HELD_OUT, last_words, stdlib_by_package
 from variants import BY_HAND, VARIANTS, Variant, searching
 
 from minitron_mp import InputError, Recipe, artifact, load_recipe, make_recipe, run_stage
@@ -120,6 +120,7 @@ def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> R
         "output": str(output / "runs" / slug(name, seed)),
         "data": {**values["data"], "calibration": [str(train)], "train": [str(train)], "valid": [str(valid)]},
         "evaluate.tasks": tasks,
+        **({} if "depth.method" in variant.changes else {"depth": {}}),  # what it says of samples is for methods that measure
         **variant.changes,
     }
     recipe = make_recipe(changed(values, changes), name)
@@ -133,6 +134,8 @@ def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int)
     if args.search:
         return args.search
     values = {**searching(recipe, args.size), "output": str(output / "searches" / str(seed))}
+    # The others score on text that they are trained on, too; what ranks students must be text that none of them has seen.
+    values["data"] = {**recipe.data.model_dump(), "source": recipe.data.train, "valid_fraction": HELD_OUT, "calibration": [], "train": [], "valid": []}
     project = Project(make_recipe(changed(recipe.model_dump(), values), "search"))
     project.check()
     project.recipe.root.mkdir(parents=True, exist_ok=True)
