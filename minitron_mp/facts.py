@@ -87,7 +87,7 @@ HARNESS = ("task", "version", "shots", "items", "metric", "value", "standard err
 
 def harness_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """One a task and metric, under HARNESS. found: content of a file of the command `harness`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for task, values in found["results"].items():
         about = str(found["versions"].get(task, "")), str(found["n-shot"].get(task, "")), str(found["n-samples"].get(task, {}).get("effective", ""))
         for key, value in values.items():
