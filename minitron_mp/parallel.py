@@ -275,6 +275,11 @@ def job_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else _place().size
 
 
+def ranks_per_node() -> int:
+    """Of the launcher; all ranks of the job where it does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", job_size()))
+
+
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
     """Inside, this process has the variable; for a library that asks for nothing else."""

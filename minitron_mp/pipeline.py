@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minitron_mp import artifact, candidates
+from minitron_mp import artifact, candidates, records
 from minitron_mp.config import Recipe, load_recipe, save_recipe
 from minitron_mp.console import say, speaks, table
 from minitron_mp.errors import InputError
@@ -145,7 +145,20 @@ def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
 
         manifest = _agree(world, lambda: project.manifest(name))
         stages.RUN[name](Job(project.recipe, world, project.paths, manifest, active))
-    say(f"{name}: {project.paths[name]} in {time.monotonic() - start:.1f} s")
+    seconds = time.monotonic() - start
+    _agree(world, lambda: _note(name, project, world, seconds))
+    say(f"{name}: {project.paths[name]} in {seconds:.1f} s")
+
+
+def _note(name: str, project: Project, world: Any, seconds: float) -> None:
+    """Keep for the report how the artefact was made."""
+    job: dict[str, Any] = {"ranks": 1, "ranks_per_node": 1, "device": ""}
+    if name != "plan":
+        from minitron_mp.parallel import ranks_per_node
+        from minitron_mp.speed import device_name
+
+        job = {"ranks": world.job_size, "ranks_per_node": ranks_per_node(), "device": device_name(world)}
+    records.note(project.recipe.root, name, project.manifest(name).fingerprint, seconds, **job)
 
 
 def _decide(name: str, project: Project, force: bool) -> list[str] | None:

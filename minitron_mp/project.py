@@ -34,7 +34,7 @@ class Stage:
 
 
 HOW = {"micro_batch_size", "overlap", "recompute", "tp_comm_overlap", "collect_interval"}
-HOW |= {"log_interval", "checkpoint_interval", "keep_checkpoints", "async_save", "profile"}
+HOW |= {"log_interval", "checkpoint_interval", "keep_checkpoints", "async_save", "profile", "baseline"}
 """Settings of a training run that change nothing in its result."""
 
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minitron_mp import __version__, artifact, facts, figures, page
+from minitron_mp import artifact, facts, figures, page, records
+from minitron_mp.artifact import Manifest
 from minitron_mp.candidates import front
 from minitron_mp.card import refresh
 from minitron_mp.config import Recipe
 from minitron_mp.console import say, table
 from minitron_mp.page import Code, Document, Part, Section, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
+from minitron_mp.records import Record
+from minitron_mp.training_config import Correct
 
-LIBRARIES = ("torch", "megatron-core", "transformers", "numpy")
 CURVES = {"correct": ("Teacher correction", "metrics_correct.jsonl"), "distill": ("Distillation", "metrics.jsonl")}
 """Stages that train: title of their section, file of their metrics."""
 
@@ -43,6 +43,7 @@ def collect(project: Any) -> Document:
     trials = Trials.load(paths["depth"]) if "depth" in paths else None
     left_by = {"correct": "distill" if recipe.corrects_meanwhile else "correct", "distill": "distill"}
     metrics = {stage: _metrics(paths[folder], stage) for stage, folder in left_by.items() if stage == "distill" or recipe.correct}
+    made = records.of(recipe.root, paths)
     found_by_search = artifact.read_json(paths["search"], "search --force")["candidates"] if "search" in paths else []
     quality, tasks, texts = facts.quality(recipe, paths), facts.tasks(found), facts.texts(found)
     result: list[Part] = [
@@ -61,12 +62,12 @@ def collect(project: Any) -> Document:
         Section("Result", result),
         _cut(plan, importance),
         _importance(plan, importance, trials, recipe.depth.method),
-        *([_training("correct", metrics["correct"], [_bought(found, meanwhile=recipe.corrects_meanwhile)])] if "correct" in metrics else []),
+        *([_training("correct", metrics["correct"], _bought(found, recipe.correct))] if "correct" in metrics else []),
         _training("distill", metrics["distill"], []),
-        _cost(metrics, found_by_search, recipe),
+        _cost(metrics, found_by_search, recipe, made),
         *([search_section(found_by_search, recipe.search.budget[0])] if recipe.search else []),
         Section("Files", [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")]),
-        _made(recipe, project.stages, found),
+        _made(recipe, project.stages, found, made),
     ]
     return Document(f"{recipe.model} compressed to {quality.rows[-1][2]}", facts.headline(quality, found), sections)
 
@@ -122,15 +123,41 @@ def _trials(method: str, trials: Trials, plan: PrunePlan) -> page.Figure:
     return figures.trials(method, trials.base_accuracy, shares, plan.layers, "accuracy (share of the items)", better=1)
 
 
-def _bought(found: dict[str, Any], *, meanwhile: bool) -> str:
-    """What the teacher gained by its correction, and lost on other texts."""
+def _bought(found: dict[str, Any], correct: Correct) -> list[Part]:
+    """What the teacher gained by its correction, and lost on other texts; and what the student has of it, where there is one without."""
     told = {"": found, **{f" on {name}": models for name, models in found.get("texts", {}).items()}}
-    parts = []
+    gained = []
     for where, models in told.items():
         before, after = (models[name]["loss"] for name in ("uncorrected", "teacher"))
-        parts.append(f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})")
-    what = "is distilled from it while it learns, and cut from the original" if meanwhile else "is cut and distilled from it"
-    return f"The teacher was corrected: {'; '.join(parts)}. The student {what}."
+        gained.append(f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})")
+    what = "is distilled from it while it learns, and cut from the original" if correct.when == "during" else "is cut and distilled from it"
+    parts: list[Part] = [f"The teacher was corrected: {'; '.join(gained)}. The student {what}."]
+    if len(told) == 1:
+        parts.append("What the teacher has lost on text like that of its own training is not known; name such text in `data.held_out`.")
+    return [*parts, _without(found, told, correct.baseline)]
+
+
+def _without(found: dict[str, Any], told: Mapping[str, Any], folder: str | None) -> str:
+    """The student beside that of a run without correction."""
+    if folder is None:
+        advice = "run the recipe without the section `correct` into another output, and name that in `correct.baseline`"
+        return f"What the student would be without it is not known: {advice}."
+    other = artifact.read_json(Path(folder) / "evaluation.json", "evaluate")
+    mine, theirs = (_judged_by(one) for one in (found, other))
+    if differences := theirs.differences(mine):
+        return f"The student of `{folder}`, without correction, does not compare: {'; '.join(differences)}."
+    others = {"": other, **{f" on {name}": models for name, models in other.get("texts", {}).items()}}
+    rows = []
+    for where in (where for where in told if where in others):
+        plain, own = (models[where]["distilled"]["loss"] for models in (others, told))
+        rows.append(f"its held-out loss{where} is {own:.4f}, without correction {plain:.4f} ({own / plain - 1:+.1%})")
+    return f"Beside the student of `{folder}`, which had no correction: {'; '.join(rows)}."
+
+
+def _judged_by(found: dict[str, Any]) -> Manifest:
+    """Of an evaluation: on which text and how."""
+    manifest = Manifest.model_validate(found["manifest"])
+    return manifest.model_copy(update={"inputs": {name: mark for name, mark in manifest.inputs.items() if name in ("data", "texts")}})
 
 
 def _metrics(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -164,22 +191,33 @@ def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -
     )
 
 
-def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Mapping[str, Any]], recipe: Recipe) -> Section:
-    """Time of the optimizer steps, over all ranks; without loading, saving and the other stages. candidates: of a search."""
-    rows = []
+COST = ("stage", "steps", "tokens", "tokens/s", "hours of steps", "hours in all", "rank-hours")
+
+
+def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Mapping[str, Any]], recipe: Recipe, made: Mapping[str, Record]) -> Section:
+    """A row a stage. candidates: of a search. made: how the stages ran."""
+    spent = {stage: (len(own), *_spent(own)) for stage, own in metrics.items() if own}
     if distilled := [part for c in candidates for part in c["distilled"]]:
-        steps, seconds = sum(last["steps"] for c in candidates if (last := _last(c))), sum(part["seconds"] for part in distilled)
-        tokens = steps * recipe.distill.global_batch_size * recipe.data.sequence_length
-        rows.append(("search, all students", f"{steps:,}", f"{tokens:,}", f"{seconds / 3600:.3f}", f"{tokens / seconds:,.0f}"))
-    for stage, own in metrics.items():
-        if own:
-            tokens, seconds = _spent(own)
-            rows.append((stage, f"{len(own):,}", f"{tokens:,}", f"{seconds / 3600:.3f}", f"{tokens / seconds:,.0f}"))
-    said = "Of the optimizer steps, by the clock; loading, saving and the other stages are not in it."
-    if distilled:
-        said += " The search's time has its cuts, checkpoints and losses in it."
-    parts: list[Part] = [said]
-    return Section("Cost", [*parts, Table(("stage", "steps", "tokens", "hours", "tokens/s"), rows)])
+        steps = sum(last["steps"] for c in candidates if (last := _last(c)))
+        spent["search"] = steps, steps * recipe.distill.global_batch_size * recipe.data.sequence_length, sum(part["seconds"] for part in distilled)
+    rows, hours, rank_hours = [], 0.0, 0.0
+    for stage in dict.fromkeys([*made, *spent]):
+        training, whole = [""] * 4, [""] * 2
+        if stage in spent:
+            steps, tokens, seconds = spent[stage]
+            training = [f"{steps:,}", f"{tokens:,}", f"{tokens / seconds:,.0f}", f"{seconds / 3600:.3f}"]
+        if record := made.get(stage):
+            own = record.seconds / 3600
+            hours, rank_hours, whole = hours + own, rank_hours + own * record.ranks, [f"{own:.3f}", f"{own * record.ranks:.3f}"]
+        rows.append((stage, *training, *whole))
+    if made:
+        rows.append(("together", "", "", "", "", f"{hours:.3f}", f"{rank_hours:.3f}"))
+    said = (
+        "Hours of steps: of the optimizer steps by the clock, in all commands together, without loading and saving (those of the search with its cuts, "
+        "checkpoints and losses). Hours in all: of the command that finished a stage, so without what a stop had cut off. "
+        "Rank-hours: times the ranks of its job."
+    )
+    return Section("Cost", [said, Table(COST, rows)])
 
 
 def search_section(candidates: Sequence[Mapping[str, Any]], budget: str) -> Section:
@@ -230,32 +268,32 @@ def _last(candidate: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return max(candidate["distilled"], key=lambda d: d["steps"], default=None)
 
 
-def _made(recipe: Any, stages: Sequence[str], found: dict[str, Any]) -> Section:
-    """Commands, recipe, versions."""
+def _made(recipe: Any, stages: Sequence[str], found: dict[str, Any], made: Mapping[str, Record]) -> Section:
+    """Commands, recipe, versions: of the stages as they ran, where that is known."""
     from omegaconf import OmegaConf
 
     t, file = recipe.teacher, recipe.root / "recipe.yaml"
     ranks = found["speed"]["ranks"] if "speed" in found else recipe.parallel.model_ranks
     job = ranks + t.ranks_in(None) + sum(t.siblings.values())
-    start = f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp"
-    lines = [f"{start} compress {file}", "", "# or stage by stage", *(f"{start if name != 'plan' else 'minitron-mp'} {name} {file}" for name in stages)]
+    launchers = {stage: record.launcher for stage, record in made.items() if stage != "plan"}
+    usual = launchers.get("distill", f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp")
+    whole = [f"{usual} compress {file}", "", "# or stage by stage"] if len(set(launchers.values())) < 2 else []
+    lines = [*whole, *(f"{'minitron-mp' if name == 'plan' else launchers.get(name, usual)} {name} {file}" for name in stages)]
+    parts: list[Part] = [Code("\n".join([*lines, f"minitron-mp report {file}"]))]
+    if lost := [name for name in stages if name not in made]:
+        parts.append(f"No record is left of how {', '.join(lost)} ran ({records.FILE}); their ranks are those of the recipe's layout.")
+    versions = _versions(made) or list(records.software().items())
     return Section(
         "How it was made",
-        [
-            Code("\n".join([*lines, f"minitron-mp report {file}"])),
-            "The recipe, with every default:",
-            Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))),
-            Table(("software", "version"), _software(), "left"),
-        ],
+        [*parts, "The recipe, with every default:", Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))), Table(("what", "which"), versions, "left")],
     )
 
 
-def _software() -> list[tuple[str, str]]:
-    return [("Python", platform.python_version()), ("minitron-mp", __version__), *((name, _version(name)) for name in LIBRARIES)]
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except Exception:
-        return "not installed as a package"
+def _versions(made: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """Software and device of the stages; where these differ, which had which."""
+    known: dict[str, dict[str, list[str]]] = {}
+    for stage, record in made.items():
+        for name, value in {**record.software, **({"device": record.device} if record.device else {})}.items():
+            known.setdefault(name, {}).setdefault(value, []).append(stage)
+    told = {name: list(own) if len(own) == 1 else [f"{value} ({', '.join(stages)})" for value, stages in own.items()] for name, own in known.items()}
+    return [(name, "; ".join(values)) for name, values in told.items()]

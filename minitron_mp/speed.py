@@ -81,7 +81,7 @@ def measure(
             spent += times[name, shape][-1]
     copies = world.groups.dp.size()
     found = {name: [_prefill(shape, sequence_length, copies, times[first[kind], shape]) for shape in shapes] for name, kind in kinds.items()}
-    return Speed(device=_device(world), ranks=world.size, copies=copies, models=found)
+    return Speed(device=device_name(world), ranks=world.size, copies=copies, models=found)
 
 
 def _prefill(shape: tuple[int, int], length: int, copies: int, times: list[float]) -> Prefill:
@@ -119,7 +119,8 @@ def batch_of(size: int, length: int, vocab_size: int) -> Batch:
     return {"tokens": tokens, "labels": tokens, "position_ids": positions, "loss_mask": torch.ones(size, length)}
 
 
-def _device(world: World) -> str:
+def device_name(world: World) -> str:
+    """What a rank computes on, for people."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
     info = Path("/proc/cpuinfo")

@@ -104,6 +104,8 @@ class Correct(Training):
     """A fifth of the peak learning rate of the teacher's pre-training; 6e-5 is that of Llama 3.1 8B (3e-4)."""
     min_lr: float = Field(1e-6, ge=0)
     warmup_steps: int = Field(120, ge=0)
+    baseline: str | None = None
+    """Output folder of the same recipe without this section: the report then says what the student has of the correction."""
     divergence: ClassVar = "forward_kl"
     temperature: ClassVar = 1.0
     kl_weight: ClassVar = 0.0

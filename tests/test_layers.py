@@ -14,7 +14,7 @@ PACKAGE = Path(minitron_mp.__file__).parent
 LAYERS = [
     # runs on a laptop
     "errors sections pruning_config training_config config arch hf_config artifact plan cost flops hardware estimate layouts candidates items "
-    "environment findings",
+    "environment findings records",
     "collectives losses rows kernels fabric machine",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
     "parallel cpu precision model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "

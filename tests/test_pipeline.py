@@ -26,7 +26,7 @@ from minitron_mp.plan import PrunePlan
 from minitron_mp.project import STAGES, Project
 
 OUTPUT = ["data", "evaluation.json", "finished", "importance.safetensors", "metrics.jsonl", "plan.json", "recipe.yaml", "report.html", "report.md"]
-OUTPUT += ["student", "student_distilled", "student_hf", "teacher", "tensorboard"]
+OUTPUT += ["stages.jsonl", "student", "student_distilled", "student_hf", "teacher", "tensorboard"]
 SMALLER = "target.ffn_hidden_size=64"
 TWO_RANKS = ("parallel.tp=2", "parallel.sequence_parallel=true")
 
@@ -416,7 +416,7 @@ def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
     assert copied.to_repeat() == {}
 
 
-def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path, on_rank):
+def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tmp_path, on_rank):
     """It learns the text, everything after it is made from it, and a second run finds all of it done."""
     correct = {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "lr": MAX_LR, "warmup_steps": 4, "checkpoint_interval": 6}
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", correct=correct, distill={"steps": 6})
@@ -432,9 +432,17 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(inputs, tmp_path,
     assert "## Teacher correction" in report
     assert "| uncorrected |" in report
     assert len((project.paths["correct"] / "metrics_correct.jsonl").read_text().splitlines()) == 20
-    code, out, err = on_rank("compress", recipe)
+    assert "What the student would be without it is not known" in report
+    records = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["fingerprint"], row["ranks"]) for row in records] == [(name, project.manifest(name).fingerprint, 1) for name in project.stages]
+    code, out, err = on_rank("compress", recipe, f"correct.baseline={whole.output}")
     assert code == 0, err
     assert out.count(": done, ") == len(project.stages) == len(STAGES) + 1
+    mine, plain = (json.loads((folder / "evaluation.json").read_text())["distilled"]["loss"] for folder in (tmp_path / "out", whole.output))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"its held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
+    assert len((tmp_path / "out" / "stages.jsonl").read_text().splitlines()) == len(records)  # nothing has run
+    refused(on_rank("compress", recipe, "correct.baseline=nowhere"), "correct.baseline: nowhere holds no evaluation.json")
     refused(on_rank("correct", inputs / "recipe.yaml"), "the recipe has no stage correct; it comes with a section correct")
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(on_rank("compress", recipe, "correct.warmup_steps=20"), "correct: warmup_steps 20 must be smaller than steps 20")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from unittest.mock import patch
 
 import browser
 import numpy as np
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import STEPS, read_metrics
 
-from minitron_mp import card, facts, figures, page, report
+from minitron_mp import card, facts, figures, page, records, report
 from minitron_mp.errors import InputError
 from minitron_mp.page import Figure, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
@@ -183,16 +184,46 @@ def test_files_of_other_stages_have_their_place(whole, tmp_path):
     plan = PrunePlan.load(first.paths["plan"])
     search = Search(parameters=plan.student.num_parameters(), num_layers=[3])
     project = Project(first.recipe.model_copy(update={"output": str(tmp_path / "out"), "depth": Depth(method="drop"), "search": search}))
-    (tmp_path / "out" / "search.json").write_text(json.dumps({"candidates": candidates()}))
+    (tmp_path / "out" / "search.json").write_text(json.dumps({"manifest": first.manifest("plan").model_dump(mode="json"), "candidates": candidates()}))
     (gone,) = {*range(4)} - {*plan.layers}
     losses = [([layer], 1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
     Trials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
     plain, more = report.collect(first), report.collect(project)
     assert {s.title for s in more.sections} - {s.title for s in plain.sections} == {"Search"}
     (cost,) = (part for s in more.sections if s.title == "Cost" for part in s.parts if isinstance(part, Table))
-    assert cost.rows[0] == ("search, all students", "90", f"{90 * 4 * 32:,}", "0.125", "26")  # 40 + 40 + 10 steps, five rounds of 90 s
+    # 40 + 40 + 10 steps, five rounds of 90 s; the stages of the other project have their records.
+    assert ("search", "90", f"{90 * 4 * 32:,}", "26", "0.125", "", "") in cost.rows
     drawn = [{part.title for s in document.sections for part in s.parts if isinstance(part, Figure)} for document in (plain, more)]
     assert "Loss without one layer" in drawn[1] - drawn[0]
+
+
+def test_how_it_was_made_is_how_it_ran(whole, tmp_path):
+    """Ranks, nodes and versions of the records, several where stages differ; of lost ones the recipe's layout."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(whole.output / "evaluation.json", tmp_path / "out")
+    shutil.copytree(whole.output / "student_distilled", tmp_path / "out" / "student_distilled", ignore=shutil.ignore_patterns("*.distcp"))
+    paths = {name: tmp_path / "out" / whole.project().paths[name].name for name in ("distill", "evaluate")}
+    marks = {name: whole.project().manifest(name).fingerprint for name in paths}
+    job = {"ranks_per_node": 8, "device": "a GPU"}
+    records.note(tmp_path / "out", "distill", "of what was there before", 9e9, ranks=1, **job)
+    records.note(tmp_path / "out", "distill", marks["distill"], 7200.0, ranks=32, **job)
+    with patch.object(records, "software", lambda: {"torch": "9.9"}):
+        records.note(tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, ranks=8, **job)
+    with (tmp_path / "out" / records.FILE).open("a") as file:
+        file.write('{"stage": "evaluate", "fing')  # a kill
+    made = records.of(tmp_path / "out", paths)
+    assert {name: record.seconds for name, record in made.items()} == {"distill": 7200.0, "evaluate": 3600.0}
+    cost = next(part for part in report._cost({"distill": []}, [], whole.project().recipe, made).parts if isinstance(part, Table))
+    assert cost.rows[-1] == ("together", "", "", "", "", "3.000", "72.000")
+    section = report._made(whole.project().recipe, list(whole.project().stages), {}, made)
+    commands = section.parts[0].text
+    assert "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill" in commands
+    assert "torchrun --nproc-per-node 8 -m minitron_mp evaluate" in commands
+    assert " compress " not in commands  # no one command made all of it
+    assert "No record is left of how import, data" in section.parts[1]
+    versions = dict(section.parts[-1].rows)
+    assert versions["torch"].endswith("(distill); 9.9 (evaluate)")
+    assert versions["device"] == "a GPU"
 
 
 def test_page_in_a_browser(whole, tmp_path):
