@@ -21,7 +21,7 @@ from minitron_mp import card, facts, figures, page, records, report
 from minitron_mp.errors import InputError
 from minitron_mp.page import Figure, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
-from minitron_mp.project import Project
+from minitron_mp.project import STAGES, Project
 from minitron_mp.pruning_config import Depth, Search
 
 WIDTHS = (400, 1400)
@@ -94,7 +94,9 @@ def test_page_has_the_numbers_of_the_artefacts(whole, read):
     steps = next(table for table in read.tables if table[0][0] == "step")
     assert steps[-1] == [str(STEPS), *(f"{metrics[-1][k]:.4f}" for k in ("loss", "kl")), f"{metrics[-1]['lr']:.2e}", f"{metrics[-1]['grad_norm']:.2f}"]
     cost = next(table for table in read.tables if table[0][0] == "stage")
-    assert cost[1][:3] == ["distill", str(STEPS), f"{STEPS * 4 * 32:,}"]
+    costs = {row[0]: row[1:] for row in cost[1:]}
+    assert list(costs) == [*STAGES, "together"]
+    assert costs["distill"][:2] == [str(STEPS), f"{STEPS * 4 * 32:,}"]
     assert yaml.safe_load(read.boxes[1]) == yaml.safe_load((whole.output / "recipe.yaml").read_text())
     assert f"minitron-mp compress {whole.output / 'recipe.yaml'}" in read.boxes[0].splitlines()
 
