@@ -78,19 +78,33 @@ def read_tensors(folder: Path, prefix: str) -> Weights:
 
 
 def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset[int]], gone: frozenset[int]) -> dict[str, Any]:
-    """Losses without layers, on two steps of samples, and the layer forwards of this rank that they took."""
+    """Losses without layers, on two steps of samples."""
     from minitron_mp.ablation import losses_without
 
     with joined(layout) as world:
-        chunks, calls = load(arch, teacher, world), []
+        chunks = load(arch, teacher, world)
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
         place = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
         steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
         for chunk in chunks:
-            for block in chunk.eval().decoder.layers:
-                block.register_forward_hook(lambda *_: calls.append(1))
+            chunk.eval()
         base, losses = losses_without(chunks, steps, world, candidates, gone=gone, vocab_size=arch.vocab_size)
-        return {"base": base, "losses": losses, "forwards": len(calls)}
+        return {"base": base, "losses": losses}
+
+
+def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
+    """One rank: layer forwards that a microbatch takes in a search; two steps, so that the pass that catches what layers are given is none of them."""
+    from minitron_mp.ablation import losses_without
+
+    sizes = {"hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 2, "kv_channels": 8, "vocab_size": 30}
+    arch, calls = Arch(family="llama", tied=False, max_position_embeddings=64, num_layers=num_layers, **sizes), []
+    with joined(Layout("one", 1)) as world:
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True)
+        for block in chunks[0].eval().decoder.layers:
+            block.register_forward_hook(lambda *_: calls.append(1))
+        steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
+        losses_without(chunks, steps, world, candidates, vocab_size=arch.vocab_size, progress=lambda: after.append(len(calls)))
+        return after[1] - after[0]
 
 
 def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
