@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import ARCHS, BY_NAME, LAYOUTS, make_samples
-from test_tasks import dense_scores, write_files
+from cases import ARCHS, BLOCKS, GONE, LAYOUTS, TASK_CANDIDATES, make_samples
+from test_tasks import dense_scores
 
 from minitron_mp.arch import AXES
 from minitron_mp.errors import InputError
@@ -17,8 +17,6 @@ from minitron_mp.pruning_config import Depth, Target
 from minitron_mp.tasks import result_of, right_log_p
 
 ARCH = ARCHS["qwen3"]
-BLOCKS = [frozenset({i, i + 1}) for i in range(ARCH.num_layers - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]
-GONE = frozenset({3})
 
 
 def without(weights, missing):
@@ -46,31 +44,32 @@ def dense(results):
     return {missing: dense_loss(weights, missing) for missing in [frozenset(), GONE, *BLOCKS, *(block | GONE for block in BLOCKS)]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
-def test_losses_are_those_of_models_without_the_layers(results, ranks, dense, layout):
+@pytest.fixture(scope="module")
+def dense_options(results):
+    """[(log p, all most likely)] for each option, without each set of layers."""
+    items = [item for name in ("choices", "words") for item in read_items(results.task_files() / f"{name}.jsonl")]
+    models = [without(results.weights("qwen3"), missing) for missing in [GONE, *TASK_CANDIDATES]]
+    return [dense_scores(weights, items, arch) for arch, weights in models]
+
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+
+
+@layouts
+def test_losses_are_those_of_models_without_the_layers(results, dense, layout):
     """On every rank; also where a greedy search has dropped a layer before."""
-    for gone, candidates in ((frozenset(), BLOCKS), (GONE, [block | GONE for block in BLOCKS])):
-        if gone and layout.name not in ("one", "tp2-pp2-vpp2-sp"):
-            continue
-        case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "candidates": candidates, "gone": gone}
-        for rank in ranks(layout.ranks, "workers.ablate", layout=layout, **case):
-            assert [rank["base"], *rank["losses"]] == pytest.approx([dense[gone], *(dense[c] for c in candidates)], rel=1e-5)  # as in test_training.py
+    for rank in results.judged(layout):
+        for gone, losses in rank["losses"].items():
+            assert losses == pytest.approx([dense[gone], *(dense[block | gone] for block in BLOCKS)], rel=1e-5)  # as in test_training.py
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-cp2-sp", "pp2-vpp2", "pp2-dp2"])
-def test_task_scores_are_those_of_models_without_the_layers(results, ranks, tmp_path, layout):
-    """Rows of three lengths, so the layers' arguments change on the way; a layer is gone already."""
-    files = write_files(tmp_path)
-    items = read_items(files / "choices.jsonl") + read_items(files / "words.jsonl")
-    candidates = [GONE | more for more in ({4}, {0, 5}, {1, 2})]
-    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "path": files, "candidates": candidates, "gone": GONE}
-    found = ranks(BY_NAME[layout].ranks, "workers.ablate_tasks", layout=BY_NAME[layout], **case)
-    for number, missing in enumerate([GONE, *candidates]):
-        arch, cut = without(results.weights("qwen3"), missing)
-        want = dense_scores(cut, items, arch)
-        for rank in found:
-            assert rank[number][:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
-            assert (rank[number][:, 1] == 0).tolist() == [greedy for _, greedy in want]
+@layouts
+def test_task_scores_are_those_of_models_without_the_layers(results, dense_options, layout):
+    """Rows of several lengths, so the layers' arguments change on the way; a layer is gone already."""
+    for rank in results.judged(layout):
+        for found, want in zip(rank["scores without"], dense_options, strict=True):
+            assert found[:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
+            assert (found[:, 1] == 0).tolist() == [greedy for _, greedy in want]
 
 
 @pytest.mark.parametrize(("num_layers", "length"), [(6, 1), (6, 2), (6, 4), (30, 1), (30, 8)])
