@@ -4,7 +4,7 @@ Width: 2407.14679 section 2.3 (rank, keep the top). Depth: keep layers. Heads ar
 kept group keeps as many, so that grouped-query attention stays regular. A query group (its key, value and queries) scores the l2
 norm of its heads' scores, as a head does of its channels'; the papers keep all groups.
 Scores agree between layouts to rounding only, so ties break by the lower index, and a cut whose gap is inside the rounding
-noise is reported by close_cuts().
+noise is reported by close_cuts() and close_depth().
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def make_plan(
         ffn=[top(importance.ffn[i], student.ffn_hidden_size).tolist() for i in layers],
         heads=heads,
         merge=[merged_heads(importance.heads[i], kept, teacher) for i, kept in zip(layers, heads)] if target.merge_heads else [],
-        notes=close_cuts(importance, teacher, student, layers, by_cosine=target.drop_layers is None and depth.method == "cosine", merge=target.merge_heads),
+        notes=close_depth(importance.layers, teacher.num_layers, student.num_layers, target, depth, trials)
+        + close_cuts(importance, teacher, student, layers, merge=target.merge_heads),
     )
 
 
@@ -210,7 +211,7 @@ class Trials(BaseModel):
 
     Losses are cross-entropies on text, in nats a token; or, with the metric task, means of -log p of the right options, in nats an
     item, and then accuracies has the share of items that is right in each trial. greedy: one trial a round, each with the layers of
-    the one before and one more.
+    the one before and one more; second has the next best of each round, but of a last one that had no other.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -219,6 +220,8 @@ class Trials(BaseModel):
     trials: list[tuple[list[int], float]]
     base_accuracy: float | None = None
     accuracies: list[float] = []
+    second: list[tuple[list[int], float]] = []
+    second_accuracies: list[float] = []
 
     def ranked(self) -> list[int]:
         """Numbers of the trials, the best one first: by accuracy where there is one, then by loss, then in order."""
@@ -270,28 +273,56 @@ def kept_layers(cosine: np.ndarray, num_layers: int, keep: int, target: Target, 
     return np.setdiff1d(np.arange(num_layers), dropped)
 
 
-def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, by_cosine: bool, merge: bool) -> list[str]:
-    """One sentence for each cut between two scores nearer than the rounding noise. layers: that stay. merge: the order of heads counts."""
-    rows = [("hidden", importance.hidden[None], student.hidden_size)]
-    if by_cosine:
-        rows.append(("layers", importance.layers[None], student.num_layers))
+def close_depth(cosine: np.ndarray, num_layers: int, keep: int, target: Target, depth: Depth, trials: Trials | None) -> list[str]:
+    """One sentence for each choice of kept_layers() between two scores, or two trials, nearer than the rounding noise; among the layers that may go."""
+    count = num_layers - keep
+    if target.drop_layers is not None or count == 0:
+        return []
+    if depth.method == "cosine":
+        free = droppable(depth, num_layers, count)
+        return _close_scores("layers", cosine[free][None], len(free) - count)
+    assert trials is not None, "run the stage depth first"
+    found, second = (
+        list(zip(tried, shares or [1.0] * len(tried))) for tried, shares in ((trials.trials, trials.accuracies), (trials.second, trials.second_accuracies))
+    )
+    if depth.method == "greedy":
+        pairs = list(zip(found, second))[:count]
+    else:
+        ranked, last = [found[i] for i in trials.ranked()], 1 if depth.method == "block" else count
+        pairs = list(zip(ranked[last - 1 : last], ranked[last : last + 1]))
+    notes = []
+    for ((chosen, loss), share), ((other, other_loss), other_share) in pairs:
+        if share == other_share and abs(loss - other_loss) <= NOISE * max(abs(loss), abs(other_loss)):
+            alike = f"the accuracy is {share:.1%}, and " if trials.accuracies else ""
+            without = f"without {', '.join(map(str, chosen))} (chosen) and without {', '.join(map(str, other))} (next best)"
+            notes.append(f"layers: {without} {alike}the losses are {loss:.9g} and {other_loss:.9g}, nearer than rounding")
+    return notes
+
+
+def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, merge: bool) -> list[str]:
+    """One sentence for each cut of a width between two scores nearer than the rounding noise. layers: that stay. merge: the order of heads counts."""
+    notes = _close_scores("hidden", importance.hidden[None], student.hidden_size)
     for i in layers:
         groups = importance.heads[i].reshape(teacher.num_query_groups, -1)
-        rows.append((f"ffn of layer {i}", importance.ffn[i][None], student.ffn_hidden_size))
-        rows.append((f"query groups of layer {i}", np.linalg.norm(groups, axis=1)[None], student.num_query_groups))
-        rows.append((f"heads of layer {i}", groups[kept_groups(importance.heads[i], teacher, student)], student.heads_per_group))
-    notes = []
-    for name, scores, count in rows:
-        if count == scores.shape[1]:
-            continue
-        ordered = -np.sort(-scores.astype(np.float64), axis=1)
-        close = ordered[:, :-1] - ordered[:, 1:] <= NOISE * np.abs(ordered[:, :-1])
-        for row, at in np.argwhere(close):
-            pair = f"{ordered[row, at]:.9g} and {ordered[row, at + 1]:.9g}, nearer than rounding"
-            if at == count - 1:
-                notes.append(f"{name}: the last kept and first cut score are {pair}")
-            elif merge and name.startswith("heads") and abs(at - (count - 1)) <= min(count, scores.shape[1] - count):
-                notes.append(f"{name}: two scores whose order says what is merged are {pair}")
+        kept = groups[kept_groups(importance.heads[i], teacher, student)]
+        notes += _close_scores(f"ffn of layer {i}", importance.ffn[i][None], student.ffn_hidden_size)
+        notes += _close_scores(f"query groups of layer {i}", np.linalg.norm(groups, axis=1)[None], student.num_query_groups)
+        notes += _close_scores(f"heads of layer {i}", kept, student.heads_per_group, merge=merge)
+    return notes
+
+
+def _close_scores(name: str, scores: np.ndarray, count: int, *, merge: bool = False) -> list[str]:
+    """Of rows of scores [rows, n], of which the count largest stay."""
+    if count == scores.shape[1]:
+        return []
+    notes, ordered = [], -np.sort(-scores.astype(np.float64), axis=1)
+    close = ordered[:, :-1] - ordered[:, 1:] <= NOISE * np.abs(ordered[:, :-1])
+    for row, at in np.argwhere(close):
+        pair = f"{ordered[row, at]:.9g} and {ordered[row, at + 1]:.9g}, nearer than rounding"
+        if at == count - 1:
+            notes.append(f"{name}: the last kept and first cut score are {pair}")
+        elif merge and abs(at - (count - 1)) <= min(count, scores.shape[1] - count):
+            notes.append(f"{name}: two scores whose order says what is merged are {pair}")
     return notes
 
 

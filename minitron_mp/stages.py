@@ -118,17 +118,20 @@ def depth(job: Job) -> None:
     with Tracker("depth", count, "rounds") if greedy else Tracker("depth", total, "batches") as tracker:
         for _ in range(count if greedy else 1):
             candidates = depth_candidates(settings, arch.num_layers, count, gone)
-            own = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
-            found = on_main(lambda own=own: own)  # what a greedy search goes on from is the same on all ranks, to the last bit
+            mine = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
+            found = on_main(lambda mine=mine: mine)  # what a greedy search goes on from is the same on all ranks, to the last bit
             if greedy:
-                best = found.ranked()[0]
-                rounds.append(found.model_copy(update={"trials": [found.trials[best]], "accuracies": found.accuracies[best : best + 1]}))
+                best, *others = found.ranked()
+                own = {"trials": [found.trials[best]], "accuracies": found.accuracies[best : best + 1]}
+                for i in others[:1]:
+                    own |= {"second": [found.trials[i]], "second_accuracies": found.accuracies[i : i + 1]}
+                rounds.append(found.model_copy(update=own))
                 gone = frozenset(found.trials[best][0])
                 accuracy = "".join(f", accuracy {share:.1%}" for share in rounds[-1].accuracies)
                 tracker.advance(1, f"without {', '.join(map(str, sorted(gone)))}: loss {found.trials[best][1]:.4f}{accuracy}")
             else:
                 rounds = [found]
-    together = {"trials": [trial for r in rounds for trial in r.trials], "accuracies": [share for r in rounds for share in r.accuracies]}
+    together = {name: [row for r in rounds for row in getattr(r, name)] for name in ("trials", "accuracies", "second", "second_accuracies")}
     result = rounds[0].model_copy(update=together)
     on_main(lambda: result.save(job.output, job.manifest))
 

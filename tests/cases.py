@@ -153,6 +153,26 @@ def saved_axes(arch: str) -> list[str]:
     return {"qwen3": ["layer", "all"], "qwen2": ["all", "merged"]}.get(arch, ["all"])
 
 
+def masked_axes(arch: str, layout: Layout) -> list[str]:
+    """Students that the teacher computes under masks, which have no merged heads: each axis alone with qwen3, and with all on one rank."""
+    chosen = saved_axes(arch) if arch != "qwen3" and layout.ranks > 1 else ["hidden", "ffn", "heads", "layer", "all"]
+    return [axis for axis in targets(ARCHS[arch], layout.tp) if axis in (*chosen, "groups") and axis != "merged"]
+
+
+CHOICES = [
+    {"query": "what is the answer to this", "choices": ["one word", "two other words", "nothing"], "gold": 1},
+    {"query": "and now", "choices": ["it is over, as long as this sentence is", "go"], "gold": 0},
+    {"query": "x" * 40, "choices": ["an ending behind a context that is too long", "b"], "gold": 1},
+    {"context_options": ["the cat saw the dog and the cat", "the cat saw the dog and the dog"], "continuation": "ran away.", "gold": 0},
+]
+WORDS = [{"text": "a b c d e"}, {"text": "the last word of this is hello"}]
+"""Items of choice tasks, a token for each character: rows of several lengths."""
+BLOCKS = [frozenset({i, i + 1}) for i in range(SIZES["num_layers"] - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]
+GONE = frozenset({3})
+"""Layers that are left out, and one that a greedy search has dropped before."""
+GONE_LAYOUTS = ("one", "tp2-pp2-vpp2-sp")
+TASK_CANDIDATES = [GONE | more for more in ({4}, {0, 5}, {1, 2})]
+
 AGGREGATIONS = ("l2", "mean", "var")
 DEFAULT_PAIR = ("l2", "mean")
 ALL_PAIRS = [DEFAULT_PAIR, *((b, s) for b in AGGREGATIONS for s in AGGREGATIONS if (b, s) != DEFAULT_PAIR)]

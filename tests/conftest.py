@@ -22,6 +22,8 @@ TOGETHER = {
     "test_pipeline": "projects",
     "test_report": "projects",
     "test_doctor": "projects",
+    "test_depth": "judged",
+    "test_tasks": "judged",
 }
 """Files that share what fixtures of the session compute; any other file is a group of its own. Groups that take long come first."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,24 @@ from typing import Any
 import reference
 from cases import (
     ARCHS,
+    BLOCKS,
     BY_NAME,
     CASES,
+    CHOICES,
     DISTILL,
     GLOBAL_BATCH_SIZE,
+    GONE,
+    GONE_LAYOUTS,
     MEANWHILE,
     RESUME_AT,
     STEPS,
+    TASK_CANDIDATES,
     TRAINED,
+    WORDS,
     Layout,
     make_samples,
     make_weights,
+    masked_axes,
     pairs,
     saved_axes,
     variants,
@@ -62,7 +70,7 @@ class Results:
 
     def pruned(self, arch: str, layout: Layout) -> list[dict[str, Any]]:
         """workers.prune_everything, by rank; the students lie in student()."""
-        case = {"layout": layout, "arch": ARCHS[arch], "save": saved_axes(arch), "pairs": pairs(arch, layout)}
+        case = {"layout": layout, "arch": ARCHS[arch], "save": saved_axes(arch), "masks": masked_axes(arch, layout), "pairs": pairs(arch, layout)}
         where = {"output": self.root / arch / "pruned" / layout.name}
         return self.once(("pruned", arch, layout), lambda: self.ranks(layout.ranks, "workers.prune_everything", teacher=self.teacher(arch), **case, **where))
 
@@ -72,6 +80,41 @@ class Results:
     def student(self, arch: str, axis: str, layout: Layout = ONE) -> tuple[Any, Path]:
         """Architecture and checkpoint of the student that a layout cut."""
         return self.plan(arch, axis, layout).student, self.root / arch / "pruned" / layout.name / axis
+
+    def dense(self, arch: str, plan: Any = None, *, masked: bool = False) -> Tensor:
+        """Logits of the samples of step 0: the reference's teacher, its student of a plan, or the teacher under the plan's masks."""
+
+        def compute() -> Tensor:
+            weights, tokens = self.weights(arch), make_samples(ARCHS[arch], 0, 8)["tokens"]
+            if plan is None:
+                return reference.logits(ARCHS[arch], weights, tokens)
+            if masked:
+                under_masks, kept = reference.masked_teacher(ARCHS[arch], weights, plan)
+                return reference.logits(ARCHS[arch], under_masks, tokens, kept)
+            return reference.logits(plan.student, reference.sliced(ARCHS[arch], weights, plan), tokens)
+
+        return self.once(("dense", arch, plan and plan.model_dump_json(), masked), compute)
+
+    def task_files(self) -> Path:
+        """A folder with choices.jsonl and words.jsonl."""
+
+        def write() -> Path:
+            folder = self.root / "tasks"
+            folder.mkdir()
+            for name, rows in (("choices", CHOICES), ("words", WORDS)):
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return folder
+
+        return self.once(("tasks",), write)
+
+    def judged(self, layout: Layout) -> list[dict[str, Any]]:
+        """workers.judge_everything, for qwen3, by rank."""
+        missing = {frozenset(): BLOCKS}
+        if layout.name in GONE_LAYOUTS:
+            missing[GONE] = [block | GONE for block in BLOCKS]
+        case = {"layout": layout, "arch": ARCHS["qwen3"], "teacher": self.teacher("qwen3"), "files": self.task_files()}
+        case |= {"missing": missing, "gone": GONE, "candidates": TASK_CANDIDATES}
+        return self.once(("judged", layout), lambda: self.ranks(layout.ranks, "workers.judge_everything", **case))
 
     def loaded(self, arch: str, layout: Layout) -> list[dict[str, Tensor | None]]:
         """Logits at this layout of the students that the previous layout of the table cut, axis -> logits, by rank."""

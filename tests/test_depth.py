@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import ARCHS, BY_NAME, LAYOUTS, make_samples
-from test_tasks import dense_scores, write_files
+from cases import ARCHS, BLOCKS, GONE, LAYOUTS, TASK_CANDIDATES, make_samples
+from test_tasks import dense_scores
 
 from minitron_mp.arch import AXES
 from minitron_mp.errors import InputError
 from minitron_mp.items import Item, read_items
-from minitron_mp.plan import Trials, depth_candidates, droppable, kept_layers
+from minitron_mp.plan import Trials, close_depth, depth_candidates, droppable, kept_layers
 from minitron_mp.pruning_config import Depth, Target
 from minitron_mp.tasks import result_of, right_log_p
 
 ARCH = ARCHS["qwen3"]
-BLOCKS = [frozenset({i, i + 1}) for i in range(ARCH.num_layers - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]
-GONE = frozenset({3})
 
 
 def without(weights, missing):
@@ -46,55 +44,55 @@ def dense(results):
     return {missing: dense_loss(weights, missing) for missing in [frozenset(), GONE, *BLOCKS, *(block | GONE for block in BLOCKS)]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
-def test_losses_are_those_of_models_without_the_layers(results, ranks, dense, layout):
+@pytest.fixture(scope="module")
+def dense_options(results):
+    """[(log p, all most likely)] for each option, without each set of layers."""
+    items = [item for name in ("choices", "words") for item in read_items(results.task_files() / f"{name}.jsonl")]
+    models = [without(results.weights("qwen3"), missing) for missing in [GONE, *TASK_CANDIDATES]]
+    return [dense_scores(weights, items, arch) for arch, weights in models]
+
+
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+
+
+@layouts
+def test_losses_are_those_of_models_without_the_layers(results, dense, layout):
     """On every rank; also where a greedy search has dropped a layer before."""
-    for gone, candidates in ((frozenset(), BLOCKS), (GONE, [block | GONE for block in BLOCKS])):
-        if gone and layout.name not in ("one", "tp2-pp2-vpp2-sp"):
-            continue
-        case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "candidates": candidates, "gone": gone}
-        for rank in ranks(layout.ranks, "workers.ablate", layout=layout, **case):
-            assert [rank["base"], *rank["losses"]] == pytest.approx([dense[gone], *(dense[c] for c in candidates)], rel=1e-5)  # as in test_training.py
+    for rank in results.judged(layout):
+        for gone, losses in rank["losses"].items():
+            assert losses == pytest.approx([dense[gone], *(dense[block | gone] for block in BLOCKS)], rel=1e-5)  # as in test_training.py
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2-cp2-sp", "pp2-vpp2", "pp2-dp2"])
-def test_task_scores_are_those_of_models_without_the_layers(results, ranks, tmp_path, layout):
-    """Rows of three lengths, so the layers' arguments change on the way; a layer is gone already."""
-    files = write_files(tmp_path)
-    items = read_items(files / "choices.jsonl") + read_items(files / "words.jsonl")
-    candidates = [GONE | more for more in ({4}, {0, 5}, {1, 2})]
-    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "path": files, "candidates": candidates, "gone": GONE}
-    found = ranks(BY_NAME[layout].ranks, "workers.ablate_tasks", layout=BY_NAME[layout], **case)
-    for number, missing in enumerate([GONE, *candidates]):
-        arch, cut = without(results.weights("qwen3"), missing)
-        want = dense_scores(cut, items, arch)
-        for rank in found:
-            assert rank[number][:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
-            assert (rank[number][:, 1] == 0).tolist() == [greedy for _, greedy in want]
+@layouts
+def test_task_scores_are_those_of_models_without_the_layers(results, dense_options, layout):
+    """Rows of several lengths, so the layers' arguments change on the way; a layer is gone already."""
+    for rank in results.judged(layout):
+        for found, want in zip(rank["scores without"], dense_options, strict=True):
+            assert found[:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
+            assert (found[:, 1] == 0).tolist() == [greedy for _, greedy in want]
 
 
-def forwards(num_layers, length):
-    """Of a block search: the base run, and each start's layers behind the block."""
-    return num_layers + sum(num_layers - length - first for first in range(num_layers - length + 1))
+@pytest.mark.parametrize(("num_layers", "length"), [(6, 1), (6, 2), (6, 4), (30, 1), (30, 8)])
+def test_a_block_search_computes_shared_layers_once(ranks, num_layers, length):
+    """Layer forwards of one microbatch, counted: the base run, and each start's layers behind the block; at most six tenths of one by one where many share."""
+    blocks = depth_candidates(Depth(method="block"), num_layers, length)
+    counted = ranks(1, "workers.count_forwards", num_layers=num_layers, candidates=blocks)[0]
+    assert counted == num_layers + sum(num_layers - length - first for first in range(num_layers - length + 1))
+    if num_layers == 30:
+        assert counted <= 0.6 * len(blocks) * (num_layers - length)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-def test_a_block_search_computes_shared_layers_once(results, ranks, length):
-    """Two steps of two microbatches, and one forward pass that catches what the layers are given."""
-    blocks = depth_candidates(Depth(method="block"), ARCH.num_layers, length)
-    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "candidates": blocks, "gone": frozenset()}
-    assert ranks(1, "workers.ablate", layout=BY_NAME["one"], **case)[0]["forwards"] == 4 * forwards(ARCH.num_layers, length) + ARCH.num_layers
-
-
-@pytest.mark.parametrize("length", [1, 5, 8, 10])
-def test_thirty_layers_cost_at_most_six_tenths(length):
-    naive = (30 - length + 1) * (30 - length)
-    assert forwards(30, length) <= 0.6 * naive
-
-
-def kept(num_layers, keep, depth, trials=None, target=None, cosine=None):
+def given(num_layers, keep, depth, trials=None, target=None, cosine=None):
     cosine = np.arange(num_layers) if cosine is None else np.array(cosine)
-    return kept_layers(cosine, num_layers, keep, target or Target(num_layers=keep), depth, trials).tolist()
+    return cosine, num_layers, keep, target or Target(num_layers=keep), depth, trials
+
+
+def kept(*case, **options):
+    return kept_layers(*given(*case, **options)).tolist()
+
+
+def notes(*case, **options):
+    return close_depth(*given(*case, **options))
 
 
 def test_protected_layers_stay():
@@ -132,6 +130,45 @@ def test_accuracy_comes_before_the_loss():
     assert kept(5, 3, depth, trials) == [0, 3, 4]
     assert kept(5, 2, depth, trials) == [0, 4]
     assert kept(5, 3, Depth(method="drop"), trials.model_copy(update={"accuracies": []})) == [1, 2, 4]
+
+
+def test_a_close_cut_of_layers_is_reported():
+    """Among those that may go: a protected layer's score decides nothing, and hides nothing."""
+    cosine = [0, 2, 1, 2, 3, 0]
+    assert notes(6, 4, Depth(), cosine=cosine) == []
+    (note,) = notes(6, 4, Depth(protect_first=1, protect_last=1), cosine=cosine)
+    assert note == "layers: the last kept and first cut score are 2 and 2, nearer than rounding"
+    assert notes(6, 5, Depth(), cosine=cosine) != []  # the two of score 0
+    assert notes(6, 5, Depth(protect_first=1), cosine=cosine) == []
+    assert notes(6, 2, Depth(protect_first=1, protect_last=1), cosine=cosine) == []  # all that may go do
+    assert notes(6, 5, Depth(), cosine=cosine, target=Target(drop_layers=[0])) == notes(6, 6, Depth(), cosine=cosine) == []
+
+
+def test_trials_nearer_than_rounding_are_reported():
+    """The last that goes and the first that stays; the best block and the next; each round of a greedy search."""
+    near = 1.2 * (1 + 2e-6)
+    singles = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, near, 8.0])])
+    (note,) = notes(5, 3, Depth(method="drop"), singles)
+    assert note == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, nearer than rounding"
+    assert [notes(5, keep, Depth(method="drop"), singles) for keep in (4, 2, 1)] == [[], [], []]  # both stay, or both go
+    blocks = Trials(base=1.0, trials=[([0, 1], 9.0), ([1, 2], near), ([2, 3], 1.2)])
+    (note,) = notes(5, 3, Depth(method="block"), blocks)
+    assert "without 2, 3 (chosen) and without 1, 2 (next best)" in note
+    assert notes(5, 3, Depth(method="block"), Trials(base=1.0, trials=blocks.trials[:2])) == []
+    assert notes(2, 1, Depth(method="block", protect_first=1), Trials(base=1.0, trials=[([1], 1.1)])) == []  # there was no other
+    rounds = {"trials": [([2], 1.2), ([1, 2], 1.3)], "second": [([3], near), ([2, 3], 1.4)]}
+    (note,) = notes(5, 3, Depth(method="greedy"), Trials(base=1.0, **rounds))
+    assert "without 2 (chosen) and without 3 (next best)" in note
+    rounds |= {"accuracies": [0.75, 0.5], "second_accuracies": [0.5, 0.5]}
+    assert notes(5, 3, Depth(method="greedy", metric="task", task="items.jsonl"), Trials(base=1.0, base_accuracy=1.0, **rounds)) == []
+
+
+def test_equal_accuracies_are_close_where_the_losses_are():
+    depth, near = Depth(method="drop", metric="task", task="items.jsonl"), 1.2 * (1 + 2e-6)
+    trials = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([1.2, 1.4, near, 1.2])], base_accuracy=0.9, accuracies=[0.5, 0.8, 0.5, 0.4])
+    (note,) = notes(4, 2, depth, trials)
+    assert note.endswith("without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, and the losses are 1.2 and 1.2000024, nearer than rounding")
+    assert [notes(4, keep, depth, trials) for keep in (3, 1)] == [[], []]  # of the last two the losses are alike, and not the accuracies
 
 
 def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():

@@ -519,6 +519,8 @@ def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, me
     best = sorted(found["trials"], key=lambda trial: trial[1])
     dropped = {"drop": [best[0][0][0], best[1][0][0]], "block": best[0][0], "greedy": found["trials"][-1][0]}[method]
     assert kept == sorted({0, 1, 2, 3} - set(dropped))
+    seconds = list(zip(found["second"], found["trials"], strict=method == "greedy"))  # of a greedy search each round's next best
+    assert [(len(other), loss >= best) for (other, loss), (_, best) in seconds] == [(1, True), (2, True)] * (method == "greedy")
     refused(on_rank("depth", whole.recipe), "the recipe has no stage depth; it comes with depth.method: drop, block or greedy")
     refused(on_rank("compress", recipe, "depth.protect_last=2"), "leave 1 of 4 layers that may go, the target drops 2")
 
@@ -533,7 +535,8 @@ def test_layers_go_by_the_accuracy_without_them(whole, inputs, tmp_path, on_rank
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", **sizes)
     assert [on_rank(stage, recipe).code for stage in ("depth", "plan")] == [0, 0]
     found = json.loads((tmp_path / "out" / "depth.json").read_text())
-    assert [len(layers) for layers, _ in found["trials"]] == [1, 2]
+    assert [len(layers) for layers, _ in found["trials"] + found["second"]] == [1, 2, 1, 2]
+    assert len(found["second_accuracies"]) == 2
     assert {share * 4 for share in [found["base_accuracy"], *found["accuracies"]]} <= {1, 2, 3}
     assert PrunePlan.load(tmp_path / "out" / "plan.json").layers == sorted({0, 1, 2, 3} - set(found["trials"][-1][0]))
     task.write_text("".join(lines[:2]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from cases import ARCHS, BY_NAME, CASES, IDS, make_samples, saved_axes, targets
+from cases import ARCHS, BY_NAME, CASES, IDS, masked_axes, saved_axes, targets
 from results import previous
 
 ROUNDING = 2e-5
@@ -15,11 +15,7 @@ AXES = ["hidden", "ffn", "heads", "layer", "all", "groups", "merged"]
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
 SLICED = [(arch, layout, axis) for arch, layout in CASES for axis in targets(ARCHS[arch], layout.tp)]
 SAVED = [(arch, layout, axis) for arch, layout in CASES for axis in saved_axes(arch)]
-MASKED = [(arch, layout, axis) for arch, layout, axis in SLICED if axis == "groups" or (axis in saved_axes(arch) and axis != "merged")]
-
-
-def tokens(arch):
-    return make_samples(ARCHS[arch], 0, 8)["tokens"]
+MASKED = [(arch, layout, axis) for arch, layout in CASES for axis in masked_axes(arch, layout)]
 
 
 def assert_close(ours, dense, what):
@@ -33,35 +29,30 @@ def assert_close(ours, dense, what):
 
 @cases
 def test_teacher_computes_what_plain_torch_does(results, arch, layout):
-    dense = reference.logits(ARCHS[arch], results.weights(arch), tokens(arch))
-    assert_close([rank["logits"] for rank in results.pruned(arch, layout)], dense, "teacher")
+    assert_close([rank["logits"] for rank in results.pruned(arch, layout)], results.dense(arch), "teacher")
 
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_masked_reference_equals_sliced_reference(results, arch, axis):
     """The references themselves, in float64: the algebra of the masks is exact but for rounding."""
-    plan, weights = results.plan(arch, axis), results.weights(arch)
-    masked, kept = reference.masked_teacher(ARCHS[arch], weights, plan)
-    want = reference.logits(ARCHS[arch], masked, tokens(arch), kept)
-    got = reference.logits(plan.student, reference.sliced(ARCHS[arch], weights, plan), tokens(arch))
+    plan = results.plan(arch, axis)
+    want, got = results.dense(arch, plan, masked=True), results.dense(arch, plan)
     assert (got - want).abs().max() < 1e-6 * want.abs().max()
-    assert (want - reference.logits(ARCHS[arch], weights, tokens(arch))).abs().max() > 0.01 * want.abs().max(), "this plan cuts nothing that matters"
+    assert (want - results.dense(arch)).abs().max() > 0.01 * want.abs().max(), "this plan cuts nothing that matters"
 
 
 @pytest.mark.parametrize(("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED])
 def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
     """The student was cut and saved at the layout before this one in the table."""
-    masked, kept = reference.masked_teacher(ARCHS[arch], results.weights(arch), results.plan(arch, axis, previous(CASES, arch, layout)))
-    want = reference.logits(ARCHS[arch], masked, tokens(arch), kept)
+    want = results.dense(arch, results.plan(arch, axis, previous(CASES, arch, layout)), masked=True)
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
 @pytest.mark.parametrize(("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED])
 def test_a_teacher_under_masks_computes_what_the_student_will(results, arch, layout, axis):
     """Not a weight is sliced; and afterwards it is the teacher again, bitwise (test_importance.py looks at "unchanged")."""
-    plan = results.plan(arch, axis, layout)
-    want = reference.logits(plan.student, reference.sliced(ARCHS[arch], results.weights(arch), plan), tokens(arch))
+    want = results.dense(arch, results.plan(arch, axis, layout))
     assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ SEARCH = {"parameters": 100_000, "tolerance": 0.08, "num_layers": [3, 4], "hidde
 SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4, "finalists": 2}
 """Three candidates, of which two are distilled, at any layout of the tests: sizes that are solved for the budget would depend on what tp has to divide."""
 TWO_BY_TWO = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
+ALSO_AT = {
+    "dp2": (2, ()),
+    "tp2-cp2-sp": (4, ("parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true")),
+    "pp2-vpp2-dp2": (4, ("parallel.pp=2", "parallel.vpp=2", "distill.micro_batch_size=1")),
+}
 
 
 def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
@@ -31,10 +37,17 @@ def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
 
 
 def test_the_published_grids_are_among_the_candidates():
-    """2407.14679, search space and parameters within 5 %: 18 candidates for 4B as published; for 8B 18, published 15."""
+    """2407.14679, table 9 and parameters within 5 %: 18 candidates for 4B as published; for 8B 18, published 15.
+
+    The hidden size 4680 of the 8B list is no multiple of 16, which is the default align: 4608, of the 4B list, stands for it in
+    docs/search.md; as printed, under align 8, there are as many.
+    """
     common = {"num_layers": [29, 30, 31, 32], "mlp_expansion": [2.5, 3, 3.5, 4]}
     four = found("nemotron_4_15b", parameters="4B", num_attention_heads=[24, 32, 48], hidden_size=[2560, 3072, 3584, 4096, 4608], **common)
-    eight = found("nemotron_4_15b", parameters="8B", num_attention_heads=[32, 48], hidden_size=[4096, 4608, 5120, 5632, 6144], **common)
+    large = {"parameters": "8B", "num_attention_heads": [32, 48], **common}
+    eight = found("nemotron_4_15b", hidden_size=[4096, 4608, 5120, 5632, 6144], **large)
+    printed = found("nemotron_4_15b", hidden_size=[4096, 4680, 5120, 5632, 6144], target={"align": 8}, **large)
+    assert len(printed) == len(eight)
     assert len(four) == 18
     assert "l32-h3072-f9216-a24-g8" in four  # Minitron 4B
     assert len(eight) == 18
@@ -184,7 +197,9 @@ def searched(ranks, recipe, *overrides, count=1, stop_after=None):
 
 @pytest.fixture(scope="module")
 def whole(ranks, scored):
-    return searched(ranks, scored)[0]
+    rows = searched(ranks, scored)[0]
+    shutil.copy(Project(load_recipe(scored)).paths["search"], scored.parent / "whole.json")
+    return rows
 
 
 def losses(rows):
@@ -216,7 +231,7 @@ def test_rounds_keep_the_better_half(ranks, scored):
 
 
 def test_the_plan_is_the_winners(ranks, whole, scored):
-    searched(ranks, scored)  # again, after other ones
+    shutil.copy(scored.parent / "whole.json", Project(load_recipe(scored)).paths["search"])  # other tests have searched since
     assert ranks(1, "project_workers.minitron", arguments=["plan", str(scored)])[0].code == 0
     project = Project(load_recipe(scored))
     assert PrunePlan.load(project.paths["plan"]).student == chosen(project.paths["search"])
@@ -275,6 +290,14 @@ def test_layouts_change_nothing(ranks, whole, scored):
             assert steps == same
             assert values == pytest.approx(others, rel=1e-4)  # after some steps of an optimizer that divides by the root of small squares
     assert [row["name"] for row in rows if row["chosen"]] == [row["name"] for row in whole if row["chosen"]]
+
+
+@pytest.mark.parametrize("layout", ALSO_AT)
+def test_the_ranking_as_cut_is_the_same_at(ranks, whole, scored, layout):
+    count, overrides = ALSO_AT[layout]
+    rows, _ = searched(ranks, scored, *overrides, "search.finalists=1", count=count)
+    assert {row["name"]: row["pruned_loss"] for row in rows} == pytest.approx({row["name"]: row["pruned_loss"] for row in whole}, rel=1e-5)
+    assert [row["name"] for row in rows if row["chosen"]] == [min(whole, key=lambda row: row["pruned_loss"])["name"]]
 
 
 def test_a_measured_latency_is_a_budget(ranks, scored):

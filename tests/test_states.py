@@ -22,7 +22,8 @@ ARCH = ARCHS["qwen3"]
 # Under pp 2 the student's states 0 and 2 are made on the first stage, 3 and 5 on the last; the teacher's 0 and 2, 3 and 6: so both ways.
 LAYERS = {0: 0, 2: 3, 3: 2, 5: 6}
 COSINE, MSE = States(layers=LAYERS), States(layers=LAYERS, kind="mse", weight=0.25)
-LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp", "pp2-cp2")
+BESIDE_DP = ("tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2-dp2")
+LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp", "pp2-cp2", *BESIDE_DP)
 RESUMED = {"one": "one", "pp2-vpp2": "pp2-vpp2", "tp2-pp2-sp": "tp2-pp2-sp", "tp2-sp": "pp2-vpp2"}
 """Layout -> the one that wrote the checkpoint."""
 STEPS, FEW = 3, 2
@@ -36,6 +37,8 @@ def with_states(layout: str, states: States, **other) -> Distill:
 
 def cases(layout: str) -> dict[str, tuple[str, Distill]]:
     """Run -> (student, settings): narrower than the teacher, with a projection; as wide as it; the teacher again."""
+    if layout in BESIDE_DP:
+        return {"narrow": ("all", with_states(layout, COSINE, steps=FEW))}
     found = {"narrow": ("all", with_states(layout, COSINE, steps=STEPS)), "as wide": ("layer", with_states(layout, MSE, steps=FEW))}
     if layout in ("one", "tp2-sp"):
         found["narrow, mse"] = "all", with_states(layout, MSE, steps=FEW)

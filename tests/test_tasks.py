@@ -1,4 +1,4 @@
-"""Choice tasks on the sharded model: the scores of a dense model, at layouts of every kind; and what files may hold."""
+"""Choice tasks on the sharded model: the scores of a dense model, at every layout; and what files may hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
+from cases import ARCHS, CHOICES, LAYOUTS, SEQUENCE_LENGTH
 
 from minitron_mp.data import Tokenizer
 from minitron_mp.errors import InputError
@@ -17,14 +17,6 @@ from minitron_mp.items import read_items
 from minitron_mp.tasks import rows_of
 
 ARCH = ARCHS["qwen3"]
-LAYOUTS = ["one", "tp2-sp", "pp2-vpp2", "dp2", "tp2-cp2-sp"]
-CHOICES = [
-    {"query": "what is the answer to this", "choices": ["one word", "two other words", "nothing"], "gold": 1},
-    {"query": "and now", "choices": ["it is over, as long as this sentence is", "go"], "gold": 0},
-    {"query": "x" * 40, "choices": ["an ending behind a context that is too long", "b"], "gold": 1},
-    {"context_options": ["the cat saw the dog and the cat", "the cat saw the dog and the dog"], "continuation": "ran away.", "gold": 0},
-]
-WORDS = [{"text": "a b c d e"}, {"text": "the last word of this is hello"}]
 
 
 def encode(texts):
@@ -46,23 +38,17 @@ def dense_scores(weights, items, arch=ARCH):
     return found
 
 
-def write_files(folder):
-    for name, rows in (("choices", CHOICES), ("words", WORDS)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("tasks"))
+def files(results):
+    return results.task_files()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_scores_are_those_of_a_dense_model(results, ranks, files, layout):
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+def test_scores_are_those_of_a_dense_model(results, files, layout):
     items = read_items(files / "choices.jsonl") + read_items(files / "words.jsonl")
-    want = dense_scores(results.weights("qwen3"), items)
-    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "path": files}
-    for scores, choices, words in ranks(BY_NAME[layout].ranks, "workers.judge_tasks", layout=BY_NAME[layout], **case):
+    want = results.once(("dense scores",), lambda: dense_scores(results.weights("qwen3"), items))
+    for rank in results.judged(layout):
+        scores, choices, words = rank["scores"], rank["choices"], rank["words"]
         assert scores[:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
         assert (scores[:, 1] == 0).tolist() == [greedy for _, greedy in want]
         best, place = [], 0

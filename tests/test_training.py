@@ -102,16 +102,22 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(results, arch
     assert same.grad_norm < ROUNDING * one_rank(results, arch)[0].grad_norm
 
 
-@trained
-def test_evaluation_equals_plain_torch(results, arch, layout):
-    """Means over the tokens that count, the same on every rank."""
-    student, teacher, plan = results.plan(arch, "all").student, results.weights(arch), results.plan(arch, "all")
+def dense_evaluation(results, arch):
+    """Sums of KL, cross-entropy and tokens that count, of two steps of samples."""
+    plan, teacher = results.plan(arch, "all"), results.weights(arch)
     weights, sums = reference.sliced(ARCHS[arch], teacher, plan), torch.zeros(3, dtype=torch.float64)
     for step in range(2):
         samples = make_samples(ARCHS[arch], step, 4)
-        z_s, z_t = reference.logits(student, weights, samples["tokens"]), reference.logits(ARCHS[arch], teacher, samples["tokens"])
+        z_s, z_t = reference.logits(plan.student, weights, samples["tokens"]), reference.logits(ARCHS[arch], teacher, samples["tokens"])
         mask = samples["loss_mask"]
-        sums += torch.stack([(x * mask).sum() for x in (*reference.losses(student, z_s, z_t, samples["labels"], 1.0), mask.double())])
+        sums += torch.stack([(x * mask).sum() for x in (*reference.losses(plan.student, z_s, z_t, samples["labels"], 1.0), mask.double())])
+    return sums
+
+
+@trained
+def test_evaluation_equals_plain_torch(results, arch, layout):
+    """Means over the tokens that count, the same on every rank."""
+    sums = results.once(("evaluation", arch), lambda: dense_evaluation(results, arch))
     kl, ce = (sums[:2] / sums[2]).tolist()
     for rank in results.trained(arch, layout):
         quality, own = rank["quality"]["student"], rank["quality"]["teacher again"]
@@ -178,6 +184,16 @@ def test_bf16_trains(results, ranks):
     assert losses[-1] < 0.9 * losses[0]
     # 8 bits of mantissa in 5 layers of teacher and student; 3e-3 seen.
     assert math.isclose(losses[0], one_rank(results)[0].loss, rel_tol=0.02)
+
+
+@pytest.mark.parametrize("layout", MEANWHILE_LAYOUTS)
+def test_a_stopped_correction_goes_on_bitwise(results, layout):
+    """A teacher alone; the loss curve from its last checkpoint on, and the final weights."""
+    by_rank = results.corrected_meanwhile(BY_NAME[layout])
+    whole, rest = by_rank[0]["alone"], by_rank[0]["alone resumed"]
+    assert [m.step for m in rest] == [whole[-1].step]
+    assert_close(rest, whole[-1:], tolerance=0)
+    assert all(rank["alone bitwise"] for rank in by_rank), "the final weights"
 
 
 @pytest.mark.parametrize("layout", MEANWHILE_LAYOUTS)

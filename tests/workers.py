@@ -88,35 +88,54 @@ def read_tensors(folder: Path, prefix: str) -> Weights:
         return {key: value for key, value in dist_checkpointing.load_plain_tensors(str(folder)).items() if key.startswith(prefix)}
 
 
-def ablate(layout: Layout, arch: Arch, teacher: Path, candidates: list[frozenset[int]], gone: frozenset[int]) -> dict[str, Any]:
-    """Losses without layers, on two steps of samples, and the layer forwards of this rank that they took."""
+def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
+    """One rank: layer forwards that a microbatch takes in a search; two steps, so that the pass that catches what layers are given is none of them."""
     from minitron_mp.ablation import losses_without
 
+    sizes = {"hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 2, "kv_channels": 8, "vocab_size": 30}
+    arch, calls = Arch(family="llama", tied=False, max_position_embeddings=64, num_layers=num_layers, **sizes), []
+    with joined(Layout("one", 1)) as world:
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True)
+        for block in chunks[0].eval().decoder.layers:
+            block.register_forward_hook(lambda *_: calls.append(1))
+        steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
+        losses_without(chunks, steps, world, candidates, vocab_size=arch.vocab_size, progress=lambda: after.append(len(calls)))
+        return after[1] - after[0]
+
+
+def judge_everything(
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    files: Path,
+    missing: dict[frozenset[int], list[frozenset[int]]],
+    gone: frozenset[int],
+    candidates: list[frozenset[int]],
+) -> dict[str, Any]:
+    """One model: its losses on two steps of samples without layers, gone -> [without these, without each candidate]; the scores of all options of
+    choices.jsonl and words.jsonl; the results of these tasks; and the scores without `gone` and each of `candidates`.
+    """
+    from minitron_mp import ablation, items, spans, tasks
+
+    tokenizer, found = characters(arch), {}
     with joined(layout) as world:
-        chunks, calls = load(arch, teacher, world), []
+        chunks = load(arch, teacher, world)
+        for chunk in chunks:
+            chunk.eval()
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
         place = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
         steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
-        for chunk in chunks:
-            for block in chunk.eval().decoder.layers:
-                block.register_forward_hook(lambda *_: calls.append(1))
-        base, losses = losses_without(chunks, steps, world, candidates, gone=gone, vocab_size=arch.vocab_size)
-        return {"base": base, "losses": losses, "forwards": len(calls)}
-
-
-def judge_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path) -> Any:
-    """(scores of all options, result of choices.jsonl, of words.jsonl)."""
-    from minitron_mp import items, spans, tasks
-
-    tokenizer = characters(arch)
-    with joined(layout) as world:
-        chunks = load(arch, teacher, world)
-        choices, words = (items.read_items(path / f"{name}.jsonl") for name in ("choices", "words"))
-        rows = tasks.rows_of(choices + words, tokenizer, SEQUENCE_LENGTH)
-        scores = spans.score_rows(chunks, rows, world, micro_batch_size=2, vocab_size=arch.vocab_size, eod=0)
-        options = {"sequence_length": SEQUENCE_LENGTH, "micro_batch_size": 2, "vocab_size": arch.vocab_size}
-        found = [tasks.judge({"m": chunks}, items, tokenizer, world, **options)["m"] for items in (choices, words)]
-        return scores, *found
+        found["losses"] = {}
+        for already, without in missing.items():
+            base, losses = ablation.losses_without(chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size)
+            found["losses"][already] = [base, *losses]
+        tried = {name: items.read_items(files / f"{name}.jsonl") for name in ("choices", "words")}
+        rows, options = tasks.rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH), {"micro_batch_size": 2, "vocab_size": arch.vocab_size}
+        found["scores"] = spans.score_rows(chunks, rows, world, eod=0, **options)
+        for name, own in tried.items():
+            found[name] = tasks.judge({"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options)["m"]
+        base, others = ablation.scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
+        return found | {"scores without": [base, *others]}
 
 
 def characters(arch: Arch) -> Any:
@@ -124,22 +143,6 @@ def characters(arch: Arch) -> Any:
     from minitron_mp.data import Tokenizer
 
     return Tokenizer(lambda texts: [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts], arch.vocab_size, 0)
-
-
-def ablate_tasks(layout: Layout, arch: Arch, teacher: Path, path: Path, candidates: list[frozenset[int]], gone: frozenset[int]) -> list[Any]:
-    """Scores of all options of choices.jsonl and words.jsonl without the layers `gone`, and without those of each candidate."""
-    from minitron_mp.ablation import scores_without
-    from minitron_mp.items import read_items
-    from minitron_mp.tasks import rows_of
-
-    with joined(layout) as world:
-        chunks = load(arch, teacher, world)
-        for chunk in chunks:
-            chunk.eval()
-        rows = rows_of([item for name in ("choices", "words") for item in read_items(path / f"{name}.jsonl")], characters(arch), SEQUENCE_LENGTH)
-        options = {"gone": gone, "micro_batch_size": 2, "vocab_size": arch.vocab_size, "eod": 0}
-        base, others = scores_without(chunks, rows, world, candidates, **options)
-        return [base, *others]
 
 
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
@@ -177,7 +180,9 @@ def count_hooks(chunks: list[Any]) -> int:
     return sum(len(getattr(module, kind)) for chunk in chunks for module in chunk.modules() for kind in kinds)
 
 
-def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, save: list[str], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+def prune_everything(
+    layout: Layout, arch: Arch, teacher: Path, output: Path, save: list[str], masks: list[str], pairs: list[tuple[str, str]]
+) -> dict[str, Any]:
     """Scores, plans, slices and saved students of one layout, and what hooks leave behind. The first pair makes the plans."""
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
@@ -186,7 +191,7 @@ def prune_everything(layout: Layout, arch: Arch, teacher: Path, output: Path, sa
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
         plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch, layout.tp).items()}
         by_masks = {}
-        for name in (name for name in plans if name in (*save, "groups") and not plans[name].merge):
+        for name in masks:
             with masked(chunks, plans[name], world):
                 by_masks[name] = global_logits(chunks, samples, world)
         after = global_logits(chunks, samples, world)

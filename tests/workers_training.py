@@ -83,7 +83,7 @@ def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch
 def correct_meanwhile(
     layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, correct: Correct, precision: str
 ) -> dict[str, Any]:
-    """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone; and how far
+    """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone, and its last step again; and how far
     the student of the first step is from the teacher of the first and of the second, on the batch of the second.
 
     Curves are rank 0's, [] elsewhere.
@@ -111,7 +111,8 @@ def correct_meanwhile(
         found["bitwise"] = all(map(torch.equal, found["unbroken"].pop("weights"), found["resumed"].pop("weights")))
         # The teacher alone, and the student of the first step against the teacher of the second.
         alone = correct.model_copy(update={"checkpoint_interval": 1, "keep_checkpoints": 9})
-        found["alone"] = Runner(world, None, alone, precision)(arch, teacher, output / "alone").metrics
+        whole, rest = (Runner(world, None, alone, precision)(arch, start, output / "alone") for start in (teacher, None))
+        found |= {"alone": whole.metrics, "alone resumed": rest.metrics, "alone bitwise": all(map(torch.equal, whole.weights, rest.weights))}
         learner = start([])
         once = Runner(world, learner, distil, precision)(student_arch, student, folder / "once", stop_after=1, companion=learner)
         learner.close()
