@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # when imported, not run
+warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, when it is imported and later
 
 import report
 from baseline import train_plain
@@ -65,7 +66,6 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write report.md and plots from the results that are there; runs nothing")
     parser.add_argument("--publish", action="store_true", help="the same, and copy the results beside this file and fill the table of README.md")
     args = parser.parse_args(words)
-    warnings.filterwarnings("ignore")
     try:
         return act(args)
     except (InputError, OSError, UnicodeError) as error:
@@ -261,8 +261,10 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
     for name in variants:
         for seed in args.seeds:
             recipe, path = recipe_of(args, output, name, seed), result_of(output, name, seed)
+            project = Project(recipe)
+            project.check()
             # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
-            done = path.exists() if VARIANTS[name].search else made_by(path, Project(recipe).manifest("evaluate").fingerprint)
+            done = path.exists() if VARIANTS[name].search else made_by(path, project.manifest("evaluate").fingerprint)
             trainings = [recipe.distill] * (1 + (VARIANTS[name].plain and not args.no_plain)) + [recipe.correct] * (recipe.correct is not None)
             tokens = sum(t.steps * t.global_batch_size * recipe.data.sequence_length for t in trainings if t)
             seconds = 0.0 if done else tokens / args.tokens_per_s
