@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # when imported, not run
-warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, when it is imported and later
 
 import report
 from baseline import train_plain
@@ -66,6 +65,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write report.md and plots from the results that are there; runs nothing")
     parser.add_argument("--publish", action="store_true", help="the same, and copy the results beside this file and fill the table of README.md")
     args = parser.parse_args(words)
+    warnings.filterwarnings("ignore")
     try:
         return act(args)
     except (InputError, OSError, UnicodeError) as error:
