@@ -294,10 +294,14 @@ def test_layouts_change_nothing(ranks, whole, scored):
 
 @pytest.mark.parametrize("layout", ALSO_AT)
 def test_the_ranking_as_cut_is_the_same_at(ranks, whole, scored, layout):
+    """Of the candidates that fit it: four chunks want four layers."""
     count, overrides = ALSO_AT[layout]
     rows, _ = searched(ranks, scored, *overrides, "search.finalists=1", count=count)
-    assert {row["name"]: row["pruned_loss"] for row in rows} == pytest.approx({row["name"]: row["pruned_loss"] for row in whole}, rel=1e-5)
-    assert [row["name"] for row in rows if row["chosen"]] == [min(whole, key=lambda row: row["pruned_loss"])["name"]]
+    fit = [row for row in whole if "vpp" not in layout or row["arch"]["num_layers"] >= 4]
+    want, got = ({row["name"]: row["pruned_loss"] for row in part} for part in (fit, rows))
+    assert 0 < len(want) < len(whole) or "vpp" not in layout
+    assert got == pytest.approx(want, rel=1e-5)  # as in test_training.py
+    assert [row["name"] for row in rows if row["chosen"]] == [min(want, key=want.get)]
 
 
 def test_a_measured_latency_is_a_budget(ranks, scored):

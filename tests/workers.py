@@ -129,11 +129,14 @@ def judge_everything(
         for already, without in missing.items():
             base, losses = ablation.losses_without(chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size)
             found["losses"][already] = [base, *losses]
-        tried = {name: items.read_items(files / f"{name}.jsonl") for name in ("choices", "words")}
-        rows, options = tasks.rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH), {"micro_batch_size": 2, "vocab_size": arch.vocab_size}
-        found["scores"] = spans.score_rows(chunks, rows, world, eod=0, **options)
-        for name, own in tried.items():
-            found[name] = tasks.judge({"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options)["m"]
+        # Ranks that share a layer talk in each layer of each microbatch: they get few and large ones.
+        options = {"micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2, "vocab_size": arch.vocab_size}
+        tried, scores = {name: items.read_items(files / f"{name}.jsonl") for name in ("choices", "words")}, []
+        with mock.patch.object(tasks, "score_rows", lambda *case, **more: scores.append(spans.score_rows(*case, **more)) or scores[-1]):
+            for name, own in tried.items():
+                found[name] = tasks.judge({"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options)["m"]
+        found["scores"] = torch.cat(scores)
+        rows = tasks.rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
         base, others = ablation.scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
         return found | {"scores without": [base, *others]}
 

@@ -80,50 +80,58 @@ def local_signal(shape: Shape, p: Parallel, id: int, cp: int, tp: int) -> Tensor
 
 def transport(roles: Roles, shape: Shape, window: int, count: int, seed: int = 0, delay_s: float = 0.0, die: str = "") -> dict[str, Any]:
     """Stream `count` plain signals with random delays on both sides; what each end saw. die: "ROLE RANK PHASE", see _fault."""
-    found: dict[str, Any] = {}
     with joined_roles(roles, timeout_s=3.0 if die else 60.0) as world:
-        if world is None:
-            return found
-        link = make_link(world, roles, shape, window)
-        g, chance, fault = world.groups, random.Random(seed * 100 + world.bridge.rank), _Fault(world, die)
+        return {} if world is None else _stream(world, roles, shape, window, count, seed, delay_s, die)
 
-        def pause() -> None:
-            time.sleep(delay_s * chance.random())
 
-        if not world.is_last_stage:
-            return found
-        place, data = (g.cp.rank(), g.tp.rank()), link.bridge.data
-        if world.role == "teacher":
-            sender = Sender(link)
-            for id in range(count):
-                if id % link.teacher.dp == g.dp.rank():
-                    sender.make_room()
-                    pause()
-                    fault("before announcing", id)
-                    if die:
-                        link.bridge.data = _Watched(data, lambda id=id: fault("while sending", id))
-                    sender.send(id, local_signal(shape, link.teacher.parallel, id, *place))
-                    fault("after sending", id)
-            sender.finish()
-            found["in flight"] = sender.most_in_flight
-        else:
-            grid = next(grid for grid in link.students if grid.role == world.role)
-            ids = [id for id in range(count) if id % grid.dp == g.dp.rank()]
-            receiver, wrong, held = Receiver(link, grid, ids, world.device), [], 0
-            for n, id in enumerate(ids):
-                held = max(held, len(receiver.arrived))
-                signal = receiver.get(id)
-                fault("before the credit", id)
-                if not torch.equal(signal, local_signal(shape, grid.parallel, id, *place)):
-                    wrong.append(id)
+def transports(roles: Roles, cases: list[tuple[Shape, int]], count: int, delay_s: float) -> list[dict[str, Any]]:
+    """transport() of each (shape, window), one after the other over one bridge."""
+    with joined_roles(roles) as world:
+        return [{} if world is None else _stream(world, roles, shape, window, count, window, delay_s) for shape, window in cases]
+
+
+def _stream(world: World, roles: Roles, shape: Shape, window: int, count: int, seed: int, delay_s: float, die: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    link = make_link(world, roles, shape, window)
+    g, chance, fault = world.groups, random.Random(seed * 100 + world.bridge.rank), _Fault(world, die)
+
+    def pause() -> None:
+        time.sleep(delay_s * chance.random())
+
+    if not world.is_last_stage:
+        return found
+    place, data = (g.cp.rank(), g.tp.rank()), link.bridge.data
+    if world.role == "teacher":
+        sender = Sender(link)
+        for id in range(count):
+            if id % link.teacher.dp == g.dp.rank():
+                sender.make_room()
                 pause()
-                receiver.release(id)
-                fault("after the credit", id)
-                if n == len(ids) // 4:
-                    found["memory at a quarter"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            receiver.close()
-            found |= {"wrong": wrong, "held": held, "received": len(ids), "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-        found["bytes"] = link.bytes_moved
+                fault("before announcing", id)
+                if die:
+                    link.bridge.data = _Watched(data, lambda id=id: fault("while sending", id))
+                sender.send(id, local_signal(shape, link.teacher.parallel, id, *place))
+                fault("after sending", id)
+        sender.finish()
+        found["in flight"] = sender.most_in_flight
+    else:
+        grid = next(grid for grid in link.students if grid.role == world.role)
+        ids = [id for id in range(count) if id % grid.dp == g.dp.rank()]
+        receiver, wrong, held = Receiver(link, grid, ids, world.device), [], 0
+        for n, id in enumerate(ids):
+            held = max(held, len(receiver.arrived))
+            signal = receiver.get(id)
+            fault("before the credit", id)
+            if not torch.equal(signal, local_signal(shape, grid.parallel, id, *place)):
+                wrong.append(id)
+            pause()
+            receiver.release(id)
+            fault("after the credit", id)
+            if n == len(ids) // 4:
+                found["memory at a quarter"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        receiver.close()
+        found |= {"wrong": wrong, "held": held, "received": len(ids), "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    found["bytes"] = link.bytes_moved
     return found
 
 
