@@ -152,12 +152,13 @@ def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
 
 def _note(name: str, project: Project, world: Any, seconds: float) -> None:
     """Keep for the report how the artefact was made."""
-    job: dict[str, Any] = {"ranks": 1, "ranks_per_node": 1, "device": ""}
+    job: dict[str, Any] = {"ranks": 1, "ranks_per_node": 1, "layout": {}, "device": ""}
     if name != "plan":
         from minitron_mp.parallel import ranks_per_node
         from minitron_mp.speed import device_name
 
-        job = {"ranks": world.job_size, "ranks_per_node": ranks_per_node(), "device": device_name(world)}
+        layout = project.recipe.parallel.model_dump(exclude_defaults=True)
+        job = {"ranks": world.job_size, "ranks_per_node": ranks_per_node(), "layout": layout, "device": device_name(world)}
     records.note(project.recipe.root, name, project.manifest(name).fingerprint, seconds, **job)
 
 

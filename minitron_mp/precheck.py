@@ -71,8 +71,11 @@ def _files(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
         tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
     for name, (path, limit) in tasks.items():
         problems += [f"{name}: {problem}" for problem in _told(partial(read_items, Path(path), limit))]
-    if recipe.correct and recipe.correct.baseline and not (Path(recipe.correct.baseline) / "evaluation.json").is_file():
-        problems.append(f"correct.baseline: {recipe.correct.baseline} holds no evaluation.json; name the output of a finished run without correction")
+    if recipe.correct and (baseline := recipe.correct.baseline):
+        if Path(baseline).resolve() == recipe.root.resolve():
+            problems.append(f"correct.baseline: {baseline} is the output of this recipe; name that of a finished run without correction")
+        elif not (Path(baseline) / "evaluation.json").is_file():
+            problems.append(f"correct.baseline: {baseline} holds no evaluation.json; name the output of a finished run without correction")
     tokenizer, model = recipe.data.tokenizer, Path(recipe.model).resolve()
     if tokenizer is not None and not Path(tokenizer).exists():
         problems.append(f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file")

@@ -215,6 +215,14 @@ class Project:
             self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs, made_by=f"minitron_mp {__version__}")
         return self._manifests[name]
 
+    def without_correction(self) -> Project:
+        """The same recipe without its section correct, in the folder that correct.baseline names."""
+        folder = self.recipe.correct and self.recipe.correct.baseline
+        assert folder
+        other = Project(self.recipe.model_copy(update={"correct": None, "output": folder}))
+        other._manifests = {name: self.manifest(name) for name in ("import", "data", "texts") if name in self.stages}  # files are hashed once
+        return other
+
     def inputs(self, name: str) -> list[str]:
         """Stages whose artefacts a stage reads."""
         optional = {"plan": ("depth", "search"), "search": ("depth",), "evaluate": ("texts",)}.get(name, ())

@@ -6,22 +6,28 @@ An artefact says what it is made from, and so whether it has to be made again; a
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from minitron_mp import __version__, artifact
+from minitron_mp.config import Recipe
+from minitron_mp.sections import Parallel
 
 FILE = "stages.jsonl"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy")
 
 
 class Record(BaseModel):
-    """fingerprint: of the artefact. seconds: by the clock, of the command that finished it. ranks: of the job, all roles. device: of a rank."""
+    """fingerprint: of the artefact. seconds: by the clock, of the command that finished it. ranks: of the job, all roles. layout: keys of
+    `parallel` that were not the default. device: of a rank."""
 
     stage: str
     fingerprint: str
@@ -29,8 +35,14 @@ class Record(BaseModel):
     ended: str
     ranks: int
     ranks_per_node: int
+    layout: dict[str, Any]
     device: str
     software: dict[str, str]
+
+    def layout_words(self, recipe: Recipe) -> str:
+        """Overrides that give the layout again, where the recipe has another one by now."""
+        ran, now = Parallel(**self.layout).model_dump(), recipe.parallel.model_dump()
+        return "".join(f" parallel.{key}={json.dumps(value)}" for key, value in ran.items() if value != now[key])
 
     @property
     def launcher(self) -> str:
@@ -53,12 +65,16 @@ def software() -> dict[str, str]:
     return found
 
 
-def note(root: Path, stage: str, fingerprint: str, seconds: float, *, ranks: int, ranks_per_node: int, device: str) -> None:
+def note(root: Path, stage: str, fingerprint: str, seconds: float, *, ranks: int, ranks_per_node: int, layout: dict[str, Any], device: str) -> None:
     """Append a record; for one process."""
-    job = {"ranks": ranks, "ranks_per_node": ranks_per_node, "device": device, "software": software()}
+    job = {"ranks": ranks, "ranks_per_node": ranks_per_node, "layout": layout, "device": device, "software": software()}
     record = Record(stage=stage, fingerprint=fingerprint, seconds=seconds, ended=time.strftime("%Y-%m-%d %H:%M:%S"), **job)
-    with (root / FILE).open("a", encoding="utf-8") as file:
-        file.write(record.model_dump_json() + "\n")
+    with (root / FILE).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a kill in the middle of a line, which would take this one with it
+                file.write(b"\n")
+        file.write(record.model_dump_json().encode() + b"\n")
 
 
 def of(root: Path, paths: Mapping[str, Path]) -> dict[str, Record]:
@@ -69,8 +85,6 @@ def of(root: Path, paths: Mapping[str, Path]) -> dict[str, Record]:
 
 
 def _read(file: Path) -> Iterator[Record]:
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            yield Record.model_validate(json.loads(line))
-        except (ValueError, ValidationError):  # a kill in the middle of a line
-            continue
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        with suppress(ValidationError):  # a kill in the middle of a line
+            yield Record.model_validate_json(line)

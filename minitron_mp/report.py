@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minitron_mp import artifact, facts, figures, page, records
-from minitron_mp.artifact import Manifest
+from minitron_mp.bought import bought
 from minitron_mp.candidates import front
 from minitron_mp.card import refresh
 from minitron_mp.config import Recipe
@@ -19,7 +19,6 @@ from minitron_mp.console import say, table
 from minitron_mp.page import Code, Document, Part, Section, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
 from minitron_mp.records import Record
-from minitron_mp.training_config import Correct
 
 CURVES = {"correct": ("Teacher correction", "metrics_correct.jsonl"), "distill": ("Distillation", "metrics.jsonl")}
 """Stages that train: title of their section, file of their metrics."""
@@ -62,7 +61,7 @@ def collect(project: Any) -> Document:
         Section("Result", result),
         _cut(plan, importance),
         _importance(plan, importance, trials, recipe.depth.method),
-        *([_training("correct", metrics["correct"], _bought(found, recipe.correct))] if "correct" in metrics else []),
+        *([_training("correct", metrics["correct"], bought(project, found))] if "correct" in metrics else []),
         _training("distill", metrics["distill"], []),
         _cost(metrics, found_by_search, recipe, made),
         *([search_section(found_by_search, recipe.search.budget[0])] if recipe.search else []),
@@ -123,43 +122,6 @@ def _trials(method: str, trials: Trials, plan: PrunePlan) -> page.Figure:
     return figures.trials(method, trials.base_accuracy, shares, plan.layers, "accuracy (share of the items)", better=1)
 
 
-def _bought(found: dict[str, Any], correct: Correct) -> list[Part]:
-    """What the teacher gained by its correction, and lost on other texts; and what the student has of it, where there is one without."""
-    told = {"": found, **{f" on {name}": models for name, models in found.get("texts", {}).items()}}
-    gained = []
-    for where, models in told.items():
-        before, after = (models[name]["loss"] for name in ("uncorrected", "teacher"))
-        gained.append(f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})")
-    what = "is distilled from it while it learns, and cut from the original" if correct.when == "during" else "is cut and distilled from it"
-    parts: list[Part] = [f"The teacher was corrected: {'; '.join(gained)}. The student {what}."]
-    if len(told) == 1:
-        parts.append("What the teacher has lost on text like that of its own training is not known; name such text in `data.held_out`.")
-    return [*parts, _without(found, told, correct.baseline)]
-
-
-def _without(found: dict[str, Any], told: Mapping[str, Any], folder: str | None) -> str:
-    """The student beside that of a run without correction."""
-    if folder is None:
-        advice = "run the recipe without the section `correct` into another output, and name that in `correct.baseline`"
-        return f"What the student would be without it is not known: {advice}."
-    other = artifact.read_json(Path(folder) / "evaluation.json", "evaluate")
-    mine, theirs = (_judged_by(one) for one in (found, other))
-    if differences := theirs.differences(mine):
-        return f"The student of `{folder}`, without correction, does not compare: {'; '.join(differences)}."
-    others = {"": other, **{f" on {name}": models for name, models in other.get("texts", {}).items()}}
-    rows = []
-    for where in (where for where in told if where in others):
-        plain, own = (models[where]["distilled"]["loss"] for models in (others, told))
-        rows.append(f"its held-out loss{where} is {own:.4f}, without correction {plain:.4f} ({own / plain - 1:+.1%})")
-    return f"Beside the student of `{folder}`, which had no correction: {'; '.join(rows)}."
-
-
-def _judged_by(found: dict[str, Any]) -> Manifest:
-    """Of an evaluation: on which text and how."""
-    manifest = Manifest.model_validate(found["manifest"])
-    return manifest.model_copy(update={"inputs": {name: mark for name, mark in manifest.inputs.items() if name in ("data", "texts")}})
-
-
 def _metrics(folder: Path, stage: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / CURVES[stage][1]).read_text().splitlines()]
 
@@ -215,7 +177,7 @@ def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Ma
     said = (
         "Hours of steps: of the optimizer steps by the clock, in all commands together, without loading and saving (those of the search with its cuts, "
         "checkpoints and losses). Hours in all: of the command that finished a stage, so without what a stop had cut off. "
-        "Rank-hours: times the ranks of its job."
+        "Rank-hours: times the ranks of its job. Stages whose record is lost are not in these two, nor in their sums."
     )
     return Section("Cost", [said, Table(COST, rows)])
 
@@ -275,10 +237,11 @@ def _made(recipe: Any, stages: Sequence[str], found: dict[str, Any], made: Mappi
     t, file = recipe.teacher, recipe.root / "recipe.yaml"
     ranks = found["speed"]["ranks"] if "speed" in found else recipe.parallel.model_ranks
     job = ranks + t.ranks_in(None) + sum(t.siblings.values())
-    launchers = {stage: record.launcher for stage, record in made.items() if stage != "plan"}
-    usual = launchers.get("distill", f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp")
-    whole = [f"{usual} compress {file}", "", "# or stage by stage"] if len(set(launchers.values())) < 2 else []
-    lines = [*whole, *(f"{'minitron-mp' if name == 'plan' else launchers.get(name, usual)} {name} {file}" for name in stages)]
+    how = {stage: (record.launcher, record.layout_words(recipe)) for stage, record in made.items() if stage != "plan"}
+    usual = how.get("distill", (f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp", ""))
+    whole = [f"{usual[0]} compress {file}{usual[1]}", "", "# or stage by stage"] if len(set(how.values())) < 2 else []
+    by_stage = {name: ("minitron-mp", "") if name == "plan" else how.get(name, usual) for name in stages}
+    lines = [*whole, *(f"{start} {name} {file}{layout}" for name, (start, layout) in by_stage.items())]
     parts: list[Part] = [Code("\n".join([*lines, f"minitron-mp report {file}"]))]
     if lost := [name for name in stages if name not in made]:
         parts.append(f"No record is left of how {', '.join(lost)} ran ({records.FILE}); their ranks are those of the recipe's layout.")

@@ -14,14 +14,14 @@ PACKAGE = Path(minitron_mp.__file__).parent
 LAYERS = [
     # runs on a laptop
     "errors sections pruning_config training_config config arch hf_config artifact plan cost flops hardware estimate layouts candidates items "
-    "environment findings records",
+    "environment findings",
     "collectives losses rows kernels fabric machine",  # torch.distributed, groups passed in
     # Megatron-Core. The teacher is here and not with the trainer: evaluate.py compares with its signals.
     "parallel cpu precision model schedule checkpoint optimizer_state hf text data importance ablation slicing masks stream cache states teacher "
     "evaluate speed spans tasks leaving meter profiling",
     "trainer correction",
-    "page figures facts card report job drift fit judging stages signals search precheck project pipeline harness planner bridge doctor console cli "
-    "__main__ __init__",
+    "page figures facts card records bought report job drift fit judging stages signals search precheck project pipeline harness planner bridge doctor console "
+    "cli __main__ __init__",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 ONLY_IN = {

@@ -22,6 +22,7 @@ from cases import BY_NAME, make_samples
 from tiny import CHECKPOINT_INTERVAL, MAX_LR, STEPS, Run, command, environment, make_model, make_recipe_file, minitron, read_metrics, refused
 
 from minitron_mp import artifact, load_recipe
+from minitron_mp.bought import bought
 from minitron_mp.plan import PrunePlan
 from minitron_mp.project import STAGES, Project
 
@@ -343,6 +344,11 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     for name in ("teacher", "pruned", "distilled"):
         assert again[name]["loss"] == pytest.approx(found[1][name]["loss"], rel=1e-6)
 
+    assert on_rank("report", two_ranks.recipe).code == 0
+    commands, own = (two_ranks.output / "report.md").read_text(), two_ranks.output / "recipe.yaml"  # which the last command wrote
+    assert f"torchrun --nproc-per-node 2 -m minitron_mp distill {own} {' '.join(TWO_RANKS)}\n" in commands
+    assert f"\nminitron-mp evaluate {own}\n" in commands
+
 
 def test_only_rank_0_speaks(two_ranks):
     assert two_ranks.done.stdout.count("import: ") == 2  # progress and artefact
@@ -419,7 +425,7 @@ def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
 def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tmp_path, on_rank):
     """It learns the text, everything after it is made from it, and a second run finds all of it done."""
     correct = {"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "lr": MAX_LR, "warmup_steps": 4, "checkpoint_interval": 6}
-    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", correct=correct, distill={"steps": 6})
+    recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", correct=correct)
     code, out, err = on_rank("compress", recipe)
     assert code == 0, err
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -442,6 +448,30 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"its held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
     assert len((tmp_path / "out" / "stages.jsonl").read_text().splitlines()) == len(records)  # nothing has run
+    for words, why in {
+        ("distill.steps=40", "evaluate.num_samples=8"): f"distill settings.steps: {STEPS}, here 40; evaluate settings.num_samples: 16, here 8.",
+        ("data.valid_fraction=0.2",): "data settings.valid_fraction: 0.15, here 0.2.",
+    }.items():
+        other = Project(load_recipe(recipe, [*words, f"correct.baseline={whole.output}"]))
+        assert why in bought(other, evaluation)[-1]
+    again = Project(load_recipe(recipe, [f"correct.baseline={tmp_path / 'out'}"]))
+    assert "input correct: " in bought(again, evaluation)[-1]  # that one was corrected, too
+    # A baseline of other tasks and fewer texts: what both have compares.
+    old, new = (f"data.held_out.{name}=[{inputs / 'text' / file}]" for name, file in (("old", "00.txt"), ("new", "01.txt")))
+    texts = Project(load_recipe(whole.recipe, [old])).manifest("texts")
+    plain = json.loads((whole.output / "evaluation.json").read_text())
+    plain["manifest"]["inputs"]["texts"] = texts.fingerprint
+    plain["texts"] = {"old": {"distilled": {"loss": 2.0}}}
+    (tmp_path / "plain" / "held_out").mkdir(parents=True)
+    (tmp_path / "plain" / "held_out" / "manifest.json").write_text(texts.model_dump_json())
+    (tmp_path / "plain" / "evaluation.json").write_text(json.dumps(plain))
+    shutil.copy(whole.output / "plan.json", tmp_path / "plain")
+    more = Project(load_recipe(recipe, [old, new, "evaluate.task_items=5", f"correct.baseline={tmp_path / 'plain'}"]))
+    losses = {name: {"loss": 1.0} for name in ("uncorrected", "teacher", "distilled")}
+    said = bought(more, {**evaluation, "texts": {"old": losses, "new": losses}})
+    assert "its held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
+    assert said[-1] == "That student was not judged on new: run `evaluate` there with the same `data.held_out`."
+    refused(on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"), "is the output of this recipe; name that of a finished run without")
     refused(on_rank("compress", recipe, "correct.baseline=nowhere"), "correct.baseline: nowhere holds no evaluation.json")
     refused(on_rank("correct", inputs / "recipe.yaml"), "the recipe has no stage correct; it comes with a section correct")
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")

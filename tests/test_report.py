@@ -206,21 +206,22 @@ def test_how_it_was_made_is_how_it_ran(whole, tmp_path):
     shutil.copytree(whole.output / "student_distilled", tmp_path / "out" / "student_distilled", ignore=shutil.ignore_patterns("*.distcp"))
     paths = {name: tmp_path / "out" / whole.project().paths[name].name for name in ("distill", "evaluate")}
     marks = {name: whole.project().manifest(name).fingerprint for name in paths}
-    job = {"ranks_per_node": 8, "device": "a GPU"}
+    job = {"ranks_per_node": 8, "layout": {"tp": 4, "sequence_parallel": True}, "device": "a GPU"}
     records.note(tmp_path / "out", "distill", "of what was there before", 9e9, ranks=1, **job)
+    with (tmp_path / "out" / records.FILE).open("ab") as file:
+        file.write(b'{"stage": "distill", "fing\xff')  # a kill, which does not take the next line with it
     records.note(tmp_path / "out", "distill", marks["distill"], 7200.0, ranks=32, **job)
     with patch.object(records, "software", lambda: {"torch": "9.9"}):
-        records.note(tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, ranks=8, **job)
-    with (tmp_path / "out" / records.FILE).open("a") as file:
-        file.write('{"stage": "evaluate", "fing')  # a kill
+        records.note(tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, ranks=8, **job | {"layout": {}})
     made = records.of(tmp_path / "out", paths)
     assert {name: record.seconds for name, record in made.items()} == {"distill": 7200.0, "evaluate": 3600.0}
     cost = next(part for part in report._cost({"distill": []}, [], whole.project().recipe, made).parts if isinstance(part, Table))
     assert cost.rows[-1] == ("together", "", "", "", "", "3.000", "72.000")
     section = report._made(whole.project().recipe, list(whole.project().stages), {}, made)
     commands = section.parts[0].text
-    assert "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill" in commands
-    assert "torchrun --nproc-per-node 8 -m minitron_mp evaluate" in commands
+    assert "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill " in commands
+    assert "recipe.yaml parallel.tp=4 parallel.sequence_parallel=true\n" in commands  # recipe.yaml is of the last command
+    assert f"torchrun --nproc-per-node 8 -m minitron_mp evaluate {whole.output / 'recipe.yaml'}\n" in commands
     assert " compress " not in commands  # no one command made all of it
     assert "No record is left of how import, data" in section.parts[1]
     versions = dict(section.parts[-1].rows)
