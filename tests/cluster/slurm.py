@@ -117,6 +117,17 @@ class Cluster:
         # setpriv: they end with this process, however it ends.
         self.daemons[name] = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *words], env=self.environment, stdout=log, stderr=log, cwd=self.root)
 
+    def wait_until_up(self, seconds: float = 40) -> None:
+        """Until all nodes are idle; none has a job then."""
+        deadline = time.monotonic() + seconds
+        while True:
+            done = subprocess.run(["sinfo", "-h", "-N", "-p", "batch", "-o", "%T"], env=self.environment, capture_output=True, text=True, timeout=60)
+            if done.stdout.split() == ["idle"] * len(NODES):
+                return
+            logs = "\n".join(path.read_text()[-2000:] for path in self.root.glob("*.log"))
+            assert time.monotonic() < deadline, f"Slurm does not come up: {done.stdout}{done.stderr}\n{logs}"
+            time.sleep(0.2)
+
     def lose(self, name: str) -> None:
         """A node at once without power: its daemon and all that it has started."""
         lost = {pid for pid, variables in self._processes() if variables.get("SLURMD_NODENAME") == name}
@@ -185,23 +196,12 @@ def cluster() -> Iterator[Cluster]:
         try:
             for name in ("slurmctld", *NODES):
                 made.start(name)
-            _up(made)
+            made.wait_until_up()
             yield made
         finally:
             made.stop()
     finally:
         shutil.rmtree(root, ignore_errors=True)
-
-
-def _up(made: Cluster, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        done = subprocess.run(["sinfo", "-h", "-N", "-p", "batch", "-o", "%T"], env=made.environment, capture_output=True, text=True, timeout=60)
-        if done.stdout.split() == ["idle"] * len(NODES):
-            return
-        logs = "\n".join(path.read_text()[-2000:] for path in made.root.glob("*.log"))
-        assert time.monotonic() < deadline, f"Slurm does not come up: {done.stdout}{done.stderr}\n{logs}"
-        time.sleep(0.2)
 
 
 def clean(environment: dict[str, str]) -> dict[str, str]:

@@ -84,6 +84,7 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     slurm.wait(lambda: slurm.job(third)["Restarts"] == "1", third)
     assert steps(output) < STEPS, "it was over before the node was lost"
     slurm.start("n1")
+    slurm.wait_until_up(90)  # a job that starts before the node has come back gets two nodes' numbers and one node
     slurm.run("scontrol", "update", f"JobId={third}", "StartTime=now")  # a job that is requeued waits for two minutes
     slurm.wait(lambda: "try 4" in slurm.log(third) and slurm.ended(third), third, 400)
     assert slurm.job(third)["JobState"] == "COMPLETED", slurm.log(third)
