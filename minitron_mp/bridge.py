@@ -37,6 +37,7 @@ from minitron_mp.losses import Teacher as Target
 from minitron_mp.model import DTYPES, DeferredHead, output_weight
 from minitron_mp.parallel import World
 from minitron_mp.plan import PrunePlan
+from minitron_mp.precision import silently_wrong
 from minitron_mp.schedule import Batch, local_batch
 from minitron_mp.sections import Parallel
 from minitron_mp.slicing import prune
@@ -377,6 +378,9 @@ class KDForwardStep:
 
     # Bridge's callback manager takes any object by the names of its events.
     def on_train_start(self, context: Any) -> None:
+        # Not in check(): Bridge fills these settings in from others on its way here.
+        wrong = [text for chunk in context.model if hasattr(chunk, "ddp_config") for text in silently_wrong(chunk.config, chunk.ddp_config)]
+        refuse("this model would be trained wrongly:", list(dict.fromkeys(wrong)))
         self.world = world_of(context.model)
         self.teacher.start(self.world, context.state.cfg.model.seq_length)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cases import ARCHS
 
+from minitron_mp import bridge
 from minitron_mp.arch import fp8_problems
 from minitron_mp.config import load_recipe, make_recipe
 from minitron_mp.errors import InputError
@@ -125,6 +127,18 @@ def test_what_would_be_trained_wrongly_without_an_error(ranks):
     assert found["own"] == found["gathered"] == found["overlapped"] == []
     assert "fp8_param without fp8_param_gather" in found["fp8_param"][0]
     assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"fp8_param": True}, "fp8_param without fp8_param_gather"), ({"virtual_pipeline_model_parallel_size": 2}, "without overlap_p2p_comm=True")],
+)
+def test_a_recipe_of_bridge_that_would_be_trained_wrongly_is_refused_when_it_starts(settings, said):
+    usual = {"fp8_param": False, "virtual_pipeline_model_parallel_size": None, "batch_p2p_comm": True, "overlap_p2p_comm": False}
+    wrapped = SimpleNamespace(config=SimpleNamespace(**{**usual, **settings}), ddp_config=SimpleNamespace(fp8_param_gather=False))
+    step = bridge.KDForwardStep(None, vocab_size=1, kl_weight=1.0, ce_weight=0.0)
+    with pytest.raises(InputError, match=said):
+        step.on_train_start(SimpleNamespace(model=[wrapped, wrapped]))
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "nemotron"])
