@@ -128,6 +128,10 @@ class Cluster:
             assert time.monotonic() < deadline, f"Slurm does not come up: {done.stdout}{done.stderr}\n{logs}"
             time.sleep(0.2)
 
+    def gone(self, number: int) -> bool:
+        """Whether no process of a job is left."""
+        return all(variables.get("SLURM_JOB_ID") != str(number) for _, variables in self._processes())
+
     def lose(self, name: str) -> None:
         """A node at once without power: its daemon and all that it has started."""
         lost = {pid for pid, variables in self._processes() if variables.get("SLURMD_NODENAME") == name}
