@@ -111,6 +111,10 @@ class Cluster:
             assert time.monotonic() < deadline, f"job {number} after {seconds:.0f} s: {self.job(number)}\n{self.log(number)}"
             time.sleep(0.1)
 
+    def said(self) -> str:
+        """The ends of the daemons' logs."""
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(self.root.glob("*.log")))
+
     def start(self, name: str) -> None:
         log = (self.root / f"{name}.log").open("a")
         words = ["slurmctld", "-D", "-c"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
@@ -124,13 +128,8 @@ class Cluster:
             done = subprocess.run(["sinfo", "-h", "-N", "-p", "batch", "-o", "%T"], env=self.environment, capture_output=True, text=True, timeout=60)
             if done.stdout.split() == ["idle"] * len(NODES):
                 return
-            logs = "\n".join(path.read_text()[-2000:] for path in self.root.glob("*.log"))
-            assert time.monotonic() < deadline, f"Slurm does not come up: {done.stdout}{done.stderr}\n{logs}"
+            assert time.monotonic() < deadline, f"Slurm does not come up: {done.stdout}{done.stderr}\n{self.said()}"
             time.sleep(0.2)
-
-    def gone(self, number: int) -> bool:
-        """Whether no process of a job is left."""
-        return all(variables.get("SLURM_JOB_ID") != str(number) for _, variables in self._processes())
 
     def lose(self, name: str) -> None:
         """A node at once without power: its daemon and all that it has started."""
