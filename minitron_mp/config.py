@@ -95,7 +95,7 @@ class Recipe(Section):
         problems, trainings = [], {name: t for name, t in (("correct", self.correct), ("distill", self.distill)) if t}
         precisions = {"correct": self.teacher_precision if self.corrects_meanwhile else self.precision, "distill": self.precision}
         for name, training in trainings.items():
-            keys = [f"{name}.{key}" for key in ("fp8", "tp_comm_overlap") if getattr(training, key)]
+            keys = [f"{name}.{key}" for key in ("fp8", "tp_comm_overlap", "cuda_graphs") if getattr(training, key)]
             if keys and self.transformer_impl == "local":
                 problems.append(f"{', '.join(keys)} is Transformer Engine's, transformer_impl is local: set transformer_engine or auto")
             if training.fp8 and precisions[name] == "fp32":
@@ -104,10 +104,21 @@ class Recipe(Section):
                 problems.append(f"{name}.tp_comm_overlap overlaps what sequence parallelism sends; set parallel.sequence_parallel: true, or drop it")
             if training.tp_comm_overlap and training.fp8 == "blockwise":
                 problems.append(f"{name}.tp_comm_overlap sends no tensors that are scaled in blocks; set {name}.fp8: tensorwise, or drop tp_comm_overlap")
+            if training.tp_comm_overlap and training.cuda_graphs:
+                problems.append(f"{name}.tp_comm_overlap and {name}.cuda_graphs: nobody has recorded its buffers' copies in a graph; drop one of them")
         if self.corrects_meanwhile and self.distill.fp8 == "delayed" and self.correct and self.correct.fp8:
             problems.append("distill.fp8 delayed keeps a history that each FP8 layer of the teacher in training would move on, too; set tensorwise")
         if self.corrects_meanwhile and any(t.tp_comm_overlap for t in trainings.values()):
             problems.append("tp_comm_overlap has buffers for one width of model, with correct.when during two are trained: drop it")
+        if self.corrects_meanwhile and any(t.cuda_graphs for t in trainings.values()):
+            problems.append("cuda_graphs records one model in training, with correct.when during there are two: drop it")
+        if self.distill.cuda_graphs and self.teacher.is_remote:
+            problems.append(
+                "distill.cuda_graphs: while a graph is recorded no other thread may use the GPU, and a remote teacher's signals arrive in one; "
+                "set teacher.placement: colocated or cached, or drop cuda_graphs"
+            )
+        if self.search and self.distill.cuda_graphs:
+            problems.append("distill.cuda_graphs records one model in training, search trains several at once: give the sizes in target, or drop it")
         if self.search and self.distill.tp_comm_overlap:
             problems.append("distill.tp_comm_overlap has buffers for one width of model, search trains several: give the sizes in target, or drop it")
         if self.teacher.fp8:

@@ -146,8 +146,7 @@ def training(arch: Arch, settings: Training, recipe: Recipe, ranks: int, times: 
     dp = ranks // p.model_ranks
     own = settings.global_batch_size // settings.micro_batch_size // dp
     dtype = _dtype(settings, recipe.precision)
-    overlapped = bool(vars(settings).get("tp_comm_overlap"))
-    options = {"train": True, "recompute": settings.recompute, "overlapped": overlapped}
+    options = {"train": True, "recompute": settings.recompute, "overlapped": settings.tp_comm_overlap, "cuda_graphs": settings.cuda_graphs}
     stages, carried, basis = _stages(arch, recipe, p, settings.micro_batch_size, times, dtype, **options)
     tokens = recipe.data.sequence_length // p.cp * settings.micro_batch_size
     hidden = teacher.hidden_size if teacher else 0
@@ -183,6 +182,7 @@ def _stages(
     train: bool,
     recompute: bool = False,
     overlapped: bool = False,
+    cuda_graphs: bool = False,
 ) -> tuple[list[Parts], dict[str, Wire], str]:
     """(seconds of a microbatch on each pipeline stage by part, what a GPU of the first stage sends for it, what the times rest on)."""
     sequence, size = recipe.data.sequence_length, 4 if dtype == "fp32" else 2
@@ -196,7 +196,8 @@ def _stages(
     tensor = 4 * passes * times.collective_s(states, p.tp, 1) * exposed
     keys = size * tokens * p.cp * (arch.axis_size("qkv") - arch.axis_size("heads")) / p.tp
     context = passes * times.collective_s(keys, p.cp, p.tp)
-    idle = max(0.0, times.issue_s(dtype, (3 if train else 1) + recompute) - layer - again - tensor - context)
+    issued = times.issue_s(dtype, (3 if train else 1) + recompute, cuda_graphs=cuda_graphs)
+    idle = max(0.0, issued - layer - again - tensor - context)
     # Interleaved stages send while they compute; others wait for what comes in, forward and backward.
     pipeline_link = _link(times, p.pp, p.model_ranks // p.pp * max(1, times.hardware.gpus_per_node // (p.tp * p.cp))) if p.pp > 1 else ""
     speed = times.nic if pipeline_link == "network" else times.nvlink

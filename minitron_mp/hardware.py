@@ -54,9 +54,11 @@ class Hardware(BaseModel):
     latency_us: float = 20.0
     """Of a collective, whatever its size. Assumed."""
     host_bf16_ms: float | None = None
-    """Least time in which a process can issue forward and backward pass of a layer; default: that of the layer times. With CUDA graphs some 0.3."""
+    """Least time in which a process can issue forward and backward pass of a layer; default: that of the layer times."""
     host_fp8_ms: float | None = None
     """The same in FP8."""
+    host_graphs_ms: float = 0.3
+    """The same with distill.cuda_graphs, in either format. Assumed."""
     tp_exposed: float = 1.0
     """Share of tensor parallel communication that computation does not hide."""
     tp_exposed_overlapped: float = 0.3
@@ -137,9 +139,10 @@ class Times:
         ratio, basis = self._ratio(("train" if train else "forward", dtype), flops)
         return seconds * ratio, basis
 
-    def issue_s(self, dtype: str, passes: int) -> float:
+    def issue_s(self, dtype: str, passes: int, *, cuda_graphs: bool = False) -> float:
         """Seconds in which the host issues a layer's passes: 1 forward, 3 forward and backward."""
-        return self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"] * passes / 3
+        each = self.hardware.host_graphs_ms / 1e3 if cuda_graphs else self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"]
+        return each * passes / 3
 
     def _loss(self, hidden: int, teacher_hidden: int, vocab: int, tokens: int, tp: int, logits: str, dtype: str = "bf16") -> tuple[float, str]:
         """(seconds, what they rest on) of both output layers with the loss, forward and backward; teacher_hidden 0: without a teacher's."""

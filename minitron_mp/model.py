@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.collectives import AllGatherSequence
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.parallel import World
-from minitron_mp.precision import check_hardware, fixed_shapes, fp8_options, fuse_gradient_accumulation, uses_engine
+from minitron_mp.parallel import World, seed_all
+from minitron_mp.precision import check_cuda_graphs, check_hardware, fixed_shapes, fp8_options, fuse_gradient_accumulation, uses_engine
 from minitron_mp.training_config import Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -64,8 +64,13 @@ def build_model(
     engine = uses_engine(transformer_impl, dtype, world.device, fp8)
     if fp8:
         check_hardware(fp8, world.device)
-    if training is not None and training.tp_comm_overlap and not engine:
-        raise InputError("tp_comm_overlap is Transformer Engine's, and the local layers compute here; drop it")
+    for key in ("tp_comm_overlap", "cuda_graphs") if training is not None and not engine else ():
+        if getattr(training, key):
+            raise InputError(f"{key} is for Transformer Engine's layers, and the local ones compute here; drop it")
+    if training is not None and training.cuda_graphs:
+        check_cuda_graphs()
+        torch.cuda.synchronize()  # Megatron goes on in a stream of its own, up to the end of the first step, and waits for none
+        seed_all(torch.initial_seed(), cuda_graphs=True)  # the managers of the graphs look at the random streams when they are made
     config = _config(arch, world, dtype, training, random_weights, fp8, engine)
     if engine:
         fixed_shapes()
@@ -129,6 +134,8 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | N
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if training is not None and training.tp_comm_overlap:
         options["tp_comm_overlap"] = True
+    if training is not None and training.cuda_graphs:
+        options["cuda_graph_impl"] = "local"
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,

@@ -386,12 +386,15 @@ def leave_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def seed_all(seed: int) -> None:
-    """Seed torch's and Megatron's random streams. The trainer does it at every step, so a resume has no state to restore."""
+def seed_all(seed: int, *, cuda_graphs: bool = False) -> None:
+    """Seed torch's and Megatron's random streams. The trainer does it at every step, so a resume has no state to restore.
+
+    cuda_graphs: streams that a CUDA graph can be recorded with.
+    """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True, **({"te_rng_tracker": True} if cuda_graphs else {}))
 
 
 def everyone(ok: Exception | None) -> None:

@@ -64,6 +64,16 @@ def check_hardware(fp8: str, device: torch.device) -> None:
     refuse("FP8 cannot compute here:", hardware_problems(fp8, torch.cuda.get_device_capability(device), torch.version.cuda, engine_version()))
 
 
+def check_cuda_graphs() -> None:
+    """InputError unless Megatron-Core records layers together with gradients that Transformer Engine adds to main_grad itself.
+
+    Before 0.19 it looks at TransformerConfig.gradient_accumulation_fusion for it, which is off here (fuse_gradient_accumulation), and such
+    gradients would be counted twice.
+    """
+    if Version(version("megatron-core")) < Version("0.19"):
+        raise InputError(f"cuda_graphs needs Megatron-Core 0.19 or later, here is {version('megatron-core')}: drop it")
+
+
 def engine_version() -> str | None:
     """Of Transformer Engine; None where it is not installed."""
     for name in ("transformer_engine", "transformer-engine"):

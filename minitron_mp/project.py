@@ -33,7 +33,7 @@ class Stage:
     """Fingerprints of files of the user that the stage reads."""
 
 
-HOW = {"micro_batch_size", "overlap", "recompute", "tp_comm_overlap", "collect_interval"}
+HOW = {"micro_batch_size", "overlap", "recompute", "tp_comm_overlap", "cuda_graphs", "collect_interval"}
 HOW |= {"log_interval", "checkpoint_interval", "keep_checkpoints", "async_save", "profile", "baseline"}
 """Settings of a training run that change nothing in its result."""
 

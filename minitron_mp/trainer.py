@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
@@ -128,7 +129,7 @@ def train_together(
             profiler.before(step)
         batches = with_signals(teacher, batches_of(step), step)
         for training in [one for one in runs if one.done == step]:
-            seed_all(seed + step)
+            seed_all(seed + step, cuda_graphs=training.settings.cuda_graphs)
             try:
                 training.step(batches, is_last=step + 1 == last)
             except Diverged:
@@ -386,6 +387,8 @@ class Run:
             self.world.leaving.save_s.pop(self.checkpoints, None)
             self.world.leaving.step_s.clear()
         _settle(self.models, self.settings)
+        if self.settings.cuda_graphs:
+            delete_cuda_graphs()  # the next model in training of this process is recorded anew
         if self.settings.collect_interval:
             gc.enable()
         if self.states:

@@ -61,6 +61,9 @@ class Training(Section):
     tp_comm_overlap: bool = False
     """Overlap tensor parallel communication with products, through buffers that GPUs of one NVLink domain share; needs Transformer Engine and
     parallel.sequence_parallel."""
+    cuda_graphs: bool = False
+    """Record each layer's forward and backward pass in the first step, and replay them: the host issues a layer in one call instead of some
+    hundred. Helps where the GPU waits for the host, at short sequences; needs Transformer Engine and Megatron-Core 0.19."""
     collect_interval: int | None = Field(None, ge=1)
     """Collect Python's garbage each so many steps, on all ranks at once; default: whenever a rank's own count is full, while the others wait."""
     log_interval: int = Field(1, ge=1)
@@ -78,6 +81,8 @@ class Training(Section):
             problems.append(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.cuda_graphs and self.recompute:
+            problems.append("cuda_graphs replays what the first step kept, recompute keeps nothing: drop one of them")
         if self.profile and self.profile.steps[1] > self.steps:
             problems.append(f"profile.steps {self.profile.steps} goes beyond the last of {self.steps} steps")
         problems += self._problems()
@@ -178,6 +183,8 @@ class Distill(Training):
 
     def _problems(self) -> list[str]:
         problems = [] if self.kl_weight or self.ce_weight else ["kl_weight and ce_weight are both 0; nothing would be trained"]
+        if self.states and self.cuda_graphs:
+            problems.append("states are read inside the layers, where cuda_graphs runs no Python: drop one of them")
         if self.states and not self.kl_weight:
             problems.append("states go beside the divergence from the teacher, kl_weight is 0: raise it, or drop states")
         return problems

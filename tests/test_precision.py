@@ -40,6 +40,19 @@ EVEN = ARCHS["llama"].model_copy(update={"hidden_size": 64, "ffn_hidden_size": 1
             {"distill": {"tp_comm_overlap": True, "fp8": "blockwise"}, "parallel": {"tp": 2, "sequence_parallel": True}},
             r"distill\.tp_comm_overlap sends no tensors that are scaled in blocks; set distill\.fp8: tensorwise",
         ),
+        ({"transformer_impl": "local", "distill": {"cuda_graphs": True}}, r"distill\.cuda_graphs is Transformer Engine's, transformer_impl is local"),
+        ({"distill": {"cuda_graphs": True, "recompute": True}}, r"cuda_graphs replays what the first step kept, recompute keeps nothing"),
+        ({"distill": {"cuda_graphs": True, "states": {"layers": [[0, 0]]}}}, r"states are read inside the layers, where cuda_graphs runs no Python"),
+        ({"distill": {"cuda_graphs": True}, "teacher": {"placement": "remote"}}, r"distill\.cuda_graphs: .*no other thread .*colocated or cached"),
+        ({"distill": {"cuda_graphs": True}, "search": {"parameters": "1B"}}, r"distill\.cuda_graphs records one model in training, search trains several"),
+        (
+            {"distill": {"cuda_graphs": True}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9}},
+            r"cuda_graphs records one model in training, with correct\.when during there are two",
+        ),
+        (
+            {"distill": {"cuda_graphs": True, "tp_comm_overlap": True}, "parallel": {"tp": 2, "sequence_parallel": True}},
+            r"distill\.tp_comm_overlap and distill\.cuda_graphs",
+        ),
         (
             {"distill": {"fp8": "delayed"}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9, "fp8": "tensorwise"}},
             r"distill\.fp8 delayed keeps a history that each FP8 layer of the teacher",
@@ -111,7 +124,8 @@ def test_local_layers_compute_without_a_gpu(ranks):
         "fp8 tensorwise needs a GPU, this rank is on cpu": ({}, {"fp8": "tensorwise"}),
         "fp8 blockwise needs a GPU": ({"fp8": "blockwise"}, None),
         "fp8 blockwise is Transformer Engine's, transformer_impl is local": ({"fp8": "blockwise", **local}, None),
-        "tp_comm_overlap is Transformer Engine's, and the local layers compute here": ({}, {"tp_comm_overlap": True}),
+        "tp_comm_overlap is for Transformer Engine's layers, and the local ones compute here": ({}, {"tp_comm_overlap": True}),
+        "cuda_graphs is for Transformer Engine's layers, and the local ones compute here": ({}, {"cuda_graphs": True}),
         "the tokens of a sample on a rank is 24; nearest 32": ({"fp8": "tensorwise", "sequence_length": 24}, None),
     }
     auto, chosen, *messages = ranks(1, "workers_precision.built", arch=EVEN, cases=[({}, None), (local, {}), *refused.values()])[0]

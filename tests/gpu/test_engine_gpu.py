@@ -7,8 +7,8 @@ Each test says what it needs and is skipped where that is not there. Everything 
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -23,14 +23,17 @@ from tiny import make_model, make_recipe_file, make_text, read_metrics
 from minitron_mp import checkpoint, importance, parallel, schedule
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
+from minitron_mp.config import make_recipe
 from minitron_mp.errors import InputError
 from minitron_mp.masks import masked
 from minitron_mp.plan import make_plan
+from minitron_mp.precision import check_cuda_graphs, communication_buffers
 from minitron_mp.pruning_config import Target
 from minitron_mp.sections import Parallel, Score
 from minitron_mp.training_config import Correct
 
 TESTS = Path(__file__).parents[1]
+NEEDED = {"model": "m", "output": "o"}
 FAMILIES = {
     "llama": {},
     "qwen2": {"qkv_bias": True, "tied": True},
@@ -54,6 +57,13 @@ def needs_fp8(kind: str) -> None:
 
     try:
         check_hardware(kind, torch.device("cuda", 0))
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def needs_graphs() -> None:
+    try:
+        check_cuda_graphs()
     except InputError as error:
         pytest.skip(str(error))
 
@@ -198,9 +208,13 @@ def losses_of(arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_aft
     settings = Correct(steps=STEPS, warmup_steps=4, global_batch_size=8, micro_batch_size=2, lr=1e-3, min_lr=1e-4, fp8=fp8, checkpoint_interval=20, **more)
     parallel.seed_all(5)
     chunks, found = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True), []
+    assert hasattr(chunks[0].decoder.layers[0], "cudagraph_manager") == settings.cuda_graphs
     options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": Manifest(stage="correct", settings={"fp8": fp8}, inputs={})}
     note = {"on_step": lambda metrics: found.append(metrics.loss), "stop_after": stop_after}
     train(chunks, None, lambda step: batches_of(arch, 0, 8, 2), settings, world, **options, **note)
+    if settings.cuda_graphs:
+        assert all(runner.bwd_graph for layer in chunks[0].decoder.layers for runner in layer.cudagraph_manager.cudagraph_runners)
+        hidden_of([chunk.eval() for chunk in chunks], arch, world)  # the trained model is used without its graphs
     return found
 
 
@@ -217,16 +231,34 @@ def test_fp8_descends_with_bf16(world, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [None, "tensorwise", "delayed"])
-@pytest.mark.parametrize("more", [{}, {"recompute": True}], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("more", [{}, {"recompute": True}, {"async_save": True}, {"cuda_graphs": True}], ids=["stored", "recomputed", "async", "graphs"])
 def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monkeypatch):
-    """Bitwise, with attention that adds in one order: delayed scaling has its histories in the checkpoint."""
+    """Bitwise, with attention that adds in one order: delayed scaling has its histories in the checkpoint. A checkpoint that is written beside
+    the training holds the weights of its step, not those of the steps that came while it was written."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     if kind:
         needs_fp8(kind)
+    if "cuda_graphs" in more:
+        needs_graphs()
     arch = arch_of("llama")
     whole = losses_of(arch, world, tmp_path / "whole", kind, **more)
     parts = losses_of(arch, world, tmp_path / "parts", kind, stop_after=20, **more) + losses_of(arch, world, tmp_path / "parts", kind, **more)
     assert parts == whole
+
+
+@pytest.mark.parametrize("kind", [None, "tensorwise", "delayed"])
+def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, monkeypatch):
+    """The same kernels on the same numbers, with attention that adds in one order. 1e-3: products may be chosen anew for buffers that lie elsewhere."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    needs_graphs()
+    if kind:
+        needs_fp8(kind)
+    arch = arch_of("llama")
+    found = [losses_of(arch, world, tmp_path / f"{i}", kind, cuda_graphs=on) for i, on in enumerate((False, True, True, False))]
+    print(kind, "furthest from the run without graphs", [max(abs(a - b) for a, b in zip(one, found[0])) for one in found])
+    assert found[2] == found[1]
+    assert found[3] == found[0]
+    assert max(abs(a - b) for a, b in zip(found[1], found[0])) < 1e-3 * found[0][0]
 
 
 def two_ranks(*arguments: str | Path) -> str:
@@ -239,32 +271,82 @@ def two_ranks(*arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("fp8", ["bf16", "tensorwise"])
-def test_two_ranks_of_tensor_parallel_on_one_gpu(models, world, tmp_path, fp8):
-    """With sequence parallelism. The first loss, in float32 and bf16 sums of another order, is one rank's; and both descend together."""
-    if fp8 != "bf16":
+TP = {"tp": 2, "sequence_parallel": True}
+TWO_RANKS = {
+    "tp": (TP, {}, 1),
+    "tp-graphs": (TP, {"cuda_graphs": True}, 1),
+    "tp-communication-overlapped": (TP, {"tp_comm_overlap": True}, 2),
+    "pp": ({"pp": 2}, {}, 1),
+    "pp-graphs": ({"pp": 2}, {"cuda_graphs": True}, 1),
+    "cp": ({"cp": 2}, {}, 1),
+    "dp": ({}, {}, 1),
+    "dp-overlapped": ({}, {"overlap": True}, 1),
+    "dp-overlapped-graphs": ({}, {"overlap": True, "cuda_graphs": True}, 1),
+    "dp-overlapped-async": ({}, {"overlap": True, "async_save": True, "checkpoint_interval": 2}, 1),
+}
+"""Layout, settings of the training, and how many GPUs they need: tp_comm_overlap writes into another GPU's memory."""
+
+
+@pytest.mark.parametrize("fp8", [None, "tensorwise"], ids=str)
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
+    """In float32 and bf16 sums of another order; in FP8 a tensor is scaled by its whole over tp and cp ranks, and its microbatches are one rank's."""
+    parallel_of, settings, gpus = TWO_RANKS[case]
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs, here is {torch.cuda.device_count()}")
+    if fp8:
         needs_fp8(fp8)
-    kind = None if fp8 == "bf16" else fp8
+    if "cuda_graphs" in settings:
+        needs_graphs()
     arch = arch_of("llama")
     models(arch, **LOCAL)  # writes the checkpoint
-    alone = losses_from(arch, world, tmp_path / arch.family, tmp_path / "one", kind)
-    two = [float(text) for text in re.findall(r"loss (\S+)", two_ranks("tp", tmp_path / arch.family, tmp_path / "two", fp8))]
-    print(fp8, alone, two)
+    alone = losses_from(arch, world, tmp_path / arch.family, tmp_path / "one", {"fp8": fp8})
+    said = two_ranks("train", tmp_path / arch.family, tmp_path / "two", json.dumps(parallel_of), json.dumps(settings | {"fp8": fp8}))
+    two = json.loads(said.split("losses ")[1])
+    print(case, fp8, alone, two)
     assert len(two) == len(alone)
     assert max(abs(a - b) for a, b in zip(alone, two)) < 0.02 * alone[0]
 
 
-def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, fp8: str | None) -> list[float]:
+@pytest.mark.parametrize("kind", ["tensorwise", "blockwise"])
+def test_a_teacher_in_fp8_at_another_tp_than_its_checkpoint(models, world, tmp_path, kind):
+    """Written by one rank, read by two: each has the part of the weights that it would cut from the whole. Bound as for one rank above."""
+    needs_fp8(kind)
+    arch = arch_of("llama")
+    torch.save(hidden_of(models(arch), arch, world).cpu(), tmp_path / "exact.pt")
+    found = json.loads(two_ranks("teacher", tmp_path / arch.family, tmp_path / "exact.pt", kind).split("errors ")[1])
+    print(kind, found)
+    assert 0 < found["hidden"] < 0.15
+    assert len(found["weights"]) == 4 * arch.num_layers
+    assert max(found["weights"].values()) < 0.04
+
+
+def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) -> list[float]:
     """Cross-entropy of a few steps from a checkpoint."""
     from minitron_mp.model import build_model
     from minitron_mp.trainer import train
 
-    settings = Correct(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, fp8=fp8)
+    settings = Correct(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
     chunks, found = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings), []
     checkpoint.load_model(chunks, folder, world)
     options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": Manifest(stage="correct", settings={}, inputs={})}
-    train(chunks, None, lambda step: batches_of(arch, 0), settings, world, **options, on_step=lambda metrics: found.append(metrics.loss))
+    with communication_buffers(settings, make_recipe(NEEDED | {"data": {"sequence_length": SEQUENCE}, "parallel": world.parallel}), arch.hidden_size):
+        own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
+        train(chunks, None, lambda step: own, settings, world, **options, on_step=lambda metrics: found.append(metrics.loss))
     return found
+
+
+def test_graphs_beside_a_colocated_teacher(tmp_path):
+    """The whole tiny project: what is distilled is what is distilled without them."""
+    needs_graphs()
+    make_model(tmp_path / "model")
+    make_text(tmp_path / "text")
+    curves = []
+    for on in (False, True):
+        training = {"precision": "bf16", "distill": {"cuda_graphs": on}}
+        two_ranks("compress", make_recipe_file(tmp_path / f"{on}.yaml", tmp_path / "model", tmp_path / "text", tmp_path / str(on), **training))
+        curves.append([row["loss"] for row in read_metrics(tmp_path / str(on))])
+    assert max(abs(a - b) for a, b in zip(*curves)) < 0.02 * curves[0][0]
 
 
 def test_a_teacher_in_fp8_on_a_rank_of_its_own(tmp_path):
@@ -286,18 +368,43 @@ def test_a_teacher_in_fp8_on_a_rank_of_its_own(tmp_path):
 
 def main(what: str, *arguments: str) -> None:
     """On each rank of two_ranks()."""
-    os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
+    if torch.cuda.device_count() < 2:
+        os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
     if what == "compress":
         from minitron_mp import cli
 
         sys.argv = ["minitron-mp", what, *arguments]
         cli.main()
         return
-    folder, checkpoints, fp8 = arguments
-    with parallel.world(Parallel(tp=2, sequence_parallel=True), seed=1) as world:
-        losses = losses_from(arch_of("llama"), world, Path(folder), Path(checkpoints), None if fp8 == "bf16" else fp8)
+    arch, folder = arch_of("llama"), Path(arguments[0])
+    if what == "teacher":
+        _, exact, kind = arguments
+        with parallel.world(Parallel(tp=2), seed=1) as world:
+            found = errors_of_a_teacher(arch, world, folder, torch.load(exact), kind)
+            if world.is_main:
+                print("errors", json.dumps(found), flush=True)
+        return
+    _, checkpoints, layout, settings = arguments
+    with parallel.world(Parallel(**json.loads(layout)), seed=1) as world:
+        losses = losses_from(arch, world, folder, Path(checkpoints), json.loads(settings))
         if world.is_main:
-            print("\n".join(f"loss {loss}" for loss in losses), flush=True)
+            print("losses", json.dumps(losses), flush=True)
+
+
+def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, kind: str) -> dict:
+    """Relative errors of the hidden states, and of each FP8 weight against this rank's part in bf16; on rank 0 of rank 0's."""
+    from minitron_mp.model import build_model
+
+    options = {"precision": "bf16", "sequence_length": SEQUENCE}
+    quantised, plain = build_model(arch, world, fp8=kind, **options), build_model(arch, world, **options)
+    for chunks in (quantised, plain):
+        checkpoint.load_model(chunks, folder, world)
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+    weights = dict(plain[0].named_parameters())
+    pairs = {name: (weight, weights[name]) for name, weight in quantised[0].named_parameters() if "transformer_engine" in type(weight).__module__}
+    found = {name: error_of(own.dequantize().float(), want.float()) for name, (own, want) in pairs.items()}
+    return {"hidden": error_of(hidden_of(quantised, arch, world), exact.to(world.device)), "weights": found}
 
 
 if __name__ == "__main__":
