@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from minitron_mp.arch import AS_MISTRAL, Arch, export_problems, layout_problems
+from minitron_mp.arch import AS_MISTRAL, FP8_MULTIPLE, Arch, export_problems, fp8_problems, layout_problems
 from minitron_mp.artifact import read_json
 from minitron_mp.config import Recipe
 from minitron_mp.cost import BYTES
@@ -171,6 +171,8 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
         return f"num_attention_heads {heads} in {groups} query groups are more a group than the teacher's {teacher.heads_per_group}"
     if problems := layout_problems(arch, p.tp):
         return problems[0]
+    if recipe.distill.fp8 and fp8_problems(arch, p.tp, p.tokens_of_sample(recipe.data.sequence_length)):
+        return f"distill.fp8 wants multiples of {FP8_MULTIPLE} of all widths on a rank; target.align: {FP8_MULTIPLE} keeps to them"
     if export_problems(arch.model_copy(update={"family": recipe.export.family or arch.family})):
         return f"transformers refuses a Llama whose hidden_size is no multiple of num_attention_heads {heads}; {AS_MISTRAL}"
     return ""

@@ -91,7 +91,8 @@ def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
     when = "meanwhile" if recipe.corrects_meanwhile else "before"
     corrected = f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)" if recipe.correct else ""
     losses = [f"{weight:g} x {what}" for weight, what in ((d.kl_weight, d.divergence), (d.ce_weight, "cross-entropy")) if weight]
-    chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{recipe.depth.method}` ({recipe.depth.metric})"
+    by = recipe.depth.method + "`" + f" ({recipe.depth.metric})" * (recipe.depth.method != "cosine")
+    chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{by}"
     if d.states:
         losses.append(f"{d.states.kind} of {len(d.states.layers)} hidden states")
     parts: list[Part] = [

@@ -27,7 +27,7 @@ class Item:
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
     """The first `limit` items of a file; InputError names the line that is none."""
     if not path.is_file():
-        raise InputError(f"there is no file {path}; give a .jsonl of items (tasks.py says which kinds)")
+        raise InputError(f"there is no file {path}; give a .jsonl of items (docs/evaluation.md says of which kinds)")
     items = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

@@ -100,14 +100,15 @@ def _dropped(plan: PrunePlan) -> list[int]:
 def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, method: str) -> Section:
     """Figures only; the numbers are in importance.safetensors and depth.json."""
     teacher, student = plan.teacher, plan.student
-    groups = importance.heads.reshape(-1, teacher.heads_per_group) if teacher.heads_per_group > 1 else importance.heads
-    per_group = student.heads_per_group if groups is not importance.heads else teacher.num_attention_heads  # alone in their groups none is cut
+    members = importance.heads.reshape(len(importance.heads), teacher.num_query_groups, -1)
+    group_scores, heads = np.linalg.norm(members, axis=2), members.reshape(-1, teacher.heads_per_group)
     parts: list[Part] = [
         figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
         *([_trials(method, trials, plan)] if trials else []),
         figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
         figures.curve("Neurons (ffn), a line a layer", importance.ffn, student.ffn_hidden_size, "neuron"),
-        figures.curve("Heads, a line a query group", groups, per_group, "head"),
+        figures.curve("Query groups, a line a layer", group_scores, student.num_query_groups, "query group"),
+        *([figures.curve("Heads, a line a query group", heads, student.heads_per_group, "head")] if teacher.heads_per_group > 1 else []),
         figures.heat_by_rank("Neurons of each layer", importance.ffn, student.ffn_hidden_size, "neurons"),
         figures.heat_heads("Heads of each layer", importance.heads, dict(zip(plan.layers, plan.heads))),
     ]

@@ -204,7 +204,12 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
 
 def _slice(job: Job, progress: _Progress, candidate: Candidate) -> None:
     folder, manifest = progress.folder / candidate.name / "student", job.manifest.model_copy(update={"arch": candidate.arch})
-    if on_main(lambda: folder.is_dir() and artifact.find(folder) is not None):
+
+    def is_there() -> bool:  # and no other search's, of which a stop in the middle of tidying up left it
+        found = artifact.find(folder) if folder.is_dir() else None
+        return found is not None and found.fingerprint == manifest.fingerprint and found.arch == candidate.arch
+
+    if on_main(is_there):
         return
     checkpoint.save(slicing.prune(job.build(job.recipe.base), progress.plan(candidate), job.world), folder, manifest)
 

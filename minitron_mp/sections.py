@@ -33,8 +33,8 @@ class Data(Section):
     """Text for calibration, training and held-out evaluation."""
 
     source: str | list[str] = "python-stdlib"
-    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes, cut by document into the three parts;
-    or "python-stdlib"."""
+    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes, shared out by document among the three parts
+    (by pieces of documents where they are few); or "python-stdlib"."""
     calibration: Paths = []
     """Instead of source: .txt, .jsonl or Megatron .bin/.idx prefixes for each part, used as they are."""
     train: Paths = []
@@ -128,7 +128,7 @@ class Evaluate(Section):
     num_samples: int = Field(64, ge=1)
     micro_batch_size: int = Field(1, ge=1)
     tasks: dict[str, str] = {}
-    """Name -> .jsonl of items, choices or last words (tasks.py says in what form): {piqa: tasks/piqa.jsonl}."""
+    """Name -> .jsonl of items, choices or last words (docs/evaluation.md says in what form): {piqa: tasks/piqa.jsonl}."""
     task_items: int | None = Field(None, ge=1)
     """The first so many of each file; default: all."""
 

@@ -90,8 +90,13 @@ class Capture:
                 self.kept[state] = kept = []
                 norm.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output))
 
+    def forget(self) -> None:
+        """Drop what has been kept."""
+        for kept in self.kept.values():
+            kept.clear()
+
     def take(self, batches: Sequence[Batch]) -> list[list[Tensor]]:
-        """For each microbatch run since the last call: the states [s', b, h_t] that this stage wants, in order of the pairs.
+        """For each microbatch run since the last call or forget(): the states [s', b, h_t] that this stage wants, in order of the pairs.
 
         Reached by all ranks of the pipeline; one message a pair whose stages differ.
         """
@@ -110,8 +115,7 @@ class Capture:
                 transfers.append(dist.P2POp(act, whole, dist.get_global_rank(group, peer), group))
         for work in dist.batch_isend_irecv(transfers) if transfers else []:
             work.wait()
-        for kept in self.kept.values():
-            kept.clear()
+        self.forget()
         return [[whole[i] for whole in arrived] for i in range(len(batches))]
 
 

@@ -55,6 +55,8 @@ class ColocatedTeacher:
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
         """One entry a microbatch, on all ranks."""
+        if self.capture:
+            self.capture.forget()  # of passes for something else: tell_drift() measures these chunks before the first step
         hidden = run(self.chunks, batches, self.world, lambda hidden, _: hidden) or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
         return list(map(Signal, hidden, states))

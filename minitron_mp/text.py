@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import struct
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ PARTS_FILE = "parts.json"
 
 PIECE = 1 << 20
 """Characters after which a document is cut."""
+FEW = 10
+"""Documents that a held-out part is to expect; a source with fewer shares out pieces of documents instead."""
 
 Files = list[tuple[str, Path]]
 """(name, path) of text files; the name does not depend on where the folder lies."""
@@ -193,15 +196,31 @@ def _batch(documents: Iterator[tuple[str, str]], size: int = 1 << 21) -> list[tu
 
 
 def _documents(inputs: dict[str, tuple[Files, list[str]]], valid_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """(part, text) of every document that is not blank. Long ones of a source are cut to a thousandth of it: there must be something to share out."""
+    """(part, text) of every document that is not blank; all of a document is in one part.
+
+    Except where a source has so few that a part might get none: there they are cut to a thousandth of it, and the pieces are shared out.
+    """
     for field, (files, _) in inputs.items():
-        longest = PIECE
-        if field == "source":
-            longest = min(max(4000, sum(path.stat().st_size for _, path in files) // 1000), PIECE)
+        whole = field != "source" or _has_documents(files, math.ceil(FEW / valid_fraction))
+        longest = PIECE if whole else min(max(4000, sum(path.stat().st_size for _, path in files) // 1000), PIECE)
         for name, path in files:
-            for number, text in enumerate(_texts(path, longest)):
+            for number, (document, text) in enumerate(_texts(path, longest)):
                 if text.strip():
-                    yield _part_of(f"{seed}:{name}:{number}", valid_fraction) if field in ("source", STDLIB) else field, text
+                    place = f"{seed}:{name}:{document if whole else number}"
+                    yield _part_of(place, valid_fraction) if field in ("source", STDLIB) else field, text
+
+
+def _has_documents(files: Files, count: int) -> bool:
+    """Whether there are so many; reads no further than it has to."""
+    for _, path in files:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                count -= sum(1 for _ in islice((line for line in file if line.strip()), count))
+        else:
+            count -= 1
+        if count <= 0:
+            return True
+    return False
 
 
 def _part_of(name: str, valid_fraction: float) -> str:
@@ -209,13 +228,13 @@ def _part_of(name: str, valid_fraction: float) -> str:
     return "calibration" if share < valid_fraction else "valid" if share < 2 * valid_fraction else "train"
 
 
-def _texts(path: Path, piece_size: int) -> Iterator[str]:
-    """Pieces of a file, or of each record of .jsonl; most have one. None of a .py that is not UTF-8."""
+def _texts(path: Path, piece_size: int) -> Iterator[tuple[int, str]]:
+    """(number of the document, a piece of it) of a file, or of each record of .jsonl; most have one. None of a .py that is not UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
             documents = (record.splitlines(keepends=True) for record in _records(file, path)) if path.suffix == ".jsonl" else [file]
-            for lines in documents:
-                yield from _pieces(lines, piece_size)
+            for number, lines in enumerate(documents):
+                yield from ((number, piece) for piece in _pieces(lines, piece_size))
     except UnicodeDecodeError as error:
         if path.suffix != ".py":
             raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv") from error

@@ -185,6 +185,23 @@ def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
         assert 0.02 < tokens[part] / sum(tokens.values()) < 0.2
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_all_of_a_document_is_in_one_part(tmp_path, tokenizer, decode, suffix):
+    """Where there are enough of them, however long: no part then has text of an author who is in another."""
+    (tmp_path / "books").mkdir()
+    books = {f"{i:03}": "\n\n".join(f"book {i:03}, {line}" for line in LINES * (3 if i % 10 == 0 else 1)) for i in range(60)}
+    if suffix == ".txt":
+        for name, text in books.items():
+            (tmp_path / "books" / f"{name}.txt").write_text(text)
+    else:
+        (tmp_path / "books" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in books.values()))
+    tokenize(Data(source=str(tmp_path / "books"), valid_fraction=0.2), tokenizer, tmp_path / "data", 1)
+    found = {part: set(re.findall(r"book (\d+),", "".join(texts(tmp_path / "data" / part, decode, tokenizer.eod)))) for part in PARTS}
+    assert sum(map(len, found.values())) == 60
+    assert set.union(*found.values()) == books.keys()
+    assert min(len(found["valid"]), len(found["calibration"])) >= 4
+
+
 def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, decode):
     (tmp_path / "more/deep").mkdir(parents=True)
     (tmp_path / "more/b.jsonl").write_text('{"text": "second", "id": 1}\n\n{"text": "third"}\n{"text": " "}\n')

@@ -20,9 +20,9 @@ from tiny import STEPS, read_metrics
 from minitron_mp import card, facts, figures, page, records, report
 from minitron_mp.errors import InputError
 from minitron_mp.page import Figure, Table
-from minitron_mp.plan import Importance, PrunePlan, Trials
+from minitron_mp.plan import Importance, PrunePlan, Trials, make_plan
 from minitron_mp.project import STAGES, Project
-from minitron_mp.pruning_config import Depth, Search
+from minitron_mp.pruning_config import Depth, Search, Target
 
 WIDTHS = (400, 1400)
 
@@ -107,6 +107,18 @@ def test_both_pages_say_the_same(whole, text, read):
     shown = [[cell.replace("`", "") for cell in row if cell] for row in rows]
     assert shown == [[cell for cell in row if cell] for table in read.tables for row in table]
     assert re.findall(r"^## (.*)$", written, re.M) == [title for title in re.findall(r"<h2[^>]*>(.*?)</h2>", text) if title != "Importance"]
+
+
+def test_cut_query_groups_are_drawn():
+    """Their scores, with the cut; the heads of a group have none then."""
+    scores = np.random.default_rng(1)
+    teacher = ARCHS["qwen3"]
+    rows = {"hidden": (teacher.hidden_size,), "ffn": (teacher.num_layers, teacher.ffn_hidden_size), "heads": (teacher.num_layers, teacher.num_attention_heads)}
+    importance = Importance(layers=scores.random(teacher.num_layers), **{name: scores.random(shape) for name, shape in rows.items()})
+    plan = make_plan(importance, teacher, Target(num_query_groups=teacher.num_query_groups // 2))
+    drawn = {part.title: part.text for part in report._importance(plan, importance, None, "cosine").parts if isinstance(part, page.Figure)}
+    assert f"The first {teacher.num_query_groups // 2} of {teacher.num_query_groups} stay." in drawn["Query groups, a line a layer"]
+    assert f"All {teacher.heads_per_group} stay." in drawn["Heads, a line a query group"]
 
 
 def test_page_needs_nothing_from_elsewhere(text, read):
@@ -266,6 +278,13 @@ def test_card_beside_the_exported_model(whole):
     assert f"{STEPS} steps of 4 samples of 32 tokens" in text
     other = project.manifest("export").model_copy(update={"inputs": {"distill": "another"}})
     assert "## Evaluation" not in card.model_card(project.recipe, project.paths, other, "llama", project.paths["import"] / "assets")
+
+
+@pytest.mark.parametrize(("depth", "said"), [({}, "chosen by `cosine`."), ({"method": "drop"}, "chosen by `drop` (loss).")])
+def test_card_says_what_chose_the_layers(whole, depth, said):
+    project = whole.project()
+    recipe = project.recipe.model_copy(update={"depth": Depth(**depth)})
+    assert said in card.model_card(recipe, project.paths, project.manifest("export"), "llama", project.paths["import"] / "assets")
 
 
 def test_card_passes_on_what_the_source_says(whole, tmp_path):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(FOLDER))
 
 import report  # noqa: E402
 from claims import CLAIMS, tokens_factor  # noqa: E402
+from run import made_by  # noqa: E402
 from texts import documents, last_words, stdlib_by_package  # noqa: E402
 from variants import LONGER, VARIANTS, searched  # noqa: E402
 
@@ -212,11 +213,41 @@ def test_a_claim_needs_every_seed(others, shown):
 
 @pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
 def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
-    """Of two shares with 5 % each, over two seeds."""
+    """Twice that of two shares with 5 % each; two seeds are asked the same words, and take nothing off it."""
     results = {"contiguous layers": [made_up(2.0)] * 2, "scattered layers": [made_up(2.0, scattered)] * 2}
     said, verdict = CLAIMS["layers"].judge(results)
     assert verdict is shown
-    assert said.endswith(f"difference of the last words {0.5 - scattered:+.1%} +- 5.0%")
+    assert said.endswith(f"difference of the last words {0.5 - scattered:+.1%} +- 7.1%")
+
+
+def test_a_search_that_chose_the_largest_decides_nothing():
+    def of(size: int, loss: float) -> dict[str, Any]:
+        return {**made_up(loss), "config": {"hidden_size": size}, "layers": [0, 1], "parameters": {"student": size}}
+
+    results = {"search: best": [of(32, 2.0)], "search: largest": [of(48, 2.1)], "search: random": [of(16, 2.2)]}
+    assert CLAIMS["search"].judge(results)[1] is True
+    results["search: largest"] = [of(32, 2.0)]
+    said, shown = CLAIMS["search"].judge(results)
+    assert shown is None
+    assert said.endswith("at a seed the largest was the best")
+
+
+def test_width_is_held_against_the_better_depth_cut():
+    speed = {"kinds": ["prefill"], "tokens_per_s": {"teacher": {"prefill": 1}, "width": {"prefill": 2}, "depth": {"prefill": 3}}}
+    for scattered, shown in ((2.1, True), (1.9, False)):
+        results = {"pruned": [made_up(2.0)], "contiguous layers": [made_up(3.0)], "scattered layers": [made_up(scattered)]}
+        results = {name: [{**run, "parameters": {"student": 1}} for run in own] for name, own in results.items()}
+        assert bool(CLAIMS["width"].judge(results, speed)[1]) is shown
+
+
+def test_a_result_without_the_plain_loop_is_not_done_where_it_is_wanted(tmp_path):
+    path = tmp_path / "pruned-7.json"
+    for plain in (None, {"loss": 2.0}):
+        path.write_text(json.dumps({"fingerprint": "a", "plain": plain}))
+        assert made_by(path, "a", plain=False)
+        assert made_by(path, "a", plain=True) is (plain is not None)
+        assert not made_by(path, "b", plain=False)
+    assert not made_by(tmp_path / "another.json", "a", plain=False)
 
 
 def curve(*kl: float) -> list[list[float]]:

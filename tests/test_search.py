@@ -11,7 +11,7 @@ import pytest
 from tiny import ROOT, make_model, make_recipe_file, make_text
 
 from minitron_mp import console, hf
-from minitron_mp.candidates import Candidate, Trained, candidates, chosen, inference_bytes, name_of, shown
+from minitron_mp.candidates import Candidate, Trained, candidates, chosen, inference_bytes, name_of, shown, survey
 from minitron_mp.config import load_recipe, make_recipe
 from minitron_mp.errors import InputError
 from minitron_mp.plan import PrunePlan
@@ -48,6 +48,11 @@ def test_the_published_grids_are_among_the_candidates():
     eight = found("nemotron_4_15b", hidden_size=[4096, 4608, 5120, 5632, 6144], **large)
     printed = found("nemotron_4_15b", hidden_size=[4096, 4680, 5120, 5632, 6144], target={"align": 8}, **large)
     assert len(printed) == len(eight)
+    recipe = make_recipe({"model": "m", "output": "o", "search": {**large, "hidden_size": [4096, 4680, 5120]}, "target": {"align": 8}})
+    fp8 = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"fp8": "tensorwise"})})
+    (usual, _), (fit, left_out) = (survey(one, hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)) for one in (recipe, fp8))
+    assert {arch.hidden_size for arch in usual} - {arch.hidden_size for arch in fit} == {4680}
+    assert "distill.fp8 wants multiples of 16 of all widths on a rank" in left_out
     assert len(four) == 18
     assert "l32-h3072-f9216-a24-g8" in four  # Minitron 4B
     assert len(eight) == 18
@@ -262,6 +267,22 @@ def test_a_search_that_goes_on_takes_the_finalists_that_it_took(ranks, whole, sc
     rows, _ = searched(ranks, scored)
     assert [len(row["distilled"]) for row in rows] == [len(row["distilled"]) for row in whole]
     assert [row["name"] for row in rows if row["chosen"]] == [good["name"]]
+
+
+def test_a_student_that_another_search_has_left_is_cut_again(ranks, whole, scored):
+    """Of the same name; here without any weights."""
+    searched(ranks, scored, stop_after=4)
+    work = load_recipe(scored).root / "search"
+    (work / "progress.json").unlink()
+    left = sorted(work.glob("*/student"))
+    assert len(left) == 2
+    for folder in left:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "inputs": {**manifest["inputs"], "score": "another"}}))
+    rows, _ = searched(ranks, scored)
+    assert losses(rows) == losses(whole)
 
 
 def test_a_search_that_is_told_to_leave_goes_on(ranks, whole, scored):

@@ -177,6 +177,9 @@ REMOTE = {
     "pp2-vpp2-from-one": ("pp2-vpp2", "one", 1),
     "pp2-from-pp2": ("pp2", "pp2", 2),
     "tp2-from-tp2": ("tp2", "tp2", 1),
+    "tp2-sp-from-tp2-sp": ("tp2-sp", "tp2-sp", 2),
+    "cp2-from-cp2": ("cp2", "cp2", 1),
+    "dp2-from-one": ("dp2", "one", 2),
 }
 """(student, teacher, window)"""
 

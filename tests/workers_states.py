@@ -12,7 +12,7 @@ from workers import count_hooks, joined
 from workers_stream import joined_roles, make_link
 from workers_training import Runner, copy_once
 
-from minitron_mp import trainer
+from minitron_mp import schedule, trainer
 from minitron_mp.arch import Arch
 from minitron_mp.errors import InputError
 from minitron_mp.states import Pairs
@@ -34,6 +34,7 @@ def train_all(layout: Layout, arch: Arch, teacher: Path, runs: dict[str, tuple[S
             signals = ColocatedTeacher(arch, teacher, world, **FROZEN, pairs=Pairs(settings.states, student_arch, arch, tuple(channels)))
             if stopped:
                 copy_once(stopped, output / name)
+            schedule.run(signals.chunks, micro_batches(make_samples(arch, 9, 2), 1, 0, 1), world, None)  # somebody measures the teacher first
             kept: list[Any] = []
             with watched(kept):
                 metrics = Runner(world, signals, settings)(student_arch, None if stopped else student, output / name).metrics

@@ -60,8 +60,8 @@ def judged(name: str, results: Results, speed: dict[str, Any] | None) -> tuple[s
         return why, "", ""
     said, shown = CLAIMS[name].judge(mine, speed) if name == "width" else CLAIMS[name].judge(mine)
     runs = [run for own in mine.values() for run in own]
-    tokens, seeds = min(run["tokens"] for run in runs), len(next(iter(mine.values())))
-    effort = f"{tokens:,} tokens a variant, {seeds} seed{'s' * (seeds > 1)}"
+    tokens, seeds = sorted({run["tokens"] for run in runs}), len(next(iter(mine.values())))
+    effort = f"{' or '.join(f'{count:,}' for count in tokens)} tokens a variant, {seeds} seed{'s' * (seeds > 1)}"
     options = f"`--size {runs[0]['size']}" + f" --set {' '.join(runs[0]['overrides'])}" * bool(runs[0]["overrides"]) + "`"
     place = "; ".join([options, *(", ".join(sorted({run[key] for run in runs})) for key in ("text", "hardware", "date"))])
     return f"**{SHOWN[shown]}**: {said}", effort, place

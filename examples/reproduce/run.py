@@ -173,7 +173,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
     project = Project(recipe)
     project.check()
     path, mark = result_of(output, name, seed), project.manifest("evaluate").fingerprint
-    if made_by(path, mark):
+    if made_by(path, mark, plain=variant.plain and not args.no_plain):
         print(f"{name}, seed {seed}: done, {path}", flush=True)
         return
     print(f"{name}, seed {seed}: {recipe.root}", flush=True)
@@ -195,9 +195,10 @@ def result_of(output: Path, name: str, seed: int) -> Path:
     return output / "results" / f"{slug(name, seed)}.json"
 
 
-def made_by(path: Path, mark: str) -> bool:
-    """Whether the result is there, and of these settings and this text."""
-    return path.exists() and json.loads(path.read_text())["fingerprint"] == mark
+def made_by(path: Path, mark: str, *, plain: bool) -> bool:
+    """Whether the result is there, and of these settings and this text; plain: with the plain loop's."""
+    found = json.loads(path.read_text()) if path.exists() else {"fingerprint": None}
+    return found["fingerprint"] == mark and not (plain and found["plain"] is None)
 
 
 def run_shared(project: Project, stage: str, shared: Path) -> None:
@@ -264,8 +265,9 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
             project = Project(recipe)
             project.check()
             # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
-            done = path.exists() if VARIANTS[name].search else made_by(path, project.manifest("evaluate").fingerprint)
-            trainings = [recipe.distill] * (1 + (VARIANTS[name].plain and not args.no_plain)) + [recipe.correct] * (recipe.correct is not None)
+            plain = VARIANTS[name].plain and not args.no_plain
+            done = path.exists() if VARIANTS[name].search else made_by(path, project.manifest("evaluate").fingerprint, plain=plain)
+            trainings = [recipe.distill] * (1 + plain) + [recipe.correct] * (recipe.correct is not None)
             tokens = sum(t.steps * t.global_batch_size * recipe.data.sequence_length for t in trainings if t)
             seconds = 0.0 if done else tokens / args.tokens_per_s
             total += seconds

@@ -66,10 +66,25 @@ def correction(recipe: Recipe) -> dict[str, Any]:
 
 SEARCHES: dict[str, dict[str, Any]] = {
     "toy": {"tolerance": 0.3, "num_layers": [5, 6], "hidden_size": [48, 64], "num_samples": 8, "micro_batch_size": 8, "finalists": 2, "steps": 2},
-    "cpu": {"num_layers": [27, 28, 29, 30], "hidden_size": [480, 512, 544, 576], "num_samples": 32, "micro_batch_size": 4, "steps": 16},
-    "h100": {"num_layers": [26, 27, 28, 29, 30], "hidden_size": [448, 480, 512, 544, 576], "micro_batch_size": 16, "finalists": 8, "steps": 300},
+    "cpu": {
+        "num_layers": [27, 28, 29, 30],
+        "hidden_size": [480, 512, 544, 576],
+        "ffn_hidden_size": [960, 1152, 1344, 1536],
+        "num_samples": 32,
+        "micro_batch_size": 4,
+        "steps": 16,
+    },
+    "h100": {
+        "num_layers": [26, 27, 28, 29, 30],
+        "hidden_size": [448, 480, 512, 544, 576],
+        "ffn_hidden_size": [960, 1056, 1152, 1248, 1344, 1440, 1536],
+        "micro_batch_size": 16,
+        "finalists": 8,
+        "steps": 300,
+    },
 }
-"""Of the search whose candidates are compared, by size of the experiment; its budget are the parameters of the size's target."""
+"""Of the search whose candidates are compared, by size of the experiment; its budget are the parameters of the size's target. The sizes are
+listed, so that candidates fill the budget's 5 % on both sides: solved for it, all would be as large, and the largest one so by rounding."""
 
 
 def searching(recipe: Recipe, size: str) -> dict[str, Any]:
