@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -37,7 +38,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.flops import forward_flops, training_flops
 from minitron_mp.model import build_model, logits, output_weight
 from minitron_mp.parallel import World
-from minitron_mp.precision import engine_version
+from minitron_mp.precision import engine_version, forget_cuda_graphs
 from minitron_mp.schedule import run
 from minitron_mp.sections import Parallel
 from minitron_mp.teacher import Signal, TeacherHidden, with_signals
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument(
         "--fp8", nargs="*", choices=("tensorwise", "delayed", "blockwise"), default=["tensorwise"], help="for the student; delayed: teacher tensorwise"
     )
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="each row once more with distill.cuda_graphs; --sequence-length 4096 or less shows what they gain"
+    )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -90,11 +94,11 @@ def main() -> None:
         ceilings = {"bf16": ceiling(None, world), **({"fp8": ceiling("fp8", world)} if on_gpu and args.fp8 else {})}
         rows = []
         for fp8 in [None, *(args.fp8 if on_gpu else [])]:
-            for loss in ("naive", "ours", "ours, bf16 logits"):
+            for loss, graphs in itertools.product(("naive", "ours", "ours, bf16 logits"), (False, True)[: 1 + args.cuda_graphs]):
                 try:
-                    row = measure(teacher, student, sequence, fp8, loss, world, args.repeats)
+                    row = measure(teacher, student, sequence, fp8, loss, graphs, world, args.repeats)
                 except (torch.OutOfMemoryError, InputError) as problem:
-                    print(f"{fp8 or 'bf16'}, {loss}: does not run: {str(problem).splitlines()[0][:100]}")
+                    print(f"{fp8 or 'bf16'}, {loss}{', graphs' * graphs}: does not run: {str(problem).splitlines()[0][:100]}")
                     continue
                 row["of_ceiling"] = row["tflops"] / ceilings["fp8" if fp8 else "bf16"]
                 rows.append(row)
@@ -112,23 +116,24 @@ def main() -> None:
     print(f"{found['device']}, torch {torch.__version__}, {engine}, {args.layers} + {args.layers} layers, {sequence} tokens")
     print("fastest matrix product, TFLOP/s: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
     print(
-        f"{'layers':10} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} "
+        f"{'layers':18} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} "
         f"{'held GiB':>9} {'beyond':>7} {'activations':>11} {'rest':>6}"
     )
     for r in rows:
         print(
-            f"{r['layers']:10} {r['loss']:18} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} {r['adam_ms']:8.1f} {r['tflops']:8.3g} "
+            f"{r['layers']:18} {r['loss']:18} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} {r['adam_ms']:8.1f} {r['tflops']:8.3g} "
             f"{r['of_ceiling']:10.0%} {r['held_gib']:9.2f} {r['beyond_gib']:7.2f} {r['activations_gib']:11.2f} {r['beyond_gib'] - r['activations_gib']:6.2f}"
         )
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss: str, world: World, repeats: int) -> dict[str, Any]:
+def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss: str, graphs: bool, world: World, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     build: dict[str, Any] = {"precision": "bf16", "sequence_length": sequence}
     # Few warm-up steps: the loss must stay a number, no more.
     settings = Distill(steps=10_000, warmup_steps=9_999, lr=1e-5, global_batch_size=1, fp8=fp8, log_interval=10_000, checkpoint_interval=10_000)
+    settings = settings.model_copy(update={"cuda_graphs": graphs})
     if "bf16 logits" in loss:
         settings = settings.model_copy(update={"logits_precision": "bf16"})
     teacher = Teacher(teacher_arch, world, fp8="tensorwise" if fp8 == "delayed" else fp8, **build)
@@ -165,8 +170,10 @@ def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss
     flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
     kept = kept_per_token(arch, Parallel(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8))
     student.settle()
+    if graphs:
+        forget_cuda_graphs(chunks)
     return {
-        "layers": f"{fp8}" if fp8 else "bf16",
+        "layers": f"{fp8 or 'bf16'}{', graphs' * graphs}",
         "loss": loss,
         "step_ms": 1e3 * statistics.median(times),
         "least_ms": 1e3 * min(times),

@@ -72,7 +72,7 @@ class Recipe(Section):
                 problems.append(f"{what}, teacher.payload is {t.payload}: set hidden, or drop the states")
             if t.siblings:
                 problems.append("distill.states is for one student, teacher.siblings shares the stream: train them in jobs of their own, or drop the states")
-        problems += self._fp8()
+        problems += self.engine_problems()
         if self.search and self.search.latency_ms and self.search.context:
             parts = (2 * self.parallel.cp if self.parallel.cp > 1 else 1) * (self.parallel.tp if self.parallel.sequence_parallel else 1)
             if self.search.context % parts:
@@ -90,7 +90,7 @@ class Recipe(Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def _fp8(self) -> list[str]:
+    def engine_problems(self) -> list[str]:
         """What does not go with FP8 and the other keys of Transformer Engine."""
         problems, trainings = [], {name: t for name, t in (("correct", self.correct), ("distill", self.distill)) if t}
         precisions = {"correct": self.teacher_precision if self.corrects_meanwhile else self.precision, "distill": self.precision}
@@ -104,6 +104,15 @@ class Recipe(Section):
                 problems.append(f"{name}.tp_comm_overlap overlaps what sequence parallelism sends; set parallel.sequence_parallel: true, or drop it")
             if training.tp_comm_overlap and training.fp8 == "blockwise":
                 problems.append(f"{name}.tp_comm_overlap sends no tensors that are scaled in blocks; set {name}.fp8: tensorwise, or drop tp_comm_overlap")
+            if training.cuda_graphs and training.fp8 not in (None, "tensorwise"):
+                problems.append(f"{name}.cuda_graphs goes with {name}.fp8 tensorwise, given {training.fp8}: set tensorwise, or drop cuda_graphs")
+            if training.cuda_graphs and training.fp8 and self.parallel.pp > 1:
+                problems.append(
+                    f"{name}.cuda_graphs with {name}.fp8 and pipeline stages: Megatron-Core 0.19 would go on with the FP8 weights of the second step; "
+                    "set parallel.pp: 1, or drop one of them"
+                )
+            if training.cuda_graphs and self.parallel.vpp:
+                problems.append(f"{name}.cuda_graphs with parallel.vpp {self.parallel.vpp}: not supported; drop one of them")
             if training.tp_comm_overlap and training.cuda_graphs:
                 problems.append(f"{name}.tp_comm_overlap and {name}.cuda_graphs: nobody has recorded its buffers' copies in a graph; drop one of them")
         if self.corrects_meanwhile and self.distill.fp8 == "delayed" and self.correct and self.correct.fp8:

@@ -57,7 +57,7 @@ def doctor(path: Path | None = None, overrides: Sequence[str] = (), *, clock: Ca
         return _show([*findings, missing], start)
     from minitron_mp.fabric import ports, shared
 
-    findings += devices(_fp8_of(recipe), own_gpu) + extensions(torch.cuda.is_available())
+    findings += devices(_fp8_of(recipe), own_gpu) + extensions(torch.cuda.is_available()) + _graphs(recipe)
     job = _job()
     if recipe:
         findings += _of_recipe(recipe, job)
@@ -73,6 +73,19 @@ def _fp8_of(recipe: Recipe | None) -> dict[str, str]:
     """Key of the recipe -> kind of FP8 that it asks for."""
     sections = recipe.model_dump() if recipe else {}
     return {f"{name}.fp8": kind for name in ("distill", "correct", "teacher") if (kind := (sections.get(name) or {}).get("fp8"))}
+
+
+def _graphs(recipe: Recipe | None) -> list[Finding]:
+    """Whether the Megatron-Core that is here records what the recipe wants recorded; nothing where it wants nothing."""
+    from minitron_mp.precision import check_cuda_graphs
+
+    if not any(getattr(section, "cuda_graphs", False) for section in (recipe and recipe.distill, recipe and recipe.correct)):
+        return []
+    try:
+        check_cuda_graphs()
+    except InputError as error:
+        return [Finding("CUDA graphs", "failed", str(error))]
+    return [Finding("CUDA graphs", "ok", "Megatron-Core can record them")]
 
 
 def _job() -> Any:

@@ -19,12 +19,13 @@ GIB = 2**30
 TENSOR, PIPELINE, CONTEXT, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (None, 2, 4), (1, 2, 4)
 WORLDS = tuple(8 << i for i in range(9))
 """8 to 2,048."""
-HEADS, DIVIDES, DEPTH, SEQUENCE, EIGHT, BATCH, MEMORY = (
+HEADS, DIVIDES, DEPTH, SEQUENCE, EIGHT, ENGINE, BATCH, MEMORY = (
     "tp does not divide heads, groups, ffn or vocabulary",
     "GPUs are no multiple of tp x pp x cp",
     "more pipeline stages than layers",
     "sequence is no multiple of 2 cp x tp",
     "FP8 wants multiples of 16 on each rank",
+    "cuda_graphs or tp_comm_overlap do not go with the layout or placement",
     "global batch is no multiple of micro batch x dp (x pp with vpp)",
     "more memory than the GPU has",
 )
@@ -60,7 +61,7 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
     for arch, kind, layout in ((student, fp8_of(recipe.distill), p), (teacher, fp8_of(t), t.parallel if t.is_remote else p)):
         if kind and fp8_problems(arch, layout.tp, layout.tokens_of_sample(recipe.data.sequence_length)):
             return EIGHT
-    return None
+    return ENGINE if recipe.engine_problems() else None
 
 
 def _batch_problem(recipe: Recipe, world: int) -> str | None:
@@ -99,7 +100,7 @@ def _possible(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: T
     placements = [t.model_copy(update=beside)]
     if not (recipe.correct and recipe.corrects_meanwhile):
         placements += _teachers(recipe, teacher, world, times)
-    trainings = [d.model_copy(update={"micro_batch_size": m, "recompute": r}) for m, r in itertools.product(MICRO, (False, True))]
+    trainings = [d.model_copy(update={"micro_batch_size": m, "recompute": r}) for m, r in itertools.product(MICRO, (False, True)) if not (r and d.cuda_graphs)]
     for tp, pp, cp, vpp, placement in itertools.product(TENSOR, PIPELINE, CONTEXT, CHUNKS, placements):
         if (vpp and pp == 1) or tp * pp * cp > world:
             continue

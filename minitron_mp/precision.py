@@ -74,6 +74,22 @@ def check_cuda_graphs() -> None:
         raise InputError(f"cuda_graphs needs Megatron-Core 0.19 or later, here is {version('megatron-core')}: drop it")
 
 
+def forget_cuda_graphs(chunks: list[Any]) -> None:
+    """Give up what has been recorded of a model in training, with the memory that its activations have there; layers compute without it then.
+
+    Whatever came of the training: the next model of this process could not be recorded, and all would go on in Megatron's stream.
+    """
+    from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "cudagraph_manager"):
+                module.cudagraph_manager.cudagraph_runners.clear()
+    delete_cuda_graphs()
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.default_stream())
+
+
 def engine_version() -> str | None:
     """Of Transformer Engine; None where it is not installed."""
     for name in ("transformer_engine", "transformer-engine"):

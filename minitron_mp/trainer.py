@@ -22,7 +22,6 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 
 from minitron_mp import artifact, checkpoint
 from minitron_mp.artifact import Manifest
@@ -33,7 +32,7 @@ from minitron_mp.meter import Measured, Work, peak_memory_gib
 from minitron_mp.model import DTYPES, output_weight, unwrap
 from minitron_mp.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
 from minitron_mp.parallel import World, environment_variable, on_main, seed_all
-from minitron_mp.precision import silently_wrong
+from minitron_mp.precision import forget_cuda_graphs, silently_wrong
 from minitron_mp.profiling import Profiler
 from minitron_mp.schedule import Batch, run
 from minitron_mp.states import States
@@ -98,6 +97,9 @@ def train(
     except Left:
         training.settle()
         raise
+    finally:
+        if settings.cuda_graphs:
+            forget_cuda_graphs(chunks)
     training.settle()
 
 
@@ -129,7 +131,8 @@ def train_together(
             profiler.before(step)
         batches = with_signals(teacher, batches_of(step), step)
         for training in [one for one in runs if one.done == step]:
-            seed_all(seed + step, cuda_graphs=training.settings.cuda_graphs)
+            if not training.settings.cuda_graphs:  # recorded layers hold on to their random streams, and draw nothing from them
+                seed_all(seed + step)
             try:
                 training.step(batches, is_last=step + 1 == last)
             except Diverged:
@@ -387,8 +390,6 @@ class Run:
             self.world.leaving.save_s.pop(self.checkpoints, None)
             self.world.leaving.step_s.clear()
         _settle(self.models, self.settings)
-        if self.settings.cuda_graphs:
-            delete_cuda_graphs()  # the next model in training of this process is recorded anew
         if self.settings.collect_interval:
             gc.enable()
         if self.states:

@@ -111,6 +111,24 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
             return Done("stopped", "", "")
 
 
+def run_script(path: Path, arguments: list[str]) -> str:
+    """main() of an example with these words, as under torchrun; what it printed."""
+    spec = importlib.util.spec_from_file_location(f"run_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(patch.object(sys, "argv", [str(path), *arguments]))
+        stack.enter_context(pool.without_group())
+        stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(*pool.here["place"])))
+        module.main()
+    RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
+    return out.getvalue()
+
+
 def load_scripts(paths: list[Path]) -> list[str]:
     """Import each file; names of those that have a main()."""
     found = []

@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-$PWD/.venv}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # What differs between the two lines of Megatron-Core: models at every layout, their optimizer, checkpoints, the road in and out.
-on_py312=(tests/test_hf.py tests/test_prune.py tests/test_importance.py tests/test_training.py tests/test_states.py tests/test_search.py)
+on_py312=(tests/test_hf.py tests/test_prune.py tests/test_importance.py tests/test_training.py tests/test_states.py tests/test_search.py tests/test_precision.py)
 
 skip() {
     echo "skipped: $*"

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from tiny import make_model, make_recipe_file, make_text, make_tokenizer
 
-from minitron_mp import cli, doctor, fabric, load_recipe, machine, parallel
+from minitron_mp import cli, doctor, fabric, load_recipe, machine, make_recipe, parallel, precision
 from minitron_mp.cost import rank_parameters
 from minitron_mp.fabric import Job
 from minitron_mp.findings import Finding, together
@@ -183,6 +183,14 @@ def test_what_fp8_needs(capability, engine, cuda, possible):
     for kind in machine.FP8:
         found = machine.fp8_findings({"distill.fp8": kind}, capability, engine, cuda)
         assert [f.verdict for f in found] == ["ok" if kind in possible.split(", ") else "failed"]
+
+
+@pytest.mark.parametrize(("installed", "verdict"), [("0.16.1", "failed"), ("0.18.2", "failed"), ("0.19.0", "ok"), ("0.20.1", "ok")])
+def test_what_cuda_graphs_need(monkeypatch, installed, verdict):
+    monkeypatch.setattr(precision, "version", lambda name: installed)
+    recipe = make_recipe({"model": "m", "output": "o", "distill": {"cuda_graphs": True}})
+    assert verdicts(doctor._graphs(recipe)) == {"CUDA graphs": verdict}
+    assert doctor._graphs(make_recipe({"model": "m", "output": "o"})) == doctor._graphs(None) == []
 
 
 def test_extensions_that_cannot_be_imported(monkeypatch, tmp_path):

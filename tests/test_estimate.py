@@ -11,11 +11,11 @@ from test_cli import here  # noqa: F401 (a fixture)
 from tiny import ROOT, SIZES, make_recipe_file, refused
 
 from minitron_mp.arch import Arch
-from minitron_mp.config import load_recipe
+from minitron_mp.config import load_recipe, make_recipe
 from minitron_mp.cost import kept_per_token, layers_in_flight, rank_parameters, training_memory
 from minitron_mp.estimate import distillation, training
 from minitron_mp.hardware import GPUS, MEASURED, SCALED, SHIPPED, Times, read_hardware, read_times
-from minitron_mp.layouts import BATCH, fastest, search
+from minitron_mp.layouts import BATCH, ENGINE, fastest, search
 from minitron_mp.planner import read_models
 from minitron_mp.sections import Parallel
 from minitron_mp.training_config import Training
@@ -182,6 +182,17 @@ def test_layouts_are_possible_and_ordered(examples):
     assert any(e.teachers for e in found.found)
     assert any(e.recipe.parallel.vpp for e in found.found)
     assert fastest(student, teacher, recipe, 64, times).step_s == steps[0]
+
+
+@pytest.mark.parametrize("key", ["cuda_graphs", "tp_comm_overlap"])
+def test_no_layout_is_proposed_that_the_recipe_refuses(examples, key):
+    recipe = load_recipe(TWELVE_TO_EIGHT, [f"distill.{key}=true", "distill.recompute=false"])
+    _, teacher, student = read_models(recipe)
+    found = search(student, teacher, recipe, 64, shipped())
+    assert found.found
+    assert found.impossible[ENGINE]
+    for estimate in found.found[:50]:
+        make_recipe(estimate.recipe.model_dump())
 
 
 def test_the_command(here, examples, tmp_path, monkeypatch):  # noqa: F811

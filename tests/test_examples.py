@@ -7,7 +7,9 @@ import sys
 import pytest
 from tiny import ROOT
 
-from minitron_mp import cli
+from minitron_mp import artifact, cli
+from minitron_mp.plan import resolve_target
+from minitron_mp.pruning_config import Target
 
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
@@ -29,6 +31,15 @@ def test_first_line_of_a_recipe_runs(path, monkeypatch, capsys):
     assert (end.value.code or 0, err) == (0, "")
     assert "student parameters" in out
     assert "memory: sum on the fullest rank" in out
+
+
+def test_the_library_example_runs(whole, ranks, tmp_path):
+    """What its docstring starts, on two ranks and a tiny teacher."""
+    words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
+    said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
+    teacher, student = artifact.require(whole.output / "teacher", "import").arch, artifact.require(tmp_path / "student", "prune").arch
+    assert student == resolve_target(teacher, Target(keep=0.75), 2)
+    assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
 
 
 def test_scripts_load(ranks):

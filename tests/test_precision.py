@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cases import ARCHS
 
 from minitron_mp import bridge
@@ -49,6 +50,9 @@ EVEN = ARCHS["llama"].model_copy(update={"hidden_size": 64, "ffn_hidden_size": 1
             {"distill": {"cuda_graphs": True}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9}},
             r"cuda_graphs records one model in training, with correct\.when during there are two",
         ),
+        ({"distill": {"cuda_graphs": True, "fp8": "delayed"}}, r"distill\.cuda_graphs goes with distill\.fp8 tensorwise, given delayed"),
+        ({"distill": {"cuda_graphs": True, "fp8": "tensorwise"}, "parallel": {"pp": 2}}, r"would go on with the FP8 weights of the second step"),
+        ({"distill": {"cuda_graphs": True}, "parallel": {"pp": 2, "vpp": 2}}, r"distill\.cuda_graphs with parallel\.vpp 2: not supported"),
         (
             {"distill": {"cuda_graphs": True, "tp_comm_overlap": True}, "parallel": {"tp": 2, "sequence_parallel": True}},
             r"distill\.tp_comm_overlap and distill\.cuda_graphs",
@@ -141,6 +145,50 @@ def test_what_would_be_trained_wrongly_without_an_error(ranks):
     assert found["own"] == found["gathered"] == found["overlapped"] == []
     assert "fp8_param without fp8_param_gather" in found["fp8_param"][0]
     assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
+
+
+def of_bridge(own: bool) -> tuple[SimpleNamespace, bridge.KDForwardStep]:
+    """A configuration that check() lets pass, with what it looks at, and the step. own: the teacher is beside the student."""
+    arch = ARCHS["llama"]
+    model = {name: getattr(arch, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size", "num_layers")}
+    model |= {f"{name}_model_parallel_size": 1 for name in ("tensor", "pipeline", "virtual_pipeline")} | {"context_parallel_size": 1}
+    model |= {"vocab_size": arch.padded_vocab_size, "should_pad_vocab": False, "calculate_per_token_loss": True, "fp16": False, "bf16": True}
+    model |= {"params_dtype": torch.bfloat16, "seq_length": 16, "virtual_pipeline_model_parallel_size": None}
+    teacher = object.__new__(bridge.BesideStudent) if own else SimpleNamespace()
+    teacher.arch = arch
+    parts = {
+        "model": SimpleNamespace(**model),
+        "tokenizer": SimpleNamespace(use_tokenizer_vocab_size=False),
+        "ddp": SimpleNamespace(average_in_collective=False),
+        "dist": SimpleNamespace(use_megatron_fsdp=False, use_torch_fsdp2=False, use_gloo_process_groups=False),
+        "dataset": SimpleNamespace(seq_length=16),
+        "train": SimpleNamespace(global_batch_size=4, micro_batch_size=2),
+        "peft": None,
+    }
+    return SimpleNamespace(**parts), bridge.KDForwardStep(teacher, vocab_size=arch.vocab_size, kl_weight=1.0, ce_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "place", "value", "said"),
+    [
+        (False, "model.cuda_graph_impl", "local", r"model\.cuda_graph_impl: .*set it to 'none'"),
+        (False, "peft", object(), r"cfg\.peft: adapters"),
+        (False, "model.mtp_num_layers", 1, r"model\.mtp_num_layers: .*set it to None"),
+        (False, "model.num_moe_experts", 8, r"model\.num_moe_experts: only dense decoders"),
+        (True, "model.virtual_pipeline_model_parallel_size", 2, "virtual pipeline stages are for a teacher on ranks of its own"),
+        (False, "dist.use_gloo_process_groups", True, r"dist\.use_gloo_process_groups: .*set it to False"),
+        (False, "dist.use_torch_fsdp2", True, "FSDP: use the distributed optimizer"),
+        (False, "train.micro_batch_size", 3, r"train\.global_batch_size 4 is no multiple of micro_batch_size 3"),
+        (False, "dataset.seq_length", 8, r"dataset\.seq_length 8 is not model\.seq_length 16"),
+    ],
+)
+def test_what_does_not_fit_a_recipe_of_bridge(own, place, value, said):
+    cfg, step = of_bridge(own)
+    bridge.check(cfg, step)
+    *section, name = place.split(".")
+    setattr(getattr(cfg, section[0]) if section else cfg, name, value)
+    with pytest.raises(InputError, match=said):
+        bridge.check(cfg, step)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ from pathlib import Path
 from jobs import STEPS, recipe, submit
 from tiny import ROOT, read_metrics
 
+AFTER_PRUNING = ("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml")
+"""Of an output folder, what a copy leaves out that is to distil again."""
+
 
 def steps(output: Path) -> int:
     path = output / "metrics.jsonl"
@@ -45,9 +48,7 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     """One run in three jobs, the last of them started twice; its curve is bitwise the unbroken one."""
     _, whole = unbroken
     output, options = project / "broken", ("--partition=other", "--job-name=mine", "--exclude=", "--time=3", "--signal=B:USR1@5")
-    shutil.copytree(
-        whole, output, ignore=shutil.ignore_patterns("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml")
-    )
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*AFTER_PRUNING))
 
     # The deadline passes while the ranks start: they leave before the first step.
     site = Path(slurm.environment["MINITRON_SITE"])
@@ -91,6 +92,37 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     assert all(slurm.job(job)["JobState"] == "CANCELLED" for job in slurm.jobs() if job > third)  # submitted before Slurm said that it requeues
     assert (output / "finished").exists()
     assert read_metrics(output) == read_metrics(whole)
+
+
+def test_a_last_try_is_not_submitted_again(slurm, project, unbroken):
+    """The deadline passes while the ranks start, with one try allowed."""
+    before = len(slurm.jobs())
+    site = Path(slurm.environment["MINITRON_SITE"])
+    usual = site.read_text()
+    site.write_text(usual.replace("MINITRON_MARGIN_S=120", "MINITRON_MARGIN_S=175"))
+    try:
+        job = submit(slurm, "compress", recipe(project, "last"), options=("--time=3",), MINITRON_MAX_TRIES="1")
+        slurm.wait(lambda: slurm.ended(job), job)
+    finally:
+        site.write_text(usual)
+    assert "this was try 1 of at most 1, not submitted again" in slurm.log(job)
+    assert not (project / "last" / "finished").exists()
+    time.sleep(1)
+    assert len(slurm.jobs()) == before + 1
+
+
+def test_a_cancelled_job_is_not_submitted_again(slurm, project, unbroken):
+    _, whole = unbroken
+    output, before = project / "cancelled", len(slurm.jobs())
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*AFTER_PRUNING))
+    job = submit(slurm, "compress", recipe(project, "cancelled"))
+    slurm.wait(lambda: steps(output) >= 2, job, 300)
+    slurm.run("scancel", str(job))
+    slurm.wait(lambda: slurm.ended(job), job)
+    assert slurm.job(job)["JobState"] == "CANCELLED"
+    slurm.wait(lambda: "cancelled, not submitted again" in slurm.log(job), job)
+    time.sleep(1)
+    assert len(slurm.jobs()) == before + 1
 
 
 def test_wrong_recipe_is_not_submitted_again(slurm, project):

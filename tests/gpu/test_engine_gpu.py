@@ -210,10 +210,18 @@ def losses_of(arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_aft
     chunks, found = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True), []
     assert hasattr(chunks[0].decoder.layers[0], "cudagraph_manager") == settings.cuda_graphs
     options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": Manifest(stage="correct", settings={"fp8": fp8}, inputs={})}
-    note = {"on_step": lambda metrics: found.append(metrics.loss), "stop_after": stop_after}
+    recorded = []
+
+    def on_step(metrics) -> None:
+        found.append(metrics.loss)
+        if settings.cuda_graphs:
+            recorded.append([runner.bwd_graph for layer in chunks[0].decoder.layers for runner in layer.cudagraph_manager.cudagraph_runners])
+
+    note = {"on_step": on_step, "stop_after": stop_after}
     train(chunks, None, lambda step: batches_of(arch, 0, 8, 2), settings, world, **options, **note)
     if settings.cuda_graphs:
-        assert all(runner.bwd_graph for layer in chunks[0].decoder.layers for runner in layer.cudagraph_manager.cudagraph_runners)
+        assert len(recorded[1]) >= len(chunks[0].decoder.layers)
+        assert all(recorded[1])
         hidden_of([chunk.eval() for chunk in chunks], arch, world)  # the trained model is used without its graphs
     return found
 
@@ -240,15 +248,17 @@ def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monk
         needs_fp8(kind)
     if "cuda_graphs" in more:
         needs_graphs()
+        if kind == "delayed":
+            pytest.skip("a recipe refuses it")
     arch = arch_of("llama")
     whole = losses_of(arch, world, tmp_path / "whole", kind, **more)
     parts = losses_of(arch, world, tmp_path / "parts", kind, stop_after=20, **more) + losses_of(arch, world, tmp_path / "parts", kind, **more)
     assert parts == whole
 
 
-@pytest.mark.parametrize("kind", [None, "tensorwise", "delayed"])
+@pytest.mark.parametrize("kind", [None, "tensorwise"])
 def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, monkeypatch):
-    """The same kernels on the same numbers, with attention that adds in one order. 1e-3: products may be chosen anew for buffers that lie elsewhere."""
+    """Bitwise: the same kernels on the same numbers, with attention that adds in one order. A run that goes on computes its first step without them."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     needs_graphs()
     if kind:
@@ -258,7 +268,7 @@ def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, mon
     print(kind, "furthest from the run without graphs", [max(abs(a - b) for a, b in zip(one, found[0])) for one in found])
     assert found[2] == found[1]
     assert found[3] == found[0]
-    assert max(abs(a - b) for a, b in zip(found[1], found[0])) < 1e-3 * found[0][0]
+    assert found[1] == found[0]
 
 
 def two_ranks(*arguments: str | Path) -> str:
@@ -275,6 +285,8 @@ TP = {"tp": 2, "sequence_parallel": True}
 TWO_RANKS = {
     "tp": (TP, {}, 1),
     "tp-graphs": (TP, {"cuda_graphs": True}, 1),
+    "tp-without-sp-graphs": ({"tp": 2}, {"cuda_graphs": True}, 1),
+    "cp-graphs": ({"cp": 2}, {"cuda_graphs": True}, 1),
     "tp-communication-overlapped": (TP, {"tp_comm_overlap": True}, 2),
     "pp": ({"pp": 2}, {}, 1),
     "pp-graphs": ({"pp": 2}, {"cuda_graphs": True}, 1),
@@ -298,6 +310,8 @@ def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
         needs_fp8(fp8)
     if "cuda_graphs" in settings:
         needs_graphs()
+        if fp8 and "pp" in parallel_of:
+            pytest.skip("a recipe refuses it")
     arch = arch_of("llama")
     models(arch, **LOCAL)  # writes the checkpoint
     alone = losses_from(arch, world, tmp_path / arch.family, tmp_path / "one", {"fp8": fp8})
