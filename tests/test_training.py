@@ -196,7 +196,7 @@ def test_a_stopped_correction_goes_on_bitwise(results, layout):
     assert all(rank["alone bitwise"] for rank in by_rank), "the final weights"
 
 
-@pytest.mark.parametrize("layout", MEANWHILE_LAYOUTS)
+@pytest.mark.parametrize("layout", [*MEANWHILE_LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME if name not in MEANWHILE_LAYOUTS)])
 def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout):
     """Bitwise, and over a resume as well; what it teaches in a step is what it has learned before it."""
     first = results.corrected_meanwhile(BY_NAME[layout])[0]
