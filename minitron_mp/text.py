@@ -232,7 +232,9 @@ def _texts(path: Path, piece_size: int) -> Iterator[tuple[int, str]]:
     """(number of the document, a piece of it) of a file, or of each record of .jsonl; most have one. None of a .py that is not UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
-            documents = (record.splitlines(keepends=True) for record in _records(file, path)) if path.suffix == ".jsonl" else [file]
+            documents: Iterable[Iterable[str]] = [file]
+            if path.suffix == ".jsonl":
+                documents = (record.splitlines(keepends=True) for record in _records(file, path))
             for number, lines in enumerate(documents):
                 yield from ((number, piece) for piece in _pieces(lines, piece_size))
     except UnicodeDecodeError as error:
