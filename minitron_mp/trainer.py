@@ -89,18 +89,19 @@ def train(
     settings.profile. InputError when the loss is not finite; Left when world.leaving says so, checkpoint written. Reached by all ranks.
     """
     place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
-    training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, work=work, **place)
-    profiler = Profiler(settings.profile, world, profile_folder, manifest.stage) if settings.profile and profile_folder else None
-    last = min(settings.steps, training.done + (stop_after or settings.steps))
     try:
-        train_together([training], teacher, batches_of, last, seed=seed, profiler=profiler)
-    except Left:
+        training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, work=work, **place)
+        profiler = Profiler(settings.profile, world, profile_folder, manifest.stage) if settings.profile and profile_folder else None
+        last = min(settings.steps, training.done + (stop_after or settings.steps))
+        try:
+            train_together([training], teacher, batches_of, last, seed=seed, profiler=profiler)
+        except Left:
+            training.settle()
+            raise
         training.settle()
-        raise
-    finally:
+    finally:  # a Run that cannot be made has recorded nothing, but building the model has set Megatron's stream
         if settings.cuda_graphs:
             forget_cuda_graphs(chunks)
-    training.settle()
 
 
 class Diverged(InputError):

@@ -213,7 +213,8 @@ CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"st
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
 """Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
 MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "tp2-dp2-sp", "tp2-cp2-sp", "tp2-pp2-sp")
-CORRECT_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
+CORRECT_LAYOUTS = tuple(dict.fromkeys((*SPLIT_LAYOUTS, *OVERLAP_LAYOUTS, *RECOMPUTE_LAYOUTS)))
+"""Where variants() has runs anyway; at the other layouts with --all."""
 
 
 def variants(layout: Layout) -> dict[str, Distill | Correct]:
@@ -222,6 +223,4 @@ def variants(layout: Layout) -> dict[str, Distill | Correct]:
     for name, where in (("overlap", OVERLAP_LAYOUTS), ("recompute", RECOMPUTE_LAYOUTS)):
         if layout.name in where:
             chosen[name] = settings(layout).model_copy(update={name: True})
-    if layout.name in CORRECT_LAYOUTS:
-        chosen["correct"] = CORRECT.model_copy(update={"micro_batch_size": settings(layout).micro_batch_size})
-    return chosen
+    return {**chosen, "correct": CORRECT.model_copy(update={"micro_batch_size": settings(layout).micro_batch_size})}

@@ -41,7 +41,7 @@ class Toy:
         return self.results()[variant]
 
     def results(self) -> dict[str, dict[str, Any]]:
-        return {name: own[0] for name, own in report.read(self.folder / "out" / "results")[0].items()}
+        return {name: own[0] for name, own in report.read(self.folder / "out" / "results").results.items()}
 
 
 def write_text(folder: Path, seed: int) -> None:
@@ -117,7 +117,16 @@ def test_the_plain_loop_agrees(toy):
             assert plain["kl"] == pytest.approx(ours["distilled"]["kl"], rel=1e-3), name
             for (tokens, _, kl, ce), row in zip(ours["curve"], plain["curve"], strict=True):
                 assert row == pytest.approx([tokens, kl, ce], rel=1e-3), name
-            assert plain["tokens_per_s"] > 0
+
+
+def test_the_plain_loops_speed_is_measured_in_turn(toy):
+    pace, lines = report.read(toy.folder / "out" / "results").pace, (toy.folder / "out" / "report.md").read_text().splitlines()
+    assert pace.keys() == {name for name, variant in VARIANTS.items() if variant.plain}
+    for name, own in pace.items():
+        assert own["tokens_per_s"].keys() == {"minitron_mp", "transformers"}
+        assert all(speed > 0 for speed in own["tokens_per_s"].values())
+        assert len(own["ratios"]) == 3
+        assert f"| {report.told(own['ratios'])} |" in next(line for line in lines if line.startswith(f"| {name} |"))
 
 
 def test_the_report_tells_every_claim(toy):
@@ -149,7 +158,7 @@ def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
 
 
 def test_results_of_other_settings_are_not_compared(toy, tmp_path):
-    results, _ = report.read(toy.folder / "out" / "results")
+    results = report.read(toy.folder / "out" / "results").results
     assert report.of_claim("objective", results) is not None
     results["CE"] = [{**results["CE"][0], "base": "another"}]
     with pytest.raises(InputError, match="the results of objective come from different settings"):

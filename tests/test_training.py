@@ -32,6 +32,12 @@ ROUNDING = 1e-5
 """Relative, of losses and gradient norms in float32: sums of a few thousand terms in another order; 2e-6 seen."""
 AXES = ("loss", "kl", "ce", "grad_norm")
 
+
+def also_at_the_rest(layouts):
+    """These, and with --all the other ones."""
+    return [*layouts, *(pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME if name not in layouts)]
+
+
 trained = pytest.mark.parametrize(("arch", "layout"), TRAINED, ids=TRAINED_IDS)
 
 
@@ -154,7 +160,7 @@ def test_recomputation_changes_nothing(results, layout):
     assert_close(variant(results, layout, "recompute"), one_rank(results))
 
 
-@pytest.mark.parametrize("layout", CORRECT_LAYOUTS)
+@pytest.mark.parametrize("layout", also_at_the_rest(CORRECT_LAYOUTS))
 def test_teacher_correction_equals_plain_autograd(results, layout):
     """Cross-entropy alone, no teacher: the same numbers at every layout."""
     metrics, plan = variant(results, layout, "correct"), results.plan("qwen3", "all")
@@ -196,7 +202,7 @@ def test_a_stopped_correction_goes_on_bitwise(results, layout):
     assert all(rank["alone bitwise"] for rank in by_rank), "the final weights"
 
 
-@pytest.mark.parametrize("layout", [*MEANWHILE_LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME if name not in MEANWHILE_LAYOUTS)])
+@pytest.mark.parametrize("layout", also_at_the_rest(MEANWHILE_LAYOUTS))
 def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout):
     """Bitwise, and over a resume as well; what it teaches in a step is what it has learned before it."""
     first = results.corrected_meanwhile(BY_NAME[layout])[0]

@@ -7,8 +7,6 @@ trains float32 weights under autocast beside a bf16 teacher; the library trains 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from minitron_mp import artifact, data, hf, parallel
-from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker
 from minitron_mp.job import ASSETS
 from minitron_mp.model import DTYPES
@@ -26,13 +23,49 @@ from minitron_mp.stages import read_tensors
 from minitron_mp.training_config import Distill
 
 
+class PlainLoop:
+    """A student and a teacher of transformers on one device, and the optimizer that a user would take."""
+
+    def __init__(self, student: Any, teacher: Any, settings: Distill, precision: str):
+        assert settings.divergence == "forward_kl"
+        assert settings.temperature == 1.0
+        self.student, self.teacher, self.settings, self.precision = student.train(), teacher.eval(), settings, precision
+        self.device = next(student.parameters()).device
+        self.optimizer = torch.optim.AdamW(groups(student, settings.weight_decay), betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+
+    def losses(self, sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[2]: means of KL(teacher || student) and of the cross-entropy over a microbatch."""
+        tokens, labels = sample["tokens"].to(self.device), sample["labels"].to(self.device)
+        with torch.no_grad():
+            log_p = F.log_softmax(self.teacher(tokens).logits.float(), -1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            z = self.student(tokens).logits
+        log_q = F.log_softmax(z.float(), -1)
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+        return torch.stack([kl, F.nll_loss(log_q.flatten(0, 1), labels.flatten())])
+
+    def step(self, step: int, samples: list[dict[str, torch.Tensor]]) -> list[float]:
+        """One optimizer step from microbatches; step: from 0. Means of KL and cross-entropy over the batch."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        weights = torch.tensor([settings.kl_weight, settings.ce_weight], device=self.device)
+        total = torch.zeros(2, device=self.device)
+        for sample in samples:
+            both = self.losses(sample)
+            (torch.dot(weights, both) / len(samples)).backward()
+            total += both.detach() / len(samples)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_grad or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total.tolist()
+
+
 def train_plain(project: Project, folder: Path) -> dict[str, Any]:
-    """Loss and KL on the held-out samples of `evaluate`, the training curve, and tokens/s from the median step; folder: for the exported models."""
+    """Loss and KL on the held-out samples of `evaluate`, and the training curve; folder: for the exported models."""
     from transformers import AutoModelForCausalLM
 
     recipe, settings = project.recipe, project.recipe.distill
-    assert settings.divergence == "forward_kl"
-    assert settings.temperature == 1.0
     with parallel.world(recipe.parallel, seed=recipe.seed) as world:
         for stage in ("prune", recipe.tutor):
             write_hf(project, stage, folder / stage, world)
@@ -44,50 +77,20 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
         length = recipe.data.sequence_length
         train, valid = (data.samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat) for part, (n, repeat) in parts.items())
         device = world.device
-    student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device).train()
-    teacher = AutoModelForCausalLM.from_pretrained(folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]).to(device).eval()
-    optimizer = torch.optim.AdamW(groups(student, settings.weight_decay), betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
-
-    def losses(sample: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of KL(teacher || student) and of the cross-entropy over a microbatch."""
-        tokens, labels = sample["tokens"].to(device), sample["labels"].to(device)
-        with torch.no_grad():
-            log_p = F.log_softmax(teacher(tokens).logits.float(), -1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            z = student(tokens).logits
-        log_q = F.log_softmax(z.float(), -1)
-        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
-        return kl, F.nll_loss(log_q.flatten(0, 1), labels.flatten())
-
-    def train_step(step: int) -> list[float]:
-        """Means of KL and cross-entropy over the batch."""
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        micro = batches(train, step, recipe, settings.global_batch_size, settings.micro_batch_size)
-        total = torch.zeros(2, device=device)
-        for sample in micro:
-            kl, ce = losses(sample)
-            ((settings.kl_weight * kl + settings.ce_weight * ce) / len(micro)).backward()
-            total += torch.stack([kl.detach(), ce.detach()]) / len(micro)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total.tolist()
-
-    curve, seconds = [], []
+    student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]).to(device)
+    loop, curve = PlainLoop(student, teacher, settings, recipe.precision), []
     tokens_per_step = settings.global_batch_size * length
     with Tracker("plain loop", settings.steps, "steps") as tracker:
         for step in range(settings.steps):
-            start = time.perf_counter()
-            found = train_step(step)
-            seconds.append(time.perf_counter() - start)
+            found = loop.step(step, batches(train, step, settings.global_batch_size, settings.micro_batch_size))
             curve.append([(step + 1) * tokens_per_step, *found])
             tracker.advance(1, f"KL {found[0]:.4f}")
     student.eval()
     with torch.no_grad():
-        held_out = [losses(batches(valid, i, recipe, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]
-    kl, loss = (torch.stack(column).double().mean().item() for column in zip(*held_out))
-    return {"loss": loss, "kl": kl, "tokens_per_s": tokens_per_step / statistics.median(seconds), "seconds": sum(seconds), "curve": curve}
+        held_out = [loop.losses(batches(valid, i, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]
+    kl, loss = torch.stack(held_out).double().mean(0).tolist()
+    return {"loss": loss, "kl": kl, "curve": curve}
 
 
 def learning_rate(settings: Distill, step: int) -> float:
@@ -106,7 +109,7 @@ def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def batches(dataset: Any, step: int, recipe: Recipe, global_batch_size: int, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+def batches(dataset: Any, step: int, global_batch_size: int, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
     sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
     return data.micro_batches(dataset, step, **sizes, dp_rank=0, dp_size=1)
 

@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from claims import CLAIMS, Results, values
+from pace import told
 
 from minitron_mp import InputError
 from minitron_mp.artifact import write_text
@@ -23,15 +25,24 @@ SHOWN = {True: "shown", False: "not shown", None: "undecided"}
 COLUMNS = ("variant", "parameters", "pruned: loss", "distilled: loss", "KL", "last words", "tokens", "tokens/s", "plain loop: loss - ours", "our speed / its")
 
 
-def read(folder: Path) -> tuple[Results, dict[str, Any] | None]:
-    """(variant -> results by seed, the measured inference speed)."""
-    results: Results = {}
+@dataclass
+class Found:
+    """What a folder of results holds: variant -> results by seed; measured inference; variant -> speed beside the plain loop."""
+
+    results: Results = field(default_factory=dict)
+    speed: dict[str, Any] | None = None
+    pace: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read(folder: Path) -> Found:
+    found = Found()
     for path in sorted(folder.glob("*.json")):
-        if path.name != "speed.json":
-            found = json.loads(path.read_text())
-            results.setdefault(found["variant"], []).append(found)
-    speed = folder / "speed.json"
-    return results, json.loads(speed.read_text()) if speed.exists() else None
+        content = json.loads(path.read_text())
+        if path.stem in ("speed", "pace"):
+            setattr(found, path.stem, content)
+        else:
+            found.results.setdefault(content["variant"], []).append(content)
+    return found
 
 
 def of_claim(name: str, results: Results) -> Results | None:
@@ -45,7 +56,7 @@ def of_claim(name: str, results: Results) -> Results | None:
     return {variant: [own[seed] for seed in seeds] for variant, own in by_seed.items()}
 
 
-def told(name: str, results: Results) -> tuple[Results | None, str]:
+def comparable(name: str, results: Results) -> tuple[Results | None, str]:
     """of_claim(), or None and why: one claim's results must not keep those of the others from being told."""
     try:
         return of_claim(name, results), NOT_RUN
@@ -55,7 +66,7 @@ def told(name: str, results: Results) -> tuple[Results | None, str]:
 
 def judged(name: str, results: Results, speed: dict[str, Any] | None) -> tuple[str, str, str]:
     """Whether the claim is shown and what was seen, how much was trained, where and when; or why nothing can be said, and nothing more."""
-    mine, why = told(name, results)
+    mine, why = comparable(name, results)
     if mine is None:
         return why, "", ""
     said, shown = CLAIMS[name].judge(mine, speed) if name == "width" else CLAIMS[name].judge(mine)
@@ -67,7 +78,7 @@ def judged(name: str, results: Results, speed: dict[str, Any] | None) -> tuple[s
     return f"**{SHOWN[shown]}**: {said}", effort, place
 
 
-def rows(results: Results) -> list[tuple[str, ...]]:
+def rows(results: Results, pace: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """One a variant; where there are several seeds, mean and spread (largest less smallest)."""
     found = []
     for variant, own in results.items():
@@ -79,7 +90,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
 
         plain = [run for run in own if run["plain"]]
         worse = ", ".join(f"{run['plain']['loss'] - run['distilled']['loss']:+.4f}" for run in plain)
-        faster = ", ".join(f"{run['tokens_per_s'] / run['plain']['tokens_per_s']:.2f}" for run in plain)
+        faster = told(pace[variant]["ratios"]) if variant in pace else ""
         words = cell("tasks", "last words", "distilled", "accuracy", digits=3) if own[0].get("tasks") else ""
         cells = [f"{own[0]['parameters']['student']:,}", cell("pruned", "loss"), cell("distilled", "loss"), cell("distilled", "kl"), words]
         found.append((variant, *cells, f"{own[0]['tokens']:,}", f"{statistics.mean(values(results, variant, 'tokens_per_s')):,.0f}", worse, faster))
@@ -92,41 +103,48 @@ def summary(by_size: dict[str, Path]) -> str:
     table = []
     for name, claim in CLAIMS.items():
         cells = []
-        for results, speed in read_all.values():
-            said, effort, _ = judged(name, results, speed)
+        for found in read_all.values():
+            said, effort, _ = judged(name, found.results, found.speed)
             cells.append(f"{said} ({effort})" if effort else said)
         table.append((f"`{name}`: {claim.title}", claim.paper, *cells))
     parts = [markdown_table(Table(("claim", "paper says", *by_size), table, "left"))]
-    return "\n\n".join(parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results])
+    return "\n\n".join(parts + [beside(heading, found) for heading, found in read_all.items() if found.results])
 
 
-def beside(heading: str, results: Results) -> str:
+def beside(heading: str, found: Found) -> str:
     """A sentence on all plain loops."""
-    runs = [run for own in results.values() for run in own if run["plain"]]
+    runs = [run for own in found.results.values() for run in own if run["plain"]]
     if not runs:
         return f"{heading}: no plain loop has run yet."
     worse = sorted(run["plain"]["loss"] - run["distilled"]["loss"] for run in runs)
-    faster = sorted(run["tokens_per_s"] / run["plain"]["tokens_per_s"] for run in runs)
     text = f"{heading}: {len(runs)} plain transformers loops beside; their held-out loss less ours: {worse[0]:+.4f} to {worse[-1]:+.4f}, "
-    return f"{text}median {statistics.median(worse):+.4f}; our speed over theirs: {faster[0]:.2f} to {faster[-1]:.2f}, median {statistics.median(faster):.2f}."
+    text += f"median {statistics.median(worse):+.4f}; our speed over theirs, "
+    if not found.pace:
+        return text + "in turn: not measured yet."
+    middles = [statistics.median(own["ratios"]) for own in found.pace.values()]
+    pairs = [ratio for own in found.pace.values() for ratio in own["ratios"]]
+    text += f"steps in turn: medians of {len(middles)} variants {min(middles):.2f} to {max(middles):.2f}; "
+    return text + f"ours was the slower one in {sum(ratio < 1 for ratio in pairs)} of {len(pairs)} pairs."
 
 
 def details(folder: Path, plots: str) -> str:
     """A section for each claim that was run. plots: what comes before the name of a plot, where it is shown."""
-    (results, speed), parts = read(folder), []
+    found, parts = read(folder), []
+    speed = found.speed
     for name, claim in CLAIMS.items():
-        if mine := told(name, results)[0]:
-            said, effort, place = judged(name, results, speed)
-            parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", markdown_table(Table(COLUMNS, rows(mine)))]
+        if mine := comparable(name, found.results)[0]:
+            said, effort, place = judged(name, found.results, speed)
+            table = markdown_table(Table(COLUMNS, rows(mine, found.pace)))
+            parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", table]
             if name == "width" and speed:
-                table = [(model, *(f"{own[kind]:,.1f}" for kind in speed["kinds"])) for model, own in speed["tokens_per_s"].items()]
-                parts += [f"Inference in tokens/s ({speed['hardware']}, {speed['date']}):", markdown_table(Table(("model", *speed["kinds"]), table))]
+                models = [(model, *(f"{own[kind]:,.1f}" for kind in speed["kinds"])) for model, own in speed["tokens_per_s"].items()]
+                parts += [f"Inference in tokens/s ({speed['hardware']}, {speed['date']}):", markdown_table(Table(("model", *speed["kinds"]), models))]
             parts.append(f"![{claim.title}]({plots}{name}.png)")
     return "\n\n".join(parts)
 
 
 NOTE = """Losses in nats a token on held-out text; last words: share guessed by the distilled student. Of several seeds: the mean, in brackets the
-largest less the smallest; the plain loop seed by seed."""
+largest less the smallest; the plain loop seed by seed; speeds: median of the pairs of steps that ran in turn, least and largest."""
 
 
 def write(folder: Path, output: Path) -> None:
@@ -137,9 +155,9 @@ def write(folder: Path, output: Path) -> None:
 
 
 def plots(folder: Path, output: Path) -> None:
-    results, _ = read(folder)
+    results = read(folder).results
     for name, claim in CLAIMS.items():
-        if mine := told(name, results)[0]:
+        if mine := comparable(name, results)[0]:
             plot(mine, claim.title, output / f"{name}.png")
 
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # when imported, not run
 import report
 from baseline import train_plain
 from claims import CLAIMS
+from pace import in_turn
 from speed import measure
 from texts import HELD_OUT, last_words, stdlib_by_package
 from variants import BY_HAND, VARIANTS, Variant, searching
@@ -101,6 +102,8 @@ def act(args: argparse.Namespace) -> int:
                 failed += 1
     if "width" in chosen and not failed:
         inference(args, output)
+    if not args.no_plain and not failed:
+        paces(args, output, [name for name in variants if VARIANTS[name].plain])
     report.write(output / "results", output)
     return 2 if failed else 0
 
@@ -254,6 +257,25 @@ def inference(args: argparse.Namespace, output: Path) -> None:
     found = measure(configs, dtype=DTYPES[recipe.precision], length=length, batch=2 if toy else 8 if args.size == "cpu" else 32, new_tokens=4 if toy else 32)
     facts = {"fingerprint": mark, "kinds": list(found["teacher"]), "tokens_per_s": found, **environment(args, VARIANTS["pruned"])}
     artifact.write_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def paces(args: argparse.Namespace, output: Path, variants: list[str]) -> None:
+    """results/pace.json: for each variant with a plain loop how fast both are, step by step in turn."""
+    path, seed = output / "results" / "pace.json", args.seeds[0]
+    done = json.loads(path.read_text()) if path.exists() else {}
+    for name in variants:
+        recipe, config = recipe_of(args, output, name, seed), json.loads(result_of(output, name, seed).read_text())["config"]
+        mark = hashlib.sha256(json.dumps([config, base_mark(args), VARIANTS[name].changes], sort_keys=True).encode()).hexdigest()[:16]
+        if done.get(name, {}).get("fingerprint") == mark:
+            continue
+        print(f"{name}: speed beside the plain loop, in turn", flush=True)
+        recipe.root.mkdir(parents=True, exist_ok=True)
+        project = Project(recipe)
+        run_shared(project, "import", output / "shared")
+        found = in_turn(recipe, config, project.paths["import"], pairs=3 if args.size == "toy" else 8)
+        done[name] = {"fingerprint": mark, **rounded(found), **environment(args, VARIANTS[name])}
+        artifact.write_text(path, json.dumps(done, indent=1) + "\n")
+        shutil.rmtree(recipe.root)
 
 
 def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:

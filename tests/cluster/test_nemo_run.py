@@ -18,7 +18,7 @@ PYTHON = os.environ.get("MINITRON_NEMO_PYTHON", sys.executable)
 
 @pytest.fixture(scope="module")
 def nemo(slurm, tmp_path_factory):
-    """(form, stage, recipe) -> the log of the job that NeMo-Run made."""
+    """(form, stage, recipe, options) -> the log of the job that NeMo-Run made; with --dry-run, which makes none, what it printed."""
     done = subprocess.run([PYTHON, "-c", "import nemo_run, torch"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(
@@ -31,10 +31,14 @@ def nemo(slurm, tmp_path_factory):
     variables = {"NEMORUN_HOME": str(home), "PATH": f"{programs}:{slurm.environment['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
     where = ["--nodes", "2", "--ranks", "2", "--partition", "batch", "--account", "me", "--time", "00:20:00"]
 
-    def submit(form, stage, file):
+    def submit(form, stage, file, *options):
         before = slurm.jobs()
-        slurm.run("python", ROOT / "examples" / "with_nemo_run.py", file, stage, "--form", form, *where, timeout_s=200, **variables)
-        (job,) = set(slurm.jobs()) - set(before)
+        said = slurm.run("python", ROOT / "examples" / "with_nemo_run.py", file, stage, "--form", form, *where, *options, timeout_s=200, **variables)
+        jobs = set(slurm.jobs()) - set(before)
+        if "--dry-run" in options:
+            assert not jobs
+            return said
+        (job,) = jobs
         slurm.wait(lambda: slurm.ended(job), job, 200)
         log = "\n".join(path.read_text() for path in home.rglob("*.out"))
         assert slurm.job(job)["JobState"] == "COMPLETED", log[-4000:]
@@ -54,3 +58,10 @@ def test_both_forms(nemo, unbroken, project):
     nemo("script", "evaluate", file)
     losses = [json.loads((folder / "evaluation.json").read_text())["distilled"]["loss"] for folder in (output, whole)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("form", ["partial", "script"])
+def test_a_dry_run_prints_the_script(nemo, project, form):
+    said = "".join(nemo(form, "distill", recipe(project, "nemo"), "--dry-run").split())
+    for line in ("#SBATCH --account=me", "#SBATCH --nodes=2", "#SBATCH --partition=batch", "--nproc-per-node"):
+        assert line.replace(" ", "") in said, said

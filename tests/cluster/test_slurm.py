@@ -5,6 +5,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import pytest
 from jobs import STEPS, recipe, submit
 from tiny import ROOT, read_metrics
 
@@ -94,18 +95,25 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     assert read_metrics(output) == read_metrics(whole)
 
 
-def test_a_last_try_is_not_submitted_again(slurm, project):
-    """The deadline passes while the ranks start, with one try allowed."""
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("MINITRON_MAX_TRIES", "this was try 1 of at most 1, not submitted again"),
+        ("MINITRON_MAX_FAILURES", "ended 1 times in a row with nothing new, not submitted again"),
+    ],
+)
+def test_a_last_try_is_not_submitted_again(slurm, project, variable, said):
+    """The deadline passes while the ranks start, and one try is allowed, or one that brings nothing."""
     before = len(slurm.jobs())
     site = Path(slurm.environment["MINITRON_SITE"])
     usual = site.read_text()
     site.write_text(usual.replace("MINITRON_MARGIN_S=120", "MINITRON_MARGIN_S=175"))
     try:
-        job = submit(slurm, "compress", recipe(project, "last"), options=("--time=3", "--signal=B:USR1@5"), MINITRON_MAX_TRIES="1")
+        job = submit(slurm, "compress", recipe(project, "last"), options=("--time=3", "--signal=B:USR1@5"), **{variable: "1"})
         slurm.wait(lambda: slurm.ended(job), job)
     finally:
         site.write_text(usual)
-    assert "this was try 1 of at most 1, not submitted again" in slurm.log(job), slurm.log(job)
+    assert said in slurm.log(job), slurm.log(job)
     assert not (project / "last" / "finished").exists()
     time.sleep(1)
     assert len(slurm.jobs()) == before + 1

@@ -1,0 +1,81 @@
+"""Seconds of a distillation step: this library's train() and the plain transformers loop, step by step in turn, in one process.
+
+In turn, because a machine that others use too is faster at one hour than at the next. Random student weights and random tokens: neither changes the time.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from baseline import PlainLoop
+
+from minitron_mp import Recipe, artifact, build_model, hf
+from minitron_mp.artifact import Manifest
+from minitron_mp.model import DTYPES
+from minitron_mp.parallel import world
+from minitron_mp.teacher import ColocatedTeacher
+from minitron_mp.trainer import StepMetrics, train
+
+WARM_UP = 2
+"""Steps of each before the measured ones."""
+
+
+def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: int) -> dict[str, Any]:
+    """Tokens/s of both from their median steps (minitron_mp, transformers), and how much faster ours was in each pair of steps (ratios).
+
+    recipe: its model is the plain loop's teacher; precision, sequence length and `distill` are taken from it, too. student: the contents of
+    its config.json. teacher: what the stage `import` has left of the model. One process, on one device.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = recipe.distill.model_copy(update={"steps": pairs + WARM_UP, "warmup_steps": 1, "log_interval": 1, "checkpoint_interval": 10**6})
+    size = settings.micro_batch_size, recipe.data.sequence_length
+    times: dict[str, list[float]] = {"minitron_mp": [], "transformers": []}
+    with world(recipe.parallel, seed=recipe.seed) as w, tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(student))
+        arch, teacher_arch = hf.read_arch(Path(scratch), weights=False), artifact.require(teacher, "import").arch
+        assert teacher_arch is not None
+        options: dict[str, Any] = {"sequence_length": recipe.data.sequence_length}
+        chunks = build_model(arch, w, training=settings, random_weights=True, precision=recipe.precision, **options)
+        ours = ColocatedTeacher(teacher_arch, teacher, w, precision=recipe.teacher_precision, **options)
+        loop = PlainLoop(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**student), dtype=torch.float32).to(w.device),
+            AutoModelForCausalLM.from_pretrained(recipe.model, dtype=DTYPES[recipe.teacher_precision]).to(w.device),
+            settings,
+            recipe.precision,
+        )
+
+        def batches_of(step: int) -> list[dict[str, torch.Tensor]]:
+            made = torch.Generator().manual_seed(step)
+            count = settings.global_batch_size // settings.micro_batch_size
+            return [random_batch(teacher_arch.vocab_size, size, made) for _ in range(count)]
+
+        def on_step(metrics: StepMetrics) -> None:
+            step = metrics.step - 1
+            samples, start = batches_of(step), time.perf_counter()
+            loop.step(step, samples)  # waits for the device: it returns numbers
+            times["transformers"].append(time.perf_counter() - start)
+            times["minitron_mp"].append(metrics.step_time_s)
+
+        place: dict[str, Any] = {"checkpoints": Path(scratch) / "checkpoints", "manifest": Manifest(stage="distill", settings={}, inputs={})}
+        train(chunks, ours, batches_of, settings, w, vocab_size=arch.vocab_size, seed=recipe.seed, on_step=on_step, **place)
+    measured = {name: seconds[WARM_UP:] for name, seconds in times.items()}
+    tokens = settings.global_batch_size * recipe.data.sequence_length
+    speeds = {name: tokens / statistics.median(seconds) for name, seconds in measured.items()}
+    return {"tokens_per_s": speeds, "ratios": [b / a for a, b in zip(measured["minitron_mp"], measured["transformers"])]}
+
+
+def random_batch(vocab_size: int, size: tuple[int, int], made: torch.Generator) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, vocab_size, (size[0], size[1] + 1), generator=made)
+    positions = torch.arange(size[1])[None].expand(size).contiguous()
+    return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": positions, "loss_mask": torch.ones(size)}
+
+
+def told(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
