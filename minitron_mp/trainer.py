@@ -245,9 +245,12 @@ class Run:
     def log(self) -> None:
         """Tell of the steps since the last call, and agree on what comes next; reached by all ranks.
 
-        One host synchronisation and one collective.
+        One collective, and a host synchronisation before it, for the optimizer's kernels belong to the step.
         """
-        seconds, world = time.perf_counter() - self.clock, self.world
+        world = self.world
+        if world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        seconds = time.perf_counter() - self.clock
         each = seconds / len(self.pending)
         steps = torch.stack(self.sums)
         wish, measure = self._wishes(each)

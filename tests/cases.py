@@ -177,7 +177,7 @@ AGGREGATIONS = ("l2", "mean", "var")
 DEFAULT_PAIR = ("l2", "mean")
 ALL_PAIRS = [DEFAULT_PAIR, *((b, s) for b in AGGREGATIONS for s in AGGREGATIONS if (b, s) != DEFAULT_PAIR)]
 """(batch, sequence)"""
-LAYOUTS_OF_ALL_PAIRS = ("dp2", "tp2-cp2-sp", "tp2-pp2-vpp2-sp")
+LAYOUTS_OF_ALL_PAIRS = ("dp2", "cp2", "tp2-pp2-vpp2-sp")
 """Each kind of split once: the samples, the sequence in two ways, the layers."""
 
 
@@ -212,7 +212,7 @@ CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"st
 """Cross-entropy alone, without a teacher."""
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
 """Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
-MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "tp2-dp2-sp", "tp2-cp2-sp", "tp2-pp2-sp")
+MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "cp2", "tp2-dp2-sp")
 CORRECT_LAYOUTS = tuple(dict.fromkeys((*SPLIT_LAYOUTS, *OVERLAP_LAYOUTS, *RECOMPUTE_LAYOUTS)))
 """Where variants() has runs anyway; at the other layouts with --all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from cases import ARCHS
 from tiny import ROOT, make_model, sentences
 from workers_reproduce import FEW
 
-from minitron_mp import InputError, load_recipe
+from minitron_mp import InputError, Recipe, load_recipe
 from minitron_mp.candidates import Candidate
 
 FOLDER = ROOT / "examples" / "reproduce"
@@ -21,7 +22,7 @@ sys.path.insert(0, str(FOLDER))
 
 import report  # noqa: E402
 from claims import CLAIMS, tokens_factor  # noqa: E402
-from run import made_by  # noqa: E402
+from run import base_mark, made_by  # noqa: E402
 from texts import documents, last_words, stdlib_by_package  # noqa: E402
 from variants import LONGER, VARIANTS, searched  # noqa: E402
 
@@ -41,7 +42,7 @@ class Toy:
         return self.results()[variant]
 
     def results(self) -> dict[str, dict[str, Any]]:
-        return {name: own[0] for name, own in report.read(self.folder / "out" / "results").results.items()}
+        return {name: own[0] for name, own in report.read(self.folder / "out" / "results")[0].items()}
 
 
 def write_text(folder: Path, seed: int) -> None:
@@ -120,13 +121,14 @@ def test_the_plain_loop_agrees(toy):
 
 
 def test_the_plain_loops_speed_is_measured_in_turn(toy):
-    pace, lines = report.read(toy.folder / "out" / "results").pace, (toy.folder / "out" / "report.md").read_text().splitlines()
-    assert pace.keys() == {name for name, variant in VARIANTS.items() if variant.plain}
-    for name, own in pace.items():
-        assert own["tokens_per_s"].keys() == {"minitron_mp", "transformers"}
-        assert all(speed > 0 for speed in own["tokens_per_s"].values())
-        assert len(own["ratios"]) == 3
-        assert f"| {report.told(own['ratios'])} |" in next(line for line in lines if line.startswith(f"| {name} |"))
+    lines = (toy.folder / "out" / "report.md").read_text().splitlines()
+    for name, variant in VARIANTS.items():
+        if variant.plain:
+            plain = toy.result(name)["plain"]
+            assert plain["tokens_per_s"].keys() == {"minitron_mp", "transformers"}
+            assert all(speed > 0 for speed in plain["tokens_per_s"].values())
+            assert len(plain["ratios"]) == 3
+            assert f"| {report.told(plain['ratios'])} |" in next(line for line in lines if line.startswith(f"| {name} |"))
 
 
 def test_the_report_tells_every_claim(toy):
@@ -158,7 +160,7 @@ def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
 
 
 def test_results_of_other_settings_are_not_compared(toy, tmp_path):
-    results = report.read(toy.folder / "out" / "results").results
+    results, _ = report.read(toy.folder / "out" / "results")
     assert report.of_claim("objective", results) is not None
     results["CE"] = [{**results["CE"][0], "base": "another"}]
     with pytest.raises(InputError, match="the results of objective come from different settings"):
@@ -227,6 +229,27 @@ def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
     said, verdict = CLAIMS["layers"].judge(results)
     assert verdict is shown
     assert said.endswith(f"difference of the last words {0.5 - scattered:+.1%} +- 7.1%")
+
+
+@pytest.mark.parametrize(("losses", "shown"), [((9.5, 9.5), True), ((9.5, 8.0), None), ((8.0, 8.0), False)])
+def test_chance_is_held_against_both_losses_and_every_seed(losses, shown):
+    chance = [{**made_up(2.5), "pruned": {"loss": loss}} for loss in losses]
+    assert CLAIMS["chance"].judge({"pruned": [made_up(2.0)] * 2, "random scores": chance})[1] is shown
+
+
+def test_a_setting_that_comes_with_a_later_version_makes_no_other_experiment(monkeypatch):
+    """The mark of the recipe that results start from, of which only what the file and the command say counts."""
+    import run
+
+    args = argparse.Namespace(size="cpu", set=["distill.steps=48"])
+    mark, defaults = base_mark(args), run.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
+    assert base_mark(argparse.Namespace(size="cpu", set=[])) != mark
+    monkeypatch.setattr(run, "load_recipe", lambda *_: Later(**{**defaults, "later": 1}))
+    assert base_mark(args) == mark
+
+
+class Later(Recipe):
+    later: int = 1
 
 
 def test_a_search_that_chose_the_largest_decides_nothing():

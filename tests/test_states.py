@@ -22,7 +22,7 @@ ARCH = ARCHS["qwen3"]
 # Under pp 2 the student's states 0 and 2 are made on the first stage, 3 and 5 on the last; the teacher's 0 and 2, 3 and 6: so both ways.
 LAYERS = {0: 0, 2: 3, 3: 2, 5: 6}
 COSINE, MSE = States(layers=LAYERS), States(layers=LAYERS, kind="mse", weight=0.25)
-BESIDE_DP = ("tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2-dp2")
+BESIDE_DP = ("tp2-dp2-sp", "pp2-vpp2-dp2")
 LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp", "pp2-cp2", *BESIDE_DP)
 MORE = tuple(name for name in BY_NAME if name not in LAYOUTS)
 """With --all only: one run each."""

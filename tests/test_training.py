@@ -192,7 +192,7 @@ def test_bf16_trains(results, ranks):
     assert math.isclose(losses[0], one_rank(results)[0].loss, rel_tol=0.02)
 
 
-@pytest.mark.parametrize("layout", MEANWHILE_LAYOUTS)
+@pytest.mark.parametrize("layout", also_at_the_rest(MEANWHILE_LAYOUTS))
 def test_a_stopped_correction_goes_on_bitwise(results, layout):
     """A teacher alone; the loss curve from its last checkpoint on, and the final weights."""
     by_rank = results.corrected_meanwhile(BY_NAME[layout])

@@ -33,28 +33,28 @@ class PlainLoop:
         self.device = next(student.parameters()).device
         self.optimizer = torch.optim.AdamW(groups(student, settings.weight_decay), betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
 
-    def losses(self, sample: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[2]: means of KL(teacher || student) and of the cross-entropy over a microbatch."""
+    def losses(self, sample: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of KL(teacher || student) and of the cross-entropy over a microbatch; without a gradient where the objective has none of it."""
         tokens, labels = sample["tokens"].to(self.device), sample["labels"].to(self.device)
         with torch.no_grad():
             log_p = F.log_softmax(self.teacher(tokens).logits.float(), -1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             z = self.student(tokens).logits
         log_q = F.log_softmax(z.float(), -1)
-        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
-        return torch.stack([kl, F.nll_loss(log_q.flatten(0, 1), labels.flatten())])
+        of_kl, of_ce = (log_q if weight else log_q.detach() for weight in (self.settings.kl_weight, self.settings.ce_weight))
+        kl = F.kl_div(of_kl, log_p, log_target=True, reduction="none").sum(-1).mean()
+        return kl, F.nll_loss(of_ce.flatten(0, 1), labels.flatten())
 
     def step(self, step: int, samples: list[dict[str, torch.Tensor]]) -> list[float]:
         """One optimizer step from microbatches; step: from 0. Means of KL and cross-entropy over the batch."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        weights = torch.tensor([settings.kl_weight, settings.ce_weight], device=self.device)
         total = torch.zeros(2, device=self.device)
         for sample in samples:
-            both = self.losses(sample)
-            (torch.dot(weights, both) / len(samples)).backward()
-            total += both.detach() / len(samples)
+            kl, ce = self.losses(sample)
+            ((settings.kl_weight * kl + settings.ce_weight * ce) / len(samples)).backward()
+            total += torch.stack([kl.detach(), ce.detach()]) / len(samples)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_grad or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -89,7 +89,7 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
     student.eval()
     with torch.no_grad():
         held_out = [loop.losses(batches(valid, i, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]
-    kl, loss = torch.stack(held_out).double().mean(0).tolist()
+    kl, loss = (torch.stack(column).double().mean().item() for column in zip(*held_out))
     return {"loss": loss, "kl": kl, "curve": curve}
 
 

@@ -122,6 +122,12 @@ def aggregation(results: Results) -> Verdict:
     return "held-out loss, best first, " + "; ".join(parts), place
 
 
+def against_chance(results: Results) -> Verdict:
+    text = "; ".join(f"{when}: {listed(results, when, 'loss')}" for when in ("pruned", "distilled"))
+    better = [least(results, "pruned", when, "loss") for when in ("pruned", "distilled")]
+    return f"held-out loss, {text}", True if all(better) else None if None in better else False
+
+
 def contiguous(results: Results) -> Verdict:
     def accuracy(name: str, when: str) -> str:
         return f"{means(results, name, 'tasks', 'last words', when, 'accuracy'):.1%}"
@@ -189,6 +195,12 @@ CLAIMS: dict[str, Claim] = {
         "LM loss after pruning: (l2, mean) 7.18, (mean, mean) 7.21, others 7.94 to 10.55 (2407.14679, table 11)",
         (*(scored(b, s) for b, s in AGGREGATIONS), "random scores"),
         aggregation,
+    ),
+    "chance": Claim(
+        "Importance chooses better than chance",
+        "random pruning with distillation far behind pruning by importance with it (2408.11796, figure 6)",
+        ("pruned", "random scores"),
+        against_chance,
     ),
     "layers": Claim(
         "Contiguous layers are better cut than scattered ones",

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import statistics
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,15 @@ SHOWN = {True: "shown", False: "not shown", None: "undecided"}
 COLUMNS = ("variant", "parameters", "pruned: loss", "distilled: loss", "KL", "last words", "tokens", "tokens/s", "plain loop: loss - ours", "our speed / its")
 
 
-@dataclass
-class Found:
-    """What a folder of results holds: variant -> results by seed; measured inference; variant -> speed beside the plain loop."""
-
-    results: Results = field(default_factory=dict)
-    speed: dict[str, Any] | None = None
-    pace: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def read(folder: Path) -> Found:
-    found = Found()
+def read(folder: Path) -> tuple[Results, dict[str, Any] | None]:
+    """(variant -> results by seed, the measured inference speed)."""
+    results: Results = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if path.stem in ("speed", "pace"):
-            setattr(found, path.stem, content)
-        else:
-            found.results.setdefault(content["variant"], []).append(content)
-    return found
+        if path.name != "speed.json":
+            found = json.loads(path.read_text())
+            results.setdefault(found["variant"], []).append(found)
+    speed = folder / "speed.json"
+    return results, json.loads(speed.read_text()) if speed.exists() else None
 
 
 def of_claim(name: str, results: Results) -> Results | None:
@@ -75,10 +65,10 @@ def judged(name: str, results: Results, speed: dict[str, Any] | None) -> tuple[s
     effort = f"{' or '.join(f'{count:,}' for count in tokens)} tokens a variant, {seeds} seed{'s' * (seeds > 1)}"
     options = f"`--size {runs[0]['size']}" + f" --set {' '.join(runs[0]['overrides'])}" * bool(runs[0]["overrides"]) + "`"
     place = "; ".join([options, *(", ".join(sorted({run[key] for run in runs})) for key in ("text", "hardware", "date"))])
-    return f"**{SHOWN[shown]}**: {said}", effort, place
+    return f"**{SHOWN[shown]}{' (one seed)' * (seeds == 1)}**: {said}", effort, place
 
 
-def rows(results: Results, pace: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows(results: Results) -> list[tuple[str, ...]]:
     """One a variant; where there are several seeds, mean and spread (largest less smallest)."""
     found = []
     for variant, own in results.items():
@@ -90,7 +80,7 @@ def rows(results: Results, pace: dict[str, dict[str, Any]]) -> list[tuple[str, .
 
         plain = [run for run in own if run["plain"]]
         worse = ", ".join(f"{run['plain']['loss'] - run['distilled']['loss']:+.4f}" for run in plain)
-        faster = told(pace[variant]["ratios"]) if variant in pace else ""
+        faster = ", ".join(told(run["plain"]["ratios"]) for run in plain if "ratios" in run["plain"])
         words = cell("tasks", "last words", "distilled", "accuracy", digits=3) if own[0].get("tasks") else ""
         cells = [f"{own[0]['parameters']['student']:,}", cell("pruned", "loss"), cell("distilled", "loss"), cell("distilled", "kl"), words]
         found.append((variant, *cells, f"{own[0]['tokens']:,}", f"{statistics.mean(values(results, variant, 'tokens_per_s')):,.0f}", worse, faster))
@@ -103,38 +93,37 @@ def summary(by_size: dict[str, Path]) -> str:
     table = []
     for name, claim in CLAIMS.items():
         cells = []
-        for found in read_all.values():
-            said, effort, _ = judged(name, found.results, found.speed)
+        for results, speed in read_all.values():
+            said, effort, _ = judged(name, results, speed)
             cells.append(f"{said} ({effort})" if effort else said)
         table.append((f"`{name}`: {claim.title}", claim.paper, *cells))
     parts = [markdown_table(Table(("claim", "paper says", *by_size), table, "left"))]
-    return "\n\n".join(parts + [beside(heading, found) for heading, found in read_all.items() if found.results])
+    return "\n\n".join(parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results])
 
 
-def beside(heading: str, found: Found) -> str:
+def beside(heading: str, results: Results) -> str:
     """A sentence on all plain loops."""
-    runs = [run for own in found.results.values() for run in own if run["plain"]]
+    runs = [run for own in results.values() for run in own if run["plain"]]
     if not runs:
         return f"{heading}: no plain loop has run yet."
     worse = sorted(run["plain"]["loss"] - run["distilled"]["loss"] for run in runs)
     text = f"{heading}: {len(runs)} plain transformers loops beside; their held-out loss less ours: {worse[0]:+.4f} to {worse[-1]:+.4f}, "
     text += f"median {statistics.median(worse):+.4f}; our speed over theirs, "
-    if not found.pace:
+    timed = [run["plain"]["ratios"] for run in runs if "ratios" in run["plain"]]
+    if not timed:
         return text + "in turn: not measured yet."
-    middles = [statistics.median(own["ratios"]) for own in found.pace.values()]
-    pairs = [ratio for own in found.pace.values() for ratio in own["ratios"]]
-    text += f"steps in turn: medians of {len(middles)} variants {min(middles):.2f} to {max(middles):.2f}; "
+    middles, pairs = sorted(map(statistics.median, timed)), [ratio for ratios in timed for ratio in ratios]
+    text += f"steps in turn: medians of {len(timed)} runs {middles[0]:.2f} to {middles[-1]:.2f}; "
     return text + f"ours was the slower one in {sum(ratio < 1 for ratio in pairs)} of {len(pairs)} pairs."
 
 
 def details(folder: Path, plots: str) -> str:
     """A section for each claim that was run. plots: what comes before the name of a plot, where it is shown."""
-    found, parts = read(folder), []
-    speed = found.speed
+    (results, speed), parts = read(folder), []
     for name, claim in CLAIMS.items():
-        if mine := comparable(name, found.results)[0]:
-            said, effort, place = judged(name, found.results, speed)
-            table = markdown_table(Table(COLUMNS, rows(mine, found.pace)))
+        if mine := comparable(name, results)[0]:
+            said, effort, place = judged(name, results, speed)
+            table = markdown_table(Table(COLUMNS, rows(mine)))
             parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", table]
             if name == "width" and speed:
                 models = [(model, *(f"{own[kind]:,.1f}" for kind in speed["kinds"])) for model, own in speed["tokens_per_s"].items()]
@@ -155,7 +144,7 @@ def write(folder: Path, output: Path) -> None:
 
 
 def plots(folder: Path, output: Path) -> None:
-    results = read(folder).results
+    results, _ = read(folder)
     for name, claim in CLAIMS.items():
         if mine := comparable(name, results)[0]:
             plot(mine, claim.title, output / f"{name}.png")

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # when imported, not run
 import report
 from baseline import train_plain
 from claims import CLAIMS
-from pace import in_turn
+from pace import WARM_UP, in_turn
 from speed import measure
 from texts import HELD_OUT, last_words, stdlib_by_package
 from variants import BY_HAND, VARIANTS, Variant, searching
@@ -102,8 +102,6 @@ def act(args: argparse.Namespace) -> int:
                 failed += 1
     if "width" in chosen and not failed:
         inference(args, output)
-    if not args.no_plain and not failed:
-        paces(args, output, [name for name in variants if VARIANTS[name].plain])
     report.write(output / "results", output)
     return 2 if failed else 0
 
@@ -187,11 +185,18 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
         rewrite = variant.after.get(stage)
         if rewrite and artifact.require(project.paths[stage], stage).made_by != BY_HAND:
             rewrite(project)
-    plain = train_plain(project, recipe.root / "plain") if variant.plain and not args.no_plain else None
+    result, plain = outcome(project), None
+    if variant.plain and not args.no_plain:
+        plain = train_plain(project, recipe.root / "plain") | in_turn(recipe, result["config"], project.paths["import"], pairs=pairs_of(args))
     facts = {"variant": name, "seed": seed, "fingerprint": mark, "base": base_mark(args), "wall_s": time.monotonic() - start}
-    artifact.write_text(path, json.dumps({**facts, **environment(args, variant), **outcome(project), "plain": rounded(plain)}, indent=1) + "\n")
+    artifact.write_text(path, json.dumps({**facts, **environment(args, variant), **result, "plain": rounded(plain)}, indent=1) + "\n")
     if not args.keep:
         shutil.rmtree(recipe.root)
+
+
+def pairs_of(args: argparse.Namespace) -> int:
+    """Of steps, ours and the plain loop's, to compare their speed by."""
+    return 3 if args.size == "toy" else 8
 
 
 def result_of(output: Path, name: str, seed: int) -> Path:
@@ -259,25 +264,6 @@ def inference(args: argparse.Namespace, output: Path) -> None:
     artifact.write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
-def paces(args: argparse.Namespace, output: Path, variants: list[str]) -> None:
-    """results/pace.json: for each variant with a plain loop how fast both are, step by step in turn."""
-    path, seed = output / "results" / "pace.json", args.seeds[0]
-    done = json.loads(path.read_text()) if path.exists() else {}
-    for name in variants:
-        recipe, config = recipe_of(args, output, name, seed), json.loads(result_of(output, name, seed).read_text())["config"]
-        mark = hashlib.sha256(json.dumps([config, base_mark(args), VARIANTS[name].changes], sort_keys=True).encode()).hexdigest()[:16]
-        if done.get(name, {}).get("fingerprint") == mark:
-            continue
-        print(f"{name}: speed beside the plain loop, in turn", flush=True)
-        recipe.root.mkdir(parents=True, exist_ok=True)
-        project = Project(recipe)
-        run_shared(project, "import", output / "shared")
-        found = in_turn(recipe, config, project.paths["import"], pairs=3 if args.size == "toy" else 8)
-        done[name] = {"fingerprint": mark, **rounded(found), **environment(args, VARIANTS[name])}
-        artifact.write_text(path, json.dumps(done, indent=1) + "\n")
-        shutil.rmtree(recipe.root)
-
-
 def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
     """Print what there is to do and for how long, counting tokens forward and backward only."""
     total = 0.0
@@ -289,8 +275,9 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
             # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
             plain = VARIANTS[name].plain and not args.no_plain
             done = path.exists() if VARIANTS[name].search else made_by(path, project.manifest("evaluate").fingerprint, plain=plain)
-            trainings = [recipe.distill] * (1 + plain) + [recipe.correct] * (recipe.correct is not None)
-            tokens = sum(t.steps * t.global_batch_size * recipe.data.sequence_length for t in trainings if t)
+            steps = [(recipe.distill, recipe.distill.steps * (1 + plain) + 2 * plain * (pairs_of(args) + WARM_UP))]
+            steps += [(recipe.correct, recipe.correct.steps)] if recipe.correct else []
+            tokens = sum(count * training.global_batch_size * recipe.data.sequence_length for training, count in steps)
             seconds = 0.0 if done else tokens / args.tokens_per_s
             total += seconds
             print(f"{name:40s} seed {seed}  {'done' if done else f'{tokens:12,} tokens {seconds / 60:7.1f} min'}")
@@ -317,8 +304,11 @@ def _processor() -> str:
 
 
 def base_mark(args: argparse.Namespace) -> str:
-    """Of the settings that all variants start from; results of different ones are not compared."""
-    values = load_recipe(HERE / f"{args.size}.yaml", args.set).model_dump(mode="json", exclude={"model", "output", "seed"})
+    """Of the settings that all variants start from; results of different ones are not compared.
+
+    Without defaults: a setting that a later version adds makes no other experiment of this one.
+    """
+    values = load_recipe(HERE / f"{args.size}.yaml", args.set).model_dump(mode="json", exclude={"model", "output", "seed"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
