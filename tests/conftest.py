@@ -25,7 +25,9 @@ TOGETHER = {
     "test_depth": "judged",
     "test_tasks": "judged",
 }
-"""Files that share what fixtures of the session compute; any other file is a group of its own. Groups that take long come first."""
+"""Files that share what fixtures of the session compute; any other file is a group of its own."""
+FIRST = (*dict.fromkeys(TOGETHER.values()), "test_reproduce", "test_stream", "test_search")
+"""Groups that take long: one of them at the end would keep one process waiting."""
 
 
 def group_of(file: str) -> str:
@@ -33,8 +35,7 @@ def group_of(file: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = list(dict.fromkeys(TOGETHER.values()))
-    items.sort(key=lambda item: order.index(group) if (group := group_of(item.path.name)) in order else len(order))
+    items.sort(key=lambda item: FIRST.index(group) if (group := group_of(item.path.name)) in FIRST else len(FIRST))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -231,9 +231,18 @@ def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
     assert said.endswith(f"difference of the last words {0.5 - scattered:+.1%} +- 7.1%")
 
 
-@pytest.mark.parametrize(("losses", "shown"), [((9.5, 9.5), True), ((9.5, 8.0), None), ((8.0, 8.0), False)])
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        (((9.5, 2.5), (9.5, 2.5)), True),
+        (((9.5, 2.5), (8.0, 2.5)), None),
+        (((9.5, 2.5), (9.5, 1.5)), None),
+        (((8.0, 2.5), (9.5, 1.5)), False),
+    ],
+)
 def test_chance_is_held_against_both_losses_and_every_seed(losses, shown):
-    chance = [{**made_up(2.5), "pruned": {"loss": loss}} for loss in losses]
+    """As cut (ours 9.0) and distilled (2.0), by seed."""
+    chance = [{**made_up(distilled), "pruned": {"loss": pruned}} for pruned, distilled in losses]
     assert CLAIMS["chance"].judge({"pruned": [made_up(2.0)] * 2, "random scores": chance})[1] is shown
 
 
@@ -274,12 +283,13 @@ def test_width_is_held_against_the_better_depth_cut():
 
 def test_a_result_without_the_plain_loop_is_not_done_where_it_is_wanted(tmp_path):
     path = tmp_path / "pruned-7.json"
-    for plain in (None, {"loss": 2.0}):
-        path.write_text(json.dumps({"fingerprint": "a", "plain": plain}))
-        assert made_by(path, "a", plain=False)
-        assert made_by(path, "a", plain=True) is (plain is not None)
-        assert not made_by(path, "b", plain=False)
-    assert not made_by(tmp_path / "another.json", "a", plain=False)
+    for plain in (None, {"loss": 2.0}, {"loss": 2.0, "ratios": [1.0]}):
+        path.write_text(json.dumps({"fingerprint": "a", "base": "c", "plain": plain}))
+        assert made_by(path, "a", "c", plain=False)
+        assert made_by(path, "a", "c", plain=True) is ("ratios" in (plain or {}))
+        assert not made_by(path, "b", "c", plain=False)
+        assert not made_by(path, "a", "d", plain=False)
+    assert not made_by(tmp_path / "another.json", "a", "c", plain=False)
 
 
 def curve(*kl: float) -> list[list[float]]:

@@ -124,8 +124,8 @@ def aggregation(results: Results) -> Verdict:
 
 def against_chance(results: Results) -> Verdict:
     text = "; ".join(f"{when}: {listed(results, when, 'loss')}" for when in ("pruned", "distilled"))
-    better = [least(results, "pruned", when, "loss") for when in ("pruned", "distilled")]
-    return f"held-out loss, {text}", True if all(better) else None if None in better else False
+    pairs = [zip(*(values(results, name, when, "loss") for name in ("pruned", "random scores"))) for when in ("pruned", "distilled")]
+    return f"held-out loss, {text}", agree([all(ours < chance for ours, chance in seed) for seed in zip(*pairs)])
 
 
 def contiguous(results: Results) -> Verdict:

@@ -174,7 +174,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
     project = Project(recipe)
     project.check()
     path, mark = result_of(output, name, seed), project.manifest("evaluate").fingerprint
-    if made_by(path, mark, plain=variant.plain and not args.no_plain):
+    if made_by(path, mark, base_mark(args), plain=variant.plain and not args.no_plain):
         print(f"{name}, seed {seed}: done, {path}", flush=True)
         return
     print(f"{name}, seed {seed}: {recipe.root}", flush=True)
@@ -203,10 +203,10 @@ def result_of(output: Path, name: str, seed: int) -> Path:
     return output / "results" / f"{slug(name, seed)}.json"
 
 
-def made_by(path: Path, mark: str, *, plain: bool) -> bool:
-    """Whether the result is there, and of these settings and this text; plain: with the plain loop's."""
+def made_by(path: Path, mark: str, base: str, *, plain: bool) -> bool:
+    """Whether the result is there, and of these settings and this text; plain: with the plain loop's, and their speed."""
     found = json.loads(path.read_text()) if path.exists() else {"fingerprint": None}
-    return found["fingerprint"] == mark and not (plain and found["plain"] is None)
+    return found["fingerprint"] == mark and found["base"] == base and not (plain and "ratios" not in (found["plain"] or {}))
 
 
 def run_shared(project: Project, stage: str, shared: Path) -> None:
@@ -274,7 +274,7 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
             project.check()
             # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
             plain = VARIANTS[name].plain and not args.no_plain
-            done = path.exists() if VARIANTS[name].search else made_by(path, project.manifest("evaluate").fingerprint, plain=plain)
+            done = path.exists() if VARIANTS[name].search else made_by(path, project.manifest("evaluate").fingerprint, base_mark(args), plain=plain)
             steps = [(recipe.distill, recipe.distill.steps * (1 + plain) + 2 * plain * (pairs_of(args) + WARM_UP))]
             steps += [(recipe.correct, recipe.correct.steps)] if recipe.correct else []
             tokens = sum(count * training.global_batch_size * recipe.data.sequence_length for training, count in steps)
@@ -306,7 +306,8 @@ def _processor() -> str:
 def base_mark(args: argparse.Namespace) -> str:
     """Of the settings that all variants start from; results of different ones are not compared.
 
-    Without defaults: a setting that a later version adds makes no other experiment of this one.
+    Without defaults: a setting that a later version adds makes no other experiment of this one. Whoever changes a default that cpu.yaml does
+    not name makes one, and has to say it there.
     """
     values = load_recipe(HERE / f"{args.size}.yaml", args.set).model_dump(mode="json", exclude={"model", "output", "seed"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
