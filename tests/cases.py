@@ -213,8 +213,7 @@ CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"st
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
 """Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
 MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "cp2")
-CORRECT_LAYOUTS = tuple(dict.fromkeys((*SPLIT_LAYOUTS, *OVERLAP_LAYOUTS, *RECOMPUTE_LAYOUTS)))
-"""Where variants() has runs anyway; at the other layouts with --all."""
+"""At the other layouts with --all."""
 
 
 def variants(layout: Layout) -> dict[str, Distill | Correct]:

@@ -16,6 +16,7 @@ from workers_reproduce import FEW
 
 from minitron_mp import InputError, Recipe, load_recipe
 from minitron_mp.candidates import Candidate
+from minitron_mp.training_config import Distill
 
 FOLDER = ROOT / "examples" / "reproduce"
 sys.path.insert(0, str(FOLDER))
@@ -253,12 +254,19 @@ def test_a_setting_that_comes_with_a_later_version_makes_no_other_experiment(mon
     args = argparse.Namespace(size="cpu", set=["distill.steps=48"])
     mark, defaults = base_mark(args), run.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
     assert base_mark(argparse.Namespace(size="cpu", set=[])) != mark
-    monkeypatch.setattr(run, "load_recipe", lambda *_: Later(**{**defaults, "later": 1}))
-    assert base_mark(args) == mark
+    for later, same in ((1, True), (2, False)):
+        for values in ({**defaults, "later": later}, {**defaults, "distill": {**defaults["distill"], "later": later}}):
+            monkeypatch.setattr(run, "load_recipe", lambda *_, values=values: Later(**values))
+            assert (base_mark(args) == mark) is same
+
+
+class LaterDistill(Distill):
+    later: int = 1
 
 
 class Later(Recipe):
     later: int = 1
+    distill: LaterDistill
 
 
 def test_a_search_that_chose_the_largest_decides_nothing():

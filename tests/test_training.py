@@ -13,7 +13,6 @@ from cases import (
     ARCHS,
     BY_NAME,
     CORRECT,
-    CORRECT_LAYOUTS,
     DISTILL,
     MEANWHILE_LAYOUTS,
     OVERLAP_LAYOUTS,
@@ -33,12 +32,8 @@ ROUNDING = 1e-5
 AXES = ("loss", "kl", "ce", "grad_norm")
 
 
-def also_at_the_rest(layouts):
-    """These, and with --all the other ones."""
-    return [*layouts, *(pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME if name not in layouts)]
-
-
 trained = pytest.mark.parametrize(("arch", "layout"), TRAINED, ids=TRAINED_IDS)
+meanwhile = pytest.mark.parametrize("layout", [name if name in MEANWHILE_LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME])
 
 
 def one_rank(results, arch="qwen3"):
@@ -160,7 +155,7 @@ def test_recomputation_changes_nothing(results, layout):
     assert_close(variant(results, layout, "recompute"), one_rank(results))
 
 
-@pytest.mark.parametrize("layout", also_at_the_rest(CORRECT_LAYOUTS))
+@pytest.mark.parametrize("layout", BY_NAME)
 def test_teacher_correction_equals_plain_autograd(results, layout):
     """Cross-entropy alone, no teacher: the same numbers at every layout."""
     metrics, plan = variant(results, layout, "correct"), results.plan("qwen3", "all")
@@ -192,7 +187,7 @@ def test_bf16_trains(results, ranks):
     assert math.isclose(losses[0], one_rank(results)[0].loss, rel_tol=0.02)
 
 
-@pytest.mark.parametrize("layout", also_at_the_rest(MEANWHILE_LAYOUTS))
+@meanwhile
 def test_a_stopped_correction_goes_on_bitwise(results, layout):
     """A teacher alone; the loss curve from its last checkpoint on, and the final weights."""
     by_rank = results.corrected_meanwhile(BY_NAME[layout])
@@ -202,7 +197,7 @@ def test_a_stopped_correction_goes_on_bitwise(results, layout):
     assert all(rank["alone bitwise"] for rank in by_rank), "the final weights"
 
 
-@pytest.mark.parametrize("layout", also_at_the_rest(MEANWHILE_LAYOUTS))
+@meanwhile
 def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout):
     """Bitwise, and over a resume as well; what it teaches in a step is what it has learned before it."""
     first = results.corrected_meanwhile(BY_NAME[layout])[0]
