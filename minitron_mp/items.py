@@ -1,6 +1,6 @@
 """Items of choice tasks and of last words in files of the user. Imports no torch: a recipe is checked in a second.
 
-A file is JSON lines of one of three kinds, as many public sets are, converted:
+A file is JSON lines, all of one of three kinds, as many public sets are, converted:
 
     {"query": "...", "choices": ["...", "..."], "gold": 0}                PIQA, ARC, COPA, OpenBookQA: one context, several endings
     {"context_options": ["...", "..."], "continuation": "...", "gold": 0}  Winogrande: several contexts, one ending (arXiv 1806.02847)
@@ -33,6 +33,8 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
         for number, line in enumerate(file, 1):
             if line.strip() and (limit is None or len(items) < limit):
                 items.append(_item(line, f"{path} line {number}"))
+                if (items[-1].gold is None) != (items[0].gold is None):
+                    raise InputError(f"{path} line {number}: last words and choices in one file, whose shares mean different things; give them as two tasks")
     if not items:
         raise InputError(f"{path} holds no item")
     return items
@@ -49,8 +51,9 @@ def _item(line: str, where: str) -> Item:
         else:
             options = [(context, given["continuation"]) for context in given["context_options"]]
         gold = given["gold"]
-        if isinstance(gold, int) and 0 <= gold < len(options) and all(isinstance(part, str) and part.strip() for option in options for part in option):
+        if isinstance(gold, int) and 0 <= gold < len(options) > 1 and all(isinstance(part, str) and part.strip() for option in options for part in option):
             return Item(options, gold)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"{where} is no item: needs text, or query, choices and gold, or context_options, continuation and gold; given {line[:80].strip()!r}")
+    kinds = "text, or query, choices (two or more) and gold, or context_options (two or more), continuation and gold"
+    raise InputError(f"{where} is no item: needs {kinds}; given {line[:80].strip()!r}")

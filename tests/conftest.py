@@ -54,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def ranks() -> Iterator[Callable[..., list[Any]]]:
     """ranks(size, "module.function", **kwargs) -> the return value of every rank."""
     pools: dict[int, Pool] = {}
-    yield lambda size, function, **kwargs: pools.setdefault(size, Pool(size, lazy=True)).run(function, **kwargs)
+    yield lambda size, function, **kwargs: pools.setdefault(size, Pool(size)).run(function, **kwargs)
     for pool in pools.values():
         pool.close()
 

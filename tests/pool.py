@@ -9,6 +9,7 @@ a new one. Every rank leads a process group of its own: Megatron-Core's checkpoi
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import multiprocessing
@@ -46,12 +47,10 @@ class Pool:
     """`size` ranks with one default process group, started at the first run().
 
     environment: for what reads it at its import; such ranks are not forked, they import everything themselves.
-    lazy: gloo connects two ranks when they first send, which halves the time that a world of 25 groups takes. Not where ranks die:
-    one that dies before is waited for without end (pytorch/gloo, issue 520), so users have it off.
     """
 
-    def __init__(self, size: int, environment: Mapping[str, str] | None = None, *, lazy: bool = False):
-        self.size, self.environment, self.lazy, self.ranks = size, environment, lazy, []
+    def __init__(self, size: int, environment: Mapping[str, str] | None = None):
+        self.size, self.environment, self.ranks = size, environment, []
 
     def run(self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, grace_s: float = GRACE_S, **kwargs: Any) -> list[Any]:
         """function(**kwargs) on every rank -> return values by rank."""
@@ -73,6 +72,8 @@ class Pool:
                     deadline = min(deadline, time.monotonic() + grace_s)
         silent = [rank for rank in self.ranks if rank.number not in values and rank.number not in errors]
         if errors or silent:
+            for rank in silent:
+                rank.tell_where()
             text = [f"rank {number} of {self.size}: {error}" for number, error in sorted(errors.items())]
             text += [f"rank {rank.number} of {self.size} has not answered" + ("" if errors else f" in {timeout_s:.0f} s") for rank in silent]
             text += [f"last output of rank {rank.number}:\n{rank.output()}" for rank in self.ranks if rank.output()]
@@ -96,7 +97,7 @@ class Pool:
     def _start(self) -> None:
         """Start the ranks, and again when they do not find each other: on a loaded machine gloo's first connections break now and then."""
         for _ in range(STARTS):
-            self.ranks = [_Rank(number, self.size, self.environment, self.lazy) for number in range(self.size)]
+            self.ranks = [_Rank(number, self.size, self.environment) for number in range(self.size)]
             ok, told = self.ranks[0].receive()
             if ok:
                 for rank in self.ranks:
@@ -116,14 +117,14 @@ class Pool:
 class _Rank:
     """One worker process as the test session sees it."""
 
-    def __init__(self, number: int, size: int, environment: Mapping[str, str] | None, lazy: bool):
+    def __init__(self, number: int, size: int, environment: Mapping[str, str] | None):
         self.number = number
         self.pipe, theirs = Pipe()
         self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (closed in kill)
         with patch.dict(os.environ, {**ENVIRONMENT, **(environment or {})}):
             context = multiprocessing.get_context("forkserver" if environment is None else "spawn")
             forkserver.set_forkserver_preload(["minitron_mp.pipeline", "minitron_mp.stages"])
-            self.process = context.Process(target=live, args=(theirs, number, size, self.log.name, lazy))
+            self.process = context.Process(target=live, args=(theirs, number, size, self.log.name))
             self.process.start()
         theirs.close()
 
@@ -139,6 +140,12 @@ class _Rank:
         self.log.seek(0)
         return self.log.read()[-characters:]
 
+    def tell_where(self) -> None:
+        """Have the stacks of its threads written to its output."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.1)
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # the group is gone already
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -148,14 +155,14 @@ class _Rank:
         self.log.close()
 
 
-def live(pipe: Connection, rank: int, size: int, log: str, lazy: bool) -> None:
+def live(pipe: Connection, rank: int, size: int, log: str) -> None:
     """A rank from its start to its end."""
     os.setsid()
-    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(lazy))  # read whenever a group is made
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    gc.freeze()  # what the server has imported, 440,000 objects: to look through them takes 0.2 s each time, and copies their pages
+    faulthandler.register(signal.SIGUSR1)
+    gc.freeze()  # what is imported, of a forked rank 440,000 objects: to look through them takes 0.2 s each time, and copies their pages
     serve(pipe, rank, size)
     for child in multiprocessing.active_children():
         child.terminate()

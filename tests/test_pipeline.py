@@ -558,7 +558,8 @@ def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, me
 def test_layers_go_by_the_accuracy_without_them(whole, inputs, tmp_path, on_rank):
     """Greedily by a task's items; other items are another artefact."""
     shutil.copytree(whole.output, tmp_path / "out")
-    items = [{"query": "the teacher and the", "choices": ["student", "loss"], "gold": gold} for gold in (0, 1, 1)] + [{"text": "prune the head"}]
+    items = [{"query": "the teacher and the", "choices": ["student", "loss"], "gold": gold} for gold in (0, 1, 1)]
+    items.append({"query": "prune the", "choices": ["head", "layer"], "gold": 0})
     lines, task = [json.dumps(item) + "\n" for item in items], tmp_path / "task.jsonl"
     task.write_text("".join(lines))
     sizes = {"target": {"num_layers": 2}, "depth": {"method": "greedy", "metric": "task", "task": str(task), "micro_batch_size": 4}}

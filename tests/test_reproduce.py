@@ -29,8 +29,9 @@ from variants import LONGER, VARIANTS, searched  # noqa: E402
 
 SEED = 7
 QUALITY = {"loss", "perplexity", "kl", "num_tokens"}
-FIELDS = {"variant", "seed", "size", "overrides", "date", "hardware", "software", "text", "fingerprint", "base", "wall_s", "teacher", "pruned", "distilled"}
-FIELDS |= {"tasks", "parameters", "layers", "tokens", "sequence_length", "seconds", "tokens_per_s", "curve", "config", "plain"}
+FIELDS = {"variant", "seed", "size", "overrides", "date", "hardware", "software", "text", "fingerprint", "base", "inputs", "wall_s"}
+FIELDS |= {"teacher", "pruned", "distilled", "tasks", "parameters", "layers", "tokens", "sequence_length", "seconds", "tokens_per_s"}
+FIELDS |= {"curve", "config", "plain"}
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,11 @@ def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
 def test_results_of_other_settings_are_not_compared(toy, tmp_path):
     results, _ = report.read(toy.folder / "out" / "results")
     assert report.of_claim("objective", results) is not None
-    results["CE"] = [{**results["CE"][0], "base": "another"}]
-    with pytest.raises(InputError, match="the results of objective come from different settings"):
-        report.of_claim("objective", results)
+    ce = results["CE"][0]
+    for other in ({"base": "another"}, {"inputs": {**ce["inputs"], "model": "another"}}, {"inputs": {**ce["inputs"], "text": "another"}}):
+        results["CE"] = [{**ce, **other}]
+        with pytest.raises(InputError, match="the results of objective come from different settings, models or text"):
+            report.of_claim("objective", results)
     assert report.judged("objective", results, None)[0].startswith("the results of objective come from different settings")
     assert "different settings" not in report.judged("layers", results, None)[0]
     results["CE"] = [{**results["CE"][0], "seed": 8}]
@@ -181,13 +184,28 @@ def test_results_of_other_settings_are_not_compared(toy, tmp_path):
         ([], "claims to run: none"),
         (["objective", "--text", "train", "train"], "train is given for training and as held-out text"),
         (["objective", "--text", "train", "nowhere"], "there is no nowhere"),
+        (["layers", "--text", "train", "broken"], "broken line 2 is no JSON with a string `text`: '[1]'"),
+        (["all", "--tokens-per-s", "0"], "--tokens-per-s 0: give more than 0"),
+        (["--report"], "wrong/results holds no results; give the --output of a run"),
     ],
 )
 def test_wrong_commands(toy, ranks, monkeypatch, words, said):
-    words = [str(toy.folder / word) if word in ("train", "nowhere") else word for word in words]
+    (toy.folder / "broken").mkdir(exist_ok=True)
+    (toy.folder / "broken" / "text.jsonl").write_text('{"text": "a"}\n[1]\n')
+    words = [str(toy.folder / word) if word in ("train", "nowhere", "broken") else word for word in words]
     code, _, err = ranks(1, "workers_reproduce.reproduce", words=[*words, "--size", "toy", "--output", str(toy.folder / "wrong")])[0]
     assert code == 2
-    assert said in err.replace(f"{toy.folder}/", "")
+    assert said in err.replace(f"{toy.folder}/", "").replace("broken/text.jsonl", "broken")
+
+
+def test_results_are_not_overwritten_by_others(toy, ranks):
+    before = toy.results()
+    code, _, err = ranks(1, "workers_reproduce.reproduce", words=["objective", *toy.words, "--set", "distill.steps=5"])[0]
+    assert code == 2
+    assert f"pruned-{SEED}.json and 2 more come from other settings" in err
+    code, _, err = ranks(1, "workers_reproduce.reproduce", words=["--publish", *toy.words])[0]
+    assert (code, "the README has results of cpu and h100" in err) == (2, True)
+    assert toy.results() == before
 
 
 def test_claims_that_need_more_are_left_out(toy, ranks):
@@ -207,6 +225,10 @@ def test_candidates_of_a_search(tmp_path):
     rows = [Candidate(name=str(n), arch=arch.model_copy(update={"hidden_size": n}), parameters=n, chosen=n == 32, **common).model_dump() for n in (16, 32, 48)]
     path.write_text(json.dumps({"candidates": rows}))
     assert [searched(which)(recipe, path)["target"]["hidden_size"] for which in ("best", "largest", "random")] == [32, 48, 16]
+    for wrong in ([], {"candidates": [{"name": "a"}]}, {"candidates": [{**row, "chosen": False} for row in rows]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=r"is no search\.json of a search that has finished"):
+            searched("best")(recipe, path)
     path.write_text(json.dumps({"candidates": rows[:2]}))
     with pytest.raises(InputError, match="has 2 candidates; a comparison of best, largest and random needs 3"):
         searched("best")(recipe, path)

@@ -22,8 +22,10 @@ ARCH = ARCHS["qwen3"]
 # Under pp 2 the student's states 0 and 2 are made on the first stage, 3 and 5 on the last; the teacher's 0 and 2, 3 and 6: so both ways.
 LAYERS = {0: 0, 2: 3, 3: 2, 5: 6}
 COSINE, MSE = States(layers=LAYERS), States(layers=LAYERS, kind="mse", weight=0.25)
-SEVERAL = ("one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp", "pp2-cp2")
-"""Layouts with more than one run."""
+BESIDE_DP = ("tp2-dp2-sp", "pp2-vpp2-dp2")
+LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp", "pp2-cp2", *BESIDE_DP)
+MORE = tuple(name for name in BY_NAME if name not in LAYOUTS)
+"""With --all only: one run each."""
 RESUMED = {"one": "one", "pp2-vpp2": "pp2-vpp2", "tp2-pp2-sp": "tp2-pp2-sp", "tp2-sp": "pp2-vpp2"}
 """Layout -> the one that wrote the checkpoint."""
 STEPS, FEW = 3, 2
@@ -37,7 +39,7 @@ def with_states(layout: str, states: States, **other) -> Distill:
 
 def cases(layout: str) -> dict[str, tuple[str, Distill]]:
     """Run -> (student, settings): narrower than the teacher, with a projection; as wide as it; the teacher again."""
-    if layout not in SEVERAL:
+    if layout in BESIDE_DP or layout in MORE:
         return {"narrow": ("all", with_states(layout, COSINE, steps=FEW))}
     found = {"narrow": ("all", with_states(layout, COSINE, steps=STEPS)), "as wide": ("layer", with_states(layout, MSE, steps=FEW))}
     if layout in ("one", "tp2-sp"):
@@ -125,7 +127,11 @@ def assert_close(metrics, history):
         assert mine == pytest.approx(want, rel=ROUNDING), f"step {step}"
 
 
-@pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout in BY_NAME for name in cases(layout) if name != "same"])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [(layout, name) for layout in LAYOUTS for name in cases(layout) if name != "same"]
+    + [pytest.param(layout, "narrow", marks=pytest.mark.slow) for layout in MORE],
+)
 def test_steps_equal_plain_autograd(results, ranks, layout, name):
     """Loss, its parts, alpha and gradient norm of every step, and the projection the same on all ranks."""
     axis, chosen = cases(layout)[name]

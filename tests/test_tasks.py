@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import ARCHS, CHOICES, LAYOUTS, SEQUENCE_LENGTH
+from cases import ARCHS, CHOICES, LAYOUTS, SEQUENCE_LENGTH, WORDS
 
 from minitron_mp.data import Tokenizer
 from minitron_mp.errors import InputError
@@ -80,13 +80,23 @@ def test_texts_begin_as_the_tokenizer_begins_them(files):
         '{"query": "a", "choices": ["b", "c"], "gold": 2}',
         '{"text": "one"}',
         "[1]",
-        '{"query": "", "choices": ["b"], "gold": 0}',
+        '{"query": "", "choices": ["b", "c"], "gold": 0}',
+        '{"query": "a", "choices": ["b"], "gold": 0}',
     ],
 )
 def test_a_line_that_is_no_item_is_named(tmp_path, line):
     (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
-    with pytest.raises(InputError, match=r"task\.jsonl line 3 is no item: needs text, or query, choices and gold, or"):
+    with pytest.raises(InputError, match=r"task\.jsonl line 3 is no item: needs text, or query, choices \(two or more\) and gold, or"):
         read_items(tmp_path / "task.jsonl")
+
+
+def test_last_words_and_choices_are_not_one_task(tmp_path):
+    """Their shares mean different things: chance is 0 and 1 in so many choices."""
+    for first, second in ((CHOICES[0], WORDS[0]), (WORDS[0], CHOICES[0])):
+        (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, first, second)))
+        assert len(read_items(tmp_path / "task.jsonl", limit=2)) == 2
+        with pytest.raises(InputError, match=r"task\.jsonl line 3: last words and choices in one file"):
+            read_items(tmp_path / "task.jsonl")
 
 
 def test_files_without_items(tmp_path, files):

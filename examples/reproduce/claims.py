@@ -210,7 +210,8 @@ CLAIMS: dict[str, Claim] = {
     ),
     "search": Claim(
         "A searched size beats the largest one that fits",
-        "the order of candidates within 5 % of the parameters changes until some 300 steps of training, then settles (2407.14679, figure 9)",
+        "no numbers against these two; the best of the candidates within 5 % of the parameters is taken after some 300 steps of training, until which "
+        "their order changes (2407.14679, figure 9)",
         tuple(f"search: {which}" for which in SEARCHED),
         search_wins,
     ),

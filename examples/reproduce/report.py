@@ -41,8 +41,8 @@ def of_claim(name: str, results: Results) -> Results | None:
     seeds = sorted(set.intersection(*(set(own) for own in by_seed.values())))
     if not seeds:
         return None
-    if len({(own[seed]["base"], own[seed]["text"]) for own in by_seed.values() for seed in seeds}) > 1:
-        raise InputError(f"the results of {name} come from different settings or text; run them again with the same, or delete those that do not belong")
+    if len({json.dumps([own[seed]["base"], own[seed]["inputs"]]) for own in by_seed.values() for seed in seeds}) > 1:
+        raise InputError(f"the results of {name} come from different settings, models or text; run them again with the same, or delete what does not belong")
     return {variant: [own[seed] for seed in seeds] for variant, own in by_seed.items()}
 
 
@@ -82,7 +82,8 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         worse = ", ".join(f"{run['plain']['loss'] - run['distilled']['loss']:+.4f}" for run in plain)
         faster = ", ".join(told(run["plain"]["ratios"]) for run in plain if "ratios" in run["plain"])
         words = cell("tasks", "last words", "distilled", "accuracy", digits=3) if own[0].get("tasks") else ""
-        cells = [f"{own[0]['parameters']['student']:,}", cell("pruned", "loss"), cell("distilled", "loss"), cell("distilled", "kl"), words]
+        sizes = " or ".join(f"{size:,}" for size in sorted({run["parameters"]["student"] for run in own}))
+        cells = [sizes, cell("pruned", "loss"), cell("distilled", "loss"), cell("distilled", "kl"), words]
         found.append((variant, *cells, f"{own[0]['tokens']:,}", f"{statistics.mean(values(results, variant, 'tokens_per_s')):,.0f}", worse, faster))
     return found
 

@@ -78,10 +78,16 @@ def act(args: argparse.Namespace) -> int:
     base = load_recipe(HERE / f"{args.size}.yaml", args.set)
     output = args.output or base.root
     if args.report or args.publish:
+        if not any((output / "results").glob("*.json")):
+            raise InputError(f"{output / 'results'} holds no results; give the --output of a run")
+        if args.publish and args.size not in report.SIZES:
+            raise InputError(f"--publish --size {args.size}: the README has results of {' and '.join(report.SIZES)}")
         report.write(output / "results", output)
         if args.publish:
             report.publish(output / "results", args.size)
         return 0
+    if args.tokens_per_s <= 0:
+        raise InputError(f"--tokens-per-s {args.tokens_per_s:g}: give more than 0")
     chosen = list(CLAIMS) if args.claims == ["all"] else args.claims
     if not chosen or not CLAIMS.keys() >= set(chosen):
         raise InputError(f"claims to run: {' '.join(chosen) or 'none'}; give all, or some of {', '.join(CLAIMS)}")
@@ -92,6 +98,7 @@ def act(args: argparse.Namespace) -> int:
     variants = list(dict.fromkeys(variant for name in chosen for variant in CLAIMS[name].variants))
     if args.dry_run:
         return plan(args, output, variants)
+    refuse_to_overwrite(args, [result_of(output, name, seed) for name in variants for seed in args.seeds])
     failed = 0
     for seed in args.seeds:  # outermost: half the time gives every claim a seed
         for variant in variants:
@@ -188,7 +195,8 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
     result, plain = outcome(project), None
     if variant.plain and not args.no_plain:
         plain = train_plain(project, recipe.root / "plain") | in_turn(recipe, result["config"], project.paths["import"], pairs=pairs_of(args))
-    facts = {"variant": name, "seed": seed, "fingerprint": mark, "base": base_mark(args), "wall_s": time.monotonic() - start}
+    inputs = {"model": project.manifest("import").inputs["model"], "text": project.manifest("data").inputs["text"]}
+    facts = {"variant": name, "seed": seed, "fingerprint": mark, "base": base_mark(args), "inputs": inputs, "wall_s": time.monotonic() - start}
     artifact.write_text(path, json.dumps({**facts, **environment(args, variant), **result, "plain": rounded(plain)}, indent=1) + "\n")
     if not args.keep:
         shutil.rmtree(recipe.root)
@@ -207,6 +215,14 @@ def made_by(path: Path, mark: str, base: str, *, plain: bool) -> bool:
     """Whether the result is there, and of these settings and this text; plain: with the plain loop's, and their speed."""
     found = json.loads(path.read_text()) if path.exists() else {"fingerprint": None}
     return found["fingerprint"] == mark and found["base"] == base and not (plain and "ratios" not in (found["plain"] or {}))
+
+
+def refuse_to_overwrite(args: argparse.Namespace, paths: list[Path]) -> None:
+    """InputError where one of these results comes from other settings: the claims that share it would lose it."""
+    others = [path for path in paths if path.exists() and json.loads(path.read_text())["base"] != base_mark(args)]
+    if others:
+        more = f" and {len(others) - 1} more" * (len(others) > 1)
+        raise InputError(f"{others[0]}{more} come from other settings (--set, or another {args.size}.yaml); give another --output, or delete them")
 
 
 def run_shared(project: Project, stage: str, shared: Path) -> None:

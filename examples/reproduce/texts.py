@@ -58,9 +58,21 @@ def documents(source: Path) -> Iterator[str]:
     files = sorted(path for path in source.rglob("*") if path.suffix in (".txt", ".jsonl")) if source.is_dir() else [source]
     for path in files:
         if path.suffix == ".jsonl":
-            yield from (json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if line.strip():
+                    yield _text_of(line, f"{path} line {number}")
         else:
             yield path.read_text(encoding="utf-8")
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if isinstance(text, str):
+            return text
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{where} is no JSON with a string `text`: {line[:80]!r}")
 
 
 def _passages(text: str) -> Iterator[str]:

@@ -97,10 +97,14 @@ def searched(which: str) -> Callable[[Recipe, Path], dict[str, Any]]:
     """The target of one candidate of a search.json. best: the chosen one; largest: of the most parameters; random: of the others, by the recipe's seed."""
 
     def change(recipe: Recipe, search: Path) -> dict[str, Any]:
-        found = [Candidate.model_validate(row) for row in json.loads(search.read_text())["candidates"]]
+        try:
+            found = [Candidate.model_validate(row) for row in json.loads(search.read_text())["candidates"]]
+            best = next(c for c in found if c.chosen)
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise InputError(f"{search} is no search.json of a search that has finished; give the one in its output folder") from error
         if len(found) < 3:
             raise InputError(f"{search} has {len(found)} candidates; a comparison of best, largest and random needs 3")
-        best, largest = next(c for c in found if c.chosen), max(found, key=lambda c: c.parameters)
+        largest = max(found, key=lambda c: c.parameters)
         others = [c for c in found if c not in (best, largest)]
         picked = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[which]
         return {"target": target_of(picked.arch, recipe.target.align).model_dump(exclude_defaults=True)}
