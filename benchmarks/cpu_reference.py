@@ -28,7 +28,9 @@ from minitron_mp.project import Project
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("teacher", type=Path, help="Hugging Face folder")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--ffn-hidden-size", type=int, default=1152)
@@ -38,8 +40,16 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     config = json.loads((args.teacher / "config.json").read_text())
-    config |= {"hidden_size": args.hidden_size, "intermediate_size": args.ffn_hidden_size, "head_dim": config["hidden_size"] // config["num_attention_heads"]}
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}  # a Llama's heads must fill its hidden size
+    config |= {
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.ffn_hidden_size,
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+    }
+    config |= {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }  # a Llama's heads must fill its hidden size
     with tempfile.TemporaryDirectory() as scratch:
         recipe = make_recipe(
             {
@@ -57,7 +67,9 @@ def main() -> None:
         run_stage("import", recipe)
         found = in_turn(recipe, config, Project(recipe).paths["import"], pairs=args.pairs)
     tokens = args.micro_batch_size * args.sequence_length
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {tokens} tokens a step, {args.pairs} pairs of steps")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {tokens} tokens a step, {args.pairs} pairs of steps"
+    )
     for name, speed in found["tokens_per_s"].items():
         print(f"{name:14s} {speed:7.1f} tokens/s")
     print(f"speed of minitron_mp over the loop, pair by pair: median {told(found['ratios'])}")

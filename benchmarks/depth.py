@@ -25,7 +25,9 @@ from minitron_mp.sections import Parallel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="Hugging Face folder; only its sizes are read")
     parser.add_argument("--block", type=int, default=8, help="layers that go")
     parser.add_argument("--tokens", type=int, default=16384)
@@ -38,10 +40,17 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     arch = hf.read_arch(args.model)
     with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
-        chunks = build_model(arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True)
+        chunks = build_model(
+            arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True
+        )
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(shape), "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous()}
+        batch = {
+            "tokens": tokens,
+            "labels": tokens,
+            "loss_mask": torch.ones(shape),
+            "position_ids": torch.arange(shape[1])[None].expand(shape).contiguous(),
+        }
         groups = [[batch] * args.pp] * (args.tokens // tokens.numel() // args.pp)
         calls: list[int] = []
         for chunk in chunks:
@@ -67,7 +76,9 @@ def main() -> None:
             shown = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, {microbatches * tokens.numel()} tokens"
             print(f"{shown}, {len(candidates)} blocks of {args.block} of {arch.num_layers} layers")
             each = 1000 * seconds / count
-            print(f"layer forwards {count}, one by one {naive}: {count / naive:.3f}; {seconds:.1f} s, {each:.1f} ms a layer forward")
+            print(
+                f"layer forwards {count}, one by one {naive}: {count / naive:.3f}; {seconds:.1f} s, {each:.1f} ms a layer forward"
+            )
 
 
 if __name__ == "__main__":

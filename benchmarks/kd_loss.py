@@ -46,7 +46,9 @@ GB = 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in FULL:
         parser.add_argument(f"--{name}", type=int, help=f"{FULL[name]} on a GPU, {SMALL[name]} on a CPU")
@@ -58,8 +60,12 @@ def main() -> None:
     usual = FULL if args.device == "cuda" else SMALL
     sizes = {name: getattr(args, name) or usual[name] for name in FULL}
     sizes["vocab"] //= args.tp_shard
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, bf16, {', '.join(f'{key} {value}' for key, value in sizes.items())}\n")
+    name = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{name}, torch {torch.__version__}, bf16, {', '.join(f'{key} {value}' for key, value in sizes.items())}\n"
+    )
 
     case = make_case(sizes, args.device)
     floor = seconds(lambda: products(case), args.device, args.repeats)
@@ -70,7 +76,10 @@ def main() -> None:
     print(f"{'the four products':28} {floor * 1e3:8.1f} {1:8.0%}")
     for method, run in methods().items():
         try:
-            duration, (beyond, kept) = seconds(partial(run, case), args.device, args.repeats), gpu_memory(run, case) if args.device == "cuda" else (None, None)
+            duration, (beyond, kept) = (
+                seconds(partial(run, case), args.device, args.repeats),
+                gpu_memory(run, case) if args.device == "cuda" else (None, None),
+            )
             error = (run(case)[rows].double() - want).norm() / want.norm()
         except (RuntimeError, torch.OutOfMemoryError) as problem:
             print(f"{method:28} does not run: {str(problem).splitlines()[0][:90]}")
@@ -87,18 +96,36 @@ def main() -> None:
 
 def methods() -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
     """{name: case -> gradient of the hidden states}. Each also leaves the gradient of the weight somewhere."""
-    found = {"torch, float32": partial(plain, forward_kl), "torch.compile": partial(plain, torch.compile(forward_kl))}
+    found = {
+        "torch, float32": partial(plain, forward_kl),
+        "torch.compile": partial(plain, torch.compile(forward_kl)),
+    }
     if find_spec("liger_kernel"):
         found["Liger fused_linear_jsd"] = liger
-    return found | {f"ours, {name} logits": partial(ours, dtype) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
+    return found | {
+        f"ours, {name} logits": partial(ours, dtype)
+        for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))
+    }
 
 
 def ours(logits_dtype: torch.dtype, case: dict[str, Tensor]) -> Tensor:
     """As in training: the weight's gradient is added to a float32 buffer that is there before."""
     x, w = _leaves(case)
     w.main_grad = case["main_grad"]
-    objective, teacher = Objective(logits_dtype=logits_dtype), TeacherHidden(case["teacher"][:, None], case["teacher_weight"])
-    loss, _ = losses.distillation_loss(x[:, None], w, case["labels"], case["token_weights"], teacher, objective, vocab_size=len(w), group=ALONE)
+    objective, teacher = (
+        Objective(logits_dtype=logits_dtype),
+        TeacherHidden(case["teacher"][:, None], case["teacher_weight"]),
+    )
+    loss, _ = losses.distillation_loss(
+        x[:, None],
+        w,
+        case["labels"],
+        case["token_weights"],
+        teacher,
+        objective,
+        vocab_size=len(w),
+        group=ALONE,
+    )
     loss.backward()
     return x.grad
 
@@ -132,7 +159,12 @@ def _leaves(case: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def make_case(sizes: dict[str, int], device: str) -> dict[str, Tensor]:
     """bf16. The teacher's hidden states and weight are the student's and some more, so that it is near."""
-    tokens, vocab, h, more = sizes["tokens"], sizes["vocab"], sizes["student"], sizes["teacher"] - sizes["student"]
+    tokens, vocab, h, more = (
+        sizes["tokens"],
+        sizes["vocab"],
+        sizes["student"],
+        sizes["teacher"] - sizes["student"],
+    )
     torch.manual_seed(0)
 
     def normal(scale: float, *shape: int) -> Tensor:
@@ -193,7 +225,9 @@ def gpu_memory(run: Callable[[dict[str, Tensor]], Tensor], case: dict[str, Tenso
     before = torch.cuda.memory_allocated() - case["main_grad"].nbytes
     torch.cuda.reset_peak_memory_stats()
     gradients = _gradient_bytes(run(case), case, run)
-    return torch.cuda.max_memory_allocated() - before - gradients - (0 if _is_ours(run) else case["main_grad"].nbytes), gradients
+    return torch.cuda.max_memory_allocated() - before - gradients - (
+        0 if _is_ours(run) else case["main_grad"].nbytes
+    ), gradients
 
 
 def fake_memory(run: Callable[[dict[str, Tensor]], Tensor], sizes: dict[str, int]) -> tuple[int, int]:
@@ -247,7 +281,9 @@ def as_on_a_gpu() -> Any:
     def sums(width: int) -> Callable[..., Tensor]:
         return lambda z, *_: torch.empty((len(z), width), device=z.device)
 
-    stand_in = SimpleNamespace(statistics=lambda z, *_: (sums(STATISTICS)(z), None), js_sums=sums(2), gradient=lambda *_: None)
+    stand_in = SimpleNamespace(
+        statistics=lambda z, *_: (sums(STATISTICS)(z), None), js_sums=sums(2), gradient=lambda *_: None
+    )
     with (
         patch.object(FakeTensor, "is_cuda", True, create=True),
         patch.dict(losses.ELEMENTS, cpu=losses.ELEMENTS["cuda"]),

@@ -43,12 +43,21 @@ from minitron_mp.planner import read_models
 from minitron_mp.sections import Parallel
 from minitron_mp.training_config import Training
 
-SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "activation")
+SIZES = (
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "activation",
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
@@ -57,7 +66,10 @@ def main() -> None:
     parser.add_argument("--tp", type=_numbers, default=[1])
     parser.add_argument("--sequence", type=_numbers, help="default: the recipe's")
     parser.add_argument("--micro-batch-size", type=_numbers, default=[1])
-    parser.add_argument("--dtypes", help="bf16, fp32, tensorwise, delayed, blockwise, with commas; default: the recipe's precision and the FP8 of its sections")
+    parser.add_argument(
+        "--dtypes",
+        help="bf16, fp32, tensorwise, delayed, blockwise, with commas; default: the recipe's precision and the FP8 of its sections",
+    )
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -69,32 +81,70 @@ def main() -> None:
         with shard(tp) as world:
             for sequence in args.sequence or [recipe.data.sequence_length]:
                 for batch in args.micro_batch_size:
-                    where = {"num_layers": args.layers, "tp": tp, "sequence_length": sequence, "micro_batch_size": batch}
+                    where = {
+                        "num_layers": args.layers,
+                        "tp": tp,
+                        "sequence_length": sequence,
+                        "micro_batch_size": batch,
+                    }
                     for dtype in dtypes:
                         for arch, what in ((student, "train"), (student, "forward"), (teacher, "forward")):
                             points.append(time_layers(arch, what, dtype, where, world, recipe, args.repeats))
                             _tell(points[-1])
                     for logits in dict.fromkeys(["bf16" if recipe.precision == "bf16" else "fp32", "fp32"]):
-                        points.append(time_loss(student, teacher, logits, sequence * batch, world, recipe.precision, args.repeats))
+                        points.append(
+                            time_loss(
+                                student,
+                                teacher,
+                                logits,
+                                sequence * batch,
+                                world,
+                                recipe.precision,
+                                args.repeats,
+                            )
+                        )
                         _tell(points[-1])
     rates, copy = ceilings(student, args.repeats)
     host = {
-        name: max(p["host_ms"] / p["num_layers"] for p in points if p["what"] == "train" and (p["dtype"] in DTYPES) == (name == "bf16"))
+        name: max(
+            p["host_ms"] / p["num_layers"]
+            for p in points
+            if p["what"] == "train" and (p["dtype"] in DTYPES) == (name == "bf16")
+        )
         for name in _kinds(dtypes)
     }
-    content = {"gpu": args.gpu or _gpu(), "about": about(), "gemm_tflops": rates, "copy_tb_s": copy, "host_ms_per_layer": host, "points": points}
+    content = {
+        "gpu": args.gpu or _gpu(),
+        "about": about(),
+        "gemm_tflops": rates,
+        "copy_tb_s": copy,
+        "host_ms_per_layer": host,
+        "points": points,
+    }
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"{args.out}: {len(points)} points")
 
 
-def time_layers(arch: Arch, what: str, dtype: str, where: dict[str, int], world: World, recipe: Recipe, repeats: int) -> dict[str, Any]:
+def time_layers(
+    arch: Arch, what: str, dtype: str, where: dict[str, int], world: World, recipe: Recipe, repeats: int
+) -> dict[str, Any]:
     """A point of the file."""
     small = arch.model_copy(update={"num_layers": where["num_layers"], "vocab_size": 128, "tied": False})
     precision = dtype if dtype in DTYPES else "bf16"
-    training = Training().model_copy(update={"fp8": None if dtype in DTYPES else dtype}) if what == "train" else None
-    options: dict[str, Any] = {"precision": precision, "sequence_length": where["sequence_length"], "random_weights": True, "training": training}
+    training = (
+        Training().model_copy(update={"fp8": None if dtype in DTYPES else dtype}) if what == "train" else None
+    )
+    options: dict[str, Any] = {
+        "precision": precision,
+        "sequence_length": where["sequence_length"],
+        "random_weights": True,
+        "training": training,
+    }
     if "transformer_impl" in Recipe.model_fields:
-        options |= {"transformer_impl": vars(recipe)["transformer_impl"], "fp8": None if what == "train" or dtype in DTYPES else dtype}
+        options |= {
+            "transformer_impl": vars(recipe)["transformer_impl"],
+            "fp8": None if what == "train" or dtype in DTYPES else dtype,
+        }
     elif dtype not in DTYPES:
         raise InputError(f"--dtypes {dtype}: this version builds no FP8 model")
     _forget()
@@ -120,18 +170,35 @@ def time_layers(arch: Arch, what: str, dtype: str, where: dict[str, int], world:
 
     found = measure(work, repeats)
     peak = (torch.cuda.max_memory_allocated() - base) / 2**30 if DEVICE.type == "cuda" else None
-    return {"what": what, "dtype": dtype, **{name: getattr(arch, name) for name in SIZES}, **where, **found, "peak_gib": peak}
+    return {
+        "what": what,
+        "dtype": dtype,
+        **{name: getattr(arch, name) for name in SIZES},
+        **where,
+        **found,
+        "peak_gib": peak,
+    }
 
 
-def time_loss(student: Arch, teacher: Arch, logits: str, tokens: int, world: World, precision: str, repeats: int) -> dict[str, Any]:
+def time_loss(
+    student: Arch, teacher: Arch, logits: str, tokens: int, world: World, precision: str, repeats: int
+) -> dict[str, Any]:
     """Both output layers with forward KL at this shard of the vocabulary, as the trainer calls them: the weight's gradient into a float32 buffer."""
     _forget()
     dtype, columns = DTYPES[precision], student.padded_vocab_size // world.parallel.tp
-    weights = [torch.randn(columns, arch.hidden_size, device=DEVICE, dtype=dtype) * 0.02 for arch in (student, teacher)]
+    weights = [
+        torch.randn(columns, arch.hidden_size, device=DEVICE, dtype=dtype) * 0.02
+        for arch in (student, teacher)
+    ]
     weights[0].requires_grad_().main_grad = torch.zeros(columns, student.hidden_size, device=DEVICE)
-    hidden, taught = (torch.randn(tokens, 1, arch.hidden_size, device=DEVICE, dtype=dtype) for arch in (student, teacher))
+    hidden, taught = (
+        torch.randn(tokens, 1, arch.hidden_size, device=DEVICE, dtype=dtype) for arch in (student, teacher)
+    )
     hidden.requires_grad_()
-    labels, ones = torch.zeros(tokens, 1, dtype=torch.int64, device=DEVICE), torch.ones(tokens, 1, device=DEVICE)
+    labels, ones = (
+        torch.zeros(tokens, 1, dtype=torch.int64, device=DEVICE),
+        torch.ones(tokens, 1, device=DEVICE),
+    )
     objective = Objective(logits_dtype=DTYPES[logits])
 
     class Whole:  # sequence parallelism gathers before the loss; here the rows are whole
@@ -139,24 +206,44 @@ def time_loss(student: Arch, teacher: Arch, logits: str, tokens: int, world: Wor
 
     def work() -> None:
         hidden.grad = None
-        loss, _ = distillation_loss(hidden, weights[0], labels, ones, TeacherHidden(taught, weights[1]), objective, vocab_size=columns, group=Whole)
+        loss, _ = distillation_loss(
+            hidden,
+            weights[0],
+            labels,
+            ones,
+            TeacherHidden(taught, weights[1]),
+            objective,
+            vocab_size=columns,
+            group=Whole,
+        )
         loss.backward()
 
     found = measure(work, repeats)
-    place = {"hidden_size": student.hidden_size, "teacher_hidden_size": teacher.hidden_size, "vocab_size": student.padded_vocab_size}
+    place = {
+        "hidden_size": student.hidden_size,
+        "teacher_hidden_size": teacher.hidden_size,
+        "vocab_size": student.padded_vocab_size,
+    }
     return {"what": "loss", "dtype": logits, **place, "tokens": tokens, "tp": world.parallel.tp, **found}
 
 
 def ceilings(arch: Arch, repeats: int) -> tuple[dict[str, float], float]:
     """(TFLOP/s of a large product by kind of number, TB/s read and written by a copy)."""
-    rows, inner, columns = (8192, arch.hidden_size, arch.axis_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
+    rows, inner, columns = (
+        (8192, arch.hidden_size, arch.axis_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
+    )
     found = {}
     for name, dtype in DTYPES.items():
         a, b = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in ((rows, inner), (columns, inner)))
         found[name] = 2 * rows * inner * columns / measure(lambda a=a, b=b: a @ b.T, repeats)["ms"] / 1e9
     if DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=DEVICE)
-        ms = measure(lambda: torch._scaled_mm(a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True), repeats)["ms"]
+        ms = measure(
+            lambda: torch._scaled_mm(
+                a8, b8.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+            ),
+            repeats,
+        )["ms"]
         found["fp8"] = 2 * rows * inner * columns / ms / 1e9
     source = torch.empty(1 << (30 if DEVICE.type == "cuda" else 24), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -177,7 +264,12 @@ def measure(work: Callable[[], Any], repeats: int) -> dict[str, float]:
         issued.append(time.perf_counter() - start)
         _wait()
         times.append(time.perf_counter() - start)
-    return {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times), "host_ms": 1e3 * statistics.median(issued)}
+    return {
+        "ms": 1e3 * statistics.median(times),
+        "ms_min": 1e3 * min(times),
+        "ms_max": 1e3 * max(times),
+        "host_ms": 1e3 * statistics.median(issued),
+    }
 
 
 @contextmanager
@@ -198,8 +290,16 @@ def about() -> dict[str, str]:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"hardware": device, "versions": ", ".join(found), "date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]), "kind": "measured"}
+    device = (
+        torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {
+        "hardware": device,
+        "versions": ", ".join(found),
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "kind": "measured",
+    }
 
 
 def _gpu() -> str:
@@ -207,7 +307,9 @@ def _gpu() -> str:
     for key in GPUS:
         if key.upper() in name:
             return key
-    raise InputError(f"{name} is none of {', '.join(GPUS)}; say with --gpu whose numbers the planner shall stretch")
+    raise InputError(
+        f"{name} is none of {', '.join(GPUS)}; say with --gpu whose numbers the planner shall stretch"
+    )
 
 
 def _dtypes_of(recipe: Recipe) -> list[str]:
@@ -221,7 +323,10 @@ def _kinds(dtypes: list[str]) -> list[str]:
 
 def _tell(point: dict[str, Any]) -> None:
     what = f"{point['what']:8} {point['dtype']:10} hidden {point['hidden_size']:6} tp {point['tp']}"
-    print(f"{what}  {point['ms']:9.2f} ms ({point['ms_min']:.2f} to {point['ms_max']:.2f}), issued in {point['host_ms']:.2f}", flush=True)
+    print(
+        f"{what}  {point['ms']:9.2f} ms ({point['ms_min']:.2f} to {point['ms_max']:.2f}), issued in {point['host_ms']:.2f}",
+        flush=True,
+    )
 
 
 def _numbers(text: str) -> list[int]:

@@ -41,7 +41,9 @@ TIME, MEMORY = 0.15, 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--times", type=Path)
@@ -56,9 +58,13 @@ def main() -> None:
     gpu = "h100" if args.toy else _gpu()
     times = read_times(gpu, read_hardware(gpu), args.times)
     off = []
-    print(f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} {'peak GiB':>9} {'planned':>8} {'off':>6}")
+    print(
+        f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} {'peak GiB':>9} {'planned':>8} {'off':>6}"
+    )
     with parallel.world(Parallel(), seed=1) as world:
-        for name, recipe in configurations(load_recipe(args.recipe, args.overrides), args.microbatches).items():
+        for name, recipe in configurations(
+            load_recipe(args.recipe, args.overrides), args.microbatches
+        ).items():
             off += compare(name, recipe, args.layers, args.steps, world, times)
     if off and not args.toy:
         print("more off than 15 % (time) or 10 % (memory): " + "; ".join(off))
@@ -70,9 +76,17 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 
     def of(sequence: int, batch: int, teacher_fp8: str | None = None, **training: Any) -> Recipe:
         values = recipe.model_dump()
-        values |= {"parallel": {}, "correct": None, "search": None if recipe.target.given else values["search"]}
+        values |= {
+            "parallel": {},
+            "correct": None,
+            "search": None if recipe.target.given else values["search"],
+        }
         values["data"]["sequence_length"] = sequence
-        values["teacher"] = {"model": recipe.teacher.model, "precision": recipe.teacher.precision, "fp8": teacher_fp8}
+        values["teacher"] = {
+            "model": recipe.teacher.model,
+            "precision": recipe.teacher.precision,
+            "fp8": teacher_fp8,
+        }
         values["distill"] |= {
             "micro_batch_size": batch,
             "global_batch_size": batch * microbatches,
@@ -102,7 +116,10 @@ def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World
     rows = (("time", seconds, planned.step_s, TIME), ("memory", peak, planned.needs_bytes, MEMORY))
     wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
     times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
-    print(f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needs_bytes / 2**30:8.2f} {wrong['memory']:6.1%}", flush=True)
+    print(
+        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needs_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
+        flush=True,
+    )
     if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":
         print(f"{'':34} the local layers computed; the layer times that are shipped are Transformer Engine's")
     return [f"{name}: {what} {wrong[what]:.1%}" for what, _, _, allowed in rows if abs(wrong[what]) > allowed]
@@ -114,17 +131,27 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
     common: dict[str, Any] = {"sequence_length": sequence, "random_weights": True}
     options: list[dict[str, Any]] = [{}, {}]
     if "transformer_impl" in Recipe.model_fields:
-        options = [{"transformer_impl": vars(recipe)["transformer_impl"], "fp8": fp8} for fp8 in (None, vars(recipe.teacher)["fp8"])]
+        options = [
+            {"transformer_impl": vars(recipe)["transformer_impl"], "fp8": fp8}
+            for fp8 in (None, vars(recipe.teacher)["fp8"])
+        ]
     taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
     for chunk in taught:
         chunk.eval().requires_grad_(False)
     chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
     source = RandomTeacher(taught, world)
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
-    training = Run(chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest)
+    training = Run(
+        chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
+    )
     tokens = torch.randint(0, student.vocab_size, (d.micro_batch_size, sequence))
     positions = torch.arange(sequence).expand_as(tokens).contiguous()
-    batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
+    batch = {
+        "tokens": tokens,
+        "labels": tokens,
+        "loss_mask": torch.ones(tokens.shape),
+        "position_ids": positions,
+    }
     batches = [batch] * (d.global_batch_size // d.micro_batch_size)
     found = []
     for step in range(steps):

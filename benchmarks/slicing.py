@@ -30,12 +30,21 @@ from minitron_mp.slicing import prune
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tp", type=int, default=1)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    sizes = {"hidden_size": 1536, "ffn_hidden_size": 5376, "num_attention_heads": 16, "num_query_groups": 4, "kv_channels": 96, "vocab_size": 32000}
+    sizes = {
+        "hidden_size": 1536,
+        "ffn_hidden_size": 5376,
+        "num_attention_heads": 16,
+        "num_query_groups": 4,
+        "kv_channels": 96,
+        "vocab_size": 32000,
+    }
     arch = Arch(family="llama", num_layers=args.layers, tied=False, max_position_embeddings=4096, **sizes)
     random = np.random.default_rng(0)
     scores = Importance(
@@ -44,7 +53,9 @@ def main() -> None:
         hidden=random.random(1536, np.float32),
         layers=random.random(args.layers, np.float32),
     )
-    plan = make_plan(scores, arch, Target(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12), args.tp)
+    plan = make_plan(
+        scores, arch, Target(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12), args.tp
+    )
     with parallel.world(Parallel(tp=args.tp), seed=1) as world:
         chunks = build_model(arch, world, precision="bf16", sequence_length=128)
         weights = [p for chunk in chunks for p in chunk.parameters()]
@@ -61,8 +72,12 @@ def main() -> None:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         if world.is_main:
             kept = sum(t.data.nbytes for t in student.values())
-            print(f"tp {args.tp}: {total / 2**20:.0f} MiB of weights a rank, largest {largest / 2**20:.0f} MiB, student {kept / 2**20:.0f} MiB")
-            print(f"{total / numbers[1] / 1e9:.2f} GB/s a rank ({numbers[1]:.2f} s); peak beyond the model {numbers[0]:.2f} x the largest weight")
+            print(
+                f"tp {args.tp}: {total / 2**20:.0f} MiB of weights a rank, largest {largest / 2**20:.0f} MiB, student {kept / 2**20:.0f} MiB"
+            )
+            print(
+                f"{total / numbers[1] / 1e9:.2f} GB/s a rank ({numbers[1]:.2f} s); peak beyond the model {numbers[0]:.2f} x the largest weight"
+            )
 
 
 class Peak:

@@ -46,7 +46,14 @@ from minitron_mp.trainer import Run
 from minitron_mp.training_config import Distill
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
-SMALL = {"hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 32, "vocab_size": 1024}
+SMALL = {
+    "hidden_size": 128,
+    "ffn_hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "vocab_size": 1024,
+}
 GIB = 2**30
 
 
@@ -61,7 +68,9 @@ class Teacher:
             chunk.eval().requires_grad_(False)
 
     def signals(self, batches: Any, step: int) -> list[Signal]:
-        return [Signal(hidden, []) for hidden in run(self.chunks, batches, self.world, lambda hidden, _: hidden)]
+        return [
+            Signal(hidden, []) for hidden in run(self.chunks, batches, self.world, lambda hidden, _: hidden)
+        ]
 
     def target(self, signal: Signal) -> TeacherHidden:
         assert signal.hidden is not None
@@ -71,14 +80,22 @@ class Teacher:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4, help="of each model")
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument(
-        "--fp8", nargs="*", choices=("tensorwise", "delayed", "blockwise"), default=["tensorwise"], help="for the student; delayed: teacher tensorwise"
+        "--fp8",
+        nargs="*",
+        choices=("tensorwise", "delayed", "blockwise"),
+        default=["tensorwise"],
+        help="for the student; delayed: teacher tensorwise",
     )
     parser.add_argument(
-        "--cuda-graphs", action="store_true", help="each row once more with distill.cuda_graphs; --sequence-length 4096 or less shows what they gain"
+        "--cuda-graphs",
+        action="store_true",
+        help="each row once more with distill.cuda_graphs; --sequence-length 4096 or less shows what they gain",
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path)
@@ -86,19 +103,31 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     on_gpu = torch.cuda.is_available()
     sequence = args.sequence_length or (8192 if on_gpu else 64)
-    teacher = hf.read_arch(CONFIGS / "mistral_nemo_12b", weights=False).model_copy(update={"num_layers": args.layers})
+    teacher = hf.read_arch(CONFIGS / "mistral_nemo_12b", weights=False).model_copy(
+        update={"num_layers": args.layers}
+    )
     student = teacher.model_copy(update={"hidden_size": 4096, "ffn_hidden_size": 11520})
     if not on_gpu:
-        teacher, student = teacher.model_copy(update=SMALL), student.model_copy(update={**SMALL, "hidden_size": 96, "ffn_hidden_size": 192})
+        teacher, student = (
+            teacher.model_copy(update=SMALL),
+            student.model_copy(update={**SMALL, "hidden_size": 96, "ffn_hidden_size": 192}),
+        )
     with parallel.world(Parallel(), seed=1) as world:
-        ceilings = {"bf16": ceiling(None, world), **({"fp8": ceiling("fp8", world)} if on_gpu and args.fp8 else {})}
+        ceilings = {
+            "bf16": ceiling(None, world),
+            **({"fp8": ceiling("fp8", world)} if on_gpu and args.fp8 else {}),
+        }
         rows = []
         for fp8 in [None, *(args.fp8 if on_gpu else [])]:
-            for loss, graphs in itertools.product(("naive", "ours", "ours, bf16 logits"), (False, True)[: 1 + args.cuda_graphs]):
+            for loss, graphs in itertools.product(
+                ("naive", "ours", "ours, bf16 logits"), (False, True)[: 1 + args.cuda_graphs]
+            ):
                 try:
                     row = measure(teacher, student, sequence, fp8, loss, graphs, world, args.repeats)
                 except (torch.OutOfMemoryError, InputError) as problem:
-                    print(f"{fp8 or 'bf16'}, {loss}{', graphs' * graphs}: does not run: {str(problem).splitlines()[0][:100]}")
+                    print(
+                        f"{fp8 or 'bf16'}, {loss}{', graphs' * graphs}: does not run: {str(problem).splitlines()[0][:100]}"
+                    )
                     continue
                 row["of_ceiling"] = row["tflops"] / ceilings["fp8" if fp8 else "bf16"]
                 rows.append(row)
@@ -108,13 +137,23 @@ def main() -> None:
         "torch": torch.__version__,
         "transformer_engine": engine_version(),
         "date": time.strftime("%Y-%m-%d"),
-        "sizes": {"layers": [args.layers, args.layers], "sequence_length": sequence, "teacher": teacher.model_dump(), "student": student.model_dump()},
+        "sizes": {
+            "layers": [args.layers, args.layers],
+            "sequence_length": sequence,
+            "teacher": teacher.model_dump(),
+            "student": student.model_dump(),
+        },
         "ceilings_tflops": ceilings,
         "rows": rows,
     }
     engine = f"Transformer Engine {found['transformer_engine']}"
-    print(f"{found['device']}, torch {torch.__version__}, {engine}, {args.layers} + {args.layers} layers, {sequence} tokens")
-    print("fastest matrix product, TFLOP/s: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
+    print(
+        f"{found['device']}, torch {torch.__version__}, {engine}, {args.layers} + {args.layers} layers, {sequence} tokens"
+    )
+    print(
+        "fastest matrix product, TFLOP/s: "
+        + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items())
+    )
     print(
         f"{'layers':18} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} "
         f"{'held GiB':>9} {'beyond':>7} {'activations':>11} {'rest':>6}"
@@ -128,26 +167,59 @@ def main() -> None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(teacher_arch: Arch, arch: Arch, sequence: int, fp8: str | None, loss: str, graphs: bool, world: World, repeats: int) -> dict[str, Any]:
+def measure(
+    teacher_arch: Arch,
+    arch: Arch,
+    sequence: int,
+    fp8: str | None,
+    loss: str,
+    graphs: bool,
+    world: World,
+    repeats: int,
+) -> dict[str, Any]:
     """One row of the table."""
     build: dict[str, Any] = {"precision": "bf16", "sequence_length": sequence}
     # Few warm-up steps: the loss must stay a number, no more.
-    settings = Distill(steps=10_000, warmup_steps=9_999, lr=1e-5, global_batch_size=1, fp8=fp8, log_interval=10_000, checkpoint_interval=10_000)
+    settings = Distill(
+        steps=10_000,
+        warmup_steps=9_999,
+        lr=1e-5,
+        global_batch_size=1,
+        fp8=fp8,
+        log_interval=10_000,
+        checkpoint_interval=10_000,
+    )
     settings = settings.model_copy(update={"cuda_graphs": graphs})
     if "bf16 logits" in loss:
         settings = settings.model_copy(update={"logits_precision": "bf16"})
     teacher = Teacher(teacher_arch, world, fp8="tensorwise" if fp8 == "delayed" else fp8, **build)
     chunks = build_model(arch, world, training=settings, random_weights=True, **build)
-    student = Run(chunks, teacher, settings, world, vocab_size=arch.vocab_size, checkpoints=None, manifest=Manifest(stage="distill", settings={}, inputs={}))
+    student = Run(
+        chunks,
+        teacher,
+        settings,
+        world,
+        vocab_size=arch.vocab_size,
+        checkpoints=None,
+        manifest=Manifest(stage="distill", settings={}, inputs={}),
+    )
     tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
     positions = torch.arange(sequence)[None]
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": torch.ones(1, sequence)}
+    batch = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "position_ids": positions,
+        "loss_mask": torch.ones(1, sequence),
+    }
 
     def naive(hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         target = teacher.target(batch["teacher"])
         with torch.no_grad():
             wanted = logits(teacher.chunks[-1], target.hidden)
-        log_q, log_p = F.log_softmax(logits(chunks[-1], hidden).float(), -1), F.log_softmax(wanted.float(), -1)
+        log_q, log_p = (
+            F.log_softmax(logits(chunks[-1], hidden).float(), -1),
+            F.log_softmax(wanted.float(), -1),
+        )
         return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), batch["loss_mask"].sum().int(), {}
 
     def step() -> None:

@@ -26,21 +26,31 @@ from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="of a microbatch on this rank")
     parser.add_argument("--hidden-size", type=int, default=5120)
-    parser.add_argument("--vocabulary", type=int, default=16384, help="columns on this rank, for --payload logits")
+    parser.add_argument(
+        "--vocabulary", type=int, default=16384, help="columns on this rank, for --payload logits"
+    )
     parser.add_argument("--payload", choices=("hidden", "logits", "topk"), default="hidden")
     parser.add_argument("--top-k", type=int, default=1024)
     parser.add_argument("--window", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, default=16, help="in a step")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--student-ms", type=float, default=119.0, help="forward and backward of a microbatch")
+    parser.add_argument(
+        "--student-ms", type=float, default=119.0, help="forward and backward of a microbatch"
+    )
     parser.add_argument("--teacher-ms", type=float, default=38.0)
-    parser.add_argument("--pause-ms", type=float, default=60.0, help="optimizer step, in which no microbatch is consumed")
+    parser.add_argument(
+        "--pause-ms", type=float, default=60.0, help="optimizer step, in which no microbatch is consumed"
+    )
     args = parser.parse_args()
     if 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        os.environ["NCCL_HOSTID"] = f"{socket.gethostname()}-{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
+        os.environ["NCCL_HOSTID"] = (
+            f"{socket.gethostname()}-{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
+        )
     width, dtype = {
         "hidden": (args.hidden_size, torch.bfloat16),
         "logits": (args.vocabulary, torch.bfloat16),
@@ -53,7 +63,9 @@ def main() -> None:
             ("nothing else to do", 0.0, 0.0, 0.0),
             ("with the work of a GPU", args.student_ms / 1e3, args.teacher_ms / 1e3, args.pause_ms / 1e3),
         ):
-            link = Link(world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window)
+            link = Link(
+                world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window
+            )
             count = args.steps * args.micro_batches
             if world.role == "teacher":
                 serve(link, count, teacher_s, world.device)
@@ -62,7 +74,10 @@ def main() -> None:
 
 
 def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> None:
-    sender, signal = Sender(link), torch.randn(link.shape.local(Parallel()), device=device).to(link.shape.dtype)
+    sender, signal = (
+        Sender(link),
+        torch.randn(link.shape.local(Parallel()), device=device).to(link.shape.dtype),
+    )
     for id in range(count):
         sender.make_room()
         work(teacher_s, device)
@@ -70,7 +85,9 @@ def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> Non
     sender.finish()
 
 
-def consume(link: Link, args: argparse.Namespace, student_s: float, pause_s: float, device: torch.device) -> tuple[list[float], list[float]]:
+def consume(
+    link: Link, args: argparse.Namespace, student_s: float, pause_s: float, device: torch.device
+) -> tuple[list[float], list[float]]:
     """(time of each step, of it waiting); the first step, which starts with nothing in the window, is left out."""
     receiver = Receiver(link, link.students[0], range(args.steps * args.micro_batches), device)
     steps, waits = [], []

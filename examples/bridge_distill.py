@@ -12,7 +12,13 @@ from minitron_mp.job import ASSETS
 SEQUENCE_LENGTH = 2048
 
 
-def recipe(pruned: str | Path, teacher: str | Path, *, sequence_length: int = SEQUENCE_LENGTH, precision: str = "bf16"):
+def recipe(
+    pruned: str | Path,
+    teacher: str | Path,
+    *,
+    sequence_length: int = SEQUENCE_LENGTH,
+    precision: str = "bf16",
+):
     """The ConfigContainer and the forward step; data is Bridge's mock until dataset.blend names yours."""
     from megatron.bridge.training.config import (
         CheckpointConfig,
@@ -32,9 +38,20 @@ def recipe(pruned: str | Path, teacher: str | Path, *, sequence_length: int = SE
         model=bridge.student(pruned, sequence_length=sequence_length, precision=precision),
         train=TrainingConfig(train_iters=100, global_batch_size=8, micro_batch_size=1),
         validation=ValidationConfig(eval_interval=None, eval_iters=0),
-        optimizer=OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=1e-5, weight_decay=0.1, bf16=precision == "bf16", use_distributed_optimizer=True),
-        scheduler=SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=10, start_weight_decay=0.1, end_weight_decay=0.1),
-        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False),
+        optimizer=OptimizerConfig(
+            optimizer="adam",
+            lr=1e-4,
+            min_lr=1e-5,
+            weight_decay=0.1,
+            bf16=precision == "bf16",
+            use_distributed_optimizer=True,
+        ),
+        scheduler=SchedulerConfig(
+            lr_decay_style="cosine", lr_warmup_iters=10, start_weight_decay=0.1, end_weight_decay=0.1
+        ),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, average_in_collective=False
+        ),
         dataset=GPTDatasetConfig(
             random_seed=1234,
             seq_length=sequence_length,
@@ -46,14 +63,21 @@ def recipe(pruned: str | Path, teacher: str | Path, *, sequence_length: int = SE
             eod_mask_loss=False,
             num_dataset_builder_threads=1,
         ),
-        tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(Path(pruned) / ASSETS)),
+        tokenizer=TokenizerConfig(
+            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(Path(pruned) / ASSETS)
+        ),
         checkpoint=CheckpointConfig(save=None, ckpt_format="torch_dist"),
         logger=LoggerConfig(log_interval=1),
         rng=RNGConfig(seed=1234),
         mixed_precision=None,  # student() has set the dtype
     )
     vocab_size = artifact.find(Path(teacher)).arch.vocab_size
-    return cfg, bridge.KDForwardStep(bridge.BesideStudent(teacher, precision=precision), vocab_size=vocab_size, kl_weight=1.0, ce_weight=0.0)
+    return cfg, bridge.KDForwardStep(
+        bridge.BesideStudent(teacher, precision=precision),
+        vocab_size=vocab_size,
+        kl_weight=1.0,
+        ce_weight=0.0,
+    )
 
 
 def main() -> None:

@@ -21,7 +21,10 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
     """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
     tokens = torch.randint(0, vocab_size, (4, 2, 64), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(64).expand(2, 64).contiguous()
-    return [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
+    return [
+        {"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions}
+        for t in tokens
+    ]
 
 
 def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePlan:
@@ -29,11 +32,22 @@ def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePl
     config = json.loads((source / "config.json").read_text())
     arch = bridge.arch_of(provider, config)
     provider.finalize()
-    chunks = bridge.defer_head(provider.provide_distributed_model(wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=w.groups))
+    chunks = bridge.defer_head(
+        provider.provide_distributed_model(
+            wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=w.groups
+        )
+    )
     own = bridge.world_of(chunks)
     for chunk in chunks:
         chunk.eval()
-    importance = score(chunks, arch, Score(), own, 64, lambda: schedule.run(chunks, batches(arch.vocab_size, own.groups.dp.rank()), own, None))
+    importance = score(
+        chunks,
+        arch,
+        Score(),
+        own,
+        64,
+        lambda: schedule.run(chunks, batches(arch.vocab_size, own.groups.dp.rank()), own, None),
+    )
     plan = make_plan(importance, arch, target, tp=own.parallel.tp)
     smaller = bridge.pruned_config(config, plan.student)
 
@@ -43,7 +57,9 @@ def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePl
         for path in source.glob("tokenizer*"):
             shutil.copy(path, folder / ASSETS)
 
-    made = artifact.Manifest(stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student)
+    made = artifact.Manifest(
+        stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student
+    )
     checkpoint.save(prune(chunks, plan, own), output, made, assets)
     if own.is_main:
         print(f"{output}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
@@ -51,7 +67,9 @@ def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("pruned", type=Path)
     parser.add_argument("--keep", type=float, default=0.75)
@@ -64,7 +82,9 @@ def main() -> None:
     provider = AutoBridge.from_hf_pretrained(args.model).to_megatron_provider()
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = args.tp, args.pp
     provider.pipeline_dtype = provider.params_dtype
-    provider.transformer_layer_spec = local_layer_spec  # scores are read at the norms, which Transformer Engine's layers have inside
+    provider.transformer_layer_spec = (
+        local_layer_spec  # scores are read at the norms, which Transformer Engine's layers have inside
+    )
     with world(Parallel(tp=args.tp, pp=args.pp), seed=1) as w:
         compress(provider, args.model, args.pruned, Target(keep=args.keep), w)
 

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from minitron_mp import InputError, artifact, build_model, checkpoint, make_plan, prune, schedule, score, world
+from minitron_mp import (
+    InputError,
+    artifact,
+    build_model,
+    checkpoint,
+    make_plan,
+    prune,
+    schedule,
+    score,
+    world,
+)
 from minitron_mp.pruning_config import Target
 from minitron_mp.sections import Parallel, Score
 
@@ -17,11 +27,16 @@ def batches(vocab_size: int, rank: int):
     """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
     tokens = torch.randint(0, vocab_size, (4, 2, 128), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(128).expand(2, 128).contiguous()
-    return [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
+    return [
+        {"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions}
+        for t in tokens
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("teacher", type=Path)
     parser.add_argument("student", type=Path)
     parser.add_argument("--tp", type=int, default=1)
@@ -34,10 +49,17 @@ def main() -> None:
         mine = batches(arch.vocab_size, w.groups.dp.rank())
         importance = score(chunks, arch, Score(), w, 128, lambda: schedule.run(chunks, mine, w, None))
         plan = make_plan(importance, arch, Target(keep=0.75), tp=args.tp)
-        made = artifact.Manifest(stage="prune", settings={"keep": 0.75}, inputs={"teacher": manifest.fingerprint}, arch=plan.student)
+        made = artifact.Manifest(
+            stage="prune",
+            settings={"keep": 0.75},
+            inputs={"teacher": manifest.fingerprint},
+            arch=plan.student,
+        )
         checkpoint.save(prune(chunks, plan, w), args.student, made)
         if w.is_main:
-            print(f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
+            print(
+                f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters"
+            )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ def task(form: str, stage: str, recipe: str, overrides: list[str]):
     if form == "script":
         return run.Script(path="minitron_mp", m=True, args=[stage, recipe, *overrides], entrypoint="python")
     config = run.Config(load_recipe, path=recipe, overrides=overrides)
-    return run.Partial(compress, recipe=config) if stage == "compress" else run.Partial(run_stage, name=stage, recipe=config)
+    return (
+        run.Partial(compress, recipe=config)
+        if stage == "compress"
+        else run.Partial(run_stage, name=stage, recipe=config)
+    )
 
 
 def executor(options: argparse.Namespace):
@@ -35,7 +39,11 @@ def executor(options: argparse.Namespace):
         launcher="torchrun",
         packager=run.Packager(),  # copies nothing: the nodes see this checkout
         srun_args=[f"--chdir={Path.cwd()}"],  # paths in the recipe mean what they mean here
-        env_vars={name: os.environ[name] for name in ("PATH", "PYTHONPATH", "GLOO_SOCKET_IFNAME") if name in os.environ},
+        env_vars={
+            name: os.environ[name]
+            for name in ("PATH", "PYTHONPATH", "GLOO_SOCKET_IFNAME")
+            if name in os.environ
+        },
     )
 
 
@@ -56,7 +64,11 @@ def main() -> None:
     import nemo_run as run
 
     with run.Experiment("minitron") as experiment:
-        experiment.add(task(options.form, options.stage, options.recipe, options.overrides), executor=executor(options), name=options.stage)
+        experiment.add(
+            task(options.form, options.stage, options.recipe, options.overrides),
+            executor=executor(options),
+            name=options.stage,
+        )
         experiment.dryrun() if options.dry_run else experiment.run(detach=True)
 
 

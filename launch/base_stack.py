@@ -16,7 +16,9 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-STACK = re.compile(r"(torch|torchvision|torchao|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*|nvidia-.*|cuda-.*)")
+STACK = re.compile(
+    r"(torch|torchvision|torchao|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*|nvidia-.*|cuda-.*)"
+)
 """What is built for the base's CUDA, or against it; numpy, because extensions are compiled for its major version."""
 ROOT = Path(__file__).parents[1]
 
@@ -35,11 +37,23 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stack = installed()
     if "torch" not in stack:
-        sys.exit("the base image has no torch; give one that has: --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3")
-    pins = (ROOT / "constraints" / f"py{sys.version_info.major}{sys.version_info.minor}.txt").read_text().splitlines()
+        sys.exit(
+            "the base image has no torch; give one that has: --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3"
+        )
+    pins = (
+        (ROOT / "constraints" / f"py{sys.version_info.major}{sys.version_info.minor}.txt")
+        .read_text()
+        .splitlines()
+    )
     others = [pin for pin in pins if not pin.startswith("#") and not STACK.fullmatch(pin.split("==")[0])]
-    (folder / "constraints.txt").write_text("\n".join([*(f"{name}=={version}" for name, (version, _) in stack.items()), *others]) + "\n")
-    tables = {node.targets[0].id: node.value for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign)}
+    (folder / "constraints.txt").write_text(
+        "\n".join([*(f"{name}=={version}" for name, (version, _) in stack.items()), *others]) + "\n"
+    )
+    tables = {
+        node.targets[0].id: node.value
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign)
+    }
     (folder / "requirements.txt").write_text("\n".join(ast.literal_eval(tables["CORE"])) + "\n")
     (folder / "stack.json").write_text(json.dumps(stack, indent=1))
 
@@ -48,7 +62,10 @@ def check(folder: Path) -> None:
     before, now = json.loads((folder / "stack.json").read_text()), installed()
     changed = [name for name, was in before.items() if tuple(was) != now.get(name)]
     if changed:
-        rows = [f"{name}: {' in '.join(before[name])}, now {' in '.join(now.get(name, ('none', 'nowhere')))}" for name in changed]
+        rows = [
+            f"{name}: {' in '.join(before[name])}, now {' in '.join(now.get(name, ('none', 'nowhere')))}"
+            for name in changed
+        ]
         sys.exit("pip has replaced what the base image brings:\n" + "\n".join(rows))
     print("untouched: " + ", ".join(f"{name} {version}" for name, (version, _) in before.items()))
 

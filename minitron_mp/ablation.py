@@ -50,9 +50,13 @@ def losses_without(
     sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
-        objective = Objective(kl_weight=0.0, logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32)  # as evaluate.py
+        objective = Objective(
+            kl_weight=0.0, logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32
+        )  # as evaluate.py
         mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
-        _, (_, _, ce) = distillation_loss(hidden, output_weight(chunk), batch["labels"], mask, None, objective, **place)
+        _, (_, _, ce) = distillation_loss(
+            hidden, output_weight(chunk), batch["labels"], mask, None, objective, **place
+        )
         sums[key + 1] += torch.stack([(ce * mask).sum(), mask.sum()]).double()
 
     _walk(chunks, groups, world, [gone, *candidates], judge, progress)
@@ -80,14 +84,25 @@ def scores_without(
     found = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
-        found[key + 1].index_add_(0, batch["rows"].to(world.device), span_sums(chunk, hidden, batch, world, vocab_size))
+        found[key + 1].index_add_(
+            0, batch["rows"].to(world.device), span_sums(chunk, hidden, batch, world, vocab_size)
+        )
 
-    _walk(chunks, row_batches(rows, world, micro_batch_size, eod), world, [gone, *candidates], judge, progress)
+    _walk(
+        chunks, row_batches(rows, world, micro_batch_size, eod), world, [gone, *candidates], judge, progress
+    )
     base, *others = summed(found, world).cpu()
     return base, others
 
 
-def _walk(chunks: list[Any], groups: Iterable[Sequence[Batch]], world: World, missing: Sequence[Layers], judge: Judge, progress: Callable[[], None]) -> None:
+def _walk(
+    chunks: list[Any],
+    groups: Iterable[Sequence[Batch]],
+    world: World,
+    missing: Sequence[Layers],
+    judge: Judge,
+    progress: Callable[[], None],
+) -> None:
     """judge() every microbatch without each set of layers; the first set is the base run's."""
     walk = _Walk(chunks, world, missing, judge)
     with torch.no_grad():
@@ -104,7 +119,9 @@ class _Walk:
     def __init__(self, chunks: list[Any], world: World, missing: Sequence[Layers], judge: Judge):
         self.chunks, self.world, self.judge = [unwrap(chunk) for chunk in chunks], world, judge
         self.missing = {key - 1: layers for key, layers in enumerate(missing)}
-        self.branch = {key: min(layers - self.missing[BASE]) for key, layers in self.missing.items() if key != BASE}
+        self.branch = {
+            key: min(layers - self.missing[BASE]) for key, layers in self.missing.items() if key != BASE
+        }
         """Layer at which a candidate leaves the base run."""
         self.length = 0
 
@@ -117,7 +134,11 @@ class _Walk:
         for number, chunk in enumerate(self.chunks):
             layers = {block.layer_number - 1: block for block in chunk.decoder.layers}
             first = min(layers)
-            runs = {BASE: chunk.embedding(batch["tokens"], batch["position_ids"])} if chunk.pre_process else self._receive(first, batch)
+            runs = (
+                {BASE: chunk.embedding(batch["tokens"], batch["position_ids"])}
+                if chunk.pre_process
+                else self._receive(first, batch)
+            )
             for layer, block in layers.items():
                 runs |= {key: runs[BASE] for key, branch in self.branch.items() if branch == layer}
                 for key in [key for key in runs if layer not in self.missing[key]]:
@@ -131,7 +152,11 @@ class _Walk:
 
     def _send(self, runs: dict[int, Tensor]) -> None:
         pp = self.world.groups.pp
-        dist.send(torch.stack([runs[key] for key in sorted(runs)]), dist.get_global_rank(pp, (pp.rank() + 1) % pp.size()), group=pp)
+        dist.send(
+            torch.stack([runs[key] for key in sorted(runs)]),
+            dist.get_global_rank(pp, (pp.rank() + 1) % pp.size()),
+            group=pp,
+        )
 
     def _receive(self, first: int, batch: Batch) -> dict[int, Tensor]:
         """[runs, s', b, h]: the base run and what has branched off before this chunk's first layer."""
@@ -154,7 +179,10 @@ def _arguments_of_layers(chunks: list[Any], world: World, batches: Sequence[Batc
     def catch(number: int) -> Callable:
         return lambda _, args, kwargs: caught[number].update(kwargs)
 
-    handles = [chunk.decoder.layers[0].register_forward_pre_hook(catch(i), with_kwargs=True) for i, chunk in enumerate(chunks)]
+    handles = [
+        chunk.decoder.layers[0].register_forward_pre_hook(catch(i), with_kwargs=True)
+        for i, chunk in enumerate(chunks)
+    ]
     try:
         run(chunks, batches, world, None)
     finally:

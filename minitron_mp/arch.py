@@ -153,7 +153,11 @@ def layout_problems(arch: Arch, tp: int) -> list[str]:
         "ffn_hidden_size": arch.ffn_hidden_size,
         "padded vocabulary": arch.padded_vocab_size,
     }
-    return [f"tensor parallel size {tp} does not divide {name} {n}; use a divisor of {n}" for name, n in sizes.items() if n % tp]
+    return [
+        f"tensor parallel size {tp} does not divide {name} {n}; use a divisor of {n}"
+        for name, n in sizes.items()
+        if n % tp
+    ]
 
 
 def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
@@ -208,6 +212,12 @@ class HeadSpec:
         return cls(arch.hidden_size, arch.vocab_size, arch.padded_vocab_size)
 
 
-def differing_fields(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str = "", of_b: str = "here") -> list[str]:
+def differing_fields(
+    a: Mapping[str, Any], b: Mapping[str, Any], of_a: str = "", of_b: str = "here"
+) -> list[str]:
     """'name: x, here y' for every key on which two flat mappings differ, also where one has none; for error messages."""
-    return [f"{k}: {of_a}{' ' * bool(of_a)}{a.get(k)!r}, {of_b} {b.get(k)!r}" for k in sorted({*a, *b}) if (k in a, a.get(k)) != (k in b, b.get(k))]
+    return [
+        f"{k}: {of_a}{' ' * bool(of_a)}{a.get(k)!r}, {of_b} {b.get(k)!r}"
+        for k in sorted({*a, *b})
+        if (k in a, a.get(k)) != (k in b, b.get(k))
+    ]

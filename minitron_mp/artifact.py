@@ -45,7 +45,9 @@ class Manifest(BaseModel):
 
     def differences(self, other: Manifest) -> list[str]:
         """'settings.x: 1, here 2' for each field on which self (found) and other (expected) differ."""
-        rows = differing_fields({"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format})
+        rows = differing_fields(
+            {"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format}
+        )
         rows += [f"settings.{row}" for row in differing_fields(_flat(self.settings), _flat(other.settings))]
         return rows + [f"input {row}" for row in differing_fields(self.inputs, other.inputs)]
 
@@ -67,7 +69,9 @@ def find(artifact: Path) -> Manifest | None:
         with suppress(OSError):  # there is none, or another rank was faster
             _aside(artifact, "old").rename(artifact)
     if artifact.is_dir() and not (artifact / MANIFEST).is_file():
-        raise InputError(f"{artifact} holds no {MANIFEST}: minitron-mp did not make it and will not replace it; move it, or set another output")
+        raise InputError(
+            f"{artifact} holds no {MANIFEST}: minitron-mp did not make it and will not replace it; move it, or set another output"
+        )
     try:
         if artifact.is_dir():
             text = (artifact / MANIFEST).read_text()
@@ -91,7 +95,10 @@ def require(artifact: Path, stage: str, expected: Manifest | None = None) -> Man
     if found is None:
         raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
     if expected is not None and found.fingerprint != expected.fingerprint:
-        refuse(f"{artifact} was made from something else; run `minitron-mp {stage}` again, or restore what differs:", found.differences(expected))
+        refuse(
+            f"{artifact} was made from something else; run `minitron-mp {stage}` again, or restore what differs:",
+            found.differences(expected),
+        )
     return found
 
 
@@ -133,7 +140,10 @@ def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
     """Delete a finished run's checkpoints, and the folder when it is empty then; what another run or somebody else left stays."""
     for path in folder.glob("*step_*"):
         half = path.name.startswith(".") or not (path / MANIFEST).is_file()
-        if half or Manifest.model_validate_json((path / MANIFEST).read_text()).fingerprint == manifest.fingerprint:
+        if (
+            half
+            or Manifest.model_validate_json((path / MANIFEST).read_text()).fingerprint == manifest.fingerprint
+        ):
             shutil.rmtree(path, ignore_errors=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # not there, or not empty
@@ -145,7 +155,9 @@ def read_json(path: Path, stage: str) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); delete it and run `minitron-mp {stage}` again") from error
+        raise InputError(
+            f"{path} is missing or damaged ({error}); delete it and run `minitron-mp {stage}` again"
+        ) from error
 
 
 def aside(path: Path) -> Path:

@@ -20,11 +20,19 @@ def bought(project: Any, found: dict[str, Any]) -> list[Part]:
     gained = []
     for where, models in told.items():
         before, after = (models[name]["loss"] for name in ("uncorrected", "teacher"))
-        gained.append(f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})")
-    what = "is distilled from it while it learns, and cut from the original" if project.recipe.corrects_meanwhile else "is cut and distilled from it"
+        gained.append(
+            f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})"
+        )
+    what = (
+        "is distilled from it while it learns, and cut from the original"
+        if project.recipe.corrects_meanwhile
+        else "is cut and distilled from it"
+    )
     parts: list[Part] = [f"The teacher was corrected: {'; '.join(gained)}. The student {what}."]
     if len(told) == 1:
-        parts.append("What the teacher has lost on text like that of its own training is not known; name such text in `data.held_out`.")
+        parts.append(
+            "What the teacher has lost on text like that of its own training is not known; name such text in `data.held_out`."
+        )
     return [*parts, *_without(project, told)]
 
 
@@ -36,16 +44,25 @@ def _without(project: Any, told: Mapping[str, Any]) -> list[Part]:
     plain = project.without_correction()
     other = artifact.read_json(plain.paths["evaluate"], "evaluate")
     if differences := _unlike(plain, project):
-        return [f"The student of `{folder}` is no measure of the correction, this recipe without it is another one: {'; '.join(differences)}."]
+        return [
+            f"The student of `{folder}` is no measure of the correction, this recipe without it is another one: {'; '.join(differences)}."
+        ]
     alike = _texts_alike(plain, project)
-    others = {"": other, **{f" on {name}": models for name, models in other.get("texts", {}).items() if name in alike}}
+    others = {
+        "": other,
+        **{f" on {name}": models for name, models in other.get("texts", {}).items() if name in alike},
+    }
     rows = []
     for where in (where for where in told if where in others):
         without, own = (models[where]["distilled"]["loss"] for models in (others, told))
-        rows.append(f"its held-out loss{where} is {own:.4f}, without correction {without:.4f} ({own / without - 1:+.1%})")
+        rows.append(
+            f"its held-out loss{where} is {own:.4f}, without correction {without:.4f} ({own / without - 1:+.1%})"
+        )
     parts: list[Part] = [f"Beside the student of `{folder}`, which had no correction: {'; '.join(rows)}."]
     if apart := [where for where in told if where not in others]:
-        parts.append(f"That student was not judged{' or'.join(apart)}: run `evaluate` there with the same `data.held_out`.")
+        parts.append(
+            f"That student was not judged{' or'.join(apart)}: run `evaluate` there with the same `data.held_out`."
+        )
     return parts
 
 
@@ -54,7 +71,9 @@ def _unlike(plain: Any, project: Any) -> list[str]:
     if as_a_whole := _differences(plain, "evaluate", {"texts"}):
         stages = [name for name in [*plain.before("evaluate"), "evaluate"] if name != "texts"]
         return [row for name in stages for row in _differences(plain, name, plain.stages)] or as_a_whole
-    theirs, mine = (artifact.require(each.paths["plan"], "plan").arch.model_dump() for each in (plain, project))
+    theirs, mine = (
+        artifact.require(each.paths["plan"], "plan").arch.model_dump() for each in (plain, project)
+    )
     return [f"its {row}" for row in differing_fields(theirs, mine)]  # a search may have found other ones
 
 
@@ -66,8 +85,17 @@ def _differences(plain: Any, name: str, left_out: Collection[str]) -> list[str]:
     of_tasks = {"task_items"} if name == "evaluate" else set()
 
     def core(manifest: Manifest) -> Manifest:
-        inputs = {key: mark for key, mark in manifest.inputs.items() if key not in left_out and not key.startswith("task ")}
-        return manifest.model_copy(update={"inputs": inputs, "settings": {k: v for k, v in manifest.settings.items() if k not in of_tasks}})
+        inputs = {
+            key: mark
+            for key, mark in manifest.inputs.items()
+            if key not in left_out and not key.startswith("task ")
+        }
+        return manifest.model_copy(
+            update={
+                "inputs": inputs,
+                "settings": {k: v for k, v in manifest.settings.items() if k not in of_tasks},
+            }
+        )
 
     return [f"{name} {row}" for row in core(found).differences(core(plain.manifest(name)))]
 
@@ -75,7 +103,12 @@ def _differences(plain: Any, name: str, left_out: Collection[str]) -> list[str]:
 def _texts_alike(plain: Any, project: Any) -> set[str]:
     """Names in data.held_out under which plain's folder was judged on the same text as project."""
     texts = artifact.find(plain.paths["texts"]) if "texts" in plain.paths else None
-    if texts is None or artifact.require(plain.paths["evaluate"], "evaluate").inputs.get("texts") != texts.fingerprint:
+    if (
+        texts is None
+        or artifact.require(plain.paths["evaluate"], "evaluate").inputs.get("texts") != texts.fingerprint
+    ):
         return set()
-    theirs, mine = (set(manifest.inputs["text"].split(", ")) for manifest in (texts, project.manifest("texts")))
+    theirs, mine = (
+        set(manifest.inputs["text"].split(", ")) for manifest in (texts, project.manifest("texts"))
+    )
     return {row.split()[0] for row in theirs & mine}

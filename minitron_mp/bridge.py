@@ -45,13 +45,21 @@ from minitron_mp.teacher import frozen_model
 
 Hook = Callable[[list[Any]], list[Any]]
 """Chunks of a bare GPTModel -> the chunks that are wrapped; what Bridge calls a pre-wrap hook."""
-BRIDGE = "install Megatron-Bridge (docs/bridge.md says how), or work without it: `minitron-mp compress` needs none"
+BRIDGE = (
+    "install Megatron-Bridge (docs/bridge.md says how), or work without it: `minitron-mp compress` needs none"
+)
 
 
 # ---- the student -------------------------------------------------------------------------------------------------------------------
 
 
-def student(folder: str | Path, *, sequence_length: int, precision: str = "bf16", api: Literal["provider", "config"] = "provider") -> Any:
+def student(
+    folder: str | Path,
+    *,
+    sequence_length: int,
+    precision: str = "bf16",
+    api: Literal["provider", "config"] = "provider",
+) -> Any:
     """What a recipe's cfg.model is set to: the pruned (or distilled) model of an artefact folder, which fills itself when Bridge builds it.
 
     The folder is a sharded checkpoint that `minitron-mp` or examples/bridge_prune.py left; any layout loads it. Parallel sizes are set on the
@@ -60,9 +68,13 @@ def student(folder: str | Path, *, sequence_length: int, precision: str = "bf16"
     arch = _arch_in(Path(folder))
     bridge = auto_bridge(pruned_config(json.loads((Path(folder) / ASSETS / "config.json").read_text()), arch))
     if api == "config" and not hasattr(bridge, "get_model_config"):
-        raise InputError("this Megatron-Bridge has no AutoBridge.get_model_config(); use api='provider', or a newer Bridge")
+        raise InputError(
+            "this Megatron-Bridge has no AutoBridge.get_model_config(); use api='provider', or a newer Bridge"
+        )
     model = bridge.get_model_config() if api == "config" else bridge.to_megatron_provider(load_weights=False)
-    return prepare(model, arch, sequence_length=sequence_length, precision=precision, weights=load_pruned(folder))
+    return prepare(
+        model, arch, sequence_length=sequence_length, precision=precision, weights=load_pruned(folder)
+    )
 
 
 def prepare(model: Any, arch: Arch, *, sequence_length: int, precision: str, weights: Hook) -> Any:
@@ -86,7 +98,9 @@ def add_pre_wrap_hook(model: Any, hook: Hook) -> None:
     elif hasattr(model, "pre_wrap_hooks"):
         model.pre_wrap_hooks.append(hook)
     else:
-        raise InputError(f"{type(model).__name__} takes no pre-wrap hooks; give a provider of Megatron-Bridge or a ModelConfig")
+        raise InputError(
+            f"{type(model).__name__} takes no pre-wrap hooks; give a provider of Megatron-Bridge or a ModelConfig"
+        )
 
 
 def load_pruned(folder: str | Path) -> Hook:
@@ -109,8 +123,12 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
     def fill(chunks: list[Any]) -> list[Any]:
         world = world_of(chunks)
         if plan.student.num_layers < plan.teacher.num_layers and world.parallel.pp > 1:
-            raise InputError(f"the plan drops layers, and pp is {world.parallel.pp}: layers would move between stages; prune to a checkpoint, and load that")
-        kept = {(tensor.key, tensor.global_offset): tensor for tensor in prune(teacher(), plan, world).values()}
+            raise InputError(
+                f"the plan drops layers, and pp is {world.parallel.pp}: layers would move between stages; prune to a checkpoint, and load that"
+            )
+        kept = {
+            (tensor.key, tensor.global_offset): tensor for tensor in prune(teacher(), plan, world).values()
+        }
         with torch.no_grad():
             for state in checkpoint.model_state(chunks, world).values():
                 for entry in state.values():
@@ -126,7 +144,9 @@ def defer_head(chunks: list[Any]) -> list[Any]:
     """A hook: the last stage returns hidden states [b, s', h] after the final norm, and the loss applies the head; checkpoint keys stay."""
     chunk = chunks[-1]
     if chunk.post_process:
-        chunk.output_layer = DeferredHead.taking_over(chunk.output_layer, chunk.config, chunk.pg_collection.tp)
+        chunk.output_layer = DeferredHead.taking_over(
+            chunk.output_layer, chunk.config, chunk.pg_collection.tp
+        )
     return chunks
 
 
@@ -139,7 +159,11 @@ def world_of(chunks: Sequence[Any]) -> World:
     c = inner.config
     vpp = c.virtual_pipeline_model_parallel_size
     layout = Parallel(
-        tp=c.tensor_model_parallel_size, pp=c.pipeline_model_parallel_size, cp=c.context_parallel_size, vpp=vpp, sequence_parallel=c.sequence_parallel
+        tp=c.tensor_model_parallel_size,
+        pp=c.pipeline_model_parallel_size,
+        cp=c.context_parallel_size,
+        vpp=vpp,
+        sequence_parallel=c.sequence_parallel,
     )
     return World(layout, inner.pg_collection, next(inner.parameters()).device)
 
@@ -157,7 +181,11 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
     Enough to score, plan and prune. How its activations and positions work is Bridge's business: build_model() makes no such model unless
     hf.py maps the family. InputError for experts, and for what keeps states beside the table of axes.
     """
-    problems = [f"{name} is {value}" for name in ("num_moe_experts", "mtp_num_layers", "multi_latent_attention") if (value := getattr(model, name, None))]
+    problems = [
+        f"{name} is {value}"
+        for name in ("num_moe_experts", "mtp_num_layers", "multi_latent_attention")
+        if (value := getattr(model, name, None))
+    ]
     refuse("only dense decoders are pruned:", problems)
     return Arch(
         family=config["model_type"],
@@ -170,7 +198,10 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         activation="swiglu" if model.gated_linear_unit else "squared_relu",
         norm_epsilon=model.layernorm_epsilon,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        **{name: getattr(model, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")},
+        **{
+            name: getattr(model, name)
+            for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+        },
     )
 
 
@@ -190,14 +221,26 @@ def auto_bridge(config: dict[str, Any]) -> Any:
 
 def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
     """The teacher's config.json with the student's sizes, for families that name them as Llama does; others: change your own copy."""
-    names = {"num_layers": "num_hidden_layers", "ffn_hidden_size": "intermediate_size", "num_query_groups": "num_key_value_heads", "kv_channels": "head_dim"}
-    sizes = {names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")}
-    refuse("this config.json names its sizes in another way:", [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"])
+    names = {
+        "num_layers": "num_hidden_layers",
+        "ffn_hidden_size": "intermediate_size",
+        "num_query_groups": "num_key_value_heads",
+        "kv_channels": "head_dim",
+    }
+    sizes = {
+        names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")
+    }
+    refuse(
+        "this config.json names its sizes in another way:",
+        [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],
+    )
     types = config.get("layer_types")
     return {**config, **sizes, **({"layer_types": types[: arch.num_layers]} if types else {})}
 
 
-def export(chunks: list[Any], config: dict[str, Any], folder: str | Path, *, source: str | Path | None = None) -> None:
+def export(
+    chunks: list[Any], config: dict[str, Any], folder: str | Path, *, source: str | Path | None = None
+) -> None:
     """Write the chunks as a Hugging Face folder through Bridge's mapping of its family; reached by all ranks, rank 0 writes.
 
     config: config.json of this very model (pruned_config()). source: folder whose tokenizer and other small files belong to it.
@@ -214,7 +257,9 @@ def export(chunks: list[Any], config: dict[str, Any], folder: str | Path, *, sou
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         hf.copy_assets(Path(source) if source else None, folder, config)
-        hf.write_weights(folder, ((name, own_rows(name, tensor)) for name, tensor in tensors), inner[0].config.params_dtype)
+        hf.write_weights(
+            folder, ((name, own_rows(name, tensor)) for name, tensor in tensors), inner[0].config.params_dtype
+        )
     for _ in tensors:  # the export is collective: the other ranks walk it to the end
         pass
     dist.barrier()
@@ -239,7 +284,9 @@ class BesideStudent:
     def start(self, world: World, sequence_length: int) -> None:
         """Load it; reached by all ranks."""
         self.world = world
-        (self.chunk,) = frozen_model(self.arch, self.folder, world, precision=self.precision, sequence_length=sequence_length)
+        (self.chunk,) = frozen_model(
+            self.arch, self.folder, world, precision=self.precision, sequence_length=sequence_length
+        )
         mine: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(mine, dist.get_process_group_ranks(world.groups.pp))
         for ranks in sorted(map(list, set(map(tuple, mine)))) if world.parallel.pp > 1 else []:
@@ -250,8 +297,12 @@ class BesideStudent:
         """Hidden states [s', b, h_t] after the final norm on the last stage, None elsewhere; called by every stage before the student's forward pass."""
         stage, last = self.world.groups.pp.rank(), self.world.parallel.pp - 1
         if stage:
-            rows = student.decoder.input_tensor  # [s', b, h_s]: the student's, which Megatron's schedule has set
-            received = torch.empty((*rows.shape[:2], self.arch.hidden_size), dtype=DTYPES[self.precision], device=rows.device)
+            rows = (
+                student.decoder.input_tensor
+            )  # [s', b, h_s]: the student's, which Megatron's schedule has set
+            received = torch.empty(
+                (*rows.shape[:2], self.arch.hidden_size), dtype=DTYPES[self.precision], device=rows.device
+            )
             dist.recv(received, group=self.group, group_src=stage - 1)
             self.chunk.set_input_tensor([received])
         with torch.no_grad():
@@ -337,49 +388,86 @@ class KDForwardStep:
         self.world: World | None = None
         self.trained = False
 
-    def __call__(self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Tensor, Callable]:
+    def __call__(
+        self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Tensor, Callable]:
         """(output, loss function): Bridge's forward step; Bridge binds the first argument, its GlobalState."""
         if self.world is None:
-            raise InputError("the step was not told that training starts: give it to pretrain() among the callbacks, too: callbacks=[step]")
-        assert not return_schedule_plan, "check() refuses the overlap of expert communication, which alone asks for a schedule plan"
+            raise InputError(
+                "the step was not told that training starts: give it to pretrain() among the callbacks, too: callbacks=[step]"
+            )
+        assert not return_schedule_plan, (
+            "check() refuses the overlap of expert communication, which alone asks for a schedule plan"
+        )
         world, student, batch = self.world, bare(model), {}
         if world.is_first_stage or world.is_last_stage:  # Bridge reads no data elsewhere
             raw = next(data_iterator)
             if raw.get("cu_seqlens") is not None or raw.get("cu_seqlens_q") is not None:
-                raise InputError("this data set packs several sequences into one (cu_seqlens); set the packing of cfg.dataset off")
-            batch = local_batch({key: raw[key] for key in ("tokens", "labels", "loss_mask", "position_ids")}, world)
+                raise InputError(
+                    "this data set packs several sequences into one (cu_seqlens); set the packing of cfg.dataset off"
+                )
+            batch = local_batch(
+                {key: raw[key] for key in ("tokens", "labels", "loss_mask", "position_ids")}, world
+            )
         signal = self.teacher.signal(batch, student)
         cast = {"fp32_output": False} if _in_half(model) else {}  # or the hidden states would come in float32
         output = model(batch.get("tokens"), batch.get("position_ids"), None, **cast)
-        return output, partial(self._loss, model=model, batch=batch, signal=signal, check_nan=state.cfg.rerun_state_machine.check_for_nan_in_loss)
+        return output, partial(
+            self._loss,
+            model=model,
+            batch=batch,
+            signal=signal,
+            check_nan=state.cfg.rerun_state_machine.check_for_nan_in_loss,
+        )
 
-    def _loss(self, output: Tensor, *, model: Any, batch: Batch, signal: Any, check_nan: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, output: Tensor, *, model: Any, batch: Batch, signal: Any, check_nan: bool
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum over tokens, tokens, name -> [sum, tokens]) of a microbatch on the last stage; Bridge adds them over ranks and divides."""
         assert self.world is not None
         student, hidden, mask = bare(model), output.transpose(0, 1), batch["loss_mask"]
         weight = output_weight(student)
-        tied_here = student.share_embeddings_and_output_weights and student.pre_process  # then the embedding's gradient comes last, and tells
+        tied_here = (
+            student.share_embeddings_and_output_weights and student.pre_process
+        )  # then the embedding's gradient comes last, and tells
         if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce and not tied_here:
             # The loss adds the weight's gradient to its main_grad; this tells the wrapper, which waits for all of a bucket.
             hidden.register_hook(lambda _: model.param_to_bucket_group[weight].register_grad_ready(weight))
         target = self.teacher.target(signal) if signal is not None else None
-        objective = self.objective if target is not None else Objective(kl_weight=0.0, ce_weight=1.0, logits_dtype=self.objective.logits_dtype)
+        objective = (
+            self.objective
+            if target is not None
+            else Objective(kl_weight=0.0, ce_weight=1.0, logits_dtype=self.objective.logits_dtype)
+        )
         place = {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
-        total, per_token = distillation_loss(hidden, weight, batch["labels"], mask, target, objective, **place)
+        total, per_token = distillation_loss(
+            hidden, weight, batch["labels"], mask, target, objective, **place
+        )
         if signal is not None:
             self.teacher.done(signal)
         if check_nan and not torch.isfinite(total):
-            raise InputError(f"the loss is {total.item()} on {self.world.coordinates}; lower the learning rate, or use params_dtype float32")
+            raise InputError(
+                f"the loss is {total.item()} on {self.world.coordinates}; lower the learning rate, or use params_dtype float32"
+            )
         tokens = mask.sum()
         sums = dict(zip(("kd loss", "kl", "lm loss"), (per_token * mask).sum((1, 2))))
         if target is None:
             sums = {"lm loss": sums["lm loss"]}
-        return total, tokens.to(torch.int32), {name: torch.stack([value, tokens.to(value.dtype)]) for name, value in sums.items()}
+        return (
+            total,
+            tokens.to(torch.int32),
+            {name: torch.stack([value, tokens.to(value.dtype)]) for name, value in sums.items()},
+        )
 
     # Bridge's callback manager takes any object by the names of its events.
     def on_train_start(self, context: Any) -> None:
         # Not in check(): Bridge fills these settings in from others on its way here.
-        wrong = [text for chunk in context.model if hasattr(chunk, "ddp_config") for text in silently_wrong(chunk.config, chunk.ddp_config)]
+        wrong = [
+            text
+            for chunk in context.model
+            if hasattr(chunk, "ddp_config")
+            for text in silently_wrong(chunk.config, chunk.ddp_config)
+        ]
         refuse("this model would be trained wrongly:", list(dict.fromkeys(wrong)))
         self.world = world_of(context.model)
         self.teacher.start(self.world, context.state.cfg.model.seq_length)
@@ -419,7 +507,10 @@ def check(cfg: Any, step: KDForwardStep) -> None:
             m.vocab_size != teacher.padded_vocab_size,
             f"model.vocab_size is {m.vocab_size}, the teacher's, padded, is {teacher.padded_vocab_size}; take cfg.model from student()",
         ),
-        (m.should_pad_vocab, "model.should_pad_vocab is true: the columns of student and teacher would differ; set it to False"),
+        (
+            m.should_pad_vocab,
+            "model.should_pad_vocab is true: the columns of student and teacher would differ; set it to False",
+        ),
         (
             step.vocab_size != teacher.vocab_size,
             f"vocab_size of the step is {step.vocab_size}, the teacher's {teacher.vocab_size}; student and teacher need one tokenizer",
@@ -428,8 +519,14 @@ def check(cfg: Any, step: KDForwardStep) -> None:
             getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False),
             "tokenizer.use_tokenizer_vocab_size would replace the student's vocabulary; set it to False",
         ),
-        (not m.calculate_per_token_loss, "model.calculate_per_token_loss is False; the loss is a mean over tokens: set it to True"),
-        (cfg.ddp.average_in_collective, "ddp.average_in_collective averages over ranks, not over tokens; set it to False"),
+        (
+            not m.calculate_per_token_loss,
+            "model.calculate_per_token_loss is False; the loss is a mean over tokens: set it to True",
+        ),
+        (
+            cfg.ddp.average_in_collective,
+            "ddp.average_in_collective averages over ranks, not over tokens; set it to False",
+        ),
         (m.fp16, "model.fp16: the loss takes no loss scale; use bf16 or float32"),
         (
             m.bf16 != (m.params_dtype is torch.bfloat16),
@@ -439,10 +536,19 @@ def check(cfg: Any, step: KDForwardStep) -> None:
             bool(m.virtual_pipeline_model_parallel_size) and own,
             "virtual pipeline stages are for a teacher on ranks of its own; unset virtual_pipeline_model_parallel_size",
         ),
-        (bool(getattr(m, "mtp_num_layers", None)), "model.mtp_num_layers: the loss has no multi-token prediction; set it to None"),
+        (
+            bool(getattr(m, "mtp_num_layers", None)),
+            "model.mtp_num_layers: the loss has no multi-token prediction; set it to None",
+        ),
         (bool(getattr(m, "num_moe_experts", None)), "model.num_moe_experts: only dense decoders"),
-        (cfg.dist.use_megatron_fsdp or cfg.dist.use_torch_fsdp2, "FSDP: use the distributed optimizer (ddp.use_distributed_optimizer)"),
-        (cfg.dist.use_gloo_process_groups and not own, "dist.use_gloo_process_groups: the world of a role has none; set it to False"),
+        (
+            cfg.dist.use_megatron_fsdp or cfg.dist.use_torch_fsdp2,
+            "FSDP: use the distributed optimizer (ddp.use_distributed_optimizer)",
+        ),
+        (
+            cfg.dist.use_gloo_process_groups and not own,
+            "dist.use_gloo_process_groups: the world of a role has none; set it to False",
+        ),
         (cfg.peft is not None, "cfg.peft: adapters are no target of distillation here; set it to None"),
         (
             getattr(m, "cuda_graph_impl", "none") != "none",
@@ -452,13 +558,23 @@ def check(cfg: Any, step: KDForwardStep) -> None:
             m.num_layers % pp != 0 and not getattr(m, "pipeline_model_parallel_layout", None),
             f"pp {pp} does not divide the student's {m.num_layers} layers; set pipeline_model_parallel_layout",
         ),
-        (own and teacher.num_layers < pp, f"the teacher has {teacher.num_layers} layers for pp {pp}; lower pp"),
-        (m.seq_length % (2 * cp if cp > 1 else 1) != 0, f"model.seq_length {m.seq_length} is no multiple of 2 x context_parallel_size {cp}"),
+        (
+            own and teacher.num_layers < pp,
+            f"the teacher has {teacher.num_layers} layers for pp {pp}; lower pp",
+        ),
+        (
+            m.seq_length % (2 * cp if cp > 1 else 1) != 0,
+            f"model.seq_length {m.seq_length} is no multiple of 2 x context_parallel_size {cp}",
+        ),
         (
             m.seq_length > teacher.max_position_embeddings,
             f"model.seq_length {m.seq_length} is beyond the teacher's {teacher.max_position_embeddings} positions",
         ),
-        *((length != m.seq_length, f"dataset.seq_length {length} is not model.seq_length {m.seq_length}") for length in [_dataset_length(cfg)] if length),
+        *(
+            (length != m.seq_length, f"dataset.seq_length {length} is not model.seq_length {m.seq_length}")
+            for length in [_dataset_length(cfg)]
+            if length
+        ),
         (
             cfg.train.global_batch_size % cfg.train.micro_batch_size != 0,
             f"train.global_batch_size {cfg.train.global_batch_size} is no multiple of micro_batch_size {cfg.train.micro_batch_size}",
@@ -492,5 +608,7 @@ def _in_half(model: Any) -> bool:
 def _arch_in(folder: Path) -> Arch:
     found = artifact.find(folder)
     if found is None or found.arch is None:
-        raise InputError(f"{folder} is no model of minitron-mp; `minitron-mp import` and `minitron-mp prune` leave some")
+        raise InputError(
+            f"{folder} is no model of minitron-mp; `minitron-mp import` and `minitron-mp prune` leave some"
+        )
     return found.arch

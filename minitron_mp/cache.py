@@ -47,7 +47,9 @@ class Writer:
     def finish(self) -> None:
         if not self.shard:
             return
-        path = self.folder / f"rank{self.rank:05d}_{int(next(iter(self.shard))):012d}.safetensors"  # named after its first id
+        path = (
+            self.folder / f"rank{self.rank:05d}_{int(next(iter(self.shard))):012d}.safetensors"
+        )  # named after its first id
         try:
             save_file(self.shard, path)
         except (OSError, SafetensorError) as error:
@@ -68,7 +70,15 @@ def write_index(folder: Path, shape: Shape, teacher: Grid, first: int, last: int
 class Reader:
     """In the place of a stream.Receiver, on one rank of the student's last stage at (dp, cp, tp): get(id) in any order."""
 
-    def __init__(self, folder: Path, shape: Shape, student: Grid, place: tuple[int, int, int], ids: Sequence[int], device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        shape: Shape,
+        student: Grid,
+        place: tuple[int, int, int],
+        ids: Sequence[int],
+        device: torch.device,
+    ):
         content = read_json(folder / INDEX, "cache --force")
         found = Shape(**{**content["shape"], "dtype": getattr(torch, content["shape"]["dtype"])})
         first, last = content["ids"]
@@ -87,7 +97,9 @@ class Reader:
         signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype)
         for block in messages(shape, self.teacher, self.student, id % self.teacher.dp, id % self.student.dp):
             if block.target == self.rank:
-                signal[block.target_rows, :, block.target_columns] = self._tensor(block.source, id)[block.source_rows, :, block.source_columns]
+                signal[block.target_rows, :, block.target_columns] = self._tensor(block.source, id)[
+                    block.source_rows, :, block.source_columns
+                ]
         return signal.to(self.device, non_blocking=True)
 
     def release(self, id: int) -> None: ...
@@ -96,14 +108,21 @@ class Reader:
     def _tensor(self, source: int, id: int) -> Any:
         """A slice of safetensors: only what is asked of it is read."""
         if source not in self.starts:
-            self.starts[source] = sorted((int(path.stem.split("_")[1]), path) for path in self.folder.glob(f"rank{source:05d}_*.safetensors"))
+            self.starts[source] = sorted(
+                (int(path.stem.split("_")[1]), path)
+                for path in self.folder.glob(f"rank{source:05d}_*.safetensors")
+            )
         files = self.starts[source]
         number = bisect_right(files, id, key=lambda file: file[0]) - 1
         if number < 0:
-            raise InputError(f"{self.folder} lacks microbatch {id} of teacher rank {source}; delete it and run `minitron-mp cache` again")
+            raise InputError(
+                f"{self.folder} lacks microbatch {id} of teacher rank {source}; delete it and run `minitron-mp cache` again"
+            )
         path = files[number][1]
         try:
             with safe_open(path, "pt") as file:
                 return file.get_slice(str(id))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is damaged or lacks microbatch {id} ({error}); delete {self.folder} and run `minitron-mp cache` again") from error
+            raise InputError(
+                f"{path} is damaged or lacks microbatch {id} ({error}); delete {self.folder} and run `minitron-mp cache` again"
+            ) from error

@@ -87,14 +87,19 @@ def training(recipe: Recipe) -> Distill:
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
     plain = {"states": None, "profile": None, "async_save": False}
-    return d.model_copy(update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, **plain})
+    return d.model_copy(
+        update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, **plain}
+    )
 
 
 def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
     """Of the shallowest student that the recipe may come to."""
     if recipe.search is not None:
         return teacher.num_layers - min(arch.num_layers for arch in candidates(recipe, teacher))
-    return teacher.num_layers - resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+    return (
+        teacher.num_layers
+        - resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family).num_layers
+    )
 
 
 def candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
@@ -114,7 +119,12 @@ def survey(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
     def used(arch: Arch) -> float:
         if budget == "parameters":
             return arch.num_parameters()
-        return inference_bytes(arch, recipe.precision, search.batch_size, search.context or recipe.data.sequence_length) / 2**30
+        return (
+            inference_bytes(
+                arch, recipe.precision, search.batch_size, search.context or recipe.data.sequence_length
+            )
+            / 2**30
+        )
 
     grid, fitting, seen = _grid(teacher, search, recipe.target.align, tp), [], []
     reasons: Counter[str] = Counter()
@@ -124,7 +134,9 @@ def survey(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
     for sizes in itertools.product(*(grid[name] for name in others)):
         arch = teacher.model_copy(update=dict(zip(others, sizes)))
         if not search.num_attention_heads:
-            arch = arch.model_copy(update={"num_attention_heads": arch.num_query_groups * teacher.heads_per_group})
+            arch = arch.model_copy(
+                update={"num_attention_heads": arch.num_query_groups * teacher.heads_per_group}
+            )
 
         def wide(f: int, arch: Arch = arch) -> Arch:
             return arch.model_copy(update={"ffn_hidden_size": f})
@@ -132,11 +144,18 @@ def survey(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
         widths = steps_down(teacher.ffn_hidden_size, unit) if solved else grid["ffn_hidden_size"]
         if solved:  # the largest inside the budget; of parameters, which may be exceeded, the nearest
             i = min(bisect_left(widths, -wanted, key=lambda f: -used(wide(f))), len(widths) - 1)
-            widths = [min(widths[max(0, i - (budget == "parameters")) : i + 1], key=lambda f: abs(used(wide(f)) - wanted))]
+            widths = [
+                min(
+                    widths[max(0, i - (budget == "parameters")) : i + 1],
+                    key=lambda f: abs(used(wide(f)) - wanted),
+                )
+            ]
         elif search.mlp_expansion:
             nearest = {round(e * arch.hidden_size / unit) * unit for e in search.mlp_expansion}
             widths = sorted((f for f in nearest if 0 < f <= teacher.ffn_hidden_size), reverse=True)
-            reasons[f"mlp_expansion x hidden_size is 0 or above the teacher's ffn_hidden_size {teacher.ffn_hidden_size}"] += len(nearest) - len(widths)
+            reasons[
+                f"mlp_expansion x hidden_size is 0 or above the teacher's ffn_hidden_size {teacher.ffn_hidden_size}"
+            ] += len(nearest) - len(widths)
         tried = [(arch, _why_not(arch, teacher, recipe)) for arch in map(wide, widths) if arch != teacher]
         reasons.update(why for _, why in tried if why)
         archs = [arch for arch, why in tried if not why]
@@ -148,12 +167,18 @@ def survey(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
     left_out = _left_out(reasons, possible)
     if not fitting:
         if not seen:
-            raise InputError(f"no candidate of search is possible, whatever the budget: {left_out or 'the only one is the teacher; list smaller sizes'}")
+            raise InputError(
+                f"no candidate of search is possible, whatever the budget: {left_out or 'the only one is the teacher; list smaller sizes'}"
+            )
         near = f"the nearest one has {min(seen, key=lambda value: abs(value - wanted)):,.4g}"
         other = f" ({left_out})" if left_out else ""
-        raise InputError(f"no candidate of search has {least:,.4g} to {most:,.4g} ({budget}); {near}: change the budget, or list other sizes{other}")
+        raise InputError(
+            f"no candidate of search has {least:,.4g} to {most:,.4g} ({budget}); {near}: change the budget, or list other sizes{other}"
+        )
     if len(fitting) > search.max_candidates:
-        raise InputError(f"search has {len(fitting)} candidates, search.max_candidates is {search.max_candidates}: list fewer sizes, or raise it")
+        raise InputError(
+            f"search has {len(fitting)} candidates, search.max_candidates is {search.max_candidates}: list fewer sizes, or raise it"
+        )
     return fitting, left_out
 
 
@@ -204,7 +229,9 @@ def _grid(teacher: Arch, search: Search, align: int, tp: int) -> dict[str, list[
         largest = getattr(teacher, name)
         wrong = [n for n in grid[name] if not 0 < n <= largest or (n != largest and n % steps.get(name, 1))]
         if wrong:
-            problems.append(f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps.get(name, 1)} up to the teacher's {largest}")
+            problems.append(
+                f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps.get(name, 1)} up to the teacher's {largest}"
+            )
     refuse("these sizes cannot be cut:", problems)
     return grid
 
@@ -234,11 +261,22 @@ def shown(found: Sequence[Candidate]) -> tuple[tuple[str, ...], list[tuple[str, 
     timed = any(c.latency_s is not None for c in found)
     best = set()
     for count in {len(c.distilled) for c in found}:
-        best |= set(front([(c.name, c.parameters, c.loss, c.chosen) for c in found if len(c.distilled) == count]))
+        best |= set(
+            front([(c.name, c.parameters, c.loss, c.chosen) for c in found if len(c.distilled) == count])
+        )
     lines = []
     for c in ordered:
         after = f"{c.distilled[-1].loss:.4f} ({c.distilled[-1].steps})" if c.distilled else ""
         speed = (f"{1000 * c.latency_s:,.1f}" if c.latency_s is not None else "",) * timed
         size = f"{c.parameters / 1e9:.2f}B" if c.parameters >= 1e9 else f"{c.parameters / 1e6:.1f}M"
-        lines.append((f"{c.name}{' *' * (c.name in best)}", size, f"{c.memory_gib:.1f}", *speed, f"{c.pruned_loss:.4f}", after))
+        lines.append(
+            (
+                f"{c.name}{' *' * (c.name in best)}",
+                size,
+                f"{c.memory_gib:.1f}",
+                *speed,
+                f"{c.pruned_loss:.4f}",
+                after,
+            )
+        )
     return ("candidate", "params", "GiB", *("ms",) * timed, "pruned", "distilled"), lines

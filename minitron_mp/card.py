@@ -21,7 +21,9 @@ CARD = "README.md"
 TAGS = ["minitron", "pruning", "knowledge-distillation"]
 
 
-def model_card(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest, family: str, assets: Path) -> str:
+def model_card(
+    recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest, family: str, assets: Path
+) -> str:
     """The card as text. manifest: of the export; family: of the exported model; assets: side files of the model that was cut.
 
     Numbers on held-out text are there when evaluation.json is of this very student. InputError for a damaged one.
@@ -29,7 +31,9 @@ def model_card(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest, fa
     plan, source = PrunePlan.load(paths["plan"]), source_card(assets)
     student, base = plan.student.num_parameters(), _hub_name(recipe.model, assets)
     name = base or Path(recipe.model).name
-    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=TAGS, **source)
+    data = ModelCardData(
+        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=TAGS, **source
+    )
     sections = [
         Section("Sizes", [page.Table(("size", "before", "this model", "kept"), plan.summary())]),
         Section("How it was made", _made(recipe, plan, name)),
@@ -38,7 +42,9 @@ def model_card(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest, fa
         Section("Limits", _limits(recipe, family, assets)),
     ]
     lead = f"A language model of {student:,} parameters, cut from {name} ({plan.teacher.num_parameters():,} parameters) and distilled by the Minitron method."
-    document = Document(f"{name}, {student / plan.teacher.num_parameters():.1%} of its parameters", lead, sections)
+    document = Document(
+        f"{name}, {student / plan.teacher.num_parameters():.1%} of its parameters", lead, sections
+    )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{page.markdown(document)}"))
 
 
@@ -47,7 +53,10 @@ def refresh(project: Any) -> None:
     paths, found = project.paths, artifact.find(project.paths["export"])
     if found is None or found.arch is None or found.fingerprint != project.manifest("export").fingerprint:
         return
-    text, place = model_card(project.recipe, paths, found, found.arch.family, paths["import"] / "assets"), paths["export"] / CARD
+    text, place = (
+        model_card(project.recipe, paths, found, found.arch.family, paths["import"] / "assets"),
+        paths["export"] / CARD,
+    )
     if not place.is_file() or place.read_text(encoding="utf-8") != text:
         artifact.write_text(place, text)
 
@@ -70,8 +79,12 @@ def source_card(folder: Path) -> dict[str, Any]:
     try:
         given = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError) as error:
-        raise InputError(f"the front matter of {folder / CARD} cannot be read: {error}; mend it, or move the file away") from error
-    return {key: given[key] for key in ("license", "license_name", "license_link", "language") if given.get(key)}
+        raise InputError(
+            f"the front matter of {folder / CARD} cannot be read: {error}; mend it, or move the file away"
+        ) from error
+    return {
+        key: given[key] for key in ("license", "license_name", "license_link", "language") if given.get(key)
+    }
 
 
 def _hub_name(model: str, assets: Path) -> str | None:
@@ -85,12 +98,24 @@ def _hub_name(model: str, assets: Path) -> str | None:
 
 def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
     d, length = recipe.distill, recipe.data.sequence_length
-    text = "the Python standard library" if recipe.data.source == "python-stdlib" and not recipe.data.train else "the text of the recipe"
+    text = (
+        "the Python standard library"
+        if recipe.data.source == "python-stdlib" and not recipe.data.train
+        else "the text of the recipe"
+    )
     dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
     tutor = f"{Path(recipe.teacher.model).name}" if recipe.teacher.model else name
     when = "meanwhile" if recipe.corrects_meanwhile else "before"
-    corrected = f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)" if recipe.correct else ""
-    losses = [f"{weight:g} x {what}" for weight, what in ((d.kl_weight, d.divergence), (d.ce_weight, "cross-entropy")) if weight]
+    corrected = (
+        f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)"
+        if recipe.correct
+        else ""
+    )
+    losses = [
+        f"{weight:g} x {what}"
+        for weight, what in ((d.kl_weight, d.divergence), (d.ce_weight, "cross-entropy"))
+        if weight
+    ]
     by = recipe.depth.method + "`" + f" ({recipe.depth.metric})" * (recipe.depth.method != "cosine")
     chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{by}"
     if d.states:

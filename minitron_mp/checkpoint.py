@@ -27,10 +27,22 @@ from minitron_mp.errors import InputError
 from minitron_mp.parallel import everyone, on_main
 
 FREE_SPACE_MARGIN = 1.1
-DAMAGE = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
+DAMAGE = (
+    dist_checkpointing.core.CheckpointingException,
+    KeyError,
+    ValueError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+)
 """What a missing, truncated or foreign file in a checkpoint makes torch and Megatron raise."""
 # From 0.17 on Megatron would rather use nvidia-resiliency-ext, which only GPU containers have; its own writers are in all versions.
-OWN_WRITERS = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+OWN_WRITERS = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 
 
 def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
@@ -41,7 +53,10 @@ def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
     """
     metadata = {"dp_cp_group": world.groups.dp_cp}
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
-    return {f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")} for i, state in enumerate(states)}
+    return {
+        f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")}
+        for i, state in enumerate(states)
+    }
 
 
 def scaling_state(chunks: list[Any], world: Any) -> dict[str, Any]:
@@ -49,9 +64,19 @@ def scaling_state(chunks: list[Any], world: Any) -> dict[str, Any]:
 
     By layer, under numbers that do not depend on the pipeline; equal on tensor and data parallel ranks, which reduce them.
     """
-    metadata, delayed = {"dp_cp_group": world.groups.dp_cp}, [chunk.config.fp8 and chunk.config.fp8_recipe == "delayed" for chunk in chunks]
-    states = {f"scaling{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks) if delayed[i]}
-    return {name: {k: v for k, v in state.items() if "linear" in k and k.endswith("_extra_state")} for name, state in states.items()}
+    metadata, delayed = (
+        {"dp_cp_group": world.groups.dp_cp},
+        [chunk.config.fp8 and chunk.config.fp8_recipe == "delayed" for chunk in chunks],
+    )
+    states = {
+        f"scaling{i}": chunk.sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(chunks)
+        if delayed[i]
+    }
+    return {
+        name: {k: v for k, v in state.items() if "linear" in k and k.endswith("_extra_state")}
+        for name, state in states.items()
+    }
 
 
 def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -68,7 +93,11 @@ def load_model(chunks: list[Any], folder: Path, world: Any, prefix: str = "") ->
             _receive_whole(state[f"model{i}"])
     state = load(state, folder)
     for i, chunk in enumerate(chunks):
-        missing = [k for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys if not k.endswith("_extra_state")]
+        missing = [
+            k
+            for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys
+            if not k.endswith("_extra_state")
+        ]
         assert not missing, missing
 
 
@@ -86,7 +115,9 @@ def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTen
     """A rank's rows [v/tp, h] of the output layer, under the key of its weight, for load(); on the last pipeline stage."""
     key = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
     groups = world.groups
-    return ShardedTensor.from_rank_offsets(key, tensor, (0, groups.tp.rank(), groups.tp.size()), replica_id=groups.dp_cp.rank())
+    return ShardedTensor.from_rank_offsets(
+        key, tensor, (0, groups.tp.rank(), groups.tp.size()), replica_id=groups.dp_cp.rank()
+    )
 
 
 def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -102,7 +133,9 @@ def _readable(folder: Path) -> Iterator[None]:
     except dist.DistError:
         raise
     except (CheckpointException, *DAMAGE) as error:
-        raise InputError(f"{folder} is no checkpoint of this model or damaged: {_cause(error)}; delete it and run its stage again") from error
+        raise InputError(
+            f"{folder} is no checkpoint of this model or damaged: {_cause(error)}; delete it and run its stage again"
+        ) from error
 
 
 def _cause(error: BaseException) -> str:
@@ -118,10 +151,16 @@ def dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Checkpoint key -> dtype, of every tensor in a checkpoint; reads the metadata only, any process may."""
     with _readable(folder):
         metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    return {key: entry.properties.dtype for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        key: entry.properties.dtype
+        for key, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
-def save(state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callable[[Path], None] | None = None) -> None:
+def save(
+    state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callable[[Path], None] | None = None
+) -> None:
     """Write a sharded state as the artefact `folder`; reached by all ranks, replaces an old one only when whole.
 
     extra: called on rank 0 with the folder before it takes its place, for small files that belong to it. InputError on every
@@ -149,13 +188,17 @@ class Background:
     def __init__(self) -> None:
         self.queue, self.folder = AsyncCallsQueue(), Path()
 
-    def start(self, state: dict[str, Any], folder: Path, manifest: Manifest, after: Callable[[], None]) -> None:
+    def start(
+        self, state: dict[str, Any], folder: Path, manifest: Manifest, after: Callable[[], None]
+    ) -> None:
         """As save(), but returns when the state is copied. after: called on rank 0 when the artefact is whole."""
         self.finish()  # their results share a queue
         _make_room(state, folder)
         self.folder = folder
         with _writing(folder):
-            request = dist_checkpointing.save(state, str(artifact.aside(folder)), async_sharded_save=True, **OWN_WRITERS)
+            request = dist_checkpointing.save(
+                state, str(artifact.aside(folder)), async_sharded_save=True, **OWN_WRITERS
+            )
 
             def finish() -> None:
                 artifact.commit(folder, manifest)
@@ -173,7 +216,10 @@ class Background:
     @property
     def writing(self) -> bool:
         """Whether this rank still writes."""
-        return any(not call.async_caller.is_current_async_call_done(blocking=False, no_dist=True) for call in self.queue.async_calls)
+        return any(
+            not call.async_caller.is_current_async_call_done(blocking=False, no_dist=True)
+            for call in self.queue.async_calls
+        )
 
     def finish(self) -> None:
         """Wait until what was started is whole; InputError on every rank when it could not be written."""
@@ -182,7 +228,9 @@ class Background:
 
 
 def _make_room(state: dict[str, Any], folder: Path) -> None:
-    on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))  # what a kill left would count against the room
+    on_main(
+        lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True)
+    )  # what a kill left would count against the room
     check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
     on_main(lambda: artifact.prepare(folder))
 
@@ -193,7 +241,11 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, CheckpointException) as error:  # a quota, a vanished mount: the old artefact is untouched
+    except (
+        OSError,
+        RuntimeError,
+        CheckpointException,
+    ) as error:  # a quota, a vanished mount: the old artefact is untouched
         on_main(lambda: shutil.rmtree(artifact.aside(folder), ignore_errors=True))
         raise InputError(f"{folder} could not be written: {_cause(error)}") from error
 
@@ -209,7 +261,9 @@ def check_room(num_bytes: float, folder: Path) -> None:
     free = shutil.disk_usage(near).free
     short = needed.item() * FREE_SPACE_MARGIN > free
     everyone(
-        InputError(f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {near} has {free / 1e9:.2f} GB free; make room or set another output")
+        InputError(
+            f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {near} has {free / 1e9:.2f} GB free; make room or set another output"
+        )
         if short
         else None
     )

@@ -16,12 +16,30 @@ from minitron_mp.config import Recipe, load_recipe
 from minitron_mp.console import say, speaks, table
 from minitron_mp.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Compress large language models by the Minitron method.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compress large language models by the Minitron method.",
+)
 
-RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing")]
-World = Annotated[int | None, typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model")]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing"
+    ),
+]
+World = Annotated[
+    int | None,
+    typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
+]
 Force = Annotated[bool, typer.Option("--force", help="run the stage although its artefact is up to date")]
 
 HELP = {
@@ -44,7 +62,13 @@ HELP = {
 
 def _add(name: str) -> None:
     @app.command(name, help=HELP[name])
-    def command(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None, force: Force = False) -> None:
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        world: World = None,
+        force: Force = False,
+    ) -> None:
         resolved = load_recipe(recipe, overrides or [])
         if _dry(resolved, dry_run, world, name):
             return
@@ -58,7 +82,9 @@ for _name in HELP:
 
 
 @app.command()
-def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None) -> None:
+def compress(
+    recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None
+) -> None:
     """All stages in order; what is done is skipped, so the same command goes on after a stop."""
     resolved = load_recipe(recipe, overrides or [])
     if _dry(resolved, dry_run, world):
@@ -72,13 +98,24 @@ def compress(recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = 
 def harness(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    tasks: Annotated[str, typer.Option(help="names of tasks of lm-evaluation-harness, with commas between")] = "",
-    model: Annotated[str, typer.Option(help="teacher, pruned, distilled; uncorrected, unpruned where there is one")] = "distilled",
+    tasks: Annotated[
+        str, typer.Option(help="names of tasks of lm-evaluation-harness, with commas between")
+    ] = "",
+    model: Annotated[
+        str, typer.Option(help="teacher, pruned, distilled; uncorrected, unpruned where there is one")
+    ] = "distilled",
     limit: Annotated[int | None, typer.Option(min=1, help="the first so many items of each task")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples before each item; default: the task's own")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="examples before each item; default: the task's own")
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="tokens that the model is given at most; default: data.sequence_length")] = None,
-    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="items as chats, by the tokenizer's template")] = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="tokens that the model is given at most; default: data.sequence_length"),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="items as chats, by the tokenizer's template")
+    ] = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness on a model of the recipe; needs the extra eval (lm-eval)."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -125,8 +162,12 @@ def estimate(
     overrides: Overrides = None,
     world: Annotated[int, typer.Option("--world", min=1, help="GPUs")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200 or a100")] = "h100",
-    hardware: Annotated[Path | None, typer.Option(help="YAML or JSON with values of your own (docs/estimate.md)")] = None,
-    times: Annotated[Path | None, typer.Option(help="layer times that benchmarks/layers.py wrote; default: those shipped")] = None,
+    hardware: Annotated[
+        Path | None, typer.Option(help="YAML or JSON with values of your own (docs/estimate.md)")
+    ] = None,
+    times: Annotated[
+        Path | None, typer.Option(help="layer times that benchmarks/layers.py wrote; default: those shipped")
+    ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour")] = None,
     top: Annotated[int, typer.Option(min=1, help="layouts to show")] = 10,
     json: Annotated[Path | None, typer.Option(help="write all of it to this file")] = None,
@@ -141,7 +182,10 @@ def estimate(
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe whose model, tokenizer and folders are checked, too")] = None, overrides: Overrides = None
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe whose model, tokenizer and folders are checked, too")
+    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Check versions, GPUs, FP8, links between ranks, clocks, folders and room: a table, exit code 0 or 1."""
     from minitron_mp.doctor import doctor as examine
@@ -154,7 +198,9 @@ def _dry(recipe: Recipe, dry_run: bool, world: int | None, stage: str | None = N
     if dry_run:
         _dry_run(recipe, world, stage)
     elif world is not None:
-        raise InputError("--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)")
+        raise InputError(
+            "--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)"
+        )
     return dry_run
 
 
@@ -172,15 +218,25 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     if stage:
         project.require_stage(stage)
     t = recipe.teacher
-    ranks = world or (t.student_ranks or recipe.parallel.model_ranks) + t.ranks_in(None) + sum(t.siblings.values())
+    ranks = world or (t.student_ranks or recipe.parallel.model_ranks) + t.ranks_in(None) + sum(
+        t.siblings.values()
+    )
     models = [Path(recipe.model), Path(t.model or recipe.model)]
     weights = all(map(hf.has_weights, filter(Path.is_dir, models)))
     project.check(ranks, weights=weights)
     base, teacher = (hf.read_arch(folder, weights=weights) for folder in models)
-    found, left_out = survey(recipe, base) if recipe.search else ([resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], "")
+    found, left_out = (
+        survey(recipe, base)
+        if recipe.search
+        else ([resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], "")
+    )
     student = max(found, key=lambda arch: arch.num_parameters())
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
-    table("layout and memory", ("what", "value"), cost.rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks))
+    table(
+        "layout and memory",
+        ("what", "value"),
+        cost.rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks),
+    )
     if recipe.search:
         table(
             "candidates of the search; the layout above is that of the largest",
@@ -196,14 +252,20 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     rows = []
     for name in project.stages:
         why = project.why_not_done(name)
-        rows.append((name, str(project.paths[name]), states[None if why is None else not why], "; ".join(why or [])))
+        rows.append(
+            (name, str(project.paths[name]), states[None if why is None else not why], "; ".join(why or []))
+        )
     table("stages", ("stage", "artefact", "state", "differs"), rows)
 
 
 def main() -> Any:
     """Console entry: an InputError, or a disk that fails, is printed without a traceback, exit code 2."""
-    warnings.filterwarnings("ignore")  # Megatron-Core warns of every optional package that is not there, on each rank
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # tells the traceback of what we say in a line
+    warnings.filterwarnings(
+        "ignore"
+    )  # Megatron-Core warns of every optional package that is not there, on each rank
+    logging.getLogger("torch.distributed.checkpoint").setLevel(
+        logging.CRITICAL
+    )  # tells the traceback of what we say in a line
     logging.getLogger("megatron").setLevel(logging.ERROR)  # and 0.19 at each model that GPTModel will go
     try:
         app()

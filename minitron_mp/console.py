@@ -9,7 +9,14 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 console = Console(highlight=False)
@@ -58,12 +65,21 @@ class Tracker:
     def __enter__(self) -> Tracker:
         self.start = self.last = time.monotonic()
         if speaks() and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(10),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+            )
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True))  # on a narrow terminal this is what is cut
+            note = TextColumn(
+                "{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)
+            )  # on a narrow terminal this is what is cut
             self.bar = Progress(*columns, *times, note, console=console, expand=True)
             self.bar.start()
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.first, unit=self.unit, note="")
+            self.task = self.bar.add_task(
+                self.title, total=self.total, completed=self.first, unit=self.unit, note=""
+            )
         return self
 
     def advance(self, count: int, note: str = "") -> None:
@@ -76,7 +92,11 @@ class Tracker:
             now = self.done - self.first
             left = seconds / now * max(0, self.total - self.done)
             speed = f"{now / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
-            console.print(f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(left)} left  {note}", soft_wrap=True, markup=False)
+            console.print(
+                f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(left)} left  {note}",
+                soft_wrap=True,
+                markup=False,
+            )
 
     def __exit__(self, *_: Any) -> None:
         if self.bar is not None:

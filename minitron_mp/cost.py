@@ -56,8 +56,12 @@ def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
     """What a remote teacher sends for a token, over all its ranks; stream.py counts the same."""
     t = recipe.teacher
     element = BYTES[recipe.teacher_precision]
-    hidden = element * teacher.hidden_size * (1 + (len(states.layers) if (states := recipe.distill.states) else 0))
-    return {"hidden": hidden, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[t.payload]
+    hidden = (
+        element * teacher.hidden_size * (1 + (len(states.layers) if (states := recipe.distill.states) else 0))
+    )
+    return {"hidden": hidden, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[
+        t.payload
+    ]
 
 
 def fp8_of(section: Section) -> str | None:
@@ -92,7 +96,9 @@ def layers_in_flight(num_layers: int, parallel: Parallel, num_microbatches: int,
     return peak
 
 
-def kept_per_token(arch: Arch, parallel: Parallel, size: int, *, transformer_engine: bool = False, fp8: bool = False) -> float:
+def kept_per_token(
+    arch: Arch, parallel: Parallel, size: int, *, transformer_engine: bool = False, fp8: bool = False
+) -> float:
     """Bytes on one rank that a layer's forward pass keeps for its backward pass, a token. size: bytes of a value.
 
     Local layers: input and output of both norms; q, k, v as one product (v is a view of it), rotated q and k, the attention's output; the MLP's
@@ -108,17 +114,31 @@ def kept_per_token(arch: Arch, parallel: Parallel, size: int, *, transformer_eng
         return 2 * arch.hidden_size * (size + act) / along + inner / tp + statistics
     # Under context parallelism keys and values of the whole sequence, in place of the product's (and a mask, [s/cp, s], which is left out).
     attention = 2 * heads + (2 * key * parallel.cp if parallel.cp > 1 else qkv + key)
-    copied = heads if arch.qk_norm and arch.num_query_groups > tp else 0  # by the norm; with one group q, too, is a view
+    copied = (
+        heads if arch.qk_norm and arch.num_query_groups > tp else 0
+    )  # by the norm; with one group q, too, is a view
     inner = attention + copied + (5 if arch.gated else 2) * ffn
     return size * (4 * arch.hidden_size / along + inner / tp) + statistics
 
 
-def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int, stage: int, precision: str | None = None) -> dict[str, float]:
+def training_memory(
+    arch: Arch, training: Training, recipe: Recipe, ranks: int, stage: int, precision: str | None = None
+) -> dict[str, float]:
     """Bytes of a model in training on a rank of this pipeline stage, by part. ranks: that train it. precision: default the recipe's."""
     precision = precision or recipe.precision
-    p, size, fp8, last = recipe.parallel, BYTES[precision], fp8_of(training) is not None, stage == recipe.parallel.pp - 1
-    tokens, along = recipe.data.sequence_length // p.cp * training.micro_batch_size, p.tp if p.sequence_parallel else 1
-    batches = max(1, training.global_batch_size // training.micro_batch_size // max(1, ranks // p.model_ranks))
+    p, size, fp8, last = (
+        recipe.parallel,
+        BYTES[precision],
+        fp8_of(training) is not None,
+        stage == recipe.parallel.pp - 1,
+    )
+    tokens, along = (
+        recipe.data.sequence_length // p.cp * training.micro_batch_size,
+        p.tp if p.sequence_parallel else 1,
+    )
+    batches = max(
+        1, training.global_batch_size // training.micro_batch_size // max(1, ranks // p.model_ranks)
+    )
     parameters, main_copy = rank_parameters(arch, p)[stage], 4 if precision == "bf16" else 0
     layers = layers_in_flight(arch.num_layers, p, batches, stage)
     layer = kept_per_token(arch, p, size, transformer_engine=uses_transformer_engine(recipe), fp8=fp8)
@@ -138,7 +158,10 @@ def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int, 
         parts["FP8 copies of weights"] = 2 * stage_layers(arch.num_layers, p)[stage] * _matrices(arch) / p.tp
     if last:  # In chunks (losses.py): float32 logits of both models, the gradient of a block, and what is gathered along the sequence
         logits = tokens * arch.padded_vocab_size / p.tp
-        chunks = min(logits, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision] + min(logits, BLOCK_LOGITS) * size
+        chunks = (
+            min(logits, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision]
+            + min(logits, BLOCK_LOGITS) * size
+        )
         parts["logits and their gradient"] = chunks + 2 * size * tokens * arch.hidden_size
     return parts
 
@@ -146,7 +169,11 @@ def training_memory(arch: Arch, training: Training, recipe: Recipe, ranks: int, 
 @functools.lru_cache
 def _matrices(arch: Arch) -> int:
     """Weights of a layer's products."""
-    return sum(math.prod(shape[1:]) for key, shape in arch.shapes().items() if AXES[key][0] == "layer" and len(shape) == 3)
+    return sum(
+        math.prod(shape[1:])
+        for key, shape in arch.shapes().items()
+        if AXES[key][0] == "layer" and len(shape) == 3
+    )
 
 
 def fullest(memories: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -154,7 +181,9 @@ def fullest(memories: Sequence[dict[str, float]]) -> dict[str, float]:
     return max(memories, key=lambda parts: sum(parts.values()))
 
 
-def states_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: int, stage: int) -> dict[str, float]:
+def states_memory(
+    teacher: Arch, student: Arch, recipe: Recipe, student_ranks: int, stage: int
+) -> dict[str, float]:
     """Bytes that matching states takes on a rank of this stage, by part; {} without."""
     p, d, states = recipe.parallel, recipe.distill, recipe.distill.states
     if states is None:
@@ -162,16 +191,34 @@ def states_memory(teacher: Arch, student: Arch, recipe: Recipe, student_ranks: i
     pairs = sum(block > 0 for block in states.blocks(student.num_layers, p).get(stage, []))
     batches = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
     tokens = recipe.data.sequence_length // p.cp * d.micro_batch_size / (p.tp if p.sequence_parallel else 1)
-    projection = 16 * teacher.hidden_size * student.hidden_size if teacher.hidden_size != student.hidden_size else 0
-    held = {} if recipe.teacher.is_remote else {"teacher states of a step": BYTES[recipe.teacher_precision] * tokens * teacher.hidden_size * pairs * batches}
+    projection = (
+        16 * teacher.hidden_size * student.hidden_size if teacher.hidden_size != student.hidden_size else 0
+    )
+    held = (
+        {}
+        if recipe.teacher.is_remote
+        else {
+            "teacher states of a step": BYTES[recipe.teacher_precision]
+            * tokens
+            * teacher.hidden_size
+            * pairs
+            * batches
+        }
+    )
     return {
         **held,
-        "gradients of states": BYTES[recipe.precision] * tokens * student.hidden_size * pairs * min(p.pp - stage, batches),
+        "gradients of states": BYTES[recipe.precision]
+        * tokens
+        * student.hidden_size
+        * pairs
+        * min(p.pp - stage, batches),
         "up-projection of states": projection,
     }
 
 
-def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ranks: int, stage: int) -> dict[str, float]:
+def teacher_memory(
+    teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ranks: int, stage: int
+) -> dict[str, float]:
     """Bytes that the teacher takes on a rank of this stage of the student while distilling, by part."""
     p, d, t, last = recipe.parallel, recipe.distill, recipe.teacher, stage == recipe.parallel.pp - 1
     size, sequence = BYTES[recipe.teacher_precision], recipe.data.sequence_length // p.cp
@@ -181,7 +228,11 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
             return {}
         head = size * teacher.padded_vocab_size * teacher.hidden_size / p.tp
         copy = {"teacher's output layer (a copy)": head if t.payload == "hidden" else 0}
-        signal = tokens * payload_bytes_per_token(teacher, recipe) / (p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1)
+        signal = (
+            tokens
+            * payload_bytes_per_token(teacher, recipe)
+            / (p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1)
+        )
         if t.placement == "cached":
             return {**copy, "teacher signal": signal}
         # a window for each copy of the teacher that this copy of the student hears, and what is in use
@@ -189,19 +240,29 @@ def teacher_memory(teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ra
         heard = copies // math.gcd(copies, max(1, student_ranks // p.model_ranks)) if copies else 1
         return {**copy, "teacher signals in the window": signal * (t.window * heard + in_use)}
     if recipe.correct and recipe.corrects_meanwhile:
-        parts = training_memory(teacher, recipe.correct, recipe, student_ranks, stage, recipe.teacher_precision)
+        parts = training_memory(
+            teacher, recipe.correct, recipe, student_ranks, stage, recipe.teacher_precision
+        )
         held = {f"teacher, {part}": value for part, value in parts.items()}
     else:
         held = {"teacher weights": teacher_weights(teacher, recipe, p, stage)}
     if last:
-        steps_held = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
-        held["teacher hidden states of a step"] = size * tokens * teacher.hidden_size / (p.tp if p.sequence_parallel else 1) * steps_held
+        steps_held = max(
+            1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks)
+        )
+        held["teacher hidden states of a step"] = (
+            size * tokens * teacher.hidden_size / (p.tp if p.sequence_parallel else 1) * steps_held
+        )
     return held
 
 
 def teacher_weights(teacher: Arch, recipe: Recipe, parallel: Parallel, stage: int) -> float:
     """Bytes of a frozen teacher's weights on a rank of a stage; in FP8 a layer's products have one: without gradients none is kept transposed."""
-    matrices = stage_layers(teacher.num_layers, parallel)[stage] * _matrices(teacher) / parallel.tp if fp8_of(recipe.teacher) else 0
+    matrices = (
+        stage_layers(teacher.num_layers, parallel)[stage] * _matrices(teacher) / parallel.tp
+        if fp8_of(recipe.teacher)
+        else 0
+    )
     return BYTES[recipe.teacher_precision] * (rank_parameters(teacher, parallel)[stage] - matrices) + matrices
 
 
@@ -209,16 +270,25 @@ def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> dict[str
     """Bytes on a rank of a remote teacher's stage, by part: no gradients, one layer's forward pass at a time."""
     p, d, size = recipe.teacher.parallel, recipe.distill, BYTES[recipe.teacher_precision]
     tokens, last = recipe.data.sequence_length // p.cp * d.micro_batch_size, stage == p.pp - 1
-    layer = kept_per_token(teacher, p, size, transformer_engine=uses_transformer_engine(recipe), fp8=fp8_of(recipe.teacher) is not None)
+    layer = kept_per_token(
+        teacher,
+        p,
+        size,
+        transformer_engine=uses_transformer_engine(recipe),
+        fp8=fp8_of(recipe.teacher) is not None,
+    )
     signal = tokens * payload_bytes_per_token(teacher, recipe) / p.tp
     return {
         "teacher weights": teacher_weights(teacher, recipe, p, stage),
-        "working buffers (estimate)": tokens * layer + size * tokens * teacher.hidden_size * (1 + p.pp * (p.pp > 1)),
+        "working buffers (estimate)": tokens * layer
+        + size * tokens * teacher.hidden_size * (1 + p.pp * (p.pp > 1)),
         "teacher signals in the window": signal * (recipe.teacher.window + 1) * last,
     }
 
 
-def distilling_memory(student: Arch, teacher: Arch, recipe: Recipe, students: int, teachers: int) -> list[dict[str, float]]:
+def distilling_memory(
+    student: Arch, teacher: Arch, recipe: Recipe, students: int, teachers: int
+) -> list[dict[str, float]]:
     """Bytes on a rank of each pipeline stage of the student, by part."""
     return [
         {
@@ -242,15 +312,34 @@ def rows(base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: i
         lines.append(("ranks of the teacher", _layout(teachers, t.parallel)))
         per_token = payload_bytes_per_token(teacher, recipe)
         payload = t.payload + (" and states" if d.states else "")
-        lines.append(("teacher stream", f"{payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step"))
-    models = [("teacher", teacher, teacher_layout), *([("unpruned", base, recipe.parallel)] if base != teacher else []), ("student", student, recipe.parallel)]
+        lines.append(
+            (
+                "teacher stream",
+                f"{payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step",
+            )
+        )
+    models = [
+        ("teacher", teacher, teacher_layout),
+        *([("unpruned", base, recipe.parallel)] if base != teacher else []),
+        ("student", student, recipe.parallel),
+    ]
     for name, arch, p in models:
         total, outside = arch.num_parameters(), arch.num_parameters(embeddings=False)
         stages = ", ".join(f"{n:,}" for n in rank_parameters(arch, p))
         lines.append((f"layers of the {name} on each stage", str(stage_layers(arch.num_layers, p))))
-        lines.append((f"{name} parameters", f"{total:,} ({outside:,} without embeddings); on one rank of each stage {stages}"))
+        lines.append(
+            (
+                f"{name} parameters",
+                f"{total:,} ({outside:,} without embeddings); on one rank of each stage {stages}",
+            )
+        )
     tokens = d.steps * d.global_batch_size * recipe.data.sequence_length
-    lines.append(("distillation", f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens"))
+    lines.append(
+        (
+            "distillation",
+            f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens",
+        )
+    )
     lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
     lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
     if recipe.correct and not recipe.corrects_meanwhile:
@@ -258,13 +347,19 @@ def rows(base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: i
         lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
     if recipe.search:
         together = min(recipe.search.together or recipe.search.finalists, recipe.search.finalists)
-        needed = together * _training_peak(student, d, recipe, students) + BYTES[recipe.teacher_precision] * max(rank_parameters(teacher, recipe.parallel))
+        needed = together * _training_peak(student, d, recipe, students) + BYTES[
+            recipe.teacher_precision
+        ] * max(rank_parameters(teacher, recipe.parallel))
         lines.append((f"memory while the search distils {together} students", f"{needed / 2**30:.2f} GiB"))
     return lines
 
 
 def _training_peak(arch: Arch, training: Training, recipe: Recipe, ranks: int) -> float:
-    return sum(fullest([training_memory(arch, training, recipe, ranks, stage) for stage in range(recipe.parallel.pp)]).values())
+    return sum(
+        fullest(
+            [training_memory(arch, training, recipe, ranks, stage) for stage in range(recipe.parallel.pp)]
+        ).values()
+    )
 
 
 def _layout(ranks: int, p: Parallel) -> str:

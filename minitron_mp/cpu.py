@@ -99,7 +99,9 @@ def _patches() -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random
 
     def nothing() -> Callable[..., None]:
-        return lambda *args, **kwargs: None  # a fresh object each: torch._dynamo refuses one object under two names
+        return lambda *args, **kwargs: (
+            None
+        )  # a fresh object each: torch._dynamo refuses one object under two names
 
     def get_state() -> Callable[..., torch.Tensor]:
         return lambda *args, **kwargs: torch.get_rng_state()
@@ -113,10 +115,14 @@ def _patches() -> list[tuple[Any, str, Any]]:
         "set_device": nothing(),
         "synchronize": nothing(),  # timers
         "empty_cache": nothing(),
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),  # model_parallel_cuda_manual_seed
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(
+            seed
+        ),  # model_parallel_cuda_manual_seed
         "get_rng_state": get_state(),
         "set_rng_state": set_state(),
-        "current_stream": lambda *args, **kwargs: stream,  # param_and_grad_buffer on every gradient sync (0.19)
+        "current_stream": lambda *args, **kwargs: (
+            stream
+        ),  # param_and_grad_buffer on every gradient sync (0.19)
         "default_stream": lambda *args, **kwargs: stream,
         "stream": lambda *args, **kwargs: contextlib.nullcontext(),
         "Stream": NullStream,
@@ -131,13 +137,18 @@ def _patches() -> list[tuple[Any, str, Any]]:
     # torch's Adam keeps "step" in the state of each parameter; the distributed optimizer's checkpoint wants it in the group,
     # as Apex and TE have it, and fails on load otherwise. FusedAdam below has their layout, so the same code path runs as on a GPU.
     patches += [(optimizer, "Adam", FusedAdam), (optimizer, "USING_PYTORCH_OPTIMIZER", False)]
-    patches += [(distrib_optimizer, name, value) for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))]
+    patches += [
+        (distrib_optimizer, name, value)
+        for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))
+    ]
     # Without Apex and TE gradients are clipped by a product and a copy of each; this is the same in place.
     patches += [(clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)]
     return [(owner, name, new) for owner, name, new in patches if hasattr(owner, name)]
 
 
-def _multi_tensor_scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: Any) -> None:
+def _multi_tensor_scale(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], scale: Any
+) -> None:
     sources, targets = lists
     if any(source is not target for source, target in zip(sources, targets)):
         torch._foreach_copy_(targets, sources)
@@ -167,7 +178,15 @@ class FusedAdam(torch.optim.Optimizer):
     "step" lives in the parameter group; the state of a parameter is exactly {exp_avg, exp_avg_sq}, in its dtype.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, **_: Any):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -184,7 +203,9 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(group["step"] - 1.0) for _ in params],  # the functional form counts up before it uses it
+                [
+                    torch.tensor(group["step"] - 1.0) for _ in params
+                ],  # the functional form counts up before it uses it
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],

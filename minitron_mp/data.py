@@ -50,20 +50,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Tokenizer of a Hugging Face folder or a sentencepiece .model file; InputError when there is none or it cannot end a document."""
     path = Path(path)
     if not (path.is_dir() or (path.suffix == ".model" and path.is_file())):
-        raise InputError(f"no tokenizer at {path}; give a Hugging Face folder (tokenizer.json) or a sentencepiece .model file")
+        raise InputError(
+            f"no tokenizer at {path}; give a Hugging Face folder (tokenizer.json) or a sentencepiece .model file"
+        )
     try:
         encode, vocab_size, eod, bos = (_hugging_face if path.is_dir() else _sentencepiece)(path)
     except Exception as error:  # whatever a foreign file makes transformers or sentencepiece raise
-        raise InputError(f"{path} cannot be read as a tokenizer ({error}); give a Hugging Face folder or a sentencepiece .model file") from error
+        raise InputError(
+            f"{path} cannot be read as a tokenizer ({error}); give a Hugging Face folder or a sentencepiece .model file"
+        ) from error
     if eod is None:
-        raise InputError(f"the tokenizer in {path} has no end-of-sequence (eos) or separator (sep) token to end documents with; set eos_token")
+        raise InputError(
+            f"the tokenizer in {path} has no end-of-sequence (eos) or separator (sep) token to end documents with; set eos_token"
+        )
     return Tokenizer(encode, vocab_size, eod, bos)
 
 
 def load_hugging_face(folder: Path, vocab_size: int) -> Any:
     """The tokenizer itself, with its special tokens and chat template; InputError when there is none or the model lacks ids of it."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; special tokens and chat templates need a tokenizer in the form of Hugging Face: set data.tokenizer")
+        raise InputError(
+            f"{folder} is no folder; special tokens and chat templates need a tokenizer in the form of Hugging Face: set data.tokenizer"
+        )
     loaded = load_tokenizer(folder)
     check_vocabulary(loaded, vocab_size)
     return _from_folder(folder)
@@ -82,7 +90,13 @@ def _hugging_face(folder: Path) -> _Parts:
     tokenizer = _from_folder(folder)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
 
     eod = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     begun, bare = tokenizer("a")["input_ids"][:1], encode(["a"])[0][:1]
@@ -105,7 +119,17 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def samples(folder: Path, part: str, sequence_length: int, num_samples: int, seed: int, tokenizer: Tokenizer, *, repeat: bool, owner: str = "") -> Dataset:
+def samples(
+    folder: Path,
+    part: str,
+    sequence_length: int,
+    num_samples: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    *,
+    repeat: bool,
+    owner: str = "",
+) -> Dataset:
     """Map-style dataset of at least num_samples samples of a part; every rank calls it, with or without torch.distributed.
 
     A sample is {tokens, labels, position_ids: int64 [s], loss_mask: float32 [s]}; labels are the tokens one further.
@@ -113,12 +137,17 @@ def samples(folder: Path, part: str, sequence_length: int, num_samples: int, see
     repeat=False: InputError when one epoch has fewer samples. repeat=True: epochs repeat, as Megatron shuffles them.
     owner: of the index files; two worlds in one job must not write the same ones.
     """
-    refuse("there is too little text:", too_short(folder, part, sequence_length, 0 if repeat else num_samples))
+    refuse(
+        "there is too little text:", too_short(folder, part, sequence_length, 0 if repeat else num_samples)
+    )
     prefixes = prefixes_of(folder, part)
     held = [max(0, tokens_of(prefix)[0] - 1) // sequence_length for prefix in prefixes]
     wanted = [-(-num_samples * n // sum(held)) for n in held]  # rounded up, never above held unless repeated
     indices = [folder / "index" / owner / f"{part}_{i}" for i in range(len(prefixes))]
-    datasets = [_gpt_dataset(p, n, index, sequence_length, seed, tokenizer) for p, n, index in zip(prefixes, wanted, indices)]
+    datasets = [
+        _gpt_dataset(p, n, index, sequence_length, seed, tokenizer)
+        for p, n, index in zip(prefixes, wanted, indices)
+    ]
     return datasets[0] if len(datasets) == 1 else _interleave(datasets, wanted)
 
 
@@ -126,20 +155,32 @@ def too_short(folder: Path, part: str, sequence_length: int, num_samples: int) -
     """A sentence for the user for each file of a part that has not one sample, or when one epoch has fewer than num_samples."""
     tokens = {prefix: tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)}
     cure = f"one sample is {sequence_length} and a label: lower data.sequence_length or give more text"
-    problems = [f"{part} text: {prefix} holds {n} tokens, {cure}" for prefix, n in tokens.items() if n <= sequence_length]
+    problems = [
+        f"{part} text: {prefix} holds {n} tokens, {cure}"
+        for prefix, n in tokens.items()
+        if n <= sequence_length
+    ]
     held = sum(max(0, n - 1) // sequence_length for n in tokens.values())
     if problems or held >= num_samples:
         return problems
     own = part in ("calibration", "train", "valid")
-    more = f"more of data.source, a larger data.valid_fraction, or a longer data.{part}" if own else f"a longer data.held_out.{part}"
-    setting = {"calibration": "num_samples of score, depth and search", "train": "the number of samples"}.get(part, "evaluate.num_samples")
+    more = (
+        f"more of data.source, a larger data.valid_fraction, or a longer data.{part}"
+        if own
+        else f"a longer data.held_out.{part}"
+    )
+    setting = {"calibration": "num_samples of score, depth and search", "train": "the number of samples"}.get(
+        part, "evaluate.num_samples"
+    )
     return [
         f"{part} text holds {held} samples of {sequence_length} tokens, {num_samples} are wanted; lower {setting} to at most {held}, "
         f"lower data.sequence_length, or give more text ({more})"
     ]
 
 
-def _gpt_dataset(prefix: str, num_samples: int, index: Path, sequence_length: int, seed: int, tokenizer: Tokenizer) -> Dataset:
+def _gpt_dataset(
+    prefix: str, num_samples: int, index: Path, sequence_length: int, seed: int, tokenizer: Tokenizer
+) -> Dataset:
     """Megatron's dataset over one prefix: rank 0 writes the index, then a barrier (Megatron's), then the others read it.
 
     Always anew: a kill while the index is written leaves a part of a file, which Megatron would take for the whole.
@@ -177,7 +218,14 @@ def _interleave(datasets: list[Dataset], counts: list[int]) -> Dataset:
 
 
 def micro_batches(
-    dataset: Dataset, step: int, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int | None = None
+    dataset: Dataset,
+    step: int,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    limit: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """This data-parallel rank's microbatches of a step (from 0): tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s].
 

@@ -32,7 +32,9 @@ MARGIN = 1.1
 """checkpoint.py keeps the same."""
 
 
-def doctor(path: Path | None = None, overrides: Sequence[str] = (), *, clock: Callable[[], float] = time.time) -> int:
+def doctor(
+    path: Path | None = None, overrides: Sequence[str] = (), *, clock: Callable[[], float] = time.time
+) -> int:
     """Print the table; the exit code: 1 when something failed, else 0. Under torchrun every rank calls it; rank 0 prints and has the code."""
     start, findings = time.monotonic(), [*packages(), *limits()]
     recipe: Recipe | None = None
@@ -53,7 +55,12 @@ def doctor(path: Path | None = None, overrides: Sequence[str] = (), *, clock: Ca
         elif recipe:
             import megatron.core  # noqa: F401 (whether it can be)
     except Exception as error:  # a missing library, a build for another Python
-        missing = Finding("import", "failed", f"{type(error).__name__}: {error}", "install torch and megatron-core for this Python and driver")
+        missing = Finding(
+            "import",
+            "failed",
+            f"{type(error).__name__}: {error}",
+            "install torch and megatron-core for this Python and driver",
+        )
         return _show([*findings, missing], start)
     from minitron_mp.fabric import ports, shared
 
@@ -72,14 +79,21 @@ def doctor(path: Path | None = None, overrides: Sequence[str] = (), *, clock: Ca
 def _fp8_of(recipe: Recipe | None) -> dict[str, str]:
     """Key of the recipe -> kind of FP8 that it asks for."""
     sections = recipe.model_dump() if recipe else {}
-    return {f"{name}.fp8": kind for name in ("distill", "correct", "teacher") if (kind := (sections.get(name) or {}).get("fp8"))}
+    return {
+        f"{name}.fp8": kind
+        for name in ("distill", "correct", "teacher")
+        if (kind := (sections.get(name) or {}).get("fp8"))
+    }
 
 
 def _graphs(recipe: Recipe | None) -> list[Finding]:
     """Whether the Megatron-Core that is here records what the recipe wants recorded; nothing where it wants nothing."""
     from minitron_mp.precision import check_cuda_graphs
 
-    if not any(getattr(section, "cuda_graphs", False) for section in (recipe and recipe.distill, recipe and recipe.correct)):
+    if not any(
+        getattr(section, "cuda_graphs", False)
+        for section in (recipe and recipe.distill, recipe and recipe.correct)
+    ):
         return []
     try:
         check_cuda_graphs()
@@ -119,10 +133,20 @@ def _of_recipe(recipe: Recipe, job: Any) -> list[Finding]:
         return [Finding("recipe", "failed", problem) for problem in problems]
     found = [Finding("recipe", "ok", f"can run, with {', '.join(map(str, models))}")]
     if not weights:
-        found.append(Finding("model", "warning", "only config.json is there, no weights", "fetch model.safetensors before a run"))
+        found.append(
+            Finding(
+                "model",
+                "warning",
+                "only config.json is there, no weights",
+                "fetch model.safetensors before a run",
+            )
+        )
     if job.rank == 0:
         arch = hf.read_arch(models[0], weights=False)
-        found += [_tokenizer(recipe, arch), room(recipe, project.paths, arch, hf.read_arch(models[-1], weights=False))]
+        found += [
+            _tokenizer(recipe, arch),
+            room(recipe, project.paths, arch, hf.read_arch(models[-1], weights=False)),
+        ]
     return found
 
 
@@ -135,21 +159,43 @@ def _tokenizer(recipe: Recipe, arch: Arch) -> Finding:
         check_vocabulary(loaded, arch.vocab_size)
     except InputError as error:
         return Finding("tokenizer", "failed", str(error))
-    return Finding("tokenizer", "ok", f"{folder}: {loaded.vocab_size:,} tokens, a document ends with {loaded.eod}")
+    return Finding(
+        "tokenizer", "ok", f"{folder}: {loaded.vocab_size:,} tokens, a document ends with {loaded.eod}"
+    )
 
 
 def room(recipe: Recipe, paths: dict[str, Path], base: Arch, tutor: Arch) -> Finding:
     """Free space, and files, against what the stages without an artefact will write. paths: stage -> artefact."""
-    missing = {name: size for name, size in artefact_bytes(recipe, base, tutor).items() if name in paths and not paths[name].exists()}
+    missing = {
+        name: size
+        for name, size in artefact_bytes(recipe, base, tutor).items()
+        if name in paths and not paths[name].exists()
+    }
     root = recipe.root.absolute()
     near = next(folder for folder in (root, *root.parents) if folder.exists())
-    free, needed, files = shutil.disk_usage(near).free, sum(missing.values()) * MARGIN, os.statvfs(near).f_favail
-    largest = ", ".join(f"{name} {missing[name] / 1e9:,.1f}" for name in sorted(missing, key=lambda name: -missing[name])[:3])
-    what = f"{near} has {free / 1e9:,.1f} GB free, the stages to come write about {needed / 1e9:,.1f} GB" + f" ({largest})" * bool(largest)
+    free, needed, files = (
+        shutil.disk_usage(near).free,
+        sum(missing.values()) * MARGIN,
+        os.statvfs(near).f_favail,
+    )
+    largest = ", ".join(
+        f"{name} {missing[name] / 1e9:,.1f}" for name in sorted(missing, key=lambda name: -missing[name])[:3]
+    )
+    what = (
+        f"{near} has {free / 1e9:,.1f} GB free, the stages to come write about {needed / 1e9:,.1f} GB"
+        + f" ({largest})" * bool(largest)
+    )
     if needed > free:
-        return Finding("space", "failed", what, "make room, set another output, or lower distill.keep_checkpoints")
+        return Finding(
+            "space", "failed", what, "make room, set another output, or lower distill.keep_checkpoints"
+        )
     if 0 < files < 10_000:
-        return Finding("space", "warning", f"{near} has room for {files:,} more files", "delete files: a sharded checkpoint has several for each rank")
+        return Finding(
+            "space",
+            "warning",
+            f"{near} has room for {files:,} more files",
+            "delete files: a sharded checkpoint has several for each rank",
+        )
     return Finding("space", "ok", what)
 
 
@@ -159,16 +205,24 @@ def artefact_bytes(recipe: Recipe, base: Arch, tutor: Arch) -> dict[str, float]:
     from minitron_mp.plan import resolve_target
 
     def parameters(arch: Arch) -> int:
-        return cost.rank_parameters(arch, recipe.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None}))[0]
+        return cost.rank_parameters(arch, recipe.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None}))[
+            0
+        ]
 
     def on_disk(folder: str, arch: Arch) -> float:
-        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) or size * parameters(arch)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) or size * parameters(
+            arch
+        )
 
     def training(count: int, kept: int) -> float:
         """The model, and its checkpoints with float32 weights and moments: those kept and the one that is written."""
         return size * count + (size + 12) * count * (kept + 1)
 
-    found = candidates(recipe, base) if recipe.search else [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
+    found = (
+        candidates(recipe, base)
+        if recipe.search
+        else [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
+    )
     size, student = cost.BYTES[recipe.precision], max(map(parameters, found))
     model, d, c = on_disk(recipe.model, base), recipe.distill, recipe.correct
     correct = training(parameters(base), c.keep_checkpoints) if c else 0.0
@@ -177,7 +231,10 @@ def artefact_bytes(recipe: Recipe, base: Arch, tutor: Arch) -> dict[str, float]:
         "import-teacher": on_disk(recipe.teacher.model or recipe.model, tutor),
         "correct": correct,
         "prune": model * student / parameters(base),
-        "cache": d.steps * d.global_batch_size * recipe.data.sequence_length * cost.payload_bytes_per_token(tutor, recipe),
+        "cache": d.steps
+        * d.global_batch_size
+        * recipe.data.sequence_length
+        * cost.payload_bytes_per_token(tutor, recipe),
         "distill": training(student, d.keep_checkpoints) + (correct if recipe.corrects_meanwhile else 0.0),
         "export": cost.BYTES[recipe.export.dtype or recipe.precision] * student,
     }
@@ -192,8 +249,13 @@ def _among_ranks(job: Any, clock: Callable[[], float]) -> list[Finding]:
     from minitron_mp.fabric import clocks, links
 
     found: list[Finding] = []
-    owns, cure = not dist.is_initialized(), "the row ports, if it failed; NCCL_DEBUG=INFO; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
-    say(f"{job.size} ranks join; if nothing follows within {JOIN_MINUTES:.0f} minute, they do not reach each other: {cure}")
+    owns, cure = (
+        not dist.is_initialized(),
+        "the row ports, if it failed; NCCL_DEBUG=INFO; GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
+    )
+    say(
+        f"{job.size} ranks join; if nothing follows within {JOIN_MINUTES:.0f} minute, they do not reach each other: {cure}"
+    )
     try:
         device = parallel.start(JOIN_MINUTES) if owns else parallel.device()
         local, count = job.hosts().count(job.host), torch.cuda.device_count()
@@ -202,7 +264,12 @@ def _among_ranks(job: Any, clock: Callable[[], float]) -> list[Finding]:
             found.append(Finding("ranks", "warning", f"{local} ranks on {job.host} share {count} GPUs", more))
         return [*found, *links(job, device), clocks(job, clock)]
     except Exception as error:  # whatever gloo, NCCL or a dead peer make of it
-        return [*found, Finding("ranks", "failed", f"on rank {job.rank} ({job.host}): {str(error).splitlines()[0]}", cure)]
+        return [
+            *found,
+            Finding(
+                "ranks", "failed", f"on rank {job.rank} ({job.host}): {str(error).splitlines()[0]}", cure
+            ),
+        ]
     finally:
         if owns and dist.is_initialized():
             dist.destroy_process_group()
@@ -215,10 +282,21 @@ def _gather(job: Any, findings: Sequence[Finding]) -> list[Finding] | None:
     if job.rank > 0:
         return None
     silent = job.silent("findings", TALK_S)
-    told = {rank: [Finding(**row) for row in json.loads(job.store.get(f"findings/{rank}"))] for rank in range(job.size) if rank not in silent}
+    told = {
+        rank: [Finding(**row) for row in json.loads(job.store.get(f"findings/{rank}"))]
+        for rank in range(job.size)
+        if rank not in silent
+    }
     rows = together(told, hosts, ALIKE)
     if silent:
-        rows.append(Finding("ranks", "failed", f"{ranks_text(silent, hosts)} did not answer within {TALK_S:.0f} s", "look at what they printed"))
+        rows.append(
+            Finding(
+                "ranks",
+                "failed",
+                f"{ranks_text(silent, hosts)} did not answer within {TALK_S:.0f} s",
+                "look at what they printed",
+            )
+        )
     return rows
 
 
@@ -233,5 +311,7 @@ def _show(findings: Sequence[Finding], start: float) -> int:
         for f in findings:
             grid.add_row(f.check, Text(f.verdict, colour[f.verdict]), Text(f.found), Text(f.cure))
         console.print(grid)
-        say(f"{failed} failed, {warnings} warnings, {len(findings) - failed - warnings} ok, in {time.monotonic() - start:.1f} s on {socket.gethostname()}")
+        say(
+            f"{failed} failed, {warnings} warnings, {len(findings) - failed - warnings} ok, in {time.monotonic() - start:.1f} s on {socket.gethostname()}"
+        )
     return int(failed > 0)

@@ -32,7 +32,9 @@ def tell_drift(job: Job, chunks: list[Any] | None) -> str | None:
 
 def _measure(job: Job, chunks: list[Any]) -> str:
     _, groups = job.groups("valid", SAMPLES, job.recipe.distill.micro_batch_size, exact=False)
-    quality = compare({"fp8": chunks}, job.teacher(), groups, job.world, vocab_size=job.arch(job.recipe.tutor).vocab_size)
+    quality = compare(
+        {"fp8": chunks}, job.teacher(), groups, job.world, vocab_size=job.arch(job.recipe.tutor).vocab_size
+    )
     exact, rough = quality["teacher"], quality["fp8"]
     name = job.recipe.teacher.fp8
     return f"teacher in FP8 ({name}): KL(bf16 || FP8) {rough.kl:.5f} on {exact.num_tokens:,} tokens, loss {rough.loss:.4f}, in bf16 {exact.loss:.4f}"

@@ -45,7 +45,9 @@ def _if_cut(recipe: Recipe, node: Node) -> int | None:
 
 
 def _if_overlap(value: int) -> Callable[[Recipe, Node], int | None]:
-    return lambda recipe, node: value if any(t.overlap for t in (recipe.distill, recipe.correct) if t) else None
+    return lambda recipe, node: (
+        value if any(t.overlap for t in (recipe.distill, recipe.correct) if t) else None
+    )
 
 
 VARIABLES = (
@@ -59,9 +61,21 @@ VARIABLES = (
         "two models of different widths, and their checkpoints, take turns in memory: segments that grow leave no holes",
         lambda recipe, node: "expandable_segments:True",
     ),
-    Variable("NCCL_GRAPH_REGISTER", "expandable segments and buffers that NCCL registers for CUDA graphs do not go together", lambda recipe, node: 0),
-    Variable("TORCH_NCCL_HIGH_PRIORITY", "overlap: collectives get their share of the GPU before the computation beside them", _if_overlap(1)),
-    Variable("NVTE_FWD_LAYERNORM_SM_MARGIN", "overlap: norms of Transformer Engine leave these multiprocessors to NCCL", _if_overlap(16)),
+    Variable(
+        "NCCL_GRAPH_REGISTER",
+        "expandable segments and buffers that NCCL registers for CUDA graphs do not go together",
+        lambda recipe, node: 0,
+    ),
+    Variable(
+        "TORCH_NCCL_HIGH_PRIORITY",
+        "overlap: collectives get their share of the GPU before the computation beside them",
+        _if_overlap(1),
+    ),
+    Variable(
+        "NVTE_FWD_LAYERNORM_SM_MARGIN",
+        "overlap: norms of Transformer Engine leave these multiprocessors to NCCL",
+        _if_overlap(16),
+    ),
     Variable("NVTE_BWD_LAYERNORM_SM_MARGIN", "overlap: as above, backward", _if_overlap(16)),
     Variable(
         "OMP_NUM_THREADS",
@@ -73,8 +87,16 @@ VARIABLES = (
         "kernels are compiled on a disk of the node; on a shared one all ranks would write at once",
         lambda recipe, node: node.scratch / "triton",
     ),
-    Variable("TOKENIZERS_PARALLELISM", "threads of the tokenizer do not outlive the processes that are forked later", lambda recipe, node: "false"),
-    Variable("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "so long, in seconds, torchrun lets ranks save after SIGTERM; its own 30 are few", lambda recipe, node: 120),
+    Variable(
+        "TOKENIZERS_PARALLELISM",
+        "threads of the tokenizer do not outlive the processes that are forked later",
+        lambda recipe, node: "false",
+    ),
+    Variable(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        "so long, in seconds, torchrun lets ranks save after SIGTERM; its own 30 are few",
+        lambda recipe, node: 120,
+    ),
     Variable("PYTHONUNBUFFERED", "a line is in the log when it was said", lambda recipe, node: 1),
     Variable("PYTHONFAULTHANDLER", "a crash in native code names the line of Python", lambda recipe, node: 1),
 )
@@ -87,10 +109,18 @@ def this_node(ranks: int) -> Node:
 
 def lines(recipe: Recipe, node: Node, num_nodes: int) -> list[str]:
     """What a shell evaluates: one `export NAME=VALUE  # reason` each, and comments; InputError when the roles do not fit the ranks."""
-    given = [(v.name, str(value), v.reason) for v in VARIABLES if (value := v.value(recipe, node)) is not None]
-    output = ("MINITRON_OUTPUT", str(recipe.root.absolute()), "where the ranks look for the file stop, and leave the file finished")
+    given = [
+        (v.name, str(value), v.reason) for v in VARIABLES if (value := v.value(recipe, node)) is not None
+    ]
+    output = (
+        "MINITRON_OUTPUT",
+        str(recipe.root.absolute()),
+        "where the ranks look for the file stop, and leave the file finished",
+    )
     comments = [f"# {text}" for text in places(recipe, num_nodes, node.ranks)]
-    return [f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in (output, *given)] + comments
+    return [
+        f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in (output, *given)
+    ] + comments
 
 
 def places(recipe: Recipe, num_nodes: int, ranks: int) -> list[str]:
@@ -99,21 +129,36 @@ def places(recipe: Recipe, num_nodes: int, ranks: int) -> list[str]:
     torchrun numbers the ranks of a node through, so a role has whole nodes when its ranks are a multiple of a node's.
     """
     t, size = recipe.teacher, num_nodes * ranks
-    others = {**{f"sibling {path}": count for path, count in t.siblings.items()}, "teacher": t.ranks_in(size)} if t.is_remote else {}
+    others = (
+        {**{f"sibling {path}": count for path, count in t.siblings.items()}, "teacher": t.ranks_in(size)}
+        if t.is_remote
+        else {}
+    )
     sizes = {"student" if others else "job": t.student_ranks or size - sum(others.values()), **others}
     problems, found, first = [], [], 0
     if min(sizes.values()) < 1 or sum(sizes.values()) != size:
         parts = " + ".join(f"{count} ({role})" for role, count in sizes.items())
         refuse(
-            "the roles do not fit the job:", [f"{num_nodes} nodes x {ranks} ranks are {size}, the roles have {parts}; start other nodes, or change teacher.*"]
+            "the roles do not fit the job:",
+            [
+                f"{num_nodes} nodes x {ranks} ranks are {size}, the roles have {parts}; start other nodes, or change teacher.*"
+            ],
         )
     for role, count in sizes.items():
         layout = t.parallel if role == "teacher" else None if role.startswith("sibling") else recipe.parallel
         if layout and count % layout.model_ranks:
-            problems.append(f"the {role} has {count} ranks, its tp x pp x cp needs a multiple of {layout.model_ranks}; change nodes, ranks or the layout")
+            problems.append(
+                f"the {role} has {count} ranks, its tp x pp x cp needs a multiple of {layout.model_ranks}; change nodes, ranks or the layout"
+            )
         nodes = (first // ranks, (first + count - 1) // ranks)
-        shared = "" if first % ranks == 0 and (first + count) % ranks == 0 else ", not alone: a multiple of a node's ranks would have its own network"
-        found.append(f"{role}: ranks {first} to {first + count - 1}, nodes {nodes[0]} to {nodes[1]}{shared if others and num_nodes > 1 else ''}")
+        shared = (
+            ""
+            if first % ranks == 0 and (first + count) % ranks == 0
+            else ", not alone: a multiple of a node's ranks would have its own network"
+        )
+        found.append(
+            f"{role}: ranks {first} to {first + count - 1}, nodes {nodes[0]} to {nodes[1]}{shared if others and num_nodes > 1 else ''}"
+        )
         first += count
     refuse("the layout does not fit the job:", problems)
     return found

@@ -20,5 +20,9 @@ def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleave
     unit = micro_batch_size * dp * interleaved
     if size % unit == 0:
         return None
-    parts = f"micro_batch_size {micro_batch_size} x data parallel size {dp}" + f" x pp {interleaved}" * (interleaved > 1)
-    return f"{name} {size} must be a multiple of {unit} ({parts}); nearest {max(1, round(size / unit)) * unit}"
+    parts = f"micro_batch_size {micro_batch_size} x data parallel size {dp}" + f" x pp {interleaved}" * (
+        interleaved > 1
+    )
+    return (
+        f"{name} {size} must be a multiple of {unit} ({parts}); nearest {max(1, round(size / unit)) * unit}"
+    )

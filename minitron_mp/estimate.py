@@ -17,16 +17,42 @@ from typing import Any
 
 from minitron_mp.arch import Arch
 from minitron_mp.config import Recipe
-from minitron_mp.cost import BYTES, distilling_memory, fp8_of, fullest, payload_bytes_per_token, rank_parameters, remote_teacher_memory, stage_layers
+from minitron_mp.cost import (
+    BYTES,
+    distilling_memory,
+    fp8_of,
+    fullest,
+    payload_bytes_per_token,
+    rank_parameters,
+    remote_teacher_memory,
+    stage_layers,
+)
 from minitron_mp.hardware import MEASURED, ROOFLINE, SCALED, Times
 from minitron_mp.sections import Parallel
 from minitron_mp.training_config import Training
 
 BUCKET = 40_000_000
 """Parameters whose gradients Megatron reduces together, at least; a million for each data parallel rank where that is more."""
-STUDENT, TEACHER, LOSS, AGAIN = "student's layers", "teacher's layers", "output layers and loss", "recomputation"
-TP, CP, PP, DP, HOST = "tensor parallel", "context parallel", "pipeline transfers", "data parallel", "waiting for the host"
-BUBBLE, UNEVEN, OPTIMIZER, WAIT, STREAM = "pipeline bubble", "uneven stages", "optimizer", "waiting for the teacher", "teacher stream"
+STUDENT, TEACHER, LOSS, AGAIN = (
+    "student's layers",
+    "teacher's layers",
+    "output layers and loss",
+    "recomputation",
+)
+TP, CP, PP, DP, HOST = (
+    "tensor parallel",
+    "context parallel",
+    "pipeline transfers",
+    "data parallel",
+    "waiting for the host",
+)
+BUBBLE, UNEVEN, OPTIMIZER, WAIT, STREAM = (
+    "pipeline bubble",
+    "uneven stages",
+    "optimizer",
+    "waiting for the teacher",
+    "teacher stream",
+)
 WORK = (STUDENT, TEACHER, LOSS, AGAIN)
 """Parts of a step that are computation; the others are what a layout costs."""
 Parts = dict[str, float]
@@ -63,14 +89,21 @@ class Estimate:
     @cached_property
     def memory(self) -> Parts:
         """Bytes by part on the fullest GPU of the student."""
-        return fullest(distilling_memory(self.student, self.teacher, self.recipe, self.students, self.teachers))
+        return fullest(
+            distilling_memory(self.student, self.teacher, self.recipe, self.students, self.teachers)
+        )
 
     @cached_property
     def teacher_memory(self) -> Parts:
         """Bytes by part on the fullest GPU of a remote teacher; {} without one."""
         if not self.recipe.teacher.is_remote:
             return {}
-        return fullest([remote_teacher_memory(self.teacher, self.recipe, stage) for stage in range(self.recipe.teacher.parallel.pp)])
+        return fullest(
+            [
+                remote_teacher_memory(self.teacher, self.recipe, stage)
+                for stage in range(self.recipe.teacher.parallel.pp)
+            ]
+        )
 
     @cached_property
     def needs_bytes(self) -> float:
@@ -102,15 +135,28 @@ def distillation(student: Arch, teacher: Arch, recipe: Recipe, world: int, times
     d, p, t = recipe.distill, recipe.parallel, recipe.teacher
     teachers = t.ranks_in(world)
     students = world - teachers - sum(t.siblings.values())
-    seconds, wire, basis = training(student, d, recipe, students, times, teacher if t.payload == "hidden" else None)
+    seconds, wire, basis = training(
+        student, d, recipe, students, times, teacher if t.payload == "hidden" else None
+    )
     microbatches = d.global_batch_size // d.micro_batch_size
     own = microbatches // (students // p.model_ranks)
     if t.placement == "colocated":
         if recipe.correct and recipe.corrects_meanwhile:
             more, carried, rests = training(teacher, recipe.correct, recipe, students, times, None)
         else:
-            stages, carried, rests = _stages(teacher, recipe, p, d.micro_batch_size, times, _dtype(t, recipe.teacher_precision), train=False)
-            more, carried = _pipeline(stages, own, p), {name: Wire(w.link, w.num_bytes * own) for name, w in carried.items()}
+            stages, carried, rests = _stages(
+                teacher,
+                recipe,
+                p,
+                d.micro_batch_size,
+                times,
+                _dtype(t, recipe.teacher_precision),
+                train=False,
+            )
+            more, carried = (
+                _pipeline(stages, own, p),
+                {name: Wire(w.link, w.num_bytes * own) for name, w in carried.items()},
+            )
         for name, value in more.items():
             name = TEACHER if name == STUDENT else name
             seconds[name] = seconds.get(name, 0.0) + value
@@ -118,21 +164,45 @@ def distillation(student: Arch, teacher: Arch, recipe: Recipe, world: int, times
             wire[name] = Wire(w.link, w.num_bytes + (wire[name].num_bytes if name in wire else 0.0))
         basis = _weaker(basis, rests)
     elif t.placement == "cached":
-        wire[STREAM] = Wire("disk", payload_bytes_per_token(teacher, recipe) * recipe.data.sequence_length * d.micro_batch_size * own / (p.tp * p.cp))
+        wire[STREAM] = Wire(
+            "disk",
+            payload_bytes_per_token(teacher, recipe)
+            * recipe.data.sequence_length
+            * d.micro_batch_size
+            * own
+            / (p.tp * p.cp),
+        )
     else:
-        stages, _, rests = _stages(teacher, recipe, t.parallel, d.micro_batch_size, times, _dtype(t, recipe.teacher_precision), train=False)
+        stages, _, rests = _stages(
+            teacher,
+            recipe,
+            t.parallel,
+            d.micro_batch_size,
+            times,
+            _dtype(t, recipe.teacher_precision),
+            train=False,
+        )
         basis = _weaker(basis, rests)
         copies, copies_of_student = teachers // t.parallel.model_ranks, students // p.model_ranks
         if t.payload != "hidden":
             tokens = recipe.data.sequence_length // t.parallel.cp * d.micro_batch_size
-            stages[-1][LOSS] = 2 * tokens * teacher.hidden_size * teacher.padded_vocab_size / t.parallel.tp / times.rates["bf16"]
+            stages[-1][LOSS] = (
+                2
+                * tokens
+                * teacher.hidden_size
+                * teacher.padded_vocab_size
+                / t.parallel.tp
+                / times.rates["bf16"]
+            )
         each = max(sum(stage.values()) for stage in stages)
         sent = payload_bytes_per_token(teacher, recipe) * recipe.data.sequence_length * d.micro_batch_size
         arrives = sent * own / (p.tp * p.cp)
         step = sum(seconds.values())
         seconds[WAIT] = max(0.0, microbatches / copies * each - step)
         if t.window * max(1, copies // copies_of_student) == 1:  # the next one is begun when the last is used
-            seconds[WAIT] = own * (sum(sum(stage.values()) for stage in stages) + sent / (p.tp * p.cp) / times.nic)
+            seconds[WAIT] = own * (
+                sum(sum(stage.values()) for stage in stages) + sent / (p.tp * p.cp) / times.nic
+            )
         leaves = sent * microbatches / copies / (t.parallel.tp * t.parallel.cp)
         seconds[STREAM] = max(0.0, max(arrives, leaves) / times.nic - step - seconds[WAIT])
         wire[STREAM] = Wire("network", arrives)
@@ -140,17 +210,32 @@ def distillation(student: Arch, teacher: Arch, recipe: Recipe, world: int, times
     return Estimate(student, teacher, recipe, world, students, teachers, seconds, wire, basis, tokens)
 
 
-def training(arch: Arch, settings: Training, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None) -> tuple[Parts, dict[str, Wire], str]:
+def training(
+    arch: Arch, settings: Training, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None
+) -> tuple[Parts, dict[str, Wire], str]:
     """(seconds of a step by part, what a GPU sends, what the times rest on) of a model on so many ranks; teacher: whose output layer the loss applies."""
     p, size = recipe.parallel, BYTES[recipe.precision]
     dp = ranks // p.model_ranks
     own = settings.global_batch_size // settings.micro_batch_size // dp
     dtype = _dtype(settings, recipe.precision)
-    options = {"train": True, "recompute": settings.recompute, "overlapped": settings.tp_comm_overlap, "cuda_graphs": settings.cuda_graphs}
+    options = {
+        "train": True,
+        "recompute": settings.recompute,
+        "overlapped": settings.tp_comm_overlap,
+        "cuda_graphs": settings.cuda_graphs,
+    }
     stages, carried, basis = _stages(arch, recipe, p, settings.micro_batch_size, times, dtype, **options)
     tokens = recipe.data.sequence_length // p.cp * settings.micro_batch_size
     hidden = teacher.hidden_size if teacher else 0
-    loss, rests = times.loss(arch.hidden_size, hidden, arch.padded_vocab_size, tokens, p.tp, settings.logits_precision, recipe.precision)
+    loss, rests = times.loss(
+        arch.hidden_size,
+        hidden,
+        arch.padded_vocab_size,
+        tokens,
+        p.tp,
+        settings.logits_precision,
+        recipe.precision,
+    )
     stages[-1][LOSS] = loss
     stages[-1][TP] += times.collective_s(size * tokens * (2 * arch.hidden_size + hidden), p.tp, 1)
     seconds = _pipeline(stages, own, p)
@@ -199,13 +284,26 @@ def _stages(
     issued = times.issue_s(dtype, (3 if train else 1) + recompute, cuda_graphs=cuda_graphs)
     idle = max(0.0, issued - layer - again - tensor - context)
     # Interleaved stages send while they compute; others wait for what comes in, forward and backward.
-    pipeline_link = _link(times, p.pp, p.model_ranks // p.pp * max(1, times.hardware.gpus_per_node // (p.tp * p.cp))) if p.pp > 1 else ""
+    pipeline_link = (
+        _link(times, p.pp, p.model_ranks // p.pp * max(1, times.hardware.gpus_per_node // (p.tp * p.cp)))
+        if p.pp > 1
+        else ""
+    )
     speed = times.nic if pipeline_link == "network" else times.nvlink
-    transfer = 0.0 if p.pp == 1 or p.vpp else (1 + train) * (states / along / speed + times.hardware.latency_us / 1e6)
+    transfer = (
+        0.0
+        if p.pp == 1 or p.vpp
+        else (1 + train) * (states / along / speed + times.hardware.latency_us / 1e6)
+    )
     layers = stage_layers(arch.num_layers, p)
-    stages = [{STUDENT: n * layer, AGAIN: n * again, TP: n * tensor, CP: n * context, HOST: n * idle, PP: transfer} for n in layers]
+    stages = [
+        {STUDENT: n * layer, AGAIN: n * again, TP: n * tensor, CP: n * context, HOST: n * idle, PP: transfer}
+        for n in layers
+    ]
     wire = {}
-    if p.tp > 1:  # with sequence parallelism the products' inputs are gathered once more for the weights' gradients
+    if (
+        p.tp > 1
+    ):  # with sequence parallelism the products' inputs are gathered once more for the weights' gradients
         extra = 2 * train * p.sequence_parallel
         wire[TP] = Wire(_link(times, p.tp, 1), layers[0] * (4 * passes + extra) * states * (p.tp - 1) / p.tp)
     if p.cp > 1:
@@ -219,7 +317,9 @@ def _pipeline(stages: list[Parts], microbatches: int, p: Parallel) -> Parts:
     """Seconds of a step by part: parts as a mean over the stages, and what the slowest stage and filling the pipeline add."""
     sums = [sum(stage.values()) for stage in stages]
     names = dict.fromkeys(name for stage in stages for name in stage)
-    parts = {name: microbatches * sum(stage.get(name, 0.0) for stage in stages) / len(stages) for name in names}
+    parts = {
+        name: microbatches * sum(stage.get(name, 0.0) for stage in stages) / len(stages) for name in names
+    }
     if len(stages) > 1:
         parts[UNEVEN] = microbatches * (max(sums) - sum(sums) / len(sums))
         parts[BUBBLE] = (sum(sums) - max(sums)) / (p.vpp or 1)

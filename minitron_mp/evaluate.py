@@ -47,15 +47,26 @@ def compare(
         for chunk in chunks:
             chunk.eval()
 
-    def add(name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherHidden | None, batch: Batch) -> None:
+    def add(
+        name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherHidden | None, batch: Batch
+    ) -> None:
         # On a CPU in the model's own dtype: it has no fast product of bf16 with a float32 result. So the KL of bf16 models is rounded there.
-        objective = Objective(kl_weight=float(target is not None), logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32)
+        objective = Objective(
+            kl_weight=float(target is not None),
+            logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32,
+        )
         mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
         _, (_, kl, ce) = distillation_loss(hidden, weight, batch["labels"], mask, target, objective, **place)
         sums[name].add_(torch.stack([(ce * mask).sum(), (kl * mask).sum(), mask.sum()]).double())
 
     def judge(name: str, hidden: torch.Tensor, batch: Batch) -> None:
-        add(name, hidden, output_weight(unwrap(models[name][-1])), teacher.target(batch["teacher"]) if teacher else None, batch)
+        add(
+            name,
+            hidden,
+            output_weight(unwrap(models[name][-1])),
+            teacher.target(batch["teacher"]) if teacher else None,
+            batch,
+        )
 
     with torch.no_grad():
         for batches in steps:
@@ -67,7 +78,10 @@ def compare(
                     target = teacher.target(batch["teacher"])
                     add("teacher", target.hidden, target.weight, None, local_batch(batch, world))
             progress()
-    return {name: _quality(total, world, has_kl=teacher is not None and name != "teacher") for name, total in sums.items()}
+    return {
+        name: _quality(total, world, has_kl=teacher is not None and name != "teacher")
+        for name, total in sums.items()
+    }
 
 
 def _quality(sums: torch.Tensor, world: World, *, has_kl: bool) -> Quality:
@@ -75,4 +89,9 @@ def _quality(sums: torch.Tensor, world: World, *, has_kl: bool) -> Quality:
     dist.all_reduce(sums, group=world.groups.pp)  # the last stage alone has counted
     loss, kl, tokens = sums.tolist()
     loss /= tokens
-    return Quality(loss=loss, perplexity=math.exp(min(loss, 700.0)), kl=kl / tokens if has_kl else None, num_tokens=round(tokens))
+    return Quality(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        kl=kl / tokens if has_kl else None,
+        num_tokens=round(tokens),
+    )

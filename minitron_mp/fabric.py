@@ -51,13 +51,19 @@ class Job:
     def silent(self, topic: str, timeout_s: float = PATIENCE_S) -> list[int]:
         """Ranks that have not said `topic/RANK` in time."""
         deadline = time.monotonic() + timeout_s
-        return [rank for rank in range(self.size) if self.wait(f"{topic}/{rank}", max(0.05, deadline - time.monotonic())) is None]
+        return [
+            rank
+            for rank in range(self.size)
+            if self.wait(f"{topic}/{rank}", max(0.05, deadline - time.monotonic())) is None
+        ]
 
     def hosts(self) -> list[str]:
         """Host of each rank, "" for those that say nothing; reached by all ranks, and all hold the result."""
         self.store.set(f"host/{self.rank}", self.host)
         silent = self.silent("host")
-        return ["" if rank in silent else self.store.get(f"host/{rank}").decode() for rank in range(self.size)]
+        return [
+            "" if rank in silent else self.store.get(f"host/{rank}").decode() for rank in range(self.size)
+        ]
 
 
 def ports(job: Job, timeout_s: float = 5.0, launcher_port: int = LAUNCHER_PORT) -> list[Finding]:
@@ -68,7 +74,14 @@ def ports(job: Job, timeout_s: float = 5.0, launcher_port: int = LAUNCHER_PORT) 
     except OSError as error:
         cure = "add it to the DNS or to /etc/hosts, or name the interface: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         job.store.set(f"port/{job.rank}", "")
-        return [Finding("ports", "failed" if job.size > 1 else "warning", f"the name of this host, {name}, does not resolve: {error}", cure)]
+        return [
+            Finding(
+                "ports",
+                "failed" if job.size > 1 else "warning",
+                f"the name of this host, {name}, does not resolve: {error}",
+                cure,
+            )
+        ]
     found = []
     with socket.create_server(("", 0)) as listener:
         job.store.set(f"port/{job.rank}", f"{address} {listener.getsockname()[1]}")
@@ -81,15 +94,32 @@ def ports(job: Job, timeout_s: float = 5.0, launcher_port: int = LAUNCHER_PORT) 
             socket.create_connection((host, int(port)), timeout_s).close()
         except OSError as error:
             cure = "open all TCP ports between the nodes of a job; if the name of a host is 127.0.x.x in its /etc/hosts, give it its real address"
-            found.append(Finding("ports", "failed", f"rank {job.rank} ({job.host}) does not reach rank {peer} at {at or 'any address'}: {error}", cure))
+            found.append(
+                Finding(
+                    "ports",
+                    "failed",
+                    f"rank {job.rank} ({job.host}) does not reach rank {peer} at {at or 'any address'}: {error}",
+                    cure,
+                )
+            )
         job.store.set(f"reached/{job.rank}", "1")
         job.wait(f"reached/{(job.rank - 1) % job.size}")  # whoever connects to this listener has done so
     if job.size == 1:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", launcher_port)) == 0:
                 cure = f"for a second job on this host: torchrun --standalone, or --rdzv-endpoint={name}:{launcher_port + 1}"
-                found.append(Finding("ports", "warning", f"port {launcher_port}, the launcher's usual one, is taken", cure))
-    return found or [Finding("ports", "ok", "every rank reaches the next one" if job.size > 1 else f"{name} ({address}) accepts connections")]
+                found.append(
+                    Finding(
+                        "ports", "warning", f"port {launcher_port}, the launcher's usual one, is taken", cure
+                    )
+                )
+    return found or [
+        Finding(
+            "ports",
+            "ok",
+            "every rank reaches the next one" if job.size > 1 else f"{name} ({address}) accepts connections",
+        )
+    ]
 
 
 def links(job: Job, device: torch.device) -> list[Finding]:
@@ -117,23 +147,44 @@ def links(job: Job, device: torch.device) -> list[Finding]:
     mine = torch.full((num_bytes // 4,), float(job.rank + 1), device=device)
     dist.all_reduce(mine)
     if not torch.equal(mine, torch.full_like(mine, job.size * (job.size + 1) / 2)):
-        return [Finding("all-reduce", "failed", f"wrong sums on rank {job.rank} ({job.host})", "look for a broken link or GPU: NCCL_DEBUG=INFO, dcgmi diag")]
+        return [
+            Finding(
+                "all-reduce",
+                "failed",
+                f"wrong sums on rank {job.rank} ({job.host})",
+                "look for a broken link or GPU: NCCL_DEBUG=INFO, dcgmi diag",
+            )
+        ]
     seconds = timed(lambda: dist.all_reduce(mine))
     speed = 2 * (job.size - 1) / job.size * num_bytes / seconds / 1e9
     what = f"{backend}, {job.size} ranks on {len(set(job.hosts()))} hosts, {num_bytes >> 20} MiB: {seconds * 1e3:.1f} ms, {speed:.2f} GB/s on the bus"
     slow = on_gpu and speed < 5
-    cure = "slower than one 50 Gbit/s link; NCCL_DEBUG=INFO says whether it went over sockets (NET/Socket)" if slow else ""
+    cure = (
+        "slower than one 50 Gbit/s link; NCCL_DEBUG=INFO says whether it went over sockets (NET/Socket)"
+        if slow
+        else ""
+    )
     found = [Finding("all-reduce", "warning" if slow else "ok", what, cure)]
     sent, received = torch.full_like(mine, job.rank), torch.empty_like(mine)
     to, source = (job.rank + 1) % job.size, (job.rank - 1) % job.size
 
     def ring() -> None:
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]):
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+        ):
             work.wait()
 
     seconds = timed(ring)
     if not torch.equal(received, torch.full_like(received, source)):
-        return [*found, Finding("point to point", "failed", f"rank {job.rank} got something else than rank {source} sent", "as above")]
+        return [
+            *found,
+            Finding(
+                "point to point",
+                "failed",
+                f"rank {job.rank} got something else than rank {source} sent",
+                "as above",
+            ),
+        ]
     what = f"{backend}, each rank to the next, {num_bytes >> 20} MiB: {seconds * 1e3:.1f} ms, {num_bytes / seconds / 1e9:.2f} GB/s"
     return [*found, Finding("point to point", "ok", what)]
 
@@ -160,7 +211,12 @@ def clocks(job: Job, clock: Callable[[], float] = time.time) -> Finding:
         return Finding("clocks", "ok", f"{skew * 1e3:.1f} ms apart at most")
     off = max(range(job.size), key=lambda rank: abs(best[rank] - middle))
     verdict: Verdict = "failed" if skew > CLOCK_FAILED_S else "warning"
-    return Finding("clocks", verdict, f"{skew:.1f} s apart, rank {off} ({where[off]}) most", "synchronise the nodes' clocks (chrony or ntpd; chronyc tracking)")
+    return Finding(
+        "clocks",
+        verdict,
+        f"{skew:.1f} s apart, rank {off} ({where[off]}) most",
+        "synchronise the nodes' clocks (chrony or ntpd; chronyc tracking)",
+    )
 
 
 def shared(folder: Path, job: Job) -> list[Finding]:
@@ -177,7 +233,14 @@ def shared(folder: Path, job: Job) -> list[Finding]:
             _replace(scratch / "file", 0)
         except OSError as error:
             job.store.set("scratch", "")
-            return [Finding("file system", "failed", f"{folder} cannot be written: {error}", "set another output, or make it writable for this user")]
+            return [
+                Finding(
+                    "file system",
+                    "failed",
+                    f"{folder} cannot be written: {error}",
+                    "set another output, or make it writable for this user",
+                )
+            ]
         job.store.set("scratch", str(scratch))
     if not (told := job.wait("scratch")):
         return []  # rank 0 has the reason
@@ -195,14 +258,21 @@ def shared(folder: Path, job: Job) -> list[Finding]:
             (scratch / "aside").rename(scratch / "in place")
             job.store.set("renamed", "1")
         reading.join()
-        if not problems and job.wait("renamed") and not _appears(lambda: (scratch / "in place").is_dir() and not (scratch / "aside").exists()):
+        if (
+            not problems
+            and job.wait("renamed")
+            and not _appears(lambda: (scratch / "in place").is_dir() and not (scratch / "aside").exists())
+        ):
             problems.append(f"a renamed folder does not appear within {PATIENCE_S:.0f} s")
         with suppress(OSError):
             _replace(scratch / f"rank{job.rank}", RENAMES)
         job.store.set(f"left/{job.rank}", "1")
         if job.rank == 0:
             job.silent("left")
-            if not _appears(lambda: all((scratch / f"rank{rank}").exists() for rank in range(job.size)), PATIENCE_S if job.size > 1 else 0):
+            if not _appears(
+                lambda: all((scratch / f"rank{rank}").exists() for rank in range(job.size)),
+                PATIENCE_S if job.size > 1 else 0,
+            ):
                 missing = [str(rank) for rank in range(job.size) if not (scratch / f"rank{rank}").exists()]
                 problems.append(f"rank 0 does not see what ranks {', '.join(missing)} write")
     finally:
@@ -214,7 +284,15 @@ def shared(folder: Path, job: Job) -> list[Finding]:
     if problems:
         cure = "put output on a file system that all nodes share, with POSIX renames (Lustre, GPFS, NFS without nosharecache; no object store)"
         return [Finding("file system", "failed", f"{folder}: {problem}", cure) for problem in problems]
-    return [Finding("file system", "ok", f"{folder}: one folder for all ranks, renames are atomic" if job.size > 1 else f"{folder}: renames are atomic")]
+    return [
+        Finding(
+            "file system",
+            "ok",
+            f"{folder}: one folder for all ranks, renames are atomic"
+            if job.size > 1
+            else f"{folder}: renames are atomic",
+        )
+    ]
 
 
 def _replace(path: Path, count: int) -> None:

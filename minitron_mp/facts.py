@@ -30,24 +30,53 @@ def quality(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
     plan, found = PrunePlan.load(paths["plan"]), evaluation(paths)
     tutor = artifact.require(paths[recipe.tutor], recipe.tutor).arch
     assert tutor is not None
-    archs = {"uncorrected": plan.teacher, "teacher": tutor, "unpruned": plan.teacher, "pruned": plan.student, "distilled": plan.student}
+    archs = {
+        "uncorrected": plan.teacher,
+        "teacher": tutor,
+        "unpruned": plan.teacher,
+        "pruned": plan.student,
+        "distilled": plan.student,
+    }
     shapes, rates = _rates(found) if speed else ([], {})
-    rows = [_row(name, arch, recipe, plan.teacher, found[name], rates.get(name, [])) for name, arch in archs.items() if name in found]
+    rows = [
+        _row(name, arch, recipe, plan.teacher, found[name], rates.get(name, []))
+        for name, arch in archs.items()
+        if name in found
+    ]
     header = ["model", "parameters", "of unpruned", "held-out loss", "perplexity", "KL to teacher", "weights"]
-    return Table([*header, *(f"tokens/s, {samples}\u00a0x\u00a0{length}" for samples, length in shapes)], rows)
+    return Table(
+        [*header, *(f"tokens/s, {samples}\u00a0x\u00a0{length}" for samples, length in shapes)], rows
+    )
 
 
 def _row(name: str, arch: Arch, recipe: Recipe, base: Arch, q: dict[str, Any], rates: list[str]) -> list[str]:
-    count, precision = arch.num_parameters(), recipe.teacher_precision if name == "teacher" else recipe.precision
-    kl, weights = "" if q["kl"] is None else f"{q['kl']:.4f}", f"{count * BYTES[precision] / 1e6:,.1f} MB {precision}"
-    return [name, f"{count:,}", f"{count / base.num_parameters():.1%}", f"{q['loss']:.4f}", f"{q['perplexity']:.2f}", kl, weights, *rates]
+    count, precision = (
+        arch.num_parameters(),
+        recipe.teacher_precision if name == "teacher" else recipe.precision,
+    )
+    kl, weights = (
+        "" if q["kl"] is None else f"{q['kl']:.4f}",
+        f"{count * BYTES[precision] / 1e6:,.1f} MB {precision}",
+    )
+    return [
+        name,
+        f"{count:,}",
+        f"{count / base.num_parameters():.1%}",
+        f"{q['loss']:.4f}",
+        f"{q['perplexity']:.2f}",
+        kl,
+        weights,
+        *rates,
+    ]
 
 
 def _rates(found: dict[str, Any]) -> tuple[list[tuple[int, int]], dict[str, list[str]]]:
     """Shapes (samples, sequence length), and model -> tokens/s of each; none from an evaluation that did not measure."""
     models = found["speed"]["models"] if "speed" in found else {"": []}
     shapes = [(one["samples"], one["sequence_length"]) for one in next(iter(models.values()))]
-    return shapes, {name: [f"{one['tokens_per_s']:,.0f}" for one in measured] for name, measured in models.items()}
+    return shapes, {
+        name: [f"{one['tokens_per_s']:,.0f}" for one in measured] for name, measured in models.items()
+    }
 
 
 def speed_note(found: dict[str, Any]) -> list[str]:
@@ -58,9 +87,13 @@ def speed_note(found: dict[str, Any]) -> list[str]:
     measured = [one for models in speed["models"].values() for one in models]
     repeats = sorted({one["repeats"] for one in measured})
     times = " to ".join(map(str, dict.fromkeys([repeats[0], repeats[-1]])))
-    spread = f"the median of {times} passes, which differed by up to {max(one['spread'] for one in measured):.0%}"
+    spread = (
+        f"the median of {times} passes, which differed by up to {max(one['spread'] for one in measured):.0%}"
+    )
     passes = "one pass" if repeats == [1] else spread
-    place = f"{speed['ranks']} rank{'s' * (speed['ranks'] > 1)}" + (f", {speed['copies']} copies of the model side by side" if speed["copies"] > 1 else "")
+    place = f"{speed['ranks']} rank{'s' * (speed['ranks'] > 1)}" + (
+        f", {speed['copies']} copies of the model side by side" if speed["copies"] > 1 else ""
+    )
     return [
         "tokens/s, samples x tokens: measured forward passes of so many samples at once (prefill) in this run's layout, without the output layer, "
         f"which prefill needs for one token of a sample; {passes} on {speed['device']}; {place}. Models of one "
@@ -77,7 +110,9 @@ def tasks(found: dict[str, Any]) -> Table | None:
     for task, results in scores.items():
         for name, label in (("accuracy", "accuracy"), ("normalised", "accuracy by characters")):
             if results[models[0]][name] is not None:
-                shares = [f"{results[model][name]:.1%} ± {results[model][name + '_stderr']:.1%}" for model in models]
+                shares = [
+                    f"{results[model][name]:.1%} ± {results[model][name + '_stderr']:.1%}" for model in models
+                ]
                 rows.append((f"{task} ({results[models[0]]['num_items']:,}), {label}", *shares))
     return Table(("task (items)", *models), rows)
 
@@ -89,12 +124,24 @@ def harness_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """One a task and metric, under HARNESS. found: content of a file of the command `harness`."""
     rows: list[tuple[str, ...]] = []
     for task, values in found["results"].items():
-        about = str(found["versions"].get(task, "")), str(found["n-shot"].get(task, "")), str(found["n-samples"].get(task, {}).get("effective", ""))
+        about = (
+            str(found["versions"].get(task, "")),
+            str(found["n-shot"].get(task, "")),
+            str(found["n-samples"].get(task, {}).get("effective", "")),
+        )
         for key, value in values.items():
             metric, comma, filtered = key.partition(",")
             if comma and not metric.endswith("_stderr"):
                 error = values.get(f"{metric}_stderr,{filtered}", "")
-                rows.append((task, *about, metric if filtered == "none" else f"{metric} ({filtered})", _number(value), _number(error)))
+                rows.append(
+                    (
+                        task,
+                        *about,
+                        metric if filtered == "none" else f"{metric} ({filtered})",
+                        _number(value),
+                        _number(error),
+                    )
+                )
     return rows
 
 
@@ -111,8 +158,15 @@ def harness(root: Path, paths: Paths) -> Table | None:
         now = {stage: artifact.find(paths[stage]) for stage in made if stage in paths}
         if {stage: manifest.fingerprint for stage, manifest in now.items() if manifest} == made:
             limited = f"first {settings['limit']} items" if settings["limit"] else ""
-            rows += [(settings["model"], f"{settings['max_length']:,}", limited, *row) for row in harness_rows(found)]
-    return Table(("model", "tokens at most", "limit", *HARNESS), sorted(rows, key=lambda row: (row[3], row[0]))) if rows else None
+            rows += [
+                (settings["model"], f"{settings['max_length']:,}", limited, *row)
+                for row in harness_rows(found)
+            ]
+    return (
+        Table(("model", "tokens at most", "limit", *HARNESS), sorted(rows, key=lambda row: (row[3], row[0])))
+        if rows
+        else None
+    )
 
 
 def texts(found: dict[str, Any]) -> Table | None:
@@ -122,7 +176,11 @@ def texts(found: dict[str, Any]) -> Table | None:
         return None
     models = list(next(iter(judged.values())))
     rows = [
-        (f"{name} ({results['teacher']['num_tokens']:,} tokens)", *(f"{results[model]['loss']:.4f}" for model in models)) for name, results in judged.items()
+        (
+            f"{name} ({results['teacher']['num_tokens']:,} tokens)",
+            *(f"{results[model]['loss']:.4f}" for model in models),
+        )
+        for name, results in judged.items()
     ]
     return Table(("text", *models), rows)
 

@@ -20,7 +20,9 @@ class Finding:
     cure: str = ""
 
 
-def together(told: Mapping[int, Sequence[Finding]], hosts: Sequence[str], alike: Collection[str]) -> list[Finding]:
+def together(
+    told: Mapping[int, Sequence[Finding]], hosts: Sequence[str], alike: Collection[str]
+) -> list[Finding]:
     """One list of what all ranks found: what all say is said once, what some say, with their ranks and hosts.
 
     told: rank -> its findings. hosts: of each rank of the job. alike: checks of which all ranks must have found the same.
@@ -36,7 +38,11 @@ def together(told: Mapping[int, Sequence[Finding]], hosts: Sequence[str], alike:
         if len(who) < len(told) and (differs or finding.verdict != "ok"):
             finding = replace(finding, found=f"{ranks_text(who, hosts)}: {finding.found}")
         if differs and finding.check in alike:
-            finding = replace(finding, verdict="failed", cure="the same for all ranks of a job: one image or environment, one kind of GPU")
+            finding = replace(
+                finding,
+                verdict="failed",
+                cure="the same for all ranks of a job: one image or environment, one kind of GPU",
+            )
         rows.append(finding)
     return rows
 

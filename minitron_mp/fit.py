@@ -43,17 +43,28 @@ def distill(job: Job) -> None:
     if job.world.role == "teacher":
         signals.teach(job)
     else:
-        _fit(job, "prune", job.recipe.distill, lambda first, log: _learning_teacher(job, log) if job.recipe.corrects_meanwhile else signals.source(job, first))
+        _fit(
+            job,
+            "prune",
+            job.recipe.distill,
+            lambda first, log: (
+                _learning_teacher(job, log) if job.recipe.corrects_meanwhile else signals.source(job, first)
+            ),
+        )
 
 
 def _learning_teacher(job: Job, log: Callable[[StepMetrics], None]) -> LearningTeacher:
     recipe, tutor = job.recipe, job.recipe.tutor
     assert recipe.correct is not None
     arch = job.arch(tutor)
-    chunks = build_model(arch, job.world, training=recipe.correct, precision=recipe.teacher_precision, **job.build_options)
+    chunks = build_model(
+        arch, job.world, training=recipe.correct, precision=recipe.teacher_precision, **job.build_options
+    )
     checkpoint.load_model(chunks, job.paths[tutor], job.world)
     state: dict[str, Any] = {"checkpoints": None, "manifest": job.manifest}
-    return LearningTeacher(Run(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state))
+    return LearningTeacher(
+        Run(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state)
+    )
 
 
 def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, Callable], Any]) -> None:
@@ -62,10 +73,15 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
     teacher_from: (first step, what is called with the teacher's metrics, where it learns) -> the teacher, or None.
     """
     recipe, world, name = job.recipe, job.world, job.manifest.stage
-    arch, place = job.arch(start), {"dp_rank": job.world.groups.dp.rank(), "dp_size": job.world.groups.dp.size()}
+    arch, place = (
+        job.arch(start),
+        {"dp_rank": job.world.groups.dp.rank(), "dp_size": job.world.groups.dp.size()},
+    )
     train_set = signals.train_set(job, settings)
     sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
-    data.micro_batches(train_set, 0, **sizes, **place)  # refuse sizes that do not divide before any model is built
+    data.micro_batches(
+        train_set, 0, **sizes, **place
+    )  # refuse sizes that do not divide before any model is built
 
     def batches_of(step: int) -> Sequence[Batch]:
         return data.micro_batches(train_set, step, **sizes, **place)
@@ -76,14 +92,19 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
     first = resume_step(checkpoints, job.manifest, world)
     if first:
         say(f"{name}: going on from step {first}")
-    curves = {which: recipe.root / METRICS[which] for which in (name, *["correct"] * (name == "distill" and recipe.corrects_meanwhile))}
+    curves = {
+        which: recipe.root / METRICS[which]
+        for which in (name, *["correct"] * (name == "distill" and recipe.corrects_meanwhile))
+    }
     with Tracker(name, settings.steps, "steps", first) as tracker, ExitStack() as stack:
         logs = {which: stack.enter_context(_Log(path, which, first, world)) for which, path in curves.items()}
 
         def on_step(metrics: StepMetrics) -> None:
             logs[name](metrics)
             speed = f"{metrics.tokens_per_s:,.0f} tokens/s  {metrics.measured.line()}"
-            tracker.advance(1, f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}  {speed}")
+            tracker.advance(
+                1, f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  grad norm {metrics.grad_norm:.2f}  {speed}"
+            )
 
         teacher = teacher_from(first, logs.get("correct", on_step))
         tell_drift(job, getattr(teacher, "chunks", None))
@@ -107,7 +128,9 @@ def _fit(job: Job, start: str, settings: Training, teacher_from: Callable[[int, 
             teacher.close()
     state = checkpoint.model_state(model, world)
     if companion is not None:
-        state["teacher"] = checkpoint.prefixed(checkpoint.model_state(list(map(unwrap, companion.chunks)), world), PREFIX)
+        state["teacher"] = checkpoint.prefixed(
+            checkpoint.model_state(list(map(unwrap, companion.chunks)), world), PREFIX
+        )
 
     def add_files(folder: Path) -> None:
         assets_from(job.paths["import"])(folder)
@@ -136,10 +159,19 @@ class _Log:
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and self.first else []
-            artifact.write_text(self.path, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.first))
+            lines = (
+                self.path.read_text().splitlines(keepends=True) if self.path.exists() and self.first else []
+            )
+            artifact.write_text(
+                self.path,
+                "".join(
+                    line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.first
+                ),
+            )
             self.file = self.path.open("a", buffering=1)
-            self.board = SummaryWriter(str(self.path.with_name("tensorboard") / self.name), purge_step=self.first + 1)
+            self.board = SummaryWriter(
+                str(self.path.with_name("tensorboard") / self.name), purge_step=self.first + 1
+            )
         return self._write
 
     def _write(self, metrics: StepMetrics) -> None:

@@ -9,8 +9,14 @@ from minitron_mp.arch import AXES, Arch
 
 def layer_flops(arch: Arch, sequence_length: int) -> float:
     """Of one layer's forward pass, a token: its matrix products, and attention over the sequence."""
-    weights = sum(math.prod(shape[1:]) for key, shape in arch.shapes().items() if AXES[key][0] == "layer" and len(shape) == 3)
-    attention = 2 * sequence_length * arch.axis_size("heads")  # scores and values: 2 x 2 x heads' width x half of the sequence
+    weights = sum(
+        math.prod(shape[1:])
+        for key, shape in arch.shapes().items()
+        if AXES[key][0] == "layer" and len(shape) == 3
+    )
+    attention = (
+        2 * sequence_length * arch.axis_size("heads")
+    )  # scores and values: 2 x 2 x heads' width x half of the sequence
     return 2 * weights + attention
 
 

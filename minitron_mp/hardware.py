@@ -88,12 +88,20 @@ GPUS = {
 def read_hardware(gpu: str, path: Path | None = None) -> Hardware:
     """A row of GPUS, with the values of a YAML or JSON file in place of its own; InputError for names and keys that are not there."""
     if gpu not in GPUS:
-        raise InputError(f"--gpu {gpu} is not known; known: {', '.join(GPUS)}. Another one: --hardware FILE with all keys (docs/estimate.md)")
+        raise InputError(
+            f"--gpu {gpu} is not known; known: {', '.join(GPUS)}. Another one: --hardware FILE with all keys (docs/estimate.md)"
+        )
     given = _read(path) if path else {}
     try:
         return Hardware.model_validate(GPUS[gpu].model_dump() | given)
     except ValidationError as error:
-        refuse(f"{path} cannot be used:", [f"{'.'.join(map(str, e['loc']))}: {e['msg']}; known: {', '.join(Hardware.model_fields)}" for e in error.errors()])
+        refuse(
+            f"{path} cannot be used:",
+            [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}; known: {', '.join(Hardware.model_fields)}"
+                for e in error.errors()
+            ],
+        )
         raise
 
 
@@ -118,7 +126,10 @@ class Times:
         self.hardware, self.same_gpu, self.about = hardware, same_gpu, content.get("about", {})
         rates = content["gemm_tflops"] if same_gpu else {}
         peaks = {"bf16": hardware.bf16_tflops, "fp8": hardware.fp8_tflops, "fp32": hardware.fp32_tflops}
-        self.rates = {name: 1e12 * (rates.get(name) or (peak or 0) * hardware.product_efficiency) for name, peak in peaks.items()}
+        self.rates = {
+            name: 1e12 * (rates.get(name) or (peak or 0) * hardware.product_efficiency)
+            for name, peak in peaks.items()
+        }
         self.hbm = 1e12 * (content["copy_tb_s"] if same_gpu else hardware.hbm_tb_s * hardware.hbm_efficiency)
         # The ratios of a measured GPU are its own: points are compared with its roofline, not with this one's.
         home = self if same_gpu else Times(GPUS[content["gpu"]], content, same_gpu=True)
@@ -129,11 +140,16 @@ class Times:
         for points in self.points.values():
             points.sort()
         measured = {"bf16": 3.0, "fp8": 8.0} | content.get("host_ms_per_layer", {})
-        self.host_s = {name: (measured[name] if own is None else own) / 1e3 for name, own in (("bf16", hardware.host_bf16_ms), ("fp8", hardware.host_fp8_ms))}
+        self.host_s = {
+            name: (measured[name] if own is None else own) / 1e3
+            for name, own in (("bf16", hardware.host_bf16_ms), ("fp8", hardware.host_fp8_ms))
+        }
         self.layer = functools.lru_cache(maxsize=65536)(self._layer)
         self.loss = functools.lru_cache(maxsize=65536)(self._loss)
 
-    def _layer(self, arch: Arch, tokens: int, sequence_length: int, parallel: Parallel, dtype: str, train: bool) -> tuple[float, str]:
+    def _layer(
+        self, arch: Arch, tokens: int, sequence_length: int, parallel: Parallel, dtype: str, train: bool
+    ) -> tuple[float, str]:
         """(seconds, what they rest on) of one layer for a microbatch on one rank; train: forward and backward pass. tokens: of the rank."""
         flops, seconds = self._layer_roofline(arch, tokens, sequence_length, parallel, dtype, train)
         ratio, basis = self._ratio(("train" if train else "forward", dtype), flops)
@@ -141,10 +157,23 @@ class Times:
 
     def issue_s(self, dtype: str, passes: int, *, cuda_graphs: bool = False) -> float:
         """Seconds in which the host issues a layer's passes: 1 forward, 3 forward and backward."""
-        each = self.hardware.host_graphs_ms / 1e3 if cuda_graphs else self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"]
+        each = (
+            self.hardware.host_graphs_ms / 1e3
+            if cuda_graphs
+            else self.host_s["bf16" if dtype in ("bf16", "fp32") else "fp8"]
+        )
         return each * passes / 3
 
-    def _loss(self, hidden: int, teacher_hidden: int, vocab: int, tokens: int, tp: int, logits: str, dtype: str = "bf16") -> tuple[float, str]:
+    def _loss(
+        self,
+        hidden: int,
+        teacher_hidden: int,
+        vocab: int,
+        tokens: int,
+        tp: int,
+        logits: str,
+        dtype: str = "bf16",
+    ) -> tuple[float, str]:
         """(seconds, what they rest on) of both output layers with the loss, forward and backward; teacher_hidden 0: without a teacher's."""
         flops, seconds = self._loss_roofline(hidden, teacher_hidden, vocab, tokens, tp, logits, dtype)
         ratio, basis = self._ratio(("loss", logits), flops)
@@ -163,19 +192,48 @@ class Times:
         """(kind, FLOPs, roofline seconds) of a measured point."""
         parallel = Parallel(tp=point["tp"], sequence_parallel=point["tp"] > 1)
         if point["what"] == "loss":
-            widths = point["hidden_size"], point["teacher_hidden_size"], point["vocab_size"], point["tokens"], point["tp"], point["dtype"]
+            widths = (
+                point["hidden_size"],
+                point["teacher_hidden_size"],
+                point["vocab_size"],
+                point["tokens"],
+                point["tp"],
+                point["dtype"],
+            )
             return ("loss", point["dtype"]), *self._loss_roofline(*widths)
-        sizes = {name: point[name] for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_layers")}
-        other = {"family": "", "vocab_size": 128, "max_position_embeddings": point["sequence_length"], "tied": True}
+        sizes = {
+            name: point[name]
+            for name in (
+                "hidden_size",
+                "ffn_hidden_size",
+                "num_attention_heads",
+                "num_query_groups",
+                "kv_channels",
+                "num_layers",
+            )
+        }
+        other = {
+            "family": "",
+            "vocab_size": 128,
+            "max_position_embeddings": point["sequence_length"],
+            "tied": True,
+        }
         arch = Arch(**sizes, **other, activation=point.get("activation", "swiglu"))
         tokens, train = point["sequence_length"] * point["micro_batch_size"], point["what"] == "train"
-        flops, seconds = self._layer_roofline(arch, tokens, point["sequence_length"], parallel, point["dtype"], train)
+        flops, seconds = self._layer_roofline(
+            arch, tokens, point["sequence_length"], parallel, point["dtype"], train
+        )
         return (point["what"], point["dtype"]), flops, seconds * point["num_layers"]
 
-    def _layer_roofline(self, arch: Arch, tokens: int, sequence_length: int, parallel: Parallel, dtype: str, train: bool) -> tuple[float, float]:
+    def _layer_roofline(
+        self, arch: Arch, tokens: int, sequence_length: int, parallel: Parallel, dtype: str, train: bool
+    ) -> tuple[float, float]:
         """(FLOPs, seconds). A backward pass has twice the products' FLOPs and bytes, and 2.5 times the attention's, which recomputes its scores."""
         tp, along = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
-        h, heads, qkv, gate_up, ffn = (arch.hidden_size, *map(arch.axis_size, ("heads", "qkv", "gate_up", "ffn")))
+        h, heads, qkv, gate_up, ffn = (
+            arch.hidden_size,
+            *map(arch.axis_size, ("heads", "qkv", "gate_up", "ffn")),
+        )
         rate = self.rates["fp8" if dtype not in ("bf16", "fp32") else dtype]
         size = 4 if dtype == "fp32" else 2
         flops = total = 0.0
@@ -191,7 +249,16 @@ class Times:
         passes, attention_passes = (3, 3.5) if train else (1, 1)
         return passes * (flops + attention), passes * (total + elementwise) + attention_passes * attention_s
 
-    def _loss_roofline(self, hidden: int, teacher_hidden: int, vocab: int, tokens: int, tp: int, logits: str, dtype: str = "bf16") -> tuple[float, float]:
+    def _loss_roofline(
+        self,
+        hidden: int,
+        teacher_hidden: int,
+        vocab: int,
+        tokens: int,
+        tp: int,
+        logits: str,
+        dtype: str = "bf16",
+    ) -> tuple[float, float]:
         """(FLOPs, seconds): three products of the student's output layer, one of the teacher's; a logit of both models is written, read
         twice, and its gradient written once: 26 bytes with float32 logits, 14 with bf16."""
         flops = tokens * vocab / tp * (6 * hidden + 2 * teacher_hidden)

@@ -37,11 +37,24 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 except ImportError as error:
-    raise InputError(f"lm-evaluation-harness is not here ({error}); run `pip install minitron-mp[eval]`") from error
+    raise InputError(
+        f"lm-evaluation-harness is not here ({error}); run `pip install minitron-mp[eval]`"
+    ) from error
 
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams"}
 """What a task may say of its generation. Without sampling temperature, top_p and top_k say nothing."""
-KEPT = ("results", "groups", "group_subtasks", "n-samples", "n-shot", "versions", "higher_is_better", "configs", "lm_eval_version", "transformers_version")
+KEPT = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "n-samples",
+    "n-shot",
+    "versions",
+    "higher_is_better",
+    "configs",
+    "lm_eval_version",
+    "transformers_version",
+)
 """What of the harness's results is written."""
 
 
@@ -51,12 +64,31 @@ class ShardedLM(TemplateLM):
     Its methods are reached by all ranks with the same requests and return the same on each. cut: requests that lost their beginning.
     """
 
-    def __init__(self, chunks: list[Any], tokenizer: Any, world: World, *, max_length: int, micro_batch_size: int, vocab_size: int):
+    def __init__(
+        self,
+        chunks: list[Any],
+        tokenizer: Any,
+        world: World,
+        *,
+        max_length: int,
+        micro_batch_size: int,
+        vocab_size: int,
+    ):
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise InputError("the harness needs a tokenizer with an end-of-sequence token; set eos_token")
-        self.chunks, self.tokenizer, self.world, self.max_length, self.cut = chunks, tokenizer, world, max_length, 0
-        self.place: dict[str, int] = {"micro_batch_size": micro_batch_size, "vocab_size": vocab_size, "eod": self.eot_token_id}
+        self.chunks, self.tokenizer, self.world, self.max_length, self.cut = (
+            chunks,
+            tokenizer,
+            world,
+            max_length,
+            0,
+        )
+        self.place: dict[str, int] = {
+            "micro_batch_size": micro_batch_size,
+            "vocab_size": vocab_size,
+            "eod": self.eot_token_id,
+        }
 
     @property
     def eot_token_id(self) -> int:
@@ -71,14 +103,21 @@ class ShardedLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        how = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **how)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        return self.tokenizer.encode(string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}))
+        return self.tokenizer.encode(
+            string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens})
+        )
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log p of the continuation in nats, whether each of its tokens is the most likely one) of each request (context, continuation)."""
@@ -89,26 +128,43 @@ class ShardedLM(TemplateLM):
         windows = []
         for number, (text,) in enumerate(request.args for request in requests):
             places = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
-            windows += [(number, *make_disjoint_window(pair)) for pair in get_rolling_token_windows(self.tok_encode(text), **places)]
+            windows += [
+                (number, *make_disjoint_window(pair))
+                for pair in get_rolling_token_windows(self.tok_encode(text), **places)
+            ]
         totals = [0.0] * len(requests)
-        for (number, *_), (log_p, _) in zip(windows, self._loglikelihood_tokens([("", *pair) for _, *pair in windows])):
+        for (number, *_), (log_p, _) in zip(
+            windows, self._loglikelihood_tokens([("", *pair) for _, *pair in windows])
+        ):
             totals[number] += log_p
         return totals
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         _same_on_all(rows)
         if not rows:
             return []
-        with Tracker("harness: loglikelihood", num_groups(len(rows), self.world, self.place["micro_batch_size"]), "batches") as tracker:
-            scores = score_rows(self.chunks, rows, self.world, **self.place, progress=lambda: tracker.advance(1))
+        with Tracker(
+            "harness: loglikelihood",
+            num_groups(len(rows), self.world, self.place["micro_batch_size"]),
+            "batches",
+        ) as tracker:
+            scores = score_rows(
+                self.chunks, rows, self.world, **self.place, progress=lambda: tracker.advance(1)
+            )
         return [(log_p, missed == 0) for log_p, missed in scores.tolist()]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         if not continuation:
-            raise InputError("a request of this task has a continuation without a token of its own behind its context; the harness cannot score it")
+            raise InputError(
+                "a request of this task has a continuation without a token of its own behind its context; the harness cannot score it"
+            )
         if len(continuation) > self.max_length:
-            raise InputError(f"a request of this task asks for {len(continuation)} tokens, the model is given {self.max_length}; raise --max-length")
+            raise InputError(
+                f"a request of this task asks for {len(continuation)} tokens, the model is given {self.max_length}; raise --max-length"
+            )
         cut = max(0, len(context) + len(continuation) - self.max_length - 1)
         self.cut += cut > 0
         return Row((context + continuation)[cut:], len(context) - cut)
@@ -127,7 +183,9 @@ class ShardedLM(TemplateLM):
         active = [i for i, (_, _, limit) in enumerate(plans) if limit > 0]
         with Tracker("harness: generate_until", len(active), "requests") as tracker:
             while active:
-                found = next_tokens(self.chunks, [plans[i][0] + made[i] for i in active], self.world, **self.place)
+                found = next_tokens(
+                    self.chunks, [plans[i][0] + made[i] for i in active], self.world, **self.place
+                )
                 for i, token in zip(active, found):
                     made[i].append(token)
                     texts[i] = self.tokenizer.decode(made[i], skip_special_tokens=True)
@@ -138,27 +196,47 @@ class ShardedLM(TemplateLM):
 
     def _generation(self, context: str, settings: dict[str, Any]) -> tuple[list[int], list[str], int]:
         """(tokens of the context, stop strings, largest number of new tokens)."""
-        how: dict[str, Any] = dict(normalize_gen_kwargs(settings, default_max_gen_toks=256))  # as the harness's own models
+        how: dict[str, Any] = dict(
+            normalize_gen_kwargs(settings, default_max_gen_toks=256)
+        )  # as the harness's own models
         if how["do_sample"] or how.get("num_beams", 1) != 1:
-            raise InputError(f"this task wants sampling or beams ({settings}), here is greedy decoding; set do_sample: false in a copy of the task")
+            raise InputError(
+                f"this task wants sampling or beams ({settings}), here is greedy decoding; set do_sample: false in a copy of the task"
+            )
         if unknown := sorted(how.keys() - GENERATION):
-            raise InputError(f"this task wants {', '.join(unknown)} of its generation, which greedy decoding here does not have; known: {sorted(GENERATION)}")
+            raise InputError(
+                f"this task wants {', '.join(unknown)} of its generation, which greedy decoding here does not have; known: {sorted(GENERATION)}"
+            )
         room = self.max_length - how["max_gen_toks"]
         if room < 1:
-            raise InputError(f"{how['max_gen_toks']} new tokens leave no room for a context in {self.max_length}; raise --max-length")
+            raise InputError(
+                f"{how['max_gen_toks']} new tokens leave no room for a context in {self.max_length}; raise --max-length"
+            )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
         self.cut += len(tokens) > room
-        return tokens[-room:], handle_stop_sequences(how["until"], eos=self.tokenizer.decode(self.eot_token_id)), how["max_gen_toks"]
+        return (
+            tokens[-room:],
+            handle_stop_sequences(how["until"], eos=self.tokenizer.decode(self.eot_token_id)),
+            how["max_gen_toks"],
+        )
 
     def _ended(self, made: list[int], text: str, stops: list[str], limit: int) -> bool:
-        return made[-1] == self.eot_token_id or len(made) == limit or any(stop in text for stop in stops if stop)
+        return (
+            made[-1] == self.eot_token_id or len(made) == limit or any(stop in text for stop in stops if stop)
+        )
 
 
 def _same_on_all(requests: list[Any]) -> None:
     """InputError unless every rank has rank 0's requests: what ranks find for a request's number is added up."""
     digest = hashlib.sha256(repr(requests).encode()).hexdigest()
     first = on_main(lambda: digest)
-    everyone(None if digest == first else InputError("the harness has made other requests here than on rank 0; give all nodes the same tasks and data"))
+    everyone(
+        None
+        if digest == first
+        else InputError(
+            "the harness has made other requests here than on rank 0; give all nodes the same tasks and data"
+        )
+    )
 
 
 def run_harness(
@@ -177,28 +255,65 @@ def run_harness(
     tasks: names, groups, or patterns. limit: the first so many items of each task. include_path: folder with more tasks; where it has all
     that are asked for, the harness's own are not read. max_length: tokens that the model is given at most; default data.sequence_length.
     """
-    from lm_eval.evaluator import simple_evaluate  # not above: reads the package `datasets`, which takes seconds
+    from lm_eval.evaluator import (
+        simple_evaluate,
+    )  # not above: reads the package `datasets`, which takes seconds
 
     project = Project(recipe)
     with world(recipe.parallel, seed=recipe.seed) as ranks, _quiet():
         path, arch, made_from, prefix = on_main(lambda: _model(project, model))
         length = max_length or recipe.data.sequence_length
         if length > arch.max_position_embeddings:
-            raise InputError(f"--max-length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}")
-        tokenizer = load_hugging_face(Path(recipe.data.tokenizer or project.paths["import"] / ASSETS), arch.vocab_size)
+            raise InputError(
+                f"--max-length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}"
+            )
+        tokenizer = load_hugging_face(
+            Path(recipe.data.tokenizer or project.paths["import"] / ASSETS), arch.vocab_size
+        )
         if chat_template and not tokenizer.chat_template:
             raise InputError("--apply-chat-template: the tokenizer has no chat template; drop it")
         manager, names = _find(tasks, include_path)
-        on_main(lambda: _load(manager, names), takes_long=True)  # so that one rank fetches what the others then find
+        on_main(
+            lambda: _load(manager, names), takes_long=True
+        )  # so that one rank fetches what the others then find
         precision = recipe.teacher_precision if model == "teacher" else recipe.precision
-        chunks = build_model(arch, ranks, precision=precision, sequence_length=length, transformer_impl=recipe.transformer_impl)
+        chunks = build_model(
+            arch, ranks, precision=precision, sequence_length=length, transformer_impl=recipe.transformer_impl
+        )
         checkpoint.load_model(chunks, path, ranks, prefix)
-        lm = ShardedLM(chunks, tokenizer, ranks, max_length=length, micro_batch_size=recipe.evaluate.micro_batch_size, vocab_size=arch.vocab_size)
-        options = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": chat_template, "log_samples": False}
-        draws = 100_000 if ranks.is_main else 0  # of standard errors by resampling, in processes of their own; the harness's default
+        lm = ShardedLM(
+            chunks,
+            tokenizer,
+            ranks,
+            max_length=length,
+            micro_batch_size=recipe.evaluate.micro_batch_size,
+            vocab_size=arch.vocab_size,
+        )
+        options = {
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "apply_chat_template": chat_template,
+            "log_samples": False,
+        }
+        draws = (
+            100_000 if ranks.is_main else 0
+        )  # of standard errors by resampling, in processes of their own; the harness's default
         results = simple_evaluate(lm, tasks=names, task_manager=manager, **options, bootstrap_iters=draws)
-        settings = {"model": model, "tasks": names, "limit": limit, "num_fewshot": num_fewshot, "max_length": length, "chat_template": chat_template}
-        manifest = Manifest(stage="harness", settings=settings, inputs=made_from, arch=arch, made_by=f"minitron_mp {__version__}")
+        settings = {
+            "model": model,
+            "tasks": names,
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "max_length": length,
+            "chat_template": chat_template,
+        }
+        manifest = Manifest(
+            stage="harness",
+            settings=settings,
+            inputs=made_from,
+            arch=arch,
+            made_by=f"minitron_mp {__version__}",
+        )
         output = recipe.root / f"harness_{model}_{manifest.fingerprint[:8]}.json"
         on_main(lambda: _write(output, manifest, results, lm.cut))
     return output
@@ -239,7 +354,9 @@ def _find(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[st
         raise InputError(f"--include-path: there is no folder {include_path}")
     manager = TaskManager(include_path=include_path and str(include_path), include_defaults=False)
     if not all(map(manager.match_tasks, ([name] for name in tasks))):
-        manager = TaskManager(include_path=include_path and str(include_path))  # reads some ten thousand files
+        manager = TaskManager(
+            include_path=include_path and str(include_path)
+        )  # reads some ten thousand files
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     refuse("the harness has no task of this name (`lm-eval ls tasks` lists its own):", unknown)
     return manager, manager.match_tasks(list(tasks))
@@ -249,13 +366,25 @@ def _load(manager: Any, names: list[str]) -> None:
     try:
         manager.load(names)
     except Exception as error:  # whatever a task's file, its data set or the network raise
-        raise InputError(f"the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _write(path: Path, manifest: Manifest, results: dict[str, Any], cut: int) -> None:
-    found = {"manifest": manifest.model_dump(mode="json"), "cut_requests": cut, **{name: results[name] for name in KEPT if name in results}}
+    found = {
+        "manifest": manifest.model_dump(mode="json"),
+        "cut_requests": cut,
+        **{name: results[name] for name in KEPT if name in results},
+    }
     artifact.write_text(path, json.dumps(found, indent=1, default=handle_non_serializable))
-    table(f"{manifest.settings['model']}: lm-evaluation-harness {results['lm_eval_version']}", facts.HARNESS, facts.harness_rows(results))
+    table(
+        f"{manifest.settings['model']}: lm-evaluation-harness {results['lm_eval_version']}",
+        facts.HARNESS,
+        facts.harness_rows(results),
+    )
     if cut:
-        say(f"{cut} requests were longer than {manifest.settings['max_length']} tokens and lost their beginning; --max-length gives them more")
+        say(
+            f"{cut} requests were longer than {manifest.settings['max_length']} tokens and lost their beginning; --max-length gives them more"
+        )
     say(f"harness: {path}; `minitron-mp report` takes it into a finished report")

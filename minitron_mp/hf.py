@@ -36,8 +36,16 @@ NAMES: dict[str, tuple[str, ...]] = {
     "embedding.word_embeddings.weight": (EMBEDDING,),
     ATTENTION + "linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
     ATTENTION + "linear_qkv.layer_norm_bias": ("input_layernorm.bias",),
-    ATTENTION + "linear_qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    ATTENTION + "linear_qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    ATTENTION + "linear_qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    ATTENTION + "linear_qkv.bias": (
+        "self_attn.q_proj.bias",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",
+    ),
     ATTENTION + "q_layernorm.weight": ("self_attn.q_norm.weight",),
     ATTENTION + "k_layernorm.weight": ("self_attn.k_norm.weight",),
     ATTENTION + "linear_proj.weight": ("self_attn.o_proj.weight",),
@@ -53,7 +61,14 @@ NAMES: dict[str, tuple[str, ...]] = {
 Without a gate the first name of fc1 goes."""
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-ASSETS = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
+ASSETS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+]
 ASSETS += ["vocab.*", "merges.txt", "*.model", "tekken.json", "LICENSE*", "NOTICE*"]
 
 
@@ -70,23 +85,34 @@ class Weights:
             try:
                 file = safe_open(path, "pt")
             except SafetensorError as error:
-                raise InputError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+                raise InputError(
+                    f"{path} is damaged or no safetensors file ({error}); fetch it again"
+                ) from error
             self.files |= dict.fromkeys(file.keys(), file)
         refuse(f"the weights in {folder} do not fit its config.json:", self._problems())
 
     def tensor(self, key: str, layer: int | None = None) -> torch.Tensor:
         """Canonical tensor on the CPU in the file's dtype; InputError when a value is not finite."""
         parts = [self._read(name) for name in _names(key, layer, self.arch)]
-        if key == "embedding.word_embeddings.weight" and self.arch.tied and HEAD in self.files and not torch.equal(parts[0], self._read(HEAD)):
+        if (
+            key == "embedding.word_embeddings.weight"
+            and self.arch.tied
+            and HEAD in self.files
+            and not torch.equal(parts[0], self._read(HEAD))
+        ):
             # transformers 4 would take the embedding as head, transformers 5 would untie them.
-            raise InputError(f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set it to false in config.json if the head is meant")
+            raise InputError(
+                f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set it to false in config.json if the head is meant"
+            )
         return _to_canonical(key, parts, self.arch)
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self.files[name].get_tensor(name)
         # aminmax passes a NaN on, and reads once where isfinite of every value makes several tensors as large.
         if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise InputError(f"{name} holds a NaN or an infinity; the file is damaged, or training had diverged")
+            raise InputError(
+                f"{name} holds a NaN or an infinity; the file is damaged, or training had diverged"
+            )
         return tensor
 
     def _problems(self) -> list[str]:
@@ -119,7 +145,11 @@ def canonical_keys(arch: Arch) -> Iterator[tuple[str, int | None]]:
 def hf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of the Hugging Face model, without padding."""
     columns = {key: shape[(AXES[key][0] == "layer") + 1 :] for key, shape in arch.shapes().items()}
-    return {name: (rows, *columns[key]) for key, layer in canonical_keys(arch) for name, rows in zip(_names(key, layer, arch), _rows(key, arch))}
+    return {
+        name: (rows, *columns[key])
+        for key, layer in canonical_keys(arch)
+        for name, rows in zip(_names(key, layer, arch), _rows(key, arch))
+    }
 
 
 def to_hf(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> dict[str, torch.Tensor]:
@@ -128,7 +158,9 @@ def to_hf(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> dict
     rows = _rows(key, arch)
     if _row_axis(key) == "qkv":
         grouped = tensor.unflatten(0, (arch.num_query_groups, -1))  # [ng, (np/ng + 2) hn, ...]
-        parts = [part.flatten(0, 1) for part in grouped.split([n // arch.num_query_groups for n in rows], dim=1)]
+        parts = [
+            part.flatten(0, 1) for part in grouped.split([n // arch.num_query_groups for n in rows], dim=1)
+        ]
     else:
         parts = tensor[: sum(rows)].split(rows)
     return dict(zip(_names(key, layer, arch), parts))
@@ -137,7 +169,9 @@ def to_hf(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> dict
 def _to_canonical(key: str, parts: list[torch.Tensor], arch: Arch) -> torch.Tensor:
     axis = _row_axis(key)
     if axis == "qkv":
-        return torch.cat([part.unflatten(0, (arch.num_query_groups, -1)) for part in parts], dim=1).flatten(0, 1)  # [(np + 2 ng) hn, ...]
+        return torch.cat([part.unflatten(0, (arch.num_query_groups, -1)) for part in parts], dim=1).flatten(
+            0, 1
+        )  # [(np + 2 ng) hn, ...]
     if axis == "vocab":
         parts = [*parts, parts[0].new_zeros(arch.padded_vocab_size - arch.vocab_size, arch.hidden_size)]
     return torch.cat(parts)
@@ -150,7 +184,11 @@ def _row_axis(key: str) -> str:
 def _rows(key: str, arch: Arch) -> list[int]:
     """Rows of each Hugging Face weight of a key."""
     axis, key_value = _row_axis(key), arch.num_query_groups * arch.kv_channels
-    several = {"qkv": [arch.axis_size("heads"), key_value, key_value], "gate_up": [arch.ffn_hidden_size] * (1 + arch.gated), "vocab": [arch.vocab_size]}
+    several = {
+        "qkv": [arch.axis_size("heads"), key_value, key_value],
+        "gate_up": [arch.ffn_hidden_size] * (1 + arch.gated),
+        "vocab": [arch.vocab_size],
+    }
     return several.get(axis) or [arch.axis_size(axis)]
 
 
@@ -168,15 +206,29 @@ def tokens(file: Path) -> dict[int, str]:
     """Id -> token of a tokenizer.json, added tokens included."""
     content = _read_json(file)
     try:
-        vocab = content["model"]["vocab"]  # token -> id, or of a unigram model [token, score] in the order of the ids
-        known = {id: token for token, id in vocab.items()} if isinstance(vocab, dict) else {id: token for id, (token, _) in enumerate(vocab)}
+        vocab = content["model"][
+            "vocab"
+        ]  # token -> id, or of a unigram model [token, score] in the order of the ids
+        known = (
+            {id: token for token, id in vocab.items()}
+            if isinstance(vocab, dict)
+            else {id: token for id, (token, _) in enumerate(vocab)}
+        )
         return known | {added["id"]: added["content"] for added in content.get("added_tokens") or []}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} is no tokenizer of the tokenizers library ({error!r}); fetch it again") from error
+        raise InputError(
+            f"{file} is no tokenizer of the tokenizers library ({error!r}); fetch it again"
+        ) from error
 
 
 def write_folder(
-    folder: Path, source: Path, arch: Arch, dtype: torch.dtype, tensors: Iterable[tuple[str, int | None, torch.Tensor]], *, max_shard_bytes: float = 5e9
+    folder: Path,
+    source: Path,
+    arch: Arch,
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, int | None, torch.Tensor]],
+    *,
+    max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a model that transformers loads. Not atomic: give a folder that takes its place when it is whole.
 
@@ -197,12 +249,20 @@ def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> No
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_weights(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, *, max_shard_bytes: float = 5e9) -> set[str]:
+def write_weights(
+    folder: Path,
+    named: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    *,
+    max_shard_bytes: float = 5e9,
+) -> set[str]:
     """Hugging Face names and tensors -> safetensors files and their index, in a folder that has a config.json; the names."""
     shards = list(_write_shards(folder, named, dtype, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, (path, names, _) in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        file = (
+            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        )
         path.rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -215,16 +275,29 @@ def _new_config(config: dict[str, Any], arch: Arch, dtype: torch.dtype) -> dict[
     """The source's config.json with the sizes, family and dtype of the model that is written."""
     if config["model_type"] != arch.family:
         llama_only = ("pretraining_tp", "attention_bias", "mlp_bias")
-        config = {name: value for name, value in config.items() if name not in llama_only} | {"sliding_window": None}
+        config = {name: value for name, value in config.items() if name not in llama_only} | {
+            "sliding_window": None
+        }
     if config.get("layer_types"):
         config = config | {"layer_types": config["layer_types"][: arch.num_layers]}
     name = str(dtype).removeprefix("torch.")
     sizes = {key: getattr(arch, name) for name, key in fields(arch.family).items()}
     # torch_dtype is for transformers before 4.56.
-    return config | sizes | {"architectures": [FAMILIES[arch.family]], "model_type": arch.family, "dtype": name, "torch_dtype": name}
+    return (
+        config
+        | sizes
+        | {
+            "architectures": [FAMILIES[arch.family]],
+            "model_type": arch.family,
+            "dtype": name,
+            "torch_dtype": name,
+        }
+    )
 
 
-def _write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, max_bytes: float) -> Iterator[tuple[Path, list[str], int]]:
+def _write_shards(
+    folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, max_bytes: float
+) -> Iterator[tuple[Path, list[str], int]]:
     """Write the tensors file by file; yield each file, named without the number of files, the names in it, and the bytes of its tensors."""
     shard: dict[str, torch.Tensor] = {}
     num_bytes = number = 0

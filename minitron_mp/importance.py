@@ -80,7 +80,11 @@ class Recorder:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=self.world.device)
 
-        ffn, heads, hidden = zeros(arch.num_layers, arch.ffn_hidden_size), zeros(arch.num_layers, arch.num_attention_heads), zeros(arch.hidden_size)
+        ffn, heads, hidden = (
+            zeros(arch.num_layers, arch.ffn_hidden_size),
+            zeros(arch.num_layers, arch.num_attention_heads),
+            zeros(arch.hidden_size),
+        )
         for site in self.sites:
             scores = self._over_samples(site.totals, samples)  # [d]
             if site.kind == "ffn":
@@ -100,7 +104,9 @@ class Recorder:
         for group in (groups.dp_cp, groups.tp, groups.pp):
             dist.all_reduce(layers, group=group)
         sizes = [x.numel() for x in (ffn, heads, hidden)]
-        ffn, heads, hidden = (part.view(like.shape) for part, like in zip(everything.split(sizes), (ffn, heads, hidden)))
+        ffn, heads, hidden = (
+            part.view(like.shape) for part, like in zip(everything.split(sizes), (ffn, heads, hidden))
+        )
         layers = layers[0] / layers[1]
         self._refuse_non_finite(ffn, heads, layers)
         return Importance(*(x.float().cpu().numpy() for x in (ffn, heads, hidden, layers)))
@@ -135,7 +141,9 @@ class Recorder:
     def record_cosine(self, layer: int, before: Tensor, after: Tensor) -> None:
         """before, after [s, b, h]: sequence part of this rank; each token counts once over all ranks that split it."""
         distance = _cosine_distance(before.detach().flatten(0, 1), after.detach().flatten(0, 1))
-        pair = torch.stack([distance.sum(dtype=torch.float64), distance.new_tensor(distance.numel(), dtype=torch.float64)])
+        pair = torch.stack(
+            [distance.sum(dtype=torch.float64), distance.new_tensor(distance.numel(), dtype=torch.float64)]
+        )
         self.cosine[layer] = self.cosine[layer] + pair if layer in self.cosine else pair
 
     def end_microbatch(self, sites: list[Site], tokens: int, is_first_chunk: bool) -> None:
@@ -154,7 +162,9 @@ class Recorder:
 
 
 @contextmanager
-def recording(chunks: list[Any], arch: Arch, score: Score, world: World, sequence_length: int) -> Iterator[Recorder]:
+def recording(
+    chunks: list[Any], arch: Arch, score: Score, world: World, sequence_length: int
+) -> Iterator[Recorder]:
     """Hook the chunks, yield the recorder, take every hook off again. Run whole microbatches of [b, sequence_length] inside."""
     recorder, handles = Recorder(arch, score, world), []
     try:
@@ -174,7 +184,14 @@ def recording(chunks: list[Any], arch: Arch, score: Score, world: World, sequenc
             handle.remove()
 
 
-def score(chunks: list[Any], arch: Arch, settings: Score, world: World, sequence_length: int, run: Callable[[], None]) -> Importance:
+def score(
+    chunks: list[Any],
+    arch: Arch,
+    settings: Score,
+    world: World,
+    sequence_length: int,
+    run: Callable[[], None],
+) -> Importance:
     """Importance of a model under run(), which sends all calibration microbatches through the chunks, forward only.
 
     The same scores on every rank (to rounding: the same at every layout). Reached by all ranks; leaves the model as it was.
@@ -188,7 +205,10 @@ def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
     """Hooks of one TransformerLayer, its norms modules of their own or inside the linear layers behind them."""
     layer = block.layer_number - 1
     ffn, heads = recorder.start_site("ffn", layer), recorder.start_site("heads", layer)
-    norms = ((block.input_layernorm, block.self_attention.linear_qkv), (block.pre_mlp_layernorm, block.mlp.linear_fc1))
+    norms = (
+        (block.input_layernorm, block.self_attention.linear_qkv),
+        (block.pre_mlp_layernorm, block.mlp.linear_fc1),
+    )
     entering: list[Tensor] = []
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
@@ -210,7 +230,9 @@ def _hook_norm(norm: Any, linear: Any, record: Callable[[Tensor], None]) -> Any:
     if not isinstance(norm, IdentityOp):
         return norm.register_forward_hook(lambda _, args, output: record(output))
     # Transformer Engine's LayerNormLinear keeps its norm's output to itself (in FP8 even rounded), so the norm is computed once more.
-    return linear.register_forward_pre_hook(lambda module, args: record(_norm_inside(module, args[0].detach())))
+    return linear.register_forward_pre_hook(
+        lambda module, args: record(_norm_inside(module, args[0].detach()))
+    )
 
 
 def _norm_inside(linear: Any, x: Tensor) -> Tensor:
@@ -235,7 +257,9 @@ def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:
     if aggregation == "mean":
         if a.is_cuda:
             return torch.linalg.vector_norm(a, 1, dim=0, dtype=torch.float32)[None]
-        return a.abs().sum(0, dtype=torch.float32)[None]  # 40 times faster than vector_norm on a CPU, for one copy in a's dtype
+        return a.abs().sum(0, dtype=torch.float32)[
+            None
+        ]  # 40 times faster than vector_norm on a CPU, for one copy in a's dtype
     squares = torch.linalg.vector_norm(a, 2, dim=0, dtype=torch.float32).square()
     return squares[None] if aggregation == "l2" else torch.stack([a.sum(0, dtype=torch.float32), squares])
 
@@ -244,7 +268,9 @@ def _over_sequence(sums: Tensor, tokens: int, aggregation: str) -> Tensor:
     """[statistics, b, d] over the whole sequence -> [b, d]."""
     if aggregation == "mean":
         return sums[0] / tokens
-    return sums[0].sqrt() if aggregation == "l2" else (sums[1] / tokens - (sums[0] / tokens) ** 2).clamp(min=0)
+    return (
+        sums[0].sqrt() if aggregation == "l2" else (sums[1] / tokens - (sums[0] / tokens) ** 2).clamp(min=0)
+    )
 
 
 def _add_over(sites: list[Site], group: Any) -> None:

@@ -27,14 +27,18 @@ class Item:
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
     """The first `limit` items of a file; InputError names the line that is none."""
     if not path.is_file():
-        raise InputError(f"there is no file {path}; give a .jsonl of items (docs/evaluation.md says of which kinds)")
+        raise InputError(
+            f"there is no file {path}; give a .jsonl of items (docs/evaluation.md says of which kinds)"
+        )
     items = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip() and (limit is None or len(items) < limit):
                 items.append(_item(line, f"{path} line {number}"))
                 if (items[-1].gold is None) != (items[0].gold is None):
-                    raise InputError(f"{path} line {number}: last words and choices in one file, whose shares mean different things; give them as two tasks")
+                    raise InputError(
+                        f"{path} line {number}: last words and choices in one file, whose shares mean different things; give them as two tasks"
+                    )
     if not items:
         raise InputError(f"{path} holds no item")
     return items
@@ -51,7 +55,11 @@ def _item(line: str, where: str) -> Item:
         else:
             options = [(context, given["continuation"]) for context in given["context_options"]]
         gold = given["gold"]
-        if isinstance(gold, int) and 0 <= gold < len(options) > 1 and all(isinstance(part, str) and part.strip() for option in options for part in option):
+        if (
+            isinstance(gold, int)
+            and 0 <= gold < len(options) > 1
+            and all(isinstance(part, str) and part.strip() for option in options for part in option)
+        ):
             return Item(options, gold)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass

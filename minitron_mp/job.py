@@ -53,30 +53,44 @@ class Job:
     @property
     def build_options(self) -> dict[str, Any]:
         """What build_model() takes for every model of this recipe."""
-        return {"sequence_length": self.recipe.data.sequence_length, "transformer_impl": self.recipe.transformer_impl}
+        return {
+            "sequence_length": self.recipe.data.sequence_length,
+            "transformer_impl": self.recipe.transformer_impl,
+        }
 
     def build(self, stage: str) -> list[Any]:
         """The model that a stage left, loaded, in this recipe's layout and precision."""
-        chunks = build_model(self.arch(stage), self.world, precision=self.recipe.precision, **self.build_options)
+        chunks = build_model(
+            self.arch(stage), self.world, precision=self.recipe.precision, **self.build_options
+        )
         checkpoint.load_model(chunks, self.paths[stage], self.world)
         return chunks
 
-    def teacher(self, pairs: Pairs | None = None, *, corrected: bool = False, fp8: str | None = None) -> ColocatedTeacher:
+    def teacher(
+        self, pairs: Pairs | None = None, *, corrected: bool = False, fp8: str | None = None
+    ) -> ColocatedTeacher:
         """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
         where it teaches, None where it is judged."""
-        arch, options = self.arch(self.recipe.tutor), {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options}
+        arch, options = (
+            self.arch(self.recipe.tutor),
+            {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options},
+        )
         if corrected and self.recipe.corrects_meanwhile:
             return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
         return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
 
-    def groups(self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool) -> tuple[int, Iterator[list[Batch]]]:
+    def groups(
+        self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
+    ) -> tuple[int, Iterator[list[Batch]]]:
         """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
 
         exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
         """
         world, recipe = self.world, self.recipe
         dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
-        if exact and (problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)):
+        if exact and (
+            problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)
+        ):
             raise InputError(problem)
         unit = micro_batch_size * dp * interleaved
         units = -(-num_samples // unit)
@@ -90,7 +104,13 @@ class Job:
             self.tokenizer(),
             repeat=False,
         )
-        sizes = {"global_batch_size": size, "micro_batch_size": micro_batch_size, "dp_rank": world.groups.dp.rank(), "dp_size": dp, "limit": num_samples}
+        sizes = {
+            "global_batch_size": size,
+            "micro_batch_size": micro_batch_size,
+            "dp_rank": world.groups.dp.rank(),
+            "dp_size": dp,
+            "limit": num_samples,
+        }
         count = -(-num_samples // size)
         return count, (data.micro_batches(samples, i, **sizes) for i in range(count))
 

@@ -38,25 +38,46 @@ def evaluate(job: Job) -> None:
     count, groups = job.groups("valid", settings.num_samples, settings.micro_batch_size, exact=False)
     vocab_size, every = job.arch("import").vocab_size, {"teacher": teacher.chunks, **models}
     with Tracker("evaluate", count, "batches") as tracker:
-        quality = compare(models, teacher, groups, job.world, vocab_size=vocab_size, progress=lambda: tracker.advance(1))
+        quality = compare(
+            models, teacher, groups, job.world, vocab_size=vocab_size, progress=lambda: tracker.advance(1)
+        )
     tasks, texts = _judge_tasks(job, every), _judge_texts(job, teacher, models)
-    shape = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": settings.micro_batch_size, "vocab_size": vocab_size}
+    shape = {
+        "sequence_length": job.recipe.data.sequence_length,
+        "micro_batch_size": settings.micro_batch_size,
+        "vocab_size": vocab_size,
+    }
     kinds = {name: (job.arch(stage), job.recipe.precision) for name, stage in left_by.items()}
     kinds = {"teacher": (job.arch(job.recipe.tutor), job.recipe.teacher_precision), **kinds}
-    speed = measure(every, kinds, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start)))
-    content = {"manifest": job.manifest.model_dump(mode="json"), **{name: q.model_dump() for name, q in quality.items()}, "tasks": tasks}
+    speed = measure(
+        every, kinds, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start))
+    )
+    content = {
+        "manifest": job.manifest.model_dump(mode="json"),
+        **{name: q.model_dump() for name, q in quality.items()},
+        "tasks": tasks,
+    }
     content |= {"texts": texts, "speed": speed.model_dump()}
     on_main(lambda: artifact.write_text(job.output, json.dumps(content, indent=1)))
 
 
-def _judge_texts(job: Job, teacher: ColocatedTeacher, models: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+def _judge_texts(
+    job: Job, teacher: ColocatedTeacher, models: dict[str, list[Any]]
+) -> dict[str, dict[str, Any]]:
     """Name of a further held-out text -> model -> its quality there."""
     settings, found = job.recipe.evaluate, {}
     for name in job.recipe.data.held_out:
         count, groups = job.groups(name, settings.num_samples, settings.micro_batch_size, exact=False)
         with Tracker(f"evaluate, {name}", count, "batches") as tracker:
             progress = partial(tracker.advance, 1)
-            quality = compare(models, teacher, groups, job.world, vocab_size=job.arch("import").vocab_size, progress=progress)
+            quality = compare(
+                models,
+                teacher,
+                groups,
+                job.world,
+                vocab_size=job.arch("import").vocab_size,
+                progress=progress,
+            )
         found[name] = {model: q.model_dump() for model, q in quality.items()}
     return found
 
@@ -67,8 +88,19 @@ def _judge_tasks(job: Job, models: dict[str, list[Any]]) -> dict[str, dict[str, 
     for task, path in settings.tasks.items():
         items, size = read_items(Path(path), settings.task_items), settings.micro_batch_size
         calls = num_groups(sum(len(item.options) for item in items), job.world, size) * len(models)
-        place = {"sequence_length": job.recipe.data.sequence_length, "micro_batch_size": size, "vocab_size": job.arch(job.recipe.base).vocab_size}
+        place = {
+            "sequence_length": job.recipe.data.sequence_length,
+            "micro_batch_size": size,
+            "vocab_size": job.arch(job.recipe.base).vocab_size,
+        }
         with Tracker(task, calls, "batches") as tracker:
-            results = judge(models, items, job.tokenizer(), job.world, **place, progress=lambda tracker=tracker: tracker.advance(1))
+            results = judge(
+                models,
+                items,
+                job.tokenizer(),
+                job.world,
+                **place,
+                progress=lambda tracker=tracker: tracker.advance(1),
+            )
         found[task] = {name: result.model_dump() for name, result in results.items()}
     return found

@@ -31,12 +31,22 @@ BLOCK, WARPS = 2048, 8
 LOG_2 = tl.constexpr(math.log(2))
 
 
-def statistics(z_s: Tensor, z_t: Tensor | None, labels: Tensor, valid: int, t: float, divergence: str) -> tuple[Tensor, Any]:
+def statistics(
+    z_s: Tensor, z_t: Tensor | None, labels: Tensor, valid: int, t: float, divergence: str
+) -> tuple[Tensor, Any]:
     """As rows.statistics; keeps nothing."""
     stats = torch.empty((len(z_s), STATISTICS), dtype=torch.float32, device=z_s.device)
     teacher = z_s if z_t is None else z_t
-    chosen = {"HOT": t != 1, "TEACHER": z_t is not None, "DIVERGENCE": divergence, "BLOCK": _block(z_s), "num_warps": WARPS}
-    _statistics[(len(z_s),)](z_s, teacher, labels.contiguous(), stats, *_sizes(z_s, teacher), valid, t, 1 / t, STATISTICS, **chosen)
+    chosen = {
+        "HOT": t != 1,
+        "TEACHER": z_t is not None,
+        "DIVERGENCE": divergence,
+        "BLOCK": _block(z_s),
+        "num_warps": WARPS,
+    }
+    _statistics[(len(z_s),)](
+        z_s, teacher, labels.contiguous(), stats, *_sizes(z_s, teacher), valid, t, 1 / t, STATISTICS, **chosen
+    )
     return stats, None
 
 
@@ -44,25 +54,57 @@ def js_sums(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, valid: int, 
     """As rows.js_sums."""
     sums = torch.empty((len(z_s), 2), dtype=torch.float32, device=z_s.device)
     lse_s, lse_t = lse_s.contiguous(), lse_t.contiguous()
-    _js_sums[(len(z_s),)](z_s, z_t, lse_s, lse_t, sums, *_sizes(z_s, z_t), valid, 1 / t, BLOCK=_block(z_s), num_warps=WARPS)
+    _js_sums[(len(z_s),)](
+        z_s, z_t, lse_s, lse_t, sums, *_sizes(z_s, z_t), valid, 1 / t, BLOCK=_block(z_s), num_warps=WARPS
+    )
     return sums
 
 
 def gradient(
-    z_s: Tensor, z_t: Tensor | None, stats: Tensor, kept: Any, rows: Tensor, labels: Tensor, valid: int, t: float, divergence: str, has_ce: bool, out: Tensor
+    z_s: Tensor,
+    z_t: Tensor | None,
+    stats: Tensor,
+    kept: Any,
+    rows: Tensor,
+    labels: Tensor,
+    valid: int,
+    t: float,
+    divergence: str,
+    has_ce: bool,
+    out: Tensor,
 ) -> None:
     """As rows.gradient. out may be z_s itself."""
     teacher, block = z_s if z_t is None else z_t, _block(out)
-    chosen = {"HOT": t != 1, "TEACHER": z_t is not None, "CE": has_ce, "DIVERGENCE": divergence, "BLOCK": block, "num_warps": WARPS}
+    chosen = {
+        "HOT": t != 1,
+        "TEACHER": z_t is not None,
+        "CE": has_ce,
+        "DIVERGENCE": divergence,
+        "BLOCK": block,
+        "num_warps": WARPS,
+    }
     grid, sizes = (len(out), triton.cdiv(out.shape[1], block)), _sizes(z_s, teacher)
-    _gradient[grid](z_s, teacher, out, rows.contiguous(), labels.contiguous(), *sizes, _stride(out), valid, 1 / t, **chosen)
+    _gradient[grid](
+        z_s,
+        teacher,
+        out,
+        rows.contiguous(),
+        labels.contiguous(),
+        *sizes,
+        _stride(out),
+        valid,
+        1 / t,
+        **chosen,
+    )
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """[n, h] twice, float32 or bf16, h side by side -> [n] float32: 1 - cosine of each pair of rows. Each is read once: torch makes float32 copies,
     and as many passes over them as there are operations."""
     found = torch.empty(len(a), dtype=torch.float32, device=a.device)
-    _cosine_distance[(len(a),)](a, b, found, _stride(a), _stride(b), a.shape[1], BLOCK=_block(a), num_warps=WARPS)
+    _cosine_distance[(len(a),)](
+        a, b, found, _stride(a), _stride(b), a.shape[1], BLOCK=_block(a), num_warps=WARPS
+    )
     return found
 
 
@@ -113,7 +155,11 @@ def _statistics(
     for start in range(0, valid, BLOCK):
         place = start + lane
         inside = place < valid
-        s = tl.where(inside, tl.load(z_s + place, mask=place < columns_s, other=0.0).to(tl.float32) * inverse_t, -float("inf"))
+        s = tl.where(
+            inside,
+            tl.load(z_s + place, mask=place < columns_s, other=0.0).to(tl.float32) * inverse_t,
+            -float("inf"),
+        )
         new_s = tl.maximum(top_s, s)
         centre_s = _finite(new_s)
         old_s = tl.exp(top_s - centre_s)
@@ -122,7 +168,11 @@ def _statistics(
         if HOT:
             sum_1 = sum_1 * tl.exp((top_s - centre_s) * t) + tl.exp((s - centre_s) * t)
         if TEACHER:
-            u = tl.where(inside, tl.load(z_t + place, mask=place < columns_t, other=0.0).to(tl.float32) * inverse_t, -float("inf"))
+            u = tl.where(
+                inside,
+                tl.load(z_t + place, mask=place < columns_t, other=0.0).to(tl.float32) * inverse_t,
+                -float("inf"),
+            )
             new_t = tl.maximum(top_t, u)
             centre_t = _finite(new_t)
             old_t = tl.exp(top_t - centre_t)
@@ -168,7 +218,20 @@ def _finite(peak):
 
 
 @triton.jit
-def _js_sums(z_s, z_t, lse_s, lse_t, sums, stride_s, stride_t, columns_s, columns_t, valid, inverse_t, BLOCK: tl.constexpr):
+def _js_sums(
+    z_s,
+    z_t,
+    lse_s,
+    lse_t,
+    sums,
+    stride_s,
+    stride_t,
+    columns_s,
+    columns_t,
+    valid,
+    inverse_t,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     z_s += row * stride_s
     z_t += row * stride_t
@@ -222,13 +285,19 @@ def _gradient(
     lse_t = tl.load(rows + 1)
     w_kl = tl.load(rows + 3)
     w_ce = tl.load(rows + 4)
-    weighted = tl.where(w_kl != 0, 1, tl.where(w_ce != 0, 1, 0))  # a row without weight is not read: it may hold not-a-number
+    weighted = tl.where(
+        w_kl != 0, 1, tl.where(w_ce != 0, 1, 0)
+    )  # a row without weight is not read: it may hold not-a-number
     raw = tl.load(z_s + row * stride_s + place, mask=place < columns_s * weighted, other=0.0).to(tl.float32)
     log_q = raw * inverse_t - lse_s
     q = tl.exp(log_q)
     total = tl.zeros((BLOCK,), tl.float32)
     if TEACHER:
-        log_p = tl.load(z_t + row * stride_t + place, mask=place < columns_t * weighted, other=0.0).to(tl.float32) * inverse_t - lse_t
+        log_p = (
+            tl.load(z_t + row * stride_t + place, mask=place < columns_t * weighted, other=0.0).to(tl.float32)
+            * inverse_t
+            - lse_t
+        )
         if DIVERGENCE == "forward_kl":
             total = w_kl * (q - tl.exp(log_p))
         if DIVERGENCE == "reverse_kl":

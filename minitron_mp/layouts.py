@@ -50,7 +50,11 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
     p, t = recipe.parallel, recipe.teacher
     teachers, students = t.ranks_in(world), _students(recipe, world)
     here = [student] if t.is_remote else [student, teacher]
-    if students < p.model_ranks or students % p.model_ranks or (t.is_remote and (teachers < 1 or teachers % t.parallel.model_ranks)):
+    if (
+        students < p.model_ranks
+        or students % p.model_ranks
+        or (t.is_remote and (teachers < 1 or teachers % t.parallel.model_ranks))
+    ):
         return DIVIDES
     if p.tp > times.hardware.gpus_per_node or any(layout_problems(arch, p.tp) for arch in here):
         return HEADS
@@ -58,7 +62,10 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
         return DEPTH
     if recipe.data.sequence_length % ((2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)):
         return SEQUENCE
-    for arch, kind, layout in ((student, fp8_of(recipe.distill), p), (teacher, fp8_of(t), t.parallel if t.is_remote else p)):
+    for arch, kind, layout in (
+        (student, fp8_of(recipe.distill), p),
+        (teacher, fp8_of(t), t.parallel if t.is_remote else p),
+    ):
         if kind and fp8_problems(arch, layout.tp, layout.tokens_of_sample(recipe.data.sequence_length)):
             return EIGHT
     return ENGINE if recipe.engine_problems() else None
@@ -66,7 +73,12 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
 
 def _batch_problem(recipe: Recipe, world: int) -> str | None:
     p, d = recipe.parallel, recipe.distill
-    return BATCH if d.global_batch_size % (d.micro_batch_size * (_students(recipe, world) // p.model_ranks) * p.interleaved) else None
+    return (
+        BATCH
+        if d.global_batch_size
+        % (d.micro_batch_size * (_students(recipe, world) // p.model_ranks) * p.interleaved)
+        else None
+    )
 
 
 def _students(recipe: Recipe, world: int) -> int:
@@ -90,17 +102,37 @@ def search(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Time
 
 def fastest(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> Estimate | None:
     """The first of search(); None where nothing fits."""
-    return next((estimate for estimate in _possible(student, teacher, recipe, world, times)[0] if fits(estimate, times)), None)
+    return next(
+        (
+            estimate
+            for estimate in _possible(student, teacher, recipe, world, times)[0]
+            if fits(estimate, times)
+        ),
+        None,
+    )
 
 
-def _possible(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> tuple[list[Estimate], Counter[str]]:
+def _possible(
+    student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times
+) -> tuple[list[Estimate], Counter[str]]:
     """(layouts that divide, fastest first, whether they fit or not; why the others do not)."""
     d, t, found, impossible = recipe.distill, recipe.teacher, [], Counter[str]()
-    beside: dict[str, Any] = {"placement": "colocated", "payload": "hidden", "ranks": None, "student_ranks": None, "parallel": Parallel(), "siblings": {}}
+    beside: dict[str, Any] = {
+        "placement": "colocated",
+        "payload": "hidden",
+        "ranks": None,
+        "student_ranks": None,
+        "parallel": Parallel(),
+        "siblings": {},
+    }
     placements = [t.model_copy(update=beside)]
     if not (recipe.correct and recipe.corrects_meanwhile):
         placements += _teachers(recipe, teacher, world, times)
-    trainings = [d.model_copy(update={"micro_batch_size": m, "recompute": r}) for m, r in itertools.product(MICRO, (False, True)) if not (r and d.cuda_graphs)]
+    trainings = [
+        d.model_copy(update={"micro_batch_size": m, "recompute": r})
+        for m, r in itertools.product(MICRO, (False, True))
+        if not (r and d.cuda_graphs)
+    ]
     for tp, pp, cp, vpp, placement in itertools.product(TENSOR, PIPELINE, CONTEXT, CHUNKS, placements):
         if (vpp and pp == 1) or tp * pp * cp > world:
             continue
@@ -122,7 +154,14 @@ def _possible(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: T
 def _teachers(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterator:
     """Remote teachers, at most half of all GPUs at the least tp that fits. From 32 GPUs on whole nodes, from 512 on thirty-seconds of the world."""
     t, room = recipe.teacher, (times.hardware.memory_gib - times.hardware.reserved_gib) * GIB
-    remote = t.model_copy(update={"placement": "remote", "student_ranks": None, "siblings": {}, "payload": t.payload if t.is_remote else "hidden"})
+    remote = t.model_copy(
+        update={
+            "placement": "remote",
+            "student_ranks": None,
+            "siblings": {},
+            "payload": t.payload if t.is_remote else "hidden",
+        }
+    )
     for tp in TENSOR:
         layout = Parallel(tp=tp, sequence_parallel=tp > 1)
         chosen = remote.model_copy(update={"parallel": layout})

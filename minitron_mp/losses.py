@@ -87,7 +87,15 @@ class Objective:
 
 
 def distillation_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, teacher: Teacher | None, objective: Objective, *, vocab_size: int, group: Any
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    teacher: Teacher | None,
+    objective: Objective,
+    *,
+    vocab_size: int,
+    group: Any,
 ) -> tuple[Tensor, Tensor]:
     """(loss, per token): the sum over tokens above, float32 scalar; [3, s/cp, b] float32 (loss without token weight, divergence, CE), zero for
     tokens of weight zero.
@@ -108,7 +116,18 @@ def distillation_loss(
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     main_grad = getattr(weight, "main_grad", None) if wants_gradient and weight.requires_grad else None
     weight = weight.detach() if main_grad is not None and hidden.requires_grad else weight
-    return _Fused.apply(hidden, weight, labels, token_weights, teacher, objective, vocab_size, group, wants_gradient, main_grad)
+    return _Fused.apply(
+        hidden,
+        weight,
+        labels,
+        token_weights,
+        teacher,
+        objective,
+        vocab_size,
+        group,
+        wants_gradient,
+        main_grad,
+    )
 
 
 class _Fused(torch.autograd.Function):
@@ -132,7 +151,9 @@ class _Fused(torch.autograd.Function):
         source = _teacher_rows(teacher, tokens, group)
         w_logits = _for_product(x, w, objective.logits_dtype)
         if isinstance(source, TeacherHidden):  # its precision is its own
-            source = TeacherHidden(source.hidden, _for_product(source.hidden, source.weight, objective.logits_dtype))
+            source = TeacherHidden(
+                source.hidden, _for_product(source.hidden, source.weight, objective.logits_dtype)
+            )
         counts = weights != 0
         columns = w.shape[0]
         first = group.rank() * columns
@@ -148,8 +169,14 @@ class _Fused(torch.autograd.Function):
         chunk, part, block = (max(1, size // columns) for size in ELEMENTS[x.device.type])
         for start in range(0, len(x), block):
             stop = min(start + block, len(x))
-            in_place = part >= block and x.dtype == objective.logits_dtype  # the gradient takes the place of the logits
-            dz = torch.empty((stop - start, columns), dtype=x.dtype, device=x.device) if wants_gradient and not in_place else None
+            in_place = (
+                part >= block and x.dtype == objective.logits_dtype
+            )  # the gradient takes the place of the logits
+            dz = (
+                torch.empty((stop - start, columns), dtype=x.dtype, device=x.device)
+                if wants_gradient and not in_place
+                else None
+            )
             for first_row, last_row in _spans(start, stop, part):
                 z_s = _product(x[first_row:last_row], w_logits, objective.logits_dtype)
                 z_t = _teacher_part(source, first_row, last_row, objective.logits_dtype)
@@ -157,18 +184,35 @@ class _Fused(torch.autograd.Function):
                 for i, end in _spans(first_row, last_row, chunk):
                     here = slice(i - first_row, end - first_row)
                     gradient = None if dz is None else dz[i - start : end - start]
-                    out[:, i:end] = _chunk(ops, z_s[here], _take(z_t, here), local[i:end], weights[i:end], first, valid, gradient, objective, group)
+                    out[:, i:end] = _chunk(
+                        ops,
+                        z_s[here],
+                        _take(z_t, here),
+                        local[i:end],
+                        weights[i:end],
+                        first,
+                        valid,
+                        gradient,
+                        objective,
+                        group,
+                    )
                 del z_s, z_t
             if dz is not None and dx is not None:
                 torch.mm(dz, w, out=dx[start:stop])
                 if dw is not None:
-                    _add_product(dw, dz, torch.where(counts[start:stop, None], x[start:stop], 0.0))  # 0 x not-a-number is not 0
+                    _add_product(
+                        dw, dz, torch.where(counts[start:stop, None], x[start:stop], 0.0)
+                    )  # 0 x not-a-number is not 0
             dz = gradient = None  # or the next block's would lie beside it
 
         ctx.dx = ctx.dw = None
         if dx is not None:
             ctx.dx = _reduce(dx.view(tokens, *hidden.shape[1:]), hidden.shape[0], group)
-            ctx.dw, ctx.in_main_grad, ctx.dtype = (dw if main_grad is None else None), main_grad is not None, weight.dtype
+            ctx.dw, ctx.in_main_grad, ctx.dtype = (
+                (dw if main_grad is None else None),
+                main_grad is not None,
+                weight.dtype,
+            )
         out = torch.where(counts, out, 0.0)  # rows without weight may hold anything, not-a-number included
         per_token = out.view(3, *labels.shape)
         ctx.mark_non_differentiable(per_token)
@@ -178,7 +222,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         dx, dw, ctx.dx, ctx.dw = ctx.dx, ctx.dw, None, None
         if ctx.in_main_grad:
-            torch._assert_async(grad == 1, "the gradient of distillation_loss must be 1 when the weight has a main_grad: put scales into token_weights")
+            torch._assert_async(
+                grad == 1,
+                "the gradient of distillation_loss must be 1 when the weight has a main_grad: put scales into token_weights",
+            )
         return dx.mul_(grad.to(dx.dtype)), None if dw is None else (dw.mul_(grad)).to(ctx.dtype), *[None] * 8
 
 
@@ -215,17 +262,26 @@ def _chunk(
         kl = top.divergence(lse_t, lse_s, parts[..., 6].sum(0))
     elif dense is not None:
         lse_t = m_t + d_t.log()
-        gap = (m_t - m_s) + (d_t.log() - d_s.log())  # lse_t - lse_s would keep the rounding of two large numbers
+        gap = (m_t - m_s) + (
+            d_t.log() - d_s.log()
+        )  # lse_t - lse_s would keep the rounding of two large numbers
         if name == "forward_kl":
             kl = (parts[..., 6] * scale_t).sum(0) / d_t - gap
         elif name == "reverse_kl":
             kl = extra = (parts[..., 6] * scale_s).sum(0) / d_s + gap
         else:
-            sums = _gather(ops.js_sums(z_s, dense, lse_s, lse_t, valid, t), group).sum(0)  # [n, 2]: KL(p || m), KL(q || m)
+            sums = _gather(ops.js_sums(z_s, dense, lse_s, lse_t, valid, t), group).sum(
+                0
+            )  # [n, 2]: KL(p || m), KL(q || m)
             kl, extra = sums.mean(1), sums[:, 1]
     if gradient is not None:
-        row_values = torch.stack([lse_s, lse_t, lse_1, weights * (objective.kl_weight * t), weights * objective.ce_weight, extra], 1)
-        (top or ops).gradient(z_s, dense, stats, kept, row_values, labels, valid, t, name, objective.ce_weight > 0, gradient)
+        row_values = torch.stack(
+            [lse_s, lse_t, lse_1, weights * (objective.kl_weight * t), weights * objective.ce_weight, extra],
+            1,
+        )
+        (top or ops).gradient(
+            z_s, dense, stats, kept, row_values, labels, valid, t, name, objective.ce_weight > 0, gradient
+        )
     return torch.stack([objective.kl_weight * t**2 * kl + objective.ce_weight * ce, kl, ce])
 
 
@@ -241,14 +297,25 @@ class _Top:
     @classmethod
     def of(cls, teacher: TeacherTopK, columns: int, first: int, valid: int) -> _Top:
         place = teacher.indices - first
-        return cls(torch.where((place >= 0) & (place < valid), place, columns), teacher.log_probs, teacher.log_ghost[:, 0])
+        return cls(
+            torch.where((place >= 0) & (place < valid), place, columns),
+            teacher.log_probs,
+            teacher.log_ghost[:, 0],
+        )
 
     def statistics(self, z_s: Tensor, valid: int, t: float) -> Tensor:
         """[n, 3] of this rank: max s of all tokens but the k, sum e^(s - that) of them (one minus the k would cancel), sum of p s of the k."""
         s, behind = z_s[:, :valid].float() / t, (0, z_s.shape[1] + 1 - valid)
         others = F.pad(s, behind, value=-torch.inf).scatter_(1, self.place, -torch.inf)
         peak = others.amax(1).clamp_min(LOWEST)  # finite when there are no others
-        return torch.stack([peak, torch.exp(others - peak[:, None]).sum(1), (self.log_p.exp() * F.pad(s, behind).gather(1, self.place)).sum(1)], 1)
+        return torch.stack(
+            [
+                peak,
+                torch.exp(others - peak[:, None]).sum(1),
+                (self.log_p.exp() * F.pad(s, behind).gather(1, self.place)).sum(1),
+            ],
+            1,
+        )
 
     def divergence(self, lse_others: Tensor, lse_s: Tensor, cross: Tensor) -> Tensor:
         p, has_ghost = self.log_p.exp(), (self.log_ghost > -torch.inf) & (lse_others > -torch.inf)
@@ -257,14 +324,28 @@ class _Top:
         return entropy - cross + p.sum(1) * lse_s + ghost
 
     def gradient(
-        self, z_s: Tensor, _: Any, stats: Tensor, kept: Any, rows: Tensor, labels: Tensor, valid: int, t: float, divergence: str, has_ce: bool, out: Tensor
+        self,
+        z_s: Tensor,
+        _: Any,
+        stats: Tensor,
+        kept: Any,
+        rows: Tensor,
+        labels: Tensor,
+        valid: int,
+        t: float,
+        divergence: str,
+        has_ce: bool,
+        out: Tensor,
     ) -> None:
         """As rows.gradient. rows[:, 1]: log of sum e^s of all tokens but the k; rows[:, 5]: the teacher's mass of them."""
         if valid == 0:
             out.zero_()
             return
         raw, behind = z_s[:, :valid].float(), (0, z_s.shape[1] + 1 - valid)
-        q, among_others = F.pad(torch.exp(raw / t - rows[:, :1]), behind), F.pad(torch.exp(raw / t - rows[:, 1:2]), behind)
+        q, among_others = (
+            F.pad(torch.exp(raw / t - rows[:, :1]), behind),
+            F.pad(torch.exp(raw / t - rows[:, 1:2]), behind),
+        )
         on_top = q.gather(1, self.place) - self.log_p.exp()
         total = (q - among_others * rows[:, 5:]).scatter_(1, self.place, on_top)[:, :valid] * rows[:, 3:4]
         if has_ce:
@@ -297,11 +378,15 @@ def _teacher_rows(teacher: Teacher | None, tokens: int, group: Any) -> Teacher |
     if isinstance(teacher, TeacherLogits):
         return TeacherLogits(_rows(teacher.logits, tokens, group))
     if isinstance(teacher, TeacherTopK):
-        return TeacherTopK(*(_rows(x, tokens, group) for x in (teacher.indices, teacher.log_probs, teacher.log_ghost)))
+        return TeacherTopK(
+            *(_rows(x, tokens, group) for x in (teacher.indices, teacher.log_probs, teacher.log_ghost))
+        )
     return None
 
 
-def _teacher_part(teacher: Teacher | None, first: int, last: int, dtype: torch.dtype) -> Tensor | TeacherTopK | None:
+def _teacher_part(
+    teacher: Teacher | None, first: int, last: int, dtype: torch.dtype
+) -> Tensor | TeacherTopK | None:
     """The teacher's logits, or top k, of some rows."""
     if isinstance(teacher, TeacherHidden):
         return _product(teacher.hidden[first:last], teacher.weight, dtype)
@@ -321,7 +406,9 @@ def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _for_product(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """w as _product(x, w, dtype) takes it: converted where no kernel multiplies these dtypes into that one. Once for all rows."""
-    widens = x.is_cuda and x.dtype == w.dtype and dtype is torch.float32  # a GPU multiplies bf16 into float32, a CPU does not
+    widens = (
+        x.is_cuda and x.dtype == w.dtype and dtype is torch.float32
+    )  # a GPU multiplies bf16 into float32, a CPU does not
     return w if widens else w.to(dtype)
 
 

@@ -32,7 +32,10 @@ class Trap:
 
 TRAPS = [
     Trap(
-        {"nemo-run": "<=0.11.1", "leptonai": ">=0.47"}, "warning", "this nemo-run cannot be imported with leptonai from 0.47 on", "pip install 'leptonai<0.47'"
+        {"nemo-run": "<=0.11.1", "leptonai": ">=0.47"},
+        "warning",
+        "this nemo-run cannot be imported with leptonai from 0.47 on",
+        "pip install 'leptonai<0.47'",
     ),
     Trap(
         {"megatron-core": ">=0.19", "nvidia-resiliency-ext": "<0.5"},
@@ -40,10 +43,24 @@ TRAPS = [
         "Megatron-Core 0.19 does not save checkpoints with nvidia-resiliency-ext before 0.5",
         "pip uninstall nvidia-resiliency-ext, or install 0.5 or later (glibc 2.39)",
     ),
-    Trap({"apex": ">=0.9"}, "warning", "PyPI's apex is another project than NVIDIA's", "pip uninstall apex; NVIDIA's is in its PyTorch image"),
-    Trap({"nemo-toolkit": ">=3"}, "warning", "nemo-toolkit has no collection llm since 3.0", "for NeMo 2 recipes: pip install 'nemo-toolkit<3'"),
+    Trap(
+        {"apex": ">=0.9"},
+        "warning",
+        "PyPI's apex is another project than NVIDIA's",
+        "pip uninstall apex; NVIDIA's is in its PyTorch image",
+    ),
+    Trap(
+        {"nemo-toolkit": ">=3"},
+        "warning",
+        "nemo-toolkit has no collection llm since 3.0",
+        "for NeMo 2 recipes: pip install 'nemo-toolkit<3'",
+    ),
 ]
-FP8 = {"delayed": ((8, 9), "2.1", (12, 1)), "tensorwise": ((8, 9), "2.2", (12, 1)), "blockwise": ((9, 0), "2.3", (12, 9))}
+FP8 = {
+    "delayed": ((8, 9), "2.1", (12, 1)),
+    "tensorwise": ((8, 9), "2.2", (12, 1)),
+    "blockwise": ((9, 0), "2.3", (12, 9)),
+}
 """Kind -> least compute capability, Transformer Engine (the first that Megatron-Core 0.16 to 0.19 take for it) and CUDA of torch that have it."""
 
 
@@ -54,10 +71,24 @@ def packages(name: str = "minitron-mp") -> list[Finding]:
     except metadata.PackageNotFoundError:
         cure = "pip install -e . in the checkout (launch/venv.sh does it)"
         here = ", ".join(f"{other} {_version(other)}" for other in NAMED)
-        return [Finding("packages", "warning", f"{name} runs from a folder and is not installed, so the ranges are not known; {here}", cure)]
+        return [
+            Finding(
+                "packages",
+                "warning",
+                f"{name} runs from a folder and is not installed, so the ranges are not known; {here}",
+                cure,
+            )
+        ]
     python, needed = platform.python_version(), str(about.json.get("requires_python", ""))
     fits = SpecifierSet(needed).contains(python, prereleases=True)
-    found = [Finding("python", "ok" if fits else "failed", f"{python}, {needed or 'any'} is needed", "" if fits else "make an environment with another Python")]
+    found = [
+        Finding(
+            "python",
+            "ok" if fits else "failed",
+            f"{python}, {needed or 'any'} is needed",
+            "" if fits else "make an environment with another Python",
+        )
+    ]
     others = []
     for text in dict.fromkeys(metadata.requires(name) or []):
         requirement = Requirement(text)
@@ -65,10 +96,24 @@ def packages(name: str = "minitron-mp") -> list[Finding]:
         if optional and version is None:
             continue
         if version is None:
-            found.append(Finding(requirement.name, "failed", f"is not installed, {requirement.specifier or 'any version'} is needed", f"pip install '{text}'"))
+            found.append(
+                Finding(
+                    requirement.name,
+                    "failed",
+                    f"is not installed, {requirement.specifier or 'any version'} is needed",
+                    f"pip install '{text}'",
+                )
+            )
         elif not requirement.specifier.contains(version, prereleases=True):
             cure = f"pip install '{requirement.name}{requirement.specifier}'"
-            found.append(Finding(requirement.name, "warning" if optional else "failed", f"{version}, supported: {requirement.specifier}", cure))
+            found.append(
+                Finding(
+                    requirement.name,
+                    "warning" if optional else "failed",
+                    f"{version}, supported: {requirement.specifier}",
+                    cure,
+                )
+            )
         elif requirement.name in NAMED:
             found.append(Finding(requirement.name, "ok", f"{version}, supported: {requirement.specifier}"))
         else:
@@ -77,8 +122,13 @@ def packages(name: str = "minitron-mp") -> list[Finding]:
         found.append(Finding("other packages", "ok", f"{len(set(others))} within their ranges"))
     for trap in TRAPS:
         have = {other: _version(other) for other in trap.versions}
-        if all(version and SpecifierSet(trap.versions[other]).contains(version, prereleases=True) for other, version in have.items()):
-            found.append(Finding(" + ".join(f"{k} {v}" for k, v in have.items()), trap.verdict, trap.what, trap.cure))
+        if all(
+            version and SpecifierSet(trap.versions[other]).contains(version, prereleases=True)
+            for other, version in have.items()
+        ):
+            found.append(
+                Finding(" + ".join(f"{k} {v}" for k, v in have.items()), trap.verdict, trap.what, trap.cure)
+            )
     return found
 
 
@@ -96,7 +146,12 @@ def limits() -> list[Finding]:
     free = shutil.disk_usage(shm).free if shm.is_dir() else None
     if free is not None and free < 1 << 30:
         found.append(
-            Finding("shared memory", "warning", f"/dev/shm has {free >> 20} MiB free; NCCL between GPUs of a host needs more", "docker run --shm-size=16g")
+            Finding(
+                "shared memory",
+                "warning",
+                f"/dev/shm has {free >> 20} MiB free; NCCL between GPUs of a host needs more",
+                "docker run --shm-size=16g",
+            )
         )
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < 1024:
@@ -104,7 +159,14 @@ def limits() -> list[Finding]:
     pinned, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     fabric = Path("/sys/class/infiniband")
     if fabric.is_dir() and any(fabric.iterdir()) and pinned != resource.RLIM_INFINITY:
-        found.append(Finding("pinned memory", "warning", f"at most {pinned >> 10} KiB; InfiniBand registers all it sends", "docker run --ulimit memlock=-1"))
+        found.append(
+            Finding(
+                "pinned memory",
+                "warning",
+                f"at most {pinned >> 10} KiB; InfiniBand registers all it sends",
+                "docker run --ulimit memlock=-1",
+            )
+        )
     return found or [Finding("limits", "ok", "shared memory, open files and pinned memory are enough")]
 
 
@@ -120,24 +182,54 @@ def devices(fp8: dict[str, str], only: int | None = None) -> list[Finding]:
         if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
             build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
             cure = "nvidia-smi; docker run --gpus all; CUDA_VISIBLE_DEVICES; torch for the driver's CUDA"
-            found = [Finding("GPU", "failed", f"this host has an NVIDIA driver, but torch sees no GPU; torch {build}", cure)]
-        return found + [Finding("FP8", "failed", f"{key}: {kind} needs a GPU", f"drop {key}, or run on Hopper or later") for key, kind in fp8.items()]
+            found = [
+                Finding(
+                    "GPU",
+                    "failed",
+                    f"this host has an NVIDIA driver, but torch sees no GPU; torch {build}",
+                    cure,
+                )
+            ]
+        return found + [
+            Finding("FP8", "failed", f"{key}: {kind} needs a GPU", f"drop {key}, or run on Hopper or later")
+            for key, kind in fp8.items()
+        ]
     found, least = [], (99, 0)
     for index in range(torch.cuda.device_count()) if only is None else [only]:
         about, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
         least = min(least, (about.major, about.minor))
         what = f"{about.name}, {total / 2**30:.0f} GiB, compute capability {about.major}.{about.minor}"
         if problem := _computes(index):
-            found.append(Finding("GPU", "failed", f"{what}: {problem}", "nvidia-smi -q; a build of torch for this GPU; dcgmi diag"))
+            found.append(
+                Finding(
+                    "GPU",
+                    "failed",
+                    f"{what}: {problem}",
+                    "nvidia-smi -q; a build of torch for this GPU; dcgmi diag",
+                )
+            )
         elif about.major < 8:
             found.append(Finding("GPU", "failed", f"{what}: no bf16", "use an A100 or later"))
         elif free < 0.9 * total:
-            found.append(Finding("GPU", "warning", f"{what}: {(total - free) / 2**30:.1f} GiB are taken", "nvidia-smi says by whom"))
+            found.append(
+                Finding(
+                    "GPU",
+                    "warning",
+                    f"{what}: {(total - free) / 2**30:.1f} GiB are taken",
+                    "nvidia-smi says by whom",
+                )
+            )
         else:
             found.append(Finding("GPU", "ok", what))
     found = [Finding("GPU", f.verdict, f"{found.count(f)} x {f.found}", f.cure) for f in dict.fromkeys(found)]
     cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
-    found.append(Finding("CUDA, NCCL", "ok", f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"))
+    found.append(
+        Finding(
+            "CUDA, NCCL",
+            "ok",
+            f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}",
+        )
+    )
     return found + fp8_findings(fp8, least, _version("transformer-engine"), cuda)
 
 
@@ -153,7 +245,9 @@ def _computes(index: int) -> str:
     return "" if same else "computes wrong sums"
 
 
-def fp8_findings(wanted: dict[str, str], capability: tuple[int, ...], engine: str | None, cuda: tuple[int, ...]) -> list[Finding]:
+def fp8_findings(
+    wanted: dict[str, str], capability: tuple[int, ...], engine: str | None, cuda: tuple[int, ...]
+) -> list[Finding]:
     """What of FP8 is possible with this hardware and software, and what the recipe wants of the rest."""
     lacking: dict[str, str] = {}
     for kind, (least, version, toolkit) in FP8.items():
@@ -164,9 +258,20 @@ def fp8_findings(wanted: dict[str, str], capability: tuple[int, ...], engine: st
         elif cuda < toolkit:
             lacking[kind] = f"CUDA {toolkit[0]}.{toolkit[1]}, here {cuda[0]}.{cuda[1]}"
     have = [kind for kind in FP8 if kind not in lacking]
-    found = [Finding("FP8", "ok", "possible: " + ", ".join(have) if have else f"not possible: {lacking['tensorwise']} is needed")]
+    found = [
+        Finding(
+            "FP8",
+            "ok",
+            "possible: " + ", ".join(have) if have else f"not possible: {lacking['tensorwise']} is needed",
+        )
+    ]
     failed = [
-        Finding("FP8", "failed", f"{key}: {kind} needs {lacking[kind]}", f"set {key} to one of: {', '.join(have) or 'null'}")
+        Finding(
+            "FP8",
+            "failed",
+            f"{key}: {kind} needs {lacking[kind]}",
+            f"set {key} to one of: {', '.join(have) or 'null'}",
+        )
         for key, kind in wanted.items()
         if kind in lacking
     ]
@@ -176,20 +281,48 @@ def fp8_findings(wanted: dict[str, str], capability: tuple[int, ...], engine: st
 def extensions(on_gpu: bool) -> list[Finding]:
     """Transformer Engine and Apex: imported where they are installed, since a build for another torch shows only then."""
     uses = {
-        "Transformer Engine": ("transformer_engine.pytorch", "its layers and FP8", "pip install -e .[te], or NVIDIA's PyTorch image (Dockerfile)"),
-        "Apex": ("apex", "the fused accumulation of weight gradients", "optional; NVIDIA's PyTorch image has it, PyPI's apex is another project"),
+        "Transformer Engine": (
+            "transformer_engine.pytorch",
+            "its layers and FP8",
+            "pip install -e .[te], or NVIDIA's PyTorch image (Dockerfile)",
+        ),
+        "Apex": (
+            "apex",
+            "the fused accumulation of weight gradients",
+            "optional; NVIDIA's PyTorch image has it, PyPI's apex is another project",
+        ),
     }
     found = []
     for name, (module, what, cure) in uses.items():
         if find_spec(module.split(".")[0]) is None:
             missing = on_gpu and name == "Transformer Engine"
-            found.append(Finding(name, "warning" if missing else "ok", f"not installed; without {what}", cure if on_gpu else ""))
+            found.append(
+                Finding(
+                    name,
+                    "warning" if missing else "ok",
+                    f"not installed; without {what}",
+                    cure if on_gpu else "",
+                )
+            )
             continue
         try:
             import_module(module)
         except Exception as error:  # ImportError, OSError of a library, whatever a foreign module raises
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            found.append(Finding(name, "failed", f"is installed and cannot be imported: {text}", "build it for this torch and CUDA, or uninstall it"))
+            found.append(
+                Finding(
+                    name,
+                    "failed",
+                    f"is installed and cannot be imported: {text}",
+                    "build it for this torch and CUDA, or uninstall it",
+                )
+            )
         else:
-            found.append(Finding(name, "ok", f"{_version(module.split('.')[0].replace('_', '-')) or ''} can be imported".strip()))
+            found.append(
+                Finding(
+                    name,
+                    "ok",
+                    f"{_version(module.split('.')[0].replace('_', '-')) or ''} can be imported".strip(),
+                )
+            )
     return found

@@ -52,7 +52,12 @@ def _mask_layer(block: Any, plan: PrunePlan, world: World, stack: ExitStack) -> 
     teacher, layer, tp = plan.teacher, block.layer_number - 1, world.groups.tp
     sites = (
         (block.mlp.linear_fc2, plan.keep("ffn", layer), teacher.ffn_hidden_size, 1),
-        (block.self_attention.linear_proj, plan.keep("heads", layer), teacher.num_attention_heads, teacher.kv_channels),
+        (
+            block.self_attention.linear_proj,
+            plan.keep("heads", layer),
+            teacher.num_attention_heads,
+            teacher.kv_channels,
+        ),
     )
     for linear, keep, size, width in sites:
         if len(keep) < size:
@@ -62,7 +67,9 @@ def _mask_layer(block: Any, plan: PrunePlan, world: World, stack: ExitStack) -> 
 
 def _mask_norm(norm: Any, plan: PrunePlan, stack: ExitStack) -> None:
     if isinstance(norm, IdentityOp):
-        raise InputError("this model has its norms inside its linear layers (Megatron's own Transformer Engine spec); search with one of build_model()")
+        raise InputError(
+            "this model has its norms inside its linear layers (Megatron's own Transformer Engine spec); search with one of build_model()"
+        )
     kept, size = len(plan.hidden), plan.teacher.hidden_size
     mask, share = _flags(plan.hidden, size, norm), kept / size
 

@@ -52,7 +52,11 @@ class Work:
         found = {"student_tflops": self.student * self.tokens / self.student_ranks / seconds / 1e12}
         if self.teacher_ranks:
             found["teacher_tflops"] = self.teacher(step) * self.tokens / self.teacher_ranks / seconds / 1e12
-        return found | ({name.replace("tflops", "mfu"): rate / self.peak for name, rate in found.items()} if self.peak else {})
+        return found | (
+            {name.replace("tflops", "mfu"): rate / self.peak for name, rate in found.items()}
+            if self.peak
+            else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Measured:
         for name in ("student", "teacher"):
             rate, share = getattr(self, f"{name}_tflops"), getattr(self, f"{name}_mfu")
             if rate is not None:
-                parts.append(f"{name} {rate:,.3g} TFLOP/s/GPU" + (f" ({share:.1%})" if share is not None else ""))
+                parts.append(
+                    f"{name} {rate:,.3g} TFLOP/s/GPU" + (f" ({share:.1%})" if share is not None else "")
+                )
         if self.teacher_wait_s is not None:
             parts.append(f"wait {self.teacher_wait_s:.3f} s")
         if self.peak_memory_gib is not None:
@@ -88,22 +94,36 @@ class Measured:
 
 def training_work(recipe: Recipe, arch: Arch, world: Any, *, tokens: int) -> Work:
     """Of a model trained alone on this world's ranks; tokens: a step."""
-    peak = peak_tflops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" and recipe.precision == "bf16" else None
+    peak = (
+        peak_tflops(torch.cuda.get_device_name(world.device))
+        if world.device.type == "cuda" and recipe.precision == "bf16"
+        else None
+    )
     return Work(tokens, training_flops(arch, recipe.data.sequence_length), world.size, peak=peak)
 
 
 def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: Any, *, tokens: int) -> Work:
     """Of student and teacher, wherever the teacher is: the output layer that turns its hidden states into logits counts where that is done."""
-    t, length, work = recipe.teacher, recipe.data.sequence_length, training_work(recipe, student, world, tokens=tokens)
+    t, length, work = (
+        recipe.teacher,
+        recipe.data.sequence_length,
+        training_work(recipe, student, world, tokens=tokens),
+    )
     whole, apart = forward_flops(teacher, length), t.placement != "colocated"
     head_here = head_flops(teacher) if apart and t.payload == "hidden" else 0.0
     work = replace(work, student=work.student + head_here)
     if t.placement == "cached":
         return work
     if t.placement == "remote":
-        return replace(work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.bridge.spans["teacher"]))
+        return replace(
+            work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.bridge.spans["teacher"])
+        )
     learns = recipe.correct.steps if recipe.correct and recipe.corrects_meanwhile else 0
-    return replace(work, teacher=lambda step: training_flops(teacher, length) if step < learns else whole, teacher_ranks=world.size)
+    return replace(
+        work,
+        teacher=lambda step: training_flops(teacher, length) if step < learns else whole,
+        teacher_ranks=world.size,
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

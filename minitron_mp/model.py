@@ -26,7 +26,14 @@ from minitron_mp.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.collectives import AllGatherSequence
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.parallel import World, seed_all
-from minitron_mp.precision import check_cuda_graphs, check_hardware, fixed_shapes, fp8_options, fuse_gradient_accumulation, uses_engine
+from minitron_mp.precision import (
+    check_cuda_graphs,
+    check_hardware,
+    fixed_shapes,
+    fp8_options,
+    fuse_gradient_accumulation,
+    uses_engine,
+)
 from minitron_mp.training_config import Training
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +65,9 @@ def build_model(
             problems.append(f"fp8 {fp8} quantises what bf16 holds, the precision is {precision}")
         problems += fp8_problems(arch, p.tp, p.tokens_of_sample(sequence_length))
     if stages > arch.num_layers:
-        problems.append(f"{stages} pipeline stages (pp {p.pp} x vpp {p.vpp or 1}) for {arch.num_layers} layers; use at most {arch.num_layers}")
+        problems.append(
+            f"{stages} pipeline stages (pp {p.pp} x vpp {p.vpp or 1}) for {arch.num_layers} layers; use at most {arch.num_layers}"
+        )
     refuse("this layout does not fit the model:", problems)
 
     engine = uses_engine(transformer_impl, dtype, world.device, fp8)
@@ -66,11 +75,15 @@ def build_model(
         check_hardware(fp8, world.device)
     for key in ("tp_comm_overlap", "cuda_graphs") if training is not None and not engine else ():
         if getattr(training, key):
-            raise InputError(f"{key} is for Transformer Engine's layers, and the local ones compute here; drop it")
+            raise InputError(
+                f"{key} is for Transformer Engine's layers, and the local ones compute here; drop it"
+            )
     if training is not None and training.cuda_graphs:
         check_cuda_graphs()
         torch.cuda.synchronize()  # Megatron goes on in a stream of its own, up to the end of the first step, and waits for none
-        seed_all(torch.initial_seed(), cuda_graphs=True)  # the managers of the graphs look at the random streams when they are made
+        seed_all(
+            torch.initial_seed(), cuda_graphs=True
+        )  # the managers of the graphs look at the random streams when they are made
     config = _config(arch, world, dtype, training, random_weights, fp8, engine)
     if engine:
         fixed_shapes()
@@ -78,10 +91,14 @@ def build_model(
     for chunk in range(p.vpp or 1):
         first = world.is_first_stage and chunk == 0
         last = world.is_last_stage and chunk == (p.vpp or 1) - 1
-        with torch.no_grad() if config.fp8_param else nullcontext():  # with gradients each FP8 weight would keep its bf16 origin
+        with (
+            torch.no_grad() if config.fp8_param else nullcontext()
+        ):  # with gradients each FP8 weight would keep its bf16 origin
             model = GPTModel(
                 config=config,
-                transformer_layer_spec=_block_spec(config, arch, chunk if p.vpp else None, world.groups.pp.rank(), engine),
+                transformer_layer_spec=_block_spec(
+                    config, arch, chunk if p.vpp else None, world.groups.pp.rank(), engine
+                ),
                 vocab_size=arch.padded_vocab_size,
                 max_sequence_length=sequence_length,
                 pre_process=first,
@@ -111,7 +128,11 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 
 def output_weight(model: Any) -> Tensor:
     """The output layer's weight [v/tp, h] on the last stage, which is the embedding's when they are tied."""
-    return model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
+    return (
+        model.shared_embedding_or_output_weight()
+        if model.share_embeddings_and_output_weights
+        else model.output_layer.weight
+    )
 
 
 def unwrap(model: Any) -> Any:
@@ -119,17 +140,33 @@ def unwrap(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | None, random_weights: bool, fp8: str | None, engine: bool) -> TransformerConfig:
+def _config(
+    arch: Arch,
+    world: World,
+    dtype: torch.dtype,
+    training: Training | None,
+    random_weights: bool,
+    fp8: str | None,
+    engine: bool,
+) -> TransformerConfig:
     p = world.parallel
     stages = p.pp * (p.vpp or 1)
     options: dict[str, Any] = fp8_options(fp8, trains=training is not None)
     if arch.num_layers % stages:
         # Megatron wants even stages unless it is told each one; the last ones, which also hold the head, get fewer layers.
         layout = [["decoder"] * n for n in p.layers_of_chunks(arch.num_layers)]
-        options["pipeline_model_parallel_layout"] = [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+        options["pipeline_model_parallel_layout"] = [
+            ["embedding", *layout[0]],
+            *layout[1:-1],
+            [*layout[-1], "loss"],
+        ]
     if p.vpp:
         # Without these two Megatron's interleaved schedule gives silently wrong gradients.
-        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False, "virtual_pipeline_model_parallel_size": p.vpp}
+        options |= {
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+            "virtual_pipeline_model_parallel_size": p.vpp,
+        }
     if training is not None and training.recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if training is not None and training.tp_comm_overlap:
@@ -164,7 +201,11 @@ def _config(arch: Arch, world: World, dtype: torch.dtype, training: Training | N
         # Never skip initialisation: that is also where Megatron marks which weights are split over tensor parallel ranks, and
         # without the marks the gradient norm counts them on one rank only.
         perform_initialization=True,
-        **({} if random_weights else {"init_method": _leave, "output_layer_init_method": _leave, "embedding_init_method": _leave}),
+        **(
+            {}
+            if random_weights
+            else {"init_method": _leave, "output_layer_init_method": _leave, "embedding_init_method": _leave}
+        ),
         # The fused kernels below come from Apex, Transformer Engine or torch.compile; the local layers do without.
         bias_activation_fusion=engine and arch.gated,
         bias_dropout_fusion=engine,
@@ -197,7 +238,10 @@ def _block_spec(config: Any, arch: Arch, vp_stage: int | None, pp_rank: int, eng
     if engine:
         backend = _engine_modules()
         norm, attention.core_attention = backend.layer_norm(), backend.core_attention()
-        attention.linear_qkv, attention.linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
+        attention.linear_qkv, attention.linear_proj = (
+            backend.column_parallel_linear(),
+            backend.row_parallel_linear(),
+        )
         parts.mlp = get_mlp_module_spec_for_backend(backend=backend)
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if arch.qk_norm:
@@ -237,7 +281,9 @@ class LayerNorm1p(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = (nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) for _ in range(2))
+        self.weight, self.bias = (
+            nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) for _ in range(2)
+        )
         self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,11 +293,15 @@ class LayerNorm1p(nn.Module):
 class Attention(nn.Module):
     """Causal scaled-dot-product attention with grouped queries; context parallel by gathering keys and values."""
 
-    def __init__(self, config: Any, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any):
+    def __init__(
+        self, config: Any, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+    ):
         super().__init__()
         self.scale, self.cp = softmax_scale, pg_collection.cp
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
         """query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn] -> [s, b, np/tp hn]; s is s/cp in zig-zag order."""
         s, b = query.shape[:2]
         mask = None
@@ -262,7 +312,15 @@ class Attention(nn.Module):
             positions = torch.cat([r * half + rows, (2 * n - 1 - r) * half + rows])
             mask = positions[:, None] >= torch.arange(key.shape[0], device=query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
     def _whole_sequence(self, x: Tensor) -> Tensor:
@@ -279,15 +337,25 @@ class DeferredHead(ColumnParallelLinear):
     """
 
     @classmethod
-    def taking_over(cls, head: ColumnParallelLinear, config: TransformerConfig, tp_group: Any) -> DeferredHead:
+    def taking_over(
+        cls, head: ColumnParallelLinear, config: TransformerConfig, tp_group: Any
+    ) -> DeferredHead:
         """The same layer around the same weight (none when it is the embedding's)."""
         new = cls(
-            head.input_size, head.output_size, config=config, init_method=config.init_method, bias=False, skip_weight_param_allocation=True, tp_group=tp_group
+            head.input_size,
+            head.output_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_weight_param_allocation=True,
+            tp_group=tp_group,
         )
         new.weight = head.weight
         return new
 
-    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
         return hidden, None
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:

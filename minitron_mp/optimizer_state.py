@@ -43,7 +43,9 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
             if group.size() > 1:
                 dist.reduce(whole, group=group, group_dst=0)
             if group.rank() == 0:
-                state[_name(part, number)] = _like(sharded[id(parameter)], part, whole.view(parameter.shape).cpu())
+                state[_name(part, number)] = _like(
+                    sharded[id(parameter)], part, whole.view(parameter.shape).cpu()
+                )
     return state
 
 
@@ -51,7 +53,9 @@ def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, An
     """The same tensors on the same ranks, uninitialised, for checkpoint.load(): one of each group reads and holds 12 bytes a parameter, not all."""
     sharded = {id(entry.data): entry for entry in nested_values(model)}
     return {
-        _name(part, number): _like(sharded[id(parameter)], part, torch.empty(parameter.shape, dtype=torch.float32))
+        _name(part, number): _like(
+            sharded[id(parameter)], part, torch.empty(parameter.shape, dtype=torch.float32)
+        )
         for number, (shards, parameter) in enumerate(_parameters(optimizer))
         for part in PARTS
         if shards.data_parallel_group.rank() == 0
@@ -67,7 +71,11 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
             group["step"] = step
     for number, (shards, parameter) in enumerate(_parameters(optimizer)):
         group, pieces = shards.data_parallel_group, {}
-        piece = shards._get_model_param_range_map(parameter)["param"] if parameter in shards.model_param_gbuf_map else None
+        piece = (
+            shards._get_model_param_range_map(parameter)["param"]
+            if parameter in shards.model_param_gbuf_map
+            else None
+        )
         for part in PARTS:
             if group.rank() == 0:
                 whole = state[_name(part, number)].view(-1).to(parameter.device)
@@ -80,7 +88,9 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
         if piece is not None:
             shards._set_main_param_and_optimizer_states(parameter, pieces)
     for shards in _shards(optimizer):
-        if isinstance(shards.optimizer, torch.optim.Adam):  # a GPU without Apex and TE: torch counts steps for each parameter
+        if isinstance(
+            shards.optimizer, torch.optim.Adam
+        ):  # a GPU without Apex and TE: torch counts steps for each parameter
             for moments in shards.optimizer.state.values():
                 moments["step"] = torch.tensor(float(step))
 

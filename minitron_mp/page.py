@@ -70,7 +70,11 @@ def markdown(document: Document) -> str:
 
 def markdown_table(table: Table) -> str:
     """The first column left, the others as the table says."""
-    lines = [list(table.header), ["---", *["---:" if table.align == "right" else "---"] * (len(table.header) - 1)], *map(list, table.rows)]
+    lines = [
+        list(table.header),
+        ["---", *["---:" if table.align == "right" else "---"] * (len(table.header) - 1)],
+        *map(list, table.rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -84,13 +88,20 @@ def html(document: Document) -> str:
     """One file: styles and figures inside, no scripts, no fonts, nothing from elsewhere."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["inline"] = _inline
     template = environment.from_string((files("minitron_mp") / TEMPLATE).read_text(encoding="utf-8"))
     # Figures that follow one another share a row where there is room.
-    sections = [(s, [(kind.__name__, list(parts)) for kind, parts in groupby(s.parts, type)]) for s in document.sections]
+    sections = [
+        (s, [(kind.__name__, list(parts)) for kind, parts in groupby(s.parts, type)])
+        for s in document.sections
+    ]
     numbers = count(1)
-    return template.render(document=document, sections=sections, svg=lambda figure: _with_own_ids(figure.svg, next(numbers)))
+    return template.render(
+        document=document, sections=sections, svg=lambda figure: _with_own_ids(figure.svg, next(numbers))
+    )
 
 
 def _with_own_ids(svg: str, number: int) -> Markup:

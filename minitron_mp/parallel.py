@@ -176,7 +176,9 @@ class Bridge:
                 raise RuntimeError(reason)
             time.sleep(0.05)
 
-    def exchange(self, topic: str, mine: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()) -> dict[str, Any]:
+    def exchange(
+        self, topic: str, mine: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """Every role's value (json) of a topic, by role, on every rank; rank 0 of a role speaks for it. InputError when one fails instead.
 
         roles: that take part, default all. timeout_s: default the bridge's; None: for ever, where the others may be at work for hours before they come.
@@ -214,7 +216,12 @@ def world(parallel: Parallel, *, seed: int, timeout_minutes: float = 30) -> Iter
 
 @contextmanager
 def roles(
-    layouts: Mapping[str, tuple[int, Parallel]], *, seed: int, timeout_minutes: float = 30, stream_timeout_s: float = 600, place: Place | None = None
+    layouts: Mapping[str, tuple[int, Parallel]],
+    *,
+    seed: int,
+    timeout_minutes: float = 30,
+    stream_timeout_s: float = 600,
+    place: Place | None = None,
 ) -> Iterator[World]:
     """Join the job as the role whose span holds this rank; yields the world of the role, with the bridge to the others.
 
@@ -226,19 +233,31 @@ def roles(
     sizes = {role: ranks for role, (ranks, _) in layouts.items()}
     if sum(sizes.values()) != place.size or min(sizes.values()) < 1:
         parts = " + ".join(f"{ranks} ({role})" for role, ranks in sizes.items())
-        raise InputError(f"this job has {place.size} ranks, its roles have {parts}; start more (torchrun --nproc-per-node), or change teacher.ranks")
+        raise InputError(
+            f"this job has {place.size} ranks, its roles have {parts}; start more (torchrun --nproc-per-node), or change teacher.ranks"
+        )
     spans, first = {}, 0
     for role, ranks in sizes.items():
         spans[role], first = range(first, first + ranks), first + ranks
     role = next(role for role, span in spans.items() if place.rank in span)
     place = Place(_next_prefix(place.store), place.rank, place.size)
     device, bridge = _device(), None
-    _init(device, Place(dist.PrefixStore(f"role/{role}", place.store), place.rank - spans[role].start, sizes[role]), timeout_minutes)
+    _init(
+        device,
+        Place(dist.PrefixStore(f"role/{role}", place.store), place.rank - spans[role].start, sizes[role]),
+        timeout_minutes,
+    )
     try:
         timeout = timedelta(seconds=stream_timeout_s)
-        control = dist.ProcessGroupGloo(dist.PrefixStore("control", place.store), place.rank, place.size, timeout)
+        control = dist.ProcessGroupGloo(
+            dist.PrefixStore("control", place.store), place.rank, place.size, timeout
+        )
         # NCCL's watchdog ends the process at its timeout: later than our waits, which say who is to blame.
-        kind, patience = (dist.ProcessGroupNCCL, 3 * timeout) if device.type == "cuda" else (dist.ProcessGroupGloo, timeout)
+        kind, patience = (
+            (dist.ProcessGroupNCCL, 3 * timeout)
+            if device.type == "cuda"
+            else (dist.ProcessGroupGloo, timeout)
+        )
         data = kind(dist.PrefixStore("data", place.store), place.rank, place.size, patience)
         bridge = Bridge(role, place, spans, data, control, timeout, device)
         yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, bridge=bridge)
@@ -300,7 +319,9 @@ def deadline() -> float | None:
     try:
         return float(text) if text else None
     except ValueError:
-        raise InputError(f"MINITRON_DEADLINE is {text!r}; give seconds since 1970, as `date +%s` prints them, or unset it") from None
+        raise InputError(
+            f"MINITRON_DEADLINE is {text!r}; give seconds since 1970, as `date +%s` prints them, or unset it"
+        ) from None
 
 
 def under_nsys() -> bool:
@@ -316,7 +337,12 @@ def start(timeout_minutes: float = 30) -> torch.device:
 
 
 def _init(device: torch.device, place: Place, timeout_minutes: float) -> None:
-    options = {"store": place.store, "rank": place.rank, "world_size": place.size, "timeout": timedelta(minutes=timeout_minutes)}
+    options = {
+        "store": place.store,
+        "rank": place.rank,
+        "world_size": place.size,
+        "timeout": timedelta(minutes=timeout_minutes),
+    }
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # gloo beside it: small host-side values (free space, errors) are reduced on the CPU
@@ -378,7 +404,13 @@ def leave_groups() -> None:
     """Undo build_groups(). Megatron only forgets its groups; each keeps threads and sockets until it is destroyed."""
     made: set[Any] = set()
     for value in list(vars(parallel_state).values()):
-        found = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        found = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else [value]
+        )
         made |= {group for group in found if isinstance(group, dist.ProcessGroup)}
     parallel_state.destroy_model_parallel()
     for group in made - {dist.group.WORLD}:
@@ -394,7 +426,9 @@ def seed_all(seed: int, *, cuda_graphs: bool = False) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True, **({"te_rng_tracker": True} if cuda_graphs else {}))
+    model_parallel_cuda_manual_seed(
+        seed, force_reset_rng=True, **({"te_rng_tracker": True} if cuda_graphs else {})
+    )
 
 
 def everyone(ok: Exception | None) -> None:

@@ -51,16 +51,25 @@ def compress(recipe: Recipe) -> Path:
         _agree(world, lambda: project.check(world.job_size))
         _agree(world, lambda: _open(recipe))
         _agree(world, lambda: _forget_finished(project))
-        say(f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint")
+        say(
+            f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint"
+        )
         for name in project.stages:
             _run(name, project, world, force=False)
             if name == ("texts" if "texts" in project.stages else "data"):
                 _agree(world, project.check_text)
         for name in ("correct", "distill"):  # left when a kill came just after the model was written
             if name in project.stages:
-                _agree(world, lambda name=name: artifact.discard_checkpoints(recipe.root / "checkpoints" / name, project.manifest(name)))
+                _agree(
+                    world,
+                    lambda name=name: artifact.discard_checkpoints(
+                        recipe.root / "checkpoints" / name, project.manifest(name)
+                    ),
+                )
         _agree(world, lambda: _report(project))
-        _agree(world, lambda: artifact.write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
+        _agree(
+            world, lambda: artifact.write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n"))
+        )
     return project.paths["export"]
 
 
@@ -91,7 +100,9 @@ def _may_leave(world: Any) -> Iterator[None]:
 
 
 def _report(project: Project) -> None:
-    from minitron_mp.report import write_report  # brings the drawing library, which one rank needs, at the end
+    from minitron_mp.report import (
+        write_report,
+    )  # brings the drawing library, which one rank needs, at the end
 
     write_report(project)
 
@@ -113,7 +124,15 @@ def plan(project: Project) -> PrunePlan:
     trials = Trials.load(project.paths["depth"]) if "depth" in project.stages else None
     found = project.paths.get("search")
     target = candidates.target_of(candidates.chosen(found), recipe.target.align) if found else recipe.target
-    result = make_plan(Importance.load(project.paths["score"]), teacher, target, recipe.parallel.tp, recipe.export.family, recipe.depth, trials)
+    result = make_plan(
+        Importance.load(project.paths["score"]),
+        teacher,
+        target,
+        recipe.parallel.tp,
+        recipe.export.family,
+        recipe.depth,
+        trials,
+    )
     exportable(result.student, recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())
@@ -129,7 +148,11 @@ def _run(name: str, project: Project, world: Any, *, force: bool) -> None:
     differences = _agree(world, lambda: _decide(name, project, force))
     if differences is not None and world is not None:
         world.leaving.check(f"before {name}", world.is_main)
-    active = _active(project.recipe, world, differences is not None) if name == "distill" and world.bridge is not None else {}
+    active = (
+        _active(project.recipe, world, differences is not None)
+        if name == "distill" and world.bridge is not None
+        else {}
+    )
     if differences is None:
         say(f"{name}: done, {project.paths[name]}")
         return
@@ -158,7 +181,12 @@ def _note(name: str, project: Project, world: Any, seconds: float) -> None:
         from minitron_mp.speed import device_name
 
         layout = project.recipe.parallel.model_dump(exclude_defaults=True)
-        job = {"ranks": world.job_size, "ranks_per_node": ranks_per_node(), "layout": layout, "device": device_name(world)}
+        job = {
+            "ranks": world.job_size,
+            "ranks_per_node": ranks_per_node(),
+            "layout": layout,
+            "device": device_name(world),
+        }
     records.note(project.recipe.root, name, project.manifest(name).fingerprint, seconds, **job)
 
 
@@ -182,7 +210,10 @@ def _agree(world: Any, decide: Callable[[], Any]) -> Any:
 
 def students_of(recipe: Recipe) -> dict[str, Recipe]:
     """Role -> recipe of all students of a remote teacher; siblings take its settings from the first one."""
-    siblings = {f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher}) for path in recipe.teacher.siblings}
+    siblings = {
+        f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
+        for path in recipe.teacher.siblings
+    }
     return {"student": recipe, **siblings}
 
 
@@ -222,9 +253,15 @@ def _world(recipe: Recipe) -> Iterator[Any]:
         return
     job_size = parallel.job_size()
     others = {**t.siblings, "teacher": t.ranks_in(job_size)}
-    layouts = {role: (others.get(role.removeprefix("sibling "), 0), own.parallel) for role, own in students_of(recipe).items()}
+    layouts = {
+        role: (others.get(role.removeprefix("sibling "), 0), own.parallel)
+        for role, own in students_of(recipe).items()
+    }
     layouts["student"] = (t.student_ranks or max(0, job_size - sum(others.values())), recipe.parallel)
     layouts["teacher"] = (others["teacher"], t.parallel)
     roots = {role: own.root for role, own in students_of(recipe).items()}
-    with parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w, listening(roots.get(w.role, recipe.root)) as leaving:
+    with (
+        parallel.roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w,
+        listening(roots.get(w.role, recipe.root)) as leaving,
+    ):
         yield replace(w, leaving=leaving)

@@ -53,7 +53,9 @@ class Importance:
         tensors = load_file(path)
         fields = set(cls.__dataclass_fields__)
         if set(tensors) != fields:
-            raise InputError(f"{path} holds {', '.join(sorted(tensors))}, not {', '.join(sorted(fields))}; run `minitron-mp score --force` again")
+            raise InputError(
+                f"{path} holds {', '.join(sorted(tensors))}, not {', '.join(sorted(fields))}; run `minitron-mp score --force` again"
+            )
         return cls(**tensors)
 
     def check(self, arch: Arch) -> None:
@@ -65,9 +67,15 @@ class Importance:
             "layers": (arch.num_layers,),
         }
         problems = [
-            f"{name} has shape {getattr(self, name).shape}, the model needs {shape}" for name, shape in shapes.items() if getattr(self, name).shape != shape
+            f"{name} has shape {getattr(self, name).shape}, the model needs {shape}"
+            for name, shape in shapes.items()
+            if getattr(self, name).shape != shape
         ]
-        problems += [f"{name} holds a NaN or an infinity" for name in shapes if not np.isfinite(getattr(self, name)).all()]
+        problems += [
+            f"{name} holds a NaN or an infinity"
+            for name in shapes
+            if not np.isfinite(getattr(self, name)).all()
+        ]
         refuse("these importance scores do not fit the model:", problems)
 
 
@@ -93,29 +101,54 @@ class PrunePlan(BaseModel):
     def _fits(self) -> PrunePlan:
         """A plan may be written by hand; slicing relies on every row being ascending and of the student's size."""
         t, s = self.teacher, self.student
-        rows = [("layers", self.layers, s.num_layers, t.num_layers), ("hidden", self.hidden, s.hidden_size, t.hidden_size)]
+        rows = [
+            ("layers", self.layers, s.num_layers, t.num_layers),
+            ("hidden", self.hidden, s.hidden_size, t.hidden_size),
+        ]
         rows += [(f"ffn[{i}]", row, s.ffn_hidden_size, t.ffn_hidden_size) for i, row in enumerate(self.ffn)]
-        rows += [(f"heads[{i}]", row, s.num_attention_heads, t.num_attention_heads) for i, row in enumerate(self.heads)]
-        problems = [f"{name} has {len(row)} entries, the student {size}" for name, row, size, _ in rows if len(row) != size]
+        rows += [
+            (f"heads[{i}]", row, s.num_attention_heads, t.num_attention_heads)
+            for i, row in enumerate(self.heads)
+        ]
+        problems = [
+            f"{name} has {len(row)} entries, the student {size}"
+            for name, row, size, _ in rows
+            if len(row) != size
+        ]
         problems += [
-            f"{name} is not strictly ascending from 0 to {limit - 1}" for name, row, _, limit in rows if sorted({i for i in row if 0 <= i < limit}) != row
+            f"{name} is not strictly ascending from 0 to {limit - 1}"
+            for name, row, _, limit in rows
+            if sorted({i for i in row if 0 <= i < limit}) != row
         ]
         parts = [("ffn", self.ffn), ("heads", self.heads)] + [("merge", self.merge)] * bool(self.merge)
-        problems += [f"{name} has {len(part)} rows for {s.num_layers} layers" for name, part in parts if len(part) != s.num_layers]
+        problems += [
+            f"{name} has {len(part)} rows for {s.num_layers} layers"
+            for name, part in parts
+            if len(part) != s.num_layers
+        ]
         for i, row in enumerate(self.heads):
             groups = Counter(head // t.heads_per_group for head in row)
             if len(groups) != s.num_query_groups or set(groups.values()) != {s.heads_per_group}:
-                problems.append(f"heads[{i}] does not keep {s.heads_per_group} heads in each of {s.num_query_groups} query groups")
+                problems.append(
+                    f"heads[{i}] does not keep {s.heads_per_group} heads in each of {s.num_query_groups} query groups"
+                )
         for i, (row, pairs) in enumerate(zip(self.heads, self.merge)):
-            alike = all(kept in row and pruned not in row and kept // t.heads_per_group == pruned // t.heads_per_group for kept, pruned in pairs)
+            alike = all(
+                kept in row and pruned not in row and kept // t.heads_per_group == pruned // t.heads_per_group
+                for kept, pruned in pairs
+            )
             if not alike or len({kept for kept, _ in pairs}) != len(pairs):
-                problems.append(f"merge[{i}] is not (kept head, pruned head of the same query group), each kept head at most once")
+                problems.append(
+                    f"merge[{i}] is not (kept head, pruned head of the same query group), each kept head at most once"
+                )
         if problems:
             raise ValueError("; ".join(problems[:8]))
         return self
 
     def save(self, path: Path, manifest: Manifest) -> None:
-        write_text(path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump(mode="json")}))
+        write_text(
+            path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump(mode="json")})
+        )
 
     @classmethod
     def load(cls, path: Path) -> PrunePlan:
@@ -139,7 +172,15 @@ class PrunePlan(BaseModel):
     def summary(self) -> list[tuple[str, str, str, str]]:
         """Rows (size, teacher, student, kept) for a table."""
         rows = []
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+        ):
             before, after = getattr(self.teacher, name), getattr(self.student, name)
             rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
         for label, embeddings in (("parameters", True), ("non-embedding parameters", False)):
@@ -149,7 +190,13 @@ class PrunePlan(BaseModel):
 
 
 def make_plan(
-    importance: Importance, teacher: Arch, target: Target, tp: int = 1, family: str | None = None, depth: Depth | None = None, trials: Trials | None = None
+    importance: Importance,
+    teacher: Arch,
+    target: Target,
+    tp: int = 1,
+    family: str | None = None,
+    depth: Depth | None = None,
+    trials: Trials | None = None,
 ) -> PrunePlan:
     """Rank and keep. tp: the tensor-parallel size that the student must run at, for alignment.
 
@@ -167,7 +214,9 @@ def make_plan(
         hidden=top(importance.hidden, student.hidden_size).tolist(),
         ffn=[top(importance.ffn[i], student.ffn_hidden_size).tolist() for i in layers],
         heads=heads,
-        merge=[merged_heads(importance.heads[i], kept, teacher) for i, kept in zip(layers, heads)] if target.merge_heads else [],
+        merge=[merged_heads(importance.heads[i], kept, teacher) for i, kept in zip(layers, heads)]
+        if target.merge_heads
+        else [],
         notes=close_depth(importance.layers, teacher.num_layers, student.num_layers, target, depth, trials)
         + close_cuts(importance, teacher, student, layers, merge=target.merge_heads),
     )
@@ -186,7 +235,11 @@ def kept_groups(scores: np.ndarray, teacher: Arch, student: Arch) -> np.ndarray:
 def kept_heads(scores: np.ndarray, teacher: Arch, student: Arch) -> list[int]:
     """Heads that stay, ascending: the best of each kept group, by the scores of a layer's heads [np]."""
     groups = scores.reshape(teacher.num_query_groups, -1)
-    return [int(g * teacher.heads_per_group + h) for g in kept_groups(scores, teacher, student) for h in top(groups[g], student.heads_per_group)]
+    return [
+        int(g * teacher.heads_per_group + h)
+        for g in kept_groups(scores, teacher, student)
+        for h in top(groups[g], student.heads_per_group)
+    ]
 
 
 def merged_heads(scores: np.ndarray, kept: list[int], teacher: Arch) -> list[tuple[int, int]]:
@@ -225,10 +278,15 @@ class Trials(BaseModel):
 
     def ranked(self) -> list[int]:
         """Numbers of the trials, the best one first: by accuracy where there is one, then by loss, then in order."""
-        return sorted(range(len(self.trials)), key=lambda i: (-self.accuracies[i] if self.accuracies else 0.0, self.trials[i][1]))
+        return sorted(
+            range(len(self.trials)),
+            key=lambda i: (-self.accuracies[i] if self.accuracies else 0.0, self.trials[i][1]),
+        )
 
     def save(self, path: Path, manifest: Manifest) -> None:
-        write_text(path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump()}, indent=1))
+        write_text(
+            path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump()}, indent=1)
+        )
 
     @classmethod
     def load(cls, path: Path) -> Trials:
@@ -247,7 +305,9 @@ def droppable(depth: Depth, num_layers: int, count: int) -> list[int]:
     return free
 
 
-def depth_candidates(depth: Depth, num_layers: int, count: int, gone: Collection[int] = ()) -> list[frozenset[int]]:
+def depth_candidates(
+    depth: Depth, num_layers: int, count: int, gone: Collection[int] = ()
+) -> list[frozenset[int]]:
     """What the stage `depth` measures: sets of layers to leave out. gone: those that a greedy search has dropped already."""
     free = droppable(depth, num_layers, count)
     if depth.method == "block":
@@ -255,7 +315,9 @@ def depth_candidates(depth: Depth, num_layers: int, count: int, gone: Collection
     return [frozenset({*gone, layer}) for layer in free if layer not in gone]
 
 
-def kept_layers(cosine: np.ndarray, num_layers: int, keep: int, target: Target, depth: Depth, trials: Trials | None) -> np.ndarray:
+def kept_layers(
+    cosine: np.ndarray, num_layers: int, keep: int, target: Target, depth: Depth, trials: Trials | None
+) -> np.ndarray:
     """Layers of the student, ascending; a tie goes to the lower layer."""
     count = num_layers - keep
     if target.drop_layers is not None or count == 0:
@@ -273,7 +335,9 @@ def kept_layers(cosine: np.ndarray, num_layers: int, keep: int, target: Target, 
     return np.setdiff1d(np.arange(num_layers), dropped)
 
 
-def close_depth(cosine: np.ndarray, num_layers: int, keep: int, target: Target, depth: Depth, trials: Trials | None) -> list[str]:
+def close_depth(
+    cosine: np.ndarray, num_layers: int, keep: int, target: Target, depth: Depth, trials: Trials | None
+) -> list[str]:
     """One sentence for each choice of kept_layers() between two scores, or two trials, nearer than the rounding noise; among the layers that may go."""
     count = num_layers - keep
     if target.drop_layers is not None or count == 0:
@@ -283,7 +347,8 @@ def close_depth(cosine: np.ndarray, num_layers: int, keep: int, target: Target, 
         return _close_scores("layers", cosine[free][None], len(free) - count)
     assert trials is not None, "run the stage depth first"
     found, second = (
-        list(zip(tried, shares or [1.0] * len(tried))) for tried, shares in ((trials.trials, trials.accuracies), (trials.second, trials.second_accuracies))
+        list(zip(tried, shares or [1.0] * len(tried)))
+        for tried, shares in ((trials.trials, trials.accuracies), (trials.second, trials.second_accuracies))
     )
     if depth.method == "greedy":
         pairs = list(zip(found, second))[:count]
@@ -295,18 +360,24 @@ def close_depth(cosine: np.ndarray, num_layers: int, keep: int, target: Target, 
         if share == other_share and abs(loss - other_loss) <= NOISE * max(abs(loss), abs(other_loss)):
             alike = f"the accuracy is {share:.1%}, and " if trials.accuracies else ""
             without = f"without {', '.join(map(str, chosen))} (chosen) and without {', '.join(map(str, other))} (next best)"
-            notes.append(f"layers: {without} {alike}the losses are {loss:.9g} and {other_loss:.9g}, nearer than rounding")
+            notes.append(
+                f"layers: {without} {alike}the losses are {loss:.9g} and {other_loss:.9g}, nearer than rounding"
+            )
     return notes
 
 
-def close_cuts(importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, merge: bool) -> list[str]:
+def close_cuts(
+    importance: Importance, teacher: Arch, student: Arch, layers: np.ndarray, *, merge: bool
+) -> list[str]:
     """One sentence for each cut of a width between two scores nearer than the rounding noise. layers: that stay. merge: the order of heads counts."""
     notes = _close_scores("hidden", importance.hidden[None], student.hidden_size)
     for i in layers:
         groups = importance.heads[i].reshape(teacher.num_query_groups, -1)
         kept = groups[kept_groups(importance.heads[i], teacher, student)]
         notes += _close_scores(f"ffn of layer {i}", importance.ffn[i][None], student.ffn_hidden_size)
-        notes += _close_scores(f"query groups of layer {i}", np.linalg.norm(groups, axis=1)[None], student.num_query_groups)
+        notes += _close_scores(
+            f"query groups of layer {i}", np.linalg.norm(groups, axis=1)[None], student.num_query_groups
+        )
         notes += _close_scores(f"heads of layer {i}", kept, student.heads_per_group, merge=merge)
     return notes
 
@@ -338,13 +409,19 @@ def resolve_target(teacher: Arch, target: Target, tp: int = 1, family: str | Non
         if target.drop_layers:
             student = student.model_copy(update={"num_layers": teacher.num_layers - len(target.drop_layers)})
         if target.num_query_groups and not target.num_attention_heads:
-            student = student.model_copy(update={"num_attention_heads": target.num_query_groups * teacher.heads_per_group})
+            student = student.model_copy(
+                update={"num_attention_heads": target.num_query_groups * teacher.heads_per_group}
+            )
     refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
     return student
 
 
 def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> list[str]:
-    problems = [f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}" for n in target.drop_layers or [] if n >= teacher.num_layers]
+    problems = [
+        f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}"
+        for n in target.drop_layers or []
+        if n >= teacher.num_layers
+    ]
     if target.drop_layers and len(target.drop_layers) >= teacher.num_layers:
         problems.append("drop_layers names every layer")
     for name, step, why in (
@@ -360,11 +437,15 @@ def _target_problems(teacher: Arch, student: Arch, target: Target, tp: int) -> l
         elif after != before and after % step:
             near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
             other = ", or cut num_query_groups too" if name == "num_attention_heads" else ""
-            problems.append(f"{name} {after} is no multiple of {step} ({why}); nearest that work: {' or '.join(map(str, near)) or 'none'}{other}")
+            problems.append(
+                f"{name} {after} is no multiple of {step} ({why}); nearest that work: {' or '.join(map(str, near)) or 'none'}{other}"
+            )
     heads, groups = student.num_attention_heads, student.num_query_groups
     if not problems and student.heads_per_group > teacher.heads_per_group:
         limit = groups * teacher.heads_per_group
-        problems.append(f"num_attention_heads {heads} in {groups} query groups are more a group than the teacher's {teacher.heads_per_group}; at most {limit}")
+        problems.append(
+            f"num_attention_heads {heads} in {groups} query groups are more a group than the teacher's {teacher.heads_per_group}; at most {limit}"
+        )
     if not problems and target.merge_heads and student.heads_per_group == teacher.heads_per_group:
         problems.append(
             f"merge_heads: each query group that stays keeps its {teacher.heads_per_group} heads, so there is nothing to merge; "
@@ -381,24 +462,47 @@ def _largest(teacher: Arch, target: Target, tp: int, budget: float, family: str 
     Only hidden sizes that can be exported as the family (default: the teacher's).
     """
     if budget > teacher.num_parameters():
-        raise InputError(f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; nothing would be cut")
+        raise InputError(
+            f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; nothing would be cut"
+        )
     if set(target.axes) == {"layer"}:
         candidates = [teacher.model_copy(update={"num_layers": n}) for n in range(teacher.num_layers, 0, -1)]
         fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
     elif set(target.axes) <= {"hidden", "ffn"}:
-        hidden = steps_down(teacher.hidden_size, target.align) if "hidden" in target.axes else [teacher.hidden_size]
-        ffn = steps_down(teacher.ffn_hidden_size, target.align * tp) if "ffn" in target.axes else [teacher.ffn_hidden_size]
+        hidden = (
+            steps_down(teacher.hidden_size, target.align)
+            if "hidden" in target.axes
+            else [teacher.hidden_size]
+        )
+        ffn = (
+            steps_down(teacher.ffn_hidden_size, target.align * tp)
+            if "ffn" in target.axes
+            else [teacher.ffn_hidden_size]
+        )
 
         def wide(h: int, f: int) -> Arch:
             return teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f})
 
-        hidden = [h for h in hidden if not export_problems(wide(h, teacher.ffn_hidden_size).model_copy(update={"family": family or teacher.family}))]
+        hidden = [
+            h
+            for h in hidden
+            if not export_problems(
+                wide(h, teacher.ffn_hidden_size).model_copy(update={"family": family or teacher.family})
+            )
+        ]
         first = [bisect_left(ffn, -budget, key=lambda f: -wide(h, f).num_parameters()) for h in hidden]
         fitting = [wide(h, ffn[i]) for h, i in zip(hidden, first) if i < len(ffn)]
         # Scale both axes alike; of two equally even ones the larger.
-        fitting.sort(key=lambda a: (abs(a.hidden_size / teacher.hidden_size - a.ffn_hidden_size / teacher.ffn_hidden_size), -a.num_parameters()))
+        fitting.sort(
+            key=lambda a: (
+                abs(a.hidden_size / teacher.hidden_size - a.ffn_hidden_size / teacher.ffn_hidden_size),
+                -a.num_parameters(),
+            )
+        )
     else:
-        raise InputError(f"target.axes {target.axes} mixes width and depth; give hidden and ffn, or layer, or explicit sizes for both")
+        raise InputError(
+            f"target.axes {target.axes} mixes width and depth; give hidden and ffn, or layer, or explicit sizes for both"
+        )
     if not fitting:
         raise InputError(
             f"no student along {target.axes} has at most {budget:,.0f} parameters; the embeddings alone may be larger: cut hidden too, or ask for more"
@@ -414,9 +518,13 @@ def steps_down(size: int, step: int) -> list[int]:
 def exportable(student: Arch, family: str | None) -> Arch:
     """The architecture under the family that it is exported as; InputError when transformers would refuse it."""
     if family and family != student.family and (student.family, family) != ("llama", "mistral"):
-        raise InputError(f"export.family {family}: a {student.family} can be written as itself only (a llama as mistral, too)")
+        raise InputError(
+            f"export.family {family}: a {student.family} can be written as itself only (a llama as mistral, too)"
+        )
     if family == "mistral" and student.family == "llama" and student.rope_scaling_factor:
-        raise InputError("export.family mistral: this Llama scales its rotary frequencies, which Mistral's configuration cannot say")
+        raise InputError(
+            "export.family mistral: this Llama scales its rotary frequencies, which Mistral's configuration cannot say"
+        )
     student = student.model_copy(update={"family": family or student.family})
     refuse("the student cannot be exported:", export_problems(student))
     return student

@@ -35,14 +35,20 @@ def uses_engine(wanted: str, dtype: torch.dtype, device: torch.device, fp8: str 
         if device.type != "cuda":
             problems.append(f"{what} needs a GPU, this rank is on {device.type}: drop it here")
         if find_spec("transformer_engine") is None:
-            problems.append(f"{what} needs Transformer Engine, which is not installed: pip install -e .[te], or use NVIDIA's PyTorch container")
+            problems.append(
+                f"{what} needs Transformer Engine, which is not installed: pip install -e .[te], or use NVIDIA's PyTorch container"
+            )
         refuse("these layers cannot compute here:", problems)
     if fp8 and wanted == "local":
-        raise InputError(f"fp8 {fp8} is Transformer Engine's, transformer_impl is local: set transformer_engine or auto")
+        raise InputError(
+            f"fp8 {fp8} is Transformer Engine's, transformer_impl is local: set transformer_engine or auto"
+        )
     return wanted == "transformer_engine" or (wanted == "auto" and has_engine and dtype is torch.bfloat16)
 
 
-def hardware_problems(fp8: str, capability: tuple[int, int], cuda: str | None, engine: str | None) -> list[str]:
+def hardware_problems(
+    fp8: str, capability: tuple[int, int], cuda: str | None, engine: str | None
+) -> list[str]:
     """What keeps a machine from this kind of FP8, one sentence each.
 
     capability: of the GPU, (9, 0) for Hopper; cuda: that torch was built with; engine: version of Transformer Engine. None: not there.
@@ -51,17 +57,28 @@ def hardware_problems(fp8: str, capability: tuple[int, int], cuda: str | None, e
     needs_cuda = ".".join(map(str, toolkit))
     if capability < (major, minor):
         kinds = "Hopper or Blackwell" if major == 9 else "Ada, Hopper or Blackwell"
-        problems.append(f"fp8 {fp8} needs a GPU of compute capability {major}.{minor} or above ({kinds}), this one has {capability[0]}.{capability[1]}")
+        problems.append(
+            f"fp8 {fp8} needs a GPU of compute capability {major}.{minor} or above ({kinds}), this one has {capability[0]}.{capability[1]}"
+        )
     if cuda is None or Version(cuda) < Version(needs_cuda):
-        problems.append(f"fp8 {fp8} needs a torch built with CUDA {needs_cuda} or later, this one has {cuda or 'none'}")
+        problems.append(
+            f"fp8 {fp8} needs a torch built with CUDA {needs_cuda} or later, this one has {cuda or 'none'}"
+        )
     if engine is None or Version(engine) < Version(needs_engine):
-        problems.append(f"fp8 {fp8} needs Transformer Engine {needs_engine} or later, here is {engine or 'none'}")
+        problems.append(
+            f"fp8 {fp8} needs Transformer Engine {needs_engine} or later, here is {engine or 'none'}"
+        )
     return problems
 
 
 def check_hardware(fp8: str, device: torch.device) -> None:
     """InputError unless this rank's machine computes this kind of FP8."""
-    refuse("FP8 cannot compute here:", hardware_problems(fp8, torch.cuda.get_device_capability(device), torch.version.cuda, engine_version()))
+    refuse(
+        "FP8 cannot compute here:",
+        hardware_problems(
+            fp8, torch.cuda.get_device_capability(device), torch.version.cuda, engine_version()
+        ),
+    )
 
 
 def check_cuda_graphs() -> None:
@@ -71,7 +88,9 @@ def check_cuda_graphs() -> None:
     gradients would be counted twice.
     """
     if Version(version("megatron-core")) < Version("0.19"):
-        raise InputError(f"cuda_graphs needs Megatron-Core 0.19 or later, here is {version('megatron-core')}: drop it")
+        raise InputError(
+            f"cuda_graphs needs Megatron-Core 0.19 or later, here is {version('megatron-core')}: drop it"
+        )
 
 
 def forget_cuda_graphs(chunks: list[Any]) -> None:
@@ -116,7 +135,9 @@ def silently_wrong(config: Any, ddp: Any) -> list[str]:
             "fp8_param without fp8_param_gather in the data parallel wrapper: weights would be rounded to FP8 twice a step, and learn far more slowly"
         )
     if config.virtual_pipeline_model_parallel_size and (config.batch_p2p_comm or not config.overlap_p2p_comm):
-        problems.append("virtual pipeline stages without overlap_p2p_comm=True, batch_p2p_comm=False: gradients would be wrong")
+        problems.append(
+            "virtual pipeline stages without overlap_p2p_comm=True, batch_p2p_comm=False: gradients would be wrong"
+        )
     return problems
 
 
@@ -150,7 +171,12 @@ def communication_buffers(training: Training, recipe: Recipe, hidden_size: int) 
 
     tokens = recipe.data.sequence_length * training.micro_batch_size // recipe.parallel.cp
     mode = base.UserBufferQuantizationMode.FP8 if training.fp8 else base.UserBufferQuantizationMode.NONE
-    base.initialize_ub(shape=[tokens, hidden_size], tp_size=recipe.parallel.tp, quantization_modes=[mode], bootstrap_backend="nccl")
+    base.initialize_ub(
+        shape=[tokens, hidden_size],
+        tp_size=recipe.parallel.tp,
+        quantization_modes=[mode],
+        bootstrap_backend="nccl",
+    )
     try:
         yield
     finally:

@@ -20,7 +20,10 @@ class Profiler:
     """
 
     def __init__(self, settings: Profile, world: World, folder: Path, name: str):
-        self.settings, self.path = settings, folder / f"{name}_steps{settings.steps[0]}-{settings.steps[1]}_rank{world.rank}.json.gz"
+        self.settings, self.path = (
+            settings,
+            folder / f"{name}_steps{settings.steps[0]}-{settings.steps[1]}_rank{world.rank}.json.gz",
+        )
         self.mine, self.cuda = world.rank in settings.ranks, world.device.type == "cuda"
         self.trace: Any = None
         """What goes on: torch's profiler, or True."""
@@ -29,12 +32,16 @@ class Profiler:
     def _problem(self, world: World) -> InputError | None:
         beyond = [rank for rank in self.settings.ranks if rank >= world.size]
         if beyond:
-            return InputError(f"profile.ranks names rank {beyond[0]}, the run has {world.size}: give ranks from 0 to {world.size - 1}")
+            return InputError(
+                f"profile.ranks names rank {beyond[0]}, the run has {world.size}: give ranks from 0 to {world.size - 1}"
+            )
         if self.settings.kind == "nsys" and not self.cuda:
             return InputError("profile.kind nsys traces CUDA, this run is on a CPU: set profile.kind: torch")
         if self.settings.kind == "nsys" and self.mine and not under_nsys():
             how = "nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop torchrun ..."
-            return InputError(f"profile.kind nsys only says when to trace, and no nsys is there to do it: start the job with {how}, or set profile.kind: torch")
+            return InputError(
+                f"profile.kind nsys only says when to trace, and no nsys is there to do it: start the job with {how}, or set profile.kind: torch"
+            )
         return None
 
     def before(self, step: int) -> None:

@@ -39,7 +39,11 @@ HOW |= {"log_interval", "checkpoint_interval", "keep_checkpoints", "async_save",
 
 
 def _run_settings(recipe: Recipe) -> dict[str, Any]:
-    return {"precision": recipe.precision, "seed": recipe.seed, "sequence_length": recipe.data.sequence_length}
+    return {
+        "precision": recipe.precision,
+        "seed": recipe.seed,
+        "sequence_length": recipe.data.sequence_length,
+    }
 
 
 def _target(recipe: Recipe) -> dict[str, Any]:
@@ -47,8 +51,15 @@ def _target(recipe: Recipe) -> dict[str, Any]:
         return {}  # what it found is among the inputs
     # What counts are the sizes. Searched ones depend on what tp has to divide, but seldom come out differently.
     if recipe.target.searched:
-        student = resolve_target(hf.read_arch(Path(recipe.model), weights=False), recipe.target, recipe.parallel.tp, recipe.export.family)
-        return student.model_dump(include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"})
+        student = resolve_target(
+            hf.read_arch(Path(recipe.model), weights=False),
+            recipe.target,
+            recipe.parallel.tp,
+            recipe.export.family,
+        )
+        return student.model_dump(
+            include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
+        )
     return recipe.target.model_dump(exclude_defaults=True, exclude={"axes", "align"})
 
 
@@ -71,7 +82,10 @@ def _depth_files(recipe: Recipe) -> dict[str, str]:
 
 def _layers_to_drop(recipe: Recipe) -> int:
     """By measured or chosen importance; 0 where the target names them."""
-    if recipe.search is None and (recipe.target.drop_layers is not None or (recipe.target.num_layers is None and "layer" not in recipe.target.axes)):
+    if recipe.search is None and (
+        recipe.target.drop_layers is not None
+        or (recipe.target.num_layers is None and "layer" not in recipe.target.axes)
+    ):
         return 0
     return candidates.layers_to_drop(recipe, hf.read_arch(Path(recipe.model), weights=False))
 
@@ -90,7 +104,9 @@ def _search(recipe: Recipe) -> dict[str, Any]:
     found = candidates.candidates(recipe, hf.read_arch(Path(recipe.model), weights=False))
     measured = recipe.search.model_dump(include={"num_samples", "finalists", "steps"})
     if recipe.search.latency_ms:  # of these candidates those that are as fast, on these ranks
-        measured |= recipe.search.model_dump(include={"latency_ms", "tolerance", "batch_size", "context"}) | {"parallel": recipe.parallel.model_dump()}
+        measured |= recipe.search.model_dump(include={"latency_ms", "tolerance", "batch_size", "context"}) | {
+            "parallel": recipe.parallel.model_dump()
+        }
     return {
         **measured,
         **_run_settings(recipe),
@@ -104,10 +120,22 @@ def _search(recipe: Recipe) -> dict[str, Any]:
 
 def _distill(recipe: Recipe) -> dict[str, Any]:
     # Placement and layout of the teacher do not change what it says, to rounding; a top-k payload does.
-    teacher = {"precision": recipe.teacher.precision, "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None}
+    teacher = {
+        "precision": recipe.teacher.precision,
+        "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None,
+    }
     teacher |= _teacher_fp8(recipe)
-    meanwhile = {"correct": recipe.correct.model_dump(exclude=HOW, exclude_none=True)} if recipe.correct and recipe.corrects_meanwhile else {}
-    return {**recipe.distill.model_dump(exclude=HOW, exclude_none=True), **_run_settings(recipe), "teacher": teacher, **meanwhile}
+    meanwhile = (
+        {"correct": recipe.correct.model_dump(exclude=HOW, exclude_none=True)}
+        if recipe.correct and recipe.corrects_meanwhile
+        else {}
+    )
+    return {
+        **recipe.distill.model_dump(exclude=HOW, exclude_none=True),
+        **_run_settings(recipe),
+        "teacher": teacher,
+        **meanwhile,
+    }
 
 
 def _teacher_fp8(recipe: Recipe) -> dict[str, Any]:
@@ -120,14 +148,24 @@ def _evaluate(recipe: Recipe) -> dict[str, Any]:
 
 
 def _task_files(recipe: Recipe) -> dict[str, str]:
-    return {f"task {name}": artifact.fingerprint_files([Path(path)]) for name, path in recipe.evaluate.tasks.items()}
+    return {
+        f"task {name}": artifact.fingerprint_files([Path(path)])
+        for name, path in recipe.evaluate.tasks.items()
+    }
 
 
 def _cache(recipe: Recipe) -> dict[str, Any]:
     d, t = recipe.distill, recipe.teacher
     batches = d.model_dump(include={"steps", "global_batch_size", "micro_batch_size"})
     top = {"top_k": t.top_k, "temperature": d.temperature} if t.payload == "topk" else {}
-    return {**batches, **_run_settings(recipe), "precision": recipe.teacher_precision, "payload": t.payload, **top, **_teacher_fp8(recipe)}
+    return {
+        **batches,
+        **_run_settings(recipe),
+        "precision": recipe.teacher_precision,
+        "payload": t.payload,
+        **top,
+        **_teacher_fp8(recipe),
+    }
 
 
 def _model_files(model: str) -> dict[str, str]:
@@ -138,31 +176,60 @@ def _model_files(model: str) -> dict[str, str]:
 
 def _text_files(recipe: Recipe, further: bool = False) -> dict[str, str]:
     tokenizer = Path(recipe.data.tokenizer) if recipe.data.tokenizer else None
-    own = {} if tokenizer is None else {"tokenizer": artifact.fingerprint_files([tokenizer] if tokenizer.is_file() else hf.assets(tokenizer))}
+    own = (
+        {}
+        if tokenizer is None
+        else {
+            "tokenizer": artifact.fingerprint_files(
+                [tokenizer] if tokenizer.is_file() else hf.assets(tokenizer)
+            )
+        }
+    )
     return {"text": text.fingerprint(recipe.data, further), **own}
 
 
 STAGES: dict[str, Stage] = {
     "import": Stage("teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.model)),
-    "data": Stage("data", ("import",), lambda recipe: {**recipe.data.model_dump(include={"valid_fraction"}), "seed": recipe.seed}, _text_files),
-    "score": Stage("importance.safetensors", (BASE, "data"), lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)}),
+    "data": Stage(
+        "data",
+        ("import",),
+        lambda recipe: {**recipe.data.model_dump(include={"valid_fraction"}), "seed": recipe.seed},
+        _text_files,
+    ),
+    "score": Stage(
+        "importance.safetensors",
+        (BASE, "data"),
+        lambda recipe: {**recipe.score.model_dump(exclude={"micro_batch_size"}), **_run_settings(recipe)},
+    ),
     "plan": Stage("plan.json", ("score",), _plan),
     "prune": Stage("student", (BASE, "plan"), lambda recipe: {}),
     "distill": Stage("student_distilled", (TUTOR, "data", "prune"), _distill),
     "evaluate": Stage("evaluation.json", (BASE, TUTOR, "data", "prune", "distill"), _evaluate, _task_files),
-    "export": Stage("student_hf", ("import", "distill"), lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision}),
+    "export": Stage(
+        "student_hf",
+        ("import", "distill"),
+        lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision},
+    ),
 }
 
 OPTIONAL: dict[str, Stage] = {
     "correct": Stage(
         "teacher_corrected",
         ("import", "data"),
-        lambda r: {**r.correct.model_dump(exclude={*HOW, "when"}, exclude_none=True), **_run_settings(r)} if r.correct else {},
+        lambda r: (
+            {**r.correct.model_dump(exclude={*HOW, "when"}, exclude_none=True), **_run_settings(r)}
+            if r.correct
+            else {}
+        ),
     ),
     "depth": Stage("depth.json", (BASE, "data"), _depth, _depth_files),
-    "texts": Stage("held_out", ("import",), lambda recipe: {}, lambda recipe: _text_files(recipe, further=True)),
+    "texts": Stage(
+        "held_out", ("import",), lambda recipe: {}, lambda recipe: _text_files(recipe, further=True)
+    ),
     "search": Stage("search.json", (BASE, TUTOR, "data", "score"), _search),
-    "import-teacher": Stage("distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")),
+    "import-teacher": Stage(
+        "distilling_teacher", (), lambda recipe: {}, lambda recipe: _model_files(recipe.teacher.model or "")
+    ),
     "cache": Stage("teacher_signals", (TUTOR, "data"), _cache),
 }
 """import-teacher: for teacher.model. correct: after data, where the recipe has that section. depth: before plan, where layers go and
@@ -211,8 +278,15 @@ class Project:
         """What the stage's artefact must say to be this recipe's."""
         if name not in self._manifests:
             stage = self.stages[name]
-            inputs = {other: self.manifest(other).fingerprint for other in self.inputs(name)} | stage.sources(self.recipe)
-            self._manifests[name] = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs, made_by=f"minitron_mp {__version__}")
+            inputs = {other: self.manifest(other).fingerprint for other in self.inputs(name)} | stage.sources(
+                self.recipe
+            )
+            self._manifests[name] = Manifest(
+                stage=name,
+                settings=stage.settings(self.recipe),
+                inputs=inputs,
+                made_by=f"minitron_mp {__version__}",
+            )
         return self._manifests[name]
 
     def without_correction(self) -> Project:
@@ -220,7 +294,9 @@ class Project:
         folder = self.recipe.correct and self.recipe.correct.baseline
         assert folder
         other = Project(self.recipe.model_copy(update={"correct": None, "output": folder}))
-        other._manifests = {name: self.manifest(name) for name in ("import", "data", "texts") if name in self.stages}  # files are hashed once
+        other._manifests = {
+            name: self.manifest(name) for name in ("import", "data", "texts") if name in self.stages
+        }  # files are hashed once
         return other
 
     def inputs(self, name: str) -> list[str]:
@@ -249,16 +325,27 @@ class Project:
 
     def check(self, num_ranks: int | None = None, *, weights: bool = True) -> None:
         """InputError with everything about the recipe that would stop a later stage; num_ranks: of the job, where it is known. weights: look at them."""
-        refuse("this recipe cannot run:", recipe_problems(self.recipe, self.paths, num_ranks, weights=weights))
+        refuse(
+            "this recipe cannot run:", recipe_problems(self.recipe, self.paths, num_ranks, weights=weights)
+        )
 
     def check_text(self) -> None:
         """InputError when the tokens of the data stage are too few for a later one; evaluate comes after hours of distill."""
         from minitron_mp.data import too_short
 
         recipe = self.recipe
-        readers = [recipe.score, *[recipe.depth] * ("depth" in self.stages and recipe.depth.metric == "loss"), *([recipe.search] if recipe.search else [])]
+        readers = [
+            recipe.score,
+            *[recipe.depth] * ("depth" in self.stages and recipe.depth.metric == "loss"),
+            *([recipe.search] if recipe.search else []),
+        ]
         calibration = max(section.num_samples for section in readers)
         wanted = {"calibration": calibration, "train": 0, "valid": recipe.evaluate.num_samples}
-        folders = [("data", part, count) for part, count in wanted.items()] + [("texts", name, recipe.evaluate.num_samples) for name in recipe.data.held_out]
-        found = (too_short(self.paths[folder], part, recipe.data.sequence_length, count) for folder, part, count in folders)
+        folders = [("data", part, count) for part, count in wanted.items()] + [
+            ("texts", name, recipe.evaluate.num_samples) for name in recipe.data.held_out
+        ]
+        found = (
+            too_short(self.paths[folder], part, recipe.data.sequence_length, count)
+            for folder, part, count in folders
+        )
         refuse("there is too little text:", [problem for problems in found for problem in problems])

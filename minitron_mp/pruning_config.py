@@ -32,20 +32,33 @@ class Target(Section):
     """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
     align: int = Field(16, ge=1)
     """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
-    _sizes: ClassVar = ("num_layers", "drop_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    _sizes: ClassVar = (
+        "num_layers",
+        "drop_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Target:
         sizes = [getattr(self, name) for name in self._sizes if getattr(self, name)]
         if self.num_layers and self.drop_layers is not None:
             raise ValueError("num_layers and drop_layers both say how deep the student is; give one of them")
-        if self.drop_layers is not None and self.drop_layers != sorted({n for n in self.drop_layers if n >= 0}):
+        if self.drop_layers is not None and self.drop_layers != sorted(
+            {n for n in self.drop_layers if n >= 0}
+        ):
             raise ValueError(f"drop_layers {self.drop_layers} is not ascending from 0, each layer once")
         kinds = bool(sizes) + (self.max_parameters is not None) + (self.keep is not None)
         if kinds > 1:
-            raise ValueError("sizes, max_parameters and keep are three ways to say one thing; give one of them")
+            raise ValueError(
+                "sizes, max_parameters and keep are three ways to say one thing; give one of them"
+            )
         if sizes and self.axes != ["hidden", "ffn"]:
-            raise ValueError("axes says what max_parameters and keep may cut; with sizes there is nothing to choose: drop it")
+            raise ValueError(
+                "axes says what max_parameters and keep may cut; with sizes there is nothing to choose: drop it"
+            )
         return self
 
     @property
@@ -88,7 +101,9 @@ class Depth(Section):
         if self.metric == "task" and self.task is None:
             problems.append("metric task needs items to be right on; give task: FILE.jsonl")
         if self.metric == "task" and self.method == "cosine":
-            problems.append("metric task: without effect with method cosine, which measures nothing; set method: drop, block or greedy, or drop metric")
+            problems.append(
+                "metric task: without effect with method cosine, which measures nothing; set method: drop, block or greedy, or drop metric"
+            )
         own = ["num_samples"] if self.metric == "task" else ["task", "task_items"]
         if ignored := [name for name in own if getattr(self, name) != type(self).model_fields[name].default]:
             problems.append(f"{', '.join(ignored)}: without effect with metric {self.metric}; drop it")
@@ -141,14 +156,28 @@ class Search(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Search:
-        given = [name for name in ("parameters", "memory_gib", "latency_ms") if getattr(self, name) is not None]
-        problems = [] if len(given) == 1 else [f"give one budget of parameters, memory_gib and latency_ms, given {' and '.join(given) or 'none'}"]
+        given = [
+            name for name in ("parameters", "memory_gib", "latency_ms") if getattr(self, name) is not None
+        ]
+        problems = (
+            []
+            if len(given) == 1
+            else [
+                f"give one budget of parameters, memory_gib and latency_ms, given {' and '.join(given) or 'none'}"
+            ]
+        )
         if given == ["parameters"] and (self.context is not None or self.batch_size != 1):
-            problems.append("batch_size and context are those of memory_gib and latency_ms; with parameters drop them")
+            problems.append(
+                "batch_size and context are those of memory_gib and latency_ms; with parameters drop them"
+            )
         if self.ffn_hidden_size and self.mlp_expansion:
-            problems.append("ffn_hidden_size and mlp_expansion both list the width of the MLP; drop one of them")
+            problems.append(
+                "ffn_hidden_size and mlp_expansion both list the width of the MLP; drop one of them"
+            )
         if given == ["latency_ms"] and not (self.ffn_hidden_size or self.mlp_expansion):
-            problems.append("latency_ms is measured for every candidate, so ffn_hidden_size cannot be solved for it: list the sizes to try")
+            problems.append(
+                "latency_ms is measured for every candidate, so ffn_hidden_size cannot be solved for it: list the sizes to try"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -156,13 +185,21 @@ class Search(Section):
     @property
     def budget(self) -> tuple[str, float]:
         """(name, value) of the budget."""
-        return next((name, value) for name in ("parameters", "memory_gib", "latency_ms") if (value := getattr(self, name)) is not None)
+        return next(
+            (name, value)
+            for name in ("parameters", "memory_gib", "latency_ms")
+            if (value := getattr(self, name)) is not None
+        )
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Least and most of the budget that a candidate may use."""
         name, value = self.budget
-        return (value * (1 - self.tolerance), value * (1 + self.tolerance)) if name == "parameters" else (value * (1 - 2 * self.tolerance), value)
+        return (
+            (value * (1 - self.tolerance), value * (1 + self.tolerance))
+            if name == "parameters"
+            else (value * (1 - 2 * self.tolerance), value)
+        )
 
     def rounds(self, students: int) -> list[int]:
         """Step at which each round of distillation of so many students ends; half of them stay after it, one after the last."""

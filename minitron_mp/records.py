@@ -42,7 +42,9 @@ class Record(BaseModel):
     def layout_words(self, recipe: Recipe) -> str:
         """Overrides that give the layout again, where the recipe has another one by now."""
         ran, now = Parallel(**self.layout).model_dump(), recipe.parallel.model_dump()
-        return "".join(f" parallel.{key}={json.dumps(value)}" for key, value in ran.items() if value != now[key])
+        return "".join(
+            f" parallel.{key}={json.dumps(value)}" for key, value in ran.items() if value != now[key]
+        )
 
     @property
     def launcher(self) -> str:
@@ -65,10 +67,28 @@ def software() -> dict[str, str]:
     return found
 
 
-def note(root: Path, stage: str, fingerprint: str, seconds: float, *, ranks: int, ranks_per_node: int, layout: dict[str, Any], device: str) -> None:
+def note(
+    root: Path,
+    stage: str,
+    fingerprint: str,
+    seconds: float,
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    layout: dict[str, Any],
+    device: str,
+) -> None:
     """Append a record; for one process."""
-    job = {"ranks": ranks, "ranks_per_node": ranks_per_node, "layout": layout, "device": device, "software": software()}
-    record = Record(stage=stage, fingerprint=fingerprint, seconds=seconds, ended=time.strftime("%Y-%m-%d %H:%M:%S"), **job)
+    job = {
+        "ranks": ranks,
+        "ranks_per_node": ranks_per_node,
+        "layout": layout,
+        "device": device,
+        "software": software(),
+    }
+    record = Record(
+        stage=stage, fingerprint=fingerprint, seconds=seconds, ended=time.strftime("%Y-%m-%d %H:%M:%S"), **job
+    )
     with (root / FILE).open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -80,7 +100,9 @@ def note(root: Path, stage: str, fingerprint: str, seconds: float, *, ranks: int
 def of(root: Path, paths: Mapping[str, Path]) -> dict[str, Record]:
     """Stage -> how its artefact, as it lies there, was made. paths: stage -> artefact. Stages whose record is lost or damaged are left out."""
     made = {stage: found.fingerprint for stage, path in paths.items() if (found := artifact.find(path))}
-    newest = {record.stage: record for record in _read(root / FILE) if made.get(record.stage) == record.fingerprint}
+    newest = {
+        record.stage: record for record in _read(root / FILE) if made.get(record.stage) == record.fingerprint
+    }
     return {stage: newest[stage] for stage in paths if stage in newest}
 
 

@@ -20,7 +20,10 @@ from minitron_mp.page import Code, Document, Part, Section, Table
 from minitron_mp.plan import Importance, PrunePlan, Trials
 from minitron_mp.records import Record
 
-CURVES = {"correct": ("Teacher correction", "metrics_correct.jsonl"), "distill": ("Distillation", "metrics.jsonl")}
+CURVES = {
+    "correct": ("Teacher correction", "metrics_correct.jsonl"),
+    "distill": ("Distillation", "metrics.jsonl"),
+}
 """Stages that train: title of their section, file of their metrics."""
 
 
@@ -38,12 +41,22 @@ def write_report(project: Any) -> None:
 def collect(project: Any) -> Document:
     """All that the report says. project: pipeline.Project, finished."""
     recipe, paths = project.recipe, project.paths
-    plan, importance, found = PrunePlan.load(paths["plan"]), Importance.load(paths["score"]), facts.evaluation(paths)
+    plan, importance, found = (
+        PrunePlan.load(paths["plan"]),
+        Importance.load(paths["score"]),
+        facts.evaluation(paths),
+    )
     trials = Trials.load(paths["depth"]) if "depth" in paths else None
     left_by = {"correct": "distill" if recipe.corrects_meanwhile else "correct", "distill": "distill"}
-    metrics = {stage: _metrics(paths[folder], stage) for stage, folder in left_by.items() if stage == "distill" or recipe.correct}
+    metrics = {
+        stage: _metrics(paths[folder], stage)
+        for stage, folder in left_by.items()
+        if stage == "distill" or recipe.correct
+    }
     made = records.of(recipe.root, paths)
-    found_by_search = artifact.read_json(paths["search"], "search --force")["candidates"] if "search" in paths else []
+    found_by_search = (
+        artifact.read_json(paths["search"], "search --force")["candidates"] if "search" in paths else []
+    )
     quality, tasks, texts = facts.quality(recipe, paths), facts.tasks(found), facts.texts(found)
     result: list[Part] = [
         f"On {found['pruned']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token.",
@@ -65,17 +78,25 @@ def collect(project: Any) -> Document:
         _training("distill", metrics["distill"], []),
         _cost(metrics, found_by_search, recipe, made),
         *([search_section(found_by_search, recipe.search.budget[0])] if recipe.search else []),
-        Section("Files", [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")]),
+        Section(
+            "Files",
+            [Table(("what", "where"), [*files, ("this report, with figures", "`report.html`")], "left")],
+        ),
         _made(recipe, project.stages, found, made),
     ]
-    return Document(f"{recipe.model} compressed to {quality.rows[-1][2]}", facts.headline(quality, found), sections)
+    return Document(
+        f"{recipe.model} compressed to {quality.rows[-1][2]}", facts.headline(quality, found), sections
+    )
 
 
 def _cut(plan: PrunePlan, importance: Importance) -> Section:
     """Sizes, kept layers, and the share of the importance that the kept channels hold."""
     dropped = _dropped(plan)
     shares = {
-        axis: {layer: float(scores[layer][keep].sum() / scores[layer].sum()) for layer, keep in zip(plan.layers, rows)}
+        axis: {
+            layer: float(scores[layer][keep].sum() / scores[layer].sum())
+            for layer, keep in zip(plan.layers, rows)
+        }
         for axis, scores, rows in (("ffn", importance.ffn, plan.ffn), ("heads", importance.heads, plan.heads))
     }
     hidden = importance.hidden[plan.hidden].sum() / importance.hidden.sum()
@@ -103,12 +124,21 @@ def _importance(plan: PrunePlan, importance: Importance, trials: Trials | None, 
     members = importance.heads.reshape(len(importance.heads), teacher.num_query_groups, -1)
     group_scores, heads = np.linalg.norm(members, axis=2), members.reshape(-1, teacher.heads_per_group)
     parts: list[Part] = [
-        figures.layer_bars("Layers: change of the hidden states", dict(enumerate(importance.layers.tolist())), _dropped(plan), "1 - cosine"),
+        figures.layer_bars(
+            "Layers: change of the hidden states",
+            dict(enumerate(importance.layers.tolist())),
+            _dropped(plan),
+            "1 - cosine",
+        ),
         *([_trials(method, trials, plan)] if trials else []),
         figures.curve("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
         figures.curve("Neurons (ffn), a line a layer", importance.ffn, student.ffn_hidden_size, "neuron"),
         figures.curve("Query groups, a line a layer", group_scores, student.num_query_groups, "query group"),
-        *([figures.curve("Heads, a line a query group", heads, student.heads_per_group, "head")] if teacher.heads_per_group > 1 else []),
+        *(
+            [figures.curve("Heads, a line a query group", heads, student.heads_per_group, "head")]
+            if teacher.heads_per_group > 1
+            else []
+        ),
         figures.heat_by_rank("Neurons of each layer", importance.ffn, student.ffn_hidden_size, "neurons"),
         figures.heat_heads("Heads of each layer", importance.heads, dict(zip(plan.layers, plan.heads))),
     ]
@@ -120,7 +150,9 @@ def _trials(method: str, trials: Trials, plan: PrunePlan) -> page.Figure:
     if trials.base_accuracy is None:
         return figures.trials(method, trials.base, trials.trials, plan.layers)
     shares = [(layers, share) for (layers, _), share in zip(trials.trials, trials.accuracies)]
-    return figures.trials(method, trials.base_accuracy, shares, plan.layers, "accuracy (share of the items)", better=1)
+    return figures.trials(
+        method, trials.base_accuracy, shares, plan.layers, "accuracy (share of the items)", better=1
+    )
 
 
 def _metrics(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -138,7 +170,13 @@ def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -
         return Section(title, [*before, "No steps were logged."])
     tokens, seconds = _spent(metrics)
     picked = [metrics[i] for i in sorted({round(x) for x in np.linspace(0, len(metrics) - 1, 11)})]
-    columns = {"step": ("step", "d"), "loss": ("loss", ".4f"), "KL": ("kl", ".4f"), "learning rate": ("lr", ".2e"), "gradient norm": ("grad_norm", ".2f")}
+    columns = {
+        "step": ("step", "d"),
+        "loss": ("loss", ".4f"),
+        "KL": ("kl", ".4f"),
+        "learning rate": ("lr", ".2e"),
+        "gradient norm": ("grad_norm", ".2f"),
+    }
     if not any(m["kl"] for m in metrics):  # a run without a teacher
         del columns["KL"]
     rows = [[format(m[key], form) for key, form in columns.values()] for m in picked]
@@ -157,12 +195,21 @@ def _training(stage: str, metrics: list[dict[str, float]], before: list[Part]) -
 COST = ("stage", "steps", "tokens", "tokens/s", "hours of steps", "hours in all", "rank-hours")
 
 
-def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Mapping[str, Any]], recipe: Recipe, made: Mapping[str, Record]) -> Section:
+def _cost(
+    metrics: Mapping[str, list[dict[str, float]]],
+    candidates: Sequence[Mapping[str, Any]],
+    recipe: Recipe,
+    made: Mapping[str, Record],
+) -> Section:
     """A row a stage. candidates: of a search. made: how the stages ran."""
     spent = {stage: (len(own), *_spent(own)) for stage, own in metrics.items() if own}
     if distilled := [part for c in candidates for part in c["distilled"]]:
         steps = sum(last["steps"] for c in candidates if (last := _last(c)))
-        spent["search"] = steps, steps * recipe.distill.global_batch_size * recipe.data.sequence_length, sum(part["seconds"] for part in distilled)
+        spent["search"] = (
+            steps,
+            steps * recipe.distill.global_batch_size * recipe.data.sequence_length,
+            sum(part["seconds"] for part in distilled),
+        )
     rows, hours, rank_hours = [], 0.0, 0.0
     for stage in dict.fromkeys([*made, *spent]):
         training, whole = [""] * 4, [""] * 2
@@ -171,7 +218,11 @@ def _cost(metrics: Mapping[str, list[dict[str, float]]], candidates: Sequence[Ma
             training = [f"{steps:,}", f"{tokens:,}", f"{tokens / seconds:,.0f}", f"{seconds / 3600:.3f}"]
         if record := made.get(stage):
             own = record.seconds / 3600
-            hours, rank_hours, whole = hours + own, rank_hours + own * record.ranks, [f"{own:.3f}", f"{own * record.ranks:.3f}"]
+            hours, rank_hours, whole = (
+                hours + own,
+                rank_hours + own * record.ranks,
+                [f"{own:.3f}", f"{own * record.ranks:.3f}"],
+            )
         rows.append((stage, *training, *whole))
     if made:
         rows.append(("together", "", "", "", "", f"{hours:.3f}", f"{rank_hours:.3f}"))
@@ -205,7 +256,18 @@ def search_section(candidates: Sequence[Mapping[str, Any]], budget: str) -> Sect
         distilled = (f"{last['loss']:.4f}", f"{last['steps']:,}") if last else ("", "")
         latency = "" if c["latency_s"] is None else f"{c['latency_s'] * 1e3:.1f}"
         count, memory = f"{c['parameters']:,}", f"{c['memory_gib']:.2f}"
-        rows.append((c["name"], count, memory, *sizes, f"{c['pruned_loss']:.4f}", *distilled, latency, "yes" * c["chosen"]))
+        rows.append(
+            (
+                c["name"],
+                count,
+                memory,
+                *sizes,
+                f"{c['pruned_loss']:.4f}",
+                *distilled,
+                latency,
+                "yes" * c["chosen"],
+            )
+        )
     sizes_header = ("candidate", "parameters", "memory, GiB", "layers", "hidden", "ffn", "heads / groups")
     header = (*sizes_header, "loss as cut", "loss distilled", "steps", "latency (ms)", "chosen")
     scales = [("parameters (millions)", lambda c: c["parameters"] / 1e6)]
@@ -216,12 +278,22 @@ def search_section(candidates: Sequence[Mapping[str, Any]], budget: str) -> Sect
     runs = [("as cut", measured, lambda c: c["pruned_loss"])]
     if longest:
         finalists = [c for c in measured if (last := _last(c)) and last["steps"] == longest]
-        runs.append((f"after {longest:,} steps of distillation", finalists, lambda c: (_last(c) or {})["loss"]))
+        runs.append(
+            (f"after {longest:,} steps of distillation", finalists, lambda c: (_last(c) or {})["loss"])
+        )
     plots = []
     for label, of in scales:
         for when, group, loss in runs:
             points = [(c["name"], of(c), loss(c), c["chosen"]) for c in group]
-            plots.append(figures.pareto(f"Loss {when} by {label.partition(' (')[0]}", points, label, "loss (nats a token)", front(points)))
+            plots.append(
+                figures.pareto(
+                    f"Loss {when} by {label.partition(' (')[0]}",
+                    points,
+                    label,
+                    "loss (nats a token)",
+                    front(points),
+                )
+            )
     said = "Candidates of the search, those distilled longest first, then by loss. A candidate is on the front when no other is at least as good on both axes."
     return Section("Search", [said, Table(header, rows), *plots])
 
@@ -238,18 +310,35 @@ def _made(recipe: Any, stages: Sequence[str], found: dict[str, Any], made: Mappi
     t, file = recipe.teacher, recipe.root / "recipe.yaml"
     ranks = found["speed"]["ranks"] if "speed" in found else recipe.parallel.model_ranks
     job = ranks + t.ranks_in(None) + sum(t.siblings.values())
-    how = {stage: (record.launcher, record.layout_words(recipe)) for stage, record in made.items() if stage != "plan"}
-    usual = how.get("distill", (f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp", ""))
-    whole = [f"{usual[0]} compress {file}{usual[1]}", "", "# or stage by stage"] if len(set(how.values())) < 2 else []
+    how = {
+        stage: (record.launcher, record.layout_words(recipe))
+        for stage, record in made.items()
+        if stage != "plan"
+    }
+    usual = how.get(
+        "distill", (f"torchrun --nproc-per-node {job} -m minitron_mp" if job > 1 else "minitron-mp", "")
+    )
+    whole = (
+        [f"{usual[0]} compress {file}{usual[1]}", "", "# or stage by stage"]
+        if len(set(how.values())) < 2
+        else []
+    )
     by_stage = {name: ("minitron-mp", "") if name == "plan" else how.get(name, usual) for name in stages}
     lines = [*whole, *(f"{start} {name} {file}{layout}" for name, (start, layout) in by_stage.items())]
     parts: list[Part] = [Code("\n".join([*lines, f"minitron-mp report {file}"]))]
     if lost := [name for name in stages if name not in made]:
-        parts.append(f"No record is left of how {', '.join(lost)} ran ({records.FILE}); their ranks are those of the recipe's layout.")
+        parts.append(
+            f"No record is left of how {', '.join(lost)} ran ({records.FILE}); their ranks are those of the recipe's layout."
+        )
     versions = _versions(made) or list(records.software().items())
     return Section(
         "How it was made",
-        [*parts, "The recipe, with every default:", Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))), Table(("what", "which"), versions, "left")],
+        [
+            *parts,
+            "The recipe, with every default:",
+            Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))),
+            Table(("what", "which"), versions, "left"),
+        ],
     )
 
 
@@ -257,7 +346,15 @@ def _versions(made: Mapping[str, Record]) -> list[tuple[str, str]]:
     """Software and device of the stages; where these differ, which had which."""
     known: dict[str, dict[str, list[str]]] = {}
     for stage, record in made.items():
-        for name, value in {**record.software, **({"device": record.device} if record.device else {})}.items():
+        for name, value in {
+            **record.software,
+            **({"device": record.device} if record.device else {}),
+        }.items():
             known.setdefault(name, {}).setdefault(value, []).append(stage)
-    told = {name: list(own) if len(own) == 1 else [f"{value} ({', '.join(stages)})" for value, stages in own.items()] for name, own in known.items()}
+    told = {
+        name: list(own)
+        if len(own) == 1
+        else [f"{value} ({', '.join(stages)})" for value, stages in own.items()]
+        for name, own in known.items()
+    }
     return [(name, "; ".join(values)) for name, values in told.items()]

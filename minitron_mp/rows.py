@@ -16,7 +16,9 @@ from torch import Tensor
 STATISTICS = 7
 
 
-def statistics(z_s: Tensor, z_t: Tensor | None, labels: Tensor, valid: int, t: float, divergence: str) -> tuple[Tensor, Any]:
+def statistics(
+    z_s: Tensor, z_t: Tensor | None, labels: Tensor, valid: int, t: float, divergence: str
+) -> tuple[Tensor, Any]:
     """What a row's loss needs of this rank's columns, float32 [n, STATISTICS], and what gradient() may use again:
 
     0 max s                     1 sum e^(s - max s)      2 sum e^(z_s - max z_s)     3 z_s of the label, 0 when it is another rank's
@@ -54,7 +56,17 @@ def js_sums(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, valid: int, 
 
 
 def gradient(
-    z_s: Tensor, z_t: Tensor | None, stats: Tensor, kept: Any, rows: Tensor, labels: Tensor, valid: int, t: float, divergence: str, has_ce: bool, out: Tensor
+    z_s: Tensor,
+    z_t: Tensor | None,
+    stats: Tensor,
+    kept: Any,
+    rows: Tensor,
+    labels: Tensor,
+    valid: int,
+    t: float,
+    divergence: str,
+    has_ce: bool,
+    out: Tensor,
 ) -> None:
     """Write the gradient of the weighted loss by z_s into out [n, v/tp], any float dtype; 0 in the padding and in rows without weight.
 
@@ -105,7 +117,9 @@ def _centred(z: Tensor, valid: int, t: float) -> tuple[Tensor, Tensor]:
     return (centred.div_(t), peak / t) if t != 1 else (centred, peak)
 
 
-def _log_mixture(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, valid: int, t: float) -> tuple[Tensor, Tensor, Tensor]:
+def _log_mixture(
+    z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, valid: int, t: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """log q, log p and log((p + q) / 2), float32 [n, valid]."""
     log_q, log_p = z_s[:, :valid].float() / t - lse_s[:, None], z_t[:, :valid].float() / t - lse_t[:, None]
     return log_q, log_p, torch.logaddexp(log_q, log_p) - math.log(2)

@@ -37,7 +37,9 @@ def run(
     """
     p, b, s = world.parallel, *batches[0]["tokens"].shape
     if p.vpp and len(batches) % p.pp:
-        raise InputError(f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data parallel rank, given {len(batches)}")
+        raise InputError(
+            f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data parallel rank, given {len(batches)}"
+        )
     forward_backward = get_forward_backward_func()
     with torch.set_grad_enabled(train):
         return forward_backward(
@@ -62,7 +64,9 @@ def local_batch(batch: Batch, world: World) -> Batch:
     return local
 
 
-def _forward_step(iterator: Any, model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable) -> tuple[Tensor, Callable]:
+def _forward_step(
+    iterator: Any, model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable
+) -> tuple[Tensor, Callable]:
     batch = local_batch(next(iterator), world)
     on_batch(batch)
     output = model(batch["tokens"], batch["position_ids"], None)

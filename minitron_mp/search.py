@@ -22,7 +22,16 @@ from typing import Any
 from minitron_mp import artifact, checkpoint, data, signals, slicing
 from minitron_mp.arch import Arch
 from minitron_mp.artifact import Manifest
-from minitron_mp.candidates import Candidate, Trained, inference_bytes, name_of, shown, survey, target_of, training
+from minitron_mp.candidates import (
+    Candidate,
+    Trained,
+    inference_bytes,
+    name_of,
+    shown,
+    survey,
+    target_of,
+    training,
+)
 from minitron_mp.config import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.errors import InputError, refuse
@@ -46,17 +55,24 @@ def search(job: Job) -> None:
     """Measure the candidates of a recipe and choose one; reached by all ranks, rank 0 writes search.json."""
     progress = _Progress(job)
     _judge_pruned(job, progress)
-    alive = sorted(progress.candidates, key=lambda c: (c.loss_after(0), c.name))[: job.recipe.search.finalists]
+    alive = sorted(progress.candidates, key=lambda c: (c.loss_after(0), c.name))[
+        : job.recipe.search.finalists
+    ]
     for last in job.recipe.search.rounds(len(alive)):
         _distill(job, progress, alive, last)
         alive = sorted(alive, key=lambda c, steps=last: (c.loss_after(steps), c.name))[: -(-len(alive) // 2)]
     if not math.isfinite(alive[0].loss):
-        raise InputError(f"no candidate of the search has a loss that is a number: lower distill.lr, or set precision: fp32; then delete {progress.folder}")
+        raise InputError(
+            f"no candidate of the search has a loss that is a number: lower distill.lr, or set precision: fp32; then delete {progress.folder}"
+        )
     alive[0].chosen = True
     _show(progress.candidates)
 
     def finish() -> None:
-        content = {"manifest": job.manifest.model_dump(mode="json"), "candidates": [c.model_dump() for c in progress.candidates]}
+        content = {
+            "manifest": job.manifest.model_dump(mode="json"),
+            "candidates": [c.model_dump() for c in progress.candidates],
+        }
         artifact.write_text(job.output, json.dumps(content, indent=1))
         shutil.rmtree(progress.folder, ignore_errors=True)
 
@@ -77,8 +93,13 @@ class _Progress:
             return []
         content = artifact.read_json(self.file, "search")
         fields = Manifest.model_validate(content["manifest"]).differences(self.job.manifest)
-        refuse(f"{self.folder} holds an unfinished search of another kind; move or delete it, or go back to these settings:", fields)
-        say(f"search: going on, {sum(row['pruned_loss'] is not None for row in content['candidates'])} candidates are judged")
+        refuse(
+            f"{self.folder} holds an unfinished search of another kind; move or delete it, or go back to these settings:",
+            fields,
+        )
+        say(
+            f"search: going on, {sum(row['pruned_loss'] is not None for row in content['candidates'])} candidates are judged"
+        )
         return content["candidates"]
 
     def _start(self) -> list[Candidate]:
@@ -90,7 +111,9 @@ class _Progress:
             say(f"search: {left_out}")
         for arch in archs:
             memory = inference_bytes(arch, recipe.precision, s.batch_size, context) / 2**30
-            found.append(Candidate(name=name_of(arch), arch=arch, parameters=arch.num_parameters(), memory_gib=memory))
+            found.append(
+                Candidate(name=name_of(arch), arch=arch, parameters=arch.num_parameters(), memory_gib=memory)
+            )
         return _of_latency(self.job, found) if s.latency_ms else found
 
     def keep(self) -> None:
@@ -98,18 +121,33 @@ class _Progress:
 
         def write() -> list[dict[str, Any]]:
             rows = [c.model_dump() for c in self.candidates]
-            artifact.write_text(self.file, json.dumps({"manifest": self.job.manifest.model_dump(mode="json"), "candidates": rows}))
+            artifact.write_text(
+                self.file,
+                json.dumps({"manifest": self.job.manifest.model_dump(mode="json"), "candidates": rows}),
+            )
             return rows
 
         for candidate, row in zip(self.candidates, on_main(write)):
             same = Candidate.model_validate(row)
-            candidate.latency_s, candidate.pruned_loss, candidate.distilled = same.latency_s, same.pruned_loss, same.distilled
+            candidate.latency_s, candidate.pruned_loss, candidate.distilled = (
+                same.latency_s,
+                same.pruned_loss,
+                same.distilled,
+            )
 
     def plan(self, candidate: Candidate) -> PrunePlan:
         recipe, paths = self.job.recipe, self.job.paths
         trials = Trials.load(paths["depth"]) if "depth" in paths else None
         target = target_of(candidate.arch, recipe.target.align)
-        return make_plan(Importance.load(paths["score"]), self.job.arch(recipe.base), target, recipe.parallel.tp, recipe.export.family, recipe.depth, trials)
+        return make_plan(
+            Importance.load(paths["score"]),
+            self.job.arch(recipe.base),
+            target,
+            recipe.parallel.tp,
+            recipe.export.family,
+            recipe.depth,
+            trials,
+        )
 
 
 def _of_latency(job: Job, found: list[Candidate]) -> list[Candidate]:
@@ -117,7 +155,13 @@ def _of_latency(job: Job, found: list[Candidate]) -> list[Candidate]:
     least, most = job.recipe.search.bounds
     with Tracker("search, latency", len(found), "candidates") as tracker:
         for candidate in found:
-            chunks = build_model(candidate.arch, job.world, precision=job.recipe.precision, random_weights=True, **job.build_options)
+            chunks = build_model(
+                candidate.arch,
+                job.world,
+                precision=job.recipe.precision,
+                random_weights=True,
+                **job.build_options,
+            )
             candidate.latency_s = latency(chunks, candidate.arch, job.world, job.recipe)
             tracker.advance(1, f"{candidate.name}: {1000 * candidate.latency_s:,.1f} ms")
     inside = [c for c in found if least <= 1000 * c.latency_s <= most]
@@ -134,7 +178,9 @@ def latency(chunks: list[Any], arch: Arch, world: World, recipe: Recipe) -> floa
     """Seconds of a forward pass of search.batch_size sequences of search.context tokens, the least of some, the slowest rank's; equal on every rank."""
     s = recipe.search
     assert s is not None
-    batches = [batch_of(s.batch_size, s.context or recipe.data.sequence_length, arch.vocab_size)] * world.parallel.interleaved
+    batches = [
+        batch_of(s.batch_size, s.context or recipe.data.sequence_length, arch.vocab_size)
+    ] * world.parallel.interleaved
     for chunk in chunks:
         chunk.eval()
     return min([timed(chunks, world, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
@@ -146,10 +192,14 @@ def _judge_pruned(job: Job, progress: _Progress) -> None:
     if not todo:
         return
     arch, chunks, groups = job.arch(job.recipe.base), job.build(job.recipe.base), _held_out(job)
-    with Tracker("search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)) as tracker:
+    with Tracker(
+        "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
+    ) as tracker:
         for candidate in todo:
             with masked(chunks, progress.plan(candidate), job.world):
-                candidate.pruned_loss = compare({"": chunks}, None, groups, job.world, vocab_size=arch.vocab_size)[""].loss
+                candidate.pruned_loss = compare(
+                    {"": chunks}, None, groups, job.world, vocab_size=arch.vocab_size
+                )[""].loss
             progress.keep()
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
 
@@ -163,7 +213,9 @@ def _distill(job: Job, progress: _Progress, alive: Sequence[Candidate], last: in
         _distill_together(job, progress, todo[first : first + size], last, groups)
 
 
-def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]) -> None:
+def _distill_together(
+    job: Job, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]
+) -> None:
     recipe, world, vocab_size = job.recipe, job.world, part[0].arch.vocab_size
     settings, start = training(recipe), time.monotonic()
     for candidate in part:
@@ -172,18 +224,36 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
     runs, models = [], {}
     for candidate in part:
         folder = progress.folder / candidate.name
-        chunks = build_model(candidate.arch, world, training=settings, precision=recipe.precision, **job.build_options)
+        chunks = build_model(
+            candidate.arch, world, training=settings, precision=recipe.precision, **job.build_options
+        )
         checkpoint.load_model(chunks, folder / "student", world)
-        manifest = job.manifest.model_copy(update={"settings": {**job.manifest.settings, "candidate": candidate.name}})
-        runs.append(Run(chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=folder, manifest=manifest))
+        manifest = job.manifest.model_copy(
+            update={"settings": {**job.manifest.settings, "candidate": candidate.name}}
+        )
+        runs.append(
+            Run(
+                chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=folder, manifest=manifest
+            )
+        )
         models[candidate.name] = chunks
     first = min(training.done for training in runs)
     with Tracker(f"search, {len(runs)} students to step {last}", last, "steps", first) as tracker:
         runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
         place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
-        sizes = {"global_batch_size": settings.global_batch_size, "micro_batch_size": settings.micro_batch_size}
+        sizes = {
+            "global_batch_size": settings.global_batch_size,
+            "micro_batch_size": settings.micro_batch_size,
+        }
         try:
-            train_together(runs, teacher, partial(data.micro_batches, train_set, **sizes, **place), last, seed=recipe.seed, go_on=True)
+            train_together(
+                runs,
+                teacher,
+                partial(data.micro_batches, train_set, **sizes, **place),
+                last,
+                seed=recipe.seed,
+                go_on=True,
+            )
         except Left:
             for one in runs:
                 one.settle()
@@ -193,25 +263,42 @@ def _distill_together(job: Job, progress: _Progress, part: Sequence[Candidate], 
     quality = compare(models, teacher, groups, world, vocab_size=vocab_size)
     for candidate, one in zip(part, runs):
         found = quality[candidate.name]
-        loss, kl = (found.loss, found.kl) if one.done >= last and math.isfinite(found.loss) else (math.inf, math.inf)
-        candidate.distilled.append(Trained(steps=last, loss=loss, kl=kl, seconds=(time.monotonic() - start) / len(part)))
+        loss, kl = (
+            (found.loss, found.kl) if one.done >= last and math.isfinite(found.loss) else (math.inf, math.inf)
+        )
+        candidate.distilled.append(
+            Trained(steps=last, loss=loss, kl=kl, seconds=(time.monotonic() - start) / len(part))
+        )
         if loss == math.inf:
             say(f"search: the loss of {candidate.name} is no number, it is out")
     progress.keep()
-    del teacher, runs, one, models, chunks  # wrappers and optimizers are garbage in cycles, and as large as the students
+    del (
+        teacher,
+        runs,
+        one,
+        models,
+        chunks,
+    )  # wrappers and optimizers are garbage in cycles, and as large as the students
     gc.collect()
 
 
 def _slice(job: Job, progress: _Progress, candidate: Candidate) -> None:
-    folder, manifest = progress.folder / candidate.name / "student", job.manifest.model_copy(update={"arch": candidate.arch})
+    folder, manifest = (
+        progress.folder / candidate.name / "student",
+        job.manifest.model_copy(update={"arch": candidate.arch}),
+    )
 
     def is_there() -> bool:  # and no other search's, of which a stop in the middle of tidying up left it
         found = artifact.find(folder) if folder.is_dir() else None
-        return found is not None and found.fingerprint == manifest.fingerprint and found.arch == candidate.arch
+        return (
+            found is not None and found.fingerprint == manifest.fingerprint and found.arch == candidate.arch
+        )
 
     if on_main(is_there):
         return
-    checkpoint.save(slicing.prune(job.build(job.recipe.base), progress.plan(candidate), job.world), folder, manifest)
+    checkpoint.save(
+        slicing.prune(job.build(job.recipe.base), progress.plan(candidate), job.world), folder, manifest
+    )
 
 
 def _held_out(job: Job) -> list[list[Batch]]:
@@ -220,5 +307,8 @@ def _held_out(job: Job) -> list[list[Batch]]:
 
 
 def _show(found: Sequence[Candidate]) -> None:
-    table("search: held-out losses as cut and after distillation (steps); * on the Pareto front of parameters and loss", *shown(found))
+    table(
+        "search: held-out losses as cut and after distillation (steps); * on the Pareto front of parameters and loss",
+        *shown(found),
+    )
     say(f"search: {next(c.name for c in found if c.chosen)} is chosen")

@@ -51,15 +51,26 @@ class Data(Section):
     @model_validator(mode="after")
     def _all_parts(self) -> Data:
         if taken := {"source", "python-stdlib", "calibration", "train", "valid"} & self.held_out.keys():
-            raise ValueError(f"held_out: {', '.join(sorted(taken))} means something else here; take another name")
+            raise ValueError(
+                f"held_out: {', '.join(sorted(taken))} means something else here; take another name"
+            )
         if odd := [name for name in self.held_out if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)]:
-            raise ValueError(f"held_out: {odd[0]!r} is to be part of a file's name; use letters, digits, _ . and -")
+            raise ValueError(
+                f"held_out: {odd[0]!r} is to be part of a file's name; use letters, digits, _ . and -"
+            )
         given = [name for name in ("calibration", "train", "valid") if getattr(self, name)]
         if given and len(given) < 3:
             missing = sorted({"calibration", "train", "valid"} - set(given))
-            raise ValueError(f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source")
-        if given and (self.source != "python-stdlib" or self.valid_fraction != type(self).model_fields["valid_fraction"].default):
-            raise ValueError("source and valid_fraction say how to make calibration, train and valid; with these three given, drop them")
+            raise ValueError(
+                f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source"
+            )
+        if given and (
+            self.source != "python-stdlib"
+            or self.valid_fraction != type(self).model_fields["valid_fraction"].default
+        ):
+            raise ValueError(
+                "source and valid_fraction say how to make calibration, train and valid; with these three given, drop them"
+            )
         return self
 
 
@@ -79,7 +90,9 @@ class Parallel(Section):
         if self.vpp and self.pp == 1:
             problems.append(f"vpp {self.vpp} needs pp of at least 2, given 1: drop vpp or raise pp")
         if self.sequence_parallel and self.tp == 1:
-            problems.append("sequence_parallel splits activations over tensor parallel ranks, with tp 1 there is nothing to split: drop it or raise tp")
+            problems.append(
+                "sequence_parallel splits activations over tensor parallel ranks, with tp 1 there is nothing to split: drop it or raise tp"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -36,7 +36,16 @@ def train_set(job: Job, settings: Training) -> Dataset:
     """The samples of all steps, the same for every role."""
     recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
     count = settings.steps * settings.global_batch_size
-    return data.samples(job.paths["data"], "train", recipe.data.sequence_length, count, recipe.seed, job.tokenizer(), repeat=True, owner=owner)
+    return data.samples(
+        job.paths["data"],
+        "train",
+        recipe.data.sequence_length,
+        count,
+        recipe.seed,
+        job.tokenizer(),
+        repeat=True,
+        owner=owner,
+    )
 
 
 def ids(recipe: Recipe, first: int) -> range:
@@ -56,18 +65,28 @@ def source(job: Job, first: int) -> ColocatedTeacher | RemoteTeacher:
     if t.placement == "cached":
         place = (dp.rank(), world.groups.cp.rank(), world.groups.tp.rank())
         student = Grid("student", recipe.parallel, dp.size())
-        receiver = Reader(job.paths["cache"], _shape(job), student, place, mine, world.device) if world.is_last_stage else None
+        receiver = (
+            Reader(job.paths["cache"], _shape(job), student, place, mine, world.device)
+            if world.is_last_stage
+            else None
+        )
     else:
         link = _link(job)
         _handshake(job, link, first)
         ending = _ending(job, link)
         copies = link.teacher.dp
-        say(f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on")
-        own = link.to_stages(pairs.blocks(recipe.parallel) if pairs else {recipe.parallel.pp - 1: [0]}).get(world.groups.pp.rank())
+        say(
+            f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on"
+        )
+        own = link.to_stages(pairs.blocks(recipe.parallel) if pairs else {recipe.parallel.pp - 1: [0]}).get(
+            world.groups.pp.rank()
+        )
         receiver = Receiver(own, link.students[0], mine, world.device) if own else None
     head = None
     if t.payload == "hidden":
-        head = load_head(job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision])
+        head = load_head(
+            job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision]
+        )
     return RemoteTeacher(receiver, t.payload, head, world, pairs, ending)
 
 
@@ -94,7 +113,12 @@ def cache(job: Job) -> None:
     recipe, world, shape = job.recipe, job.world, _shape(job)
     teacher = Grid("teacher", recipe.parallel, world.groups.dp.size())
     g, is_last = world.groups, world.is_last_stage
-    share = len(ids(recipe, 0)) / teacher.dp * torch.Size(shape.local(recipe.parallel)).numel() * shape.dtype.itemsize
+    share = (
+        len(ids(recipe, 0))
+        / teacher.dp
+        * torch.Size(shape.local(recipe.parallel)).numel()
+        * shape.dtype.itemsize
+    )
     on_main(lambda: shutil.rmtree(artifact.aside(job.output), ignore_errors=True))
     checkpoint.check_room(share if is_last else 0, job.output)
     folder = on_main(lambda: artifact.prepare(job.output))
@@ -102,7 +126,15 @@ def cache(job: Job) -> None:
     failure: Exception | None = None
     with Tracker("cache", len(ids(recipe, 0)), "microbatches") as tracker:
         try:
-            _serve(job, shape, teacher, writer, 0, recipe.parallel.pp, lambda count: tracker.advance(count * teacher.dp))
+            _serve(
+                job,
+                shape,
+                teacher,
+                writer,
+                0,
+                recipe.parallel.pp,
+                lambda count: tracker.advance(count * teacher.dp),
+            )
         except Exception as error:
             failure = error
     everyone(failure)
@@ -130,13 +162,43 @@ def _serve(
 
     def batch_of(id: int) -> Batch:
         place = {"dp_rank": id % per_step, "dp_size": per_step}
-        return data.micro_batches(samples, id // per_step, global_batch_size=d.global_batch_size, micro_batch_size=d.micro_batch_size, **place)[0]
+        return data.micro_batches(
+            samples,
+            id // per_step,
+            global_batch_size=d.global_batch_size,
+            micro_batch_size=d.micro_batch_size,
+            **place,
+        )[0]
 
     arch = job.arch(recipe.tutor)
-    chunks = frozen_model(arch, job.paths[recipe.tutor], world, precision=recipe.teacher_precision, fp8=recipe.teacher.fp8, **job.build_options)
+    chunks = frozen_model(
+        arch,
+        job.paths[recipe.tutor],
+        world,
+        precision=recipe.teacher_precision,
+        fp8=recipe.teacher.fp8,
+        **job.build_options,
+    )
     tell_drift(job, chunks)
-    settings: dict[str, Any] = {"vocab_size": arch.vocab_size, "top_k": recipe.teacher.top_k, "temperature": d.temperature, "pairs": pairs, "ending": ending}
-    serve(chunks, world, shape, teacher, sender, batch_of, ids(recipe, first), group=group, progress=progress, **settings)
+    settings: dict[str, Any] = {
+        "vocab_size": arch.vocab_size,
+        "top_k": recipe.teacher.top_k,
+        "temperature": d.temperature,
+        "pairs": pairs,
+        "ending": ending,
+    }
+    serve(
+        chunks,
+        world,
+        shape,
+        teacher,
+        sender,
+        batch_of,
+        ids(recipe, first),
+        group=group,
+        progress=progress,
+        **settings,
+    )
 
 
 def _pairs(job: Job) -> Pairs | None:
@@ -155,7 +217,9 @@ def _shape(job: Job) -> Shape:
         "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
         "topk": (2 * recipe.teacher.top_k + 1, torch.int32),
     }[recipe.teacher.payload]
-    return Shape(recipe.teacher.payload, recipe.data.sequence_length, recipe.distill.micro_batch_size, width, dtype)
+    return Shape(
+        recipe.teacher.payload, recipe.data.sequence_length, recipe.distill.micro_batch_size, width, dtype
+    )
 
 
 def _link(job: Job) -> Link:
@@ -166,8 +230,12 @@ def _link(job: Job) -> Link:
     def grid(role: str, parallel: Parallel) -> Grid:
         return Grid(role, parallel, len(bridge.spans[role]) // parallel.model_ranks, bridge.spans[role].start)
 
-    students = [grid(role, own.parallel) for role, own in job.students.items() if bridge.role in ("teacher", role)]
-    return Link(bridge, _shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window)
+    students = [
+        grid(role, own.parallel) for role, own in job.students.items() if bridge.role in ("teacher", role)
+    ]
+    return Link(
+        bridge, _shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
+    )
 
 
 def _handshake(job: Job, link: Link, first: int) -> int:
@@ -175,12 +243,28 @@ def _handshake(job: Job, link: Link, first: int) -> int:
     recipe, bridge = job.recipe, job.world.bridge
     assert bridge is not None
     own = job.arch(recipe.tutor if job.world.role == "teacher" else "prune")
-    made_from = {stage: artifact.require(job.paths[stage], stage).fingerprint for stage in (recipe.tutor, "data")}
-    mine = contract(recipe, link, job.arch(recipe.tutor), own.vocab_size, made_from, dict(job.tokenizer().unique_identifiers))
+    made_from = {
+        stage: artifact.require(job.paths[stage], stage).fingerprint for stage in (recipe.tutor, "data")
+    }
+    mine = contract(
+        recipe,
+        link,
+        job.arch(recipe.tutor),
+        own.vocab_size,
+        made_from,
+        dict(job.tokenizer().unique_identifiers),
+    )
     return compare_contracts(bridge, list(job.students), mine, first)
 
 
-def contract(recipe: Recipe, link: Link, teacher: Arch, vocab_size: int, made_from: dict[str, str], tokenizer: dict[str, Any]) -> dict[str, Any]:
+def contract(
+    recipe: Recipe,
+    link: Link,
+    teacher: Arch,
+    vocab_size: int,
+    made_from: dict[str, str],
+    tokenizer: dict[str, Any],
+) -> dict[str, Any]:
     """What both ends of the stream must have alike. vocab_size: of this end's own model; made_from: fingerprints of teacher and data."""
     return {
         "teacher checkpoint": made_from[recipe.tutor],
@@ -204,10 +288,16 @@ def contract(recipe: Recipe, link: Link, teacher: Arch, vocab_size: int, made_fr
 def compare_contracts(bridge: Bridge, students: Sequence[str], mine: dict[str, Any], first: int) -> int:
     """What the students say is the first step, when the roles agree on everything; InputError on all their ranks otherwise."""
     said = bridge.exchange("contract", {"first": first, "contract": mine}, roles=["teacher", *students])
-    problems = [row for role in students for row in differing_fields(said["teacher"]["contract"], said[role]["contract"], "teacher", role)]
+    problems = [
+        row
+        for role in students
+        for row in differing_fields(said["teacher"]["contract"], said[role]["contract"], "teacher", role)
+    ]
     refuse("teacher and student do not fit:", problems)
     steps = {role: said[role]["first"] for role in students}
     if len(set(steps.values())) > 1:
         where = ", ".join(f"{role} from step {step}" for role, step in steps.items())
-        raise InputError(f"students of one stream go on together, these would go on {where}; delete the checkpoints after the earliest of these steps")
+        raise InputError(
+            f"students of one stream go on together, these would go on {where}; delete the checkpoints after the earliest of these steps"
+        )
     return steps[students[0]]

@@ -39,10 +39,14 @@ def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, Sharded
     """
     chunks = [unwrap(chunk) for chunk in chunks]
     if sum(p.requires_grad and hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()):
-        raise InputError("this model has gradient buffers over its weights; prune it before it is wrapped for training")
+        raise InputError(
+            "this model has gradient buffers over its weights; prune it before it is wrapped for training"
+        )
     entries = [entry for state in model_state(chunks, world).values() for entry in state.values()]
     for entry in entries:
-        entry.data = entry.data.detach()  # a parameter so far; the entry is to be the only one that holds its memory
+        entry.data = (
+            entry.data.detach()
+        )  # a parameter so far; the entry is to be the only one that holds its memory
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -62,7 +66,9 @@ def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, Sharded
 def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> ShardedTensor | None:
     """This rank's part of one parameter of the student, or None when its layer goes. Same replica, same fragment of each axis."""
     if tensor.key not in AXES:
-        raise InputError(f"{tensor.key} {tuple(tensor.global_shape)} is no parameter that can be pruned; say in arch.AXES which axis is which")
+        raise InputError(
+            f"{tensor.key} {tuple(tensor.global_shape)} is no parameter that can be pruned; say in arch.AXES which axis is which"
+        )
     axes = AXES[tensor.key]
     layer = tensor.global_offset[0] if axes[0] == "layer" else None
     if layer is not None and layer not in plan.layers:
@@ -74,11 +80,18 @@ def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> Sharde
         data = _slice_axis(data, dim, axis, start, plan, layer, world)
         fragments.append((dim + prepended, start // size, tensor.axis_fragmentations[dim + prepended]))
     return ShardedTensor.from_rank_offsets(
-        tensor.key, data.contiguous(), *fragments, replica_id=tensor.replica_id, prepend_axis_num=prepended, allow_shape_mismatch=tensor.allow_shape_mismatch
+        tensor.key,
+        data.contiguous(),
+        *fragments,
+        replica_id=tensor.replica_id,
+        prepend_axis_num=prepended,
+        allow_shape_mismatch=tensor.allow_shape_mismatch,
     )
 
 
-def _slice_axis(data: Tensor, dim: int, axis: str, start: int, plan: PrunePlan, layer: int | None, world: World) -> Tensor:
+def _slice_axis(
+    data: Tensor, dim: int, axis: str, start: int, plan: PrunePlan, layer: int | None, world: World
+) -> Tensor:
     """data: this rank's part of a weight, which holds the axis from global position `start` on."""
     if axis in ("vocab", "head_width"):
         return data
@@ -103,7 +116,9 @@ def _merge_heads(rows: Tensor, start: int, plan: PrunePlan, layer: int) -> Tenso
     if not plan.merge:
         return rows
     pairs = np.array(plan.merge[plan.layers.index(layer)], int).reshape(-1, 2)
-    kept, pruned = (torch.from_numpy(slot_rows(query_slots(heads, plan.teacher), plan.teacher)) for heads in pairs.T)
+    kept, pruned = (
+        torch.from_numpy(slot_rows(query_slots(heads, plan.teacher), plan.teacher)) for heads in pairs.T
+    )
     mine = (kept >= start) & (kept < start + rows.shape[0])
     kept, pruned = ((at[mine] - start).to(rows.device) for at in (kept, pruned))
     return rows.index_copy(0, kept, (2 * rows[kept].float() - rows[pruned].float()).to(rows.dtype))

@@ -32,7 +32,14 @@ class Row:
 
 
 def score_rows(
-    chunks: list[Any], rows: Sequence[Row], world: World, *, micro_batch_size: int, vocab_size: int, eod: int, progress: Callable[[], None] = lambda: None
+    chunks: list[Any],
+    rows: Sequence[Row],
+    world: World,
+    *,
+    micro_batch_size: int,
+    vocab_size: int,
+    eod: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """float64 [rows, 2] on the CPU of every rank: log p of the asked tokens in nats, and how many of them are not the most likely one.
 
@@ -80,7 +87,12 @@ def _over(
     for chunk in chunks:
         chunk.eval()
     for batches in row_batches(rows, world, micro_batch_size, eod):
-        run(chunks, batches, world, lambda hidden, batch: found.index_add_(0, batch["rows"].to(world.device), judge(hidden, batch)))
+        run(
+            chunks,
+            batches,
+            world,
+            lambda hidden, batch: found.index_add_(0, batch["rows"].to(world.device), judge(hidden, batch)),
+        )
         progress()
     return summed(found, world).cpu()
 
@@ -111,7 +123,10 @@ def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: i
     for first in range(0, len(rows), unit):
         length = -(-(len(rows[order[first]].tokens) - 1) // multiple) * multiple
         starts = range(first + dp.rank() * micro_batch_size, first + unit, micro_batch_size * dp.size())
-        yield [_batch(rows, order[start : start + micro_batch_size], micro_batch_size, length, eod) for start in starts]
+        yield [
+            _batch(rows, order[start : start + micro_batch_size], micro_batch_size, length, eod)
+            for start in starts
+        ]
 
 
 def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod: int) -> Batch:
@@ -123,7 +138,12 @@ def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod:
         mask[i, row.start - 1 : len(row.tokens) - 1] = 1  # position p predicts token p + 1
     numbers = numbers + [0] * (size - len(numbers))
     positions = torch.arange(length).expand(size, length).contiguous()
-    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": positions, "loss_mask": mask}
+    batch = {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "position_ids": positions,
+        "loss_mask": mask,
+    }
     return batch | {"rows": torch.tensor(numbers)}
 
 
@@ -134,7 +154,9 @@ def span_sums(model: Any, hidden: Tensor, batch: Batch, world: World, vocab_size
     return torch.where(batch["loss_mask"][..., None] > 0, both, 0.0).sum(0).double()
 
 
-def _at_labels(model: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _at_labels(
+    model: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int
+) -> tuple[Tensor, Tensor]:
     """log p of the label, float32, and the most likely token, int64, at each position, [s/cp, b]; the same on every tensor parallel rank."""
     labels, tp, weight = batch["labels"], world.groups.tp, output_weight(unwrap(model))
     first, rest, parts = tp.rank() * len(weight), labels.reshape(-1), []
@@ -144,7 +166,9 @@ def _at_labels(model: Any, hidden: Tensor, batch: Batch, world: World, vocab_siz
         here = (own >= 0) & (own < z.shape[1])
         at_label = torch.where(here, z.gather(1, own.clamp(0, z.shape[1] - 1)[:, None])[:, 0], -torch.inf)
         peak, place = z.max(1)
-        parts.append(torch.stack([at_label, torch.logsumexp(z, 1), peak, (place + first).float()], 1))  # exact: ids are far below 2^24
+        parts.append(
+            torch.stack([at_label, torch.logsumexp(z, 1), peak, (place + first).float()], 1)
+        )  # exact: ids are far below 2^24
     local = torch.cat(parts)  # [s b, 4]
     every = local.new_empty((tp.size(), *local.shape))
     dist.all_gather_into_tensor(every.view(-1, 4), local, group=tp)

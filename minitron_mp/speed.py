@@ -63,8 +63,15 @@ def measure(
     slows down does so for all of them; budget_s: no further round begins after it.
     """
     p, first = world.parallel, {kind: name for name, kind in reversed(kinds.items())}
-    shapes = list(dict.fromkeys([(1, p.interleaved), (micro_batch_size, p.pp)]))  # samples of a microbatch, microbatches: vpp wants pp of them
-    work = {(name, shape): [batch_of(shape[0], sequence_length, vocab_size)] * shape[1] for name in kinds if first[kinds[name]] == name for shape in shapes}
+    shapes = list(
+        dict.fromkeys([(1, p.interleaved), (micro_batch_size, p.pp)])
+    )  # samples of a microbatch, microbatches: vpp wants pp of them
+    work = {
+        (name, shape): [batch_of(shape[0], sequence_length, vocab_size)] * shape[1]
+        for name in kinds
+        if first[kinds[name]] == name
+        for shape in shapes
+    }
     times: dict[tuple[str, tuple[int, int]], list[float]] = {key: [] for key in work}
     budget_s, spent = _slowest(budget_s, world), 0.0
     for (name, shape), batches in work.items():
@@ -80,7 +87,10 @@ def measure(
             times[name, shape].append(timed(models[name], world, batches))
             spent += times[name, shape][-1]
     copies = world.groups.dp.size()
-    found = {name: [_prefill(shape, sequence_length, copies, times[first[kind], shape]) for shape in shapes] for name, kind in kinds.items()}
+    found = {
+        name: [_prefill(shape, sequence_length, copies, times[first[kind], shape]) for shape in shapes]
+        for name, kind in kinds.items()
+    }
     return Speed(device=device_name(world), ranks=world.size, copies=copies, models=found)
 
 
@@ -88,7 +98,14 @@ def _prefill(shape: tuple[int, int], length: int, copies: int, times: list[float
     samples, seconds = shape[0] * shape[1], statistics.median(times)
     rate = samples * length * copies / seconds
     spread = (max(times) - min(times)) / seconds
-    return Prefill(samples=samples, sequence_length=length, repeats=len(times), seconds=seconds, spread=spread, tokens_per_s=rate)
+    return Prefill(
+        samples=samples,
+        sequence_length=length,
+        repeats=len(times),
+        seconds=seconds,
+        spread=spread,
+        tokens_per_s=rate,
+    )
 
 
 def timed(chunks: list[Any], world: World, batches: list[Batch]) -> float:
@@ -116,7 +133,12 @@ def batch_of(size: int, length: int, vocab_size: int) -> Batch:
     """The time does not depend on which tokens they are."""
     tokens = torch.arange(size * length).view(size, length) % vocab_size
     positions = torch.arange(length).expand(size, length).contiguous()
-    return {"tokens": tokens, "labels": tokens, "position_ids": positions, "loss_mask": torch.ones(size, length)}
+    return {
+        "tokens": tokens,
+        "labels": tokens,
+        "position_ids": positions,
+        "loss_mask": torch.ones(size, length),
+    }
 
 
 def device_name(world: World) -> str:
@@ -124,6 +146,14 @@ def device_name(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.is_file()
+        else []
+    )
     threads = torch.get_num_threads()
     return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)} a rank"

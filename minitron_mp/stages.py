@@ -44,7 +44,11 @@ def import_model(job: Job) -> None:
     arch = hf.read_arch(source)
     source_card(source)  # refused now, not by the export hours later
     weights, mine = hf.Weights(source, arch), {}
-    keys = [(key, layer) for key, layer in hf.canonical_keys(arch) if (layer or 0) % dist.get_world_size() == dist.get_rank()]
+    keys = [
+        (key, layer)
+        for key, layer in hf.canonical_keys(arch)
+        if (layer or 0) % dist.get_world_size() == dist.get_rank()
+    ]
     failure: Exception | None = None
     try:
         with Tracker(job.manifest.stage, len(keys), "tensors") as tracker:
@@ -57,7 +61,9 @@ def import_model(job: Job) -> None:
 
     def copy_assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
-        for path in hf.assets(source) + [source / CARD] * (source / CARD).is_file():  # the card changes no model: no fingerprint has it
+        for path in (
+            hf.assets(source) + [source / CARD] * (source / CARD).is_file()
+        ):  # the card changes no model: no fingerprint has it
             shutil.copy(path, folder / ASSETS)
 
     checkpoint.save(mine, job.output, job.manifest.model_copy(update={"arch": arch}), copy_assets)
@@ -78,12 +84,20 @@ def tokenize(job: Job) -> None:
         data.check_vocabulary(tokenizer, job.arch("import").vocab_size)
         try:
             # On many cores; elsewhere the launch scripts forbid it, for the sake of processes that are forked.
-            with environment_variable("TOKENIZERS_PARALLELISM", "true"), artifact.writing(job.output, job.manifest) as folder:
+            with (
+                environment_variable("TOKENIZERS_PARALLELISM", "true"),
+                artifact.writing(job.output, job.manifest) as folder,
+            ):
                 further = job.manifest.stage == "texts"
-                tokens = text.tokenize(job.recipe.data, tokenizer, folder, job.recipe.seed, further=further, progress=progress)
+                tokens = text.tokenize(
+                    job.recipe.data, tokenizer, folder, job.recipe.seed, further=further, progress=progress
+                )
         except OSError as error:
             raise InputError(f"{job.output} cannot be written: {error}") from error
-        say(f"{job.manifest.stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+        say(
+            f"{job.manifest.stage}: "
+            + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items())
+        )
 
     on_main(write, takes_long=True)
 
@@ -113,13 +127,17 @@ def depth(job: Job) -> None:
     chunks = job.build(job.recipe.base)
     for chunk in chunks:
         chunk.eval()
-    total, measure = (_task_without if settings.metric == "task" else _text_without)(job, chunks, arch.vocab_size)
+    total, measure = (_task_without if settings.metric == "task" else _text_without)(
+        job, chunks, arch.vocab_size
+    )
     greedy, gone, rounds = settings.method == "greedy", frozenset(), []
     with Tracker("depth", count, "rounds") if greedy else Tracker("depth", total, "batches") as tracker:
         for _ in range(count if greedy else 1):
             candidates = depth_candidates(settings, arch.num_layers, count, gone)
             mine = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
-            found = on_main(lambda mine=mine: mine)  # what a greedy search goes on from is the same on all ranks, to the last bit
+            found = on_main(
+                lambda mine=mine: mine
+            )  # what a greedy search goes on from is the same on all ranks, to the last bit
             if greedy:
                 best, *others = found.ranked()
                 own = {"trials": [found.trials[best]], "accuracies": found.accuracies[best : best + 1]}
@@ -128,10 +146,16 @@ def depth(job: Job) -> None:
                 rounds.append(found.model_copy(update=own))
                 gone = frozenset(found.trials[best][0])
                 accuracy = "".join(f", accuracy {share:.1%}" for share in rounds[-1].accuracies)
-                tracker.advance(1, f"without {', '.join(map(str, sorted(gone)))}: loss {found.trials[best][1]:.4f}{accuracy}")
+                tracker.advance(
+                    1,
+                    f"without {', '.join(map(str, sorted(gone)))}: loss {found.trials[best][1]:.4f}{accuracy}",
+                )
             else:
                 rounds = [found]
-    together = {name: [row for r in rounds for row in getattr(r, name)] for name in ("trials", "accuracies", "second", "second_accuracies")}
+    together = {
+        name: [row for r in rounds for row in getattr(r, name)]
+        for name in ("trials", "accuracies", "second", "second_accuracies")
+    }
     result = rounds[0].model_copy(update=together)
     on_main(lambda: result.save(job.output, job.manifest))
 
@@ -146,9 +170,15 @@ def _text_without(job: Job, chunks: list[Any], vocab_size: int) -> tuple[int, Me
     _, first = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
     groups = list(first)
 
-    def measure(candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]) -> Trials:
-        base, losses = losses_without(chunks, groups, job.world, candidates, gone=gone, vocab_size=vocab_size, progress=progress)
-        return Trials(base=base, trials=[(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)])
+    def measure(
+        candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]
+    ) -> Trials:
+        base, losses = losses_without(
+            chunks, groups, job.world, candidates, gone=gone, vocab_size=vocab_size, progress=progress
+        )
+        return Trials(
+            base=base, trials=[(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)]
+        )
 
     return len(groups), measure
 
@@ -161,9 +191,15 @@ def _task_without(job: Job, chunks: list[Any], vocab_size: int) -> tuple[int, Me
     rows, size = rows_of(items, tokenizer, job.recipe.data.sequence_length), settings.micro_batch_size
     place = {"micro_batch_size": size, "vocab_size": vocab_size, "eod": tokenizer.eod}
 
-    def measure(candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]) -> Trials:
-        whole, scores = scores_without(chunks, rows, job.world, candidates, gone=gone, **place, progress=progress)
-        shares, losses = zip(*[(result_of(items, own).accuracy, -right_log_p(items, own)) for own in (whole, *scores)])
+    def measure(
+        candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]
+    ) -> Trials:
+        whole, scores = scores_without(
+            chunks, rows, job.world, candidates, gone=gone, **place, progress=progress
+        )
+        shares, losses = zip(
+            *[(result_of(items, own).accuracy, -right_log_p(items, own)) for own in (whole, *scores)]
+        )
         trials = [(sorted(dropped), loss) for dropped, loss in zip(candidates, losses[1:])]
         return Trials(base=losses[0], trials=trials, base_accuracy=shares[0], accuracies=list(shares[1:]))
 
@@ -175,10 +211,17 @@ def prune(job: Job) -> None:
     plan = PrunePlan.load(job.paths["plan"])
     chunks = job.build(job.recipe.base)
     if plan.teacher != job.arch(job.recipe.base):
-        raise InputError(f"{job.paths['plan']} was made for another architecture than {job.paths[job.recipe.base]}; run `minitron-mp plan` again")
+        raise InputError(
+            f"{job.paths['plan']} was made for another architecture than {job.paths[job.recipe.base]}; run `minitron-mp plan` again"
+        )
     refuse("this layout does not fit the student:", layout_problems(plan.student, job.recipe.parallel.tp))
     state = slicing.prune(chunks, plan, job.world)
-    checkpoint.save(state, job.output, job.manifest.model_copy(update={"arch": plan.student}), assets_from(job.paths["import"]))
+    checkpoint.save(
+        state,
+        job.output,
+        job.manifest.model_copy(update={"arch": plan.student}),
+        assets_from(job.paths["import"]),
+    )
 
 
 def export(job: Job) -> None:
@@ -194,13 +237,17 @@ def export(job: Job) -> None:
         if job.world.is_main:
             with artifact.writing(job.output, job.manifest.model_copy(update={"arch": as_written})) as folder:
                 hf.write_folder(folder, job.paths["import"] / ASSETS, as_written, dtype, tensors)
-                card = model_card(job.recipe, job.paths, job.manifest, as_written.family, job.paths["import"] / ASSETS)
+                card = model_card(
+                    job.recipe, job.paths, job.manifest, as_written.family, job.paths["import"] / ASSETS
+                )
                 (folder / CARD).write_text(card, encoding="utf-8")
     except InputError as error:
         failure = error
     except (OSError, SafetensorError) as error:
         failure = InputError(f"{job.output} cannot be written: {error}")
-    for _ in tensors:  # reading is collective: the other ranks, and rank 0 after a failure, walk it to the end
+    for (
+        _
+    ) in tensors:  # reading is collective: the other ranks, and rank 0 after a failure, walk it to the end
         pass
     everyone(failure)
 

@@ -55,7 +55,10 @@ class Pairs:
     channels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        refuse("these states cannot be matched:", self.settings.problems(self.student.num_layers, self.teacher.num_layers))
+        refuse(
+            "these states cannot be matched:",
+            self.settings.problems(self.student.num_layers, self.teacher.num_layers),
+        )
 
     def blocks(self, parallel: Parallel) -> dict[int, list[int]]:
         """config.States.blocks of this student."""
@@ -64,8 +67,13 @@ class Pairs:
     def routes(self, parallel: Parallel, targets: dict[int, list[int]]) -> list[tuple[int, int, int]]:
         """(state of the teacher, stage of the teacher that makes it, stage that wants it) of each pair; targets: as blocks() gives them."""
         wanted_on = {block - 1: stage for stage, blocks in targets.items() for block in blocks}
-        made_on = [parallel.place_of_state(state, self.teacher.num_layers)[0] for _, state in self.settings.layers]
-        return [(state, made_on[number], wanted_on[number]) for number, (_, state) in enumerate(self.settings.layers)]
+        made_on = [
+            parallel.place_of_state(state, self.teacher.num_layers)[0] for _, state in self.settings.layers
+        ]
+        return [
+            (state, made_on[number], wanted_on[number])
+            for number, (_, state) in enumerate(self.settings.layers)
+        ]
 
     def first_projection(self) -> Tensor | None:
         """W [h_t, h_s] at the start, float32; None where the widths are equal."""
@@ -82,7 +90,9 @@ class Pairs:
 class Capture:
     """Keeps the states of a frozen teacher's microbatches, and hands them to the pipeline stages that want them."""
 
-    def __init__(self, chunks: list[Any], world: World, routes: Sequence[tuple[int, int, int]], num_layers: int):
+    def __init__(
+        self, chunks: list[Any], world: World, routes: Sequence[tuple[int, int, int]], num_layers: int
+    ):
         self.world, self.routes, self.config = world, routes, chunks[0].config
         self.kept: dict[int, list[Tensor]] = {}
         for state in {state for state, *_ in routes}:
@@ -133,12 +143,16 @@ class States:
     def __init__(self, models: list[Any], teacher: Any, settings: Training, world: World):
         pairs: Pairs | None = getattr(teacher, "pairs", None)
         if pairs is None:
-            raise InputError("distill.states is given, and the teacher makes no states; make it with pairs=states.Pairs(...)")
+            raise InputError(
+                "distill.states is given, and the teacher makes no states; make it with pairs=states.Pairs(...)"
+            )
         self.pairs, self.world, self.teacher, self.settings = pairs, world, teacher, pairs.settings
         p, depth = world.parallel, pairs.student.num_layers
         here = [block - 1 for block in pairs.blocks(p).get(world.groups.pp.rank(), []) if block]
         self.places = {number: place for place, number in enumerate(here)}
-        self.counts = p.sequence_parallel or world.groups.tp.rank() == 0  # else all tensor parallel ranks have the same tokens
+        self.counts = (
+            p.sequence_parallel or world.groups.tp.rank() == 0
+        )  # else all tensor parallel ranks have the same tokens
         self.current: tuple[Tensor, list[Tensor]] | None = None
         self.sum = torch.zeros((), dtype=torch.float64, device=world.device)
         first = 1.0 if self.settings.weight == "dynamic" else self.settings.weight
@@ -148,14 +162,19 @@ class States:
         self.optimizer: torch.optim.Optimizer | None = None
         if self.weight is not None:
             self.weight.grad = torch.zeros_like(self.weight)
-            options = {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.weight_decay}
+            options = {
+                "betas": (settings.adam_beta1, settings.adam_beta2),
+                "weight_decay": settings.weight_decay,
+            }
             self.optimizer = torch.optim.AdamW([self.weight], lr=settings.lr, **options)
         self.handles = []
         for number in here:
             norm = _norm(models, pairs.settings.layers[number][0], depth)
             assert norm is not None, f"pair {number} is not on this stage"
             site = _Site(number)
-            self.handles.append(norm.register_forward_hook(lambda _, __, output, site=site: self._match(site, output)))
+            self.handles.append(
+                norm.register_forward_hook(lambda _, __, output, site=site: self._match(site, output))
+            )
 
     def begin(self, batch: Batch) -> None:
         """Before a chunk runs a microbatch (schedule.run's on_batch)."""
@@ -187,10 +206,21 @@ class States:
         """Sharded state for checkpoint.save() and load(): alpha, the projection and its moments."""
         tensors = {"alpha": self.alpha}
         if self.weight is not None:
-            moments = self.optimizer.state[self.weight] or {name: torch.zeros_like(self.weight) for name in ("exp_avg", "exp_avg_sq")}
-            tensors |= {"projection": self.weight.detach(), "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+            moments = self.optimizer.state[self.weight] or {
+                name: torch.zeros_like(self.weight) for name in ("exp_avg", "exp_avg_sq")
+            }
+            tensors |= {
+                "projection": self.weight.detach(),
+                "exp_avg": moments["exp_avg"],
+                "exp_avg_sq": moments["exp_avg_sq"],
+            }
         key = "states.{}".format
-        return {key(name): ShardedTensor.from_rank_offsets(key(name), tensor.cpu().clone(), replica_id=dist.get_rank()) for name, tensor in tensors.items()}
+        return {
+            key(name): ShardedTensor.from_rank_offsets(
+                key(name), tensor.cpu().clone(), replica_id=dist.get_rank()
+            )
+            for name, tensor in tensors.items()
+        }
 
     @torch.no_grad()
     def load(self, state: dict[str, Any], step: int) -> None:
@@ -198,7 +228,9 @@ class States:
         self.alpha = state["states.alpha"].to(self.world.device)
         if self.weight is not None:
             self.weight.copy_(state["states.projection"])
-            moments = {name: state[f"states.{name}"].to(self.world.device) for name in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                name: state[f"states.{name}"].to(self.world.device) for name in ("exp_avg", "exp_avg_sq")
+            }
             self.optimizer.state[self.weight] = {"step": torch.tensor(float(step)), **moments}
 
     def remove(self) -> None:
@@ -211,7 +243,9 @@ class States:
         if self.current is None:
             return None
         now = self.current[0], self.current[1][self.places[site.number]]
-        if not torch.is_grad_enabled():  # the layer runs again in the backward pass, microbatches in the same order
+        if (
+            not torch.is_grad_enabled()
+        ):  # the layer runs again in the backward pass, microbatches in the same order
             site.recomputed.append(now)
             return None
         mask, t = site.recomputed.popleft() if site.recomputed else now
@@ -224,8 +258,13 @@ class States:
             mask = mask.chunk(tp.size())[tp.rank()]
         with torch.enable_grad():
             own = x.detach().float().requires_grad_()
-            total = (distance(own if self.weight is None else own @ self.weight.t(), t.float(), self.settings.kind) * mask).sum()
-            gradient, *of_weight = torch.autograd.grad(total * self.alpha.float(), [own] if self.weight is None else [own, self.weight])
+            total = (
+                distance(own if self.weight is None else own @ self.weight.t(), t.float(), self.settings.kind)
+                * mask
+            ).sum()
+            gradient, *of_weight = torch.autograd.grad(
+                total * self.alpha.float(), [own] if self.weight is None else [own, self.weight]
+            )
         if self.counts:
             self.sum += total.detach()
         if of_weight:
@@ -261,7 +300,9 @@ def _norm(chunks: list[Any], state: int, num_layers: int) -> Any:
         blocks = {block.layer_number - 1: block.input_layernorm for block in chunk.decoder.layers}
         norm = blocks.get(state) if state < num_layers else chunk.decoder.final_layernorm
         if isinstance(norm, IdentityOp):
-            raise InputError(f"layer {state} has its norm inside a linear layer (Megatron's own Transformer Engine spec); states need a model of build_model()")
+            raise InputError(
+                f"layer {state} has its norm inside a linear layer (Megatron's own Transformer Engine spec); states need a model of build_model()"
+            )
         if norm is not None:
             return norm
     return None

@@ -91,7 +91,11 @@ class Shape:
     def local(self, parallel: Parallel) -> tuple[int, int, int]:
         """[s', b, n'] of one rank of the last stage."""
         rows = sum(high - low for low, high, _ in rows_of(self, parallel, 0, 0))
-        return rows, self.micro_batch_size, self.width // parallel.tp if self.payload == "logits" else self.width
+        return (
+            rows,
+            self.micro_batch_size,
+            self.width // parallel.tp if self.payload == "logits" else self.width,
+        )
 
     def bytes_per_token(self) -> int:
         return self.width * self.dtype.itemsize
@@ -122,9 +126,15 @@ def rows_of(shape: Shape, parallel: Parallel, cp: int, tp: int) -> list[tuple[in
     """(first global token, end, place in the local tensor) of the intervals that a rank of the last stage holds, in local order."""
     n = parallel.cp
     half = shape.sequence_length // (2 * n)
-    intervals = [(0, shape.sequence_length)] if n == 1 else [(i * half, (i + 1) * half) for i in (cp, 2 * n - 1 - cp)]
+    intervals = (
+        [(0, shape.sequence_length)] if n == 1 else [(i * half, (i + 1) * half) for i in (cp, 2 * n - 1 - cp)]
+    )
     local = shape.sequence_length // n
-    low, high = (tp * local // parallel.tp, (tp + 1) * local // parallel.tp) if splits_sequence(shape, parallel) else (0, local)
+    low, high = (
+        (tp * local // parallel.tp, (tp + 1) * local // parallel.tp)
+        if splits_sequence(shape, parallel)
+        else (0, local)
+    )
     found, place = [], 0
     for first, end in intervals:  # place: of the interval among the tokens of this context parallel rank
         a, b = max(low, place), min(high, place + end - first)
@@ -141,13 +151,18 @@ def columns_of(shape: Shape, parallel: Parallel, tp: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def messages(shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int, stage: int = -1) -> tuple[Message, ...]:
+def messages(
+    shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int, stage: int = -1
+) -> tuple[Message, ...]:
     """All blocks that go from one teacher replica to a stage of one student replica for a microbatch, in the order in which both ends walk them."""
     found = []
     for (cp_s, tp_s), (cp_t, tp_t) in itertools.product(_places(student.parallel), _places(teacher.parallel)):
         if tp_t and shape.payload != "logits" and not splits_sequence(shape, teacher.parallel):
             continue  # all tensor parallel ranks have the same: the first one sends
-        (low_s, high_s), (low_t, high_t) = columns_of(shape, student.parallel, tp_s), columns_of(shape, teacher.parallel, tp_t)
+        (low_s, high_s), (low_t, high_t) = (
+            columns_of(shape, student.parallel, tp_s),
+            columns_of(shape, teacher.parallel, tp_t),
+        )
         low, high = max(low_s, low_t), min(high_s, high_t)
         if low >= high:
             continue
@@ -157,7 +172,10 @@ def messages(shape: Shape, teacher: Grid, student: Grid, teacher_dp: int, studen
         ):
             a, b = max(first_s, first_t), min(end_s, end_t)
             if a < b:
-                rows = slice(at_t + a - first_t, at_t + b - first_t), slice(at_s + a - first_s, at_s + b - first_s)
+                rows = (
+                    slice(at_t + a - first_t, at_t + b - first_t),
+                    slice(at_s + a - first_s, at_s + b - first_s),
+                )
                 ends = teacher.last_stage(teacher_dp, cp_t, tp_t), student.rank(stage, student_dp, cp_s, tp_s)
                 found.append(Message(*ends, rows[0], columns[0], rows[1], columns[1]))
     return tuple(found)
@@ -189,7 +207,10 @@ class Link:
 
     def to_stages(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Link]:
         """Stage -> its link, where each stage receives some blocks of the width of this link's payload."""
-        return {stage: replace(self, stage=stage, shape=replace(self.shape, width=len(own) * self.shape.width)) for stage, own in blocks.items()}
+        return {
+            stage: replace(self, stage=stage, shape=replace(self.shape, width=len(own) * self.shape.width))
+            for stage, own in blocks.items()
+        }
 
     def fail(self, rank: int, what: str, error: BaseException | None = None) -> StreamError:
         """The error of this rank's wait for another: names the rank at the end of the chain of waits.
@@ -198,14 +219,20 @@ class Link:
         it waits; a rank that says nothing is dead or hangs.
         """
         bridge = self.bridge
-        cause = f" ({str(error).splitlines()[0].split('] ')[-1].split('. ')[0]})" if error is not None and str(error) else ""
+        cause = (
+            f" ({str(error).splitlines()[0].split('] ')[-1].split('. ')[0]})"
+            if error is not None and str(error)
+            else ""
+        )
         text = f"{self.describe(rank)} {what}{cause}"
         blame = bridge.blame(rank, text) if error is not None else text
         return StreamError(bridge.reason() or bridge.report(blame))
 
     def describe(self, rank: int) -> str:
         """Role and place of a job rank."""
-        return next(g for g in (self.teacher, *self.students) if g.first <= rank < g.first + g.size).describe(rank)
+        return next(g for g in (self.teacher, *self.students) if g.first <= rank < g.first + g.size).describe(
+            rank
+        )
 
 
 class Sender:
@@ -213,7 +240,9 @@ class Sender:
 
     def __init__(self, link: Link):
         self.link = link
-        self.flying: deque[tuple[int, dict[int, tuple[Any, Tensor]], list[Any]]] = deque()  # id, credits that are owed, sends under way
+        self.flying: deque[tuple[int, dict[int, tuple[Any, Tensor]], list[Any]]] = (
+            deque()
+        )  # id, credits that are owed, sends under way
         self.most_in_flight = 0
         self.said: list[Any] = []
 
@@ -227,7 +256,9 @@ class Sender:
         """signal [s', b, n'] of this rank, contiguous; may be overwritten when its credits are there."""
         link, rank = self.link, self.link.bridge.rank
         assert len(self.flying) < link.window, "make_room() first"
-        blocks = [block for student in link.students for block in link.blocks(id, student) if block.source == rank]
+        blocks = [
+            block for student in link.students for block in link.blocks(id, student) if block.source == rank
+        ]
         works: list[Any] = []
         # Announced when it is there: the student then posts its receive, and an NCCL kernel that waits for this rank's forward pass
         # would take processors from the student's.
@@ -329,7 +360,9 @@ class Receiver:
     def __init__(self, link: Link, student: Grid, ids: Sequence[int], device: torch.device):
         self.link, self.student, self.ids, self.device = link, student, ids, device
         self.arrived: dict[int, _Arrival] = {}
-        self.credit = {dp: link.window for dp in range(link.teacher.dp)}  # microbatches that a teacher replica may have in flight
+        self.credit = {
+            dp: link.window for dp in range(link.teacher.dp)
+        }  # microbatches that a teacher replica may have in flight
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.closed = False
@@ -346,7 +379,11 @@ class Receiver:
         if arrival is None:
             # Only now does this rank wait for the other: before, the thread was ahead of it.
             error = self.failure
-            raise self.link.fail(error.rank, error.what, error.__cause__) if isinstance(error, _Broken) else RuntimeError(str(error)) from error
+            raise (
+                self.link.fail(error.rank, error.what, error.__cause__)
+                if isinstance(error, _Broken)
+                else RuntimeError(str(error))
+            ) from error
         if arrival.event is not None:
             torch.cuda.current_stream().wait_event(arrival.event)
             arrival.signal.record_stream(torch.cuda.current_stream())
@@ -371,7 +408,9 @@ class Receiver:
         self.thread.join()
 
     def _blocks(self, id: int) -> list[Message]:
-        return [block for block in self.link.blocks(id, self.student) if block.target == self.link.bridge.rank]
+        return [
+            block for block in self.link.blocks(id, self.student) if block.target == self.link.bridge.rank
+        ]
 
     def _listen(self) -> None:
         if self.device.type == "cuda":
@@ -411,12 +450,18 @@ class Receiver:
                 return None
             if number.item() != id:
                 raise _Broken(source, f"announced microbatch {number.item()}, microbatch {id} was due")
-        with bridge.stream(behind_current=False):  # the buffer is new, the student's work no concern of the transfer
+        with bridge.stream(
+            behind_current=False
+        ):  # the buffer is new, the student's work no concern of the transfer
             signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype, device=self.device)
             parts = []
             for block in blocks:
                 view = signal[block.target_rows, :, block.target_columns]
-                part = view if view.is_contiguous() else torch.empty(view.shape, dtype=view.dtype, device=view.device)
+                part = (
+                    view
+                    if view.is_contiguous()
+                    else torch.empty(view.shape, dtype=view.dtype, device=view.device)
+                )
                 parts.append((bridge.data.recv([part], block.source, DATA), block, view, part))
                 link.bytes_moved += part.nbytes
             for work, block, view, part in parts:

@@ -45,7 +45,9 @@ def rows_of(items: list[Item], tokenizer: Tokenizer, sequence_length: int) -> li
     rows = []
     for all_tokens, context in zip(whole, before):
         all_tokens, context = first + all_tokens, first + context
-        start = min(max(len(context), 1), len(all_tokens) - 1)  # the first token has nothing before it that could make it likely
+        start = min(
+            max(len(context), 1), len(all_tokens) - 1
+        )  # the first token has nothing before it that could make it likely
         cut = max(0, len(all_tokens) - sequence_length - 1)
         rows.append(Row(all_tokens[cut:], max(1, start - cut)))
     return rows
@@ -64,8 +66,15 @@ def judge(
 ) -> dict[str, TaskResult]:
     """Results of each model, the same on every rank; reached by all ranks. Contexts longer than the sequence lose their beginning."""
     rows = rows_of(items, tokenizer, sequence_length)
-    options = {"micro_batch_size": micro_batch_size, "vocab_size": vocab_size, "eod": tokenizer.eod, "progress": progress}
-    return {name: result_of(items, score_rows(chunks, rows, world, **options)) for name, chunks in models.items()}
+    options = {
+        "micro_batch_size": micro_batch_size,
+        "vocab_size": vocab_size,
+        "eod": tokenizer.eod,
+        "progress": progress,
+    }
+    return {
+        name: result_of(items, score_rows(chunks, rows, world, **options)) for name, chunks in models.items()
+    }
 
 
 def result_of(items: list[Item], scores: Tensor) -> TaskResult:

@@ -47,11 +47,22 @@ class ColocatedTeacher:
     teacher's head to a chunk of tokens at a time.
     """
 
-    def __init__(self, arch: Arch, folder: Path, world: World, *, pairs: Pairs | None = None, prefix: str = "", **build: Any):
+    def __init__(
+        self,
+        arch: Arch,
+        folder: Path,
+        world: World,
+        *,
+        pairs: Pairs | None = None,
+        prefix: str = "",
+        **build: Any,
+    ):
         """build: what build_model() takes."""
         self.world, self.pairs = world, pairs
         self.chunks = frozen_model(arch, folder, world, prefix=prefix, **build)
-        self.capture = pairs and Capture(self.chunks, world, pairs.routes(world.parallel, pairs.blocks(world.parallel)), arch.num_layers)
+        self.capture = pairs and Capture(
+            self.chunks, world, pairs.routes(world.parallel, pairs.blocks(world.parallel)), arch.num_layers
+        )
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
         """One entry a microbatch, on all ranks."""
@@ -81,7 +92,15 @@ class RemoteTeacher:
     """A teacher elsewhere: receiver is a stream.Receiver or cache.Reader, on the last stage, and on those that want states. head [v/tp, h_t]: the
     teacher's, for hidden states."""
 
-    def __init__(self, receiver: Any, payload: Payload, head: Tensor | None, world: World, pairs: Pairs | None = None, ending: Ending | None = None):
+    def __init__(
+        self,
+        receiver: Any,
+        payload: Payload,
+        head: Tensor | None,
+        world: World,
+        pairs: Pairs | None = None,
+        ending: Ending | None = None,
+    ):
         self.receiver, self.payload, self.head, self.world, self.pairs = receiver, payload, head, world, pairs
         self.ending = ending
         """Of a stream that may end early."""
@@ -96,7 +115,11 @@ class RemoteTeacher:
 
     def target(self, signal: int) -> losses.Teacher:
         assert self.receiver is not None, "signals arrive on the last stage"
-        received = self.held.pop(signal)[..., : self.pairs.teacher.hidden_size] if self.pairs else self.receiver.get(signal)
+        received = (
+            self.held.pop(signal)[..., : self.pairs.teacher.hidden_size]
+            if self.pairs
+            else self.receiver.get(signal)
+        )
         if self.payload == "hidden":
             assert self.head is not None
             return TeacherHidden(received, self.head)
@@ -187,15 +210,27 @@ def serve(
     of the student as far as the sender has room, over optimizer steps as well: the teacher is frozen and the data known. ending: asked
     before each group whether the ids end early. Returns when everything is consumed.
     """
-    pack = partial(payload_of, chunks[-1], shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature)
-    capture = pairs and Capture(
-        chunks, world, pairs.routes(world.parallel, {world.parallel.pp - 1: [*range(len(pairs.settings.layers) + 1)]}), pairs.teacher.num_layers
+    pack = partial(
+        payload_of, chunks[-1], shape, world, vocab_size=vocab_size, top_k=top_k, temperature=temperature
     )
-    block, limit = min(group, world.parallel.pp) * teacher.dp, None  # enough to fill the pipeline of each replica
+    capture = pairs and Capture(
+        chunks,
+        world,
+        pairs.routes(world.parallel, {world.parallel.pp - 1: [*range(len(pairs.settings.layers) + 1)]}),
+        pairs.teacher.num_layers,
+    )
+    block, limit = (
+        min(group, world.parallel.pp) * teacher.dp,
+        None,
+    )  # enough to fill the pipeline of each replica
     for place in range(0, len(ids), block):
         if ending is not None and limit is None:
             limit = ending.limit(ids[place], world.leaving)
-        part = [id for id in ids[place : place + block] if id % teacher.dp == world.groups.dp.rank() and (limit is None or id < limit)]
+        part = [
+            id
+            for id in ids[place : place + block]
+            if id % teacher.dp == world.groups.dp.rank() and (limit is None or id < limit)
+        ]
         if not part:
             continue
         if sender is not None:
@@ -215,7 +250,9 @@ def serve(
         sender.finish()
 
 
-def payload_of(model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_size: int, top_k: int, temperature: float) -> Tensor:
+def payload_of(
+    model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_size: int, top_k: int, temperature: float
+) -> Tensor:
     """What a rank of the teacher's last stage sends, [s', b, n'], from hidden [s', b, h]."""
     if shape.payload == "logits":
         return logits(model, hidden).to(shape.dtype)
@@ -224,9 +261,13 @@ def payload_of(model: Any, shape: Shape, world: World, hidden: Tensor, *, vocab_
         # From float32: in logits rounded to bf16 the probabilities would be off by percents.
         tokens, b = shape.sequence_length // world.parallel.cp, hidden.shape[1]
         parts = losses.float32_logits(hidden, output_weight(model), tokens, world.groups.tp)
-        own = torch.cat([pack_top_k(top_k_of(z, top_k, vocab_size, world.groups.tp, temperature)) for z in parts]).view(tokens, b, -1)
+        own = torch.cat(
+            [pack_top_k(top_k_of(z, top_k, vocab_size, world.groups.tp, temperature)) for z in parts]
+        ).view(tokens, b, -1)
     tp = world.groups.tp
-    if splits_sequence(shape, world.parallel) and not (shape.payload == "hidden" and world.parallel.sequence_parallel):
+    if splits_sequence(shape, world.parallel) and not (
+        shape.payload == "hidden" and world.parallel.sequence_parallel
+    ):
         own = own.chunk(tp.size())[tp.rank()]  # all tensor parallel ranks have all tokens; each sends a part
     return own
 
@@ -241,7 +282,9 @@ def top_k_of(z: Tensor, k: int, vocab_size: int, group: Any, temperature: float)
     indices = _gather_last(indices + first, group).gather(-1, order)
     # The rest is summed: one minus the k would cancel. Tokens of other ranks go to a column behind the last.
     place = indices - first
-    rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, torch.where((place >= 0) & (place < columns), place, columns), -torch.inf)
+    rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(
+        -1, torch.where((place >= 0) & (place < columns), place, columns), -torch.inf
+    )
     rest = torch.logsumexp(_gather_last(torch.logsumexp(rest, -1, keepdim=True), group), -1, keepdim=True)
     total = torch.logaddexp(torch.logsumexp(values, -1, keepdim=True), rest)
     return TeacherTopK(indices, values - total, rest - total)
@@ -258,10 +301,14 @@ def _gather_last(x: Tensor, group: Any) -> Tensor:
 
 def pack_top_k(top: TeacherTopK) -> Tensor:
     """int32 [s, b, 2k + 1]: the bits of log_probs and log_ghost, and the indices."""
-    return torch.cat([top.log_probs.view(torch.int32), top.log_ghost.view(torch.int32), top.indices.int()], -1)
+    return torch.cat(
+        [top.log_probs.view(torch.int32), top.log_ghost.view(torch.int32), top.indices.int()], -1
+    )
 
 
 def unpack_top_k(packed: Tensor) -> TeacherTopK:
     k = packed.shape[-1] // 2
     log_probs, log_ghost, indices = packed.split([k, 1, k], -1)
-    return TeacherTopK(indices.long(), log_probs.contiguous().view(torch.float32), log_ghost.contiguous().view(torch.float32))
+    return TeacherTopK(
+        indices.long(), log_probs.contiguous().view(torch.float32), log_ghost.contiguous().view(torch.float32)
+    )

@@ -41,7 +41,13 @@ Files = list[tuple[str, Path]]
 
 
 def tokenize(
-    data: Data, tokenizer: Tokenizer, output: Path, seed: int, *, further: bool = False, progress: Callable[[int], None] | None = None
+    data: Data,
+    tokenizer: Tokenizer,
+    output: Path,
+    seed: int,
+    *,
+    further: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
     """Write the three parts, or with `further` those of data.held_out, below output and return the tokens of each. For one process.
 
@@ -64,7 +70,9 @@ def tokenize(
 
     def add(part: str, ids: np.ndarray) -> None:
         if part not in builders:
-            builders[part] = IndexedDatasetBuilder(str(output / f"{part}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+            builders[part] = IndexedDatasetBuilder(
+                str(output / f"{part}.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size)
+            )
         builders[part].add_document(ids, [len(ids)])
 
     while batch := _batch(documents):
@@ -80,10 +88,16 @@ def tokenize(
     for part, builder in builders.items():
         builder.finalize(str(output / f"{part}.idx"))
 
-    parts = {part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in names}
+    parts = {
+        part: [part] * (part in builders) + (inputs[part][1] if part in inputs else []) for part in names
+    }
     if empty := [part for part in parts if not parts[part]]:
         cure = f"raise data.valid_fraction ({data.valid_fraction}), or list data.calibration, data.train and data.valid"
-        held = "its documents are blank" if data.train else f"{', '.join(inputs)} held {done} documents that are not blank; give more, {cure}"
+        held = (
+            "its documents are blank"
+            if data.train
+            else f"{', '.join(inputs)} held {done} documents that are not blank; give more, {cure}"
+        )
         raise InputError(f"no text for {', '.join(empty)}: {held}")
     write_text(output / PARTS_FILE, json.dumps(parts, indent=1))
     return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in parts}
@@ -103,18 +117,27 @@ def fingerprint(data: Data, further: bool = False) -> str:
     """Identity of the text: of the files, or of the Python whose standard library is read. The tokenizer is no part of it. further: of data.held_out."""
     rows = []
     for field, (files, prefixes) in _inputs(data, further).items():
-        paths = [path for _, path in files] + [Path(prefix + suffix) for prefix in prefixes for suffix in (".bin", ".idx")]
+        paths = [path for _, path in files] + [
+            Path(prefix + suffix) for prefix in prefixes for suffix in (".bin", ".idx")
+        ]
         if field == STDLIB:
-            rows.append(f"{STDLIB} {platform.python_version()}: {len(paths)} files, {sum(path.stat().st_size for path in paths)} bytes")
+            rows.append(
+                f"{STDLIB} {platform.python_version()}: {len(paths)} files, {sum(path.stat().st_size for path in paths)} bytes"
+            )
         else:
-            names = hashlib.sha256(repr([name for name, _ in files]).encode()).hexdigest()[:16]  # a document's name and place choose its part
+            names = hashlib.sha256(repr([name for name, _ in files]).encode()).hexdigest()[
+                :16
+            ]  # a document's name and place choose its part
             rows.append(f"{field} {names} {fingerprint_files(paths)}")
     return ", ".join(rows)
 
 
 def shared(data: Data, one: str, other: str) -> list[str]:
     """Files and Megatron prefixes that two listed parts both hold."""
-    held = [{str(path.resolve()) for _, path in files} | set(prefixes) for files, prefixes in map(_inputs(data).__getitem__, (one, other))]
+    held = [
+        {str(path.resolve()) for _, path in files} | set(prefixes)
+        for files, prefixes in map(_inputs(data).__getitem__, (one, other))
+    ]
     return sorted(held[0] & held[1])
 
 
@@ -129,12 +152,18 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
 
     try:
         size = Path(prefix + ".bin").stat().st_size
-        dataset = IndexedDataset(prefix)  # needs a name: its arrays point into a map of the file that goes with it
+        dataset = IndexedDataset(
+            prefix
+        )  # needs a name: its arrays point into a map of the file that goes with it
         num_tokens, dtype = int(dataset.sequence_lengths.sum()), np.dtype(dataset.index.dtype)
     except (AssertionError, ValueError, OSError, struct.error) as error:
-        raise InputError(f"{prefix}.bin and .idx are no Megatron indexed dataset ({error}); make or copy them again") from error
+        raise InputError(
+            f"{prefix}.bin and .idx are no Megatron indexed dataset ({error}); make or copy them again"
+        ) from error
     if not 0 < num_tokens * dtype.itemsize <= size:
-        raise InputError(f"{prefix}.bin has {size} bytes, its index tells of {num_tokens} tokens of {dtype.itemsize} bytes; make or copy it again")
+        raise InputError(
+            f"{prefix}.bin has {size} bytes, its index tells of {num_tokens} tokens of {dtype.itemsize} bytes; make or copy it again"
+        )
     return num_tokens, dtype
 
 
@@ -142,7 +171,10 @@ def _inputs(data: Data, further: bool = False) -> dict[str, tuple[Files, list[st
     """Text files and absolute Megatron prefixes of each part when the parts are listed, else of "source" or "python-stdlib"; or of data.held_out."""
     problems: list[str] = []
     if further:
-        inputs = {name: _resolve(entries, f"data.held_out.{name}", problems) for name, entries in data.held_out.items()}
+        inputs = {
+            name: _resolve(entries, f"data.held_out.{name}", problems)
+            for name, entries in data.held_out.items()
+        }
     elif not data.train and data.source in (STDLIB, [STDLIB]):
         inputs = {STDLIB: (_stdlib_files(), [])}
     else:
@@ -157,7 +189,10 @@ def _stdlib_files() -> Files:
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     names = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [(name, root / name) for name in sorted(path.as_posix() for path in names if not skip.intersection(path.parts))]
+    return [
+        (name, root / name)
+        for name in sorted(path.as_posix() for path in names if not skip.intersection(path.parts))
+    ]
 
 
 def _resolve(entries: list[str], field: str, problems: list[str]) -> tuple[Files, list[str]]:
@@ -168,19 +203,27 @@ def _resolve(entries: list[str], field: str, problems: list[str]) -> tuple[Files
         problems.append(f"{field} is empty; give files or folders of .txt and .jsonl")
     for entry in entries:
         path, prefix = Path(entry), entry.removesuffix(".bin").removesuffix(".idx")
-        if Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file():  # before folders: Megatron makes <prefix>/cache
+        if (
+            Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file()
+        ):  # before folders: Megatron makes <prefix>/cache
             prefixes.append(str(Path(prefix).resolve()))
         elif path.is_dir():
-            names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+            names = sorted(
+                p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")
+            )
             files += [(name, path / name) for name in names]
             if not names:
-                problems.append(f"{field}: {entry} is a folder without .txt and .jsonl files (Megatron data is named by its prefix)")
+                problems.append(
+                    f"{field}: {entry} is a folder without .txt and .jsonl files (Megatron data is named by its prefix)"
+                )
         elif path.suffix in (".txt", ".jsonl") and path.is_file():
             files.append((path.name, path))
         elif path.exists():
             problems.append(f"{field}: {entry} is no .txt or .jsonl file, nor one of a .bin and .idx pair")
         else:
-            problems.append(f"{field}: {entry} does not exist, nor do {prefix}.bin and {prefix}.idx; paths are relative to {Path.cwd()}")
+            problems.append(
+                f"{field}: {entry} does not exist, nor do {prefix}.bin and {prefix}.idx; paths are relative to {Path.cwd()}"
+            )
     return files, prefixes
 
 
@@ -195,14 +238,18 @@ def _batch(documents: Iterator[tuple[str, str]], size: int = 1 << 21) -> list[tu
     return batch
 
 
-def _documents(inputs: dict[str, tuple[Files, list[str]]], valid_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
+def _documents(
+    inputs: dict[str, tuple[Files, list[str]]], valid_fraction: float, seed: int
+) -> Iterator[tuple[str, str]]:
     """(part, text) of every document that is not blank; all of a document is in one part.
 
     Except where a source has so few that a part might get none: there they are cut to a thousandth of it, and the pieces are shared out.
     """
     for field, (files, _) in inputs.items():
         whole = field != "source" or _has_documents(files, math.ceil(FEW / valid_fraction))
-        longest = PIECE if whole else min(max(4000, sum(path.stat().st_size for _, path in files) // 1000), PIECE)
+        longest = (
+            PIECE if whole else min(max(4000, sum(path.stat().st_size for _, path in files) // 1000), PIECE)
+        )
         for name, path in files:
             for number, (document, text) in enumerate(_texts(path, longest)):
                 if text.strip():
@@ -239,7 +286,9 @@ def _texts(path: Path, piece_size: int) -> Iterator[tuple[int, str]]:
                 yield from ((number, piece) for piece in _pieces(lines, piece_size))
     except UnicodeDecodeError as error:
         if path.suffix != ".py":
-            raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv") from error
+            raise InputError(
+                f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv"
+            ) from error
 
 
 def _records(lines: Iterable[str], path: Path) -> Iterator[str]:
@@ -249,7 +298,9 @@ def _records(lines: Iterable[str], path: Path) -> Iterator[str]:
             with suppress(ValueError, KeyError, TypeError):
                 text = json.loads(line)["text"]
             if not isinstance(text, str):
-                raise InputError(f'{path} line {number} is no JSON object with a string in the field "text": {line[:80].strip()!r}')
+                raise InputError(
+                    f'{path} line {number} is no JSON object with a string in the field "text": {line[:80].strip()!r}'
+                )
             yield text
 
 
@@ -281,4 +332,6 @@ def _check_ids(prefix: str, vocab_size: int) -> None:
     ids, many = np.memmap(prefix + ".bin", tokens_of(prefix)[1], mode="r"), 1 << 22
     largest = max(ids[:many].max(), ids[-many:].max())
     if largest >= vocab_size:
-        raise InputError(f"{prefix} holds token id {largest}, the tokenizer has ids up to {vocab_size - 1}; tokenize the text again, or set data.tokenizer")
+        raise InputError(
+            f"{prefix} holds token id {largest}, the tokenizer has ids up to {vocab_size - 1}; tokenize the text again, or set data.tokenizer"
+        )

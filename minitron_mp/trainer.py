@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -90,8 +94,14 @@ def train(
     """
     place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
     try:
-        training = Run(chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, work=work, **place)
-        profiler = Profiler(settings.profile, world, profile_folder, manifest.stage) if settings.profile and profile_folder else None
+        training = Run(
+            chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, work=work, **place
+        )
+        profiler = (
+            Profiler(settings.profile, world, profile_folder, manifest.stage)
+            if settings.profile and profile_folder
+            else None
+        )
         last = min(settings.steps, training.done + (stop_after or settings.steps))
         try:
             train_together([training], teacher, batches_of, last, seed=seed, profiler=profiler)
@@ -132,7 +142,9 @@ def train_together(
             profiler.before(step)
         batches = with_signals(teacher, batches_of(step), step)
         for training in [one for one in runs if one.done == step]:
-            if not training.settings.cuda_graphs:  # recorded layers hold on to their random streams, and draw nothing from them
+            if (
+                not training.settings.cuda_graphs
+            ):  # recorded layers hold on to their random streams, and draw nothing from them
                 seed_all(seed + step)
             try:
                 training.step(batches, is_last=step + 1 == last)
@@ -181,7 +193,13 @@ class Run:
         companion: Any = None,
         work: Work | None = None,
     ):
-        self.settings, self.world, self.checkpoints, self.manifest, self.on_step = settings, world, checkpoints, manifest, on_step
+        self.settings, self.world, self.checkpoints, self.manifest, self.on_step = (
+            settings,
+            world,
+            checkpoints,
+            manifest,
+            on_step,
+        )
         self.companion, self.teacher, self.work = companion, teacher, work
         self.models, self.optimizer, self.scheduler = _prepare(chunks, settings, world)
         self.states = States(self.models, teacher, settings, world) if settings.states else None
@@ -220,19 +238,32 @@ class Run:
         self.loss.sums.zero_()
         if self.states:
             self.states.start_step()
-        run(self.models, batches, self.world, loss, train=True, **({"on_batch": self.states.begin} if self.states else {}))
+        run(
+            self.models,
+            batches,
+            self.world,
+            loss,
+            train=True,
+            **({"on_batch": self.states.begin} if self.states else {}),
+        )
 
     def update(self, *, is_last: bool = False) -> None:
         """The optimizer's part of a step, its log, and a checkpoint when it is time."""
         self.scheduler.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         # Of this rank alone: elsewhere there is no loss, or the same.
-        sums = self.loss.sums.clone() if self.world.is_last_stage and self.world.groups.tp.rank() == 0 else torch.zeros_like(self.loss.sums)
+        sums = (
+            self.loss.sums.clone()
+            if self.world.is_last_stage and self.world.groups.tp.rank() == 0
+            else torch.zeros_like(self.loss.sums)
+        )
         lr, alpha = self.optimizer.param_groups[0]["lr"], self.states and self.states.alpha
         self.sums.append(torch.cat([sums, self.states.sum[None]]) if self.states else sums)
         self.pending.append((self.done, lr, float(grad_norm or 0.0), alpha))
         if self.states:
-            self.states.end_step(sums[1] * self.settings.kl_weight * self.settings.temperature**2, sums[3], lr)
+            self.states.end_step(
+                sums[1] * self.settings.kl_weight * self.settings.temperature**2, sums[3], lr
+            )
         self.done += 1
         if self.settings.collect_interval and self.done % self.settings.collect_interval == 0:
             gc.collect()
@@ -268,12 +299,17 @@ class Run:
         self.leave, self.save_now = (wish or "another rank was told to") if wishes else "", to_measure > 0
         clock = {"peak_memory_gib": max(memory), "save_s": self.stood_s or None}
         if receivers:
-            clock |= {"teacher_wait_s": wait_s / receivers / len(self.pending), "transport_gb_per_s": num_bytes / seconds / 1e9}
+            clock |= {
+                "teacher_wait_s": wait_s / receivers / len(self.pending),
+                "transport_gb_per_s": num_bytes / seconds / 1e9,
+            }
         pace, self.stood_s = (time.perf_counter() - self.begin) / max(1, self.done - self.first), 0.0
         for (step, lr, grad_norm, alpha), row in zip(self.pending, rows):
             eta_s = pace * (self.settings.steps - step - 1)
             rates = self.work.rates(step, each) if self.work else {}
-            measured = Measured(**clock, **rates, eta_s=eta_s, tokens_per_s_per_gpu=row[3] / each / world.job_size)
+            measured = Measured(
+                **clock, **rates, eta_s=eta_s, tokens_per_s_per_gpu=row[3] / each / world.job_size
+            )
             self._tell(step, lr, grad_norm, alpha, row, each, measured)
         self.pending.clear()
         self.sums.clear()
@@ -292,7 +328,16 @@ class Run:
         measure = self.world.is_main and not pending and leaving.unmeasured(self.checkpoints)
         return leaving.why(self.world.is_main, steps=steps, saves=1 + pending), measure
 
-    def _tell(self, step: int, lr: float, grad_norm: float, alpha: Any, row: Sequence[float], each: float, measured: Measured) -> None:
+    def _tell(
+        self,
+        step: int,
+        lr: float,
+        grad_norm: float,
+        alpha: Any,
+        row: Sequence[float],
+        each: float,
+        measured: Measured,
+    ) -> None:
         """Of one step, on rank 0; Diverged on all ranks."""
         loss, kl, ce, tokens, *inside = row
         matched = {}
@@ -302,7 +347,9 @@ class Run:
         parts = (loss / tokens, kl / tokens, ce / tokens, grad_norm, lr, round(tokens), each, tokens / each)
         metrics = StepMetrics(step + 1, *parts, **matched, measured=measured)
         if not math.isfinite(metrics.loss) or not math.isfinite(grad_norm):
-            raise Diverged(f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower lr, raise warmup_steps or set precision: fp32")
+            raise Diverged(
+                f"the loss of step {step + 1} is {metrics.loss}, its gradient norm {grad_norm}; lower lr, raise warmup_steps or set precision: fp32"
+            )
         if self.world.is_main:
             self.on_step(metrics)
 
@@ -382,7 +429,9 @@ class Run:
         try:
             state = checkpoint.load(state, path)
         except InputError as error:
-            raise InputError(f"{path} cannot be read: delete it, and the run goes on from the checkpoint before it, or from the start ({error})") from error
+            raise InputError(
+                f"{path} cannot be read: delete it, and the run goes on from the checkpoint before it, or from the start ({error})"
+            ) from error
         if self.companion is not None:
             self.companion.fill(state.pop("companion"), step)
         self.fill(state, step)
@@ -405,20 +454,32 @@ class _LossOnLastStage:
 
     def __init__(self, model: Any, teacher: Any, settings: Distill | Correct, world: World, vocab_size: int):
         self.model, self.teacher, self.world, self.vocab_size = model, teacher, world, vocab_size
-        self.objective = Objective(settings.divergence, settings.temperature, settings.kl_weight, settings.ce_weight, DTYPES[settings.logits_precision])
+        self.objective = Objective(
+            settings.divergence,
+            settings.temperature,
+            settings.kl_weight,
+            settings.ce_weight,
+            DTYPES[settings.logits_precision],
+        )
         self.overlap = settings.overlap
         inner = unwrap(model)
-        self.other_gradient = inner.share_embeddings_and_output_weights and inner.pre_process  # the embedding's, in the backward pass
+        self.other_gradient = (
+            inner.share_embeddings_and_output_weights and inner.pre_process
+        )  # the embedding's, in the backward pass
         self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
         mask, weight = batch["loss_mask"], output_weight(unwrap(self.model))
         if self.overlap and not self.other_gradient:
             # The loss adds the weight's gradient to its main_grad; this tells the wrapper, which waits for all of a bucket.
-            hidden.register_hook(lambda _: self.model.param_to_bucket_group[weight].register_grad_ready(weight))
+            hidden.register_hook(
+                lambda _: self.model.param_to_bucket_group[weight].register_grad_ready(weight)
+            )
         target = self.teacher.target(batch["teacher"]) if self.teacher is not None else None
         place = {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
-        total, per_token = distillation_loss(hidden, weight, batch["labels"], mask, target, self.objective, **place)
+        total, per_token = distillation_loss(
+            hidden, weight, batch["labels"], mask, target, self.objective, **place
+        )
         if self.teacher is not None:
             self.teacher.release(batch["teacher"])
         tokens = mask.sum()
@@ -438,7 +499,10 @@ def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[
     refuse("this model would be trained wrongly:", silently_wrong(config, ddp))
     # Set before wrapping: it also decides how the wrapper scales gradients.
     config.calculate_per_token_loss = True
-    models = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=world.groups) for i, chunk in enumerate(chunks)]
+    models = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=world.groups)
+        for i, chunk in enumerate(chunks)
+    ]
     for model in models:
         model.train()
     bf16 = config.params_dtype is torch.bfloat16
@@ -450,7 +514,8 @@ def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[
             weight_decay=settings.weight_decay,
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
-            clip_grad=settings.clip_grad or math.inf,  # at 0 Megatron would not compute the norm, which is logged
+            clip_grad=settings.clip_grad
+            or math.inf,  # at 0 Megatron would not compute the norm, which is logged
             bf16=bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
@@ -463,7 +528,9 @@ def _prepare(chunks: list[Any], settings: Training, world: World) -> tuple[list[
     config.grad_scale_func = optimizer.scale_loss
     if settings.overlap:
         config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync
-        config.param_sync_func = [m.start_param_sync for m in models] if len(models) > 1 else models[0].start_param_sync
+        config.param_sync_func = (
+            [m.start_param_sync for m in models] if len(models) > 1 else models[0].start_param_sync
+        )
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -495,7 +562,9 @@ def _newest(folder: Path, manifest: Manifest) -> int:
         return 0
     found = artifact.require(whole[-1], manifest.stage)
     fields = found.differences(manifest)
-    refuse(f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:", fields)
+    refuse(
+        f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:", fields
+    )
     return int(whole[-1].name.removeprefix("step_"))
 
 
@@ -511,7 +580,9 @@ def _settle(models: list[Any], settings: Training) -> None:
         # Through the optimizer's shards, which hold gradient hooks that Python's collector does not see, these would keep
         # model, optimizer and process groups for the rest of the process.
         config = unwrap(model).config
-        config.finalize_model_grads_func = config.grad_scale_func = config.no_sync_func = config.param_sync_func = None
+        config.finalize_model_grads_func = config.grad_scale_func = config.no_sync_func = (
+            config.param_sync_func
+        ) = None
 
 
 def metrics_line(metrics: StepMetrics) -> str:

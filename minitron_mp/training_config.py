@@ -82,7 +82,9 @@ class Training(Section):
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.cuda_graphs and self.recompute:
-            problems.append("cuda_graphs replays what the first step kept, recompute keeps nothing: drop one of them")
+            problems.append(
+                "cuda_graphs replays what the first step kept, recompute keeps nothing: drop one of them"
+            )
         if self.profile and self.profile.steps[1] > self.steps:
             problems.append(f"profile.steps {self.profile.steps} goes beyond the last of {self.steps} steps")
         problems += self._problems()
@@ -135,16 +137,26 @@ class States(Section):
     @field_validator("layers", mode="before")
     @classmethod
     def _as_pairs(cls, value: Any) -> Any:
-        return [[int(state) if str(state).isdecimal() else state, other] for state, other in value.items()] if isinstance(value, dict) else value
+        return (
+            [[int(state) if str(state).isdecimal() else state, other] for state, other in value.items()]
+            if isinstance(value, dict)
+            else value
+        )
 
     @model_validator(mode="after")
     def _pairs(self) -> States:
-        problems = [f"layers: {pair} is no pair of states [student, teacher], counted from 0" for pair in self.layers if len(pair) != 2 or min(pair) < 0]
+        problems = [
+            f"layers: {pair} is no pair of states [student, teacher], counted from 0"
+            for pair in self.layers
+            if len(pair) != 2 or min(pair) < 0
+        ]
         own = [pair[0] for pair in self.layers if pair]
         if own != sorted(set(own)):
             problems.append(f"layers: the student's states {own} are not ascending, each once")
         if self.weight != "dynamic" and self.weight <= 0:
-            problems.append(f"weight {self.weight}: give a number above 0, or dynamic; without states, drop the section")
+            problems.append(
+                f"weight {self.weight}: give a number above 0, or dynamic; without states, drop the section"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -182,11 +194,19 @@ class Distill(Training):
     """Also match states inside the models; default: logits alone."""
 
     def _problems(self) -> list[str]:
-        problems = [] if self.kl_weight or self.ce_weight else ["kl_weight and ce_weight are both 0; nothing would be trained"]
+        problems = (
+            []
+            if self.kl_weight or self.ce_weight
+            else ["kl_weight and ce_weight are both 0; nothing would be trained"]
+        )
         if self.states and self.cuda_graphs:
-            problems.append("states are read inside the layers, where cuda_graphs runs no Python: drop one of them")
+            problems.append(
+                "states are read inside the layers, where cuda_graphs runs no Python: drop one of them"
+            )
         if self.states and not self.kl_weight:
-            problems.append("states go beside the divergence from the teacher, kl_weight is 0: raise it, or drop states")
+            problems.append(
+                "states go beside the divergence from the teacher, kl_weight is 0: raise it, or drop states"
+            )
         return problems
 
 
@@ -230,22 +250,38 @@ class Teacher(Section):
             problems.append(
                 f"payload {self.payload} is for a teacher elsewhere; a colocated one hands over hidden states: drop it, or set placement: remote or cached"
             )
-        own = ["parallel", "window", "timeout_s"] * (self.placement != "remote") + ["top_k"] * (self.payload != "topk")
+        own = ["parallel", "window", "timeout_s"] * (self.placement != "remote") + ["top_k"] * (
+            self.payload != "topk"
+        )
         if ignored := [name for name in own if getattr(self, name) != type(self).model_fields[name].default]:
-            problems.append(f"{', '.join(ignored)}: without effect with placement {self.placement} and payload {self.payload}; drop it")
+            problems.append(
+                f"{', '.join(ignored)}: without effect with placement {self.placement} and payload {self.payload}; drop it"
+            )
         if self.siblings and self.placement != "remote":
             problems.append("siblings share the stream of a remote teacher; set placement: remote")
-        problems += [f"siblings: {path} is given {ranks} ranks; at least 1" for path, ranks in self.siblings.items() if ranks < 1]
+        problems += [
+            f"siblings: {path} is given {ranks} ranks; at least 1"
+            for path, ranks in self.siblings.items()
+            if ranks < 1
+        ]
         if self.parallel.vpp:
             problems.append("parallel.vpp gains nothing in forward passes alone; drop it")
         if self.window < self.parallel.pp:
-            problems.append(f"window {self.window} does not fill the teacher's {self.parallel.pp} pipeline stages; give at least {self.parallel.pp}")
+            problems.append(
+                f"window {self.window} does not fill the teacher's {self.parallel.pp} pipeline stages; give at least {self.parallel.pp}"
+            )
         if self.ranks is not None and self.ranks % self.parallel.model_ranks:
-            problems.append(f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = {self.parallel.model_ranks}")
+            problems.append(
+                f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = {self.parallel.model_ranks}"
+            )
         if self.ranks is not None and self.student_ranks is not None:
-            problems.append(f"ranks {self.ranks} and student_ranks {self.student_ranks}: one of them says how the job is divided, drop the other")
+            problems.append(
+                f"ranks {self.ranks} and student_ranks {self.student_ranks}: one of them says how the job is divided, drop the other"
+            )
         if self.placement != "remote" and (self.ranks or self.student_ranks):
-            problems.append(f"ranks and student_ranks divide a job between student and teacher; placement {self.placement} has no ranks of the teacher's own")
+            problems.append(
+                f"ranks and student_ranks divide a job between student and teacher; placement {self.placement} has no ranks of the teacher's own"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -39,9 +39,20 @@ def transformer_engine() -> None:
         sys.modules[name] = made
         return made
 
-    names = ("Linear", "LayerNormLinear", "LayerNormMLP", "GroupedLinear", "LayerNorm", "RMSNorm", "TransformerLayer", "DotProductAttention")
+    names = (
+        "Linear",
+        "LayerNormLinear",
+        "LayerNormMLP",
+        "GroupedLinear",
+        "LayerNorm",
+        "RMSNorm",
+        "TransformerLayer",
+        "DotProductAttention",
+    )
     ops = module("transformer_engine.pytorch.ops", Sequential=nn.Sequential)
-    pytorch = module("transformer_engine.pytorch", ops=ops, **{name: type(name, (nn.Module,), {}) for name in names})
+    pytorch = module(
+        "transformer_engine.pytorch", ops=ops, **{name: type(name, (nn.Module,), {}) for name in names}
+    )
     module("transformer_engine", pytorch=pytorch, __version__="0.0.0")
 
 
@@ -50,14 +61,22 @@ class Norm(nn.Module):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
-        self.eps, self.less, self.rms = eps, float(config.layernorm_zero_centered_gamma), config.normalization == "RMSNorm"
+        self.eps, self.less, self.rms = (
+            eps,
+            float(config.layernorm_zero_centered_gamma),
+            config.normalization == "RMSNorm",
+        )
         self.weight = nn.Parameter(torch.full((hidden_size,), 1 - self.less, dtype=config.params_dtype))
         self.bias = None if self.rms else nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight + self.less
-        return F.rms_norm(x, weight.shape, weight, self.eps) if self.rms else F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+        return (
+            F.rms_norm(x, weight.shape, weight, self.eps)
+            if self.rms
+            else F.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+        )
 
 
 def layers(config: Any) -> TransformerBlockSubmodules:
@@ -67,7 +86,9 @@ def layers(config: Any) -> TransformerBlockSubmodules:
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     if config.qk_layernorm:
         parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // config.pipeline_model_parallel_size), layer_norm=Norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * (config.num_layers // config.pipeline_model_parallel_size), layer_norm=Norm
+    )
 
 
 def pretrain_without_cuda(cfg: Any) -> None:
@@ -81,7 +102,9 @@ def pretrain_without_cuda(cfg: Any) -> None:
         return groups
 
     setup.initialize_megatron = initialize_megatron
-    initialize.compile_helpers = lambda: None  # Megatron-Core's wheels have the compiled helpers, and no Makefile
+    initialize.compile_helpers = lambda: (
+        None
+    )  # Megatron-Core's wheels have the compiled helpers, and no Makefile
     cfg.dist.distributed_backend = "gloo"
 
 
@@ -103,7 +126,9 @@ def on_cpu(model: Any, tp: int = 1, pp: int = 1, dtype: torch.dtype = torch.floa
     from megatron.core.transformer.enums import AttnBackend
 
     model.transformer_layer_spec = layers
-    model.attention_backend = AttnBackend.auto  # Megatron-Core writes it to the environment, where all models of a process must agree
+    model.attention_backend = (
+        AttnBackend.auto
+    )  # Megatron-Core writes it to the environment, where all models of a process must agree
     model.tensor_model_parallel_size, model.pipeline_model_parallel_size = tp, pp
     model.params_dtype = model.pipeline_dtype = dtype
     model.bf16, model.fp16 = dtype is torch.bfloat16, False

@@ -59,15 +59,28 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 # Odd on purpose: hidden is neither heads x head width nor a multiple of 128, the layers divide over 2 stages but not over 4,
 # the vocabulary leaves padding, and at tp 4 a rank with padding only. Even are only heads, groups and ffn, which tp must divide.
-SIZES = {"num_layers": 6, "hidden_size": 40, "ffn_hidden_size": 112, "num_attention_heads": 12, "num_query_groups": 4, "kv_channels": 8}
+SIZES = {
+    "num_layers": 6,
+    "hidden_size": 40,
+    "ffn_hidden_size": 112,
+    "num_attention_heads": 12,
+    "num_query_groups": 4,
+    "kv_channels": 8,
+}
 SIZES |= {"vocab_size": 150, "max_position_embeddings": 256}
 MANY_GROUPS = {"num_attention_heads": 24, "num_query_groups": 8, "kv_channels": 4}
 """Half of them still divide by tp 4, and two lie on each rank, which may keep both or none."""
 ARCHS = {
     "qwen3": Arch(family="qwen3", tied=True, qk_norm=True, norm_epsilon=1e-3, **SIZES),
     "qwen2": Arch(family="qwen2", tied=False, qkv_bias=True, rotary_base=5000.0, **SIZES | MANY_GROUPS),
-    "nemotron": Arch(family="nemotron", tied=False, norm="layer1p", activation="squared_relu", rotary_percent=0.5, **SIZES),
-    "llama": Arch(family="llama", tied=False, **SIZES | {"num_attention_heads": 9, "num_query_groups": 3, "hidden_size": 44}),
+    "nemotron": Arch(
+        family="nemotron", tied=False, norm="layer1p", activation="squared_relu", rotary_percent=0.5, **SIZES
+    ),
+    "llama": Arch(
+        family="llama",
+        tied=False,
+        **SIZES | {"num_attention_heads": 9, "num_query_groups": 3, "hidden_size": 44},
+    ),
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
 
@@ -96,7 +109,12 @@ def targets(arch: Arch, tp: int = 1) -> dict[str, Target]:
     groups = math.ceil(arch.num_query_groups / 2)
     if groups % tp == 0:
         sizes["groups"] = {"num_query_groups": groups}
-        sizes["merged"] = {**sizes["all"], "num_query_groups": groups, "num_attention_heads": groups * 2, "merge_heads": True}
+        sizes["merged"] = {
+            **sizes["all"],
+            "num_query_groups": groups,
+            "num_attention_heads": groups * 2,
+            "merge_heads": True,
+        }
     sizes["identity"] = {"num_layers": arch.num_layers}
     return {name: Target(align=4, **size) for name, size in sizes.items()}
 
@@ -122,8 +140,12 @@ def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
             weights[key] = 1.2 * noise / shape[-1] ** 0.5
     ramp = torch.logspace(0.5, -0.5, arch.ffn_hidden_size)
     for layer in range(arch.num_layers):
-        weights[MLP + "linear_fc1.weight"][layer].unflatten(0, (-1, arch.ffn_hidden_size)).mul_((ramp if layer % 2 == 0 else ramp.flip(0))[:, None])
-    weights[ATTENTION + "linear_proj.weight"] *= torch.linspace(0.7, 1.3, arch.num_layers)[:, None, None]  # layers differ in weight
+        weights[MLP + "linear_fc1.weight"][layer].unflatten(0, (-1, arch.ffn_hidden_size)).mul_(
+            (ramp if layer % 2 == 0 else ramp.flip(0))[:, None]
+        )
+    weights[ATTENTION + "linear_proj.weight"] *= torch.linspace(0.7, 1.3, arch.num_layers)[
+        :, None, None
+    ]  # layers differ in weight
     return weights
 
 
@@ -138,10 +160,17 @@ def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
     half = torch.rand((count, SEQUENCE_LENGTH), generator=generator) < 0.5
     mask = (kind == 0) | ((kind == 1) & half) | ((kind == 2) & (place == step % SEQUENCE_LENGTH))
     positions = place.expand(count, SEQUENCE_LENGTH).contiguous()
-    return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "position_ids": positions, "loss_mask": mask.float()}
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "position_ids": positions,
+        "loss_mask": mask.float(),
+    }
 
 
-def micro_batches(samples: dict[str, Tensor], micro_batch_size: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor]]:
+def micro_batches(
+    samples: dict[str, Tensor], micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[dict[str, Tensor]]:
     """This data parallel rank's part of a global batch: every dp_size-th microbatch."""
     parts = {name: value.split(micro_batch_size) for name, value in samples.items()}
     count = len(parts["tokens"])
@@ -155,19 +184,32 @@ def saved_axes(arch: str) -> list[str]:
 
 def masked_axes(arch: str, layout: Layout) -> list[str]:
     """Students that the teacher computes under masks, which have no merged heads: each axis alone with qwen3, and with all on one rank."""
-    chosen = saved_axes(arch) if arch != "qwen3" and layout.ranks > 1 else ["hidden", "ffn", "heads", "layer", "all"]
-    return [axis for axis in targets(ARCHS[arch], layout.tp) if axis in (*chosen, "groups") and axis != "merged"]
+    chosen = (
+        saved_axes(arch)
+        if arch != "qwen3" and layout.ranks > 1
+        else ["hidden", "ffn", "heads", "layer", "all"]
+    )
+    return [
+        axis for axis in targets(ARCHS[arch], layout.tp) if axis in (*chosen, "groups") and axis != "merged"
+    ]
 
 
 CHOICES = [
     {"query": "what is the answer to this", "choices": ["one word", "two other words", "nothing"], "gold": 1},
     {"query": "and now", "choices": ["it is over, as long as this sentence is", "go"], "gold": 0},
     {"query": "x" * 40, "choices": ["an ending behind a context that is too long", "b"], "gold": 1},
-    {"context_options": ["the cat saw the dog and the cat", "the cat saw the dog and the dog"], "continuation": "ran away.", "gold": 0},
+    {
+        "context_options": ["the cat saw the dog and the cat", "the cat saw the dog and the dog"],
+        "continuation": "ran away.",
+        "gold": 0,
+    },
 ]
 WORDS = [{"text": "a b c d e"}, {"text": "the last word of this is hello"}]
 """Items of choice tasks, a token for each character: rows of several lengths."""
-BLOCKS = [frozenset({i, i + 1}) for i in range(SIZES["num_layers"] - 1)] + [frozenset({0, 5}), frozenset({1, 2, 4})]
+BLOCKS = [frozenset({i, i + 1}) for i in range(SIZES["num_layers"] - 1)] + [
+    frozenset({0, 5}),
+    frozenset({1, 2, 4}),
+]
 GONE = frozenset({3})
 """Layers that are left out, and one that a greedy search has dropped before."""
 GONE_LAYOUTS = ("one", "tp2-pp2-vpp2-sp")
@@ -188,17 +230,30 @@ def pairs(arch: str, layout: Layout) -> list[tuple[str, str]]:
 
 STEPS, RESUME_AT, GLOBAL_BATCH_SIZE = 4, 2, 4
 DISTILL = Distill(
-    steps=STEPS, warmup_steps=1, lr=1e-3, temperature=2.0, ce_weight=0.5, clip_grad=0.5, global_batch_size=GLOBAL_BATCH_SIZE, checkpoint_interval=RESUME_AT
+    steps=STEPS,
+    warmup_steps=1,
+    lr=1e-3,
+    temperature=2.0,
+    ce_weight=0.5,
+    clip_grad=0.5,
+    global_batch_size=GLOBAL_BATCH_SIZE,
+    checkpoint_interval=RESUME_AT,
 )
 """Each term of the loss and the clipping take part."""
 UNTIED = ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp")
-TRAINED = [(arch, layout) for arch, layout in CASES if arch == "qwen3" or (arch == "qwen2" and layout.name in UNTIED)]
+TRAINED = [
+    (arch, layout) for arch, layout in CASES if arch == "qwen3" or (arch == "qwen2" and layout.name in UNTIED)
+]
 TRAINED_IDS = [f"{arch}-{layout.name}" for arch, layout in TRAINED]
 
 
 def settings(layout: Layout) -> Distill:
     """Ranks that share a layer talk in each layer of each microbatch, so they get few and large ones: as many as fill the pipeline."""
-    parts = layout.parallel.get("pp", 1) if layout.tp * layout.parallel.get("cp", 1) > 1 else GLOBAL_BATCH_SIZE // layout.dp
+    parts = (
+        layout.parallel.get("pp", 1)
+        if layout.tp * layout.parallel.get("cp", 1) > 1
+        else GLOBAL_BATCH_SIZE // layout.dp
+    )
     return DISTILL.model_copy(update={"micro_batch_size": max(1, GLOBAL_BATCH_SIZE // layout.dp // parts)})
 
 
@@ -207,7 +262,17 @@ SPLITS = {f"micro{n}": ONE_STEP.model_copy(update={"micro_batch_size": n}) for n
 SPLIT_LAYOUTS = ("one", "dp2", "pp2-vpp2", "tp2-dp2-sp")
 OVERLAP_LAYOUTS = ("dp2", "tp2-dp2-sp", "pp2-dp2", "cp2-dp2", "pp2-vpp2")
 RECOMPUTE_LAYOUTS = ("one", "tp2-dp2-sp", "pp2-vpp2")
-RESUMED_LAYOUTS = ("one", "tp2-sp", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-vpp2-sp", "tp2-dp2-sp", "pp2-dp2", "tp4-sp")
+RESUMED_LAYOUTS = (
+    "one",
+    "tp2-sp",
+    "pp2-vpp2",
+    "cp2",
+    "dp2",
+    "tp2-pp2-vpp2-sp",
+    "tp2-dp2-sp",
+    "pp2-dp2",
+    "tp4-sp",
+)
 CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"steps"}), steps=2)
 """Cross-entropy alone, without a teacher."""
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
@@ -222,4 +287,7 @@ def variants(layout: Layout) -> dict[str, Distill | Correct]:
     for name, where in (("overlap", OVERLAP_LAYOUTS), ("recompute", RECOMPUTE_LAYOUTS)):
         if layout.name in where:
             chosen[name] = settings(layout).model_copy(update={name: True})
-    return {**chosen, "correct": CORRECT.model_copy(update={"micro_batch_size": settings(layout).micro_batch_size})}
+    return {
+        **chosen,
+        "correct": CORRECT.model_copy(update={"micro_batch_size": settings(layout).micro_batch_size}),
+    }

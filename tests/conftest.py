@@ -12,7 +12,9 @@ from pool import Pool
 from results import Results
 from tiny import Run, make_model, make_recipe_file, make_text, minitron
 
-os.environ["COLUMNS"] = "160"  # before the console is imported: a worker of pytest-xdist has the width of somebody's terminal
+os.environ["COLUMNS"] = (
+    "160"  # before the console is imported: a worker of pytest-xdist has the width of somebody's terminal
+)
 
 TOGETHER = {
     "test_training": "training",
@@ -35,7 +37,9 @@ def group_of(file: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(group) if (group := group_of(item.path.name)) in FIRST else len(FIRST))
+    items.sort(
+        key=lambda item: FIRST.index(group) if (group := group_of(item.path.name)) in FIRST else len(FIRST)
+    )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -52,7 +52,9 @@ class Pool:
     def __init__(self, size: int, environment: Mapping[str, str] | None = None):
         self.size, self.environment, self.ranks = size, environment, []
 
-    def run(self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, grace_s: float = GRACE_S, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, grace_s: float = GRACE_S, **kwargs: Any
+    ) -> list[Any]:
         """function(**kwargs) on every rank -> return values by rank."""
         if not self.ranks:
             self._start()
@@ -63,7 +65,11 @@ class Pool:
         values: dict[int, Any] = {}
         errors: dict[int, str] = {}
         while len(values) + len(errors) < self.size and time.monotonic() < deadline:
-            waiting = {rank.pipe: rank for rank in self.ranks if rank.number not in values and rank.number not in errors}
+            waiting = {
+                rank.pipe: rank
+                for rank in self.ranks
+                if rank.number not in values and rank.number not in errors
+            }
             for pipe in wait(list(waiting), max(0.0, deadline - time.monotonic())):
                 rank = waiting[pipe]
                 ok, value = rank.receive()
@@ -75,8 +81,14 @@ class Pool:
             for rank in silent:
                 rank.tell_where()
             text = [f"rank {number} of {self.size}: {error}" for number, error in sorted(errors.items())]
-            text += [f"rank {rank.number} of {self.size} has not answered" + ("" if errors else f" in {timeout_s:.0f} s") for rank in silent]
-            text += [f"last output of rank {rank.number}:\n{rank.output()}" for rank in self.ranks if rank.output()]
+            text += [
+                f"rank {rank.number} of {self.size} has not answered"
+                + ("" if errors else f" in {timeout_s:.0f} s")
+                for rank in silent
+            ]
+            text += [
+                f"last output of rank {rank.number}:\n{rank.output()}" for rank in self.ranks if rank.output()
+            ]
             self.kill()
             raise RankError(f"{function} failed\n" + "\n".join(text))
         return [values[number] for number in range(self.size)]
@@ -208,7 +220,9 @@ def _join(pipe: Connection, rank: int, size: int) -> None:
     port = pickle.loads(pipe.recv_bytes())
     store = store or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
     here["place"] = store, rank, size
-    dist.init_process_group("gloo", store=dist.PrefixStore("pool", store), rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("pool", store), rank=rank, world_size=size, timeout=timeout
+    )
 
 
 @contextlib.contextmanager

@@ -32,7 +32,13 @@ class Done(NamedTuple):
     err: str
 
 
-def minitron(*, arguments: list[str], free_bytes: float | None = None, own_job: bool = False, stop_at: int | None = None) -> Done:
+def minitron(
+    *,
+    arguments: list[str],
+    free_bytes: float | None = None,
+    own_job: bool = False,
+    stop_at: int | None = None,
+) -> Done:
     """The command line on this rank. free_bytes: what the disk seems to have. own_job: it makes its process groups itself, as under torchrun.
 
     stop_at: a stop file comes when this step is logged.

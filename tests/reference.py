@@ -18,9 +18,20 @@ LAYER = "decoder.layers."
 ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
 QKV, PROJ = ATTENTION + "linear_qkv.", ATTENTION + "linear_proj.weight"
 FC1, FC2 = MLP + "linear_fc1.", MLP + "linear_fc2.weight"
-EMBEDDING, HEAD, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
+EMBEDDING, HEAD, FINAL_NORM = (
+    "embedding.word_embeddings.weight",
+    "output_layer.weight",
+    "decoder.final_layernorm.weight",
+)
 FINAL_BIAS = "decoder.final_layernorm.bias"
-HIDDEN_NORMS = (QKV + "layer_norm_weight", FC1 + "layer_norm_weight", FINAL_NORM, QKV + "layer_norm_bias", FC1 + "layer_norm_bias", FINAL_BIAS)
+HIDDEN_NORMS = (
+    QKV + "layer_norm_weight",
+    FC1 + "layer_norm_weight",
+    FINAL_NORM,
+    QKV + "layer_norm_bias",
+    FC1 + "layer_norm_bias",
+    FINAL_BIAS,
+)
 
 
 def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
@@ -28,7 +39,9 @@ def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | No
     return logits_and_states(arch, weights, tokens, kept)[0]
 
 
-def logits_and_states(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+def logits_and_states(
+    arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """logits(), and what each layer's input norm makes and, last, the final norm: L + 1 of [b, s, h]."""
     states = []
     w = {key: value.double() for key, value in weights.items()}
@@ -37,7 +50,10 @@ def logits_and_states(arch: Any, weights: Weights, tokens: Tensor, kept: Sequenc
         own = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
         states.append(_norm(arch, x, own[QKV + "layer_norm_weight"], own.get(QKV + "layer_norm_bias"), kept))
         x = x + _attention(arch, own, states[-1])
-        up = _norm(arch, x, own[FC1 + "layer_norm_weight"], own.get(FC1 + "layer_norm_bias"), kept) @ own[FC1 + "weight"].T
+        up = (
+            _norm(arch, x, own[FC1 + "layer_norm_weight"], own.get(FC1 + "layer_norm_bias"), kept)
+            @ own[FC1 + "weight"].T
+        )
         if arch.activation == "swiglu":
             gate, up = up.chunk(2, -1)
             x = x + (F.silu(gate) * up) @ own[FC2].T
@@ -136,11 +152,18 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
     out: dict[str, Any] = {}
     for key, whole in weights.items():
         parts = []
-        for layer, ffn, heads in zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]:
+        for layer, ffn, heads in (
+            zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]
+        ):
             x = whole if layer is None else whole[layer]
             if _is_qkv(key):
-                groups = merged(arch, x, plan, plan.layers.index(layer)).unflatten(0, (arch.num_query_groups, per_group + 2, width))
-                slots = {g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1] for g in range(arch.num_query_groups)}
+                groups = merged(arch, x, plan, plan.layers.index(layer)).unflatten(
+                    0, (arch.num_query_groups, per_group + 2, width)
+                )
+                slots = {
+                    g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1]
+                    for g in range(arch.num_query_groups)
+                }
                 x = torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
             if key == PROJ:
                 x = x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
@@ -177,9 +200,19 @@ class PlainImportance:
         handles = []
         for number, layer in enumerate(model.model.layers):
             inputs = {"ffn": layer.mlp.down_proj, "heads": layer.self_attn.o_proj, "before": layer}
-            outputs = {"norm1": layer.input_layernorm, "norm2": layer.post_attention_layernorm, "after": layer}
-            handles += [module.register_forward_pre_hook(lambda _, args, at=(name, number): self._keep(at, args[0])) for name, module in inputs.items()]
-            handles += [module.register_forward_hook(lambda _, __, out, at=(name, number): self._keep(at, out)) for name, module in outputs.items()]
+            outputs = {
+                "norm1": layer.input_layernorm,
+                "norm2": layer.post_attention_layernorm,
+                "after": layer,
+            }
+            handles += [
+                module.register_forward_pre_hook(lambda _, args, at=(name, number): self._keep(at, args[0]))
+                for name, module in inputs.items()
+            ]
+            handles += [
+                module.register_forward_hook(lambda _, __, out, at=(name, number): self._keep(at, out))
+                for name, module in outputs.items()
+            ]
         with torch.no_grad():
             for sample in samples:
                 model(sample[None])
@@ -199,19 +232,30 @@ class PlainImportance:
         layers = range(self.arch.num_hidden_layers)
         heads = [channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1) for i in layers]
         hidden = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
-        values = {"ffn": torch.stack([channels("ffn", i) for i in layers]), "heads": torch.stack(heads), "hidden": hidden}
-        return {name: value.double().numpy() for name, value in (values | {"layers": torch.stack([self._distance(i) for i in layers])}).items()}
+        values = {
+            "ffn": torch.stack([channels("ffn", i) for i in layers]),
+            "heads": torch.stack(heads),
+            "hidden": hidden,
+        }
+        return {
+            name: value.double().numpy()
+            for name, value in (values | {"layers": torch.stack([self._distance(i) for i in layers])}).items()
+        }
 
     def _distance(self, layer: int) -> Tensor:
         before, after = (torch.cat(self.seen[name, layer]) for name in ("before", "after"))
         return (1 - F.cosine_similarity(before, after, dim=-1)).mean()
 
 
-def losses(arch: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def losses(
+    arch: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Per token (KL(teacher || student) at a temperature, cross-entropy); logits [..., v], the padded vocabulary left out."""
     z_s, z_t = student[..., : arch.vocab_size], teacher[..., : arch.vocab_size]
     log_s, log_t = (F.log_softmax(z / temperature, -1) for z in (z_s, z_t))
-    return (log_t.exp() * (log_t - log_s)).sum(-1), F.cross_entropy(z_s.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    return (log_t.exp() * (log_t - log_s)).sum(-1), F.cross_entropy(
+        z_s.flatten(0, -2), labels.flatten(), reduction="none"
+    ).view(labels.shape)
 
 
 class PlainTraining:
@@ -221,28 +265,51 @@ class PlainTraining:
     (L_is, alpha); gradient norm: of the model. projection [h_t, h_s]: at the start, where the states have other widths.
     """
 
-    def __init__(self, teacher_arch: Any, teacher: Weights, arch: Any, student: Weights, settings: Any, projection: Tensor | None = None):
+    def __init__(
+        self,
+        teacher_arch: Any,
+        teacher: Weights,
+        arch: Any,
+        student: Weights,
+        settings: Any,
+        projection: Tensor | None = None,
+    ):
         self.teacher_arch, self.teacher, self.arch, self.settings = teacher_arch, teacher, arch, settings
         self.weights = {key: value.double().requires_grad_() for key, value in student.items()}
         self.outside = {} if projection is None else {"projection": projection.double().requires_grad_()}
-        self.alpha = 1.0 if settings.states is None or settings.states.weight == "dynamic" else settings.states.weight
-        self.moments = {key: (torch.zeros_like(value), torch.zeros_like(value)) for key, value in (self.weights | self.outside).items()}
+        self.alpha = (
+            1.0 if settings.states is None or settings.states.weight == "dynamic" else settings.states.weight
+        )
+        self.moments = {
+            key: (torch.zeros_like(value), torch.zeros_like(value))
+            for key, value in (self.weights | self.outside).items()
+        }
         self.history: list[tuple[float, ...]] = []
 
     def step(self, samples: dict[str, Tensor], lr: float) -> None:
         s, tokens, mask = self.settings, samples["tokens"], samples["loss_mask"].double()
-        (z_s, own), (z_t, other) = logits_and_states(self.arch, self.weights, tokens), logits_and_states(self.teacher_arch, self.teacher, tokens)
-        kl, ce = ((x * mask).sum() / mask.sum() for x in losses(self.arch, z_s, z_t, samples["labels"], s.temperature))
+        (z_s, own), (z_t, other) = (
+            logits_and_states(self.arch, self.weights, tokens),
+            logits_and_states(self.teacher_arch, self.teacher, tokens),
+        )
+        kl, ce = (
+            (x * mask).sum() / mask.sum()
+            for x in losses(self.arch, z_s, z_t, samples["labels"], s.temperature)
+        )
         loss = s.kl_weight * s.temperature**2 * kl + s.ce_weight * ce
         inside, alpha = self._inside(own, other, mask), self.alpha
         loss = loss + alpha * inside
         every = self.weights | self.outside
         gradients = dict(zip(every, torch.autograd.grad(loss, list(every.values()))))
         norm = torch.stack([gradients[key].norm() for key in self.weights]).norm()
-        self.history.append((loss.item(), kl.item(), ce.item(), norm.item(), *((inside.item(), alpha) if s.states else ())))
+        self.history.append(
+            (loss.item(), kl.item(), ce.item(), norm.item(), *((inside.item(), alpha) if s.states else ()))
+        )
         if s.states and s.states.weight == "dynamic":
             self.alpha = (s.kl_weight * s.temperature**2 * kl / inside).item()
-        clip = min(1.0, s.clip_grad / (norm.item() + 1e-6))  # 1e-6 as in torch.nn.utils.clip_grad_norm_ and Megatron-Core
+        clip = min(
+            1.0, s.clip_grad / (norm.item() + 1e-6)
+        )  # 1e-6 as in torch.nn.utils.clip_grad_norm_ and Megatron-Core
         with torch.no_grad():
             for key, weight in self.weights.items():
                 self._update(key, weight, gradients[key] * clip, lr)
@@ -255,7 +322,11 @@ class PlainTraining:
         for j, i in self.settings.states.layers if self.settings.states else []:
             x, t = own[j], other[i]
             x = x @ self.outside["projection"].T if self.outside else x
-            d = 1 - F.cosine_similarity(x, t, dim=-1) if self.settings.states.kind == "cosine" else (x - t).square().mean(-1)
+            d = (
+                1 - F.cosine_similarity(x, t, dim=-1)
+                if self.settings.states.kind == "cosine"
+                else (x - t).square().mean(-1)
+            )
             total = total + (d * mask).sum() / mask.sum()
         return total
 

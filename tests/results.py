@@ -63,16 +63,29 @@ class Results:
 
         def write() -> Path:
             folder = self.root / arch / "teacher"
-            self.ranks(1, "workers.write_weights", folder=folder, arch=ARCHS[arch], weights=self.weights(arch))
+            self.ranks(
+                1, "workers.write_weights", folder=folder, arch=ARCHS[arch], weights=self.weights(arch)
+            )
             return folder
 
         return self.once(("teacher", arch), write)
 
     def pruned(self, arch: str, layout: Layout) -> list[dict[str, Any]]:
         """workers.prune_everything, by rank; the students lie in student()."""
-        case = {"layout": layout, "arch": ARCHS[arch], "save": saved_axes(arch), "masks": masked_axes(arch, layout), "pairs": pairs(arch, layout)}
+        case = {
+            "layout": layout,
+            "arch": ARCHS[arch],
+            "save": saved_axes(arch),
+            "masks": masked_axes(arch, layout),
+            "pairs": pairs(arch, layout),
+        }
         where = {"output": self.root / arch / "pruned" / layout.name}
-        return self.once(("pruned", arch, layout), lambda: self.ranks(layout.ranks, "workers.prune_everything", teacher=self.teacher(arch), **case, **where))
+        return self.once(
+            ("pruned", arch, layout),
+            lambda: self.ranks(
+                layout.ranks, "workers.prune_everything", teacher=self.teacher(arch), **case, **where
+            ),
+        )
 
     def plan(self, arch: str, axis: str, layout: Layout = ONE) -> Any:
         return self.pruned(arch, layout)[0]["plans"][axis]
@@ -112,9 +125,16 @@ class Results:
         missing = {frozenset(): BLOCKS}
         if layout.name in GONE_LAYOUTS:
             missing[GONE] = [block | GONE for block in BLOCKS]
-        case = {"layout": layout, "arch": ARCHS["qwen3"], "teacher": self.teacher("qwen3"), "files": self.task_files()}
+        case = {
+            "layout": layout,
+            "arch": ARCHS["qwen3"],
+            "teacher": self.teacher("qwen3"),
+            "files": self.task_files(),
+        }
         case |= {"missing": missing, "gone": GONE, "candidates": TASK_CANDIDATES}
-        return self.once(("judged", layout), lambda: self.ranks(layout.ranks, "workers.judge_everything", **case))
+        return self.once(
+            ("judged", layout), lambda: self.ranks(layout.ranks, "workers.judge_everything", **case)
+        )
 
     def loaded(self, arch: str, layout: Layout) -> list[dict[str, Tensor | None]]:
         """Logits at this layout of the students that the previous layout of the table cut, axis -> logits, by rank."""
@@ -131,32 +151,63 @@ class Results:
 
         output = self.root / arch / "trained" / layout.name
         return self.once(
-            ("trained", arch, layout), lambda: self.ranks(layout.ranks, "workers_training.train_everything", output=output, **self._training(arch, layout))
+            ("trained", arch, layout),
+            lambda: self.ranks(
+                layout.ranks,
+                "workers_training.train_everything",
+                output=output,
+                **self._training(arch, layout),
+            ),
         )
 
     def variants(self, layout: Layout) -> list[dict[str, Any]]:
         """workers_training.train_variants of cases.variants(), for qwen3, by rank."""
         case = {"output": self.root / "variants" / layout.name, "variants": variants(layout)}
-        return self.once(("variants", layout), lambda: self.ranks(layout.ranks, "workers_training.train_variants", **case, **self._training("qwen3", layout)))
+        return self.once(
+            ("variants", layout),
+            lambda: self.ranks(
+                layout.ranks, "workers_training.train_variants", **case, **self._training("qwen3", layout)
+            ),
+        )
 
     def corrected_meanwhile(self, layout: Layout, precision: str = "fp32") -> list[dict[str, Any]]:
         """workers_training.correct_meanwhile, for qwen3, by rank."""
-        case = {"output": self.root / "meanwhile" / layout.name / precision, "correct": MEANWHILE, "precision": precision, **self._training("qwen3", layout)}
-        return self.once(("meanwhile", layout, precision), lambda: self.ranks(layout.ranks, "workers_training.correct_meanwhile", **case))
+        case = {
+            "output": self.root / "meanwhile" / layout.name / precision,
+            "correct": MEANWHILE,
+            "precision": precision,
+            **self._training("qwen3", layout),
+        }
+        return self.once(
+            ("meanwhile", layout, precision),
+            lambda: self.ranks(layout.ranks, "workers_training.correct_meanwhile", **case),
+        )
 
     def streamed(self, payload: str, layout: Layout, teacher: Layout | None, window: int = 3) -> list[Any]:
         """Steps of trained("qwen3") with the teacher elsewhere, or with one here that hands over this payload."""
         name = f"{payload}-{layout.name}-{teacher and teacher.name}-{window}"
         models = self._training("qwen3", layout)
         case = {"student": models["layout"], "arch": models["arch"], "weights": models["teacher"]}
-        case |= {"student_arch": models["student_arch"], "student_weights": models["student"], "output": self.root / "streamed" / name}
+        case |= {
+            "student_arch": models["student_arch"],
+            "student_weights": models["student"],
+            "output": self.root / "streamed" / name,
+        }
         size = layout.ranks + (teacher.ranks if teacher else 0)
         place = {"payload": payload, "teacher": teacher, "window": window}
-        return self.once(("streamed", name), lambda: self.ranks(size, "workers_stream.train_with", **case, **place)[0])
+        return self.once(
+            ("streamed", name), lambda: self.ranks(size, "workers_stream.train_with", **case, **place)[0]
+        )
 
     def _training(self, arch: str, layout: Layout) -> dict[str, Any]:
         student_arch, student = self.student(arch, "all")
-        return {"layout": layout, "arch": ARCHS[arch], "teacher": self.teacher(arch), "student_arch": student_arch, "student": student}
+        return {
+            "layout": layout,
+            "arch": ARCHS[arch],
+            "teacher": self.teacher(arch),
+            "student_arch": student_arch,
+            "student": student,
+        }
 
     def stopped(self, arch: str, layout: Layout) -> Path:
         """Folder with the checkpoint after RESUME_AT steps."""
@@ -168,8 +219,15 @@ class Results:
         source = previous(TRAINED, arch, layout)
 
         def resume() -> list[Any]:
-            models = {"arch": ARCHS[arch], "teacher": self.teacher(arch), "student_arch": self.student(arch, "all")[0]}
-            folders = {"stopped": self.stopped(arch, source), "output": self.root / arch / "resumed" / layout.name}
+            models = {
+                "arch": ARCHS[arch],
+                "teacher": self.teacher(arch),
+                "student_arch": self.student(arch, "all")[0],
+            }
+            folders = {
+                "stopped": self.stopped(arch, source),
+                "output": self.root / arch / "resumed" / layout.name,
+            }
             return self.ranks(layout.ranks, "workers_training.resume", layout=layout, **models, **folders)[0]
 
         return self.once(("resumed", arch, layout), resume)
@@ -184,9 +242,14 @@ class Results:
             for step, metrics in enumerate(self.trained(arch, ONE)[0]["unbroken"]):
                 run.step(make_samples(ARCHS[arch], step, GLOBAL_BATCH_SIZE), metrics.lr)
                 if step + 1 == RESUME_AT:
-                    state = {f"optimizer.param.{key}": value.detach().clone() for key, value in run.weights.items()}
+                    state = {
+                        f"optimizer.param.{key}": value.detach().clone() for key, value in run.weights.items()
+                    }
                     for i, part in enumerate(("exp_avg", "exp_avg_sq")):
-                        state |= {f"optimizer.{part}.{key}": moments[i].clone() for key, moments in run.moments.items()}
+                        state |= {
+                            f"optimizer.{part}.{key}": moments[i].clone()
+                            for key, moments in run.moments.items()
+                        }
             assert len(run.history) == STEPS
             return run.history, state
 

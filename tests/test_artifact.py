@@ -9,7 +9,15 @@ from safetensors.numpy import save_file
 
 from minitron_mp import artifact
 from minitron_mp.arch import Arch
-from minitron_mp.artifact import Manifest, discard_checkpoints, find, fingerprint_files, require, write_text, writing
+from minitron_mp.artifact import (
+    Manifest,
+    discard_checkpoints,
+    find,
+    fingerprint_files,
+    require,
+    write_text,
+    writing,
+)
 from minitron_mp.errors import InputError
 
 ARCH = Arch(
@@ -27,7 +35,12 @@ ARCH = Arch(
 
 
 def make_manifest(**settings) -> Manifest:
-    return Manifest(stage="score", settings={"num_samples": 4, "target": {"keep": None}} | settings, inputs={"data": "abc"}, arch=ARCH)
+    return Manifest(
+        stage="score",
+        settings={"num_samples": 4, "target": {"keep": None}} | settings,
+        inputs={"data": "abc"},
+        arch=ARCH,
+    )
 
 
 @pytest.fixture
@@ -74,7 +87,11 @@ def test_kill_while_one_replaces_another(folder, monkeypatch, killed_at):
     def kill(*_, **__):
         raise KeyboardInterrupt
 
-    steps = {"first rename": ("pathlib.Path.rename", 0), "second rename": ("pathlib.Path.rename", 1), "delete": ("shutil.rmtree", 1)}
+    steps = {
+        "first rename": ("pathlib.Path.rename", 0),
+        "second rename": ("pathlib.Path.rename", 1),
+        "delete": ("shutil.rmtree", 1),
+    }
     target, survived = steps[killed_at]
     real, calls = (os.rename if "rename" in target else artifact.shutil.rmtree), []
 
@@ -116,7 +133,10 @@ def test_missing_damaged_and_foreign(folder, tmp_path):
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "novel.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"data holds no manifest\.json: .*will not replace it; move it, or set another output"):
+    with pytest.raises(
+        InputError,
+        match=r"data holds no manifest\.json: .*will not replace it; move it, or set another output",
+    ):
         find(tmp_path / "data")
 
 
@@ -125,7 +145,10 @@ def test_missing_damaged_and_foreign(folder, tmp_path):
     [
         (make_manifest(num_samples=5), "settings.num_samples: 4, here 5"),
         (make_manifest(target={"keep": 0.5}), "settings.target.keep: None, here 0.5"),
-        (make_manifest(extra=None), "settings.extra: None, here None"),  # absent is not the same as none: the fingerprints differ
+        (
+            make_manifest(extra=None),
+            "settings.extra: None, here None",
+        ),  # absent is not the same as none: the fingerprints differ
         (make_manifest().model_copy(update={"inputs": {"data": "xyz"}}), "input data: 'abc', here 'xyz'"),
         (make_manifest().model_copy(update={"inputs": {}}), "input data: 'abc', here None"),
         (make_manifest().model_copy(update={"stage": "plan"}), "stage: 'score', here 'plan'"),
@@ -160,7 +183,10 @@ def test_only_checkpoints_of_the_finished_run_are_deleted(tmp_path):
 
 
 def test_fingerprint_is_of_what_made_it_and_not_of_the_sizes():
-    assert make_manifest().fingerprint == Manifest.model_validate_json(make_manifest().model_dump_json()).fingerprint
+    assert (
+        make_manifest().fingerprint
+        == Manifest.model_validate_json(make_manifest().model_dump_json()).fingerprint
+    )
     assert make_manifest().fingerprint == make_manifest().model_copy(update={"arch": None}).fingerprint
     assert make_manifest().differences(make_manifest()) == []
 

@@ -28,7 +28,12 @@ SIZES = {
     "initializer_range": 0.2,
 }
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen3": {}, "nemotron": {}, "gemma": {}}
-CONSTANT = ["train.train_iters=3", "scheduler.lr_warmup_iters=0", "scheduler.lr_decay_style=constant", "optimizer.min_lr=1e-4"]
+CONSTANT = [
+    "train.train_iters=3",
+    "scheduler.lr_warmup_iters=0",
+    "scheduler.lr_decay_style=constant",
+    "optimizer.min_lr=1e-4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +86,19 @@ def test_both_converters_agree_in_every_tensor_at_tp2_pp2(four, folders, tmp_pat
         assert rank.keys() == sources.keys()
         assert min(count for count, _ in rank.values()) >= 12  # two layers, and an end
     for family, source in sources.items():
-        before, after = load_file(source / "model.safetensors"), load_file(tmp_path / f"{family}_hf" / "model.safetensors")
+        before, after = (
+            load_file(source / "model.safetensors"),
+            load_file(tmp_path / f"{family}_hf" / "model.safetensors"),
+        )
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before), family
 
 
 def test_scores_of_a_model_that_bridge_built_are_ours(four, folders, tmp_path):
-    assert max(four.run("workers_bridge.compare_scores", tp=2, pp=2, source=folders["llama"], folder=tmp_path)) < 1e-4
+    assert (
+        max(four.run("workers_bridge.compare_scores", tp=2, pp=2, source=folders["llama"], folder=tmp_path))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,13 +120,24 @@ def test_pretrain_is_our_trainer(four, project, by_hand, tp, pp, more):
 
 def test_pretrain_in_bf16_is_near(four, project, by_hand):
     """Float16Module around the student: the hidden states must not come in float32. 8 bits of mantissa over 4 layers."""
-    same_as(by_hand[1], four.run("workers_bridge.pretrain", folder=project, tp=1, pp=2, precision="bf16", overrides=CONSTANT)[-1], rel=0.03)
+    same_as(
+        by_hand[1],
+        four.run("workers_bridge.pretrain", folder=project, tp=1, pp=2, precision="bf16", overrides=CONSTANT)[
+            -1
+        ],
+        rel=0.03,
+    )
 
 
 def test_teacher_on_ranks_of_its_own_under_pretrain(four, project, by_hand):
     """Bridge sees a world of the student's two ranks (pp 2); the teacher (tp 2) streams to it."""
     seen, rows = by_hand
-    same_as(rows, four.run("workers_bridge.pretrain_beside_teacher", folder=project, batches=seen, overrides=CONSTANT)[1])
+    same_as(
+        rows,
+        four.run("workers_bridge.pretrain_beside_teacher", folder=project, batches=seen, overrides=CONSTANT)[
+            1
+        ],
+    )
 
 
 def same_as(rows, found, rel=1e-4):
@@ -154,7 +176,10 @@ def test_a_family_that_we_do_not_map_is_cut_and_written_back(four, folders, tmp_
 
     source = folders["gemma"]
     cut = four.run("workers_bridge.prune_unmapped", source=source, folder=tmp_path, tp=2, pp=2)[0]
-    loaded, sliced, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "loaded", tmp_path / "sliced", source))
+    loaded, sliced, before = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "loaded", tmp_path / "sliced", source)
+    )
     assert all(torch.equal(loaded[name], sliced[name]) for name in loaded)
     hidden = np.array(cut["hidden"])
     for layer, ffn in enumerate(cut["ffn"]):

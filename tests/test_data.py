@@ -14,7 +14,9 @@ from minitron_mp.errors import InputError
 from minitron_mp.sections import Data
 from minitron_mp.text import PARTS, fingerprint, tokenize
 
-LINES = [f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)]
+LINES = [
+    f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)
+]
 S = 16
 
 
@@ -29,8 +31,15 @@ def folder(tmp_path_factory):
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    fast.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     path = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(path)
     return path
@@ -103,7 +112,9 @@ def test_sentencepiece_file(tmp_path):
 
     def train(name, **options):
         prefix = str(tmp_path / name)
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_prefix=prefix, vocab_size=80, minloglevel=2, **options)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES), model_prefix=prefix, vocab_size=80, minloglevel=2, **options
+        )
         return prefix + ".model"
 
     tokenizer = load_tokenizer(train("good"))
@@ -124,9 +135,13 @@ def test_bad_tokenizers(tmp_path, folder, tokenizer):
     with pytest.raises(InputError, match=r"bad\.model cannot be read"):
         load_tokenizer(tmp_path / "bad.model")
     for file in folder.iterdir():
-        (tmp_path / file.name).write_text(file.read_text().replace('"eos_token": "</s>"', '"sep_token": "</s>"'))
+        (tmp_path / file.name).write_text(
+            file.read_text().replace('"eos_token": "</s>"', '"sep_token": "</s>"')
+        )
     assert load_tokenizer(tmp_path).eod == 1
-    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text().replace('"eos_token": "</s>"', '"eos_token": null'))
+    (tmp_path / "tokenizer_config.json").write_text(
+        (folder / "tokenizer_config.json").read_text().replace('"eos_token": "</s>"', '"eos_token": null')
+    )
     with pytest.raises(InputError, match="no end-of-sequence"):
         load_tokenizer(tmp_path)
     check_vocabulary(tokenizer, 320)
@@ -136,7 +151,14 @@ def test_bad_tokenizers(tmp_path, folder, tokenizer):
 
 def test_stdlib_is_shared_out_once_and_the_same_each_time(tmp_path, monkeypatch, tokenizer, decode):
     root, files = tmp_path / "lib", {f"package/module_{i}.py": f"value = {i}\n" for i in range(60)}
-    for name, text in {**files, "blank.py": "\n", "test/t.py": "no", "a/tests/t.py": "no", "site-packages/p.py": "no", "notes.txt": "no"}.items():
+    for name, text in {
+        **files,
+        "blank.py": "\n",
+        "test/t.py": "no",
+        "a/tests/t.py": "no",
+        "site-packages/p.py": "no",
+        "notes.txt": "no",
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (root / "latin.py").write_bytes(b"name = '\xe9'\n")
@@ -147,9 +169,18 @@ def test_stdlib_is_shared_out_once_and_the_same_each_time(tmp_path, monkeypatch,
     assert counts == {part: len(stream(tmp_path / "one" / part)) for part in PARTS}
     assert done == [60]
     parts = {part: texts(tmp_path / "one" / part, decode, tokenizer.eod) for part in PARTS}
-    assert sorted(text for part in PARTS for text in parts[part]) == sorted(text + "</s>" for text in files.values())
-    assert [len(parts[part]) for part in PARTS] == [7, 41, 12]  # written down from a first run: the same on every machine
-    assert fingerprint(data) == f"python-stdlib {platform.python_version()}: 62 files, {sum(map(len, files.values())) + 1 + 11} bytes"
+    assert sorted(text for part in PARTS for text in parts[part]) == sorted(
+        text + "</s>" for text in files.values()
+    )
+    assert [len(parts[part]) for part in PARTS] == [
+        7,
+        41,
+        12,
+    ]  # written down from a first run: the same on every machine
+    assert (
+        fingerprint(data)
+        == f"python-stdlib {platform.python_version()}: 62 files, {sum(map(len, files.values())) + 1 + 11} bytes"
+    )
 
     tokenize(data, tokenizer, tmp_path / "two", 1)
     tokenize(data, tokenizer, tmp_path / "three", 2)
@@ -168,7 +199,11 @@ def test_single_txt_is_cut_at_blank_lines(tmp_path, tokenizer, decode):
     (tmp_path / "book.txt").write_text(text)
     data = Data(source=str(tmp_path / "book.txt"), valid_fraction=0.2)
     tokenize(data, tokenizer, tmp_path / "data", 1)
-    pieces = [piece.removesuffix("</s>") for part in PARTS for piece in texts(tmp_path / "data" / part, decode, tokenizer.eod)]
+    pieces = [
+        piece.removesuffix("</s>")
+        for part in PARTS
+        for piece in texts(tmp_path / "data" / part, decode, tokenizer.eod)
+    ]
     assert len(pieces) > 30
     assert sum(map(len, pieces)) == len(text)
     assert sum(4000 <= len(piece) < 5000 and piece.endswith("\n\n") for piece in pieces) >= len(pieces) - 1
@@ -179,8 +214,12 @@ def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
     text = "".join(line + "\n" * (i % 5 == 4) for i, line in enumerate(LINES * 8))
     (tmp_path / "books").mkdir()
     for name in "abc":
-        (tmp_path / "books" / f"{name}{suffix}").write_text(text if suffix == ".txt" else json.dumps({"text": text}) + "\n")
-    tokens = tokenize(Data(source=str(tmp_path / "books"), valid_fraction=0.1), tokenizer, tmp_path / "data", 1)
+        (tmp_path / "books" / f"{name}{suffix}").write_text(
+            text if suffix == ".txt" else json.dumps({"text": text}) + "\n"
+        )
+    tokens = tokenize(
+        Data(source=str(tmp_path / "books"), valid_fraction=0.1), tokenizer, tmp_path / "data", 1
+    )
     for part in ("calibration", "valid"):
         assert 0.02 < tokens[part] / sum(tokens.values()) < 0.2
 
@@ -189,14 +228,22 @@ def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
 def test_all_of_a_document_is_in_one_part(tmp_path, tokenizer, decode, suffix):
     """Where there are enough of them, however long: no part then has text of an author who is in another."""
     (tmp_path / "books").mkdir()
-    books = {f"{i:03}": "\n\n".join(f"book {i:03}, {line}" for line in LINES * (3 if i % 10 == 0 else 1)) for i in range(60)}
+    books = {
+        f"{i:03}": "\n\n".join(f"book {i:03}, {line}" for line in LINES * (3 if i % 10 == 0 else 1))
+        for i in range(60)
+    }
     if suffix == ".txt":
         for name, text in books.items():
             (tmp_path / "books" / f"{name}.txt").write_text(text)
     else:
-        (tmp_path / "books" / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in books.values()))
+        (tmp_path / "books" / "all.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in books.values())
+        )
     tokenize(Data(source=str(tmp_path / "books"), valid_fraction=0.2), tokenizer, tmp_path / "data", 1)
-    found = {part: set(re.findall(r"book (\d+),", "".join(texts(tmp_path / "data" / part, decode, tokenizer.eod)))) for part in PARTS}
+    found = {
+        part: set(re.findall(r"book (\d+),", "".join(texts(tmp_path / "data" / part, decode, tokenizer.eod))))
+        for part in PARTS
+    }
     assert sum(map(len, found.values())) == 60
     assert set.union(*found.values()) == books.keys()
     assert min(len(found["valid"]), len(found["calibration"])) >= 4
@@ -204,14 +251,21 @@ def test_all_of_a_document_is_in_one_part(tmp_path, tokenizer, decode, suffix):
 
 def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, decode):
     (tmp_path / "more/deep").mkdir(parents=True)
-    (tmp_path / "more/b.jsonl").write_text('{"text": "second", "id": 1}\n\n{"text": "third"}\n{"text": " "}\n')
+    (tmp_path / "more/b.jsonl").write_text(
+        '{"text": "second", "id": 1}\n\n{"text": "third"}\n{"text": " "}\n'
+    )
     (tmp_path / "more/a.txt").write_text("first")
     (tmp_path / "more/deep/c.txt").write_text("fourth")
     train = [str(tmp_path / "more"), f"{corpus}/train.bin"]
     data = Data(calibration=[f"{corpus}/calibration"], train=train, valid=[f"{corpus}/valid.idx"])
     counts = tokenize(data, tokenizer, tmp_path / "new", 1)
 
-    assert texts(tmp_path / "new/train", decode, tokenizer.eod) == ["first</s>", "second</s>", "third</s>", "fourth</s>"]
+    assert texts(tmp_path / "new/train", decode, tokenizer.eod) == [
+        "first</s>",
+        "second</s>",
+        "third</s>",
+        "fourth</s>",
+    ]
     assert json.loads((tmp_path / "new/parts.json").read_text())["train"] == ["train", f"{corpus}/train"]
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"train.bin", "train.idx", "parts.json"}
     assert counts["train"] == len(stream(tmp_path / "new/train")) + len(stream(corpus / "train"))
@@ -227,7 +281,11 @@ def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, d
         ({}, [], r"data\.source is empty"),
         ({"x.csv": "a"}, "x.csv", r"x\.csv is no \.txt or \.jsonl"),
         ({"x.csv": "a"}, ".", "folder without .txt and .jsonl"),
-        ({"a.txt": "one"}, "a.txt", r"no text for .*source held 1 documents .*data\.valid_fraction \(0\.03\)"),
+        (
+            {"a.txt": "one"},
+            "a.txt",
+            r"no text for .*source held 1 documents .*data\.valid_fraction \(0\.03\)",
+        ),
         ({"a.txt": " \n"}, "a.txt", r"no text for calibration, train, valid: source held 0 documents"),
         ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, "a.jsonl", r"a\.jsonl line 2 is no JSON object"),
         ({"a.jsonl": '{"content": "x"}\n'}, "a.jsonl", r'a\.jsonl line 1 .*"text"'),
@@ -247,10 +305,24 @@ def test_bad_sources(tmp_path, monkeypatch, tokenizer, files, source, message):
 
 def test_bad_parts_are_reported_together(tmp_path, corpus, tokenizer):
     with pytest.raises(InputError, match=r"(?s)data\.calibration: gone .*data\.valid: lost "):
-        tokenize(Data(calibration=["gone"], train=[f"{corpus}/train"], valid=["lost"]), tokenizer, tmp_path / "out", 1)
+        tokenize(
+            Data(calibration=["gone"], train=[f"{corpus}/train"], valid=["lost"]),
+            tokenizer,
+            tmp_path / "out",
+            1,
+        )
     (tmp_path / "blank.txt").write_text("\n")
     with pytest.raises(InputError, match="no text for valid: its documents are blank"):
-        tokenize(Data(calibration=[f"{corpus}/valid"], train=[f"{corpus}/train"], valid=[str(tmp_path / "blank.txt")]), tokenizer, tmp_path / "out", 1)
+        tokenize(
+            Data(
+                calibration=[f"{corpus}/valid"],
+                train=[f"{corpus}/train"],
+                valid=[str(tmp_path / "blank.txt")],
+            ),
+            tokenizer,
+            tmp_path / "out",
+            1,
+        )
 
 
 def test_bad_megatron_data(tmp_path, corpus, tokenizer):
@@ -281,8 +353,15 @@ def test_samples_are_the_text_cut_up(corpus, tokenizer):
     found = rows(dataset)
     assert Counter(found) == whole  # one epoch, each window once
     item = dataset[0]
-    assert {key: item[key].dtype for key in item} == {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64}
-    assert all((dataset[i]["loss_mask"] == 1).all() for i in range(len(dataset)))  # pad is -1: no label is masked
+    assert {key: item[key].dtype for key in item} == {
+        "tokens": torch.int64,
+        "labels": torch.int64,
+        "loss_mask": torch.float32,
+        "position_ids": torch.int64,
+    }
+    assert all(
+        (dataset[i]["loss_mask"] == 1).all() for i in range(len(dataset))
+    )  # pad is -1: no label is masked
     assert item["position_ids"].tolist() == list(range(S))
     assert rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found
     assert rows(samples(corpus, "train", S, 10, 2, tokenizer, repeat=True)) != found
@@ -322,19 +401,26 @@ def test_samples_repeat_for_training_only(corpus, tokenizer):
     whole = windows(corpus / "train")
     assert len(samples(corpus, "train", S, 3 * len(whole), 1, tokenizer, repeat=True)) >= 3 * len(whole)
     held = len(windows(corpus / "valid"))
-    assert set(rows(samples(corpus, "valid", S, held, 1, tokenizer, repeat=False))) == set(windows(corpus / "valid"))
+    assert set(rows(samples(corpus, "valid", S, held, 1, tokenizer, repeat=False))) == set(
+        windows(corpus / "valid")
+    )
     with pytest.raises(
-        InputError, match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; lower evaluate\.num_samples to at most {held}"
+        InputError,
+        match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; lower evaluate\.num_samples to at most {held}",
     ):
         samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
-    with pytest.raises(InputError, match=r"(?s)train text: .*train holds \d+ tokens, one sample is 100000 and a label"):
+    with pytest.raises(
+        InputError, match=r"(?s)train text: .*train holds \d+ tokens, one sample is 100000 and a label"
+    ):
         samples(corpus, "train", 100_000, 1, 1, tokenizer, repeat=True)
 
 
 def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
     """Found before the stages that need it, and by them."""
     (tmp_path / "short.txt").write_text("one line\n")
-    parts = {part: [f"{corpus}/{part}"] for part in PARTS} | {"valid": [f"{corpus}/valid", str(tmp_path / "short.txt")]}
+    parts = {part: [f"{corpus}/{part}"] for part in PARTS} | {
+        "valid": [f"{corpus}/valid", str(tmp_path / "short.txt")]
+    }
     tokenize(Data(**parts), tokenizer, tmp_path / "data", 1)
     assert too_short(tmp_path / "data", "train", S, 0) == []
     (problem,) = too_short(tmp_path / "data", "valid", S, 1)
@@ -348,7 +434,10 @@ def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
     tokenize(Data(calibration=both, train=both, valid=both), tokenizer, tmp_path / "mix", 1)
     large, small = windows(corpus / "train"), windows(corpus / "valid")
     held = large.total() + small.total()
-    assert Counter(rows(samples(tmp_path / "mix", "valid", S, held, 1, tokenizer, repeat=False))) == large + small
+    assert (
+        Counter(rows(samples(tmp_path / "mix", "valid", S, held, 1, tokenizer, repeat=False)))
+        == large + small
+    )
     dataset = samples(tmp_path / "mix", "train", S, held // 2, 1, tokenizer, repeat=True)
     from_small = [row in small and row not in large for row in rows(dataset)]
     common = sum((large & small).values())
@@ -369,8 +458,12 @@ def test_megatron_data_as_source_is_cut_by_document(tmp_path, tokenizer):
 
     text = tmp_path / "many.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES[:60]))
-    tokenize(Data(calibration=[str(text)], train=[str(text)], valid=[str(text)]), tokenizer, tmp_path / "whole", 1)
-    counts = tokenize(Data(source=str(tmp_path / "whole" / "train"), valid_fraction=0.2), tokenizer, tmp_path / "cut", 1)
+    tokenize(
+        Data(calibration=[str(text)], train=[str(text)], valid=[str(text)]), tokenizer, tmp_path / "whole", 1
+    )
+    counts = tokenize(
+        Data(source=str(tmp_path / "whole" / "train"), valid_fraction=0.2), tokenizer, tmp_path / "cut", 1
+    )
     parts = [documents(tmp_path / "cut" / part) for part in ("calibration", "train", "valid")]
     assert sum(parts, Counter()) == documents(tmp_path / "whole" / "train")
     assert all(counts.values())
@@ -384,20 +477,36 @@ def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, mi
     for step in (0, 2):
         ranks = [micro_batches(dataset, step, dp_rank=rank, **sizes) for rank in range(dp_size)]
         in_order = [batch for m in zip(*ranks) for batch in m]
-        for key, dtype in (("tokens", torch.int64), ("labels", torch.int64), ("position_ids", torch.int64), ("loss_mask", torch.float32)):
-            assert all(batch[key].shape == (micro_batch_size, S) and batch[key].dtype == dtype for batch in in_order)
-            assert torch.equal(torch.cat([batch[key] for batch in in_order]), torch.stack([dataset[i][key] for i in range(8 * step, 8 * step + 8)]))
+        for key, dtype in (
+            ("tokens", torch.int64),
+            ("labels", torch.int64),
+            ("position_ids", torch.int64),
+            ("loss_mask", torch.float32),
+        ):
+            assert all(
+                batch[key].shape == (micro_batch_size, S) and batch[key].dtype == dtype for batch in in_order
+            )
+            assert torch.equal(
+                torch.cat([batch[key] for batch in in_order]),
+                torch.stack([dataset[i][key] for i in range(8 * step, 8 * step + 8)]),
+            )
 
 
 def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
     dataset = samples(corpus, "valid", S, 5, 1, tokenizer, repeat=False)
     sizes = {"global_batch_size": 4, "micro_batch_size": 2, "dp_size": 2, "limit": 5}
-    masks = [torch.cat([b["loss_mask"] for b in micro_batches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist() for rank in range(2)]
+    masks = [
+        torch.cat([b["loss_mask"] for b in micro_batches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist()
+        for rank in range(2)
+    ]
     assert masks == [[S, 0], [0, 0]]
 
 
 def test_batch_sizes_that_do_not_divide():
-    with pytest.raises(InputError, match=r"global_batch_size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8"):
+    with pytest.raises(
+        InputError,
+        match=r"global_batch_size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8",
+    ):
         micro_batches([], 0, global_batch_size=10, micro_batch_size=2, dp_rank=0, dp_size=2)
     with pytest.raises(InputError, match="nearest 4"):
         micro_batches([], 0, global_batch_size=1, micro_batch_size=2, dp_rank=0, dp_size=2)

@@ -41,13 +41,18 @@ def dense_loss(weights, missing):
 @pytest.fixture(scope="module")
 def dense(results):
     weights = results.weights("qwen3")
-    return {missing: dense_loss(weights, missing) for missing in [frozenset(), GONE, *BLOCKS, *(block | GONE for block in BLOCKS)]}
+    return {
+        missing: dense_loss(weights, missing)
+        for missing in [frozenset(), GONE, *BLOCKS, *(block | GONE for block in BLOCKS)]
+    }
 
 
 @pytest.fixture(scope="module")
 def dense_options(results):
     """[(log p, all most likely)] for each option, without each set of layers."""
-    items = [item for name in ("choices", "words") for item in read_items(results.task_files() / f"{name}.jsonl")]
+    items = [
+        item for name in ("choices", "words") for item in read_items(results.task_files() / f"{name}.jsonl")
+    ]
     models = [without(results.weights("qwen3"), missing) for missing in [GONE, *TASK_CANDIDATES]]
     return [dense_scores(weights, items, arch) for arch, weights in models]
 
@@ -60,7 +65,9 @@ def test_losses_are_those_of_models_without_the_layers(results, dense, layout):
     """On every rank; also where a greedy search has dropped a layer before."""
     for rank in results.judged(layout):
         for gone, losses in rank["losses"].items():
-            assert losses == pytest.approx([dense[gone], *(dense[block | gone] for block in BLOCKS)], rel=1e-5)  # as in test_training.py
+            assert losses == pytest.approx(
+                [dense[gone], *(dense[block | gone] for block in BLOCKS)], rel=1e-5
+            )  # as in test_training.py
 
 
 @layouts
@@ -77,7 +84,9 @@ def test_a_block_search_computes_shared_layers_once(ranks, num_layers, length):
     """Layer forwards of one microbatch, counted: the base run, and each start's layers behind the block; at most six tenths of one by one where many share."""
     blocks = depth_candidates(Depth(method="block"), num_layers, length)
     counted = ranks(1, "workers.count_forwards", num_layers=num_layers, candidates=blocks)[0]
-    assert counted == num_layers + sum(num_layers - length - first for first in range(num_layers - length + 1))
+    assert counted == num_layers + sum(
+        num_layers - length - first for first in range(num_layers - length + 1)
+    )
     if num_layers == 30:
         assert counted <= 0.6 * len(blocks) * (num_layers - length)
 
@@ -100,7 +109,9 @@ def test_protected_layers_stay():
     assert kept(6, 4, Depth(), cosine=cosine) == [1, 2, 3, 4]
     assert kept(6, 4, Depth(protect_first=1), cosine=cosine) == [0, 1, 3, 4]
     assert kept(6, 4, Depth(protect_first=1, protect_last=1), cosine=cosine) == [0, 1, 3, 5]
-    assert depth_candidates(Depth(method="drop", protect_first=1, protect_last=2), 6, 1) == [frozenset({i}) for i in (1, 2, 3)]
+    assert depth_candidates(Depth(method="drop", protect_first=1, protect_last=2), 6, 1) == [
+        frozenset({i}) for i in (1, 2, 3)
+    ]
     with pytest.raises(InputError, match="leave 3 of 6 layers that may go, the target drops 4"):
         droppable(Depth(protect_first=1, protect_last=2), 6, 4)
 
@@ -120,11 +131,18 @@ def test_single_trials_and_greedy_rounds():
     assert kept(5, 3, Depth(method="drop"), singles) == [0, 3, 4]  # of two alike the lower one goes
     rounds = Trials(base=1.0, trials=[([2], 1.1), ([1, 2], 1.3), ([1, 2, 3], 1.9)])
     assert kept(5, 3, Depth(method="greedy"), rounds) == [0, 3, 4]
-    assert depth_candidates(Depth(method="greedy"), 5, 2, gone={2}) == [frozenset({2, i}) for i in (0, 1, 3, 4)]
+    assert depth_candidates(Depth(method="greedy"), 5, 2, gone={2}) == [
+        frozenset({2, i}) for i in (0, 1, 3, 4)
+    ]
 
 
 def test_accuracy_comes_before_the_loss():
-    trials = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([1.1, 1.4, 1.3, 1.2, 1.2])], base_accuracy=0.9, accuracies=[0.4, 0.8, 0.8, 0.5, 0.5])
+    trials = Trials(
+        base=1.0,
+        trials=[([i], loss) for i, loss in enumerate([1.1, 1.4, 1.3, 1.2, 1.2])],
+        base_accuracy=0.9,
+        accuracies=[0.4, 0.8, 0.8, 0.5, 0.5],
+    )
     assert trials.ranked() == [2, 1, 3, 4, 0]
     depth = Depth(method="drop", metric="task", task="items.jsonl")
     assert kept(5, 3, depth, trials) == [0, 3, 4]
@@ -141,7 +159,11 @@ def test_a_close_cut_of_layers_is_reported():
     assert notes(6, 5, Depth(), cosine=cosine) != []  # the two of score 0
     assert notes(6, 5, Depth(protect_first=1), cosine=cosine) == []
     assert notes(6, 2, Depth(protect_first=1, protect_last=1), cosine=cosine) == []  # all that may go do
-    assert notes(6, 5, Depth(), cosine=cosine, target=Target(drop_layers=[0])) == notes(6, 6, Depth(), cosine=cosine) == []
+    assert (
+        notes(6, 5, Depth(), cosine=cosine, target=Target(drop_layers=[0]))
+        == notes(6, 6, Depth(), cosine=cosine)
+        == []
+    )
 
 
 def test_trials_nearer_than_rounding_are_reported():
@@ -149,26 +171,53 @@ def test_trials_nearer_than_rounding_are_reported():
     near = 1.2 * (1 + 2e-6)
     singles = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, near, 8.0])])
     (note,) = notes(5, 3, Depth(method="drop"), singles)
-    assert note == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, nearer than rounding"
-    assert [notes(5, keep, Depth(method="drop"), singles) for keep in (4, 2, 1)] == [[], [], []]  # both stay, or both go
+    assert (
+        note
+        == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, nearer than rounding"
+    )
+    assert [notes(5, keep, Depth(method="drop"), singles) for keep in (4, 2, 1)] == [
+        [],
+        [],
+        [],
+    ]  # both stay, or both go
     blocks = Trials(base=1.0, trials=[([0, 1], 9.0), ([1, 2], near), ([2, 3], 1.2)])
     (note,) = notes(5, 3, Depth(method="block"), blocks)
     assert "without 2, 3 (chosen) and without 1, 2 (next best)" in note
     assert notes(5, 3, Depth(method="block"), Trials(base=1.0, trials=blocks.trials[:2])) == []
-    assert notes(2, 1, Depth(method="block", protect_first=1), Trials(base=1.0, trials=[([1], 1.1)])) == []  # there was no other
+    assert (
+        notes(2, 1, Depth(method="block", protect_first=1), Trials(base=1.0, trials=[([1], 1.1)])) == []
+    )  # there was no other
     rounds = {"trials": [([2], 1.2), ([1, 2], 1.3)], "second": [([3], near), ([2, 3], 1.4)]}
     (note,) = notes(5, 3, Depth(method="greedy"), Trials(base=1.0, **rounds))
     assert "without 2 (chosen) and without 3 (next best)" in note
     rounds |= {"accuracies": [0.75, 0.5], "second_accuracies": [0.5, 0.5]}
-    assert notes(5, 3, Depth(method="greedy", metric="task", task="items.jsonl"), Trials(base=1.0, base_accuracy=1.0, **rounds)) == []
+    assert (
+        notes(
+            5,
+            3,
+            Depth(method="greedy", metric="task", task="items.jsonl"),
+            Trials(base=1.0, base_accuracy=1.0, **rounds),
+        )
+        == []
+    )
 
 
 def test_equal_accuracies_are_close_where_the_losses_are():
     depth, near = Depth(method="drop", metric="task", task="items.jsonl"), 1.2 * (1 + 2e-6)
-    trials = Trials(base=1.0, trials=[([i], loss) for i, loss in enumerate([1.2, 1.4, near, 1.2])], base_accuracy=0.9, accuracies=[0.5, 0.8, 0.5, 0.4])
+    trials = Trials(
+        base=1.0,
+        trials=[([i], loss) for i, loss in enumerate([1.2, 1.4, near, 1.2])],
+        base_accuracy=0.9,
+        accuracies=[0.5, 0.8, 0.5, 0.4],
+    )
     (note,) = notes(4, 2, depth, trials)
-    assert note.endswith("without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, and the losses are 1.2 and 1.2000024, nearer than rounding")
-    assert [notes(4, keep, depth, trials) for keep in (3, 1)] == [[], []]  # of the last two the losses are alike, and not the accuracies
+    assert note.endswith(
+        "without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, and the losses are 1.2 and 1.2000024, nearer than rounding"
+    )
+    assert [notes(4, keep, depth, trials) for keep in (3, 1)] == [
+        [],
+        [],
+    ]  # of the last two the losses are alike, and not the accuracies
 
 
 def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():
@@ -183,8 +232,14 @@ def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():
     [
         ({"method": "block", "metric": "task"}, "give task: FILE.jsonl"),
         ({"metric": "task", "task": "a.jsonl"}, "without effect with method cosine"),
-        ({"method": "block", "task": "a.jsonl", "task_items": 2}, "task, task_items: without effect with metric loss"),
-        ({"method": "drop", "metric": "task", "task": "a.jsonl", "num_samples": 3}, "num_samples: without effect with metric task"),
+        (
+            {"method": "block", "task": "a.jsonl", "task_items": 2},
+            "task, task_items: without effect with metric loss",
+        ),
+        (
+            {"method": "drop", "metric": "task", "task": "a.jsonl", "num_samples": 3},
+            "num_samples: without effect with metric task",
+        ),
     ],
 )
 def test_settings_of_depth_without_effect(depth, words):

@@ -23,7 +23,9 @@ from minitron_mp.hf import read_arch
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("doctor")
-    return make_recipe_file(root / "recipe.yaml", make_model(root / "model"), make_text(root / "text"), root / "out")
+    return make_recipe_file(
+        root / "recipe.yaml", make_model(root / "model"), make_text(root / "text"), root / "out"
+    )
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def install(monkeypatch, tmp_path):
     def run(name: str, version: str, *lines: str) -> None:
         folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]) + "\n")
+        (folder / "METADATA").write_text(
+            "\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]) + "\n"
+        )
 
     return run
 
@@ -64,7 +68,13 @@ def told(findings, check: str) -> str:
 def test_a_whole_recipe_passes_and_nothing_is_left(here, recipe):
     code, out = here(recipe)
     assert code == 0, out
-    for words in ("can run, with", "300 tokens, a document ends with", "GB free", "renames are atomic", "0 failed"):
+    for words in (
+        "can run, with",
+        "300 tokens, a document ends with",
+        "GB free",
+        "renames are atomic",
+        "0 failed",
+    ):
         assert words in out
     assert not (recipe.parent / "out").exists()
 
@@ -113,9 +123,15 @@ def test_room_is_that_of_the_artefacts(whole):
     arch = read_arch(Path(project.recipe.model))
     expected = doctor.artefact_bytes(project.recipe, arch, arch)
     (student,) = rank_parameters(read_arch(project.paths["export"]), project.recipe.parallel)
-    expected["distill"] -= 16 * student * (project.recipe.distill.keep_checkpoints + 1)  # float32 weights, and their copies and moments for Adam
+    expected["distill"] -= (
+        16 * student * (project.recipe.distill.keep_checkpoints + 1)
+    )  # float32 weights, and their copies and moments for Adam
     for name in ("import", "prune", "distill", "export"):
-        written = sum(p.stat().st_size for p in project.paths[name].rglob("*") if p.suffix in (".distcp", ".safetensors"))
+        written = sum(
+            p.stat().st_size
+            for p in project.paths[name].rglob("*")
+            if p.suffix in (".distcp", ".safetensors")
+        )
         assert written == pytest.approx(expected[name], rel=0.2), name  # here headers are a part of it
     assert doctor.room(project.recipe, project.paths, arch, arch).found.endswith("write about 0.0 GB")
 
@@ -125,7 +141,15 @@ def test_versions_against_the_metadata(install):
     install("nemo-run", "0.11.1")
     install("megatron-core", "0.19.2")
     install("nvidia-resiliency-ext", "0.4.1")
-    needs = ["torch>=99", "numpy", "pydantic>=2.9", "transformers>=4", "no-such-package>=1", 'leptonai<0.47; extra == "nemo-run"', 'gone; extra == "eval"']
+    needs = [
+        "torch>=99",
+        "numpy",
+        "pydantic>=2.9",
+        "transformers>=4",
+        "no-such-package>=1",
+        'leptonai<0.47; extra == "nemo-run"',
+        'gone; extra == "eval"',
+    ]
     install("minitron-mp", "7", "Requires-Python: >=3.10", *(f"Requires-Dist: {text}" for text in needs))
     found = machine.packages()
     assert verdicts(found) == {
@@ -155,11 +179,16 @@ def test_a_prerelease_of_the_image_counts(install):
     assert verdicts(machine.packages())["torch"] == "ok"
 
 
-@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="needs a machine without an NVIDIA driver")
+@pytest.mark.skipif(
+    Path("/proc/driver/nvidia/version").exists(), reason="needs a machine without an NVIDIA driver"
+)
 def test_gpus(monkeypatch, tmp_path):
     assert verdicts(machine.devices({})) == {"GPU": "ok"}
     found = machine.devices({"distill.fp8": "tensorwise"})
-    assert told(found, "FP8") == "failed: distill.fp8: tensorwise needs a GPU -> drop distill.fp8, or run on Hopper or later"
+    assert (
+        told(found, "FP8")
+        == "failed: distill.fp8: tensorwise needs a GPU -> drop distill.fp8, or run on Hopper or later"
+    )
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -185,7 +214,9 @@ def test_what_fp8_needs(capability, engine, cuda, possible):
         assert [f.verdict for f in found] == ["ok" if kind in possible.split(", ") else "failed"]
 
 
-@pytest.mark.parametrize(("installed", "verdict"), [("0.16.1", "failed"), ("0.18.2", "failed"), ("0.19.0", "ok"), ("0.20.1", "ok")])
+@pytest.mark.parametrize(
+    ("installed", "verdict"), [("0.16.1", "failed"), ("0.18.2", "failed"), ("0.19.0", "ok"), ("0.20.1", "ok")]
+)
 def test_what_cuda_graphs_need(monkeypatch, installed, verdict):
     monkeypatch.setattr(precision, "version", lambda name: installed)
     recipe = make_recipe({"model": "m", "output": "o", "distill": {"cuda_graphs": True}})
@@ -240,7 +271,9 @@ def test_a_file_system_whose_renames_are_not_whole(monkeypatch, tmp_path):
         file.write_bytes(content)
         (problem,) = fabric._read_while_replaced(file)
         assert said in problem
-    monkeypatch.setattr(fabric, "_replace", lambda path, count: path.write_bytes(bytes([count]) * (fabric.FILE_BYTES // 2)))
+    monkeypatch.setattr(
+        fabric, "_replace", lambda path, count: path.write_bytes(bytes([count]) * (fabric.FILE_BYTES // 2))
+    )
     assert verdicts(fabric.shared(tmp_path / "out", Job(dist.HashStore()))) == {"file system": "failed"}
 
 
@@ -255,16 +288,28 @@ def test_two_ranks(ranks, recipe):
     """Under a launcher: links, clocks and one folder; rank 0 speaks."""
     (code, out), (silent, nothing) = ranks(2, "workers_doctor.examine", words=[str(recipe)])
     assert (code, silent, nothing) == (0, 0, ""), out
-    for words in ("every rank reaches the next", "gloo, 2 ranks on 1 hosts", "each rank to the next", "ms apart at most", "one folder for all ranks"):
+    for words in (
+        "every rank reaches the next",
+        "gloo, 2 ranks on 1 hosts",
+        "each rank to the next",
+        "ms apart at most",
+        "one folder for all ranks",
+    ):
         assert words in " ".join(out.replace("│", " ").split())
     assert not (recipe.parent / "out").exists()
 
 
 def test_two_ranks_with_problems(ranks, recipe):
     """A clock that is two minutes fast, and a layout for three."""
-    (code, out), (silent, _) = ranks(2, "workers_doctor.examine", words=[str(recipe), "parallel.pp=3"], skew_s=120.0)
+    (code, out), (silent, _) = ranks(
+        2, "workers_doctor.examine", words=[str(recipe), "parallel.pp=3"], skew_s=120.0
+    )
     assert (code, silent) == (1, 0)
-    for words in ("2 ranks for the student is no multiple of tp x pp x cp = 3", "120.0 s apart, rank 1", "2 failed"):
+    for words in (
+        "2 ranks for the student is no multiple of tp x pp x cp = 3",
+        "120.0 s apart, rank 1",
+        "2 failed",
+    ):
         assert words in " ".join(out.replace("│", " ").split()), out
 
 
@@ -283,7 +328,10 @@ def test_a_rank_that_never_comes(monkeypatch):
 
 def test_findings_of_many_ranks_become_one_table():
     same, old = Finding("limits", "ok", "enough"), Finding("torch", "ok", "2.11")
-    ranks = {rank: [same, Finding("torch", "ok", "2.13")] for rank in range(4)} | {4: [same, old], 5: [same, old]}
+    ranks = {rank: [same, Finding("torch", "ok", "2.13")] for rank in range(4)} | {
+        4: [same, old],
+        5: [same, old],
+    }
     ranks[1] = [*ranks[1], Finding("ports", "failed", "closed", "open it")]
     rows = together(ranks, ["a", "a", "a", "a", "b", "b"], {"torch"})
     assert [(row.check, row.verdict, row.found) for row in rows] == [
@@ -300,4 +348,6 @@ def test_findings_travel_as_json(monkeypatch):
     job = Job(dist.HashStore(), host="here")
     (row,) = doctor._gather(job, [Finding("a", "warning", "b", "c")])
     assert row == Finding("a", "warning", "b", "c")
-    assert json.loads(job.store.get("findings/0")) == [{"check": "a", "verdict": "warning", "found": "b", "cure": "c"}]
+    assert json.loads(job.store.get("findings/0")) == [
+        {"check": "a", "verdict": "warning", "found": "b", "cure": "c"}
+    ]

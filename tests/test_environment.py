@@ -25,7 +25,9 @@ def names(**sections) -> set[str]:
 def evaluated(text: str, **environment: str) -> dict[str, str]:
     """The environment of a shell after it."""
     words = ["bash", "-c", 'set -eu; eval "$1"; env -0', "-", text]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin", **environment})
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin", **environment}
+    )
     return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
 
 
@@ -50,19 +52,29 @@ def test_what_depends_on_the_recipe():
     assert names(parallel={"pp": 2}) == plain
     assert names(teacher={"placement": "remote", "parallel": {"tp": 2}}) - plain == one_queue
     overlap = names(distill={"overlap": True}) - plain
-    assert overlap == {"export TORCH_NCCL_HIGH_PRIORITY", "export NVTE_FWD_LAYERNORM_SM_MARGIN", "export NVTE_BWD_LAYERNORM_SM_MARGIN"}
+    assert overlap == {
+        "export TORCH_NCCL_HIGH_PRIORITY",
+        "export NVTE_FWD_LAYERNORM_SM_MARGIN",
+        "export NVTE_BWD_LAYERNORM_SM_MARGIN",
+    }
     assert names(correct={"overlap": True}) - plain == overlap
 
 
 def test_roles_and_nodes():
     remote = {"placement": "remote", "ranks": 16, "parallel": {"tp": 8}}
     assert places(recipe(parallel={"tp": 4}), 4, 8) == ["job: ranks 0 to 31, nodes 0 to 3"]
-    assert places(recipe(parallel={"tp": 8}, teacher=remote), 6, 8) == ["student: ranks 0 to 31, nodes 0 to 3", "teacher: ranks 32 to 47, nodes 4 to 5"]
+    assert places(recipe(parallel={"tp": 8}, teacher=remote), 6, 8) == [
+        "student: ranks 0 to 31, nodes 0 to 3",
+        "teacher: ranks 32 to 47, nodes 4 to 5",
+    ]
     student, teacher = places(recipe(teacher={"placement": "remote", "ranks": 4}), 2, 8)
     assert student.startswith("student: ranks 0 to 11, nodes 0 to 1, not alone")
     assert teacher.startswith("teacher: ranks 12 to 15, nodes 1 to 1, not alone")
     assert "not alone" not in places(recipe(teacher={"placement": "remote", "ranks": 4}), 1, 8)[0]
-    assert places(recipe(teacher={"placement": "remote", "student_ranks": 8}), 3, 8)[1] == "teacher: ranks 8 to 23, nodes 1 to 2"
+    assert (
+        places(recipe(teacher={"placement": "remote", "student_ranks": 8}), 3, 8)[1]
+        == "teacher: ranks 8 to 23, nodes 1 to 2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,11 @@ def test_roles_and_nodes():
     [
         ({"parallel": {"tp": 3}}, 2, "16 ranks, its tp x pp x cp needs a multiple of 3"),
         ({"teacher": {"placement": "remote", "ranks": 16}}, 2, r"0 \(student\) \+ 16 \(teacher\)"),
-        ({"teacher": {"placement": "remote", "student_ranks": 9, "parallel": {"tp": 2}}}, 2, "the teacher has 7 ranks"),
+        (
+            {"teacher": {"placement": "remote", "student_ranks": 9, "parallel": {"tp": 2}}},
+            2,
+            "the teacher has 7 ranks",
+        ),
     ],
 )
 def test_what_does_not_fit(sections, nodes, said):
@@ -83,13 +99,30 @@ def test_what_is_set_already_stays(tmp_path):
     (tmp_path / "site.env").write_text("OMP_NUM_THREADS=3\nNCCL_DEBUG=WARN\n")
     (tmp_path / "recipe.yaml").write_text("model: m\noutput: out\n")
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    given = {"PATH": path, "PYTHONPATH": str(ROOT), "MINITRON_SITE": str(tmp_path / "site.env"), "PYTHONUNBUFFERED": "2"}
+    given = {
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "MINITRON_SITE": str(tmp_path / "site.env"),
+        "PYTHONUNBUFFERED": "2",
+    }
     script = 'set -eu; . "$0/launch/env.sh" "$1" distill.overlap=true; env'
-    done = subprocess.run(["bash", "-c", script, ROOT, tmp_path / "recipe.yaml"], capture_output=True, text=True, env=given)
+    done = subprocess.run(
+        ["bash", "-c", script, ROOT, tmp_path / "recipe.yaml"], capture_output=True, text=True, env=given
+    )
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()
-    assert {"OMP_NUM_THREADS=3", "NCCL_DEBUG=WARN", "PYTHONUNBUFFERED=2", "TORCH_NCCL_HIGH_PRIORITY=1"} <= set(rows)
+    assert {
+        "OMP_NUM_THREADS=3",
+        "NCCL_DEBUG=WARN",
+        "PYTHONUNBUFFERED=2",
+        "TORCH_NCCL_HIGH_PRIORITY=1",
+    } <= set(rows)
     assert any(row.startswith("OMP_NUM_THREADS=3  # ") for row in rows)
-    refused = subprocess.run(["bash", "-c", script + "; echo reached", ROOT, tmp_path / "none.yaml"], capture_output=True, text=True, env=given)
+    refused = subprocess.run(
+        ["bash", "-c", script + "; echo reached", ROOT, tmp_path / "none.yaml"],
+        capture_output=True,
+        text=True,
+        env=given,
+    )
     assert (refused.returncode, "reached" in refused.stdout) == (2, False)
     assert "no recipe at" in refused.stderr

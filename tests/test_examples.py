@@ -37,7 +37,10 @@ def test_the_library_example_runs(whole, ranks, tmp_path):
     """What its docstring starts, on two ranks and a tiny teacher."""
     words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
     said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
-    teacher, student = artifact.require(whole.output / "teacher", "import").arch, artifact.require(tmp_path / "student", "prune").arch
+    teacher, student = (
+        artifact.require(whole.output / "teacher", "import").arch,
+        artifact.require(tmp_path / "student", "prune").arch,
+    )
     assert student == resolve_target(teacher, Target(keep=0.75), 2)
     assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
 
@@ -47,5 +50,9 @@ def test_scripts_load(ranks):
     imported Megatron-Core already."""
     (has_main,) = ranks(1, "project_workers.load_scripts", paths=SCRIPTS)
     for path in SCRIPTS:
-        started = [line for line in ast.get_docstring(ast.parse(path.read_text())).splitlines() if line.startswith(("torchrun ", "python "))]
+        started = [
+            line
+            for line in ast.get_docstring(ast.parse(path.read_text())).splitlines()
+            if line.startswith(("torchrun ", "python "))
+        ]
         assert path.name not in has_main or any(str(path.relative_to(ROOT)) in line for line in started), path

@@ -32,7 +32,11 @@ PAIRS = [
     ("x", "a continuation behind it"[:20]),
     ("the c", "a"),
 ]
-TEXTS = ["short", "a text that is as long as three windows of the model and a little more, to be sure", "the cat sat on the mat in"]
+TEXTS = [
+    "short",
+    "a text that is as long as three windows of the model and a little more, to be sure",
+    "the cat sat on the mat in",
+]
 ENOUGH = {"until": [], "max_gen_toks": 6}
 CONTEXTS = ["the cat", "a context that is much longer than what is left of the model's sequence", "", "on"]
 
@@ -43,7 +47,13 @@ def make_tokenizer(folder):
     from transformers import PreTrainedTokenizerFast
 
     characters, pairs = sorted(set("abcdefghijklmnopqrstuvwxyz ,.'")), [("a", "t"), ("h", "e"), ("o", "n")]
-    names = ["<s>", "</s>", *characters, *map("".join, pairs), *(chr(0x100 + i) for i in range(ARCH.vocab_size - 5 - len(characters)))]
+    names = [
+        "<s>",
+        "</s>",
+        *characters,
+        *map("".join, pairs),
+        *(chr(0x100 + i) for i in range(ARCH.vocab_size - 5 - len(characters))),
+    ]
     fast = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, pairs))
     fast.decoder = decoders.Fuse()
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -60,7 +70,9 @@ def tokenizer(tmp_path_factory):
 def dense(results):
     """dense(tokens) -> [s, v] log p of what follows each token."""
     weights = results.weights("qwen3")
-    return lambda tokens: torch.log_softmax(reference.logits(ARCH, weights, torch.tensor([tokens]))[0, :, : ARCH.vocab_size], -1)
+    return lambda tokens: torch.log_softmax(
+        reference.logits(ARCH, weights, torch.tensor([tokens]))[0, :, : ARCH.vocab_size], -1
+    )
 
 
 def answer(dense, before, asked):
@@ -74,7 +86,9 @@ def split(tokenizer, context, continuation):
         return [0], tokenizer.encode(continuation, add_special_tokens=False)
     stripped = context.rstrip()
     special = not context.startswith("<s>")
-    whole, head = (tokenizer.encode(text, add_special_tokens=special) for text in (context + continuation, stripped))
+    whole, head = (
+        tokenizer.encode(text, add_special_tokens=special) for text in (context + continuation, stripped)
+    )
     return head, whole[len(head) :]
 
 
@@ -101,14 +115,20 @@ def asked(dense, tokenizer):
     """(requests, answers of the dense model). The stop string and the other end of text are what the model writes third."""
     free, (*_, third, _, _, _) = write(dense, tokenizer, CONTEXTS[0], None, 1)
     stop, pairs = tokenizer.decode([third]), [*PAIRS, (CONTEXTS[0], free[:2])]
-    prompts = [(context, ENOUGH) for context in CONTEXTS] + [(CONTEXTS[0], {**ENOUGH, "until": ["never", stop]})]
+    prompts = [(context, ENOUGH) for context in CONTEXTS] + [
+        (CONTEXTS[0], {**ENOUGH, "until": ["never", stop]})
+    ]
     stops = [None] * len(CONTEXTS) + [stop]
     want = {
         "pairs": [answer(dense, *split(tokenizer, *pair)) for pair in pairs],
-        "texts": [sum(answer(dense, *window)[0] for window in windows(tokenizer.encode(text))) for text in TEXTS],
+        "texts": [
+            sum(answer(dense, *window)[0] for window in windows(tokenizer.encode(text))) for text in TEXTS
+        ],
     }
     prompts.append((CONTEXTS[0], {**ENOUGH, "max_gen_toks": 0}))
-    want["prompts"] = [write(dense, tokenizer, context, stop, 1)[0] for (context, _), stop in zip(prompts, stops)] + [""]
+    want["prompts"] = [
+        write(dense, tokenizer, context, stop, 1)[0] for (context, _), stop in zip(prompts, stops)
+    ] + [""]
     want["prompt until eos"] = [write(dense, tokenizer, CONTEXTS[0], None, third)[0]]
     assert want["pairs"][-1][1]
     return {"pairs": pairs, "texts": TEXTS, "prompts": prompts, "eos": stop}, want, free
@@ -117,9 +137,18 @@ def asked(dense, tokenizer):
 @pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2-vpp2", "tp2-cp2-sp", "dp2"])
 def test_answers_are_those_of_a_dense_model(results, ranks, tokenizer, asked, layout):
     requests, want, free = asked
-    case = {"arch": ARCH, "teacher": results.teacher("qwen3"), "folder": tokenizer.name_or_path, "max_length": MAX_LENGTH}
-    for found in ranks(BY_NAME[layout].ranks, "workers_harness.ask", layout=BY_NAME[layout], **case, **requests):
-        assert [log_p for log_p, _ in found["pairs"]] == pytest.approx([log_p for log_p, _ in want["pairs"]], rel=1e-5)
+    case = {
+        "arch": ARCH,
+        "teacher": results.teacher("qwen3"),
+        "folder": tokenizer.name_or_path,
+        "max_length": MAX_LENGTH,
+    }
+    for found in ranks(
+        BY_NAME[layout].ranks, "workers_harness.ask", layout=BY_NAME[layout], **case, **requests
+    ):
+        assert [log_p for log_p, _ in found["pairs"]] == pytest.approx(
+            [log_p for log_p, _ in want["pairs"]], rel=1e-5
+        )
         assert [greedy for _, greedy in found["pairs"]] == [greedy for _, greedy in want["pairs"]]
         assert found["texts"] == pytest.approx(want["texts"], rel=1e-5)
         assert found["prompts"] == want["prompts"]
@@ -134,7 +163,9 @@ TASKS = {
         "doc_to_text": "{{query}}",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
     },
     "texts": {
         "output_type": "loglikelihood_rolling",
@@ -156,11 +187,27 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "tasks").mkdir()
     files = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1.5}}
-    files["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "items.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    files["dataset_kwargs"] = {
+        "data_files": {"test": str(tmp_path / "items.jsonl")},
+        "cache_dir": str(tmp_path / "cache"),
+    }
     for name, about in TASKS.items():
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump({"task": f"local_{name}", **files, **about}))
-    recipe = make_recipe_file(tmp_path / "recipe.yaml", tmp_path / "model", tmp_path / "text", tmp_path / "out", parallel={"tp": 2})
-    words = ["harness", str(recipe), "--model", "teacher", "--tasks", "local_choices,local_texts", "--include-path", str(tmp_path / "tasks")]
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(
+            yaml.safe_dump({"task": f"local_{name}", **files, **about})
+        )
+    recipe = make_recipe_file(
+        tmp_path / "recipe.yaml", tmp_path / "model", tmp_path / "text", tmp_path / "out", parallel={"tp": 2}
+    )
+    words = [
+        "harness",
+        str(recipe),
+        "--model",
+        "teacher",
+        "--tasks",
+        "local_choices,local_texts",
+        "--include-path",
+        str(tmp_path / "tasks"),
+    ]
     case = {"task": tmp_path / "items.jsonl", "layout": BY_NAME["tp2"], "micro_batch_size": 4}
     ranks(2, "project_workers.minitron", arguments=["import", str(recipe)])
     (done, accuracy, normalised), (silent, *_) = ranks(2, "workers_harness.command", arguments=words, **case)
@@ -170,15 +217,30 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
     found = json.loads(written.read_text())
     told = facts.harness(tmp_path / "out", {"import": tmp_path / "out" / "teacher"})
     error = found["results"]["local_choices"]["acc_stderr,none"]
-    assert ("teacher", "32", "", "local_choices", "1.5", "0", "5", "acc", f"{accuracy:.4f}", f"{error:.4f}") in told.rows
+    assert (
+        "teacher",
+        "32",
+        "",
+        "local_choices",
+        "1.5",
+        "0",
+        "5",
+        "acc",
+        f"{accuracy:.4f}",
+        f"{error:.4f}",
+    ) in told.rows
     assert facts.harness(tmp_path / "out", {}) is None  # of a model that this recipe does not have
     manifest = json.loads((tmp_path / "out" / "teacher" / "manifest.json").read_text())
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps({**manifest, "inputs": {"model": "another"}}))
+    (tmp_path / "other" / "manifest.json").write_text(
+        json.dumps({**manifest, "inputs": {"model": "another"}})
+    )
     assert facts.harness(tmp_path / "out", {"import": tmp_path / "other"}) is None  # of what was there before
     assert found["results"]["local_choices"]["acc,none"] == accuracy
     assert found["results"]["local_choices"]["acc_norm,none"] == normalised
-    assert found["results"]["local_choices"]["acc_stderr,none"] == pytest.approx((accuracy * (1 - accuracy) / 4) ** 0.5)
+    assert found["results"]["local_choices"]["acc_stderr,none"] == pytest.approx(
+        (accuracy * (1 - accuracy) / 4) ** 0.5
+    )
     assert found["results"]["local_texts"]["word_perplexity,none"] > 1
     assert (found["versions"]["local_choices"], found["n-samples"]["local_choices"]["effective"]) == (1.5, 5)
     assert found["configs"]["local_choices"]["doc_to_choice"] == "choices"
@@ -195,7 +257,10 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
     for more, text in said:
         refused(ranks(2, "project_workers.minitron", arguments=[*words, *more])[0], text)
     (tmp_path / "items.jsonl").unlink()
-    refused(ranks(2, "project_workers.minitron", arguments=words)[0], "the tasks local_choices, local_texts cannot be loaded: FileNotFoundError")
+    refused(
+        ranks(2, "project_workers.minitron", arguments=words)[0],
+        "the tasks local_choices, local_texts cannot be loaded: FileNotFoundError",
+    )
 
 
 def test_our_own_tasks_begin_texts_as_the_harness_does(tokenizer, tmp_path):
@@ -205,18 +270,30 @@ def test_our_own_tasks_begin_texts_as_the_harness_does(tokenizer, tmp_path):
 
 
 def test_requests_that_cannot_be_served_are_refused(ranks, tokenizer):
-    settings = [{"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}, {"repetition_penalty": 1.2}, {"max_gen_toks": 8}]
-    said = ranks(1, "workers_harness.refusals", arch=ARCH, folder=tokenizer.name_or_path, settings=settings)[0]
+    settings = [
+        {"do_sample": True},
+        {"temperature": 0.7},
+        {"num_beams": 4},
+        {"repetition_penalty": 1.2},
+        {"max_gen_toks": 8},
+    ]
+    said = ranks(1, "workers_harness.refusals", arch=ARCH, folder=tokenizer.name_or_path, settings=settings)[
+        0
+    ]
     words = ["wants sampling or beams"] * 3 + [
         "wants repetition_penalty of its generation",
         "8 new tokens leave no room for a context in 8; raise --max-length",
     ]
-    for text, word in zip(said, [*words, "asks for 23 tokens, the model is given 8", "has a continuation without a token"]):
+    for text, word in zip(
+        said, [*words, "asks for 23 tokens, the model is given 8", "has a continuation without a token"]
+    ):
         assert word in text
 
 
 def test_ranks_that_are_asked_unlike_things_say_so(ranks, tokenizer):
-    for said in ranks(2, "workers_harness.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path):
+    for said in ranks(
+        2, "workers_harness.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path
+    ):
         assert "the harness has made other requests here than on rank 0" in said
 
 

@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from minitron_mp.arch import ATTENTION, AXES, Arch
 from minitron_mp.errors import InputError
-from minitron_mp.hf import FAMILIES, Weights, assets, canonical_keys, check_weights, hf_shapes, read_arch, to_hf, write_folder
+from minitron_mp.hf import (
+    FAMILIES,
+    Weights,
+    assets,
+    canonical_keys,
+    check_weights,
+    hf_shapes,
+    read_arch,
+    to_hf,
+    write_folder,
+)
 from minitron_mp.hf_config import DEFAULTS
 
 QKV = ATTENTION + "linear_qkv.weight"
@@ -26,11 +36,21 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 CASES = {
     "llama": {"rms_norm_eps": 1e-5},
     "llama-tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
-    "mistral": {"sliding_window": None, "hidden_size": 40, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    "mistral": {
+        "sliding_window": None,
+        "hidden_size": 40,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    },
     "qwen2": {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 9},
     "nemotron": {"norm_eps": 1e-5},
@@ -109,10 +129,19 @@ def test_written_folder_gives_the_same_logits(case, folders, tmp_path):
     write_folder(tmp_path / "out", source, arch, torch.float32, canonical(source, arch))
     assert torch.equal(logits(tmp_path / "out"), logits(source))
     assert read_arch(tmp_path / "out") == arch
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out")
+    )
     assert before.items() <= after.items(), "a field of the source's config.json is lost or changed"
-    assert {path.name for path in assets(tmp_path / "out")} == {"config.json", "generation_config.json", "tokenizer.json", "LICENSE"}
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+    assert {path.name for path in assets(tmp_path / "out")} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "LICENSE",
+    }
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (
+        tmp_path / "out" / "config.json"
+    ).stat().st_mode
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,12 +155,20 @@ def test_megatron_gives_the_logits_of_transformers(case, folders, tmp_path, rank
     heads = {"num_query_groups": groups, "num_attention_heads": groups * min(2, teacher.heads_per_group)}
     student = teacher.model_copy(update={"hidden_size": 20, "ffn_hidden_size": 24, **heads})
     torch.manual_seed(1)
-    weights = [(key, layer, torch.randn(student.shapes()[key][layer is not None :]) / 3) for key, layer in canonical_keys(student)]
+    weights = [
+        (key, layer, torch.randn(student.shapes()[key][layer is not None :]) / 3)
+        for key, layer in canonical_keys(student)
+    ]
     write_folder(tmp_path / "student", folders[case], student, torch.float32, iter(weights))
     for name, folder, arch in (("model", folders[case], teacher), ("student", tmp_path / "student", student)):
-        assert ranks(1, "workers.write_hugging_face", folder=tmp_path / name / "checkpoint", source=folder)[0] == arch
+        assert (
+            ranks(1, "workers.write_hugging_face", folder=tmp_path / name / "checkpoint", source=folder)[0]
+            == arch
+        )
         model = {name: (arch, tmp_path / name / "checkpoint")}
-        ours = ranks(1, "workers.load_and_run", layout=BY_NAME["one"], models=model)[0][name][..., : arch.vocab_size]
+        ours = ranks(1, "workers.load_and_run", layout=BY_NAME["one"], models=model)[0][name][
+            ..., : arch.vocab_size
+        ]
         want = logits(folder, make_samples(arch, 0, 8)["tokens"])
         assert want.abs().max() > 0.5
         torch.testing.assert_close(ours, want, atol=2e-4, rtol=0)
@@ -140,7 +177,10 @@ def test_megatron_gives_the_logits_of_transformers(case, folders, tmp_path, rank
 def test_smaller_student_in_shards_of_bfloat16(folders, tmp_path):
     source, teacher = folders["qwen3"], read_arch(folders["qwen3"])
     student = teacher.model_copy(update={"num_layers": 1, "hidden_size": 20, "ffn_hidden_size": 24})
-    tensors = [(key, layer, torch.randn(student.shapes()[key][layer is not None :])) for key, layer in canonical_keys(student)]
+    tensors = [
+        (key, layer, torch.randn(student.shapes()[key][layer is not None :]))
+        for key, layer in canonical_keys(student)
+    ]
     out = tmp_path / "out"
     write_folder(out, source, student, torch.bfloat16, iter(tensors[::-1]), max_shard_bytes=8_000)
     shards = sorted(path.name for path in out.glob("*.safetensors"))
@@ -159,9 +199,19 @@ def test_smaller_student_in_shards_of_bfloat16(folders, tmp_path):
 
 def test_llama_written_as_mistral_gives_the_same_logits(folders, tmp_path):
     arch = read_arch(folders["llama"])
-    write_folder(tmp_path, folders["llama"], arch.model_copy(update={"family": "mistral"}), torch.float32, canonical(folders["llama"], arch))
+    write_folder(
+        tmp_path,
+        folders["llama"],
+        arch.model_copy(update={"family": "mistral"}),
+        torch.float32,
+        canonical(folders["llama"], arch),
+    )
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["model_type"], config["architectures"], config["sliding_window"]) == ("mistral", ["MistralForCausalLM"], None)
+    assert (config["model_type"], config["architectures"], config["sliding_window"]) == (
+        "mistral",
+        ["MistralForCausalLM"],
+        None,
+    )
     assert not {"pretraining_tp", "mlp_bias", "attention_bias"} & config.keys()
     assert torch.equal(logits(tmp_path), logits(folders["llama"]))
 
@@ -179,7 +229,9 @@ def test_qkv_rows_are_interleaved_by_group():
         max_position_embeddings=8,
         tied=True,
     )
-    rows = torch.tensor([[0, 1, 10, 11, 100, 101, 200, 201], [20, 21, 30, 31, 110, 111, 210, 211]], dtype=torch.float32)
+    rows = torch.tensor(
+        [[0, 1, 10, 11, 100, 101, 200, 201], [20, 21, 30, 31, 110, 111, 210, 211]], dtype=torch.float32
+    )
     parts = to_hf(QKV, 0, rows.reshape(16, 1), arch)
     assert {name.split(".")[-2]: part.flatten().tolist() for name, part in parts.items()} == {
         "q_proj": [0, 1, 10, 11, 20, 21, 30, 31],
@@ -202,10 +254,23 @@ def test_sharded_folder_reads_like_a_single_file(folders, tmp_path):
 def test_transformers_4_config_reads_like_transformers_5(llama):
     new = read_arch(edit(llama, rope_parameters={"rope_theta": 5e5, **LLAMA3}))
     assert (new.rotary_base, new.rope_scaling_factor) == (5e5, 8.0)
-    old = edit(llama, rope_parameters=..., rope_theta=5e5, rope_scaling=LLAMA3, architectures=["LlamaForCausalLM"], torch_dtype="float32", dtype=...)
+    old = edit(
+        llama,
+        rope_parameters=...,
+        rope_theta=5e5,
+        rope_scaling=LLAMA3,
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="float32",
+        dtype=...,
+    )
     assert read_arch(old) == new
     plain = read_arch(edit(llama, rope_scaling=None, rope_theta=..., head_dim=..., num_key_value_heads=...))
-    assert (plain.rotary_base, plain.rope_scaling_factor, plain.kv_channels, plain.num_query_groups) == (10000.0, None, 4, 9)
+    assert (plain.rotary_base, plain.rope_scaling_factor, plain.kv_channels, plain.num_query_groups) == (
+        10000.0,
+        None,
+        4,
+        9,
+    )
 
 
 def test_defaults_are_those_of_transformers():
@@ -216,14 +281,20 @@ def test_defaults_are_those_of_transformers():
         assert config.tie_word_embeddings is False
         assert getattr(config, "rms_norm_eps", 1e-6) == 1e-6
         assert config.rope_parameters["rope_theta"] == 10000.0
-        given = {**config.to_dict(), "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor")}
+        given = {
+            **config.to_dict(),
+            "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
+        }
         assert {name: given[name] for name in defaults} == defaults, family
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}, "gpt_oss.*GptOssForCausalLM.*supported: llama"),
+        (
+            {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+            "gpt_oss.*GptOssForCausalLM.*supported: llama",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -231,7 +302,10 @@ def test_defaults_are_those_of_transformers():
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor.*0.5"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor.*0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor.*0.5",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one setting for all layers"),
@@ -239,8 +313,14 @@ def test_defaults_are_those_of_transformers():
         ({"rope_parameters": LLAMA3 | {"factor": None}}, "no factor"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128}, "sliding_window is 128.*256; set it to null"),
-        ({"model_type": "mistral", "architectures": None, "max_position_embeddings": 8192}, "sliding_window is 4096"),
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128},
+            "sliding_window is 128.*256; set it to null",
+        ),
+        (
+            {"model_type": "mistral", "architectures": None, "max_position_embeddings": 8192},
+            "sliding_window is 4096",
+        ),
         ({"hidden_size": ...}, "hidden_size is None"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
         ({"num_key_value_heads": 2}, "num_attention_heads 9 is no multiple of num_key_value_heads 2"),
@@ -254,8 +334,13 @@ def test_config_that_cannot_be_computed_is_refused(llama, changes, said):
 def test_all_problems_are_told_together(llama, tmp_path):
     (llama / "model.safetensors").unlink()
     with pytest.raises(InputError) as told:
-        read_arch(edit(llama, mlp_bias=True, hidden_act="relu", rope_scaling={"type": "dynamic"}, vocab_size=0))
-    assert all(word in str(told.value) for word in ("no model.safetensors", "mlp_bias", "hidden_act", "dynamic", "vocab_size"))
+        read_arch(
+            edit(llama, mlp_bias=True, hidden_act="relu", rope_scaling={"type": "dynamic"}, vocab_size=0)
+        )
+    assert all(
+        word in str(told.value)
+        for word in ("no model.safetensors", "mlp_bias", "hidden_act", "dynamic", "vocab_size")
+    )
     (llama / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
     with pytest.raises(InputError, match=r"index\.json has no weight_map of weight names to files"):
         read_arch(llama)
@@ -306,10 +391,16 @@ def test_weight_that_is_not_finite_is_named(llama, value):
 
 
 def test_tied_model_may_store_its_head_if_it_is_the_embedding(folders, llama):
-    arch, tensors = read_arch(folders["llama"]).model_copy(update={"tied": True}), load_file(llama / "model.safetensors")
+    arch, tensors = (
+        read_arch(folders["llama"]).model_copy(update={"tied": True}),
+        load_file(llama / "model.safetensors"),
+    )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
         Weights(llama, arch).tensor("embedding.word_embeddings.weight")
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, llama / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        llama / "model.safetensors",
+    )
     Weights(llama, arch).tensor("embedding.word_embeddings.weight")
 
 
@@ -323,5 +414,7 @@ def test_gguf_rows_are_put_back():
     smollm2 = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(smollm2)
     rows = torch.randn(3 * 8, 5)
-    llama_cpp = rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(rows.shape)  # LlamaModel.permute in convert_hf_to_gguf.py
+    llama_cpp = (
+        rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(rows.shape)
+    )  # LlamaModel.permute in convert_hf_to_gguf.py
     assert torch.equal(smollm2.unpermute(llama_cpp, 3), rows)

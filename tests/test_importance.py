@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import ALL_PAIRS, ARCHS, BY_NAME, CASES, DEFAULT_PAIR, IDS, LAYOUTS_OF_ALL_PAIRS, make_samples, targets
+from cases import (
+    ALL_PAIRS,
+    ARCHS,
+    BY_NAME,
+    CASES,
+    DEFAULT_PAIR,
+    IDS,
+    LAYOUTS_OF_ALL_PAIRS,
+    make_samples,
+    targets,
+)
 
 from minitron_mp.plan import Importance, make_plan, top
 from minitron_mp.pruning_config import Target
@@ -69,14 +79,26 @@ def test_scoring_leaves_the_model_as_it_was(results, arch, layout):
 def test_a_failure_while_scoring_leaves_no_hook(results, ranks, layout):
     """vpp: the model is in two chunks."""
     case = BY_NAME[layout]
-    for text, left in ranks(case.ranks, "workers.fail_while_scoring", layout=case, arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")):
+    for text, left in ranks(
+        case.ranks,
+        "workers.fail_while_scoring",
+        layout=case,
+        arch=ARCHS["qwen3"],
+        teacher=results.teacher("qwen3"),
+    ):
         assert (text, left) == ("stopped by the test", 0)
 
 
 def test_bf16_scores_are_near_float32(results, ranks):
     layout = BY_NAME["tp2-sp"]
     want = results.pruned("qwen3", BY_NAME["one"])[0]["scores"][DEFAULT_PAIR]
-    by_rank = ranks(layout.ranks, "workers.score_in_bf16", layout=layout, arch=ARCHS["qwen3"], teacher=results.teacher("qwen3"))
+    by_rank = ranks(
+        layout.ranks,
+        "workers.score_in_bf16",
+        layout=layout,
+        arch=ARCHS["qwen3"],
+        teacher=results.teacher("qwen3"),
+    )
     for scores in by_rank:
         # bf16 has 8 bits: each of the 2 x 6 sublayers adds about 2^-9 relative, and means over tokens even part of it out.
         assert_close(scores, want, 0.03)
@@ -92,15 +114,37 @@ def plain(tmp_path_factory, ranks):
 
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 36, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=131, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=False))
+    sizes = {
+        "hidden_size": 36,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **sizes,
+            vocab_size=131,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            tie_word_embeddings=False,
+        )
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.normal_(1, 0.3)
     model.save_pretrained(folder / "hf")
     arch = ranks(1, "workers.write_hugging_face", folder=folder / "teacher", source=folder / "hf")[0]
     samples = make_samples(arch, 0, 8)
-    ours = ranks(1, "workers.score_checkpoint", arch=arch, folder=folder / "teacher", samples=samples, pairs=PLAIN_PAIRS)[0]
+    ours = ranks(
+        1,
+        "workers.score_checkpoint",
+        arch=arch,
+        folder=folder / "teacher",
+        samples=samples,
+        pairs=PLAIN_PAIRS,
+    )[0]
     return arch, reference.PlainImportance(model.double(), samples["tokens"]), ours
 
 
@@ -123,35 +167,56 @@ def assert_same_plans(arch, ours, want):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MINITRON_SMOLLM2" not in os.environ, reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
+@pytest.mark.skipif(
+    "MINITRON_SMOLLM2" not in os.environ,
+    reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M",
+)
 def test_logits_of_a_real_model_equal_those_of_transformers(tmp_path, ranks):
     """Float32 on both sides; logits up to 34."""
     from transformers import AutoModelForCausalLM
 
     source = Path(os.environ["MINITRON_SMOLLM2"])
     arch = ranks(1, "workers.write_hugging_face", folder=tmp_path / "teacher", source=source)[0]
-    ours = ranks(1, "workers.load_and_run", layout=BY_NAME["one"], models={"it": (arch, tmp_path / "teacher")})[0]["it"]
+    ours = ranks(
+        1, "workers.load_and_run", layout=BY_NAME["one"], models={"it": (arch, tmp_path / "teacher")}
+    )[0]["it"]
     with torch.no_grad():
-        want = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(make_samples(arch, 0, 8)["tokens"]).logits
+        want = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(
+            make_samples(arch, 0, 8)["tokens"]
+        ).logits
     difference = (ours[..., : arch.vocab_size] - want).abs().max()
     print("largest difference of a logit", difference, "largest logit", want.abs().max())
     assert difference < 2e-4
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MINITRON_SMOLLM2" not in os.environ, reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
+@pytest.mark.skipif(
+    "MINITRON_SMOLLM2" not in os.environ,
+    reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M",
+)
 def test_scores_of_a_real_model_equal_a_plain_implementation(tmp_path, ranks):
     """On text: the source of this file, in float32 on both sides."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = Path(os.environ["MINITRON_SMOLLM2"])
-    text = AutoTokenizer.from_pretrained(source)(Path(__file__).read_text(), return_tensors="pt")["input_ids"][0]
+    text = AutoTokenizer.from_pretrained(source)(Path(__file__).read_text(), return_tensors="pt")[
+        "input_ids"
+    ][0]
     samples = text[: 8 * 128].view(8, 128)
-    want = reference.PlainImportance(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), samples).scores(*DEFAULT_PAIR)
+    want = reference.PlainImportance(
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), samples
+    ).scores(*DEFAULT_PAIR)
     arch = ranks(1, "workers.write_hugging_face", folder=tmp_path / "teacher", source=source)[0]
     positions = torch.arange(128).expand(8, 128).contiguous()
     batch = {"tokens": samples, "labels": samples, "position_ids": positions, "loss_mask": torch.ones(8, 128)}
-    ours = ranks(1, "workers.score_checkpoint", arch=arch, folder=tmp_path / "teacher", samples=batch, pairs=[DEFAULT_PAIR])[0][DEFAULT_PAIR]
+    ours = ranks(
+        1,
+        "workers.score_checkpoint",
+        arch=arch,
+        folder=tmp_path / "teacher",
+        samples=batch,
+        pairs=[DEFAULT_PAIR],
+    )[0][DEFAULT_PAIR]
     for kind in KINDS:
         print(kind, np.abs(ours[kind] / want[kind] - 1).max())
     assert_close(ours, want, 1e-4)  # both float32, by other kernels over 30 layers

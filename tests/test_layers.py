@@ -42,7 +42,13 @@ FILES = sorted(PACKAGE.glob("*.py"))
 
 
 def dotted(node: ast.expr) -> str:
-    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "?"
+    return (
+        f"{dotted(node.value)}.{node.attr}"
+        if isinstance(node, ast.Attribute)
+        else node.id
+        if isinstance(node, ast.Name)
+        else "?"
+    )
 
 
 def uses(source: str) -> set[str]:
@@ -71,7 +77,9 @@ def modules_of_ours(names: set[str]) -> set[str]:
 
 def test_reading_of_imports():
     """The check itself: each way to write an import is seen."""
-    found = uses("def f():\n from minitron_mp import cli, Recipe\n import minitron_mp.hf\n from . import plan\n from .arch import Arch\n os.environ['A']\n")
+    found = uses(
+        "def f():\n from minitron_mp import cli, Recipe\n import minitron_mp.hf\n from . import plan\n from .arch import Arch\n os.environ['A']\n"
+    )
     assert modules_of_ours(found) == {"cli", "__init__", "hf", "plan", "arch"}
     assert "os.environ" in found
 
@@ -83,17 +91,32 @@ def test_layers(path):
     above = sorted(name for name in modules_of_ours(names) if LAYER[name] > LAYER[path.stem])
     assert not above, f"{path.name} (layer {LAYER[path.stem]}) imports {', '.join(above)} of a higher layer"
     for module, allowed in ONLY_IN.items():
-        assert path.stem in allowed or not any(within(name, module) for name in names), f"{path.name} uses {module}, which is for {sorted(allowed)} only"
+        assert path.stem in allowed or not any(within(name, module) for name in names), (
+            f"{path.name} uses {module}, which is for {sorted(allowed)} only"
+        )
     if LAYER[path.stem] < 2:
-        assert not any(within(name, "megatron") for name in names), f"{path.name} (layer {LAYER[path.stem]}) imports megatron, which is for layer 2 and above"
+        assert not any(within(name, "megatron") for name in names), (
+            f"{path.name} (layer {LAYER[path.stem]}) imports megatron, which is for layer 2 and above"
+        )
 
 
 def run(*arguments: str) -> str:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+    ).stdout
 
 
 @pytest.mark.parametrize(
-    "module", ["minitron_mp", "minitron_mp.cli", "minitron_mp.plan", "minitron_mp.cost", "minitron_mp.layouts", "minitron_mp.planner", "minitron_mp.text"]
+    "module",
+    [
+        "minitron_mp",
+        "minitron_mp.cli",
+        "minitron_mp.plan",
+        "minitron_mp.cost",
+        "minitron_mp.layouts",
+        "minitron_mp.planner",
+        "minitron_mp.text",
+    ],
 )
 def test_light_imports(module):
     heavy = {"torch", "megatron", "transformers"}

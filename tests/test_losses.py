@@ -15,7 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron_mp.losses import Objective, TeacherHidden, TeacherLogits, TeacherTopK, distillation_loss, float32_logits
+from minitron_mp.losses import (
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTopK,
+    distillation_loss,
+    float32_logits,
+)
 from minitron_mp.teacher import top_k_of
 
 VOCAB, HIDDEN, TEACHER_HIDDEN, TOP = 37, 11, 13, 5
@@ -24,7 +31,9 @@ SPLITS = [(1, 37), (1, 40), (2, 40), (2, 48), (4, 40), (4, 48), (4, 56)]
 splits = pytest.mark.parametrize(("tp", "padded"), SPLITS, ids=[f"tp{tp}-v{padded}" for tp, padded in SPLITS])
 widths = pytest.mark.parametrize("tp", [1, 2, 4])
 OBJECTIVES = {
-    name + ("-hot" if temperature > 1 else "") + ("-ce" if ce else ""): Objective(name, temperature, 1.0 - ce, ce)
+    name + ("-hot" if temperature > 1 else "") + ("-ce" if ce else ""): Objective(
+        name, temperature, 1.0 - ce, ce
+    )
     for name in ("forward_kl", "reverse_kl", "js")
     for temperature in (1.0, 2.0)
     for ce in (0.0, 0.3)
@@ -50,7 +59,10 @@ def make_case(padded, *, scale=3.0, tokens=(3, 3), dtype=torch.float32, seed=0):
         "weight": normal(padded, HIDDEN) * scale / HIDDEN**0.5,
         "labels": torch.randint(0, VOCAB, tokens, generator=generator),
         "token_weights": torch.rand(tokens, generator=generator) + 0.5,
-        "teacher": TeacherHidden(normal(*tokens, TEACHER_HIDDEN).to(dtype), (normal(VOCAB, TEACHER_HIDDEN) * scale / TEACHER_HIDDEN**0.5).to(dtype)),
+        "teacher": TeacherHidden(
+            normal(*tokens, TEACHER_HIDDEN).to(dtype),
+            (normal(VOCAB, TEACHER_HIDDEN) * scale / TEACHER_HIDDEN**0.5).to(dtype),
+        ),
     }
     case["labels"][0, 0], case["labels"][-1, -1] = 0, VOCAB - 1
     case["weight"][VOCAB:] = 1e4
@@ -65,7 +77,11 @@ def by_logits(case):
     """With unit matrices as output layers: hidden states are logits without further rounding, and dx their gradient."""
     logits = case["hidden"] @ case["weight"].T
     logits[..., VOCAB:] = 1e4
-    return case | {"hidden": logits, "weight": torch.eye(logits.shape[-1]), "teacher": TeacherHidden(teacher_logits(case).float(), torch.eye(VOCAB))}
+    return case | {
+        "hidden": logits,
+        "weight": torch.eye(logits.shape[-1]),
+        "teacher": TeacherHidden(teacher_logits(case).float(), torch.eye(VOCAB)),
+    }
 
 
 def as_logits(case):
@@ -84,7 +100,10 @@ def run_all(ranks, tp, calls):
 
     A result has the parts of all ranks put together: loss, per_token, dx, and over the whole vocabulary dw and main_grad.
     """
-    calls = {name: {"vocab_size": VOCAB, "objective": objective, **case, **how} for name, (case, objective, how) in calls.items()}
+    calls = {
+        name: {"vocab_size": VOCAB, "objective": objective, **case, **how}
+        for name, (case, objective, how) in calls.items()
+    }
     by_rank = ranks(tp, "workers_losses.fused_all", calls=calls)
     return {name: _together(name, calls[name], [rank[name] for rank in by_rank]) for name in calls}
 
@@ -121,12 +140,19 @@ def dense(case, objective, vocab_size=VOCAB):
     log_q = F.log_softmax(z / t, -1)
     if isinstance(teacher, TeacherTopK):
         ghost_q = log_q.scatter(-1, teacher.indices, -torch.inf).logsumexp(-1, keepdim=True)
-        log_q, log_p = torch.cat([log_q.gather(-1, teacher.indices), ghost_q], -1), torch.cat([teacher.log_probs, teacher.log_ghost], -1).double()
+        log_q, log_p = (
+            torch.cat([log_q.gather(-1, teacher.indices), ghost_q], -1),
+            torch.cat([teacher.log_probs, teacher.log_ghost], -1).double(),
+        )
         divergence = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
     elif teacher is None:
         divergence = torch.zeros_like(case["labels"], dtype=torch.float64)
     else:
-        whole = teacher.logits[..., :vocab_size].double() if isinstance(teacher, TeacherLogits) else teacher_logits(case)
+        whole = (
+            teacher.logits[..., :vocab_size].double()
+            if isinstance(teacher, TeacherLogits)
+            else teacher_logits(case)
+        )
         log_p = F.log_softmax(whole / t, -1)
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         forward, reverse = (log_p.exp() * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -136,7 +162,12 @@ def dense(case, objective, vocab_size=VOCAB):
     total = objective.kl_weight * t**2 * divergence + objective.ce_weight * ce
     loss = (total * case["token_weights"]).sum()
     loss.backward()
-    return {"loss": loss.detach(), "per_token": torch.stack([total, divergence, ce]).detach(), "dx": x.grad, "dw": w.grad}
+    return {
+        "loss": loss.detach(),
+        "per_token": torch.stack([total, divergence, ce]).detach(),
+        "dx": x.grad,
+        "dw": w.grad,
+    }
 
 
 def check(got, want, name="", *, vocab_size=VOCAB, loss=LOSS, gradient=GRADIENT, scale=SCALE):
@@ -157,7 +188,11 @@ def check(got, want, name="", *, vocab_size=VOCAB, loss=LOSS, gradient=GRADIENT,
 def variants(case):
     """{name: (case, objective, {})}: all divergences and temperatures, with and without CE; a teacher by top k; none."""
     calls = {name: (case, objective, {}) for name, objective in OBJECTIVES.items()}
-    calls |= {name.replace("forward_kl", "top_k"): (as_top_k(case, objective), objective, {}) for name, objective in OBJECTIVES.items() if "forward" in name}
+    calls |= {
+        name.replace("forward_kl", "top_k"): (as_top_k(case, objective), objective, {})
+        for name, objective in OBJECTIVES.items()
+        if "forward" in name
+    }
     return calls | {"ce": (case | {"teacher": None}, CROSS_ENTROPY, {})}
 
 
@@ -178,7 +213,11 @@ def test_large_logits(ranks, tp):
 
     No exponential overflows, and no small one is lost. Jensen-Shannon is ln 2 where they are far, with gradient zero.
     """
-    calls = {f"{name}, far": call for name, call in variants(by_logits(make_case(40, scale=300.0))).items() if "js" not in name}
+    calls = {
+        f"{name}, far": call
+        for name, call in variants(by_logits(make_case(40, scale=300.0))).items()
+        if "js" not in name
+    }
     shifted = by_logits(make_case(40))
     for x, sign in ((shifted["hidden"], 300), (shifted["teacher"].hidden, -300)):
         x[..., :VOCAB] += torch.tensor([sign, -sign, sign])[:, None, None]
@@ -203,13 +242,21 @@ def test_a_ghost_that_the_student_does_not_have(ranks, tp):
 @widths
 def test_finite_differences(ranks, tp):
     step = 1e-2
-    calls = {name: call for name, call in variants(make_case(40, scale=1.0)).items() if name in ("forward_kl", "reverse_kl-hot", "js", "top_k-hot-ce", "ce")}
+    calls = {
+        name: call
+        for name, call in variants(make_case(40, scale=1.0)).items()
+        if name in ("forward_kl", "reverse_kl-hot", "js", "top_k-hot-ce", "ce")
+    }
     slopes, moved = run_all(ranks, tp, calls), {}
     for name, (case, objective, _) in calls.items():
         for key, gradient in (("hidden", "dx"), ("weight", "dw")):
             slope = slopes[name][gradient]
             for sign in (1, -1):
-                moved[name, key, sign] = (case | {key: case[key] + sign * step * slope / slope.norm()}, objective, {})
+                moved[name, key, sign] = (
+                    case | {key: case[key] + sign * step * slope / slope.norm()},
+                    objective,
+                    {},
+                )
     moved = run_all(ranks, tp, moved)
     for name, slope in slopes.items():
         for key, gradient in (("hidden", "dx"), ("weight", "dw")):
@@ -222,7 +269,11 @@ def test_finite_differences(ranks, tp):
 def test_same_distribution_has_no_loss_and_no_gradient(ranks, tp):
     case = make_case(40)
     case["teacher"] = TeacherHidden(case["hidden"], case["weight"][:VOCAB])
-    calls = {name: (case, objective, {"teacher_padding": 2}) for name, objective in OBJECTIVES.items() if "ce" not in name}
+    calls = {
+        name: (case, objective, {"teacher_padding": 2})
+        for name, objective in OBJECTIVES.items()
+        if "ce" not in name
+    }
     for name, got in run_all(ranks, tp, calls).items():
         # The teacher's product has another number of columns, so its logits, of 10, may differ by their rounding, 1e-6.
         assert got["per_token"][1].abs().max() < 1e-6, name
@@ -254,11 +305,18 @@ def test_the_gradient_of_a_rows_logits_sums_to_zero(ranks, tp):
 @splits
 def test_rows_without_weight_are_exactly_nothing(ranks, tp, padded):
     """Whatever they hold: not-a-number in hidden states of both models, and labels outside of the vocabulary."""
-    case, masked = make_case(padded), torch.tensor([[False, True, False], [True, False, False], [False, False, True]])
+    case, masked = (
+        make_case(padded),
+        torch.tensor([[False, True, False], [True, False, False], [False, False, True]]),
+    )
     case["token_weights"][masked] = 0
     hidden, teacher = case["hidden"].clone(), case["teacher"].hidden.clone()
     hidden[masked] = teacher[masked] = torch.nan
-    spoilt = case | {"hidden": hidden, "labels": torch.where(masked, -100, case["labels"]), "teacher": replace(case["teacher"], hidden=teacher)}
+    spoilt = case | {
+        "hidden": hidden,
+        "labels": torch.where(masked, -100, case["labels"]),
+        "teacher": replace(case["teacher"], hidden=teacher),
+    }
     clean = variants(case)
     for name, got in run_all(ranks, tp, variants(spoilt)).items():
         want = dense(clean[name][0], clean[name][1])
@@ -274,15 +332,25 @@ def test_a_microbatch_without_any_weight(ranks, tp, value):
     case = make_case(40)
     case |= {"hidden": case["hidden"] * value, "token_weights": torch.zeros(3, 3)}
     for name, got in run_all(ranks, tp, variants(case)).items():
-        assert all(not got[key].any() for key in ("loss", "per_token", "dx", "dw")), name  # not-a-number is not zero, so any() sees it
+        assert all(not got[key].any() for key in ("loss", "per_token", "dx", "dw")), (
+            name
+        )  # not-a-number is not zero, so any() sees it
 
 
 @widths
 def test_chunks_of_rows_change_nothing(ranks, tp):
     """Rows that the row functions take, that one product makes, and of the products of the gradients; also with a shorter last one."""
     chunks = [None, (1, 1, 1), (1, 2, 4), (2, 4, 7), (2, 3, 100), (100, 4, 5)]
-    chosen = {name: call for name, call in variants(make_case(48)).items() if name in ("forward_kl-hot-ce", "reverse_kl", "js-ce", "top_k-hot-ce")}
-    found = run_all(ranks, tp, {(name, sizes): (*call[:2], {"chunks": sizes}) for name, call in chosen.items() for sizes in chunks})
+    chosen = {
+        name: call
+        for name, call in variants(make_case(48)).items()
+        if name in ("forward_kl-hot-ce", "reverse_kl", "js-ce", "top_k-hot-ce")
+    }
+    found = run_all(
+        ranks,
+        tp,
+        {(name, sizes): (*call[:2], {"chunks": sizes}) for name, call in chosen.items() for sizes in chunks},
+    )
     for (name, sizes), got in found.items():
         for key in ("loss", "per_token", "dx", "dw"):
             # Matrix products of other sizes, and sums over ranks in an order that depends on the place in the message.
@@ -294,21 +362,37 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_loss(ranks, tp):
     case = make_case(40)
     full = {name: objective for name, objective in OBJECTIVES.items() if "forward" in name}
     found = run_all(
-        ranks, tp, {(name, k): (as_top_k(case, objective, k) if k else case, objective, {}) for name, objective in full.items() for k in (0, VOCAB)}
+        ranks,
+        tp,
+        {
+            (name, k): (as_top_k(case, objective, k) if k else case, objective, {})
+            for name, objective in full.items()
+            for k in (0, VOCAB)
+        },
     )
     for name in full:
         # The same sums in float32, in another order and with log p given: see LOSS.
         for key in ("per_token", "dx", "dw"):
-            assert torch.allclose(found[name, 0][key], found[name, VOCAB][key], rtol=1e-6, atol=5e-6), (name, key)
+            assert torch.allclose(found[name, 0][key], found[name, VOCAB][key], rtol=1e-6, atol=5e-6), (
+                name,
+                key,
+            )
 
 
 @widths
 def test_ghost_is_a_lower_bound(ranks, tp):
     """Merging tokens into one loses information (data processing), the less the more tokens are kept."""
     case, objective, sizes = make_case(40), OBJECTIVES["forward_kl"], [1, TOP, 20, VOCAB - 1]
-    found = run_all(ranks, tp, {"full": (case, objective, {})} | {k: (as_top_k(case, objective, k), objective, {}) for k in sizes})
+    found = run_all(
+        ranks,
+        tp,
+        {"full": (case, objective, {})} | {k: (as_top_k(case, objective, k), objective, {}) for k in sizes},
+    )
     for smaller, larger in zip(sizes, [*sizes[1:], "full"]):
-        assert (found[smaller]["per_token"][1] <= found[larger]["per_token"][1] + 2e-6).all(), (smaller, larger)
+        assert (found[smaller]["per_token"][1] <= found[larger]["per_token"][1] + 2e-6).all(), (
+            smaller,
+            larger,
+        )
     assert (found[1]["per_token"][1] > 0).all()
 
 
@@ -317,23 +401,31 @@ def test_sequence_parallel_hidden_states(ranks, tp):
     """Each rank has a part of the sequence, and gets the gradient of that part."""
     calls = variants(make_case(40, tokens=(4, 3)))
     whole = run_all(ranks, tp, calls)
-    for name, split in run_all(ranks, tp, {name: (*call[:2], {"sequence_parallel": True}) for name, call in calls.items()}).items():
+    for name, split in run_all(
+        ranks, tp, {name: (*call[:2], {"sequence_parallel": True}) for name, call in calls.items()}
+    ).items():
         check(split, dense(calls[name][0], calls[name][1]), name)
         for key in ("loss", "per_token", "dw"):
             assert whole[name][key].equal(split[key]), (name, key)  # the same rows reach the same products
-        assert torch.allclose(whole[name]["dx"], split["dx"], atol=5e-6), name  # a sum over ranks in another order
+        assert torch.allclose(whole[name]["dx"], split["dx"], atol=5e-6), (
+            name
+        )  # a sum over ranks in another order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @widths
 def test_main_grad_takes_the_weight_gradient(ranks, tp, dtype):
     case, objective = make_case(40, dtype=dtype), OBJECTIVES["forward_kl-ce"]
-    plain, added = run_all(ranks, tp, {flag: (case, objective, {"main_grad": flag}) for flag in (False, True)}).values()
+    plain, added = run_all(
+        ranks, tp, {flag: (case, objective, {"main_grad": flag}) for flag in (False, True)}
+    ).values()
     assert added["dw"] is None
     assert added["main_grad"].dtype is torch.float32
     assert plain["dx"].equal(added["dx"])
     # Added to 1, which rounds by 6e-8; the other is rounded to the dtype of the weight.
-    assert torch.allclose(added["main_grad"] - 1, plain["dw"].float(), rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-6)
+    assert torch.allclose(
+        added["main_grad"] - 1, plain["dw"].float(), rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-6
+    )
 
 
 def test_main_grad_takes_no_scale(ranks):
@@ -354,18 +446,31 @@ def test_microbatches_add_up(ranks, tp):
     case, mask = make_case(40), torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     case["token_weights"] = mask / mask.sum()
     calls = variants(case)
-    found = run_all(ranks, tp, {(name, i): (_sample(whole, i), objective, {}) for name, (whole, objective, _) in calls.items() for i in range(3)})
+    found = run_all(
+        ranks,
+        tp,
+        {
+            (name, i): (_sample(whole, i), objective, {})
+            for name, (whole, objective, _) in calls.items()
+            for i in range(3)
+        },
+    )
     for name, (whole, objective, _) in calls.items():
         parts = [found[name, i] for i in range(3)]
         got = {key: sum(part[key] for part in parts) for key in ("loss", "dw")}
-        got |= {key: torch.cat([part[key] for part in parts], dim) for key, dim in (("dx", 1), ("per_token", 2))}
+        got |= {
+            key: torch.cat([part[key] for part in parts], dim) for key, dim in (("dx", 1), ("per_token", 2))
+        }
         want = dense(whole, objective)
         want["per_token"] *= mask
         check(got, want, name)
 
 
 def _sample(case, i):
-    part, teacher = {key: case[key][:, i : i + 1] for key in ("hidden", "labels", "token_weights")}, case["teacher"]
+    part, teacher = (
+        {key: case[key][:, i : i + 1] for key in ("hidden", "labels", "token_weights")},
+        case["teacher"],
+    )
     if isinstance(teacher, TeacherHidden):
         teacher = replace(teacher, hidden=teacher.hidden[:, i : i + 1])
     elif teacher is not None:
@@ -383,7 +488,10 @@ def test_bf16_with_float32_logits(ranks, tp, padded):
 def test_bf16_with_bf16_logits(ranks, tp):
     """A logit of 8 to 16 is rounded by up to 2^-5, which is the relative error of its probability; half that is typical."""
     calls = variants(make_case(40, dtype=torch.bfloat16))
-    calls = {name: (case, replace(objective, logits_dtype=torch.bfloat16), {}) for name, (case, objective, _) in calls.items()}
+    calls = {
+        name: (case, replace(objective, logits_dtype=torch.bfloat16), {})
+        for name, (case, objective, _) in calls.items()
+    }
     check_all(ranks, tp, calls, loss=6e-2, gradient=6e-2, scale=2e-2)
 
 
@@ -412,11 +520,20 @@ def test_teacher_and_student_have_a_precision_each(ranks, tp):
         case = make_case(40, dtype=student)
         t = case["teacher"]
         case["teacher"] = TeacherHidden(t.hidden.to(teacher), t.weight.to(teacher))
-        calls[f"student {student}, teacher {teacher}, logits {inside}"] = case, Objective(ce_weight=0.3, logits_dtype=inside), {}
+        calls[f"student {student}, teacher {teacher}, logits {inside}"] = (
+            case,
+            Objective(ce_weight=0.3, logits_dtype=inside),
+            {},
+        )
     for name, got in run_all(ranks, tp, calls).items():
         coarse = "bfloat16" in name
         case, objective, _ = calls[name]
-        check(got, dense(case, objective), name, **({"loss": 2e-2, "gradient": 3e-2, "scale": 2e-2} if coarse else {}))
+        check(
+            got,
+            dense(case, objective),
+            name,
+            **({"loss": 2e-2, "gradient": 3e-2, "scale": 2e-2} if coarse else {}),
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -424,7 +541,15 @@ def test_teacher_and_student_have_a_precision_each(ranks, tp):
 def test_the_top_k_that_a_teacher_sends(ranks, tp, temperature):
     """Probabilities of the k, mass of the rest and indices, of a vocabulary with padding, as the other end unpacks them."""
     case, k = make_case(56 if tp > 1 else 40), 5
-    found = ranks(tp, "workers_losses.top_k", hidden=case["hidden"], weight=case["weight"], k=k, vocab_size=VOCAB, temperature=temperature)
+    found = ranks(
+        tp,
+        "workers_losses.top_k",
+        hidden=case["hidden"],
+        weight=case["weight"],
+        k=k,
+        vocab_size=VOCAB,
+        temperature=temperature,
+    )
     z = case["hidden"].double() @ case["weight"][:VOCAB].double().T
     log_p = F.log_softmax(z / temperature, -1)
     want = log_p.topk(k)
@@ -439,7 +564,9 @@ def test_the_top_k_that_a_teacher_sends(ranks, tp, temperature):
 def test_top_k_of_bf16_operands_is_exact():
     """A logit rounded to bf16 would put 1e-2 into a probability."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 1, 64), (4096, 64)))
+    hidden, weight = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 1, 64), (4096, 64))
+    )
     group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     (z,) = float32_logits(hidden, weight, 16, group)
     top = top_k_of(z, 64, 4096, group, 1.0)

@@ -20,10 +20,21 @@ from minitron_mp.trainer import StepMetrics
 
 def test_rates_of_a_step():
     """1000 tokens of 6e9 FLOPs on 4 ranks in 2 s are 0.75 TFLOP/s each; the teacher's 2e9 on two ranks 0.5."""
-    work = Work(tokens=1000, student=6e9, student_ranks=4, teacher=lambda step: 2e9 * (step + 1), teacher_ranks=2, peak=10.0)
-    assert work.rates(0, 2.0) == pytest.approx({"student_tflops": 0.75, "student_mfu": 0.075, "teacher_tflops": 0.5, "teacher_mfu": 0.05})
+    work = Work(
+        tokens=1000,
+        student=6e9,
+        student_ranks=4,
+        teacher=lambda step: 2e9 * (step + 1),
+        teacher_ranks=2,
+        peak=10.0,
+    )
+    assert work.rates(0, 2.0) == pytest.approx(
+        {"student_tflops": 0.75, "student_mfu": 0.075, "teacher_tflops": 0.5, "teacher_mfu": 0.05}
+    )
     assert work.rates(1, 2.0)["teacher_tflops"] == pytest.approx(1.0)
-    assert Work(tokens=1000, student=6e9, student_ranks=4).rates(0, 2.0) == pytest.approx({"student_tflops": 0.75})
+    assert Work(tokens=1000, student=6e9, student_ranks=4).rates(0, 2.0) == pytest.approx(
+        {"student_tflops": 0.75}
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,28 +63,52 @@ TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].model_copy(update={"hidden_siz
 
 def work_of(**sections) -> Work:
     recipe = make_recipe({**FILES, "data": {"sequence_length": LENGTH}, **sections})
-    world = SimpleNamespace(device=torch.device("cpu"), size=4, bridge=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}))
+    world = SimpleNamespace(
+        device=torch.device("cpu"),
+        size=4,
+        bridge=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
+    )
     return distillation_work(recipe, STUDENT, TEACHER, world, tokens=96)
 
 
 def test_the_teacher_counts_where_it_runs():
-    student, whole, head = training_flops(STUDENT, LENGTH), forward_flops(TEACHER, LENGTH), head_flops(TEACHER)
+    student, whole, head = (
+        training_flops(STUDENT, LENGTH),
+        forward_flops(TEACHER, LENGTH),
+        head_flops(TEACHER),
+    )
     here = work_of()
     assert (here.student, here.teacher(0), here.student_ranks, here.teacher_ranks) == (student, whole, 4, 4)
     for payload, moved in (("hidden", head), ("logits", 0.0), ("topk", 0.0)):
         there = work_of(teacher={"placement": "remote", "ranks": 2, "payload": payload})
-        assert (there.student, there.teacher(0), there.teacher_ranks) == (student + moved, whole - moved, 2), payload
+        assert (there.student, there.teacher(0), there.teacher_ranks) == (
+            student + moved,
+            whole - moved,
+            2,
+        ), payload
     cached = work_of(teacher={"placement": "cached"})
     assert (cached.student, cached.teacher_ranks) == (student + head, 0)
-    learning = work_of(correct={"when": "during", "steps": 10, "warmup_steps": 1, "global_batch_size": 8, "micro_batch_size": 1})
+    learning = work_of(
+        correct={
+            "when": "during",
+            "steps": 10,
+            "warmup_steps": 1,
+            "global_batch_size": 8,
+            "micro_batch_size": 1,
+        }
+    )
     assert (learning.teacher(9), learning.teacher(10)) == (training_flops(TEACHER, LENGTH), whole)
-    alone = training_work(make_recipe(FILES), STUDENT, SimpleNamespace(device=torch.device("cpu"), size=2), tokens=1)
+    alone = training_work(
+        make_recipe(FILES), STUDENT, SimpleNamespace(device=torch.device("cpu"), size=2), tokens=1
+    )
     assert alone.student_ranks == 2
     assert alone.peak is None
 
 
 def test_metrics_are_flat_and_hold_what_there_is():
-    metrics = StepMetrics(1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Measured(eta_s=7.0, student_tflops=1.5))
+    metrics = StepMetrics(
+        1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Measured(eta_s=7.0, student_tflops=1.5)
+    )
     assert metrics.given()["eta_s"] == 7.0
     assert "measured" not in metrics.given()
     assert "teacher_wait_s" not in metrics.given()

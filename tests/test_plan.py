@@ -14,7 +14,15 @@ from minitron_mp.pruning_config import Target
 
 
 def make_arch(**changes) -> Arch:
-    sizes = {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 2, "kv_channels": 6, "vocab_size": 300}
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 48,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "kv_channels": 6,
+        "vocab_size": 300,
+    }
     return Arch(**{"family": "llama", "max_position_embeddings": 64, "tied": False, **sizes, **changes})
 
 
@@ -29,7 +37,12 @@ SMALL = make_arch()
 
 def random_importance(arch: Arch, seed: int = 0) -> Importance:
     random = np.random.default_rng(seed)
-    shapes = ((arch.num_layers, arch.ffn_hidden_size), (arch.num_layers, arch.num_attention_heads), (arch.hidden_size,), (arch.num_layers,))
+    shapes = (
+        (arch.num_layers, arch.ffn_hidden_size),
+        (arch.num_layers, arch.num_attention_heads),
+        (arch.hidden_size,),
+        (arch.num_layers,),
+    )
     return Importance(*(random.random(shape).astype(np.float32) for shape in shapes))
 
 
@@ -46,7 +59,13 @@ def manifest(stage: str) -> Manifest:
         (LLAMA.model_copy(update={"hidden_size": 3072, "ffn_hidden_size": 9216}), 4.5, 3.7),
         (LLAMA.model_copy(update={"num_layers": 16}), 4.5, 3.5),
     ],
-    ids=["Mistral-NeMo-12B", "MN-Minitron-8B", "Llama-3.1-8B", "Llama-3.1-Minitron-4B-Width", "Llama-3.1-Minitron-4B-Depth"],
+    ids=[
+        "Mistral-NeMo-12B",
+        "MN-Minitron-8B",
+        "Llama-3.1-8B",
+        "Llama-3.1-Minitron-4B-Width",
+        "Llama-3.1-Minitron-4B-Depth",
+    ],
 )
 def test_published_parameter_counts(arch, total, without_embeddings):
     assert round(arch.num_parameters() / 1e9, 1) == total
@@ -63,7 +82,11 @@ def test_tied_embeddings_count_once_and_padding_never():
 
 
 def test_shapes_follow_the_switches():
-    norm_biases = {ATTENTION + "linear_qkv.layer_norm_bias", MLP + "linear_fc1.layer_norm_bias", "decoder.final_layernorm.bias"}
+    norm_biases = {
+        ATTENTION + "linear_qkv.layer_norm_bias",
+        MLP + "linear_fc1.layer_norm_bias",
+        "decoder.final_layernorm.bias",
+    }
     switched = {ATTENTION + name for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")}
     assert set(SMALL.shapes()) == set(AXES) - switched - norm_biases
     shapes = make_arch(qkv_bias=True, qk_norm=True).shapes()
@@ -83,8 +106,12 @@ def test_expand_keeps_every_key_and_value():
     assert expand("qkv", keep, one_row_a_head).tolist() == [0, 3, 4, 5, 6, 7, 10, 11]
     assert expand("heads", keep, one_row_a_head).tolist() == keep.tolist()
     slots = np.array([0, 3, 4, 5, 6, 7, 10, 11])
-    assert expand("qkv", keep, SMALL).tolist() == [row for slot in slots for row in range(6 * slot, 6 * slot + 6)]
-    assert expand("heads", keep, SMALL).tolist() == [row for head in keep for row in range(6 * head, 6 * head + 6)]
+    assert expand("qkv", keep, SMALL).tolist() == [
+        row for slot in slots for row in range(6 * slot, 6 * slot + 6)
+    ]
+    assert expand("heads", keep, SMALL).tolist() == [
+        row for head in keep for row in range(6 * head, 6 * head + 6)
+    ]
     assert expand("gate_up", np.array([0, 95]), SMALL).tolist() == [0, 95, 96, 191]
     assert expand("ffn", np.array([0, 95]), SMALL).tolist() == [0, 95]
 
@@ -105,7 +132,16 @@ def test_expanding_all_is_the_identity(axis):
 def test_layout_problems_name_every_size():
     assert layout_problems(SMALL, 2) == []
     text = " ".join(layout_problems(SMALL, 5))
-    assert all(part in text for part in ("num_attention_heads 8", "num_query_groups 2", "ffn_hidden_size 96", "padded vocabulary 384", "size 5"))
+    assert all(
+        part in text
+        for part in (
+            "num_attention_heads 8",
+            "num_query_groups 2",
+            "ffn_hidden_size 96",
+            "padded vocabulary 384",
+            "size 5",
+        )
+    )
 
 
 def test_top_is_ascending_and_gives_ties_to_the_lower_index():
@@ -116,13 +152,17 @@ def test_top_is_ascending_and_gives_ties_to_the_lower_index():
 
 def test_plan_keeps_the_best_of_every_axis():
     importance = random_importance(SMALL)
-    plan = make_plan(importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4))
+    plan = make_plan(
+        importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+    )
     assert plan.layers == sorted(np.argsort(-importance.layers)[:3])
     assert plan.hidden == sorted(np.argsort(-importance.hidden)[:32])
     for row, layer in enumerate(plan.layers):
         assert plan.ffn[row] == sorted(np.argsort(-importance.ffn[layer])[:64])
         groups = importance.heads[layer].reshape(2, 4)
-        assert plan.heads[row] == sorted(g * 4 + h for g in range(2) for h in np.argsort(-groups[g])[:2])  # as many in every group
+        assert plan.heads[row] == sorted(
+            g * 4 + h for g in range(2) for h in np.argsort(-groups[g])[:2]
+        )  # as many in every group
         assert plan.keep("qkv", layer).tolist() == plan.keep("heads", layer).tolist() == plan.heads[row]
         assert plan.keep("gate_up", layer).tolist() == plan.ffn[row]
     assert plan.keep("vocab").tolist() == list(range(SMALL.padded_vocab_size))
@@ -152,7 +192,9 @@ def test_whole_query_groups_go_and_heads_follow():
         groups = importance.heads[layer].reshape(4, 6)
         best = sorted(range(4), key=lambda g: -sum(float(score) ** 2 for score in groups[g]))[:2]
         assert plan.heads[layer] == [6 * g + h for g in sorted(best) for h in range(6)]
-        assert cut.heads[layer] == [6 * g + h for g in sorted(best) for h in sorted(np.argsort(-groups[g])[:3])]
+        assert cut.heads[layer] == [
+            6 * g + h for g in sorted(best) for h in sorted(np.argsort(-groups[g])[:3])
+        ]
     assert {row[0]: row[1:] for row in plan.summary()}["num_query_groups"] == ("4", "2", "50%")
 
 
@@ -172,8 +214,13 @@ def test_merged_heads_are_mirrored_at_the_cut(keep):
     for layer, pairs in enumerate(plan.merge):
         want = set()
         for group in range(4):
-            ranked = {i: group * 6 + int(h) for i, h in enumerate(np.argsort(-importance.heads[layer].reshape(4, 6)[group]), 1)}
-            want |= {(ranked[i], ranked[2 * keep - i + 1]) for i in range(max(1, keep - (6 - keep) + 1), keep + 1)}
+            ranked = {
+                i: group * 6 + int(h)
+                for i, h in enumerate(np.argsort(-importance.heads[layer].reshape(4, 6)[group]), 1)
+            }
+            want |= {
+                (ranked[i], ranked[2 * keep - i + 1]) for i in range(max(1, keep - (6 - keep) + 1), keep + 1)
+            }
         assert set(pairs) == want
         assert len(pairs) == len(want) == 4 * min(keep, 6 - keep)
 
@@ -188,7 +235,10 @@ def test_heads_merge_in_groups_that_stay_only():
 
 
 def test_summary_has_sizes_and_parameters():
-    rows = {row[0]: row[1:] for row in make_plan(random_importance(SMALL), SMALL, Target(hidden_size=32)).summary()}
+    rows = {
+        row[0]: row[1:]
+        for row in make_plan(random_importance(SMALL), SMALL, Target(hidden_size=32)).summary()
+    }
     assert rows["hidden_size"] == ("48", "32", "67%")
     assert rows["parameters"][0] == f"{SMALL.num_parameters():,}"
 
@@ -201,7 +251,9 @@ def test_close_cuts_are_reported():
     importance.ffn[0, :] = 1.0  # layer 0 stays
     importance.ffn[3, :] = 1.0  # layer 3 goes: its cut decides nothing
     importance.heads[2, 4:] = [1, 0.5, 0.5, 0.1]
-    plan = make_plan(importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4))
+    plan = make_plan(
+        importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+    )
     assert [note.split(":")[0] for note in plan.notes] == ["hidden", "ffn of layer 0", "heads of layer 2"]
     assert "last kept and first cut score are 17 and 16.9999" in plan.notes[0]
     assert plan.ffn[0] == list(range(64))
@@ -211,34 +263,76 @@ def test_close_cuts_are_reported():
     assert len(notes) == 1
     assert notes[0].startswith("query groups of layer 0: the last kept and first cut score are 5.4772")
     importance.heads[0], importance.heads[2] = [3, 2, 1, 0, 4, 4, 2, 1], importance.heads[1]
-    plans = {(n, merge): make_plan(importance, SMALL, Target(num_query_groups=1, num_attention_heads=n, merge_heads=merge)) for n in (2, 3) for merge in (0, 1)}
-    assert plans[2, 0].notes == plans[3, 0].notes == plans[3, 1].notes == []  # both stay; of three kept heads only the third takes a residual
-    assert plans[2, 1].notes == ["heads of layer 0: two scores whose order says what is merged are 4 and 4, nearer than rounding"]
+    plans = {
+        (n, merge): make_plan(
+            importance, SMALL, Target(num_query_groups=1, num_attention_heads=n, merge_heads=merge)
+        )
+        for n in (2, 3)
+        for merge in (0, 1)
+    }
+    assert (
+        plans[2, 0].notes == plans[3, 0].notes == plans[3, 1].notes == []
+    )  # both stay; of three kept heads only the third takes a residual
+    assert plans[2, 1].notes == [
+        "heads of layer 0: two scores whose order says what is merged are 4 and 4, nearer than rounding"
+    ]
 
 
 @pytest.mark.parametrize(
     ("target", "tp", "message"),
     [
-        ({"hidden_size": 40}, 1, r"hidden_size 40 is no multiple of 16 \(align 16\); nearest that work: 32 or 48"),
+        (
+            {"hidden_size": 40},
+            1,
+            r"hidden_size 40 is no multiple of 16 \(align 16\); nearest that work: 32 or 48",
+        ),
         ({"hidden_size": 64}, 1, r"hidden_size 64 is larger than the teacher's 48"),
         ({"hidden_size": 8}, 1, r"hidden_size 8 .* nearest that work: 16"),
-        ({"ffn_hidden_size": 80}, 2, r"ffn_hidden_size 80 is no multiple of 32 \(align 16 x tp 2\); nearest that work: 64 or 96"),
+        (
+            {"ffn_hidden_size": 80},
+            2,
+            r"ffn_hidden_size 80 is no multiple of 32 \(align 16 x tp 2\); nearest that work: 64 or 96",
+        ),
         (
             {"num_attention_heads": 5},
             1,
             r"num_attention_heads 5 is no multiple of 2 \(the query groups\); nearest that work: 4 or 6, or cut num_q",
         ),
         ({"num_query_groups": 3}, 1, r"num_query_groups 3 is larger than the teacher's 2"),
-        ({"num_query_groups": 1}, 2, r"num_query_groups 1 is no multiple of 2 \(tp 2\); nearest that work: 2"),
-        ({"num_query_groups": 1, "num_attention_heads": 6}, 1, r"num_attention_heads 6 in 1 query groups are more a group than the teacher's 4; at most 4"),
-        ({"hidden_size": 32, "merge_heads": True}, 1, r"merge_heads: each query group that stays keeps its 4 heads, .* give fewer num_attention_heads"),
+        (
+            {"num_query_groups": 1},
+            2,
+            r"num_query_groups 1 is no multiple of 2 \(tp 2\); nearest that work: 2",
+        ),
+        (
+            {"num_query_groups": 1, "num_attention_heads": 6},
+            1,
+            r"num_attention_heads 6 in 1 query groups are more a group than the teacher's 4; at most 4",
+        ),
+        (
+            {"hidden_size": 32, "merge_heads": True},
+            1,
+            r"merge_heads: each query group that stays keeps its 4 heads, .* give fewer num_attention_heads",
+        ),
         ({"num_query_groups": 1, "merge_heads": True}, 1, r"nothing to merge; drop it"),
         ({"keep": 0.75, "merge_heads": True}, 1, r"nothing to merge; drop it"),
         ({"num_layers": 5}, 1, r"num_layers 5 is larger than the teacher's 4"),
-        ({"hidden_size": 40, "ffn_hidden_size": 100, "num_layers": 9}, 1, r"(?s)num_layers 9 .*hidden_size 40 .*ffn_hidden_size 100 "),
-        ({"hidden_size": 32}, 3, r"(?s)tensor parallel size 3 does not divide num_attention_heads 8.*num_query_groups 2"),
+        (
+            {"hidden_size": 40, "ffn_hidden_size": 100, "num_layers": 9},
+            1,
+            r"(?s)num_layers 9 .*hidden_size 40 .*ffn_hidden_size 100 ",
+        ),
+        (
+            {"hidden_size": 32},
+            3,
+            r"(?s)tensor parallel size 3 does not divide num_attention_heads 8.*num_query_groups 2",
+        ),
         ({"keep": 0.01}, 1, r"no student along \['hidden', 'ffn'\] has at most"),
-        ({"max_parameters": 20_000, "axes": ["ffn"]}, 1, r"no student along \['ffn'\] has at most 20,000 parameters; .*cut hidden too"),
+        (
+            {"max_parameters": 20_000, "axes": ["ffn"]},
+            1,
+            r"no student along \['ffn'\] has at most 20,000 parameters; .*cut hidden too",
+        ),
         ({"keep": 0.5, "axes": ["ffn", "layer"]}, 1, r"mixes width and depth"),
     ],
 )
@@ -248,7 +342,9 @@ def test_impossible_targets(target, tp, message):
 
 
 @pytest.mark.parametrize("axes", [["hidden", "ffn"], ["hidden"], ["ffn"], ["layer"]])
-@pytest.mark.parametrize("teacher", [NEMO, LLAMA, make_arch(hidden_size=64, num_attention_heads=4)], ids=["nemo", "llama", "small"])
+@pytest.mark.parametrize(
+    "teacher", [NEMO, LLAMA, make_arch(hidden_size=64, num_attention_heads=4)], ids=["nemo", "llama", "small"]
+)
 def test_parameter_budget_is_used_but_not_exceeded(teacher, axes):
     budget = 0.75 * teacher.num_parameters()
     start = time.process_time()
@@ -257,13 +353,18 @@ def test_parameter_budget_is_used_but_not_exceeded(teacher, axes):
     assert student == resolve_target(teacher, Target(max_parameters=budget, axes=axes))
     assert 0.6 * budget < student.num_parameters() <= budget
     unchanged = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "layer": "num_layers"}.items()
-    assert all(getattr(student, name) == getattr(teacher, name) for axis, name in unchanged if axis not in axes)
+    assert all(
+        getattr(student, name) == getattr(teacher, name) for axis, name in unchanged if axis not in axes
+    )
     assert exportable(student, None) == student
 
 
 def test_budget_of_the_paper_gives_nearly_its_student():
     student = resolve_target(NEMO, Target(max_parameters="8.4B"))
-    assert (student.hidden_size, student.ffn_hidden_size) == (4096, 11488)  # published: 4096 and 11520, 8.414e9
+    assert (student.hidden_size, student.ffn_hidden_size) == (
+        4096,
+        11488,
+    )  # published: 4096 and 11520, 8.414e9
     assert resolve_target(LLAMA, Target(keep=1.0)) == LLAMA
 
 
@@ -276,7 +377,10 @@ def test_budget_keeps_to_alignment_and_tensor_parallel_size():
 def test_llama_export_rule_and_the_way_out():
     student = LLAMA.model_copy(update={"hidden_size": 3088})
     assert export_problems(NEMO.model_copy(update={"hidden_size": 3088})) == []
-    with pytest.raises(InputError, match=r"hidden_size 3088 .*num_attention_heads 32; nearest hidden_size 3072, or set export\.family: mistral"):
+    with pytest.raises(
+        InputError,
+        match=r"hidden_size 3088 .*num_attention_heads 32; nearest hidden_size 3072, or set export\.family: mistral",
+    ):
         exportable(student, None)
     assert exportable(student, "mistral") == student.model_copy(update={"family": "mistral"})
     with pytest.raises(InputError, match="scales its rotary frequencies"):
@@ -289,7 +393,10 @@ def test_importance_survives_the_disk(tmp_path):
     importance = random_importance(SMALL)
     importance.save(tmp_path / "new" / "importance.safetensors", manifest("score"))
     loaded = Importance.load(tmp_path / "new" / "importance.safetensors")
-    assert all(np.array_equal(value, vars(loaded)[name]) and value.dtype == np.float32 for name, value in vars(importance).items())
+    assert all(
+        np.array_equal(value, vars(loaded)[name]) and value.dtype == np.float32
+        for name, value in vars(importance).items()
+    )
     assert find(tmp_path / "new" / "importance.safetensors") == manifest("score")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["importance.safetensors"]
 
@@ -300,7 +407,10 @@ def test_bad_importance_is_refused_with_every_reason():
     importance.layers[0] = np.inf
     with pytest.raises(InputError, match=r"(?s)ffn holds a NaN.*layers holds a NaN or an infinity"):
         make_plan(importance, SMALL, Target())
-    with pytest.raises(InputError, match=r"(?s)ffn has shape \(4, 96\), the model needs \(32, 14336\).*hidden has shape \(48,\)"):
+    with pytest.raises(
+        InputError,
+        match=r"(?s)ffn has shape \(4, 96\), the model needs \(32, 14336\).*hidden has shape \(48,\)",
+    ):
         random_importance(SMALL).check(LLAMA)
 
 
@@ -317,7 +427,9 @@ def test_plan_survives_the_disk(tmp_path):
 
 def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
     """As plans were written before there were merged heads and cut query groups."""
-    plan = make_plan(random_importance(SMALL), SMALL, Target(num_layers=3, hidden_size=32, num_attention_heads=4))
+    plan = make_plan(
+        random_importance(SMALL), SMALL, Target(num_layers=3, hidden_size=32, num_attention_heads=4)
+    )
     plan.save(tmp_path / "plan.json", manifest("plan"))
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content.pop("merge") == []
@@ -331,14 +443,19 @@ def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
         ({"heads": [[0, 1, 2, 4]] * 4}, r"heads\[0\] does not keep 2 heads in each of 2 query groups"),
         ({"heads": [[0, 1, 2, 3]] * 4}, r"heads\[3\] does not keep 2 heads in each of 2 query groups"),
         ({"merge": [[(0, 2)]]}, r"merge has 1 rows for 4 layers"),
-        ({"merge": [[]] * 3 + [[(0, 6)]]}, r"merge\[3\] is not \(kept head, pruned head of the same query group\)"),
+        (
+            {"merge": [[]] * 3 + [[(0, 6)]]},
+            r"merge\[3\] is not \(kept head, pruned head of the same query group\)",
+        ),
         ({"merge": [[(2, 3)]] * 4}, r"merge\[0\] is not"),
         ({"merge": [[(0, 1)]] * 4}, r"merge\[0\] is not"),
         ({"merge": [[(0, 2), (0, 3)]] * 4}, r"each kept head at most once"),
     ],
 )
 def test_plan_by_hand_is_checked(changes, message):
-    plan = make_plan(random_importance(SMALL), SMALL, Target(num_attention_heads=4)).model_copy(update={"heads": [[0, 1, 4, 5]] * 4})
+    plan = make_plan(random_importance(SMALL), SMALL, Target(num_attention_heads=4)).model_copy(
+        update={"heads": [[0, 1, 4, 5]] * 4}
+    )
     values = plan.model_dump()
     assert PrunePlan.model_validate({**values, "merge": [[(1, 2), (0, 3)]] * 4}).merge[0] == [(1, 2), (0, 3)]
     with pytest.raises(ValueError, match=message):

@@ -79,7 +79,9 @@ def test_answers_come_by_rank_and_ranks_persist(pool):
 
 
 def test_a_failure_names_its_rank_and_the_next_call_works(pool):
-    with pytest.raises(RankError, match=r"(?s)rank 1 of 2: \(dp 7\).*so it goes.*rank 0 of 2 has not answered"):
+    with pytest.raises(
+        RankError, match=r"(?s)rank 1 of 2: \(dp 7\).*so it goes.*rank 0 of 2 has not answered"
+    ):
         pool.run("test_pool.fail_on", rank=1)
     assert pool.run("test_pool.add_ranks", number=10) == [13, 14]
     with pytest.raises(RankError, match="rank 0 of 2: died with exit code 3"):

@@ -39,24 +39,32 @@ def test_masked_reference_equals_sliced_reference(results, arch, axis):
     plan = results.plan(arch, axis)
     want, got = results.dense(arch, plan, masked=True), results.dense(arch, plan)
     assert (got - want).abs().max() < 1e-6 * want.abs().max()
-    assert (want - results.dense(arch)).abs().max() > 0.01 * want.abs().max(), "this plan cuts nothing that matters"
+    assert (want - results.dense(arch)).abs().max() > 0.01 * want.abs().max(), (
+        "this plan cuts nothing that matters"
+    )
 
 
-@pytest.mark.parametrize(("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED])
+@pytest.mark.parametrize(
+    ("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED]
+)
 def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
     """The student was cut and saved at the layout before this one in the table."""
     want = results.dense(arch, results.plan(arch, axis, previous(CASES, arch, layout)), masked=True)
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
-@pytest.mark.parametrize(("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED])
+@pytest.mark.parametrize(
+    ("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED]
+)
 def test_a_teacher_under_masks_computes_what_the_student_will(results, arch, layout, axis):
     """Not a weight is sliced; and afterwards it is the teacher again, bitwise (test_importance.py looks at "unchanged")."""
     want = results.dense(arch, results.plan(arch, axis, layout))
     assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
 
 
-@pytest.mark.parametrize(("arch", "layout", "axis"), SLICED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SLICED])
+@pytest.mark.parametrize(
+    ("arch", "layout", "axis"), SLICED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SLICED]
+)
 def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis):
     """Every rank holds the right part, and what is saved covers each weight once. Merged queries are rounded once, like the reference."""
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
@@ -74,14 +82,19 @@ def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis)
 def test_identity_plan_gives_a_bitwise_equal_student(results, arch, layout):
     """Sliced, saved and loaded at the same layout; the weights are compared above."""
     for rank in results.pruned(arch, layout):
-        assert (rank["logits"] is None and rank["identity"] is None) or torch.equal(rank["logits"], rank["identity"])
+        assert (rank["logits"] is None and rank["identity"] is None) or torch.equal(
+            rank["logits"], rank["identity"]
+        )
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kept_neurons_are_uneven_over_ranks(results, arch):
     """The case that the exchange is for: at tp 4 one rank keeps most, another next to none."""
     plan = results.plan(arch, "ffn")
-    counts = [[sum(i * 4 // ARCHS[arch].ffn_hidden_size == rank for i in row) for rank in range(4)] for row in plan.ffn]
+    counts = [
+        [sum(i * 4 // ARCHS[arch].ffn_hidden_size == rank for i in row) for rank in range(4)]
+        for row in plan.ffn
+    ]
     assert min(map(min, counts)) <= 1
     assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}
@@ -90,7 +103,13 @@ def test_kept_neurons_are_uneven_over_ranks(results, arch):
 def test_kept_groups_are_uneven_over_ranks(results):
     """At tp 4 one rank keeps both of its query groups, another none, and both ways of a merge are exercised."""
     arch, plan = ARCHS["qwen2"], results.plan("qwen2", "merged", BY_NAME["tp4-sp"])
-    counts = [[len({h // arch.heads_per_group for h in row if h * 4 // arch.num_attention_heads == rank}) for rank in range(4)] for row in plan.heads]
+    counts = [
+        [
+            len({h // arch.heads_per_group for h in row if h * 4 // arch.num_attention_heads == rank})
+            for rank in range(4)
+        ]
+        for row in plan.heads
+    ]
     assert (min(map(min, counts)), max(map(max, counts))) == (0, 2)
     assert all(len(pairs) == plan.student.num_query_groups for pairs in plan.merge)
     signs = {kept < pruned for pairs in plan.merge for kept, pruned in pairs}
@@ -110,7 +129,9 @@ def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
     plan = results.plan("qwen2", "merged")
     rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
     none = plan.model_copy(update={"merge": [[]] * len(plan.layers)})
-    merged, unchanged = (ranks(1, "workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0] for p in (plan, none))
+    merged, unchanged = (
+        ranks(1, "workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0] for p in (plan, none)
+    )
     assert torch.equal(unchanged, rows)
     want = reference.merged(ARCHS["qwen2"], rows, plan, 0)
     assert torch.equal(merged, want)

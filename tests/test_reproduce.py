@@ -29,8 +29,32 @@ from variants import LONGER, VARIANTS, searched  # noqa: E402
 
 SEED = 7
 QUALITY = {"loss", "perplexity", "kl", "num_tokens"}
-FIELDS = {"variant", "seed", "size", "overrides", "date", "hardware", "software", "text", "fingerprint", "base", "inputs", "wall_s"}
-FIELDS |= {"teacher", "pruned", "distilled", "tasks", "parameters", "layers", "tokens", "sequence_length", "seconds", "tokens_per_s"}
+FIELDS = {
+    "variant",
+    "seed",
+    "size",
+    "overrides",
+    "date",
+    "hardware",
+    "software",
+    "text",
+    "fingerprint",
+    "base",
+    "inputs",
+    "wall_s",
+}
+FIELDS |= {
+    "teacher",
+    "pruned",
+    "distilled",
+    "tasks",
+    "parameters",
+    "layers",
+    "tokens",
+    "sequence_length",
+    "seconds",
+    "tokens_per_s",
+}
 FIELDS |= {"curve", "config", "plain"}
 
 
@@ -62,7 +86,14 @@ def toy(ranks, tmp_path_factory) -> Toy:
         write_text(root / name, seed)
     options = {"size": "toy", "model": root / "model", "output": root / "out", "seeds": SEED}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    words += ["--text", str(root / "train"), str(root / "valid"), "--shift-text", str(root / "novels"), str(root / "others")]
+    words += [
+        "--text",
+        str(root / "train"),
+        str(root / "valid"),
+        "--shift-text",
+        str(root / "novels"),
+        str(root / "others"),
+    ]
     return Toy(root, words, ranks(1, "workers_reproduce.reproduce", words=["all", *words])[0])
 
 
@@ -75,7 +106,9 @@ def test_every_variant_leaves_a_whole_result(toy):
     for name, result in found.items():
         corrected = {"uncorrected"} if name.endswith("corrected teacher") else set()
         assert result.keys() == FIELDS | corrected, name
-        assert all(result[model].keys() == QUALITY for model in ("teacher", "pruned", "distilled", *corrected))
+        assert all(
+            result[model].keys() == QUALITY for model in ("teacher", "pruned", "distilled", *corrected)
+        )
         assert result["tasks"].keys() == ({"last words"} if VARIANTS[name].words else set())
         assert all(task["distilled"]["num_items"] == 8 for task in result["tasks"].values())
         assert len(result["curve"]) == 6 * (LONGER if str(LONGER) in name else 1)
@@ -92,12 +125,22 @@ def test_variants_differ_where_they_must(toy):
         distinct = [loss for name, loss in losses.items() if name not in same_start]
         assert len(set(distinct)) == len(distinct), losses
     assert found["CE"]["pruned"] == found["CE + KL"]["pruned"] == found["pruned"]["pruned"]
-    assert found["CE"]["distilled"]["loss"] < found["CE + KL"]["distilled"]["loss"] < found["pruned"]["distilled"]["loss"]  # random teachers are bad ones
-    assert found["pruned"]["distilled"]["kl"] < found["CE + KL"]["distilled"]["kl"] < found["CE"]["distilled"]["kl"]
+    assert (
+        found["CE"]["distilled"]["loss"]
+        < found["CE + KL"]["distilled"]["loss"]
+        < found["pruned"]["distilled"]["loss"]
+    )  # random teachers are bad ones
+    assert (
+        found["pruned"]["distilled"]["kl"]
+        < found["CE + KL"]["distilled"]["kl"]
+        < found["CE"]["distilled"]["kl"]
+    )
 
 
 def test_what_the_variants_are(toy):
-    width, depth, scattered = (toy.result(name) for name in ("pruned", "contiguous layers", "scattered layers"))
+    width, depth, scattered = (
+        toy.result(name) for name in ("pruned", "contiguous layers", "scattered layers")
+    )
     dropped = sorted(set(range(6)) - set(depth["layers"]))
     assert dropped == list(range(dropped[0], dropped[-1] + 1))
     assert len(scattered["layers"]) == len(depth["layers"])
@@ -107,7 +150,9 @@ def test_what_the_variants_are(toy):
     assert weights["config"] == width["config"]
     assert weights["teacher"] == width["teacher"]
     corrected = toy.result("shifted text, corrected teacher")
-    assert corrected["uncorrected"]["loss"] == pytest.approx(toy.result("shifted text")["teacher"]["loss"], rel=1e-6)
+    assert corrected["uncorrected"]["loss"] == pytest.approx(
+        toy.result("shifted text")["teacher"]["loss"], rel=1e-6
+    )
     assert corrected["teacher"]["loss"] < corrected["uncorrected"]["loss"]
 
 
@@ -130,13 +175,17 @@ def test_the_plain_loops_speed_is_measured_in_turn(toy):
             assert plain["tokens_per_s"].keys() == {"minitron_mp", "transformers"}
             assert all(speed > 0 for speed in plain["tokens_per_s"].values())
             assert len(plain["ratios"]) == 3
-            assert f"| {report.told(plain['ratios'])} |" in next(line for line in lines if line.startswith(f"| {name} |"))
+            assert f"| {report.told(plain['ratios'])} |" in next(
+                line for line in lines if line.startswith(f"| {name} |")
+            )
 
 
 def test_the_report_tells_every_claim(toy):
     text = (toy.folder / "out" / "report.md").read_text()
     assert report.NOT_RUN not in text
-    assert f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops beside" in text
+    assert (
+        f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops beside" in text
+    )
     for name, claim in CLAIMS.items():
         assert f"### {name}: {claim.title}" in text
         assert claim.paper in text
@@ -145,7 +194,9 @@ def test_the_report_tells_every_claim(toy):
         assert f"{result['distilled']['loss']:.4f}" in text
     speed = json.loads((toy.folder / "out" / "results" / "speed.json").read_text())
     assert speed["tokens_per_s"].keys() == {"teacher", "width", "depth"}
-    assert all(own.keys() == set(speed["kinds"]) and min(own.values()) > 0 for own in speed["tokens_per_s"].values())
+    assert all(
+        own.keys() == set(speed["kinds"]) and min(own.values()) > 0 for own in speed["tokens_per_s"].values()
+    )
 
 
 def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
@@ -155,21 +206,37 @@ def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
     code, out, err = ranks(1, "workers_reproduce.reproduce", words=["scores", *toy.words])[0]
     assert code == 0, err
     assert out.count("seed 7: done") == len(FEW) - 1
-    assert out.count("score: done") == 1  # the shared artefact, which the shuffled scores of the first time have left alone
+    assert (
+        out.count("score: done") == 1
+    )  # the shared artefact, which the shuffled scores of the first time have left alone
     changing = {"date", "wall_s", "seconds", "tokens_per_s"}
-    after = {name: {key: value for key, value in own.items() if key not in changing} for name, own in toy.results().items()}
-    assert after == {name: {key: value for key, value in own.items() if key not in changing} for name, own in before.items()}
+    after = {
+        name: {key: value for key, value in own.items() if key not in changing}
+        for name, own in toy.results().items()
+    }
+    assert after == {
+        name: {key: value for key, value in own.items() if key not in changing}
+        for name, own in before.items()
+    }
 
 
 def test_results_of_other_settings_are_not_compared(toy, tmp_path):
     results, _ = report.read(toy.folder / "out" / "results")
     assert report.of_claim("objective", results) is not None
     ce = results["CE"][0]
-    for other in ({"base": "another"}, {"inputs": {**ce["inputs"], "model": "another"}}, {"inputs": {**ce["inputs"], "text": "another"}}):
+    for other in (
+        {"base": "another"},
+        {"inputs": {**ce["inputs"], "model": "another"}},
+        {"inputs": {**ce["inputs"], "text": "another"}},
+    ):
         results["CE"] = [{**ce, **other}]
-        with pytest.raises(InputError, match="the results of objective come from different settings, models or text"):
+        with pytest.raises(
+            InputError, match="the results of objective come from different settings, models or text"
+        ):
             report.of_claim("objective", results)
-    assert report.judged("objective", results, None)[0].startswith("the results of objective come from different settings")
+    assert report.judged("objective", results, None)[0].startswith(
+        "the results of objective come from different settings"
+    )
     assert "different settings" not in report.judged("layers", results, None)[0]
     results["CE"] = [{**results["CE"][0], "seed": 8}]
     assert report.of_claim("objective", results) is None
@@ -193,14 +260,20 @@ def test_wrong_commands(toy, ranks, monkeypatch, words, said):
     (toy.folder / "broken").mkdir(exist_ok=True)
     (toy.folder / "broken" / "text.jsonl").write_text('{"text": "a"}\n[1]\n')
     words = [str(toy.folder / word) if word in ("train", "nowhere", "broken") else word for word in words]
-    code, _, err = ranks(1, "workers_reproduce.reproduce", words=[*words, "--size", "toy", "--output", str(toy.folder / "wrong")])[0]
+    code, _, err = ranks(
+        1,
+        "workers_reproduce.reproduce",
+        words=[*words, "--size", "toy", "--output", str(toy.folder / "wrong")],
+    )[0]
     assert code == 2
     assert said in err.replace(f"{toy.folder}/", "").replace("broken/text.jsonl", "broken")
 
 
 def test_results_are_not_overwritten_by_others(toy, ranks):
     before = toy.results()
-    code, _, err = ranks(1, "workers_reproduce.reproduce", words=["objective", *toy.words, "--set", "distill.steps=5"])[0]
+    code, _, err = ranks(
+        1, "workers_reproduce.reproduce", words=["objective", *toy.words, "--set", "distill.steps=5"]
+    )[0]
     assert code == 2
     assert f"pruned-{SEED}.json and 2 more come from other settings" in err
     code, _, err = ranks(1, "workers_reproduce.reproduce", words=["--publish", *toy.words])[0]
@@ -209,40 +282,79 @@ def test_results_are_not_overwritten_by_others(toy, ranks):
 
 
 def test_claims_that_need_more_are_left_out(toy, ranks):
-    words = ["all", "--size", "toy", "--model", str(toy.folder / "model"), "--output", str(toy.folder / "dry"), "--dry-run"]
+    words = [
+        "all",
+        "--size",
+        "toy",
+        "--model",
+        str(toy.folder / "model"),
+        "--output",
+        str(toy.folder / "dry"),
+        "--dry-run",
+    ]
     words += ["--text", str(toy.folder / "train"), str(toy.folder / "valid")]
     code, out, _ = ranks(1, "workers_reproduce.reproduce", words=words)[0]
     assert code == 0
     assert "correction: left out, it needs --shift-text" in out
     variants = {variant for claim in CLAIMS.values() if not claim.needs for variant in claim.variants}
-    assert out.count(" min\n") == 2 * len([name for name in variants if not name.startswith("scores ") or name in FEW])
+    assert out.count(" min\n") == 2 * len(
+        [name for name in variants if not name.startswith("scores ") or name in FEW]
+    )
 
 
 def test_candidates_of_a_search(tmp_path):
     recipe, path = load_recipe(FOLDER / "toy.yaml"), tmp_path / "search.json"
     arch = ARCHS["llama"]
     common = {"memory_gib": 0.1, "pruned_loss": 3.0}
-    rows = [Candidate(name=str(n), arch=arch.model_copy(update={"hidden_size": n}), parameters=n, chosen=n == 32, **common).model_dump() for n in (16, 32, 48)]
+    rows = [
+        Candidate(
+            name=str(n),
+            arch=arch.model_copy(update={"hidden_size": n}),
+            parameters=n,
+            chosen=n == 32,
+            **common,
+        ).model_dump()
+        for n in (16, 32, 48)
+    ]
     path.write_text(json.dumps({"candidates": rows}))
-    assert [searched(which)(recipe, path)["target"]["hidden_size"] for which in ("best", "largest", "random")] == [32, 48, 16]
-    for wrong in ([], {"candidates": [{"name": "a"}]}, {"candidates": [{**row, "chosen": False} for row in rows]}):
+    assert [
+        searched(which)(recipe, path)["target"]["hidden_size"] for which in ("best", "largest", "random")
+    ] == [32, 48, 16]
+    for wrong in (
+        [],
+        {"candidates": [{"name": "a"}]},
+        {"candidates": [{**row, "chosen": False} for row in rows]},
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(InputError, match=r"is no search\.json of a search that has finished"):
             searched("best")(recipe, path)
     path.write_text(json.dumps({"candidates": rows[:2]}))
-    with pytest.raises(InputError, match="has 2 candidates; a comparison of best, largest and random needs 3"):
+    with pytest.raises(
+        InputError, match="has 2 candidates; a comparison of best, largest and random needs 3"
+    ):
         searched("best")(recipe, path)
 
 
 def made_up(loss: float, accuracy: float = 0.5) -> dict[str, Any]:
     words = {"accuracy": accuracy, "accuracy_stderr": 0.05}
-    return {"pruned": {"loss": 9.0}, "distilled": {"loss": loss}, "tasks": {"last words": {"pruned": words, "distilled": words}}}
+    return {
+        "pruned": {"loss": 9.0},
+        "distilled": {"loss": loss},
+        "tasks": {"last words": {"pruned": words, "distilled": words}},
+    }
 
 
 @pytest.mark.parametrize(("others", "shown"), [((2.1, 2.2), True), ((1.9, 1.8), False), ((2.1, 1.9), None)])
 def test_a_claim_needs_every_seed(others, shown):
-    results = {"pruned": [made_up(2.0), made_up(2.0)], "CE": [made_up(loss) for loss in others], "CE + KL": [made_up(2.5), made_up(2.5)]}
-    assert CLAIMS["objective"].judge(results) == (f"held-out loss: KL 2.0000, CE {sum(others) / 2:.4f}, CE + KL 2.5000", shown)
+    results = {
+        "pruned": [made_up(2.0), made_up(2.0)],
+        "CE": [made_up(loss) for loss in others],
+        "CE + KL": [made_up(2.5), made_up(2.5)],
+    }
+    assert CLAIMS["objective"].judge(results) == (
+        f"held-out loss: KL 2.0000, CE {sum(others) / 2:.4f}, CE + KL 2.5000",
+        shown,
+    )
 
 
 @pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
@@ -277,7 +389,10 @@ def test_a_setting_that_comes_with_a_later_version_makes_no_other_experiment(mon
     mark, defaults = base_mark(args), run.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
     assert base_mark(argparse.Namespace(size="cpu", set=[])) != mark
     for later, same in ((1, True), (2, False)):
-        for values in ({**defaults, "later": later}, {**defaults, "distill": {**defaults["distill"], "later": later}}):
+        for values in (
+            {**defaults, "later": later},
+            {**defaults, "distill": {**defaults["distill"], "later": later}},
+        ):
             monkeypatch.setattr(run, "load_recipe", lambda *_, values=values: Later(**values))
             assert (base_mark(args) == mark) is same
 
@@ -293,9 +408,18 @@ class Later(Recipe):
 
 def test_a_search_that_chose_the_largest_decides_nothing():
     def of(size: int, loss: float) -> dict[str, Any]:
-        return {**made_up(loss), "config": {"hidden_size": size}, "layers": [0, 1], "parameters": {"student": size}}
+        return {
+            **made_up(loss),
+            "config": {"hidden_size": size},
+            "layers": [0, 1],
+            "parameters": {"student": size},
+        }
 
-    results = {"search: best": [of(32, 2.0)], "search: largest": [of(48, 2.1)], "search: random": [of(16, 2.2)]}
+    results = {
+        "search: best": [of(32, 2.0)],
+        "search: largest": [of(48, 2.1)],
+        "search: random": [of(16, 2.2)],
+    }
     assert CLAIMS["search"].judge(results)[1] is True
     results["search: largest"] = [of(32, 2.0)]
     said, shown = CLAIMS["search"].judge(results)
@@ -304,10 +428,19 @@ def test_a_search_that_chose_the_largest_decides_nothing():
 
 
 def test_width_is_held_against_the_better_depth_cut():
-    speed = {"kinds": ["prefill"], "tokens_per_s": {"teacher": {"prefill": 1}, "width": {"prefill": 2}, "depth": {"prefill": 3}}}
+    speed = {
+        "kinds": ["prefill"],
+        "tokens_per_s": {"teacher": {"prefill": 1}, "width": {"prefill": 2}, "depth": {"prefill": 3}},
+    }
     for scattered, shown in ((2.1, True), (1.9, False)):
-        results = {"pruned": [made_up(2.0)], "contiguous layers": [made_up(3.0)], "scattered layers": [made_up(scattered)]}
-        results = {name: [{**run, "parameters": {"student": 1}} for run in own] for name, own in results.items()}
+        results = {
+            "pruned": [made_up(2.0)],
+            "contiguous layers": [made_up(3.0)],
+            "scattered layers": [made_up(scattered)],
+        }
+        results = {
+            name: [{**run, "parameters": {"student": 1}} for run in own] for name, own in results.items()
+        }
         assert bool(CLAIMS["width"].judge(results, speed)[1]) is shown
 
 
@@ -331,7 +464,10 @@ def test_the_factor_of_tokens():
     assert tokens_factor(curve(5, 3, 2, 1), slow, window=1) == (80 / 30, False)
     assert tokens_factor(curve(2, 1, 1, 1), slow, window=1) == (8, True)  # from the start on
     assert tokens_factor(curve(5, 4, 4, 3), slow, window=1) == (0, False)  # never
-    assert tokens_factor(curve(5, 3, 2, 1), slow, window=2) == (80 / 30, False)  # means 4, 2.5, 1.5 against a last one of 2.5
+    assert tokens_factor(curve(5, 3, 2, 1), slow, window=2) == (
+        80 / 30,
+        False,
+    )  # means 4, 2.5, 1.5 against a last one of 2.5
 
 
 def test_no_package_of_the_standard_library_is_on_both_sides(tmp_path):

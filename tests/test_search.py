@@ -12,7 +12,16 @@ from cases import BY_NAME
 from tiny import ROOT, make_model, make_recipe_file, make_text
 
 from minitron_mp import console, hf
-from minitron_mp.candidates import Candidate, Trained, candidates, chosen, inference_bytes, name_of, shown, survey
+from minitron_mp.candidates import (
+    Candidate,
+    Trained,
+    candidates,
+    chosen,
+    inference_bytes,
+    name_of,
+    shown,
+    survey,
+)
 from minitron_mp.config import load_recipe, make_recipe
 from minitron_mp.errors import InputError
 from minitron_mp.plan import PrunePlan
@@ -20,7 +29,13 @@ from minitron_mp.project import Project
 
 CONFIGS = ROOT / "examples" / "configs"
 FREE = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
-SEARCH = {"parameters": 100_000, "tolerance": 0.08, "num_layers": [3, 4], "hidden_size": [64, 48], "ffn_hidden_size": [128, 96, 64]}
+SEARCH = {
+    "parameters": 100_000,
+    "tolerance": 0.08,
+    "num_layers": [3, 4],
+    "hidden_size": [64, 48],
+    "ffn_hidden_size": [128, 96, 64],
+}
 SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4, "finalists": 2}
 """Three candidates, of which two are distilled, at any layout of the tests: sizes that are solved for the budget would depend on what tp has to divide."""
 TWO_BY_TWO = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
@@ -30,7 +45,12 @@ MORE = tuple(name for name, layout in BY_NAME.items() if name not in (*ALSO_AT, 
 
 
 def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
-    sections = {"search": search, "parallel": parallel or {}, "target": target or {}, "data": {"sequence_length": 4096}}
+    sections = {
+        "search": search,
+        "parallel": parallel or {},
+        "target": target or {},
+        "data": {"sequence_length": 4096},
+    }
     recipe = make_recipe({"model": "m", "output": "o", **sections})
     return [name_of(arch) for arch in candidates(recipe, hf.read_arch(CONFIGS / teacher, weights=False))]
 
@@ -42,14 +62,31 @@ def test_the_published_grids_are_among_the_candidates():
     docs/search.md; as printed, under align 8, there are as many.
     """
     common = {"num_layers": [29, 30, 31, 32], "mlp_expansion": [2.5, 3, 3.5, 4]}
-    four = found("nemotron_4_15b", parameters="4B", num_attention_heads=[24, 32, 48], hidden_size=[2560, 3072, 3584, 4096, 4608], **common)
+    four = found(
+        "nemotron_4_15b",
+        parameters="4B",
+        num_attention_heads=[24, 32, 48],
+        hidden_size=[2560, 3072, 3584, 4096, 4608],
+        **common,
+    )
     large = {"parameters": "8B", "num_attention_heads": [32, 48], **common}
     eight = found("nemotron_4_15b", hidden_size=[4096, 4608, 5120, 5632, 6144], **large)
-    printed = found("nemotron_4_15b", hidden_size=[4096, 4680, 5120, 5632, 6144], target={"align": 8}, **large)
+    printed = found(
+        "nemotron_4_15b", hidden_size=[4096, 4680, 5120, 5632, 6144], target={"align": 8}, **large
+    )
     assert len(printed) == len(eight)
-    recipe = make_recipe({"model": "m", "output": "o", "search": {**large, "hidden_size": [4096, 4680, 5120]}, "target": {"align": 8}})
+    recipe = make_recipe(
+        {
+            "model": "m",
+            "output": "o",
+            "search": {**large, "hidden_size": [4096, 4680, 5120]},
+            "target": {"align": 8},
+        }
+    )
     fp8 = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"fp8": "tensorwise"})})
-    (usual, _), (fit, left_out) = (survey(one, hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)) for one in (recipe, fp8))
+    (usual, _), (fit, left_out) = (
+        survey(one, hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)) for one in (recipe, fp8)
+    )
     assert {arch.hidden_size for arch in usual} - {arch.hidden_size for arch in fit} == {4680}
     assert "distill.fp8 wants multiples of 16 of all widths on a rank" in left_out
     assert len(four) == 18
@@ -60,7 +97,15 @@ def test_the_published_grids_are_among_the_candidates():
 
 def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
     teacher = hf.read_arch(CONFIGS / "llama_3_1_8b", weights=False)
-    recipe = make_recipe({"model": "m", "output": "o", "search": {"parameters": "4.5B"}, "target": {"align": 32}, "parallel": {"tp": 8}})
+    recipe = make_recipe(
+        {
+            "model": "m",
+            "output": "o",
+            "search": {"parameters": "4.5B"},
+            "target": {"align": 32},
+            "parallel": {"tp": 8},
+        }
+    )
     archs = candidates(recipe, teacher)
     assert len(archs) > 10
     for arch in archs:
@@ -73,7 +118,9 @@ def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
 
 
 def test_query_groups_are_an_axis():
-    archs = found("llama_3_1_8b", parameters="4.5B", num_query_groups=[4, 8], num_layers=[32], hidden_size=[3072])
+    archs = found(
+        "llama_3_1_8b", parameters="4.5B", num_query_groups=[4, 8], num_layers=[32], hidden_size=[3072]
+    )
     assert [name.split("-", 3)[3] for name in archs] == ["a32-g8", "a16-g4"]
 
 
@@ -97,16 +144,34 @@ def test_a_memory_budget_counts_the_cache():
         ({"parameters": "8B", "ffn_hidden_size": [4096], "mlp_expansion": [3]}, "drop one of them"),
         ({"parameters": "8B", "context": 4096}, "with parameters drop them"),
         ({"parameters": "8B", "batch_size": 4}, "with parameters drop them"),
-        ({"parameters": "8B", "hidden_size": [4097]}, "search.hidden_size 4097: give multiples of 16 up to the teacher's 6144"),
-        ({"parameters": "8B", "num_layers": [40]}, "search.num_layers 40: give multiples of 1 up to the teacher's 32"),
-        ({"parameters": "20B"}, "no candidate of search has 1.9e+10 to 2.1e+10 (parameters); the nearest one has 1.5"),
+        (
+            {"parameters": "8B", "hidden_size": [4097]},
+            "search.hidden_size 4097: give multiples of 16 up to the teacher's 6144",
+        ),
+        (
+            {"parameters": "8B", "num_layers": [40]},
+            "search.num_layers 40: give multiples of 1 up to the teacher's 32",
+        ),
+        (
+            {"parameters": "20B"},
+            "no candidate of search has 1.9e+10 to 2.1e+10 (parameters); the nearest one has 1.5",
+        ),
         (
             {"parameters": "8B", "num_layers": [20], "mlp_expansion": [9]},
             "9 of 9 combinations left out: mlp_expansion x hidden_size is 0 or above the teacher's ffn",
         ),
-        ({"parameters": "8B", "num_attention_heads": [36, 44]}, "num_attention_heads 36 is no multiple of num_query_groups 8 ("),
-        ({"parameters": "15.6B", "num_layers": [32], "hidden_size": [6144], "ffn_hidden_size": [24576]}, "the only one is the teacher; list smaller sizes"),
-        ({"parameters": "8B", "max_candidates": 3}, "search.max_candidates is 3: list fewer sizes, or raise it"),
+        (
+            {"parameters": "8B", "num_attention_heads": [36, 44]},
+            "num_attention_heads 36 is no multiple of num_query_groups 8 (",
+        ),
+        (
+            {"parameters": "15.6B", "num_layers": [32], "hidden_size": [6144], "ffn_hidden_size": [24576]},
+            "the only one is the teacher; list smaller sizes",
+        ),
+        (
+            {"parameters": "8B", "max_candidates": 3},
+            "search.max_candidates is 3: list fewer sizes, or raise it",
+        ),
     ],
 )
 def test_searches_that_cannot_be(search, words):
@@ -118,18 +183,38 @@ def test_searches_that_cannot_be(search, words):
 @pytest.mark.parametrize(
     ("search", "sections", "words"),
     [
-        ({"hidden_size": [512]}, {}, "4 of 4 combinations left out: transformers refuses a Llama whose hidden_size is no multiple of"),
+        (
+            {"hidden_size": [512]},
+            {},
+            "4 of 4 combinations left out: transformers refuses a Llama whose hidden_size is no multiple of",
+        ),
         ({"hidden_size": [512]}, {}, "set export.family: mistral (same computation) (4)"),
         ({"num_attention_heads": [7, 8]}, {}, "num_attention_heads 8 is no multiple of num_query_groups 3 ("),
-        ({}, {"parallel": {"tp": 2}}, "tensor parallel size 2 does not divide num_attention_heads 9; use a divisor of 9 ("),
-        ({"num_layers": [20]}, {"depth": {"protect_first": 12, "protect_last": 12}}, "leave 6 layers that may go; protect fewer, or keep more layers ("),
-        ({"num_layers": [20]}, {"parallel": {"pp": 12, "vpp": 2}}, "num_layers below the 24 pipeline stages (pp x vpp) ("),
+        (
+            {},
+            {"parallel": {"tp": 2}},
+            "tensor parallel size 2 does not divide num_attention_heads 9; use a divisor of 9 (",
+        ),
+        (
+            {"num_layers": [20]},
+            {"depth": {"protect_first": 12, "protect_last": 12}},
+            "leave 6 layers that may go; protect fewer, or keep more layers (",
+        ),
+        (
+            {"num_layers": [20]},
+            {"parallel": {"pp": 12, "vpp": 2}},
+            "num_layers below the 24 pipeline stages (pp x vpp) (",
+        ),
     ],
 )
 def test_what_leaves_no_candidate_is_counted(search, sections, words):
     """The budget is in reach; another one would not help."""
-    recipe = make_recipe({"model": "m", "output": "o", "search": {"parameters": "102M", **search}, **sections})
-    with pytest.raises(InputError, match="no candidate of search is possible, whatever the budget: ") as error:
+    recipe = make_recipe(
+        {"model": "m", "output": "o", "search": {"parameters": "102M", **search}, **sections}
+    )
+    with pytest.raises(
+        InputError, match="no candidate of search is possible, whatever the budget: "
+    ) as error:
         candidates(recipe, hf.read_arch(CONFIGS / "smollm2_135m", weights=False))
     assert words in str(error.value)
 
@@ -152,12 +237,21 @@ def test_a_round_compares_what_was_measured_in_it():
 
     def one(pruned, *rounds):
         arch = hf.read_arch(CONFIGS / "smollm2_135m", weights=False)
-        distilled = [Trained(steps=2 * (i + 1), loss=loss, kl=0.0, seconds=1.0) for i, loss in enumerate(rounds)]
-        return Candidate(name="a", arch=arch, parameters=1, memory_gib=1.0, pruned_loss=pruned, distilled=distilled)
+        distilled = [
+            Trained(steps=2 * (i + 1), loss=loss, kl=0.0, seconds=1.0) for i, loss in enumerate(rounds)
+        ]
+        return Candidate(
+            name="a", arch=arch, parameters=1, memory_gib=1.0, pruned_loss=pruned, distilled=distilled
+        )
 
     went_wrong, never_distilled = one(2.0, 3.0, math.inf), one(2.5)
     assert [went_wrong.loss_after(steps) for steps in (0, 2, 4)] == [2.0, 3.0, math.inf]
-    assert went_wrong.loss_after(0) < never_distilled.loss_after(0) < went_wrong.loss == never_distilled.loss_after(2)
+    assert (
+        went_wrong.loss_after(0)
+        < never_distilled.loss_after(0)
+        < went_wrong.loss
+        == never_distilled.loss_after(2)
+    )
     assert one(math.nan).loss_after(0) == one(None).loss == math.inf
 
 
@@ -167,9 +261,19 @@ def test_the_table_fits_a_terminal(latency, monkeypatch, capsys):
     arch = hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)
     rows = [
         Candidate(
-            name=name_of(a), arch=a, parameters=15_600_000_000, memory_gib=123.45, latency_s=latency, pruned_loss=12.3456, distilled=rounds, chosen=bool(rounds)
+            name=name_of(a),
+            arch=a,
+            parameters=15_600_000_000,
+            memory_gib=123.45,
+            latency_s=latency,
+            pruned_loss=12.3456,
+            distilled=rounds,
+            chosen=bool(rounds),
         )
-        for a, rounds in ((arch, [Trained(steps=1800, loss=2.3456, kl=0.1, seconds=1.0)]), (arch.model_copy(update={"num_layers": 31}), []))
+        for a, rounds in (
+            (arch, [Trained(steps=1800, loss=2.3456, kl=0.1, seconds=1.0)]),
+            (arch.model_copy(update={"num_layers": 31}), []),
+        )
     ]
     monkeypatch.setattr(console.console, "width", 80)
     console.table("search", *shown(rows))
@@ -185,7 +289,15 @@ def scored(tmp_path_factory, ranks) -> Path:
     root = tmp_path_factory.mktemp("search")
     make_model(root / "model")
     make_text(root / "text")
-    recipe = make_recipe_file(root / "recipe.yaml", root / "model", root / "text", root / "out", search=SEARCH, target=FREE, distill={"steps": 6})
+    recipe = make_recipe_file(
+        root / "recipe.yaml",
+        root / "model",
+        root / "text",
+        root / "out",
+        search=SEARCH,
+        target=FREE,
+        distill={"steps": 6},
+    )
     for stage in ("import", "data", "score"):
         assert ranks(1, "project_workers.minitron", arguments=[stage, str(recipe)])[0].code == 0
     return recipe
@@ -193,7 +305,12 @@ def scored(tmp_path_factory, ranks) -> Path:
 
 def searched(ranks, recipe, *overrides, count=1, stop_after=None):
     """(the candidates, losses by what was measured) of the command, on so many ranks; stop_after: measurements until it is stopped."""
-    done = ranks(count, "project_workers.search", arguments=["search", str(recipe), "--force", *overrides], stop_after=stop_after)
+    done = ranks(
+        count,
+        "project_workers.search",
+        arguments=["search", str(recipe), "--force", *overrides],
+        stop_after=stop_after,
+    )
     assert all(rank.code == (0 if stop_after is None else "stopped") for rank in done), done
     path = Project(load_recipe(recipe, overrides)).paths["search"]
     return json.loads(path.read_text())["candidates"] if stop_after is None else [], done[0].out
@@ -207,14 +324,22 @@ def whole(ranks, scored):
 
 
 def losses(rows):
-    return {row["name"]: (row["pruned_loss"], [(part["steps"], part["loss"], part["kl"]) for part in row["distilled"]]) for row in rows}
+    return {
+        row["name"]: (
+            row["pruned_loss"],
+            [(part["steps"], part["loss"], part["kl"]) for part in row["distilled"]],
+        )
+        for row in rows
+    }
 
 
 def test_losses_rank_and_never_sizes(whole, scored):
     """The two that lose least by the cut are distilled, and the better one of these is chosen; with three finalists the worst leaves after a round."""
     losing = sorted(whole, key=lambda row: row["pruned_loss"])
     assert [len(row["distilled"]) for row in losing] == [1, 1, 0]
-    assert [row["parameters"] for row in losing] != sorted((row["parameters"] for row in losing), reverse=True), "sizes would rank them alike"
+    assert [row["parameters"] for row in losing] != sorted(
+        (row["parameters"] for row in losing), reverse=True
+    ), "sizes would rank them alike"
     best = min(losing[:2], key=lambda row: row["distilled"][0]["loss"])
     assert [row["name"] for row in whole if row["chosen"]] == [best["name"]]
     assert all(row["distilled"][0]["steps"] == 4 for row in losing[:2])
@@ -235,7 +360,9 @@ def test_rounds_keep_the_better_half(ranks, scored):
 
 
 def test_the_plan_is_the_winners(ranks, whole, scored):
-    shutil.copy(scored.parent / "whole.json", Project(load_recipe(scored)).paths["search"])  # other tests have searched since
+    shutil.copy(
+        scored.parent / "whole.json", Project(load_recipe(scored)).paths["search"]
+    )  # other tests have searched since
     assert ranks(1, "project_workers.minitron", arguments=["plan", str(scored)])[0].code == 0
     project = Project(load_recipe(scored))
     assert PrunePlan.load(project.paths["plan"]).student == chosen(project.paths["search"])
@@ -260,7 +387,9 @@ def test_a_search_that_goes_on_takes_the_finalists_that_it_took(ranks, whole, sc
     searched(ranks, scored, stop_after=4)
     file = load_recipe(scored).root / "search" / "progress.json"
     content = json.loads(file.read_text())
-    broken, good = sorted((row for row in content["candidates"] if row["distilled"]), key=lambda row: row["pruned_loss"])
+    broken, good = sorted(
+        (row for row in content["candidates"] if row["distilled"]), key=lambda row: row["pruned_loss"]
+    )
     broken["distilled"][0]["loss"] = math.inf
     file.write_text(json.dumps(content))
     rows, _ = searched(ranks, scored)
@@ -279,7 +408,9 @@ def test_a_student_that_another_search_has_left_is_cut_again(ranks, whole, score
         manifest = json.loads((folder / "manifest.json").read_text())
         shutil.rmtree(folder)
         folder.mkdir()
-        (folder / "manifest.json").write_text(json.dumps({**manifest, "inputs": {**manifest["inputs"], "score": "another"}}))
+        (folder / "manifest.json").write_text(
+            json.dumps({**manifest, "inputs": {**manifest["inputs"], "score": "another"}})
+        )
     rows, _ = searched(ranks, scored)
     assert losses(rows) == losses(whole)
 
@@ -289,7 +420,10 @@ def test_a_search_that_is_told_to_leave_goes_on(ranks, whole, scored):
     done = ranks(1, "project_workers.search", arguments=["search", str(scored), "--force"], leave_after=3)[0]
     root = load_recipe(scored).root
     assert done.code == 0, done.err
-    assert f"search: left after step 1: {root / 'stop'} is there; the same command goes on from there" in done.out
+    assert (
+        f"search: left after step 1: {root / 'stop'} is there; the same command goes on from there"
+        in done.out
+    )
     assert len(list((root / "search").glob("*/step_00000001"))) == 2
     assert not (root / "stop").exists()
     assert losses(searched(ranks, scored)[0]) == losses(whole)
@@ -305,10 +439,14 @@ def test_layouts_change_nothing(ranks, whole, scored):
     got, want = losses(rows), losses(whole)
     assert got.keys() == want.keys()
     for name in want:
-        assert got[name][0] == pytest.approx(want[name][0], rel=1e-5)  # float32 sums in another order, as in test_training.py
+        assert got[name][0] == pytest.approx(
+            want[name][0], rel=1e-5
+        )  # float32 sums in another order, as in test_training.py
         for (steps, *values), (same, *others) in zip(got[name][1], want[name][1], strict=True):
             assert steps == same
-            assert values == pytest.approx(others, rel=1e-4)  # after some steps of an optimizer that divides by the root of small squares
+            assert values == pytest.approx(
+                others, rel=1e-4
+            )  # after some steps of an optimizer that divides by the root of small squares
     assert [row["name"] for row in rows if row["chosen"]] == [row["name"] for row in whole if row["chosen"]]
 
 
@@ -329,13 +467,21 @@ def test_the_ranking_as_cut_is_the_same_at(ranks, whole, scored, layout):
 
 def test_a_measured_latency_is_a_budget(ranks, scored):
     """Every size is timed; those outside of the budget are left out and the refusal says what was seen."""
-    sizes = ["search.parameters=null", "search.ffn_hidden_size=[96]", "search.finalists=1"]  # of two depths and two widths
+    sizes = [
+        "search.parameters=null",
+        "search.ffn_hidden_size=[96]",
+        "search.finalists=1",
+    ]  # of two depths and two widths
     rows, _ = searched(ranks, scored, *sizes, "search.latency_ms=1e6", "search.tolerance=0.4999999")
     assert len(rows) == 4
     assert all(0 < row["latency_s"] < 100 for row in rows)
     assert min(rows, key=lambda row: row["pruned_loss"])["chosen"]
     assert sum(row["chosen"] for row in rows) == 1
-    done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), "--force", *sizes, "search.latency_ms=1e-3"])[0]
+    done = ranks(
+        1,
+        "project_workers.minitron",
+        arguments=["search", str(scored), "--force", *sizes, "search.latency_ms=1e-3"],
+    )[0]
     assert done.code == 2
     assert "no candidate takes" in done.err
 

@@ -30,7 +30,12 @@ RESUMED = {"one": "one", "pp2-vpp2": "pp2-vpp2", "tp2-pp2-sp": "tp2-pp2-sp", "tp
 """Layout -> the one that wrote the checkpoint."""
 STEPS, FEW = 3, 2
 SAVED = ("one", "tp2", "tp2-sp", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp")
-IDENTITY, RECOMPUTED, OVERLAPPED, SPLIT = ("one", "pp2-vpp2", "tp2-pp2-sp"), ("tp2-sp", "pp2-vpp2"), ("dp2",), ("one", "dp2")
+IDENTITY, RECOMPUTED, OVERLAPPED, SPLIT = (
+    ("one", "pp2-vpp2", "tp2-pp2-sp"),
+    ("tp2-sp", "pp2-vpp2"),
+    ("dp2",),
+    ("one", "dp2"),
+)
 
 
 def with_states(layout: str, states: States, **other) -> Distill:
@@ -41,7 +46,10 @@ def cases(layout: str) -> dict[str, tuple[str, Distill]]:
     """Run -> (student, settings): narrower than the teacher, with a projection; as wide as it; the teacher again."""
     if layout in BESIDE_DP or layout in MORE:
         return {"narrow": ("all", with_states(layout, COSINE, steps=FEW))}
-    found = {"narrow": ("all", with_states(layout, COSINE, steps=STEPS)), "as wide": ("layer", with_states(layout, MSE, steps=FEW))}
+    found = {
+        "narrow": ("all", with_states(layout, COSINE, steps=STEPS)),
+        "as wide": ("layer", with_states(layout, MSE, steps=FEW)),
+    }
     if layout in ("one", "tp2-sp"):
         found["narrow, mse"] = "all", with_states(layout, MSE, steps=FEW)
         found["as wide, cosine"] = "layer", with_states(layout, COSINE, steps=FEW)
@@ -74,8 +82,15 @@ def trained(results, ranks, layout):
     """workers_states.train_all, by rank."""
 
     def train():
-        case = {"layout": BY_NAME[layout], "arch": ARCH, "teacher": results.teacher("qwen3"), "runs": students(results, layout)}
-        return ranks(case["layout"].ranks, "workers_states.train_all", **case, output=folder(results, layout).parent)
+        case = {
+            "layout": BY_NAME[layout],
+            "arch": ARCH,
+            "teacher": results.teacher("qwen3"),
+            "runs": students(results, layout),
+        }
+        return ranks(
+            case["layout"].ranks, "workers_states.train_all", **case, output=folder(results, layout).parent
+        )
 
     return results.once(("states", layout), train)
 
@@ -85,7 +100,13 @@ def resumed(results, ranks, layout, source):
     student, chosen, _ = students(results, layout)["narrow"]
     case = {"layout": BY_NAME[layout], "arch": ARCH, "teacher": results.teacher("qwen3")}
     runs = {f"resumed from {source}": (student, chosen, folder(results, source))}
-    (found,) = ranks(case["layout"].ranks, "workers_states.train_all", **case, runs=runs, output=folder(results, layout).parent)[0].values()
+    (found,) = ranks(
+        case["layout"].ranks,
+        "workers_states.train_all",
+        **case,
+        runs=runs,
+        output=folder(results, layout).parent,
+    )[0].values()
     return found
 
 
@@ -93,13 +114,18 @@ def plain(results, axis, states, steps):
     """(PlainTraining after so many steps, the same after RESUME_AT steps): history, weights, moments."""
 
     def train():
-        plan, chosen = results.plan("qwen3", axis), DISTILL.model_copy(update={"states": states, "steps": steps})
+        plan, chosen = (
+            results.plan("qwen3", axis),
+            DISTILL.model_copy(update={"states": states, "steps": steps}),
+        )
         projection = None
         if plan.student.hidden_size != ARCH.hidden_size:
             projection = torch.zeros(ARCH.hidden_size, plan.student.hidden_size)
             projection[plan.hidden, torch.arange(plan.student.hidden_size)] = 1.0
         weights = results.weights("qwen3")
-        run = reference.PlainTraining(ARCH, weights, plan.student, reference.sliced(ARCH, weights, plan), chosen, projection)
+        run = reference.PlainTraining(
+            ARCH, weights, plan.student, reference.sliced(ARCH, weights, plan), chosen, projection
+        )
         at_resume = {}
         for step in range(steps):
             done = step + 1
@@ -109,7 +135,10 @@ def plain(results, axis, states, steps):
             if done == RESUME_AT:
                 at_resume = {f"optimizer.exp_avg.{key}": run.moments[key][0].clone() for key in run.weights}
                 if run.outside:
-                    at_resume |= {f"states.{part}": run.moments["projection"][i].clone() for i, part in enumerate(("exp_avg", "exp_avg_sq"))}
+                    at_resume |= {
+                        f"states.{part}": run.moments["projection"][i].clone()
+                        for i, part in enumerate(("exp_avg", "exp_avg_sq"))
+                    }
                     at_resume["states.projection"] = run.outside["projection"].detach().clone()
                 at_resume["states.alpha"] = torch.tensor(run.alpha, dtype=torch.float64)
         return run.history, at_resume
@@ -139,21 +168,27 @@ def test_steps_equal_plain_autograd(results, ranks, layout, name):
     assert_close(by_rank[0][name][0], plain(results, axis, chosen.states, chosen.steps)[0])
     first = by_rank[0][name][1]
     assert (first is None) == (axis == "layer")
-    assert first is None or all(torch.equal(first, rank[name][1]) for rank in by_rank), "ranks have different projections"
+    assert first is None or all(torch.equal(first, rank[name][1]) for rank in by_rank), (
+        "ranks have different projections"
+    )
 
 
 @pytest.mark.parametrize("layout", SAVED)
 def test_gradients_and_projection_equal_plain_autograd(results, ranks, layout):
     """What a checkpoint holds of every parameter: moments, so gradients, of the model and of the projection, and alpha."""
     trained(results, ranks, layout)
-    saved = ranks(1, "workers.read_tensors", folder=folder(results, layout) / f"step_{RESUME_AT:08d}", prefix="")[0]
+    saved = ranks(
+        1, "workers.read_tensors", folder=folder(results, layout) / f"step_{RESUME_AT:08d}", prefix=""
+    )[0]
     want = plain(results, "all", COSINE, STEPS)[1]
     first = torch.zeros_like(want["states.projection"])
     plan = results.plan("qwen3", "all")
     first[plan.hidden, torch.arange(plan.student.hidden_size)] = 1.0
     assert (want["states.projection"] - first).abs().max() > DISTILL.lr, "the projection has not moved"
     for key, expected in want.items():
-        tolerance = 0.05 * DISTILL.lr if key == "states.projection" else 5e-5 * expected.abs().max()  # as in test_training.py
+        tolerance = (
+            0.05 * DISTILL.lr if key == "states.projection" else 5e-5 * expected.abs().max()
+        )  # as in test_training.py
         difference = (saved[key] - expected).abs().max()
         assert difference <= tolerance, f"{key} differs by {difference:.2e}, allowed {tolerance:.2e}"
 
@@ -161,7 +196,10 @@ def test_gradients_and_projection_equal_plain_autograd(results, ranks, layout):
 @pytest.mark.parametrize("layout", RESUMED)
 def test_a_run_resumes(results, ranks, layout):
     """With alpha and projection: bitwise at the same layout, to rounding at another."""
-    (found, after), (unbroken, weight) = resumed(results, ranks, layout, RESUMED[layout]), trained(results, ranks, layout)[0]["narrow"]
+    (found, after), (unbroken, weight) = (
+        resumed(results, ranks, layout, RESUMED[layout]),
+        trained(results, ranks, layout)[0]["narrow"],
+    )
     if RESUMED[layout] == layout:
         assert numbers(found) == numbers(unbroken[RESUME_AT:])
         assert torch.equal(after, weight), "the projection"
@@ -195,9 +233,22 @@ def test_training_from_a_stream_is_training_beside_the_teacher(results, ranks, p
     """Bitwise; also where a window of one microbatch meets interleaved stages."""
     student, teacher, window = REMOTE[pair]
     model, chosen, _ = students(results, student)["narrow"]
-    case = {"student": BY_NAME[student], "teacher": BY_NAME[teacher], "window": window, "arch": ARCH, "weights": results.teacher("qwen3")}
+    case = {
+        "student": BY_NAME[student],
+        "teacher": BY_NAME[teacher],
+        "window": window,
+        "arch": ARCH,
+        "weights": results.teacher("qwen3"),
+    }
     size = case["student"].ranks + case["teacher"].ranks
-    remote = ranks(size, "workers_states.train_remote", **case, model=model, settings=chosen, output=folder(results, student, pair))[0]
+    remote = ranks(
+        size,
+        "workers_states.train_remote",
+        **case,
+        model=model,
+        settings=chosen,
+        output=folder(results, student, pair),
+    )[0]
     assert len(remote) == RESUME_AT
     assert numbers(remote) == numbers(trained(results, ranks, student)[0]["narrow"][0][:RESUME_AT])
 
@@ -213,8 +264,15 @@ def test_a_teacher_without_states_is_refused(results, ranks, tmp_path):
 def test_every_state_has_one_place(pp, vpp):
     """Layers in order of depth over the chunks; the final norm with the last one."""
     layout, num_layers = Parallel(pp=pp, vpp=vpp), 14
-    order = [(chunk % pp, chunk // pp) for chunk, count in enumerate(layout.layers_of_chunks(num_layers)) for _ in range(count)]
-    assert [layout.place_of_state(state, num_layers) for state in range(num_layers + 1)] == [*order, (pp - 1, (vpp or 1) - 1)]
+    order = [
+        (chunk % pp, chunk // pp)
+        for chunk, count in enumerate(layout.layers_of_chunks(num_layers))
+        for _ in range(count)
+    ]
+    assert [layout.place_of_state(state, num_layers) for state in range(num_layers + 1)] == [
+        *order,
+        (pp - 1, (vpp or 1) - 1),
+    ]
 
 
 def test_stages_get_what_they_match():
@@ -225,13 +283,24 @@ def test_stages_get_what_they_match():
 
 def test_the_projection_begins_with_the_channels_that_were_kept():
     student = ARCH.model_copy(update={"hidden_size": 3})
-    assert Pairs(COSINE, student, ARCH, (1, 4, 39)).first_projection().nonzero().tolist() == [[1, 0], [4, 1], [39, 2]]
+    assert Pairs(COSINE, student, ARCH, (1, 4, 39)).first_projection().nonzero().tolist() == [
+        [1, 0],
+        [4, 1],
+        [39, 2],
+    ]
     assert Pairs(COSINE, student, ARCH).first_projection().nonzero().tolist() == [[0, 0], [1, 1], [2, 2]]
     assert Pairs(COSINE, ARCH, ARCH).first_projection() is None
 
 
 def test_the_planner_counts_the_bytes_of_the_states():
-    recipe = make_recipe({"model": "m", "output": "o", "teacher": {"placement": "remote"}, "distill": {"states": {"layers": {0: 0, 3: 4}}}})
+    recipe = make_recipe(
+        {
+            "model": "m",
+            "output": "o",
+            "teacher": {"placement": "remote"},
+            "distill": {"states": {"layers": {0: 0, 3: 4}}},
+        }
+    )
     assert payload_bytes_per_token(ARCH, recipe) == 3 * 2 * ARCH.hidden_size
 
 
@@ -247,10 +316,26 @@ def test_the_planner_counts_the_bytes_of_the_states():
         ({"layers": {0: 0}, "weight": 0}, {}, r"weight 0\.0: give a number above 0, or dynamic"),
         ({"layers": {0: 0}, "kind": "l1"}, {}, r"distill\.states\.kind: .*'cosine' or 'mse', given 'l1'"),
         ({"layers": {0: 0}, "kinds": "mse"}, {}, r"unknown key distill\.states\.kinds; did you mean kind\?"),
-        ({"layers": {0: 0}}, {"distill": {"kl_weight": 0, "ce_weight": 1}}, r"states go beside the divergence .*raise it, or drop states"),
-        ({"layers": {0: 0}}, {"teacher": {"placement": "cached"}}, r"a cache holds none: set teacher\.placement: colocated or remote"),
-        ({"layers": {0: 0}}, {"teacher": {"placement": "remote", "payload": "logits"}}, r"teacher\.payload is logits: set hidden"),
-        ({"layers": {0: 0}}, {"teacher": {"placement": "remote", "siblings": {"s.yaml": 1}}}, r"is for one student, teacher\.siblings shares"),
+        (
+            {"layers": {0: 0}},
+            {"distill": {"kl_weight": 0, "ce_weight": 1}},
+            r"states go beside the divergence .*raise it, or drop states",
+        ),
+        (
+            {"layers": {0: 0}},
+            {"teacher": {"placement": "cached"}},
+            r"a cache holds none: set teacher\.placement: colocated or remote",
+        ),
+        (
+            {"layers": {0: 0}},
+            {"teacher": {"placement": "remote", "payload": "logits"}},
+            r"teacher\.payload is logits: set hidden",
+        ),
+        (
+            {"layers": {0: 0}},
+            {"teacher": {"placement": "remote", "siblings": {"s.yaml": 1}}},
+            r"is for one student, teacher\.siblings shares",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(states, other, message):
@@ -260,7 +345,10 @@ def test_what_cannot_be_is_refused(states, other, message):
 
 
 def test_states_that_a_model_does_not_have():
-    with pytest.raises(InputError, match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 .*names state 9 of the teacher"):
+    with pytest.raises(
+        InputError,
+        match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 .*names state 9 of the teacher",
+    ):
         Pairs(States(layers={0: 0, 7: 9}), ARCH, ARCH)
 
 

@@ -72,8 +72,14 @@ def test_messages_carry_every_element_once(name):
             got, times = torch.full(want.shape, torch.nan), torch.zeros(want.shape)
             for m in plan:
                 if m.target == s.last_stage(2, cp, tp):
-                    source = next(p for p in itertools.product(range(teacher.cp), range(teacher.tp)) if t.last_stage(1, *p) == m.source)
-                    got[m.target_rows, :, m.target_columns] = local_signal(shape, teacher, 5, *source)[m.source_rows, :, m.source_columns]
+                    source = next(
+                        p
+                        for p in itertools.product(range(teacher.cp), range(teacher.tp))
+                        if t.last_stage(1, *p) == m.source
+                    )
+                    got[m.target_rows, :, m.target_columns] = local_signal(shape, teacher, 5, *source)[
+                        m.source_rows, :, m.source_columns
+                    ]
                     times[m.target_rows, :, m.target_columns] += 1
             assert torch.equal(got, want), (left, right, cp, tp)
             assert (times == 1).all(), (left, right, cp, tp)
@@ -83,7 +89,9 @@ def test_bytes_on_the_wire_are_those_of_the_payload():
     """Hidden states: each token once to each group that wants it, whatever the tensor parallel sizes."""
     shape = Shape("hidden", 48, 2, 12, torch.bfloat16)
     for left, right in itertools.product(LARGE, LARGE):
-        plan = messages(shape, Grid("teacher", Parallel(**left), 1), Grid("student", Parallel(**right), 1, 1000), 0, 0)
+        plan = messages(
+            shape, Grid("teacher", Parallel(**left), 1), Grid("student", Parallel(**right), 1, 1000), 0, 0
+        )
         elements = sum(torch.Size(m.shape(2)).numel() for m in plan)
         copies = 1 if 48 // right["cp"] % right["tp"] == 0 else right["tp"]
         assert elements * 2 == copies * 48 * 2 * shape.bytes_per_token()
@@ -106,11 +114,15 @@ def test_what_arrives_is_what_was_sent(results, ranks, name, pair, window):
     case = {"roles": roles, "cases": cases, "count": count, "delay_s": 0.004}
     by_rank = results.once(("transports", pair), lambda: ranks(size, "workers_stream.transports", **case))
     found = [streams[STREAMS.index((name, window))] for streams in by_rank]
-    assert [rank["wrong"] for rank in found if "wrong" in rank] == [[]] * sum("wrong" in rank for rank in found)
+    assert [rank["wrong"] for rank in found if "wrong" in rank] == [[]] * sum(
+        "wrong" in rank for rank in found
+    )
     assert sum(rank["received"] for rank in found if "received" in rank) >= count
     assert max(rank.get("in flight", 0) for rank in found) <= window
     teacher, student = (grid(role, *roles[role]) for role in ("teacher", "student"))
-    assert max(rank.get("held", 0) for rank in found) <= window * teacher.dp // math.gcd(teacher.dp, student.dp)
+    assert max(rank.get("held", 0) for rank in found) <= window * teacher.dp // math.gcd(
+        teacher.dp, student.dp
+    )
     sent, received = (sum(rank["bytes"] for rank in found if key in rank) for key in ("in flight", "wrong"))
     assert sent == received > 0
 
@@ -136,7 +148,14 @@ def test_one_teacher_serves_several_students(ranks):
 
 @pytest.mark.parametrize(("announced", "due"), [(3, 4), (5, 4)], ids=["duplicate", "out-of-order"])
 def test_a_number_that_is_not_due_is_an_error(ranks, announced, due):
-    student, _ = ranks(2, "workers_stream.disordered", roles=roles_of("one-to-one"), shape=HIDDEN, announced=announced, due=due)
+    student, _ = ranks(
+        2,
+        "workers_stream.disordered",
+        roles=roles_of("one-to-one"),
+        shape=HIDDEN,
+        announced=announced,
+        due=due,
+    )
     assert f"announced microbatch {announced}, microbatch {due} was due" in student
     assert "teacher rank 0 (job rank 1; dp 0, pp 0, cp 0, tp 0)" in student
 
@@ -154,14 +173,22 @@ TRAINED = {
     "tp2-from-tp2": ("tp2", "tp2"),
     "tp2-sp-from-tp2-sp": ("tp2-sp", "tp2-sp"),
 }
-ROUNDED = {"cp2-from-one": ("cp2", "one"), "one-from-cp2": ("one", "cp2"), "tp2-sp-from-one": ("tp2-sp", "one"), "cp2-from-tp2-sp": ("cp2", "tp2-sp")}
+ROUNDED = {
+    "cp2-from-one": ("cp2", "one"),
+    "one-from-cp2": ("one", "cp2"),
+    "tp2-sp-from-one": ("tp2-sp", "one"),
+    "cp2-from-tp2-sp": ("cp2", "tp2-sp"),
+}
 TEACHERS = {**BY_NAME, "dp3": Layout("dp3", 3)}
 
 
 def streamed(results, payload, pair, window):
     """Every number of every step: with the teacher elsewhere, and here."""
     student, teacher = ({**TRAINED, **ROUNDED})[pair]
-    runs = results.streamed(payload, BY_NAME[student], TEACHERS[teacher], window), results.streamed(payload, BY_NAME[student], None)
+    runs = (
+        results.streamed(payload, BY_NAME[student], TEACHERS[teacher], window),
+        results.streamed(payload, BY_NAME[student], None),
+    )
     return [[(m.loss, m.kl, m.ce, m.grad_norm) for m in run] for run in runs]
 
 
@@ -182,15 +209,40 @@ def test_a_teacher_of_another_shape_differs_by_rounding(results, pair):
 
 def test_a_credit_for_another_microbatch_is_an_error(ranks):
     _, teacher = ranks(2, "workers_stream.wrong_credit", roles=roles_of("one-to-one"), shape=HIDDEN)
-    assert "student rank 0 (job rank 0; dp 0, pp 0, cp 0, tp 0) consumed microbatch 5, microbatch 4 was due" in teacher
+    assert (
+        "student rank 0 (job rank 0; dp 0, pp 0, cp 0, tp 0) consumed microbatch 5, microbatch 4 was due"
+        in teacher
+    )
 
 
-RECIPE = {"model": "m", "output": "o", "data": {"sequence_length": 24}, "teacher": {"placement": "remote", "window": 2}}
+RECIPE = {
+    "model": "m",
+    "output": "o",
+    "data": {"sequence_length": 24},
+    "teacher": {"placement": "remote", "window": 2},
+}
 
 
-def agreement(recipe=None, *, arch=ARCHS["qwen3"], vocab_size=150, made_from=("abc", "def"), tokenizer="t", shape=HIDDEN, window=2, ranks=1):
+def agreement(
+    recipe=None,
+    *,
+    arch=ARCHS["qwen3"],
+    vocab_size=150,
+    made_from=("abc", "def"),
+    tokenizer="t",
+    shape=HIDDEN,
+    window=2,
+    ranks=1,
+):
     link = Link(None, shape, grid("teacher", ranks, {}), [], window)
-    return contract(make_recipe(recipe or RECIPE), link, arch, vocab_size, dict(zip(("import", "data"), made_from)), {"name": tokenizer})
+    return contract(
+        make_recipe(recipe or RECIPE),
+        link,
+        arch,
+        vocab_size,
+        dict(zip(("import", "data"), made_from)),
+        {"name": tokenizer},
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,16 +274,52 @@ def test_each_field_of_the_contract(field, other):
 
 
 def test_the_contract_has_no_other_field():
-    fixed = {"head tap", "head logit_scale", "head soft_cap", "head bias", "context parallel order", "stream version"}
-    named = {"teacher checkpoint", "data", "tokenizer", "seed", "steps", "global_batch_size", "temperature", "states", "window", "teacher ranks"}
-    assert agreement().keys() == fixed | named | {"head hidden_size", "head vocab_size", "head padded_vocab_size", *vars(HIDDEN)}
+    fixed = {
+        "head tap",
+        "head logit_scale",
+        "head soft_cap",
+        "head bias",
+        "context parallel order",
+        "stream version",
+    }
+    named = {
+        "teacher checkpoint",
+        "data",
+        "tokenizer",
+        "seed",
+        "steps",
+        "global_batch_size",
+        "temperature",
+        "states",
+        "window",
+        "teacher ranks",
+    }
+    assert agreement().keys() == fixed | named | {
+        "head hidden_size",
+        "head vocab_size",
+        "head padded_vocab_size",
+        *vars(HIDDEN),
+    }
 
 
 @pytest.mark.parametrize("payload", ["hidden", "logits", "topk"])
 def test_the_planner_counts_the_bytes_of_the_stream(payload):
     arch = ARCHS["qwen3"]
-    recipe = make_recipe({**RECIPE, "teacher": {"placement": "remote", "payload": payload, **({"top_k": 7} if payload == "topk" else {})}})
-    width, dtype = {"hidden": (40, torch.bfloat16), "logits": (256, torch.bfloat16), "topk": (15, torch.int32)}[payload]
+    recipe = make_recipe(
+        {
+            **RECIPE,
+            "teacher": {
+                "placement": "remote",
+                "payload": payload,
+                **({"top_k": 7} if payload == "topk" else {}),
+            },
+        }
+    )
+    width, dtype = {
+        "hidden": (40, torch.bfloat16),
+        "logits": (256, torch.bfloat16),
+        "topk": (15, torch.int32),
+    }[payload]
     assert payload_bytes_per_token(arch, recipe) == Shape(payload, 24, 2, width, dtype).bytes_per_token()
 
 
@@ -256,7 +344,10 @@ def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(fault):
     start = time.monotonic()
     with pytest.raises(RankError) as failure:
         broken.run("workers_stream.transport", **case, count=12, die=fault, timeout_s=30, grace_s=5)
-    took, said = time.monotonic() - start, re.split(r"^rank \d of \d", str(failure.value), flags=re.MULTILINE)[1:]
+    took, said = (
+        time.monotonic() - start,
+        re.split(r"^rank \d of \d", str(failure.value), flags=re.MULTILINE)[1:],
+    )
     print(f"{fault}: {took:.1f} s")
     ends = [text.split("\nlast output")[0].strip().splitlines()[-1] for text in said[: broken.size]]
     silent = [text for text in ends if "died with exit code" in text or "has not answered" in text]
@@ -266,7 +357,9 @@ def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(fault):
 
 
 def test_contracts_that_differ_are_refused_on_both_sides(ranks):
-    for message in ranks(2, "workers_stream.contract", roles=roles_of("one-to-one"), sequence_length="48", window=1):
+    for message in ranks(
+        2, "workers_stream.contract", roles=roles_of("one-to-one"), sequence_length="48", window=1
+    ):
         assert "teacher and student do not fit" in message
         assert "sequence_length: teacher '48', student '24'" in message
         assert "window: teacher 1, student 3" in message

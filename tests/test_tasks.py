@@ -86,14 +86,19 @@ def test_texts_begin_as_the_tokenizer_begins_them(files):
 )
 def test_a_line_that_is_no_item_is_named(tmp_path, line):
     (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
-    with pytest.raises(InputError, match=r"task\.jsonl line 3 is no item: needs text, or query, choices \(two or more\) and gold, or"):
+    with pytest.raises(
+        InputError,
+        match=r"task\.jsonl line 3 is no item: needs text, or query, choices \(two or more\) and gold, or",
+    ):
         read_items(tmp_path / "task.jsonl")
 
 
 def test_last_words_and_choices_are_not_one_task(tmp_path):
     """Their shares mean different things: chance is 0 and 1 in so many choices."""
     for first, second in ((CHOICES[0], WORDS[0]), (WORDS[0], CHOICES[0])):
-        (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, first, second)))
+        (tmp_path / "task.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in (first, first, second))
+        )
         assert len(read_items(tmp_path / "task.jsonl", limit=2)) == 2
         with pytest.raises(InputError, match=r"task\.jsonl line 3: last words and choices in one file"):
             read_items(tmp_path / "task.jsonl")

@@ -33,7 +33,10 @@ AXES = ("loss", "kl", "ce", "grad_norm")
 
 
 trained = pytest.mark.parametrize(("arch", "layout"), TRAINED, ids=TRAINED_IDS)
-meanwhile = pytest.mark.parametrize("layout", [name if name in MEANWHILE_LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME])
+meanwhile = pytest.mark.parametrize(
+    "layout",
+    [name if name in MEANWHILE_LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in BY_NAME],
+)
 
 
 def one_rank(results, arch="qwen3"):
@@ -47,7 +50,9 @@ def assert_close(ours, want, tolerance=ROUNDING):
         assert (mine.num_tokens, mine.lr) == (other.num_tokens, other.lr)
         for name in AXES:
             value, expected = getattr(mine, name), getattr(other, name)
-            assert math.isclose(value, expected, rel_tol=tolerance), f"step {mine.step}: {name} {value:.9g}, expected {expected:.9g}"
+            assert math.isclose(value, expected, rel_tol=tolerance), (
+                f"step {mine.step}: {name} {value:.9g}, expected {expected:.9g}"
+            )
 
 
 @trained
@@ -57,7 +62,9 @@ def test_steps_equal_plain_autograd(results, arch, layout):
     metrics = results.trained(arch, layout)[0]["unbroken"]
     for mine, want in zip(metrics, history, strict=True):
         for name, expected in zip(AXES, want):
-            assert math.isclose(getattr(mine, name), expected, rel_tol=ROUNDING), f"step {mine.step}: {name} {getattr(mine, name):.9g}, expected {expected:.9g}"
+            assert math.isclose(getattr(mine, name), expected, rel_tol=ROUNDING), (
+                f"step {mine.step}: {name} {getattr(mine, name):.9g}, expected {expected:.9g}"
+            )
 
 
 @trained
@@ -68,13 +75,18 @@ def test_steps_equal_those_of_one_rank(results, arch, layout):
 @trained
 def test_a_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
     by_rank = results.trained(arch, layout)
-    unbroken, resumed = ([(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]] for name in ("unbroken", "resumed"))
+    unbroken, resumed = (
+        [(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]]
+        for name in ("unbroken", "resumed")
+    )
     assert len(unbroken) == STEPS
     assert unbroken[RESUME_AT:] == resumed
     assert all(rank["bitwise"] for rank in by_rank), "the final weights"
 
 
-@pytest.mark.parametrize(("arch", "layout"), [("qwen3", BY_NAME[name]) for name in RESUMED_LAYOUTS], ids=RESUMED_LAYOUTS)
+@pytest.mark.parametrize(
+    ("arch", "layout"), [("qwen3", BY_NAME[name]) for name in RESUMED_LAYOUTS], ids=RESUMED_LAYOUTS
+)
 def test_a_run_resumes_at_another_layout(results, arch, layout):
     """From the checkpoint that the layout before this one in the table wrote."""
     assert_close(results.resumed(arch, layout), one_rank(results, arch)[RESUME_AT:])
@@ -109,9 +121,17 @@ def dense_evaluation(results, arch):
     weights, sums = reference.sliced(ARCHS[arch], teacher, plan), torch.zeros(3, dtype=torch.float64)
     for step in range(2):
         samples = make_samples(ARCHS[arch], step, 4)
-        z_s, z_t = reference.logits(plan.student, weights, samples["tokens"]), reference.logits(ARCHS[arch], teacher, samples["tokens"])
+        z_s, z_t = (
+            reference.logits(plan.student, weights, samples["tokens"]),
+            reference.logits(ARCHS[arch], teacher, samples["tokens"]),
+        )
         mask = samples["loss_mask"]
-        sums += torch.stack([(x * mask).sum() for x in (*reference.losses(plan.student, z_s, z_t, samples["labels"], 1.0), mask.double())])
+        sums += torch.stack(
+            [
+                (x * mask).sum()
+                for x in (*reference.losses(plan.student, z_s, z_t, samples["labels"], 1.0), mask.double())
+            ]
+        )
     return sums
 
 
@@ -179,8 +199,20 @@ def test_bf16_trains(results, ranks):
     """The loss on one batch, repeated, falls; its first value is float32's to bf16 rounding."""
     layout = BY_NAME["tp2-sp"]
     student_arch, student = results.student("qwen3", "all")
-    models = {"arch": ARCHS["qwen3"], "teacher": results.teacher("qwen3"), "student_arch": student_arch, "student": student}
-    losses = ranks(layout.ranks, "workers_training.train_in_bf16", layout=layout, output=results.root / "bf16", steps=6, **models)[0]
+    models = {
+        "arch": ARCHS["qwen3"],
+        "teacher": results.teacher("qwen3"),
+        "student_arch": student_arch,
+        "student": student,
+    }
+    losses = ranks(
+        layout.ranks,
+        "workers_training.train_in_bf16",
+        layout=layout,
+        output=results.root / "bf16",
+        steps=6,
+        **models,
+    )[0]
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.9 * losses[0]
     # 8 bits of mantissa in 5 layers of teacher and student; 3e-3 seen.
@@ -204,7 +236,9 @@ def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout)
     assert [m.step for m in first["unbroken"]["teacher"]] == [1, 2, 3]
     for run in ("unbroken", "resumed"):
         for name in ("loss", "ce", "grad_norm", "lr", "num_tokens"):
-            assert [getattr(m, name) for m in first[run]["teacher"]] == [getattr(m, name) for m in first["alone"]], name
+            assert [getattr(m, name) for m in first[run]["teacher"]] == [
+                getattr(m, name) for m in first["alone"]
+            ], name
     student, again = (first[run]["student"] for run in ("unbroken", "resumed"))
     assert len(student) == STEPS
     assert_close(again, student, tolerance=0)
@@ -253,7 +287,9 @@ def test_a_kill_in_the_middle_of_a_checkpoint_is_survived(results, ranks):
     first = by_rank[0]
     assert first["left"] == ["step_00000001"]
     assert all("step_00000002 could not be written: " in rank["said"] for rank in by_rank)
-    assert [rank["writing"] for rank in by_rank] == [[True], [False]], "the first data parallel rank writes, beside the training"
+    assert [rank["writing"] for rank in by_rank] == [[True], [False]], (
+        "the first data parallel rank writes, beside the training"
+    )
     assert numbers(first["rest"]) == numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])[1:]
     assert first["at the end"] == ["step_00000002", "step_00000003"]
 

@@ -18,7 +18,14 @@ from minitron_mp.meter import Measured
 from minitron_mp.project import STAGES, Project
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 """Of a model that cuts on each axis and still divides by two tensor parallel ranks."""
 STEPS, CHECKPOINT_INTERVAL, MAX_LR = 30, 6, 5e-3
 
@@ -41,8 +48,16 @@ class Run:
 
     def state(self) -> dict[str, tuple[int, int]]:
         """Size and time of change of each file of an artefact."""
-        files = (path for stage in STAGES.values() for path in [self.output / stage.artifact, *(self.output / stage.artifact).rglob("*")])
-        return {str(path.relative_to(self.output)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
+        files = (
+            path
+            for stage in STAGES.values()
+            for path in [self.output / stage.artifact, *(self.output / stage.artifact).rglob("*")]
+        )
+        return {
+            str(path.relative_to(self.output)): (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in files
+            if path.is_file()
+        }
 
 
 def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
@@ -52,7 +67,12 @@ def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
 
     torch.manual_seed(seed)
     vocab_size = make_tokenizer(folder)
-    common = {"vocab_size": vocab_size, "max_position_embeddings": 128, "tie_word_embeddings": True, "initializer_range": 0.15}
+    common = {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.15,
+    }
     model = LlamaForCausalLM(LlamaConfig(**{**common, **SIZES, **sizes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,14 +91,33 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> int:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     fast.train_from_iterator(sentences(200), trainer)
     PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>").save_pretrained(folder)
     return fast.get_vocab_size()
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    words = ["prune", "score", "layer", "head", "neuron", "channel", "teacher", "student", "token", "keep", "cut", "rank", "loss", "the", "a", "and"]
+    words = [
+        "prune",
+        "score",
+        "layer",
+        "head",
+        "neuron",
+        "channel",
+        "teacher",
+        "student",
+        "token",
+        "keep",
+        "cut",
+        "rank",
+        "loss",
+        "the",
+        "a",
+        "and",
+    ]
     chance = random.Random(seed)
     return [" ".join(chance.choices(words, k=chance.randint(6, 20))) + ".\n" for _ in range(count)]
 
@@ -119,7 +158,9 @@ def make_recipe_file(path: Path, model: Path, text: Path, output: Path, **sectio
 
 def command(*words: str | Path, ranks: int = 1) -> list[str]:
     """python -m minitron_mp, under torchrun for more than one rank."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    )
     return [sys.executable, *torchrun, "-m", "minitron_mp", *map(str, words)]
 
 
@@ -128,11 +169,24 @@ def environment() -> dict[str, str]:
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return kept | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160", "NO_COLOR": "1"}
+    return kept | {
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "160",
+        "NO_COLOR": "1",
+    }
 
 
 def minitron(*words: str | Path, ranks: int = 1, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command(*words, ranks=ranks),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:

@@ -48,7 +48,9 @@ def wait_for_slow_main(*, seconds: float, patience_s: float) -> list[int]:
     """What rank 0 says twice, the second time after so long, in a group whose collectives wait less."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
     try:
-        return [parallel.on_main(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)]
+        return [
+            parallel.on_main(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)
+        ]
     finally:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=pool.GROUP_TIMEOUT_S))
 
@@ -65,7 +67,9 @@ def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
         for layer in layers:
             place = {} if layer is None else {"prepend_axis_num": 1}
             offsets = [] if layer is None else [(0, layer, arch.num_layers)]
-            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(key, whole if layer is None else whole[layer].clone(), *offsets, **place)
+            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(
+                key, whole if layer is None else whole[layer].clone(), *offsets, **place
+            )
     with joined(Layout("one", 1)):
         checkpoint.save(state, folder, manifest("teacher", arch))
 
@@ -78,28 +82,55 @@ def write_hugging_face(folder: Path, source: Path) -> Arch:
     opened, weights = hf.Weights(source, arch), {}
     for key, layer in hf.canonical_keys(arch):
         weights.setdefault(key, []).append(opened.tensor(key, layer).float())
-    write_weights(folder, arch, {key: torch.stack(parts) if AXES[key][0] == "layer" else parts[0] for key, parts in weights.items()})
+    write_weights(
+        folder,
+        arch,
+        {key: torch.stack(parts) if AXES[key][0] == "layer" else parts[0] for key, parts in weights.items()},
+    )
     return arch
 
 
 def read_tensors(folder: Path, prefix: str) -> Weights:
     """One rank: the global tensors of a checkpoint whose keys begin so."""
     with joined(Layout("one", 1)):
-        return {key: value for key, value in dist_checkpointing.load_plain_tensors(str(folder)).items() if key.startswith(prefix)}
+        return {
+            key: value
+            for key, value in dist_checkpointing.load_plain_tensors(str(folder)).items()
+            if key.startswith(prefix)
+        }
 
 
 def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
     """One rank: layer forwards that a microbatch takes in a search; two steps, so that the pass that catches what layers are given is none of them."""
     from minitron_mp.ablation import losses_without
 
-    sizes = {"hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 2, "kv_channels": 8, "vocab_size": 30}
-    arch, calls = Arch(family="llama", tied=False, max_position_embeddings=64, num_layers=num_layers, **sizes), []
+    sizes = {
+        "hidden_size": 16,
+        "ffn_hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "vocab_size": 30,
+    }
+    arch, calls = (
+        Arch(family="llama", tied=False, max_position_embeddings=64, num_layers=num_layers, **sizes),
+        [],
+    )
     with joined(Layout("one", 1)) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True)
+        chunks = build_model(
+            arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True
+        )
         for block in chunks[0].eval().decoder.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
         steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
-        losses_without(chunks, steps, world, candidates, vocab_size=arch.vocab_size, progress=lambda: after.append(len(calls)))
+        losses_without(
+            chunks,
+            steps,
+            world,
+            candidates,
+            vocab_size=arch.vocab_size,
+            progress=lambda: after.append(len(calls)),
+        )
         return after[1] - after[0]
 
 
@@ -127,14 +158,25 @@ def judge_everything(
         steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
         found["losses"] = {}
         for already, without in missing.items():
-            base, losses = ablation.losses_without(chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size)
+            base, losses = ablation.losses_without(
+                chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size
+            )
             found["losses"][already] = [base, *losses]
         # Ranks that share a layer talk in each layer of each microbatch: they get few and large ones.
-        options = {"micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2, "vocab_size": arch.vocab_size}
+        options = {
+            "micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2,
+            "vocab_size": arch.vocab_size,
+        }
         tried, scores = {name: items.read_items(files / f"{name}.jsonl") for name in ("choices", "words")}, []
-        with mock.patch.object(tasks, "score_rows", lambda *case, **more: scores.append(spans.score_rows(*case, **more)) or scores[-1]):
+        with mock.patch.object(
+            tasks,
+            "score_rows",
+            lambda *case, **more: scores.append(spans.score_rows(*case, **more)) or scores[-1],
+        ):
             for name, own in tried.items():
-                found[name] = tasks.judge({"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options)["m"]
+                found[name] = tasks.judge(
+                    {"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
+                )["m"]
         found["scores"] = torch.cat(scores)
         rows = tasks.rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
         base, others = ablation.scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
@@ -145,7 +187,11 @@ def characters(arch: Arch) -> Any:
     """A tokenizer with a token for each character."""
     from minitron_mp.data import Tokenizer
 
-    return Tokenizer(lambda texts: [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts], arch.vocab_size, 0)
+    return Tokenizer(
+        lambda texts: [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts],
+        arch.vocab_size,
+        0,
+    )
 
 
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
@@ -156,8 +202,12 @@ def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> lis
 
 def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -> Tensor | None:
     """[count, s, v] of all samples, put together on every last-stage rank; None elsewhere. Every dp rank computes all."""
-    half = len(samples["tokens"]) // 2  # two microbatches: the interleaved schedule wants as many as pipeline stages
-    local = schedule.run(chunks, micro_batches(samples, half, 0, 1), world, lambda hidden, _: logits(chunks[-1], hidden))
+    half = (
+        len(samples["tokens"]) // 2
+    )  # two microbatches: the interleaved schedule wants as many as pipeline stages
+    local = schedule.run(
+        chunks, micro_batches(samples, half, 0, 1), world, lambda hidden, _: logits(chunks[-1], hidden)
+    )
     if not world.is_last_stage:
         return None
     vocab = gather(torch.cat(local, 1), 2, world.groups.tp)  # [s/cp, count, v]
@@ -172,19 +222,40 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def score_samples(chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]) -> Importance:
+def score_samples(
+    chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]
+) -> Importance:
     chosen = Score(batch_aggregation=pair[0], sequence_aggregation=pair[1])
     mine = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
-    return importance.score(chunks, arch, chosen, world, samples["tokens"].shape[1], lambda: schedule.run(chunks, mine, world, None))
+    return importance.score(
+        chunks,
+        arch,
+        chosen,
+        world,
+        samples["tokens"].shape[1],
+        lambda: schedule.run(chunks, mine, world, None),
+    )
 
 
 def count_hooks(chunks: list[Any]) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+    )
     return sum(len(getattr(module, kind)) for chunk in chunks for module in chunk.modules() for kind in kinds)
 
 
 def prune_everything(
-    layout: Layout, arch: Arch, teacher: Path, output: Path, save: list[str], masks: list[str], pairs: list[tuple[str, str]]
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    output: Path,
+    save: list[str],
+    masks: list[str],
+    pairs: list[tuple[str, str]],
 ) -> dict[str, Any]:
     """Scores, plans, slices and saved students of one layout, and what hooks leave behind. The first pair makes the plans."""
     with joined(layout) as world:
@@ -192,7 +263,10 @@ def prune_everything(
         samples = make_samples(arch, 0, 8)
         hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
-        plans = {name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp) for name, target in targets(arch, layout.tp).items()}
+        plans = {
+            name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp)
+            for name, target in targets(arch, layout.tp).items()
+        }
         by_masks = {}
         for name in masks:
             with masked(chunks, plans[name], world):
@@ -228,12 +302,17 @@ def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
 
 def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:
     """(rows of this rank afterwards, all-to-alls that it took) for each choice of rows to keep."""
-    with joined(layout) as world, mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent:
+    with (
+        joined(layout) as world,
+        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent,
+    ):
         group, found = world.groups.tp, []
         for keep in keeps:
             before, part = sent.call_count, len(rows) // group.size()
             start = group.rank() * part
-            found.append((exchange_kept(rows[start : start + part], 0, keep, start, group), sent.call_count - before))
+            found.append(
+                (exchange_kept(rows[start : start + part], 0, keep, start, group), sent.call_count - before)
+            )
         return found
 
 
@@ -244,7 +323,10 @@ def merge_queries(plan: PrunePlan, rows: Tensor, layer: int) -> Tensor:
 def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
     """Logits of checkpoints loaded at this layout."""
     with joined(layout) as world:
-        return {name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8), world) for name, (arch, folder) in models.items()}
+        return {
+            name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8), world)
+            for name, (arch, folder) in models.items()
+        }
 
 
 def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, int]:
@@ -266,10 +348,16 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
 
 def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
     with joined(layout) as world:
-        return vars(score_samples(load(arch, teacher, world, "bf16"), arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR))
+        return vars(
+            score_samples(
+                load(arch, teacher, world, "bf16"), arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR
+            )
+        )
 
 
-def score_checkpoint(arch: Arch, folder: Path, samples: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+def score_checkpoint(
+    arch: Arch, folder: Path, samples: dict[str, Tensor], pairs: list[tuple[str, str]]
+) -> dict[tuple[str, str], Any]:
     """One rank: scores of a checkpoint."""
     with joined(Layout("one", 1)) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
@@ -282,6 +370,10 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
     small = arch.model_copy(update={"ffn_hidden_size": arch.ffn_hidden_size // 2})
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
-        models = {name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))}
+        models = {
+            name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
+        }
         kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
-        return speed.measure(models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options).model_dump()
+        return speed.measure(
+            models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options
+        ).model_dump()

@@ -43,13 +43,22 @@ def joined(tp: int, pp: int, **more: Any) -> Any:
     return parallel.world(Parallel(tp=tp, pp=pp, **more), seed=1)
 
 
-def built(source: Path, world: World, dtype: torch.dtype = torch.float32, *, weights: bool = True) -> list[Any]:
+def built(
+    source: Path, world: World, dtype: torch.dtype = torch.float32, *, weights: bool = True
+) -> list[Any]:
     """Chunks that Bridge makes of a Hugging Face folder, in the layout of a world."""
-    provider = AutoBridge.from_hf_pretrained(source, torch_dtype=dtype).to_megatron_provider(load_weights=weights)
+    provider = AutoBridge.from_hf_pretrained(source, torch_dtype=dtype).to_megatron_provider(
+        load_weights=weights
+    )
     provider = on_cpu(provider, world.parallel.tp, world.parallel.pp, dtype)
     provider.vocab_size = -(-provider.vocab_size // 128) * 128
     provider.finalize()
-    return provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True, mixed_precision_wrapper=None, pg_collection=world.groups)
+    return provider.provide_distributed_model(
+        wrap_with_ddp=False,
+        use_cpu_initialization=True,
+        mixed_precision_wrapper=None,
+        pg_collection=world.groups,
+    )
 
 
 def import_folder(source: Path, folder: Path, world: World) -> None:
@@ -78,9 +87,20 @@ def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Pa
             import_folder(source, folder / family, world)
             theirs, ours = built(source, world), built(source, world, weights=False)
             bridge.load_pruned(folder / family)(ours)
-            mine = {name: value for name, value in ours[0].state_dict().items() if isinstance(value, torch.Tensor)}
-            differ = [name for name, value in theirs[0].state_dict().items() if name in mine and not torch.equal(value, mine[name])]
-            bridge.export(bridge.defer_head(ours), json.loads((source / "config.json").read_text()), folder / f"{family}_hf", source=source)
+            mine = {
+                name: value for name, value in ours[0].state_dict().items() if isinstance(value, torch.Tensor)
+            }
+            differ = [
+                name
+                for name, value in theirs[0].state_dict().items()
+                if name in mine and not torch.equal(value, mine[name])
+            ]
+            bridge.export(
+                bridge.defer_head(ours),
+                json.loads((source / "config.json").read_text()),
+                folder / f"{family}_hf",
+                source=source,
+            )
             found[family] = len(mine), differ
     return found
 
@@ -89,17 +109,35 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
     """Largest relative difference between the scores of Bridge's model and of ours."""
     with joined(tp, pp) as world:
         import_folder(source, folder / "scored", world)
-        arch, tokens = hf.read_arch(source), torch.randint(0, 120, (4, 2, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(0))
+        arch, tokens = (
+            hf.read_arch(source),
+            torch.randint(0, 120, (4, 2, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(0)),
+        )
         positions = torch.arange(SEQUENCE_LENGTH).expand(2, -1).contiguous()
-        batches = [{"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions} for t in tokens]
+        batches = [
+            {"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions}
+            for t in tokens
+        ]
         ours = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         checkpoint.load_model(ours, folder / "scored", world)
         found = []
         for chunks in (ours, bridge.defer_head(built(source, world))):
             chunks[0].eval()
             own = bridge.world_of(chunks)
-            found.append(importance.score(chunks, arch, Score(), own, SEQUENCE_LENGTH, lambda chunks=chunks, own=own: schedule.run(chunks, batches, own, None)))
-        pairs = [(getattr(found[0], name), getattr(found[1], name)) for name in ("ffn", "heads", "hidden", "layers")]
+            found.append(
+                importance.score(
+                    chunks,
+                    arch,
+                    Score(),
+                    own,
+                    SEQUENCE_LENGTH,
+                    lambda chunks=chunks, own=own: schedule.run(chunks, batches, own, None),
+                )
+            )
+        pairs = [
+            (getattr(found[0], name), getattr(found[1], name))
+            for name in ("ffn", "heads", "hidden", "layers")
+        ]
         return max(float(np.abs(a / b - 1).max()) for a, b in pairs)
 
 
@@ -108,12 +146,23 @@ def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
     with joined(1, 1) as world:
         import_folder(source, folder / "teacher", world)
         arch, draw = hf.read_arch(source), np.random.default_rng(0)
-        shapes = (arch.num_layers, arch.ffn_hidden_size), (arch.num_layers, arch.num_attention_heads), (arch.hidden_size,), (arch.num_layers,)
-        plan = make_plan(Importance(*(draw.random(shape).astype(np.float32) for shape in shapes)), arch, Target(hidden_size=48, ffn_hidden_size=64))
+        shapes = (
+            (arch.num_layers, arch.ffn_hidden_size),
+            (arch.num_layers, arch.num_attention_heads),
+            (arch.hidden_size,),
+            (arch.num_layers,),
+        )
+        plan = make_plan(
+            Importance(*(draw.random(shape).astype(np.float32) for shape in shapes)),
+            arch,
+            Target(hidden_size=48, ffn_hidden_size=64),
+        )
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         checkpoint.load_model(chunks, folder / "teacher", world)
         made = Manifest(stage="prune", settings={}, inputs={}, arch=plan.student)
-        checkpoint.save(slicing.prune(chunks, plan, world), folder / "student", made, assets_from(folder / "teacher"))
+        checkpoint.save(
+            slicing.prune(chunks, plan, world), folder / "student", made, assets_from(folder / "teacher")
+        )
         return arch.num_layers, plan.student.num_layers
 
 
@@ -124,7 +173,10 @@ class Losses:
         self.rows: list[dict[str, float]] = []
 
     def on_train_step_end(self, context: Any) -> None:
-        self.rows.append({name: value.item() for name, value in context.loss_dict.items()} | {"grad_norm": float(context.grad_norm)})
+        self.rows.append(
+            {name: value.item() for name, value in context.loss_dict.items()}
+            | {"grad_norm": float(context.grad_norm)}
+        )
 
 
 def as_model_config(provider: Any, folder: Path) -> Any:
@@ -132,11 +184,30 @@ def as_model_config(provider: Any, folder: Path) -> Any:
     from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
     from megatron.bridge.models.transformer_config import TransformerConfig
 
-    same = {field.name: getattr(provider, field.name) for field in dataclasses.fields(TransformerConfig) if field.init}
-    names = ("share_embeddings_and_output_weights", "position_embedding_type", "rotary_base", "rotary_percent")
-    config = GPTModelConfig(transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names})
-    bridge.prepare(config, bridge._arch_in(folder), sequence_length=SEQUENCE_LENGTH, precision="fp32", weights=bridge.load_pruned(folder))
-    config.transformer.seq_length = SEQUENCE_LENGTH  # 0.6, not main, looks for it there when it warms up its fused functions
+    same = {
+        field.name: getattr(provider, field.name)
+        for field in dataclasses.fields(TransformerConfig)
+        if field.init
+    }
+    names = (
+        "share_embeddings_and_output_weights",
+        "position_embedding_type",
+        "rotary_base",
+        "rotary_percent",
+    )
+    config = GPTModelConfig(
+        transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names}
+    )
+    bridge.prepare(
+        config,
+        bridge._arch_in(folder),
+        sequence_length=SEQUENCE_LENGTH,
+        precision="fp32",
+        weights=bridge.load_pruned(folder),
+    )
+    config.transformer.seq_length = (
+        SEQUENCE_LENGTH  # 0.6, not main, looks for it there when it warms up its fused functions
+    )
     return config
 
 
@@ -160,7 +231,9 @@ def pretrain(
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
-    cfg, step = recipe(folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision=precision)
+    cfg, step = recipe(
+        folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision=precision
+    )
     cfg = process_config_with_overrides(config=cfg, config_filepath=None, cli_overrides=overrides)
     on_cpu(cfg.model, tp, pp, DTYPES[precision]).sequence_parallel = sequence_parallel
     step.teacher = teacher or step.teacher
@@ -168,8 +241,14 @@ def pretrain(
         cfg.model = on_cpu(as_model_config(cfg.model, folder / "student"), tp, pp, DTYPES[precision])
     if spy:
         step.__class__, step.seen = Spied, []
-    cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", step.vocab_size - 1  # and an end of text
-    cfg.dataset.num_workers, cfg.dataset.persistent_workers = 0, False  # processes that would import everything again
+    cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = (
+        "NullTokenizer",
+        step.vocab_size - 1,
+    )  # and an end of text
+    cfg.dataset.num_workers, cfg.dataset.persistent_workers = (
+        0,
+        False,
+    )  # processes that would import everything again
     bridge.check(cfg, step)
     bridge_shims.pretrain_without_cuda(cfg)
     losses = Losses()
@@ -195,12 +274,26 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
     """The same run by trainer.train, without Bridge; one rank."""
     rows: list[dict[str, float]] = []
     per_step = len(batches) // steps
-    same = {"steps": steps, "lr": 1e-4, "min_lr": 1e-4, "warmup_steps": 0, "weight_decay": 0.1, "adam_beta2": 0.999, "clip_grad": 1.0}
+    same = {
+        "steps": steps,
+        "lr": 1e-4,
+        "min_lr": 1e-4,
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.999,
+        "clip_grad": 1.0,
+    }
     with joined(1, 1) as world:
         arch = bridge._arch_in(folder / "student")
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         checkpoint.load_model(chunks, folder / "student", world)
-        teacher = ColocatedTeacher(bridge._arch_in(folder / "teacher"), folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        teacher = ColocatedTeacher(
+            bridge._arch_in(folder / "teacher"),
+            folder / "teacher",
+            world,
+            precision="fp32",
+            sequence_length=SEQUENCE_LENGTH,
+        )
         settings = Distill(**same, global_batch_size=per_step, micro_batch_size=1)
         train(
             chunks,
@@ -212,12 +305,21 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
             seed=1,
             checkpoints=folder / "by_hand",
             manifest=Manifest(stage="distill", settings={}, inputs={}, arch=arch),
-            on_step=lambda metrics: rows.append({"kd loss": metrics.loss, "kl": metrics.kl, "lm loss": metrics.ce, "grad_norm": metrics.grad_norm}),
+            on_step=lambda metrics: rows.append(
+                {
+                    "kd loss": metrics.loss,
+                    "kl": metrics.kl,
+                    "lm loss": metrics.ce,
+                    "grad_norm": metrics.grad_norm,
+                }
+            ),
         )
     return rows
 
 
-def pretrain_beside_teacher(*, folder: Path, batches: list[dict[str, Any]], overrides: list[str]) -> list[dict[str, float]]:
+def pretrain_beside_teacher(
+    *, folder: Path, batches: list[dict[str, Any]], overrides: list[str]
+) -> list[dict[str, float]]:
     """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks. Rank 1, the student's last, has what
     Bridge would log."""
     arch = bridge._arch_in(folder / "teacher")
@@ -226,13 +328,31 @@ def pretrain_beside_teacher(*, folder: Path, batches: list[dict[str, Any]], over
     with joined_roles(roles) as world:
         link, ids = make_link(world, roles, shape, 2), range(len(batches))
         if world.role == "teacher":
-            chunks = frozen_model(arch, folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-            serve(chunks, world, shape, link.teacher, Sender(link), lambda id: batches[id], ids, group=1, vocab_size=arch.vocab_size)
+            chunks = frozen_model(
+                arch, folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+            serve(
+                chunks,
+                world,
+                shape,
+                link.teacher,
+                Sender(link),
+                lambda id: batches[id],
+                ids,
+                group=1,
+                vocab_size=arch.vocab_size,
+            )
             return []
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None
         streamed = bridge.Streamed(RemoteTeacher(receiver, "hidden", head, world), arch)
-        return pretrain(folder=folder, tp=1, pp=2, overrides=[*overrides, "dist.use_gloo_process_groups=false"], teacher=streamed)
+        return pretrain(
+            folder=folder,
+            tp=1,
+            pp=2,
+            overrides=[*overrides, "dist.use_gloo_process_groups=false"],
+            teacher=streamed,
+        )
 
 
 def refusals(*, folder: Path) -> str:
@@ -240,12 +360,21 @@ def refusals(*, folder: Path) -> str:
     from bridge_distill import recipe
 
     with joined(1, 1):
-        cfg, step = recipe(folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision="fp32")
+        cfg, step = recipe(
+            folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision="fp32"
+        )
         bridge.check(cfg, step)
         cfg.model.vocab_size, cfg.model.should_pad_vocab, step.vocab_size = 64, True, 17
         cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size = 3, 3
-        cfg.model.seq_length, cfg.model.calculate_per_token_loss, cfg.model.fp16, cfg.model.bf16 = 100, False, True, True
-        cfg.ddp.average_in_collective = cfg.dist.use_megatron_fsdp = cfg.tokenizer.use_tokenizer_vocab_size = True
+        cfg.model.seq_length, cfg.model.calculate_per_token_loss, cfg.model.fp16, cfg.model.bf16 = (
+            100,
+            False,
+            True,
+            True,
+        )
+        cfg.ddp.average_in_collective = cfg.dist.use_megatron_fsdp = (
+            cfg.tokenizer.use_tokenizer_vocab_size
+        ) = True
         cfg.train.global_batch_size, cfg.train.micro_batch_size = 7, 2
         try:
             bridge.check(cfg, step)
@@ -258,12 +387,17 @@ def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str,
     """examples/bridge_prune.py on a family that hf.py does not map; then the checkpoint, and the same cut in memory, as Hugging Face folders."""
     from bridge_prune import compress
 
-    target, config = Target(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4), json.loads((source / "config.json").read_text())
+    target, config = (
+        Target(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4),
+        json.loads((source / "config.json").read_text()),
+    )
     found: dict[str, Any] = {}
     with joined(tp, pp) as world:
 
         def provider(api_folder: Path, **options: Any) -> Any:
-            made = AutoBridge.from_hf_pretrained(api_folder, torch_dtype=torch.float32).to_megatron_provider(**options)
+            made = AutoBridge.from_hf_pretrained(api_folder, torch_dtype=torch.float32).to_megatron_provider(
+                **options
+            )
             return on_cpu(made, tp, pp)
 
         teacher = provider(source)
@@ -277,7 +411,14 @@ def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str,
             student = bridge.student(folder / "pruned", sequence_length=SEQUENCE_LENGTH, precision="fp32")
             student._pre_wrap_hooks[0] = weights
             on_cpu(student, tp, pp).finalize()
-            chunks = student.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True, pg_collection=world.groups)
+            chunks = student.provide_distributed_model(
+                wrap_with_ddp=False, use_cpu_initialization=True, pg_collection=world.groups
+            )
             bridge.export(chunks, smaller, folder / name, source=source)
-        found = {"teacher": arch.num_parameters(), "student": plan.student.num_parameters(), "ffn": plan.ffn, "hidden": plan.hidden}
+        found = {
+            "teacher": arch.num_parameters(),
+            "student": plan.student.num_parameters(),
+            "ffn": plan.ffn,
+            "hidden": plan.hidden,
+        }
     return found

@@ -24,7 +24,11 @@ def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(store, rank, size)))
         stack.enter_context(pool.without_group())
-        code = doctor.doctor(Path(words[0]) if words else None, words[1:], clock=lambda: time.time() + skew_s * (rank == size - 1))
+        code = doctor.doctor(
+            Path(words[0]) if words else None,
+            words[1:],
+            clock=lambda: time.time() + skew_s * (rank == size - 1),
+        )
     return code, out.getvalue()
 
 

@@ -47,9 +47,18 @@ def parameters(cases: list[tuple[Arch, Parallel]]) -> list[list[tuple[int, int]]
             for stage in range(p.pp):
                 counts = []
                 for tp_rank in (0, p.tp - 1):
-                    with alone(p, stage * p.tp * p.cp + tp_rank) as world, META, patch("torch.cuda.current_device", lambda: META):
+                    with (
+                        alone(p, stage * p.tp * p.cp + tp_rank) as world,
+                        META,
+                        patch("torch.cuda.current_device", lambda: META),
+                    ):
                         assert (world.groups.pp.rank(), world.groups.tp.rank()) == (stage, tp_rank)
-                        chunks = build_model(arch, dataclasses.replace(world, device=META), precision="bf16", sequence_length=128)
+                        chunks = build_model(
+                            arch,
+                            dataclasses.replace(world, device=META),
+                            precision="bf16",
+                            sequence_length=128,
+                        )
                         weights = [weight for chunk in chunks for weight in chunk.parameters()]
                         assert all(weight.is_meta for weight in weights)
                         counts.append(sum(weight.numel() for weight in weights))
@@ -64,13 +73,23 @@ def kept(cases: list[tuple[Arch, Parallel, str, bool, int, int]]) -> list[int]:
         for arch, p, precision, recompute, sequence, batch in cases:
             with alone(p) as world:
                 training = Training(recompute=recompute)
-                (model,) = build_model(arch, world, precision=precision, sequence_length=sequence, training=training, random_weights=True)
+                (model,) = build_model(
+                    arch,
+                    world,
+                    precision=precision,
+                    sequence_length=sequence,
+                    training=training,
+                    random_weights=True,
+                )
                 weights, held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
 
                 def pack(tensor: torch.Tensor, weights: set = weights, held: dict = held) -> torch.Tensor:
                     storage = tensor.untyped_storage()
                     if storage.data_ptr() not in weights:
-                        held[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, or its address would be used again
+                        held[storage.data_ptr()] = (
+                            storage.nbytes(),
+                            tensor,
+                        )  # kept, or its address would be used again
                     return tensor
 
                 tokens = torch.zeros(batch, sequence // p.cp, dtype=torch.int64)
@@ -115,15 +134,32 @@ def training_bytes(arch: Arch, cases: list[tuple[Parallel, int, str]]) -> list[d
             with alone(p, dp=dp) as world:
                 training = make_run(arch, world, 1, precision)
                 training.step(batches(arch, 1))
-                optimizer = training.optimizer.chained_optimizers[0] if hasattr(training.optimizer, "chained_optimizers") else training.optimizer
+                optimizer = (
+                    training.optimizer.chained_optimizers[0]
+                    if hasattr(training.optimizer, "chained_optimizers")
+                    else training.optimizer
+                )
                 weights = {weight.data_ptr() for model in training.models for weight in model.parameters()}
-                state = [tensor for values in optimizer.optimizer.state.values() for tensor in values.values()]
-                state += [weight for group in optimizer.optimizer.param_groups for weight in group["params"] if precision == "bf16"]
+                state = [
+                    tensor for values in optimizer.optimizer.state.values() for tensor in values.values()
+                ]
+                state += [
+                    weight
+                    for group in optimizer.optimizer.param_groups
+                    for weight in group["params"]
+                    if precision == "bf16"
+                ]
                 assert weights
                 found.append(
                     {
-                        "weights": sum(weight.nbytes for model in training.models for weight in model.parameters()),
-                        "gradients (float32)": sum(weight.main_grad.nbytes for model in training.models for weight in model.parameters()),
+                        "weights": sum(
+                            weight.nbytes for model in training.models for weight in model.parameters()
+                        ),
+                        "gradients (float32)": sum(
+                            weight.main_grad.nbytes
+                            for model in training.models
+                            for weight in model.parameters()
+                        ),
                         "optimizer state": sum(tensor.nbytes for tensor in state),
                     }
                 )
@@ -132,13 +168,26 @@ def training_bytes(arch: Arch, cases: list[tuple[Parallel, int, str]]) -> list[d
 
 def make_run(arch: Arch, world: World, microbatches: int, precision: str) -> Run:
     settings = CORRECT.model_copy(update={"micro_batch_size": 1, "global_batch_size": microbatches})
-    chunks = build_model(arch, world, precision=precision, sequence_length=8, training=settings, random_weights=True)
-    return Run(chunks, None, settings, world, vocab_size=arch.vocab_size, checkpoints=None, manifest=manifest("correct", arch))
+    chunks = build_model(
+        arch, world, precision=precision, sequence_length=8, training=settings, random_weights=True
+    )
+    return Run(
+        chunks,
+        None,
+        settings,
+        world,
+        vocab_size=arch.vocab_size,
+        checkpoints=None,
+        manifest=manifest("correct", arch),
+    )
 
 
 def batches(arch: Arch, count: int) -> list[dict[str, torch.Tensor]]:
     tokens = torch.arange(8)[None] % arch.vocab_size
-    return [{"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 8), "position_ids": tokens} for _ in range(count)]
+    return [
+        {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 8), "position_ids": tokens}
+        for _ in range(count)
+    ]
 
 
 def benchmark(folder: Path, program: str, arguments: list[str]) -> str:

@@ -18,7 +18,15 @@ from minitron_mp.errors import InputError
 
 
 def ask(
-    layout: Layout, arch: Arch, teacher: Path, folder: Path, max_length: int, pairs: list[tuple[str, str]], texts: list[str], prompts: list[Any], eos: str
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    folder: Path,
+    max_length: int,
+    pairs: list[tuple[str, str]],
+    texts: list[str],
+    prompts: list[Any],
+    eos: str,
 ) -> dict[str, Any]:
     """What the adapter answers to each kind of request; to the first prompt again with another token as the end of text."""
     from transformers import AutoTokenizer
@@ -27,7 +35,14 @@ def ask(
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with joined(layout) as world:
-        lm = ShardedLM(load(arch, teacher, world), tokenizer, world, max_length=max_length, micro_batch_size=4, vocab_size=arch.vocab_size)
+        lm = ShardedLM(
+            load(arch, teacher, world),
+            tokenizer,
+            world,
+            max_length=max_length,
+            micro_batch_size=4,
+            vocab_size=arch.vocab_size,
+        )
         found = {
             "pairs": lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs]),
             "texts": lm.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts]),
@@ -46,8 +61,18 @@ def refusals(arch: Arch, folder: Path, settings: list[dict[str, Any]]) -> list[s
 
     said = []
     with joined(Layout("one", 1)) as world:
-        lm = ShardedLM([], AutoTokenizer.from_pretrained(folder), world, max_length=8, micro_batch_size=1, vocab_size=arch.vocab_size)
-        calls = [(lm.generate_until, ("a", how)) for how in settings] + [(lm.loglikelihood, ("a", "b c d e f g h i j k l m")), (lm.loglikelihood, ("a", ""))]
+        lm = ShardedLM(
+            [],
+            AutoTokenizer.from_pretrained(folder),
+            world,
+            max_length=8,
+            micro_batch_size=1,
+            vocab_size=arch.vocab_size,
+        )
+        calls = [(lm.generate_until, ("a", how)) for how in settings] + [
+            (lm.loglikelihood, ("a", "b c d e f g h i j k l m")),
+            (lm.loglikelihood, ("a", "")),
+        ]
         for method, request in calls:
             try:
                 method([SimpleNamespace(args=request)])
@@ -64,7 +89,14 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
     from minitron_mp.harness import ShardedLM
 
     with joined(layout) as world:
-        lm = ShardedLM([], AutoTokenizer.from_pretrained(folder), world, max_length=8, micro_batch_size=1, vocab_size=arch.vocab_size)
+        lm = ShardedLM(
+            [],
+            AutoTokenizer.from_pretrained(folder),
+            world,
+            max_length=8,
+            micro_batch_size=1,
+            vocab_size=arch.vocab_size,
+        )
         try:
             lm.loglikelihood([SimpleNamespace(args=("a", " bc"[: 2 + world.rank]))])
         except InputError as error:
@@ -72,7 +104,9 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
     return "nothing"
 
 
-def command(arguments: list[str], task: Path, layout: Layout, micro_batch_size: int) -> tuple[Any, float, float]:
+def command(
+    arguments: list[str], task: Path, layout: Layout, micro_batch_size: int
+) -> tuple[Any, float, float]:
     """The command line as on this rank of torchrun, and the accuracy and normalised accuracy that our own choice tasks give."""
     from minitron_mp import hf, items, tasks
     from minitron_mp.data import load_tokenizer
@@ -85,5 +119,7 @@ def command(arguments: list[str], task: Path, layout: Layout, micro_batch_size: 
     with joined(layout) as world:
         chunks = load(arch, recipe / "out" / "teacher", world)
         place = {"sequence_length": 32, "micro_batch_size": micro_batch_size, "vocab_size": arch.vocab_size}
-        own = tasks.judge({"teacher": chunks}, items.read_items(task), load_tokenizer(recipe / "model"), world, **place)["teacher"]
+        own = tasks.judge(
+            {"teacher": chunks}, items.read_items(task), load_tokenizer(recipe / "model"), world, **place
+        )["teacher"]
     return done, own.accuracy, own.normalised

@@ -18,18 +18,31 @@ def row_functions(calls: list[dict[str, Any]]) -> list[dict[str, dict[str, Tenso
     return [both(**call) for call in calls]
 
 
-def both(z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any) -> dict[str, dict[str, Tensor]]:
+def both(
+    z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
+) -> dict[str, dict[str, Tensor]]:
     """{"rows", "kernels"} -> results of both, each on copies of its own, from the same row values."""
     from minitron_mp import kernels
 
     found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
     for name, module in (("rows", rows), ("kernels", kernels)):
-        found[name] = run(module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how)
+        found[name] = run(
+            module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how
+        )
     return found
 
 
 def run(
-    module: Any, z_s: Tensor, z_t: Tensor | None, labels: Tensor, values: Tensor, valid: int, t: float, divergence: str, ce: bool, dtype: torch.dtype | None
+    module: Any,
+    z_s: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    values: Tensor,
+    valid: int,
+    t: float,
+    divergence: str,
+    ce: bool,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """dtype: of the gradient; None: it takes the place of z_s."""
     stats, kept = module.statistics(z_s, z_t, labels, valid, t, divergence)
@@ -41,11 +54,23 @@ def run(
     return found | {"gradient": out.clone()}
 
 
-def row_values(z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, t: float, divergence: str) -> Tensor:
+def row_values(
+    z_s: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    weights: tuple[Tensor, Tensor],
+    valid: int,
+    t: float,
+    divergence: str,
+) -> Tensor:
     """[n, 6] as rows.gradient takes it, of one rank that has the whole vocabulary; any numbers when it has none of it."""
     n, known = len(z_s), valid > 0
     lse_s = (z_s[:, :valid].float() / t).logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
-    lse_t = (z_t[:, :valid].float() / t).logsumexp(1) if known and z_t is not None else z_s.new_ones(n, dtype=torch.float32)
+    lse_t = (
+        (z_t[:, :valid].float() / t).logsumexp(1)
+        if known and z_t is not None
+        else z_s.new_ones(n, dtype=torch.float32)
+    )
     lse_1 = z_s[:, :valid].float().logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
     extra = torch.full_like(lse_s, 0.25)
     return torch.stack([lse_s, lse_t, lse_1, *(w.to(lse_s) for w in weights), extra], 1)
@@ -91,14 +116,29 @@ def compile_for(architecture: int) -> dict[str, int]:
     found = {}
 
     def build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> int:
-        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
+        }
         source = ASTSource(kernel, signature, constexprs=constants)
-        return len(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernels.WARPS}).asm["cubin"])
+        return len(
+            triton.compile(
+                source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernels.WARPS}
+            ).asm["cubin"]
+        )
 
     for logits in ("*fp32", "*bf16"):
-        found[f"_cosine_distance {logits}"] = build(kernels._cosine_distance, {"a": logits, "b": logits, "out": "*fp32"}, {"BLOCK": kernels.BLOCK})
+        found[f"_cosine_distance {logits}"] = build(
+            kernels._cosine_distance, {"a": logits, "b": logits, "out": "*fp32"}, {"BLOCK": kernels.BLOCK}
+        )
         for hot, divergence in ((True, "forward_kl"), (False, "js")):
-            options = {"WIDTH": rows.STATISTICS, "HOT": hot, "TEACHER": True, "CE": True, "DIVERGENCE": divergence, "BLOCK": kernels.BLOCK}
+            options = {
+                "WIDTH": rows.STATISTICS,
+                "HOT": hot,
+                "TEACHER": True,
+                "CE": True,
+                "DIVERGENCE": divergence,
+                "BLOCK": kernels.BLOCK,
+            }
             for kernel in (kernels._statistics, kernels._js_sums, kernels._gradient):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}
                 types = numbers | tensors | {"z_s": logits, "z_t": logits}

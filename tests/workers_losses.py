@@ -49,9 +49,13 @@ def fused(
     x = (hidden.chunk(group.size())[group.rank()] if sequence_parallel else hidden).clone().requires_grad_()
     target = _own_teacher(teacher, columns, teacher_padding, group if sequence_parallel else None)
     with broken(defect, group.size()), chunked(chunks, len(own)):
-        loss, per_token = losses.distillation_loss(x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group)
+        loss, per_token = losses.distillation_loss(
+            x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group
+        )
         with torch.no_grad():
-            value_alone, _ = losses.distillation_loss(x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group)
+            value_alone, _ = losses.distillation_loss(
+                x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group
+            )
         refused = ""
         try:
             (loss * incoming).backward()
@@ -76,7 +80,9 @@ def _own_teacher(teacher: Teacher | None, columns: slice, padding: int, split: A
 
     if isinstance(teacher, TeacherHidden):
         own = teacher.weight[columns]
-        return TeacherHidden(part(teacher.hidden), torch.cat([own, own.new_full((padding, own.shape[1]), torch.nan)]))
+        return TeacherHidden(
+            part(teacher.hidden), torch.cat([own, own.new_full((padding, own.shape[1]), torch.nan)])
+        )
     if isinstance(teacher, TeacherLogits):
         own = teacher.logits[..., columns]
         return TeacherLogits(torch.cat([own, own.new_full((*own.shape[:-1], padding), torch.nan)], -1))

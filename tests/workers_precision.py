@@ -34,19 +34,31 @@ def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]])
         for options, training in cases:
             settings = None if training is None else Training(**training)
             try:
-                (chunk,) = build_model(arch, world, training=settings, **{"precision": "bf16", "sequence_length": 32} | options)
+                (chunk,) = build_model(
+                    arch, world, training=settings, **{"precision": "bf16", "sequence_length": 32} | options
+                )
             except InputError as error:
                 found.append(str(error))
                 continue
             assert scaling_state([chunk], world) == {}
-            found.append(sorted({f"{type(module).__module__}.{type(module).__name__}" for module in chunk.decoder.layers[0].modules()}))
+            found.append(
+                sorted(
+                    {
+                        f"{type(module).__module__}.{type(module).__name__}"
+                        for module in chunk.decoder.layers[0].modules()
+                    }
+                )
+            )
     return found
 
 
 def wrongs(arch: Arch) -> dict[str, list[str]]:
     """What silently_wrong() says of a model's own configuration, and of it with one thing changed."""
     with joined(ONE) as world:
-        config, ddp = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)[0].config, DistributedDataParallelConfig()
+        config, ddp = (
+            build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)[0].config,
+            DistributedDataParallelConfig(),
+        )
         found = {"own": silently_wrong(config, ddp)}
         config.fp8_param = True
         found["fp8_param"] = silently_wrong(config, ddp)
@@ -66,7 +78,14 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         chunks[0].config.fp8_param = True
         own, places = {parameter.data_ptr() for parameter in chunks[0].parameters()}, set()
-        with patch.object(checkpoint, "load", side_effect=lambda state, folder, read=checkpoint.load: (places.update(_places(state)), read(state, folder))[1]):
+        with patch.object(
+            checkpoint,
+            "load",
+            side_effect=lambda state, folder, read=checkpoint.load: (
+                places.update(_places(state)),
+                read(state, folder),
+            )[1],
+        ):
             checkpoint.load_model(chunks, teacher, world)
         return not own & places, all(map(torch.equal, chunks[0].parameters(), want))
 
@@ -80,7 +99,12 @@ class NormLinear(nn.Module):
 
     def __init__(self, norm: Any, linear: Any, normalization: str):
         super().__init__()
-        self.linear, self.normalization, self.eps, self.zero_centered_gamma = linear, normalization, norm.eps, hasattr(norm, "bias")
+        self.linear, self.normalization, self.eps, self.zero_centered_gamma = (
+            linear,
+            normalization,
+            norm.eps,
+            hasattr(norm, "bias"),
+        )
         self.layer_norm_weight, self.layer_norm_bias = norm.weight, getattr(norm, "bias", None)
         self.apply_norm = norm
 
@@ -95,7 +119,9 @@ def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
         found = [score_samples(chunks, arch, samples, world, DEFAULT_PAIR)]
         name = "RMSNorm" if arch.norm == "rms" else "LayerNorm"
         for block in chunks[0].decoder.layers:
-            block.self_attention.linear_qkv = NormLinear(block.input_layernorm, block.self_attention.linear_qkv, name)
+            block.self_attention.linear_qkv = NormLinear(
+                block.input_layernorm, block.self_attention.linear_qkv, name
+            )
             block.mlp.linear_fc1 = NormLinear(block.pre_mlp_layernorm, block.mlp.linear_fc1, name)
             block.input_layernorm, block.pre_mlp_layernorm = IdentityOp(), IdentityOp()
         found.append(score_samples(chunks, arch, samples, world, DEFAULT_PAIR))
@@ -113,7 +139,27 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
 
     with joined(ONE) as world:
         torch.manual_seed(1)
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, training=settings, random_weights=True)
-        options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": manifest("correct")}
-        train(chunks, None, lambda step: micro_batches(make_samples(arch, step, 4), 1, 0, 1), settings, world, **options, on_step=note)
+        chunks = build_model(
+            arch,
+            world,
+            precision="fp32",
+            sequence_length=SEQUENCE_LENGTH,
+            training=settings,
+            random_weights=True,
+        )
+        options = {
+            "vocab_size": arch.vocab_size,
+            "seed": 3,
+            "checkpoints": checkpoints,
+            "manifest": manifest("correct"),
+        }
+        train(
+            chunks,
+            None,
+            lambda step: micro_batches(make_samples(arch, step, 4), 1, 0, 1),
+            settings,
+            world,
+            **options,
+            on_step=note,
+        )
     return losses, by_itself, gc.isenabled()

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DEFAULT_PAIR, DISTILL, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings, targets
+from cases import (
+    DEFAULT_PAIR,
+    DISTILL,
+    SEQUENCE_LENGTH,
+    Layout,
+    make_samples,
+    micro_batches,
+    settings,
+    targets,
+)
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from workers import joined, load, score_samples
@@ -55,13 +64,19 @@ def checkpoint(layout: Layout, arch: Arch, folder: Path) -> str:
 def microbatches(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
-        return refusal(lambda: schedule.run(chunks, micro_batches(make_samples(arch, 0, 3), 1, 0, 1), world, None))
+        return refusal(
+            lambda: schedule.run(chunks, micro_batches(make_samples(arch, 0, 3), 1, 0, 1), world, None)
+        )
 
 
 def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
-        plan = make_plan(score_samples(chunks, arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR), arch, targets(arch)["all"])
+        plan = make_plan(
+            score_samples(chunks, arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR),
+            arch,
+            targets(arch)["all"],
+        )
         tensor = ShardedTensor.from_rank_offsets("decoder.layers.mlp.unheard_of.weight", torch.ones(2))
         return refusal(lambda: slicing.slice_tensor(tensor, plan, world))
 
@@ -69,7 +84,11 @@ def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
 def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
         (chunk,) = load(arch, teacher, world)
-        plan = make_plan(score_samples([chunk], arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR), arch, targets(arch)["all"])
+        plan = make_plan(
+            score_samples([chunk], arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR),
+            arch,
+            targets(arch)["all"],
+        )
         wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
         return refusal(lambda: slicing.prune([wrapped], plan, world))
 

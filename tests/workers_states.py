@@ -26,18 +26,34 @@ Student = tuple[Arch, Path, list[int]]
 FROZEN: dict[str, Any] = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
 
 
-def train_all(layout: Layout, arch: Arch, teacher: Path, runs: dict[str, tuple[Student, Distill, Path | None]], output: Path) -> dict[str, Any]:
+def train_all(
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    runs: dict[str, tuple[Student, Distill, Path | None]],
+    output: Path,
+) -> dict[str, Any]:
     """name -> (metrics of rank 0, this rank's projection at the end), for each run: (student, settings, checkpoints to resume from)."""
     found = {}
     with joined(layout) as world:
         for name, ((student_arch, student, channels), settings, stopped) in runs.items():
-            signals = ColocatedTeacher(arch, teacher, world, **FROZEN, pairs=Pairs(settings.states, student_arch, arch, tuple(channels)))
+            signals = ColocatedTeacher(
+                arch,
+                teacher,
+                world,
+                **FROZEN,
+                pairs=Pairs(settings.states, student_arch, arch, tuple(channels)),
+            )
             if stopped:
                 copy_once(stopped, output / name)
-            schedule.run(signals.chunks, micro_batches(make_samples(arch, 9, 2), 1, 0, 1), world, None)  # somebody measures the teacher first
+            schedule.run(
+                signals.chunks, micro_batches(make_samples(arch, 9, 2), 1, 0, 1), world, None
+            )  # somebody measures the teacher first
             kept: list[Any] = []
             with watched(kept):
-                metrics = Runner(world, signals, settings)(student_arch, None if stopped else student, output / name).metrics
+                metrics = Runner(world, signals, settings)(
+                    student_arch, None if stopped else student, output / name
+                ).metrics
             assert count_hooks(kept[0].models) == 0, "hooks on the student are left"
             weight = kept[0].states.weight
             found[name] = metrics, None if weight is None else weight.detach().clone()
@@ -62,7 +78,14 @@ class watched:
 
 
 def train_remote(
-    student: Layout, teacher: Layout, window: int, arch: Arch, weights: Path, model: Student, settings: Distill, output: Path
+    student: Layout,
+    teacher: Layout,
+    window: int,
+    arch: Arch,
+    weights: Path,
+    model: Student,
+    settings: Distill,
+    output: Path,
 ) -> list[StepMetrics]:
     """The first RESUME_AT steps of a run of train_all with the teacher on ranks of its own; metrics of the student's rank 0, [] elsewhere."""
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
@@ -84,11 +107,22 @@ def train_remote(
         if world.role == "teacher":
             sender = Senders(links, blocks, shape.width) if world.is_last_stage else None
             options = {"group": window, "vocab_size": arch.vocab_size, "pairs": pairs}
-            serve(frozen_model(arch, weights, world, **FROZEN), world, shape, link.teacher, sender, batch_of, ids, **options)
+            serve(
+                frozen_model(arch, weights, world, **FROZEN),
+                world,
+                shape,
+                link.teacher,
+                sender,
+                batch_of,
+                ids,
+                **options,
+            )
             return []
         dp, own = world.groups.dp, links.get(world.groups.pp.rank())
         receiver = Receiver(own, own.students[0], ids[dp.rank() :: dp.size()], world.device) if own else None
-        remote = RemoteTeacher(receiver, "hidden", load_head(arch, weights, world, torch.float32), world, pairs)
+        remote = RemoteTeacher(
+            receiver, "hidden", load_head(arch, weights, world, torch.float32), world, pairs
+        )
         metrics = Runner(world, remote, settings)(student_arch, folder, output, stop_after=RESUME_AT).metrics
         assert not remote.held, "a signal is held after its use"
         remote.close()

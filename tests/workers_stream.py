@@ -45,7 +45,11 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
             yield None
             return
         layouts = {role: (ranks, Parallel(**p)) for role, (ranks, p) in roles.items()}
-        options = {"timeout_minutes": timeout_s / 60, "stream_timeout_s": timeout_s, "place": parallel.Place(store, rank, wanted)}
+        options = {
+            "timeout_minutes": timeout_s / 60,
+            "stream_timeout_s": timeout_s,
+            "place": parallel.Place(store, rank, wanted),
+        }
         try:
             with parallel.roles(layouts, seed=1, **options) as world:
                 pool.here["coordinates"] = f"{world.role} {world.coordinates}"
@@ -63,13 +67,17 @@ def make_link(world: World, roles: Roles, shape: Shape, window: int) -> Link:
     for role, (ranks, p) in roles.items():
         layout = Parallel(**p)
         grids[role] = Grid(role, layout, ranks // layout.model_ranks, bridge.spans[role].start)
-    return Link(bridge, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window)
+    return Link(
+        bridge, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window
+    )
 
 
 def whole_signal(shape: Shape, id: int) -> Tensor:
     """[s, b, n] of a microbatch, known to both ends."""
     generator = torch.Generator().manual_seed(id)
-    return torch.randn((shape.sequence_length, shape.micro_batch_size, shape.width), generator=generator).to(shape.dtype)
+    return torch.randn((shape.sequence_length, shape.micro_batch_size, shape.width), generator=generator).to(
+        shape.dtype
+    )
 
 
 def local_signal(shape: Shape, p: Parallel, id: int, cp: int, tp: int) -> Tensor:
@@ -78,19 +86,35 @@ def local_signal(shape: Shape, p: Parallel, id: int, cp: int, tp: int) -> Tensor
     return torch.cat([whole[first:end, :, columns] for first, end, _ in rows_of(shape, p, cp, tp)])
 
 
-def transport(roles: Roles, shape: Shape, window: int, count: int, seed: int = 0, delay_s: float = 0.0, die: str = "") -> dict[str, Any]:
+def transport(
+    roles: Roles, shape: Shape, window: int, count: int, seed: int = 0, delay_s: float = 0.0, die: str = ""
+) -> dict[str, Any]:
     """Stream `count` plain signals with random delays on both sides; what each end saw. die: "ROLE RANK PHASE", see _fault."""
     with joined_roles(roles, timeout_s=3.0 if die else 60.0) as world:
         return {} if world is None else _stream(world, roles, shape, window, count, seed, delay_s, die)
 
 
-def transports(roles: Roles, cases: list[tuple[Shape, int]], count: int, delay_s: float) -> list[dict[str, Any]]:
+def transports(
+    roles: Roles, cases: list[tuple[Shape, int]], count: int, delay_s: float
+) -> list[dict[str, Any]]:
     """transport() of each (shape, window), one after the other over one bridge."""
     with joined_roles(roles) as world:
-        return [{} if world is None else _stream(world, roles, shape, window, count, window, delay_s) for shape, window in cases]
+        return [
+            {} if world is None else _stream(world, roles, shape, window, count, window, delay_s)
+            for shape, window in cases
+        ]
 
 
-def _stream(world: World, roles: Roles, shape: Shape, window: int, count: int, seed: int, delay_s: float, die: str = "") -> dict[str, Any]:
+def _stream(
+    world: World,
+    roles: Roles,
+    shape: Shape,
+    window: int,
+    count: int,
+    seed: int,
+    delay_s: float,
+    die: str = "",
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     link = make_link(world, roles, shape, window)
     g, chance, fault = world.groups, random.Random(seed * 100 + world.bridge.rank), _Fault(world, die)
@@ -130,7 +154,12 @@ def _stream(world: World, roles: Roles, shape: Shape, window: int, count: int, s
             if n == len(ids) // 4:
                 found["memory at a quarter"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         receiver.close()
-        found |= {"wrong": wrong, "held": held, "received": len(ids), "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        found |= {
+            "wrong": wrong,
+            "held": held,
+            "received": len(ids),
+            "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
     found["bytes"] = link.bytes_moved
     return found
 
@@ -216,17 +245,30 @@ def contract(roles: Roles, **other: Any) -> str:
 
 
 def train_with(
-    student: Layout, teacher: Layout | None, payload: str, window: int, arch: Arch, weights: Path, student_arch: Arch, student_weights: Path, output: Path
+    student: Layout,
+    teacher: Layout | None,
+    payload: str,
+    window: int,
+    arch: Arch,
+    weights: Path,
+    student_arch: Arch,
+    student_weights: Path,
+    output: Path,
 ) -> list[StepMetrics]:
     """The run of workers_training.train_everything with a teacher on ranks of its own, or a colocated one (None) that hands over the payload.
 
     Metrics of the student's rank 0, [] elsewhere.
     """
-    chosen, start = settings(student).model_copy(update={"steps": RESUME_AT}), {"arch": student_arch, "start": student_weights, "checkpoints": output}
+    chosen, start = (
+        settings(student).model_copy(update={"steps": RESUME_AT}),
+        {"arch": student_arch, "start": student_weights, "checkpoints": output},
+    )
     frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
     if teacher is None:
         with joined(student) as world:
-            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(arch, weights, world, **frozen)
+            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(
+                arch, weights, world, **frozen
+            )
             return Runner(world, local, chosen)(**start).metrics
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = chosen.global_batch_size // chosen.micro_batch_size
@@ -240,13 +282,29 @@ def train_with(
     with joined_roles(roles) as world:
         if world is None:
             return []
-        link, ids, is_last = make_link(world, roles, shape, window), range(chosen.steps * per_step), world.is_last_stage
+        link, ids, is_last = (
+            make_link(world, roles, shape, window),
+            range(chosen.steps * per_step),
+            world.is_last_stage,
+        )
         if world.role == "teacher":
             chunks = frozen_model(arch, weights, world, **frozen)
-            serve(chunks, world, shape, link.teacher, Sender(link) if is_last else None, batch_of, ids, group=window, vocab_size=arch.vocab_size)
+            serve(
+                chunks,
+                world,
+                shape,
+                link.teacher,
+                Sender(link) if is_last else None,
+                batch_of,
+                ids,
+                group=window,
+                vocab_size=arch.vocab_size,
+            )
             return []
         dp = world.groups.dp
-        receiver = Receiver(link, link.students[0], ids[dp.rank() :: dp.size()], world.device) if is_last else None
+        receiver = (
+            Receiver(link, link.students[0], ids[dp.rank() :: dp.size()], world.device) if is_last else None
+        )
         head = load_head(arch, weights, world, torch.float32) if payload == "hidden" else None
         remote = RemoteTeacher(receiver, payload, head, world)
         metrics = Runner(world, remote, chosen)(**start).metrics

@@ -34,7 +34,9 @@ from minitron_mp.trainer import StepMetrics, train
 from minitron_mp.training_config import Correct, Distill, Profile
 
 
-def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
+def train_everything(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> dict[str, Any]:
     """An unbroken run, the same run resumed from its checkpoint, a student that is its teacher, and evaluations.
 
     The checkpoint after RESUME_AT steps stays in output/unbroken. Metrics are rank 0's, [] elsewhere.
@@ -45,10 +47,15 @@ def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Ar
         unbroken = run(student_arch, student, output / "unbroken")
         copy_once(output / "unbroken", output / "resumed")
         resumed = run(student_arch, None, output / "resumed")
-        interleaved = layout.dp > 1 and "vpp" in layout.parallel  # wants two microbatches on each data parallel rank
+        interleaved = (
+            layout.dp > 1 and "vpp" in layout.parallel
+        )  # wants two microbatches on each data parallel rank
         pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 2 if interleaved else 4})
         size = 1 if interleaved else 2
-        steps = [micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size()) for step in range(2)]
+        steps = [
+            micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
+            for step in range(2)
+        ]
         models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
         return {
             "unbroken": unbroken.metrics,
@@ -59,7 +66,15 @@ def train_everything(layout: Layout, arch: Arch, teacher: Path, student_arch: Ar
         }
 
 
-def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, variants: dict[str, Distill]) -> dict[str, Any]:
+def train_variants(
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    student_arch: Arch,
+    student: Path,
+    output: Path,
+    variants: dict[str, Distill],
+) -> dict[str, Any]:
     """For each of these settings: (rank 0's metrics, whether the final weights agree over data parallel ranks).
 
     Runs are stopped and resumed where they are long enough.
@@ -81,52 +96,98 @@ def train_variants(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch
 
 
 def correct_meanwhile(
-    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, correct: Correct, precision: str
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    student_arch: Arch,
+    student: Path,
+    output: Path,
+    correct: Correct,
+    precision: str,
 ) -> dict[str, Any]:
     """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone, and its last step again; and how far
     the student of the first step is from the teacher of the first and of the second, on the batch of the second.
 
     Curves are rank 0's, [] elsewhere.
     """
-    distil, folder, found = settings(layout).model_copy(update={"temperature": 1.0}), output / "meanwhile", {}  # compare() has no other
-    correct = correct.model_copy(update={"micro_batch_size": distil.micro_batch_size, "overlap": layout.dp > 1})
+    distil, folder, found = (
+        settings(layout).model_copy(update={"temperature": 1.0}),
+        output / "meanwhile",
+        {},
+    )  # compare() has no other
+    correct = correct.model_copy(
+        update={"micro_batch_size": distil.micro_batch_size, "overlap": layout.dp > 1}
+    )
     with joined(layout) as world:
 
         def start(curve: list[StepMetrics]) -> LearningTeacher:
-            chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct)
+            chunks = build_model(
+                arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct
+            )
             checkpoint.load_model(chunks, teacher, world)
             state = {"checkpoints": None, "manifest": manifest("distill")}
-            return LearningTeacher(trainer.Run(chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state))
+            return LearningTeacher(
+                trainer.Run(
+                    chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state
+                )
+            )
 
         for name, parts in (("unbroken", (None,)), ("resumed", (RESUME_AT, None))):
             students, teachers = [], []
             for number, stop_after in enumerate(parts):
                 learner = start(teachers)
                 begin = student if number == 0 else None
-                run = Runner(world, learner, distil, precision)(student_arch, begin, folder / name, stop_after=stop_after, companion=learner)
+                run = Runner(world, learner, distil, precision)(
+                    student_arch, begin, folder / name, stop_after=stop_after, companion=learner
+                )
                 learner.close()
                 students += run.metrics
-            weights = [parameter.detach().clone() for chunk in learner.chunks for parameter in chunk.parameters()]
+            weights = [
+                parameter.detach().clone() for chunk in learner.chunks for parameter in chunk.parameters()
+            ]
             found[name] = {"student": students, "teacher": teachers, "weights": run.weights + weights}
-        found["bitwise"] = all(map(torch.equal, found["unbroken"].pop("weights"), found["resumed"].pop("weights")))
+        found["bitwise"] = all(
+            map(torch.equal, found["unbroken"].pop("weights"), found["resumed"].pop("weights"))
+        )
         # The teacher alone, and the student of the first step against the teacher of the second.
         alone = correct.model_copy(update={"checkpoint_interval": 1, "keep_checkpoints": 9})
-        whole, rest = (Runner(world, None, alone, precision)(arch, start, output / "alone") for start in (teacher, None))
-        found |= {"alone": whole.metrics, "alone resumed": rest.metrics, "alone bitwise": all(map(torch.equal, whole.weights, rest.weights))}
+        whole, rest = (
+            Runner(world, None, alone, precision)(arch, start, output / "alone") for start in (teacher, None)
+        )
+        found |= {
+            "alone": whole.metrics,
+            "alone resumed": rest.metrics,
+            "alone bitwise": all(map(torch.equal, whole.weights, rest.weights)),
+        }
         learner = start([])
-        once = Runner(world, learner, distil, precision)(student_arch, student, folder / "once", stop_after=1, companion=learner)
+        once = Runner(world, learner, distil, precision)(
+            student_arch, student, folder / "once", stop_after=1, companion=learner
+        )
         learner.close()
         chunks = load(student_arch, student, world, precision)
-        for parameter, weight in zip((parameter for chunk in chunks for parameter in chunk.parameters()), once.weights):
+        for parameter, weight in zip(
+            (parameter for chunk in chunks for parameter in chunk.parameters()), once.weights
+        ):
             parameter.data.copy_(weight)
-        batches = micro_batches(make_samples(arch, 1, distil.global_batch_size), distil.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
+        batches = micro_batches(
+            make_samples(arch, 1, distil.global_batch_size),
+            distil.micro_batch_size,
+            world.groups.dp.rank(),
+            world.groups.dp.size(),
+        )
         for name, place in (("first", teacher), ("second", output / "alone" / "step_00000001")):
-            frozen = ColocatedTeacher(arch, place, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
-            found[f"kl to the {name}"] = compare({"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size)[""].kl
+            frozen = ColocatedTeacher(
+                arch, place, world, precision=precision, sequence_length=SEQUENCE_LENGTH
+            )
+            found[f"kl to the {name}"] = compare(
+                {"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size
+            )[""].kl
         return found
 
 
-def leave(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
+def leave(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> dict[str, Any]:
     """Runs that are told to leave, each in another way, and go on: name -> (rank 0's metrics of each part, names of the checkpoints between them)."""
     found: dict[str, Any] = {}
     with joined(layout) as world, listening(output) as leaving:
@@ -154,15 +215,23 @@ def leave(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student
             dist.barrier()
 
         parts("stop file", usual, on_step=stop_file)
-        parts("SIGTERM", usual.model_copy(update={"async_save": True, "checkpoint_interval": 1}), batch_of_step=term)
-        leaving.deadline = time.time() + 1e6  # far off: only the time of a checkpoint is wanted, after the first step
+        parts(
+            "SIGTERM",
+            usual.model_copy(update={"async_save": True, "checkpoint_interval": 1}),
+            batch_of_step=term,
+        )
+        leaving.deadline = (
+            time.time() + 1e6
+        )  # far off: only the time of a checkpoint is wanted, after the first step
         parts("far deadline", usual, stop_after=3)
         leaving.deadline = time.time()
         parts("deadline", usual)
     return found
 
 
-def killed_writer(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> dict[str, Any]:
+def killed_writer(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> dict[str, Any]:
     """Checkpoints beside the training whose writers die in the middle of the second one: what lies there, what is said, and the run that goes on."""
     with joined(layout) as world:
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
@@ -179,7 +248,11 @@ def killed_writer(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch,
                 own = background.queue.async_calls[0].async_caller.process
                 writers.append(background.writing)
                 time.sleep(0.3)
-                for child in [*psutil.Process(own.pid).children(recursive=True), psutil.Process(own.pid)] if own else []:
+                for child in (
+                    [*psutil.Process(own.pid).children(recursive=True), psutil.Process(own.pid)]
+                    if own
+                    else []
+                ):
                     with suppress(psutil.NoSuchProcess):
                         child.kill()
 
@@ -194,13 +267,24 @@ def killed_writer(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch,
             (output / ".step_00000002.tmp" / "__0_0.distcp").write_bytes(b"half")
         dist.barrier()
         rest = run(student_arch, None, output).metrics
-        return {"said": said, "left": left, "writing": writers, "rest": rest, "at the end": sorted(path.name for path in output.iterdir())}
+        return {
+            "said": said,
+            "left": left,
+            "writing": writers,
+            "rest": rest,
+            "at the end": sorted(path.name for path in output.iterdir()),
+        }
 
 
-def profiled(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path) -> list[str]:
+def profiled(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> list[str]:
     """What is refused; traces of the second and third step come into the folder, of the last rank."""
     with joined(layout) as world:
-        signals, said = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH), []
+        signals, said = (
+            ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH),
+            [],
+        )
         for profile in (
             Profile(steps=[2, 3], ranks=[0, world.size]),
             Profile(steps=[2, 3], kind="nsys"),
@@ -225,7 +309,9 @@ def small_buckets() -> Iterator[None]:
         trainer.DistributedDataParallelConfig = usual
 
 
-def resume(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, stopped: Path, output: Path) -> list[StepMetrics]:
+def resume(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, stopped: Path, output: Path
+) -> list[StepMetrics]:
     """The rest of a run that another layout stopped; rank 0's metrics."""
     with joined(layout) as world:
         copy_once(stopped, output)
@@ -272,13 +358,17 @@ class Runner:
     ) -> Run:
         """start: the student's first weights; None leaves them as they come, for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
-        chunks = build_model(arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen)
+        chunks = build_model(
+            arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen
+        )
         if start is not None:
             checkpoint.load_model(chunks, start, world)
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
-            return micro_batches(samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size())
+            return micro_batches(
+                samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size()
+            )
 
         options = {
             "vocab_size": arch.vocab_size,
@@ -293,11 +383,25 @@ class Runner:
             on_step(step)
 
         with suppress(Left):
-            train(chunks, self.teacher, batches_of, chosen, world, **options, on_step=note, stop_after=stop_after, **more)
-        return Run(metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()])
+            train(
+                chunks,
+                self.teacher,
+                batches_of,
+                chosen,
+                world,
+                **options,
+                on_step=note,
+                stop_after=stop_after,
+                **more,
+            )
+        return Run(
+            metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+        )
 
 
-def train_in_bf16(layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, steps: int) -> list[float]:
+def train_in_bf16(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path, steps: int
+) -> list[float]:
     """Losses of a few steps on one batch, teacher and student in bf16."""
     with joined(layout) as world:
         signals = ColocatedTeacher(arch, teacher, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)

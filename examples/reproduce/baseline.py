@@ -29,9 +29,18 @@ class PlainLoop:
     def __init__(self, student: Any, teacher: Any, settings: Distill, precision: str):
         assert settings.divergence == "forward_kl"
         assert settings.temperature == 1.0
-        self.student, self.teacher, self.settings, self.precision = student.train(), teacher.eval(), settings, precision
+        self.student, self.teacher, self.settings, self.precision = (
+            student.train(),
+            teacher.eval(),
+            settings,
+            precision,
+        )
         self.device = next(student.parameters()).device
-        self.optimizer = torch.optim.AdamW(groups(student, settings.weight_decay), betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups(student, settings.weight_decay),
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            fused=True,
+        )
 
     def losses(self, sample: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of KL(teacher || student) and of the cross-entropy over a microbatch; without a gradient where the objective has none of it."""
@@ -41,7 +50,10 @@ class PlainLoop:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             z = self.student(tokens).logits
         log_q = F.log_softmax(z.float(), -1)
-        of_kl, of_ce = (log_q if weight else log_q.detach() for weight in (self.settings.kl_weight, self.settings.ce_weight))
+        of_kl, of_ce = (
+            log_q if weight else log_q.detach()
+            for weight in (self.settings.kl_weight, self.settings.ce_weight)
+        )
         kl = F.kl_div(of_kl, log_p, log_target=True, reduction="none").sum(-1).mean()
         return kl, F.nll_loss(of_ce.flatten(0, 1), labels.flatten())
 
@@ -75,15 +87,22 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
         }
         tokenizer = data.load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
         length = recipe.data.sequence_length
-        train, valid = (data.samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat) for part, (n, repeat) in parts.items())
+        train, valid = (
+            data.samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat)
+            for part, (n, repeat) in parts.items()
+        )
         device = world.device
     student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]).to(device)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]
+    ).to(device)
     loop, curve = PlainLoop(student, teacher, settings, recipe.precision), []
     tokens_per_step = settings.global_batch_size * length
     with Tracker("plain loop", settings.steps, "steps") as tracker:
         for step in range(settings.steps):
-            found = loop.step(step, batches(train, step, settings.global_batch_size, settings.micro_batch_size))
+            found = loop.step(
+                step, batches(train, step, settings.global_batch_size, settings.micro_batch_size)
+            )
             curve.append([(step + 1) * tokens_per_step, *found])
             tracker.advance(1, f"KL {found[0]:.4f}")
     student.eval()
@@ -109,7 +128,9 @@ def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def batches(dataset: Any, step: int, global_batch_size: int, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+def batches(
+    dataset: Any, step: int, global_batch_size: int, micro_batch_size: int
+) -> list[dict[str, torch.Tensor]]:
     sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
     return data.micro_batches(dataset, step, **sizes, dp_rank=0, dp_size=1)
 
@@ -120,4 +141,10 @@ def write_hf(project: Project, stage: str, folder: Path, world: parallel.World) 
     assert arch is not None
     tensors = read_tensors(project.paths[stage], arch, world)
     family = project.recipe.export.family if stage == "prune" else None
-    hf.write_folder(folder, project.paths["import"] / ASSETS, exportable(arch, family), DTYPES[project.recipe.precision], tensors)
+    hf.write_folder(
+        folder,
+        project.paths["import"] / ASSETS,
+        exportable(arch, family),
+        DTYPES[project.recipe.precision],
+        tensors,
+    )

@@ -42,7 +42,12 @@ def agree(signs: Sequence[bool]) -> bool | None:
 def least(results: Results, variant: str, *path: str) -> bool | None:
     """Whether the variant has the least value of all, seed by seed."""
     rows = {name: values(results, name, *path) for name in results}
-    return agree([all(rows[variant][i] < own[i] for name, own in rows.items() if name != variant) for i in range(len(rows[variant]))])
+    return agree(
+        [
+            all(rows[variant][i] < own[i] for name, own in rows.items() if name != variant)
+            for i in range(len(rows[variant]))
+        ]
+    )
 
 
 def listed(results: Results, *path: str, digits: int = 3) -> str:
@@ -52,12 +57,24 @@ def listed(results: Results, *path: str, digits: int = 3) -> str:
 def fewer_tokens(results: Results) -> Verdict:
     long = f"random weights, {LONGER} x tokens"
     text = f"held-out loss: {listed(results, 'distilled', 'loss')}; "
-    found = [tokens_factor(fast["curve"], slow["curve"]) for fast, slow in zip(results["pruned"], results[long])]
+    found = [
+        tokens_factor(fast["curve"], slow["curve"]) for fast, slow in zip(results["pruned"], results[long])
+    ]
     factor = min(factor for factor, _ in found)
     at_once = any(at_once for _, at_once in found)
     first = f", which pruned weights have from the first {WINDOW} steps on"
-    text += f"{'at least ' * at_once}{factor:.0f} x fewer tokens to the same KL{first * at_once}" if factor else f"pruned never reaches the last KL of {long}"
-    better = [p < r for p, r in zip(values(results, "pruned", "distilled", "loss"), values(results, "random weights", "distilled", "loss"))]
+    text += (
+        f"{'at least ' * at_once}{factor:.0f} x fewer tokens to the same KL{first * at_once}"
+        if factor
+        else f"pruned never reaches the last KL of {long}"
+    )
+    better = [
+        p < r
+        for p, r in zip(
+            values(results, "pruned", "distilled", "loss"),
+            values(results, "random weights", "distilled", "loss"),
+        )
+    ]
     return text, agree(better) if factor else False
 
 
@@ -65,7 +82,9 @@ WINDOW = 8
 """Steps over which a training curve is averaged."""
 
 
-def tokens_factor(fast: list[list[float]], slow: list[list[float]], window: int = WINDOW) -> tuple[float, bool]:
+def tokens_factor(
+    fast: list[list[float]], slow: list[list[float]], window: int = WINDOW
+) -> tuple[float, bool]:
     """(tokens of the slow run / tokens after which the fast one has the slow one's last KL; whether it had it from the first window on).
 
     Curves hold [tokens, loss, kl, ce] a step; KL is averaged over a window of steps. The factor of a fast run that never gets there is 0.
@@ -82,25 +101,48 @@ def tokens_factor(fast: list[list[float]], slow: list[list[float]], window: int 
 
 def objective(results: Results) -> Verdict:
     named = {"KL" if name == "pruned" else name: own for name, own in results.items()}
-    return "held-out loss: " + listed(named, "distilled", "loss", digits=4), least(results, "pruned", "distilled", "loss")
+    return "held-out loss: " + listed(named, "distilled", "loss", digits=4), least(
+        results, "pruned", "distilled", "loss"
+    )
 
 
 def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Verdict:
     """Depth is the better of its two cuts, seed by seed; speed is that of the contiguous one, of as many layers."""
-    rows = {"width": "pruned", "depth, contiguous": "contiguous layers", "depth, scattered": "scattered layers"}
+    rows = {
+        "width": "pruned",
+        "depth, contiguous": "contiguous layers",
+        "depth, scattered": "scattered layers",
+    }
     sizes = {name: results[variant][0]["parameters"]["student"] for name, variant in rows.items()}
-    text = "; ".join(f"{name} {sizes[name] / 1e6:.1f}M: held-out loss {means(results, variant, 'distilled', 'loss'):.3f}" for name, variant in rows.items())
-    better, rows = least(results, "pruned", "distilled", "loss"), {"width": "pruned", "depth": "contiguous layers"}
+    text = "; ".join(
+        f"{name} {sizes[name] / 1e6:.1f}M: held-out loss {means(results, variant, 'distilled', 'loss'):.3f}"
+        for name, variant in rows.items()
+    )
+    better, rows = (
+        least(results, "pruned", "distilled", "loss"),
+        {"width": "pruned", "depth": "contiguous layers"},
+    )
     if not speed:
         return text + "; speed not measured yet", None
-    ratios = {name: {kind: speed["tokens_per_s"][name][kind] / speed["tokens_per_s"]["teacher"][kind] for kind in speed["kinds"]} for name in rows}
-    text += ". Speed over the teacher's, width and depth: " + ", ".join(f"{k} {ratios['width'][k]:.2f}x, {ratios['depth'][k]:.2f}x" for k in speed["kinds"])
+    ratios = {
+        name: {
+            kind: speed["tokens_per_s"][name][kind] / speed["tokens_per_s"]["teacher"][kind]
+            for kind in speed["kinds"]
+        }
+        for name in rows
+    }
+    text += ". Speed over the teacher's, width and depth: " + ", ".join(
+        f"{k} {ratios['width'][k]:.2f}x, {ratios['depth'][k]:.2f}x" for k in speed["kinds"]
+    )
     return text, better and all(ratios["depth"][k] > ratios["width"][k] for k in speed["kinds"])
 
 
 def corrected(results: Results) -> Verdict:
     with_it = results["shifted text, corrected teacher"]
-    before, after = statistics.mean(r["uncorrected"]["loss"] for r in with_it), statistics.mean(r["teacher"]["loss"] for r in with_it)
+    before, after = (
+        statistics.mean(r["uncorrected"]["loss"] for r in with_it),
+        statistics.mean(r["teacher"]["loss"] for r in with_it),
+    )
     text = f"teacher's held-out loss {before:.3f} -> {after:.3f} ({after / before - 1:+.1%}); student's {listed(results, 'distilled', 'loss')}, "
     text += "cut from a teacher that has learned as many tokens of this text before"
     return text, least(results, "shifted text, corrected teacher", "distilled", "loss")
@@ -108,14 +150,21 @@ def corrected(results: Results) -> Verdict:
 
 def aggregation(results: Results) -> Verdict:
     measured = dict(results)
-    labels = {"pruned": "(l2, mean)"} | {scored(b, s): f"({b}, {s})" for b, s in AGGREGATIONS[1:]} | {"random scores": "random"}
+    labels = (
+        {"pruned": "(l2, mean)"}
+        | {scored(b, s): f"({b}, {s})" for b, s in AGGREGATIONS[1:]}
+        | {"random scores": "random"}
+    )
     parts = []
     for when in ("pruned", "distilled"):
         ranked = sorted(measured, key=lambda name: means(results, name, when, "loss"))
         rows = ", ".join(f"{labels[name]} {means(results, name, when, 'loss'):.3f}" for name in ranked)
         parts.append(f"{when}: {rows}")
     best = [
-        [min(measured, key=lambda name: values(results, name, when, "loss")[i]) == "pruned" for i in range(len(results["pruned"]))]
+        [
+            min(measured, key=lambda name: values(results, name, when, "loss")[i]) == "pruned"
+            for i in range(len(results["pruned"]))
+        ]
         for when in ("pruned", "distilled")
     ]
     place = agree([all(pair) for pair in zip(*best)])
@@ -124,8 +173,13 @@ def aggregation(results: Results) -> Verdict:
 
 def against_chance(results: Results) -> Verdict:
     text = "; ".join(f"{when}: {listed(results, when, 'loss')}" for when in ("pruned", "distilled"))
-    pairs = [zip(*(values(results, name, when, "loss") for name in ("pruned", "random scores"))) for when in ("pruned", "distilled")]
-    return f"held-out loss, {text}", agree([all(ours < chance for ours, chance in seed) for seed in zip(*pairs)])
+    pairs = [
+        zip(*(values(results, name, when, "loss") for name in ("pruned", "random scores")))
+        for when in ("pruned", "distilled")
+    ]
+    return f"held-out loss, {text}", agree(
+        [all(ours < chance for ours, chance in seed) for seed in zip(*pairs)]
+    )
 
 
 def contiguous(results: Results) -> Verdict:
@@ -138,9 +192,13 @@ def contiguous(results: Results) -> Verdict:
         words = f"last words {accuracy(name, 'pruned')} and {accuracy(name, 'distilled')}"
         parts.append(f"{name}: loss {before:.3f} pruned, {after:.3f} distilled, {words}")
     own = [values(results, name, "tasks", "last words", "distilled", "accuracy") for name in results]
-    errors = [values(results, name, "tasks", "last words", "distilled", "accuracy_stderr") for name in results]
+    errors = [
+        values(results, name, "tasks", "last words", "distilled", "accuracy_stderr") for name in results
+    ]
     difference = statistics.mean(own[0]) - statistics.mean(own[1])
-    error = math.sqrt(sum(statistics.mean(e) ** 2 for e in errors))  # not less for more seeds: all are asked the same words
+    error = math.sqrt(
+        sum(statistics.mean(e) ** 2 for e in errors)
+    )  # not less for more seeds: all are asked the same words
     text = f"{'; '.join(parts)}; difference of the last words {difference:+.1%} +- {error:.1%}"
     return text, None if abs(difference) <= 2 * error else difference > 0
 
@@ -149,7 +207,10 @@ def search_wins(results: Results) -> Verdict:
     sizes = ", ".join(f"{name} {results[name][0]['parameters']['student'] / 1e6:.1f}M" for name in results)
     text = f"held-out loss: {listed(results, 'distilled', 'loss')} ({sizes}, at the first seed)"
     best, largest = results["search: best"], results["search: largest"]
-    if any(one["config"] == other["config"] and one["layers"] == other["layers"] for one, other in zip(best, largest)):
+    if any(
+        one["config"] == other["config"] and one["layers"] == other["layers"]
+        for one, other in zip(best, largest)
+    ):
         return text + "; at a seed the largest was the best", None
     return text, least(results, "search: best", "distilled", "loss")
 

@@ -34,19 +34,30 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = recipe.distill.model_copy(update={"steps": pairs + WARM_UP, "warmup_steps": 1, "log_interval": 1, "checkpoint_interval": 10**6})
+    settings = recipe.distill.model_copy(
+        update={"steps": pairs + WARM_UP, "warmup_steps": 1, "log_interval": 1, "checkpoint_interval": 10**6}
+    )
     size = settings.micro_batch_size, recipe.data.sequence_length
     times: dict[str, list[float]] = {"minitron_mp": [], "transformers": []}
     with world(recipe.parallel, seed=recipe.seed) as w, tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(student))
-        arch, teacher_arch = hf.read_arch(Path(scratch), weights=False), artifact.require(teacher, "import").arch
+        arch, teacher_arch = (
+            hf.read_arch(Path(scratch), weights=False),
+            artifact.require(teacher, "import").arch,
+        )
         assert teacher_arch is not None
         options: dict[str, Any] = {"sequence_length": recipe.data.sequence_length}
-        chunks = build_model(arch, w, training=settings, random_weights=True, precision=recipe.precision, **options)
+        chunks = build_model(
+            arch, w, training=settings, random_weights=True, precision=recipe.precision, **options
+        )
         ours = ColocatedTeacher(teacher_arch, teacher, w, precision=recipe.teacher_precision, **options)
         loop = PlainLoop(
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**student), dtype=torch.float32).to(w.device),
-            AutoModelForCausalLM.from_pretrained(recipe.model, dtype=DTYPES[recipe.teacher_precision]).to(w.device),
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**student), dtype=torch.float32).to(
+                w.device
+            ),
+            AutoModelForCausalLM.from_pretrained(recipe.model, dtype=DTYPES[recipe.teacher_precision]).to(
+                w.device
+            ),
             settings,
             recipe.precision,
         )
@@ -63,18 +74,39 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
             times["transformers"].append(time.perf_counter() - start)
             times["minitron_mp"].append(metrics.step_time_s)
 
-        place: dict[str, Any] = {"checkpoints": Path(scratch) / "checkpoints", "manifest": Manifest(stage="distill", settings={}, inputs={})}
-        train(chunks, ours, batches_of, settings, w, vocab_size=arch.vocab_size, seed=recipe.seed, on_step=on_step, **place)
+        place: dict[str, Any] = {
+            "checkpoints": Path(scratch) / "checkpoints",
+            "manifest": Manifest(stage="distill", settings={}, inputs={}),
+        }
+        train(
+            chunks,
+            ours,
+            batches_of,
+            settings,
+            w,
+            vocab_size=arch.vocab_size,
+            seed=recipe.seed,
+            on_step=on_step,
+            **place,
+        )
     measured = {name: seconds[WARM_UP:] for name, seconds in times.items()}
     tokens = settings.global_batch_size * recipe.data.sequence_length
     speeds = {name: tokens / statistics.median(seconds) for name, seconds in measured.items()}
-    return {"tokens_per_s": speeds, "ratios": [b / a for a, b in zip(measured["minitron_mp"], measured["transformers"])]}
+    return {
+        "tokens_per_s": speeds,
+        "ratios": [b / a for a, b in zip(measured["minitron_mp"], measured["transformers"])],
+    }
 
 
 def random_batch(vocab_size: int, size: tuple[int, int], made: torch.Generator) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, vocab_size, (size[0], size[1] + 1), generator=made)
     positions = torch.arange(size[1])[None].expand(size).contiguous()
-    return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": positions, "loss_mask": torch.ones(size)}
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "position_ids": positions,
+        "loss_mask": torch.ones(size),
+    }
 
 
 def told(ratios: list[float]) -> str:

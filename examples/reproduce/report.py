@@ -21,7 +21,18 @@ SIZES = ("cpu", "h100")
 """Of which results are published."""
 NOT_RUN = "not run yet"
 SHOWN = {True: "shown", False: "not shown", None: "undecided"}
-COLUMNS = ("variant", "parameters", "pruned: loss", "distilled: loss", "KL", "last words", "tokens", "tokens/s", "plain loop: loss - ours", "our speed / its")
+COLUMNS = (
+    "variant",
+    "parameters",
+    "pruned: loss",
+    "distilled: loss",
+    "KL",
+    "last words",
+    "tokens",
+    "tokens/s",
+    "plain loop: loss - ours",
+    "our speed / its",
+)
 
 
 def read(folder: Path) -> tuple[Results, dict[str, Any] | None]:
@@ -41,8 +52,19 @@ def of_claim(name: str, results: Results) -> Results | None:
     seeds = sorted(set.intersection(*(set(own) for own in by_seed.values())))
     if not seeds:
         return None
-    if len({json.dumps([own[seed]["base"], own[seed]["inputs"]]) for own in by_seed.values() for seed in seeds}) > 1:
-        raise InputError(f"the results of {name} come from different settings, models or text; run them again with the same, or delete what does not belong")
+    if (
+        len(
+            {
+                json.dumps([own[seed]["base"], own[seed]["inputs"]])
+                for own in by_seed.values()
+                for seed in seeds
+            }
+        )
+        > 1
+    ):
+        raise InputError(
+            f"the results of {name} come from different settings, models or text; run them again with the same, or delete what does not belong"
+        )
     return {variant: [own[seed] for seed in seeds] for variant, own in by_seed.items()}
 
 
@@ -62,9 +84,17 @@ def judged(name: str, results: Results, speed: dict[str, Any] | None) -> tuple[s
     said, shown = CLAIMS[name].judge(mine, speed) if name == "width" else CLAIMS[name].judge(mine)
     runs = [run for own in mine.values() for run in own]
     tokens, seeds = sorted({run["tokens"] for run in runs}), len(next(iter(mine.values())))
-    effort = f"{' or '.join(f'{count:,}' for count in tokens)} tokens a variant, {seeds} seed{'s' * (seeds > 1)}"
-    options = f"`--size {runs[0]['size']}" + f" --set {' '.join(runs[0]['overrides'])}" * bool(runs[0]["overrides"]) + "`"
-    place = "; ".join([options, *(", ".join(sorted({run[key] for run in runs})) for key in ("text", "hardware", "date"))])
+    effort = (
+        f"{' or '.join(f'{count:,}' for count in tokens)} tokens a variant, {seeds} seed{'s' * (seeds > 1)}"
+    )
+    options = (
+        f"`--size {runs[0]['size']}"
+        + f" --set {' '.join(runs[0]['overrides'])}" * bool(runs[0]["overrides"])
+        + "`"
+    )
+    place = "; ".join(
+        [options, *(", ".join(sorted({run[key] for run in runs})) for key in ("text", "hardware", "date"))]
+    )
     return f"**{SHOWN[shown]}{' (one seed)' * (seeds == 1)}**: {said}", effort, place
 
 
@@ -84,7 +114,16 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         words = cell("tasks", "last words", "distilled", "accuracy", digits=3) if own[0].get("tasks") else ""
         sizes = " or ".join(f"{size:,}" for size in sorted({run["parameters"]["student"] for run in own}))
         cells = [sizes, cell("pruned", "loss"), cell("distilled", "loss"), cell("distilled", "kl"), words]
-        found.append((variant, *cells, f"{own[0]['tokens']:,}", f"{statistics.mean(values(results, variant, 'tokens_per_s')):,.0f}", worse, faster))
+        found.append(
+            (
+                variant,
+                *cells,
+                f"{own[0]['tokens']:,}",
+                f"{statistics.mean(values(results, variant, 'tokens_per_s')):,.0f}",
+                worse,
+                faster,
+            )
+        )
     return found
 
 
@@ -99,7 +138,9 @@ def summary(by_size: dict[str, Path]) -> str:
             cells.append(f"{said} ({effort})" if effort else said)
         table.append((f"`{name}`: {claim.title}", claim.paper, *cells))
     parts = [markdown_table(Table(("claim", "paper says", *by_size), table, "left"))]
-    return "\n\n".join(parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results])
+    return "\n\n".join(
+        parts + [beside(heading, results) for heading, (results, _) in read_all.items() if results]
+    )
 
 
 def beside(heading: str, results: Results) -> str:
@@ -125,10 +166,20 @@ def details(folder: Path, plots: str) -> str:
         if mine := comparable(name, results)[0]:
             said, effort, place = judged(name, results, speed)
             table = markdown_table(Table(COLUMNS, rows(mine)))
-            parts += [f"### {name}: {claim.title}", f"{said} ({effort}; {place}). Paper: {claim.paper}.", table]
+            parts += [
+                f"### {name}: {claim.title}",
+                f"{said} ({effort}; {place}). Paper: {claim.paper}.",
+                table,
+            ]
             if name == "width" and speed:
-                models = [(model, *(f"{own[kind]:,.1f}" for kind in speed["kinds"])) for model, own in speed["tokens_per_s"].items()]
-                parts += [f"Inference in tokens/s ({speed['hardware']}, {speed['date']}):", markdown_table(Table(("model", *speed["kinds"]), models))]
+                models = [
+                    (model, *(f"{own[kind]:,.1f}" for kind in speed["kinds"]))
+                    for model, own in speed["tokens_per_s"].items()
+                ]
+                parts += [
+                    f"Inference in tokens/s ({speed['hardware']}, {speed['date']}):",
+                    markdown_table(Table(("model", *speed["kinds"]), models)),
+                ]
             parts.append(f"![{claim.title}]({plots}{name}.png)")
     return "\n\n".join(parts)
 
@@ -140,7 +191,10 @@ largest less the smallest; the plain loop seed by seed; speeds: median of the pa
 def write(folder: Path, output: Path) -> None:
     """report.md and a plot for each claim below output, from the results in folder."""
     plots(folder, output)
-    write_text(output / "report.md", "\n\n".join(["# Claims", summary({"here": folder}), NOTE, details(folder, "")]) + "\n")
+    write_text(
+        output / "report.md",
+        "\n\n".join(["# Claims", summary({"here": folder}), NOTE, details(folder, "")]) + "\n",
+    )
     print(f"report: {output / 'report.md'}")
 
 
@@ -165,10 +219,20 @@ def plot(results: Results, title: str, path: Path) -> None:
             left.plot(tokens, kl, color=f"C{number}", alpha=0.8, label=variant if run is own[0] else None)
         for when, marker in (("pruned", "o"), ("distilled", "s")):
             losses = values(results, variant, when, "loss")
-            right.plot(losses, [number] * len(losses), marker, color=f"C{number}", fillstyle="none" if when == "pruned" else "full")
+            right.plot(
+                losses,
+                [number] * len(losses),
+                marker,
+                color=f"C{number}",
+                fillstyle="none" if when == "pruned" else "full",
+            )
     left.set(xlabel="tokens", ylabel="KL(teacher || student) of the batch, nats a token")
     left.legend(fontsize=8)
-    right.set(yticks=range(len(results)), yticklabels=list(results), xlabel="held-out loss, nats a token: open pruned, filled distilled")
+    right.set(
+        yticks=range(len(results)),
+        yticklabels=list(results),
+        xlabel="held-out loss, nats a token: open pruned, filled distilled",
+    )
     right.invert_yaxis()
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
@@ -187,6 +251,15 @@ def publish(folder: Path, size: str) -> None:
 
 def filled(readme: str, results: Path) -> str:
     """The README with its tables made from the results below a folder of sizes."""
-    parts = [summary({f"here, {size}": results / size for size in SIZES}), NOTE, *(details(results / size, f"results/{size}/") for size in SIZES)]
+    parts = [
+        summary({f"here, {size}": results / size for size in SIZES}),
+        NOTE,
+        *(details(results / size, f"results/{size}/") for size in SIZES),
+    ]
     made = "\n\n".join(part for part in parts if part)
-    return re.sub(r"(<!-- results -->\n).*(<!-- end of results -->)", lambda m: f"{m[1]}{made}\n{m[2]}", readme, flags=re.S)
+    return re.sub(
+        r"(<!-- results -->\n).*(<!-- end of results -->)",
+        lambda m: f"{m[1]}{made}\n{m[2]}",
+        readme,
+        flags=re.S,
+    )

@@ -11,7 +11,13 @@ import torch
 
 
 def measure(
-    configs: dict[str, dict[str, Any]], *, dtype: torch.dtype, length: int, batch: int, new_tokens: int, rounds: int = 3
+    configs: dict[str, dict[str, Any]],
+    *,
+    dtype: torch.dtype,
+    length: int,
+    batch: int,
+    new_tokens: int,
+    rounds: int = 3,
 ) -> dict[str, dict[str, float]]:
     """Model -> kind of work -> tokens/s, the median of rounds in which the models take turns. configs: contents of config.json.
 
@@ -25,11 +31,18 @@ def measure(
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=dtype)
         models[name] = model.to(device).eval()
     vocab_size = min(content["vocab_size"] for content in configs.values())
-    tokens = torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
     short = tokens[:, : length // 2]
 
     def generate(model: Any, prompt: torch.Tensor) -> None:
-        fixed = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        fixed = {
+            "min_new_tokens": new_tokens,
+            "max_new_tokens": new_tokens,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         model.generate(prompt, attention_mask=torch.ones_like(prompt), **fixed)
 
     kinds: dict[str, tuple[int, Callable[[Any], Any]]] = {

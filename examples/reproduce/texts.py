@@ -55,7 +55,11 @@ def last_words(source: Path, output: Path, count: int) -> Path:
 
 def documents(source: Path) -> Iterator[str]:
     """Texts of a .txt or .jsonl file, or of all of them in a folder."""
-    files = sorted(path for path in source.rglob("*") if path.suffix in (".txt", ".jsonl")) if source.is_dir() else [source]
+    files = (
+        sorted(path for path in source.rglob("*") if path.suffix in (".txt", ".jsonl"))
+        if source.is_dir()
+        else [source]
+    )
     for path in files:
         if path.suffix == ".jsonl":
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -36,9 +36,20 @@ def random_weights(project: Project) -> None:
     found = artifact.require(path, "prune")
     assert found.arch is not None
     with world(recipe.parallel, seed=recipe.seed) as w:
-        chunks = build_model(found.arch, w, precision=recipe.precision, sequence_length=recipe.data.sequence_length, random_weights=True)
+        chunks = build_model(
+            found.arch,
+            w,
+            precision=recipe.precision,
+            sequence_length=recipe.data.sequence_length,
+            random_weights=True,
+        )
         made = found.model_copy(update={"made_by": BY_HAND})
-        checkpoint.save(checkpoint.model_state(chunks, w), path, made, lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS))
+        checkpoint.save(
+            checkpoint.model_state(chunks, w),
+            path,
+            made,
+            lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS),
+        )
 
 
 def random_scores(project: Project) -> None:
@@ -53,19 +64,38 @@ def as_deep_as_wide(recipe: Recipe) -> dict[str, Any]:
     """Fewer layers instead of narrower ones, with the nearest number of parameters."""
     teacher = hf.read_arch(Path(recipe.model))
     size = resolve_target(teacher, recipe.target, family=recipe.export.family).num_parameters()
-    layers = min(range(1, teacher.num_layers), key=lambda n: abs(teacher.model_copy(update={"num_layers": n}).num_parameters() - size))
+    layers = min(
+        range(1, teacher.num_layers),
+        key=lambda n: abs(teacher.model_copy(update={"num_layers": n}).num_parameters() - size),
+    )
     return {"target": {"num_layers": layers}}
 
 
 def correction(recipe: Recipe) -> dict[str, Any]:
     """As many steps as the distillation, at a fifth of its learning rate."""
-    names = {"steps", "global_batch_size", "micro_batch_size", "warmup_steps", "weight_decay", "checkpoint_interval", "logits_precision"}
+    names = {
+        "steps",
+        "global_batch_size",
+        "micro_batch_size",
+        "warmup_steps",
+        "weight_decay",
+        "checkpoint_interval",
+        "logits_precision",
+    }
     d = recipe.distill
     return {"correct": {**d.model_dump(include=names), "lr": d.lr / 5, "min_lr": d.min_lr / 5}}
 
 
 SEARCHES: dict[str, dict[str, Any]] = {
-    "toy": {"tolerance": 0.3, "num_layers": [5, 6], "hidden_size": [48, 64], "num_samples": 8, "micro_batch_size": 8, "finalists": 2, "steps": 2},
+    "toy": {
+        "tolerance": 0.3,
+        "num_layers": [5, 6],
+        "hidden_size": [48, 64],
+        "num_samples": 8,
+        "micro_batch_size": 8,
+        "finalists": 2,
+        "steps": 2,
+    },
     "cpu": {
         "num_layers": [27, 28, 29, 30],
         "hidden_size": [480, 512, 544, 576],
@@ -89,7 +119,9 @@ listed, so that candidates fill the budget's 5 % on both sides: solved for it, a
 
 def searching(recipe: Recipe, size: str) -> dict[str, Any]:
     """What makes a recipe with a target one with a search inside the parameters of that target."""
-    parameters = resolve_target(hf.read_arch(Path(recipe.model)), recipe.target, family=recipe.export.family).num_parameters()
+    parameters = resolve_target(
+        hf.read_arch(Path(recipe.model)), recipe.target, family=recipe.export.family
+    ).num_parameters()
     return {"target": {"align": recipe.target.align}, "search": {"parameters": parameters, **SEARCHES[size]}}
 
 
@@ -101,12 +133,18 @@ def searched(which: str) -> Callable[[Recipe, Path], dict[str, Any]]:
             found = [Candidate.model_validate(row) for row in json.loads(search.read_text())["candidates"]]
             best = next(c for c in found if c.chosen)
         except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise InputError(f"{search} is no search.json of a search that has finished; give the one in its output folder") from error
+            raise InputError(
+                f"{search} is no search.json of a search that has finished; give the one in its output folder"
+            ) from error
         if len(found) < 3:
-            raise InputError(f"{search} has {len(found)} candidates; a comparison of best, largest and random needs 3")
+            raise InputError(
+                f"{search} has {len(found)} candidates; a comparison of best, largest and random needs 3"
+            )
         largest = max(found, key=lambda c: c.parameters)
         others = [c for c in found if c not in (best, largest)]
-        picked = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[which]
+        picked = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[
+            which
+        ]
         return {"target": target_of(picked.arch, recipe.target.align).model_dump(exclude_defaults=True)}
 
     return change
@@ -139,14 +177,21 @@ def scored(batch: str, sequence: str) -> str:
 VARIANTS: dict[str, Variant] = {
     "pruned": Variant(plain=True),
     "random weights": Variant(after={"prune": random_weights}),
-    f"random weights, {LONGER} x tokens": Variant(derived=[lambda r: {"distill.steps": LONGER * r.distill.steps}], after={"prune": random_weights}),
+    f"random weights, {LONGER} x tokens": Variant(
+        derived=[lambda r: {"distill.steps": LONGER * r.distill.steps}], after={"prune": random_weights}
+    ),
     "CE": Variant({"distill.kl_weight": 0.0, "distill.ce_weight": 1.0}, plain=True),
     "CE + KL": Variant({"distill.ce_weight": 1.0}, plain=True),
-    "contiguous layers": Variant({"depth.method": "block"}, derived=[as_deep_as_wide], plain=True, words=True),
+    "contiguous layers": Variant(
+        {"depth.method": "block"}, derived=[as_deep_as_wide], plain=True, words=True
+    ),
     "scattered layers": Variant({"depth.method": "drop"}, derived=[as_deep_as_wide], words=True),
     "shifted text": Variant(text="shift-text", plain=True),
     "shifted text, corrected teacher": Variant(derived=[correction], text="shift-text"),
-    **{scored(b, s): Variant({"score.batch_aggregation": b, "score.sequence_aggregation": s}) for b, s in AGGREGATIONS[1:]},
+    **{
+        scored(b, s): Variant({"score.batch_aggregation": b, "score.sequence_aggregation": s})
+        for b, s in AGGREGATIONS[1:]
+    },
     "random scores": Variant(after={"score": random_scores}),
     **{f"search: {which}": Variant(search=searched(which), plain=which == "best") for which in SEARCHED},
 }

@@ -28,8 +28,16 @@ def slurm():
     with cluster() as made:
         site = made.root / "site.env"
         site.write_text("GLOO_SOCKET_IFNAME=lo\nMINITRON_MARGIN_S=120\n")
-        paths = {"PATH": f"{Path(sys.executable).parent}:{made.environment['PATH']}", "PYTHONPATH": f"{ROOT}:{made.environment.get('PYTHONPATH', '')}"}
-        made.environment |= paths | {"MINITRON_SITE": str(site), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
+        paths = {
+            "PATH": f"{Path(sys.executable).parent}:{made.environment['PATH']}",
+            "PYTHONPATH": f"{ROOT}:{made.environment.get('PYTHONPATH', '')}",
+        }
+        made.environment |= paths | {
+            "MINITRON_SITE": str(site),
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONWARNINGS": "ignore",
+            "NO_COLOR": "1",
+        }
         yield made
 
 

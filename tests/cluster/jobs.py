@@ -14,7 +14,14 @@ STEPS, INTERVAL = 48, 16
 def recipe(project: Path, output: str) -> Path:
     """A recipe of the project's with an output folder of its own."""
     training = {"steps": STEPS, "checkpoint_interval": INTERVAL}
-    return make_recipe_file(project / f"{output}.yaml", project / "model", project / "text", project / output, parallel=LAYOUT, distill=training)
+    return make_recipe_file(
+        project / f"{output}.yaml",
+        project / "model",
+        project / "text",
+        project / output,
+        parallel=LAYOUT,
+        distill=training,
+    )
 
 
 def submit(slurm: Cluster, *words: str | Path, options: tuple[str, ...] = (), **variables: str) -> int:

@@ -55,7 +55,9 @@ PartitionName=other Nodes=ALL MaxTime=INFINITE State=UP
 def why_not() -> str | None:
     """Why there is no Slurm here, after an attempt to install Debian's; None when there is one."""
     needed = ("slurmctld", "slurmd", "sbatch", "gcc")
-    missing = [name for name in needed if not shutil.which(name)] + ["spank.h"] * (not Path("/usr/include/slurm/spank.h").exists())
+    missing = [name for name in needed if not shutil.which(name)] + ["spank.h"] * (
+        not Path("/usr/include/slurm/spank.h").exists()
+    )
     if not missing:
         return None
     if not shutil.which("apt-get") or os.geteuid():
@@ -69,11 +71,28 @@ def why_not() -> str | None:
         policy.chmod(0o755)
     try:
         subprocess.run(["apt-get", "-qq", "update"], **quiet)
-        done = subprocess.run(["apt-get", "-qq", "install", "-y", "--no-install-recommends", "slurm-wlm", "libslurm-dev", "gcc", "libc6-dev"], **quiet)
+        done = subprocess.run(
+            [
+                "apt-get",
+                "-qq",
+                "install",
+                "-y",
+                "--no-install-recommends",
+                "slurm-wlm",
+                "libslurm-dev",
+                "gcc",
+                "libc6-dev",
+            ],
+            **quiet,
+        )
     finally:
         if own:
             policy.unlink()
-    return f"apt-get cannot install slurm-wlm and libslurm-dev: {done.stderr.strip()[-300:]}" if done.returncode else None
+    return (
+        f"apt-get cannot install slurm-wlm and libslurm-dev: {done.stderr.strip()[-300:]}"
+        if done.returncode
+        else None
+    )
 
 
 @dataclass
@@ -84,7 +103,14 @@ class Cluster:
 
     def run(self, *words: str | Path, timeout_s: float = 60, **variables: str) -> str:
         """Output of a Slurm command, which has to succeed."""
-        done = subprocess.run([*map(str, words)], env=self.environment | variables, capture_output=True, text=True, timeout=timeout_s, cwd=self.root / "jobs")
+        done = subprocess.run(
+            [*map(str, words)],
+            env=self.environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            cwd=self.root / "jobs",
+        )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -96,7 +122,9 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", str(number))))
 
     def jobs(self) -> list[int]:
-        return sorted({int(number) for number in re.findall(r"JobId=(\d+)", self.run("scontrol", "show", "job", "-o"))})
+        return sorted(
+            {int(number) for number in re.findall(r"JobId=(\d+)", self.run("scontrol", "show", "job", "-o"))}
+        )
 
     def log(self, number: int) -> str:
         return "".join(path.read_text() for path in sorted((self.root / "jobs").glob(f"*{number}.out")))
@@ -108,27 +136,45 @@ class Cluster:
         """Until what() is true; the log of the job is in the message when it never is."""
         deadline = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < deadline, f"job {number} after {seconds:.0f} s: {self.job(number)}\n{self.log(number)}"
+            assert time.monotonic() < deadline, (
+                f"job {number} after {seconds:.0f} s: {self.job(number)}\n{self.log(number)}"
+            )
             time.sleep(0.1)
 
     def said(self) -> str:
         """The ends of the daemons' logs."""
-        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(self.root.glob("*.log")))
+        return "\n".join(
+            f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(self.root.glob("*.log"))
+        )
 
     def start(self, name: str) -> None:
         log = (self.root / f"{name}.log").open("a")
         words = ["slurmctld", "-D", "-c"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
         # setpriv: they end with this process, however it ends.
-        self.daemons[name] = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *words], env=self.environment, stdout=log, stderr=log, cwd=self.root)
+        self.daemons[name] = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *words],
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            cwd=self.root,
+        )
 
     def wait_until_up(self, seconds: float = 40) -> None:
         """Until all nodes are idle; none has a job then."""
         deadline = time.monotonic() + seconds
         while True:
-            done = subprocess.run(["sinfo", "-h", "-N", "-p", "batch", "-o", "%T"], env=self.environment, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                ["sinfo", "-h", "-N", "-p", "batch", "-o", "%T"],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
             if done.stdout.split() == ["idle"] * len(NODES):
                 return
-            assert time.monotonic() < deadline, f"Slurm does not come up: {done.stdout}{done.stderr}\n{self.said()}"
+            assert time.monotonic() < deadline, (
+                f"Slurm does not come up: {done.stdout}{done.stderr}\n{self.said()}"
+            )
             time.sleep(0.2)
 
     def lose(self, name: str) -> None:
@@ -144,7 +190,11 @@ class Cluster:
         """All that this cluster has started, with their environments."""
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
-                variables = dict(text.split("=", 1) for text in path.read_bytes().decode(errors="replace").split("\0") if "=" in text)
+                variables = dict(
+                    text.split("=", 1)
+                    for text in path.read_bytes().decode(errors="replace").split("\0")
+                    if "=" in text
+                )
                 if variables.get(MARK) == str(self.root):
                     yield int(path.parent.name), variables
 
@@ -209,5 +259,7 @@ def cluster() -> Iterator[Cluster]:
 
 def clean(environment: dict[str, str]) -> dict[str, str]:
     """Without what a job or a launcher around this process has set."""
-    foreign = re.compile(r"(SLURM|SBATCH|SRUN|MINITRON|TORCHELASTIC)_|(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT)$")
+    foreign = re.compile(
+        r"(SLURM|SBATCH|SRUN|MINITRON|TORCHELASTIC)_|(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT)$"
+    )
     return {name: value for name, value in environment.items() if not foreign.match(name)}

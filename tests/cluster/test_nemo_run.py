@@ -28,12 +28,27 @@ def nemo(slurm, tmp_path_factory):
     for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
         (programs / name).write_text(f'#!/bin/sh\nexec {PYTHON} {words}"$@"\n')
         (programs / name).chmod(0o755)
-    variables = {"NEMORUN_HOME": str(home), "PATH": f"{programs}:{slurm.environment['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {
+        "NEMORUN_HOME": str(home),
+        "PATH": f"{programs}:{slurm.environment['PATH']}",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     where = ["--nodes", "2", "--ranks", "2", "--partition", "batch", "--account", "me", "--time", "00:20:00"]
 
     def submit(form, stage, file, *options):
         before = slurm.jobs()
-        said = slurm.run("python", ROOT / "examples" / "with_nemo_run.py", file, stage, "--form", form, *where, *options, timeout_s=200, **variables)
+        said = slurm.run(
+            "python",
+            ROOT / "examples" / "with_nemo_run.py",
+            file,
+            stage,
+            "--form",
+            form,
+            *where,
+            *options,
+            timeout_s=200,
+            **variables,
+        )
         jobs = set(slurm.jobs()) - set(before)
         if "--dry-run" in options:
             assert not jobs
@@ -50,18 +65,29 @@ def nemo(slurm, tmp_path_factory):
 def test_both_forms(nemo, unbroken, project):
     """run.Partial distils, run.Script evaluates; curve and figures are those of launch/slurm.sbatch."""
     _, whole = unbroken
-    output, later = project / "nemo", ("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml")
+    output, later = (
+        project / "nemo",
+        ("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml"),
+    )
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*later))
     file = recipe(project, "nemo")
     nemo("partial", "distill", file)
     assert read_metrics(output) == read_metrics(whole)
     nemo("script", "evaluate", file)
-    losses = [json.loads((folder / "evaluation.json").read_text())["distilled"]["loss"] for folder in (output, whole)]
+    losses = [
+        json.loads((folder / "evaluation.json").read_text())["distilled"]["loss"]
+        for folder in (output, whole)
+    ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("form", ["partial", "script"])
 def test_a_dry_run_prints_the_script(nemo, project, form):
     said = "".join(nemo(form, "distill", recipe(project, "nemo"), "--dry-run").split())
-    for line in ("#SBATCH --account=me", "#SBATCH --nodes=2", "#SBATCH --partition=batch", "--nproc-per-node"):
+    for line in (
+        "#SBATCH --account=me",
+        "#SBATCH --nodes=2",
+        "#SBATCH --partition=batch",
+        "--nproc-per-node",
+    ):
         assert line.replace(" ", "") in said, said

@@ -9,7 +9,15 @@ import pytest
 from jobs import STEPS, recipe, submit
 from tiny import ROOT, read_metrics
 
-AFTER_PRUNING = ("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml")
+AFTER_PRUNING = (
+    "student_*",
+    "evaluation.json",
+    "report.*",
+    "metrics*",
+    "tensorboard",
+    "finished",
+    "recipe.yaml",
+)
 """Of an output folder, what a copy leaves out that is to distil again."""
 
 
@@ -33,7 +41,11 @@ def test_unbroken(slurm, unbroken):
 def test_deadline_is_before_the_time_limit(slurm, unbroken):
     job, _ = unbroken
     said = slurm.log(job).split("until ")[1].split(",")[0]
-    margin = datetime.fromisoformat(slurm.job(job)["StartTime"]).timestamp() + 20 * 60 - datetime.fromisoformat(said).timestamp()
+    margin = (
+        datetime.fromisoformat(slurm.job(job)["StartTime"]).timestamp()
+        + 20 * 60
+        - datetime.fromisoformat(said).timestamp()
+    )
     assert abs(margin - 120) <= 1  # the site's
 
 
@@ -48,7 +60,10 @@ def test_container_flags(slurm, unbroken):
 def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     """One run in three jobs, the last of them started twice; its curve is bitwise the unbroken one."""
     _, whole = unbroken
-    output, options = project / "broken", ("--partition=other", "--job-name=mine", "--exclude=", "--time=3", "--signal=B:USR1@5")
+    output, options = (
+        project / "broken",
+        ("--partition=other", "--job-name=mine", "--exclude=", "--time=3", "--signal=B:USR1@5"),
+    )
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*AFTER_PRUNING))
 
     # The deadline passes while the ranks start: they leave before the first step.
@@ -63,7 +78,9 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     second = slurm.jobs()[-1]
     assert "left before distill" in slurm.log(first), slurm.log(first)
     same = ("JobName", "NumNodes", "TimeLimit", "Partition", "TresPerNode", "Command", "WorkDir")
-    forwarded, original = ({name: slurm.job(job)[name].removesuffix("-2") for name in same} for job in (second, first))  # 2-2 nodes while it waits
+    forwarded, original = (
+        {name: slurm.job(job)[name].removesuffix("-2") for name in same} for job in (second, first)
+    )  # 2-2 nodes while it waits
     assert forwarded == original
     assert slurm.job(second)["StdOut"].endswith(f"mine-{second}.out")
     slurm.run("scontrol", "update", f"JobId={second}", "TimeLimit=20")
@@ -89,8 +106,12 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
     # A job that is requeued waits for two minutes, and so does this test: within the first of them Slurm 22.05 tells the node that came back
     # once more to end the job, and would end the new one, whose numbers are the same.
     slurm.wait(lambda: "try 4 of at most 100 on" in slurm.log(third) and slurm.ended(third), third, 400)
-    assert slurm.job(third)["JobState"] == "COMPLETED", f"{slurm.job(third)}\n{slurm.log(third)}\n{slurm.said()}"
-    assert all(slurm.job(job)["JobState"] == "CANCELLED" for job in slurm.jobs() if job > third)  # submitted before Slurm said that it requeues
+    assert slurm.job(third)["JobState"] == "COMPLETED", (
+        f"{slurm.job(third)}\n{slurm.log(third)}\n{slurm.said()}"
+    )
+    assert all(
+        slurm.job(job)["JobState"] == "CANCELLED" for job in slurm.jobs() if job > third
+    )  # submitted before Slurm said that it requeues
     assert (output / "finished").exists()
     assert read_metrics(output) == read_metrics(whole)
 
@@ -108,7 +129,13 @@ def test_a_last_try_is_not_submitted_again(slurm, project, variable, said):
     usual = site.read_text()
     site.write_text(usual.replace("MINITRON_MARGIN_S=120", "MINITRON_MARGIN_S=175"))
     try:
-        job = submit(slurm, "compress", recipe(project, "last"), options=("--time=3", "--signal=B:USR1@5"), **{variable: "1"})
+        job = submit(
+            slurm,
+            "compress",
+            recipe(project, "last"),
+            options=("--time=3", "--signal=B:USR1@5"),
+            **{variable: "1"},
+        )
         slurm.wait(lambda: slurm.ended(job), job)
     finally:
         site.write_text(usual)

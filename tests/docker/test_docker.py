@@ -43,7 +43,13 @@ def buildah(tmp_path_factory) -> Iterator[Buildah]:
 
     def run(*words: object, check: bool = True, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"TMPDIR": str(root / "tmp")}
-        done = subprocess.run(["buildah", *places, *map(str, words)], env=environment, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            ["buildah", *places, *map(str, words)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
         assert done.returncode == 0 or not check, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
@@ -62,7 +68,13 @@ def base(buildah, tmp_path_factory) -> str:
     rootfs, pins = context / "rootfs", (ROOT / "constraints" / "py311.txt").read_text()
     torch = re.search(r"^torch==(\S+)$", pins, re.M)
     assert torch
-    command = ["debootstrap", "--variant=minbase", "--include=python3,python3-pip,ca-certificates", "bookworm", rootfs]
+    command = [
+        "debootstrap",
+        "--variant=minbase",
+        "--include=python3,python3-pip,ca-certificates",
+        "bookworm",
+        rootfs,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     finally:
@@ -71,7 +83,20 @@ def base(buildah, tmp_path_factory) -> str:
     if done.returncode:
         pytest.skip(f"debootstrap cannot make Debian 12 here: {(done.stdout + done.stderr).strip()[-300:]}")
     packages = rootfs / "usr" / "local" / "lib" / "python3.11" / "dist-packages"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--python-version", "3.11", "--only-binary", ":all:", "--target", packages]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--python-version",
+        "3.11",
+        "--only-binary",
+        ":all:",
+        "--target",
+        packages,
+    ]
     wanted = [f"torch=={torch[1]}+cpu", f"numpy=={NUMPY}"]
     for index in ([], ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]):
         done = subprocess.run([*install, *index, *wanted], capture_output=True, text=True, timeout=600)
@@ -81,7 +106,9 @@ def base(buildah, tmp_path_factory) -> str:
         pytest.skip(f"{wanted[0]} cannot be had for Python 3.11: {done.stderr.strip()[-300:]}")
     subprocess.run(["tar", "-C", rootfs, "-cf", context / "rootfs.tar", "."], check=True)
     shutil.rmtree(rootfs)
-    (context / "Dockerfile").write_text("FROM scratch\nADD rootfs.tar /\nENV PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin\n")
+    (context / "Dockerfile").write_text(
+        "FROM scratch\nADD rootfs.tar /\nENV PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin\n"
+    )
     buildah("bud", "--isolation", "chroot", "--format", "docker", "--tag", BASE, context)
     shutil.rmtree(context)
     return BASE
@@ -89,9 +116,32 @@ def base(buildah, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def image(buildah, base) -> str:
-    certificates = ["--volume", "/etc/ssl/certs:/run/host-certs:ro", "--build-arg", "PIP_CERT=/run/host-certs/ca-certificates.crt"]
-    words = ["--isolation", "chroot", "--format", "docker", "--network", "host", *(certificates if CERTIFICATES.is_file() else [])]
-    done = buildah("bud", *words, "--build-arg", f"BASE_IMAGE={base}", "--build-arg", "REVISION=abc", "--tag", IMAGE, ROOT)
+    certificates = [
+        "--volume",
+        "/etc/ssl/certs:/run/host-certs:ro",
+        "--build-arg",
+        "PIP_CERT=/run/host-certs/ca-certificates.crt",
+    ]
+    words = [
+        "--isolation",
+        "chroot",
+        "--format",
+        "docker",
+        "--network",
+        "host",
+        *(certificates if CERTIFICATES.is_file() else []),
+    ]
+    done = buildah(
+        "bud",
+        *words,
+        "--build-arg",
+        f"BASE_IMAGE={base}",
+        "--build-arg",
+        "REVISION=abc",
+        "--tag",
+        IMAGE,
+        ROOT,
+    )
     assert re.search(rf"untouched: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
     return IMAGE
 
@@ -102,7 +152,9 @@ def project(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
     make_text(root / "text")
-    make_recipe_file(root / "recipe.yaml", Path("/project/model"), Path("/project/text"), Path("/project/out"))
+    make_recipe_file(
+        root / "recipe.yaml", Path("/project/model"), Path("/project/text"), Path("/project/out")
+    )
     for path in (root, *root.rglob("*")):
         path.chmod(0o777 if path.is_dir() else 0o666)
     return root
@@ -112,15 +164,30 @@ def project(tmp_path_factory) -> Path:
 def inside(buildah, image, project) -> Callable[..., subprocess.CompletedProcess[str]]:
     """inside(words...) runs a command in a container of the image, as its user, with the project at /project."""
     container = buildah("from", image).stdout.strip()
-    options = ["--isolation", "chroot", "--hostname", "localhost", "--volume", f"{project}:/project", "--env", "OMP_NUM_THREADS=1", "--env", "COLUMNS=250"]
-    return lambda *words, check=True: buildah("run", *options, container, "--", *words, check=check, timeout_s=300)
+    options = [
+        "--isolation",
+        "chroot",
+        "--hostname",
+        "localhost",
+        "--volume",
+        f"{project}:/project",
+        "--env",
+        "OMP_NUM_THREADS=1",
+        "--env",
+        "COLUMNS=250",
+    ]
+    return lambda *words, check=True: buildah(
+        "run", *options, container, "--", *words, check=check, timeout_s=300
+    )
 
 
 def test_what_the_image_says(buildah, image):
     config = json.loads(buildah("inspect", "--type", "image", image).stdout)["Docker"]["config"]
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Test"] == ["CMD", "minitron-mp", "doctor"]
-    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    labels = {
+        name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()
+    }
     assert labels["title"] == "minitron-mp"
     assert labels["licenses"] == "Apache-2.0"
     assert labels["revision"] == "abc"
@@ -135,8 +202,12 @@ def test_the_stack_is_the_base_s_and_the_user_is_nobody_special(inside):
     assert numpy.startswith("/usr/local/lib/python3.11/dist-packages/")
     assert version == NUMPY
     assert ours.startswith("/opt/venv/")
-    folders = "$HOME $HF_HOME $TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR $MPLCONFIGDIR $XDG_CACHE_HOME /workspace"
-    assert inside("bash", "-c", f'for d in {folders}; do touch "$d/x" && rm "$d/x"; done; id -u; pwd').stdout.split() == ["10001", "/workspace"]
+    folders = (
+        "$HOME $HF_HOME $TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR $MPLCONFIGDIR $XDG_CACHE_HOME /workspace"
+    )
+    assert inside(
+        "bash", "-c", f'for d in {folders}; do touch "$d/x" && rm "$d/x"; done; id -u; pwd'
+    ).stdout.split() == ["10001", "/workspace"]
     assert inside("bash", "-c", "touch /opt/venv/x", check=False).returncode
 
 
@@ -156,7 +227,16 @@ def test_a_check_that_fails(inside):
 
 def test_torchrun_of_the_image(inside):
     """The base's would start the base's Python, which does not see the library."""
-    done = inside("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "minitron_mp", "doctor", "/project/recipe.yaml")
+    done = inside(
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "minitron_mp",
+        "doctor",
+        "/project/recipe.yaml",
+    )
     assert "gloo, 2 ranks on 1 hosts" in done.stdout
     assert "0 failed" in done.stdout
 

@@ -40,7 +40,14 @@ FAMILIES = {
     "qwen3": {"qk_norm": True},
     "nemotron": {"norm": "layer1p", "activation": "squared_relu", "rotary_percent": 0.5},
 }
-SIZES = {"num_layers": 3, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 64}
+SIZES = {
+    "num_layers": 3,
+    "hidden_size": 256,
+    "ffn_hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 64,
+}
 SIZES |= {"vocab_size": 1024, "max_position_embeddings": 4096, "tied": False}
 SEQUENCE = 128
 LOCAL, ENGINE = {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}
@@ -87,7 +94,9 @@ def models(world, tmp_path):
         folder = tmp_path / arch.family
         if not folder.exists():
             torch.manual_seed(0)
-            chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL)
+            chunks = build_model(
+                arch, world, precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL
+            )
             with torch.no_grad():
                 for name, parameter in chunks[0].named_parameters():
                     if "norm" in name:  # ones and zeros by themselves
@@ -95,8 +104,14 @@ def models(world, tmp_path):
                     elif "linear" in name:  # logits of a size that tells models apart
                         parameter.mul_(3)
                     if "linear_fc1.weight" in name and arch.gated:
-                        parameter[: arch.ffn_hidden_size].mul_(4)  # gate and up differ, as in real models: one scale for both has to be both's
-            checkpoint.save(checkpoint.model_state(chunks, world), folder, Manifest(stage="teacher", settings={}, inputs={}, arch=arch))
+                        parameter[: arch.ffn_hidden_size].mul_(
+                            4
+                        )  # gate and up differ, as in real models: one scale for both has to be both's
+            checkpoint.save(
+                checkpoint.model_state(chunks, world),
+                folder,
+                Manifest(stage="teacher", settings={}, inputs={}, arch=arch),
+            )
         chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE, **options)
         checkpoint.load_model(chunks, folder, world)
         for chunk in chunks:
@@ -111,7 +126,12 @@ def batches_of(arch: Arch, step: int = 0, count: int = 4, size: int = 1):
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, arch.vocab_size, (count, SEQUENCE + 1), generator=generator)
     place = torch.arange(SEQUENCE).expand(count, SEQUENCE).contiguous()
-    samples = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": place, "loss_mask": torch.ones(count, SEQUENCE)}
+    samples = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "position_ids": place,
+        "loss_mask": torch.ones(count, SEQUENCE),
+    }
     return micro_batches(samples, size, 0, 1)
 
 
@@ -130,7 +150,13 @@ def test_the_same_model_of_either_layers(models, world, family):
     arch = arch_of(family)
     want = hidden_of(models(arch, "fp32", **LOCAL), arch, world)
     local, engine = models(arch, **LOCAL), models(arch, **ENGINE)
-    keys = [{(entry.key, tuple(entry.data.shape)) for entry in checkpoint.model_state(chunks, world)["model0"].values()} for chunks in (local, engine)]
+    keys = [
+        {
+            (entry.key, tuple(entry.data.shape))
+            for entry in checkpoint.model_state(chunks, world)["model0"].values()
+        }
+        for chunks in (local, engine)
+    ]
     assert keys[0] == keys[1]
     errors = [error_of(hidden_of(chunks, arch, world), want) for chunks in (local, engine)]
     print(family, "error of local and Transformer Engine layers", errors)
@@ -144,22 +170,41 @@ def test_scores_keep_the_same(models, world, family):
     such whose score is as near to the cut as rounding: 0.1 % and 2 %."""
     arch, kept = arch_of(family), {"hidden": 192, "ffn": 384, "heads": 4}
     found = {}
-    for name, precision, options in (("local", "fp32", LOCAL), ("fp32", "fp32", ENGINE), ("bf16", "bf16", ENGINE)):
+    for name, precision, options in (
+        ("local", "fp32", LOCAL),
+        ("fp32", "fp32", ENGINE),
+        ("bf16", "bf16", ENGINE),
+    ):
         chunks, batches = models(arch, precision, **options), batches_of(arch, 0, 16, 4)
-        found[name] = importance.score(chunks, arch, Score(), world, SEQUENCE, lambda c=chunks, b=batches: schedule.run(c, b, world, None))
+        found[name] = importance.score(
+            chunks,
+            arch,
+            Score(),
+            world,
+            SEQUENCE,
+            lambda c=chunks, b=batches: schedule.run(c, b, world, None),
+        )
     for name, near in (("fp32", 1e-3), ("bf16", 2e-2)):
         for axis, count in kept.items():
-            for own, want in zip(np.atleast_2d(getattr(found[name], axis)), np.atleast_2d(getattr(found["local"], axis))):
+            for own, want in zip(
+                np.atleast_2d(getattr(found[name], axis)), np.atleast_2d(getattr(found["local"], axis))
+            ):
                 order = np.argsort(-want)
                 differ = set(order[:count]) ^ set(np.argsort(-own)[:count])
-                assert all(abs(want[i] / want[order[count - 1]] - 1) < near for i in differ), (name, axis, sorted(differ))
+                assert all(abs(want[i] / want[order[count - 1]] - 1) < near for i in differ), (
+                    name,
+                    axis,
+                    sorted(differ),
+                )
 
 
 @pytest.mark.parametrize("family", ["llama", "nemotron"])
 def test_masks_mean_the_same(models, world, family):
     arch = arch_of(family)
     local = models(arch, "fp32", **LOCAL)
-    scores = importance.score(local, arch, Score(), world, SEQUENCE, lambda: schedule.run(local, batches_of(arch), world, None))
+    scores = importance.score(
+        local, arch, Score(), world, SEQUENCE, lambda: schedule.run(local, batches_of(arch), world, None)
+    )
     plan = make_plan(scores, arch, Target(hidden_size=192, ffn_hidden_size=384, num_attention_heads=4))
     found = []
     for chunks in (local, models(arch, **LOCAL), models(arch, **ENGINE)):
@@ -172,7 +217,9 @@ def test_masks_mean_the_same(models, world, family):
 def test_fp8_refuses_sizes(models):
     needs_fp8("tensorwise")
     odd = arch_of("llama").model_copy(update={"ffn_hidden_size": 504})
-    with pytest.raises(InputError, match=r"multiples of 16, ffn_hidden_size / tp \(504 / 1\) is 504; nearest 512"):
+    with pytest.raises(
+        InputError, match=r"multiples of 16, ffn_hidden_size / tp \(504 / 1\) is 504; nearest 512"
+    ):
         models(odd, fp8="tensorwise")
 
 
@@ -191,7 +238,9 @@ def test_a_teacher_in_fp8_does_not_depend_on_order(models, world, kind):
     print(kind, "error of the hidden states", error_of(first, exact))
     assert 0 < error_of(first, exact) < 0.15  # 3 bits of mantissa: 3 % a product, 12 products in a row
     weights = [dict(model[0].named_parameters()) for model in (chunks, models(arch))]
-    quantised = [name for name, weight in weights[0].items() if "transformer_engine" in type(weight).__module__]
+    quantised = [
+        name for name, weight in weights[0].items() if "transformer_engine" in type(weight).__module__
+    ]
     assert len(quantised) == 4 * arch.num_layers
     for name in quantised:  # half a step of e4m3 is 1/16 at most, 1/32 on average
         assert error_of(weights[0][name].dequantize().float(), weights[1][name].float()) < 0.04, name
@@ -200,29 +249,59 @@ def test_a_teacher_in_fp8_does_not_depend_on_order(models, world, kind):
 STEPS = 60
 
 
-def losses_of(arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_after: int | None = None, **more) -> list[float]:
+def losses_of(
+    arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_after: int | None = None, **more
+) -> list[float]:
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
     from minitron_mp.model import build_model
     from minitron_mp.trainer import train
 
-    settings = Correct(steps=STEPS, warmup_steps=4, global_batch_size=8, micro_batch_size=2, lr=1e-3, min_lr=1e-4, fp8=fp8, checkpoint_interval=20, **more)
+    settings = Correct(
+        steps=STEPS,
+        warmup_steps=4,
+        global_batch_size=8,
+        micro_batch_size=2,
+        lr=1e-3,
+        min_lr=1e-4,
+        fp8=fp8,
+        checkpoint_interval=20,
+        **more,
+    )
     parallel.seed_all(5)
-    chunks, found = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True), []
+    chunks, found = (
+        build_model(
+            arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True
+        ),
+        [],
+    )
     assert hasattr(chunks[0].decoder.layers[0], "cudagraph_manager") == settings.cuda_graphs
-    options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": Manifest(stage="correct", settings={"fp8": fp8}, inputs={})}
+    options = {
+        "vocab_size": arch.vocab_size,
+        "seed": 3,
+        "checkpoints": checkpoints,
+        "manifest": Manifest(stage="correct", settings={"fp8": fp8}, inputs={}),
+    }
     recorded = []
 
     def on_step(metrics) -> None:
         found.append(metrics.loss)
         if settings.cuda_graphs:
-            recorded.append([runner.bwd_graph for layer in chunks[0].decoder.layers for runner in layer.cudagraph_manager.cudagraph_runners])
+            recorded.append(
+                [
+                    runner.bwd_graph
+                    for layer in chunks[0].decoder.layers
+                    for runner in layer.cudagraph_manager.cudagraph_runners
+                ]
+            )
 
     note = {"on_step": on_step, "stop_after": stop_after}
     train(chunks, None, lambda step: batches_of(arch, 0, 8, 2), settings, world, **options, **note)
     if settings.cuda_graphs:
         assert len(recorded[1]) >= len(chunks[0].decoder.layers)
         assert all(recorded[1])
-        hidden_of([chunk.eval() for chunk in chunks], arch, world)  # the trained model is used without its graphs
+        hidden_of(
+            [chunk.eval() for chunk in chunks], arch, world
+        )  # the trained model is used without its graphs
     return found
 
 
@@ -239,7 +318,11 @@ def test_fp8_descends_with_bf16(world, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [None, "tensorwise", "delayed"])
-@pytest.mark.parametrize("more", [{}, {"recompute": True}, {"async_save": True}, {"cuda_graphs": True}], ids=["stored", "recomputed", "async", "graphs"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"recompute": True}, {"async_save": True}, {"cuda_graphs": True}],
+    ids=["stored", "recomputed", "async", "graphs"],
+)
 def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monkeypatch):
     """Bitwise, with attention that adds in one order: delayed scaling has its histories in the checkpoint. A checkpoint that is written beside
     the training holds the weights of its step, not those of the steps that came while it was written."""
@@ -252,7 +335,9 @@ def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monk
             pytest.skip("a recipe refuses it")
     arch = arch_of("llama")
     whole = losses_of(arch, world, tmp_path / "whole", kind, **more)
-    parts = losses_of(arch, world, tmp_path / "parts", kind, stop_after=20, **more) + losses_of(arch, world, tmp_path / "parts", kind, **more)
+    parts = losses_of(arch, world, tmp_path / "parts", kind, stop_after=20, **more) + losses_of(
+        arch, world, tmp_path / "parts", kind, **more
+    )
     assert parts == whole
 
 
@@ -264,8 +349,15 @@ def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, mon
     if kind:
         needs_fp8(kind)
     arch = arch_of("llama")
-    found = [losses_of(arch, world, tmp_path / f"{i}", kind, cuda_graphs=on) for i, on in enumerate((False, True, True, False))]
-    print(kind, "furthest from the run without graphs", [max(abs(a - b) for a, b in zip(one, found[0])) for one in found])
+    found = [
+        losses_of(arch, world, tmp_path / f"{i}", kind, cuda_graphs=on)
+        for i, on in enumerate((False, True, True, False))
+    ]
+    print(
+        kind,
+        "furthest from the run without graphs",
+        [max(abs(a - b) for a, b in zip(one, found[0])) for one in found],
+    )
     assert found[2] == found[1]
     assert found[3] == found[0]
     assert found[1] == found[0]
@@ -273,9 +365,24 @@ def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, mon
 
 def two_ranks(*arguments: str | Path) -> str:
     """This file under torchrun on one GPU; what rank 0 printed."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, *map(str, arguments)]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        *map(str, arguments),
+    ]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    more = {"PYTHONPATH": paths, "CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "COLUMNS": "160"}
+    more = {
+        "PYTHONPATH": paths,
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "COLUMNS": "160",
+    }
     done = subprocess.run(line, env=os.environ | more, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -315,7 +422,13 @@ def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
     arch = arch_of("llama")
     models(arch, **LOCAL)  # writes the checkpoint
     alone = losses_from(arch, world, tmp_path / arch.family, tmp_path / "one", {"fp8": fp8})
-    said = two_ranks("train", tmp_path / arch.family, tmp_path / "two", json.dumps(parallel_of), json.dumps(settings | {"fp8": fp8}))
+    said = two_ranks(
+        "train",
+        tmp_path / arch.family,
+        tmp_path / "two",
+        json.dumps(parallel_of),
+        json.dumps(settings | {"fp8": fp8}),
+    )
     two = json.loads(said.split("losses ")[1])
     print(case, fp8, alone, two)
     assert len(two) == len(alone)
@@ -328,7 +441,9 @@ def test_a_teacher_in_fp8_at_another_tp_than_its_checkpoint(models, world, tmp_p
     needs_fp8(kind)
     arch = arch_of("llama")
     torch.save(hidden_of(models(arch), arch, world).cpu(), tmp_path / "exact.pt")
-    found = json.loads(two_ranks("teacher", tmp_path / arch.family, tmp_path / "exact.pt", kind).split("errors ")[1])
+    found = json.loads(
+        two_ranks("teacher", tmp_path / arch.family, tmp_path / "exact.pt", kind).split("errors ")[1]
+    )
     print(kind, found)
     assert 0 < found["hidden"] < 0.15
     assert len(found["weights"]) == 4 * arch.num_layers
@@ -341,12 +456,32 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
     from minitron_mp.trainer import train
 
     settings = Correct(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
-    chunks, found = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings), []
+    chunks, found = (
+        build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings),
+        [],
+    )
     checkpoint.load_model(chunks, folder, world)
-    options = {"vocab_size": arch.vocab_size, "seed": 3, "checkpoints": checkpoints, "manifest": Manifest(stage="correct", settings={}, inputs={})}
-    with communication_buffers(settings, make_recipe(NEEDED | {"data": {"sequence_length": SEQUENCE}, "parallel": world.parallel}), arch.hidden_size):
+    options = {
+        "vocab_size": arch.vocab_size,
+        "seed": 3,
+        "checkpoints": checkpoints,
+        "manifest": Manifest(stage="correct", settings={}, inputs={}),
+    }
+    with communication_buffers(
+        settings,
+        make_recipe(NEEDED | {"data": {"sequence_length": SEQUENCE}, "parallel": world.parallel}),
+        arch.hidden_size,
+    ):
         own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
-        train(chunks, None, lambda step: own, settings, world, **options, on_step=lambda metrics: found.append(metrics.loss))
+        train(
+            chunks,
+            None,
+            lambda step: own,
+            settings,
+            world,
+            **options,
+            on_step=lambda metrics: found.append(metrics.loss),
+        )
     return found
 
 
@@ -358,7 +493,12 @@ def test_graphs_beside_a_colocated_teacher(tmp_path):
     curves = []
     for on in (False, True):
         training = {"precision": "bf16", "distill": {"cuda_graphs": on}}
-        two_ranks("compress", make_recipe_file(tmp_path / f"{on}.yaml", tmp_path / "model", tmp_path / "text", tmp_path / str(on), **training))
+        two_ranks(
+            "compress",
+            make_recipe_file(
+                tmp_path / f"{on}.yaml", tmp_path / "model", tmp_path / "text", tmp_path / str(on), **training
+            ),
+        )
         curves.append([row["loss"] for row in read_metrics(tmp_path / str(on))])
     assert max(abs(a - b) for a, b in zip(*curves)) < 0.02 * curves[0][0]
 
@@ -372,7 +512,12 @@ def test_a_teacher_in_fp8_on_a_rank_of_its_own(tmp_path):
     curves = {}
     for name, teacher in (("colocated", {}), ("remote", {"placement": "remote", "ranks": 1})):
         recipe = make_recipe_file(
-            tmp_path / f"{name}.yaml", tmp_path / "model", tmp_path / "text", tmp_path / name, teacher={"fp8": "tensorwise", **teacher}, **both
+            tmp_path / f"{name}.yaml",
+            tmp_path / "model",
+            tmp_path / "text",
+            tmp_path / name,
+            teacher={"fp8": "tensorwise", **teacher},
+            **both,
         )
         out = two_ranks("compress", recipe)
         assert "teacher in FP8 (tensorwise): KL(bf16 || FP8)" in out
@@ -416,7 +561,11 @@ def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, ki
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     weights = dict(plain[0].named_parameters())
-    pairs = {name: (weight, weights[name]) for name, weight in quantised[0].named_parameters() if "transformer_engine" in type(weight).__module__}
+    pairs = {
+        name: (weight, weights[name])
+        for name, weight in quantised[0].named_parameters()
+        if "transformer_engine" in type(weight).__module__
+    }
     found = {name: error_of(own.dequantize().float(), want.float()) for name, (own, want) in pairs.items()}
     return {"hidden": error_of(hidden_of(quantised, arch, world), exact.to(world.device)), "weights": found}
 

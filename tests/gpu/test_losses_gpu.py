@@ -46,16 +46,29 @@ def make_case(tokens, hidden, teacher_hidden, dtype, *, scale=4.0):
     weights = torch.full((tokens, 2), 0.5 / tokens, device=DEVICE)
     weights[-1] = 0
     labels = torch.randint(0, VOCAB, (tokens, 2), generator=generator, device=DEVICE)
-    return {"hidden": x.to(dtype), "weight": w.to(dtype), "labels": labels, "token_weights": weights, "teacher": teacher}
+    return {
+        "hidden": x.to(dtype),
+        "weight": w.to(dtype),
+        "labels": labels,
+        "token_weights": weights,
+        "teacher": teacher,
+    }
 
 
 def run(case, objective, *, main_grad=False):
     x, w = (case[name].detach().requires_grad_() for name in ("hidden", "weight"))
     if main_grad:
         w.main_grad = torch.zeros(w.shape, device=DEVICE)
-    loss, per_token = distillation_loss(x, w, case["labels"], case["token_weights"], case["teacher"], objective, vocab_size=VOCAB, group=ALONE)
+    loss, per_token = distillation_loss(
+        x, w, case["labels"], case["token_weights"], case["teacher"], objective, vocab_size=VOCAB, group=ALONE
+    )
     loss.backward()
-    return {"loss": loss.detach(), "per_token": per_token, "dx": x.grad, "dw": w.main_grad if main_grad else w.grad}
+    return {
+        "loss": loss.detach(),
+        "per_token": per_token,
+        "dx": x.grad,
+        "dw": w.main_grad if main_grad else w.grad,
+    }
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
@@ -65,7 +78,9 @@ def test_kernels_equal_rows(dtype, t, divergence):
     from minitron_mp import kernels
 
     generator = torch.Generator(DEVICE).manual_seed(0)
-    z_s, z_t = ((4 * torch.randn((64, COLUMNS), generator=generator, device=DEVICE)).to(dtype) for _ in range(2))
+    z_s, z_t = (
+        (4 * torch.randn((64, COLUMNS), generator=generator, device=DEVICE)).to(dtype) for _ in range(2)
+    )
     z_s[3] = z_t[3] = z_s[:, VOCAB:] = z_t[:, VOCAB:] = torch.nan
     weights = torch.rand((2, 64), generator=generator, device=DEVICE)
     weights[:, 3] = 0
@@ -73,20 +88,35 @@ def test_kernels_equal_rows(dtype, t, divergence):
     values = workers_kernels.row_values(z_s, z_t, labels, tuple(weights), VOCAB, t, divergence)
     for ce in (True, False):
         for out in (torch.float32, torch.bfloat16, None):
-            got, want = (workers_kernels.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out) for module in (kernels, rows))
+            got, want = (
+                workers_kernels.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out)
+                for module in (kernels, rows)
+            )
             assert not got["gradient"][3].any()
             counts = torch.arange(64, device=DEVICE) != 3
             for key in want:
                 # float32 sums of 131072 terms in another order; a bf16 gradient may be rounded to the other side.
                 rtol = 2**-7 if key == "gradient" and (out or dtype) is torch.bfloat16 else 2e-5
-                torch.testing.assert_close(got[key][counts], want[key][counts], rtol=rtol, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+                torch.testing.assert_close(
+                    got[key][counts],
+                    want[key][counts],
+                    rtol=rtol,
+                    atol=1e-6,
+                    msg=lambda text, key=key: f"{key}: {text}",
+                )
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "top_k", "ce"])
 def test_float32_equals_dense_float64(name):
     objective = CROSS_ENTROPY if name == "ce" else OBJECTIVES[name.replace("top_k", "forward_kl-hot-ce")]
     case = make_case(32, 256, 320, torch.float32)
-    case = case | {"teacher": None} if name == "ce" else as_top_k(case, objective, 64) if name == "top_k" else case
+    case = (
+        case | {"teacher": None}
+        if name == "ce"
+        else as_top_k(case, objective, 64)
+        if name == "top_k"
+        else case
+    )
     want = dense(case, objective, VOCAB)
     want["per_token"][:, -1] = 0
     # Sums of 131072 float32 terms; a logit of 16 is rounded by 1e-6.
@@ -95,13 +125,24 @@ def test_float32_equals_dense_float64(name):
 
 # bf16 inputs are exact in float64. float32 logits: the gradients of the logits and both results are rounded, 2^-9 each.
 # bf16 logits of 16 to 32, as the likeliest tokens have here, are rounded by up to 2^-4, the relative error of a probability.
-@pytest.mark.parametrize(("logits_dtype", "gradient", "loss"), [(torch.float32, 3e-3, 2e-5), (torch.bfloat16, 1e-1, 6e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("logits_dtype", "gradient", "loss"),
+    [(torch.float32, 3e-3, 2e-5), (torch.bfloat16, 1e-1, 6e-2)],
+    ids=["fp32", "bf16"],
+)
 def test_bf16_inputs(logits_dtype, gradient, loss):
     objective = Objective(logits_dtype=logits_dtype)
     case = make_case(128, 1024, 1280, torch.bfloat16)
     want = dense(case, objective, VOCAB)
     want["per_token"][:, -1] = 0
-    check(run(case, objective, main_grad=True), want, vocab_size=VOCAB, loss=loss, gradient=gradient, scale=gradient)
+    check(
+        run(case, objective, main_grad=True),
+        want,
+        vocab_size=VOCAB,
+        loss=loss,
+        gradient=gradient,
+        scale=gradient,
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl-ce", "reverse_kl-hot", "js", "top_k"])

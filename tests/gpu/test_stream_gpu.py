@@ -18,9 +18,21 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("payload", ["hidden", "logits", "topk"])
 def test_what_arrives_over_nccl_is_what_was_sent(payload, window):
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, payload, str(window)]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        payload,
+        str(window),
+    ]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        line, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "received 40, wrong []" in done.stdout
 
