@@ -1,6 +1,6 @@
 """Package metadata. Ranges are here; the versions that were tested together are in constraints/."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CORE = [
     "torch>=2.11",
@@ -47,8 +47,8 @@ setup(
     description="Minitron pruning and distillation of large language models on Megatron-Core, at any parallel layout",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["minitron_mp"],
-    package_data={"minitron_mp": ["report.html.j2", "layer_times.json"]},
+    packages=find_packages(include=["minitron_mp*"]),
+    package_data={"minitron_mp.report": ["report.html.j2"], "minitron_mp.planning": ["layer_times.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minitron-mp = minitron_mp.cli:main"]},

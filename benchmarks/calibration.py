@@ -19,14 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minitron_mp import hf, parallel
-from minitron_mp.importance import recording
-from minitron_mp.masks import masked
-from minitron_mp.model import build_model
-from minitron_mp.plan import Importance, make_plan
-from minitron_mp.pruning_config import Target
-from minitron_mp.schedule import run
-from minitron_mp.sections import Parallel, Score
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.world import join_world
+from minitron_mp.models.build import build_model
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.pruning.importance import recording
+from minitron_mp.pruning.masks import masked
+from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.scores import Scores
 
 
 def main() -> None:
@@ -45,9 +47,9 @@ def main() -> None:
     parser.add_argument("--masks", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    arch = hf.read_arch(args.model, weights=False)
+    arch = read_arch(args.model, weights=False)
     arch = arch.model_copy(update={"num_layers": args.layers or arch.num_layers})
-    with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
+    with join_world(ParallelConfig(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
         options = {
             "precision": args.precision,
             "sequence_length": args.sequence_length,
@@ -67,11 +69,11 @@ def main() -> None:
         def forward() -> float:
             _settle()
             start = time.perf_counter()
-            run(chunks, batches, world, None)
+            run_schedule(chunks, batches, world, None)
             _settle()
             return time.perf_counter() - start
 
-        scores = Importance(
+        scores = Scores(
             *(
                 np.random.default_rng(1).random(n)
                 for n in (
@@ -87,13 +89,13 @@ def main() -> None:
             "ffn_hidden_size": arch.ffn_hidden_size - 16 * args.tp,
             "num_attention_heads": arch.num_attention_heads - arch.num_query_groups,
         }
-        plan = make_plan(scores, arch, Target(**smaller), tp=args.tp)
+        plan = make_plan(scores, arch, TargetConfig(**smaller), tp=args.tp)
 
         def hooked() -> float:
             with (
                 masked(chunks, plan, world)
                 if args.masks
-                else recording(chunks, arch, Score(), world, args.sequence_length)
+                else recording(chunks, arch, ScoreConfig(), world, args.sequence_length)
             ):
                 return forward()
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reproduce"))
 from pace import in_turn, told
 
 from minitron_mp import make_recipe, run_stage
-from minitron_mp.project import Project
+from minitron_mp.workflow.graph import StageGraph
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
             }
         )
         run_stage("import", recipe)
-        found = in_turn(recipe, config, Project(recipe).paths["import"], pairs=args.pairs)
+        found = in_turn(recipe, config, StageGraph(recipe).paths["import"], pairs=args.pairs)
     tokens = args.micro_batch_size * args.sequence_length
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, {tokens} tokens a step, {args.pairs} pairs of steps"

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from minitron_mp import hf, parallel
-from minitron_mp.ablation import losses_without
-from minitron_mp.model import build_model
-from minitron_mp.plan import depth_candidates
-from minitron_mp.pruning_config import Depth
-from minitron_mp.sections import Parallel
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import DepthConfig
+from minitron_mp.distributed.world import join_world
+from minitron_mp.models.build import build_model
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.pruning.ablation import losses_without
+from minitron_mp.pruning.depth import depth_candidates
 
 
 def main() -> None:
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    arch = hf.read_arch(args.model)
-    with parallel.world(Parallel(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
+    arch = read_arch(args.model)
+    with join_world(ParallelConfig(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
         chunks = build_model(
             arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True
         )
@@ -56,7 +57,7 @@ def main() -> None:
         for chunk in chunks:
             for block in chunk.eval().decoder.layers:
                 block.register_forward_hook(lambda *_: calls.append(1))
-        candidates = depth_candidates(Depth(method="block"), arch.num_layers, args.block)
+        candidates = depth_candidates(DepthConfig(method="block"), arch.num_layers, args.block)
 
         def measure(which: list[frozenset[int]], batches: list) -> tuple[float, int]:
             """Seconds, and layer forwards over all pipeline stages."""

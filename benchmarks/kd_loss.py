@@ -34,9 +34,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitron_mp import losses
-from minitron_mp.losses import Objective, TeacherHidden
-from minitron_mp.rows import STATISTICS
+from minitron_mp.losses import fused as losses
+from minitron_mp.losses.fused import ELEMENTS, Objective, TeacherHidden, distillation_loss
+from minitron_mp.losses.reference import STATISTICS
 
 FULL = {"tokens": 8192, "student": 4096, "teacher": 5120, "vocab": 131072}
 SMALL = {"tokens": 512, "student": 256, "teacher": 320, "vocab": 4096}
@@ -116,7 +116,7 @@ def ours(logits_dtype: torch.dtype, case: dict[str, Tensor]) -> Tensor:
         Objective(logits_dtype=logits_dtype),
         TeacherHidden(case["teacher"][:, None], case["teacher_weight"]),
     )
-    loss, _ = losses.distillation_loss(
+    loss, _ = distillation_loss(
         x[:, None],
         w,
         case["labels"],
@@ -286,7 +286,7 @@ def as_on_a_gpu() -> Any:
     )
     with (
         patch.object(FakeTensor, "is_cuda", True, create=True),
-        patch.dict(losses.ELEMENTS, cpu=losses.ELEMENTS["cuda"]),
+        patch.dict(ELEMENTS, cpu=ELEMENTS["cuda"]),
         patch.object(losses, "_row_functions", lambda _: stand_in),
     ):
         yield

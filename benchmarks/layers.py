@@ -31,17 +31,16 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minitron_mp import parallel
-from minitron_mp.arch import Arch
-from minitron_mp.config import Recipe, load_recipe
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.recipe import Recipe, load_recipe
+from minitron_mp.config.training import TrainingConfig
+from minitron_mp.distributed.world import World, build_groups, leave_groups
 from minitron_mp.errors import InputError
-from minitron_mp.hardware import GPUS
-from minitron_mp.losses import Objective, TeacherHidden, distillation_loss
-from minitron_mp.model import DTYPES, build_model
-from minitron_mp.parallel import World
-from minitron_mp.planner import read_models
-from minitron_mp.sections import Parallel
-from minitron_mp.training_config import Training
+from minitron_mp.losses.fused import Objective, TeacherHidden, distillation_loss
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import DTYPES, build_model
+from minitron_mp.planning.command import read_models
+from minitron_mp.planning.hardware import GPUS
 
 SIZES = (
     "hidden_size",
@@ -132,7 +131,9 @@ def time_layers(
     small = arch.model_copy(update={"num_layers": where["num_layers"], "vocab_size": 128, "tied": False})
     precision = dtype if dtype in DTYPES else "bf16"
     training = (
-        Training().model_copy(update={"fp8": None if dtype in DTYPES else dtype}) if what == "train" else None
+        TrainingConfig().model_copy(update={"fp8": None if dtype in DTYPES else dtype})
+        if what == "train"
+        else None
     )
     options: dict[str, Any] = {
         "precision": precision,
@@ -277,9 +278,9 @@ def shard(tp: int) -> Iterator[World]:
     """The first of tp tensor parallel ranks, which hears nothing of the others."""
     dist.init_process_group("fake", rank=0, world_size=tp, store=FakeStore())
     try:
-        yield parallel.build_groups(Parallel(tp=tp, sequence_parallel=tp > 1), DEVICE, 1)
+        yield build_groups(ParallelConfig(tp=tp, sequence_parallel=tp > 1), DEVICE, 1)
     finally:
-        parallel.leave_groups()
+        leave_groups()
         dist.destroy_process_group()
 
 

@@ -22,19 +22,18 @@ from typing import Any
 import torch
 from layers import DEVICE, _forget, _gpu, _wait
 
-from minitron_mp import parallel
-from minitron_mp.arch import Arch
-from minitron_mp.artifact import Manifest
-from minitron_mp.config import Recipe, load_recipe, make_recipe
-from minitron_mp.cost import uses_transformer_engine
-from minitron_mp.estimate import distillation
-from minitron_mp.hardware import Times, read_hardware, read_times
-from minitron_mp.model import build_model
-from minitron_mp.parallel import World
-from minitron_mp.planner import read_models
-from minitron_mp.sections import Parallel
-from minitron_mp.teacher import ColocatedTeacher, with_signals
-from minitron_mp.trainer import Run
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe
+from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
+from minitron_mp.distributed.world import World, join_world
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.planning.command import read_models
+from minitron_mp.planning.hardware import Times, read_hardware, read_times
+from minitron_mp.planning.memory import uses_transformer_engine
+from minitron_mp.planning.step_time import estimate_distillation
+from minitron_mp.training.run import TrainingRun
 
 TIME, MEMORY = 0.15, 0.10
 """What the planner may be off."""
@@ -61,7 +60,7 @@ def main() -> None:
     print(
         f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} {'peak GiB':>9} {'planned':>8} {'off':>6}"
     )
-    with parallel.world(Parallel(), seed=1) as world:
+    with join_world(ParallelConfig(), seed=1) as world:
         for name, recipe in configurations(
             load_recipe(args.recipe, args.overrides), args.microbatches
         ).items():
@@ -106,7 +105,7 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
     """Measure, print, and say what is too far off."""
     _, teacher, student = (arch.model_copy(update={"num_layers": num_layers}) for arch in read_models(recipe))
-    planned = distillation(student, teacher, recipe, 1, times)
+    planned = estimate_distillation(student, teacher, recipe, 1, times)
     _forget()
     base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     if DEVICE.type == "cuda":
@@ -141,7 +140,7 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
     chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
     source = RandomTeacher(taught, world)
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
-    training = Run(
+    training = TrainingRun(
         chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
     )
     tokens = torch.randint(0, student.vocab_size, (d.micro_batch_size, sequence))

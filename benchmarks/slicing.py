@@ -20,13 +20,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from minitron_mp import parallel
-from minitron_mp.arch import Arch
-from minitron_mp.model import build_model
-from minitron_mp.plan import Importance, make_plan
-from minitron_mp.pruning_config import Target
-from minitron_mp.sections import Parallel
-from minitron_mp.slicing import prune
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.distributed.world import join_world
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.slicing import prune
 
 
 def main() -> None:
@@ -47,16 +48,16 @@ def main() -> None:
     }
     arch = Arch(family="llama", num_layers=args.layers, tied=False, max_position_embeddings=4096, **sizes)
     random = np.random.default_rng(0)
-    scores = Importance(
+    scores = Scores(
         ffn=random.random((args.layers, 5376), np.float32),
         heads=random.random((args.layers, 16), np.float32),
         hidden=random.random(1536, np.float32),
         layers=random.random(args.layers, np.float32),
     )
     plan = make_plan(
-        scores, arch, Target(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12), args.tp
+        scores, arch, TargetConfig(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12), args.tp
     )
-    with parallel.world(Parallel(tp=args.tp), seed=1) as world:
+    with join_world(ParallelConfig(tp=args.tp), seed=1) as world:
         chunks = build_model(arch, world, precision="bf16", sequence_length=128)
         weights = [p for chunk in chunks for p in chunk.parameters()]
         for weight in weights:

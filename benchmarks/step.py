@@ -30,20 +30,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minitron_mp import hf, parallel
-from minitron_mp.arch import Arch
-from minitron_mp.artifact import Manifest
-from minitron_mp.cost import kept_per_token
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.distillation.teacher import Signal, with_signals
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
-from minitron_mp.flops import forward_flops, training_flops
-from minitron_mp.model import build_model, logits, output_weight
-from minitron_mp.parallel import World
-from minitron_mp.precision import engine_version, forget_cuda_graphs
-from minitron_mp.schedule import run
-from minitron_mp.sections import Parallel
-from minitron_mp.teacher import Signal, TeacherHidden, with_signals
-from minitron_mp.trainer import Run
-from minitron_mp.training_config import Distill
+from minitron_mp.losses.fused import TeacherHidden
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model, logits, output_weight
+from minitron_mp.models.flops import forward_flops, training_flops
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.models.precision import engine_version, forget_cuda_graphs
+from minitron_mp.planning.memory import kept_per_token
+from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 SMALL = {
@@ -69,7 +70,8 @@ class Teacher:
 
     def signals(self, batches: Any, step: int) -> list[Signal]:
         return [
-            Signal(hidden, []) for hidden in run(self.chunks, batches, self.world, lambda hidden, _: hidden)
+            Signal(hidden, [])
+            for hidden in run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden)
         ]
 
     def target(self, signal: Signal) -> TeacherHidden:
@@ -103,7 +105,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     on_gpu = torch.cuda.is_available()
     sequence = args.sequence_length or (8192 if on_gpu else 64)
-    teacher = hf.read_arch(CONFIGS / "mistral_nemo_12b", weights=False).model_copy(
+    teacher = read_arch(CONFIGS / "mistral_nemo_12b", weights=False).model_copy(
         update={"num_layers": args.layers}
     )
     student = teacher.model_copy(update={"hidden_size": 4096, "ffn_hidden_size": 11520})
@@ -112,7 +114,7 @@ def main() -> None:
             teacher.model_copy(update=SMALL),
             student.model_copy(update={**SMALL, "hidden_size": 96, "ffn_hidden_size": 192}),
         )
-    with parallel.world(Parallel(), seed=1) as world:
+    with join_world(ParallelConfig(), seed=1) as world:
         ceilings = {
             "bf16": ceiling(None, world),
             **({"fp8": ceiling("fp8", world)} if on_gpu and args.fp8 else {}),
@@ -180,7 +182,7 @@ def measure(
     """One row of the table."""
     build: dict[str, Any] = {"precision": "bf16", "sequence_length": sequence}
     # Few warm-up steps: the loss must stay a number, no more.
-    settings = Distill(
+    settings = DistillConfig(
         steps=10_000,
         warmup_steps=9_999,
         lr=1e-5,
@@ -194,7 +196,7 @@ def measure(
         settings = settings.model_copy(update={"logits_precision": "bf16"})
     teacher = Teacher(teacher_arch, world, fp8="tensorwise" if fp8 == "delayed" else fp8, **build)
     chunks = build_model(arch, world, training=settings, random_weights=True, **build)
-    student = Run(
+    student = TrainingRun(
         chunks,
         teacher,
         settings,
@@ -240,7 +242,9 @@ def measure(
         times.append(_timed(step))
         updates.append(_timed(student.update))
     flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
-    kept = kept_per_token(arch, Parallel(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8))
+    kept = kept_per_token(
+        arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
+    )
     student.settle()
     if graphs:
         forget_cuda_graphs(chunks)

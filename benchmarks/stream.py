@@ -20,9 +20,10 @@ import time
 
 import torch
 
-from minitron_mp import parallel
-from minitron_mp.sections import Parallel
-from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.distillation.stream import Link, Receiver, Sender
+from minitron_mp.distillation.stream_layout import Grid, StreamShape
+from minitron_mp.distributed.roles import join_roles
 
 
 def main() -> None:
@@ -56,8 +57,8 @@ def main() -> None:
         "logits": (args.vocabulary, torch.bfloat16),
         "topk": (2 * args.top_k + 1, torch.int32),
     }[args.payload]
-    shape, one = Shape(args.payload, args.tokens, 1, width, dtype), Parallel()
-    with parallel.roles({"student": (1, one), "teacher": (1, one)}, seed=1) as world:
+    shape, one = StreamShape(args.payload, args.tokens, 1, width, dtype), ParallelConfig()
+    with join_roles({"student": (1, one), "teacher": (1, one)}, seed=1) as world:
         assert world.bridge is not None
         for title, student_s, teacher_s, pause_s in (
             ("nothing else to do", 0.0, 0.0, 0.0),
@@ -76,7 +77,7 @@ def main() -> None:
 def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> None:
     sender, signal = (
         Sender(link),
-        torch.randn(link.shape.local(Parallel()), device=device).to(link.shape.dtype),
+        torch.randn(link.shape.local(ParallelConfig()), device=device).to(link.shape.dtype),
     )
     for id in range(count):
         sender.make_room()

@@ -6,8 +6,13 @@ torchrun --nproc-per-node 8 examples/bridge_distill.py out/student out/teacher t
 import sys
 from pathlib import Path
 
-from minitron_mp import InputError, artifact, bridge
-from minitron_mp.job import ASSETS
+from minitron_mp import InputError
+from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.integrations.megatron_bridge.checks import check_config
+from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
+from minitron_mp.integrations.megatron_bridge.model import student_provider
+from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher
+from minitron_mp.workflow.context import ASSETS
 
 SEQUENCE_LENGTH = 2048
 
@@ -35,7 +40,7 @@ def recipe(
     )
 
     cfg = ConfigContainer(
-        model=bridge.student(pruned, sequence_length=sequence_length, precision=precision),
+        model=student_provider(pruned, sequence_length=sequence_length, precision=precision),
         train=TrainingConfig(train_iters=100, global_batch_size=8, micro_batch_size=1),
         validation=ValidationConfig(eval_interval=None, eval_iters=0),
         optimizer=OptimizerConfig(
@@ -71,9 +76,9 @@ def recipe(
         rng=RNGConfig(seed=1234),
         mixed_precision=None,  # student() has set the dtype
     )
-    vocab_size = artifact.find(Path(teacher)).arch.vocab_size
-    return cfg, bridge.KDForwardStep(
-        bridge.BesideStudent(teacher, precision=precision),
+    vocab_size = find_manifest(Path(teacher)).arch.vocab_size
+    return cfg, KDForwardStep(
+        ColocatedTeacher(teacher, precision=precision),
         vocab_size=vocab_size,
         kl_weight=1.0,
         ce_weight=0.0,
@@ -86,7 +91,7 @@ def main() -> None:
 
     cfg, step = recipe(sys.argv[1], sys.argv[2])
     cfg = process_config_with_overrides(config=cfg, config_filepath=None, cli_overrides=sys.argv[3:] or None)
-    bridge.check(cfg, step)
+    check_config(cfg, step)
     pretrain(cfg, step, callbacks=[step])
 
 

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import torch
 
-from minitron_mp import InputError, artifact, bridge, checkpoint, make_plan, prune, schedule, score, world
-from minitron_mp.job import ASSETS
-from minitron_mp.plan import PrunePlan
-from minitron_mp.pruning_config import Target
-from minitron_mp.sections import Parallel, Score
+from minitron_mp import InputError, join_world, make_plan, prune, score
+from minitron_mp.artifacts.checkpoint import save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.integrations.megatron_bridge.export import pruned_config
+from minitron_mp.integrations.megatron_bridge.model import arch_of, defer_head, world_of_provider
+from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.workflow.context import ASSETS
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
@@ -27,29 +32,29 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePlan:
+def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> PrunePlan:
     """provider: of the model in source, with its weights and parallel sizes; reached by all ranks."""
     config = json.loads((source / "config.json").read_text())
-    arch = bridge.arch_of(provider, config)
+    arch = arch_of(provider, config)
     provider.finalize()
-    chunks = bridge.defer_head(
+    chunks = defer_head(
         provider.provide_distributed_model(
             wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=w.groups
         )
     )
-    own = bridge.world_of(chunks)
+    own = world_of_provider(chunks)
     for chunk in chunks:
         chunk.eval()
     importance = score(
         chunks,
         arch,
-        Score(),
+        ScoreConfig(),
         own,
         64,
-        lambda: schedule.run(chunks, batches(arch.vocab_size, own.groups.dp.rank()), own, None),
+        lambda: run_schedule(chunks, batches(arch.vocab_size, own.groups.dp.rank()), own, None),
     )
     plan = make_plan(importance, arch, target, tp=own.parallel.tp)
-    smaller = bridge.pruned_config(config, plan.student)
+    smaller = pruned_config(config, plan.student)
 
     def assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
@@ -57,10 +62,8 @@ def compress(provider, source: Path, output: Path, target: Target, w) -> PrunePl
         for path in source.glob("tokenizer*"):
             shutil.copy(path, folder / ASSETS)
 
-    made = artifact.Manifest(
-        stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student
-    )
-    checkpoint.save(prune(chunks, plan, own), output, made, assets)
+    made = Manifest(stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student)
+    save_checkpoint(prune(chunks, plan, own), output, made, assets)
     if own.is_main:
         print(f"{output}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
     return plan
@@ -85,8 +88,8 @@ def main() -> None:
     provider.transformer_layer_spec = (
         local_layer_spec  # scores are read at the norms, which Transformer Engine's layers have inside
     )
-    with world(Parallel(tp=args.tp, pp=args.pp), seed=1) as w:
-        compress(provider, args.model, args.pruned, Target(keep=args.keep), w)
+    with join_world(ParallelConfig(tp=args.tp, pp=args.pp), seed=1) as w:
+        compress(provider, args.model, args.pruned, TargetConfig(keep=args.keep), w)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,12 @@ from pathlib import Path
 
 import torch
 
-from minitron_mp import (
-    InputError,
-    artifact,
-    build_model,
-    checkpoint,
-    make_plan,
-    prune,
-    schedule,
-    score,
-    world,
-)
-from minitron_mp.pruning_config import Target
-from minitron_mp.sections import Parallel, Score
+from minitron_mp import InputError, build_model, join_world, make_plan, prune, score
+from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.distributed.schedule import run_schedule
 
 
 def batches(vocab_size: int, rank: int):
@@ -41,21 +34,21 @@ def main() -> None:
     parser.add_argument("student", type=Path)
     parser.add_argument("--tp", type=int, default=1)
     args = parser.parse_args()
-    manifest = artifact.require(args.teacher, "import")
+    manifest = require_artifact(args.teacher, "import")
     arch = manifest.arch
-    with world(Parallel(tp=args.tp), seed=1) as w:
+    with join_world(ParallelConfig(tp=args.tp), seed=1) as w:
         chunks = build_model(arch, w, precision="bf16", sequence_length=128)
-        checkpoint.load_model(chunks, args.teacher, w)
+        load_model(chunks, args.teacher, w)
         mine = batches(arch.vocab_size, w.groups.dp.rank())
-        importance = score(chunks, arch, Score(), w, 128, lambda: schedule.run(chunks, mine, w, None))
-        plan = make_plan(importance, arch, Target(keep=0.75), tp=args.tp)
-        made = artifact.Manifest(
+        importance = score(chunks, arch, ScoreConfig(), w, 128, lambda: run_schedule(chunks, mine, w, None))
+        plan = make_plan(importance, arch, TargetConfig(keep=0.75), tp=args.tp)
+        made = Manifest(
             stage="prune",
             settings={"keep": 0.75},
             inputs={"teacher": manifest.fingerprint},
             arch=plan.student,
         )
-        checkpoint.save(prune(chunks, plan, w), args.student, made)
+        save_checkpoint(prune(chunks, plan, w), args.student, made)
         if w.is_main:
             print(
                 f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters"

@@ -1,6 +1,6 @@
 """Compression of large language models by the Minitron method, on Megatron-Core.
 
-Importing the package imports neither torch nor megatron; the names below load their module when they are first used.
+Importing the package imports neither torch nor megatron: each name below is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "arch": ("Arch", "AXES"),
+    "models.arch": ("Arch", "AXES"),
     "errors": ("InputError",),
-    "config": ("Recipe", "load_recipe", "make_recipe"),
-    "plan": ("Importance", "PrunePlan", "make_plan"),
-    "parallel": ("World", "world"),
-    "model": ("build_model", "logits"),
-    "importance": ("recording", "score"),
-    "slicing": ("prune",),
-    "losses": ("distillation_loss",),
-    "teacher": ("ColocatedTeacher",),
-    "trainer": ("train",),
-    "pipeline": ("compress", "run_stage"),
+    "config.recipe": ("Recipe", "load_recipe", "make_recipe"),
+    "pruning.plan": ("PrunePlan", "make_plan"),
+    "pruning.scores": ("Scores",),
+    "distributed.world": ("World", "join_world"),
+    "models.build": ("build_model", "logits"),
+    "pruning.importance": ("recording", "score"),
+    "pruning.slicing": ("prune",),
+    "losses.fused": ("distillation_loss",),
+    "distillation.teacher": ("ColocatedTeacher",),
+    "training.loop": ("train",),
+    "workflow.run": ("compress", "run_stage"),
 }
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = [*sorted(_HOME), "__version__"]
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = [*sorted(_MODULE_OF), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"minitron_mp has no {name}; public names: {', '.join(__all__)}")
-    return getattr(import_module(f"minitron_mp.{_HOME[name]}"), name)
+    return getattr(import_module(f"minitron_mp.{_MODULE_OF[name]}"), name)

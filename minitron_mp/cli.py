@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from minitron_mp.config import Recipe, load_recipe
+from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import say, speaks, table
 from minitron_mp.errors import InputError
 
@@ -26,20 +26,24 @@ app = typer.Typer(
 RecipeFile = Annotated[
     Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)
 ]
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False),
 ]
+
 DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing"
     ),
 ]
+
 World = Annotated[
     int | None,
     typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
 ]
+
 Force = Annotated[bool, typer.Option("--force", help="run the stage although its artefact is up to date")]
 
 HELP = {
@@ -72,7 +76,7 @@ def _add(name: str) -> None:
         resolved = load_recipe(recipe, overrides or [])
         if _dry(resolved, dry_run, world, name):
             return
-        from minitron_mp.pipeline import run_stage
+        from minitron_mp.workflow.run import run_stage
 
         run_stage(name, resolved, force=force)
 
@@ -89,7 +93,7 @@ def compress(
     resolved = load_recipe(recipe, overrides or [])
     if _dry(resolved, dry_run, world):
         return
-    from minitron_mp.pipeline import compress as run
+    from minitron_mp.workflow.run import compress as run
 
     run(resolved)
 
@@ -122,7 +126,7 @@ def harness(
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp.harness import run_harness
+    from minitron_mp.integrations.lm_eval import run_harness
 
     where = {"include_path": include_path, "max_length": max_length, "chat_template": apply_chat_template}
     run_harness(resolved, names, model=model, limit=limit, num_fewshot=num_fewshot, **where)
@@ -132,14 +136,14 @@ def harness(
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write report.md and report.html again from the artefacts."""
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp import artifact
-    from minitron_mp.project import Project
-    from minitron_mp.report import write_report
+    from minitron_mp.artifacts.manifest import require_artifact
+    from minitron_mp.report.report import write_report
+    from minitron_mp.workflow.graph import StageGraph
 
-    project = Project(resolved)
+    project = StageGraph(resolved)
     for name in ("evaluate", "export"):
         project.require_inputs(name)
-        artifact.require(project.paths[name], name, project.manifest(name))
+        require_artifact(project.paths[name], name, project.manifest(name))
     write_report(project)
 
 
@@ -151,7 +155,7 @@ def environment(
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
     """What the environment of the ranks should hold, with reasons, for a shell to evaluate; launch/env.sh does."""
-    from minitron_mp.environment import lines, this_node
+    from minitron_mp.cluster.environment import lines, this_node
 
     print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
@@ -174,7 +178,7 @@ def estimate(
     plot: Annotated[Path | None, typer.Option(help="draw 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Memory, step time, GPU-hours and the best layouts on so many GPUs, before anything runs."""
-    from minitron_mp.planner import run_estimate
+    from minitron_mp.planning.command import run_estimate
 
     files = {"hardware_file": hardware, "times_file": times, "json_file": json, "plot_file": plot}
     run_estimate(load_recipe(recipe, overrides or []), world, gpu=gpu, price=price, top=top, **files)
@@ -188,7 +192,7 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Check versions, GPUs, FP8, links between ranks, clocks, folders and room: a table, exit code 0 or 1."""
-    from minitron_mp.doctor import doctor as examine
+    from minitron_mp.cluster.doctor import doctor as examine
 
     raise typer.Exit(examine(recipe, overrides or []))
 
@@ -208,13 +212,14 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     """Everything that is known before anything runs; InputError when the recipe cannot run."""
     from omegaconf import OmegaConf
 
-    from minitron_mp import cost, hf
-    from minitron_mp.candidates import name_of, survey
-    from minitron_mp.plan import resolve_target
-    from minitron_mp.planner import dry_run_rows
-    from minitron_mp.project import Project
+    from minitron_mp.models.hf_config import has_weights, read_arch
+    from minitron_mp.planning.command import dry_run_rows
+    from minitron_mp.planning.memory import memory_rows
+    from minitron_mp.pruning.candidates import candidate_name, survey_candidates
+    from minitron_mp.pruning.target import resolve_target
+    from minitron_mp.workflow.graph import StageGraph
 
-    project = Project(recipe)
+    project = StageGraph(recipe)
     if stage:
         project.require_stage(stage)
     t = recipe.teacher
@@ -222,11 +227,11 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
         t.siblings.values()
     )
     models = [Path(recipe.model), Path(t.model or recipe.model)]
-    weights = all(map(hf.has_weights, filter(Path.is_dir, models)))
+    weights = all(map(has_weights, filter(Path.is_dir, models)))
     project.check(ranks, weights=weights)
-    base, teacher = (hf.read_arch(folder, weights=weights) for folder in models)
+    base, teacher = (read_arch(folder, weights=weights) for folder in models)
     found, left_out = (
-        survey(recipe, base)
+        survey_candidates(recipe, base)
         if recipe.search
         else ([resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], "")
     )
@@ -235,13 +240,13 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     table(
         "layout and memory",
         ("what", "value"),
-        cost.rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks),
+        memory_rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks),
     )
     if recipe.search:
         table(
             "candidates of the search; the layout above is that of the largest",
             ("candidate", "parameters"),
-            [(name_of(a), f"{a.num_parameters():,}") for a in found],
+            [(candidate_name(a), f"{a.num_parameters():,}") for a in found],
         )
         if left_out:
             say(left_out)

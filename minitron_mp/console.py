@@ -20,8 +20,10 @@ from rich.progress import (
 from rich.table import Column, Table
 
 console = Console(highlight=False)
+
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 160  # a log file: rich would wrap tables at 80
+
 LINE_INTERVAL_S = 10.0
 
 

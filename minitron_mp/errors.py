@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -26,3 +27,14 @@ def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleave
     return (
         f"{name} {size} must be a multiple of {unit} ({parts}); nearest {max(1, round(size / unit)) * unit}"
     )
+
+
+def differing_fields(
+    a: Mapping[str, Any], b: Mapping[str, Any], of_a: str = "", of_b: str = "here"
+) -> list[str]:
+    """'name: x, here y' for every key on which two flat mappings differ, also where one has none; for error messages."""
+    return [
+        f"{k}: {of_a}{' ' * bool(of_a)}{a.get(k)!r}, {of_b} {b.get(k)!r}"
+        for k in sorted({*a, *b})
+        if (k in a, a.get(k)) != (k in b, b.get(k))
+    ]

@@ -17,9 +17,9 @@ from torch import nn
 def install() -> None:
     """Before anything imports megatron.bridge; once a process."""
     transformer_engine()
-    from minitron_mp import cpu
+    from minitron_mp.distributed.cpu_backend import install
 
-    cpu.install()  # explicit CUDA devices and streams, as for all our tests; Bridge asks for torch.cuda.current_device(), too
+    install()  # explicit CUDA devices and streams, as for all our tests; Bridge asks for torch.cuda.current_device(), too
 
 
 def transformer_engine() -> None:

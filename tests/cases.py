@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp.arch import ATTENTION, AXES, MLP, Arch
-from minitron_mp.pruning_config import Target
-from minitron_mp.training_config import Correct, Distill, Training
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.config.training import CorrectionConfig, TrainingConfig
+from minitron_mp.models.arch import ATTENTION, AXES, MLP, Arch
 
 SEQUENCE_LENGTH = 24
 """Divides by 8: 2 cp x tp under context and sequence parallelism."""
@@ -94,7 +95,7 @@ CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.name i
 IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
 
 
-def targets(arch: Arch, tp: int = 1) -> dict[str, Target]:
+def targets(arch: Arch, tp: int = 1) -> dict[str, TargetConfig]:
     """A student for each axis, for all with all groups, for all with merged heads, and the teacher again.
 
     align 4: kept sizes still divide at tp 4; where kept groups do not, the students that lose some are left out.
@@ -116,7 +117,7 @@ def targets(arch: Arch, tp: int = 1) -> dict[str, Target]:
             "merge_heads": True,
         }
     sizes["identity"] = {"num_layers": arch.num_layers}
-    return {name: Target(align=4, **size) for name, size in sizes.items()}
+    return {name: TargetConfig(align=4, **size) for name, size in sizes.items()}
 
 
 def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
@@ -229,7 +230,7 @@ def pairs(arch: str, layout: Layout) -> list[tuple[str, str]]:
 
 
 STEPS, RESUME_AT, GLOBAL_BATCH_SIZE = 4, 2, 4
-DISTILL = Distill(
+DISTILL = DistillConfig(
     steps=STEPS,
     warmup_steps=1,
     lr=1e-3,
@@ -247,7 +248,7 @@ TRAINED = [
 TRAINED_IDS = [f"{arch}-{layout.name}" for arch, layout in TRAINED]
 
 
-def settings(layout: Layout) -> Distill:
+def settings(layout: Layout) -> DistillConfig:
     """Ranks that share a layer talk in each layer of each microbatch, so they get few and large ones: as many as fill the pipeline."""
     parts = (
         layout.parallel.get("pp", 1)
@@ -273,7 +274,9 @@ RESUMED_LAYOUTS = (
     "pp2-dp2",
     "tp4-sp",
 )
-CORRECT = Correct(**DISTILL.model_dump(include=set(Training.model_fields) - {"steps"}), steps=2)
+CORRECT = CorrectionConfig(
+    **DISTILL.model_dump(include=set(TrainingConfig.model_fields) - {"steps"}), steps=2
+)
 """Cross-entropy alone, without a teacher."""
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
 """Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
@@ -281,7 +284,7 @@ MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "cp2")
 """At the other layouts with --all."""
 
 
-def variants(layout: Layout) -> dict[str, Distill | Correct]:
+def variants(layout: Layout) -> dict[str, DistillConfig | CorrectionConfig]:
     """Other settings of a run that must not change its numbers."""
     chosen = dict(SPLITS) if layout.name in SPLIT_LAYOUTS else {}
     for name, where in (("overlap", OVERLAP_LAYOUTS), ("recompute", RECOMPUTE_LAYOUTS)):

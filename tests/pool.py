@@ -135,7 +135,9 @@ class _Rank:
         self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (closed in kill)
         with patch.dict(os.environ, {**ENVIRONMENT, **(environment or {})}):
             context = multiprocessing.get_context("forkserver" if environment is None else "spawn")
-            forkserver.set_forkserver_preload(["minitron_mp.pipeline", "minitron_mp.stages"])
+            forkserver.set_forkserver_preload(
+                ["minitron_mp.workflow.run", "minitron_mp.workflow.stages.all_stages"]
+            )
             self.process = context.Process(target=live, args=(theirs, number, size, self.log.name))
             self.process.start()
         theirs.close()

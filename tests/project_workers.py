@@ -17,13 +17,16 @@ from cases import SEQUENCE_LENGTH, Layout
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from workers import joined
 
-from minitron_mp import cli, fit, parallel
-from minitron_mp.arch import Arch
-from minitron_mp.config import load_recipe
-from minitron_mp.drift import tell_drift
-from minitron_mp.job import Job
-from minitron_mp.model import build_model
-from minitron_mp.project import Project
+from minitron_mp.cli import main
+from minitron_mp.config.recipe import load_recipe
+from minitron_mp.distributed import launcher
+from minitron_mp.distributed.launcher import JobRank
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.training.metrics import MetricsLog
+from minitron_mp.workflow.context import StageContext
+from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.teacher_source import log_fp8_teacher_kl
 
 
 class Done(NamedTuple):
@@ -51,14 +54,14 @@ def minitron(
         stack.enter_context(contextlib.redirect_stderr(err))
         if own_job:
             stack.enter_context(pool.without_group())
-            stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(*pool.here["place"])))
+            stack.enter_context(patch.object(launcher, "job_rank", lambda: JobRank(*pool.here["place"])))
         if free_bytes is not None:
             disk = namedtuple("disk", "total used free")(10**15, 10**15 - free_bytes, free_bytes)
             stack.enter_context(patch.object(shutil, "disk_usage", lambda path: disk))
         if stop_at is not None:
-            stack.enter_context(patch.object(fit._Log, "_write", _stopping(fit._Log._write, stop_at)))
+            stack.enter_context(patch.object(MetricsLog, "_write", _stopping(MetricsLog._write, stop_at)))
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code or 0
     RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
@@ -83,13 +86,13 @@ def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
 
 def drift(*, recipe: str) -> tuple[str | None, str | None]:
     """What is said of a teacher that is the exact one, and of one with a weight changed, where the recipe has it in FP8."""
-    project = Project(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
+    project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
-        job = Job(project.recipe, world, project.paths, project.manifest("distill"))
+        job = StageContext(project.recipe, world, project.paths, project.manifest("distill"))
         chunks = job.teacher().chunks
-        same = tell_drift(job, chunks)
+        same = log_fp8_teacher_kl(job, chunks)
         chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, tell_drift(job, chunks)
+        return same, log_fp8_teacher_kl(job, chunks)
 
 
 class _Stopped(BaseException):
@@ -98,7 +101,7 @@ class _Stopped(BaseException):
 
 def search(*, arguments: list[str], stop_after: int | None = None, leave_after: int | None = None) -> Done:
     """minitron() that ends with code "stopped" after so many measurements of a search are kept; leave_after: then a stop file comes."""
-    from minitron_mp.search import _Progress
+    from minitron_mp.workflow.stages.search import _Progress
 
     kept, keep = [], _Progress.keep
 
@@ -129,7 +132,7 @@ def run_script(path: Path, arguments: list[str]) -> str:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(patch.object(sys, "argv", [str(path), *arguments]))
         stack.enter_context(pool.without_group())
-        stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(*pool.here["place"])))
+        stack.enter_context(patch.object(launcher, "job_rank", lambda: JobRank(*pool.here["place"])))
         module.main()
     RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
     return out.getvalue()

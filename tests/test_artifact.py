@@ -2,23 +2,24 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from minitron_mp import artifact
-from minitron_mp.arch import Arch
-from minitron_mp.artifact import (
+from minitron_mp.artifacts.files import aside_path, fingerprint_files, write_text
+from minitron_mp.artifacts.manifest import (
     Manifest,
+    commit_artifact,
     discard_checkpoints,
-    find,
-    fingerprint_files,
-    require,
-    write_text,
-    writing,
+    find_manifest,
+    prepare_artifact,
+    require_artifact,
+    writing_artifact,
 )
 from minitron_mp.errors import InputError
+from minitron_mp.models.arch import Arch
 
 ARCH = Arch(
     family="llama",
@@ -45,7 +46,7 @@ def make_manifest(**settings) -> Manifest:
 
 @pytest.fixture
 def folder(tmp_path):
-    with writing(tmp_path / "teacher", make_manifest()) as aside:
+    with writing_artifact(tmp_path / "teacher", make_manifest()) as aside:
         (aside / "weights").write_text("first")
     return tmp_path / "teacher"
 
@@ -56,17 +57,17 @@ def names(path) -> list[str]:
 
 def test_folder_takes_its_place_with_its_manifest(folder, tmp_path):
     assert names(tmp_path) == ["teacher"]
-    assert find(folder) == require(folder, "score", make_manifest()) == make_manifest()
-    with writing(folder, make_manifest(num_samples=5)) as aside:
+    assert find_manifest(folder) == require_artifact(folder, "score", make_manifest()) == make_manifest()
+    with writing_artifact(folder, make_manifest(num_samples=5)) as aside:
         (aside / "other").write_text("second")
-        assert find(folder) == make_manifest()  # the old one until the end
+        assert find_manifest(folder) == make_manifest()  # the old one until the end
     assert names(folder) == ["manifest.json", "other"]
     assert names(tmp_path) == ["teacher"]
-    assert find(folder) == make_manifest(num_samples=5)
+    assert find_manifest(folder) == make_manifest(num_samples=5)
 
 
 def fail_in_the_middle(folder):
-    with writing(folder, make_manifest(num_samples=5)) as aside:
+    with writing_artifact(folder, make_manifest(num_samples=5)) as aside:
         (aside / "weights").write_text("half")
         raise RuntimeError("disk full")
 
@@ -74,9 +75,9 @@ def fail_in_the_middle(folder):
 def test_failure_while_writing_leaves_the_old_one(folder):
     with pytest.raises(RuntimeError, match="disk full"):
         fail_in_the_middle(folder)
-    assert find(folder) == make_manifest()
+    assert find_manifest(folder) == make_manifest()
     assert (folder / "weights").read_text() == "first"
-    with writing(folder, make_manifest()) as aside:
+    with writing_artifact(folder, make_manifest()) as aside:
         assert names(aside) == []  # what was left aside does not get into the next one
 
 
@@ -93,43 +94,43 @@ def test_kill_while_one_replaces_another(folder, monkeypatch, killed_at):
         "delete": ("shutil.rmtree", 1),
     }
     target, survived = steps[killed_at]
-    real, calls = (os.rename if "rename" in target else artifact.shutil.rmtree), []
+    real, calls = (os.rename if "rename" in target else shutil.rmtree), []
 
     def counted(*args, **kwargs):
         calls.append(args)
         return kill() if len(calls) > survived else real(*args, **kwargs)
 
-    artifact.prepare(folder)
-    (artifact.aside(folder) / "weights").write_text("second")
+    prepare_artifact(folder)
+    (aside_path(folder) / "weights").write_text("second")
     with monkeypatch.context() as patch:
         patch.setattr(target, counted)
         with pytest.raises(KeyboardInterrupt):
-            artifact.commit(folder, make_manifest(num_samples=5))
-    assert find(folder) == make_manifest(num_samples=5 if killed_at == "delete" else 4)
+            commit_artifact(folder, make_manifest(num_samples=5))
+    assert find_manifest(folder) == make_manifest(num_samples=5 if killed_at == "delete" else 4)
     assert (folder / "weights").read_text() == ("second" if killed_at == "delete" else "first")
-    with writing(folder, make_manifest(num_samples=6)) as aside:
+    with writing_artifact(folder, make_manifest(num_samples=6)) as aside:
         (aside / "weights").write_text("third")
-    assert find(folder) == make_manifest(num_samples=6)
+    assert find_manifest(folder) == make_manifest(num_samples=6)
     assert names(folder.parent) == ["teacher"]
 
 
 def test_missing_damaged_and_foreign(folder, tmp_path):
-    assert find(tmp_path / "nothing") is None
-    assert find(tmp_path / "nothing.json") is None
-    assert find(tmp_path / "nothing.safetensors") is None
+    assert find_manifest(tmp_path / "nothing") is None
+    assert find_manifest(tmp_path / "nothing.json") is None
+    assert find_manifest(tmp_path / "nothing.safetensors") is None
     with pytest.raises(InputError, match=r"nothing is missing; run `minitron-mp score` first"):
-        require(tmp_path / "nothing", "score")
+        require_artifact(tmp_path / "nothing", "score")
 
     for content in ("", "{", "{}", '{"stage": "score", "settings": {}, "inputs": {}, "more": 1}'):
         (folder / "manifest.json").write_text(content)
         with pytest.raises(InputError, match=r"(?s)teacher is damaged .*delete it and run its stage again"):
-            find(folder)
+            find_manifest(folder)
     (tmp_path / "plan.json").write_text('{"layers": []}')
     (tmp_path / "scores.safetensors").write_bytes(b"junk")
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "foreign.safetensors")
     for name in ("plan.json", "scores.safetensors", "foreign.safetensors"):
         with pytest.raises(InputError, match=f"{name} is damaged"):
-            find(tmp_path / name)
+            find_manifest(tmp_path / name)
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "novel.txt").write_text("mine")
@@ -137,7 +138,7 @@ def test_missing_damaged_and_foreign(folder, tmp_path):
         InputError,
         match=r"data holds no manifest\.json: .*will not replace it; move it, or set another output",
     ):
-        find(tmp_path / "data")
+        find_manifest(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_stale_artefact_names_what_differs(folder, other, row):
     assert other.fingerprint != make_manifest().fingerprint
     assert make_manifest().differences(other) == [row]
     with pytest.raises(InputError) as caught:
-        require(folder, "score", other)
+        require_artifact(folder, "score", other)
     assert str(caught.value).splitlines()[1:] == [f"  - {row}"]
     assert "run `minitron-mp score` again" in str(caught.value)
 
@@ -169,7 +170,7 @@ def test_only_checkpoints_of_the_finished_run_are_deleted(tmp_path):
     mine, other = (Manifest(stage="distill", settings={"steps": steps}, inputs={}) for steps in (1, 2))
     folder = tmp_path / "checkpoints" / "distill"
     for name, manifest in (("step_01", mine), ("step_02", other)):
-        with writing(folder / name, manifest):
+        with writing_artifact(folder / name, manifest):
             pass
     (folder / ".step_03.tmp").mkdir()
     (folder / "step_04").mkdir()
@@ -200,7 +201,7 @@ def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write_text(path, "half")
     assert path.read_text() == before
-    assert find(path) == make_manifest()
+    assert find_manifest(path) == make_manifest()
     write_text(path, "whole")
     assert names(path.parent) == ["plan.json"]
 

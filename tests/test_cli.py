@@ -30,10 +30,11 @@ from tiny import (
 )
 
 import minitron_mp
-from minitron_mp import cli, load_recipe
-from minitron_mp.cost import rank_parameters
-from minitron_mp.project import COMES_WITH, STAGES
-from minitron_mp.sections import Parallel
+from minitron_mp import load_recipe
+from minitron_mp.cli import app, main
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.planning.memory import rank_parameters
+from minitron_mp.workflow.graph import COMES_WITH, STAGES
 
 UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
 
@@ -74,7 +75,7 @@ def here(monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "160")
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as end:
             code = end.code or 0
         return code, *capsys.readouterr()
@@ -477,7 +478,7 @@ def test_dry_run_knows_what_is_done(here, recipe, on_ranks, tmp_path):
 def test_parameters_of_a_dry_run_are_those_of_the_models(ranks, arch, layout):
     """qwen3 is tied, qwen2 not; six layers do not divide over four stages."""
     chosen = BY_NAME[layout]
-    want = rank_parameters(ARCHS[arch], Parallel(**chosen.parallel))
+    want = rank_parameters(ARCHS[arch], ParallelConfig(**chosen.parallel))
     for stage, count in ranks(
         chosen.ranks, "project_workers.count_parameters", arch=ARCHS[arch], layout=chosen
     ):
@@ -532,7 +533,7 @@ def test_documented_commands_exist(where, line):
         words = []
     if not words:
         return
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app)
     context = group.make_context("minitron-mp", list(words))
     name, stage, rest = group.resolve_command(context, list(words))
     options = stage.make_context(name, rest, parent=context).params

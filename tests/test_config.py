@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_mp.config import Recipe, load_recipe, make_recipe, save_recipe
+from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
 from minitron_mp.errors import InputError
 
 ROOT = Path(__file__).parents[1]

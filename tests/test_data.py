@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_mp.data import Tokenizer, check_vocabulary, load_tokenizer, micro_batches, samples, too_short
+from minitron_mp.config.data import DataConfig
+from minitron_mp.data.batches import micro_batches, open_samples, too_short_problems
+from minitron_mp.data.corpus import PARTS, corpus_fingerprint, tokenize_corpus
+from minitron_mp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minitron_mp.errors import InputError
-from minitron_mp.sections import Data
-from minitron_mp.text import PARTS, fingerprint, tokenize
 
 LINES = [
     f"def function_{i}(x): return x + {i}  # the {i}th way to say it, with some words\n" for i in range(400)
@@ -70,17 +71,17 @@ def texts(prefix, decode, eod) -> list[str]:
     return [decode(piece[1:].tolist()) for piece in pieces]
 
 
-def lists(tmp_path, **sizes) -> Data:
+def lists(tmp_path, **sizes) -> DataConfig:
     """One .txt of so many lines for each part."""
     for part in PARTS:
         (tmp_path / f"{part}.txt").write_text("".join(LINES[: sizes[part]]))
-    return Data(**{part: [str(tmp_path / f"{part}.txt")] for part in PARTS})
+    return DataConfig(**{part: [str(tmp_path / f"{part}.txt")] for part in PARTS})
 
 
 @pytest.fixture
 def corpus(tmp_path, tokenizer):
     """Folder with the parts of 8, 40 and 12 lines, each one document, so that samples are windows of one stream."""
-    tokenize(lists(tmp_path, calibration=8, train=40, valid=12), tokenizer, tmp_path / "data", 1)
+    tokenize_corpus(lists(tmp_path, calibration=8, train=40, valid=12), tokenizer, tmp_path / "data", 1)
     return tmp_path / "data"
 
 
@@ -164,8 +165,8 @@ def test_stdlib_is_shared_out_once_and_the_same_each_time(tmp_path, monkeypatch,
     (root / "latin.py").write_bytes(b"name = '\xe9'\n")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(root))
 
-    data, done = Data(valid_fraction=0.2), []
-    counts = tokenize(data, tokenizer, tmp_path / "one", 1, progress=done.append)
+    data, done = DataConfig(valid_fraction=0.2), []
+    counts = tokenize_corpus(data, tokenizer, tmp_path / "one", 1, progress=done.append)
     assert counts == {part: len(stream(tmp_path / "one" / part)) for part in PARTS}
     assert done == [60]
     parts = {part: texts(tmp_path / "one" / part, decode, tokenizer.eod) for part in PARTS}
@@ -178,18 +179,18 @@ def test_stdlib_is_shared_out_once_and_the_same_each_time(tmp_path, monkeypatch,
         12,
     ]  # written down from a first run: the same on every machine
     assert (
-        fingerprint(data)
+        corpus_fingerprint(data)
         == f"python-stdlib {platform.python_version()}: 62 files, {sum(map(len, files.values())) + 1 + 11} bytes"
     )
 
-    tokenize(data, tokenizer, tmp_path / "two", 1)
-    tokenize(data, tokenizer, tmp_path / "three", 2)
+    tokenize_corpus(data, tokenizer, tmp_path / "two", 1)
+    tokenize_corpus(data, tokenizer, tmp_path / "three", 2)
     one, two, three = ((tmp_path / name / "valid.bin").read_bytes() for name in ("one", "two", "three"))
     assert one == two != three
 
 
 def test_real_stdlib_has_text():
-    name, rest = fingerprint(Data()).split(": ")
+    name, rest = corpus_fingerprint(DataConfig()).split(": ")
     assert name == f"python-stdlib {platform.python_version()}"
     assert int(rest.split()[0]) > 300
 
@@ -197,8 +198,8 @@ def test_real_stdlib_has_text():
 def test_single_txt_is_cut_at_blank_lines(tmp_path, tokenizer, decode):
     text = "".join(line + "\n" * (i % 5 == 4) for i, line in enumerate(LINES * 8))
     (tmp_path / "book.txt").write_text(text)
-    data = Data(source=str(tmp_path / "book.txt"), valid_fraction=0.2)
-    tokenize(data, tokenizer, tmp_path / "data", 1)
+    data = DataConfig(source=str(tmp_path / "book.txt"), valid_fraction=0.2)
+    tokenize_corpus(data, tokenizer, tmp_path / "data", 1)
     pieces = [
         piece.removesuffix("</s>")
         for part in PARTS
@@ -217,8 +218,8 @@ def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
         (tmp_path / "books" / f"{name}{suffix}").write_text(
             text if suffix == ".txt" else json.dumps({"text": text}) + "\n"
         )
-    tokens = tokenize(
-        Data(source=str(tmp_path / "books"), valid_fraction=0.1), tokenizer, tmp_path / "data", 1
+    tokens = tokenize_corpus(
+        DataConfig(source=str(tmp_path / "books"), valid_fraction=0.1), tokenizer, tmp_path / "data", 1
     )
     for part in ("calibration", "valid"):
         assert 0.02 < tokens[part] / sum(tokens.values()) < 0.2
@@ -239,7 +240,9 @@ def test_all_of_a_document_is_in_one_part(tmp_path, tokenizer, decode, suffix):
         (tmp_path / "books" / "all.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in books.values())
         )
-    tokenize(Data(source=str(tmp_path / "books"), valid_fraction=0.2), tokenizer, tmp_path / "data", 1)
+    tokenize_corpus(
+        DataConfig(source=str(tmp_path / "books"), valid_fraction=0.2), tokenizer, tmp_path / "data", 1
+    )
     found = {
         part: set(re.findall(r"book (\d+),", "".join(texts(tmp_path / "data" / part, decode, tokenizer.eod))))
         for part in PARTS
@@ -257,8 +260,8 @@ def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, d
     (tmp_path / "more/a.txt").write_text("first")
     (tmp_path / "more/deep/c.txt").write_text("fourth")
     train = [str(tmp_path / "more"), f"{corpus}/train.bin"]
-    data = Data(calibration=[f"{corpus}/calibration"], train=train, valid=[f"{corpus}/valid.idx"])
-    counts = tokenize(data, tokenizer, tmp_path / "new", 1)
+    data = DataConfig(calibration=[f"{corpus}/calibration"], train=train, valid=[f"{corpus}/valid.idx"])
+    counts = tokenize_corpus(data, tokenizer, tmp_path / "new", 1)
 
     assert texts(tmp_path / "new/train", decode, tokenizer.eod) == [
         "first</s>",
@@ -269,9 +272,9 @@ def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, d
     assert json.loads((tmp_path / "new/parts.json").read_text())["train"] == ["train", f"{corpus}/train"]
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"train.bin", "train.idx", "parts.json"}
     assert counts["train"] == len(stream(tmp_path / "new/train")) + len(stream(corpus / "train"))
-    before = fingerprint(data)
+    before = corpus_fingerprint(data)
     (tmp_path / "more/a.txt").write_text("First")
-    assert fingerprint(data) != before
+    assert corpus_fingerprint(data) != before
 
 
 @pytest.mark.parametrize(
@@ -300,21 +303,21 @@ def test_bad_sources(tmp_path, monkeypatch, tokenizer, files, source, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
-        tokenize(Data(source=source), tokenizer, tmp_path / "out", 1)
+        tokenize_corpus(DataConfig(source=source), tokenizer, tmp_path / "out", 1)
 
 
 def test_bad_parts_are_reported_together(tmp_path, corpus, tokenizer):
     with pytest.raises(InputError, match=r"(?s)data\.calibration: gone .*data\.valid: lost "):
-        tokenize(
-            Data(calibration=["gone"], train=[f"{corpus}/train"], valid=["lost"]),
+        tokenize_corpus(
+            DataConfig(calibration=["gone"], train=[f"{corpus}/train"], valid=["lost"]),
             tokenizer,
             tmp_path / "out",
             1,
         )
     (tmp_path / "blank.txt").write_text("\n")
     with pytest.raises(InputError, match="no text for valid: its documents are blank"):
-        tokenize(
-            Data(
+        tokenize_corpus(
+            DataConfig(
                 calibration=[f"{corpus}/valid"],
                 train=[f"{corpus}/train"],
                 valid=[str(tmp_path / "blank.txt")],
@@ -326,30 +329,32 @@ def test_bad_parts_are_reported_together(tmp_path, corpus, tokenizer):
 
 
 def test_bad_megatron_data(tmp_path, corpus, tokenizer):
-    data = Data(**{part: [f"{corpus}/{part}"] for part in PARTS})
+    data = DataConfig(**{part: [f"{corpus}/{part}"] for part in PARTS})
     small = Tokenizer(tokenizer.encode, 200, tokenizer.eod)
     with pytest.raises(InputError, match=r"calibration holds token id \d+, the tokenizer has ids up to 199"):
-        tokenize(data, small, tmp_path / "out", 1)
+        tokenize_corpus(data, small, tmp_path / "out", 1)
     size = (corpus / "train.bin").stat().st_size
     (corpus / "train.bin").write_bytes((corpus / "train.bin").read_bytes()[:100])
     with pytest.raises(InputError, match=rf"train\.bin has 100 bytes, its index tells of {size // 2} tokens"):
-        tokenize(data, tokenizer, tmp_path / "out", 1)
+        tokenize_corpus(data, tokenizer, tmp_path / "out", 1)
 
 
 def test_damaged_index(tmp_path, corpus, tokenizer):
     (corpus / "train.idx").write_bytes(b"junk" * 10)
     with pytest.raises(InputError, match=r"train\.bin and \.idx are no Megatron indexed dataset"):
-        tokenize(Data(**{part: [f"{corpus}/{part}"] for part in PARTS}), tokenizer, tmp_path / "out", 1)
+        tokenize_corpus(
+            DataConfig(**{part: [f"{corpus}/{part}"] for part in PARTS}), tokenizer, tmp_path / "out", 1
+        )
     with (corpus / "valid.idx").open("r+b") as file:
         file.truncate(20)
     (corpus / "train.idx").unlink()
     with pytest.raises(InputError, match=r"valid\.bin and \.idx are no Megatron indexed dataset"):
-        tokenize(Data(source=f"{corpus}/valid"), tokenizer, tmp_path / "out", 1)
+        tokenize_corpus(DataConfig(source=f"{corpus}/valid"), tokenizer, tmp_path / "out", 1)
 
 
 def test_samples_are_the_text_cut_up(corpus, tokenizer):
     whole = windows(corpus / "train")
-    dataset = samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
+    dataset = open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
     found = rows(dataset)
     assert Counter(found) == whole  # one epoch, each window once
     item = dataset[0]
@@ -363,14 +368,14 @@ def test_samples_are_the_text_cut_up(corpus, tokenizer):
         (dataset[i]["loss_mask"] == 1).all() for i in range(len(dataset))
     )  # pad is -1: no label is masked
     assert item["position_ids"].tolist() == list(range(S))
-    assert rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found
-    assert rows(samples(corpus, "train", S, 10, 2, tokenizer, repeat=True)) != found
+    assert rows(open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found
+    assert rows(open_samples(corpus, "train", S, 10, 2, tokenizer, repeat=True)) != found
 
 
 def open_twice(corpus, folder) -> list[list[tuple[int, ...]]]:
     """On a rank: the samples of two openings in a row."""
     tokenizer = load_tokenizer(folder)
-    return [rows(samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) for _ in range(2)]
+    return [rows(open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) for _ in range(2)]
 
 
 def cut_index_short(corpus) -> None:
@@ -391,28 +396,28 @@ def test_half_an_index_is_made_again(corpus, folder, ranks):
 
 
 def test_open_dataset_outlives_a_new_one_of_its_part(corpus, tokenizer):
-    first = samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
+    first = open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
     found = rows(first)
-    samples(corpus, "train", S, 20, 2, tokenizer, repeat=True)
+    open_samples(corpus, "train", S, 20, 2, tokenizer, repeat=True)
     assert rows(first) == found
 
 
 def test_samples_repeat_for_training_only(corpus, tokenizer):
     whole = windows(corpus / "train")
-    assert len(samples(corpus, "train", S, 3 * len(whole), 1, tokenizer, repeat=True)) >= 3 * len(whole)
+    assert len(open_samples(corpus, "train", S, 3 * len(whole), 1, tokenizer, repeat=True)) >= 3 * len(whole)
     held = len(windows(corpus / "valid"))
-    assert set(rows(samples(corpus, "valid", S, held, 1, tokenizer, repeat=False))) == set(
+    assert set(rows(open_samples(corpus, "valid", S, held, 1, tokenizer, repeat=False))) == set(
         windows(corpus / "valid")
     )
     with pytest.raises(
         InputError,
         match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; lower evaluate\.num_samples to at most {held}",
     ):
-        samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
+        open_samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
     with pytest.raises(
         InputError, match=r"(?s)train text: .*train holds \d+ tokens, one sample is 100000 and a label"
     ):
-        samples(corpus, "train", 100_000, 1, 1, tokenizer, repeat=True)
+        open_samples(corpus, "train", 100_000, 1, 1, tokenizer, repeat=True)
 
 
 def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
@@ -421,31 +426,31 @@ def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
     parts = {part: [f"{corpus}/{part}"] for part in PARTS} | {
         "valid": [f"{corpus}/valid", str(tmp_path / "short.txt")]
     }
-    tokenize(Data(**parts), tokenizer, tmp_path / "data", 1)
-    assert too_short(tmp_path / "data", "train", S, 0) == []
-    (problem,) = too_short(tmp_path / "data", "valid", S, 1)
+    tokenize_corpus(DataConfig(**parts), tokenizer, tmp_path / "data", 1)
+    assert too_short_problems(tmp_path / "data", "train", S, 0) == []
+    (problem,) = too_short_problems(tmp_path / "data", "valid", S, 1)
     assert re.search(r"valid text: .*/data/valid holds \d+ tokens, one sample is", problem)
     with pytest.raises(InputError, match="one sample is"):
-        samples(tmp_path / "data", "valid", S, 1, 1, tokenizer, repeat=False)
+        open_samples(tmp_path / "data", "valid", S, 1, 1, tokenizer, repeat=False)
 
 
 def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
     both = [f"{corpus}/train", f"{corpus}/valid"]
-    tokenize(Data(calibration=both, train=both, valid=both), tokenizer, tmp_path / "mix", 1)
+    tokenize_corpus(DataConfig(calibration=both, train=both, valid=both), tokenizer, tmp_path / "mix", 1)
     large, small = windows(corpus / "train"), windows(corpus / "valid")
     held = large.total() + small.total()
     assert (
-        Counter(rows(samples(tmp_path / "mix", "valid", S, held, 1, tokenizer, repeat=False)))
+        Counter(rows(open_samples(tmp_path / "mix", "valid", S, held, 1, tokenizer, repeat=False)))
         == large + small
     )
-    dataset = samples(tmp_path / "mix", "train", S, held // 2, 1, tokenizer, repeat=True)
+    dataset = open_samples(tmp_path / "mix", "train", S, held // 2, 1, tokenizer, repeat=True)
     from_small = [row in small and row not in large for row in rows(dataset)]
     common = sum((large & small).values())
     assert len(from_small) <= held // 2 + 2
     assert small.total() // 2 - common <= sum(from_small) <= small.total() // 2 + 1
-    assert len(samples(tmp_path / "mix", "train", S, 3 * held, 1, tokenizer, repeat=True)) >= 3 * held
+    assert len(open_samples(tmp_path / "mix", "train", S, 3 * held, 1, tokenizer, repeat=True)) >= 3 * held
     with pytest.raises(InputError, match=rf"holds {held} samples"):
-        samples(tmp_path / "mix", "valid", S, held + 1, 1, tokenizer, repeat=False)
+        open_samples(tmp_path / "mix", "valid", S, held + 1, 1, tokenizer, repeat=False)
 
 
 def test_megatron_data_as_source_is_cut_by_document(tmp_path, tokenizer):
@@ -458,11 +463,17 @@ def test_megatron_data_as_source_is_cut_by_document(tmp_path, tokenizer):
 
     text = tmp_path / "many.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES[:60]))
-    tokenize(
-        Data(calibration=[str(text)], train=[str(text)], valid=[str(text)]), tokenizer, tmp_path / "whole", 1
+    tokenize_corpus(
+        DataConfig(calibration=[str(text)], train=[str(text)], valid=[str(text)]),
+        tokenizer,
+        tmp_path / "whole",
+        1,
     )
-    counts = tokenize(
-        Data(source=str(tmp_path / "whole" / "train"), valid_fraction=0.2), tokenizer, tmp_path / "cut", 1
+    counts = tokenize_corpus(
+        DataConfig(source=str(tmp_path / "whole" / "train"), valid_fraction=0.2),
+        tokenizer,
+        tmp_path / "cut",
+        1,
     )
     parts = [documents(tmp_path / "cut" / part) for part in ("calibration", "train", "valid")]
     assert sum(parts, Counter()) == documents(tmp_path / "whole" / "train")
@@ -472,7 +483,7 @@ def test_megatron_data_as_source_is_cut_by_document(tmp_path, tokenizer):
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, micro_batch_size):
-    dataset = samples(corpus, "train", S, 24, 1, tokenizer, repeat=True)
+    dataset = open_samples(corpus, "train", S, 24, 1, tokenizer, repeat=True)
     sizes = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
     for step in (0, 2):
         ranks = [micro_batches(dataset, step, dp_rank=rank, **sizes) for rank in range(dp_size)]
@@ -493,7 +504,7 @@ def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, mi
 
 
 def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
-    dataset = samples(corpus, "valid", S, 5, 1, tokenizer, repeat=False)
+    dataset = open_samples(corpus, "valid", S, 5, 1, tokenizer, repeat=False)
     sizes = {"global_batch_size": 4, "micro_batch_size": 2, "dp_size": 2, "limit": 5}
     masks = [
         torch.cat([b["loss_mask"] for b in micro_batches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist()

@@ -13,11 +13,20 @@ import pytest
 import torch.distributed as dist
 from tiny import make_model, make_recipe_file, make_text, make_tokenizer
 
-from minitron_mp import cli, doctor, fabric, load_recipe, machine, make_recipe, parallel, precision
-from minitron_mp.cost import rank_parameters
-from minitron_mp.fabric import Job
-from minitron_mp.findings import Finding, together
-from minitron_mp.hf import read_arch
+from minitron_mp import load_recipe, make_recipe
+from minitron_mp.cli import main
+from minitron_mp.cluster import doctor as doctor
+from minitron_mp.cluster import network as fabric
+from minitron_mp.cluster.doctor import _among_ranks, _gather, _graphs, _tokenizer, artefact_bytes, room
+from minitron_mp.cluster.findings import Finding, together
+from minitron_mp.cluster.machine import devices, extensions, fp8_findings, limits, packages
+from minitron_mp.cluster.network import FILE_BYTES, RankTable, _read_while_replaced, ports, shared
+from minitron_mp.distributed import launcher
+from minitron_mp.distributed.launcher import JobRank
+from minitron_mp.models import precision as precision
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.models.precision import FP8_SUPPORT
+from minitron_mp.planning.memory import rank_parameters
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,7 @@ def here(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["minitron-mp", "doctor", *map(str, words)])
         monkeypatch.setattr(doctor.console, "width", 400)
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main()
         return end.value.code, capsys.readouterr().out
 
     return run
@@ -105,14 +114,14 @@ def test_a_recipe_that_cannot_run_fails(here, recipe, words, said):
 def test_tokenizers_that_do_not_fit(recipe, tmp_path):
     model = shutil.copytree(recipe.parent / "model", tmp_path / "model")
     loaded, arch = load_recipe(recipe, [f"model={model}"]), read_arch(model)
-    assert doctor._tokenizer(loaded, arch).verdict == "ok"
+    assert _tokenizer(loaded, arch).verdict == "ok"
     make_tokenizer(tmp_path / "larger", 340)
-    finding = doctor._tokenizer(load_recipe(recipe, [f"data.tokenizer={tmp_path / 'larger'}"]), arch)
+    finding = _tokenizer(load_recipe(recipe, [f"data.tokenizer={tmp_path / 'larger'}"]), arch)
     assert finding.verdict == "failed"
     assert "the model's embedding has 300 rows" in finding.found
     for path in model.glob("tokenizer*"):
         path.unlink()
-    finding = doctor._tokenizer(loaded, arch)
+    finding = _tokenizer(loaded, arch)
     assert finding.verdict == "failed"
     assert "cannot be read as a tokenizer" in finding.found
 
@@ -121,7 +130,7 @@ def test_room_is_that_of_the_artefacts(whole):
     """What a finished run has on disk: the checkpoints are gone by then, manifests and tokenizers not counted before."""
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
-    expected = doctor.artefact_bytes(project.recipe, arch, arch)
+    expected = artefact_bytes(project.recipe, arch, arch)
     (student,) = rank_parameters(read_arch(project.paths["export"]), project.recipe.parallel)
     expected["distill"] -= (
         16 * student * (project.recipe.distill.keep_checkpoints + 1)
@@ -133,7 +142,7 @@ def test_room_is_that_of_the_artefacts(whole):
             if p.suffix in (".distcp", ".safetensors")
         )
         assert written == pytest.approx(expected[name], rel=0.2), name  # here headers are a part of it
-    assert doctor.room(project.recipe, project.paths, arch, arch).found.endswith("write about 0.0 GB")
+    assert room(project.recipe, project.paths, arch, arch).found.endswith("write about 0.0 GB")
 
 
 def test_versions_against_the_metadata(install):
@@ -151,7 +160,7 @@ def test_versions_against_the_metadata(install):
         'gone; extra == "eval"',
     ]
     install("minitron-mp", "7", "Requires-Python: >=3.10", *(f"Requires-Dist: {text}" for text in needs))
-    found = machine.packages()
+    found = packages()
     assert verdicts(found) == {
         "python": "ok",
         "torch": "failed",
@@ -168,23 +177,23 @@ def test_versions_against_the_metadata(install):
 
 def test_a_python_that_is_too_old_and_a_package_that_is_not_installed(install):
     install("minitron-mp", "7", "Requires-Python: >=3.99")
-    assert verdicts(machine.packages()) == {"python": "failed"}
-    assert verdicts(machine.packages("no-such-package")) == {"packages": "warning"}
+    assert verdicts(packages()) == {"python": "failed"}
+    assert verdicts(packages("no-such-package")) == {"packages": "warning"}
 
 
 def test_a_prerelease_of_the_image_counts(install):
     """NVIDIA's images have versions such as 2.12.0a0+5228986c39.nv26.6."""
     install("torch", "2.12.0a0+5228986c39.nv26.6")
     install("minitron-mp", "7", "Requires-Dist: torch>=2.11")
-    assert verdicts(machine.packages())["torch"] == "ok"
+    assert verdicts(packages())["torch"] == "ok"
 
 
 @pytest.mark.skipif(
     Path("/proc/driver/nvidia/version").exists(), reason="needs a machine without an NVIDIA driver"
 )
 def test_gpus(monkeypatch, tmp_path):
-    assert verdicts(machine.devices({})) == {"GPU": "ok"}
-    found = machine.devices({"distill.fp8": "tensorwise"})
+    assert verdicts(devices({})) == {"GPU": "ok"}
+    found = devices({"distill.fp8": "tensorwise"})
     assert (
         told(found, "FP8")
         == "failed: distill.fp8: tensorwise needs a GPU -> drop distill.fp8, or run on Hopper or later"
@@ -192,7 +201,7 @@ def test_gpus(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert verdicts(machine.devices({})) == {"GPU": "failed"}
+    assert verdicts(devices({})) == {"GPU": "failed"}
 
 
 @pytest.mark.parametrize(
@@ -207,10 +216,10 @@ def test_gpus(monkeypatch, tmp_path):
     ],
 )
 def test_what_fp8_needs(capability, engine, cuda, possible):
-    (finding,) = machine.fp8_findings({}, capability, engine, cuda)
+    (finding,) = fp8_findings({}, capability, engine, cuda)
     assert finding.found.startswith(f"possible: {possible}" if possible else "not possible: ")
-    for kind in machine.FP8:
-        found = machine.fp8_findings({"distill.fp8": kind}, capability, engine, cuda)
+    for kind in FP8_SUPPORT:
+        found = fp8_findings({"distill.fp8": kind}, capability, engine, cuda)
         assert [f.verdict for f in found] == ["ok" if kind in possible.split(", ") else "failed"]
 
 
@@ -220,17 +229,17 @@ def test_what_fp8_needs(capability, engine, cuda, possible):
 def test_what_cuda_graphs_need(monkeypatch, installed, verdict):
     monkeypatch.setattr(precision, "version", lambda name: installed)
     recipe = make_recipe({"model": "m", "output": "o", "distill": {"cuda_graphs": True}})
-    assert verdicts(doctor._graphs(recipe)) == {"CUDA graphs": verdict}
-    assert doctor._graphs(make_recipe({"model": "m", "output": "o"})) == doctor._graphs(None) == []
+    assert verdicts(_graphs(recipe)) == {"CUDA graphs": verdict}
+    assert _graphs(make_recipe({"model": "m", "output": "o"})) == _graphs(None) == []
 
 
 def test_extensions_that_cannot_be_imported(monkeypatch, tmp_path):
-    assert verdicts(machine.extensions(on_gpu=True))["Transformer Engine"] == "warning"
+    assert verdicts(extensions(on_gpu=True))["Transformer Engine"] == "warning"
     (tmp_path / "apex.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "pytorch.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    found = machine.extensions(on_gpu=True)
+    found = extensions(on_gpu=True)
     assert verdicts(found) == {"Transformer Engine": "ok", "Apex": "failed"}
     assert "undefined symbol" in told(found, "Apex")
     for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
@@ -241,23 +250,23 @@ def test_few_open_files():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
     try:
-        assert verdicts(machine.limits())["open files"] == "warning"
+        assert verdicts(limits())["open files"] == "warning"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_ports(monkeypatch):
-    job = Job(dist.HashStore())
+    job = RankTable(dist.HashStore())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port}" in told(fabric.ports(job, launcher_port=port), "ports")
-    assert verdicts(fabric.ports(Job(dist.HashStore()), launcher_port=port)) == {"ports": "ok"}
-    two = Job(dist.HashStore(), 0, 2, "here")
+        assert f"port {port}" in told(ports(job, launcher_port=port), "ports")
+    assert verdicts(ports(RankTable(dist.HashStore()), launcher_port=port)) == {"ports": "ok"}
+    two = RankTable(dist.HashStore(), 0, 2, "here")
     two.store.set("port/1", f"127.0.0.1 {port}")  # where nobody listens any more
     two.store.set("reached/1", "1")
-    assert f"rank 0 (here) does not reach rank 1 at 127.0.0.1 {port}" in told(fabric.ports(two), "ports")
+    assert f"rank 0 (here) does not reach rank 1 at 127.0.0.1 {port}" in told(ports(two), "ports")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-    assert "no-such-host.invalid, does not resolve" in told(fabric.ports(Job(dist.HashStore())), "ports")
+    assert "no-such-host.invalid, does not resolve" in told(ports(RankTable(dist.HashStore())), "ports")
 
 
 def test_a_file_system_whose_renames_are_not_whole(monkeypatch, tmp_path):
@@ -265,16 +274,16 @@ def test_a_file_system_whose_renames_are_not_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(fabric, "PATIENCE_S", 0.05)
     for content, said in (
         (b"", "seen half-written"),
-        (b"\1" * 99 + b"\2" * (fabric.FILE_BYTES - 99), "seen half-written"),
-        (b"\1" * fabric.FILE_BYTES, "does not see what rank 0 writes within"),
+        (b"\1" * 99 + b"\2" * (FILE_BYTES - 99), "seen half-written"),
+        (b"\1" * FILE_BYTES, "does not see what rank 0 writes within"),
     ):
         file.write_bytes(content)
-        (problem,) = fabric._read_while_replaced(file)
+        (problem,) = _read_while_replaced(file)
         assert said in problem
     monkeypatch.setattr(
-        fabric, "_replace", lambda path, count: path.write_bytes(bytes([count]) * (fabric.FILE_BYTES // 2))
+        fabric, "_replace", lambda path, count: path.write_bytes(bytes([count]) * (FILE_BYTES // 2))
     )
-    assert verdicts(fabric.shared(tmp_path / "out", Job(dist.HashStore()))) == {"file system": "failed"}
+    assert verdicts(shared(tmp_path / "out", RankTable(dist.HashStore()))) == {"file system": "failed"}
 
 
 def test_nodes_with_disks_of_their_own(ranks, tmp_path):
@@ -315,15 +324,15 @@ def test_two_ranks_with_problems(ranks, recipe):
 
 def test_a_rank_that_never_comes(monkeypatch):
     monkeypatch.setattr(fabric, "PATIENCE_S", 0.1)
-    monkeypatch.setattr(fabric.Job.silent, "__defaults__", (0.1,))
+    monkeypatch.setattr(RankTable.silent, "__defaults__", (0.1,))
     monkeypatch.setattr(doctor, "TALK_S", 0.1)
     monkeypatch.setattr(doctor, "JOIN_MINUTES", 0.01)
     store = dist.HashStore()
-    monkeypatch.setattr(parallel, "_place", lambda: parallel.Place(store, 0, 2))
-    job = Job(dist.HashStore(), 0, 2, "here")
-    assert verdicts(doctor._among_ranks(job, lambda: 0.0)) == {"ranks": "failed"}
+    monkeypatch.setattr(launcher, "job_rank", lambda: JobRank(store, 0, 2))
+    job = RankTable(dist.HashStore(), 0, 2, "here")
+    assert verdicts(_among_ranks(job, lambda: 0.0)) == {"ranks": "failed"}
     assert not dist.is_initialized()
-    assert "rank 1 () did not answer" in told(doctor._gather(job, []), "ranks")
+    assert "rank 1 () did not answer" in told(_gather(job, []), "ranks")
 
 
 def test_findings_of_many_ranks_become_one_table():
@@ -345,8 +354,8 @@ def test_findings_of_many_ranks_become_one_table():
 
 
 def test_findings_travel_as_json(monkeypatch):
-    job = Job(dist.HashStore(), host="here")
-    (row,) = doctor._gather(job, [Finding("a", "warning", "b", "c")])
+    job = RankTable(dist.HashStore(), host="here")
+    (row,) = _gather(job, [Finding("a", "warning", "b", "c")])
     assert row == Finding("a", "warning", "b", "c")
     assert json.loads(job.store.get("findings/0")) == [
         {"check": "a", "verdict": "warning", "found": "b", "cure": "c"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_launch import ROOT
 
-from minitron_mp.config import make_recipe
-from minitron_mp.environment import Node, lines, places
+from minitron_mp.cluster.environment import Node, lines, places
+from minitron_mp.config.recipe import make_recipe
 from minitron_mp.errors import InputError
 
 NODE = Node(ranks=8, cores=64, scratch=Path("/scratch"))

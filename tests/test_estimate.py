@@ -10,19 +10,19 @@ from cases import ARCHS
 from test_cli import here  # noqa: F401 (a fixture)
 from tiny import ROOT, SIZES, make_recipe_file, refused
 
-from minitron_mp.arch import Arch
-from minitron_mp.config import load_recipe, make_recipe
-from minitron_mp.cost import kept_per_token, layers_in_flight, rank_parameters, training_memory
-from minitron_mp.estimate import distillation, training
-from minitron_mp.hardware import GPUS, MEASURED, SCALED, SHIPPED, Times, read_hardware, read_times
-from minitron_mp.layouts import BATCH, ENGINE, fastest, search
-from minitron_mp.planner import read_models
-from minitron_mp.sections import Parallel
-from minitron_mp.training_config import Training
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.recipe import load_recipe, make_recipe
+from minitron_mp.config.training import TrainingConfig
+from minitron_mp.models.arch import Arch
+from minitron_mp.planning.command import read_models
+from minitron_mp.planning.hardware import GPUS, MEASURED, SCALED, SHIPPED, Times, read_hardware, read_times
+from minitron_mp.planning.layouts import BATCH, ENGINE, fastest, search_layouts
+from minitron_mp.planning.memory import kept_per_token, layers_in_flight, rank_parameters, training_memory
+from minitron_mp.planning.step_time import estimate_distillation, estimate_training
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.stem != "quickstart")
 """The quick start's model is fetched first."""
-CLUSTER = Parallel(tp=8, pp=4, sequence_parallel=True)
+CLUSTER = ParallelConfig(tp=8, pp=4, sequence_parallel=True)
 TWELVE_TO_EIGHT = "examples/mn_minitron_8b.yaml"
 
 
@@ -41,7 +41,7 @@ def test_parameters_are_those_that_megatron_makes(ranks, examples):
         for arch in read_models(load_recipe(TWELVE_TO_EIGHT))[1:]
     ]
     cases += [
-        (arch, Parallel(tp=tp, pp=4, sequence_parallel=tp > 1))
+        (arch, ParallelConfig(tp=tp, pp=4, sequence_parallel=tp > 1))
         for arch in ARCHS.values()
         for tp in (1, 2)
         if arch.num_query_groups % tp == 0
@@ -72,10 +72,12 @@ KINDS = {
 def test_activations_are_what_autograd_keeps(ranks):
     """Three layers less two. What the formula leaves out is added here: tables of the rotation, and what F.rms_norm keeps on a CPU, where it is
     made of small operations, and not on a GPU: its normalised input."""
-    split, archs = Parallel(tp=2, sequence_parallel=True), {}
-    cases = [("nemotron", p, precision, False) for p in (Parallel(), split) for precision in ("fp32", "bf16")]
-    cases += [(kind, p, "fp32", False) for kind in ("llama", "qwen3") for p in (Parallel(), split)]
-    cases += [("nemotron", Parallel(cp=2), "fp32", False), ("llama", Parallel(), "fp32", True)]
+    split, archs = ParallelConfig(tp=2, sequence_parallel=True), {}
+    cases = [
+        ("nemotron", p, precision, False) for p in (ParallelConfig(), split) for precision in ("fp32", "bf16")
+    ]
+    cases += [(kind, p, "fp32", False) for kind in ("llama", "qwen3") for p in (ParallelConfig(), split)]
+    cases += [("nemotron", ParallelConfig(cp=2), "fp32", False), ("llama", ParallelConfig(), "fp32", True)]
     for name, extra in KINDS.items():
         archs[name] = [Arch(family=name, tied=False, **WIDE | {"num_layers": n}, **extra) for n in (2, 3)]
     wanted = [
@@ -107,12 +109,12 @@ def test_layers_in_flight_are_those_of_the_schedule(ranks):
     """Megatron's own schedules, run stage by stage; fewer microbatches than stages, uneven stages, interleaved."""
     arch = ARCHS["qwen2"].model_copy(update={"num_layers": 9})
     cases = [
-        (Parallel(pp=2), 4),
-        (Parallel(pp=4), 2),
-        (Parallel(pp=4), 6),
-        (Parallel(pp=2, vpp=2), 2),
-        (Parallel(pp=2, vpp=2), 8),
-        (Parallel(pp=4, vpp=2), 8),
+        (ParallelConfig(pp=2), 4),
+        (ParallelConfig(pp=4), 2),
+        (ParallelConfig(pp=4), 6),
+        (ParallelConfig(pp=2, vpp=2), 2),
+        (ParallelConfig(pp=2, vpp=2), 8),
+        (ParallelConfig(pp=4, vpp=2), 8),
     ]
     (found,) = ranks(1, "workers_estimate.in_flight", arch=arch, cases=cases)
     for (p, microbatches), peaks in zip(cases, found):
@@ -125,16 +127,16 @@ def test_bytes_of_training_are_exact(ranks, examples):
     """On the first rank; the optimizer's shard is exact but for what padding of the buffers shifts between ranks."""
     arch, recipe = ARCHS["nemotron"], load_recipe(TWELVE_TO_EIGHT)
     cases = [
-        (Parallel(), 1, "fp32"),
-        (Parallel(), 1, "bf16"),
-        (Parallel(), 4, "bf16"),
-        (Parallel(tp=2, sequence_parallel=True), 2, "bf16"),
+        (ParallelConfig(), 1, "fp32"),
+        (ParallelConfig(), 1, "bf16"),
+        (ParallelConfig(), 4, "bf16"),
+        (ParallelConfig(tp=2, sequence_parallel=True), 2, "bf16"),
     ]
     for (p, dp, precision), found in zip(
         cases, ranks(1, "workers_estimate.training_bytes", arch=arch, cases=cases)[0]
     ):
         chosen = recipe.model_copy(update={"parallel": p, "precision": precision})
-        want = training_memory(arch, Training(), chosen, p.model_ranks * dp, 0)
+        want = training_memory(arch, TrainingConfig(), chosen, p.model_ranks * dp, 0)
         for part in ("weights", "gradients (float32)"):
             assert found[part] == want[part]
         assert found["optimizer state"] == pytest.approx(want["optimizer state"], rel=0.02 if dp > 1 else 0)
@@ -154,11 +156,11 @@ def test_times_at_measured_points_are_the_measured_ones():
             )
         else:
             seconds, basis = times.layer(
-                arch_of(point), 8192, 8192, Parallel(), point["dtype"], point["what"] == "train"
+                arch_of(point), 8192, 8192, ParallelConfig(), point["dtype"], point["what"] == "train"
             )
             seconds *= point["num_layers"]
         assert (seconds * 1e3, basis) == (pytest.approx(point["ms"]), MEASURED)
-    half, basis = times.layer(arch_of(content["points"][0]), 4096, 4096, Parallel(), "bf16", True)
+    half, basis = times.layer(arch_of(content["points"][0]), 4096, 4096, ParallelConfig(), "bf16", True)
     assert basis == SCALED
     assert half * 4e3 == pytest.approx(35.3, rel=0.05)  # quoted, with CUDA graphs; not among the points
 
@@ -178,7 +180,7 @@ def test_one_width_predicts_the_other():
             ],
         }
         seconds, _ = Times(GPUS["h100"], rest, same_gpu=True).layer(
-            arch_of(left_out), 8192, 8192, Parallel(), left_out["dtype"], left_out["what"] == "train"
+            arch_of(left_out), 8192, 8192, ParallelConfig(), left_out["dtype"], left_out["what"] == "train"
         )
         assert seconds * left_out["num_layers"] * 1e3 == pytest.approx(left_out["ms"], rel=0.09)
 
@@ -190,9 +192,9 @@ def test_a_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
     archs = {
         (point["what"], point["hidden_size"]): arch_of(point) for point in points if point["what"] != "loss"
     }
-    step = 4 * times.layer(archs["train", 4096], 8192, 8192, Parallel(), dtype, True)[0]
+    step = 4 * times.layer(archs["train", 4096], 8192, 8192, ParallelConfig(), dtype, True)[0]
     step += (
-        4 * times.layer(archs["forward", 5120], 8192, 8192, Parallel(), dtype, False)[0]
+        4 * times.layer(archs["forward", 5120], 8192, 8192, ParallelConfig(), dtype, False)[0]
         + times.loss(4096, 5120, 131072, 8192, 1, "bf16")[0]
     )
     assert step * 1e3 == pytest.approx(measured_ms, rel=0.02)
@@ -206,19 +208,19 @@ def test_the_parts_of_a_step_add_up(examples):
     changes = ["parallel={tp: 1, pp: 4, sequence_parallel: false}", "distill.recompute=false"]
 
     def at(world: int, *overrides: str):
-        return distillation(
+        return estimate_distillation(
             *models[:0:-1], load_recipe(TWELVE_TO_EIGHT, [*changes, *overrides]), world, times
         )
 
     one = at(256)
     layer, loss = (
-        times.layer(student, 8192, 8192, Parallel(), "bf16", True)[0],
+        times.layer(student, 8192, 8192, ParallelConfig(), "bf16", True)[0],
         times.loss(4096, 5120, 131072, 8192, 1, "fp32")[0],
     )
     m, transfers = 768 // 64, one.seconds["pipeline transfers"] / 12
     assert one.seconds["student's layers"] == pytest.approx(m * 10 * layer)
     assert one.seconds["uneven stages"] == pytest.approx(m * loss * 3 / 4)
-    teachers = 10 * times.layer(teacher, 8192, 8192, Parallel(), "bf16", False)[0]
+    teachers = 10 * times.layer(teacher, 8192, 8192, ParallelConfig(), "bf16", False)[0]
     assert one.seconds["pipeline bubble"] == pytest.approx(3 * (10 * layer + teachers + transfers), rel=1e-3)
     assert one.step_s == pytest.approx(sum(one.seconds.values()))
     interleaved = at(256, "parallel.vpp=5")
@@ -243,7 +245,7 @@ def test_the_parts_of_a_step_add_up(examples):
 def test_layouts_are_possible_and_ordered(examples):
     recipe, times = load_recipe(TWELVE_TO_EIGHT), shipped()
     _, teacher, student = read_models(recipe)
-    found = search(student, teacher, recipe, 64, times)
+    found = search_layouts(student, teacher, recipe, 64, times)
     steps = [e.step_s for e in found.found]
     assert steps == sorted(steps)
     assert found.impossible[BATCH]
@@ -261,7 +263,7 @@ def test_layouts_are_possible_and_ordered(examples):
 def test_no_layout_is_proposed_that_the_recipe_refuses(examples, key):
     recipe = load_recipe(TWELVE_TO_EIGHT, [f"distill.{key}=true", "distill.recompute=false"])
     _, teacher, student = read_models(recipe)
-    found = search(student, teacher, recipe, 64, shipped())
+    found = search_layouts(student, teacher, recipe, 64, shipped())
     assert found.found
     assert found.impossible[ENGINE]
     for estimate in found.found[:50]:
@@ -342,13 +344,13 @@ def test_hardware_of_ones_own(examples, tmp_path):
     recipe = load_recipe(TWELVE_TO_EIGHT)
     _, teacher, student = read_models(recipe)
     fast, slow = (
-        distillation(student, teacher, recipe, 256, read_times("h100", read_hardware("h100", path)))
+        estimate_distillation(student, teacher, recipe, 256, read_times("h100", read_hardware("h100", path)))
         for path in (None, tmp_path / "mine.json")
     )
     differ = {name for name in fast.seconds if fast.seconds[name] != slow.seconds[name]}
     assert differ == {"data parallel"}
     assert slow.seconds["data parallel"] > 5 * fast.seconds["data parallel"]
-    older = distillation(student, teacher, recipe, 256, read_times("a100", read_hardware("a100")))
+    older = estimate_distillation(student, teacher, recipe, 256, read_times("a100", read_hardware("a100")))
     assert older.step_s > 1.5 * fast.step_s
 
 
@@ -359,7 +361,7 @@ def test_cuda_graphs_take_the_wait_for_the_host():
     )
     _, teacher, student = read_models(recipe)
     usual, graphs = (
-        training(
+        estimate_training(
             student, recipe.distill.model_copy(update={"cuda_graphs": on}), recipe, 256, shipped(), teacher
         )[0]
         for on in (False, True)
@@ -418,7 +420,7 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
     assert all(point["ms"] > 0 for point in content["points"])
     times = read_times("h100", read_hardware("h100"), out)
     _, _, student = read_models(load_recipe(recipe))
-    seconds, basis = times.layer(student, 32, 32, Parallel(), "fp32", True)
+    seconds, basis = times.layer(student, 32, 32, ParallelConfig(), "fp32", True)
     point = content["points"][0]
     assert seconds == pytest.approx(point["ms"] / 1e3)
     assert times.issue_s("fp32", 3) == pytest.approx(

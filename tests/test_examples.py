@@ -7,9 +7,10 @@ import sys
 import pytest
 from tiny import ROOT
 
-from minitron_mp import artifact, cli
-from minitron_mp.plan import resolve_target
-from minitron_mp.pruning_config import Target
+from minitron_mp.artifacts.manifest import require_artifact
+from minitron_mp.cli import main
+from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.pruning.target import resolve_target
 
 RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
@@ -26,7 +27,7 @@ def test_first_line_of_a_recipe_runs(path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main()
     out, err = capsys.readouterr()
     assert (end.value.code or 0, err) == (0, "")
     assert "student parameters" in out
@@ -38,10 +39,10 @@ def test_the_library_example_runs(whole, ranks, tmp_path):
     words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
     said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
     teacher, student = (
-        artifact.require(whole.output / "teacher", "import").arch,
-        artifact.require(tmp_path / "student", "prune").arch,
+        require_artifact(whole.output / "teacher", "import").arch,
+        require_artifact(tmp_path / "student", "prune").arch,
     )
-    assert student == resolve_target(teacher, Target(keep=0.75), 2)
+    assert student == resolve_target(teacher, TargetConfig(keep=0.75), 2)
     assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
 
 

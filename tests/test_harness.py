@@ -15,9 +15,9 @@ from cases import ARCHS, BY_NAME
 from tiny import make_model, make_recipe_file, make_text, refused
 from tiny import make_tokenizer as make_tiny_tokenizer
 
-from minitron_mp import facts
-from minitron_mp.data import load_tokenizer
+from minitron_mp.data.tokenizer import load_tokenizer
 from minitron_mp.errors import InputError
+from minitron_mp.report.tables import harness_table
 
 pytest.importorskip("lm_eval")
 ARCH, MAX_LENGTH = ARCHS["qwen3"], 22
@@ -215,7 +215,7 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
     assert silent.out == silent.err == ""
     (written,) = (tmp_path / "out").glob("harness_teacher_*.json")
     found = json.loads(written.read_text())
-    told = facts.harness(tmp_path / "out", {"import": tmp_path / "out" / "teacher"})
+    told = harness_table(tmp_path / "out", {"import": tmp_path / "out" / "teacher"})
     error = found["results"]["local_choices"]["acc_stderr,none"]
     assert (
         "teacher",
@@ -229,13 +229,13 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
         f"{accuracy:.4f}",
         f"{error:.4f}",
     ) in told.rows
-    assert facts.harness(tmp_path / "out", {}) is None  # of a model that this recipe does not have
+    assert harness_table(tmp_path / "out", {}) is None  # of a model that this recipe does not have
     manifest = json.loads((tmp_path / "out" / "teacher" / "manifest.json").read_text())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text(
         json.dumps({**manifest, "inputs": {"model": "another"}})
     )
-    assert facts.harness(tmp_path / "out", {"import": tmp_path / "other"}) is None  # of what was there before
+    assert harness_table(tmp_path / "out", {"import": tmp_path / "other"}) is None  # of what was there before
     assert found["results"]["local_choices"]["acc,none"] == accuracy
     assert found["results"]["local_choices"]["acc_norm,none"] == normalised
     assert found["results"]["local_choices"]["acc_stderr,none"] == pytest.approx(
@@ -298,7 +298,7 @@ def test_ranks_that_are_asked_unlike_things_say_so(ranks, tokenizer):
 
 
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "minitron_mp.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "minitron_mp.integrations.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(InputError, match=r"run `pip install minitron-mp\[eval\]`"):
-        importlib.import_module("minitron_mp.harness")
+        importlib.import_module("minitron_mp.integrations.lm_eval")

@@ -10,20 +10,18 @@ import torch
 from cases import BY_NAME, make_samples
 from safetensors.torch import load_file, save_file
 
-from minitron_mp.arch import ATTENTION, AXES, Arch
 from minitron_mp.errors import InputError
-from minitron_mp.hf import (
-    FAMILIES,
+from minitron_mp.models.arch import ATTENTION, AXES, Arch
+from minitron_mp.models.hf_config import DEFAULTS, FAMILIES, read_arch
+from minitron_mp.models.hf_weights import (
     Weights,
-    assets,
+    asset_files,
     canonical_keys,
     check_weights,
     hf_shapes,
-    read_arch,
     to_hf,
     write_folder,
 )
-from minitron_mp.hf_config import DEFAULTS
 
 QKV = ATTENTION + "linear_qkv.weight"
 SIZES = {
@@ -133,7 +131,7 @@ def test_written_folder_gives_the_same_logits(case, folders, tmp_path):
         json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out")
     )
     assert before.items() <= after.items(), "a field of the source's config.json is lost or changed"
-    assert {path.name for path in assets(tmp_path / "out")} == {
+    assert {path.name for path in asset_files(tmp_path / "out")} == {
         "config.json",
         "generation_config.json",
         "tokenizer.json",

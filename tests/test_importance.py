@@ -21,8 +21,10 @@ from cases import (
     targets,
 )
 
-from minitron_mp.plan import Importance, make_plan, top
-from minitron_mp.pruning_config import Target
+from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.ranking import top_indices
+from minitron_mp.pruning.scores import Scores
 
 ROUNDING = 1e-5
 """Relative, of float32 sums in another order over activations that are themselves rounded otherwise; 9e-7 seen."""
@@ -161,7 +163,9 @@ def assert_same_plans(arch, ours, want):
     sizes = {"num_layers": arch.num_layers - 1, "num_query_groups": arch.num_query_groups - 1}
     sizes |= {"num_attention_heads": 2 * sizes["num_query_groups"], "merge_heads": True}
     sizes |= {name: getattr(arch, name) // 8 * 5 for name in ("hidden_size", "ffn_hidden_size")}
-    mine, plain = (make_plan(Importance(**scores), arch, Target(align=1, **sizes)) for scores in (ours, want))
+    mine, plain = (
+        make_plan(Scores(**scores), arch, TargetConfig(align=1, **sizes)) for scores in (ours, want)
+    )
     assert not plain.notes, "a cut within rounding would make this luck"
     assert mine == plain
 
@@ -222,4 +226,4 @@ def test_scores_of_a_real_model_equal_a_plain_implementation(tmp_path, ranks):
     assert_close(ours, want, 1e-4)  # both float32, by other kernels over 30 layers
     for kind, kept in (("hidden", 384), ("ffn", 1024), ("layers", 24)):
         for mine, plain in zip(np.atleast_2d(ours[kind]), np.atleast_2d(want[kind])):
-            assert np.array_equal(top(mine, kept), top(plain, kept)), kind
+            assert np.array_equal(top_indices(mine, kept), top_indices(plain, kept)), kind

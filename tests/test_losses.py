@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron_mp.losses import (
+from minitron_mp.losses.fused import (
     Objective,
     TeacherHidden,
     TeacherLogits,
@@ -23,7 +23,7 @@ from minitron_mp.losses import (
     distillation_loss,
     float32_logits,
 )
-from minitron_mp.teacher import top_k_of
+from minitron_mp.losses.top_k import top_k_of
 
 VOCAB, HIDDEN, TEACHER_HIDDEN, TOP = 37, 11, 13, 5
 # (tensor parallel ranks, padded vocabulary). 40 and 48: the last rank has some padding; 56: at 4 ranks nothing but padding.

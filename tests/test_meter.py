@@ -9,13 +9,13 @@ import pytest
 import torch
 from cases import ARCHS
 
-from minitron_mp.config import make_recipe
+from minitron_mp.config.recipe import make_recipe
+from minitron_mp.distributed.launcher import job_deadline
+from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.errors import InputError
-from minitron_mp.flops import forward_flops, head_flops, training_flops
-from minitron_mp.leaving import Leaving
-from minitron_mp.meter import Measured, Work, distillation_work, peak_tflops, training_work
-from minitron_mp.parallel import deadline
-from minitron_mp.trainer import StepMetrics
+from minitron_mp.models.flops import forward_flops, head_flops, training_flops
+from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.throughput import Throughput, Work, distillation_work, peak_tflops, training_work
 
 
 def test_rates_of_a_step():
@@ -107,7 +107,7 @@ def test_the_teacher_counts_where_it_runs():
 
 def test_metrics_are_flat_and_hold_what_there_is():
     metrics = StepMetrics(
-        1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Measured(eta_s=7.0, student_tflops=1.5)
+        1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Throughput(eta_s=7.0, student_tflops=1.5)
     )
     assert metrics.given()["eta_s"] == 7.0
     assert "measured" not in metrics.given()
@@ -117,7 +117,7 @@ def test_metrics_are_flat_and_hold_what_there_is():
 
 def test_the_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
     """Ten steps to the next look of 2 s at most, and 30 s for the checkpoint."""
-    leaving = Leaving(tmp_path, deadline=time.time() + 60)
+    leaving = Preemption(tmp_path, deadline=time.time() + 60)
     assert leaving.unmeasured("run")
     leaving.step_s.extend([1.0, 2.0])
     leaving.save_s["run"] = 30.0
@@ -132,12 +132,12 @@ def test_the_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
 
 def test_a_deadline_that_is_no_time_is_refused(monkeypatch):
     monkeypatch.setenv("MINITRON_DEADLINE", "1700000000.5")
-    assert deadline() == 1700000000.5
+    assert job_deadline() == 1700000000.5
     monkeypatch.setenv("MINITRON_DEADLINE", "tomorrow")
     with pytest.raises(InputError, match="MINITRON_DEADLINE is 'tomorrow'; give seconds since 1970"):
-        deadline()
+        job_deadline()
     monkeypatch.delenv("MINITRON_DEADLINE")
-    assert deadline() is None
+    assert job_deadline() is None
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,11 @@ from tiny import (
     refused,
 )
 
-from minitron_mp import artifact, load_recipe
-from minitron_mp.bought import bought
-from minitron_mp.plan import PrunePlan
-from minitron_mp.project import STAGES, Project
+from minitron_mp import load_recipe
+from minitron_mp.artifacts.manifest import require_artifact, writing_artifact
+from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.report.correction_gain import correction_gain
+from minitron_mp.workflow.graph import STAGES, StageGraph
 
 OUTPUT = [
     "data",
@@ -114,7 +115,7 @@ def test_models_give_the_logits_of_transformers(whole, inputs, ranks):
     ):
         checkpoint = whole.output / STAGES[stage].artifact
         models[name] = (
-            artifact.require(checkpoint, stage).arch,
+            require_artifact(checkpoint, stage).arch,
             checkpoint,
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         )
@@ -404,7 +405,7 @@ def test_checkpoints_that_a_kill_left_beside_the_student_are_cleaned_up(copied, 
 def test_checkpoints_of_another_run_are_refused(copied, on_rank):
     drop(copied.output, "distill")
     manifest = copied.project("distill.lr=0.01").manifest("distill")
-    with artifact.writing(
+    with writing_artifact(
         copied.output / "checkpoints" / "distill" / f"step_{CHECKPOINT_INTERVAL:08d}", manifest
     ):
         pass
@@ -562,8 +563,8 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert evaluation["teacher"]["loss"] < 0.9 * evaluation["uncorrected"]["loss"]
     assert evaluation["uncorrected"]["kl"] > 0  # of the teacher, which is the corrected one
-    project = Project(load_recipe(recipe))
-    corrected = artifact.require(project.paths["correct"], "correct")
+    project = StageGraph(load_recipe(recipe))
+    corrected = require_artifact(project.paths["correct"], "correct")
     assert {
         project.manifest(name).inputs["correct"] for name in ("score", "prune", "distill", "evaluate")
     } == {corrected.fingerprint}
@@ -595,16 +596,16 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
         ): f"distill settings.steps: {STEPS}, here 40; evaluate settings.num_samples: 16, here 8.",
         ("data.valid_fraction=0.2",): "data settings.valid_fraction: 0.15, here 0.2.",
     }.items():
-        other = Project(load_recipe(recipe, [*words, f"correct.baseline={whole.output}"]))
-        assert why in bought(other, evaluation)[-1]
-    again = Project(load_recipe(recipe, [f"correct.baseline={tmp_path / 'out'}"]))
-    assert "input correct: " in bought(again, evaluation)[-1]  # that one was corrected, too
+        other = StageGraph(load_recipe(recipe, [*words, f"correct.baseline={whole.output}"]))
+        assert why in correction_gain(other, evaluation)[-1]
+    again = StageGraph(load_recipe(recipe, [f"correct.baseline={tmp_path / 'out'}"]))
+    assert "input correct: " in correction_gain(again, evaluation)[-1]  # that one was corrected, too
     # A baseline of other tasks and fewer texts: what both have compares.
     old, new = (
         f"data.held_out.{name}=[{inputs / 'text' / file}]"
         for name, file in (("old", "00.txt"), ("new", "01.txt"))
     )
-    texts = Project(load_recipe(whole.recipe, [old])).manifest("texts")
+    texts = StageGraph(load_recipe(whole.recipe, [old])).manifest("texts")
     plain = json.loads((whole.output / "evaluation.json").read_text())
     plain["manifest"]["inputs"]["texts"] = texts.fingerprint
     plain["texts"] = {"old": {"distilled": {"loss": 2.0}}}
@@ -612,11 +613,11 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     (tmp_path / "plain" / "held_out" / "manifest.json").write_text(texts.model_dump_json())
     (tmp_path / "plain" / "evaluation.json").write_text(json.dumps(plain))
     shutil.copy(whole.output / "plan.json", tmp_path / "plain")
-    more = Project(
+    more = StageGraph(
         load_recipe(recipe, [old, new, "evaluate.task_items=5", f"correct.baseline={tmp_path / 'plain'}"])
     )
     losses = {name: {"loss": 1.0} for name in ("uncorrected", "teacher", "distilled")}
-    said = bought(more, {**evaluation, "texts": {"old": losses, "new": losses}})
+    said = correction_gain(more, {**evaluation, "texts": {"old": losses, "new": losses}})
     assert "its held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
     assert (
         said[-1] == "That student was not judged on new: run `evaluate` there with the same `data.held_out`."
@@ -662,9 +663,9 @@ def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["teacher"]["loss"] < 0.95 * found["uncorrected"]["loss"]
     assert found["texts"]["old"]["teacher"]["loss"] != found["texts"]["old"]["uncorrected"]["loss"]
-    project = Project(load_recipe(recipe))
+    project = StageGraph(load_recipe(recipe))
     assert [name for name in project.stages if name != "texts"] == list(STAGES)
-    other = Project(load_recipe(recipe, [f"data.held_out.new=[{tmp_path / 'old.txt'}]"]))
+    other = StageGraph(load_recipe(recipe, [f"data.held_out.new=[{tmp_path / 'old.txt'}]"]))
     assert [name for name in other.stages if other.why_not_done(name) is not None] == [
         "texts",
         "evaluate",

@@ -6,11 +6,14 @@ import time
 import numpy as np
 import pytest
 
-from minitron_mp.arch import ATTENTION, AXES, MLP, Arch, expand, export_problems, layout_problems
-from minitron_mp.artifact import Manifest, find
+from minitron_mp.artifacts.manifest import Manifest, find_manifest
+from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.errors import InputError
-from minitron_mp.plan import Importance, PrunePlan, exportable, make_plan, resolve_target, top
-from minitron_mp.pruning_config import Target
+from minitron_mp.models.arch import ATTENTION, AXES, MLP, Arch, expand, export_problems, layout_problems
+from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.ranking import top_indices
+from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.target import exportable_arch, resolve_target
 
 
 def make_arch(**changes) -> Arch:
@@ -35,7 +38,7 @@ LLAMA = published(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, vocab_
 SMALL = make_arch()
 
 
-def random_importance(arch: Arch, seed: int = 0) -> Importance:
+def random_importance(arch: Arch, seed: int = 0) -> Scores:
     random = np.random.default_rng(seed)
     shapes = (
         (arch.num_layers, arch.ffn_hidden_size),
@@ -43,7 +46,7 @@ def random_importance(arch: Arch, seed: int = 0) -> Importance:
         (arch.hidden_size,),
         (arch.num_layers,),
     )
-    return Importance(*(random.random(shape).astype(np.float32) for shape in shapes))
+    return Scores(*(random.random(shape).astype(np.float32) for shape in shapes))
 
 
 def manifest(stage: str) -> Manifest:
@@ -145,15 +148,17 @@ def test_layout_problems_name_every_size():
 
 
 def test_top_is_ascending_and_gives_ties_to_the_lower_index():
-    assert top(np.array([1, 3, 2, 3, 3], np.float32), 2).tolist() == [1, 3]
-    assert top(np.array([5, 5, 5, 5], np.float32), 3).tolist() == [0, 1, 2]
-    assert top(np.array([0.0, -0.0, 1.0], np.float32), 2).tolist() == [0, 2]
+    assert top_indices(np.array([1, 3, 2, 3, 3], np.float32), 2).tolist() == [1, 3]
+    assert top_indices(np.array([5, 5, 5, 5], np.float32), 3).tolist() == [0, 1, 2]
+    assert top_indices(np.array([0.0, -0.0, 1.0], np.float32), 2).tolist() == [0, 2]
 
 
 def test_plan_keeps_the_best_of_every_axis():
     importance = random_importance(SMALL)
     plan = make_plan(
-        importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+        importance,
+        SMALL,
+        TargetConfig(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4),
     )
     assert plan.layers == sorted(np.argsort(-importance.layers)[:3])
     assert plan.hidden == sorted(np.argsort(-importance.hidden)[:32])
@@ -171,7 +176,7 @@ def test_plan_keeps_the_best_of_every_axis():
 
 
 def test_target_of_nothing_is_the_identity_plan():
-    plan = make_plan(random_importance(SMALL), SMALL, Target())
+    plan = make_plan(random_importance(SMALL), SMALL, TargetConfig())
     assert plan.student == SMALL
     assert plan.hidden == list(range(48))
     assert plan.layers == list(range(4))
@@ -185,9 +190,9 @@ GROUPED = make_arch(num_attention_heads=24, num_query_groups=4)
 
 def test_whole_query_groups_go_and_heads_follow():
     importance = random_importance(GROUPED)
-    plan = make_plan(importance, GROUPED, Target(num_query_groups=2))
+    plan = make_plan(importance, GROUPED, TargetConfig(num_query_groups=2))
     assert (plan.student.num_query_groups, plan.student.num_attention_heads) == (2, 12)
-    cut = make_plan(importance, GROUPED, Target(num_query_groups=2, num_attention_heads=6))
+    cut = make_plan(importance, GROUPED, TargetConfig(num_query_groups=2, num_attention_heads=6))
     for layer in range(GROUPED.num_layers):
         groups = importance.heads[layer].reshape(4, 6)
         best = sorted(range(4), key=lambda g: -sum(float(score) ** 2 for score in groups[g]))[:2]
@@ -201,16 +206,16 @@ def test_whole_query_groups_go_and_heads_follow():
 def test_heads_without_groups_to_share_go_with_their_key_and_value():
     """Multi-head attention: each head is a group."""
     teacher, importance = make_arch(num_query_groups=8), random_importance(SMALL)
-    plan = make_plan(importance, teacher, Target(num_query_groups=5))
+    plan = make_plan(importance, teacher, TargetConfig(num_query_groups=5))
     assert (plan.student.num_query_groups, plan.student.num_attention_heads) == (5, 5)
-    assert plan.heads == [top(row, 5).tolist() for row in importance.heads]
+    assert plan.heads == [top_indices(row, 5).tolist() for row in importance.heads]
 
 
 @pytest.mark.parametrize("keep", [5, 4, 3, 2, 1])
 def test_merged_heads_are_mirrored_at_the_cut(keep):
     """head_i += head_i - head_(2K-i+1), 1-based in the order of importance; past 2K the pruned heads have no partner."""
     importance = random_importance(GROUPED)
-    plan = make_plan(importance, GROUPED, Target(num_attention_heads=4 * keep, merge_heads=True))
+    plan = make_plan(importance, GROUPED, TargetConfig(num_attention_heads=4 * keep, merge_heads=True))
     for layer, pairs in enumerate(plan.merge):
         want = set()
         for group in range(4):
@@ -227,17 +232,19 @@ def test_merged_heads_are_mirrored_at_the_cut(keep):
 
 def test_heads_merge_in_groups_that_stay_only():
     importance = random_importance(GROUPED)
-    plan = make_plan(importance, GROUPED, Target(num_query_groups=1, num_attention_heads=4, merge_heads=True))
+    plan = make_plan(
+        importance, GROUPED, TargetConfig(num_query_groups=1, num_attention_heads=4, merge_heads=True)
+    )
     for heads, pairs in zip(plan.heads, plan.merge):
         assert len(pairs) == 2
         assert {head // 6 for pair in pairs for head in pair} == {heads[0] // 6}
-    assert make_plan(importance, GROUPED, Target(num_attention_heads=16)).merge == []
+    assert make_plan(importance, GROUPED, TargetConfig(num_attention_heads=16)).merge == []
 
 
 def test_summary_has_sizes_and_parameters():
     rows = {
         row[0]: row[1:]
-        for row in make_plan(random_importance(SMALL), SMALL, Target(hidden_size=32)).summary()
+        for row in make_plan(random_importance(SMALL), SMALL, TargetConfig(hidden_size=32)).summary()
     }
     assert rows["hidden_size"] == ("48", "32", "67%")
     assert rows["parameters"][0] == f"{SMALL.num_parameters():,}"
@@ -252,20 +259,22 @@ def test_close_cuts_are_reported():
     importance.ffn[3, :] = 1.0  # layer 3 goes: its cut decides nothing
     importance.heads[2, 4:] = [1, 0.5, 0.5, 0.1]
     plan = make_plan(
-        importance, SMALL, Target(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+        importance,
+        SMALL,
+        TargetConfig(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4),
     )
     assert [note.split(":")[0] for note in plan.notes] == ["hidden", "ffn of layer 0", "heads of layer 2"]
     assert "last kept and first cut score are 17 and 16.9999" in plan.notes[0]
     assert plan.ffn[0] == list(range(64))
-    assert make_plan(importance, SMALL, Target()).notes == []  # nothing is cut
+    assert make_plan(importance, SMALL, TargetConfig()).notes == []  # nothing is cut
     importance.heads[0] = [1, 2, 3, 4, 4, 3, 2, 1]
-    notes = make_plan(importance, SMALL, Target(num_query_groups=1)).notes
+    notes = make_plan(importance, SMALL, TargetConfig(num_query_groups=1)).notes
     assert len(notes) == 1
     assert notes[0].startswith("query groups of layer 0: the last kept and first cut score are 5.4772")
     importance.heads[0], importance.heads[2] = [3, 2, 1, 0, 4, 4, 2, 1], importance.heads[1]
     plans = {
         (n, merge): make_plan(
-            importance, SMALL, Target(num_query_groups=1, num_attention_heads=n, merge_heads=merge)
+            importance, SMALL, TargetConfig(num_query_groups=1, num_attention_heads=n, merge_heads=merge)
         )
         for n in (2, 3)
         for merge in (0, 1)
@@ -338,7 +347,7 @@ def test_close_cuts_are_reported():
 )
 def test_impossible_targets(target, tp, message):
     with pytest.raises(InputError, match=message):
-        resolve_target(SMALL, Target(**target), tp)
+        resolve_target(SMALL, TargetConfig(**target), tp)
 
 
 @pytest.mark.parametrize("axes", [["hidden", "ffn"], ["hidden"], ["ffn"], ["layer"]])
@@ -348,28 +357,28 @@ def test_impossible_targets(target, tp, message):
 def test_parameter_budget_is_used_but_not_exceeded(teacher, axes):
     budget = 0.75 * teacher.num_parameters()
     start = time.process_time()
-    student = resolve_target(teacher, Target(keep=0.75, axes=axes))
+    student = resolve_target(teacher, TargetConfig(keep=0.75, axes=axes))
     assert time.process_time() - start < 5  # 0.5 s: a dry run comes here
-    assert student == resolve_target(teacher, Target(max_parameters=budget, axes=axes))
+    assert student == resolve_target(teacher, TargetConfig(max_parameters=budget, axes=axes))
     assert 0.6 * budget < student.num_parameters() <= budget
     unchanged = {"hidden": "hidden_size", "ffn": "ffn_hidden_size", "layer": "num_layers"}.items()
     assert all(
         getattr(student, name) == getattr(teacher, name) for axis, name in unchanged if axis not in axes
     )
-    assert exportable(student, None) == student
+    assert exportable_arch(student, None) == student
 
 
 def test_budget_of_the_paper_gives_nearly_its_student():
-    student = resolve_target(NEMO, Target(max_parameters="8.4B"))
+    student = resolve_target(NEMO, TargetConfig(max_parameters="8.4B"))
     assert (student.hidden_size, student.ffn_hidden_size) == (
         4096,
         11488,
     )  # published: 4096 and 11520, 8.414e9
-    assert resolve_target(LLAMA, Target(keep=1.0)) == LLAMA
+    assert resolve_target(LLAMA, TargetConfig(keep=1.0)) == LLAMA
 
 
 def test_budget_keeps_to_alignment_and_tensor_parallel_size():
-    student = resolve_target(NEMO, Target(keep=0.6, align=32), tp=8)
+    student = resolve_target(NEMO, TargetConfig(keep=0.6, align=32), tp=8)
     assert student.hidden_size % 32 == 0
     assert student.ffn_hidden_size % (32 * 8) == 0
 
@@ -381,23 +390,23 @@ def test_llama_export_rule_and_the_way_out():
         InputError,
         match=r"hidden_size 3088 .*num_attention_heads 32; nearest hidden_size 3072, or set export\.family: mistral",
     ):
-        exportable(student, None)
-    assert exportable(student, "mistral") == student.model_copy(update={"family": "mistral"})
+        exportable_arch(student, None)
+    assert exportable_arch(student, "mistral") == student.model_copy(update={"family": "mistral"})
     with pytest.raises(InputError, match="scales its rotary frequencies"):
-        exportable(student.model_copy(update={"rope_scaling_factor": 8.0}), "mistral")
+        exportable_arch(student.model_copy(update={"rope_scaling_factor": 8.0}), "mistral")
     with pytest.raises(InputError, match=r"export\.family qwen2: a llama can be written as itself only"):
-        exportable(student, "qwen2")
+        exportable_arch(student, "qwen2")
 
 
 def test_importance_survives_the_disk(tmp_path):
     importance = random_importance(SMALL)
     importance.save(tmp_path / "new" / "importance.safetensors", manifest("score"))
-    loaded = Importance.load(tmp_path / "new" / "importance.safetensors")
+    loaded = Scores.load(tmp_path / "new" / "importance.safetensors")
     assert all(
         np.array_equal(value, vars(loaded)[name]) and value.dtype == np.float32
         for name, value in vars(importance).items()
     )
-    assert find(tmp_path / "new" / "importance.safetensors") == manifest("score")
+    assert find_manifest(tmp_path / "new" / "importance.safetensors") == manifest("score")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["importance.safetensors"]
 
 
@@ -406,7 +415,7 @@ def test_bad_importance_is_refused_with_every_reason():
     importance.ffn[1, 2] = np.nan
     importance.layers[0] = np.inf
     with pytest.raises(InputError, match=r"(?s)ffn holds a NaN.*layers holds a NaN or an infinity"):
-        make_plan(importance, SMALL, Target())
+        make_plan(importance, SMALL, TargetConfig())
     with pytest.raises(
         InputError,
         match=r"(?s)ffn has shape \(4, 96\), the model needs \(32, 14336\).*hidden has shape \(48,\)",
@@ -415,10 +424,10 @@ def test_bad_importance_is_refused_with_every_reason():
 
 
 def test_plan_survives_the_disk(tmp_path):
-    plan = make_plan(random_importance(SMALL), SMALL, Target(num_layers=3, hidden_size=32))
+    plan = make_plan(random_importance(SMALL), SMALL, TargetConfig(num_layers=3, hidden_size=32))
     plan.save(tmp_path / "plan.json", manifest("plan"))
     assert PrunePlan.load(tmp_path / "plan.json") == plan
-    assert find(tmp_path / "plan.json") == manifest("plan")
+    assert find_manifest(tmp_path / "plan.json") == manifest("plan")
     content = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**content, "extra": 1}))
     with pytest.raises(InputError, match="extra"):
@@ -428,7 +437,7 @@ def test_plan_survives_the_disk(tmp_path):
 def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
     """As plans were written before there were merged heads and cut query groups."""
     plan = make_plan(
-        random_importance(SMALL), SMALL, Target(num_layers=3, hidden_size=32, num_attention_heads=4)
+        random_importance(SMALL), SMALL, TargetConfig(num_layers=3, hidden_size=32, num_attention_heads=4)
     )
     plan.save(tmp_path / "plan.json", manifest("plan"))
     content = json.loads((tmp_path / "plan.json").read_text())
@@ -453,7 +462,7 @@ def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
     ],
 )
 def test_plan_by_hand_is_checked(changes, message):
-    plan = make_plan(random_importance(SMALL), SMALL, Target(num_attention_heads=4)).model_copy(
+    plan = make_plan(random_importance(SMALL), SMALL, TargetConfig(num_attention_heads=4)).model_copy(
         update={"heads": [[0, 1, 4, 5]] * 4}
     )
     values = plan.model_dump()

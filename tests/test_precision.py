@@ -10,12 +10,14 @@ import pytest
 import torch
 from cases import ARCHS
 
-from minitron_mp import bridge
-from minitron_mp.arch import fp8_problems
-from minitron_mp.config import load_recipe, make_recipe
+from minitron_mp.config.recipe import load_recipe, make_recipe
 from minitron_mp.errors import InputError
-from minitron_mp.precheck import recipe_problems
-from minitron_mp.precision import fp8_options, hardware_problems
+from minitron_mp.integrations.megatron_bridge.checks import check_config
+from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
+from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher
+from minitron_mp.models.arch import fp8_problems
+from minitron_mp.models.precision import fp8_options, hardware_problems
+from minitron_mp.workflow.preflight import recipe_problems
 
 NEEDED = {"model": "m", "output": "o"}
 ROOT = Path(__file__).parents[1]
@@ -254,7 +256,7 @@ def test_local_layers_compute_without_a_gpu(ranks):
         1, "workers_precision.built", arch=EVEN, cases=[({}, None), (local, {}), *refused.values()]
     )[0]
     assert auto == chosen
-    assert "minitron_mp.model.RMSNorm" in auto
+    assert "minitron_mp.models.layers.RMSNorm" in auto
     assert not any("transformer_engine" in name for name in auto)
     for words, message in zip(refused, messages):
         assert words in message
@@ -267,7 +269,7 @@ def test_what_would_be_trained_wrongly_without_an_error(ranks):
     assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
 
 
-def of_bridge(own: bool) -> tuple[SimpleNamespace, bridge.KDForwardStep]:
+def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
     """A configuration that check() lets pass, with what it looks at, and the step. own: the teacher is beside the student."""
     arch = ARCHS["llama"]
     model = {
@@ -291,7 +293,7 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, bridge.KDForwardStep]:
         "bf16": True,
     }
     model |= {"params_dtype": torch.bfloat16, "seq_length": 16, "virtual_pipeline_model_parallel_size": None}
-    teacher = object.__new__(bridge.BesideStudent) if own else SimpleNamespace()
+    teacher = object.__new__(ColocatedTeacher) if own else SimpleNamespace()
     teacher.arch = arch
     parts = {
         "model": SimpleNamespace(**model),
@@ -304,7 +306,7 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, bridge.KDForwardStep]:
         "train": SimpleNamespace(global_batch_size=4, micro_batch_size=2),
         "peft": None,
     }
-    return SimpleNamespace(**parts), bridge.KDForwardStep(
+    return SimpleNamespace(**parts), KDForwardStep(
         teacher, vocab_size=arch.vocab_size, kl_weight=1.0, ce_weight=0.0
     )
 
@@ -335,11 +337,11 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, bridge.KDForwardStep]:
 )
 def test_what_does_not_fit_a_recipe_of_bridge(own, place, value, said):
     cfg, step = of_bridge(own)
-    bridge.check(cfg, step)
+    check_config(cfg, step)
     *section, name = place.split(".")
     setattr(getattr(cfg, section[0]) if section else cfg, name, value)
     with pytest.raises(InputError, match=said):
-        bridge.check(cfg, step)
+        check_config(cfg, step)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,7 @@ def test_a_recipe_of_bridge_that_would_be_trained_wrongly_is_refused_when_it_sta
     wrapped = SimpleNamespace(
         config=SimpleNamespace(**{**usual, **settings}), ddp_config=SimpleNamespace(fp8_param_gather=False)
     )
-    step = bridge.KDForwardStep(None, vocab_size=1, kl_weight=1.0, ce_weight=0.0)
+    step = KDForwardStep(None, vocab_size=1, kl_weight=1.0, ce_weight=0.0)
     with pytest.raises(InputError, match=said):
         step.on_train_start(SimpleNamespace(model=[wrapped, wrapped]))
 

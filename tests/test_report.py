@@ -17,12 +17,20 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import STEPS, read_metrics
 
-from minitron_mp import card, facts, figures, page, records, report
+from minitron_mp.artifacts import run_log as records
+from minitron_mp.artifacts.run_log import FILE, append_record, records_of
+from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
 from minitron_mp.errors import InputError
-from minitron_mp.page import Figure, Table
-from minitron_mp.plan import Importance, PrunePlan, Trials, make_plan
-from minitron_mp.project import STAGES, Project
-from minitron_mp.pruning_config import Depth, Search, Target
+from minitron_mp.pruning.candidates import front
+from minitron_mp.pruning.depth import DepthTrials
+from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.scores import Scores
+from minitron_mp.report.document import Document, Figure, Table, html, markdown
+from minitron_mp.report.figures import trials_figure
+from minitron_mp.report.model_card import TAGS, model_card, source_card
+from minitron_mp.report.report import _cost, _importance, _made, collect, search_section
+from minitron_mp.report.tables import quality_table
+from minitron_mp.workflow.graph import STAGES, StageGraph
 
 WIDTHS = (400, 1400)
 
@@ -143,15 +151,15 @@ def test_cut_query_groups_are_drawn():
         "ffn": (teacher.num_layers, teacher.ffn_hidden_size),
         "heads": (teacher.num_layers, teacher.num_attention_heads),
     }
-    importance = Importance(
+    importance = Scores(
         layers=scores.random(teacher.num_layers),
         **{name: scores.random(shape) for name, shape in rows.items()},
     )
-    plan = make_plan(importance, teacher, Target(num_query_groups=teacher.num_query_groups // 2))
+    plan = make_plan(importance, teacher, TargetConfig(num_query_groups=teacher.num_query_groups // 2))
     drawn = {
         part.title: part.text
-        for part in report._importance(plan, importance, None, "cosine").parts
-        if isinstance(part, page.Figure)
+        for part in _importance(plan, importance, None, "cosine").parts
+        if isinstance(part, Figure)
     }
     assert (
         f"The first {teacher.num_query_groups // 2} of {teacher.num_query_groups} stay."
@@ -180,7 +188,7 @@ def test_page_needs_nothing_from_elsewhere(text, read):
 def test_figures_say_what_the_plan_says(whole, read):
     plan, importance = (
         PrunePlan.load(whole.output / "plan.json"),
-        Importance.load(whole.output / "importance.safetensors"),
+        Scores.load(whole.output / "importance.safetensors"),
     )
     (gone,) = {*range(4)} - {*plan.layers}
     labels = "\n".join(read.labels)
@@ -189,13 +197,13 @@ def test_figures_say_what_the_plan_says(whole, read):
     assert "The first 96 of 128 stay." in labels  # ffn
     assert "The first 3 of 4 stay." in labels  # heads of a group
     assert f"{4 * 8 - 3 * 6} of 32 are cut." in labels
-    document = report.collect(whole.project())
+    document = collect(whole.project())
     kept = [
         np.sort(importance.ffn[layer])[::-1][:96].sum() / importance.ffn[layer].sum() for layer in plan.layers
     ]
     said = f"ffn {np.mean(kept):.1%} (layers from {min(kept):.1%} to {max(kept):.1%})"
-    assert said in page.markdown(document)
-    assert page.html(document) == (whole.output / "report.html").read_text(), (
+    assert said in markdown(document)
+    assert html(document) == (whole.output / "report.html").read_text(), (
         "the same artefacts give another page"
     )
 
@@ -208,7 +216,7 @@ def test_trials_are_drawn_with_what_was_chosen(method):
         "greedy": [([2], 2.5), ([2, 3], 3.5)],
     }[method]
     dropped = {"drop": [2], "block": [2, 3], "greedy": [2, 3]}[method]
-    figure = figures.trials(method, 1.25, found, [layer for layer in range(4) if layer not in dropped])
+    figure = trials_figure(method, 1.25, found, [layer for layer in range(4) if layer not in dropped])
     assert ", ".join(map(str, dropped)) in figure.text
     assert "whole model 1.250" in figure.svg
     assert method == "drop" or "3.5000" in figure.text
@@ -238,7 +246,7 @@ def candidates(latency: bool = True) -> list[dict]:
 
 
 def test_search_is_a_table_and_fronts():
-    section = report.search_section(candidates(), "latency_ms")
+    section = search_section(candidates(), "latency_ms")
     table = next(part for part in section.parts if isinstance(part, Table))
     assert [row[0] for row in table.rows] == [
         "b",
@@ -265,9 +273,9 @@ def test_search_is_a_table_and_fronts():
         "latency",
     ]
     for budget, scales in (("parameters", ["parameters"]), ("memory_gib", ["parameters", "memory"])):
-        few = report.search_section([{**c, "distilled": []} for c in candidates(latency=False)], budget)
+        few = search_section([{**c, "distilled": []} for c in candidates(latency=False)], budget)
         assert [part.title.split(" by ")[1] for part in few.parts if isinstance(part, Figure)] == scales
-    assert report.front([("x", 1, 2, False), ("y", 1, 1, False), ("z", 2, 1, False)]) == ["y"]
+    assert front([("x", 1, 2, False), ("y", 1, 1, False), ("z", 2, 1, False)]) == ["y"]
 
 
 def test_files_of_other_stages_have_their_place(whole, tmp_path):
@@ -277,10 +285,10 @@ def test_files_of_other_stages_have_their_place(whole, tmp_path):
     )
     first = whole.project()
     plan = PrunePlan.load(first.paths["plan"])
-    search = Search(parameters=plan.student.num_parameters(), num_layers=[3])
-    project = Project(
+    search = SearchConfig(parameters=plan.student.num_parameters(), num_layers=[3])
+    project = StageGraph(
         first.recipe.model_copy(
-            update={"output": str(tmp_path / "out"), "depth": Depth(method="drop"), "search": search}
+            update={"output": str(tmp_path / "out"), "depth": DepthConfig(method="drop"), "search": search}
         )
     )
     (tmp_path / "out" / "search.json").write_text(
@@ -288,8 +296,8 @@ def test_files_of_other_stages_have_their_place(whole, tmp_path):
     )
     (gone,) = {*range(4)} - {*plan.layers}
     losses = [([layer], 1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
-    Trials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
-    plain, more = report.collect(first), report.collect(project)
+    DepthTrials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
+    plain, more = collect(first), collect(project)
     assert {s.title for s in more.sections} - {s.title for s in plain.sections} == {"Search"}
     (cost,) = (
         part for s in more.sections if s.title == "Cost" for part in s.parts if isinstance(part, Table)
@@ -315,21 +323,23 @@ def test_how_it_was_made_is_how_it_ran(whole, tmp_path):
     paths = {name: tmp_path / "out" / whole.project().paths[name].name for name in ("distill", "evaluate")}
     marks = {name: whole.project().manifest(name).fingerprint for name in paths}
     job = {"ranks_per_node": 8, "layout": {"tp": 4, "sequence_parallel": True}, "device": "a GPU"}
-    records.note(tmp_path / "out", "distill", "of what was there before", 9e9, ranks=1, **job)
-    with (tmp_path / "out" / records.FILE).open("ab") as file:
+    append_record(tmp_path / "out", "distill", "of what was there before", 9e9, ranks=1, **job)
+    with (tmp_path / "out" / FILE).open("ab") as file:
         file.write(b'{"stage": "distill", "fing\xff')  # a kill, which does not take the next line with it
-    records.note(tmp_path / "out", "distill", marks["distill"], 7200.0, ranks=32, **job)
+    append_record(tmp_path / "out", "distill", marks["distill"], 7200.0, ranks=32, **job)
     with patch.object(records, "software", lambda: {"torch": "9.9"}):
-        records.note(tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, ranks=8, **job | {"layout": {}})
-    made = records.of(tmp_path / "out", paths)
+        append_record(
+            tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, ranks=8, **job | {"layout": {}}
+        )
+    made = records_of(tmp_path / "out", paths)
     assert {name: record.seconds for name, record in made.items()} == {"distill": 7200.0, "evaluate": 3600.0}
     cost = next(
         part
-        for part in report._cost({"distill": []}, [], whole.project().recipe, made).parts
+        for part in _cost({"distill": []}, [], whole.project().recipe, made).parts
         if isinstance(part, Table)
     )
     assert cost.rows[-1] == ("together", "", "", "", "", "3.000", "72.000")
-    section = report._made(whole.project().recipe, list(whole.project().stages), {}, made)
+    section = _made(whole.project().recipe, list(whole.project().stages), {}, made)
     commands = section.parts[0].text
     assert (
         "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill "
@@ -350,9 +360,9 @@ def test_page_in_a_browser(whole, tmp_path):
     """At the width of a telephone and of a screen; with a search, all kinds of sections are there."""
     if browser.BINARY is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    document = report.collect(whole.project())
-    sections = [*document.sections, report.search_section(candidates(), "memory_gib")]
-    (tmp_path / "report.html").write_text(page.html(page.Document(document.title, document.lead, sections)))
+    document = collect(whole.project())
+    sections = [*document.sections, search_section(candidates(), "memory_gib")]
+    (tmp_path / "report.html").write_text(html(Document(document.title, document.lead, sections)))
     with browser.browse(tmp_path / "report.html", tmp_path / "profile") as tab:
         for width in WIDTHS:
             tab.resize(width, 900)
@@ -386,20 +396,20 @@ def test_page_in_a_browser(whole, tmp_path):
 def test_card_beside_the_exported_model(whole):
     project = whole.project()
     text = (whole.output / "student_hf" / "README.md").read_text()
-    assert text == card.model_card(
+    assert text == model_card(
         project.recipe, project.paths, project.manifest("export"), "llama", project.paths["import"] / "assets"
     )
     data = ModelCard(text).data.to_dict()
     assert data == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": card.TAGS,
+        "tags": TAGS,
     }  # neither a name nor a licence is known
-    for row in facts.quality(project.recipe, project.paths, speed=False).rows:
+    for row in quality_table(project.recipe, project.paths, speed=False).rows:
         assert "| " + " | ".join(row) + " |" in text
     assert f"{STEPS} steps of 4 samples of 32 tokens" in text
     other = project.manifest("export").model_copy(update={"inputs": {"distill": "another"}})
-    assert "## Evaluation" not in card.model_card(
+    assert "## Evaluation" not in model_card(
         project.recipe, project.paths, other, "llama", project.paths["import"] / "assets"
     )
 
@@ -409,8 +419,8 @@ def test_card_beside_the_exported_model(whole):
 )
 def test_card_says_what_chose_the_layers(whole, depth, said):
     project = whole.project()
-    recipe = project.recipe.model_copy(update={"depth": Depth(**depth)})
-    assert said in card.model_card(
+    recipe = project.recipe.model_copy(update={"depth": DepthConfig(**depth)})
+    assert said in model_card(
         recipe, project.paths, project.manifest("export"), "llama", project.paths["import"] / "assets"
     )
 
@@ -426,7 +436,7 @@ def test_card_passes_on_what_the_source_says(whole, tmp_path):
     (assets / "config.json").write_text(json.dumps(config | {"_name_or_path": "owner/model-7B"}))
 
     def front(recipe=project.recipe) -> dict:
-        text = card.model_card(recipe, project.paths, project.manifest("export"), "mistral", assets)
+        text = model_card(recipe, project.paths, project.manifest("export"), "mistral", assets)
         assert "Licence of the original model: `LICENSE`." in text
         assert "It is written as `mistral`" in text
         return ModelCard(text).data.to_dict()
@@ -437,12 +447,12 @@ def test_card_passes_on_what_the_source_says(whole, tmp_path):
         "license": "apache-2.0",
         "language": ["en"],
     }
-    assert given["tags"] == card.TAGS
+    assert given["tags"] == TAGS
     cached = project.recipe.model_copy(update={"model": "/cache/models--owner--other-2/snapshots/abc"})
     assert front(cached)["base_model"] == "owner/other-2"
     (assets / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(InputError, match=r"front matter of .*README.md cannot be read"):
-        card.source_card(assets)
+        source_card(assets)
 
 
 @pytest.mark.parametrize(

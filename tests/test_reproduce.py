@@ -15,8 +15,8 @@ from tiny import ROOT, make_model, sentences
 from workers_reproduce import FEW
 
 from minitron_mp import InputError, Recipe, load_recipe
-from minitron_mp.candidates import Candidate
-from minitron_mp.training_config import Distill
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.pruning.candidates import Candidate
 
 FOLDER = ROOT / "examples" / "reproduce"
 sys.path.insert(0, str(FOLDER))
@@ -397,7 +397,7 @@ def test_a_setting_that_comes_with_a_later_version_makes_no_other_experiment(mon
             assert (base_mark(args) == mark) is same
 
 
-class LaterDistill(Distill):
+class LaterDistill(DistillConfig):
     later: int = 1
 
 

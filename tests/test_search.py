@@ -11,21 +11,22 @@ import pytest
 from cases import BY_NAME
 from tiny import ROOT, make_model, make_recipe_file, make_text
 
-from minitron_mp import console, hf
-from minitron_mp.candidates import (
+from minitron_mp.config.recipe import load_recipe, make_recipe
+from minitron_mp.console import console, table
+from minitron_mp.errors import InputError
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.pruning.candidates import (
     Candidate,
     Trained,
-    candidates,
+    candidate_name,
     chosen,
     inference_bytes,
-    name_of,
+    search_candidates,
     shown,
-    survey,
+    survey_candidates,
 )
-from minitron_mp.config import load_recipe, make_recipe
-from minitron_mp.errors import InputError
-from minitron_mp.plan import PrunePlan
-from minitron_mp.project import Project
+from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.workflow.graph import StageGraph
 
 CONFIGS = ROOT / "examples" / "configs"
 FREE = dict.fromkeys(("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"))
@@ -52,7 +53,10 @@ def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
         "data": {"sequence_length": 4096},
     }
     recipe = make_recipe({"model": "m", "output": "o", **sections})
-    return [name_of(arch) for arch in candidates(recipe, hf.read_arch(CONFIGS / teacher, weights=False))]
+    return [
+        candidate_name(arch)
+        for arch in search_candidates(recipe, read_arch(CONFIGS / teacher, weights=False))
+    ]
 
 
 def test_the_published_grids_are_among_the_candidates():
@@ -85,7 +89,7 @@ def test_the_published_grids_are_among_the_candidates():
     )
     fp8 = recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"fp8": "tensorwise"})})
     (usual, _), (fit, left_out) = (
-        survey(one, hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)) for one in (recipe, fp8)
+        survey_candidates(one, read_arch(CONFIGS / "nemotron_4_15b", weights=False)) for one in (recipe, fp8)
     )
     assert {arch.hidden_size for arch in usual} - {arch.hidden_size for arch in fit} == {4680}
     assert "distill.fp8 wants multiples of 16 of all widths on a rank" in left_out
@@ -96,7 +100,7 @@ def test_the_published_grids_are_among_the_candidates():
 
 
 def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
-    teacher = hf.read_arch(CONFIGS / "llama_3_1_8b", weights=False)
+    teacher = read_arch(CONFIGS / "llama_3_1_8b", weights=False)
     recipe = make_recipe(
         {
             "model": "m",
@@ -106,7 +110,7 @@ def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
             "parallel": {"tp": 8},
         }
     )
-    archs = candidates(recipe, teacher)
+    archs = search_candidates(recipe, teacher)
     assert len(archs) > 10
     for arch in archs:
         assert abs(arch.num_parameters() / 4.5e9 - 1) < 0.05
@@ -125,10 +129,10 @@ def test_query_groups_are_an_axis():
 
 
 def test_a_memory_budget_counts_the_cache():
-    teacher = hf.read_arch(CONFIGS / "llama_3_1_8b", weights=False)
+    teacher = read_arch(CONFIGS / "llama_3_1_8b", weights=False)
     section = {"memory_gib": 16, "batch_size": 8, "context": 8192}
     recipe = make_recipe({"model": "m", "output": "o", "search": section, "parallel": {}})
-    for arch in candidates(recipe, teacher):
+    for arch in search_candidates(recipe, teacher):
         cache = 2 * arch.num_layers * 8 * 128 * 8192 * 8 * 2  # keys and values, 8 groups of 128, bf16
         assert inference_bytes(arch, "bf16", 8, 8192) == 2 * arch.num_parameters() + cache
         assert 0.9 * 16 <= (2 * arch.num_parameters() + cache) / 2**30 <= 16
@@ -215,7 +219,7 @@ def test_what_leaves_no_candidate_is_counted(search, sections, words):
     with pytest.raises(
         InputError, match="no candidate of search is possible, whatever the budget: "
     ) as error:
-        candidates(recipe, hf.read_arch(CONFIGS / "smollm2_135m", weights=False))
+        search_candidates(recipe, read_arch(CONFIGS / "smollm2_135m", weights=False))
     assert words in str(error.value)
 
 
@@ -236,7 +240,7 @@ def test_a_round_compares_what_was_measured_in_it():
     """Not the last losses: a search that goes on knows those of later rounds, in which some have diverged or got worse."""
 
     def one(pruned, *rounds):
-        arch = hf.read_arch(CONFIGS / "smollm2_135m", weights=False)
+        arch = read_arch(CONFIGS / "smollm2_135m", weights=False)
         distilled = [
             Trained(steps=2 * (i + 1), loss=loss, kl=0.0, seconds=1.0) for i, loss in enumerate(rounds)
         ]
@@ -258,10 +262,10 @@ def test_a_round_compares_what_was_measured_in_it():
 @pytest.mark.parametrize("latency", [None, 0.123456])
 def test_the_table_fits_a_terminal(latency, monkeypatch, capsys):
     """With the sizes of a teacher of 15B: no cell goes on in a second line."""
-    arch = hf.read_arch(CONFIGS / "nemotron_4_15b", weights=False)
+    arch = read_arch(CONFIGS / "nemotron_4_15b", weights=False)
     rows = [
         Candidate(
-            name=name_of(a),
+            name=candidate_name(a),
             arch=a,
             parameters=15_600_000_000,
             memory_gib=123.45,
@@ -275,8 +279,8 @@ def test_the_table_fits_a_terminal(latency, monkeypatch, capsys):
             (arch.model_copy(update={"num_layers": 31}), []),
         )
     ]
-    monkeypatch.setattr(console.console, "width", 80)
-    console.table("search", *shown(rows))
+    monkeypatch.setattr(console, "width", 80)
+    table("search", *shown(rows))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 4 + len(rows)
     assert "2.3456 (1800)" in lines[4]
@@ -312,14 +316,14 @@ def searched(ranks, recipe, *overrides, count=1, stop_after=None):
         stop_after=stop_after,
     )
     assert all(rank.code == (0 if stop_after is None else "stopped") for rank in done), done
-    path = Project(load_recipe(recipe, overrides)).paths["search"]
+    path = StageGraph(load_recipe(recipe, overrides)).paths["search"]
     return json.loads(path.read_text())["candidates"] if stop_after is None else [], done[0].out
 
 
 @pytest.fixture(scope="module")
 def whole(ranks, scored):
     rows = searched(ranks, scored)[0]
-    shutil.copy(Project(load_recipe(scored)).paths["search"], scored.parent / "whole.json")
+    shutil.copy(StageGraph(load_recipe(scored)).paths["search"], scored.parent / "whole.json")
     return rows
 
 
@@ -343,8 +347,8 @@ def test_losses_rank_and_never_sizes(whole, scored):
     best = min(losing[:2], key=lambda row: row["distilled"][0]["loss"])
     assert [row["name"] for row in whole if row["chosen"]] == [best["name"]]
     assert all(row["distilled"][0]["steps"] == 4 for row in losing[:2])
-    project = Project(load_recipe(scored))
-    assert name_of(chosen(project.paths["search"])) == best["name"]
+    project = StageGraph(load_recipe(scored))
+    assert candidate_name(chosen(project.paths["search"])) == best["name"]
     assert not (project.recipe.root / "search").exists()
 
 
@@ -361,14 +365,14 @@ def test_rounds_keep_the_better_half(ranks, scored):
 
 def test_the_plan_is_the_winners(ranks, whole, scored):
     shutil.copy(
-        scored.parent / "whole.json", Project(load_recipe(scored)).paths["search"]
+        scored.parent / "whole.json", StageGraph(load_recipe(scored)).paths["search"]
     )  # other tests have searched since
     assert ranks(1, "project_workers.minitron", arguments=["plan", str(scored)])[0].code == 0
-    project = Project(load_recipe(scored))
+    project = StageGraph(load_recipe(scored))
     assert PrunePlan.load(project.paths["plan"]).student == chosen(project.paths["search"])
     assert project.why_not_done("plan") is None
     assert project.why_not_done("search") is None
-    other = Project(load_recipe(scored, ["search.steps=8"]))
+    other = StageGraph(load_recipe(scored, ["search.steps=8"]))
     assert any("settings.steps" in row for row in other.why_not_done("search"))
 
 

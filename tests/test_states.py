@@ -9,19 +9,19 @@ import reference
 import torch
 from cases import ARCHS, BY_NAME, DISTILL, GLOBAL_BATCH_SIZE, RESUME_AT, make_samples, settings
 
-from minitron_mp.config import make_recipe
-from minitron_mp.cost import payload_bytes_per_token
+from minitron_mp.config.distillation import DistillConfig, HiddenStatesConfig
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.recipe import make_recipe
+from minitron_mp.distillation.hidden_states import LayerPairs
 from minitron_mp.errors import InputError
-from minitron_mp.sections import Parallel
-from minitron_mp.states import Pairs
-from minitron_mp.training_config import Distill, States
+from minitron_mp.planning.memory import payload_bytes_per_token
 
 ROUNDING = 1e-5
 """As in test_training.py."""
 ARCH = ARCHS["qwen3"]
 # Under pp 2 the student's states 0 and 2 are made on the first stage, 3 and 5 on the last; the teacher's 0 and 2, 3 and 6: so both ways.
 LAYERS = {0: 0, 2: 3, 3: 2, 5: 6}
-COSINE, MSE = States(layers=LAYERS), States(layers=LAYERS, kind="mse", weight=0.25)
+COSINE, MSE = HiddenStatesConfig(layers=LAYERS), HiddenStatesConfig(layers=LAYERS, kind="mse", weight=0.25)
 BESIDE_DP = ("tp2-dp2-sp", "pp2-vpp2-dp2")
 LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "pp2-vpp2", "cp2", "dp2", "tp2-pp2-sp", "pp2-cp2", *BESIDE_DP)
 MORE = tuple(name for name in BY_NAME if name not in LAYOUTS)
@@ -38,11 +38,11 @@ IDENTITY, RECOMPUTED, OVERLAPPED, SPLIT = (
 )
 
 
-def with_states(layout: str, states: States, **other) -> Distill:
+def with_states(layout: str, states: HiddenStatesConfig, **other) -> DistillConfig:
     return settings(BY_NAME[layout]).model_copy(update={"states": states, **other})
 
 
-def cases(layout: str) -> dict[str, tuple[str, Distill]]:
+def cases(layout: str) -> dict[str, tuple[str, DistillConfig]]:
     """Run -> (student, settings): narrower than the teacher, with a projection; as wide as it; the teacher again."""
     if layout in BESIDE_DP or layout in MORE:
         return {"narrow": ("all", with_states(layout, COSINE, steps=FEW))}
@@ -54,7 +54,7 @@ def cases(layout: str) -> dict[str, tuple[str, Distill]]:
         found["narrow, mse"] = "all", with_states(layout, MSE, steps=FEW)
         found["as wide, cosine"] = "layer", with_states(layout, COSINE, steps=FEW)
     if layout in IDENTITY:
-        same = States(layers={j: j for j in (0, 3, 6)})
+        same = HiddenStatesConfig(layers={j: j for j in (0, 3, 6)})
         found["same"] = "", with_states(layout, same, steps=1, warmup_steps=0, ce_weight=0.0)
     for name, where in (("recompute", RECOMPUTED), ("overlap", OVERLAPPED)):
         if layout in where:
@@ -263,7 +263,7 @@ def test_a_teacher_without_states_is_refused(results, ranks, tmp_path):
 @pytest.mark.parametrize("pp", [2, 3, 4])
 def test_every_state_has_one_place(pp, vpp):
     """Layers in order of depth over the chunks; the final norm with the last one."""
-    layout, num_layers = Parallel(pp=pp, vpp=vpp), 14
+    layout, num_layers = ParallelConfig(pp=pp, vpp=vpp), 14
     order = [
         (chunk % pp, chunk // pp)
         for chunk, count in enumerate(layout.layers_of_chunks(num_layers))
@@ -277,19 +277,26 @@ def test_every_state_has_one_place(pp, vpp):
 
 def test_stages_get_what_they_match():
     """The last stage always the hidden states; one without a pair nothing."""
-    assert States(layers={0: 0, 5: 6, 6: 7, 8: 9}).blocks(8, Parallel(pp=4)) == {0: [1], 2: [2], 3: [0, 3, 4]}
-    assert States(layers={0: 0, 5: 6}).blocks(8, Parallel(pp=2, vpp=2)) == {0: [1, 2], 1: [0]}
+    assert HiddenStatesConfig(layers={0: 0, 5: 6, 6: 7, 8: 9}).blocks(8, ParallelConfig(pp=4)) == {
+        0: [1],
+        2: [2],
+        3: [0, 3, 4],
+    }
+    assert HiddenStatesConfig(layers={0: 0, 5: 6}).blocks(8, ParallelConfig(pp=2, vpp=2)) == {
+        0: [1, 2],
+        1: [0],
+    }
 
 
 def test_the_projection_begins_with_the_channels_that_were_kept():
     student = ARCH.model_copy(update={"hidden_size": 3})
-    assert Pairs(COSINE, student, ARCH, (1, 4, 39)).first_projection().nonzero().tolist() == [
+    assert LayerPairs(COSINE, student, ARCH, (1, 4, 39)).first_projection().nonzero().tolist() == [
         [1, 0],
         [4, 1],
         [39, 2],
     ]
-    assert Pairs(COSINE, student, ARCH).first_projection().nonzero().tolist() == [[0, 0], [1, 1], [2, 2]]
-    assert Pairs(COSINE, ARCH, ARCH).first_projection() is None
+    assert LayerPairs(COSINE, student, ARCH).first_projection().nonzero().tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert LayerPairs(COSINE, ARCH, ARCH).first_projection() is None
 
 
 def test_the_planner_counts_the_bytes_of_the_states():
@@ -349,8 +356,8 @@ def test_states_that_a_model_does_not_have():
         InputError,
         match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 .*names state 9 of the teacher",
     ):
-        Pairs(States(layers={0: 0, 7: 9}), ARCH, ARCH)
+        LayerPairs(HiddenStatesConfig(layers={0: 0, 7: 9}), ARCH, ARCH)
 
 
 def test_both_ways_to_write_pairs():
-    assert States(layers={"0": 0, 5: 6}) == States(layers=[[0, 0], [5, 6]])
+    assert HiddenStatesConfig(layers={"0": 0, 5: 6}) == HiddenStatesConfig(layers=[[0, 0], [5, 6]])

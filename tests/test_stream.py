@@ -14,18 +14,19 @@ from cases import ARCHS, BY_NAME, RESUME_AT, Layout
 from pool import Pool, RankError
 from workers_stream import local_signal
 
-from minitron_mp.arch import differing_fields
-from minitron_mp.config import make_recipe
-from minitron_mp.cost import payload_bytes_per_token
-from minitron_mp.sections import Parallel
-from minitron_mp.signals import contract
-from minitron_mp.stream import Grid, Link, Shape, messages
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.recipe import make_recipe
+from minitron_mp.distillation.stream import Link
+from minitron_mp.distillation.stream_layout import Grid, StreamShape, messages
+from minitron_mp.errors import differing_fields
+from minitron_mp.planning.memory import payload_bytes_per_token
+from minitron_mp.workflow.teacher_source import contract
 
 SP = {"sequence_parallel": True}
-HIDDEN = Shape("hidden", 24, 2, 6, torch.float32)
-LOGITS = Shape("logits", 24, 2, 8, torch.bfloat16)
-TOPK = Shape("topk", 24, 2, 7, torch.float32)
-ODD = Shape("hidden", 6, 1, 3, torch.float32)
+HIDDEN = StreamShape("hidden", 24, 2, 6, torch.float32)
+LOGITS = StreamShape("logits", 24, 2, 8, torch.bfloat16)
+TOPK = StreamShape("topk", 24, 2, 7, torch.float32)
+ODD = StreamShape("hidden", 6, 1, 3, torch.float32)
 """Three tokens on each of two context parallel ranks: no two tensor parallel ranks share them evenly."""
 SHAPES = {"hidden": HIDDEN, "logits": LOGITS, "topk": TOPK, "odd": ODD}
 
@@ -52,7 +53,7 @@ PAIRS = {
 
 
 def grid(role, ranks, layout, first=0):
-    p = Parallel(**layout)
+    p = ParallelConfig(**layout)
     return Grid(role, p, ranks // p.model_ranks, first)
 
 
@@ -62,9 +63,9 @@ LARGE = [{"tp": tp, "cp": cp, "pp": pp} for tp, cp, pp in itertools.product((1, 
 @pytest.mark.parametrize("name", SHAPES)
 def test_messages_carry_every_element_once(name):
     """Any two layouts, on one process: what the messages bring is what the student's rank wants, nothing twice."""
-    shape = Shape(SHAPES[name].payload, 48 if name != "odd" else 24, 2, 12, torch.float32)
+    shape = StreamShape(SHAPES[name].payload, 48 if name != "odd" else 24, 2, 12, torch.float32)
     for left, right in itertools.product(LARGE, LARGE):
-        teacher, student = Parallel(**left), Parallel(**right)
+        teacher, student = ParallelConfig(**left), ParallelConfig(**right)
         t, s = Grid("teacher", teacher, 2), Grid("student", student, 3, first=1000)
         plan = messages(shape, t, s, 1, 2)
         for cp, tp in itertools.product(range(student.cp), range(student.tp)):
@@ -87,10 +88,14 @@ def test_messages_carry_every_element_once(name):
 
 def test_bytes_on_the_wire_are_those_of_the_payload():
     """Hidden states: each token once to each group that wants it, whatever the tensor parallel sizes."""
-    shape = Shape("hidden", 48, 2, 12, torch.bfloat16)
+    shape = StreamShape("hidden", 48, 2, 12, torch.bfloat16)
     for left, right in itertools.product(LARGE, LARGE):
         plan = messages(
-            shape, Grid("teacher", Parallel(**left), 1), Grid("student", Parallel(**right), 1, 1000), 0, 0
+            shape,
+            Grid("teacher", ParallelConfig(**left), 1),
+            Grid("student", ParallelConfig(**right), 1, 1000),
+            0,
+            0,
         )
         elements = sum(torch.Size(m.shape(2)).numel() for m in plan)
         copies = 1 if 48 // right["cp"] % right["tp"] == 0 else right["tp"]
@@ -128,7 +133,7 @@ def test_what_arrives_is_what_was_sent(results, ranks, name, pair, window):
 
 
 def test_the_window_holds_for_a_thousand_microbatches(ranks):
-    shape = Shape("hidden", 64, 4, 256, torch.float32)  # 256 KiB
+    shape = StreamShape("hidden", 64, 4, 256, torch.float32)  # 256 KiB
     roles = {"student": (1, {}), "teacher": (1, {})}
     student, teacher = ranks(2, "workers_stream.transport", roles=roles, shape=shape, window=3, count=1000)
     assert student["wrong"] == []
@@ -320,7 +325,9 @@ def test_the_planner_counts_the_bytes_of_the_stream(payload):
         "logits": (256, torch.bfloat16),
         "topk": (15, torch.int32),
     }[payload]
-    assert payload_bytes_per_token(arch, recipe) == Shape(payload, 24, 2, width, dtype).bytes_per_token()
+    assert (
+        payload_bytes_per_token(arch, recipe) == StreamShape(payload, 24, 2, width, dtype).bytes_per_token()
+    )
 
 
 FAULTS = {

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from cases import ARCHS, CHOICES, LAYOUTS, SEQUENCE_LENGTH, WORDS
 
-from minitron_mp.data import Tokenizer
+from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.errors import InputError
-from minitron_mp.items import read_items
-from minitron_mp.tasks import rows_of
+from minitron_mp.evaluation.choice_tasks import rows_of
+from minitron_mp.evaluation.task_files import read_task_file
 
 ARCH = ARCHS["qwen3"]
 
@@ -45,7 +45,7 @@ def files(results):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 def test_scores_are_those_of_a_dense_model(results, files, layout):
-    items = read_items(files / "choices.jsonl") + read_items(files / "words.jsonl")
+    items = read_task_file(files / "choices.jsonl") + read_task_file(files / "words.jsonl")
     want = results.once(("dense scores",), lambda: dense_scores(results.weights("qwen3"), items))
     for rank in results.judged(layout):
         scores, choices, words = rank["scores"], rank["choices"], rank["words"]
@@ -64,7 +64,7 @@ def test_scores_are_those_of_a_dense_model(results, files, layout):
 
 
 def test_texts_begin_as_the_tokenizer_begins_them(files):
-    (item,) = read_items(files / "words.jsonl")[:1]
+    (item,) = read_task_file(files / "words.jsonl")[:1]
     plain, begun = (rows_of([item], Tokenizer(encode, 128, 0, bos), 100)[0] for bos in (None, 7))
     assert begun.tokens == [7, *plain.tokens]
     assert begun.start == plain.start + 1
@@ -90,7 +90,7 @@ def test_a_line_that_is_no_item_is_named(tmp_path, line):
         InputError,
         match=r"task\.jsonl line 3 is no item: needs text, or query, choices \(two or more\) and gold, or",
     ):
-        read_items(tmp_path / "task.jsonl")
+        read_task_file(tmp_path / "task.jsonl")
 
 
 def test_last_words_and_choices_are_not_one_task(tmp_path):
@@ -99,15 +99,15 @@ def test_last_words_and_choices_are_not_one_task(tmp_path):
         (tmp_path / "task.jsonl").write_text(
             "".join(json.dumps(row) + "\n" for row in (first, first, second))
         )
-        assert len(read_items(tmp_path / "task.jsonl", limit=2)) == 2
+        assert len(read_task_file(tmp_path / "task.jsonl", limit=2)) == 2
         with pytest.raises(InputError, match=r"task\.jsonl line 3: last words and choices in one file"):
-            read_items(tmp_path / "task.jsonl")
+            read_task_file(tmp_path / "task.jsonl")
 
 
 def test_files_without_items(tmp_path, files):
     with pytest.raises(InputError, match="there is no file"):
-        read_items(tmp_path / "nowhere.jsonl")
+        read_task_file(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match="holds no item"):
-        read_items(tmp_path / "empty.jsonl")
-    assert len(read_items(files / "choices.jsonl", limit=2)) == 2
+        read_task_file(tmp_path / "empty.jsonl")
+    assert len(read_task_file(files / "choices.jsonl", limit=2)) == 2

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from minitron_mp import load_recipe
-from minitron_mp.meter import Measured
-from minitron_mp.project import STAGES, Project
+from minitron_mp.training.throughput import Throughput
+from minitron_mp.workflow.graph import STAGES, StageGraph
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -38,8 +38,8 @@ class Run:
     output: Path
     done: subprocess.CompletedProcess | None = None
 
-    def project(self, *overrides: str) -> Project:
-        return Project(load_recipe(self.recipe, overrides))
+    def project(self, *overrides: str) -> StageGraph:
+        return StageGraph(load_recipe(self.recipe, overrides))
 
     def to_repeat(self, *overrides: str) -> dict[str, list[str]]:
         """Stages that are not done, and why."""
@@ -192,7 +192,7 @@ def minitron(*words: str | Path, ranks: int = 1, timeout_s: float = 150) -> subp
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what a clock says."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    clock = {"time", "step_time_s", "tokens_per_s"} | {field.name for field in fields(Measured)}
+    clock = {"time", "step_time_s", "tokens_per_s"} | {field.name for field in fields(Throughput)}
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 

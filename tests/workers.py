@@ -22,15 +22,22 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp import checkpoint, importance, parallel, schedule, slicing, speed
-from minitron_mp.arch import AXES, Arch
-from minitron_mp.artifact import Manifest
-from minitron_mp.collectives import context_parallel_slice, exchange_kept
-from minitron_mp.masks import masked
-from minitron_mp.model import build_model, logits
-from minitron_mp.parallel import World
-from minitron_mp.plan import Importance, PrunePlan, make_plan
-from minitron_mp.sections import Parallel, Score
+from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig
+from minitron_mp.distributed.collectives import context_parallel_slice, exchange_kept
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.distributed.world import World, join_world
+from minitron_mp.evaluation.prefill_speed import measure
+from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.build import build_model, logits
+from minitron_mp.pruning.importance import score
+from minitron_mp.pruning.masks import masked
+from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.slicing import _merge_heads, prune
 
 Weights = dict[str, Tensor]
 
@@ -38,7 +45,7 @@ Weights = dict[str, Tensor]
 @contextmanager
 def joined(layout: Layout) -> Iterator[World]:
     """The world of a layout, over the pool's default group; a failure is reported with the coordinates in it."""
-    with parallel.world(Parallel(**layout.parallel), seed=1) as world:
+    with join_world(ParallelConfig(**layout.parallel), seed=1) as world:
         pool.here["coordinates"] = world.coordinates
         yield world
     RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
@@ -48,9 +55,7 @@ def wait_for_slow_main(*, seconds: float, patience_s: float) -> list[int]:
     """What rank 0 says twice, the second time after so long, in a group whose collectives wait less."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
     try:
-        return [
-            parallel.on_main(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)
-        ]
+        return [on_rank_0(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)]
     finally:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=pool.GROUP_TIMEOUT_S))
 
@@ -71,16 +76,17 @@ def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
                 key, whole if layer is None else whole[layer].clone(), *offsets, **place
             )
     with joined(Layout("one", 1)):
-        checkpoint.save(state, folder, manifest("teacher", arch))
+        save_checkpoint(state, folder, manifest("teacher", arch))
 
 
 def write_hugging_face(folder: Path, source: Path) -> Arch:
     """One rank: Hugging Face folder -> a checkpoint in float32."""
-    from minitron_mp import hf
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.hf_weights import Weights, canonical_keys
 
-    arch = hf.read_arch(source)
-    opened, weights = hf.Weights(source, arch), {}
-    for key, layer in hf.canonical_keys(arch):
+    arch = read_arch(source)
+    opened, weights = Weights(source, arch), {}
+    for key, layer in canonical_keys(arch):
         weights.setdefault(key, []).append(opened.tensor(key, layer).float())
     write_weights(
         folder,
@@ -102,7 +108,7 @@ def read_tensors(folder: Path, prefix: str) -> Weights:
 
 def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
     """One rank: layer forwards that a microbatch takes in a search; two steps, so that the pass that catches what layers are given is none of them."""
-    from minitron_mp.ablation import losses_without
+    from minitron_mp.pruning.ablation import losses_without
 
     sizes = {
         "hidden_size": 16,
@@ -146,7 +152,11 @@ def judge_everything(
     """One model: its losses on two steps of samples without layers, gone -> [without these, without each candidate]; the scores of all options of
     choices.jsonl and words.jsonl; the results of these tasks; and the scores without `gone` and each of `candidates`.
     """
-    from minitron_mp import ablation, items, spans, tasks
+    from minitron_mp.evaluation import choice_tasks as tasks
+    from minitron_mp.evaluation.choice_tasks import rows_of, score_task
+    from minitron_mp.evaluation.log_likelihood import score_rows
+    from minitron_mp.evaluation.task_files import read_task_file
+    from minitron_mp.pruning.ablation import losses_without, scores_without
 
     tokenizer, found = characters(arch), {}
     with joined(layout) as world:
@@ -158,7 +168,7 @@ def judge_everything(
         steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
         found["losses"] = {}
         for already, without in missing.items():
-            base, losses = ablation.losses_without(
+            base, losses = losses_without(
                 chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size
             )
             found["losses"][already] = [base, *losses]
@@ -167,25 +177,25 @@ def judge_everything(
             "micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2,
             "vocab_size": arch.vocab_size,
         }
-        tried, scores = {name: items.read_items(files / f"{name}.jsonl") for name in ("choices", "words")}, []
+        tried, scores = {name: read_task_file(files / f"{name}.jsonl") for name in ("choices", "words")}, []
         with mock.patch.object(
             tasks,
             "score_rows",
-            lambda *case, **more: scores.append(spans.score_rows(*case, **more)) or scores[-1],
+            lambda *case, **more: scores.append(score_rows(*case, **more)) or scores[-1],
         ):
             for name, own in tried.items():
-                found[name] = tasks.judge(
+                found[name] = score_task(
                     {"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
                 )["m"]
         found["scores"] = torch.cat(scores)
-        rows = tasks.rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
-        base, others = ablation.scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
+        rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
+        base, others = scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
         return found | {"scores without": [base, *others]}
 
 
 def characters(arch: Arch) -> Any:
     """A tokenizer with a token for each character."""
-    from minitron_mp.data import Tokenizer
+    from minitron_mp.data.tokenizer import Tokenizer
 
     return Tokenizer(
         lambda texts: [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts],
@@ -196,7 +206,7 @@ def characters(arch: Arch) -> Any:
 
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
     chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
-    checkpoint.load_model(chunks, folder, world)
+    load_model(chunks, folder, world)
     return chunks
 
 
@@ -205,7 +215,7 @@ def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -
     half = (
         len(samples["tokens"]) // 2
     )  # two microbatches: the interleaved schedule wants as many as pipeline stages
-    local = schedule.run(
+    local = run_schedule(
         chunks, micro_batches(samples, half, 0, 1), world, lambda hidden, _: logits(chunks[-1], hidden)
     )
     if not world.is_last_stage:
@@ -224,16 +234,16 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
 
 def score_samples(
     chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]
-) -> Importance:
-    chosen = Score(batch_aggregation=pair[0], sequence_aggregation=pair[1])
+) -> Scores:
+    chosen = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
     mine = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
-    return importance.score(
+    return score(
         chunks,
         arch,
         chosen,
         world,
         samples["tokens"].shape[1],
-        lambda: schedule.run(chunks, mine, world, None),
+        lambda: run_schedule(chunks, mine, world, None),
     )
 
 
@@ -276,10 +286,10 @@ def prune_everything(
         whole = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
         for name, plan in plans.items():
-            state = slicing.prune(chunks, plan, world)
+            state = prune(chunks, plan, world)
             pieces[name] = [_piece(tensor) for tensor in state.values()]
             if name in ("identity", *save):
-                checkpoint.save(state, output / name, manifest("prune", plan.student))
+                save_checkpoint(state, output / name, manifest("prune", plan.student))
             for parameter, data in whole:  # prune() consumes the model
                 parameter.data = data
         return {
@@ -317,7 +327,7 @@ def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Te
 
 
 def merge_queries(plan: PrunePlan, rows: Tensor, layer: int) -> Tensor:
-    return slicing._merge_heads(rows, 0, plan, layer)
+    return _merge_heads(rows, 0, plan, layer)
 
 
 def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
@@ -336,11 +346,11 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
         hooks = count_hooks(chunks)
 
         def run() -> None:
-            schedule.run(chunks, micro_batches(make_samples(arch, 0, 4), 2, 0, 1), world, None)
+            run_schedule(chunks, micro_batches(make_samples(arch, 0, 4), 2, 0, 1), world, None)
             raise ValueError("stopped by the test")
 
         try:
-            importance.score(chunks, arch, Score(), world, SEQUENCE_LENGTH, run)
+            score(chunks, arch, ScoreConfig(), world, SEQUENCE_LENGTH, run)
         except ValueError as error:
             return str(error), count_hooks(chunks) - hooks
         return "not stopped", 0
@@ -361,7 +371,7 @@ def score_checkpoint(
     """One rank: scores of a checkpoint."""
     with joined(Layout("one", 1)) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
-        checkpoint.load_model(chunks, folder, world)
+        load_model(chunks, folder, world)
         return {pair: vars(score_samples(chunks, arch, samples, world, pair)) for pair in pairs}
 
 
@@ -374,6 +384,6 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
             name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
         }
         kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
-        return speed.measure(
+        return measure(
             models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options
         ).model_dump()

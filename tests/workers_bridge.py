@@ -22,25 +22,46 @@ from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
 from workers_stream import joined_roles, make_link
 
-from minitron_mp import bridge, checkpoint, hf, importance, parallel, schedule, slicing
-from minitron_mp.artifact import Manifest
+from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.stream import Receiver, Sender
+from minitron_mp.distillation.stream_layout import StreamShape
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
-from minitron_mp.job import ASSETS, assets_from
-from minitron_mp.model import DTYPES, build_model
-from minitron_mp.parallel import World
-from minitron_mp.plan import Importance, make_plan
-from minitron_mp.pruning_config import Target
-from minitron_mp.sections import Parallel, Score
-from minitron_mp.stream import Receiver, Sender, Shape
-from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
-from minitron_mp.trainer import train
-from minitron_mp.training_config import Distill
+from minitron_mp.integrations.megatron_bridge.checks import check_config
+from minitron_mp.integrations.megatron_bridge.export import export_student, pruned_config
+from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
+from minitron_mp.integrations.megatron_bridge.model import (
+    _arch_in,
+    arch_of,
+    defer_head,
+    load_pruned,
+    slice_teacher,
+    student_provider,
+    world_of_provider,
+)
+from minitron_mp.integrations.megatron_bridge.teacher import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.models.build import DTYPES, build_model
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+from minitron_mp.pruning.importance import score
+from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.slicing import prune
+from minitron_mp.training.loop import train
+from minitron_mp.workflow.context import ASSETS, copy_assets_from
 
 SEQUENCE_LENGTH = 16
 
 
 def joined(tp: int, pp: int, **more: Any) -> Any:
-    return parallel.world(Parallel(tp=tp, pp=pp, **more), seed=1)
+    return join_world(ParallelConfig(tp=tp, pp=pp, **more), seed=1)
 
 
 def built(
@@ -63,20 +84,20 @@ def built(
 
 def import_folder(source: Path, folder: Path, world: World) -> None:
     """Our converter: Hugging Face folder -> checkpoint, with its side files."""
-    from minitron_mp.stages import _sharded
+    from minitron_mp.workflow.stages.export import _sharded
 
-    arch = hf.read_arch(source)
-    weights, mine = hf.Weights(source, arch), {}
-    for key, layer in hf.canonical_keys(arch):
+    arch = read_arch(source)
+    weights, mine = Weights(source, arch), {}
+    for key, layer in canonical_keys(arch):
         if (layer or 0) % dist.get_world_size() == dist.get_rank():
             mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
 
     def assets(made: Path) -> None:
         (made / ASSETS).mkdir()
-        for path in hf.assets(source):
+        for path in asset_files(source):
             shutil.copy(path, made / ASSETS)
 
-    checkpoint.save(mine, folder, Manifest(stage="import", settings={}, inputs={}, arch=arch), assets)
+    save_checkpoint(mine, folder, Manifest(stage="import", settings={}, inputs={}, arch=arch), assets)
 
 
 def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Path) -> dict[str, Any]:
@@ -86,7 +107,7 @@ def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Pa
         for family, source in sources.items():
             import_folder(source, folder / family, world)
             theirs, ours = built(source, world), built(source, world, weights=False)
-            bridge.load_pruned(folder / family)(ours)
+            load_pruned(folder / family)(ours)
             mine = {
                 name: value for name, value in ours[0].state_dict().items() if isinstance(value, torch.Tensor)
             }
@@ -95,8 +116,8 @@ def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Pa
                 for name, value in theirs[0].state_dict().items()
                 if name in mine and not torch.equal(value, mine[name])
             ]
-            bridge.export(
-                bridge.defer_head(ours),
+            export_student(
+                defer_head(ours),
                 json.loads((source / "config.json").read_text()),
                 folder / f"{family}_hf",
                 source=source,
@@ -110,7 +131,7 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
     with joined(tp, pp) as world:
         import_folder(source, folder / "scored", world)
         arch, tokens = (
-            hf.read_arch(source),
+            read_arch(source),
             torch.randint(0, 120, (4, 2, SEQUENCE_LENGTH), generator=torch.Generator().manual_seed(0)),
         )
         positions = torch.arange(SEQUENCE_LENGTH).expand(2, -1).contiguous()
@@ -119,19 +140,19 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
             for t in tokens
         ]
         ours = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        checkpoint.load_model(ours, folder / "scored", world)
+        load_model(ours, folder / "scored", world)
         found = []
-        for chunks in (ours, bridge.defer_head(built(source, world))):
+        for chunks in (ours, defer_head(built(source, world))):
             chunks[0].eval()
-            own = bridge.world_of(chunks)
+            own = world_of_provider(chunks)
             found.append(
-                importance.score(
+                score(
                     chunks,
                     arch,
-                    Score(),
+                    ScoreConfig(),
                     own,
                     SEQUENCE_LENGTH,
-                    lambda chunks=chunks, own=own: schedule.run(chunks, batches, own, None),
+                    lambda chunks=chunks, own=own: run_schedule(chunks, batches, own, None),
                 )
             )
         pairs = [
@@ -145,7 +166,7 @@ def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
     """teacher/ and student/ below the folder, as import and prune leave them; layers of both. Scores are drawn."""
     with joined(1, 1) as world:
         import_folder(source, folder / "teacher", world)
-        arch, draw = hf.read_arch(source), np.random.default_rng(0)
+        arch, draw = read_arch(source), np.random.default_rng(0)
         shapes = (
             (arch.num_layers, arch.ffn_hidden_size),
             (arch.num_layers, arch.num_attention_heads),
@@ -153,15 +174,15 @@ def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
             (arch.num_layers,),
         )
         plan = make_plan(
-            Importance(*(draw.random(shape).astype(np.float32) for shape in shapes)),
+            Scores(*(draw.random(shape).astype(np.float32) for shape in shapes)),
             arch,
-            Target(hidden_size=48, ffn_hidden_size=64),
+            TargetConfig(hidden_size=48, ffn_hidden_size=64),
         )
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        checkpoint.load_model(chunks, folder / "teacher", world)
+        load_model(chunks, folder / "teacher", world)
         made = Manifest(stage="prune", settings={}, inputs={}, arch=plan.student)
-        checkpoint.save(
-            slicing.prune(chunks, plan, world), folder / "student", made, assets_from(folder / "teacher")
+        save_checkpoint(
+            prune(chunks, plan, world), folder / "student", made, copy_assets_from(folder / "teacher")
         )
         return arch.num_layers, plan.student.num_layers
 
@@ -198,12 +219,12 @@ def as_model_config(provider: Any, folder: Path) -> Any:
     config = GPTModelConfig(
         transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names}
     )
-    bridge.prepare(
+    prepare(
         config,
-        bridge._arch_in(folder),
+        _arch_in(folder),
         sequence_length=SEQUENCE_LENGTH,
         precision="fp32",
-        weights=bridge.load_pruned(folder),
+        weights=load_pruned(folder),
     )
     config.transformer.seq_length = (
         SEQUENCE_LENGTH  # 0.6, not main, looks for it there when it warms up its fused functions
@@ -249,17 +270,17 @@ def pretrain(
         0,
         False,
     )  # processes that would import everything again
-    bridge.check(cfg, step)
+    check_config(cfg, step)
     bridge_shims.pretrain_without_cuda(cfg)
     losses = Losses()
     pretrain(cfg, step, callbacks=[step, losses])
     if teacher is None:
-        parallel.leave_groups()
+        leave_groups()
         assert step.teacher.chunk is None, "the teacher is given back at the end"
     return (losses.rows, step.seen) if spy else losses.rows
 
 
-class Spied(bridge.KDForwardStep):
+class Spied(KDForwardStep):
     """Keeps the microbatches that it was given."""
 
     seen: list[dict[str, Any]]
@@ -284,17 +305,17 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
         "clip_grad": 1.0,
     }
     with joined(1, 1) as world:
-        arch = bridge._arch_in(folder / "student")
+        arch = _arch_in(folder / "student")
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        checkpoint.load_model(chunks, folder / "student", world)
+        load_model(chunks, folder / "student", world)
         teacher = ColocatedTeacher(
-            bridge._arch_in(folder / "teacher"),
+            _arch_in(folder / "teacher"),
             folder / "teacher",
             world,
             precision="fp32",
             sequence_length=SEQUENCE_LENGTH,
         )
-        settings = Distill(**same, global_batch_size=per_step, micro_batch_size=1)
+        settings = DistillConfig(**same, global_batch_size=per_step, micro_batch_size=1)
         train(
             chunks,
             teacher,
@@ -322,16 +343,16 @@ def pretrain_beside_teacher(
 ) -> list[dict[str, float]]:
     """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks. Rank 1, the student's last, has what
     Bridge would log."""
-    arch = bridge._arch_in(folder / "teacher")
+    arch = _arch_in(folder / "teacher")
     roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
-    shape = Shape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
+    shape = StreamShape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
     with joined_roles(roles) as world:
         link, ids = make_link(world, roles, shape, 2), range(len(batches))
         if world.role == "teacher":
             chunks = frozen_model(
                 arch, folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH
             )
-            serve(
+            serve_signals(
                 chunks,
                 world,
                 shape,
@@ -345,7 +366,7 @@ def pretrain_beside_teacher(
             return []
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None
-        streamed = bridge.Streamed(RemoteTeacher(receiver, "hidden", head, world), arch)
+        streamed = BridgeRemoteTeacher(RemoteTeacher(receiver, "hidden", head, world), arch)
         return pretrain(
             folder=folder,
             tp=1,
@@ -363,7 +384,7 @@ def refusals(*, folder: Path) -> str:
         cfg, step = recipe(
             folder / "student", folder / "teacher", sequence_length=SEQUENCE_LENGTH, precision="fp32"
         )
-        bridge.check(cfg, step)
+        check_config(cfg, step)
         cfg.model.vocab_size, cfg.model.should_pad_vocab, step.vocab_size = 64, True, 17
         cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size = 3, 3
         cfg.model.seq_length, cfg.model.calculate_per_token_loss, cfg.model.fp16, cfg.model.bf16 = (
@@ -377,7 +398,7 @@ def refusals(*, folder: Path) -> str:
         ) = True
         cfg.train.global_batch_size, cfg.train.micro_batch_size = 7, 2
         try:
-            bridge.check(cfg, step)
+            check_config(cfg, step)
         except InputError as error:
             return str(error)
     return ""
@@ -388,7 +409,7 @@ def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str,
     from bridge_prune import compress
 
     target, config = (
-        Target(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4),
+        TargetConfig(hidden_size=48, ffn_hidden_size=64, num_attention_heads=4),
         json.loads((source / "config.json").read_text()),
     )
     found: dict[str, Any] = {}
@@ -401,20 +422,20 @@ def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str,
             return on_cpu(made, tp, pp)
 
         teacher = provider(source)
-        arch = bridge.arch_of(teacher, config)
+        arch = arch_of(teacher, config)
         plan = compress(teacher, source, folder / "pruned", target, world)
-        smaller = bridge.pruned_config(config, plan.student)
+        smaller = pruned_config(config, plan.student)
         for name, weights in {
-            "loaded": bridge.load_pruned(folder / "pruned"),
-            "sliced": bridge.slice_teacher(lambda: built(source, world), plan),
+            "loaded": load_pruned(folder / "pruned"),
+            "sliced": slice_teacher(lambda: built(source, world), plan),
         }.items():
-            student = bridge.student(folder / "pruned", sequence_length=SEQUENCE_LENGTH, precision="fp32")
+            student = student_provider(folder / "pruned", sequence_length=SEQUENCE_LENGTH, precision="fp32")
             student._pre_wrap_hooks[0] = weights
             on_cpu(student, tp, pp).finalize()
             chunks = student.provide_distributed_model(
                 wrap_with_ddp=False, use_cpu_initialization=True, pg_collection=world.groups
             )
-            bridge.export(chunks, smaller, folder / name, source=source)
+            export_student(chunks, smaller, folder / name, source=source)
         found = {
             "teacher": arch.num_parameters(),
             "student": plan.student.num_parameters(),

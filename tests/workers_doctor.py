@@ -12,7 +12,11 @@ from unittest.mock import patch
 import pool
 import torch.distributed as dist
 
-from minitron_mp import doctor, fabric, parallel
+from minitron_mp.cluster import network as fabric
+from minitron_mp.cluster.doctor import doctor
+from minitron_mp.cluster.network import RankTable, shared
+from minitron_mp.distributed import launcher
+from minitron_mp.distributed.launcher import JobRank
 
 
 def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
@@ -22,9 +26,9 @@ def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, RANK=str(rank)))
         stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(patch.object(parallel, "_place", lambda: parallel.Place(store, rank, size)))
+        stack.enter_context(patch.object(launcher, "job_rank", lambda: JobRank(store, rank, size)))
         stack.enter_context(pool.without_group())
-        code = doctor.doctor(
+        code = doctor(
             Path(words[0]) if words else None,
             words[1:],
             clock=lambda: time.time() + skew_s * (rank == size - 1),
@@ -40,7 +44,7 @@ def disks_of_their_own(*, folder: str) -> list[str]:
     os.chdir(own)
     try:
         with patch.object(fabric, "PATIENCE_S", 1.0):
-            job = fabric.Job(dist.PrefixStore(folder, store), rank, size, "host")
-            return [f"{finding.verdict}: {finding.found}" for finding in fabric.shared(Path("out"), job)]
+            job = RankTable(dist.PrefixStore(folder, store), rank, size, "host")
+            return [f"{finding.verdict}: {finding.found}" for finding in shared(Path("out"), job)]
     finally:
         os.chdir(before)

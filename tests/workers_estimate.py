@@ -16,29 +16,28 @@ from pool import without_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from workers import manifest
 
-from minitron_mp import parallel
-from minitron_mp.arch import Arch
-from minitron_mp.model import build_model
-from minitron_mp.parallel import World
-from minitron_mp.sections import Parallel
-from minitron_mp.trainer import Run
-from minitron_mp.training_config import Training
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.training import TrainingConfig
+from minitron_mp.distributed.world import World, build_groups, leave_groups
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.training.run import TrainingRun
 
 META = torch.device("meta")
 
 
 @contextmanager
-def alone(p: Parallel, rank: int = 0, dp: int = 1) -> Iterator[World]:
+def alone(p: ParallelConfig, rank: int = 0, dp: int = 1) -> Iterator[World]:
     """The world of one rank of a layout. Nothing that it receives means anything; shapes do."""
     dist.init_process_group("fake", rank=rank, world_size=p.model_ranks * dp, store=FakeStore())
     try:
-        yield parallel.build_groups(p, torch.device("cpu"), 1)
+        yield build_groups(p, torch.device("cpu"), 1)
     finally:
-        parallel.leave_groups()
+        leave_groups()
         dist.destroy_process_group()
 
 
-def parameters(cases: list[tuple[Arch, Parallel]]) -> list[list[tuple[int, int]]]:
+def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int, int]]]:
     """Of each case and pipeline stage: parameters that Megatron-Core makes on the first and on the last tensor parallel rank, without memory."""
     found = []
     with without_group():
@@ -66,13 +65,13 @@ def parameters(cases: list[tuple[Arch, Parallel]]) -> list[list[tuple[int, int]]
     return found
 
 
-def kept(cases: list[tuple[Arch, Parallel, str, bool, int, int]]) -> list[int]:
+def kept(cases: list[tuple[Arch, ParallelConfig, str, bool, int, int]]) -> list[int]:
     """Bytes that autograd holds after the forward pass of (arch, layout, precision, recompute, sequence length, microbatch), weights apart."""
     found = []
     with without_group():
         for arch, p, precision, recompute, sequence, batch in cases:
             with alone(p) as world:
-                training = Training(recompute=recompute)
+                training = TrainingConfig(recompute=recompute)
                 (model,) = build_model(
                     arch,
                     world,
@@ -99,7 +98,7 @@ def kept(cases: list[tuple[Arch, Parallel, str, bool, int, int]]) -> list[int]:
     return found
 
 
-def in_flight(arch: Arch, cases: list[tuple[Parallel, int]]) -> list[list[int]]:
+def in_flight(arch: Arch, cases: list[tuple[ParallelConfig, int]]) -> list[list[int]]:
     """Of each layout and number of microbatches: on each stage the most layers whose backward pass is to come, in Megatron's schedule."""
     found = []
     with without_group():
@@ -126,7 +125,7 @@ def in_flight(arch: Arch, cases: list[tuple[Parallel, int]]) -> list[list[int]]:
     return found
 
 
-def training_bytes(arch: Arch, cases: list[tuple[Parallel, int, str]]) -> list[dict[str, int]]:
+def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> list[dict[str, int]]:
     """Of each (layout, data parallel size, precision): bytes of weights, gradients and optimizer state on the first rank, after a step."""
     found = []
     with without_group():
@@ -166,12 +165,12 @@ def training_bytes(arch: Arch, cases: list[tuple[Parallel, int, str]]) -> list[d
     return found
 
 
-def make_run(arch: Arch, world: World, microbatches: int, precision: str) -> Run:
+def make_run(arch: Arch, world: World, microbatches: int, precision: str) -> TrainingRun:
     settings = CORRECT.model_copy(update={"micro_batch_size": 1, "global_batch_size": microbatches})
     chunks = build_model(
         arch, world, precision=precision, sequence_length=8, training=settings, random_weights=True
     )
-    return Run(
+    return TrainingRun(
         chunks,
         None,
         settings,

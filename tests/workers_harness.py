@@ -13,8 +13,8 @@ import torch.distributed as dist
 from cases import Layout
 from workers import joined, load
 
-from minitron_mp.arch import Arch
 from minitron_mp.errors import InputError
+from minitron_mp.models.arch import Arch
 
 
 def ask(
@@ -31,7 +31,7 @@ def ask(
     """What the adapter answers to each kind of request; to the first prompt again with another token as the end of text."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.harness import ShardedLM
+    from minitron_mp.integrations.lm_eval import ShardedLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with joined(layout) as world:
@@ -57,7 +57,7 @@ def refusals(arch: Arch, folder: Path, settings: list[dict[str, Any]]) -> list[s
     """What the adapter says of requests that it cannot serve; no model is there to be asked."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.harness import ShardedLM
+    from minitron_mp.integrations.lm_eval import ShardedLM
 
     said = []
     with joined(Layout("one", 1)) as world:
@@ -86,7 +86,7 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
     """What the adapter says when ranks are asked unlike things."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.harness import ShardedLM
+    from minitron_mp.integrations.lm_eval import ShardedLM
 
     with joined(layout) as world:
         lm = ShardedLM(
@@ -108,18 +108,20 @@ def command(
     arguments: list[str], task: Path, layout: Layout, micro_batch_size: int
 ) -> tuple[Any, float, float]:
     """The command line as on this rank of torchrun, and the accuracy and normalised accuracy that our own choice tasks give."""
-    from minitron_mp import hf, items, tasks
-    from minitron_mp.data import load_tokenizer
+    from minitron_mp.data.tokenizer import load_tokenizer
+    from minitron_mp.evaluation.choice_tasks import score_task
+    from minitron_mp.evaluation.task_files import read_task_file
+    from minitron_mp.models.hf_config import read_arch
 
     inventory = "torch.utils.collect_env.get_pretty_env_info"  # of the machine, by pip and others: seconds
     with patch.dict(os.environ, RANK=str(dist.get_rank())), patch(inventory, lambda: ""):
         done = project_workers.minitron(arguments=arguments)
     recipe = Path(arguments[1]).parent
-    arch = hf.read_arch(recipe / "model")
+    arch = read_arch(recipe / "model")
     with joined(layout) as world:
         chunks = load(arch, recipe / "out" / "teacher", world)
         place = {"sequence_length": 32, "micro_batch_size": micro_batch_size, "vocab_size": arch.vocab_size}
-        own = tasks.judge(
-            {"teacher": chunks}, items.read_items(task), load_tokenizer(recipe / "model"), world, **place
+        own = score_task(
+            {"teacher": chunks}, read_task_file(task), load_tokenizer(recipe / "model"), world, **place
         )["teacher"]
     return done, own.accuracy, own.normalised

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp import losses, rows
+from minitron_mp.losses import fused
+from minitron_mp.losses import reference as rows
 
 
 def row_functions(calls: list[dict[str, Any]]) -> list[dict[str, dict[str, Tensor]]]:
@@ -22,7 +23,7 @@ def both(
     z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
 ) -> dict[str, dict[str, Tensor]]:
     """{"rows", "kernels"} -> results of both, each on copies of its own, from the same row values."""
-    from minitron_mp import kernels
+    from minitron_mp.losses import kernels as kernels
 
     found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
     for name, module in (("rows", rows), ("kernels", kernels)):
@@ -87,18 +88,18 @@ def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """workers_losses.fused_all with the kernels in it."""
     import workers_losses
 
-    from minitron_mp import kernels
+    from minitron_mp.losses import kernels as kernels
 
-    usual = losses._row_functions
-    losses._row_functions = lambda _: kernels
+    usual = fused._row_functions
+    fused._row_functions = lambda _: kernels
     try:
         return workers_losses.fused_all(calls)
     finally:
-        losses._row_functions = usual
+        fused._row_functions = usual
 
 
 def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    from minitron_mp import kernels
+    from minitron_mp.losses import kernels as kernels
 
     return [kernels.cosine_distance(a, b) for a, b in pairs]
 
@@ -109,7 +110,7 @@ def compile_for(architecture: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from minitron_mp import kernels
+    from minitron_mp.losses import kernels as kernels
 
     numbers = {"t": "fp32", "inverse_t": "fp32", "labels": "*i64", "out": "*bf16"}
     tensors = dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32")

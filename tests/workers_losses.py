@@ -10,8 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp import losses, rows
-from minitron_mp.losses import Objective, Teacher, TeacherHidden, TeacherLogits
+from minitron_mp.losses import fused as fused_module
+from minitron_mp.losses import reference as rows
+from minitron_mp.losses.fused import (
+    ELEMENTS,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTarget,
+    distillation_loss,
+)
 
 
 def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -24,7 +32,7 @@ def fused(
     weight: Tensor,
     labels: Tensor,
     token_weights: Tensor,
-    teacher: Teacher | None,
+    teacher: TeacherTarget | None,
     objective: Objective,
     vocab_size: int,
     *,
@@ -49,11 +57,11 @@ def fused(
     x = (hidden.chunk(group.size())[group.rank()] if sequence_parallel else hidden).clone().requires_grad_()
     target = _own_teacher(teacher, columns, teacher_padding, group if sequence_parallel else None)
     with broken(defect, group.size()), chunked(chunks, len(own)):
-        loss, per_token = losses.distillation_loss(
+        loss, per_token = distillation_loss(
             x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group
         )
         with torch.no_grad():
-            value_alone, _ = losses.distillation_loss(
+            value_alone, _ = distillation_loss(
                 x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group
             )
         refused = ""
@@ -72,7 +80,9 @@ def fused(
     }
 
 
-def _own_teacher(teacher: Teacher | None, columns: slice, padding: int, split: Any) -> Teacher | None:
+def _own_teacher(
+    teacher: TeacherTarget | None, columns: slice, padding: int, split: Any
+) -> TeacherTarget | None:
     """This rank's columns and, with a group to split the sequence over, its part of the sequence."""
 
     def part(x: Tensor) -> Tensor:
@@ -91,12 +101,12 @@ def _own_teacher(teacher: Teacher | None, columns: slice, padding: int, split: A
 
 @contextmanager
 def chunked(sizes: tuple[int, int, int] | None, columns: int) -> Iterator[None]:
-    usual = losses.ELEMENTS["cpu"]
-    losses.ELEMENTS["cpu"] = tuple(size * columns for size in sizes) if sizes else usual
+    usual = ELEMENTS["cpu"]
+    ELEMENTS["cpu"] = tuple(size * columns for size in sizes) if sizes else usual
     try:
         yield
     finally:
-        losses.ELEMENTS["cpu"] = usual
+        ELEMENTS["cpu"] = usual
 
 
 @contextmanager
@@ -105,7 +115,7 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
 
     logits: that of the logits, so both results; hidden: only that of the hidden states.
     """
-    gradient, reduce = rows.gradient, losses._reduce
+    gradient, reduce = rows.gradient, fused_module._reduce
 
     def too_large(*arguments: Any) -> None:
         gradient(*arguments)
@@ -115,10 +125,10 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
         if defect == "logits":
             rows.gradient = too_large
         if defect == "hidden":
-            losses._reduce = _times(reduce, size)
+            fused_module._reduce = _times(reduce, size)
         yield
     finally:
-        rows.gradient, losses._reduce = gradient, reduce
+        rows.gradient, fused_module._reduce = gradient, reduce
 
 
 def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:
@@ -127,7 +137,7 @@ def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor
 
 def top_k(hidden: Tensor, weight: Tensor, k: int, vocab_size: int, temperature: float) -> tuple[Tensor, ...]:
     """What the student's end has of a teacher's top k, from hidden [s, b, h] and weight [v, h] given whole."""
-    from minitron_mp.teacher import pack_top_k, top_k_of, unpack_top_k
+    from minitron_mp.losses.top_k import pack_top_k, top_k_of, unpack_top_k
 
     group = dist.group.WORLD
     z = hidden @ weight.chunk(group.size())[group.rank()].T

@@ -15,14 +15,14 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from workers import joined, load, manifest, score_samples
 
-from minitron_mp import checkpoint
-from minitron_mp.arch import Arch
-from minitron_mp.checkpoint import scaling_state
+from minitron_mp.artifacts import checkpoint as checkpoint
+from minitron_mp.artifacts.checkpoint import load_checkpoint, load_model, scaling_state
+from minitron_mp.config.training import CorrectionConfig, TrainingConfig
 from minitron_mp.errors import InputError
-from minitron_mp.model import build_model
-from minitron_mp.precision import silently_wrong
-from minitron_mp.trainer import train
-from minitron_mp.training_config import Correct, Training
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.models.precision import silently_wrong
+from minitron_mp.training.loop import train
 
 ONE = Layout("one", 1)
 
@@ -32,7 +32,7 @@ def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]])
     found: list[str | list[str]] = []
     with joined(ONE) as world:
         for options, training in cases:
-            settings = None if training is None else Training(**training)
+            settings = None if training is None else TrainingConfig(**training)
             try:
                 (chunk,) = build_model(
                     arch, world, training=settings, **{"precision": "bf16", "sequence_length": 32} | options
@@ -81,12 +81,12 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
         with patch.object(
             checkpoint,
             "load",
-            side_effect=lambda state, folder, read=checkpoint.load: (
+            side_effect=lambda state, folder, read=load_checkpoint: (
                 places.update(_places(state)),
                 read(state, folder),
             )[1],
         ):
-            checkpoint.load_model(chunks, teacher, world)
+            load_model(chunks, teacher, world)
         return not own & places, all(map(torch.equal, chunks[0].parameters(), want))
 
 
@@ -130,7 +130,9 @@ def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
 
 def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list[float], list[bool], bool]:
     """(losses, whether Python collects by itself after each step, and at the end) of a few steps."""
-    settings = Correct(steps=3, warmup_steps=0, global_batch_size=4, lr=1e-3, collect_interval=interval)
+    settings = CorrectionConfig(
+        steps=3, warmup_steps=0, global_batch_size=4, lr=1e-3, collect_interval=interval
+    )
     losses, by_itself = [], []
 
     def note(metrics: Any) -> None:

@@ -22,12 +22,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from workers import joined, load, score_samples
 from workers_training import Runner
 
-from minitron_mp import parallel, schedule, slicing
-from minitron_mp.arch import Arch
+from minitron_mp.distillation.teacher import ColocatedTeacher
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.errors import InputError
-from minitron_mp.model import build_model
-from minitron_mp.plan import make_plan
-from minitron_mp.teacher import ColocatedTeacher
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.slicing import prune, slice_tensor
 
 
 def refusal(action: Callable[[], Any]) -> str:
@@ -65,7 +67,7 @@ def microbatches(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
         return refusal(
-            lambda: schedule.run(chunks, micro_batches(make_samples(arch, 0, 3), 1, 0, 1), world, None)
+            lambda: run_schedule(chunks, micro_batches(make_samples(arch, 0, 3), 1, 0, 1), world, None)
         )
 
 
@@ -78,7 +80,7 @@ def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
             targets(arch)["all"],
         )
         tensor = ShardedTensor.from_rank_offsets("decoder.layers.mlp.unheard_of.weight", torch.ones(2))
-        return refusal(lambda: slicing.slice_tensor(tensor, plan, world))
+        return refusal(lambda: slice_tensor(tensor, plan, world))
 
 
 def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
@@ -90,7 +92,7 @@ def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
             targets(arch)["all"],
         )
         wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
-        return refusal(lambda: slicing.prune([wrapped], plan, world))
+        return refusal(lambda: prune([wrapped], plan, world))
 
 
 def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
@@ -112,4 +114,6 @@ def loss(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
 
 def by_one(layout: Layout) -> str:
     with joined(layout) as world:
-        return refusal(lambda: parallel.everyone(InputError("the disk is full") if world.rank == 1 else None))
+        return refusal(
+            lambda: raise_on_all_ranks(InputError("the disk is full") if world.rank == 1 else None)
+        )

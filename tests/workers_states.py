@@ -12,14 +12,17 @@ from workers import count_hooks, joined
 from workers_stream import joined_roles, make_link
 from workers_training import Runner, copy_once
 
-from minitron_mp import schedule, trainer
-from minitron_mp.arch import Arch
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.stream import Receiver, Senders
+from minitron_mp.distillation.stream_layout import StreamShape
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.errors import InputError
-from minitron_mp.states import Pairs
-from minitron_mp.stream import Receiver, Senders, Shape
-from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
-from minitron_mp.trainer import StepMetrics
-from minitron_mp.training_config import Distill
+from minitron_mp.models.arch import Arch
+from minitron_mp.training import loop
+from minitron_mp.training.metrics import StepMetrics
 
 Student = tuple[Arch, Path, list[int]]
 """Architecture, checkpoint, kept channels."""
@@ -30,7 +33,7 @@ def train_all(
     layout: Layout,
     arch: Arch,
     teacher: Path,
-    runs: dict[str, tuple[Student, Distill, Path | None]],
+    runs: dict[str, tuple[Student, DistillConfig, Path | None]],
     output: Path,
 ) -> dict[str, Any]:
     """name -> (metrics of rank 0, this rank's projection at the end), for each run: (student, settings, checkpoints to resume from)."""
@@ -42,11 +45,11 @@ def train_all(
                 teacher,
                 world,
                 **FROZEN,
-                pairs=Pairs(settings.states, student_arch, arch, tuple(channels)),
+                pairs=LayerPairs(settings.states, student_arch, arch, tuple(channels)),
             )
             if stopped:
                 copy_once(stopped, output / name)
-            schedule.run(
+            run_schedule(
                 signals.chunks, micro_batches(make_samples(arch, 9, 2), 1, 0, 1), world, None
             )  # somebody measures the teacher first
             kept: list[Any] = []
@@ -64,17 +67,17 @@ class watched:
     """Keeps the Runs that train() makes."""
 
     def __init__(self, kept: list[Any]):
-        self.kept, self.usual = kept, trainer.Run
+        self.kept, self.usual = kept, loop.TrainingRun
 
     def __enter__(self) -> None:
         def make(*arguments: Any, **options: Any) -> Any:
             self.kept.append(self.usual(*arguments, **options))
             return self.kept[-1]
 
-        trainer.Run = make
+        loop.TrainingRun = make
 
     def __exit__(self, *_: Any) -> None:
-        trainer.Run = self.usual
+        loop.TrainingRun = self.usual
 
 
 def train_remote(
@@ -84,15 +87,15 @@ def train_remote(
     arch: Arch,
     weights: Path,
     model: Student,
-    settings: Distill,
+    settings: DistillConfig,
     output: Path,
 ) -> list[StepMetrics]:
     """The first RESUME_AT steps of a run of train_all with the teacher on ranks of its own; metrics of the student's rank 0, [] elsewhere."""
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = settings.global_batch_size // settings.micro_batch_size
-    shape = Shape("hidden", SEQUENCE_LENGTH, settings.micro_batch_size, arch.hidden_size, torch.float32)
+    shape = StreamShape("hidden", SEQUENCE_LENGTH, settings.micro_batch_size, arch.hidden_size, torch.float32)
     student_arch, folder, channels = model
-    pairs, ids = Pairs(settings.states, student_arch, arch, tuple(channels)), range(RESUME_AT * per_step)
+    pairs, ids = LayerPairs(settings.states, student_arch, arch, tuple(channels)), range(RESUME_AT * per_step)
 
     def batch_of(id: int) -> dict[str, Tensor]:
         samples = make_samples(arch, id // per_step, settings.global_batch_size)
@@ -107,7 +110,7 @@ def train_remote(
         if world.role == "teacher":
             sender = Senders(links, blocks, shape.width) if world.is_last_stage else None
             options = {"group": window, "vocab_size": arch.vocab_size, "pairs": pairs}
-            serve(
+            serve_signals(
                 frozen_model(arch, weights, world, **FROZEN),
                 world,
                 shape,
@@ -129,7 +132,7 @@ def train_remote(
         return metrics
 
 
-def without_pairs(layout: Layout, arch: Arch, teacher: Path, settings: Distill, output: Path) -> str:
+def without_pairs(layout: Layout, arch: Arch, teacher: Path, settings: DistillConfig, output: Path) -> str:
     """The refusal of a run with states whose teacher has none."""
     with joined(layout) as world:
         try:

@@ -13,22 +13,26 @@ from typing import Any
 
 import pool
 import torch
+import torch.distributed as dist
 from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 from workers import joined
 from workers_training import Runner
 
-from minitron_mp import parallel
-from minitron_mp.arch import Arch
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.stream import Link, Receiver, Sender
+from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distributed.launcher import JobRank, fresh_prefix
+from minitron_mp.distributed.roles import join_roles
+from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.losses import TeacherLogits
-from minitron_mp.model import logits
-from minitron_mp.parallel import World
-from minitron_mp.sections import Parallel
-from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape, columns_of, rows_of
-from minitron_mp.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head, serve
-from minitron_mp.trainer import StepMetrics
+from minitron_mp.losses.fused import TeacherLogits
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import logits
+from minitron_mp.training.metrics import StepMetrics
 
 Roles = dict[str, tuple[int, dict[str, Any]]]
 """role -> (ranks, arguments of Parallel)"""
@@ -41,17 +45,17 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
     wanted, refused = sum(ranks for ranks, _ in roles.values()), None
     with pool.without_group():
         if rank >= wanted:
-            parallel._next_prefix(store)  # every rank counts the worlds of the job
+            fresh_prefix(store)  # every rank counts the worlds of the job
             yield None
             return
-        layouts = {role: (ranks, Parallel(**p)) for role, (ranks, p) in roles.items()}
+        layouts = {role: (ranks, ParallelConfig(**p)) for role, (ranks, p) in roles.items()}
         options = {
             "timeout_minutes": timeout_s / 60,
             "stream_timeout_s": timeout_s,
-            "place": parallel.Place(store, rank, wanted),
+            "place": JobRank(store, rank, wanted),
         }
         try:
-            with parallel.roles(layouts, seed=1, **options) as world:
+            with join_roles(layouts, seed=1, **options) as world:
                 pool.here["coordinates"] = f"{world.role} {world.coordinates}"
                 yield world
         except InputError as error:  # all ranks have it: they go on together
@@ -61,18 +65,18 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
         raise refused
 
 
-def make_link(world: World, roles: Roles, shape: Shape, window: int) -> Link:
+def make_link(world: World, roles: Roles, shape: StreamShape, window: int) -> Link:
     bridge = world.bridge
     grids = {}
     for role, (ranks, p) in roles.items():
-        layout = Parallel(**p)
+        layout = ParallelConfig(**p)
         grids[role] = Grid(role, layout, ranks // layout.model_ranks, bridge.spans[role].start)
     return Link(
         bridge, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window
     )
 
 
-def whole_signal(shape: Shape, id: int) -> Tensor:
+def whole_signal(shape: StreamShape, id: int) -> Tensor:
     """[s, b, n] of a microbatch, known to both ends."""
     generator = torch.Generator().manual_seed(id)
     return torch.randn((shape.sequence_length, shape.micro_batch_size, shape.width), generator=generator).to(
@@ -80,14 +84,20 @@ def whole_signal(shape: Shape, id: int) -> Tensor:
     )
 
 
-def local_signal(shape: Shape, p: Parallel, id: int, cp: int, tp: int) -> Tensor:
+def local_signal(shape: StreamShape, p: ParallelConfig, id: int, cp: int, tp: int) -> Tensor:
     """[s', b, n'] of one place."""
     whole, columns = whole_signal(shape, id), slice(*columns_of(shape, p, tp))
     return torch.cat([whole[first:end, :, columns] for first, end, _ in rows_of(shape, p, cp, tp)])
 
 
 def transport(
-    roles: Roles, shape: Shape, window: int, count: int, seed: int = 0, delay_s: float = 0.0, die: str = ""
+    roles: Roles,
+    shape: StreamShape,
+    window: int,
+    count: int,
+    seed: int = 0,
+    delay_s: float = 0.0,
+    die: str = "",
 ) -> dict[str, Any]:
     """Stream `count` plain signals with random delays on both sides; what each end saw. die: "ROLE RANK PHASE", see _fault."""
     with joined_roles(roles, timeout_s=3.0 if die else 60.0) as world:
@@ -95,7 +105,7 @@ def transport(
 
 
 def transports(
-    roles: Roles, cases: list[tuple[Shape, int]], count: int, delay_s: float
+    roles: Roles, cases: list[tuple[StreamShape, int]], count: int, delay_s: float
 ) -> list[dict[str, Any]]:
     """transport() of each (shape, window), one after the other over one bridge."""
     with joined_roles(roles) as world:
@@ -108,7 +118,7 @@ def transports(
 def _stream(
     world: World,
     roles: Roles,
-    shape: Shape,
+    shape: StreamShape,
     window: int,
     count: int,
     seed: int,
@@ -169,7 +179,7 @@ class _Fault:
 
     def __init__(self, world: World, text: str):
         role, rank, self.kind, self.place = (text.split(" ", 3) + [""] * 4)[:4]
-        self.mine = bool(text) and role == world.role and int(rank) == parallel.dist.get_rank()
+        self.mine = bool(text) and role == world.role and int(rank) == dist.get_rank()
 
     def __call__(self, phase: str, id: int) -> None:
         if self.mine and self.place == f"{phase} {id}":
@@ -191,7 +201,7 @@ class _Watched:
         return self.group.send(*arguments)
 
 
-def disordered(roles: Roles, shape: Shape, announced: int, due: int) -> str:
+def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> str:
     """The error of a student to which microbatch `announced` is announced where `due` is due."""
     with joined_roles(roles, timeout_s=3.0) as world:
         link = make_link(world, roles, shape, 3)
@@ -209,13 +219,13 @@ def disordered(roles: Roles, shape: Shape, announced: int, due: int) -> str:
         return text
 
 
-def wrong_credit(roles: Roles, shape: Shape) -> str:
+def wrong_credit(roles: Roles, shape: StreamShape) -> str:
     """The error of a teacher that gets credit for another microbatch than the one that is due."""
     with joined_roles(roles, timeout_s=3.0) as world:
         link = make_link(world, roles, shape, 3)
         if world.role == "student":
             number = torch.empty(1, dtype=torch.int64)
-            signal = torch.empty(shape.local(Parallel()), dtype=shape.dtype)
+            signal = torch.empty(shape.local(ParallelConfig()), dtype=shape.dtype)
             world.bridge.control.recv([number], link.teacher.first, 1).wait()
             world.bridge.data.recv([signal], link.teacher.first, 3).wait()
             world.bridge.control.send([number + 1], link.teacher.first, 2).wait()
@@ -233,7 +243,7 @@ def wrong_credit(roles: Roles, shape: Shape) -> str:
 
 def contract(roles: Roles, **other: Any) -> str:
     """The refusal of a contract that differs in some fields, on this rank."""
-    from minitron_mp.signals import compare_contracts
+    from minitron_mp.workflow.teacher_source import compare_contracts
 
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
@@ -273,7 +283,7 @@ def train_with(
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = chosen.global_batch_size // chosen.micro_batch_size
     width = arch.hidden_size if payload == "hidden" else arch.padded_vocab_size
-    shape = Shape(payload, SEQUENCE_LENGTH, chosen.micro_batch_size, width, torch.float32)
+    shape = StreamShape(payload, SEQUENCE_LENGTH, chosen.micro_batch_size, width, torch.float32)
 
     def batch_of(id: int) -> dict[str, Tensor]:
         samples = make_samples(arch, id // per_step, chosen.global_batch_size)
@@ -289,7 +299,7 @@ def train_with(
         )
         if world.role == "teacher":
             chunks = frozen_model(arch, weights, world, **frozen)
-            serve(
+            serve_signals(
                 chunks,
                 world,
                 shape,

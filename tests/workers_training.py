@@ -21,17 +21,21 @@ from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, mi
 from torch import Tensor
 from workers import gather, joined, load, manifest
 
-from minitron_mp import checkpoint, trainer
-from minitron_mp.arch import Arch
-from minitron_mp.correction import LearningTeacher
+from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_model
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.config.training import CorrectionConfig, ProfileConfig
+from minitron_mp.distillation.teacher import ColocatedTeacher
+from minitron_mp.distributed.preemption import Preempted, watch_for_preemption
+from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.evaluate import compare
-from minitron_mp.leaving import Left, listening
-from minitron_mp.model import build_model
-from minitron_mp.parallel import World
-from minitron_mp.teacher import ColocatedTeacher
-from minitron_mp.trainer import StepMetrics, train
-from minitron_mp.training_config import Correct, Distill, Profile
+from minitron_mp.evaluation.quality import compare
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.training import run as trainer
+from minitron_mp.training.loop import train
+from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.teacher_correction import TrainableTeacher
 
 
 def train_everything(
@@ -73,7 +77,7 @@ def train_variants(
     student_arch: Arch,
     student: Path,
     output: Path,
-    variants: dict[str, Distill],
+    variants: dict[str, DistillConfig],
 ) -> dict[str, Any]:
     """For each of these settings: (rank 0's metrics, whether the final weights agree over data parallel ranks).
 
@@ -83,7 +87,7 @@ def train_variants(
     with joined(layout) as world, small_buckets():
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         for name, chosen in variants.items():
-            runner = Runner(world, None if isinstance(chosen, Correct) else signals, chosen)
+            runner = Runner(world, None if isinstance(chosen, CorrectionConfig) else signals, chosen)
             run = runner(student_arch, student, output / name, stop_after=RESUME_AT)
             metrics = run.metrics
             if chosen.steps > RESUME_AT:
@@ -102,7 +106,7 @@ def correct_meanwhile(
     student_arch: Arch,
     student: Path,
     output: Path,
-    correct: Correct,
+    correct: CorrectionConfig,
     precision: str,
 ) -> dict[str, Any]:
     """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone, and its last step again; and how far
@@ -120,14 +124,14 @@ def correct_meanwhile(
     )
     with joined(layout) as world:
 
-        def start(curve: list[StepMetrics]) -> LearningTeacher:
+        def start(curve: list[StepMetrics]) -> TrainableTeacher:
             chunks = build_model(
                 arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct
             )
-            checkpoint.load_model(chunks, teacher, world)
+            load_model(chunks, teacher, world)
             state = {"checkpoints": None, "manifest": manifest("distill")}
-            return LearningTeacher(
-                trainer.Run(
+            return TrainableTeacher(
+                TrainingRun(
                     chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state
                 )
             )
@@ -190,7 +194,7 @@ def leave(
 ) -> dict[str, Any]:
     """Runs that are told to leave, each in another way, and go on: name -> (rank 0's metrics of each part, names of the checkpoints between them)."""
     found: dict[str, Any] = {}
-    with joined(layout) as world, listening(output) as leaving:
+    with joined(layout) as world, watch_for_preemption(output) as leaving:
         output.mkdir(parents=True, exist_ok=True)
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         usual = settings(layout).model_copy(update={"checkpoint_interval": 9})
@@ -204,7 +208,7 @@ def leave(
                 os.kill(os.getpid(), signal.SIGTERM)
             return step
 
-        def parts(name: str, chosen: Distill, **told: Any) -> None:
+        def parts(name: str, chosen: DistillConfig, **told: Any) -> None:
             run = Runner(replace(world, leaving=leaving), signals, chosen)
             first = run(student_arch, student, output / name, **told)
             leaving.stop_file.unlink(missing_ok=True)
@@ -237,9 +241,9 @@ def killed_writer(
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         chosen = settings(layout).model_copy(update={"async_save": True, "checkpoint_interval": 1})
         run, said, writers = Runner(world, signals, chosen), "", []
-        start = checkpoint.Background.start
+        start = AsyncCheckpointWriter.start
 
-        def slow(background: checkpoint.Background, state: Any, folder: Path, *rest: Any) -> None:
+        def slow(background: AsyncCheckpointWriter, state: Any, folder: Path, *rest: Any) -> None:
             """The second checkpoint's writers never come to an end by themselves."""
             second = folder.name == "step_00000002"
             with patch.object(os, "fsync", lambda number: time.sleep(600)) if second else nullcontext():
@@ -256,7 +260,7 @@ def killed_writer(
                     with suppress(psutil.NoSuchProcess):
                         child.kill()
 
-        with patch.object(checkpoint.Background, "start", slow):
+        with patch.object(AsyncCheckpointWriter, "start", slow):
             try:
                 run(student_arch, student, output)
             except InputError as error:
@@ -286,9 +290,9 @@ def profiled(
             [],
         )
         for profile in (
-            Profile(steps=[2, 3], ranks=[0, world.size]),
-            Profile(steps=[2, 3], kind="nsys"),
-            Profile(steps=[2, 3], ranks=[world.size - 1]),
+            ProfileConfig(steps=[2, 3], ranks=[0, world.size]),
+            ProfileConfig(steps=[2, 3], kind="nsys"),
+            ProfileConfig(steps=[2, 3], ranks=[world.size - 1]),
         ):
             run = Runner(world, signals, settings(layout).model_copy(update={"profile": profile}))
             try:
@@ -339,7 +343,7 @@ class Runner:
 
     world: World
     teacher: Any
-    settings: Distill
+    settings: DistillConfig
     precision: str = "fp32"
     lr_in_manifest: int = 0
     """Something by which two runs can differ."""
@@ -362,7 +366,7 @@ class Runner:
             arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen
         )
         if start is not None:
-            checkpoint.load_model(chunks, start, world)
+            load_model(chunks, start, world)
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
@@ -382,7 +386,7 @@ class Runner:
             metrics.append(step)
             on_step(step)
 
-        with suppress(Left):
+        with suppress(Preempted):
             train(
                 chunks,
                 self.teacher,

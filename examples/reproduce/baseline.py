@@ -13,20 +13,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minitron_mp import artifact, data, hf, parallel
+from minitron_mp.artifacts.manifest import require_artifact
+from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.console import Tracker
-from minitron_mp.job import ASSETS
-from minitron_mp.model import DTYPES
-from minitron_mp.plan import exportable
-from minitron_mp.project import Project
-from minitron_mp.stages import read_tensors
-from minitron_mp.training_config import Distill
+from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.tokenizer import load_tokenizer
+from minitron_mp.distributed.world import World, join_world
+from minitron_mp.models.build import DTYPES
+from minitron_mp.models.hf_weights import write_folder
+from minitron_mp.pruning.target import exportable_arch
+from minitron_mp.workflow.context import ASSETS
+from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.stages.export import read_tensors
 
 
 class PlainLoop:
     """A student and a teacher of transformers on one device, and the optimizer that a user would take."""
 
-    def __init__(self, student: Any, teacher: Any, settings: Distill, precision: str):
+    def __init__(self, student: Any, teacher: Any, settings: DistillConfig, precision: str):
         assert settings.divergence == "forward_kl"
         assert settings.temperature == 1.0
         self.student, self.teacher, self.settings, self.precision = (
@@ -73,22 +77,22 @@ class PlainLoop:
         return total.tolist()
 
 
-def train_plain(project: Project, folder: Path) -> dict[str, Any]:
+def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
     """Loss and KL on the held-out samples of `evaluate`, and the training curve; folder: for the exported models."""
     from transformers import AutoModelForCausalLM
 
     recipe, settings = project.recipe, project.recipe.distill
-    with parallel.world(recipe.parallel, seed=recipe.seed) as world:
+    with join_world(recipe.parallel, seed=recipe.seed) as world:
         for stage in ("prune", recipe.tutor):
             write_hf(project, stage, folder / stage, world)
         parts = {
             "train": (settings.steps * settings.global_batch_size, True),
             "valid": (recipe.evaluate.num_samples, False),
         }
-        tokenizer = data.load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
+        tokenizer = load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
         length = recipe.data.sequence_length
         train, valid = (
-            data.samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat)
+            open_samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat)
             for part, (n, repeat) in parts.items()
         )
         device = world.device
@@ -112,7 +116,7 @@ def train_plain(project: Project, folder: Path) -> dict[str, Any]:
     return {"loss": loss, "kl": kl, "curve": curve}
 
 
-def learning_rate(settings: Distill, step: int) -> float:
+def learning_rate(settings: DistillConfig, step: int) -> float:
     """Of step `step` from 0: linear warm-up, then a cosine from lr to min_lr over the rest."""
     done = step + 1
     if done <= settings.warmup_steps:
@@ -132,19 +136,19 @@ def batches(
     dataset: Any, step: int, global_batch_size: int, micro_batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
     sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
-    return data.micro_batches(dataset, step, **sizes, dp_rank=0, dp_size=1)
+    return micro_batches(dataset, step, **sizes, dp_rank=0, dp_size=1)
 
 
-def write_hf(project: Project, stage: str, folder: Path, world: parallel.World) -> None:
+def write_hf(project: StageGraph, stage: str, folder: Path, world: World) -> None:
     """The model that a stage left as a Hugging Face folder."""
-    arch = artifact.require(project.paths[stage], stage).arch
+    arch = require_artifact(project.paths[stage], stage).arch
     assert arch is not None
     tensors = read_tensors(project.paths[stage], arch, world)
     family = project.recipe.export.family if stage == "prune" else None
-    hf.write_folder(
+    write_folder(
         folder,
         project.paths["import"] / ASSETS,
-        exportable(arch, family),
+        exportable_arch(arch, family),
         DTYPES[project.recipe.precision],
         tensors,
     )

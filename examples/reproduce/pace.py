@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from baseline import PlainLoop
 
-from minitron_mp import Recipe, artifact, build_model, hf
-from minitron_mp.artifact import Manifest
-from minitron_mp.model import DTYPES
-from minitron_mp.parallel import world
-from minitron_mp.teacher import ColocatedTeacher
-from minitron_mp.trainer import StepMetrics, train
+from minitron_mp import Recipe, build_model
+from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.distillation.teacher import ColocatedTeacher
+from minitron_mp.distributed.world import join_world
+from minitron_mp.models.build import DTYPES
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.training.loop import train
+from minitron_mp.training.metrics import StepMetrics
 
 WARM_UP = 2
 """Steps of each before the measured ones."""
@@ -39,11 +41,11 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
     )
     size = settings.micro_batch_size, recipe.data.sequence_length
     times: dict[str, list[float]] = {"minitron_mp": [], "transformers": []}
-    with world(recipe.parallel, seed=recipe.seed) as w, tempfile.TemporaryDirectory() as scratch:
+    with join_world(recipe.parallel, seed=recipe.seed) as w, tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(student))
         arch, teacher_arch = (
-            hf.read_arch(Path(scratch), weights=False),
-            artifact.require(teacher, "import").arch,
+            read_arch(Path(scratch), weights=False),
+            require_artifact(teacher, "import").arch,
         )
         assert teacher_arch is not None
         options: dict[str, Any] = {"sequence_length": recipe.data.sequence_length}

@@ -13,8 +13,8 @@ from claims import CLAIMS, Results, values
 from pace import told
 
 from minitron_mp import InputError
-from minitron_mp.artifact import write_text
-from minitron_mp.page import Table, markdown_table
+from minitron_mp.artifacts.files import write_text
+from minitron_mp.report.document import Table, markdown_table
 
 HERE = Path(__file__).parent
 SIZES = ("cpu", "h100")

@@ -37,10 +37,12 @@ from speed import measure
 from texts import HELD_OUT, last_words, stdlib_by_package
 from variants import BY_HAND, VARIANTS, Variant, searching
 
-from minitron_mp import InputError, Recipe, artifact, load_recipe, make_recipe, run_stage
-from minitron_mp.model import DTYPES
-from minitron_mp.plan import PrunePlan
-from minitron_mp.project import Project
+from minitron_mp import InputError, Recipe, load_recipe, make_recipe, run_stage
+from minitron_mp.artifacts.files import write_text
+from minitron_mp.artifacts.manifest import find_manifest, require_artifact
+from minitron_mp.models.build import DTYPES
+from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.workflow.graph import StageGraph
 
 HERE = Path(__file__).parent
 SHARED = ("import", "data", "correct", "score", "depth", "search")
@@ -194,7 +196,7 @@ def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int)
         "train": [],
         "valid": [],
     }
-    project = Project(make_recipe(changed(recipe.model_dump(), values), "search"))
+    project = StageGraph(make_recipe(changed(recipe.model_dump(), values), "search"))
     project.check()
     project.recipe.root.mkdir(parents=True, exist_ok=True)
     for stage in [*project.before("search"), "search"]:
@@ -234,7 +236,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
         recipe = make_recipe(
             changed(recipe.model_dump(), variant.search(recipe, search_of(args, output, recipe, seed))), name
         )
-    project = Project(recipe)
+    project = StageGraph(recipe)
     project.check()
     path, mark = result_of(output, name, seed), project.manifest("evaluate").fingerprint
     if made_by(path, mark, base_mark(args), plain=variant.plain and not args.no_plain):
@@ -246,7 +248,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
     for stage in project.stages:
         run_shared(project, stage, output / "shared")
         rewrite = variant.after.get(stage)
-        if rewrite and artifact.require(project.paths[stage], stage).made_by != BY_HAND:
+        if rewrite and require_artifact(project.paths[stage], stage).made_by != BY_HAND:
             rewrite(project)
     result, plain = outcome(project), None
     if variant.plain and not args.no_plain:
@@ -265,7 +267,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
         "inputs": inputs,
         "wall_s": time.monotonic() - start,
     }
-    artifact.write_text(
+    write_text(
         path,
         json.dumps({**facts, **environment(args, variant), **result, "plain": rounded(plain)}, indent=1)
         + "\n",
@@ -305,27 +307,27 @@ def refuse_to_overwrite(args: argparse.Namespace, paths: list[Path]) -> None:
         )
 
 
-def run_shared(project: Project, stage: str, shared: Path) -> None:
+def run_shared(project: StageGraph, stage: str, shared: Path) -> None:
     """run_stage(); for the early stages through a folder of artefacts that variants share by symbolic links."""
     path = project.paths[stage]
     common = shared / f"{project.manifest(stage).fingerprint}-{path.name}"
     if stage in SHARED and common.exists() and not path.exists():
         path.symlink_to(common.resolve())
     run_stage(stage, project.recipe)
-    if artifact.find(path) is None:  # SIGTERM, or a stop file
+    if find_manifest(path) is None:  # SIGTERM, or a stop file
         raise SystemExit(f"{stage} has left early; the same command goes on from there")
     if (
         stage in SHARED
         and not path.is_symlink()
         and not common.exists()
-        and artifact.require(path, stage).made_by != BY_HAND
+        and require_artifact(path, stage).made_by != BY_HAND
     ):
         shared.mkdir(exist_ok=True)
         path.rename(common)
         path.symlink_to(common.resolve())
 
 
-def outcome(project: Project) -> dict[str, Any]:
+def outcome(project: StageGraph) -> dict[str, Any]:
     """What the artefacts of a finished run say."""
     recipe, plan = project.recipe, PrunePlan.load(project.paths["plan"])
     evaluation = json.loads(project.paths["evaluate"].read_text())
@@ -375,7 +377,7 @@ def inference(args: argparse.Namespace, output: Path) -> None:
         "tokens_per_s": found,
         **environment(args, VARIANTS["pruned"]),
     }
-    artifact.write_text(path, json.dumps(facts, indent=1) + "\n")
+    write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
@@ -384,7 +386,7 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
     for name in variants:
         for seed in args.seeds:
             recipe, path = recipe_of(args, output, name, seed), result_of(output, name, seed)
-            project = Project(recipe)
+            project = StageGraph(recipe)
             project.check()
             # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
             plain = VARIANTS[name].plain and not args.no_plain

@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from minitron_mp import Importance, InputError, Recipe, artifact, build_model, checkpoint, hf
-from minitron_mp.candidates import Candidate, target_of
-from minitron_mp.job import ASSETS
-from minitron_mp.parallel import world
-from minitron_mp.plan import resolve_target
-from minitron_mp.project import Project
+from minitron_mp import InputError, Recipe, Scores, build_model
+from minitron_mp.artifacts.checkpoint import model_state, save_checkpoint
+from minitron_mp.artifacts.manifest import require_artifact
+from minitron_mp.distributed.world import join_world
+from minitron_mp.models.hf_config import read_arch
+from minitron_mp.pruning.candidates import Candidate, candidate_target
+from minitron_mp.pruning.target import resolve_target
+from minitron_mp.workflow.context import ASSETS
+from minitron_mp.workflow.graph import StageGraph
 
 LONGER = 4
 """Times the tokens, for the student that starts from random weights."""
@@ -30,12 +33,12 @@ BY_HAND = "examples/reproduce"
 SEARCHED = ("best", "largest", "random")
 
 
-def random_weights(project: Project) -> None:
+def random_weights(project: StageGraph) -> None:
     """The pruned student again with its sizes and Megatron-Core's initial weights."""
     path, recipe = project.paths["prune"], project.recipe
-    found = artifact.require(path, "prune")
+    found = require_artifact(path, "prune")
     assert found.arch is not None
-    with world(recipe.parallel, seed=recipe.seed) as w:
+    with join_world(recipe.parallel, seed=recipe.seed) as w:
         chunks = build_model(
             found.arch,
             w,
@@ -44,25 +47,25 @@ def random_weights(project: Project) -> None:
             random_weights=True,
         )
         made = found.model_copy(update={"made_by": BY_HAND})
-        checkpoint.save(
-            checkpoint.model_state(chunks, w),
+        save_checkpoint(
+            model_state(chunks, w),
             path,
             made,
             lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS),
         )
 
 
-def random_scores(project: Project) -> None:
+def random_scores(project: StageGraph) -> None:
     """Every importance score dealt out at random among the units of its layer, and layers among themselves."""
     path, chance = project.paths["score"], np.random.default_rng(project.recipe.seed)
-    found, scores = artifact.require(path, "score"), Importance.load(path)
-    dealt = Importance(**{name: chance.permuted(value, axis=-1) for name, value in vars(scores).items()})
+    found, scores = require_artifact(path, "score"), Scores.load(path)
+    dealt = Scores(**{name: chance.permuted(value, axis=-1) for name, value in vars(scores).items()})
     dealt.save(path, found.model_copy(update={"made_by": BY_HAND}))
 
 
 def as_deep_as_wide(recipe: Recipe) -> dict[str, Any]:
     """Fewer layers instead of narrower ones, with the nearest number of parameters."""
-    teacher = hf.read_arch(Path(recipe.model))
+    teacher = read_arch(Path(recipe.model))
     size = resolve_target(teacher, recipe.target, family=recipe.export.family).num_parameters()
     layers = min(
         range(1, teacher.num_layers),
@@ -120,7 +123,7 @@ listed, so that candidates fill the budget's 5 % on both sides: solved for it, a
 def searching(recipe: Recipe, size: str) -> dict[str, Any]:
     """What makes a recipe with a target one with a search inside the parameters of that target."""
     parameters = resolve_target(
-        hf.read_arch(Path(recipe.model)), recipe.target, family=recipe.export.family
+        read_arch(Path(recipe.model)), recipe.target, family=recipe.export.family
     ).num_parameters()
     return {"target": {"align": recipe.target.align}, "search": {"parameters": parameters, **SEARCHES[size]}}
 
@@ -145,7 +148,9 @@ def searched(which: str) -> Callable[[Recipe, Path], dict[str, Any]]:
         picked = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[
             which
         ]
-        return {"target": target_of(picked.arch, recipe.target.align).model_dump(exclude_defaults=True)}
+        return {
+            "target": candidate_target(picked.arch, recipe.target.align).model_dump(exclude_defaults=True)
+        }
 
     return change
 
@@ -161,7 +166,7 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
     derived: Sequence[Callable[[Recipe], dict[str, Any]]] = ()
     search: Callable[[Recipe, Path], dict[str, Any]] | None = None
-    after: dict[str, Callable[[Project], None]] = field(default_factory=dict)
+    after: dict[str, Callable[[StageGraph], None]] = field(default_factory=dict)
     plain: bool = False
     text: str = "text"
     words: bool = False

@@ -20,17 +20,20 @@ import torch
 from cases import micro_batches
 from tiny import make_model, make_recipe_file, make_text, read_metrics
 
-from minitron_mp import checkpoint, importance, parallel, schedule
-from minitron_mp.arch import Arch
-from minitron_mp.artifact import Manifest
-from minitron_mp.config import make_recipe
+from minitron_mp.artifacts.checkpoint import load_model, model_state, save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.config.recipe import make_recipe
+from minitron_mp.config.training import CorrectionConfig
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.world import join_world, seed_all
 from minitron_mp.errors import InputError
-from minitron_mp.masks import masked
-from minitron_mp.plan import make_plan
-from minitron_mp.precision import check_cuda_graphs, communication_buffers
-from minitron_mp.pruning_config import Target
-from minitron_mp.sections import Parallel, Score
-from minitron_mp.training_config import Correct
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.precision import check_cuda_graphs, communication_buffers
+from minitron_mp.pruning.importance import score
+from minitron_mp.pruning.masks import masked
+from minitron_mp.pruning.plan import make_plan
 
 TESTS = Path(__file__).parents[1]
 NEEDED = {"model": "m", "output": "o"}
@@ -60,7 +63,7 @@ pytestmark = [
 
 def needs_fp8(kind: str) -> None:
     """Skip, with what is missing, where this machine does not compute this kind of FP8."""
-    from minitron_mp.precision import check_hardware
+    from minitron_mp.models.precision import check_hardware
 
     try:
         check_hardware(kind, torch.device("cuda", 0))
@@ -81,14 +84,14 @@ def arch_of(family: str) -> Arch:
 
 @pytest.fixture
 def world():
-    with parallel.world(Parallel(), seed=1) as alone:
+    with join_world(ParallelConfig(), seed=1) as alone:
         yield alone
 
 
 @pytest.fixture
 def models(world, tmp_path):
     """build(arch, precision, **options) -> chunks in eval mode with the weights of one checkpoint for each architecture."""
-    from minitron_mp.model import build_model
+    from minitron_mp.models.build import build_model
 
     def build(arch: Arch, precision: str = "bf16", **options):
         folder = tmp_path / arch.family
@@ -107,13 +110,13 @@ def models(world, tmp_path):
                         parameter[: arch.ffn_hidden_size].mul_(
                             4
                         )  # gate and up differ, as in real models: one scale for both has to be both's
-            checkpoint.save(
-                checkpoint.model_state(chunks, world),
+            save_checkpoint(
+                model_state(chunks, world),
                 folder,
                 Manifest(stage="teacher", settings={}, inputs={}, arch=arch),
             )
         chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE, **options)
-        checkpoint.load_model(chunks, folder, world)
+        load_model(chunks, folder, world)
         for chunk in chunks:
             chunk.eval()
         return chunks
@@ -137,7 +140,7 @@ def batches_of(arch: Arch, step: int = 0, count: int = 4, size: int = 1):
 
 def hidden_of(chunks, arch: Arch, world, step: int = 0) -> torch.Tensor:
     """[s, count, h] after the final norm, float32."""
-    return torch.cat(schedule.run(chunks, batches_of(arch, step), world, lambda hidden, _: hidden.float()), 1)
+    return torch.cat(run_schedule(chunks, batches_of(arch, step), world, lambda hidden, _: hidden.float()), 1)
 
 
 def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -151,10 +154,7 @@ def test_the_same_model_of_either_layers(models, world, family):
     want = hidden_of(models(arch, "fp32", **LOCAL), arch, world)
     local, engine = models(arch, **LOCAL), models(arch, **ENGINE)
     keys = [
-        {
-            (entry.key, tuple(entry.data.shape))
-            for entry in checkpoint.model_state(chunks, world)["model0"].values()
-        }
+        {(entry.key, tuple(entry.data.shape)) for entry in model_state(chunks, world)["model0"].values()}
         for chunks in (local, engine)
     ]
     assert keys[0] == keys[1]
@@ -176,13 +176,13 @@ def test_scores_keep_the_same(models, world, family):
         ("bf16", "bf16", ENGINE),
     ):
         chunks, batches = models(arch, precision, **options), batches_of(arch, 0, 16, 4)
-        found[name] = importance.score(
+        found[name] = score(
             chunks,
             arch,
-            Score(),
+            ScoreConfig(),
             world,
             SEQUENCE,
-            lambda c=chunks, b=batches: schedule.run(c, b, world, None),
+            lambda c=chunks, b=batches: run_schedule(c, b, world, None),
         )
     for name, near in (("fp32", 1e-3), ("bf16", 2e-2)):
         for axis, count in kept.items():
@@ -202,10 +202,15 @@ def test_scores_keep_the_same(models, world, family):
 def test_masks_mean_the_same(models, world, family):
     arch = arch_of(family)
     local = models(arch, "fp32", **LOCAL)
-    scores = importance.score(
-        local, arch, Score(), world, SEQUENCE, lambda: schedule.run(local, batches_of(arch), world, None)
+    scores = score(
+        local,
+        arch,
+        ScoreConfig(),
+        world,
+        SEQUENCE,
+        lambda: run_schedule(local, batches_of(arch), world, None),
     )
-    plan = make_plan(scores, arch, Target(hidden_size=192, ffn_hidden_size=384, num_attention_heads=4))
+    plan = make_plan(scores, arch, TargetConfig(hidden_size=192, ffn_hidden_size=384, num_attention_heads=4))
     found = []
     for chunks in (local, models(arch, **LOCAL), models(arch, **ENGINE)):
         with masked(chunks, plan, world):
@@ -253,10 +258,10 @@ def losses_of(
     arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_after: int | None = None, **more
 ) -> list[float]:
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
-    from minitron_mp.model import build_model
-    from minitron_mp.trainer import train
+    from minitron_mp.models.build import build_model
+    from minitron_mp.training.loop import train
 
-    settings = Correct(
+    settings = CorrectionConfig(
         steps=STEPS,
         warmup_steps=4,
         global_batch_size=8,
@@ -267,7 +272,7 @@ def losses_of(
         checkpoint_interval=20,
         **more,
     )
-    parallel.seed_all(5)
+    seed_all(5)
     chunks, found = (
         build_model(
             arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True
@@ -452,15 +457,15 @@ def test_a_teacher_in_fp8_at_another_tp_than_its_checkpoint(models, world, tmp_p
 
 def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) -> list[float]:
     """Cross-entropy of a few steps from a checkpoint."""
-    from minitron_mp.model import build_model
-    from minitron_mp.trainer import train
+    from minitron_mp.models.build import build_model
+    from minitron_mp.training.loop import train
 
-    settings = Correct(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
+    settings = CorrectionConfig(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
     chunks, found = (
         build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings),
         [],
     )
-    checkpoint.load_model(chunks, folder, world)
+    load_model(chunks, folder, world)
     options = {
         "vocab_size": arch.vocab_size,
         "seed": 3,
@@ -530,21 +535,21 @@ def main(what: str, *arguments: str) -> None:
     if torch.cuda.device_count() < 2:
         os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
     if what == "compress":
-        from minitron_mp import cli
+        from minitron_mp.cli import main
 
         sys.argv = ["minitron-mp", what, *arguments]
-        cli.main()
+        main()
         return
     arch, folder = arch_of("llama"), Path(arguments[0])
     if what == "teacher":
         _, exact, kind = arguments
-        with parallel.world(Parallel(tp=2), seed=1) as world:
+        with join_world(ParallelConfig(tp=2), seed=1) as world:
             found = errors_of_a_teacher(arch, world, folder, torch.load(exact), kind)
             if world.is_main:
                 print("errors", json.dumps(found), flush=True)
         return
     _, checkpoints, layout, settings = arguments
-    with parallel.world(Parallel(**json.loads(layout)), seed=1) as world:
+    with join_world(ParallelConfig(**json.loads(layout)), seed=1) as world:
         losses = losses_from(arch, world, folder, Path(checkpoints), json.loads(settings))
         if world.is_main:
             print("losses", json.dumps(losses), flush=True)
@@ -552,12 +557,12 @@ def main(what: str, *arguments: str) -> None:
 
 def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, kind: str) -> dict:
     """Relative errors of the hidden states, and of each FP8 weight against this rank's part in bf16; on rank 0 of rank 0's."""
-    from minitron_mp.model import build_model
+    from minitron_mp.models.build import build_model
 
     options = {"precision": "bf16", "sequence_length": SEQUENCE}
     quantised, plain = build_model(arch, world, fp8=kind, **options), build_model(arch, world, **options)
     for chunks in (quantised, plain):
-        checkpoint.load_model(chunks, folder, world)
+        load_model(chunks, folder, world)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     weights = dict(plain[0].named_parameters())

@@ -14,8 +14,8 @@ import torch
 import workers_kernels
 from test_losses import CROSS_ENTROPY, OBJECTIVES, as_top_k, check, dense
 
-from minitron_mp import rows
-from minitron_mp.losses import Objective, TeacherHidden, distillation_loss
+from minitron_mp.losses import reference as rows
+from minitron_mp.losses.fused import Objective, TeacherHidden, distillation_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,7 +75,7 @@ def run(case, objective, *, main_grad=False):
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_rows(dtype, t, divergence):
-    from minitron_mp import kernels
+    from minitron_mp.losses import kernels as kernels
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     z_s, z_t = (

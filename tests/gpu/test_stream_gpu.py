@@ -42,13 +42,14 @@ def main(payload: str, window: int) -> None:
     os.environ["NCCL_HOSTID"] = f"rank{os.environ['RANK']}"  # or NCCL refuses two ranks on one GPU
     from workers_stream import whole_signal
 
-    from minitron_mp import parallel
-    from minitron_mp.sections import Parallel
-    from minitron_mp.stream import Grid, Link, Receiver, Sender, Shape
+    from minitron_mp.config.parallel import ParallelConfig
+    from minitron_mp.distillation.stream import Link, Receiver, Sender
+    from minitron_mp.distillation.stream_layout import Grid, StreamShape
+    from minitron_mp.distributed.roles import join_roles
 
-    one, width = Parallel(), {"hidden": 512, "logits": 1024, "topk": 65}[payload]
-    shape = Shape(payload, 256, 2, width, torch.bfloat16 if payload != "topk" else torch.float32)
-    with parallel.roles({"student": (1, one), "teacher": (1, one)}, seed=1, stream_timeout_s=60) as world:
+    one, width = ParallelConfig(), {"hidden": 512, "logits": 1024, "topk": 65}[payload]
+    shape = StreamShape(payload, 256, 2, width, torch.bfloat16 if payload != "topk" else torch.float32)
+    with join_roles({"student": (1, one), "teacher": (1, one)}, seed=1, stream_timeout_s=60) as world:
         link = Link(world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], window)
         load = torch.randn((2048, 2048), device=world.device)
         if world.role == "teacher":

@@ -1,0 +1,78 @@
+"""Microbatches through Megatron's pipeline schedules: the one place that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from minitron_mp.distributed.collectives import context_parallel_slice
+from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError
+
+Batch = dict[str, Tensor]
+
+OnOutput = Callable[[Tensor, Batch], Any]
+
+
+def run_schedule(
+    chunks: list[Any],
+    batches: Sequence[Batch],
+    world: World,
+    on_output: OnOutput | None,
+    *,
+    train: bool = False,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
+) -> list[Any]:
+    """Send microbatches through the chunks; reached by all ranks with equally many batches.
+
+    batches: this data parallel rank's, whole sequences: tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s].
+    on_output(hidden [s', b, h], local batch [s/cp, b]) runs on the last stage for each microbatch in order; s' is s/cp, under
+    sequence parallelism s/cp/tp. With train it returns Megatron's (loss sum, number of tokens, report) and gradients are
+    accumulated and finalised; otherwise the list of what it returned comes back on the last stage ([] elsewhere).
+    on_batch(local batch) runs on every stage before each chunk's forward pass.
+    """
+    p, b, s = world.parallel, *batches[0]["tokens"].shape
+    if p.vpp and len(batches) % p.pp:
+        raise InputError(
+            f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data parallel rank, given {len(batches)}"
+        )
+    forward_backward = get_forward_backward_func()
+    with torch.set_grad_enabled(train):
+        return forward_backward(
+            forward_step_func=partial(_forward_step, world=world, on_output=on_output, on_batch=on_batch),
+            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=s,
+            micro_batch_size=b,
+            forward_only=not train,
+            collect_non_loss_data=not train,
+        )
+
+
+def local_batch(batch: Batch, world: World) -> Batch:
+    """This context parallel rank's part on its device; labels and loss_mask sequence first [s/cp, b], extra keys as they are."""
+    local = {}
+    for key, value in batch.items():
+        if key in ("tokens", "labels", "position_ids", "loss_mask"):
+            value = context_parallel_slice(value.to(world.device, non_blocking=True), 1, world.groups.cp)
+        local[key] = value.transpose(0, 1) if key in ("labels", "loss_mask") else value
+    return local
+
+
+def _forward_step(
+    iterator: Any, model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable
+) -> tuple[Tensor, Callable]:
+    batch = local_batch(next(iterator), world)
+    on_batch(batch)
+    output = model(batch["tokens"], batch["position_ids"], None)
+
+    def finish(output: Tensor, non_loss_data: bool = False) -> Any:
+        return on_output(output.transpose(0, 1), batch) if on_output else None
+
+    return output, finish

@@ -1,0 +1,97 @@
+"""Loss, perplexity and KL to the teacher on held-out text, on the sharded model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+
+from minitron_mp.distillation.teacher import with_signals
+from minitron_mp.distributed.schedule import Batch, local_batch, run_schedule
+from minitron_mp.distributed.world import World
+from minitron_mp.losses.fused import Objective, TeacherHidden, distillation_loss
+from minitron_mp.models.build import output_weight, unwrap
+
+
+class Quality(BaseModel):
+    """Means over the valid tokens of the held-out text, in nats a token; perplexity = exp(loss). kl is KL(teacher || model)."""
+
+    loss: float
+    perplexity: float
+    kl: float | None
+    num_tokens: int
+
+
+def compare(
+    models: dict[str, list[Any]],
+    teacher: Any,
+    steps: Iterable[Sequence[Batch]],
+    world: World,
+    *,
+    vocab_size: int,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Quality]:
+    """Quality of several models and, under "teacher", of the teacher, the same on every rank; reached by all ranks.
+
+    steps: groups of this data parallel rank's microbatches. One group is in flight at a time, so the teacher's signals of one
+    group are held, and its forward pass is done once for all models. progress: called after each group.
+    """
+    names = [*(["teacher"] if teacher else []), *models]
+    sums = {name: torch.zeros(3, dtype=torch.float64, device=world.device) for name in names}
+    for chunks in models.values():
+        for chunk in chunks:
+            chunk.eval()
+
+    def add(
+        name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherHidden | None, batch: Batch
+    ) -> None:
+        # On a CPU in the model's own dtype: it has no fast product of bf16 with a float32 result. So the KL of bf16 models is rounded there.
+        objective = Objective(
+            kl_weight=float(target is not None),
+            logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32,
+        )
+        mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
+        _, (_, kl, ce) = distillation_loss(hidden, weight, batch["labels"], mask, target, objective, **place)
+        sums[name].add_(torch.stack([(ce * mask).sum(), (kl * mask).sum(), mask.sum()]).double())
+
+    def judge(name: str, hidden: torch.Tensor, batch: Batch) -> None:
+        add(
+            name,
+            hidden,
+            output_weight(unwrap(models[name][-1])),
+            teacher.target(batch["teacher"]) if teacher else None,
+            batch,
+        )
+
+    with torch.no_grad():
+        for batches in steps:
+            batches = with_signals(teacher, batches)
+            for name, chunks in models.items():
+                run_schedule(chunks, batches, world, partial(judge, name))
+            if teacher and world.is_last_stage:
+                for batch in batches:
+                    target = teacher.target(batch["teacher"])
+                    add("teacher", target.hidden, target.weight, None, local_batch(batch, world))
+            progress()
+    return {
+        name: _quality(total, world, has_kl=teacher is not None and name != "teacher")
+        for name, total in sums.items()
+    }
+
+
+def _quality(sums: torch.Tensor, world: World, *, has_kl: bool) -> Quality:
+    dist.all_reduce(sums, group=world.groups.dp_cp)
+    dist.all_reduce(sums, group=world.groups.pp)  # the last stage alone has counted
+    loss, kl, tokens = sums.tolist()
+    loss /= tokens
+    return Quality(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        kl=kl / tokens if has_kl else None,
+        num_tokens=round(tokens),
+    )

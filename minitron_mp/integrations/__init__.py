@@ -1,0 +1,1 @@
+"""Other frameworks: Megatron-Bridge and lm-evaluation-harness."""

@@ -1,0 +1,193 @@
+"""The sizes of a transformer, and the table that says which axis of which parameter is which model axis.
+
+Everything that prunes, converts or counts reads AXES. Its keys are Megatron-Core's checkpoint keys, which do not depend on
+the parallel layout: layers are stacked on dim 0, so a key with axis "layer" is one global tensor of all layers.
+
+    h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
+
+The qkv rows are interleaved by query group. With 4 heads in 2 groups the "heads" along dim 1 of linear_qkv.weight are
+    q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
+and fc1 holds all gate rows, then all up rows: (2f, h); without a gate the up rows alone: (f, h).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+LAYER = "decoder.layers."
+
+ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
+
+AXES: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings.weight": ("vocab", "hidden"),
+    ATTENTION + "linear_qkv.layer_norm_weight": ("layer", "hidden"),
+    ATTENTION + "linear_qkv.layer_norm_bias": ("layer", "hidden"),
+    ATTENTION + "linear_qkv.weight": ("layer", "qkv", "hidden"),
+    ATTENTION + "linear_qkv.bias": ("layer", "qkv"),
+    ATTENTION + "q_layernorm.weight": ("layer", "head_width"),
+    ATTENTION + "k_layernorm.weight": ("layer", "head_width"),
+    ATTENTION + "linear_proj.weight": ("layer", "hidden", "heads"),
+    MLP + "linear_fc1.layer_norm_weight": ("layer", "hidden"),
+    MLP + "linear_fc1.layer_norm_bias": ("layer", "hidden"),
+    MLP + "linear_fc1.weight": ("layer", "gate_up", "hidden"),
+    MLP + "linear_fc2.weight": ("layer", "hidden", "ffn"),
+    "decoder.final_layernorm.weight": ("hidden",),
+    "decoder.final_layernorm.bias": ("hidden",),
+    "output_layer.weight": ("vocab", "hidden"),
+}
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this at every layout, so that global shapes never depend on tp."""
+
+FP8_MULTIPLE = 16
+
+AS_MISTRAL = "set export.family: mistral (same computation)"
+
+
+class Arch(BaseModel):
+    """Sizes and switches of one dense decoder, in Megatron-Core's words. Written to disk in every artefact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    tied: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm: Literal["rms", "layer1p"] = "rms"
+    """rms: RMSNorm. layer1p: LayerNorm with a bias and a weight that is stored less one."""
+    activation: Literal["swiglu", "squared_relu"] = "swiglu"
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    """Share of each head's width that is rotated."""
+    rope_scaling_factor: float | None = None
+    """Llama 3 frequency scaling (low 1, high 4, original context 8192, as Megatron-Core has it), or none."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "swiglu"
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+    def axis_size(self, axis: str) -> int:
+        """Elements of the model axis in a weight of this architecture."""
+        return {
+            "layer": self.num_layers,
+            "vocab": self.padded_vocab_size,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "gate_up": (1 + self.gated) * self.ffn_hidden_size,
+            "heads": self.num_attention_heads * self.kv_channels,
+            "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels,
+            "head_width": self.kv_channels,
+        }[axis]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint key -> global shape, for the parameters that this architecture has."""
+        absent = set()
+        if self.tied:
+            absent.add("output_layer.weight")
+        if not self.qkv_bias:
+            absent.add(ATTENTION + "linear_qkv.bias")
+        if not self.qk_norm:
+            absent |= {ATTENTION + "q_layernorm.weight", ATTENTION + "k_layernorm.weight"}
+        if self.norm == "rms":
+            absent |= {key for key in AXES if key.endswith(("layer_norm_bias", "final_layernorm.bias"))}
+        return {key: tuple(map(self.axis_size, axes)) for key, axes in AXES.items() if key not in absent}
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Parameters without the vocabulary padding; tied embeddings count once. embeddings=False leaves both out."""
+        vocab = {key: axes for key, axes in AXES.items() if "vocab" in axes}
+        total = sum(math.prod(shape) for key, shape in self.shapes().items() if key not in vocab)
+        return total + embeddings * (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+
+
+def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
+    """Rows of a weight axis that belong to the kept model units, ascending.
+
+    keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels for "hidden".
+    "qkv" keeps the key and value of each group that keeps a head, and a group without one goes whole. 8 heads in 2 groups:
+    keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11], keep [4 5 7] -> [6 7 9 10 11].
+    """
+    if axis == "gate_up" and arch.gated:
+        return np.concatenate([keep, keep + arch.ffn_hidden_size])
+    if axis == "qkv":
+        width = arch.heads_per_group + 2
+        key_value = np.unique(keep // arch.heads_per_group)[:, None] * width + [width - 2, width - 1]
+        keep = np.sort(np.concatenate([query_slots(keep, arch), key_value.reshape(-1)]))
+    return slot_rows(keep, arch) if axis in ("qkv", "heads") else keep
+
+
+def query_slots(heads: np.ndarray, arch: Arch) -> np.ndarray:
+    """Where the queries of these heads lie among the slots q .. q k v  q .. q k v of linear_qkv, in the order given."""
+    return heads // arch.heads_per_group * (arch.heads_per_group + 2) + heads % arch.heads_per_group
+
+
+def slot_rows(slots: np.ndarray, arch: Arch) -> np.ndarray:
+    """The hn rows of each slot of one head width, in the order given."""
+    return (slots[:, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(-1)
+
+
+def layout_problems(arch: Arch, tp: int) -> list[str]:
+    """What stops this architecture from being cut tp ways, one sentence each; empty when nothing does."""
+    sizes = {
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "padded vocabulary": arch.padded_vocab_size,
+    }
+    return [
+        f"tensor parallel size {tp} does not divide {name} {n}; use a divisor of {n}"
+        for name, n in sizes.items()
+        if n % tp
+    ]
+
+
+def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
+    """What stops the linear layers from running in FP8, one sentence each. tokens: of one sample, as a rank quantises them.
+
+    The products want rows of whole 16 bytes in both operands, forward and backward, so each of their sizes is a multiple of 16.
+    """
+    qkv, proj = arch.axis_size("qkv") // tp, arch.axis_size("heads") // tp
+    sizes = {
+        "hidden_size": arch.hidden_size,
+        f"ffn_hidden_size / tp ({arch.ffn_hidden_size} / {tp})": arch.ffn_hidden_size // tp,
+        "num_attention_heads x kv_channels / tp": proj,
+        "(num_attention_heads + 2 num_query_groups) x kv_channels / tp": qkv,
+        "the tokens of a sample on a rank": tokens,
+    }
+    return [
+        f"FP8 wants multiples of {FP8_MULTIPLE}, {name} is {n}; nearest {max(1, round(n / FP8_MULTIPLE)) * FP8_MULTIPLE}"
+        for name, n in sizes.items()
+        if n % FP8_MULTIPLE
+    ]
+
+
+def export_problems(arch: Arch) -> list[str]:
+    """What stops the exported Hugging Face model from loading, one sentence each."""
+    if arch.family == "llama" and arch.hidden_size % arch.num_attention_heads:
+        # transformers 5 validates this in LlamaConfig even when head_dim is explicit (transformers#46211).
+        near = round(arch.hidden_size / arch.num_attention_heads) * arch.num_attention_heads
+        return [
+            f"transformers refuses a Llama with hidden_size {arch.hidden_size} that is no multiple of "
+            f"num_attention_heads {arch.num_attention_heads}; nearest hidden_size {near}, or {AS_MISTRAL}"
+        ]
+    return []

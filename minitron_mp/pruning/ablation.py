@@ -1,0 +1,193 @@
+"""What a model loses without some of its layers: every candidate measured, with the layers before its first gap computed once.
+
+One walk through the layers of a microbatch serves all candidates: at a layer where a candidate's first gap lies, it branches off the
+base run's hidden states and goes on over the layers that it keeps. So for blocks of n layers at every start the work is
+L + (L - n)(L - n + 1)/2 layer forwards a microbatch; one by one they would take (L - n + 1)(L - n).
+
+A model chunk receives, as one tensor, the base run and the candidates that have branched off before it, runs its layers, and sends
+what it has on. Ranks work on microbatches one after the other, so pipeline stages work at the same time.
+
+    s' as schedule.run says   b microbatch   h hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_mp.distributed.schedule import Batch, local_batch, run_schedule
+from minitron_mp.distributed.world import World
+from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, summed
+from minitron_mp.losses.fused import Objective, distillation_loss
+from minitron_mp.models.build import output_weight, unwrap
+
+Layers = frozenset[int]
+"""Layers that are left out, from 0."""
+
+BASE = -1
+"""Key of the base run."""
+
+Judge = Callable[[int, Any, Tensor, Batch], None]
+"""Called on the last stage with a run's key, its model chunk, its hidden states after the final norm [s', b, h], and the local batch."""
+
+
+def losses_without(
+    chunks: list[Any],
+    groups: Iterable[Sequence[Batch]],
+    world: World,
+    candidates: Sequence[Layers],
+    *,
+    gone: Layers = frozenset(),
+    vocab_size: int,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[float, list[float]]:
+    """Mean cross-entropy in nats a token without the layers `gone`, and without those of each candidate; the same on every rank.
+
+    Each candidate holds `gone` and more. groups: as for evaluate.compare(). progress: called after each group. Reached by all ranks.
+    """
+    sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
+
+    def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
+        objective = Objective(
+            kl_weight=0.0, logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32
+        )  # as evaluate.py
+        mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
+        _, (_, _, ce) = distillation_loss(
+            hidden, output_weight(chunk), batch["labels"], mask, None, objective, **place
+        )
+        sums[key + 1] += torch.stack([(ce * mask).sum(), mask.sum()]).double()
+
+    _walk(chunks, groups, world, [gone, *candidates], judge, progress)
+    summed(sums, world)
+    base, *others = (sums[:, 0] / sums[:, 1]).tolist()
+    return base, others
+
+
+def scores_without(
+    chunks: list[Any],
+    rows: Sequence[Row],
+    world: World,
+    candidates: Sequence[Layers],
+    *,
+    gone: Layers = frozenset(),
+    micro_batch_size: int,
+    vocab_size: int,
+    eod: int,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, list[Tensor]]:
+    """What spans.score_rows() says, [rows, 2], without the layers `gone`, and without those of each candidate; the same on every rank.
+
+    Candidates, gone and progress as for losses_without(). Reached by all ranks.
+    """
+    found = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
+
+    def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
+        found[key + 1].index_add_(
+            0, batch["rows"].to(world.device), span_sums(chunk, hidden, batch, world, vocab_size)
+        )
+
+    _walk(
+        chunks, row_batches(rows, world, micro_batch_size, eod), world, [gone, *candidates], judge, progress
+    )
+    base, *others = summed(found, world).cpu()
+    return base, others
+
+
+def _walk(
+    chunks: list[Any],
+    groups: Iterable[Sequence[Batch]],
+    world: World,
+    missing: Sequence[Layers],
+    judge: Judge,
+    progress: Callable[[], None],
+) -> None:
+    """judge() every microbatch without each set of layers; the first set is the base run's."""
+    walk = _Walk(chunks, world, missing, judge)
+    with torch.no_grad():
+        for batches in groups:
+            walk.prepare(batches[: world.parallel.interleaved])
+            for batch in batches:
+                walk(local_batch(batch, world))
+            progress()
+
+
+class _Walk:
+    """Microbatch by microbatch."""
+
+    def __init__(self, chunks: list[Any], world: World, missing: Sequence[Layers], judge: Judge):
+        self.chunks, self.world, self.judge = [unwrap(chunk) for chunk in chunks], world, judge
+        self.missing = {key - 1: layers for key, layers in enumerate(missing)}
+        self.branch = {
+            key: min(layers - self.missing[BASE]) for key, layers in self.missing.items() if key != BASE
+        }
+        """Layer at which a candidate leaves the base run."""
+        self.length = 0
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """For batches as long as these; reached by all ranks, and at a new length one forward pass."""
+        if (length := batches[0]["tokens"].shape[1]) != self.length:
+            self.length, self.arguments = length, _arguments_of_layers(self.chunks, self.world, batches)
+
+    def __call__(self, batch: Batch) -> None:
+        for number, chunk in enumerate(self.chunks):
+            layers = {block.layer_number - 1: block for block in chunk.decoder.layers}
+            first = min(layers)
+            runs = (
+                {BASE: chunk.embedding(batch["tokens"], batch["position_ids"])}
+                if chunk.pre_process
+                else self._receive(first, batch)
+            )
+            for layer, block in layers.items():
+                runs |= {key: runs[BASE] for key, branch in self.branch.items() if branch == layer}
+                for key in [key for key in runs if layer not in self.missing[key]]:
+                    output = block(**self.arguments[number] | {"hidden_states": runs[key]})
+                    runs[key] = output[0] if isinstance(output, tuple) else output
+            if chunk.post_process:
+                for key, x in runs.items():
+                    self.judge(key, chunk, chunk.decoder.final_layernorm(x), batch)
+            else:
+                self._send(runs)
+
+    def _send(self, runs: dict[int, Tensor]) -> None:
+        pp = self.world.groups.pp
+        dist.send(
+            torch.stack([runs[key] for key in sorted(runs)]),
+            dist.get_global_rank(pp, (pp.rank() + 1) % pp.size()),
+            group=pp,
+        )
+
+    def _receive(self, first: int, batch: Batch) -> dict[int, Tensor]:
+        """[runs, s', b, h]: the base run and what has branched off before this chunk's first layer."""
+        pp, p, config = self.world.groups.pp, self.world.parallel, self.chunks[0].config
+        keys = [BASE, *sorted(key for key, branch in self.branch.items() if branch < first)]
+        b, tokens = batch["tokens"].shape
+        shape = (len(keys), tokens // (p.tp if p.sequence_parallel else 1), b, config.hidden_size)
+        received = torch.empty(shape, dtype=config.params_dtype, device=self.world.device)
+        dist.recv(received, dist.get_global_rank(pp, (pp.rank() - 1) % pp.size()), group=pp)
+        return dict(zip(keys, received))
+
+
+def _arguments_of_layers(chunks: list[Any], world: World, batches: Sequence[Batch]) -> list[dict[str, Any]]:
+    """What Megatron gives each chunk's layers beside the hidden states (rotary embeddings), caught in one forward pass.
+
+    It depends on the sequence length only.
+    """
+    caught: list[dict[str, Any]] = [{} for _ in chunks]
+
+    def catch(number: int) -> Callable:
+        return lambda _, args, kwargs: caught[number].update(kwargs)
+
+    handles = [
+        chunk.decoder.layers[0].register_forward_pre_hook(catch(i), with_kwargs=True)
+        for i, chunk in enumerate(chunks)
+    ]
+    try:
+        run_schedule(chunks, batches, world, None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught

@@ -1,0 +1,141 @@
+"""What a stage works with: the recipe, this rank's world, and where the artefacts lie."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from minitron_mp.artifacts.checkpoint import load_model
+from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.training import TrainingConfig
+from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.teacher import ColocatedTeacher
+from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError, must_divide
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.training.teacher_correction import PREFIX
+
+ASSETS = "assets"
+"""Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written.
+
+    students: role -> recipe of those that a remote teacher serves in this job.
+    """
+
+    recipe: Recipe
+    world: World
+    paths: dict[str, Path]
+    manifest: Manifest
+    students: dict[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return self.paths[self.manifest.stage]
+
+    def arch(self, stage: str) -> Arch:
+        """Architecture of the model that a stage left."""
+        arch = require_artifact(self.paths[stage], stage).arch
+        assert arch is not None
+        return arch
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
+
+    @property
+    def build_options(self) -> dict[str, Any]:
+        """What build_model() takes for every model of this recipe."""
+        return {
+            "sequence_length": self.recipe.data.sequence_length,
+            "transformer_impl": self.recipe.transformer_impl,
+        }
+
+    def build(self, stage: str) -> list[Any]:
+        """The model that a stage left, loaded, in this recipe's layout and precision."""
+        chunks = build_model(
+            self.arch(stage), self.world, precision=self.recipe.precision, **self.build_options
+        )
+        load_model(chunks, self.paths[stage], self.world)
+        return chunks
+
+    def teacher(
+        self, pairs: LayerPairs | None = None, *, corrected: bool = False, fp8: str | None = None
+    ) -> ColocatedTeacher:
+        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
+        where it teaches, None where it is judged."""
+        arch, options = (
+            self.arch(self.recipe.tutor),
+            {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options},
+        )
+        if corrected and self.recipe.corrects_meanwhile:
+            return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
+        return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
+
+    def groups(
+        self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
+    ) -> tuple[int, Iterator[list[Batch]]]:
+        """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
+
+        exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
+        """
+        world, recipe = self.world, self.recipe
+        dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
+        if exact and (
+            problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)
+        ):
+            raise InputError(problem)
+        unit = micro_batch_size * dp * interleaved
+        units = -(-num_samples // unit)
+        size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
+        samples = open_samples(
+            self.paths["texts" if part in recipe.data.held_out else "data"],
+            part,
+            recipe.data.sequence_length,
+            num_samples,
+            recipe.seed,
+            self.tokenizer(),
+            repeat=False,
+        )
+        sizes = {
+            "global_batch_size": size,
+            "micro_batch_size": micro_batch_size,
+            "dp_rank": world.groups.dp.rank(),
+            "dp_size": dp,
+            "limit": num_samples,
+        }
+        count = -(-num_samples // size)
+        return count, (micro_batches(samples, i, **sizes) for i in range(count))
+
+
+def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
+    """Copies the Hugging Face side files of a checkpoint artefact into the next one."""
+    return lambda folder: shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
+
+
+def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
+    """The samples of all steps, the same for every role."""
+    recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
+    count = settings.steps * settings.global_batch_size
+    return open_samples(
+        job.paths["data"],
+        "train",
+        recipe.data.sequence_length,
+        count,
+        recipe.seed,
+        job.tokenizer(),
+        repeat=True,
+        owner=owner,
+    )
