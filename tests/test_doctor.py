@@ -25,7 +25,7 @@ from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.models import precision as precision
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.precision import FP8_SUPPORT
+from minitron_mp.models.number_formats import FP8_SUPPORT
 from minitron_mp.planning.memory import rank_parameters
 
 

@@ -22,7 +22,7 @@ from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import console, launched, say, speaks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.precision import BYTES
+from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.memory import payload_bytes_per_token, rank_parameters
 
 JOIN_MINUTES = 1.0

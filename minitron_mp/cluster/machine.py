@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from minitron_mp.cluster.findings import Finding, Verdict
-from minitron_mp.models.precision import FP8_SUPPORT
+from minitron_mp.models.number_formats import FP8_SUPPORT
 
 NAMED = ("torch", "megatron-core", "transformers")
 """Packages with a line of their own."""

@@ -18,6 +18,7 @@ from packaging.version import Version
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.models.number_formats import FP8_SUPPORT
 
 RECOMPILE_LIMIT = 64
 
@@ -180,14 +181,3 @@ def communication_buffers(training: TrainingConfig, recipe: Recipe, hidden_size:
         yield
     finally:
         base.destroy_ub()
-
-
-BYTES = {"bf16": 2, "fp32": 4}
-
-
-FP8_SUPPORT = {
-    "delayed": ((8, 9), "2.1", (12, 1)),
-    "tensorwise": ((8, 9), "2.2", (12, 1)),
-    "blockwise": ((9, 0), "2.3", (12, 9)),
-}
-"""Kind -> least compute capability, Transformer Engine (the first that Megatron-Core 0.16 to 0.19 take for it) and CUDA of torch that have it."""

@@ -16,7 +16,7 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.layout import stage_layers
 from minitron_mp.models.arch import AXES, Arch
-from minitron_mp.models.precision import BYTES
+from minitron_mp.models.number_formats import BYTES
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
 

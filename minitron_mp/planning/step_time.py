@@ -20,7 +20,7 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.layout import stage_layers
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.precision import BYTES
+from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.hardware import MEASURED, ROOFLINE, SCALED, Times
 from minitron_mp.planning.memory import (
     distilling_memory,

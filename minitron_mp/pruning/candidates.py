@@ -27,7 +27,7 @@ from minitron_mp.models.arch import (
     fp8_problems,
     layout_problems,
 )
-from minitron_mp.models.precision import BYTES
+from minitron_mp.models.number_formats import BYTES
 from minitron_mp.pruning.target import resolve_target, steps_down
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads")

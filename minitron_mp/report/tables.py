@@ -10,7 +10,7 @@ from minitron_mp.artifacts.files import read_json
 from minitron_mp.artifacts.manifest import find_manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.precision import BYTES
+from minitron_mp.models.number_formats import BYTES
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.document import Table
 
