@@ -88,11 +88,11 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
     """What is said of a teacher that is the exact one, and of one with a weight changed, where the recipe has it in FP8."""
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
-        job = StageContext(project.recipe, world, project.paths, project.manifest("distill"))
-        chunks = job.teacher().chunks
-        same = log_fp8_teacher_kl(job, chunks)
+        context = StageContext(project.recipe, project.paths, project.manifest("distill"), world=world)
+        chunks = context.teacher().chunks
+        same = log_fp8_teacher_kl(context, chunks)
         chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, log_fp8_teacher_kl(job, chunks)
+        return same, log_fp8_teacher_kl(context, chunks)
 
 
 class _Stopped(BaseException):
@@ -101,7 +101,7 @@ class _Stopped(BaseException):
 
 def search(*, arguments: list[str], stop_after: int | None = None, leave_after: int | None = None) -> Done:
     """minitron() that ends with code "stopped" after so many measurements of a search are kept; leave_after: then a stop file comes."""
-    from minitron_mp.workflow.stages.search import _Progress
+    from minitron_mp.workflow.stages.search.candidates import _Progress
 
     kept, keep = [], _Progress.keep
 

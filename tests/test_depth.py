@@ -251,14 +251,14 @@ def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():
     ("depth", "words"),
     [
         ({"method": "block", "metric": "task"}, "give task: FILE.jsonl"),
-        ({"metric": "task", "task": "a.jsonl"}, "without effect with method cosine"),
+        ({"metric": "task", "task": "a.jsonl"}, "no effect with method cosine"),
         (
             {"method": "block", "task": "a.jsonl", "task_items": 2},
-            "task, task_items: without effect with metric loss",
+            "task, task_items: no effect with metric loss",
         ),
         (
             {"method": "drop", "metric": "task", "task": "a.jsonl", "num_samples": 3},
-            "num_samples: without effect with metric task",
+            "num_samples: no effect with metric task",
         ),
     ],
 )
@@ -271,8 +271,8 @@ def test_settings_of_depth_without_effect(depth, words):
     ("target", "words"),
     [
         ({"num_layers": 3, "drop_layers": [1]}, "num_layers and drop_layers both say"),
-        ({"drop_layers": [2, 1]}, "is not ascending from 0"),
-        ({"drop_layers": [1, 1]}, "is not ascending from 0"),
+        ({"drop_layers": [2, 1]}, "must be ascending from 0"),
+        ({"drop_layers": [1, 1]}, "must be ascending from 0"),
     ],
 )
 def test_layers_that_cannot_be_dropped(target, words):

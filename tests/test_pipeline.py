@@ -22,6 +22,7 @@ from cases import BY_NAME, make_samples
 from tiny import (
     CHECKPOINT_INTERVAL,
     MAX_LR,
+    STAGES,
     STEPS,
     Run,
     command,
@@ -37,7 +38,7 @@ from minitron_mp import load_recipe
 from minitron_mp.artifacts.manifest import require_artifact, writing_artifact
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.correction_gain import correction_gain
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow.graph import StageGraph
 
 OUTPUT = [
     "data",
@@ -290,7 +291,7 @@ def test_repeated_stages_give_the_new_student_and_leave_the_rest(copied, on_rank
     before = copied.state()
     done = on_rank("compress", copied.recipe, SMALLER)
     assert done.code == 0, done
-    assert "plan: again, for settings.ffn_hidden_size: 96, here 64" in done.out
+    assert "plan: rerun because of settings.ffn_hidden_size: 96, here 64" in done.out
     assert all(f"{name}: done" in done.out for name in ("import", "data", "score"))
     assert json.loads((copied.output / "student_hf" / "config.json").read_text())["intermediate_size"] == 64
     assert names(copied.output) == OUTPUT
@@ -365,7 +366,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
 
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
-    assert f"distill: going on from step {saved}" in done.out
+    assert f"distill: resuming from step {saved}" in done.out
     assert read_metrics(copied.output) == read_metrics(whole.output)
     assert curve(copied) == curve(whole)
     unbroken, resumed = (
@@ -388,7 +389,7 @@ def test_a_stop_between_stages_leaves_no_mark_that_all_is_done(copied, on_rank):
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
     assert (
-        f"left before export: {copied.output / 'stop'} is there; the same command goes on from there"
+        f"left before export: {copied.output / 'stop'} is there; the same command resumes from there"
         in done.out
     )
     assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
@@ -624,7 +625,7 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     )
     refused(
         on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"),
-        "is the output of this recipe; name that of a finished run without",
+        "is the output of this recipe; give the output of a finished run without",
     )
     refused(
         on_rank("compress", recipe, "correct.baseline=nowhere"),
@@ -632,7 +633,7 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     )
     refused(
         on_rank("correct", inputs / "recipe.yaml"),
-        "the recipe has no stage correct; it comes with a section correct",
+        "the recipe has no stage correct; add a section correct",
     )
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(
@@ -677,7 +678,7 @@ def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
     assert "| old (" in report
     refused(
         on_rank("compress", recipe, "teacher.placement=cached"),
-        "correct.when during trains the teacher beside the student",
+        "correct.when during trains the teacher on the student's ranks",
     )
     refused(on_rank("compress", recipe, "correct.steps=15"), "correct.steps 15 is above distill.steps 14")
     refused(
@@ -686,7 +687,7 @@ def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
     )
     refused(
         on_rank("correct", recipe),
-        "the recipe has no stage correct; it comes with a section correct whose `when` is before",
+        "the recipe has no stage correct; add a section correct whose `when` is before",
     )
 
 
@@ -737,7 +738,7 @@ def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs,
     )
     refused(
         on_rank("import-teacher", whole.recipe),
-        "the recipe has no stage import-teacher; it comes with teacher.model",
+        "the recipe has no stage import-teacher; add teacher.model",
     )
     refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
     other = make_model(tmp_path / "other", vocab_size=400)
@@ -777,7 +778,7 @@ def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, me
     )
     refused(
         on_rank("depth", whole.recipe),
-        "the recipe has no stage depth; it comes with depth.method: drop, block or greedy",
+        "the recipe has no stage depth; add depth.method: drop, block or greedy",
     )
     refused(
         on_rank("compress", recipe, "depth.protect_last=2"),
@@ -891,7 +892,7 @@ def test_a_remote_run_that_is_told_to_leave_goes_on_bitwise(
     left = len(read_metrics(tmp_path / "out"))
     assert 8 < left < 16
     assert (
-        f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; the same command goes on from there"
+        f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; the same command resumes from there"
         in first[0].out
     )
     assert not (tmp_path / "out" / "stop").exists()
@@ -899,7 +900,7 @@ def test_a_remote_run_that_is_told_to_leave_goes_on_bitwise(
     second = in_job(size, *words)
     for done in second:
         assert done.code == 0, done.err
-    assert f"distill: going on from step {left}" in second[0].out
+    assert f"distill: resuming from step {left}" in second[0].out
     assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
@@ -946,7 +947,7 @@ def test_a_remote_run_that_was_killed_goes_on(whole, copied):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     done = minitron("distill", copied.recipe, *REMOTE, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "distill: going on from step" in done.stdout
+    assert "distill: resuming from step" in done.stdout
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
@@ -1079,7 +1080,7 @@ def test_the_teachers_that_are_left_take_over(whole, copied, tmp_path):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     assert "2 copies of the teacher, from job rank 1 on" in text
     assert "1 copy of the teacher" in text
-    assert "distill: going on from step" in text
+    assert "distill: resuming from step" in text
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 

@@ -315,12 +315,16 @@ def test_the_planner_counts_the_bytes_of_the_states():
     ("states", "other", "message"),
     [
         ({"layers": {}}, {}, r"distill\.states\.layers: .*at least 1"),
-        ({"layers": {3: 1, 2: 2}}, {}, r"the student's states \[3, 2\] are not ascending, each once"),
-        ({"layers": [[0, 0], [0, 1]]}, {}, r"are not ascending, each once"),
-        ({"layers": [[0, 1, 2]]}, {}, r"\[0, 1, 2\] is no pair of states"),
-        ({"layers": {0: -1}}, {}, r"\[0, -1\] is no pair of states \[student, teacher\], counted from 0"),
+        ({"layers": {3: 1, 2: 2}}, {}, r"the student's states \[3, 2\] must be ascending, without repeats"),
+        ({"layers": [[0, 0], [0, 1]]}, {}, r"must be ascending, without repeats"),
+        ({"layers": [[0, 1, 2]]}, {}, r"\[0, 1, 2\] must be \[state of the student"),
+        (
+            {"layers": {0: -1}},
+            {},
+            r"\[0, -1\] must be \[state of the student, state of the teacher\], counted from 0",
+        ),
         ({"layers": {"x": 1}}, {}, r"distill\.states\.layers\.0\.0: .*given 'x'"),
-        ({"layers": {0: 0}, "weight": 0}, {}, r"weight 0\.0: give a number above 0, or dynamic"),
+        ({"layers": {0: 0}, "weight": 0}, {}, r"weight 0\.0: must be above 0, or dynamic"),
         ({"layers": {0: 0}, "kind": "l1"}, {}, r"distill\.states\.kind: .*'cosine' or 'mse', given 'l1'"),
         ({"layers": {0: 0}, "kinds": "mse"}, {}, r"unknown key distill\.states\.kinds; did you mean kind\?"),
         (

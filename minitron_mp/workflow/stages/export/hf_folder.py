@@ -68,14 +68,14 @@ def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, 
             num_bytes += empty.nbytes
             part[f"{key}/{layer}"] = (key, layer)
             if world.is_main:
-                state[f"{key}/{layer}"] = _sharded(key, layer, empty, arch)
+                state[f"{key}/{layer}"] = sharded_tensor(key, layer, empty, arch)
         loaded = load_checkpoint(state, folder)
         if world.is_main:
             for name, (key, layer) in part.items():
                 yield key, layer, loaded[name]
 
 
-def _sharded(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
+def sharded_tensor(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
     """A canonical tensor as the whole of its key, or as one layer of it."""
     if AXES[key][0] != "layer":
         return ShardedTensor.from_rank_offsets(key, tensor)
