@@ -107,7 +107,7 @@ def test_activations_are_what_autograd_keeps(ranks):
 
 def test_layers_in_flight_are_those_of_the_schedule(ranks):
     """Megatron's own schedules, run stage by stage; fewer microbatches than stages, uneven stages, interleaved."""
-    arch = ARCHS["qwen2"].model_copy(update={"num_layers": 9})
+    arch = ARCHS["qwen2"].resized(num_layers=9)
     cases = [
         (ParallelConfig(pp=2), 4),
         (ParallelConfig(pp=4), 2),

@@ -151,7 +151,7 @@ def test_megatron_gives_the_logits_of_transformers(case, folders, tmp_path, rank
     teacher = read_arch(folders[case])
     groups = teacher.num_query_groups * 2 // 3
     heads = {"num_query_groups": groups, "num_attention_heads": groups * min(2, teacher.heads_per_group)}
-    student = teacher.model_copy(update={"hidden_size": 20, "ffn_hidden_size": 24, **heads})
+    student = teacher.resized(hidden_size=20, ffn_hidden_size=24, **heads)
     torch.manual_seed(1)
     weights = [
         (key, layer, torch.randn(student.shapes()[key][layer is not None :]) / 3)
@@ -174,7 +174,7 @@ def test_megatron_gives_the_logits_of_transformers(case, folders, tmp_path, rank
 
 def test_smaller_student_in_shards_of_bfloat16(folders, tmp_path):
     source, teacher = folders["qwen3"], read_arch(folders["qwen3"])
-    student = teacher.model_copy(update={"num_layers": 1, "hidden_size": 20, "ffn_hidden_size": 24})
+    student = teacher.resized(num_layers=1, hidden_size=20, ffn_hidden_size=24)
     tensors = [
         (key, layer, torch.randn(student.shapes()[key][layer is not None :]))
         for key, layer in canonical_keys(student)
@@ -200,7 +200,7 @@ def test_llama_written_as_mistral_gives_the_same_logits(folders, tmp_path):
     write_folder(
         tmp_path,
         folders["llama"],
-        arch.model_copy(update={"family": "mistral"}),
+        arch.resized(family="mistral"),
         torch.float32,
         canonical(folders["llama"], arch),
     )
@@ -390,7 +390,7 @@ def test_weight_that_is_not_finite_is_named(llama, value):
 
 def test_tied_model_may_store_its_head_if_it_is_the_embedding(folders, llama):
     arch, tensors = (
-        read_arch(folders["llama"]).model_copy(update={"tied": True}),
+        read_arch(folders["llama"]).resized(tied=True),
         load_file(llama / "model.safetensors"),
     )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):

@@ -58,7 +58,7 @@ def test_peak_of_a_device(device, peak):
 
 LENGTH = 24
 FILES = {"model": "m", "output": "o", "target": {"hidden_size": 28}}
-TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].model_copy(update={"hidden_size": 28})
+TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].resized(hidden_size=28)
 
 
 def work_of(**sections) -> Work:

@@ -289,7 +289,7 @@ def test_stages_get_what_they_match():
 
 
 def test_the_projection_begins_with_the_channels_that_were_kept():
-    student = ARCH.model_copy(update={"hidden_size": 3})
+    student = ARCH.resized(hidden_size=3)
     assert LayerPairs(COSINE, student, ARCH, (1, 4, 39)).first_projection().nonzero().tolist() == [
         [1, 0],
         [4, 1],

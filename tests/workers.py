@@ -377,7 +377,7 @@ def score_checkpoint(
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
     """speed.measure of a model and a smaller one with random weights, and of one that is said to be of the second's kind."""
-    small = arch.model_copy(update={"ffn_hidden_size": arch.ffn_hidden_size // 2})
+    small = arch.resized(ffn_hidden_size=arch.ffn_hidden_size // 2)
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
         models = {
