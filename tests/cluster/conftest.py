@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py
-
 from jobs import recipe, submit
 from slurm import cluster, why_not
 from tiny import ROOT, make_model, make_text

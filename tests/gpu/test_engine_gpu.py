@@ -2,7 +2,7 @@
 
     pytest tests/gpu
 
-Each test says what it needs and is skipped where that is not there. Everything that needs no GPU is in tests/test_precision.py.
+Each test says what it needs and is skipped where that is not there. Everything that needs no GPU is in tests/ranks/test_precision.py.
 """
 
 from __future__ import annotations
@@ -380,7 +380,8 @@ def two_ranks(*arguments: str | Path) -> str:
         __file__,
         *map(str, arguments),
     ]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    folders = [TESTS / "support", TESTS / "ranks", TESTS.parent, os.environ.get("PYTHONPATH", "")]
+    paths = os.pathsep.join(map(str, folders))
     more = {
         "PYTHONPATH": paths,
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",

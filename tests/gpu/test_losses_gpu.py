@@ -2,16 +2,16 @@
 
     pytest tests/gpu
 
-What is right or wrong at small sizes is tested without a GPU, the kernels too (tests/test_kernels.py).
+What is right or wrong at small sizes is tested without a GPU, the kernels too (tests/ranks/test_kernels.py).
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import kernels_workers
 import pytest
 import torch
-import workers_kernels
 from test_losses import CROSS_ENTROPY, OBJECTIVES, as_top_k, check, dense
 
 from minitron_mp.losses import reference as rows
@@ -85,11 +85,11 @@ def test_kernels_equal_rows(dtype, t, divergence):
     weights = torch.rand((2, 64), generator=generator, device=DEVICE)
     weights[:, 3] = 0
     labels = torch.randint(0, VOCAB, (64,), generator=generator, device=DEVICE)
-    values = workers_kernels.row_values(z_s, z_t, labels, tuple(weights), VOCAB, t, divergence)
+    values = kernels_workers.row_values(z_s, z_t, labels, tuple(weights), VOCAB, t, divergence)
     for ce in (True, False):
         for out in (torch.float32, torch.bfloat16, None):
             got, want = (
-                workers_kernels.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out)
+                kernels_workers.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out)
                 for module in (kernels, rows)
             )
             assert not got["gradient"][3].any()

@@ -1,0 +1,145 @@
+"""What the loss tests run on the ranks of a pool, as in model_workers.py: whole tensors come in, each rank cuts out its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_mp.losses import fused as fused_module
+from minitron_mp.losses import reference as rows
+from minitron_mp.losses.fused import (
+    ELEMENTS,
+    Objective,
+    TeacherHidden,
+    TeacherLogits,
+    TeacherTarget,
+    distillation_loss,
+)
+
+
+def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """fused() for each; a round trip to the ranks costs more than a loss of this size."""
+    return {name: fused(**call) for name, call in calls.items()}
+
+
+def fused(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    teacher: TeacherTarget | None,
+    objective: Objective,
+    vocab_size: int,
+    *,
+    teacher_padding: int = 0,
+    sequence_parallel: bool = False,
+    chunks: tuple[int, int, int] | None = None,
+    main_grad: bool = False,
+    incoming: float = 1.0,
+    defect: str | None = None,
+) -> dict[str, Any]:
+    """distillation_loss and its gradients on this rank, with hidden [s, b, h] and weight [v, h] and the teacher's given whole.
+
+    teacher_padding: columns of not-a-number that the teacher has behind the valid ones of each rank. chunks: sizes in rows, see
+    losses.ELEMENTS. main_grad: the weight has one, which holds 1 everywhere. incoming: gradient of the loss. defect: see broken().
+    """
+    group = dist.group.WORLD
+    own = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
+    if main_grad:
+        own.main_grad = torch.ones(own.shape)
+    first = group.rank() * len(own)
+    columns = slice(first, first + max(0, min(len(own), vocab_size - first)))
+    x = (hidden.chunk(group.size())[group.rank()] if sequence_parallel else hidden).clone().requires_grad_()
+    target = _own_teacher(teacher, columns, teacher_padding, group if sequence_parallel else None)
+    with broken(defect, group.size()), chunked(chunks, len(own)):
+        loss, per_token = distillation_loss(
+            x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group
+        )
+        with torch.no_grad():
+            value_alone, _ = distillation_loss(
+                x, own, labels, token_weights, target, objective, vocab_size=vocab_size, group=group
+            )
+        refused = ""
+        try:
+            (loss * incoming).backward()
+        except RuntimeError as error:
+            refused = str(error)
+    return {
+        "loss": loss.detach(),
+        "per_token": per_token,
+        "without_gradient": value_alone,
+        "dx": x.grad,
+        "dw": own.grad,
+        "main_grad": getattr(own, "main_grad", None),
+        "refused": refused,
+    }
+
+
+def _own_teacher(
+    teacher: TeacherTarget | None, columns: slice, padding: int, split: Any
+) -> TeacherTarget | None:
+    """This rank's columns and, with a group to split the sequence over, its part of the sequence."""
+
+    def part(x: Tensor) -> Tensor:
+        return x if split is None else x.chunk(split.size())[split.rank()]
+
+    if isinstance(teacher, TeacherHidden):
+        own = teacher.weight[columns]
+        return TeacherHidden(
+            part(teacher.hidden), torch.cat([own, own.new_full((padding, own.shape[1]), torch.nan)])
+        )
+    if isinstance(teacher, TeacherLogits):
+        own = teacher.logits[..., columns]
+        return TeacherLogits(torch.cat([own, own.new_full((*own.shape[:-1], padding), torch.nan)], -1))
+    return None if teacher is None else type(teacher)(*map(part, vars(teacher).values()))
+
+
+@contextmanager
+def chunked(sizes: tuple[int, int, int] | None, columns: int) -> Iterator[None]:
+    usual = ELEMENTS["cpu"]
+    ELEMENTS["cpu"] = tuple(size * columns for size in sizes) if sizes else usual
+    try:
+        yield
+    finally:
+        ELEMENTS["cpu"] = usual
+
+
+@contextmanager
+def broken(defect: str | None, size: int) -> Iterator[None]:
+    """Gradients that are tp times too large, as where autograd sums over the ranks what each already has whole.
+
+    logits: that of the logits, so both results; hidden: only that of the hidden states.
+    """
+    gradient, reduce = rows.gradient, fused_module._reduce
+
+    def too_large(*arguments: Any) -> None:
+        gradient(*arguments)
+        arguments[-1].mul_(size)
+
+    try:
+        if defect == "logits":
+            rows.gradient = too_large
+        if defect == "hidden":
+            fused_module._reduce = _times(reduce, size)
+        yield
+    finally:
+        rows.gradient, fused_module._reduce = gradient, reduce
+
+
+def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:
+    return lambda *arguments: function(*arguments) * factor
+
+
+def top_k(hidden: Tensor, weight: Tensor, k: int, vocab_size: int, temperature: float) -> tuple[Tensor, ...]:
+    """What the student's end has of a teacher's top k, from hidden [s, b, h] and weight [v, h] given whole."""
+    from minitron_mp.losses.top_k import pack_top_k, top_k_of, unpack_top_k
+
+    group = dist.group.WORLD
+    z = hidden @ weight.chunk(group.size())[group.rank()].T
+    top = unpack_top_k(pack_top_k(top_k_of(z, k, vocab_size, group, temperature)))
+    return top.indices, top.log_probs, top.log_ghost
