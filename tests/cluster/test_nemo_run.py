@@ -62,7 +62,7 @@ def nemo(slurm, tmp_path_factory):
     return submit
 
 
-def test_both_forms(nemo, unbroken, project):
+def test_partial_and_script_match_slurm_sbatch(nemo, unbroken, project):
     """run.Partial distils, run.Script evaluates; curve and figures are those of launch/slurm.sbatch."""
     _, whole = unbroken
     output, later = (
@@ -82,7 +82,7 @@ def test_both_forms(nemo, unbroken, project):
 
 
 @pytest.mark.parametrize("form", ["partial", "script"])
-def test_a_dry_run_prints_the_script(nemo, project, form):
+def test_dry_run_prints_the_script(nemo, project, form):
     said = "".join(nemo(form, "distill", recipe(project, "nemo"), "--dry-run").split())
     for line in (
         "#SBATCH --account=me",
