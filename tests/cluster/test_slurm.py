@@ -26,7 +26,7 @@ def steps(output: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_unbroken(slurm, unbroken):
+def test_uninterrupted_job_completes(slurm, unbroken):
     job, output = unbroken
     log, details = slurm.log(job), slurm.job(job)
     assert details["JobState"] == "COMPLETED", log
@@ -57,7 +57,7 @@ def test_container_flags(slurm, unbroken):
     assert given == {node: f"{expected} no-container-mount-home=yes" for node in ("n0", "n1")}
 
 
-def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
+def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken):
     """One run in three jobs, the last of them started twice; its curve is bitwise the unbroken one."""
     _, whole = unbroken
     output, options = (
@@ -123,7 +123,7 @@ def test_goes_on_after_deadline_stop_and_lost_node(slurm, project, unbroken):
         ("MINITRON_MAX_FAILURES", "ended 1 times in a row with nothing new, not submitted again"),
     ],
 )
-def test_a_last_try_is_not_submitted_again(slurm, project, variable, said):
+def test_last_attempt_is_not_resubmitted(slurm, project, variable, said):
     """The deadline passes while the ranks start, and one try is allowed, or one that brings nothing."""
     site = Path(slurm.environment["MINITRON_SITE"])
     usual = site.read_text()
@@ -145,7 +145,7 @@ def test_a_last_try_is_not_submitted_again(slurm, project, variable, said):
     assert slurm.jobs()[-1] == job
 
 
-def test_a_cancelled_job_is_not_submitted_again(slurm, project, unbroken):
+def test_cancelled_job_is_not_resubmitted(slurm, project, unbroken):
     _, whole = unbroken
     output = project / "cancelled"
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*AFTER_PRUNING))
@@ -158,7 +158,7 @@ def test_a_cancelled_job_is_not_submitted_again(slurm, project, unbroken):
     assert slurm.jobs()[-1] == job
 
 
-def test_wrong_recipe_is_not_submitted_again(slurm, project):
+def test_invalid_recipe_is_not_resubmitted(slurm, project):
     job = submit(slurm, "compress", recipe(project, "wrong"), "parallel.tp=3")
     slurm.wait(lambda: slurm.ended(job), job)
     assert slurm.job(job)["ExitCode"] == "2:0"
