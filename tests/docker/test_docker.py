@@ -181,7 +181,7 @@ def inside(buildah, image, project) -> Callable[..., subprocess.CompletedProcess
     )
 
 
-def test_what_the_image_says(buildah, image):
+def test_image_metadata(buildah, image):
     config = json.loads(buildah("inspect", "--type", "image", image).stdout)["Docker"]["config"]
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Test"] == ["CMD", "minitron-mp", "doctor"]
@@ -195,7 +195,7 @@ def test_what_the_image_says(buildah, image):
     assert not config.get("Entrypoint")  # the base's own stays
 
 
-def test_the_stack_is_the_base_s_and_the_user_is_nobody_special(inside):
+def test_stack_is_the_base_images_and_user_is_unprivileged(inside):
     where = "import torch, numpy, minitron_mp; print(torch.__file__, numpy.__version__, numpy.__file__, minitron_mp.__file__)"
     torch, version, numpy, ours = inside("python", "-c", where).stdout.split()
     assert torch.startswith("/usr/local/lib/python3.11/dist-packages/")
@@ -211,7 +211,7 @@ def test_the_stack_is_the_base_s_and_the_user_is_nobody_special(inside):
     assert inside("bash", "-c", "touch /opt/venv/x", check=False).returncode
 
 
-def test_the_health_check(inside):
+def test_health_check(inside):
     start = time.monotonic()
     done = inside("minitron-mp", "doctor")
     assert "0 failed" in done.stdout
@@ -219,13 +219,13 @@ def test_the_health_check(inside):
     assert time.monotonic() - start < 60, "the Dockerfile gives it 60 s"
 
 
-def test_a_check_that_fails(inside):
+def test_failed_health_check(inside):
     done = inside("minitron-mp", "doctor", "/project/recipe.yaml", "data.tokenizer=/nowhere", check=False)
     assert done.returncode == 1, done.stderr
     assert "data.tokenizer: /nowhere does not exist" in done.stdout
 
 
-def test_torchrun_of_the_image(inside):
+def test_torchrun_uses_the_virtual_environment(inside):
     """The base's would start the base's Python, which does not see the library."""
     done = inside(
         "torchrun",
@@ -241,7 +241,7 @@ def test_torchrun_of_the_image(inside):
     assert "0 failed" in done.stdout
 
 
-def test_the_tiny_pipeline(inside, project):
+def test_tiny_pipeline(inside, project):
     inside("minitron-mp", "compress", "/project/recipe.yaml")
     for name in ("report.html", "student_hf/model.safetensors"):
         assert (project / "out" / name).stat().st_uid == 10001
