@@ -17,7 +17,7 @@ SCRIPTS = sorted([path for folder in ("examples", "experiments") for path in (RO
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_first_line_of_a_recipe_runs(path, monkeypatch, capsys):
+def test_first_line_of_recipe_runs(path, monkeypatch, capsys):
     first = path.read_text().splitlines()[0]
     words = shlex.split(first.removeprefix("# "))
     assert words[0] == "minitron-mp", f"the first line of {path.name} is to be its dry run: {first}"
@@ -34,7 +34,7 @@ def test_first_line_of_a_recipe_runs(path, monkeypatch, capsys):
     assert "memory: sum on the fullest rank" in out
 
 
-def test_the_library_example_runs(whole, ranks, tmp_path):
+def test_library_example_runs(whole, ranks, tmp_path):
     """What its docstring starts, on two ranks and a tiny teacher."""
     words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
     said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
@@ -46,7 +46,7 @@ def test_the_library_example_runs(whole, ranks, tmp_path):
     assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
 
 
-def test_scripts_load(ranks):
+def test_scripts_import_without_side_effects(ranks):
     """Loading runs nothing: what a script does is behind main(). A script for people says in its docstring how it is started. On a rank, which has
     imported Megatron-Core already."""
     (has_main,) = ranks(1, "project_workers.load_scripts", paths=SCRIPTS)
