@@ -148,7 +148,7 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_model_of_either_layers(models, world, family):
+def test_te_and_local_layers_build_the_same_model(models, world, family):
     """In bf16, against float32: Transformer Engine's layers may be off by half as much again as the local ones, which round elsewhere."""
     arch = arch_of(family)
     want = hidden_of(models(arch, "fp32", **LOCAL), arch, world)
@@ -165,7 +165,7 @@ def test_the_same_model_of_either_layers(models, world, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_keep_the_same(models, world, family):
+def test_te_and_local_scores_keep_the_same_indices(models, world, family):
     """Kept indices of Transformer Engine's layers in bf16 and float32 (its products there are tf32) are those of the local ones in float32, but for
     such whose score is as near to the cut as rounding: 0.1 % and 2 %."""
     arch, kept = arch_of(family), {"hidden": 192, "ffn": 384, "heads": 4}
@@ -199,7 +199,7 @@ def test_scores_keep_the_same(models, world, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "nemotron"])
-def test_masks_mean_the_same(models, world, family):
+def test_masks_match_for_te_and_local_layers(models, world, family):
     arch = arch_of(family)
     local = models(arch, "fp32", **LOCAL)
     scores = score(
@@ -219,7 +219,7 @@ def test_masks_mean_the_same(models, world, family):
     assert error_of(found[2], found[0]) < 1.5 * error_of(found[1], found[0])
 
 
-def test_fp8_refuses_sizes(models):
+def test_fp8_rejects_unaligned_sizes(models):
     needs_fp8("tensorwise")
     odd = arch_of("llama").model_copy(update={"ffn_hidden_size": 504})
     with pytest.raises(
@@ -229,7 +229,7 @@ def test_fp8_refuses_sizes(models):
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise"])
-def test_a_teacher_in_fp8_does_not_depend_on_order(models, world, kind):
+def test_fp8_teacher_is_independent_of_previous_batches(models, world, kind):
     """Bitwise; near the bf16 teacher; and its linear layers hold 1 byte a weight."""
     needs_fp8(kind)
     arch = arch_of("llama")
@@ -311,7 +311,7 @@ def losses_of(
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise", "delayed"])
-def test_fp8_descends_with_bf16(world, tmp_path, kind):
+def test_fp8_loss_follows_bf16(world, tmp_path, kind):
     """From 6.9 nats. The band: at each of the last 20 steps within 5 % of the first loss of where bf16 is; delayed scaling, slow to start, 15 %."""
     needs_fp8(kind)
     arch = arch_of("llama")
@@ -328,7 +328,7 @@ def test_fp8_descends_with_bf16(world, tmp_path, kind):
     [{}, {"recompute": True}, {"async_save": True}, {"cuda_graphs": True}],
     ids=["stored", "recomputed", "async", "graphs"],
 )
-def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monkeypatch):
+def test_fp8_training_resumes(world, tmp_path, kind, more, monkeypatch):
     """Bitwise, with attention that adds in one order: delayed scaling has its histories in the checkpoint. A checkpoint that is written beside
     the training holds the weights of its step, not those of the steps that came while it was written."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
@@ -347,7 +347,7 @@ def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monk
 
 
 @pytest.mark.parametrize("kind", [None, "tensorwise"])
-def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, monkeypatch):
+def test_cuda_graphs_match_eager_execution(world, tmp_path, kind, monkeypatch):
     """Bitwise: the same kernels on the same numbers, with attention that adds in one order. A run that goes on computes its first step without them."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     needs_graphs()
@@ -414,7 +414,7 @@ TWO_RANKS = {
 
 @pytest.mark.parametrize("fp8", [None, "tensorwise"], ids=str)
 @pytest.mark.parametrize("case", TWO_RANKS)
-def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
+def test_two_ranks_match_one_rank(models, world, tmp_path, case, fp8):
     """In float32 and bf16 sums of another order; in FP8 a tensor is scaled by its whole over tp and cp ranks, and its microbatches are one rank's."""
     parallel_of, settings, gpus = TWO_RANKS[case]
     if torch.cuda.device_count() < gpus:
@@ -442,7 +442,7 @@ def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise"])
-def test_a_teacher_in_fp8_at_another_tp_than_its_checkpoint(models, world, tmp_path, kind):
+def test_fp8_teacher_loads_at_another_tp(models, world, tmp_path, kind):
     """Written by one rank, read by two: each has the part of the weights that it would cut from the whole. Bound as for one rank above."""
     needs_fp8(kind)
     arch = arch_of("llama")
@@ -491,7 +491,7 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
     return found
 
 
-def test_graphs_beside_a_colocated_teacher(tmp_path):
+def test_cuda_graphs_with_colocated_teacher(tmp_path):
     """The whole tiny project: what is distilled is what is distilled without them."""
     needs_graphs()
     make_model(tmp_path / "model")
@@ -509,7 +509,7 @@ def test_graphs_beside_a_colocated_teacher(tmp_path):
     assert max(abs(a - b) for a, b in zip(*curves)) < 0.02 * curves[0][0]
 
 
-def test_a_teacher_in_fp8_on_a_rank_of_its_own(tmp_path):
+def test_remote_fp8_teacher(tmp_path):
     """The whole tiny project on two ranks of one GPU: the student gets what a colocated teacher in FP8 gives, to bf16 sums of another order."""
     needs_fp8("tensorwise")
     make_model(tmp_path / "model")
