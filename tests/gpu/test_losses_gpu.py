@@ -74,7 +74,7 @@ def run(case, objective, *, main_grad=False):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_equal_rows(dtype, t, divergence):
+def test_kernels_match_reference(dtype, t, divergence):
     from minitron_mp.losses import kernels as kernels
 
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -107,7 +107,7 @@ def test_kernels_equal_rows(dtype, t, divergence):
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "top_k", "ce"])
-def test_float32_equals_dense_float64(name):
+def test_float32_matches_dense_float64(name):
     objective = CROSS_ENTROPY if name == "ce" else OBJECTIVES[name.replace("top_k", "forward_kl-hot-ce")]
     case = make_case(32, 256, 320, torch.float32)
     case = (
@@ -147,7 +147,7 @@ def test_bf16_inputs(logits_dtype, gradient, loss):
 
 @pytest.mark.parametrize("name", ["forward_kl-ce", "reverse_kl-hot", "js", "top_k"])
 @pytest.mark.parametrize("main_grad", [True, False])
-def test_the_device_is_never_waited_for(name, main_grad):
+def test_loss_never_synchronizes_with_the_device(name, main_grad):
     objective = OBJECTIVES[name.replace("top_k", "forward_kl-hot")]
     case = make_case(512, 256, 320, torch.bfloat16)
     case = as_top_k(case, objective, 64) if name == "top_k" else case
@@ -159,7 +159,7 @@ def test_the_device_is_never_waited_for(name, main_grad):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory():
+def test_peak_memory():
     """8192 tokens of the 12B teacher and 8B student: all that lives beyond the gradients is the logits of some rows."""
     case = make_case(4096, 4096, 5120, torch.bfloat16)
     run(make_case(512, 256, 320, torch.bfloat16), Objective(), main_grad=True)
