@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("payload", ["hidden", "logits", "topk"])
-def test_what_arrives_over_nccl_is_what_was_sent(payload, window):
+def test_received_signals_equal_sent_signals_over_nccl(payload, window):
     line = [
         sys.executable,
         "-m",
