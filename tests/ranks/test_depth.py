@@ -69,7 +69,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout
 
 
 @layouts
-def test_losses_are_those_of_models_without_the_layers(results, dense, layout):
+def test_losses_match_dense_models_without_the_layers(results, dense, layout):
     """On every rank; also where a greedy search has dropped a layer before."""
     for rank in results.judged(layout):
         for gone, losses in rank["losses"].items():
@@ -79,7 +79,7 @@ def test_losses_are_those_of_models_without_the_layers(results, dense, layout):
 
 
 @layouts
-def test_task_scores_are_those_of_models_without_the_layers(results, dense_options, layout):
+def test_task_scores_match_dense_models_without_the_layers(results, dense_options, layout):
     """Rows of several lengths, so the layers' arguments change on the way; a layer is gone already."""
     for rank in results.judged(layout):
         for found, want in zip(rank["scores without"], dense_options, strict=True):
@@ -88,7 +88,7 @@ def test_task_scores_are_those_of_models_without_the_layers(results, dense_optio
 
 
 @pytest.mark.parametrize(("num_layers", "length"), [(6, 1), (6, 2), (6, 4), (30, 1), (30, 8)])
-def test_a_block_search_computes_shared_layers_once(ranks, num_layers, length):
+def test_block_search_computes_shared_layers_once(ranks, num_layers, length):
     """Layer forwards of one microbatch, counted: the base run, and each start's layers behind the block; at most six tenths of one by one where many share."""
     blocks = depth_candidates(DepthConfig(method="block"), num_layers, length)
     counted = ranks(1, "model_workers.count_forwards", num_layers=num_layers, candidates=blocks)[0]
@@ -112,7 +112,7 @@ def notes(*case, **options):
     return close_depth_cuts(*given(*case, **options))
 
 
-def test_protected_layers_stay():
+def test_protected_layers_are_kept():
     cosine = [0, 5, 1, 4, 3, 0]
     assert kept(6, 4, DepthConfig(), cosine=cosine) == [1, 2, 3, 4]
     assert kept(6, 4, DepthConfig(protect_first=1), cosine=cosine) == [0, 1, 3, 4]
@@ -124,7 +124,7 @@ def test_protected_layers_stay():
         droppable_layers(DepthConfig(protect_first=1, protect_last=2), 6, 4)
 
 
-def test_the_published_choice_of_llama_is_a_candidate_and_is_found():
+def test_published_llama_block_is_a_candidate_and_is_chosen():
     """2408.11796, depth: of 32 layers the last one and the first 15 stay."""
     candidates = depth_candidates(DepthConfig(method="block"), 32, 16)
     assert len(candidates) == 17
@@ -149,7 +149,7 @@ def test_single_trials_and_greedy_rounds():
     ]
 
 
-def test_accuracy_comes_before_the_loss():
+def test_accuracy_ranks_before_loss():
     trials = DepthTrials(
         base=1.0,
         trials=[([i], loss) for i, loss in enumerate([1.1, 1.4, 1.3, 1.2, 1.2])],
@@ -163,7 +163,7 @@ def test_accuracy_comes_before_the_loss():
     assert kept(5, 3, DepthConfig(method="drop"), trials.model_copy(update={"accuracies": []})) == [1, 2, 4]
 
 
-def test_a_close_cut_of_layers_is_reported():
+def test_close_layer_cut_is_reported():
     """Among those that may go: a protected layer's score decides nothing, and hides nothing."""
     cosine = [0, 2, 1, 2, 3, 0]
     assert notes(6, 4, DepthConfig(), cosine=cosine) == []
@@ -181,7 +181,7 @@ def test_a_close_cut_of_layers_is_reported():
     )
 
 
-def test_trials_nearer_than_rounding_are_reported():
+def test_trials_closer_than_rounding_are_reported():
     """The last that goes and the first that stays; the best block and the next; each round of a greedy search."""
     near = 1.2 * (1 + 2e-6)
     singles = DepthTrials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, near, 8.0])])
@@ -218,7 +218,7 @@ def test_trials_nearer_than_rounding_are_reported():
     )
 
 
-def test_equal_accuracies_are_close_where_the_losses_are():
+def test_equal_accuracies_are_close_if_losses_are_close():
     depth, near = DepthConfig(method="drop", metric="task", task="items.jsonl"), 1.2 * (1 + 2e-6)
     trials = DepthTrials(
         base=1.0,
@@ -236,7 +236,7 @@ def test_equal_accuracies_are_close_where_the_losses_are():
     ]  # of the last two the losses are alike, and not the accuracies
 
 
-def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():
+def test_task_returns_accuracy_and_log_p_of_correct_answers():
     items = [
         TaskItem([("a", "b"), ("a", "c")], 1),
         TaskItem([("a", "b")], None),
@@ -262,7 +262,7 @@ def test_what_a_task_gives_is_its_share_of_right_items_and_their_log_p():
         ),
     ],
 )
-def test_settings_of_depth_without_effect(depth, words):
+def test_depth_settings_without_effect_are_rejected(depth, words):
     with pytest.raises(ValueError, match=words):
         DepthConfig(**depth)
 
@@ -275,6 +275,6 @@ def test_settings_of_depth_without_effect(depth, words):
         ({"drop_layers": [1, 1]}, "is not ascending from 0"),
     ],
 )
-def test_layers_that_cannot_be_dropped(target, words):
+def test_invalid_layer_targets_are_rejected(target, words):
     with pytest.raises(ValueError, match=words):
         TargetConfig(**target)
