@@ -44,7 +44,7 @@ def files(results):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
-def test_scores_are_those_of_a_dense_model(results, files, layout):
+def test_scores_match_dense_model(results, files, layout):
     items = read_task_file(files / "choices.jsonl") + read_task_file(files / "words.jsonl")
     want = results.once(("dense scores",), lambda: dense_scores(results.weights("qwen3"), items))
     for rank in results.judged(layout):
@@ -63,7 +63,7 @@ def test_scores_are_those_of_a_dense_model(results, files, layout):
         assert words.normalised is None
 
 
-def test_texts_begin_as_the_tokenizer_begins_them(files):
+def test_texts_start_with_the_bos_token(files):
     (item,) = read_task_file(files / "words.jsonl")[:1]
     plain, begun = (rows_of([item], Tokenizer(encode, 128, 0, bos), 100)[0] for bos in (None, 7))
     assert begun.tokens == [7, *plain.tokens]
@@ -84,7 +84,7 @@ def test_texts_begin_as_the_tokenizer_begins_them(files):
         '{"query": "a", "choices": ["b"], "gold": 0}',
     ],
 )
-def test_a_line_that_is_no_item_is_named(tmp_path, line):
+def test_invalid_line_is_named(tmp_path, line):
     (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
     with pytest.raises(
         InputError,
@@ -93,7 +93,7 @@ def test_a_line_that_is_no_item_is_named(tmp_path, line):
         read_task_file(tmp_path / "task.jsonl")
 
 
-def test_last_words_and_choices_are_not_one_task(tmp_path):
+def test_last_word_and_choice_items_do_not_mix(tmp_path):
     """Their shares mean different things: chance is 0 and 1 in so many choices."""
     for first, second in ((CHOICES[0], WORDS[0]), (WORDS[0], CHOICES[0])):
         (tmp_path / "task.jsonl").write_text(
@@ -104,7 +104,7 @@ def test_last_words_and_choices_are_not_one_task(tmp_path):
             read_task_file(tmp_path / "task.jsonl")
 
 
-def test_files_without_items(tmp_path, files):
+def test_files_without_items_are_rejected(tmp_path, files):
     with pytest.raises(InputError, match="there is no file"):
         read_task_file(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
