@@ -164,7 +164,7 @@ def assert_close(metrics, history):
     [(layout, name) for layout in LAYOUTS for name in cases(layout) if name != "same"]
     + [pytest.param(layout, "narrow", marks=pytest.mark.slow) for layout in MORE],
 )
-def test_steps_equal_plain_autograd(results, ranks, layout, name):
+def test_steps_match_plain_autograd(results, ranks, layout, name):
     """Loss, its parts, alpha and gradient norm of every step, and the projection the same on all ranks."""
     axis, chosen = cases(layout)[name]
     by_rank = trained(results, ranks, layout)
@@ -177,7 +177,7 @@ def test_steps_equal_plain_autograd(results, ranks, layout, name):
 
 
 @pytest.mark.parametrize("layout", SAVED)
-def test_gradients_and_projection_equal_plain_autograd(results, ranks, layout):
+def test_gradients_and_projection_match_plain_autograd(results, ranks, layout):
     """What a checkpoint holds of every parameter: moments, so gradients, of the model and of the projection, and alpha."""
     trained(results, ranks, layout)
     saved = ranks(
@@ -197,7 +197,7 @@ def test_gradients_and_projection_equal_plain_autograd(results, ranks, layout):
 
 
 @pytest.mark.parametrize("layout", RESUMED)
-def test_a_run_resumes(results, ranks, layout):
+def test_run_resumes(results, ranks, layout):
     """With alpha and projection: bitwise at the same layout, to rounding at another."""
     (found, after), (unbroken, weight) = (
         resumed(results, ranks, layout, RESUMED[layout]),
@@ -211,7 +211,7 @@ def test_a_run_resumes(results, ranks, layout):
 
 
 @pytest.mark.parametrize("layout", IDENTITY)
-def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(results, ranks, layout):
+def test_student_equal_to_teacher_has_zero_loss_and_gradient(results, ranks, layout):
     runs = trained(results, ranks, layout)[0]
     (same,) = runs["same"][0]
     assert abs(same.states) < 1e-9
@@ -232,7 +232,7 @@ REMOTE = {
 
 
 @pytest.mark.parametrize("pair", REMOTE)
-def test_training_from_a_stream_is_training_beside_the_teacher(results, ranks, pair):
+def test_remote_teacher_matches_colocated_teacher(results, ranks, pair):
     """Bitwise; also where a window of one microbatch meets interleaved stages."""
     student, teacher, window = REMOTE[pair]
     model, chosen, _ = students(results, student)["narrow"]
@@ -256,7 +256,7 @@ def test_training_from_a_stream_is_training_beside_the_teacher(results, ranks, p
     assert numbers(remote) == numbers(trained(results, ranks, student)[0]["narrow"][0][:RESUME_AT])
 
 
-def test_a_teacher_without_states_is_refused(results, ranks, tmp_path):
+def test_teacher_without_hidden_states_is_rejected(results, ranks, tmp_path):
     case = {"layout": BY_NAME["one"], "arch": ARCH, "teacher": results.teacher("qwen3"), "output": tmp_path}
     (message,) = ranks(1, "hidden_states_workers.without_pairs", settings=with_states("one", COSINE), **case)
     assert "the teacher makes no states; make it with pairs" in message
@@ -264,7 +264,7 @@ def test_a_teacher_without_states_is_refused(results, ranks, tmp_path):
 
 @pytest.mark.parametrize("vpp", [None, 2, 3])
 @pytest.mark.parametrize("pp", [2, 3, 4])
-def test_every_state_has_one_place(pp, vpp):
+def test_every_hidden_state_has_one_chunk(pp, vpp):
     """Layers in order of depth over the chunks; the final norm with the last one."""
     layout, num_layers = ParallelConfig(pp=pp, vpp=vpp), 14
     order = [
@@ -278,7 +278,7 @@ def test_every_state_has_one_place(pp, vpp):
     ]
 
 
-def test_stages_get_what_they_match():
+def test_stages_receive_the_blocks_they_match():
     """The last stage always the hidden states; one without a pair nothing."""
     assert HiddenStatesConfig(layers={0: 0, 5: 6, 6: 7, 8: 9}).blocks(8, ParallelConfig(pp=4)) == {
         0: [1],
@@ -291,7 +291,7 @@ def test_stages_get_what_they_match():
     }
 
 
-def test_the_projection_begins_with_the_channels_that_were_kept():
+def test_projection_starts_with_the_kept_channels():
     student = ARCH.model_copy(update={"hidden_size": 3})
     assert LayerPairs(COSINE, student, ARCH, (1, 4, 39)).first_projection().nonzero().tolist() == [
         [1, 0],
@@ -302,7 +302,7 @@ def test_the_projection_begins_with_the_channels_that_were_kept():
     assert LayerPairs(COSINE, ARCH, ARCH).first_projection() is None
 
 
-def test_the_planner_counts_the_bytes_of_the_states():
+def test_planner_counts_hidden_state_bytes():
     recipe = make_recipe(
         {
             "model": "m",
@@ -348,13 +348,13 @@ def test_the_planner_counts_the_bytes_of_the_states():
         ),
     ],
 )
-def test_what_cannot_be_is_refused(states, other, message):
+def test_invalid_configs_are_rejected(states, other, message):
     values = {"model": "m", "output": "o", **other, "distill": {**other.get("distill", {}), "states": states}}
     with pytest.raises(InputError, match=message):
         make_recipe(values)
 
 
-def test_states_that_a_model_does_not_have():
+def test_layers_outside_the_model_are_rejected():
     with pytest.raises(
         InputError,
         match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 .*names state 9 of the teacher",
@@ -362,5 +362,5 @@ def test_states_that_a_model_does_not_have():
         LayerPairs(HiddenStatesConfig(layers={0: 0, 7: 9}), ARCH, ARCH)
 
 
-def test_both_ways_to_write_pairs():
+def test_pairs_as_mapping_equal_pairs_as_list():
     assert HiddenStatesConfig(layers={"0": 0, 5: 6}) == HiddenStatesConfig(layers=[[0, 0], [5, 6]])
