@@ -45,7 +45,7 @@ def assert_close(ours, want, tolerance, pair=DEFAULT_PAIR, *, of_row=False):
 
 
 @cases
-def test_scores_equal_those_of_one_rank(results, arch, layout):
+def test_scores_match_one_rank(results, arch, layout):
     want = results.pruned(arch, BY_NAME["one"])[0]["scores"][DEFAULT_PAIR]
     for rank in results.pruned(arch, layout):
         assert_close(rank["scores"][DEFAULT_PAIR], want, ROUNDING, of_row=not ARCHS[arch].gated)
@@ -53,14 +53,14 @@ def test_scores_equal_those_of_one_rank(results, arch, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS_OF_ALL_PAIRS)
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids="-".join)
-def test_scores_of_every_aggregation_equal_those_of_one_rank(results, pair, layout):
+def test_scores_match_one_rank_for_every_aggregation(results, pair, layout):
     want = results.pruned("qwen3", BY_NAME["one"])[0]["scores"][pair]
     for rank in results.pruned("qwen3", BY_NAME[layout]):
         assert_close(rank["scores"][pair], want, ROUNDING, pair)
 
 
 @cases
-def test_every_rank_has_the_same_scores_and_the_plan_of_one_rank(results, arch, layout):
+def test_all_ranks_have_identical_scores_and_plan(results, arch, layout):
     want, by_rank = results.pruned(arch, BY_NAME["one"])[0]["plans"], results.pruned(arch, layout)
     for rank in by_rank:
         for pair, scores in rank["scores"].items():
@@ -72,13 +72,13 @@ def test_every_rank_has_the_same_scores_and_the_plan_of_one_rank(results, arch, 
 
 
 @cases
-def test_scoring_leaves_the_model_as_it_was(results, arch, layout):
+def test_scoring_leaves_the_model_unchanged(results, arch, layout):
     """No hook stays, and the same input gives bitwise the same logits."""
     assert all(rank["unchanged"] for rank in results.pruned(arch, layout))
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2-pp2-vpp2-sp"])
-def test_a_failure_while_scoring_leaves_no_hook(results, ranks, layout):
+def test_failed_scoring_removes_its_hooks(results, ranks, layout):
     """vpp: the model is in two chunks."""
     case = BY_NAME[layout]
     for text, left in ranks(
@@ -91,7 +91,7 @@ def test_a_failure_while_scoring_leaves_no_hook(results, ranks, layout):
         assert (text, left) == ("stopped by the test", 0)
 
 
-def test_bf16_scores_are_near_float32(results, ranks):
+def test_bf16_scores_are_close_to_float32(results, ranks):
     layout = BY_NAME["tp2-sp"]
     want = results.pruned("qwen3", BY_NAME["one"])[0]["scores"][DEFAULT_PAIR]
     by_rank = ranks(
@@ -151,7 +151,7 @@ def plain(tmp_path_factory, ranks):
 
 
 @pytest.mark.parametrize("pair", PLAIN_PAIRS, ids="-".join)
-def test_scores_equal_a_plain_implementation_on_transformers(plain, pair):
+def test_scores_match_plain_implementation_on_transformers(plain, pair):
     """2407.14679 section 2.2, and the same kept indices."""
     arch, reference_scores, ours = plain
     want = reference_scores.scores(*pair)
@@ -175,7 +175,7 @@ def assert_same_plans(arch, ours, want):
     "MINITRON_SMOLLM2" not in os.environ,
     reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M",
 )
-def test_logits_of_a_real_model_equal_those_of_transformers(tmp_path, ranks):
+def test_real_model_logits_match_transformers(tmp_path, ranks):
     """Float32 on both sides; logits up to 34."""
     from transformers import AutoModelForCausalLM
 
@@ -198,7 +198,7 @@ def test_logits_of_a_real_model_equal_those_of_transformers(tmp_path, ranks):
     "MINITRON_SMOLLM2" not in os.environ,
     reason="set MINITRON_SMOLLM2 to a Hugging Face folder of SmolLM2-135M",
 )
-def test_scores_of_a_real_model_equal_a_plain_implementation(tmp_path, ranks):
+def test_real_model_scores_match_plain_implementation(tmp_path, ranks):
     """On text: the source of this file, in float32 on both sides."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
