@@ -15,13 +15,13 @@ def refusals(ranks, layout, name, **case):
     return messages
 
 
-def test_a_layout_that_the_ranks_do_not_fit(ranks):
+def test_layout_must_divide_the_world_size(ranks):
     layout = Layout("tp4-on-2", 2, {"tp": 2, "pp": 2})
     for message in refusals(ranks, layout, "model", arch=ARCHS["qwen3"]):
         assert "tp 2 x pp 2 x cp 1 needs a multiple of 4 ranks, this job has 2" in message
 
 
-def test_sizes_that_tp_does_not_divide_are_all_listed(ranks):
+def test_all_sizes_that_tp_does_not_divide_are_listed(ranks):
     odd = ARCHS["llama"].model_copy(update={"ffn_hidden_size": 111, "num_layers": 1})
     for message in refusals(ranks, BY_NAME["tp2-pp2-sp"], "model", arch=odd):
         for problem in (
@@ -41,14 +41,14 @@ def test_sizes_that_tp_does_not_divide_are_all_listed(ranks):
     ],
 )
 @pytest.mark.parametrize("layout", ["tp2-pp2-sp", "cp2-dp2"])
-def test_activations_that_are_not_finite_are_named_by_layer(ranks, results, layout, key, layer, where):
+def test_nonfinite_activations_are_named_by_layer(ranks, results, layout, key, layer, where):
     """Under pp 2 only one stage sees it."""
     case = {"arch": ARCHS["qwen3"], "teacher": results.teacher("qwen3"), "key": key, "layer": layer}
     for message in refusals(ranks, BY_NAME[layout], "scores", **case):
         assert where in message
 
 
-def test_a_checkpoint_of_another_architecture(ranks, results):
+def test_checkpoint_of_another_architecture(ranks, results):
     other = ARCHS["qwen3"].model_copy(update={"hidden_size": 48})
     for message in refusals(
         ranks, BY_NAME["tp2-pp2-sp"], "checkpoint", arch=other, folder=results.teacher("qwen3")
@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_architecture(ranks, results):
         assert "linear_qkv.layer_norm_weight" in message
 
 
-def test_a_checkpoint_that_lacks_weights(ranks, results):
+def test_checkpoint_with_missing_weights(ranks, results):
     """Biases and an output layer of its own, which the checkpoint of a tied model without biases does not have."""
     other = ARCHS["qwen2"].model_copy(update={"tied": False})
     for message in refusals(
@@ -67,14 +67,14 @@ def test_a_checkpoint_that_lacks_weights(ranks, results):
         assert "linear_qkv.bias" in message
 
 
-def test_a_folder_that_is_no_checkpoint(ranks, tmp_path):
+def test_folder_that_is_not_a_checkpoint(ranks, tmp_path):
     for message in refusals(
         ranks, BY_NAME["tp2"], "checkpoint", arch=ARCHS["qwen3"], folder=tmp_path / "nothing"
     ):
         assert "nothing is no checkpoint of this model" in message
 
 
-def test_too_few_microbatches_for_the_interleaved_schedule(ranks, results):
+def test_too_few_microbatches_for_interleaved_schedule(ranks, results):
     for message in refusals(
         ranks, BY_NAME["pp2-vpp2"], "microbatches", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     ):
@@ -82,14 +82,14 @@ def test_too_few_microbatches_for_the_interleaved_schedule(ranks, results):
         assert "given 3" in message
 
 
-def test_a_parameter_that_no_axis_is_known_of(ranks, results):
+def test_parameter_without_a_known_axis(ranks, results):
     for message in refusals(
         ranks, BY_NAME["tp2"], "parameter", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     ):
         assert "decoder.layers.mlp.unheard_of.weight" in message
 
 
-def test_pruning_a_model_that_is_wrapped_for_training(ranks, results):
+def test_pruning_a_ddp_wrapped_model(ranks, results):
     for message in refusals(
         ranks, BY_NAME["dp2"], "wrapped", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     ):
@@ -107,7 +107,7 @@ def test_checkpoints_of_another_run(ranks, results, tmp_path):
         assert "settings.lr: 1, here 2" in message
 
 
-def test_a_loss_that_is_not_finite(ranks, results, tmp_path):
+def test_nonfinite_loss(ranks, results, tmp_path):
     case = {
         "arch": ARCHS["qwen3"],
         "teacher": results.teacher("qwen3"),
@@ -117,11 +117,11 @@ def test_a_loss_that_is_not_finite(ranks, results, tmp_path):
         assert "the loss of step 1 is nan" in message
 
 
-def test_a_disk_that_is_full_for_one_rank(ranks, tmp_path):
+def test_full_disk_on_one_rank(ranks, tmp_path):
     """everyone(): the rank that failed says why, the others that another failed."""
     messages = refusals(ranks, BY_NAME["dp2"], "by_one")
     assert messages == ["another rank failed: rank 1: the disk is full", "the disk is full"]
 
 
-def test_ranks_wait_for_what_rank_0_does_alone_longer_than_a_collective_would(ranks):
+def test_ranks_wait_for_slow_rank_0_beyond_the_collective_timeout(ranks):
     assert ranks(2, "model_workers.wait_for_slow_main", seconds=3.0, patience_s=1.0) == [[0, 1], [0, 1]]
