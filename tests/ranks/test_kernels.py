@@ -68,7 +68,7 @@ OPTIONS = [(1.0, True, None), (2.0, False, torch.bfloat16), (0.7, True, torch.fl
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 @dtypes
 @sizes
-def test_kernels_equal_rows(interpreted, columns, valid, dtype, divergence):
+def test_kernels_match_reference(interpreted, columns, valid, dtype, divergence):
     case = make_rows(columns, valid, dtype)
     calls = [{**case, "t": t, "divergence": divergence, "ce": ce, "dtype": out} for t, ce, out in OPTIONS]
     for found, (_, _, out) in zip(interpreted("row_functions", calls=calls), OPTIONS):
@@ -76,7 +76,7 @@ def test_kernels_equal_rows(interpreted, columns, valid, dtype, divergence):
 
 
 @sizes
-def test_cross_entropy_alone(interpreted, columns, valid):
+def test_cross_entropy_without_teacher(interpreted, columns, valid):
     case = make_rows(columns, valid, torch.float32, teacher=False)
     calls = [{**case, "t": t, "divergence": "forward_kl", "ce": True, "dtype": out} for t, _, out in OPTIONS]
     for found, (_, _, out) in zip(interpreted("row_functions", calls=calls), OPTIONS):
@@ -95,7 +95,7 @@ def test_large_logits(interpreted):
 
 
 @dtypes
-def test_the_loss_with_kernels_equals_dense_float64(interpreted, dtype):
+def test_loss_with_kernels_matches_dense_float64(interpreted, dtype):
     """The whole path that a GPU takes, but for the matrix products."""
     chosen = ("forward_kl-ce", "reverse_kl-hot", "js-hot-ce", "top_k-hot-ce", "ce")
     calls = {name: call for name, call in variants(make_case(40, dtype=dtype)).items() if name in chosen}
@@ -108,7 +108,7 @@ def test_the_loss_with_kernels_equals_dense_float64(interpreted, dtype):
         check(got, dense(*calls[name][:2]), name, **rounded)
 
 
-def test_cosine_distance_equals_torch(interpreted):
+def test_cosine_distance_matches_torch(interpreted):
     """Widths of one block and of several, rows apart, states that hardly change, one of nothing but zeros."""
     generator, pairs = torch.Generator().manual_seed(0), []
     for width, dtype in (
