@@ -135,7 +135,7 @@ def asked(dense, tokenizer):
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2-sp", "pp2-vpp2", "tp2-cp2-sp", "dp2"])
-def test_answers_are_those_of_a_dense_model(results, ranks, tokenizer, asked, layout):
+def test_answers_match_dense_model(results, ranks, tokenizer, asked, layout):
     requests, want, free = asked
     case = {
         "arch": ARCH,
@@ -176,7 +176,7 @@ TASKS = {
 }
 
 
-def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path):
+def test_command_matches_choice_tasks_on_local_files(ranks, tmp_path):
     """On two tensor parallel ranks, of which the first one speaks."""
     make_model(tmp_path / "model")
     make_text(tmp_path / "text", 20)
@@ -263,13 +263,13 @@ def test_the_command_runs_local_tasks_as_our_own_choice_tasks_do(ranks, tmp_path
     )
 
 
-def test_our_own_tasks_begin_texts_as_the_harness_does(tokenizer, tmp_path):
+def test_choice_tasks_add_bos_as_lm_eval_does(tokenizer, tmp_path):
     assert load_tokenizer(tokenizer.name_or_path).bos == tokenizer.bos_token_id == 0
     make_tiny_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path).bos is None
 
 
-def test_requests_that_cannot_be_served_are_refused(ranks, tokenizer):
+def test_unsupported_requests_are_rejected(ranks, tokenizer):
     settings = [
         {"do_sample": True},
         {"temperature": 0.7},
@@ -290,14 +290,14 @@ def test_requests_that_cannot_be_served_are_refused(ranks, tokenizer):
         assert word in text
 
 
-def test_ranks_that_are_asked_unlike_things_say_so(ranks, tokenizer):
+def test_ranks_with_different_requests_raise(ranks, tokenizer):
     for said in ranks(
         2, "lm_eval_workers.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path
     ):
         assert "the harness has made other requests here than on rank 0" in said
 
 
-def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
+def test_command_without_lm_eval_names_the_package_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "minitron_mp.integrations.lm_eval", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(InputError, match=r"run `pip install minitron-mp\[eval\]`"):
