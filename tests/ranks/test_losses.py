@@ -197,7 +197,7 @@ def variants(case):
 
 
 @splits
-def test_equals_dense_float64(ranks, tp, padded):
+def test_loss_matches_dense_float64(ranks, tp, padded):
     """Teacher given as hidden states, logits, top k, and not at all. It has not-a-number in padding columns of its own."""
     case = make_case(padded)
     calls = variants(case)
@@ -227,7 +227,7 @@ def test_large_logits(ranks, tp):
 
 
 @widths
-def test_a_ghost_that_the_student_does_not_have(ranks, tp):
+def test_ghost_token_with_zero_student_probability(ranks, tp):
     """The teacher is uniform and the student certain of the k tokens: the others have no float32 probability, yet a gradient."""
     case = make_case(40)
     case["hidden"] = torch.where(torch.arange(40) < TOP, 300.0, -300.0 + torch.rand(3, 3, 40))
@@ -240,7 +240,7 @@ def test_a_ghost_that_the_student_does_not_have(ranks, tp):
 
 
 @widths
-def test_finite_differences(ranks, tp):
+def test_gradient_matches_finite_differences(ranks, tp):
     step = 1e-2
     calls = {
         name: call
@@ -266,7 +266,7 @@ def test_finite_differences(ranks, tp):
 
 
 @widths
-def test_same_distribution_has_no_loss_and_no_gradient(ranks, tp):
+def test_equal_distributions_have_zero_loss_and_gradient(ranks, tp):
     case = make_case(40)
     case["teacher"] = TeacherHidden(case["hidden"], case["weight"][:VOCAB])
     calls = {
@@ -282,7 +282,7 @@ def test_same_distribution_has_no_loss_and_no_gradient(ranks, tp):
 
 
 @widths
-def test_a_divergence_is_not_negative(ranks, tp):
+def test_divergences_are_nonnegative(ranks, tp):
     """Also where both distributions are nearly equal, and the logarithms of the sums, of 100, are rounded by more than the difference."""
     case = by_logits(make_case(40))
     case["hidden"][..., :VOCAB] += 100.0
@@ -294,7 +294,7 @@ def test_a_divergence_is_not_negative(ranks, tp):
 
 
 @widths
-def test_the_gradient_of_a_rows_logits_sums_to_zero(ranks, tp):
+def test_logit_gradients_sum_to_zero_per_row(ranks, tp):
     """A shift of a row's logits changes no probability. With the unit matrix as the output layer dX is that gradient."""
     for name, got in run_all(ranks, tp, variants(by_logits(make_case(40)))).items():
         assert not got["dx"][..., VOCAB:].any(), name
@@ -303,7 +303,7 @@ def test_the_gradient_of_a_rows_logits_sums_to_zero(ranks, tp):
 
 
 @splits
-def test_rows_without_weight_are_exactly_nothing(ranks, tp, padded):
+def test_rows_with_zero_weight_contribute_nothing(ranks, tp, padded):
     """Whatever they hold: not-a-number in hidden states of both models, and labels outside of the vocabulary."""
     case, masked = (
         make_case(padded),
@@ -328,7 +328,7 @@ def test_rows_without_weight_are_exactly_nothing(ranks, tp, padded):
 
 @pytest.mark.parametrize("value", [1.0, torch.nan])
 @widths
-def test_a_microbatch_without_any_weight(ranks, tp, value):
+def test_microbatch_with_zero_weight(ranks, tp, value):
     case = make_case(40)
     case |= {"hidden": case["hidden"] * value, "token_weights": torch.zeros(3, 3)}
     for name, got in run_all(ranks, tp, variants(case)).items():
@@ -338,7 +338,7 @@ def test_a_microbatch_without_any_weight(ranks, tp, value):
 
 
 @widths
-def test_chunks_of_rows_change_nothing(ranks, tp):
+def test_loss_is_independent_of_chunk_size(ranks, tp):
     """Rows that the row functions take, that one product makes, and of the products of the gradients; also with a shorter last one."""
     chunks = [None, (1, 1, 1), (1, 2, 4), (2, 4, 7), (2, 3, 100), (100, 4, 5)]
     chosen = {
@@ -358,7 +358,7 @@ def test_chunks_of_rows_change_nothing(ranks, tp):
 
 
 @widths
-def test_top_k_of_the_whole_vocabulary_is_the_full_loss(ranks, tp):
+def test_top_k_of_full_vocabulary_equals_full_loss(ranks, tp):
     case = make_case(40)
     full = {name: objective for name, objective in OBJECTIVES.items() if "forward" in name}
     found = run_all(
@@ -380,7 +380,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_loss(ranks, tp):
 
 
 @widths
-def test_ghost_is_a_lower_bound(ranks, tp):
+def test_ghost_token_loss_is_a_lower_bound(ranks, tp):
     """Merging tokens into one loses information (data processing), the less the more tokens are kept."""
     case, objective, sizes = make_case(40), OBJECTIVES["forward_kl"], [1, TOP, 20, VOCAB - 1]
     found = run_all(
@@ -414,7 +414,7 @@ def test_sequence_parallel_hidden_states(ranks, tp):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @widths
-def test_main_grad_takes_the_weight_gradient(ranks, tp, dtype):
+def test_main_grad_accumulates_the_weight_gradient(ranks, tp, dtype):
     case, objective = make_case(40, dtype=dtype), OBJECTIVES["forward_kl-ce"]
     plain, added = run_all(
         ranks, tp, {flag: (case, objective, {"main_grad": flag}) for flag in (False, True)}
@@ -428,7 +428,7 @@ def test_main_grad_takes_the_weight_gradient(ranks, tp, dtype):
     )
 
 
-def test_main_grad_takes_no_scale(ranks):
+def test_main_grad_rejects_a_scaled_gradient(ranks):
     got = run(ranks, 2, make_case(40), OBJECTIVES["forward_kl"], main_grad=True, incoming=2.0)
     assert "put scales into token_weights" in got["refused"]
 
@@ -441,7 +441,7 @@ def test_incoming_gradient_without_main_grad(ranks, tp):
 
 
 @widths
-def test_microbatches_add_up(ranks, tp):
+def test_microbatch_losses_add_up(ranks, tp):
     """With weights of the whole batch, of whose parts 1, 2 and 3 tokens count, the mixed gradient is that of one batch."""
     case, mask = make_case(40), torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     case["token_weights"] = mask / mask.sum()
@@ -497,14 +497,14 @@ def test_bf16_with_bf16_logits(ranks, tp):
 
 @pytest.mark.parametrize("defect", ["logits", "hidden"])
 @pytest.mark.parametrize("tp", [2, 4])
-def test_a_gradient_tp_times_too_large_is_noticed(ranks, tp, defect):
+def test_gradient_scaled_by_tp_is_detected(ranks, tp, defect):
     """As two libraries have it, whose loss is right: the comparison above must not pass it."""
     case, objective = make_case(40), OBJECTIVES["forward_kl"]
     with pytest.raises(AssertionError, match=rf"the scale of dx is {tp}\.0000"):
         check(run(ranks, tp, case, objective, defect=defect), dense(case, objective))
 
 
-def test_refusals():
+def test_invalid_objectives_are_rejected():
     case, sizes = make_case(40), {"vocab_size": VOCAB, "group": None}
     with pytest.raises(ValueError, match="kl_weight without a teacher"):
         distillation_loss(*(case | {"teacher": None}).values(), OBJECTIVES["forward_kl"], **sizes)
@@ -513,7 +513,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_teacher_and_student_have_a_precision_each(ranks, tp):
+def test_teacher_and_student_precisions_are_independent(ranks, tp):
     """All eight pairs with the logits' dtype run; bf16 anywhere leaves an error of bf16's size."""
     calls = {}
     for student, teacher, inside in itertools.product((torch.float32, torch.bfloat16), repeat=3):
@@ -538,7 +538,7 @@ def test_teacher_and_student_have_a_precision_each(ranks, tp):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @widths
-def test_the_top_k_that_a_teacher_sends(ranks, tp, temperature):
+def test_top_k_sent_by_the_teacher(ranks, tp, temperature):
     """Probabilities of the k, mass of the rest and indices, of a vocabulary with padding, as the other end unpacks them."""
     case, k = make_case(56 if tp > 1 else 40), 5
     found = ranks(
