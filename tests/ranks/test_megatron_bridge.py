@@ -80,7 +80,7 @@ def by_hand(four, project):
     return seen, rows
 
 
-def test_both_converters_agree_in_every_tensor_at_tp2_pp2(four, folders, tmp_path):
+def test_converters_agree_in_every_tensor_at_tp2_pp2(four, folders, tmp_path):
     """Bitwise, on each rank; and what Bridge writes of our checkpoint is what was read."""
     sources = {family: folder for family, folder in folders.items() if family != "gemma"}
     for rank in four.run(
@@ -98,7 +98,7 @@ def test_both_converters_agree_in_every_tensor_at_tp2_pp2(four, folders, tmp_pat
         assert all(torch.equal(before[name], after[name]) for name in before), family
 
 
-def test_scores_of_a_model_that_bridge_built_are_ours(four, folders, tmp_path):
+def test_scores_of_bridge_model_match_our_model(four, folders, tmp_path):
     assert (
         max(
             four.run(
@@ -120,7 +120,7 @@ def test_scores_of_a_model_that_bridge_built_are_ours(four, folders, tmp_path):
     ],
     ids=["tp2-pp2-sp", "pp4", "dp4-overlap", "pp2-dp2-model-config", "tp2-dp2-evaluation"],
 )
-def test_pretrain_is_our_trainer(four, project, by_hand, tp, pp, more):
+def test_pretrain_matches_our_trainer(four, project, by_hand, tp, pp, more):
     """The example's recipe in Bridge's own loop, with its data, optimizer and logs, at a layout: the losses and gradient norms of trainer.train."""
     options = {**more, "overrides": CONSTANT + more.get("overrides", [])}
     same_as(
@@ -128,7 +128,7 @@ def test_pretrain_is_our_trainer(four, project, by_hand, tp, pp, more):
     )
 
 
-def test_pretrain_in_bf16_is_near(four, project, by_hand):
+def test_bf16_pretrain_is_close_to_our_trainer(four, project, by_hand):
     """Float16Module around the student: the hidden states must not come in float32. 8 bits of mantissa over 4 layers."""
     same_as(
         by_hand[1],
@@ -144,7 +144,7 @@ def test_pretrain_in_bf16_is_near(four, project, by_hand):
     )
 
 
-def test_teacher_on_ranks_of_its_own_under_pretrain(four, project, by_hand):
+def test_pretrain_with_remote_teacher(four, project, by_hand):
     """Bridge sees a world of the student's two ranks (pp 2); the teacher (tp 2) streams to it."""
     seen, rows = by_hand
     same_as(
@@ -166,7 +166,7 @@ def same_as(rows, found, rel=1e-4):
         assert {"kd loss", "kl", "lm loss", "grad_norm"} == b.keys()
 
 
-def test_a_recipe_is_checked_as_a_whole(four, project):
+def test_bridge_config_problems_are_collected(four, project):
     text = four.run("megatron_bridge_workers.refusals", folder=project)[0]
     for words in (
         "vocab_size is 64, the teacher's, padded, is 256",
@@ -188,7 +188,7 @@ def test_a_recipe_is_checked_as_a_whole(four, project):
         assert words in text
 
 
-def test_a_family_that_we_do_not_map_is_cut_and_written_back(four, folders, tmp_path):
+def test_unmapped_family_is_pruned_and_exported(four, folders, tmp_path):
     """Gemma through examples/bridge_prune.py at tp 2 x pp 2; by way of a checkpoint, and in memory."""
     from transformers import AutoModelForCausalLM
 
