@@ -31,7 +31,7 @@ def examples(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_parameters_are_those_that_megatron_makes(ranks, examples):
+def test_parameter_counts_match_megatron(ranks, examples):
     """All models of the recipes at their own layout and at tp 8 x pp 4, interleaved and not; tied and uneven ones of the tests."""
     recipes = [load_recipe(path) for path in EXAMPLES]
     own = {(arch, recipe.parallel) for recipe in recipes for arch in read_models(recipe)}
@@ -69,7 +69,7 @@ KINDS = {
 }
 
 
-def test_activations_are_what_autograd_keeps(ranks):
+def test_activation_bytes_match_autograd(ranks):
     """Three layers less two. What the formula leaves out is added here: tables of the rotation, and what F.rms_norm keeps on a CPU, where it is
     made of small operations, and not on a GPU: its normalised input."""
     split, archs = ParallelConfig(tp=2, sequence_parallel=True), {}
@@ -105,7 +105,7 @@ def test_activations_are_what_autograd_keeps(ranks):
         assert three - two == pytest.approx(want, rel=0.01), (kind, p, precision)
 
 
-def test_layers_in_flight_are_those_of_the_schedule(ranks):
+def test_layers_in_flight_match_the_schedule(ranks):
     """Megatron's own schedules, run stage by stage; fewer microbatches than stages, uneven stages, interleaved."""
     arch = ARCHS["qwen2"].model_copy(update={"num_layers": 9})
     cases = [
@@ -123,7 +123,7 @@ def test_layers_in_flight_are_those_of_the_schedule(ranks):
         ], p
 
 
-def test_bytes_of_training_are_exact(ranks, examples):
+def test_training_bytes_are_exact(ranks, examples):
     """On the first rank; the optimizer's shard is exact but for what padding of the buffers shifts between ranks."""
     arch, recipe = ARCHS["nemotron"], load_recipe(TWELVE_TO_EIGHT)
     cases = [
@@ -142,7 +142,7 @@ def test_bytes_of_training_are_exact(ranks, examples):
         assert found["optimizer state"] == pytest.approx(want["optimizer state"], rel=0.02 if dp > 1 else 0)
 
 
-def test_times_at_measured_points_are_the_measured_ones():
+def test_layer_times_at_measured_points_are_the_measured_ones():
     times, content = shipped(), json.loads(SHIPPED.read_text())
     for point in content["points"]:
         if point["what"] == "loss":
@@ -165,7 +165,7 @@ def test_times_at_measured_points_are_the_measured_ones():
     assert half * 4e3 == pytest.approx(35.3, rel=0.05)  # quoted, with CUDA graphs; not among the points
 
 
-def test_one_width_predicts_the_other():
+def test_times_of_one_width_predict_the_other():
     """Each measured width from the points of the other: at most 9 % off."""
     content = json.loads(SHIPPED.read_text())
     for left_out in content["points"]:
@@ -186,7 +186,7 @@ def test_one_width_predicts_the_other():
 
 
 @pytest.mark.parametrize(("dtype", "measured_ms"), [("bf16", 170.9), ("delayed", 140.2)])
-def test_a_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
+def test_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
     """Quoted: 4 + 4 layers of 12B -> 8B with the prototype's loss, bf16 logits, no optimizer."""
     times, points = shipped(), json.loads(SHIPPED.read_text())["points"]
     archs = {
@@ -200,7 +200,7 @@ def test_a_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
     assert step * 1e3 == pytest.approx(measured_ms, rel=0.02)
 
 
-def test_the_parts_of_a_step_add_up(examples):
+def test_parts_of_a_step_add_up(examples):
     """In closed form: a pipeline with bubble and the last stage's loss, a remote teacher that is too slow, overlap that hides."""
     times = shipped()
     base, teacher, student = models = read_models(load_recipe(TWELVE_TO_EIGHT))
@@ -242,7 +242,7 @@ def test_the_parts_of_a_step_add_up(examples):
     assert apart.wire["teacher stream"].num_bytes == 10240 * 8192 * 768 / 48
 
 
-def test_layouts_are_possible_and_ordered(examples):
+def test_layouts_are_valid_and_ordered(examples):
     recipe, times = load_recipe(TWELVE_TO_EIGHT), shipped()
     _, teacher, student = read_models(recipe)
     found = search_layouts(student, teacher, recipe, 64, times)
@@ -260,7 +260,7 @@ def test_layouts_are_possible_and_ordered(examples):
 
 
 @pytest.mark.parametrize("key", ["cuda_graphs", "tp_comm_overlap"])
-def test_no_layout_is_proposed_that_the_recipe_refuses(examples, key):
+def test_no_proposed_layout_is_rejected_by_the_recipe(examples, key):
     recipe = load_recipe(TWELVE_TO_EIGHT, [f"distill.{key}=true", "distill.recompute=false"])
     _, teacher, student = read_models(recipe)
     found = search_layouts(student, teacher, recipe, 64, shipped())
@@ -270,7 +270,7 @@ def test_no_layout_is_proposed_that_the_recipe_refuses(examples, key):
         make_recipe(estimate.recipe.model_dump())
 
 
-def test_the_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
+def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("minitron_mp.console.console.width", 80)
     files = tmp_path / "e.json", tmp_path / "e.png"
     code, out, err = here(
@@ -310,7 +310,7 @@ def test_the_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_the_command_refuses(here, examples, tmp_path):  # noqa: F811
+def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: F811
     whole = "the smallest world that fits is 4 GPUs"
     refused(
         here("estimate", TWELVE_TO_EIGHT, "--world", "1"),
@@ -338,7 +338,7 @@ def test_what_the_command_refuses(here, examples, tmp_path):  # noqa: F811
     refused(here("estimate", TWELVE_TO_EIGHT, "--times", tmp_path / "mine.yaml"), "holds no layer times")
 
 
-def test_hardware_of_ones_own(examples, tmp_path):
+def test_custom_hardware_file(examples, tmp_path):
     """A slower network shows, and only there."""
     (tmp_path / "mine.json").write_text('{"nic_gb_s": 5}')
     recipe = load_recipe(TWELVE_TO_EIGHT)
@@ -354,7 +354,7 @@ def test_hardware_of_ones_own(examples, tmp_path):
     assert older.step_s > 1.5 * fast.step_s
 
 
-def test_cuda_graphs_take_the_wait_for_the_host():
+def test_cuda_graphs_remove_host_launch_time():
     """At 1024 tokens the host issues a layer in FP8 more slowly than the GPU computes it; recorded, it does not."""
     recipe = load_recipe(
         TWELVE_TO_EIGHT, ["data.sequence_length=1024", "distill.fp8=tensorwise", "distill.recompute=false"]
@@ -429,7 +429,7 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
     assert basis == MEASURED
 
 
-def test_the_check_against_a_gpu_runs(ranks, tmp_path):
+def test_planner_check_runs_on_cpu(ranks, tmp_path):
     """benchmarks/planner_check.py on a CPU: its steps train; what it compares means nothing there."""
     arguments = [str(make_toy(tmp_path)), "--toy", "--layers", "1", "--steps", "3", "--microbatches", "1"]
     (out,) = ranks(
