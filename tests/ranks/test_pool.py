@@ -71,14 +71,14 @@ def all_end(pids: list[int]) -> bool:
     return not any(map(running, pids))
 
 
-def test_answers_come_by_rank_and_ranks_persist(pool):
+def test_results_are_ordered_by_rank_and_ranks_persist(pool):
     assert pool.run("test_pool.add_ranks", number=10) == [13, 14]
     pids = [rank.process.pid for rank in pool.ranks]
     assert pool.run("test_pool.add_ranks", number=0) == [3, 4]
     assert [rank.process.pid for rank in pool.ranks] == pids
 
 
-def test_a_failure_names_its_rank_and_the_next_call_works(pool):
+def test_failure_names_its_rank_and_next_call_works(pool):
     with pytest.raises(
         RankError, match=r"(?s)rank 1 of 2: \(dp 7\).*so it goes.*rank 0 of 2 has not answered"
     ):
@@ -88,14 +88,14 @@ def test_a_failure_names_its_rank_and_the_next_call_works(pool):
         pool.run("test_pool.die_on", rank=0)
 
 
-def test_a_time_out_ends_the_pool_and_children_go_with_it(pool):
+def test_timeout_kills_the_pool_and_its_children(pool):
     children = pool.run("test_pool.start_child")
     with pytest.raises(RankError, match=r"(?s)has not answered in 1 s.*test_pool.py\", line \d+ in sleep"):
         pool.run("test_pool.sleep", seconds=60, timeout_s=1)
     assert all_end(children)
 
 
-def test_closing_leaves_no_process():
+def test_close_leaves_no_process():
     pool = Pool(2)
     children = pool.run("test_pool.start_child")
     pids = [rank.process.pid for rank in pool.ranks]
