@@ -131,12 +131,12 @@ EVEN = ARCHS["llama"].model_copy(
         ),
     ],
 )
-def test_recipes_that_cannot_compute_so(values, message):
+def test_invalid_precision_recipes_are_rejected(values, message):
     with pytest.raises(InputError, match=message):
         make_recipe({**NEEDED, **values})
 
 
-def test_student_and_teacher_have_fp8_each_of_its_own():
+def test_student_and_teacher_fp8_are_independent():
     recipe = make_recipe(
         {**NEEDED, "precision": "fp32", "teacher": {"precision": "bf16", "fp8": "blockwise"}}
     )
@@ -173,14 +173,14 @@ HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
         ("tensorwise", (HOPPER, "12.10", "2.10.0"), []),  # versions, no decimal fractions
     ],
 )
-def test_what_a_machine_lacks(fp8, machine, words):
+def test_missing_hardware_support_is_reported(fp8, machine, words):
     problems = hardware_problems(fp8, *machine)
     assert len(problems) == len(words)
     for problem, word in zip(problems, words):
         assert word in problem
 
 
-def test_sizes_are_multiples_of_16_on_each_rank():
+def test_fp8_sizes_are_multiples_of_16_on_each_rank():
     assert fp8_problems(EVEN, 1, 64) == fp8_problems(EVEN, 4, 16) == []
     odd = EVEN.model_copy(update={"hidden_size": 72, "ffn_hidden_size": 120, "kv_channels": 12})
     problems = fp8_problems(odd, 2, 24)  # 8 x 12 / 2 = 48 and (8 + 2 x 4) x 12 / 2 = 96 are fine
@@ -192,7 +192,7 @@ def test_sizes_are_multiples_of_16_on_each_rank():
         assert words in problem
 
 
-def test_sizes_are_looked_at_before_any_work(monkeypatch):
+def test_preflight_checks_fp8_sizes(monkeypatch):
     """Of the published 12B -> 8B: teacher and student each under the key that asks for FP8."""
     monkeypatch.chdir(ROOT)
 
@@ -225,7 +225,7 @@ def test_sizes_are_looked_at_before_any_work(monkeypatch):
     )
 
 
-def test_local_layers_compute_without_a_gpu(ranks):
+def test_local_layers_run_on_cpu(ranks):
     """And what only Transformer Engine does is refused there."""
     local = {"transformer_impl": "local"}
     refused = {
@@ -262,7 +262,7 @@ def test_local_layers_compute_without_a_gpu(ranks):
         assert words in message
 
 
-def test_what_would_be_trained_wrongly_without_an_error(ranks):
+def test_silently_wrong_megatron_settings_are_detected(ranks):
     found = ranks(1, "precision_workers.wrongs", arch=EVEN)[0]
     assert found["own"] == found["gathered"] == found["overlapped"] == []
     assert "fp8_param without fp8_param_gather" in found["fp8_param"][0]
@@ -335,7 +335,7 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
         (False, "dataset.seq_length", 8, r"dataset\.seq_length 8 is not model\.seq_length 16"),
     ],
 )
-def test_what_does_not_fit_a_recipe_of_bridge(own, place, value, said):
+def test_bridge_config_problems(own, place, value, said):
     cfg, step = of_bridge(own)
     check_config(cfg, step)
     *section, name = place.split(".")
@@ -351,7 +351,7 @@ def test_what_does_not_fit_a_recipe_of_bridge(own, place, value, said):
         ({"virtual_pipeline_model_parallel_size": 2}, "without overlap_p2p_comm=True"),
     ],
 )
-def test_a_recipe_of_bridge_that_would_be_trained_wrongly_is_refused_when_it_starts(settings, said):
+def test_wrong_bridge_config_is_rejected_at_start(settings, said):
     usual = {
         "fp8_param": False,
         "virtual_pipeline_model_parallel_size": None,
@@ -367,7 +367,7 @@ def test_a_recipe_of_bridge_that_would_be_trained_wrongly_is_refused_when_it_sta
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "nemotron"])
-def test_scores_of_norms_inside_linear_layers(ranks, results, arch):
+def test_scores_of_fused_norms_match_separate_norms(ranks, results, arch):
     """The same products and sums; nemotron has LayerNorm with a bias and a weight stored less one."""
     own, fused = ranks(
         1, "precision_workers.scores_of_fused_norms", arch=ARCHS[arch], teacher=results.teacher(arch)
@@ -376,7 +376,7 @@ def test_scores_of_norms_inside_linear_layers(ranks, results, arch):
         np.testing.assert_array_equal(scores, fused[kind], err_msg=kind)
 
 
-def test_weights_in_fp8_are_not_read_piece_by_piece(ranks, results):
+def test_fp8_weights_are_read_whole(ranks, results):
     """One scale for a tensor that is written in two halves would be the second one's; tests/gpu looks at the values that a GPU makes of it."""
     elsewhere, equal = ranks(
         1, "precision_workers.read_whole", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
@@ -385,7 +385,7 @@ def test_weights_in_fp8_are_not_read_piece_by_piece(ranks, results):
     assert equal
 
 
-def test_garbage_is_collected_at_steps(ranks, tmp_path):
+def test_garbage_is_collected_at_step_intervals(ranks, tmp_path):
     usual, own = (
         ranks(1, "precision_workers.collected", arch=EVEN, checkpoints=tmp_path / str(n), interval=n)[0]
         for n in (None, 2)
