@@ -59,7 +59,7 @@ def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
     ]
 
 
-def test_the_published_grids_are_among_the_candidates():
+def test_published_grids_are_among_the_candidates():
     """2407.14679, table 9 and parameters within 5 %: 18 candidates for 4B as published; for 8B 18, published 15.
 
     The hidden size 4680 of the 8B list is no multiple of 16, which is the default align: 4608, of the 4B list, stands for it in
@@ -99,7 +99,7 @@ def test_the_published_grids_are_among_the_candidates():
     assert "l32-h4096-f16384-a48-g8" in eight  # Minitron 8B
 
 
-def test_every_default_candidate_is_at_the_budget_aligned_and_exportable():
+def test_default_candidates_meet_budget_alignment_and_export():
     teacher = read_arch(CONFIGS / "llama_3_1_8b", weights=False)
     recipe = make_recipe(
         {
@@ -128,7 +128,7 @@ def test_query_groups_are_an_axis():
     assert [name.split("-", 3)[3] for name in archs] == ["a32-g8", "a16-g4"]
 
 
-def test_a_memory_budget_counts_the_cache():
+def test_memory_budget_counts_the_kv_cache():
     teacher = read_arch(CONFIGS / "llama_3_1_8b", weights=False)
     section = {"memory_gib": 16, "batch_size": 8, "context": 8192}
     recipe = make_recipe({"model": "m", "output": "o", "search": section, "parallel": {}})
@@ -178,7 +178,7 @@ def test_a_memory_budget_counts_the_cache():
         ),
     ],
 )
-def test_searches_that_cannot_be(search, words):
+def test_invalid_searches_are_rejected(search, words):
     with pytest.raises(InputError) as error:
         found("nemotron_4_15b", **search)
     assert words in str(error.value)
@@ -211,7 +211,7 @@ def test_searches_that_cannot_be(search, words):
         ),
     ],
 )
-def test_what_leaves_no_candidate_is_counted(search, sections, words):
+def test_rejected_candidates_are_counted_by_reason(search, sections, words):
     """The budget is in reach; another one would not help."""
     recipe = make_recipe(
         {"model": "m", "output": "o", "search": {"parameters": "102M", **search}, **sections}
@@ -223,12 +223,12 @@ def test_what_leaves_no_candidate_is_counted(search, sections, words):
     assert words in str(error.value)
 
 
-def test_sizes_come_from_one_place():
+def test_search_and_target_sizes_are_exclusive():
     with pytest.raises(InputError, match="search finds the sizes and target says something about them"):
         found("nemotron_4_15b", target={"keep": 0.5}, parameters="8B")
 
 
-def test_rounds_end_with_the_last_two_at_all_steps():
+def test_last_two_candidates_train_all_steps():
     search = make_recipe({"model": "m", "output": "o", "search": {"parameters": 1e9, "steps": 400}}).search
     assert search.rounds(1) == []
     assert search.rounds(2) == [400]
@@ -236,7 +236,7 @@ def test_rounds_end_with_the_last_two_at_all_steps():
     assert search.rounds(8) == [100, 200, 400]
 
 
-def test_a_round_compares_what_was_measured_in_it():
+def test_round_compares_losses_of_that_round():
     """Not the last losses: a search that goes on knows those of later rounds, in which some have diverged or got worse."""
 
     def one(pruned, *rounds):
@@ -260,7 +260,7 @@ def test_a_round_compares_what_was_measured_in_it():
 
 
 @pytest.mark.parametrize("latency", [None, 0.123456])
-def test_the_table_fits_a_terminal(latency, monkeypatch, capsys):
+def test_table_fits_a_terminal(latency, monkeypatch, capsys):
     """With the sizes of a teacher of 15B: no cell goes on in a second line."""
     arch = read_arch(CONFIGS / "nemotron_4_15b", weights=False)
     rows = [
@@ -337,7 +337,7 @@ def losses(rows):
     }
 
 
-def test_losses_rank_and_never_sizes(whole, scored):
+def test_candidates_are_ranked_by_loss_not_size(whole, scored):
     """The two that lose least by the cut are distilled, and the better one of these is chosen; with three finalists the worst leaves after a round."""
     losing = sorted(whole, key=lambda row: row["pruned_loss"])
     assert [len(row["distilled"]) for row in losing] == [1, 1, 0]
@@ -352,7 +352,7 @@ def test_losses_rank_and_never_sizes(whole, scored):
     assert not (project.recipe.root / "search").exists()
 
 
-def test_rounds_keep_the_better_half(ranks, scored):
+def test_each_round_keeps_the_better_half(ranks, scored):
     rows, _ = searched(ranks, scored, "search.finalists=3")
     by_round = {count: [row for row in rows if len(row["distilled"]) >= count] for count in (1, 2)}
     assert [len(part) for part in by_round.values()] == [3, 2]
@@ -363,7 +363,7 @@ def test_rounds_keep_the_better_half(ranks, scored):
     assert [part["steps"] for part in best["distilled"]] == [2, 4]
 
 
-def test_the_plan_is_the_winners(ranks, whole, scored):
+def test_plan_is_that_of_the_winner(ranks, whole, scored):
     shutil.copy(
         scored.parent / "whole.json", StageGraph(load_recipe(scored)).paths["search"]
     )  # other tests have searched since
@@ -377,7 +377,7 @@ def test_the_plan_is_the_winners(ranks, whole, scored):
 
 
 @pytest.mark.parametrize("stop_after", [2, 4])
-def test_a_stopped_search_goes_on(ranks, whole, scored, stop_after):
+def test_stopped_search_resumes(ranks, whole, scored, stop_after):
     """Once while candidates are judged, once after the first round of distillation: nothing is measured twice, and the same comes out."""
     searched(ranks, scored, stop_after=stop_after)
     rows, out = searched(ranks, scored)
@@ -386,7 +386,7 @@ def test_a_stopped_search_goes_on(ranks, whole, scored, stop_after):
     assert ("to step 4" in out) == (stop_after == 2)
 
 
-def test_a_search_that_goes_on_takes_the_finalists_that_it_took(ranks, whole, scored):
+def test_resumed_search_keeps_its_finalists(ranks, whole, scored):
     """One of them has diverged before the stop: nobody comes in its place."""
     searched(ranks, scored, stop_after=4)
     file = load_recipe(scored).root / "search" / "progress.json"
@@ -401,7 +401,7 @@ def test_a_search_that_goes_on_takes_the_finalists_that_it_took(ranks, whole, sc
     assert [row["name"] for row in rows if row["chosen"]] == [good["name"]]
 
 
-def test_a_student_that_another_search_has_left_is_cut_again(ranks, whole, scored):
+def test_leftover_student_of_another_search_is_pruned_again(ranks, whole, scored):
     """Of the same name; here without any weights."""
     searched(ranks, scored, stop_after=4)
     work = load_recipe(scored).root / "search"
@@ -419,7 +419,7 @@ def test_a_student_that_another_search_has_left_is_cut_again(ranks, whole, score
     assert losses(rows) == losses(whole)
 
 
-def test_a_search_that_is_told_to_leave_goes_on(ranks, whole, scored):
+def test_search_resumes_after_stop_file(ranks, whole, scored):
     """Between two steps of the students that are distilled together: each has a checkpoint, and the same comes out."""
     done = ranks(1, "project_workers.search", arguments=["search", str(scored), "--force"], leave_after=3)[0]
     root = load_recipe(scored).root
@@ -433,12 +433,12 @@ def test_a_search_that_is_told_to_leave_goes_on(ranks, whole, scored):
     assert losses(searched(ranks, scored)[0]) == losses(whole)
 
 
-def test_companions_change_nothing(ranks, whole, scored):
+def test_search_is_independent_of_concurrent_students(ranks, whole, scored):
     """One student at a time, each with a pass of the teacher of its own; bitwise."""
     assert losses(searched(ranks, scored, "search.together=1")[0]) == losses(whole)
 
 
-def test_layouts_change_nothing(ranks, whole, scored):
+def test_search_is_independent_of_layout(ranks, whole, scored):
     rows, _ = searched(ranks, scored, *TWO_BY_TWO, count=4)
     got, want = losses(rows), losses(whole)
     assert got.keys() == want.keys()
@@ -455,7 +455,7 @@ def test_layouts_change_nothing(ranks, whole, scored):
 
 
 @pytest.mark.parametrize("layout", [*ALSO_AT, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
-def test_the_ranking_as_cut_is_the_same_at(ranks, whole, scored, layout):
+def test_ranking_of_pruned_candidates_is_independent_of_layout(ranks, whole, scored, layout):
     """Of the candidates that fit it: four chunks want four layers."""
     layout = BY_NAME[layout]
     parallel = [f"parallel.{key}={value}" for key, value in layout.parallel.items()]
@@ -469,7 +469,7 @@ def test_the_ranking_as_cut_is_the_same_at(ranks, whole, scored, layout):
     assert [row["name"] for row in rows if row["chosen"]] == [min(want, key=want.get)]
 
 
-def test_a_measured_latency_is_a_budget(ranks, scored):
+def test_measured_latency_is_a_budget(ranks, scored):
     """Every size is timed; those outside of the budget are left out and the refusal says what was seen."""
     sizes = [
         "search.parameters=null",
@@ -490,7 +490,7 @@ def test_a_measured_latency_is_a_budget(ranks, scored):
     assert "no candidate takes" in done.err
 
 
-def test_a_student_that_diverges_is_out_and_none_is_chosen_by_default(ranks, scored):
+def test_diverged_student_is_dropped_and_never_chosen_by_default(ranks, scored):
     """With a learning rate that breaks all of them."""
     out = f"output={scored.parent / 'broken'}"
     for stage in ("import", "data", "score"):
