@@ -28,7 +28,7 @@ def assert_close(ours, dense, what):
 
 
 @cases
-def test_teacher_computes_what_plain_torch_does(results, arch, layout):
+def test_teacher_matches_plain_torch(results, arch, layout):
     assert_close([rank["logits"] for rank in results.pruned(arch, layout)], results.dense(arch), "teacher")
 
 
@@ -47,7 +47,7 @@ def test_masked_reference_equals_sliced_reference(results, arch, axis):
 @pytest.mark.parametrize(
     ("arch", "layout", "axis"), SAVED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SAVED]
 )
-def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
+def test_masked_reference_matches_student_loaded_at_this_layout(results, arch, layout, axis):
     """The student was cut and saved at the layout before this one in the table."""
     want = results.dense(arch, results.plan(arch, axis, previous(CASES, arch, layout)), masked=True)
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
@@ -56,7 +56,7 @@ def test_masked_teacher_equals_student_loaded_here(results, arch, layout, axis):
 @pytest.mark.parametrize(
     ("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED]
 )
-def test_a_teacher_under_masks_computes_what_the_student_will(results, arch, layout, axis):
+def test_sliced_student_matches_masked_teacher(results, arch, layout, axis):
     """Not a weight is sliced; and afterwards it is the teacher again, bitwise (test_importance.py looks at "unchanged")."""
     want = results.dense(arch, results.plan(arch, axis, layout))
     assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
@@ -65,7 +65,7 @@ def test_a_teacher_under_masks_computes_what_the_student_will(results, arch, lay
 @pytest.mark.parametrize(
     ("arch", "layout", "axis"), SLICED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SLICED]
 )
-def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis):
+def test_slices_equal_plain_indexing_bitwise(results, arch, layout, axis):
     """Every rank holds the right part, and what is saved covers each weight once. Merged queries are rounded once, like the reference."""
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
     covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
@@ -79,7 +79,7 @@ def test_slices_are_bitwise_those_of_plain_indexing(results, arch, layout, axis)
 
 
 @cases
-def test_identity_plan_gives_a_bitwise_equal_student(results, arch, layout):
+def test_identity_plan_gives_bitwise_equal_student(results, arch, layout):
     """Sliced, saved and loaded at the same layout; the weights are compared above."""
     for rank in results.pruned(arch, layout):
         assert (rank["logits"] is None and rank["identity"] is None) or torch.equal(
@@ -88,7 +88,7 @@ def test_identity_plan_gives_a_bitwise_equal_student(results, arch, layout):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kept_neurons_are_uneven_over_ranks(results, arch):
+def test_kept_neurons_are_uneven_across_ranks(results, arch):
     """The case that the exchange is for: at tp 4 one rank keeps most, another next to none."""
     plan = results.plan(arch, "ffn")
     counts = [
@@ -100,7 +100,7 @@ def test_kept_neurons_are_uneven_over_ranks(results, arch):
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}
 
 
-def test_kept_groups_are_uneven_over_ranks(results):
+def test_kept_groups_are_uneven_across_ranks(results):
     """At tp 4 one rank keeps both of its query groups, another none, and both ways of a merge are exercised."""
     arch, plan = ARCHS["qwen2"], results.plan("qwen2", "merged", BY_NAME["tp4-sp"])
     counts = [
@@ -116,7 +116,7 @@ def test_kept_groups_are_uneven_over_ranks(results):
     assert signs == {True, False}
 
 
-def test_rows_that_stay_on_their_rank_are_not_sent(ranks):
+def test_rows_kept_on_their_rank_are_not_sent(ranks):
     """Every second row of each rank; then three of the first rank's and one of the second's."""
     rows, layout = torch.arange(8.0)[:, None].expand(8, 3).contiguous(), BY_NAME["tp2"]
     keeps = [torch.tensor([0, 2, 4, 6]), torch.tensor([0, 1, 3, 7])]
