@@ -86,7 +86,7 @@ def test_messages_carry_every_element_once(name):
             assert (times == 1).all(), (left, right, cp, tp)
 
 
-def test_bytes_on_the_wire_are_those_of_the_payload():
+def test_sent_bytes_equal_payload_bytes():
     """Hidden states: each token once to each group that wants it, whatever the tensor parallel sizes."""
     shape = StreamShape("hidden", 48, 2, 12, torch.bfloat16)
     for left, right in itertools.product(LARGE, LARGE):
@@ -112,7 +112,7 @@ STREAMS = [("hidden", 1), ("hidden", 3), ("logits", 3)]
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("name", "window"), STREAMS)
-def test_what_arrives_is_what_was_sent(results, ranks, name, pair, window):
+def test_received_signals_equal_sent_signals(results, ranks, name, pair, window):
     """Bitwise, with random delays on both sides; the three streams of a pair one after the other in one job."""
     roles, count = roles_of(pair), 13
     size, cases = sum(n for n, _ in roles.values()), [(SHAPES[payload], room) for payload, room in STREAMS]
@@ -134,7 +134,7 @@ def test_what_arrives_is_what_was_sent(results, ranks, name, pair, window):
     assert sent == received > 0
 
 
-def test_the_window_holds_for_a_thousand_microbatches(ranks):
+def test_window_holds_for_a_thousand_microbatches(ranks):
     shape = StreamShape("hidden", 64, 4, 256, torch.float32)  # 256 KiB
     roles = {"student": (1, {}), "teacher": (1, {})}
     student, teacher = ranks(
@@ -158,7 +158,7 @@ def test_one_teacher_serves_several_students(ranks):
 
 
 @pytest.mark.parametrize(("announced", "due"), [(3, 4), (5, 4)], ids=["duplicate", "out-of-order"])
-def test_a_number_that_is_not_due_is_an_error(ranks, announced, due):
+def test_out_of_order_microbatch_is_an_error(ranks, announced, due):
     student, _ = ranks(
         2,
         "teacher_stream_workers.disordered",
@@ -205,7 +205,7 @@ def streamed(results, payload, pair, window):
 
 @pytest.mark.parametrize("pair", TRAINED)
 @pytest.mark.parametrize("payload", ["hidden", "logits"])
-def test_training_from_a_stream_is_training_beside_the_teacher(results, payload, pair):
+def test_remote_teacher_matches_colocated_teacher_bitwise(results, payload, pair):
     """Bitwise; the steps of the whole trainer, with context parallelism, interleaved stages and uneven data parallel sizes."""
     remote, colocated = streamed(results, payload, pair, 1 if pair.startswith("dp2") else 3)
     assert len(remote) == RESUME_AT
@@ -213,12 +213,12 @@ def test_training_from_a_stream_is_training_beside_the_teacher(results, payload,
 
 
 @pytest.mark.parametrize("pair", ROUNDED)
-def test_a_teacher_of_another_shape_differs_by_rounding(results, pair):
+def test_teacher_at_another_layout_differs_by_rounding(results, pair):
     for mine, other in zip(*streamed(results, "hidden", pair, 3), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)  # as in test_training.py
 
 
-def test_a_credit_for_another_microbatch_is_an_error(ranks):
+def test_credit_for_another_microbatch_is_an_error(ranks):
     _, teacher = ranks(2, "teacher_stream_workers.wrong_credit", roles=roles_of("one-to-one"), shape=HIDDEN)
     assert (
         "student rank 0 (job rank 0; dp 0, pp 0, cp 0, tp 0) consumed microbatch 5, microbatch 4 was due"
@@ -279,12 +279,12 @@ def agreement(
         ("teacher ranks", {"ranks": 2}),
     ],
 )
-def test_each_field_of_the_contract(field, other):
+def test_each_contract_field_is_compared(field, other):
     (difference,) = differing_fields(agreement(), agreement(**other))
     assert difference.startswith(f"{field}: ")
 
 
-def test_the_contract_has_no_other_field():
+def test_contract_has_no_other_field():
     fixed = {
         "head tap",
         "head logit_scale",
@@ -314,7 +314,7 @@ def test_the_contract_has_no_other_field():
 
 
 @pytest.mark.parametrize("payload", ["hidden", "logits", "topk"])
-def test_the_planner_counts_the_bytes_of_the_stream(payload):
+def test_planner_counts_stream_bytes(payload):
     arch = ARCHS["qwen3"]
     recipe = make_recipe(
         {
@@ -349,7 +349,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(fault):
+def test_dead_or_hung_rank_is_named_within_the_timeout(fault):
     """Every other rank ends with an error that names it, after 3 s of the bound and 3 s in which another rank may say why."""
     roles = roles_of("one-to-dp3" if fault.startswith("student") else "dp2-to-one")
     broken, case = Pool(sum(n for n, _ in roles.values())), {"roles": roles, "shape": HIDDEN, "window": 2}
@@ -369,7 +369,7 @@ def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(fault):
     assert len(named) == broken.size - len(silent), ends
 
 
-def test_contracts_that_differ_are_refused_on_both_sides(ranks):
+def test_contract_mismatch_is_rejected_on_both_sides(ranks):
     for message in ranks(
         2, "teacher_stream_workers.contract", roles=roles_of("one-to-one"), sequence_length="48", window=1
     ):
