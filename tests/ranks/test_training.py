@@ -56,7 +56,7 @@ def assert_close(ours, want, tolerance=ROUNDING):
 
 
 @trained
-def test_steps_equal_plain_autograd(results, arch, layout):
+def test_steps_match_plain_autograd(results, arch, layout):
     """Loss, its parts and the gradient norm of every step, float64 dense weights and AdamW."""
     history, _ = results.plain_training(arch)
     metrics = results.trained(arch, layout)[0]["unbroken"]
@@ -68,12 +68,12 @@ def test_steps_equal_plain_autograd(results, arch, layout):
 
 
 @trained
-def test_steps_equal_those_of_one_rank(results, arch, layout):
+def test_steps_match_one_rank(results, arch, layout):
     assert_close(results.trained(arch, layout)[0]["unbroken"], one_rank(results, arch))
 
 
 @trained
-def test_a_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
+def test_resumed_run_is_bitwise_identical(results, arch, layout):
     by_rank = results.trained(arch, layout)
     unbroken, resumed = (
         [(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]]
@@ -87,13 +87,13 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(results, arch, layout):
 @pytest.mark.parametrize(
     ("arch", "layout"), [("qwen3", BY_NAME[name]) for name in RESUMED_LAYOUTS], ids=RESUMED_LAYOUTS
 )
-def test_a_run_resumes_at_another_layout(results, arch, layout):
+def test_run_resumes_at_another_layout(results, arch, layout):
     """From the checkpoint that the layout before this one in the table wrote."""
     assert_close(results.resumed(arch, layout), one_rank(results, arch)[RESUME_AT:])
 
 
 @trained
-def test_saved_optimizer_state_equals_plain_adam(results, ranks, arch, layout):
+def test_saved_optimizer_state_matches_plain_adam(results, ranks, arch, layout):
     """Float32 weights and both moments of every parameter, put together from all ranks."""
     folder = results.stopped(arch, layout) / f"step_{RESUME_AT:08d}"
     saved = ranks(1, "model_workers.read_tensors", folder=folder, prefix="optimizer.")[0]
@@ -108,7 +108,7 @@ def test_saved_optimizer_state_equals_plain_adam(results, ranks, arch, layout):
 
 
 @trained
-def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(results, arch, layout):
+def test_student_equal_to_teacher_has_zero_loss_and_gradient(results, arch, layout):
     """To rounding: the weights lie at other addresses in the gradient buffers, and kernels may add in an order that depends on it."""
     same = results.trained(arch, layout)[0]["same"][0]
     assert abs(same.kl) < 1e-6
@@ -136,7 +136,7 @@ def dense_evaluation(results, arch):
 
 
 @trained
-def test_evaluation_equals_plain_torch(results, arch, layout):
+def test_evaluation_matches_plain_torch(results, arch, layout):
     """Means over the tokens that count, the same on every rank."""
     sums = results.once(("evaluation", arch), lambda: dense_evaluation(results, arch))
     kl, ce = (sums[:2] / sums[2]).tolist()
@@ -159,24 +159,24 @@ def variant(results, layout, name):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", SPLIT_LAYOUTS)
-def test_a_step_does_not_depend_on_its_microbatches(results, layout, split):
+def test_step_is_independent_of_microbatch_size(results, layout, split):
     """The samples count unequally many tokens, some none: a mean of means would show."""
     assert_close(variant(results, layout, split), variant(results, "one", "micro1"))
 
 
 @pytest.mark.parametrize("layout", OVERLAP_LAYOUTS)
-def test_overlapped_communication_changes_nothing(results, layout):
+def test_overlapped_communication_matches_one_rank(results, layout):
     """Stopped and resumed in between. Gradients and moments lie in several buckets, with padding between."""
     assert_close(variant(results, layout, "overlap"), one_rank(results))
 
 
 @pytest.mark.parametrize("layout", RECOMPUTE_LAYOUTS)
-def test_recomputation_changes_nothing(results, layout):
+def test_recomputation_matches_one_rank(results, layout):
     assert_close(variant(results, layout, "recompute"), one_rank(results))
 
 
 @pytest.mark.parametrize("layout", BY_NAME)
-def test_teacher_correction_equals_plain_autograd(results, layout):
+def test_teacher_correction_matches_plain_autograd(results, layout):
     """Cross-entropy alone, no teacher: the same numbers at every layout."""
     metrics, plan = variant(results, layout, "correct"), results.plan("qwen3", "all")
     weights = reference.sliced(ARCHS["qwen3"], results.weights("qwen3"), plan)
@@ -189,7 +189,7 @@ def test_teacher_correction_equals_plain_autograd(results, layout):
         assert [mine.loss, mine.ce, mine.grad_norm] == pytest.approx([loss, ce, norm], rel=ROUNDING)
 
 
-def test_learning_rate_warms_up_and_falls_as_a_cosine(results):
+def test_learning_rate_has_warmup_and_cosine_decay(results):
     decay = [(step - DISTILL.warmup_steps) / (STEPS - DISTILL.warmup_steps) for step in range(1, STEPS + 1)]
     want = [DISTILL.min_lr + (DISTILL.lr - DISTILL.min_lr) * (1 + math.cos(math.pi * x)) / 2 for x in decay]
     assert [m.lr for m in one_rank(results)] == pytest.approx(want)
@@ -220,7 +220,7 @@ def test_bf16_trains(results, ranks):
 
 
 @meanwhile
-def test_a_stopped_correction_goes_on_bitwise(results, layout):
+def test_stopped_correction_resumes_bitwise(results, layout):
     """A teacher alone; the loss curve from its last checkpoint on, and the final weights."""
     by_rank = results.corrected_meanwhile(BY_NAME[layout])
     whole, rest = by_rank[0]["alone"], by_rank[0]["alone resumed"]
@@ -230,7 +230,7 @@ def test_a_stopped_correction_goes_on_bitwise(results, layout):
 
 
 @meanwhile
-def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout):
+def test_concurrent_correction_matches_separate_correction(results, layout):
     """Bitwise, and over a resume as well; what it teaches in a step is what it has learned before it."""
     first = results.corrected_meanwhile(BY_NAME[layout])[0]
     assert [m.step for m in first["unbroken"]["teacher"]] == [1, 2, 3]
@@ -248,7 +248,7 @@ def test_a_teacher_corrected_meanwhile_learns_as_it_would_alone(results, layout)
     assert_close(student, results.corrected_meanwhile(BY_NAME["one"])[0]["unbroken"]["student"])
 
 
-def test_a_teacher_in_bf16_is_saved_with_its_last_parameters(results):
+def test_bf16_teacher_is_saved_with_its_last_parameters(results):
     """With overlap the ranks gather them at the next forward pass; in float32 the optimizer works on the weights themselves, so nothing could be late."""
     ranks = results.corrected_meanwhile(BY_NAME["dp2"], "bf16")
     assert all(rank["bitwise"] for rank in ranks)
@@ -267,7 +267,7 @@ def on_two_ranks(results, ranks, function):
     return results.once(function, lambda: ranks(2, f"training_workers.{function}", **case))
 
 
-def test_a_run_that_was_told_to_leave_goes_on_bitwise(results, ranks):
+def test_stopped_run_resumes_bitwise(results, ranks):
     """By a stop file that the first rank sees, by SIGTERM on the last rank alone, by a deadline; with checkpoints beside the training in one."""
     unbroken = numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])
     found = on_two_ranks(results, ranks, "leave")[0]
@@ -281,7 +281,7 @@ def test_a_run_that_was_told_to_leave_goes_on_bitwise(results, ranks):
     assert [m.measured.save_s is not None for m in found["far deadline"][0][0]] == [False, True, False]
 
 
-def test_a_kill_in_the_middle_of_a_checkpoint_is_survived(results, ranks):
+def test_run_resumes_after_kill_during_checkpoint(results, ranks):
     """The older checkpoint is whole, the run goes on from it bitwise, and the last k are kept."""
     by_rank = on_two_ranks(results, ranks, "killed_writer")
     first = by_rank[0]
@@ -294,7 +294,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint_is_survived(results, ranks):
     assert first["at the end"] == ["step_00000002", "step_00000003"]
 
 
-def test_a_profile_is_of_the_chosen_steps_and_ranks(results, ranks):
+def test_profile_covers_the_chosen_steps_and_ranks(results, ranks):
     beyond, nsys = on_two_ranks(results, ranks, "profiled")[0]
     assert "profile.ranks names rank 2, the run has 2: give ranks from 0 to 1" in beyond
     assert "profile.kind nsys traces CUDA, this run is on a CPU: set profile.kind: torch" in nsys
