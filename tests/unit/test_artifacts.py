@@ -55,7 +55,7 @@ def names(path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
-def test_folder_takes_its_place_with_its_manifest(folder, tmp_path):
+def test_folder_appears_with_its_manifest(folder, tmp_path):
     assert names(tmp_path) == ["teacher"]
     assert find_manifest(folder) == require_artifact(folder, "score", make_manifest()) == make_manifest()
     with writing_artifact(folder, make_manifest(num_samples=5)) as aside:
@@ -72,7 +72,7 @@ def fail_in_the_middle(folder):
         raise RuntimeError("disk full")
 
 
-def test_failure_while_writing_leaves_the_old_one(folder):
+def test_failed_write_keeps_the_old_artifact(folder):
     with pytest.raises(RuntimeError, match="disk full"):
         fail_in_the_middle(folder)
     assert find_manifest(folder) == make_manifest()
@@ -82,7 +82,7 @@ def test_failure_while_writing_leaves_the_old_one(folder):
 
 
 @pytest.mark.parametrize("killed_at", ["first rename", "second rename", "delete"])
-def test_kill_while_one_replaces_another(folder, monkeypatch, killed_at):
+def test_kill_during_replacement(folder, monkeypatch, killed_at):
     """Stops commit() before each of its steps; then find() must see a whole artefact, and a new run must work."""
 
     def kill(*_, **__):
@@ -114,7 +114,7 @@ def test_kill_while_one_replaces_another(folder, monkeypatch, killed_at):
     assert names(folder.parent) == ["teacher"]
 
 
-def test_missing_damaged_and_foreign(folder, tmp_path):
+def test_missing_damaged_and_foreign_artifacts_are_rejected(folder, tmp_path):
     assert find_manifest(tmp_path / "nothing") is None
     assert find_manifest(tmp_path / "nothing.json") is None
     assert find_manifest(tmp_path / "nothing.safetensors") is None
@@ -156,7 +156,7 @@ def test_missing_damaged_and_foreign(folder, tmp_path):
         (make_manifest().model_copy(update={"format": 2}), "format: 1, here 2"),
     ],
 )
-def test_stale_artefact_names_what_differs(folder, other, row):
+def test_stale_artifact_lists_differences(folder, other, row):
     assert other.fingerprint != make_manifest().fingerprint
     assert make_manifest().differences(other) == [row]
     with pytest.raises(InputError) as caught:
@@ -183,7 +183,7 @@ def test_only_checkpoints_of_the_finished_run_are_deleted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fingerprint_is_of_what_made_it_and_not_of_the_sizes():
+def test_fingerprint_covers_settings_but_not_sizes():
     assert (
         make_manifest().fingerprint
         == Manifest.model_validate_json(make_manifest().model_dump_json()).fingerprint
@@ -192,7 +192,7 @@ def test_fingerprint_is_of_what_made_it_and_not_of_the_sizes():
     assert make_manifest().differences(make_manifest()) == []
 
 
-def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
+def test_small_files_are_replaced_atomically(tmp_path, monkeypatch):
     path = tmp_path / "new" / "plan.json"
     write_text(path, json.dumps({"manifest": make_manifest().model_dump(mode="json")}))
     before = path.read_text()
@@ -206,7 +206,7 @@ def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
     assert names(path.parent) == ["plan.json"]
 
 
-def test_files_are_told_apart_by_name_size_and_samples(tmp_path):
+def test_file_fingerprint_covers_name_size_and_samples(tmp_path):
     first, second = tmp_path / "a.bin", tmp_path / "b.bin"
     first.write_bytes(bytes(5 << 20))
     second.write_bytes(b"")
