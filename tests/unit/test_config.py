@@ -47,7 +47,7 @@ def test_yaml_and_overrides(recipe_file):
     assert (data.held_out, data.train, data.calibration) == ({"old": ["old.txt"]}, ["a.txt"], ["c"])
 
 
-def test_resolved_recipe_survives_the_disk(recipe_file, tmp_path):
+def test_resolved_recipe_round_trips_through_yaml(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["target.max_parameters=8.4B", "export.family=mistral"])
     save_recipe(recipe, tmp_path / "resolved.yaml")
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
@@ -69,7 +69,7 @@ def test_shipped_recipes_load(path):
     ("text", "number"),
     [("8.4B", 8.4e9), ("102M", 102e6), ("5k", 5e3), ("0.5 b", 5e8), ("8.4e9", 8.4e9), (123, 123)],
 )
-def test_parameter_suffixes(text, number):
+def test_parameter_count_suffixes(text, number):
     assert make_recipe({**NEEDED, "target": {"max_parameters": text}}).target.max_parameters == pytest.approx(
         number, rel=1e-15
     )
@@ -128,12 +128,12 @@ def test_parameter_suffixes(text, number):
         ),
     ],
 )
-def test_mistakes_say_what_was_given_and_what_is_allowed(values, message):
+def test_errors_state_given_and_allowed_values(values, message):
     with pytest.raises(InputError, match=message):
         make_recipe({**NEEDED, **values})
 
 
-def test_mistakes_are_reported_together():
+def test_errors_are_reported_together():
     values = {
         "modle": "m",
         "output": "o",
@@ -180,13 +180,13 @@ def test_mistakes_are_reported_together():
         (b"model: m\noutput: o\n", ["distill.step=10"], r"unknown key distill\.step; did you mean steps\?"),
     ],
 )
-def test_bad_files_and_overrides(tmp_path, content, overrides, message):
+def test_invalid_files_and_overrides(tmp_path, content, overrides, message):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_recipe(tmp_path / "recipe.yaml", overrides)
 
 
-def test_no_file_and_no_mapping(tmp_path):
+def test_missing_file_and_non_mapping(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(InputError, match="no recipe at"):
             load_recipe(path)
