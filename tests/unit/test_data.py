@@ -100,7 +100,7 @@ def rows(dataset, count=None) -> list[tuple[int, ...]]:
     return found
 
 
-def test_hugging_face_folder(tokenizer, decode):
+def test_hugging_face_tokenizer_folder(tokenizer, decode):
     ids = tokenizer.encode(["a few words", "x"])
     assert (tokenizer.bos, tokenizer.eod) == (0, 1)
     assert tokenizer.vocab_size == 320
@@ -127,7 +127,7 @@ def test_sentencepiece_file(tmp_path):
         load_tokenizer(train("endless", eos_id=-1))
 
 
-def test_bad_tokenizers(tmp_path, folder, tokenizer):
+def test_invalid_tokenizers_are_rejected(tmp_path, folder, tokenizer):
     with pytest.raises(InputError, match=r"no tokenizer at .*nowhere"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(InputError, match="cannot be read as a tokenizer"):
@@ -150,7 +150,7 @@ def test_bad_tokenizers(tmp_path, folder, tokenizer):
         check_vocabulary(tokenizer, 319)
 
 
-def test_stdlib_is_shared_out_once_and_the_same_each_time(tmp_path, monkeypatch, tokenizer, decode):
+def test_stdlib_split_is_disjoint_and_deterministic(tmp_path, monkeypatch, tokenizer, decode):
     root, files = tmp_path / "lib", {f"package/module_{i}.py": f"value = {i}\n" for i in range(60)}
     for name, text in {
         **files,
@@ -195,7 +195,7 @@ def test_real_stdlib_has_text():
     assert int(rest.split()[0]) > 300
 
 
-def test_single_txt_is_cut_at_blank_lines(tmp_path, tokenizer, decode):
+def test_single_txt_is_split_at_blank_lines(tmp_path, tokenizer, decode):
     text = "".join(line + "\n" * (i % 5 == 4) for i, line in enumerate(LINES * 8))
     (tmp_path / "book.txt").write_text(text)
     data = DataConfig(source=str(tmp_path / "book.txt"), valid_fraction=0.2)
@@ -211,7 +211,7 @@ def test_single_txt_is_cut_at_blank_lines(tmp_path, tokenizer, decode):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
+def test_few_long_documents_are_split(tmp_path, tokenizer, suffix):
     text = "".join(line + "\n" * (i % 5 == 4) for i, line in enumerate(LINES * 8))
     (tmp_path / "books").mkdir()
     for name in "abc":
@@ -226,7 +226,7 @@ def test_a_few_long_documents_are_shared_out(tmp_path, tokenizer, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_all_of_a_document_is_in_one_part(tmp_path, tokenizer, decode, suffix):
+def test_documents_are_not_split_across_parts(tmp_path, tokenizer, decode, suffix):
     """Where there are enough of them, however long: no part then has text of an author who is in another."""
     (tmp_path / "books").mkdir()
     books = {
@@ -252,7 +252,7 @@ def test_all_of_a_document_is_in_one_part(tmp_path, tokenizer, decode, suffix):
     assert min(len(found["valid"]), len(found["calibration"])) >= 4
 
 
-def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, decode):
+def test_parts_accept_files_folders_and_megatron_data(tmp_path, corpus, tokenizer, decode):
     (tmp_path / "more/deep").mkdir(parents=True)
     (tmp_path / "more/b.jsonl").write_text(
         '{"text": "second", "id": 1}\n\n{"text": "third"}\n{"text": " "}\n'
@@ -298,7 +298,7 @@ def test_files_folders_and_megatron_data_as_parts(tmp_path, corpus, tokenizer, d
         ({"a.bin": "", "a.idx": ""}, "a", r"a.bin and .idx are no Megatron indexed dataset"),
     ],
 )
-def test_bad_sources(tmp_path, monkeypatch, tokenizer, files, source, message):
+def test_invalid_sources_are_rejected(tmp_path, monkeypatch, tokenizer, files, source, message):
     monkeypatch.chdir(tmp_path)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -306,7 +306,7 @@ def test_bad_sources(tmp_path, monkeypatch, tokenizer, files, source, message):
         tokenize_corpus(DataConfig(source=source), tokenizer, tmp_path / "out", 1)
 
 
-def test_bad_parts_are_reported_together(tmp_path, corpus, tokenizer):
+def test_invalid_parts_are_reported_together(tmp_path, corpus, tokenizer):
     with pytest.raises(InputError, match=r"(?s)data\.calibration: gone .*data\.valid: lost "):
         tokenize_corpus(
             DataConfig(calibration=["gone"], train=[f"{corpus}/train"], valid=["lost"]),
@@ -328,7 +328,7 @@ def test_bad_parts_are_reported_together(tmp_path, corpus, tokenizer):
         )
 
 
-def test_bad_megatron_data(tmp_path, corpus, tokenizer):
+def test_invalid_megatron_data_is_rejected(tmp_path, corpus, tokenizer):
     data = DataConfig(**{part: [f"{corpus}/{part}"] for part in PARTS})
     small = Tokenizer(tokenizer.encode, 200, tokenizer.eod)
     with pytest.raises(InputError, match=r"calibration holds token id \d+, the tokenizer has ids up to 199"):
@@ -339,7 +339,7 @@ def test_bad_megatron_data(tmp_path, corpus, tokenizer):
         tokenize_corpus(data, tokenizer, tmp_path / "out", 1)
 
 
-def test_damaged_index(tmp_path, corpus, tokenizer):
+def test_damaged_index_is_rejected(tmp_path, corpus, tokenizer):
     (corpus / "train.idx").write_bytes(b"junk" * 10)
     with pytest.raises(InputError, match=r"train\.bin and \.idx are no Megatron indexed dataset"):
         tokenize_corpus(
@@ -352,7 +352,7 @@ def test_damaged_index(tmp_path, corpus, tokenizer):
         tokenize_corpus(DataConfig(source=f"{corpus}/valid"), tokenizer, tmp_path / "out", 1)
 
 
-def test_samples_are_the_text_cut_up(corpus, tokenizer):
+def test_samples_concatenate_to_the_text(corpus, tokenizer):
     whole = windows(corpus / "train")
     dataset = open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
     found = rows(dataset)
@@ -386,7 +386,7 @@ def cut_index_short(corpus) -> None:
         os.truncate(file, file.stat().st_size // 2)
 
 
-def test_half_an_index_is_made_again(corpus, folder, ranks):
+def test_truncated_index_cache_is_rebuilt(corpus, folder, ranks):
     found, again = open_twice(corpus, folder)
     assert found == again
     cut_index_short(corpus)
@@ -395,7 +395,7 @@ def test_half_an_index_is_made_again(corpus, folder, ranks):
     assert ranks(2, "test_data.open_twice", corpus=corpus, folder=folder) == [[found] * 2] * 2
 
 
-def test_open_dataset_outlives_a_new_one_of_its_part(corpus, tokenizer):
+def test_open_dataset_survives_a_new_one_of_the_same_part(corpus, tokenizer):
     first = open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
     found = rows(first)
     open_samples(corpus, "train", S, 20, 2, tokenizer, repeat=True)
@@ -453,7 +453,7 @@ def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
         open_samples(tmp_path / "mix", "valid", S, held + 1, 1, tokenizer, repeat=False)
 
 
-def test_megatron_data_as_source_is_cut_by_document(tmp_path, tokenizer):
+def test_megatron_data_as_source_is_split_by_document(tmp_path, tokenizer):
     """Every document goes to one part whole, and none is lost."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -513,7 +513,7 @@ def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
     assert masks == [[S, 0], [0, 0]]
 
 
-def test_batch_sizes_that_do_not_divide():
+def test_indivisible_batch_sizes_are_rejected():
     with pytest.raises(
         InputError,
         match=r"global_batch_size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8",
