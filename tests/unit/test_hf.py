@@ -122,7 +122,7 @@ def test_round_trip_is_bitwise(case, folders):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_written_folder_gives_the_same_logits(case, folders, tmp_path):
+def test_exported_folder_gives_the_same_logits(case, folders, tmp_path):
     source, arch = folders[case], read_arch(folders[case])
     write_folder(tmp_path / "out", source, arch, torch.float32, canonical(source, arch))
     assert torch.equal(logits(tmp_path / "out"), logits(source))
@@ -143,7 +143,7 @@ def test_written_folder_gives_the_same_logits(case, folders, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_megatron_gives_the_logits_of_transformers(case, folders, tmp_path, ranks):
+def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
     """The model, and a student of the family with fewer query groups and hidden != heads x head_dim, in float32.
 
     Other kernels and orders of sums; 5e-6 seen.
@@ -174,7 +174,7 @@ def test_megatron_gives_the_logits_of_transformers(case, folders, tmp_path, rank
         torch.testing.assert_close(ours, want, atol=2e-4, rtol=0)
 
 
-def test_smaller_student_in_shards_of_bfloat16(folders, tmp_path):
+def test_smaller_student_in_bfloat16_shards(folders, tmp_path):
     source, teacher = folders["qwen3"], read_arch(folders["qwen3"])
     student = teacher.model_copy(update={"num_layers": 1, "hidden_size": 20, "ffn_hidden_size": 24})
     tensors = [
@@ -197,7 +197,7 @@ def test_smaller_student_in_shards_of_bfloat16(folders, tmp_path):
     assert logits(out).shape == (2, 30, 131)
 
 
-def test_llama_written_as_mistral_gives_the_same_logits(folders, tmp_path):
+def test_llama_exported_as_mistral_gives_the_same_logits(folders, tmp_path):
     arch = read_arch(folders["llama"])
     write_folder(
         tmp_path,
@@ -273,7 +273,7 @@ def test_transformers_4_config_reads_like_transformers_5(llama):
     )
 
 
-def test_defaults_are_those_of_transformers():
+def test_defaults_match_transformers():
     from transformers import AutoConfig
 
     for family, defaults in DEFAULTS.items():
@@ -326,12 +326,12 @@ def test_defaults_are_those_of_transformers():
         ({"num_key_value_heads": 2}, "num_attention_heads 9 is no multiple of num_key_value_heads 2"),
     ],
 )
-def test_config_that_cannot_be_computed_is_refused(llama, changes, said):
+def test_unsupported_config_is_rejected(llama, changes, said):
     with pytest.raises(InputError, match=said):
         read_arch(edit(llama, **changes))
 
 
-def test_all_problems_are_told_together(llama, tmp_path):
+def test_all_problems_are_reported_together(llama, tmp_path):
     (llama / "model.safetensors").unlink()
     with pytest.raises(InputError) as told:
         read_arch(
@@ -357,7 +357,7 @@ def test_all_problems_are_told_together(llama, tmp_path):
         read_arch(tmp_path / "nowhere")
 
 
-def test_weights_that_do_not_fit_are_named(llama):
+def test_mismatched_weights_are_named(llama):
     arch, file = read_arch(llama), llama / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.norm.weight"]
@@ -380,7 +380,7 @@ def test_weights_that_do_not_fit_are_named(llama):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weight_that_is_not_finite_is_named(llama, value):
+def test_nonfinite_weight_is_named(llama, value):
     arch, tensors = read_arch(llama), load_file(llama / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.weight"][3, 3] = value
     save_file(tensors, llama / "model.safetensors")
@@ -390,7 +390,7 @@ def test_weight_that_is_not_finite_is_named(llama, value):
         weights.tensor(QKV, 1)
 
 
-def test_tied_model_may_store_its_head_if_it_is_the_embedding(folders, llama):
+def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
     arch, tensors = (
         read_arch(folders["llama"]).model_copy(update={"tied": True}),
         load_file(llama / "model.safetensors"),
@@ -408,7 +408,7 @@ def test_every_family_has_a_case():
     assert {case.split("-")[0] for case in CASES} == set(FAMILIES) == set(DEFAULTS)
 
 
-def test_gguf_rows_are_put_back():
+def test_gguf_rotary_permutation_is_undone():
     path = Path(__file__).parents[2] / "examples" / "quickstart" / "smollm2.py"
     spec = importlib.util.spec_from_file_location("smollm2", path)
     smollm2 = importlib.util.module_from_spec(spec)
