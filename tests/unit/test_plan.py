@@ -84,7 +84,7 @@ def test_tied_embeddings_count_once_and_padding_never():
     assert "output_layer.weight" not in tied.shapes()
 
 
-def test_shapes_follow_the_switches():
+def test_shapes_follow_the_arch_switches():
     norm_biases = {
         ATTENTION + "linear_qkv.layer_norm_bias",
         MLP + "linear_fc1.layer_norm_bias",
@@ -119,7 +119,7 @@ def test_expand_keeps_every_key_and_value():
     assert expand("ffn", np.array([0, 95]), SMALL).tolist() == [0, 95]
 
 
-def test_expand_drops_the_key_and_value_of_a_group_without_heads():
+def test_expand_drops_key_and_value_of_groups_without_heads():
     one_row_a_head = make_arch(kv_channels=1)
     assert expand("qkv", np.array([4, 5, 7]), one_row_a_head).tolist() == [6, 7, 9, 10, 11]
     assert expand("qkv", np.array([1]), one_row_a_head).tolist() == [1, 4, 5]
@@ -127,7 +127,7 @@ def test_expand_drops_the_key_and_value_of_a_group_without_heads():
 
 
 @pytest.mark.parametrize("axis", ["qkv", "heads", "gate_up", "ffn", "hidden"])
-def test_expanding_all_is_the_identity(axis):
+def test_expanding_all_indices_is_the_identity(axis):
     units = {"qkv": 8, "heads": 8, "gate_up": 96, "ffn": 96, "hidden": 48}[axis]
     assert expand(axis, np.arange(units), SMALL).tolist() == list(range(SMALL.axis_size(axis)))
 
@@ -147,7 +147,7 @@ def test_layout_problems_name_every_size():
     )
 
 
-def test_top_is_ascending_and_gives_ties_to_the_lower_index():
+def test_top_indices_are_ascending_and_ties_take_the_lower_index():
     assert top_indices(np.array([1, 3, 2, 3, 3], np.float32), 2).tolist() == [1, 3]
     assert top_indices(np.array([5, 5, 5, 5], np.float32), 3).tolist() == [0, 1, 2]
     assert top_indices(np.array([0.0, -0.0, 1.0], np.float32), 2).tolist() == [0, 2]
@@ -175,7 +175,7 @@ def test_plan_keeps_the_best_of_every_axis():
     assert plan.notes == []
 
 
-def test_target_of_nothing_is_the_identity_plan():
+def test_empty_target_is_the_identity_plan():
     plan = make_plan(random_importance(SMALL), SMALL, TargetConfig())
     assert plan.student == SMALL
     assert plan.hidden == list(range(48))
@@ -188,7 +188,7 @@ GROUPED = make_arch(num_attention_heads=24, num_query_groups=4)
 """6 heads a group."""
 
 
-def test_whole_query_groups_go_and_heads_follow():
+def test_dropping_a_query_group_drops_its_heads():
     importance = random_importance(GROUPED)
     plan = make_plan(importance, GROUPED, TargetConfig(num_query_groups=2))
     assert (plan.student.num_query_groups, plan.student.num_attention_heads) == (2, 12)
@@ -203,7 +203,7 @@ def test_whole_query_groups_go_and_heads_follow():
     assert {row[0]: row[1:] for row in plan.summary()}["num_query_groups"] == ("4", "2", "50%")
 
 
-def test_heads_without_groups_to_share_go_with_their_key_and_value():
+def test_multi_head_attention_drops_heads_with_key_and_value():
     """Multi-head attention: each head is a group."""
     teacher, importance = make_arch(num_query_groups=8), random_importance(SMALL)
     plan = make_plan(importance, teacher, TargetConfig(num_query_groups=5))
@@ -230,7 +230,7 @@ def test_merged_heads_are_mirrored_at_the_cut(keep):
         assert len(pairs) == len(want) == 4 * min(keep, 6 - keep)
 
 
-def test_heads_merge_in_groups_that_stay_only():
+def test_heads_merge_only_in_kept_groups():
     importance = random_importance(GROUPED)
     plan = make_plan(
         importance, GROUPED, TargetConfig(num_query_groups=1, num_attention_heads=4, merge_heads=True)
@@ -345,7 +345,7 @@ def test_close_cuts_are_reported():
         ({"keep": 0.5, "axes": ["ffn", "layer"]}, 1, r"mixes width and depth"),
     ],
 )
-def test_impossible_targets(target, tp, message):
+def test_impossible_targets_are_rejected(target, tp, message):
     with pytest.raises(InputError, match=message):
         resolve_target(SMALL, TargetConfig(**target), tp)
 
@@ -368,7 +368,7 @@ def test_parameter_budget_is_used_but_not_exceeded(teacher, axes):
     assert exportable_arch(student, None) == student
 
 
-def test_budget_of_the_paper_gives_nearly_its_student():
+def test_published_budget_gives_nearly_the_published_student():
     student = resolve_target(NEMO, TargetConfig(max_parameters="8.4B"))
     assert (student.hidden_size, student.ffn_hidden_size) == (
         4096,
@@ -377,13 +377,13 @@ def test_budget_of_the_paper_gives_nearly_its_student():
     assert resolve_target(LLAMA, TargetConfig(keep=1.0)) == LLAMA
 
 
-def test_budget_keeps_to_alignment_and_tensor_parallel_size():
+def test_budget_respects_alignment_and_tensor_parallel_size():
     student = resolve_target(NEMO, TargetConfig(keep=0.6, align=32), tp=8)
     assert student.hidden_size % 32 == 0
     assert student.ffn_hidden_size % (32 * 8) == 0
 
 
-def test_llama_export_rule_and_the_way_out():
+def test_llama_export_rule_suggests_mistral():
     student = LLAMA.model_copy(update={"hidden_size": 3088})
     assert export_problems(NEMO.model_copy(update={"hidden_size": 3088})) == []
     with pytest.raises(
@@ -398,7 +398,7 @@ def test_llama_export_rule_and_the_way_out():
         exportable_arch(student, "qwen2")
 
 
-def test_importance_survives_the_disk(tmp_path):
+def test_scores_round_trip_through_disk(tmp_path):
     importance = random_importance(SMALL)
     importance.save(tmp_path / "new" / "importance.safetensors", manifest("score"))
     loaded = Scores.load(tmp_path / "new" / "importance.safetensors")
@@ -410,7 +410,7 @@ def test_importance_survives_the_disk(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["importance.safetensors"]
 
 
-def test_bad_importance_is_refused_with_every_reason():
+def test_invalid_scores_are_rejected_with_every_reason():
     importance = random_importance(SMALL)
     importance.ffn[1, 2] = np.nan
     importance.layers[0] = np.inf
@@ -423,7 +423,7 @@ def test_bad_importance_is_refused_with_every_reason():
         random_importance(SMALL).check(LLAMA)
 
 
-def test_plan_survives_the_disk(tmp_path):
+def test_plan_round_trips_through_disk(tmp_path):
     plan = make_plan(random_importance(SMALL), SMALL, TargetConfig(num_layers=3, hidden_size=32))
     plan.save(tmp_path / "plan.json", manifest("plan"))
     assert PrunePlan.load(tmp_path / "plan.json") == plan
@@ -434,7 +434,7 @@ def test_plan_survives_the_disk(tmp_path):
         PrunePlan.load(tmp_path / "plan.json")
 
 
-def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
+def test_plan_without_merge_field_loads(tmp_path):
     """As plans were written before there were merged heads and cut query groups."""
     plan = make_plan(
         random_importance(SMALL), SMALL, TargetConfig(num_layers=3, hidden_size=32, num_attention_heads=4)
@@ -461,7 +461,7 @@ def test_plan_without_the_field_of_merged_heads_loads(tmp_path):
         ({"merge": [[(0, 2), (0, 3)]] * 4}, r"each kept head at most once"),
     ],
 )
-def test_plan_by_hand_is_checked(changes, message):
+def test_handwritten_plan_is_validated(changes, message):
     plan = make_plan(random_importance(SMALL), SMALL, TargetConfig(num_attention_heads=4)).model_copy(
         update={"heads": [[0, 1, 4, 5]] * 4}
     )
