@@ -119,7 +119,7 @@ def test_imports_follow_the_order_of_rooms(path):
 
 
 @pytest.mark.parametrize("room", [name for name in ROOMS if (PACKAGE / name).is_dir()])
-def test_room_says_what_it_is_for(room):
+def test_room_docstring_states_its_purpose(room):
     assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), room
 
 
@@ -142,12 +142,12 @@ def run(*arguments: str) -> str:
         "minitron_mp.data.corpus",
     ],
 )
-def test_light_imports(module):
+def test_light_modules_do_not_import_torch(module):
     heavy = {"torch", "megatron", "transformers"}
     assert run("-c", f"import sys, {module}; print(*({heavy} & set(sys.modules)))").split() == []
 
 
-def test_help_takes_little_time():
+def test_help_is_fast():
     """0.5 s of a CPU when nothing else runs; torch alone takes longer than the bound."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     assert "compress" in run("-m", "minitron_mp", "--help")
