@@ -52,7 +52,7 @@ def test_rates_of_a_step():
         ("NVIDIA T4", None),
     ],
 )
-def test_peak_of_a_device(device, peak):
+def test_peak_flops_of_a_device(device, peak):
     assert peak_tflops(device) == peak
 
 
@@ -71,7 +71,7 @@ def work_of(**sections) -> Work:
     return distillation_work(recipe, STUDENT, TEACHER, world, tokens=96)
 
 
-def test_the_teacher_counts_where_it_runs():
+def test_teacher_flops_count_on_the_ranks_that_run_it():
     student, whole, head = (
         training_flops(STUDENT, LENGTH),
         forward_flops(TEACHER, LENGTH),
@@ -105,7 +105,7 @@ def test_the_teacher_counts_where_it_runs():
     assert alone.peak is None
 
 
-def test_metrics_are_flat_and_hold_what_there_is():
+def test_metrics_are_flat_and_omit_missing_values():
     metrics = StepMetrics(
         1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Throughput(eta_s=7.0, student_tflops=1.5)
     )
@@ -115,7 +115,7 @@ def test_metrics_are_flat_and_hold_what_there_is():
     assert metrics.measured.line() == "student 1.5 TFLOP/s/GPU"
 
 
-def test_the_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
+def test_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
     """Ten steps to the next look of 2 s at most, and 30 s for the checkpoint."""
     leaving = Preemption(tmp_path, deadline=time.time() + 60)
     assert leaving.unmeasured("run")
@@ -130,7 +130,7 @@ def test_the_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
     assert leaving.why(False) == "SIGTERM"
 
 
-def test_a_deadline_that_is_no_time_is_refused(monkeypatch):
+def test_invalid_deadline_is_rejected(monkeypatch):
     monkeypatch.setenv("MINITRON_DEADLINE", "1700000000.5")
     assert job_deadline() == 1700000000.5
     monkeypatch.setenv("MINITRON_DEADLINE", "tomorrow")
@@ -149,6 +149,6 @@ def test_a_deadline_that_is_no_time_is_refused(monkeypatch):
         ({"steps": [1, 2], "ranks": [-1]}, r"ranks count from 0"),
     ],
 )
-def test_profiles_that_cannot_be_are_refused(profile, words):
+def test_invalid_profile_ranges_are_rejected(profile, words):
     with pytest.raises(InputError, match=words):
         make_recipe({**FILES, "distill": {"profile": profile}})
