@@ -195,14 +195,14 @@ def stage_states(out: str) -> dict[str, str]:
         ),
     ],
 )
-def test_a_recipe_that_cannot_run_is_refused_before_anything_runs(here, recipe, inputs, overrides, said):
+def test_invalid_recipe_is_rejected_before_anything_runs(here, recipe, inputs, overrides, said):
     for flags in ([], ["--dry-run"]):
         refused(here("compress", recipe, *overrides, *flags), *said)
     assert not (inputs / "out").exists()
     assert not torch.distributed.is_initialized()
 
 
-def test_the_model_is_never_overwritten(here, recipe, inputs, tmp_path):
+def test_model_is_never_overwritten(here, recipe, inputs, tmp_path):
     """A student as the next teacher, in the same output."""
     shutil.copytree(inputs / "model", tmp_path / "out" / "student_hf")
     words = [f"model={tmp_path / 'out' / 'student_hf'}", f"output={tmp_path / 'out'}"]
@@ -212,7 +212,7 @@ def test_the_model_is_never_overwritten(here, recipe, inputs, tmp_path):
     )
 
 
-def test_teachers_that_do_not_fit_are_refused(here, recipe, inputs, model):
+def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     """Another model to distil from than the one that is cut."""
     words = ["--dry-run", f"teacher.model={model}"]
     assert here("compress", recipe, *words)[0] == 0
@@ -283,7 +283,7 @@ def test_dry_run_of_a_search(here, recipe, inputs):
 
 
 @pytest.mark.parametrize("stage", COMES_WITH)
-def test_a_stage_that_the_recipe_does_not_have(here, recipe, stage):
+def test_stage_missing_from_the_recipe(here, recipe, stage):
     """A dry run says what the run says."""
     for flags in ([], ["--dry-run"]):
         refused(
@@ -291,7 +291,7 @@ def test_a_stage_that_the_recipe_does_not_have(here, recipe, stage):
         )
 
 
-def test_wrong_commands(here, recipe):
+def test_invalid_commands(here, recipe):
     refused(
         here("compress", recipe.parent / "nowhere.yaml"),
         "no recipe at",
@@ -310,7 +310,7 @@ def test_wrong_commands(here, recipe):
         assert "Traceback" not in err
 
 
-def test_a_mistake_leaves_the_process_with_2_and_one_message(recipe):
+def test_input_error_exits_with_2_and_one_message(recipe):
     done = minitron("score", recipe, "score.num_sampels=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert (
@@ -319,7 +319,7 @@ def test_a_mistake_leaves_the_process_with_2_and_one_message(recipe):
     )
 
 
-def test_a_folder_that_is_no_model(here, recipe, inputs, model):
+def test_folder_that_is_not_a_model(here, recipe, inputs, model):
     refused(here("compress", recipe, f"model={inputs / 'text'}"), "no config.json", "no model.safetensors")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
@@ -339,7 +339,7 @@ def test_a_folder_that_is_no_model(here, recipe, inputs, model):
     )
 
 
-def test_a_weight_that_is_not_a_number_is_named_on_every_rank(recipe, model, on_ranks, tmp_path):
+def test_nan_weight_is_named_on_every_rank(recipe, model, on_ranks, tmp_path):
     """Layer 1 is read by rank 1 of two, and rank 0 is the one that the user hears."""
     weights = load_file(model / "model.safetensors")
     weights[UP_PROJECTION][3, 5] = float("nan")
@@ -349,7 +349,7 @@ def test_a_weight_that_is_not_a_number_is_named_on_every_rank(recipe, model, on_
     assert not (tmp_path / "out" / "teacher").exists()
 
 
-def test_text_and_tokenizer_that_do_not_fit_are_refused_before_the_model_runs(recipe, on_ranks, tmp_path):
+def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, tmp_path):
     output = f"output={tmp_path / 'out'}"
     largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
@@ -375,7 +375,7 @@ def test_fewer_ranks_than_the_layout_needs(recipe, on_ranks):
     )
 
 
-def test_an_output_that_cannot_be_a_folder(recipe, on_ranks):
+def test_output_that_cannot_be_a_folder(recipe, on_ranks):
     refused(
         on_ranks(1, "compress", recipe, f"output={recipe}")[0],
         f"the output folder {recipe} cannot be written",
@@ -383,7 +383,7 @@ def test_an_output_that_cannot_be_a_folder(recipe, on_ranks):
     assert recipe.is_file()
 
 
-def test_batches_that_the_ranks_do_not_divide_are_refused_first(recipe, on_ranks, inputs):
+def test_indivisible_batch_sizes_are_rejected_first(recipe, on_ranks, inputs):
     """On two data parallel ranks; distill would find out after hours of other stages."""
     for done in on_ranks(2, "compress", recipe, "distill.global_batch_size=2"):
         refused(
@@ -459,7 +459,7 @@ def test_published_recipes_have_the_published_sizes(here, monkeypatch, name):
         assert round(ours, len(str(published).split(".")[1])) == published
 
 
-def test_dry_run_knows_what_is_done(here, recipe, on_ranks, tmp_path):
+def test_dry_run_lists_finished_stages(here, recipe, on_ranks, tmp_path):
     output = f"output={tmp_path / 'out'}"
     assert on_ranks(1, "import", recipe, output)[0].code == 0
     assert on_ranks(1, "data", recipe, output)[0].code == 0
@@ -475,7 +475,7 @@ def test_dry_run_knows_what_is_done(here, recipe, on_ranks, tmp_path):
 
 @pytest.mark.parametrize("arch", ["qwen3", "qwen2"])
 @pytest.mark.parametrize("layout", ["one", "pp2-vpp2", "tp2-pp2-sp", "pp4", "tp4-sp"])
-def test_parameters_of_a_dry_run_are_those_of_the_models(ranks, arch, layout):
+def test_dry_run_parameter_counts_match_the_models(ranks, arch, layout):
     """qwen3 is tied, qwen2 not; six layers do not divide over four stages."""
     chosen = BY_NAME[layout]
     want = rank_parameters(ARCHS[arch], ParallelConfig(**chosen.parallel))
@@ -485,7 +485,7 @@ def test_parameters_of_a_dry_run_are_those_of_the_models(ranks, arch, layout):
         assert count == want[stage]
 
 
-def test_help_lists_every_stage_at_once():
+def test_help_lists_every_stage():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = minitron("--help")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.5  # s of a processor; 0.3 seen
@@ -556,7 +556,7 @@ def test_documented_imports_exist():
                 assert {alias.name for alias in node.names} <= set(minitron_mp.__all__)
 
 
-def test_the_readme_names_each_stage_and_its_artefact():
+def test_readme_names_each_stage_and_its_artifact():
     text = (ROOT / "README.md").read_text()
     for name, stage in STAGES.items():
         assert f"`{name}`" in text
@@ -564,7 +564,7 @@ def test_the_readme_names_each_stage_and_its_artefact():
 
 
 @pytest.mark.parametrize("words", [["--data"], ["--data", ""], ["--fast"], ["my_text/"]])
-def test_quickstart_refuses_what_it_does_not_know(words):
+def test_quickstart_rejects_unknown_arguments(words):
     done = subprocess.run(
         ["bash", ROOT / "launch" / "quickstart.sh", *words],
         env=environment(),
@@ -578,7 +578,7 @@ def test_quickstart_refuses_what_it_does_not_know(words):
     assert done.stdout == ""
 
 
-def test_quickstart_helps():
+def test_quickstart_help():
     options = {
         "env": environment(),
         "capture_output": True,
