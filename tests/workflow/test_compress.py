@@ -94,7 +94,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_compress_makes_every_artefact(whole):
+def test_compress_writes_every_artifact(whole):
     assert whole.done.returncode == 0, whole.done.stderr
     assert "Traceback" not in whole.done.stderr
     assert names(whole.output) == OUTPUT  # and nothing written aside, no checkpoints
@@ -104,7 +104,7 @@ def test_compress_makes_every_artefact(whole):
         assert f"{name}: {whole.output / STAGES[name].artifact} in " in whole.done.stdout
 
 
-def test_models_give_the_logits_of_transformers(whole, inputs, ranks):
+def test_model_logits_match_transformers(whole, inputs, ranks):
     """Float32 on both sides, so at most the order of sums differs; nothing seen on one machine, at logits up to 6."""
     from transformers import AutoModelForCausalLM
 
@@ -161,7 +161,7 @@ def test_export_is_a_model_with_its_tokenizer(whole, inputs):
     assert ids[0] == ids[1]
 
 
-def test_distillation_brings_the_student_nearer_to_its_teacher(whole):
+def test_distillation_lowers_kl_to_the_teacher(whole):
     found = json.loads((whole.output / "evaluation.json").read_text())
     assert found["teacher"]["kl"] is None
     assert found["distilled"]["kl"] < found["pruned"]["kl"]
@@ -172,7 +172,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(whole):
     )
 
 
-def test_metrics_have_a_line_a_step(whole):
+def test_metrics_have_one_line_per_step(whole):
     metrics = read_metrics(whole.output)
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert all(
@@ -193,7 +193,7 @@ def curve(run: Run) -> dict[int, float]:
     return {point.step: point.value for point in points}
 
 
-def test_report_tells_what_was_cut_and_how_good_it_is(whole):
+def test_report_shows_sizes_and_losses(whole):
     report = (whole.output / "report.md").read_text()
     found, plan = (
         json.loads((whole.output / "evaluation.json").read_text()),
@@ -213,7 +213,7 @@ def test_report_tells_what_was_cut_and_how_good_it_is(whole):
     assert all(f"`{stage.artifact}`" in report for stage in STAGES.values())
 
 
-def test_a_second_run_does_nothing(copied, on_rank):
+def test_second_run_skips_every_stage(copied, on_rank):
     before = copied.state()
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
@@ -241,7 +241,7 @@ def test_a_second_run_does_nothing(copied, on_rank):
         ("export.family=mistral", "settings.family: None, here 'mistral'", "export"),
     ],
 )
-def test_a_setting_repeats_what_depends_on_it(whole, override, why, first):
+def test_changed_setting_repeats_dependent_stages(whole, override, why, first):
     """The first stage names the setting; of the others those are repeated that have it, or that read what is made anew."""
     found = whole.to_repeat(override)
     after = {name for name in STAGES if first in whole.project().before(name)}
@@ -262,11 +262,11 @@ def test_a_setting_repeats_what_depends_on_it(whole, override, why, first):
         ("distill.log_interval=7", "distill.checkpoint_interval=3", "distill.keep_checkpoints=1"),
     ],
 )
-def test_layout_microbatches_and_logging_repeat_nothing(whole, overrides):
+def test_layout_microbatches_and_logging_repeat_no_stage(whole, overrides):
     assert whole.to_repeat(*overrides) == {}
 
 
-def test_changed_files_are_noticed(copied, inputs, tmp_path):
+def test_changed_input_files_are_detected(copied, inputs, tmp_path):
     text, model = inputs / "text" / "00.txt", tmp_path / "model" / "model.safetensors"
     text.rename(tmp_path / "gone.txt")
     try:
@@ -286,7 +286,7 @@ def test_changed_files_are_noticed(copied, inputs, tmp_path):
     assert copied.to_repeat() == found
 
 
-def test_repeated_stages_give_the_new_student_and_leave_the_rest(copied, on_rank):
+def test_repeated_stages_keep_the_other_artifacts(copied, on_rank):
     before = copied.state()
     done = on_rank("compress", copied.recipe, SMALLER)
     assert done.code == 0, done
@@ -346,7 +346,7 @@ def kill_tree(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ranks):
+def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
     drop(copied.output, "distill", "evaluate", "export")
     shutil.rmtree(copied.output / "tensorboard")
     logged = start_and_kill(copied)
@@ -382,7 +382,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(copied, whole, on_rank, ran
     assert evaluations[0] == evaluations[1]
 
 
-def test_a_stop_between_stages_leaves_no_mark_that_all_is_done(copied, on_rank):
+def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     drop(copied.output, "export")
     (copied.output / "stop").touch()
     done = on_rank("compress", copied.recipe)
@@ -396,13 +396,13 @@ def test_a_stop_between_stages_leaves_no_mark_that_all_is_done(copied, on_rank):
     assert names(copied.output) == OUTPUT
 
 
-def test_checkpoints_that_a_kill_left_beside_the_student_are_cleaned_up(copied, on_rank):
+def test_leftover_checkpoints_beside_the_student_are_deleted(copied, on_rank):
     (copied.output / "checkpoints").mkdir()
     assert on_rank("compress", copied.recipe).code == 0
     assert names(copied.output) == OUTPUT
 
 
-def test_checkpoints_of_another_run_are_refused(copied, on_rank):
+def test_checkpoints_of_another_run_are_rejected(copied, on_rank):
     drop(copied.output, "distill")
     manifest = copied.project("distill.lr=0.01").manifest("distill")
     with writing_artifact(
@@ -448,12 +448,12 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     assert f"\nminitron-mp evaluate {own}\n" in commands
 
 
-def test_only_rank_0_speaks(two_ranks):
+def test_only_rank_0_logs(two_ranks):
     assert two_ranks.done.stdout.count("import: ") == 2  # progress and artefact
     assert two_ranks.done.stdout.count("report: ") == 1
 
 
-def test_a_stage_says_which_comes_first(copied, on_rank, inputs, tmp_path):
+def test_missing_input_names_the_stage_to_run_first(copied, on_rank, inputs, tmp_path):
     recipe = make_recipe_file(tmp_path / "new.yaml", inputs / "model", inputs / "text", tmp_path / "new")
     refused(
         on_rank("export", recipe),
@@ -469,7 +469,7 @@ def test_a_stage_says_which_comes_first(copied, on_rank, inputs, tmp_path):
     assert list(copied.to_repeat()) == ["prune", "distill"]
 
 
-def test_a_plan_of_something_else_is_refused(copied, on_rank):
+def test_plan_of_another_model_is_rejected(copied, on_rank):
     drop(copied.output, "prune")
     plan, content = copied.output / "plan.json", json.loads((copied.output / "plan.json").read_text())
     cases = {
@@ -489,7 +489,7 @@ def test_a_plan_of_something_else_is_refused(copied, on_rank):
     assert not (copied.output / "student").exists()
 
 
-def test_a_damaged_artefact_is_named(copied, on_rank):
+def test_damaged_artifact_is_named(copied, on_rank):
     manifest, plan = copied.output / "student" / "manifest.json", copied.output / "plan.json"
     before = copied.state()
     manifest.write_text(manifest.read_text()[:100])
@@ -507,7 +507,7 @@ def test_a_damaged_artefact_is_named(copied, on_rank):
     assert copied.state().keys() == before.keys()
 
 
-def test_a_checkpoint_with_a_lost_file_is_named(copied, on_rank):
+def test_checkpoint_with_a_missing_file_is_named(copied, on_rank):
     for path in (copied.output / "student_distilled").glob("*.distcp"):
         path.unlink()
     refused(
@@ -519,7 +519,7 @@ def test_a_checkpoint_with_a_lost_file_is_named(copied, on_rank):
 
 
 @pytest.mark.parametrize("name", ["teacher", "student_hf"])
-def test_a_folder_of_somebody_else_is_left_alone(copied, on_rank, name):
+def test_foreign_folder_is_not_replaced(copied, on_rank, name):
     drop(copied.output, *(stage for stage in STAGES if STAGES[stage].artifact == name))
     (copied.output / name).mkdir()
     (copied.output / name / "thesis.txt").write_text("years of work")
@@ -531,7 +531,7 @@ def test_a_folder_of_somebody_else_is_left_alone(copied, on_rank, name):
     assert names(copied.output / name) == ["thesis.txt"]
 
 
-def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
+def test_full_disk_keeps_the_old_artifact(copied, on_rank, ranks):
     read = lambda: ranks(1, "model_workers.read_tensors", folder=copied.output / "student", prefix="")[0]  # noqa: E731
     before, tensors = copied.state(), read()
     refused(
@@ -545,7 +545,7 @@ def test_a_full_disk_leaves_the_old_artefact(copied, on_rank, ranks):
     assert copied.to_repeat() == {}
 
 
-def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tmp_path, on_rank):
+def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path, on_rank):
     """It learns the text, everything after it is made from it, and a second run finds all of it done."""
     correct = {
         "steps": 20,
@@ -641,7 +641,7 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     )
 
 
-def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
+def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     """Cut from the original; the teacher that the student is judged by is what the other one has become; also on a text that nobody learned."""
     (tmp_path / "old.txt").write_text("An old text of other words, again and again. " * 200)
     sections = {
@@ -690,7 +690,7 @@ def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
     )
 
 
-def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs, tmp_path, on_rank):
+def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_path, on_rank):
     """Iterative compression: model is a student, teacher.model what that one was cut from. One query group goes, the other's heads are merged."""
     heads = {"num_query_groups": 1, "num_attention_heads": 2, "merge_heads": True}
     sizes = {
@@ -748,7 +748,7 @@ def test_a_student_is_cut_again_and_learns_from_the_first_teacher(whole, inputs,
 
 
 @pytest.mark.parametrize("method", ["drop", "block", "greedy"])
-def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, method):
+def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
     """The stage depth measures, the plan follows it; the first layer is protected, and the searched sets are as the method says."""
     shutil.copytree(whole.output, tmp_path / "out")
     sizes = {
@@ -785,7 +785,7 @@ def test_layers_go_by_the_loss_without_them(whole, inputs, tmp_path, on_rank, me
     )
 
 
-def test_layers_go_by_the_accuracy_without_them(whole, inputs, tmp_path, on_rank):
+def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
     """Greedily by a task's items; other items are another artefact."""
     shutil.copytree(whole.output, tmp_path / "out")
     items = [
@@ -849,7 +849,7 @@ def in_job(ranks):
     ],
     ids=["hidden", "topk-tp2-to-tp2", "dp2-to-tp2"],
 )
-def test_a_remote_teacher_gives_the_same_loss_curve(
+def test_remote_teacher_gives_the_same_loss_curve(
     whole, inputs, tmp_path, in_job, size, overrides, tolerance
 ):
     """All stages run on the student's ranks; distill has the teacher on the rest of the job."""
@@ -877,7 +877,7 @@ def test_a_remote_teacher_gives_the_same_loss_curve(
     ("overrides", "size"),
     [((), 2), (("teacher.ranks=2", "distill.log_interval=2", "distill.async_save=true"), 3)],
 )
-def test_a_remote_run_that_is_told_to_leave_goes_on_bitwise(
+def test_stopped_run_with_remote_teacher_resumes_bitwise(
     whole, inputs, tmp_path, in_job, ranks, overrides, size
 ):
     """The teacher is ahead when the student is told: both go to the step that the teacher names, and no further."""
@@ -903,7 +903,7 @@ def test_a_remote_run_that_is_told_to_leave_goes_on_bitwise(
     assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
-def test_states_of_a_remote_teacher_go_to_every_stage(whole, inputs, tmp_path, on_rank, in_job):
+def test_remote_hidden_states_reach_every_stage(whole, inputs, tmp_path, on_rank, in_job):
     """The stages of two students, one beside its teacher on a rank, one in two stages with the teacher on a third."""
     words, curves = ("distill.steps=5", "distill.states.layers={0: 0, 1: 3, 3: 4}"), []
     for name, run in (
@@ -930,7 +930,7 @@ def test_states_of_a_remote_teacher_go_to_every_stage(whole, inputs, tmp_path, o
     )
 
 
-def test_a_job_too_small_for_its_roles_is_refused(whole, in_job):
+def test_job_too_small_for_its_roles_is_rejected(whole, in_job):
     """One rank, which would be the teacher's."""
     for stage in ("import", "distill", "compress"):
         refused(
@@ -939,7 +939,7 @@ def test_a_job_too_small_for_its_roles_is_refused(whole, in_job):
         )
 
 
-def test_a_remote_run_that_was_killed_goes_on(whole, copied):
+def test_killed_run_with_remote_teacher_resumes(whole, copied):
     """The stream starts where the student's checkpoint is."""
     drop(copied.output, "distill", "evaluate", "export")
     logged = start_and_kill(copied, *REMOTE, ranks=2)
@@ -950,7 +950,7 @@ def test_a_remote_run_that_was_killed_goes_on(whole, copied):
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
-def test_a_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_rank, in_job):
+def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_rank, in_job):
     """Written by two tensor parallel ranks, read by one; the cache is an artefact like any other."""
     shutil.copytree(whole.output, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "student_distilled")
@@ -979,7 +979,7 @@ def test_a_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_
     refused(run("distill", cached, "--force"), f"{shard} is damaged", "run `minitron-mp cache` again")
 
 
-def test_siblings_learn_from_one_stream(inputs, whole, tmp_path, on_rank, in_job):
+def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_job):
     """Two students of other sizes and layouts in one job with one teacher: each has the loss curve that it has alone."""
     sizes = {"target": {"num_layers": 4, "ffn_hidden_size": 64}}
     alone = make_recipe_file(
@@ -1014,7 +1014,7 @@ def test_siblings_learn_from_one_stream(inputs, whole, tmp_path, on_rank, in_job
 
 
 @pytest.mark.slow
-def test_the_teachers_that_are_left_take_over(whole, copied, tmp_path):
+def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
     """Two torchrun agents with a copy of the teacher each; one of them dies. The job comes back without it, with the same losses."""
     drop(copied.output, "distill", "evaluate", "export")
     (copied.output / "metrics.jsonl").unlink()
@@ -1083,7 +1083,7 @@ def test_the_teachers_that_are_left_take_over(whole, copied, tmp_path):
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
-def test_what_fp8_costs_the_teacher_is_told(ranks, whole):
+def test_fp8_teacher_kl_is_logged(ranks, whole):
     """Two times the same teacher, then another one; that one of them computes in FP8 takes a GPU (tests/gpu)."""
     same, other = ranks(1, "project_workers.drift", recipe=str(whole.recipe))[0]
     assert re.fullmatch(
