@@ -74,7 +74,7 @@ def told(findings, check: str) -> str:
     return "; ".join(f"{f.verdict}: {f.found} -> {f.cure}" for f in findings if f.check == check)
 
 
-def test_a_whole_recipe_passes_and_nothing_is_left(here, recipe):
+def test_valid_recipe_passes_and_leaves_no_files(here, recipe):
     code, out = here(recipe)
     assert code == 0, out
     for words in (
@@ -88,7 +88,7 @@ def test_a_whole_recipe_passes_and_nothing_is_left(here, recipe):
     assert not (recipe.parent / "out").exists()
 
 
-def test_without_a_recipe(here):
+def test_doctor_without_a_recipe(here):
     code, out = here()
     assert code == 0
     assert "none given" in out
@@ -104,14 +104,14 @@ def test_without_a_recipe(here):
         (["output=RECIPE/out"], "cannot be written"),
     ],
 )
-def test_a_recipe_that_cannot_run_fails(here, recipe, words, said):
+def test_invalid_recipe_fails(here, recipe, words, said):
     code, out = here(recipe, *(word.replace("RECIPE", str(recipe)) for word in words))
     assert code == 1, out
     assert said in out
     assert "1 failed" in out
 
 
-def test_tokenizers_that_do_not_fit(recipe, tmp_path):
+def test_mismatched_tokenizers_fail(recipe, tmp_path):
     model = shutil.copytree(recipe.parent / "model", tmp_path / "model")
     loaded, arch = load_recipe(recipe, [f"model={model}"]), read_arch(model)
     assert _tokenizer(loaded, arch).verdict == "ok"
@@ -126,7 +126,7 @@ def test_tokenizers_that_do_not_fit(recipe, tmp_path):
     assert "cannot be read as a tokenizer" in finding.found
 
 
-def test_room_is_that_of_the_artefacts(whole):
+def test_estimated_disk_space_matches_the_artifacts(whole):
     """What a finished run has on disk: the checkpoints are gone by then, manifests and tokenizers not counted before."""
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
@@ -145,7 +145,7 @@ def test_room_is_that_of_the_artefacts(whole):
     assert room(project.recipe, project.paths, arch, arch).found.endswith("write about 0.0 GB")
 
 
-def test_versions_against_the_metadata(install):
+def test_versions_are_checked_against_the_metadata(install):
     install("leptonai", "0.47.3")
     install("nemo-run", "0.11.1")
     install("megatron-core", "0.19.2")
@@ -175,13 +175,13 @@ def test_versions_against_the_metadata(install):
     assert "is not installed, >=1 is needed" in told(found, "no-such-package")
 
 
-def test_a_python_that_is_too_old_and_a_package_that_is_not_installed(install):
+def test_old_python_and_missing_package_fail(install):
     install("minitron-mp", "7", "Requires-Python: >=3.99")
     assert verdicts(packages()) == {"python": "failed"}
     assert verdicts(packages("no-such-package")) == {"packages": "warning"}
 
 
-def test_a_prerelease_of_the_image_counts(install):
+def test_prerelease_of_the_image_is_accepted(install):
     """NVIDIA's images have versions such as 2.12.0a0+5228986c39.nv26.6."""
     install("torch", "2.12.0a0+5228986c39.nv26.6")
     install("minitron-mp", "7", "Requires-Dist: torch>=2.11")
@@ -215,7 +215,7 @@ def test_gpus(monkeypatch, tmp_path):
         ((9, 0), None, (13, 0), ""),
     ],
 )
-def test_what_fp8_needs(capability, engine, cuda, possible):
+def test_fp8_requirements(capability, engine, cuda, possible):
     (finding,) = fp8_findings({}, capability, engine, cuda)
     assert finding.found.startswith(f"possible: {possible}" if possible else "not possible: ")
     for kind in FP8_SUPPORT:
@@ -226,14 +226,14 @@ def test_what_fp8_needs(capability, engine, cuda, possible):
 @pytest.mark.parametrize(
     ("installed", "verdict"), [("0.16.1", "failed"), ("0.18.2", "failed"), ("0.19.0", "ok"), ("0.20.1", "ok")]
 )
-def test_what_cuda_graphs_need(monkeypatch, installed, verdict):
+def test_cuda_graph_requirements(monkeypatch, installed, verdict):
     monkeypatch.setattr(precision, "version", lambda name: installed)
     recipe = make_recipe({"model": "m", "output": "o", "distill": {"cuda_graphs": True}})
     assert verdicts(_graphs(recipe)) == {"CUDA graphs": verdict}
     assert _graphs(make_recipe({"model": "m", "output": "o"})) == _graphs(None) == []
 
 
-def test_extensions_that_cannot_be_imported(monkeypatch, tmp_path):
+def test_broken_extensions_fail(monkeypatch, tmp_path):
     assert verdicts(extensions(on_gpu=True))["Transformer Engine"] == "warning"
     (tmp_path / "apex.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
     (tmp_path / "transformer_engine").mkdir()
@@ -246,7 +246,7 @@ def test_extensions_that_cannot_be_imported(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_few_open_files():
+def test_low_open_file_limit():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
     try:
@@ -269,7 +269,7 @@ def test_ports(monkeypatch):
     assert "no-such-host.invalid, does not resolve" in told(ports(RankTable(dist.HashStore())), "ports")
 
 
-def test_a_file_system_whose_renames_are_not_whole(monkeypatch, tmp_path):
+def test_non_atomic_rename_fails(monkeypatch, tmp_path):
     file = tmp_path / "file"
     monkeypatch.setattr(fabric, "PATIENCE_S", 0.05)
     for content, said in (
@@ -286,7 +286,7 @@ def test_a_file_system_whose_renames_are_not_whole(monkeypatch, tmp_path):
     assert verdicts(shared(tmp_path / "out", RankTable(dist.HashStore()))) == {"file system": "failed"}
 
 
-def test_nodes_with_disks_of_their_own(ranks, tmp_path):
+def test_nodes_without_a_shared_file_system(ranks, tmp_path):
     first, second = ranks(2, "doctor_workers.disks_of_their_own", folder=str(tmp_path / "disks"))
     assert any("rank 0 does not see what ranks 1 write" in row for row in first)
     assert any("this rank does not see what rank 0 writes" in row for row in second)
@@ -322,7 +322,7 @@ def test_two_ranks_with_problems(ranks, recipe):
         assert words in " ".join(out.replace("│", " ").split()), out
 
 
-def test_a_rank_that_never_comes(monkeypatch):
+def test_missing_rank_times_out(monkeypatch):
     monkeypatch.setattr(fabric, "PATIENCE_S", 0.1)
     monkeypatch.setattr(RankTable.silent, "__defaults__", (0.1,))
     monkeypatch.setattr(doctor, "TALK_S", 0.1)
@@ -353,7 +353,7 @@ def test_findings_of_many_ranks_become_one_table():
     assert rows[2].cure == "open it"
 
 
-def test_findings_travel_as_json(monkeypatch):
+def test_findings_round_trip_through_json(monkeypatch):
     job = RankTable(dist.HashStore(), host="here")
     (row,) = _gather(job, [Finding("a", "warning", "b", "c")])
     assert row == Finding("a", "warning", "b", "c")
