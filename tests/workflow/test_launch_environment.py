@@ -31,7 +31,7 @@ def evaluated(text: str, **environment: str) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
 
 
-def test_a_shell_can_evaluate_it():
+def test_output_can_be_evaluated_by_a_shell():
     found = evaluated("\n".join(lines(recipe(parallel={"tp": 2}), NODE, 4)))
     assert found["MINITRON_OUTPUT"] == str(Path("a folder/out's").absolute())
     assert found["OMP_NUM_THREADS"] == "8"
@@ -39,11 +39,11 @@ def test_a_shell_can_evaluate_it():
     assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
-def test_each_has_a_reason():
+def test_each_variable_has_a_reason():
     assert all("  # " in line for line in lines(recipe(), NODE, 1) if line.startswith("export"))
 
 
-def test_what_depends_on_the_recipe():
+def test_variables_depend_on_the_recipe():
     one_queue = {"export CUDA_DEVICE_MAX_CONNECTIONS"}
     plain = names()
     assert not one_queue & plain
@@ -89,12 +89,12 @@ def test_roles_and_nodes():
         ),
     ],
 )
-def test_what_does_not_fit(sections, nodes, said):
+def test_roles_that_do_not_fit_are_rejected(sections, nodes, said):
     with pytest.raises(InputError, match=said):
         places(recipe(**sections), nodes, 8)
 
 
-def test_what_is_set_already_stays(tmp_path):
+def test_existing_variables_are_kept(tmp_path):
     """launch/env.sh: the site's settings and the user's go before the recipe's, and are printed with the reason."""
     (tmp_path / "site.env").write_text("OMP_NUM_THREADS=3\nNCCL_DEBUG=WARN\n")
     (tmp_path / "recipe.yaml").write_text("model: m\noutput: out\n")
