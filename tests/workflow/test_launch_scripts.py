@@ -48,7 +48,7 @@ def test_shellcheck(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
 
-def test_run_says_what_it_needs(tmp_path):
+def test_run_sh_rejects_invalid_arguments(tmp_path):
     for words, said in (
         (["--ranks", "x", "compress", "r.yaml"], "--ranks needs a number"),
         (["compress"], "needs a command and a recipe"),
@@ -57,7 +57,7 @@ def test_run_says_what_it_needs(tmp_path):
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
 
 
-def test_venv_says_which_python_it_needs(tmp_path, fake_pythons):
+def test_venv_sh_names_the_supported_pythons(tmp_path, fake_pythons):
     path = f"{fake_pythons}:{os.environ['PATH']}"
     done = venv(tmp_path / "new", PATH=path, PYTHON="")
     assert done.returncode == 1
@@ -69,7 +69,7 @@ def test_venv_says_which_python_it_needs(tmp_path, fake_pythons):
     assert not (tmp_path / "new").exists()
 
 
-def test_venv_without_the_venv_module(tmp_path, fake_pythons):
+def test_venv_sh_without_the_venv_module(tmp_path, fake_pythons):
     """The second Python runs, but is Debian's without python3-venv."""
     (fake_pythons / "python3.12").write_text(
         f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; *version*) echo 311 {fake_pythons}/python3.12;; esac\n'
@@ -79,7 +79,7 @@ def test_venv_without_the_venv_module(tmp_path, fake_pythons):
     assert "apt install python3-venv" in done.stderr
 
 
-def test_venv_deletes_only_what_it_made(tmp_path):
+def test_venv_sh_deletes_only_its_own_environment(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     done = venv(tmp_path, PYTHON=sys.executable)
     assert done.returncode == 1
@@ -88,7 +88,7 @@ def test_venv_deletes_only_what_it_made(tmp_path):
 
 
 @pytest.mark.parametrize("constraints", sorted(ROOT.glob("constraints/*.txt")), ids=lambda path: path.stem)
-def test_pins_fit_the_ranges(constraints):
+def test_pins_fit_the_version_ranges(constraints):
     """Every direct dependency has a pin inside its range; the extras te, bridge and nemo-run are the user's to choose."""
     tables = {}
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
@@ -107,7 +107,7 @@ def test_pins_fit_the_ranges(constraints):
     assert not any(name.startswith(("nvidia-", "cuda-")) for name in pins)
 
 
-def test_what_a_base_image_brings_is_pinned_and_watched(tmp_path):
+def test_base_image_packages_are_pinned_and_checked(tmp_path):
     """docker/base_stack.py, with this environment as the base."""
 
     def run(word: str) -> subprocess.CompletedProcess[str]:
