@@ -97,7 +97,7 @@ def toy(ranks, tmp_path_factory) -> Toy:
     return Toy(root, words, ranks(1, "paper_claims_workers.reproduce", words=["all", *words])[0])
 
 
-def test_every_variant_leaves_a_whole_result(toy):
+def test_every_variant_writes_a_complete_result(toy):
     code, out, err = toy.done
     assert code == 0, out + err
     found = toy.results()
@@ -117,7 +117,7 @@ def test_every_variant_leaves_a_whole_result(toy):
     assert not list((toy.folder / "out" / "runs").iterdir())  # no models are left
 
 
-def test_variants_differ_where_they_must(toy):
+def test_variants_differ_as_specified(toy):
     found = toy.results()
     for when in ("pruned", "distilled"):
         losses = {name: result[when]["loss"] for name, result in found.items()}
@@ -137,7 +137,7 @@ def test_variants_differ_where_they_must(toy):
     )
 
 
-def test_what_the_variants_are(toy):
+def test_variant_definitions(toy):
     width, depth, scattered = (
         toy.result(name) for name in ("pruned", "contiguous layers", "scattered layers")
     )
@@ -156,7 +156,7 @@ def test_what_the_variants_are(toy):
     assert corrected["teacher"]["loss"] < corrected["uncorrected"]["loss"]
 
 
-def test_the_plain_loop_agrees(toy):
+def test_plain_loop_agrees(toy):
     """Float32 on both sides, 6 steps of AdamW, which divides small gradients by their own size; 3e-6 seen."""
     for name, variant in VARIANTS.items():
         if variant.plain:
@@ -167,7 +167,7 @@ def test_the_plain_loop_agrees(toy):
                 assert row == pytest.approx([tokens, kl, ce], rel=1e-3), name
 
 
-def test_the_plain_loops_speed_is_measured_in_turn(toy):
+def test_plain_loop_speed_is_measured_in_alternating_steps(toy):
     lines = (toy.folder / "out" / "report.md").read_text().splitlines()
     for name, variant in VARIANTS.items():
         if variant.plain:
@@ -180,7 +180,7 @@ def test_the_plain_loops_speed_is_measured_in_turn(toy):
             )
 
 
-def test_the_report_tells_every_claim(toy):
+def test_report_covers_every_claim(toy):
     text = (toy.folder / "out" / "report.md").read_text()
     assert report.NOT_RUN not in text
     assert (
@@ -199,7 +199,7 @@ def test_the_report_tells_every_claim(toy):
     )
 
 
-def test_what_is_done_is_skipped_and_what_is_missing_comes_again(toy, ranks):
+def test_finished_results_are_skipped_and_missing_ones_recomputed(toy, ranks):
     path = toy.folder / "out" / "results" / f"random-scores-{SEED}.json"
     before = toy.results()
     path.unlink()
@@ -256,7 +256,7 @@ def test_results_of_other_settings_are_not_compared(toy, tmp_path):
         (["--report"], "wrong/results holds no results; give the --output of a run"),
     ],
 )
-def test_wrong_commands(toy, ranks, monkeypatch, words, said):
+def test_invalid_commands(toy, ranks, monkeypatch, words, said):
     (toy.folder / "broken").mkdir(exist_ok=True)
     (toy.folder / "broken" / "text.jsonl").write_text('{"text": "a"}\n[1]\n')
     words = [str(toy.folder / word) if word in ("train", "nowhere", "broken") else word for word in words]
@@ -269,7 +269,7 @@ def test_wrong_commands(toy, ranks, monkeypatch, words, said):
     assert said in err.replace(f"{toy.folder}/", "").replace("broken/text.jsonl", "broken")
 
 
-def test_results_are_not_overwritten_by_others(toy, ranks):
+def test_results_are_not_overwritten_by_another_experiment(toy, ranks):
     before = toy.results()
     code, _, err = ranks(
         1, "paper_claims_workers.reproduce", words=["objective", *toy.words, "--set", "distill.steps=5"]
@@ -281,7 +281,7 @@ def test_results_are_not_overwritten_by_others(toy, ranks):
     assert toy.results() == before
 
 
-def test_claims_that_need_more_are_left_out(toy, ranks):
+def test_claims_without_their_inputs_are_skipped(toy, ranks):
     words = [
         "all",
         "--size",
@@ -345,7 +345,7 @@ def made_up(loss: float, accuracy: float = 0.5) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("others", "shown"), [((2.1, 2.2), True), ((1.9, 1.8), False), ((2.1, 1.9), None)])
-def test_a_claim_needs_every_seed(others, shown):
+def test_claim_needs_every_seed(others, shown):
     results = {
         "pruned": [made_up(2.0), made_up(2.0)],
         "CE": [made_up(loss) for loss in others],
@@ -358,7 +358,7 @@ def test_a_claim_needs_every_seed(others, shown):
 
 
 @pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
-def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
+def test_accuracy_difference_must_exceed_its_standard_error(scattered, shown):
     """Twice that of two shares with 5 % each; two seeds are asked the same words, and take nothing off it."""
     results = {"contiguous layers": [made_up(2.0)] * 2, "scattered layers": [made_up(2.0, scattered)] * 2}
     said, verdict = CLAIMS["layers"].judge(results)
@@ -375,13 +375,13 @@ def test_a_difference_of_shares_needs_more_than_its_error(scattered, shown):
         (((8.0, 2.5), (9.5, 1.5)), False),
     ],
 )
-def test_chance_is_held_against_both_losses_and_every_seed(losses, shown):
+def test_random_scores_must_lose_in_both_losses_at_every_seed(losses, shown):
     """As cut (ours 9.0) and distilled (2.0), by seed."""
     chance = [{**made_up(distilled), "pruned": {"loss": pruned}} for pruned, distilled in losses]
     assert CLAIMS["chance"].judge({"pruned": [made_up(2.0)] * 2, "random scores": chance})[1] is shown
 
 
-def test_a_setting_that_comes_with_a_later_version_makes_no_other_experiment(monkeypatch):
+def test_new_default_setting_keeps_the_experiment_fingerprint(monkeypatch):
     """The mark of the recipe that results start from, of which only what the file and the command say counts."""
     import run
 
@@ -406,7 +406,7 @@ class Later(Recipe):
     distill: LaterDistill
 
 
-def test_a_search_that_chose_the_largest_decides_nothing():
+def test_search_choosing_the_largest_candidate_is_inconclusive():
     def of(size: int, loss: float) -> dict[str, Any]:
         return {
             **made_up(loss),
@@ -427,7 +427,7 @@ def test_a_search_that_chose_the_largest_decides_nothing():
     assert said.endswith("at a seed the largest was the best")
 
 
-def test_width_is_held_against_the_better_depth_cut():
+def test_width_is_compared_with_the_better_depth_cut():
     speed = {
         "kinds": ["prefill"],
         "tokens_per_s": {"teacher": {"prefill": 1}, "width": {"prefill": 2}, "depth": {"prefill": 3}},
@@ -444,7 +444,7 @@ def test_width_is_held_against_the_better_depth_cut():
         assert bool(CLAIMS["width"].judge(results, speed)[1]) is shown
 
 
-def test_a_result_without_the_plain_loop_is_not_done_where_it_is_wanted(tmp_path):
+def test_result_without_a_requested_plain_loop_is_incomplete(tmp_path):
     path = tmp_path / "pruned-7.json"
     for plain in (None, {"loss": 2.0}, {"loss": 2.0, "ratios": [1.0]}):
         path.write_text(json.dumps({"fingerprint": "a", "base": "c", "plain": plain}))
@@ -459,7 +459,7 @@ def curve(*kl: float) -> list[list[float]]:
     return [[10 * (i + 1), 0, value, 0] for i, value in enumerate(kl)]
 
 
-def test_the_factor_of_tokens():
+def test_tokens_factor():
     slow = curve(9, 8, 7, 6, 5, 4, 3, 2)
     assert tokens_factor(curve(5, 3, 2, 1), slow, window=1) == (80 / 30, False)
     assert tokens_factor(curve(2, 1, 1, 1), slow, window=1) == (8, True)  # from the start on
@@ -470,7 +470,7 @@ def test_the_factor_of_tokens():
     )  # means 4, 2.5, 1.5 against a last one of 2.5
 
 
-def test_no_package_of_the_standard_library_is_on_both_sides(tmp_path):
+def test_no_stdlib_package_is_in_both_parts(tmp_path):
     train, valid = (list(documents(path)) for path in stdlib_by_package(tmp_path))
     assert len(train) > len(valid) > 40
     assert not set(train) & set(valid)
@@ -479,7 +479,7 @@ def test_no_package_of_the_standard_library_is_on_both_sides(tmp_path):
         assert sum(name in text for text in whole) == 1
 
 
-def test_last_words_can_be_found_in_the_passage(tmp_path):
+def test_last_words_occur_in_the_passage(tmp_path):
     (tmp_path / "text.txt").write_text("".join(sentences(400)))
     path = last_words(tmp_path / "text.txt", tmp_path / "words.jsonl", 20)
     items = [json.loads(line)["text"] for line in path.read_text().splitlines()]
@@ -492,6 +492,6 @@ def test_last_words_can_be_found_in_the_passage(tmp_path):
         last_words(tmp_path / "text.txt", tmp_path / "words.jsonl", 5000)
 
 
-def test_the_readme_says_what_the_results_say():
+def test_readme_matches_the_results():
     readme = (FOLDER / "README.md").read_text()
     assert report.filled(readme, FOLDER / "results") == readme
