@@ -91,7 +91,7 @@ def read(text) -> Reader:
     return Reader(text)
 
 
-def test_page_has_the_numbers_of_the_artefacts(whole, read):
+def test_page_has_the_numbers_of_the_artifacts(whole, read):
     found, plan = (
         json.loads((whole.output / "evaluation.json").read_text()),
         PrunePlan.load(whole.output / "plan.json"),
@@ -128,7 +128,7 @@ def test_page_has_the_numbers_of_the_artefacts(whole, read):
     assert f"minitron-mp compress {whole.output / 'recipe.yaml'}" in read.boxes[0].splitlines()
 
 
-def test_both_pages_say_the_same(whole, text, read):
+def test_html_and_markdown_reports_agree(whole, text, read):
     written = (whole.output / "report.md").read_text()
     rows = [
         line.strip("| ").split(" | ")
@@ -142,7 +142,7 @@ def test_both_pages_say_the_same(whole, text, read):
     ]
 
 
-def test_cut_query_groups_are_drawn():
+def test_dropped_query_groups_are_drawn():
     """Their scores, with the cut; the heads of a group have none then."""
     scores = np.random.default_rng(1)
     teacher = ARCHS["qwen3"]
@@ -168,7 +168,7 @@ def test_cut_query_groups_are_drawn():
     assert f"All {teacher.heads_per_group} stay." in drawn["Heads, a line a query group"]
 
 
-def test_page_needs_nothing_from_elsewhere(text, read):
+def test_page_is_self_contained(text, read):
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in read.references), (
         read.references
     )
@@ -185,7 +185,7 @@ def test_page_needs_nothing_from_elsewhere(text, read):
     assert targets <= set(read.ids)
 
 
-def test_figures_say_what_the_plan_says(whole, read):
+def test_figures_match_the_plan(whole, read):
     plan, importance = (
         PrunePlan.load(whole.output / "plan.json"),
         Scores.load(whole.output / "importance.safetensors"),
@@ -209,7 +209,7 @@ def test_figures_say_what_the_plan_says(whole, read):
 
 
 @pytest.mark.parametrize("method", ["drop", "block", "greedy"])
-def test_trials_are_drawn_with_what_was_chosen(method):
+def test_depth_trials_are_drawn_with_the_chosen_layers(method):
     found = {
         "drop": [([1], 2.0), ([2], 1.5), ([3], 3.0)],
         "block": [([1, 2], 4.0), ([2, 3], 3.5)],
@@ -245,7 +245,7 @@ def candidates(latency: bool = True) -> list[dict]:
     ]
 
 
-def test_search_is_a_table_and_fronts():
+def test_search_section_has_table_and_pareto_fronts():
     section = search_section(candidates(), "latency_ms")
     table = next(part for part in section.parts if isinstance(part, Table))
     assert [row[0] for row in table.rows] == [
@@ -278,7 +278,7 @@ def test_search_is_a_table_and_fronts():
     assert front([("x", 1, 2, False), ("y", 1, 1, False), ("z", 2, 1, False)]) == ["y"]
 
 
-def test_files_of_other_stages_have_their_place(whole, tmp_path):
+def test_optional_stage_files_are_included(whole, tmp_path):
     """search.json and depth.json, where a project has them."""
     shutil.copytree(
         whole.output, tmp_path / "out", ignore=shutil.ignore_patterns("*.distcp", "tensorboard", "data")
@@ -311,7 +311,7 @@ def test_files_of_other_stages_have_their_place(whole, tmp_path):
     assert "Loss without one layer" in drawn[1] - drawn[0]
 
 
-def test_how_it_was_made_is_how_it_ran(whole, tmp_path):
+def test_provenance_matches_the_run_records(whole, tmp_path):
     """Ranks, nodes and versions of the records, several where stages differ; of lost ones the recipe's layout."""
     (tmp_path / "out").mkdir()
     shutil.copy(whole.output / "evaluation.json", tmp_path / "out")
@@ -417,7 +417,7 @@ def test_card_beside_the_exported_model(whole):
 @pytest.mark.parametrize(
     ("depth", "said"), [({}, "chosen by `cosine`."), ({"method": "drop"}, "chosen by `drop` (loss).")]
 )
-def test_card_says_what_chose_the_layers(whole, depth, said):
+def test_card_states_how_layers_were_chosen(whole, depth, said):
     project = whole.project()
     recipe = project.recipe.model_copy(update={"depth": DepthConfig(**depth)})
     assert said in model_card(
@@ -425,7 +425,7 @@ def test_card_says_what_chose_the_layers(whole, depth, said):
     )
 
 
-def test_card_passes_on_what_the_source_says(whole, tmp_path):
+def test_card_keeps_the_source_license_and_tags(whole, tmp_path):
     project, assets = whole.project(), tmp_path / "assets"
     shutil.copytree(project.paths["import"] / "assets", assets)
     (assets / "README.md").write_text(
@@ -458,7 +458,7 @@ def test_card_passes_on_what_the_source_says(whole, tmp_path):
 @pytest.mark.parametrize(
     ("layout", "copies", "samples"), [("pp2-vpp2-dp2", 2, [2, 6]), ("tp2-cp2-sp", 1, [1, 3])]
 )
-def test_speed_is_measured_in_any_layout(ranks, layout, copies, samples):
+def test_speed_is_measured_for_every_layout(ranks, layout, copies, samples):
     place = BY_NAME[layout]
     found = ranks(
         place.ranks,
