@@ -1,4 +1,7 @@
-"""What the tests of losses on states run on the ranks of a pool, as in training_workers.py and teacher_stream_workers.py."""
+"""Worker functions for the tests of losses on hidden states; they run on the ranks of a pool.
+
+See also training_workers.py and teacher_stream_workers.py.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def train_all(
     runs: dict[str, tuple[Student, DistillConfig, Path | None]],
     output: Path,
 ) -> dict[str, Any]:
-    """name -> (metrics of rank 0, this rank's projection at the end), for each run: (student, settings, checkpoints to resume from)."""
+    """Run several (student, settings, checkpoints to resume from) cases.
+
+    Returns name -> (metrics of rank 0, this rank's projection at the end).
+    """
     found = {}
     with joined(layout) as world:
         for name, ((student_arch, student, channels), settings, stopped) in runs.items():
@@ -90,7 +96,10 @@ def train_remote(
     settings: DistillConfig,
     output: Path,
 ) -> list[StepMetrics]:
-    """The first RESUME_AT steps of a run of train_all with the teacher on ranks of its own; metrics of the student's rank 0, [] elsewhere."""
+    """Run the first RESUME_AT steps of a case of train_all with a remote teacher.
+
+    Returns the metrics of the student's rank 0, [] elsewhere.
+    """
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = settings.global_batch_size // settings.micro_batch_size
     shape = StreamShape("hidden", SEQUENCE_LENGTH, settings.micro_batch_size, arch.hidden_size, torch.float32)

@@ -1,4 +1,4 @@
-"""What the tests of refusals run on the ranks of a pool, as in model_workers.py: the message of the InputError, "" without one."""
+"""Worker functions for the tests of input errors: each returns the InputError's message, or ""."""
 
 from __future__ import annotations
 

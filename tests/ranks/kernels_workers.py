@@ -1,7 +1,8 @@
-"""What the kernel tests run: with TRITON_INTERPRET=1 on CPU tensors, without it the compiler alone.
+"""Worker functions for the kernel tests: with TRITON_INTERPRET=1 on CPU tensors, else compile only.
 
-Triton reads that variable when it is imported, hence a process of its own and no import of triton in the test session. The
-interpreter works on numpy arrays, bf16 included (triton 3.9, numpy 2.4); it has no & of a scalar with a block.
+Triton reads that variable at import. So these functions run in a separate process, and the test
+session does not import triton. The interpreter works on numpy arrays, bf16 included (triton 3.9,
+numpy 2.4). It does not support & between a scalar and a block.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def row_values(
     t: float,
     divergence: str,
 ) -> Tensor:
-    """[n, 6] as rows.gradient takes it, of one rank that has the whole vocabulary; any numbers when it has none of it."""
+    """Return [n, 6] as rows.gradient takes it, for one rank with the whole vocabulary.
+
+    Without valid columns the numbers are arbitrary.
+    """
     n, known = len(z_s), valid > 0
     lse_s = (z_s[:, :valid].float() / t).logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
     lse_t = (

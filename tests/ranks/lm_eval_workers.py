@@ -28,7 +28,10 @@ def ask(
     prompts: list[Any],
     eos: str,
 ) -> dict[str, Any]:
-    """What the adapter answers to each kind of request; to the first prompt again with another token as the end of text."""
+    """Return the adapter's answers to each kind of request.
+
+    The first prompt is requested again with another token as the end of text.
+    """
     from transformers import AutoTokenizer
 
     from minitron_mp.integrations.lm_eval import ShardedLM
@@ -107,7 +110,10 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
 def command(
     arguments: list[str], task: Path, layout: Layout, micro_batch_size: int
 ) -> tuple[Any, float, float]:
-    """The command line as on this rank of torchrun, and the accuracy and normalised accuracy that our own choice tasks give."""
+    """Run the command line as one rank of torchrun.
+
+    Also returns accuracy and normalised accuracy of the same items as our own choice tasks.
+    """
     from minitron_mp.data.tokenizer import load_tokenizer
     from minitron_mp.evaluation.choice_tasks import score_task
     from minitron_mp.evaluation.task_files import read_task_file

@@ -1,4 +1,4 @@
-"""What the loss tests run on the ranks of a pool, as in model_workers.py: whole tensors come in, each rank cuts out its part."""
+"""Worker functions for the loss tests: each rank slices its part out of full tensors."""
 
 from __future__ import annotations
 
@@ -43,10 +43,14 @@ def fused(
     incoming: float = 1.0,
     defect: str | None = None,
 ) -> dict[str, Any]:
-    """distillation_loss and its gradients on this rank, with hidden [s, b, h] and weight [v, h] and the teacher's given whole.
+    """Return distillation_loss and its gradients on this rank.
 
-    teacher_padding: columns of not-a-number that the teacher has behind the valid ones of each rank. chunks: sizes in rows, see
-    losses.ELEMENTS. main_grad: the weight has one, which holds 1 everywhere. incoming: gradient of the loss. defect: see broken().
+    hidden [s, b, h], weight [v, h] and the teacher's tensors are full tensors.
+    teacher_padding: number of NaN columns behind the teacher's valid ones, on each rank.
+    chunks: sizes in rows, see losses.ELEMENTS.
+    main_grad: whether the weight has a main_grad, filled with 1.
+    incoming: gradient of the loss.
+    defect: see broken().
     """
     group = dist.group.WORLD
     own = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -111,9 +115,10 @@ def chunked(sizes: tuple[int, int, int] | None, columns: int) -> Iterator[None]:
 
 @contextmanager
 def broken(defect: str | None, size: int) -> Iterator[None]:
-    """Gradients that are tp times too large, as where autograd sums over the ranks what each already has whole.
+    """Make gradients tp times too large, as if autograd summed a full gradient over the ranks.
 
-    logits: that of the logits, so both results; hidden: only that of the hidden states.
+    logits: the gradient of the logits, so both results change.
+    hidden: only the gradient of the hidden states.
     """
     gradient, reduce = rows.gradient, fused_module._reduce
 
@@ -136,7 +141,7 @@ def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor
 
 
 def top_k(hidden: Tensor, weight: Tensor, k: int, vocab_size: int, temperature: float) -> tuple[Tensor, ...]:
-    """What the student's end has of a teacher's top k, from hidden [s, b, h] and weight [v, h] given whole."""
+    """Return the teacher's top k as the student receives it, from full hidden [s, b, h], weight [v, h]."""
     from minitron_mp.losses.top_k import pack_top_k, top_k_of, unpack_top_k
 
     group = dist.group.WORLD

@@ -1,4 +1,7 @@
-"""What tests/ranks/test_megatron_bridge.py runs on ranks that import Megatron-Bridge; they are started afresh, with the shims before anything else."""
+"""Worker functions for test_megatron_bridge.py, on ranks that import Megatron-Bridge.
+
+Such ranks are spawned and import the shims before anything else.
+"""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -101,7 +104,10 @@ def import_folder(source: Path, folder: Path, world: World) -> None:
 
 
 def compare_converters(*, tp: int, pp: int, sources: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Family -> (tensors on this rank, those that differ between Bridge's conversion and ours); both write it back, too."""
+    """Return family -> (number of tensors on this rank, tensors whose conversions differ).
+
+    Bridge's conversion is compared with ours in both directions.
+    """
     found = {}
     with joined(tp, pp) as world:
         for family, source in sources.items():
@@ -163,7 +169,10 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
 
 
 def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
-    """teacher/ and student/ below the folder, as import and prune leave them; layers of both. Scores are drawn."""
+    """Write teacher/ and student/ below the folder, as import and prune do; scores are random.
+
+    Returns the layers of both.
+    """
     with joined(1, 1) as world:
         import_folder(source, folder / "teacher", world)
         arch, draw = read_arch(source), np.random.default_rng(0)
@@ -201,7 +210,10 @@ class Losses:
 
 
 def as_model_config(provider: Any, folder: Path) -> Any:
-    """The student as AutoBridge.get_model_config() of Bridge's main would describe it, which 0.6 has not; pretrain() of 0.6 takes it, too."""
+    """Return the student as AutoBridge.get_model_config() of Bridge's main branch describes it.
+
+    Bridge 0.6 does not have that method, but its pretrain() accepts the object.
+    """
     from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
     from megatron.bridge.models.transformer_config import TransformerConfig
 
@@ -244,9 +256,11 @@ def pretrain(
     teacher: Any = None,
     api: str = "provider",
 ) -> Any:
-    """examples/bridge_distill.py through Bridge's own pretrain(); what it would log, on ranks of the last stage.
+    """Run examples/bridge_distill.py with Bridge's pretrain().
 
-    spy: with the microbatches seen. api: config, for a ModelConfig in the provider's place.
+    Returns what Bridge would log, on ranks of the last stage.
+    spy: whether the microbatches are returned too.
+    api: "config" replaces the provider with a ModelConfig.
     """
     from bridge_distill import recipe
     from megatron.bridge.training.pretrain import pretrain
@@ -341,8 +355,10 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
 def pretrain_beside_teacher(
     *, folder: Path, batches: list[dict[str, Any]], overrides: list[str]
 ) -> list[dict[str, float]]:
-    """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks. Rank 1, the student's last, has what
-    Bridge would log."""
+    """Run Bridge's pretrain() on four ranks in two worlds: a student of pp 2, a teacher of tp 2.
+
+    Rank 1, the student's last stage, returns what Bridge would log.
+    """
     arch = _arch_in(folder / "teacher")
     roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
     shape = StreamShape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
@@ -405,7 +421,10 @@ def refusals(*, folder: Path) -> str:
 
 
 def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str, Any]:
-    """examples/bridge_prune.py on a family that hf.py does not map; then the checkpoint, and the same cut in memory, as Hugging Face folders."""
+    """Run examples/bridge_prune.py on a family that models/hf does not map.
+
+    Writes the resulting checkpoint, and the same pruning in memory, as Hugging Face folders.
+    """
     from bridge_prune import compress
 
     target, config = (

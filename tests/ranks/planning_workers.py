@@ -1,4 +1,7 @@
-"""What the planner's tests run on a rank: any rank of any layout, with process groups that say that they have communicated (torch's 'fake' backend)."""
+"""Worker functions for the planning tests. They emulate any rank of any layout on one process.
+
+Process groups use torch's 'fake' backend, whose collectives return without communication.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ def alone(p: ParallelConfig, rank: int = 0, dp: int = 1) -> Iterator[World]:
 
 
 def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int, int]]]:
-    """Of each case and pipeline stage: parameters that Megatron-Core makes on the first and on the last tensor parallel rank, without memory."""
+    """Count the parameters that Megatron-Core makes, for each case and pipeline stage.
+
+    Returns those of the first and of the last tensor parallel rank. Allocates no memory.
+    """
     found = []
     with without_group():
         for arch, p in cases:
@@ -66,7 +72,10 @@ def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int,
 
 
 def kept(cases: list[tuple[Arch, ParallelConfig, str, bool, int, int]]) -> list[int]:
-    """Bytes that autograd holds after the forward pass of (arch, layout, precision, recompute, sequence length, microbatch), weights apart."""
+    """Return the bytes that autograd holds after the forward pass, without the weights.
+
+    A case is (arch, layout, precision, recompute, sequence length, microbatch).
+    """
     found = []
     with without_group():
         for arch, p, precision, recompute, sequence, batch in cases:
@@ -99,7 +108,11 @@ def kept(cases: list[tuple[Arch, ParallelConfig, str, bool, int, int]]) -> list[
 
 
 def in_flight(arch: Arch, cases: list[tuple[ParallelConfig, int]]) -> list[list[int]]:
-    """Of each layout and number of microbatches: on each stage the most layers whose backward pass is to come, in Megatron's schedule."""
+    """Return the largest number of layers in flight on each stage, in Megatron's schedule.
+
+    A layer is in flight between its forward and its backward pass. A case is (layout, number of
+    microbatches).
+    """
     found = []
     with without_group():
         for p, microbatches in cases:
@@ -126,7 +139,10 @@ def in_flight(arch: Arch, cases: list[tuple[ParallelConfig, int]]) -> list[list[
 
 
 def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> list[dict[str, int]]:
-    """Of each (layout, data parallel size, precision): bytes of weights, gradients and optimizer state on the first rank, after a step."""
+    """Return the bytes of weights, gradients and optimizer state on the first rank after a step.
+
+    A case is (layout, data parallel size, precision).
+    """
     found = []
     with without_group():
         for p, dp, precision in cases:

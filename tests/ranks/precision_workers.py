@@ -28,7 +28,10 @@ ONE = Layout("one", 1)
 
 
 def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]]) -> list[str | list[str]]:
-    """For (options of build_model, settings of a training): why there is no such model, or the kinds of module in its first layer."""
+    """Build a model for each (options of build_model, training settings).
+
+    Returns the error message, or the kinds of module in the first layer.
+    """
     found: list[str | list[str]] = []
     with joined(ONE) as world:
         for options, training in cases:
@@ -72,7 +75,10 @@ def wrongs(arch: Arch) -> dict[str, list[str]]:
 
 
 def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
-    """Of a model that says that its weights are FP8: whether a checkpoint is read into other memory than theirs; whether they have its values."""
+    """Load a checkpoint into a model whose weights claim to be FP8.
+
+    Returns whether it is read into separate memory, and whether the weights have its values.
+    """
     with joined(ONE) as world:
         want = [parameter.clone() for parameter in load(arch, teacher, world)[0].parameters()]
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
@@ -95,7 +101,10 @@ def _places(state: dict[str, Any]) -> set[int]:
 
 
 class NormLinear(nn.Module):
-    """A norm and the linear layer behind it in one module, with the attributes of Transformer Engine's LayerNormLinear, which needs a GPU."""
+    """A norm and the linear layer behind it in one module.
+
+    It has the attributes of Transformer Engine's LayerNormLinear, which needs a GPU.
+    """
 
     def __init__(self, norm: Any, linear: Any, normalization: str):
         super().__init__()
@@ -113,7 +122,7 @@ class NormLinear(nn.Module):
 
 
 def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
-    """Importance of a model of norms of their own, and of the same one with each inside the linear layer behind it."""
+    """Return the importance of a model with separate norms, and with norms fused into the linears."""
     with joined(ONE) as world:
         chunks, samples = load(arch, teacher, world), make_samples(arch, 0, 4)
         found = [score_samples(chunks, arch, samples, world, DEFAULT_PAIR)]

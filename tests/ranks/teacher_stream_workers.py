@@ -1,4 +1,4 @@
-"""What the tests of the teacher stream run on the ranks of a pool: roles in one job, over plain signals and over models."""
+"""Worker functions for the teacher stream tests: roles in one job, with plain signals or models."""
 
 from __future__ import annotations
 
@@ -99,7 +99,10 @@ def transport(
     delay_s: float = 0.0,
     die: str = "",
 ) -> dict[str, Any]:
-    """Stream `count` plain signals with random delays on both sides; what each end saw. die: "ROLE RANK PHASE", see _fault."""
+    """Stream `count` plain signals with random delays on both sides; return what each end saw.
+
+    die: "ROLE RANK PHASE", see _fault.
+    """
     with joined_roles(roles, timeout_s=3.0 if die else 60.0) as world:
         return {} if world is None else _stream(world, roles, shape, window, count, seed, delay_s, die)
 
@@ -265,9 +268,10 @@ def train_with(
     student_weights: Path,
     output: Path,
 ) -> list[StepMetrics]:
-    """The run of training_workers.train_everything with a teacher on ranks of its own, or a colocated one (None) that hands over the payload.
+    """Run the steps of training_workers.train_everything with a remote or colocated teacher.
 
-    Metrics of the student's rank 0, [] elsewhere.
+    teacher: the layout of a remote teacher; None is a colocated one that hands over the payload.
+    Returns the metrics of the student's rank 0, [] elsewhere.
     """
     chosen, start = (
         settings(student).model_copy(update={"steps": RESUME_AT}),

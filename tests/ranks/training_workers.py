@@ -41,9 +41,10 @@ from minitron_mp.training.teacher_correction import TrainableTeacher
 def train_everything(
     layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
 ) -> dict[str, Any]:
-    """An unbroken run, the same run resumed from its checkpoint, a student that is its teacher, and evaluations.
+    """Train without interruption, resume, train a student equal to its teacher, and evaluate.
 
-    The checkpoint after RESUME_AT steps stays in output/unbroken. Metrics are rank 0's, [] elsewhere.
+    The checkpoint after RESUME_AT steps stays in output/unbroken. Metrics are rank 0's, []
+    elsewhere.
     """
     with joined(layout) as world:
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
@@ -79,9 +80,9 @@ def train_variants(
     output: Path,
     variants: dict[str, DistillConfig],
 ) -> dict[str, Any]:
-    """For each of these settings: (rank 0's metrics, whether the final weights agree over data parallel ranks).
+    """Train with each of these settings; runs are stopped and resumed if they are long enough.
 
-    Runs are stopped and resumed where they are long enough.
+    Returns (rank 0's metrics, whether the final weights agree over data parallel ranks) by name.
     """
     found = {}
     with joined(layout) as world, small_buckets():
@@ -109,10 +110,11 @@ def correct_meanwhile(
     correct: CorrectionConfig,
     precision: str,
 ) -> dict[str, Any]:
-    """A student distilled from a teacher that learns: at one go, and stopped and resumed; the teacher alone, and its last step again; and how far
-    the student of the first step is from the teacher of the first and of the second, on the batch of the second.
+    """Distil a student while its teacher is corrected: uninterrupted, and stopped and resumed.
 
-    Curves are rank 0's, [] elsewhere.
+    Also returns the curve of the teacher trained separately, its last step again, and the distance
+    of the first step's student to the teachers of the first and the second step, on the batch of
+    the second step. Curves are rank 0's, [] elsewhere.
     """
     distil, folder, found = (
         settings(layout).model_copy(update={"temperature": 1.0}),
@@ -192,7 +194,10 @@ def correct_meanwhile(
 def leave(
     layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
 ) -> dict[str, Any]:
-    """Runs that are told to leave, each in another way, and go on: name -> (rank 0's metrics of each part, names of the checkpoints between them)."""
+    """Stop runs, each in another way, and resume them.
+
+    Returns name -> (rank 0's metrics of each part, names of the checkpoints between them).
+    """
     found: dict[str, Any] = {}
     with joined(layout) as world, watch_for_preemption(output) as leaving:
         output.mkdir(parents=True, exist_ok=True)
@@ -236,7 +241,10 @@ def leave(
 def killed_writer(
     layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
 ) -> dict[str, Any]:
-    """Checkpoints beside the training whose writers die in the middle of the second one: what lies there, what is said, and the run that goes on."""
+    """Kill the writers of background checkpoints during the second one, then resume.
+
+    Returns the files on disk, the messages, and the resumed run.
+    """
     with joined(layout) as world:
         signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         chosen = settings(layout).model_copy(update={"async_save": True, "checkpoint_interval": 1})

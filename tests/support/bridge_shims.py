@@ -1,4 +1,7 @@
-"""What Megatron-Bridge 0.6 needs to be imported and run on a machine without a GPU. For tests/ranks/test_megatron_bridge.py alone; each shim says why."""
+"""Shims that let Megatron-Bridge 0.6 import and run without a GPU.
+
+Only tests/ranks/test_megatron_bridge.py uses them. Each shim states its reason.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,16 @@ def install() -> None:
     transformer_engine()
     from minitron_mp.distributed.cpu_backend import install
 
-    install()  # explicit CUDA devices and streams, as for all our tests; Bridge asks for torch.cuda.current_device(), too
+    # Explicit CUDA devices and streams, as for all our tests; Bridge calls torch.cuda.current_device().
+    install()
 
 
 def transformer_engine() -> None:
-    """Bridge imports transformer_engine.pytorch unconditionally (peft/lora_layers.py), to compare classes and as bases of others.
+    """Stub transformer_engine.pytorch.
 
-    Transformer Engine itself can be built without a GPU, but every module of it raises. Megatron-Core looks for it first, and must not find it,
-    or it would build its layers from the stub.
+    Bridge imports it unconditionally (peft/lora_layers.py), for isinstance checks and as base
+    classes. Transformer Engine installs without a GPU, but each of its modules raises.
+    Megatron-Core looks for it first and must not find it, or it builds its layers from the stub.
     """
     sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     import megatron.core.extensions.transformer_engine
@@ -57,7 +62,11 @@ def transformer_engine() -> None:
 
 
 class Norm(nn.Module):
-    """Every norm of the families; Megatron-Core has weights stored less one (Nemotron, Gemma) only in Apex and Transformer Engine."""
+    """Any norm of the families.
+
+    Megatron-Core supports weights stored less one (Nemotron, Gemma) only with Apex or Transformer
+    Engine.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -80,7 +89,7 @@ class Norm(nn.Module):
 
 
 def layers(config: Any) -> TransformerBlockSubmodules:
-    """Megatron's local layers with that norm, in the place of Bridge's default, which is Transformer Engine's."""
+    """Return Megatron's local layers with Norm; Bridge's default is Transformer Engine's layers."""
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
@@ -92,7 +101,11 @@ def layers(config: Any) -> TransformerBlockSubmodules:
 
 
 def pretrain_without_cuda(cfg: Any) -> None:
-    """setup() asserts that there is CUDA, though the function that it calls has a parameter to go on without; that one then seeds no Megatron stream."""
+    """Let setup() run without CUDA.
+
+    setup() asserts CUDA, although initialize_megatron() has a parameter for running without it.
+    With that parameter Megatron's random streams are not seeded, so this function seeds them.
+    """
     from megatron.bridge.training import initialize, setup
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

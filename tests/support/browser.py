@@ -1,4 +1,7 @@
-"""A page in headless Chromium, by the DevTools protocol over its pipe: sizes, what the console says, screenshots. Needs no package."""
+"""A page in headless Chromium over the DevTools protocol pipe; needs no package.
+
+It returns sizes, console messages and screenshots.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,8 @@ def browse(path: Path, profile: Path) -> Iterator[Page]:
     """The page of a file. profile: a folder that the browser may fill."""
     to_read, to_write = os.pipe(), os.pipe()  # it reads from 3 and writes to 4
     command = [str(BINARY), *QUIET, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
-    # A shell moves the descriptors, because Popen keeps their numbers; not sh, which knows those of one digit only.
+    # A shell moves the descriptors, because Popen keeps their numbers. It is bash, because sh
+    # supports only descriptors of one digit.
     line = ["bash", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "bash", *command]
     process = subprocess.Popen(
         line, pass_fds=(to_read[0], to_write[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

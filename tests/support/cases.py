@@ -1,4 +1,4 @@
-"""What the multi-rank tests run on: layouts, small odd architectures, their weights, and batches. No megatron here."""
+"""Layouts, small odd architectures, weights and batches of the multi-rank tests. No megatron here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ SEQUENCE_LENGTH = 24
 
 @dataclass(frozen=True)
 class Layout:
-    """How a test cuts the model. parallel: arguments of config.Parallel; data parallel is what is left of the ranks."""
+    """A parallel layout.
+
+    parallel: arguments of ParallelConfig. The data parallel size follows from the ranks.
+    """
 
     name: str
     ranks: int
@@ -58,8 +61,9 @@ LAYOUTS = [
 ]
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
-# Odd on purpose: hidden is neither heads x head width nor a multiple of 128, the layers divide over 2 stages but not over 4,
-# the vocabulary leaves padding, and at tp 4 a rank with padding only. Even are only heads, groups and ffn, which tp must divide.
+# Odd on purpose: hidden_size is neither heads x head width nor a multiple of 128. The layers divide
+# over 2 stages but not over 4. The vocabulary needs padding, and at tp 4 one rank has padding only.
+# Only heads, groups and ffn are even, because tp must divide them.
 SIZES = {
     "num_layers": 6,
     "hidden_size": 40,
@@ -85,7 +89,8 @@ ARCHS = {
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
 
-# qwen3 everywhere; the others where their own points matter: biases and a head that is not tied, and heads that tp does not divide.
+# qwen3 runs at every layout. The others run where they differ: biases, an untied head, and head
+# counts that tp does not divide.
 SOME = {
     "qwen2": ("one", "tp2-sp", "pp2-vpp2", "tp2-pp2-sp", "tp2-cp2-sp", "tp4-sp"),
     "llama": ("one", "pp2", "cp2", "dp2", "pp4"),
@@ -96,9 +101,11 @@ IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
 
 
 def targets(arch: Arch, tp: int = 1) -> dict[str, TargetConfig]:
-    """A student for each axis, for all with all groups, for all with merged heads, and the teacher again.
+    """Return name -> target of a student.
 
-    align 4: kept sizes still divide at tp 4; where kept groups do not, the students that lose some are left out.
+    One for each axis, one with all axes and all groups, one with merged heads, and the teacher
+    again ("identity"). With align 4 the kept sizes still divide at tp 4. Where the kept groups do
+    not divide, students with fewer groups are left out.
     """
     sizes = {
         "hidden": {"hidden_size": 28},
@@ -121,11 +128,12 @@ def targets(arch: Arch, tp: int = 1) -> dict[str, TargetConfig]:
 
 
 def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
-    """Canonical key -> global float32 tensor (layers stacked), such that mistakes show.
+    """Return canonical key -> global float32 tensor (layers stacked) that exposes mistakes.
 
-    Activations of order one and a residual stream that each layer changes visibly; norm weights away from one; neurons whose
-    importance is heaped on the first tensor parallel rank in even layers and on the last one in odd layers, so that the
-    kept ones are very uneven; garbage in the rows of the padded vocabulary, which must count nowhere.
+    Activations are of order one, and each layer changes the residual stream visibly. Norm weights
+    differ from one. Important neurons lie on the first tensor parallel rank in even layers and on
+    the last one in odd layers, so that the kept ones are very uneven. The rows of the padded
+    vocabulary hold garbage, which must have no effect.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -151,9 +159,10 @@ def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
 
 
 def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
-    """`count` samples of a step: tokens, labels, position_ids [count, s], and a loss_mask with unequal counts.
+    """Return `count` samples of a step with unequal token counts.
 
-    Of four samples one counts whole, one about half, one with a single token, one not at all.
+    They have tokens, labels, position_ids and loss_mask, each [count, s]. Of four samples the
+    first counts fully, the second about half, the third with one token, the fourth not at all.
     """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, arch.vocab_size, (count, SEQUENCE_LENGTH + 1), generator=generator)
@@ -179,12 +188,18 @@ def micro_batches(
 
 
 def saved_axes(arch: str) -> list[str]:
-    """Students that are written and loaded at another layout; the others' slices are compared in memory only, to save time."""
+    """Return the students that are saved and loaded at another layout.
+
+    The slices of the others are compared in memory only, to save time.
+    """
     return {"qwen3": ["layer", "all"], "qwen2": ["all", "merged"]}.get(arch, ["all"])
 
 
 def masked_axes(arch: str, layout: Layout) -> list[str]:
-    """Students that the teacher computes under masks, which have no merged heads: each axis alone with qwen3, and with all on one rank."""
+    """Return the students that are also computed by the masked teacher, which has no merged heads.
+
+    Each axis separately for qwen3, and all axes on one rank.
+    """
     chosen = (
         saved_axes(arch)
         if arch != "qwen3" and layout.ranks > 1
@@ -249,7 +264,11 @@ TRAINED_IDS = [f"{arch}-{layout.name}" for arch, layout in TRAINED]
 
 
 def settings(layout: Layout) -> DistillConfig:
-    """Ranks that share a layer talk in each layer of each microbatch, so they get few and large ones: as many as fill the pipeline."""
+    """Return DISTILL with the microbatch size of a layout.
+
+    Tensor and context parallel ranks communicate in each layer of each microbatch. So they get
+    few large microbatches: as many as fill the pipeline.
+    """
     parts = (
         layout.parallel.get("pp", 1)
         if layout.tp * layout.parallel.get("cp", 1) > 1

@@ -1,6 +1,7 @@
-"""What the tests run on the ranks of a pool: module-level functions, their case as keywords, plain values back.
+"""Worker functions that several tests run on the ranks of a pool.
 
-Each joins a world of one layout and leaves it. Results that must agree between ranks are returned by each rank.
+Module-level functions with keyword arguments and plain return values. Each joins a world of one
+layout and leaves it. If a result must agree between ranks, every rank returns it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Weights = dict[str, Tensor]
 
 @contextmanager
 def joined(layout: Layout) -> Iterator[World]:
-    """The world of a layout, over the pool's default group; a failure is reported with the coordinates in it."""
+    """Join the world of a layout over the pool's default group; errors report its coordinates."""
     with join_world(ParallelConfig(**layout.parallel), seed=1) as world:
         pool.here["coordinates"] = world.coordinates
         yield world
@@ -107,7 +108,10 @@ def read_tensors(folder: Path, prefix: str) -> Weights:
 
 
 def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
-    """One rank: layer forwards that a microbatch takes in a search; two steps, so that the pass that catches what layers are given is none of them."""
+    """Return the layer forwards of one microbatch in a depth search. One rank.
+
+    There are two steps, because the first one also runs the pass that captures the layer inputs.
+    """
     from minitron_mp.pruning.ablation import losses_without
 
     sizes = {
@@ -149,8 +153,11 @@ def judge_everything(
     gone: frozenset[int],
     candidates: list[frozenset[int]],
 ) -> dict[str, Any]:
-    """One model: its losses on two steps of samples without layers, gone -> [without these, without each candidate]; the scores of all options of
-    choices.jsonl and words.jsonl; the results of these tasks; and the scores without `gone` and each of `candidates`.
+    """Return the losses and task scores of one model without some of its layers.
+
+    "losses": gone -> [loss without these layers, then without each candidate], on two steps.
+    "choices", "words": the results of these task files. "scores": the scores of all their options.
+    "scores without": the scores without `gone`, then without each of `candidates`.
     """
     from minitron_mp.evaluation import choice_tasks as tasks
     from minitron_mp.evaluation.choice_tasks import rows_of, score_task
@@ -211,7 +218,10 @@ def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> lis
 
 
 def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -> Tensor | None:
-    """[count, s, v] of all samples, put together on every last-stage rank; None elsewhere. Every dp rank computes all."""
+    """Return the logits [count, s, v] of all samples on every last-stage rank, None elsewhere.
+
+    Every data parallel rank computes all samples.
+    """
     half = (
         len(samples["tokens"]) // 2
     )  # two microbatches: the interleaved schedule wants as many as pipeline stages
@@ -267,7 +277,10 @@ def prune_everything(
     masks: list[str],
     pairs: list[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Scores, plans, slices and saved students of one layout, and what hooks leave behind. The first pair makes the plans."""
+    """Return scores, plans, slices and hook counts of one layout, and save the students.
+
+    The first aggregation pair makes the plans.
+    """
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
         samples = make_samples(arch, 0, 8)
@@ -304,7 +317,7 @@ def prune_everything(
 
 
 def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
-    """(key, where in the global tensor, data with all global dimensions, whether this copy is the one that is saved)."""
+    """Return (key, global offset, data with all global dimensions, whether this copy is saved)."""
     data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.data.shape)).clone()
     replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
     return tensor.key, tuple(tensor.global_offset), data, not any(replica)
@@ -376,7 +389,7 @@ def score_checkpoint(
 
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
-    """speed.measure of a model and a smaller one with random weights, and of one that is said to be of the second's kind."""
+    """Measure the speed of a model, a smaller one, and a twin that has the smaller one's arch."""
     small = arch.model_copy(update={"ffn_hidden_size": arch.ffn_hidden_size // 2})
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}

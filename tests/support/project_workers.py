@@ -1,4 +1,4 @@
-"""What test_pipeline.py and test_cli.py run on the ranks of a pool: the command line, and models of other layouts."""
+"""Worker functions of the workflow tests: the command line on a rank, searches and scripts."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def minitron(
     own_job: bool = False,
     stop_at: int | None = None,
 ) -> Done:
-    """The command line on this rank. free_bytes: what the disk seems to have. own_job: it makes its process groups itself, as under torchrun.
+    """Run the command line on this rank.
 
-    stop_at: a stop file comes when this step is logged.
+    free_bytes: free disk space that the command sees. own_job: the command makes its process
+    groups itself, as under torchrun. stop_at: a stop file appears when this step is logged.
     """
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
@@ -85,7 +86,7 @@ def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
 
 
 def drift(*, recipe: str) -> tuple[str | None, str | None]:
-    """What is said of a teacher that is the exact one, and of one with a weight changed, where the recipe has it in FP8."""
+    """Return the logged KL of an FP8 teacher for an exact copy, and after a weight has changed."""
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
         job = StageContext(project.recipe, world, project.paths, project.manifest("distill"))
@@ -100,7 +101,11 @@ class _Stopped(BaseException):
 
 
 def search(*, arguments: list[str], stop_after: int | None = None, leave_after: int | None = None) -> Done:
-    """minitron() that ends with code "stopped" after so many measurements of a search are kept; leave_after: then a stop file comes."""
+    """Run minitron() with an interruption.
+
+    stop_after: it ends with code "stopped" after this many measurements. leave_after: a stop file
+    appears after this many.
+    """
     from minitron_mp.workflow.stages.search import _Progress
 
     kept, keep = [], _Progress.keep

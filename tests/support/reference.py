@@ -1,6 +1,9 @@
-"""Plain, dense, float64 implementations that the library is compared with. They share no code with it but the names of weights.
+"""Plain, dense float64 implementations of what the library computes.
 
-s sequence  b samples  h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
+They share only the names of weights with the library.
+
+s sequence  b samples  h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width
+L layers
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ HIDDEN_NORMS = (
 
 
 def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
-    """[b, s] -> [b, s, v], float64. kept: the only hidden channels that the norms see; their output is zero elsewhere."""
+    """Return float64 logits [b, s, v] of tokens [b, s].
+
+    kept: the only hidden channels that the norms read; their output is zero elsewhere.
+    """
     return logits_and_states(arch, weights, tokens, kept)[0]
 
 
@@ -79,7 +85,7 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _attention(arch: Any, own: Weights, x: Tensor) -> Tensor:
-    """Causal attention of one layer; the rows of qkv are q .. q k v of the first group, then of the second."""
+    """Causal attention of one layer; rows of qkv are q .. q k v of one group after the other."""
     per_group = arch.num_attention_heads // arch.num_query_groups
     qkv = x @ own[QKV + "weight"].T + own.get(QKV + "bias", torch.zeros(1).double())
     qkv = qkv.view(*x.shape[:2], arch.num_query_groups, per_group + 2, arch.kv_channels)
@@ -105,9 +111,9 @@ def _rotate(x: Tensor, base: float) -> Tensor:
 
 
 def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Sequence[int]]:
-    """The teacher with everything that the plan drops set to zero and its merged queries, and the channels that its norms may see.
+    """Return the teacher's weights with dropped parts set to zero, and the kept hidden channels.
 
-    It computes what the student computes.
+    Queries are merged. The result computes the same as the student.
     """
     w = {key: value.clone() for key, value in weights.items()}
     hidden = _flags(plan.hidden, arch.hidden_size)
@@ -136,7 +142,10 @@ def _is_qkv(key: str) -> bool:
 
 
 def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
-    """linear_qkv [(np + 2 ng) hn, ...] of a layer; 2407.14679 section 2.3, in float64: query + (query - query of the pruned head)."""
+    """Merge queries in linear_qkv [(np + 2 ng) hn, ...] of a layer, in float64.
+
+    2407.14679 section 2.3: query + (query - query of the pruned head).
+    """
     per_group = arch.num_attention_heads // arch.num_query_groups
     old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
     new = old.clone()
@@ -188,10 +197,11 @@ AGGREGATE = {
 
 
 class PlainImportance:
-    """Importance of a transformers model with Llama's module names, by forward hooks that keep whole activations.
+    """Importance of a transformers model with Llama's module names, from full activations.
 
-    2407.14679 section 2.2: per sample and channel the aggregate over the sequence, then the aggregate over samples; heads: l2
-    over the head width; hidden: outputs of the two norms of each layer, summed over layers; layers: 1 - cos(input, output).
+    2407.14679 section 2.2. Per sample and channel, aggregate over the sequence, then over samples.
+    heads: l2 over the head width. hidden: outputs of the two norms of each layer, summed over
+    layers. layers: 1 - cos(input, output).
     """
 
     def __init__(self, model: Any, samples: Tensor):
@@ -250,7 +260,10 @@ class PlainImportance:
 def losses(
     arch: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Per token (KL(teacher || student) at a temperature, cross-entropy); logits [..., v], the padded vocabulary left out."""
+    """Return per token (KL(teacher || student) at a temperature, cross-entropy).
+
+    Logits are [..., v]; the padded vocabulary is left out.
+    """
     z_s, z_t = student[..., : arch.vocab_size], teacher[..., : arch.vocab_size]
     log_s, log_t = (F.log_softmax(z / temperature, -1) for z in (z_s, z_t))
     return (log_t.exp() * (log_t - log_s)).sum(-1), F.cross_entropy(
@@ -259,10 +272,11 @@ def losses(
 
 
 class PlainTraining:
-    """Distillation by autograd and AdamW on dense float64 weights: the student's steps, one call each.
+    """Distillation by autograd and AdamW on dense float64 weights; step() makes one step.
 
-    settings: config.Distill. Vectors (norm weights, biases) have no weight decay. history: (loss, kl, ce, gradient norm), with states also
-    (L_is, alpha); gradient norm: of the model. projection [h_t, h_s]: at the start, where the states have other widths.
+    settings: a DistillConfig. Vectors (norm weights, biases) have no weight decay.
+    history: (loss, kl, ce, gradient norm of the model); with hidden states also (L_is, alpha).
+    projection [h_t, h_s]: its value at the start, if the hidden sizes differ.
     """
 
     def __init__(

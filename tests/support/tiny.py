@@ -1,4 +1,4 @@
-"""A whole project small enough for a test: a Hugging Face model folder with its tokenizer, text, a recipe, and the command line on it."""
+"""A complete small project: model folder with tokenizer, text, recipe, and the command line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Run:
 
 
 def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
-    """A random Llama with tied embeddings in float32 and a byte-level tokenizer, as transformers writes them."""
+    """Write a random float32 Llama with tied embeddings and a byte-level tokenizer; return folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -165,7 +165,10 @@ def command(*words: str | Path, ranks: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """A user's environment, one thread a rank; without what a launcher or an earlier test in this process has set."""
+    """Return a user's environment with one thread per rank.
+
+    It has none of the variables that a launcher or an earlier test in this process has set.
+    """
     launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if name not in launcher}
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -197,7 +200,10 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
 
 
 def refused(done: tuple[int, str, str], *words: str) -> None:
-    """(exit code, output, error output) of a command that told the user what is wrong, in words that hold these, and said no more."""
+    """Assert that a command (exit code, output, error output) reports an input error.
+
+    The message must contain `words`, and there must be no traceback.
+    """
     code, out, err = done
     assert code == 2, done
     assert "Traceback" not in out + err

@@ -20,7 +20,10 @@ from minitron_mp.distributed.launcher import JobRank
 
 
 def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
-    """(exit code, what is printed) of the doctor on this rank, under what torchrun sets. skew_s: how much the last rank's clock is fast."""
+    """Run the doctor on this rank with torchrun's variables; return (exit code, output).
+
+    skew_s: seconds by which the last rank's clock is fast.
+    """
     store, rank, size = pool.here["place"]
     out = io.StringIO()
     with contextlib.ExitStack() as stack:
@@ -37,7 +40,10 @@ def examine(*, words: list[str], skew_s: float = 0.0) -> tuple[int, str]:
 
 
 def disks_of_their_own(*, folder: str) -> list[str]:
-    """What each rank finds in a relative folder, where each has another working directory: as if it were a disk of the node."""
+    """Check a relative folder from a different working directory on each rank.
+
+    This emulates nodes with local disks.
+    """
     store, rank, size = pool.here["place"]
     own, before = Path(folder) / str(rank), os.getcwd()
     own.mkdir(parents=True)

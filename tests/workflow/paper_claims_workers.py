@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "experiments" / "paper_claims"))
 
 
 FEW = ("pruned", "scores var mean", "random scores")
-"""Of the claim `scores`: the other aggregations differ in one word of the recipe, and cost the suite a second each."""
+"""Variants of the claim `scores`. The others differ in one word of the recipe and cost 1 s each."""
 
 
 def reproduce(*, words: list[str]) -> tuple[int, str, str]:
