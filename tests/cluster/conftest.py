@@ -19,7 +19,8 @@ def slurm():
         pytest.skip(reason)
 
     def interrupt(*_):
-        raise KeyboardInterrupt  # SIGTERM, for example of timeout(1): pytest then leaves the fixtures, and nothing goes on running
+        # SIGTERM, for example from timeout(1): pytest then closes the fixtures, and no process stays.
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
     with cluster() as made:

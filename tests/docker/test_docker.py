@@ -1,8 +1,10 @@
-"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and what runs inside as the user of the image.
+"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and used as the image's user.
 
-The stand-in is Debian 12 from debootstrap with its Python 3.11, PyTorch's CPU build and a numpy that is not the pinned one. It shows that
-what the base brings stays; NVIDIA's image itself is not pulled. Needs root, buildah, debootstrap and the net; run by tests/run.sh --docker.
-Everything lies below pytest's temporary folder and is deleted at the end: 4 GB at most.
+The stand-in is Debian 12 from debootstrap with its Python 3.11, PyTorch's CPU build and a numpy
+that differs from the pinned one. The tests show that the base's packages are unchanged. NVIDIA's
+image itself is not pulled. The tests need root, buildah, debootstrap and a network; run them with
+tests/run.sh --docker. All files lie below pytest's temporary folder and are deleted at the end: 4 GB
+at most.
 """
 
 from __future__ import annotations
@@ -148,7 +150,7 @@ def image(buildah, base) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Model, text and recipe, for anybody to read and write; the recipe has the paths that they have inside."""
+    """Model, text and recipe that any user can read and write; the recipe has paths in the container."""
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
     make_text(root / "text")
@@ -162,7 +164,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def inside(buildah, image, project) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """inside(words...) runs a command in a container of the image, as its user, with the project at /project."""
+    """inside(words...) runs a command as the user of the image, with the project at /project."""
     container = buildah("from", image).stdout.strip()
     options = [
         "--isolation",
@@ -196,7 +198,10 @@ def test_image_metadata(buildah, image):
 
 
 def test_stack_is_the_base_images_and_user_is_unprivileged(inside):
-    where = "import torch, numpy, minitron_mp; print(torch.__file__, numpy.__version__, numpy.__file__, minitron_mp.__file__)"
+    where = (
+        "import torch, numpy, minitron_mp; "
+        "print(torch.__file__, numpy.__version__, numpy.__file__, minitron_mp.__file__)"
+    )
     torch, version, numpy, ours = inside("python", "-c", where).stdout.split()
     assert torch.startswith("/usr/local/lib/python3.11/dist-packages/")
     assert numpy.startswith("/usr/local/lib/python3.11/dist-packages/")

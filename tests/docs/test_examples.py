@@ -1,4 +1,7 @@
-"""Every example is loaded, and the command in its first line runs as a dry run, with what the repository has: a config.json in the place of weights."""
+"""Examples and experiments: every script imports, and each recipe's first line runs as a dry run.
+
+The dry runs use what the repository has: a config.json without weights.
+"""
 
 import ast
 import shlex
@@ -47,8 +50,11 @@ def test_library_example_runs(whole, ranks, tmp_path):
 
 
 def test_scripts_import_without_side_effects(ranks):
-    """Loading runs nothing: what a script does is behind main(). A script for people says in its docstring how it is started. On a rank, which has
-    imported Megatron-Core already."""
+    """Importing a script runs nothing, because its work is in main().
+
+    The docstring of a script for users has the command that starts it. The scripts are imported on
+    a rank, which has already imported Megatron-Core.
+    """
     (has_main,) = ranks(1, "project_workers.load_scripts", paths=SCRIPTS)
     for path in SCRIPTS:
         started = [

@@ -1,8 +1,9 @@
-"""The distillation loss on a GPU at the size of a real vocabulary: kernels, precision, memory, no synchronisation.
+"""The distillation loss on a GPU with a real vocabulary size.
 
     pytest tests/gpu
 
-What is right or wrong at small sizes is tested without a GPU, the kernels too (tests/ranks/test_kernels.py).
+The tests cover kernels, precision, memory and synchronization. Small sizes are tested without a
+GPU, kernels included (tests/ranks/test_kernels.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def whole_float32():
 
 
 def make_case(tokens, hidden, teacher_hidden, dtype, *, scale=4.0):
-    """Logits of deviation 4 (entropy of some 4 nats), the teacher's 0.75 beside the student's; the last row of each sample counts nothing."""
+    """Logits of deviation 4 (entropy of about 4 nats); teacher and student differ by 0.75.
+
+    The last row of each sample has no weight.
+    """
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape):
@@ -95,7 +99,7 @@ def test_kernels_match_reference(dtype, t, divergence):
             assert not got["gradient"][3].any()
             counts = torch.arange(64, device=DEVICE) != 3
             for key in want:
-                # float32 sums of 131072 terms in another order; a bf16 gradient may be rounded to the other side.
+                # float32 sums of 131072 terms in another order; a bf16 gradient may round differently.
                 rtol = 2**-7 if key == "gradient" and (out or dtype) is torch.bfloat16 else 2e-5
                 torch.testing.assert_close(
                     got[key][counts],
@@ -123,8 +127,9 @@ def test_float32_matches_dense_float64(name):
     check(run(case, objective), want, name, vocab_size=VOCAB, loss=2e-5, gradient=5e-5)
 
 
-# bf16 inputs are exact in float64. float32 logits: the gradients of the logits and both results are rounded, 2^-9 each.
-# bf16 logits of 16 to 32, as the likeliest tokens have here, are rounded by up to 2^-4, the relative error of a probability.
+# bf16 inputs are exact in float64. With float32 logits, the logit gradients and both results are
+# rounded by 2^-9. bf16 logits of 16 to 32, as the likeliest tokens have, are rounded by up to 2^-4,
+# which is the relative error of a probability.
 @pytest.mark.parametrize(
     ("logits_dtype", "gradient", "loss"),
     [(torch.float32, 3e-3, 2e-5), (torch.bfloat16, 1e-1, 6e-2)],
@@ -160,7 +165,7 @@ def test_loss_never_synchronizes_with_the_device(name, main_grad):
 
 
 def test_peak_memory():
-    """8192 tokens of the 12B teacher and 8B student: all that lives beyond the gradients is the logits of some rows."""
+    """8192 tokens, 12B teacher, 8B student: beyond the gradients only the logits of some rows are live."""
     case = make_case(4096, 4096, 5120, torch.bfloat16)
     run(make_case(512, 256, 320, torch.bfloat16), Objective(), main_grad=True)
     torch.cuda.synchronize()

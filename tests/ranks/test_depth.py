@@ -89,7 +89,11 @@ def test_task_scores_match_dense_models_without_the_layers(results, dense_option
 
 @pytest.mark.parametrize(("num_layers", "length"), [(6, 1), (6, 2), (6, 4), (30, 1), (30, 8)])
 def test_block_search_computes_shared_layers_once(ranks, num_layers, length):
-    """Layer forwards of one microbatch, counted: the base run, and each start's layers behind the block; at most six tenths of one by one where many share."""
+    """The number of layer forwards of one microbatch is exact.
+
+    It is the base run plus, for each start, the layers behind the block. If many candidates share
+    layers, it is at most 0.6 of one run per candidate.
+    """
     blocks = depth_candidates(DepthConfig(method="block"), num_layers, length)
     counted = ranks(1, "model_workers.count_forwards", num_layers=num_layers, candidates=blocks)[0]
     assert counted == num_layers + sum(
@@ -182,13 +186,13 @@ def test_close_layer_cut_is_reported():
 
 
 def test_trials_closer_than_rounding_are_reported():
-    """The last that goes and the first that stays; the best block and the next; each round of a greedy search."""
+    """Compare the last dropped with the first kept layer, the two best blocks, and each greedy round."""
     near = 1.2 * (1 + 2e-6)
     singles = DepthTrials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, near, 8.0])])
     (note,) = notes(5, 3, DepthConfig(method="drop"), singles)
     assert (
-        note
-        == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, nearer than rounding"
+        note == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, "
+        "nearer than rounding"
     )
     assert [notes(5, keep, DepthConfig(method="drop"), singles) for keep in (4, 2, 1)] == [
         [],
@@ -228,7 +232,8 @@ def test_equal_accuracies_are_close_if_losses_are_close():
     )
     (note,) = notes(4, 2, depth, trials)
     assert note.endswith(
-        "without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, and the losses are 1.2 and 1.2000024, nearer than rounding"
+        "without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, "
+        "and the losses are 1.2 and 1.2000024, nearer than rounding"
     )
     assert [notes(4, keep, depth, trials) for keep in (3, 1)] == [
         [],

@@ -1,4 +1,4 @@
-"""Choice tasks on the sharded model: the scores of a dense model, at every layout; and what files may hold."""
+"""Choice tasks on the sharded model match a dense model; task files are validated."""
 
 from __future__ import annotations
 

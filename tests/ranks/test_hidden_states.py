@@ -1,4 +1,4 @@
-"""Losses on states inside the models: the same numbers at every layout, and with the teacher here or elsewhere."""
+"""Hidden-state losses: the same numbers for every layout and for colocated and remote teachers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from minitron_mp.planning.memory import payload_bytes_per_token
 ROUNDING = 1e-5
 """As in test_training.py."""
 ARCH = ARCHS["qwen3"]
-# Under pp 2 the student's states 0 and 2 are made on the first stage, 3 and 5 on the last; the teacher's 0 and 2, 3 and 6: so both ways.
+# With pp 2 the first stage makes the student's states 0 and 2, the last one 3 and 5. The teacher's
+# are 0 and 2, 3 and 6. So states move in both directions.
 LAYERS = {0: 0, 2: 3, 3: 2, 5: 6}
 COSINE, MSE = HiddenStatesConfig(layers=LAYERS), HiddenStatesConfig(layers=LAYERS, kind="mse", weight=0.25)
 BESIDE_DP = ("tp2-dp2-sp", "pp2-vpp2-dp2")
@@ -43,7 +44,10 @@ def with_states(layout: str, states: HiddenStatesConfig, **other) -> DistillConf
 
 
 def cases(layout: str) -> dict[str, tuple[str, DistillConfig]]:
-    """Run -> (student, settings): narrower than the teacher, with a projection; as wide as it; the teacher again."""
+    """Return run -> (student, settings).
+
+    The students: narrower than the teacher, with a projection; as wide as it; the teacher itself.
+    """
     if layout in BESIDE_DP or layout in MORE:
         return {"narrow": ("all", with_states(layout, COSINE, steps=FEW))}
     found = {
@@ -178,7 +182,7 @@ def test_steps_match_plain_autograd(results, ranks, layout, name):
 
 @pytest.mark.parametrize("layout", SAVED)
 def test_gradients_and_projection_match_plain_autograd(results, ranks, layout):
-    """What a checkpoint holds of every parameter: moments, so gradients, of the model and of the projection, and alpha."""
+    """Moments, and so gradients, of the model and of the projection, and alpha, match."""
     trained(results, ranks, layout)
     saved = ranks(
         1, "model_workers.read_tensors", folder=folder(results, layout) / f"step_{RESUME_AT:08d}", prefix=""
@@ -357,7 +361,8 @@ def test_invalid_configs_are_rejected(states, other, message):
 def test_layers_outside_the_model_are_rejected():
     with pytest.raises(
         InputError,
-        match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 .*names state 9 of the teacher",
+        match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 "
+        r".*names state 9 of the teacher",
     ):
         LayerPairs(HiddenStatesConfig(layers={0: 0, 7: 9}), ARCH, ARCH)
 

@@ -1,4 +1,4 @@
-"""Scores and plans do not depend on the layout, equal a plain implementation, and scoring leaves the model alone."""
+"""Scores and plans are independent of the layout and match a plain implementation."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores
 
 ROUNDING = 1e-5
-"""Relative, of float32 sums in another order over activations that are themselves rounded otherwise; 9e-7 seen."""
+"""Relative error of float32 sums in another order over differently rounded activations; 9e-7 seen."""
 KINDS = ("ffn", "heads", "hidden", "layers")
 
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
 
 
 def assert_close(ours, want, tolerance, pair=DEFAULT_PAIR, *, of_row=False):
-    """Each score to a tolerance of itself; a variance, a small difference of large numbers, to one of the largest in its row.
+    """Assert that each score is within a relative tolerance.
 
-    of_row: all of them, where a squared ReLU leaves neurons with next to nothing.
+    A variance is a small difference of large numbers, so its tolerance is relative to the largest
+    in its row.
+    of_row: use that for all scores, where a squared ReLU leaves neurons near zero.
     """
     for kind in KINDS:
         scale = np.abs(want[kind]).max(-1, keepdims=True) if "var" in pair or of_row else np.abs(want[kind])
@@ -102,7 +104,8 @@ def test_bf16_scores_are_close_to_float32(results, ranks):
         teacher=results.teacher("qwen3"),
     )
     for scores in by_rank:
-        # bf16 has 8 bits: each of the 2 x 6 sublayers adds about 2^-9 relative, and means over tokens even part of it out.
+        # bf16 has 8 bits: each of the 2 x 6 sublayers adds a relative error of about 2^-9, and means
+        # over tokens cancel a part of it.
         assert_close(scores, want, 0.03)
 
 
@@ -111,7 +114,7 @@ PLAIN_PAIRS = [DEFAULT_PAIR, ("mean", "l2"), ("var", "var")]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, ranks):
-    """A small Llama of transformers, its scores by plain hooks in float64, and ours from its weights on one rank."""
+    """A small transformers Llama, its scores by plain float64 hooks, and our scores on one rank."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("plain")

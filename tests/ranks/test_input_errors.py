@@ -1,4 +1,4 @@
-"""What cannot be done is refused on every rank, with a message that says why, and nobody waits in a collective."""
+"""Invalid input raises InputError on every rank with a helpful message, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_checkpoint_of_another_architecture(ranks, results):
 
 
 def test_checkpoint_with_missing_weights(ranks, results):
-    """Biases and an output layer of its own, which the checkpoint of a tied model without biases does not have."""
+    """The model has biases and an untied output layer; the checkpoint has neither."""
     other = ARCHS["qwen2"].model_copy(update={"tied": False})
     for message in refusals(
         ranks, BY_NAME["tp2-pp2-sp"], "checkpoint", arch=other, folder=results.teacher("qwen3")

@@ -1,4 +1,7 @@
-"""The Triton kernels against rows.py: by Triton's interpreter on CPU tensors, and by its compiler for CUDA. On a GPU: tests/gpu."""
+"""The Triton kernels match losses/reference.py in Triton's interpreter and compile for CUDA.
+
+The GPU tests are in tests/gpu.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ pytestmark = pytest.mark.skipif(
     reason="triton is not installed; torch for CUDA brings it, elsewhere: pip install triton",
 )
 
-# (columns, valid): one block and its end; nothing but valid ones; more than one block of 2048, the last one with few; none valid.
+# (columns, valid): one block and its end; only valid ones; more than one block of 2048 with a short
+# last one; none valid.
 SIZES = [(37, 33), (64, 64), (4200, 4133), (40, 0)]
 sizes = pytest.mark.parametrize(("columns", "valid"), SIZES, ids=[f"v{c}-{v}" for c, v in SIZES])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -29,7 +33,7 @@ def interpreted():
 
 
 def make_rows(columns, valid, dtype, *, teacher=True, scale=5.0):
-    """Five rows: the third has no weight, and not-a-number in it, as have all in the padding. Labels also of other ranks."""
+    """Five rows; the third has no weight and NaN, as the padding has. Some labels are other ranks'."""
     generator = torch.Generator().manual_seed(0)
     z_s, z_t = ((scale * torch.randn((5, columns), generator=generator)).to(dtype) for _ in range(2))
     for z in (z_s, z_t):
@@ -53,7 +57,8 @@ def compare(found, *, gradient_dtype):
     for key, want in found["rows"].items():
         got = found["kernels"][key]
         assert got.dtype is want.dtype
-        # The same float32 operations in another order, and up to 4133 terms in a sum; a bf16 result may be rounded to the other side.
+        # The same float32 operations in another order, up to 4133 terms in a sum; a bf16 result may
+        # round to the other side.
         rtol = 2**-7 if key == "gradient" and gradient_dtype is torch.bfloat16 else 1e-5
         assert torch.allclose(got[rest].float(), want[rest].float(), rtol=rtol, atol=2e-6), (
             key,
@@ -130,5 +135,5 @@ def test_cosine_distance_matches_torch(interpreted):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile_for_cuda(ranks, architecture):
-    """What the interpreter does not see: types that change in a loop, constants, operations that a GPU lacks."""
+    """The compiler finds what the interpreter ignores: types that change in a loop, unknown ops."""
     assert all(ranks(1, "kernels_workers.compile_for", architecture=architecture)[0].values())

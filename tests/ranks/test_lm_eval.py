@@ -1,4 +1,4 @@
-"""The adapter of lm-evaluation-harness: a dense model's answers at layouts of every kind, and the command on local task files."""
+"""The lm-evaluation-harness adapter matches a dense model, and its command runs local task files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONTEXTS = ["the cat", "a context that is much longer than what is left of the m
 
 
 def make_tokenizer(folder):
-    """Characters and three pairs of them, "at" among them; every text begins with <s> unless it is told not to."""
+    """A tokenizer of characters and three pairs; each text starts with <s> unless disabled."""
     from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +76,7 @@ def dense(results):
 
 
 def answer(dense, before, asked):
-    """(sum of log p of the asked tokens, whether each is the most likely one), the sequence cut from the left."""
+    """Return (sum of log p of the target tokens, whether each is the argmax); long texts are cut left."""
     log_p = dense((before + asked)[-MAX_LENGTH - 1 :][:-1])[-len(asked) :]
     return log_p.gather(1, torch.tensor(asked)[:, None]).sum().item(), log_p.argmax(1).tolist() == asked
 
@@ -93,7 +93,7 @@ def split(tokenizer, context, continuation):
 
 
 def windows(tokens):
-    """(what is before, what is asked for): each token once, with as much before it in the last window as fits."""
+    """Return (context, target) windows: each token is a target once, with as much context as fits."""
     yield [0], tokens[:MAX_LENGTH]
     for start in range(MAX_LENGTH, len(tokens), MAX_LENGTH):
         yield tokens[:start], tokens[start : start + MAX_LENGTH]
@@ -112,7 +112,10 @@ def write(dense, tokenizer, context, stop, eos, count=ENOUGH["max_gen_toks"]):
 
 @pytest.fixture(scope="module")
 def asked(dense, tokenizer):
-    """(requests, answers of the dense model). The stop string and the other end of text are what the model writes third."""
+    """Return (requests, answers of the dense model).
+
+    The stop string and the second end of text are what the model generates third.
+    """
     free, (*_, third, _, _, _) = write(dense, tokenizer, CONTEXTS[0], None, 1)
     stop, pairs = tokenizer.decode([third]), [*PAIRS, (CONTEXTS[0], free[:2])]
     prompts = [(context, ENOUGH) for context in CONTEXTS] + [

@@ -1,7 +1,8 @@
-"""The distillation loss against autograd on dense float64: value, both gradients and their scale, at odd sizes and any split.
+"""The distillation loss matches dense float64 autograd: value, both gradients and their scale.
 
-torch.autograd.gradcheck does not apply: the row functions compute in float32 whatever they are given. In its place is a
-finite difference of the loss itself along random directions, which shares nothing with the dense reference.
+Sizes are odd, and the vocabulary is split in several ways. torch.autograd.gradcheck does not apply,
+because the row functions always compute in float32. Instead there is a finite difference of the
+loss itself along random directions. It shares no code with the dense reference.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from minitron_mp.losses.fused import (
 from minitron_mp.losses.top_k import top_k_of
 
 VOCAB, HIDDEN, TEACHER_HIDDEN, TOP = 37, 11, 13, 5
-# (tensor parallel ranks, padded vocabulary). 40 and 48: the last rank has some padding; 56: at 4 ranks nothing but padding.
+# (tensor parallel ranks, padded vocabulary). 40 and 48: the last rank has some padding. 56: at tp 4
+# the last rank has only padding.
 SPLITS = [(1, 37), (1, 40), (2, 40), (2, 48), (4, 40), (4, 48), (4, 56)]
 splits = pytest.mark.parametrize(("tp", "padded"), SPLITS, ids=[f"tp{tp}-v{padded}" for tp, padded in SPLITS])
 widths = pytest.mark.parametrize("tp", [1, 2, 4])
@@ -40,15 +42,16 @@ OBJECTIVES = {
 }
 CROSS_ENTROPY = Objective(temperature=2.0, kl_weight=0.0, ce_weight=1.0)
 
-# Relative to the norm. float32 sums of some ten products of order one; logits, their exponentials and the sums are rounded by
-# 6e-8 each, and a logit of size z has an error of z 6e-8 before the exponential makes it relative: 5 here, 300 below.
+# Relative to the norm. float32 sums of about ten products of order one. Logits, their exponentials
+# and the sums are rounded by 6e-8 each. A logit of size z has an error of z 6e-8 before the
+# exponential makes it relative: z is 5 here, 300 below.
 LOSS, GRADIENT = 1e-5, 2e-5
 SCALE = 1e-4
-"""Of <g, ref> / <ref, ref>: a factor of tp, or of the temperature, is not within it, and no rounding here is outside."""
+"""Of <g, ref> / <ref, ref>: detects a factor of tp or of the temperature, and tolerates rounding."""
 
 
 def make_case(padded, *, scale=3.0, tokens=(3, 3), dtype=torch.float32, seed=0):
-    """Logits of size about `scale`, an odd number of rows, labels at both ends of the vocabulary, garbage in the padding."""
+    """Logits of size about `scale`, odd rows, labels at both vocabulary ends, garbage in the padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -74,7 +77,7 @@ def teacher_logits(case):
 
 
 def by_logits(case):
-    """With unit matrices as output layers: hidden states are logits without further rounding, and dx their gradient."""
+    """Use identity output layers: hidden states are exact logits, and dx is the logit gradient."""
     logits = case["hidden"] @ case["weight"].T
     logits[..., VOCAB:] = 1e4
     return case | {
@@ -96,9 +99,10 @@ def as_top_k(case, objective, k=TOP):
 
 
 def run_all(ranks, tp, calls):
-    """{name: (case, objective, options of losses_workers.fused)} -> {name: result}, in one trip to the ranks.
+    """Run {name: (case, objective, options of losses_workers.fused)} in one call; return by name.
 
-    A result has the parts of all ranks put together: loss, per_token, dx, and over the whole vocabulary dw and main_grad.
+    A result has the parts of all ranks concatenated: loss, per_token, dx, and over the full
+    vocabulary dw and main_grad.
     """
     calls = {
         name: {"vocab_size": VOCAB, "objective": objective, **case, **how}
@@ -186,7 +190,10 @@ def check(got, want, name="", *, vocab_size=VOCAB, loss=LOSS, gradient=GRADIENT,
 
 
 def variants(case):
-    """{name: (case, objective, {})}: all divergences and temperatures, with and without CE; a teacher by top k; none."""
+    """Return {name: (case, objective, {})}.
+
+    All divergences and temperatures, with and without CE; a top-k teacher; no teacher.
+    """
     calls = {name: (case, objective, {}) for name, objective in OBJECTIVES.items()}
     calls |= {
         name.replace("forward_kl", "top_k"): (as_top_k(case, objective), objective, {})
@@ -198,7 +205,7 @@ def variants(case):
 
 @splits
 def test_loss_matches_dense_float64(ranks, tp, padded):
-    """Teacher given as hidden states, logits, top k, and not at all. It has not-a-number in padding columns of its own."""
+    """The teacher as hidden states, logits, top k, and none; its padding columns hold NaN."""
     case = make_case(padded)
     calls = variants(case)
     for name in ("forward_kl-hot-ce", "reverse_kl", "js-ce"):
@@ -209,9 +216,11 @@ def test_loss_matches_dense_float64(ranks, tp, padded):
 
 @widths
 def test_large_logits(ranks, tp):
-    """Of 300. Far: both distributions sharp, on different tokens. Shifted: ordinary ones, plus or minus 300 in all of a row's logits.
+    """Logits of size 300 give finite results.
 
-    No exponential overflows, and no small one is lost. Jensen-Shannon is ln 2 where they are far, with gradient zero.
+    "far": both distributions are sharp, on different tokens. "shifted": ordinary logits, plus or
+    minus 300 for a full row. No exponential overflows, and no small one is lost. For "far",
+    Jensen-Shannon is ln 2 with a zero gradient.
     """
     calls = {
         f"{name}, far": call
@@ -222,13 +231,17 @@ def test_large_logits(ranks, tp):
     for x, sign in ((shifted["hidden"], 300), (shifted["teacher"].hidden, -300)):
         x[..., :VOCAB] += torch.tensor([sign, -sign, sign])[:, None, None]
     calls |= {f"{name}, shifted": call for name, call in variants(shifted).items()}
-    # Differences of 600 between the models' logits are rounded by 3e-5, and reverse KL multiplies probabilities with them.
+    # Differences of 600 between the models' logits are rounded by 3e-5, and reverse KL multiplies
+    # them with probabilities.
     check_all(ranks, tp, calls, loss=1e-4, gradient=1e-4)
 
 
 @widths
 def test_ghost_token_with_zero_student_probability(ranks, tp):
-    """The teacher is uniform and the student certain of the k tokens: the others have no float32 probability, yet a gradient."""
+    """The teacher is uniform; the student puts all mass on the k tokens.
+
+    The other tokens have a float32 probability of zero, but a gradient.
+    """
     case = make_case(40)
     case["hidden"] = torch.where(torch.arange(40) < TOP, 300.0, -300.0 + torch.rand(3, 3, 40))
     case |= {"weight": torch.eye(40), "teacher": TeacherHidden(torch.zeros(3, 3, 40), torch.eye(VOCAB, 40))}
@@ -275,7 +288,8 @@ def test_equal_distributions_have_zero_loss_and_gradient(ranks, tp):
         if "ce" not in name
     }
     for name, got in run_all(ranks, tp, calls).items():
-        # The teacher's product has another number of columns, so its logits, of 10, may differ by their rounding, 1e-6.
+        # The teacher's product has another number of columns, so its logits of size 10 may differ
+        # by rounding, 1e-6.
         assert got["per_token"][1].abs().max() < 1e-6, name
         assert got["dx"].abs().max() < 3e-6, name
         assert got["dw"].abs().max() < 3e-6, name
@@ -283,7 +297,7 @@ def test_equal_distributions_have_zero_loss_and_gradient(ranks, tp):
 
 @widths
 def test_divergences_are_nonnegative(ranks, tp):
-    """Also where both distributions are nearly equal, and the logarithms of the sums, of 100, are rounded by more than the difference."""
+    """Also if both distributions are nearly equal, and rounding exceeds their difference."""
     case = by_logits(make_case(40))
     case["hidden"][..., :VOCAB] += 100.0
     noise = torch.randn((3, 3, VOCAB), generator=torch.Generator().manual_seed(1))
@@ -295,7 +309,7 @@ def test_divergences_are_nonnegative(ranks, tp):
 
 @widths
 def test_logit_gradients_sum_to_zero_per_row(ranks, tp):
-    """A shift of a row's logits changes no probability. With the unit matrix as the output layer dX is that gradient."""
+    """A shift of a row's logits changes no probability. Identity output layers make dX that gradient."""
     for name, got in run_all(ranks, tp, variants(by_logits(make_case(40)))).items():
         assert not got["dx"][..., VOCAB:].any(), name
         # 37 entries, each a probability or (reverse KL) one times a larger number, rounded by 6e-8
@@ -304,7 +318,7 @@ def test_logit_gradients_sum_to_zero_per_row(ranks, tp):
 
 @splits
 def test_rows_with_zero_weight_contribute_nothing(ranks, tp, padded):
-    """Whatever they hold: not-a-number in hidden states of both models, and labels outside of the vocabulary."""
+    """Also with NaN in the hidden states of both models, and labels outside of the vocabulary."""
     case, masked = (
         make_case(padded),
         torch.tensor([[False, True, False], [True, False, False], [False, False, True]]),
@@ -339,7 +353,7 @@ def test_microbatch_with_zero_weight(ranks, tp, value):
 
 @widths
 def test_loss_is_independent_of_chunk_size(ranks, tp):
-    """Rows that the row functions take, that one product makes, and of the products of the gradients; also with a shorter last one."""
+    """Chunk sizes of the row functions, of one product, and of the gradients; with a short last chunk."""
     chunks = [None, (1, 1, 1), (1, 2, 4), (2, 4, 7), (2, 3, 100), (100, 4, 5)]
     chosen = {
         name: call
@@ -353,7 +367,8 @@ def test_loss_is_independent_of_chunk_size(ranks, tp):
     )
     for (name, sizes), got in found.items():
         for key in ("loss", "per_token", "dx", "dw"):
-            # Matrix products of other sizes, and sums over ranks in an order that depends on the place in the message.
+            # Matrix products of other sizes, and sums over ranks whose order depends on the offset in
+            # the message.
             assert (found[name, None][key] - got[key]).norm() <= 2e-6 * got[key].norm(), (name, sizes, key)
 
 
@@ -442,7 +457,7 @@ def test_incoming_gradient_without_main_grad(ranks, tp):
 
 @widths
 def test_microbatch_losses_add_up(ranks, tp):
-    """With weights of the whole batch, of whose parts 1, 2 and 3 tokens count, the mixed gradient is that of one batch."""
+    """With weights of the full batch, microbatches of 1, 2 and 3 tokens add up to its gradient."""
     case, mask = make_case(40), torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     case["token_weights"] = mask / mask.sum()
     calls = variants(case)
@@ -480,13 +495,13 @@ def _sample(case, i):
 
 @splits
 def test_bf16_with_float32_logits(ranks, tp, padded):
-    """Inputs are exact in float64; the gradient of the logits and both results are rounded to 8 bits, 2^-9 each."""
+    """Inputs are exact in float64; logit gradients and both results are rounded to 8 bits, 2^-9."""
     check_all(ranks, tp, variants(make_case(padded, dtype=torch.bfloat16)), gradient=8e-3, scale=8e-3)
 
 
 @widths
 def test_bf16_with_bf16_logits(ranks, tp):
-    """A logit of 8 to 16 is rounded by up to 2^-5, which is the relative error of its probability; half that is typical."""
+    """A logit of 8 to 16 is rounded by up to 2^-5, the relative error of its probability; half is typical."""
     calls = variants(make_case(40, dtype=torch.bfloat16))
     calls = {
         name: (case, replace(objective, logits_dtype=torch.bfloat16), {})
@@ -539,7 +554,7 @@ def test_teacher_and_student_precisions_are_independent(ranks, tp):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @widths
 def test_top_k_sent_by_the_teacher(ranks, tp, temperature):
-    """Probabilities of the k, mass of the rest and indices, of a vocabulary with padding, as the other end unpacks them."""
+    """Unpacked top-k probabilities, remaining mass and indices are exact, with a padded vocabulary."""
     case, k = make_case(56 if tp > 1 else 40), 5
     found = ranks(
         tp,

@@ -1,7 +1,8 @@
-"""Megatron-Bridge: its converter and ours, our distillation in its pretrain(), scores and cuts of its models. docs/bridge.md says how to have it.
+"""Megatron-Bridge: converters, distillation in its pretrain(), importance and pruning of its models.
 
-Bridge 0.6 wants Transformer Engine and a GPU where it needs neither; bridge_shims.py stands in, shim by shim. Slow, and not in the default suite's
-environment: the ranks import Bridge first, a minute of a busy machine.
+docs/bridge.md has the installation. Bridge 0.6 imports Transformer Engine and CUDA where it does not
+need them; bridge_shims.py replaces them. The tests are slow and outside the default environment: the
+ranks import Bridge first, which takes a minute on a busy machine.
 """
 
 import importlib.util
@@ -38,7 +39,7 @@ CONSTANT = [
 
 @pytest.fixture(scope="module")
 def four():
-    """Ranks with Bridge and the shims; spawned, not forked from those that have imported Megatron-Core without them."""
+    """Ranks with Bridge and the shims; spawned, because forked ones have Megatron-Core without shims."""
     pool = Pool(4, {})
     yield pool
     pool.close()
@@ -121,7 +122,7 @@ def test_scores_of_bridge_model_match_our_model(four, folders, tmp_path):
     ids=["tp2-pp2-sp", "pp4", "dp4-overlap", "pp2-dp2-model-config", "tp2-dp2-evaluation"],
 )
 def test_pretrain_matches_our_trainer(four, project, by_hand, tp, pp, more):
-    """The example's recipe in Bridge's own loop, with its data, optimizer and logs, at a layout: the losses and gradient norms of trainer.train."""
+    """The example's recipe in Bridge's loop gives the losses and gradient norms of our trainer."""
     options = {**more, "overrides": CONSTANT + more.get("overrides", [])}
     same_as(
         by_hand[1], four.run("megatron_bridge_workers.pretrain", folder=project, tp=tp, pp=pp, **options)[-1]
@@ -129,7 +130,7 @@ def test_pretrain_matches_our_trainer(four, project, by_hand, tp, pp, more):
 
 
 def test_bf16_pretrain_is_close_to_our_trainer(four, project, by_hand):
-    """Float16Module around the student: the hidden states must not come in float32. 8 bits of mantissa over 4 layers."""
+    """Float16Module wraps the student; the hidden states must not be float32. 8 bits over 4 layers."""
     same_as(
         by_hand[1],
         four.run(

@@ -1,4 +1,4 @@
-"""The planner: parameters and bytes against Megatron-Core's, times against measured ones, the command and what it refuses."""
+"""The planner: parameters and bytes match Megatron-Core's, times match measured ones; the command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def examples(monkeypatch):
 
 
 def test_parameter_counts_match_megatron(ranks, examples):
-    """All models of the recipes at their own layout and at tp 8 x pp 4, interleaved and not; tied and uneven ones of the tests."""
+    """All models of the recipes at their own layout and at tp 8 x pp 4, with and without interleaving.
+
+    Also tied and uneven test models.
+    """
     recipes = [load_recipe(path) for path in EXAMPLES]
     own = {(arch, recipe.parallel) for recipe in recipes for arch in read_models(recipe)}
     cases = [*own, *((arch, CLUSTER) for arch in {arch for arch, _ in own})]
@@ -70,8 +73,11 @@ KINDS = {
 
 
 def test_activation_bytes_match_autograd(ranks):
-    """Three layers less two. What the formula leaves out is added here: tables of the rotation, and what F.rms_norm keeps on a CPU, where it is
-    made of small operations, and not on a GPU: its normalised input."""
+    """Compare three layers less two.
+
+    Added here is what the formula leaves out: rotary tables, and the normalised input that
+    F.rms_norm keeps on a CPU, where it is made of small operations.
+    """
     split, archs = ParallelConfig(tp=2, sequence_parallel=True), {}
     cases = [
         ("nemotron", p, precision, False) for p in (ParallelConfig(), split) for precision in ("fp32", "bf16")
@@ -106,7 +112,7 @@ def test_activation_bytes_match_autograd(ranks):
 
 
 def test_layers_in_flight_match_the_schedule(ranks):
-    """Megatron's own schedules, run stage by stage; fewer microbatches than stages, uneven stages, interleaved."""
+    """Megatron's own schedules stage by stage: few microbatches, uneven stages, interleaving."""
     arch = ARCHS["qwen2"].model_copy(update={"num_layers": 9})
     cases = [
         (ParallelConfig(pp=2), 4),
@@ -124,7 +130,7 @@ def test_layers_in_flight_match_the_schedule(ranks):
 
 
 def test_training_bytes_are_exact(ranks, examples):
-    """On the first rank; the optimizer's shard is exact but for what padding of the buffers shifts between ranks."""
+    """On the first rank. Only buffer padding may shift the optimizer's shard between ranks."""
     arch, recipe = ARCHS["nemotron"], load_recipe(TWELVE_TO_EIGHT)
     cases = [
         (ParallelConfig(), 1, "fp32"),
@@ -201,7 +207,7 @@ def test_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
 
 
 def test_parts_of_a_step_add_up(examples):
-    """In closed form: a pipeline with bubble and the last stage's loss, a remote teacher that is too slow, overlap that hides."""
+    """Closed forms: a pipeline with bubble and last-stage loss, a slow remote teacher, overlap."""
     times = shipped()
     base, teacher, student = models = read_models(load_recipe(TWELVE_TO_EIGHT))
     assert base == teacher
@@ -355,7 +361,7 @@ def test_custom_hardware_file(examples, tmp_path):
 
 
 def test_cuda_graphs_remove_host_launch_time():
-    """At 1024 tokens the host issues a layer in FP8 more slowly than the GPU computes it; recorded, it does not."""
+    """At 1024 tokens the host launches an FP8 layer more slowly than the GPU computes it."""
     recipe = load_recipe(
         TWELVE_TO_EIGHT, ["data.sequence_length=1024", "distill.fp8=tensorwise", "distill.recompute=false"]
     )

@@ -45,7 +45,7 @@ def die_on(rank: int) -> None:
 
 
 def start_child() -> int:
-    """On the ranks: a process that outlives its parent unless somebody ends it, as Megatron-Core's manager would."""
+    """On the ranks: start a process that outlives its parent, as Megatron-Core's manager would."""
     import subprocess
 
     return subprocess.Popen(["sleep", "600"]).pid

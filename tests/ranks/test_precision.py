@@ -1,4 +1,4 @@
-"""Whose layers compute, and in which number format: what is refused, and that the local layers compute on a CPU."""
+"""Layer implementations and number formats: rejected settings, and local layers on a CPU."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ EVEN = ARCHS["llama"].model_copy(
                 "distill": {"tp_comm_overlap": True, "fp8": "blockwise"},
                 "parallel": {"tp": 2, "sequence_parallel": True},
             },
-            r"distill\.tp_comm_overlap sends no tensors that are scaled in blocks; set distill\.fp8: tensorwise",
+            r"distill\.tp_comm_overlap sends no tensors that are scaled in blocks; "
+            r"set distill\.fp8: tensorwise",
         ),
         (
             {"transformer_impl": "local", "distill": {"cuda_graphs": True}},
@@ -270,7 +271,7 @@ def test_silently_wrong_megatron_settings_are_detected(ranks):
 
 
 def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
-    """A configuration that check() lets pass, with what it looks at, and the step. own: the teacher is beside the student."""
+    """Return a configuration that check() accepts, and the step. own: the teacher is colocated."""
     arch = ARCHS["llama"]
     model = {
         name: getattr(arch, name)
@@ -377,7 +378,7 @@ def test_scores_of_fused_norms_match_separate_norms(ranks, results, arch):
 
 
 def test_fp8_weights_are_read_whole(ranks, results):
-    """One scale for a tensor that is written in two halves would be the second one's; tests/gpu looks at the values that a GPU makes of it."""
+    """A tensor written in two halves would keep the scale of the second; tests/gpu checks values."""
     elsewhere, equal = ranks(
         1, "precision_workers.read_whole", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     )[0]

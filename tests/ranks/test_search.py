@@ -1,4 +1,4 @@
-"""The search: which candidates there are, what ranks them, that a stop loses nothing, and that companions and layouts change nothing."""
+"""The search: candidates, ranking, resuming, and independence of layout and of parallel students."""
 
 from __future__ import annotations
 
@@ -38,11 +38,14 @@ SEARCH = {
     "ffn_hidden_size": [128, 96, 64],
 }
 SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4, "finalists": 2}
-"""Three candidates, of which two are distilled, at any layout of the tests: sizes that are solved for the budget would depend on what tp has to divide."""
+"""Three candidates, two of them distilled, for every test layout; solved sizes would depend on tp."""
 TWO_BY_TWO = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
 ALSO_AT = ("dp2", "tp2-cp2-sp", "pp2-vpp2-dp2")
 MORE = tuple(name for name, layout in BY_NAME.items() if name not in (*ALSO_AT, "one") and layout.tp <= 2)
-"""Ranked by the losses as cut; MORE with --all. The tiny model has two query groups, so tp is at most 2; test_prune.py has masks at tp 4."""
+"""Ranked by the losses after pruning; MORE runs with --all.
+
+The tiny model has two query groups, so tp is at most 2. test_slicing.py has masks at tp 4.
+"""
 
 
 def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
@@ -60,10 +63,10 @@ def found(teacher: str, *, parallel=None, target=None, **search) -> list[str]:
 
 
 def test_published_grids_are_among_the_candidates():
-    """2407.14679, table 9 and parameters within 5 %: 18 candidates for 4B as published; for 8B 18, published 15.
+    """2407.14679, table 9, parameters within 5 %: 18 candidates for 4B as published; 18 for 8B.
 
-    The hidden size 4680 of the 8B list is no multiple of 16, which is the default align: 4608, of the 4B list, stands for it in
-    docs/search.md; as printed, under align 8, there are as many.
+    The paper counts 15 for 8B. Its hidden size 4680 is no multiple of 16, the default alignment.
+    docs/search.md uses 4608 of the 4B list instead. As printed, under align 8, there are as many.
     """
     common = {"num_layers": [29, 30, 31, 32], "mlp_expansion": [2.5, 3, 3.5, 4]}
     four = found(
@@ -237,7 +240,7 @@ def test_last_two_candidates_train_all_steps():
 
 
 def test_round_compares_losses_of_that_round():
-    """Not the last losses: a search that goes on knows those of later rounds, in which some have diverged or got worse."""
+    """Not the last losses: a resumed search has those of later rounds, in which some got worse."""
 
     def one(pruned, *rounds):
         arch = read_arch(CONFIGS / "smollm2_135m", weights=False)
@@ -308,7 +311,10 @@ def scored(tmp_path_factory, ranks) -> Path:
 
 
 def searched(ranks, recipe, *overrides, count=1, stop_after=None):
-    """(the candidates, losses by what was measured) of the command, on so many ranks; stop_after: measurements until it is stopped."""
+    """Run the command; return (candidates, losses by measurement).
+
+    stop_after: number of measurements until it is stopped.
+    """
     done = ranks(
         count,
         "project_workers.search",
@@ -338,7 +344,10 @@ def losses(rows):
 
 
 def test_candidates_are_ranked_by_loss_not_size(whole, scored):
-    """The two that lose least by the cut are distilled, and the better one of these is chosen; with three finalists the worst leaves after a round."""
+    """The two with the lowest loss after pruning are distilled, and the better one is chosen.
+
+    With three finalists the worst one is dropped after a round.
+    """
     losing = sorted(whole, key=lambda row: row["pruned_loss"])
     assert [len(row["distilled"]) for row in losing] == [1, 1, 0]
     assert [row["parameters"] for row in losing] != sorted(
@@ -378,7 +387,10 @@ def test_plan_is_that_of_the_winner(ranks, whole, scored):
 
 @pytest.mark.parametrize("stop_after", [2, 4])
 def test_stopped_search_resumes(ranks, whole, scored, stop_after):
-    """Once while candidates are judged, once after the first round of distillation: nothing is measured twice, and the same comes out."""
+    """Stop once while candidates are evaluated, once after the first round of distillation.
+
+    No measurement is repeated, and the result is the same.
+    """
     searched(ranks, scored, stop_after=stop_after)
     rows, out = searched(ranks, scored)
     assert losses(rows) == losses(whole)
@@ -420,7 +432,7 @@ def test_leftover_student_of_another_search_is_pruned_again(ranks, whole, scored
 
 
 def test_search_resumes_after_stop_file(ranks, whole, scored):
-    """Between two steps of the students that are distilled together: each has a checkpoint, and the same comes out."""
+    """Between two steps of students that train together: each has a checkpoint; same result."""
     done = ranks(1, "project_workers.search", arguments=["search", str(scored), "--force"], leave_after=3)[0]
     root = load_recipe(scored).root
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""A pruned model computes what its masked teacher computes, at every layout; an identity plan changes nothing."""
+"""A pruned model matches its masked teacher for every layout; an identity plan changes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cases import ARCHS, BY_NAME, CASES, IDS, masked_axes, saved_axes, targets
 from results import previous
 
 ROUNDING = 2e-5
-"""Of float32 logits relative to their largest one: 6 layers of sums of about 100 products at 6e-8 each; 4e-6 seen."""
+"""Of float32 logits, relative to the largest: 6 layers of sums of about 100 products; 4e-6 seen."""
 AXES = ["hidden", "ffn", "heads", "layer", "all", "groups", "merged"]
 
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
@@ -57,7 +57,7 @@ def test_masked_reference_matches_student_loaded_at_this_layout(results, arch, l
     ("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED]
 )
 def test_sliced_student_matches_masked_teacher(results, arch, layout, axis):
-    """Not a weight is sliced; and afterwards it is the teacher again, bitwise (test_importance.py looks at "unchanged")."""
+    """No weight is sliced, and the teacher is bitwise unchanged afterwards (see test_importance.py)."""
     want = results.dense(arch, results.plan(arch, axis, layout))
     assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
 
@@ -66,7 +66,10 @@ def test_sliced_student_matches_masked_teacher(results, arch, layout, axis):
     ("arch", "layout", "axis"), SLICED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in SLICED]
 )
 def test_slices_equal_plain_indexing_bitwise(results, arch, layout, axis):
-    """Every rank holds the right part, and what is saved covers each weight once. Merged queries are rounded once, like the reference."""
+    """Every rank holds its shard, and the saved shards cover each weight once.
+
+    Merged queries are rounded once, as in the reference.
+    """
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
     covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
     for number, rank in enumerate(results.pruned(arch, layout)):
@@ -101,7 +104,7 @@ def test_kept_neurons_are_uneven_across_ranks(results, arch):
 
 
 def test_kept_groups_are_uneven_across_ranks(results):
-    """At tp 4 one rank keeps both of its query groups, another none, and both ways of a merge are exercised."""
+    """At tp 4 one rank keeps both of its query groups, another none; both merge paths run."""
     arch, plan = ARCHS["qwen2"], results.plan("qwen2", "merged", BY_NAME["tp4-sp"])
     counts = [
         [

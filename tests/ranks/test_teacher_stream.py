@@ -1,4 +1,4 @@
-"""The transport of teacher signals: the plan of transfers as pure functions, both ends over gloo, and what happens when it breaks."""
+"""The teacher stream: the transfer plan as pure functions, both ends over gloo, and failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ ODD = StreamShape("hidden", 6, 1, 3, torch.float32)
 """Three tokens on each of two context parallel ranks: no two tensor parallel ranks share them evenly."""
 SHAPES = {"hidden": HIDDEN, "logits": LOGITS, "topk": TOPK, "odd": ODD}
 
-# (teacher, student): (ranks, layout) each. Of up to four ranks, uneven data parallel sizes (1:2, 1:3, 2:1, 3:1) and context parallelism among them.
+# (teacher, student): (ranks, layout) each. Up to four ranks, with context parallelism and uneven
+# data parallel sizes (1:2, 1:3, 2:1, 3:1).
 PAIRS = {
     "one-to-one": ((1, {}), (1, {})),
     "one-to-tp2": ((1, {}), (2, {"tp": 2})),
@@ -62,7 +63,7 @@ LARGE = [{"tp": tp, "cp": cp, "pp": pp} for tp, cp, pp in itertools.product((1, 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_messages_carry_every_element_once(name):
-    """Any two layouts, on one process: what the messages bring is what the student's rank wants, nothing twice."""
+    """For any two layouts, in one process: messages bring exactly the student rank's part, once."""
     shape = StreamShape(SHAPES[name].payload, 48 if name != "odd" else 24, 2, 12, torch.float32)
     for left, right in itertools.product(LARGE, LARGE):
         teacher, student = ParallelConfig(**left), ParallelConfig(**right)
@@ -113,7 +114,7 @@ STREAMS = [("hidden", 1), ("hidden", 3), ("logits", 3)]
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("name", "window"), STREAMS)
 def test_received_signals_equal_sent_signals(results, ranks, name, pair, window):
-    """Bitwise, with random delays on both sides; the three streams of a pair one after the other in one job."""
+    """Bitwise, with random delays on both sides; three streams of a pair one after another."""
     roles, count = roles_of(pair), 13
     size, cases = sum(n for n, _ in roles.values()), [(SHAPES[payload], room) for payload, room in STREAMS]
     case = {"roles": roles, "cases": cases, "count": count, "delay_s": 0.004}
@@ -171,7 +172,8 @@ def test_out_of_order_microbatch_is_an_error(ranks, announced, due):
     assert "teacher rank 0 (job rank 1; dp 0, pp 0, cp 0, tp 0)" in student
 
 
-# (student, teacher). Bitwise where the teacher computes in the same shapes: tensor and context parallel sizes round.
+# (student, teacher). Bitwise if the teacher computes with the same shapes: tensor and context
+# parallel sizes change the rounding.
 TRAINED = {
     "one-from-one": ("one", "one"),
     "one-from-dp3": ("one", "dp3"),
@@ -206,7 +208,7 @@ def streamed(results, payload, pair, window):
 @pytest.mark.parametrize("pair", TRAINED)
 @pytest.mark.parametrize("payload", ["hidden", "logits"])
 def test_remote_teacher_matches_colocated_teacher_bitwise(results, payload, pair):
-    """Bitwise; the steps of the whole trainer, with context parallelism, interleaved stages and uneven data parallel sizes."""
+    """Bitwise, with the complete trainer: context parallelism, interleaving, uneven dp sizes."""
     remote, colocated = streamed(results, payload, pair, 1 if pair.startswith("dp2") else 3)
     assert len(remote) == RESUME_AT
     assert remote == colocated
@@ -350,7 +352,10 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_dead_or_hung_rank_is_named_within_the_timeout(fault):
-    """Every other rank ends with an error that names it, after 3 s of the bound and 3 s in which another rank may say why."""
+    """Every other rank raises an error that names the rank.
+
+    The bound is 3 s, plus 3 s in which another rank may report the cause.
+    """
     roles = roles_of("one-to-dp3" if fault.startswith("student") else "dp2-to-one")
     broken, case = Pool(sum(n for n, _ in roles.values())), {"roles": roles, "shape": HIDDEN, "window": 2}
     broken.run("teacher_stream_workers.transport", **case, count=2)

@@ -1,4 +1,4 @@
-"""Training does not depend on the layout, on microbatches or on being stopped: against one rank, and against plain autograd."""
+"""Training is independent of layout, microbatches and interruptions, and matches plain autograd."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cases import (
 )
 
 ROUNDING = 1e-5
-"""Relative, of losses and gradient norms in float32: sums of a few thousand terms in another order; 2e-6 seen."""
+"""Relative, of float32 losses and gradient norms: sums of thousands of terms reordered; 2e-6 seen."""
 AXES = ("loss", "kl", "ce", "grad_norm")
 
 
@@ -100,8 +100,9 @@ def test_saved_optimizer_state_matches_plain_adam(results, ranks, arch, layout):
     _, want = results.plain_training(arch)
     assert saved.keys() == want.keys()
     for key, expected in want.items():
-        # A weight with a gradient near zero moves by a step whose sign is rounding: so weights to a share of the learning rate, and
-        # the second step's gradients are those of such weights. 9e-3 and 1.1e-5 seen.
+        # If a gradient is near zero, the sign of the weight's step is rounding. So weights are
+        # compared relative to the learning rate, and the second step's gradients inherit this. 9e-3
+        # and 1.1e-5 seen.
         tolerance = 0.05 * DISTILL.lr if ".param." in key else 5e-5 * expected.abs().max()
         difference = (saved[key] - expected).abs().max()
         assert difference <= tolerance, f"{key} differs by {difference:.2e}, allowed {tolerance:.2e}"
@@ -109,7 +110,8 @@ def test_saved_optimizer_state_matches_plain_adam(results, ranks, arch, layout):
 
 @trained
 def test_student_equal_to_teacher_has_zero_loss_and_gradient(results, arch, layout):
-    """To rounding: the weights lie at other addresses in the gradient buffers, and kernels may add in an order that depends on it."""
+    """Up to rounding: the weights have other offsets in the gradient buffers, and kernels may add
+    in an order that depends on them."""
     same = results.trained(arch, layout)[0]["same"][0]
     assert abs(same.kl) < 1e-6
     assert same.grad_norm < ROUNDING * one_rank(results, arch)[0].grad_norm
@@ -151,7 +153,7 @@ def test_evaluation_matches_plain_torch(results, arch, layout):
 
 
 def variant(results, layout, name):
-    """Metrics of a run with other settings, which must leave every data parallel rank with the same weights."""
+    """Return the metrics of a run with other settings; all data parallel ranks must have equal weights."""
     by_rank = results.variants(BY_NAME[layout])
     assert all(rank[name][1] for rank in by_rank), "ranks end with other weights"
     return by_rank[0][name][0]
@@ -249,7 +251,10 @@ def test_concurrent_correction_matches_separate_correction(results, layout):
 
 
 def test_bf16_teacher_is_saved_with_its_last_parameters(results):
-    """With overlap the ranks gather them at the next forward pass; in float32 the optimizer works on the weights themselves, so nothing could be late."""
+    """With overlap the ranks gather parameters at the next forward pass.
+
+    In float32 the optimizer updates the weights themselves, so only bf16 can be late.
+    """
     ranks = results.corrected_meanwhile(BY_NAME["dp2"], "bf16")
     assert all(rank["bitwise"] for rank in ranks)
     for name in ("loss", "grad_norm"):
@@ -268,7 +273,10 @@ def on_two_ranks(results, ranks, function):
 
 
 def test_stopped_run_resumes_bitwise(results, ranks):
-    """By a stop file that the first rank sees, by SIGTERM on the last rank alone, by a deadline; with checkpoints beside the training in one."""
+    """Stop by a file on the first rank, by SIGTERM on the last rank, by a deadline.
+
+    One run writes background checkpoints.
+    """
     unbroken = numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])
     found = on_two_ranks(results, ranks, "leave")[0]
     after = {"stop file": 2, "SIGTERM": 2, "far deadline": 3, "deadline": 1}

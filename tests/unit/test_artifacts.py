@@ -1,4 +1,4 @@
-"""Artefacts: whole or not at all, whose they are, and what is said when they are not what a recipe asks for."""
+"""Artifacts are complete or absent, and errors explain mismatches with the recipe."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_failed_write_keeps_the_old_artifact(folder):
 
 @pytest.mark.parametrize("killed_at", ["first rename", "second rename", "delete"])
 def test_kill_during_replacement(folder, monkeypatch, killed_at):
-    """Stops commit() before each of its steps; then find() must see a whole artefact, and a new run must work."""
+    """Stop commit() before each of its steps; find() then returns a complete artifact, and a rerun works."""
 
     def kill(*_, **__):
         raise KeyboardInterrupt

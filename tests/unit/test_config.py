@@ -124,7 +124,8 @@ def test_parameter_count_suffixes(text, number):
         ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),
         (
             {"score": {"zzz": 3}},
-            r"unknown key score\.zzz; known here: num_samples, micro_batch_size, batch_aggregation, sequence_aggregation",
+            r"unknown key score\.zzz; known here: num_samples, micro_batch_size, batch_aggregation, "
+            r"sequence_aggregation",
         ),
     ],
 )

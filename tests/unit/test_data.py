@@ -23,7 +23,7 @@ S = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Hugging Face folder of a byte-level BPE that would put <s> and </s> around a text if asked for special tokens."""
+    """A byte-level BPE folder that adds <s> and </s> to a text if special tokens are requested."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -80,7 +80,7 @@ def lists(tmp_path, **sizes) -> DataConfig:
 
 @pytest.fixture
 def corpus(tmp_path, tokenizer):
-    """Folder with the parts of 8, 40 and 12 lines, each one document, so that samples are windows of one stream."""
+    """A folder with parts of 8, 40 and 12 lines, each one document: samples are windows of one stream."""
     tokenize_corpus(lists(tmp_path, calibration=8, train=40, valid=12), tokenizer, tmp_path / "data", 1)
     return tmp_path / "data"
 
@@ -179,8 +179,8 @@ def test_stdlib_split_is_disjoint_and_deterministic(tmp_path, monkeypatch, token
         12,
     ]  # written down from a first run: the same on every machine
     assert (
-        corpus_fingerprint(data)
-        == f"python-stdlib {platform.python_version()}: 62 files, {sum(map(len, files.values())) + 1 + 11} bytes"
+        corpus_fingerprint(data) == f"python-stdlib {platform.python_version()}: 62 files, "
+        f"{sum(map(len, files.values())) + 1 + 11} bytes"
     )
 
     tokenize_corpus(data, tokenizer, tmp_path / "two", 1)
@@ -411,7 +411,8 @@ def test_samples_repeat_for_training_only(corpus, tokenizer):
     )
     with pytest.raises(
         InputError,
-        match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; lower evaluate\.num_samples to at most {held}",
+        match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; "
+        rf"lower evaluate\.num_samples to at most {held}",
     ):
         open_samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
     with pytest.raises(
@@ -516,7 +517,8 @@ def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
 def test_indivisible_batch_sizes_are_rejected():
     with pytest.raises(
         InputError,
-        match=r"global_batch_size 10 must be a multiple of 4 \(micro_batch_size 2 x data parallel size 2\); nearest 8",
+        match=r"global_batch_size 10 must be a multiple of 4 "
+        r"\(micro_batch_size 2 x data parallel size 2\); nearest 8",
     ):
         micro_batches([], 0, global_batch_size=10, micro_batch_size=2, dp_rank=0, dp_size=2)
     with pytest.raises(InputError, match="nearest 4"):

@@ -1,4 +1,4 @@
-"""Hugging Face folders: bitwise round trips, the same logits in transformers, and one message for each unusable input."""
+"""Hugging Face folders: bitwise round trips, equal logits in transformers, one error per bad input."""
 
 import importlib.util
 import json
@@ -144,9 +144,9 @@ def test_exported_folder_gives_the_same_logits(case, folders, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
-    """The model, and a student of the family with fewer query groups and hidden != heads x head_dim, in float32.
+    """Logits of the model, and of a student with fewer query groups and hidden != heads x head_dim.
 
-    Other kernels and orders of sums; 5e-6 seen.
+    Float32. Kernels and the order of sums differ; 5e-6 seen.
     """
     teacher = read_arch(folders[case])
     groups = teacher.num_query_groups * 2 // 3

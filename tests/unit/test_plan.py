@@ -1,4 +1,4 @@
-"""Sizes, ranking and targets: arch.py and plan.py. Published numbers are from arXiv 2408.11796, tables 1 and 3."""
+"""Sizes, ranking and targets. Published numbers are from arXiv 2408.11796, tables 1 and 3."""
 
 import json
 import time
@@ -213,7 +213,7 @@ def test_multi_head_attention_drops_heads_with_key_and_value():
 
 @pytest.mark.parametrize("keep", [5, 4, 3, 2, 1])
 def test_merged_heads_are_mirrored_at_the_cut(keep):
-    """head_i += head_i - head_(2K-i+1), 1-based in the order of importance; past 2K the pruned heads have no partner."""
+    """head_i += head_i - head_(2K-i+1), 1-based by importance; pruned heads past 2K have no partner."""
     importance = random_importance(GROUPED)
     plan = make_plan(importance, GROUPED, TargetConfig(num_attention_heads=4 * keep, merge_heads=True))
     for layer, pairs in enumerate(plan.merge):
@@ -305,7 +305,8 @@ def test_close_cuts_are_reported():
         (
             {"num_attention_heads": 5},
             1,
-            r"num_attention_heads 5 is no multiple of 2 \(the query groups\); nearest that work: 4 or 6, or cut num_q",
+            r"num_attention_heads 5 is no multiple of 2 \(the query groups\); "
+            r"nearest that work: 4 or 6, or cut num_q",
         ),
         ({"num_query_groups": 3}, 1, r"num_query_groups 3 is larger than the teacher's 2"),
         (
@@ -388,7 +389,8 @@ def test_llama_export_rule_suggests_mistral():
     assert export_problems(NEMO.model_copy(update={"hidden_size": 3088})) == []
     with pytest.raises(
         InputError,
-        match=r"hidden_size 3088 .*num_attention_heads 32; nearest hidden_size 3072, or set export\.family: mistral",
+        match=r"hidden_size 3088 .*num_attention_heads 32; "
+        r"nearest hidden_size 3072, or set export\.family: mistral",
     ):
         exportable_arch(student, None)
     assert exportable_arch(student, "mistral") == student.model_copy(update={"family": "mistral"})

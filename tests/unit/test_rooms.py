@@ -1,4 +1,4 @@
-"""Rules of the house that can be read from the source: the order of imports, who may import what, and import cost."""
+"""Rules that the source must follow: import order of the rooms, light modules, and import cost."""
 
 import ast
 import resource
@@ -88,7 +88,10 @@ def rooms_of(names: set[str]) -> set[str]:
 
 
 def test_import_forms_are_recognized():
-    source = "def f():\n from minitron_mp import cli, Recipe\n import minitron_mp.models.hf_config\n os.environ['A']\n"
+    source = (
+        "def f():\n from minitron_mp import cli, Recipe\n import minitron_mp.models.hf_config\n"
+        " os.environ['A']\n"
+    )
     names = used_names(source)
     assert rooms_of(names) == {"cli", "__init__", "models"}
     assert "os.environ" in names

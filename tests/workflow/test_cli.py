@@ -60,7 +60,7 @@ def model(inputs, tmp_path) -> Path:
 
 @pytest.fixture
 def on_ranks(ranks):
-    """on_ranks(count, words...) -> what the command line does on each of so many ranks that have imported everything already."""
+    """on_ranks(count, words...) runs the command line on pool ranks, which have imported everything."""
     return lambda count, *words: ranks(
         count, "project_workers.minitron", arguments=[str(word) for word in words]
     )
@@ -150,7 +150,8 @@ def stage_states(out: str) -> dict[str, str]:
                 "depth.protect_last=1",
             ],
             [
-                "target.drop_layers names 0, which depth.protect_first 1 and protect_last 1 keep; name others, or protect fewer"
+                "target.drop_layers names 0, which depth.protect_first 1 and protect_last 1 keep; "
+                "name others, or protect fewer"
             ],
         ),
         (
@@ -252,7 +253,10 @@ def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     )
 
 
-SEARCH = "search={parameters: 100K, tolerance: 0.2, num_layers: [3, 4], hidden_size: [64, 48], num_attention_heads: [7, 8]}"
+SEARCH = (
+    "search={parameters: 100K, tolerance: 0.2, num_layers: [3, 4], hidden_size: [64, 48], "
+    "num_attention_heads: [7, 8]}"
+)
 FREE = [
     "target={align: 16}",
     "target.num_layers=null",
@@ -371,7 +375,8 @@ def test_fewer_ranks_than_the_layout_needs(recipe, on_ranks):
     done = on_ranks(1, "compress", recipe, "parallel.tp=2", "parallel.sequence_parallel=true")[0]
     refused(
         done,
-        "tp 2 x pp 1 x cp 1 needs a multiple of 2 ranks, this job has 1; start 2 or a multiple (torchrun --nproc-per-node)",
+        "tp 2 x pp 1 x cp 1 needs a multiple of 2 ranks, this job has 1; "
+        "start 2 or a multiple (torchrun --nproc-per-node)",
     )
 
 
@@ -521,7 +526,7 @@ def documented() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "line"), documented())
 def test_documented_commands_exist(where, line):
-    """Scripts are there; stages, options and keys of overrides are known. Recipes named recipe.yaml are the reader's own."""
+    """Scripts exist; stages, options and override keys are known. recipe.yaml stands for the user's."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables for the command
         words.pop(0)
@@ -592,7 +597,7 @@ def test_quickstart_help():
 
 
 def test_dry_run_with_a_remote_teacher(here, recipe):
-    """6 ranks: a student of tp 2 twice, a teacher of tp 2; 64 hidden channels in float32 are 256 bytes a token."""
+    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2; 64 float32 channels are 256 bytes a token."""
     words = ["parallel.tp=2", "teacher.placement=remote", "teacher.parallel.tp=2"]
     code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words)
     assert (code, err) == (0, "")

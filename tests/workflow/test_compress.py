@@ -1,4 +1,4 @@
-"""All stages from a Hugging Face folder to a Hugging Face folder: what comes out, what is repeated when, and what a kill leaves."""
+"""All stages from Hugging Face folder to Hugging Face folder: results, reruns, and interruptions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_compress_writes_every_artifact(whole):
 
 
 def test_model_logits_match_transformers(whole, inputs, ranks):
-    """Float32 on both sides, so at most the order of sums differs; nothing seen on one machine, at logits up to 6."""
+    """Float32 on both sides, so only the order of sums may differ; no difference seen on one machine."""
     from transformers import AutoModelForCausalLM
 
     models = {}
@@ -149,7 +149,8 @@ def test_export_is_a_model_with_its_tokenizer(whole, inputs):
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
     }
-    # Heads keep their width, which is no longer hidden_size / num_attention_heads: without head_dim nobody could load it.
+    # Heads keep their width, which is no longer hidden_size / num_attention_heads. Without head_dim
+    # the model could not be loaded.
     assert {name: config[name] for name in sizes} == sizes
     assert config["head_dim"] == 8
     assert config["dtype"] == "float32"
@@ -203,8 +204,8 @@ def test_report_shows_sizes_and_losses(whole):
         quality, kl = found[name], "" if found[name]["kl"] is None else f"{found[name]['kl']:.4f}"
         share = f"{arch.num_parameters() / plan.teacher.num_parameters():.1%}"
         assert (
-            f"| {name} | {arch.num_parameters():,} | {share} | {quality['loss']:.4f} | {quality['perplexity']:.2f} | {kl} |"
-            in report
+            f"| {name} | {arch.num_parameters():,} | {share} "
+            f"| {quality['loss']:.4f} | {quality['perplexity']:.2f} | {kl} |" in report
         )
     for row in plan.summary():
         assert "| " + " | ".join(row) + " |" in report
@@ -242,7 +243,7 @@ def test_second_run_skips_every_stage(copied, on_rank):
     ],
 )
 def test_changed_setting_repeats_dependent_stages(whole, override, why, first):
-    """The first stage names the setting; of the others those are repeated that have it, or that read what is made anew."""
+    """The first stage names the setting; later stages repeat if they use it or read repeated output."""
     found = whole.to_repeat(override)
     after = {name for name in STAGES if first in whole.project().before(name)}
     also = {"export"} if override.startswith("precision") else set()
@@ -308,7 +309,10 @@ def test_repeated_stages_keep_the_other_artifacts(copied, on_rank):
 
 
 def start_and_kill(run: Run, *overrides: str, ranks: int = 1) -> int:
-    """distill in a process of its own, or under torchrun, killed when it is past its first checkpoint; steps that it has logged."""
+    """Start distill in a process, or under torchrun, and kill it after its first checkpoint.
+
+    Returns the number of logged steps.
+    """
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
     (run.output / "metrics.jsonl").unlink()
     process = subprocess.Popen(
@@ -335,7 +339,7 @@ def wait_past_a_checkpoint(run: Run, process: subprocess.Popen) -> int:
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """torchrun gives its ranks sessions of their own; Megatron-Core's checkpoint writers and manager outlive a process that is killed."""
+    """Kill all processes; torchrun's ranks have their own sessions, and checkpoint writers outlive ranks."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
     process.wait()
@@ -354,7 +358,7 @@ def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
     assert not (copied.output / "student_distilled").exists()
     checkpoints = copied.output / "checkpoints" / "distill"
     saved = max(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
-    # What a kill in the middle of a save leaves, and what a machine leaves that lost what was not on its disk yet.
+    # Files that a kill during a save leaves, and files of a machine that lost unwritten data.
     (checkpoints / f".step_{saved + CHECKPOINT_INTERVAL:08d}.tmp").mkdir(exist_ok=True)
     (checkpoints / f".step_{saved + CHECKPOINT_INTERVAL:08d}.tmp" / "__0_0.distcp").write_bytes(b"half")
     (checkpoints / f"step_{saved + CHECKPOINT_INTERVAL:08d}").mkdir()
@@ -423,7 +427,7 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     one, two = (PrunePlan.load(run.output / "plan.json") for run in (whole, two_ranks))
     assert (one.layers, one.hidden, one.ffn, one.heads) == (two.layers, two.hidden, two.ffn, two.heads)
     assert two_ranks.to_repeat() == {}, "a run on one rank would repeat something"
-    # Rounding of sums over two ranks, which 30 steps at a large learning rate may let grow: 3e-7 seen after them.
+    # Rounding of sums over two ranks, which 30 steps at a large learning rate may amplify: 3e-7 seen.
     found = [json.loads((run.output / "evaluation.json").read_text()) for run in (whole, two_ranks)]
     assert found[1]["pruned"]["kl"] == pytest.approx(found[0]["pruned"]["kl"], rel=1e-5)
     assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-4)
@@ -532,7 +536,9 @@ def test_foreign_folder_is_not_replaced(copied, on_rank, name):
 
 
 def test_full_disk_keeps_the_old_artifact(copied, on_rank, ranks):
-    read = lambda: ranks(1, "model_workers.read_tensors", folder=copied.output / "student", prefix="")[0]  # noqa: E731
+    def read():
+        return ranks(1, "model_workers.read_tensors", folder=copied.output / "student", prefix="")[0]
+
     before, tensors = copied.state(), read()
     refused(
         on_rank("prune", copied.recipe, "--force", free_bytes=1000),
@@ -642,7 +648,10 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
 
 
 def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
-    """Cut from the original; the teacher that the student is judged by is what the other one has become; also on a text that nobody learned."""
+    """The student is cut from the original, and judged by the corrected teacher.
+
+    Also on text that neither model has seen.
+    """
     (tmp_path / "old.txt").write_text("An old text of other words, again and again. " * 200)
     sections = {
         "correct": {
@@ -691,7 +700,10 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
 
 
 def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_path, on_rank):
-    """Iterative compression: model is a student, teacher.model what that one was cut from. One query group goes, the other's heads are merged."""
+    """Iterative compression: `model` is a student, `teacher.model` its original teacher.
+
+    One query group is dropped, the heads of the other are merged.
+    """
     heads = {"num_query_groups": 1, "num_attention_heads": 2, "merge_heads": True}
     sizes = {
         "target": {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, **heads},
@@ -749,7 +761,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
 
 @pytest.mark.parametrize("method", ["drop", "block", "greedy"])
 def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
-    """The stage depth measures, the plan follows it; the first layer is protected, and the searched sets are as the method says."""
+    """The plan follows the trials of `depth`; the first layer is protected; `method` sets the trials."""
     shutil.copytree(whole.output, tmp_path / "out")
     sizes = {
         "target": {"num_layers": 2},
@@ -821,7 +833,7 @@ REMOTE = ("teacher.placement=remote", "teacher.window=2")
 
 @pytest.fixture
 def in_job(ranks):
-    """in_job(count, words...) -> what the command line did on each of so many ranks, in worlds that it makes itself."""
+    """in_job(count, words...) runs the command line on pool ranks, which make their own worlds."""
     return lambda count, *words: ranks(
         count, "project_workers.minitron", arguments=[str(word) for word in words], own_job=True
     )
@@ -880,7 +892,7 @@ def test_remote_teacher_gives_the_same_loss_curve(
 def test_stopped_run_with_remote_teacher_resumes_bitwise(
     whole, inputs, tmp_path, in_job, ranks, overrides, size
 ):
-    """The teacher is ahead when the student is told: both go to the step that the teacher names, and no further."""
+    """The teacher is ahead when the student stops: both continue to the step that the teacher sends."""
     shutil.copytree(whole.output, tmp_path / "out")
     drop(tmp_path / "out", "distill")
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
@@ -891,8 +903,8 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
     left = len(read_metrics(tmp_path / "out"))
     assert 8 < left < 16
     assert (
-        f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; the same command goes on from there"
-        in first[0].out
+        f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; "
+        "the same command goes on from there" in first[0].out
     )
     assert not (tmp_path / "out" / "stop").exists()
     assert not (tmp_path / "out" / "student_distilled").exists()
@@ -904,7 +916,7 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
 
 
 def test_remote_hidden_states_reach_every_stage(whole, inputs, tmp_path, on_rank, in_job):
-    """The stages of two students, one beside its teacher on a rank, one in two stages with the teacher on a third."""
+    """Two students: one beside its teacher on a rank; one with pp 2 and the teacher on a third rank."""
     words, curves = ("distill.steps=5", "distill.states.layers={0: 0, 1: 3, 3: 4}"), []
     for name, run in (
         ("here", lambda *words: [on_rank(*words)]),
@@ -980,7 +992,7 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
 
 
 def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_job):
-    """Two students of other sizes and layouts in one job with one teacher: each has the loss curve that it has alone."""
+    """Two students of different sizes and layouts share one teacher; each has its separate loss curve."""
     sizes = {"target": {"num_layers": 4, "ffn_hidden_size": 64}}
     alone = make_recipe_file(
         tmp_path / "alone.yaml", inputs / "model", inputs / "text", tmp_path / "alone", **sizes
@@ -1015,7 +1027,10 @@ def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_
 
 @pytest.mark.slow
 def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
-    """Two torchrun agents with a copy of the teacher each; one of them dies. The job comes back without it, with the same losses."""
+    """Two torchrun agents have a teacher replica each, and one agent dies.
+
+    The job restarts without it and gives the same losses.
+    """
     drop(copied.output, "distill", "evaluate", "export")
     (copied.output / "metrics.jsonl").unlink()
     with socket.socket() as free:
@@ -1059,7 +1074,8 @@ def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
             ]
             with (tmp_path / f"agent{ranks}.txt").open("w") as log:
                 line = [sys.executable, "-m", "torch.distributed.run", *words]
-                # A store of its own for each start of the ranks: the agents' would still hold the addresses of ranks that are gone.
+                # A separate store for each start of the ranks: the agents' store still has the
+                # addresses of dead ranks.
                 own_store = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
                 agents.append(
                     subprocess.Popen(
@@ -1084,10 +1100,11 @@ def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
 
 
 def test_fp8_teacher_kl_is_logged(ranks, whole):
-    """Two times the same teacher, then another one; that one of them computes in FP8 takes a GPU (tests/gpu)."""
+    """Compare a teacher with itself, then with another; an FP8 one takes a GPU (tests/gpu)."""
     same, other = ranks(1, "project_workers.drift", recipe=str(whole.recipe))[0]
     assert re.fullmatch(
-        r"teacher in FP8 \(tensorwise\): KL\(bf16 \|\| FP8\) -?0\.0000\d on \d+ tokens, loss (\S+), in bf16 \1",
+        r"teacher in FP8 \(tensorwise\): KL\(bf16 \|\| FP8\) -?0\.0000\d on \d+ tokens, "
+        r"loss (\S+), in bf16 \1",
         same,
     )
     assert float(re.search(r"FP8\) (\S+)", other)[1]) > 0.001

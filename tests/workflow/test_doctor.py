@@ -127,7 +127,7 @@ def test_mismatched_tokenizers_fail(recipe, tmp_path):
 
 
 def test_estimated_disk_space_matches_the_artifacts(whole):
-    """What a finished run has on disk: the checkpoints are gone by then, manifests and tokenizers not counted before."""
+    """The estimate matches a finished run, without its checkpoints, manifests and tokenizers."""
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
     expected = artefact_bytes(project.recipe, arch, arch)

@@ -95,7 +95,7 @@ def test_roles_that_do_not_fit_are_rejected(sections, nodes, said):
 
 
 def test_existing_variables_are_kept(tmp_path):
-    """launch/env.sh: the site's settings and the user's go before the recipe's, and are printed with the reason."""
+    """launch/env.sh: site and user settings precede the recipe's, and are printed with a reason."""
     (tmp_path / "site.env").write_text("OMP_NUM_THREADS=3\nNCCL_DEBUG=WARN\n")
     (tmp_path / "recipe.yaml").write_text("model: m\noutput: out\n")
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"

@@ -72,7 +72,8 @@ def test_venv_sh_names_the_supported_pythons(tmp_path, fake_pythons):
 def test_venv_sh_without_the_venv_module(tmp_path, fake_pythons):
     """The second Python runs, but is Debian's without python3-venv."""
     (fake_pythons / "python3.12").write_text(
-        f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; *version*) echo 311 {fake_pythons}/python3.12;; esac\n'
+        '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; '
+        f"*version*) echo 311 {fake_pythons}/python3.12;; esac\n"
     )
     done = venv(tmp_path / "new", PATH=f"{fake_pythons}:{os.environ['PATH']}", PYTHON="")
     assert done.returncode == 1
@@ -89,7 +90,7 @@ def test_venv_sh_deletes_only_its_own_environment(tmp_path):
 
 @pytest.mark.parametrize("constraints", sorted(ROOT.glob("constraints/*.txt")), ids=lambda path: path.stem)
 def test_pins_fit_the_version_ranges(constraints):
-    """Every direct dependency has a pin inside its range; the extras te, bridge and nemo-run are the user's to choose."""
+    """Every direct dependency has a pin inside its range; the user chooses te, bridge and nemo-run."""
     tables = {}
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign):

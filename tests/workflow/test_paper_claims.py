@@ -1,4 +1,4 @@
-"""experiments/paper_claims at toy size: every variant runs, differs where it must, agrees with the plain loop, and is told as it was."""
+"""experiments/paper_claims at toy size: variants, the plain loop, and the report."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_random_scores_must_lose_in_both_losses_at_every_seed(losses, shown):
 
 
 def test_new_default_setting_keeps_the_experiment_fingerprint(monkeypatch):
-    """The mark of the recipe that results start from, of which only what the file and the command say counts."""
+    """The mark of the base recipe depends only on the file and the command's overrides."""
     import run
 
     args = argparse.Namespace(size="cpu", set=["distill.steps=48"])

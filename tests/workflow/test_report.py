@@ -36,7 +36,10 @@ WIDTHS = (400, 1400)
 
 
 class Reader(HTMLParser):
-    """Tables as rows of cells; what is in preformatted boxes; references; labels of figures. Knows when tags do not match."""
+    """Collect tables as rows of cells, preformatted boxes, references and figure labels.
+
+    Detects tags that do not match.
+    """
 
     def __init__(self, text: str):
         super().__init__()
@@ -312,7 +315,7 @@ def test_optional_stage_files_are_included(whole, tmp_path):
 
 
 def test_provenance_matches_the_run_records(whole, tmp_path):
-    """Ranks, nodes and versions of the records, several where stages differ; of lost ones the recipe's layout."""
+    """Ranks, nodes and versions are those of the records; without records, the recipe's layout."""
     (tmp_path / "out").mkdir()
     shutil.copy(whole.output / "evaluation.json", tmp_path / "out")
     shutil.copytree(
@@ -371,13 +374,18 @@ def test_page_in_a_browser(whole, tmp_path):
                 True,
             ]
             hidden = tab.evaluate(
-                "[...document.querySelectorAll('svg[role=img], image, table, pre')].filter(e => !e.getBoundingClientRect().width).length"
+                "[...document.querySelectorAll('svg[role=img], image, table, pre')]"
+                ".filter(e => !e.getBoundingClientRect().width).length"
             )
             assert hidden == 0
             # What is wider than the page scrolls in a box of its own, which the keyboard reaches.
-            wide = "[...document.querySelectorAll('table, pre, svg[role=img]')].filter(e => e.getBoundingClientRect().right > innerWidth)"
+            wide = (
+                "[...document.querySelectorAll('table, pre, svg[role=img]')]"
+                ".filter(e => e.getBoundingClientRect().right > innerWidth)"
+            )
             assert tab.evaluate(
-                f"{wide}.every(e => e.closest('[tabindex]') && getComputedStyle(e.closest('[tabindex]')).overflowX == 'auto')"
+                f"{wide}.every(e => e.closest('[tabindex]') "
+                "&& getComputedStyle(e.closest('[tabindex]')).overflowX == 'auto')"
             )
             assert tab.evaluate("document.querySelectorAll('svg[role=img]').length") > 10
             image = np.asarray(Image.open(tab.screenshot(tmp_path / f"{width}.png")).convert("L"))
