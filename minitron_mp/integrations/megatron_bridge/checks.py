@@ -126,12 +126,3 @@ def _sizes(m: Any, like: Arch) -> Arch:
 
 def _dataset_length(cfg: Any) -> int | None:
     return getattr(cfg.dataset, "seq_length", None) or getattr(cfg.dataset, "sequence_length", None)
-
-
-def _in_half(model: Any) -> bool:
-    """Whether Float16Module is around the GPTModel, which casts the output of the last stage unless told not to."""
-    while hasattr(model, "module"):
-        if hasattr(model, "float16_convertor"):
-            return True
-        model = model.module
-    return False
