@@ -72,7 +72,7 @@ def _sizes(recipe: Recipe) -> dict[str, Any]:
         return recipe.target.model_dump(exclude_defaults=True, exclude={"axes", "align"})
     teacher = read_arch(Path(recipe.model), weights=False)
     student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)
-    return student.model_dump(include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"})
+    return student.sizes()
 
 
 PLAN = Stage(
