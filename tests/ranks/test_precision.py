@@ -75,8 +75,7 @@ EVEN = ARCHS["llama"].resized(
                 "distill": {"tp_comm_overlap": True, "fp8": "blockwise"},
                 "parallel": {"tp": 2, "sequence_parallel": True},
             },
-            r"distill\.tp_comm_overlap sends no tensors that are scaled in blocks; "
-            r"set distill\.fp8: tensorwise",
+            r"distill\.tp_comm_overlap does not support distill\.fp8 blockwise; set tensorwise",
         ),
         (
             {"transformer_impl": "local", "distill": {"cuda_graphs": True}},
