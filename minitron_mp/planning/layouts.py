@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from minitron_mp.config.engine_rules import engine_problems
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.config.rules import engine_problems
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.planning.hardware import Times
 from minitron_mp.planning.memory import fp8_of, remote_teacher_memory

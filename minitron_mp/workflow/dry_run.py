@@ -1,4 +1,5 @@
-"""A dry run: everything that is known about a recipe before it runs. Needs neither a GPU nor torchrun."""
+"""A dry run: everything that is known about a recipe before it runs. Needs neither a GPU nor
+torchrun."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from minitron_mp.workflow.graph import StageGraph
 def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     """Print the resolved recipe, layout, sizes, memory per rank and the state of the stages.
 
-    num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for all.
-    InputError lists everything that would stop the run.
+    num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
+    all. InputError lists everything that would stop the run.
     """
     from omegaconf import OmegaConf
 
@@ -46,14 +47,16 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
 
 
 def _ranks_of_one_copy(recipe: Recipe) -> int:
-    """Return the smallest job: one copy of the student, of a remote teacher, and the ranks of its siblings."""
+    """Return the smallest job: one copy of the student, of a remote teacher, and the ranks of its
+    siblings."""
     teacher = recipe.teacher
     student_ranks = teacher.student_ranks or recipe.parallel.model_ranks
     return student_ranks + teacher.ranks_in(None) + sum(teacher.siblings.values())
 
 
 def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
-    """Return the student, or all candidates of a search, and which combinations of sizes are left out."""
+    """Return the student, or all candidates of a search, and which combinations of sizes are left
+    out."""
     from minitron_mp.pruning.candidates import survey_candidates
     from minitron_mp.pruning.target import resolve_target
 

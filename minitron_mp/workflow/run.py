@@ -1,6 +1,7 @@
 """Run stages on the ranks of a job: one stage, or all that are not done.
 
-A single stage raises InputError when an input is missing or out of date, and names the field that differs.
+A single stage raises InputError when an input is missing or out of date, and names the field that
+differs.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FINISHED = "finished"
-"""File in the output folder that `compress` writes at its end, for scripts that start it again until then."""
+"""File in the output folder that `compress` writes at its end, for scripts that start it again
+until then."""
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
-    """Run one stage on all ranks of the job and return the path of its artifact. Called on all ranks.
+    """Run one stage on all ranks of the job and return the path of its artifact. Called on all
+    ranks.
 
     A stage that is done is skipped unless force is given.
     """
@@ -53,7 +56,8 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
 
 
 def compress(recipe: Recipe) -> Path:
-    """Run all stages that are not done, write report.md and report.html, and return the path of the student.
+    """Run all stages that are not done, write report.md and report.html, and return the path of the
+    student.
 
     Called on all ranks.
     """
@@ -82,7 +86,8 @@ def compress(recipe: Recipe) -> Path:
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
-    """Run one stage on all ranks. Rank 0 decides from the files that it sees; the other ranks follow."""
+    """Run one stage on all ranks. Rank 0 decides from the files that it sees; the other ranks
+    follow."""
     from minitron_mp.workflow.context import StageContext
 
     name, recipe = stage.name, graph.recipe
@@ -127,7 +132,8 @@ def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> Non
 
 
 def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
-    """Return None when the stage is done, else what differs in its artifact. InputError on inputs out of date."""
+    """Return None when the stage is done, else what differs in its artifact. InputError on inputs
+    out of date."""
     differences = graph.why_not_done(name)
     if differences is None and not force:
         return None
@@ -189,7 +195,8 @@ def _remove_finished(graph: StageGraph) -> None:
 
 
 def _discard_checkpoints(graph: StageGraph) -> None:
-    """Delete the checkpoints of finished stages, which a kill just after the artifact was written leaves."""
+    """Delete the checkpoints of finished stages, which a kill just after the artifact was written
+    leaves."""
     for name, stage in graph.stages.items():
         if stage.has_checkpoints:
             discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
@@ -203,7 +210,8 @@ def _write_report(graph: StageGraph) -> None:
 
 @contextmanager
 def _preemptible(world: World) -> Iterator[None]:
-    """End an early stop with one line, and delete the stop file. The other roles of the job are informed."""
+    """End an early stop with one line, and delete the stop file. The other roles of the job are
+    informed."""
     from minitron_mp.distributed.preemption import Preempted
 
     try:
@@ -220,7 +228,8 @@ def _preemptible(world: World) -> Iterator[None]:
 
 
 def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Return role -> recipe of all students of a remote teacher. All use the teacher section of the first one."""
+    """Return role -> recipe of all students of a remote teacher. All use the teacher section of the
+    first one."""
     siblings = {
         f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
         for path in recipe.teacher.siblings
@@ -244,7 +253,8 @@ def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = Fals
 
 
 def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -> dict[str, Recipe]:
-    """Return the students whose stage is not done. Called on every rank of the job; some may arrive hours later."""
+    """Return the students whose stage is not done. Called on every rank of the job; some may arrive
+    hours later."""
     assert world.bridge is not None
     is_active = world.bridge.exchange(stage.name, active, timeout_s=None)
     world.leaving.met = True
@@ -253,9 +263,11 @@ def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -
 
 @contextmanager
 def _join_world(recipe: Recipe) -> Iterator[World]:
-    """Join the world of this rank: all ranks of the job, or those of its role when the teacher has its own ranks.
+    """Join the world of this rank: all ranks of the job, or those of its role when the teacher has
+    its own ranks.
 
-    SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the process.
+    SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the
+    process.
     """
     from minitron_mp.distributed.launcher import num_job_ranks
     from minitron_mp.distributed.preemption import watch_for_preemption

@@ -40,19 +40,19 @@ EVEN = ARCHS["llama"].resized(
         ({"teacher": {"fp8": "delayed"}}, r"teacher\.fp8: .*'tensorwise' or 'blockwise', given 'delayed'"),
         (
             {"transformer_impl": "local", "distill": {"fp8": "tensorwise"}},
-            r"distill\.fp8 is Transformer Engine's, transformer_impl is local",
+            r"distill\.fp8 needs Transformer Engine, transformer_impl is local",
         ),
         (
             {"transformer_impl": "local", "teacher": {"fp8": "blockwise"}},
-            r"teacher\.fp8 is Transformer Engine's, transformer_impl is local",
+            r"teacher\.fp8 needs Transformer Engine, transformer_impl is local",
         ),
         (
             {"precision": "fp32", "distill": {"fp8": "delayed"}},
-            r"distill\.fp8 quantises what bf16 holds, the precision is fp32",
+            r"distill\.fp8 needs bf16, the precision is fp32",
         ),
         (
             {"precision": "fp32", "teacher": {"fp8": "tensorwise"}},
-            r"teacher\.fp8 quantises what bf16 holds, .*set teacher\.precision: bf16",
+            r"teacher\.fp8 needs bf16, .*set teacher\.precision: bf16",
         ),
         (
             {"teacher": {"fp8": "tensorwise"}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9}},

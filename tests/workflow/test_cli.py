@@ -152,7 +152,7 @@ def stage_states(out: str) -> dict[str, str]:
             ],
             [
                 "target.drop_layers names 0, which depth.protect_first 1 and protect_last 1 keep; "
-                "name others, or protect fewer"
+                "name other layers, or protect fewer"
             ],
         ),
         (
@@ -291,9 +291,7 @@ def test_dry_run_of_a_search(here, recipe, inputs):
 def test_stage_missing_from_the_recipe(here, recipe, stage):
     """A dry run says what the run says."""
     for flags in ([], ["--dry-run"]):
-        refused(
-            here(stage, recipe, *flags), f"the recipe has no stage {stage}; add {REQUIREMENTS[stage]}"
-        )
+        refused(here(stage, recipe, *flags), f"the recipe has no stage {stage}; add {REQUIREMENTS[stage]}")
 
 
 def test_invalid_commands(here, recipe):

@@ -1,4 +1,5 @@
-"""The stages in the order in which they run: one module each. Importing them imports neither torch nor megatron."""
+"""The stages in the order in which they run: one module each. Importing them imports neither torch
+nor megatron."""
 
 from __future__ import annotations
 
