@@ -48,7 +48,7 @@ def train(
     batches_of(step): this data parallel rank's microbatches of a step (from 0). on_step runs on rank 0, each log_interval, for
     every step since. stop_after: return after so many steps of this call, checkpoint written. companion:
     what has a state of its own in the checkpoints, sharded() and fill() as Run has them. work: for the meter. profile_folder: for the traces of
-    settings.profile. InputError when the loss is not finite; Left when world.leaving says so, checkpoint written. Reached by all ranks.
+    settings.profile. InputError when the loss is not finite; Left when world.preemption says so, checkpoint written. Reached by all ranks.
     """
     place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
     try:
