@@ -21,10 +21,11 @@ from workers import joined
 from workers_training import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Link, Receiver, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix
 from minitron_mp.distributed.roles import join_roles
 from minitron_mp.distributed.world import World
@@ -248,7 +249,9 @@ def contract(roles: Roles, **other: Any) -> str:
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
         with joined_roles(roles) as world:
-            compare_contracts(world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0)
+            compare_contracts(
+                world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0
+            )
     except InputError as error:
         return str(error)
     return ""
@@ -276,9 +279,8 @@ def train_with(
     frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
     if teacher is None:
         with joined(student) as world:
-            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(
-                arch, weights, world, **frozen
-            )
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(model)
             return Runner(world, local, chosen)(**start).metrics
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = chosen.global_batch_size // chosen.micro_batch_size
@@ -298,18 +300,9 @@ def train_with(
             world.is_last_stage,
         )
         if world.role == "teacher":
-            chunks = frozen_model(arch, weights, world, **frozen)
-            serve_signals(
-                chunks,
-                world,
-                shape,
-                link.teacher,
-                Sender(link) if is_last else None,
-                batch_of,
-                ids,
-                group=window,
-                vocab_size=arch.vocab_size,
-            )
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            sender = Sender(link) if is_last else None
+            serve_signals(ServedTeacher(model, shape, window), sender, batch_of, ids)
             return []
         dp = world.groups.dp
         receiver = (
