@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ from minitron_mp.workflow.stage_files import checkpoint_folder
 from minitron_mp.workflow.stages import STAGES
 
 if TYPE_CHECKING:
+    from minitron_mp.distributed.preemption import Preemption
     from minitron_mp.distributed.world import World
 
 T = TypeVar("T")
@@ -78,7 +80,7 @@ def compress(recipe: Recipe) -> Path:
         )
         for name, stage in graph.stages.items():
             _run(stage, graph, world, force=False)
-            _on_rank_0(lambda name=name: graph.check_artifact(name))
+            _on_rank_0(partial(graph.check_artifact, name))
         _on_rank_0(lambda: _discard_checkpoints(graph))
         _on_rank_0(lambda: _write_report(graph))
         _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
@@ -93,9 +95,9 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
     name, recipe = stage.name, graph.recipe
     differences = _on_rank_0(lambda: _why_run(name, graph, force))
     if differences is not None:
-        world.leaving.check(f"before {name}", world.is_main)
+        _preemption(world).check(f"before {name}", world.is_main)
     students: dict[str, Recipe] = {}
-    if stage.meets_roles and world.bridge is not None:
+    if stage.meets_roles and world.channel is not None:
         students = _active_students(stage, recipe, world, differences is not None)
     if differences is None:
         say(f"{name}: done, {graph.paths[name]}")
@@ -217,14 +219,20 @@ def _preemptible(world: World) -> Iterator[None]:
     try:
         yield
     except Preempted as stop:
-        preemption = world.leaving
-        if world.bridge is not None and not preemption.met:
+        preemption = _preemption(world)
+        if world.channel is not None and not preemption.met:
             for stage in STAGES:
                 if stage.meets_roles:
-                    world.bridge.exchange(stage.name, False, timeout_s=None)
+                    world.channel.exchange(stage.name, False, timeout_s=None)
         if world.is_main:
             preemption.stop_file.unlink(missing_ok=True)
         say(f"{stop}; the same command resumes from there")
+
+
+def _preemption(world: World) -> Preemption:
+    """Return the stop requests of a world that _join_world() made."""
+    assert world.preemption is not None
+    return world.preemption
 
 
 def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
@@ -255,9 +263,9 @@ def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = Fals
 def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -> dict[str, Recipe]:
     """Return the students whose stage is not done. Called on every rank of the job; some may arrive
     hours later."""
-    assert world.bridge is not None
-    is_active = world.bridge.exchange(stage.name, active, timeout_s=None)
-    world.leaving.met = True
+    assert world.channel is not None
+    is_active = world.channel.exchange(stage.name, active, timeout_s=None)
+    _preemption(world).met = True
     return {role: student for role, student in co_student_recipes(recipe).items() if is_active[role]}
 
 
@@ -280,7 +288,7 @@ def _join_world(recipe: Recipe) -> Iterator[World]:
             join_world(recipe.parallel, seed=recipe.seed) as world,
             watch_for_preemption(recipe.root) as preemption,
         ):
-            yield replace(world, leaving=preemption)
+            yield replace(world, preemption=preemption)
         return
     job_size = num_job_ranks()
     students = co_student_recipes(recipe)
@@ -294,4 +302,4 @@ def _join_world(recipe: Recipe) -> Iterator[World]:
     with join_roles(layouts, seed=recipe.seed, stream_timeout_s=teacher.timeout_s) as world:
         output = students[world.role].root if world.role in students else recipe.root
         with watch_for_preemption(output) as preemption:
-            yield replace(world, leaving=preemption)
+            yield replace(world, preemption=preemption)
