@@ -1,5 +1,7 @@
-"""The command line: one command for each stage, and compress for all. Parsing imports neither torch
-nor megatron."""
+"""The command line: one command for each stage, and compress for all.
+
+Parsing imports neither torch nor megatron.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,10 @@ for _stage in STAGES:
 def compress(
     recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None
 ) -> None:
-    """Run all stages in order. Finished stages are skipped, so the same command resumes after a
-    stop."""
+    """Run all stages in order.
+
+    Finished stages are skipped, so the same command resumes after a stop.
+    """
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         _dry_run(resolved, world, None)
@@ -128,7 +132,7 @@ def harness(
         bool, typer.Option("--apply-chat-template", help="format items with the tokenizer's chat template")
     ] = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on a model of the recipe. Needs the extra eval (lm-eval)."""
+    """Run tasks of lm-evaluation-harness on a model of the recipe (needs the extra eval)."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
@@ -169,8 +173,7 @@ def environment(
     ranks: Annotated[int, typer.Option(min=1, help="ranks on each node")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
-    """Print the environment variables for the ranks, with reasons, for a shell to evaluate
-    (launch/env.sh)."""
+    """Print the environment variables of the ranks with reasons, as shell lines (launch/env.sh)."""
     from minitron_mp.cluster.environment import lines, this_node
 
     print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
@@ -216,8 +219,10 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check versions, GPUs, FP8, links between ranks, clocks, folders and disk space. Exit code 0
-    or 1."""
+    """Check versions, GPUs, FP8, links between ranks, clocks, folders and disk space.
+
+    Exit code 0 or 1.
+    """
     from minitron_mp.cluster.doctor import doctor as examine
 
     raise typer.Exit(examine(recipe, overrides or []))
@@ -239,8 +244,10 @@ def reference(
 
 
 def main() -> None:
-    """Run the command line. An InputError or a failing disk is printed without a traceback; exit
-    code 2."""
+    """Run the command line.
+
+    An InputError or a failing disk is printed without a traceback; exit code 2.
+    """
     # Megatron-Core warns on each rank about every optional package that is missing.
     warnings.filterwarnings("ignore")
     # This logger prints the traceback of errors that are reported below on one line.

@@ -38,8 +38,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def result_settings(self) -> dict[str, Any]:
-        """Return the settings that change the result of a stage: all that are given, but for marked
-        fields."""
+        """Return the settings that change a result: all but marked and empty fields."""
         fields = type(self).model_fields
         marked = {name for name, field in fields.items() if field.json_schema_extra == NOT_IN_RESULT}
         return self.model_dump(exclude=marked, exclude_none=True)

@@ -58,8 +58,7 @@ class HiddenStatesConfig(Section):
         return self
 
     def blocks(self, num_layers: int, parallel: ParallelConfig) -> dict[int, list[int]]:
-        """Return pipeline stage -> blocks that it needs of the teacher, for a student of
-        `num_layers` layers.
+        """Return pipeline stage -> blocks that it needs of the teacher (num_layers: of the student).
 
         Block 0 is the hidden states for the logits, block i + 1 the state of pair i; each has the
         teacher's hidden size. Stages that need none are left out.
@@ -83,8 +82,7 @@ class HiddenStatesConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """Training of the student on the teacher's distribution (2408.11796, table 4, for published
-    settings)."""
+    """Training of the student on the teacher's distribution (settings: 2408.11796, table 4)."""
 
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher). js:
@@ -214,8 +212,10 @@ class TeacherConfig(Section):
         return self.placement == "remote"
 
     def ranks_in(self, job_size: int | None) -> int:
-        """Return the ranks of the teacher in a job of `job_size` ranks. None: the given ranks, or
-        one copy."""
+        """Return the ranks of the teacher in a job of `job_size` ranks.
+
+        None: the given ranks, or one copy.
+        """
         if not self.is_remote:
             return 0
         if self.student_ranks is None or job_size is None:

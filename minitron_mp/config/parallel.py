@@ -8,8 +8,10 @@ from minitron_mp.config.base import Section
 
 
 class ParallelConfig(Section):
-    """How a model is split over the ranks. Data parallelism uses the remaining factor of the world
-    size."""
+    """How a model is split over the ranks.
+
+    Data parallelism uses the remaining factor of the world size.
+    """
 
     tp: int = Field(1, ge=1)
     """Tensor parallel size."""
@@ -41,8 +43,10 @@ class ParallelConfig(Section):
 
     @property
     def sequence_multiple(self) -> int:
-        """The number of which a sequence length must be a multiple: 2 cp with context parallelism,
-        times tp with sequence parallelism."""
+        """A sequence length must be a multiple of this.
+
+        2 cp with context parallelism, times tp with sequence parallelism.
+        """
         context_parts = 2 * self.cp if self.cp > 1 else 1
         return context_parts * self.tp if self.sequence_parallel else context_parts
 
@@ -52,8 +56,9 @@ class ParallelConfig(Section):
         return self.tp * self.pp * self.cp
 
     def layers_of_chunks(self, num_layers: int) -> list[int]:
-        """Return the layers of each model chunk in order of depth. Chunk i is on pipeline stage i %
-        pp.
+        """Return the layers of each model chunk in order of depth.
+
+        Chunk i is on pipeline stage i % pp.
 
         The first chunks take the remainder.
         """
@@ -62,8 +67,7 @@ class ParallelConfig(Section):
         return [smallest + 1 if i < remainder else smallest for i in range(chunks)]
 
     def place_of_state(self, state: int, num_layers: int) -> tuple[int, int]:
-        """Return (pipeline stage, model chunk on it) of layer `state`. num_layers stands for the
-        final norm."""
+        """Return (pipeline stage, model chunk on it) of layer `state`; num_layers: final norm."""
         chunks = self.layers_of_chunks(num_layers)
         last = 0
         for number, count in enumerate(chunks):

@@ -230,7 +230,9 @@ class SearchConfig(Section):
         return value * (1 - 2 * self.tolerance), value
 
     def rounds(self, students: int) -> list[int]:
-        """Return the step at which each round of distillation ends. Each round halves the number of
-        students."""
+        """Return the step at which each round of distillation ends.
+
+        Each round halves the number of students.
+        """
         count = math.ceil(math.log2(students))
         return [max(1, self.steps >> (count - 1 - i)) for i in range(count)]

@@ -1,5 +1,7 @@
-"""The reference of all recipe keys, in Markdown: types, defaults and ranges from the schemas, text
-from the docstrings."""
+"""The reference of all recipe keys, in Markdown.
+
+Types, defaults and ranges are from the schemas, descriptions from the docstrings.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,7 @@ def recipe_reference() -> str:
 
 
 def _section(section: type[Section], prefix: str) -> list[str]:
-    """Return the Markdown of a section, then of the sections inside it. prefix: dotted name with a
-    trailing dot."""
+    """Return the Markdown of a section and of the sections inside it. prefix: "distill."."""
     title = f"`{prefix[:-1]}`" if prefix else "Top level"
     docs = field_docstrings(section)
     lines = [f"## {title}", "", _wrapped(inspect.getdoc(section) or ""), ""]
@@ -54,8 +55,7 @@ def _section(section: type[Section], prefix: str) -> list[str]:
 
 
 def field_docstrings(section: type[Section]) -> dict[str, str]:
-    """Return field -> the string below its definition, in the section or in a class that it
-    extends."""
+    """Return field -> the string below its definition, also for inherited fields."""
     docs: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if not (issubclass(base, Section) and base is not Section):

@@ -1,5 +1,6 @@
-"""Rules between the sections of a recipe. Each rule is a function: recipe -> problems, one sentence
-each.
+"""Rules between the sections of a recipe.
+
+Each rule is a function: recipe -> problems, one sentence each.
 
 RULES holds for every recipe and is checked when a recipe is read. RUN_RULES is checked before
 anything runs, together with the rules that read files (workflow/preflight.py): a recipe for another

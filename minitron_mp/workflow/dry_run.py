@@ -1,5 +1,7 @@
-"""A dry run: everything that is known about a recipe before it runs. Needs neither a GPU nor
-torchrun."""
+"""A dry run: everything that is known about a recipe before it runs.
+
+Needs neither a GPU nor torchrun.
+"""
 
 from __future__ import annotations
 
@@ -47,16 +49,14 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
 
 
 def _ranks_of_one_copy(recipe: Recipe) -> int:
-    """Return the smallest job: one copy of the student, of a remote teacher, and the ranks of its
-    siblings."""
+    """Return the smallest job: a copy of the student and of a remote teacher, and the siblings."""
     teacher = recipe.teacher
     student_ranks = teacher.student_ranks or recipe.parallel.model_ranks
     return student_ranks + teacher.ranks_in(None) + sum(teacher.siblings.values())
 
 
 def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
-    """Return the student, or all candidates of a search, and which combinations of sizes are left
-    out."""
+    """Return the student, or the candidates of a search and a sentence on those left out."""
     from minitron_mp.pruning.candidates import survey_candidates
     from minitron_mp.pruning.target import resolve_target
 

@@ -76,8 +76,7 @@ class StageGraph:
         return StageFiles(self.recipe, self.paths, self.manifest(name))
 
     def why_not_done(self, name: str) -> list[str] | None:
-        """Return None when the stage is done, else what differs in its artifact ([] without an
-        artifact)."""
+        """Return None when the stage is done, else what differs; [] when there is no artifact."""
         manifest = find_manifest(self.paths[name])
         if manifest is None:
             return []

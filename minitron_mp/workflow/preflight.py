@@ -1,5 +1,7 @@
-"""Checks before anything runs: every problem of a recipe that would stop a later stage. Reads
-headers of files only."""
+"""Checks before anything runs: every problem of a recipe that would stop a later stage.
+
+Reads headers of files only.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,7 @@ def recipe_problems(
 
 
 def _problems_of(check: Callable[[], object]) -> list[str]:
-    """Return the lines of the InputError that check() raises, each with the title; empty when it
-    raises none."""
+    """Return the lines of the InputError that check() raises, each with its title, or []."""
     try:
         check()
     except InputError as error:
@@ -271,8 +272,10 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
 
 
 def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
-    """Add the sizes of the student, or of all candidates of a search, to students. The shallowest
-    is the last one."""
+    """Add the sizes of the student, or of all candidates of a search, to students.
+
+    The shallowest is the last one.
+    """
     from minitron_mp.pruning.candidates import search_candidates
     from minitron_mp.pruning.depth import droppable_layers
     from minitron_mp.pruning.target import exportable_arch, resolve_target

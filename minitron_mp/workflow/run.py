@@ -37,8 +37,9 @@ until then."""
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
-    """Run one stage on all ranks of the job and return the path of its artifact. Called on all
-    ranks.
+    """Run one stage on all ranks of the job and return the path of its artifact.
+
+    Called on all ranks.
 
     A stage that is done is skipped unless force is given.
     """
@@ -58,10 +59,9 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
 
 
 def compress(recipe: Recipe) -> Path:
-    """Run all stages that are not done, write report.md and report.html, and return the path of the
-    student.
+    """Run all stages that are not done, then write the report. Called on all ranks.
 
-    Called on all ranks.
+    Returns the path of the exported student. The report is report.md and report.html.
     """
     graph = StageGraph(recipe)
     graph.check()
@@ -80,7 +80,8 @@ def compress(recipe: Recipe) -> Path:
         )
         for name, stage in graph.stages.items():
             _run(stage, graph, world, force=False)
-            _on_rank_0(partial(graph.check_artifact, name))
+            if stage.check is not None:
+                _on_rank_0(partial(graph.check_artifact, name))
         _on_rank_0(lambda: _discard_checkpoints(graph))
         _on_rank_0(lambda: _write_report(graph))
         _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
@@ -88,8 +89,7 @@ def compress(recipe: Recipe) -> Path:
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
-    """Run one stage on all ranks. Rank 0 decides from the files that it sees; the other ranks
-    follow."""
+    """Run one stage on all ranks. Rank 0 decides from the files that it sees."""
     from minitron_mp.workflow.context import StageContext
 
     name, recipe = stage.name, graph.recipe
@@ -134,8 +134,10 @@ def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> Non
 
 
 def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
-    """Return None when the stage is done, else what differs in its artifact. InputError on inputs
-    out of date."""
+    """Return None when the stage is done, else what differs in its artifact.
+
+    InputError when an input is missing or out of date.
+    """
     differences = graph.why_not_done(name)
     if differences is None and not force:
         return None
@@ -197,8 +199,7 @@ def _remove_finished(graph: StageGraph) -> None:
 
 
 def _discard_checkpoints(graph: StageGraph) -> None:
-    """Delete the checkpoints of finished stages, which a kill just after the artifact was written
-    leaves."""
+    """Delete checkpoints of finished stages: a kill just after the last save leaves them."""
     for name, stage in graph.stages.items():
         if stage.has_checkpoints:
             discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
@@ -212,8 +213,10 @@ def _write_report(graph: StageGraph) -> None:
 
 @contextmanager
 def _preemptible(world: World) -> Iterator[None]:
-    """End an early stop with one line, and delete the stop file. The other roles of the job are
-    informed."""
+    """End an early stop with one line, and delete the stop file.
+
+    The other roles of the job are informed.
+    """
     from minitron_mp.distributed.preemption import Preempted
 
     try:
@@ -236,8 +239,10 @@ def _preemption(world: World) -> Preemption:
 
 
 def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Return role -> recipe of all students of a remote teacher. All use the teacher section of the
-    first one."""
+    """Return role -> recipe of all students of a remote teacher.
+
+    All use the teacher section of the first one.
+    """
     siblings = {
         f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
         for path in recipe.teacher.siblings
@@ -261,8 +266,10 @@ def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = Fals
 
 
 def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -> dict[str, Recipe]:
-    """Return the students whose stage is not done. Called on every rank of the job; some may arrive
-    hours later."""
+    """Return the students whose stage is not done.
+
+    Called on every rank of the job; some may arrive hours later.
+    """
     assert world.channel is not None
     is_active = world.channel.exchange(stage.name, active, timeout_s=None)
     _preemption(world).met = True
@@ -271,8 +278,7 @@ def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -
 
 @contextmanager
 def _join_world(recipe: Recipe) -> Iterator[World]:
-    """Join the world of this rank: all ranks of the job, or those of its role when the teacher has
-    its own ranks.
+    """Join the ranks of the job, or the ranks of the same role when the teacher is remote.
 
     SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the
     process.

@@ -1,5 +1,7 @@
-"""Settings and fingerprints that several stages share. Imports of models and data are inside the
-functions."""
+"""Settings and fingerprints that several stages share.
+
+Imports of models and data are inside the functions.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,10 @@ def num_dropped_layers(recipe: Recipe) -> int:
 
 
 def drops_layers(recipe: Recipe) -> bool:
-    """Return whether layers are dropped by importance. True for impossible sizes, which the
-    preflight checks report."""
+    """Return whether layers are dropped by importance.
+
+    True for impossible sizes, which the preflight checks report.
+    """
     try:
         return num_dropped_layers(recipe) > 0
     except InputError:
@@ -46,8 +50,10 @@ def drops_layers(recipe: Recipe) -> bool:
 
 
 def model_files(model: str) -> dict[str, str]:
-    """Return the fingerprint of a Hugging Face model folder; InputError when the folder is not a
-    model."""
+    """Return the fingerprint of a Hugging Face model folder.
+
+    InputError when the folder is not a model.
+    """
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.hf_weights import asset_files

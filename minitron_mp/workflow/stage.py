@@ -1,5 +1,4 @@
-"""What a stage of the workflow is: one artifact, and everything that the workflow needs to know to
-make it.
+"""What a stage of the workflow is: its artifact, its inputs, its settings and its work.
 
 Each stage has one module in stages/, light at the top: it imports the recipe there and everything
 else where the stage runs, so that listing the stages costs no import of torch. The work of a long

@@ -1,5 +1,7 @@
-"""The artifacts of one stage: where its inputs are, what they are, and where its own goes. Needs
-neither torch nor ranks."""
+"""The artifacts of one stage: where its inputs are, what they are, and where its own goes.
+
+Needs neither torch nor ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,7 @@ from minitron_mp.models.arch import Arch
 
 @dataclass(frozen=True)
 class StageFiles:
-    """The recipe of a stage, the artifact of every stage of the recipe, and the manifest of the
-    artifact to write."""
+    """A recipe, the paths of its artifacts, and the manifest of the artifact of one stage."""
 
     recipe: Recipe
     paths: dict[str, Path]

@@ -1,5 +1,4 @@
-"""The stage search: candidate sizes inside a budget are ranked, and the best ones are distilled for
-a short time."""
+"""The stage search: candidate sizes are ranked, and the best are distilled for a short time."""
 
 from __future__ import annotations
 
