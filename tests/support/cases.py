@@ -166,10 +166,11 @@ def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, arch.vocab_size, (count, SEQUENCE_LENGTH + 1), generator=generator)
-    kind, place = torch.arange(count)[:, None] % 4, torch.arange(SEQUENCE_LENGTH)
+    kind = torch.arange(count)[:, None] % 4
+    position = torch.arange(SEQUENCE_LENGTH)
     half = torch.rand((count, SEQUENCE_LENGTH), generator=generator) < 0.5
-    mask = (kind == 0) | ((kind == 1) & half) | ((kind == 2) & (place == step % SEQUENCE_LENGTH))
-    positions = place.expand(count, SEQUENCE_LENGTH).contiguous()
+    mask = (kind == 0) | ((kind == 1) & half) | ((kind == 2) & (position == step % SEQUENCE_LENGTH))
+    positions = position.expand(count, SEQUENCE_LENGTH).contiguous()
     return {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),
