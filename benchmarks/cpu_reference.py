@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "paper_claims"))
 
-from pace import in_turn, told
+from pace import format_ratios, in_turn
 
 from minitron_mp import make_recipe, run_stage
 from minitron_mp.workflow.graph import StageGraph
@@ -72,7 +72,7 @@ def main() -> None:
     )
     for name, speed in found["tokens_per_s"].items():
         print(f"{name:14s} {speed:7.1f} tokens/s")
-    print(f"speed of minitron_mp over the loop, pair by pair: median {told(found['ratios'])}")
+    print(f"speed of minitron_mp over the loop, pair by pair: median {format_ratios(found['ratios'])}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Run the claims of the two Minitron papers in small, and say what came out. README.md beside this file has what and why.
+"""Test the claims of the two Minitron papers at small scale. See README.md in this folder.
 
 python experiments/paper_claims/run.py all --size cpu
 python experiments/paper_claims/run.py objective layers --size cpu --seeds 1234
-python experiments/paper_claims/run.py all --size h100 --text train.txt valid.txt --shift-text novels_train novels_valid
+python experiments/paper_claims/run.py all --size h100 --text train.txt valid.txt
 python experiments/paper_claims/run.py all --size cpu --dry-run
 python experiments/paper_claims/run.py --size cpu --report
 
-Every variant and seed leaves one result, out/reproduce/SIZE/results/VARIANT-SEED.json. What has its result is skipped, what was stopped
-goes on from its last stage or checkpoint. One process; finished variants leave no models behind (--keep leaves them).
+Each variant and seed writes one result, out/paper_claims/SIZE/results/VARIANT-SEED.json. Variants
+with a result are skipped. Interrupted ones resume from their last stage or checkpoint. It runs in one
+process, and deletes the models of finished variants (--keep keeps them).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # when imported, not run
+sys.path.insert(0, str(Path(__file__).parent))  # needed if this file is imported
 
 import report
 from baseline import train_plain
@@ -46,7 +47,7 @@ from minitron_mp.workflow.graph import StageGraph
 
 HERE = Path(__file__).parent
 SHARED = ("import", "data", "correct", "score", "depth", "search")
-"""Stages whose artefacts all variants that ask for the same use together."""
+"""Stages whose artifacts are shared by all variants with the same settings."""
 SIZES = ("cpu", "h100", "toy")
 
 
@@ -75,34 +76,34 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--search",
         type=Path,
-        help="search.json of a search that has run, for `search`; default: one of its own a seed",
+        help="search.json of a finished search, for `search`; default: run one per seed",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1235])
     parser.add_argument(
         "--no-plain",
         action="store_true",
-        help="without the plain transformers loops, for a seed after the first",
+        help="skip the plain transformers loops, for example for the second seed",
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the size's recipe"
     )
     parser.add_argument("--keep", action="store_true", help="keep the models of finished variants")
-    parser.add_argument("--dry-run", action="store_true", help="list the runs and how long they take")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their time")
     parser.add_argument(
         "--tokens-per-s",
         type=float,
         default=150,
-        help="of distillation, for --dry-run; 150: 2 CPU cores with bf16",
+        help="speed of distillation, for --dry-run; 150: 2 CPU cores with bf16",
     )
     parser.add_argument(
         "--report",
         action="store_true",
-        help="write report.md and plots from the results that are there; runs nothing",
+        help="write report.md and plots from existing results; runs nothing",
     )
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="the same, and copy the results beside this file and fill the table of README.md",
+        help="the same, and copy the results to this folder and update README.md",
     )
     args = parser.parse_args(words)
     warnings.filterwarnings("ignore")
@@ -136,14 +137,14 @@ def act(args: argparse.Namespace) -> int:
         )
     given = {"--shift-text": args.shift_text}
     for name in [name for name in chosen if CLAIMS[name].needs and not given[CLAIMS[name].needs]]:
-        print(f"{name}: left out, it needs {CLAIMS[name].needs}")
+        print(f"{name}: skipped, it needs {CLAIMS[name].needs}")
         chosen.remove(name)
     variants = list(dict.fromkeys(variant for name in chosen for variant in CLAIMS[name].variants))
     if args.dry_run:
         return plan(args, output, variants)
     refuse_to_overwrite(args, [result_of(output, name, seed) for name in variants for seed in args.seeds])
     failed = 0
-    for seed in args.seeds:  # outermost: half the time gives every claim a seed
+    for seed in args.seeds:  # the outer loop, so that all claims have one seed first
         for variant in variants:
             try:
                 once(args, output, variant, seed)
@@ -157,7 +158,7 @@ def act(args: argparse.Namespace) -> int:
 
 
 def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> Recipe:
-    """The size's recipe with this text, as the variant changes it."""
+    """Return the size's recipe with its text and the changes of the variant."""
     variant = VARIANTS[name]
     base = load_recipe(HERE / f"{args.size}.yaml", [*args.set, f"seed={seed}"])
     train, valid = text_of(args, output, variant)
@@ -171,9 +172,8 @@ def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> R
         "output": str(output / "runs" / slug(name, seed)),
         "data": {**values["data"], "calibration": [str(train)], "train": [str(train)], "valid": [str(valid)]},
         "evaluate.tasks": tasks,
-        **(
-            {} if "depth.method" in variant.changes else {"depth": {}}
-        ),  # what it says of samples is for methods that measure
+        # The sample settings of `depth` are for methods that measure losses.
+        **({} if "depth.method" in variant.changes else {"depth": {}}),
         **variant.changes,
     }
     recipe = make_recipe(changed(values, changes), name)
@@ -183,11 +183,15 @@ def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> R
 
 
 def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int) -> Path:
-    """search.json inside the budget of the recipe's target: the given one, or that of a search, which runs unless it is done."""
+    """Return the search.json to compare: the given one, or that of a search of this seed.
+
+    The search runs unless it is finished. Its budget is the parameters of the recipe's target.
+    """
     if args.search:
         return args.search
     values = {**searching(recipe, args.size), "output": str(output / "searches" / str(seed))}
-    # The others score on text that they are trained on, too; what ranks students must be text that none of them has seen.
+    # The other variants compute scores on their training text. Text that ranks students must be new to
+    # all of them.
     values["data"] = {
         **recipe.data.model_dump(),
         "source": recipe.data.train,
@@ -205,7 +209,7 @@ def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int)
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """values with dotted keys replaced."""
+    """Set dotted keys in values, and return it."""
     for key, value in changes.items():
         *path, last = key.split(".")
         section = values
@@ -220,17 +224,18 @@ def text_of(args: argparse.Namespace, output: Path, variant: Variant) -> tuple[P
     train, valid = pair or stdlib_by_package(output / "text")
     if missing := [str(path) for path in (train, valid) if not path.exists()]:
         raise InputError(
-            f"--{variant.text}: there is no {' and no '.join(missing)}; give .txt or .jsonl files or folders of them"
+            f"--{variant.text}: there is no {' and no '.join(missing)}; "
+            "give .txt or .jsonl files or folders of them"
         )
     if train.resolve() == valid.resolve():
         raise InputError(
-            f"--{variant.text}: {train} is given for training and as held-out text; give two, of different authors"
+            f"--{variant.text}: {train} is both training and held-out text; give two, of different authors"
         )
     return train, valid
 
 
 def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
-    """The result of one variant and seed, unless it is there."""
+    """Compute and write the result of one variant and seed, unless it exists."""
     recipe, variant = recipe_of(args, output, name, seed), VARIANTS[name]
     if variant.search:
         recipe = make_recipe(
@@ -277,7 +282,7 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
 
 
 def pairs_of(args: argparse.Namespace) -> int:
-    """Of steps, ours and the plain loop's, to compare their speed by."""
+    """Return the number of step pairs, ours and the plain loop's, in the speed comparison."""
     return 3 if args.size == "toy" else 8
 
 
@@ -286,36 +291,39 @@ def result_of(output: Path, name: str, seed: int) -> Path:
 
 
 def made_by(path: Path, mark: str, base: str, *, plain: bool) -> bool:
-    """Whether the result is there, and of these settings and this text; plain: with the plain loop's, and their speed."""
-    found = json.loads(path.read_text()) if path.exists() else {"fingerprint": None}
-    return (
-        found["fingerprint"] == mark
-        and found["base"] == base
-        and not (plain and "ratios" not in (found["plain"] or {}))
-    )
+    """Return whether the result exists and has these settings and this text.
+
+    plain: it must also have the plain loop's result and the speed of both.
+    """
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    has_plain = "ratios" in (result["plain"] or {})
+    return result["fingerprint"] == mark and result["base"] == base and (has_plain or not plain)
 
 
 def refuse_to_overwrite(args: argparse.Namespace, paths: list[Path]) -> None:
-    """InputError where one of these results comes from other settings: the claims that share it would lose it."""
-    others = [
+    """Raise InputError if one of these results has other settings; other claims may use it."""
+    different = [
         path for path in paths if path.exists() and json.loads(path.read_text())["base"] != base_mark(args)
     ]
-    if others:
-        more = f" and {len(others) - 1} more" * (len(others) > 1)
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise InputError(
-            f"{others[0]}{more} come from other settings (--set, or another {args.size}.yaml); give another --output, or delete them"
+            f"{different[0]}{more} come from other settings (--set, or another {args.size}.yaml); "
+            "give another --output, or delete them"
         )
 
 
 def run_shared(project: StageGraph, stage: str, shared: Path) -> None:
-    """run_stage(); for the early stages through a folder of artefacts that variants share by symbolic links."""
+    """Run a stage. Early stages share their artifacts by symbolic links to the folder `shared`."""
     path = project.paths[stage]
     common = shared / f"{project.manifest(stage).fingerprint}-{path.name}"
     if stage in SHARED and common.exists() and not path.exists():
         path.symlink_to(common.resolve())
     run_stage(stage, project.recipe)
     if find_manifest(path) is None:  # SIGTERM, or a stop file
-        raise SystemExit(f"{stage} has left early; the same command goes on from there")
+        raise SystemExit(f"{stage} stopped early; run the same command to resume")
     if (
         stage in SHARED
         and not path.is_symlink()
@@ -328,7 +336,7 @@ def run_shared(project: StageGraph, stage: str, shared: Path) -> None:
 
 
 def outcome(project: StageGraph) -> dict[str, Any]:
-    """What the artefacts of a finished run say."""
+    """Read the result from the artifacts of a finished run."""
     recipe, plan = project.recipe, PrunePlan.load(project.paths["plan"])
     evaluation = json.loads(project.paths["evaluate"].read_text())
     for name in ("manifest", "speed", "texts"):
@@ -354,7 +362,7 @@ def outcome(project: StageGraph) -> dict[str, Any]:
 
 
 def inference(args: argparse.Namespace, output: Path) -> None:
-    """results/speed.json: the teacher against the wide and the deep student of the claim `width`, by measured inference."""
+    """Write results/speed.json: inference speed of the teacher and of both students of `width`."""
     recipe = recipe_of(args, output, "pruned", args.seeds[0])
     configs = {"teacher": json.loads((Path(recipe.model) / "config.json").read_text())}
     for name, variant in (("width", "pruned"), ("depth", "contiguous layers")):
@@ -364,7 +372,7 @@ def inference(args: argparse.Namespace, output: Path) -> None:
     if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
         return
     length, toy = recipe.data.sequence_length, args.size == "toy"
-    found = measure(
+    speeds = measure(
         configs,
         dtype=DTYPES[recipe.precision],
         length=length,
@@ -373,22 +381,22 @@ def inference(args: argparse.Namespace, output: Path) -> None:
     )
     facts = {
         "fingerprint": mark,
-        "kinds": list(found["teacher"]),
-        "tokens_per_s": found,
+        "kinds": list(speeds["teacher"]),
+        "tokens_per_s": speeds,
         **environment(args, VARIANTS["pruned"]),
     }
     write_text(path, json.dumps(facts, indent=1) + "\n")
 
 
 def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
-    """Print what there is to do and for how long, counting tokens forward and backward only."""
+    """Print the runs and their time. The time covers training only."""
     total = 0.0
     for name in variants:
         for seed in args.seeds:
             recipe, path = recipe_of(args, output, name, seed), result_of(output, name, seed)
             project = StageGraph(recipe)
             project.check()
-            # The sizes of a searched variant are known when its search is done; a result of it is taken for its own.
+            # The sizes of a searched variant are known only after its search, so any result counts.
             plain = VARIANTS[name].plain and not args.no_plain
             done = (
                 path.exists()
@@ -404,17 +412,17 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
             )
             seconds = 0.0 if done else tokens / args.tokens_per_s
             total += seconds
-            print(
-                f"{name:40s} seed {seed}  {'done' if done else f'{tokens:12,} tokens {seconds / 60:7.1f} min'}"
-            )
+            cost = "done" if done else f"{tokens:12,} tokens {seconds / 60:7.1f} min"
+            print(f"{name:40s} seed {seed}  {cost}")
     print(
-        f"training alone: {total / 3600:.1f} hours at {args.tokens_per_s:g} tokens/s; scores, layer losses and evaluation come on top"
+        f"training: {total / 3600:.1f} hours at {args.tokens_per_s:g} tokens/s; "
+        "scores, layer losses and evaluation take additional time"
     )
     return 0
 
 
 def environment(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
-    """When, on what and from what a number came; names of files without their folders."""
+    """Return date, hardware, software and text of a result, with file names but no folders."""
     pair = args.shift_text if variant.text == "shift-text" else args.text
     text = (
         f"{pair[0].name}, held out {pair[1].name}"
@@ -451,10 +459,10 @@ def _processor() -> str:
 
 
 def base_mark(args: argparse.Namespace) -> str:
-    """Of the settings that all variants start from; results of different ones are not compared.
+    """Return a fingerprint of the base recipe. Results with different ones are not compared.
 
-    Without defaults: a setting that a later version adds makes no other experiment of this one. Whoever changes a default that cpu.yaml does
-    not name makes one, and has to say it there.
+    It excludes defaults, so that a setting of a later version does not change it. If a default changes
+    that SIZE.yaml does not set, set the old value in SIZE.yaml, or the results do not compare.
     """
     values = load_recipe(HERE / f"{args.size}.yaml", args.set).model_dump(
         mode="json", exclude={"model", "output", "seed"}, exclude_defaults=True
@@ -467,11 +475,11 @@ def slug(name: str, seed: int) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to 6 digits, in curves of some hundred rows."""
+    """Round all floats to 6 digits, because curves have hundreds of rows."""
     if isinstance(value, dict):
-        return {key: rounded(own) for key, own in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [rounded(own) for own in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

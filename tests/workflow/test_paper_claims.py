@@ -175,7 +175,7 @@ def test_plain_loop_speed_is_measured_in_alternating_steps(toy):
             assert plain["tokens_per_s"].keys() == {"minitron_mp", "transformers"}
             assert all(speed > 0 for speed in plain["tokens_per_s"].values())
             assert len(plain["ratios"]) == 3
-            assert f"| {report.told(plain['ratios'])} |" in next(
+            assert f"| {report.format_ratios(plain['ratios'])} |" in next(
                 line for line in lines if line.startswith(f"| {name} |")
             )
 
@@ -183,9 +183,7 @@ def test_plain_loop_speed_is_measured_in_alternating_steps(toy):
 def test_report_covers_every_claim(toy):
     text = (toy.folder / "out" / "report.md").read_text()
     assert report.NOT_RUN not in text
-    assert (
-        f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops beside" in text
-    )
+    assert f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops;" in text
     for name, claim in CLAIMS.items():
         assert f"### {name}: {claim.title}" in text
         assert claim.paper in text
@@ -249,9 +247,9 @@ def test_results_of_other_settings_are_not_compared(toy, tmp_path):
     [
         (["nothing"], "claims to run: nothing; give all, or some of initialisation"),
         ([], "claims to run: none"),
-        (["objective", "--text", "train", "train"], "train is given for training and as held-out text"),
+        (["objective", "--text", "train", "train"], "train is both training and held-out text"),
         (["objective", "--text", "train", "nowhere"], "there is no nowhere"),
-        (["layers", "--text", "train", "broken"], "broken line 2 is no JSON with a string `text`: '[1]'"),
+        (["layers", "--text", "train", "broken"], "broken line 2 is not JSON with a string `text`: '[1]'"),
         (["all", "--tokens-per-s", "0"], "--tokens-per-s 0: give more than 0"),
         (["--report"], "wrong/results holds no results; give the --output of a run"),
     ],
@@ -295,7 +293,7 @@ def test_claims_without_their_inputs_are_skipped(toy, ranks):
     words += ["--text", str(toy.folder / "train"), str(toy.folder / "valid")]
     code, out, _ = ranks(1, "paper_claims_workers.reproduce", words=words)[0]
     assert code == 0
-    assert "correction: left out, it needs --shift-text" in out
+    assert "correction: skipped, it needs --shift-text" in out
     variants = {variant for claim in CLAIMS.values() if not claim.needs for variant in claim.variants}
     assert out.count(" min\n") == 2 * len(
         [name for name in variants if not name.startswith("scores ") or name in FEW]
@@ -326,7 +324,7 @@ def test_candidates_of_a_search(tmp_path):
         {"candidates": [{**row, "chosen": False} for row in rows]},
     ):
         path.write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match=r"is no search\.json of a search that has finished"):
+        with pytest.raises(InputError, match=r"is not the search\.json of a finished search"):
             searched("best")(recipe, path)
     path.write_text(json.dumps({"candidates": rows[:2]}))
     with pytest.raises(
@@ -488,7 +486,7 @@ def test_last_words_occur_in_the_passage(tmp_path):
         *context, word = text.split()
         assert word in context
         assert len(context) >= 50
-    with pytest.raises(InputError, match="5000 are wanted"):
+    with pytest.raises(InputError, match="5000 are needed"):
         last_words(tmp_path / "text.txt", tmp_path / "words.jsonl", 5000)
 
 
