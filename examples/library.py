@@ -1,6 +1,8 @@
-"""Score, plan and prune from Python, on your own batches and at any layout; needs the teacher/ that `minitron-mp import` leaves.
+"""Score, plan and prune from Python with your own batches and any layout.
 
 torchrun --nproc-per-node 3 examples/library.py out/quickstart/teacher out/library_student --tp 3
+
+The first argument is the output of `minitron-mp import`.
 """
 
 import argparse

@@ -127,8 +127,8 @@ def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken
 @pytest.mark.parametrize(
     ("variable", "said"),
     [
-        ("MINITRON_MAX_TRIES", "this was try 1 of at most 1, not submitted again"),
-        ("MINITRON_MAX_FAILURES", "ended 1 times in a row with nothing new, not submitted again"),
+        ("MINITRON_MAX_TRIES", "this was try 1 of at most 1, not resubmitted"),
+        ("MINITRON_MAX_FAILURES", "ended 1 times in a row without progress, not resubmitted"),
     ],
 )
 def test_last_attempt_is_not_resubmitted(slurm, project, variable, said):
@@ -171,6 +171,6 @@ def test_invalid_recipe_is_not_resubmitted(slurm, project):
     slurm.wait(lambda: slurm.ended(job), job)
     assert slurm.job(job)["ExitCode"] == "2:0"
     assert "needs a multiple of 3" in slurm.log(job)
-    assert "cannot be used, not submitted again" in slurm.log(job)
+    assert "invalid recipe or arguments, not resubmitted" in slurm.log(job)
     time.sleep(1)
     assert slurm.jobs()[-1] == job

@@ -144,7 +144,7 @@ def image(buildah, base) -> str:
         IMAGE,
         ROOT,
     )
-    assert re.search(rf"untouched: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
+    assert re.search(rf"unchanged: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
     return IMAGE
 
 
