@@ -8,9 +8,9 @@
     python benchmarks/calibration.py examples/configs/mistral_nemo_12b --layers 8 \\
         --sequence-length 8192 --micro-batch-size 1
 
-It alternates forward passes with and without them in one process, and prints medians and the ratio of
-each pair. --masks keeps all layers, which is the slowest candidate. Weights and tokens are random, which
-does not change the time.
+It alternates forward passes with and without them in one process, and prints medians and the ratio
+of each pair. --masks keeps all layers, which is the slowest candidate. Weights and tokens are
+random, which does not change the time.
 """
 
 from __future__ import annotations

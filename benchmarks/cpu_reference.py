@@ -2,11 +2,11 @@
 
     python benchmarks/cpu_reference.py out/quickstart/teacher_hf --pairs 10
 
-Both loops distil the same teacher into a student of the same sizes, on the same random tokens, in bf16.
-Their steps alternate in one process. The library has bf16 weights, and float32 main weights in the
-optimizer. The plain loop (experiments/paper_claims) has float32 weights under autocast, fused AdamW, a
-bf16 teacher, and KL(teacher || student) from log_softmax in float32. It prints tokens/s of the median
-steps and the ratio of each pair.
+Both loops distil the same teacher into a student of the same sizes, on the same random tokens, in
+bf16. Their steps alternate in one process. The library has bf16 weights, and float32 main weights
+in the optimizer. The plain loop (experiments/paper_claims) has float32 weights under autocast,
+fused AdamW, a bf16 teacher, and KL(teacher || student) from log_softmax in float32. It prints
+tokens/s of the median steps and the ratio of each pair.
 """
 
 from __future__ import annotations

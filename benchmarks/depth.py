@@ -3,8 +3,8 @@
     python benchmarks/depth.py out/quickstart/teacher_hf --block 8 --tokens 16384
     torchrun --nproc-per-node 2 benchmarks/depth.py out/quickstart/teacher_hf --pp 2
 
-It prints the number of layer forwards, counted by hooks, and the time. "one by one" is the number of
-kept layers, summed over candidates. Weights and tokens are random, which changes neither.
+It prints the number of layer forwards, counted by hooks, and the time. "one by one" is the number
+of kept layers, summed over candidates. Weights and tokens are random, which changes neither.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """Time, memory and error of distillation losses with both output layers, forward and backward.
 
-    python benchmarks/kd_loss.py                             on a GPU: 12B -> 8B, 8192 tokens
-    python benchmarks/kd_loss.py --tp-shard 8                one of 8 tp ranks, without communication
-    python benchmarks/kd_loss.py --tokens 512 --vocab 4096   other sizes; the default on a CPU is small
+    python benchmarks/kd_loss.py                            on a GPU: 12B -> 8B, 8192 tokens
+    python benchmarks/kd_loss.py --tp-shard 8               one of 8 tp ranks, without communication
+    python benchmarks/kd_loss.py --tokens 512 --vocab 4096  other sizes; a CPU's default is small
 
 It compares our loss with others. Columns:
-floor: time over that of the four products that every implementation needs (logits of student and teacher,
-gradients of the student's hidden states and weight).
+of floor: time of the four products that every implementation needs (logits of student and teacher,
+gradients of the student's hidden states and weight), over the time of the loss.
 beyond: peak memory that is neither input nor gradient, and the memory of the gradients.
 error: of the gradient of the hidden states, relative to its norm, against float64 on some rows.
 
-Without a GPU the memory is computed for the GPU's path at full size, as the sum of live tensors without
-data (FakeTensorMode). torch.compile and Liger do not run in this mode. The logits of student and teacher
-have a standard deviation of 4. Their difference has one of 0.75, which is a KL of about 0.3.
+Without a GPU the memory is computed for the GPU's path at full size, as the sum of live tensors
+without data (FakeTensorMode). torch.compile and Liger do not run in this mode. The logits of
+student and teacher have a standard deviation of 4. Their difference has one of 0.75, which is a KL
+of about 0.3.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def _leaves(case: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def make_case(sizes: dict[str, int], device: str) -> dict[str, Tensor]:
-    """bf16. The teacher's hidden states and weight are the student's and some more, so that it is near."""
+    """Inputs in bf16. The teacher is the student plus noise, so that both are close."""
     tokens, vocab, h, more = (
         sizes["tokens"],
         sizes["vocab"],

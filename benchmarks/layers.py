@@ -1,4 +1,6 @@
-"""Measure layers and loss at a recipe's widths; write the JSON for `minitron-mp estimate --times FILE`.
+"""Measure the times of layers and loss at a recipe's widths.
+
+It writes the JSON file for `minitron-mp estimate --times FILE`.
 
     Minutes on a GPU:
     python benchmarks/layers.py examples/mn_minitron_8b.yaml --out h100.json
@@ -12,9 +14,11 @@ Student and teacher have --layers layers, a small vocabulary and random weights.
 train: zeroed gradients, forward and backward pass of the student, under Megatron's wrapper.
 forward: teacher and student without gradients.
 loss: both output layers, forward and backward.
-A tp shard is one GPU's part without communication (torch's 'fake' process group); the planner adds the
-communication. Times are medians of --repeats after as many warm-ups, with ms_min and ms_max. The file also
-has the ceiling of matrix products, the copy rate, and the launch time of the host.
+
+A tp shard is one GPU's part without communication
+(torch's 'fake' process group); the planner adds the communication. Times are medians of --repeats
+after as many warm-ups, with ms_min and ms_max. The file also has the ceiling of matrix products,
+the copy rate, and the launch time of the host.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@
     On a CPU, to test the program only:
     python benchmarks/planner_check.py recipe.yaml --toy
 
-It runs three configurations of the recipe's widths on one GPU: the recipe; FP8 (with Transformer Engine);
-half the sequence length with two samples per microbatch and recomputation. Student and teacher have
---layers layers and random weights; the optimizer is included. It prints measured and estimated step time
-and peak memory. The exit code is 1 if the time differs by more than 15 % or the memory by more than 10 %.
-The planner should use layer times of this machine, from benchmarks/layers.py; the default is the shipped
-ones. NOT RUN ON A GPU YET.
+It runs three configurations of the recipe's widths on one GPU: the recipe; FP8 (with Transformer
+Engine); half the sequence length with two samples per microbatch and recomputation. Student and
+teacher have --layers layers and random weights; the optimizer is included. It prints measured and
+estimated step time and peak memory. The exit code is 1 if the time differs by more than 15 % or the
+memory by more than 10 %. The planner should use layer times of this machine, from
+benchmarks/layers.py; the default is the shipped ones. NOT RUN ON A GPU YET.
 """
 
 from __future__ import annotations

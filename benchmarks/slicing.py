@@ -3,9 +3,10 @@
     python benchmarks/slicing.py
     torchrun --nproc-per-node 2 benchmarks/slicing.py --tp 2
 
-The model has random weights, 8 layers, and about a third of the width of an 8B model. Width and heads are
-pruned. The peak is the memory beyond the model, in units of its largest weight, on the rank where it is
-highest. It is read from the process every millisecond, or from the allocator on a GPU.
+The model has random weights, 8 layers, and about a third of the width of an 8B model. Width and
+heads are pruned. The peak is the memory beyond the model, in units of its largest weight, on the
+rank where it is highest. It is read from the process every millisecond, or from the allocator on a
+GPU.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 class Peak:
-    """Highest memory of this process above where it started, in bytes; read while the block runs."""
+    """Peak memory of this process above its start while the block runs, in bytes."""
 
     def __init__(self, device: torch.device):
         self.device, self.beyond, self.process = device, 0, psutil.Process()

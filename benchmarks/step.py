@@ -1,22 +1,22 @@
 """Time and memory of a distillation step with the widths of Mistral NeMo 12B -> Minitron 8B.
 
-    python benchmarks/step.py --out step.json          on a GPU: 4 + 4 layers, 8192 tokens, vocabulary 131072
+    python benchmarks/step.py --out step.json    on a GPU: 4 + 4 layers, 8192 tokens, 131072 words
     python benchmarks/step.py --fp8 tensorwise delayed blockwise    other scalings
-    python benchmarks/step.py                          on a CPU: small sizes, bf16 only, to test the program
+    python benchmarks/step.py                    on a CPU: small sizes, bf16 only, as a test
 
 Rows compare our loss with a naive one, and bf16 with FP8. Columns:
-step: teacher forward, student forward, both output layers, loss, backward, float32 gradients; median.
+step: teacher and student forward, both output layers, loss, backward, float32 gradients; median.
 adam: the optimizer; median.
 TFLOP/s: FLOPs of both models, by the planner's formula, over `step`.
-of ceiling: TFLOP/s over those of the fastest matrix product of the same run, in the number format of the
-layers. The output layers are bf16 in all rows.
-beyond: peak memory of a step minus the memory between steps (weights, gradients, optimizer). It contains
-activations, both models' hidden states and the loss. Activations are computed by the planner's formula;
-the last column is the remainder.
+of ceiling: TFLOP/s over those of the fastest matrix product of the same run, in the number format
+of the layers. The output layers are bf16 in all rows.
+beyond: peak memory of a step minus the memory between steps (weights, gradients, optimizer). It
+contains activations, both models' hidden states and the loss. Activations are computed by the
+planner's formula; the last column is the remainder.
 
 naive: logits of all tokens of both models, softmax and KL in float32 in plain torch with autograd.
-FP8 rows: linear layers of both models are FP8, and so are the teacher's weights. Weights and tokens are
-random. This changes the time only through the power limit.
+FP8 rows: linear layers of both models are FP8, and so are the teacher's weights. Weights and tokens
+are random. This changes the time only through the power limit.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 2 benchmarks/stream.py
     torchrun --nproc-per-node 2 benchmarks/stream.py --payload logits --window 1
 
-The transfers are real. The compute is replaced by work of a given time: matrix products on a GPU, which
-two ranks may share, and sleep on a CPU. The default times are half of the planner's estimate for 12B -> 8B,
-a microbatch of 8192 tokens and tp 8 on 8 H100 (student 119 ms, teacher 38 ms). The default sizes are an
-eighth of that microbatch, which is a rank's part at tp 8, because a CPU's loopback is slower than NVLink.
-It also prints the same transfers without work. Bytes are computed and counted.
+The transfers are real. The compute is replaced by work of a given time: matrix products on a GPU,
+which two ranks may share, and sleep on a CPU. The default times are half of the planner's estimate
+for 12B -> 8B, a microbatch of 8192 tokens and tp 8 on 8 H100 (student 119 ms, teacher 38 ms). The
+default sizes are an eighth of that microbatch, which is a rank's part at tp 8, because a CPU's
+loopback is slower than NVLink. It also prints the same transfers without work. Bytes are computed
+and counted.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> Non
 def consume(
     link: Link, args: argparse.Namespace, student_s: float, pause_s: float, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Return (times of the steps, waiting times), without the first step, which starts with no window."""
+    """Return (times of the steps, waiting times) without the first step.
+
+    The first step starts with an empty window.
+    """
     receiver = Receiver(link, link.students[0], range(args.steps * args.micro_batches), device)
     steps, waits = [], []
     for step in range(args.steps):
@@ -108,7 +112,7 @@ def consume(
 
 
 def work(seconds: float, device: torch.device) -> None:
-    """Keep the device busy for this time, with matrix products of 2048 rows on a GPU; then return."""
+    """Keep the device busy for this time, with matrix products of 2048 rows on a GPU."""
     if device.type == "cpu" or not seconds:
         time.sleep(seconds)
         return

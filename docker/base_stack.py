@@ -1,11 +1,12 @@
 """Keep the GPU packages of the base image when the Dockerfile runs pip.
 
     python3 docker/base_stack.py write FOLDER     before pip: write the files below
-    python3 docker/base_stack.py check FOLDER     after pip: exit code 1 if a package of the base changed
+    python3 docker/base_stack.py check FOLDER     after pip: fail if a package of the base changed
 
-requirements.txt has the core dependencies of setup.py. constraints.txt has the base's versions of the
-GPU packages, and the tested versions of constraints/ for all others. stack.json has versions and places
-of the GPU packages. The base's Python runs this file, so it uses only the standard library.
+requirements.txt has the core dependencies of setup.py. constraints.txt has the base's versions of
+the GPU packages, and the tested versions of constraints/ for all others. stack.json has versions
+and places of the GPU packages. The base's Python runs this file, so it uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ STACK = re.compile(
     r"(torch|torchvision|torchao|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*"
     r"|nvidia-.*|cuda-.*)"
 )
-"""Packages that are built for the base's CUDA, and numpy, because extensions need its major version."""
+"""Packages that are built for the base's CUDA, and numpy.
+
+Extensions need numpy's major version.
+"""
 ROOT = Path(__file__).parents[1]
 
 

@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 8 examples/bridge_distill.py out/student out/teacher train.train_iters=1000
 
-out/student and out/teacher are the outputs of `minitron-mp prune` and `import`. Further arguments override
-the recipe, for example model.tensor_model_parallel_size=4.
+out/student and out/teacher are the outputs of `minitron-mp prune` and `import`. Further arguments
+override the recipe, for example model.tensor_model_parallel_size=4.
 """
 
 import sys
@@ -27,7 +27,10 @@ def recipe(
     sequence_length: int = SEQUENCE_LENGTH,
     precision: str = "bf16",
 ):
-    """Return ConfigContainer and forward step. Set dataset.blend; the default is Bridge's mock data."""
+    """Return ConfigContainer and forward step.
+
+    Set dataset.blend; the default is Bridge's mock data.
+    """
     from megatron.bridge.training.config import (
         CheckpointConfig,
         ConfigContainer,

@@ -25,7 +25,10 @@ from minitron_mp.workflow.context import ASSETS
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
-    """Return this data parallel rank's microbatches [b, s]. Replace them with your calibration text."""
+    """Return this data parallel rank's microbatches [b, s].
+
+    Replace them with your calibration text.
+    """
     tokens = torch.randint(0, vocab_size, (4, 2, 64), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(64).expand(2, 64).contiguous()
     return [
@@ -35,7 +38,7 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
 
 
 def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> PrunePlan:
-    """provider: of the model in source, with its weights and parallel sizes; reached by all ranks."""
+    """provider: of the model in `source`, with weights and parallel sizes. All ranks call it."""
     config = json.loads((source / "config.json").read_text())
     arch = arch_of(provider, config)
     provider.finalize()

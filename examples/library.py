@@ -19,7 +19,10 @@ from minitron_mp.distributed.schedule import run_schedule
 
 
 def batches(vocab_size: int, rank: int):
-    """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
+    """Return this data parallel rank's microbatches [b, s].
+
+    Replace them with your calibration text.
+    """
     tokens = torch.randint(0, vocab_size, (4, 2, 128), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(128).expand(2, 128).contiguous()
     return [

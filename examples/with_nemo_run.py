@@ -3,7 +3,8 @@
 python examples/with_nemo_run.py examples/quickstart.yaml compress --nodes 4 --partition batch --account me
 
 --form partial sends a Python function with its recipe (run.Partial), --form script a command line
-(run.Script). See docs/cluster.md for the installation of NeMo-Run. The nodes need it for --form partial.
+(run.Script). See docs/cluster.md for the installation of NeMo-Run. The nodes need it for --form
+partial.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 def task(form: str, stage: str, recipe: str, overrides: list[str]):
     """Return the task of every rank.
 
-    The recipe is sent as a call of load_recipe. run.Config(Recipe, model=..., distill=...) works, too.
+    The recipe is sent as a call of load_recipe. run.Config(Recipe, model=..., distill=...) works,
+    too.
     """
     import nemo_run as run
 

@@ -2,17 +2,18 @@
 
 How a test finds what it needs:
 
-* Ranks: the fixture `ranks` starts pools of gloo ranks (support/pool.py). `ranks(4, "module.function",
-  **kwargs)` calls a worker function on 4 ranks and returns their values by rank. A test of N ranks has
-  no other setup. Ranks of one size are reused by later tests.
-* Workers: a worker function is module-level and takes keyword arguments. ranks/test_X.py has its workers
-  in ranks/X_workers.py. support/model_workers.py and support/project_workers.py have shared ones.
-  `pythonpath` in pyproject.toml puts these folders on the path of tests and ranks.
-* Layouts, architectures, weights and batches are in support/cases.py, dense float64 implementations of
-  the same computations in support/reference.py, complete small projects in support/tiny.py.
-* Shared results: the fixture `results` (support/results.py) computes for each layout what many tests
-  read, such as the pruned students or a training run, on first use and once per session. Files that read
-  the same results are one group in TOGETHER. A pytest-xdist process takes a whole group.
+* Ranks: the fixture `ranks` starts pools of gloo ranks (support/pool.py). `ranks(4,
+  "module.function", **kwargs)` calls a worker function on 4 ranks and returns their values by rank.
+  A test of N ranks has no other setup. Ranks of one size are reused by later tests.
+* Workers: a worker function is module-level and takes keyword arguments. ranks/test_X.py has its
+  workers in ranks/X_workers.py. support/model_workers.py and support/project_workers.py have shared
+  ones. `pythonpath` in pyproject.toml puts these folders on the path of tests and ranks.
+* Layouts, architectures, weights and batches are in support/cases.py, dense float64 implementations
+  of the same computations in support/reference.py, complete small projects in support/tiny.py.
+* Shared results: the fixture `results` (support/results.py) computes for each layout what many
+  tests read, such as the pruned students or a training run, on first use and once per session.
+  Files that read the same results are one group in TOGETHER. A pytest-xdist process takes a whole
+  group.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With -n 2, schedule by group. The group marks of pytest-xdist 3.8.0 are lost under pytest 9.2."""
+    """With -n 2, schedule by group.
+
+    The group marks of pytest-xdist 3.8.0 are lost under pytest 9.2.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -92,6 +96,9 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(inputs) -> Run:
-    """A finished project, made by one command in one process. Tests read it and must not change it."""
+    """A finished project, made by one command in one process.
+
+    Tests read it and must not change it.
+    """
     recipe = make_recipe_file(inputs / "recipe.yaml", inputs / "model", inputs / "text", inputs / "whole")
     return Run(recipe, inputs / "whole", minitron("compress", recipe))

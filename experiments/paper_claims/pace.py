@@ -30,11 +30,11 @@ WARM_UP = 2
 
 
 def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: int) -> dict[str, Any]:
-    """Return tokens/s of both loops from their median steps, and our speed-up in each pair of steps.
+    """Return tokens/s of both loops from median steps, and our speed-up in each pair of steps.
 
-    recipe: its model is the plain loop's teacher; precision, sequence length and `distill` are used.
-    student: contents of its config.json. teacher: output of the stage `import`. Runs in one process on
-    one device.
+    recipe: gives the plain loop's teacher (model), precision, sequence length and `distill`.
+    student: contents of its config.json. teacher: output of the stage `import`. Runs in one process
+    on one device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -7,8 +7,8 @@ python experiments/paper_claims/run.py all --size cpu --dry-run
 python experiments/paper_claims/run.py --size cpu --report
 
 Each variant and seed writes one result, out/paper_claims/SIZE/results/VARIANT-SEED.json. Variants
-with a result are skipped. Interrupted ones resume from their last stage or checkpoint. It runs in one
-process, and deletes the models of finished variants (--keep keeps them).
+with a result are skipped. Interrupted ones resume from their last stage or checkpoint. It runs in
+one process, and deletes the models of finished variants (--keep keeps them).
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int)
     if args.search:
         return args.search
     values = {**searching(recipe, args.size), "output": str(output / "searches" / str(seed))}
-    # The other variants compute scores on their training text. Text that ranks students must be new to
-    # all of them.
+    # The other variants compute scores on their training text. Text that ranks students must be new
+    # to all of them.
     values["data"] = {
         **recipe.data.model_dump(),
         "source": recipe.data.train,
@@ -461,8 +461,9 @@ def _processor() -> str:
 def base_mark(args: argparse.Namespace) -> str:
     """Return a fingerprint of the base recipe. Results with different ones are not compared.
 
-    It excludes defaults, so that a setting of a later version does not change it. If a default changes
-    that SIZE.yaml does not set, set the old value in SIZE.yaml, or the results do not compare.
+    It excludes defaults, so that a setting of a later version does not change it. If a default
+    changes that SIZE.yaml does not set, set the old value in SIZE.yaml, or the results do not
+    compare.
     """
     values = load_recipe(HERE / f"{args.size}.yaml", args.set).model_dump(
         mode="json", exclude={"model", "output", "seed"}, exclude_defaults=True

@@ -21,9 +21,9 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Return model -> kind of work -> tokens/s.
 
-    It is the median of rounds, in which the models alternate. configs: contents of config.json. Prefill
-    reads `batch` texts of `length` tokens. Generation appends new_tokens to one text, and to `batch`
-    texts, of length // 2 tokens.
+    It is the median of rounds, in which the models alternate. configs: contents of config.json.
+    Prefill reads `batch` texts of `length` tokens. Generation appends new_tokens to one text, and
+    to `batch` texts, of length // 2 tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

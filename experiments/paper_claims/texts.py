@@ -1,4 +1,4 @@
-"""Text of the experiments: training text, held-out text, and a last-word task made from the latter."""
+"""Training text, held-out text, and a last-word task made from the latter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = re.compile(r"(?<=[.!?])[\"')\]]*\s|\n")
 
 @functools.cache
 def stdlib_by_package(folder: Path) -> tuple[Path, Path]:
-    """Write the Python standard library's sources as train.jsonl and valid.jsonl; return both paths.
+    """Write the standard library's sources as train.jsonl and valid.jsonl; return both paths.
 
     No top-level module or package is in both, because most have different authors.
     """

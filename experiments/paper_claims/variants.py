@@ -1,7 +1,7 @@
 """The variants. Each one changes the size's recipe; some also rewrite an artifact.
 
-random_weights and random_scores replace the output of a stage with one of the same shape. Its manifest
-is the same except for `made_by`, so the later stages accept it.
+random_weights and random_scores replace the output of a stage with one of the same shape. Its
+manifest is the same except for `made_by`, so the later stages accept it.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }
 """Size -> settings of the search. The budget is the number of parameters of the size's target.
 
-The sizes are listed, so that candidates differ by up to 5 % from the budget. If they were solved for
-the budget, all candidates would be equally large, and the largest one so only by rounding.
+The sizes are listed, so that candidates differ by up to 5 % from the budget. If they were solved
+for the budget, all candidates would be equally large, and the largest one so only by rounding.
 """
 
 

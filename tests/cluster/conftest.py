@@ -1,4 +1,4 @@
-"""A Slurm for all tests here, a project on it, and the curve of a run that nothing has disturbed."""
+"""A Slurm cluster for all tests here, a project on it, and an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def slurm():
         pytest.skip(reason)
 
     def interrupt(*_):
-        # SIGTERM, for example from timeout(1): pytest then closes the fixtures, and no process stays.
+        # SIGTERM, for example from timeout(1): pytest then closes the fixtures, and no process
+        # stays.
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)

@@ -1,10 +1,10 @@
-"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and used as the image's user.
+"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and run as its user.
 
 The stand-in is Debian 12 from debootstrap with its Python 3.11, PyTorch's CPU build and a numpy
 that differs from the pinned one. The tests show that the base's packages are unchanged. NVIDIA's
 image itself is not pulled. The tests need root, buildah, debootstrap and a network; run them with
-tests/run.sh --docker. All files lie below pytest's temporary folder and are deleted at the end: 4 GB
-at most.
+tests/run.sh --docker. All files lie below pytest's temporary folder and are deleted at the end: 4
+GB at most.
 """
 
 from __future__ import annotations
@@ -150,7 +150,10 @@ def image(buildah, base) -> str:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Model, text and recipe that any user can read and write; the recipe has paths in the container."""
+    """Model, text and recipe that any user can read and write.
+
+    The recipe has paths in the container.
+    """
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
     make_text(root / "text")

@@ -1,4 +1,7 @@
-"""Layouts, small odd architectures, weights and batches of the multi-rank tests. No megatron here."""
+"""Layouts, small odd architectures, weights and batches of the multi-rank tests.
+
+This module does not import megatron.
+"""
 
 from __future__ import annotations
 
@@ -299,7 +302,7 @@ CORRECT = CorrectionConfig(
 )
 """Cross-entropy alone, without a teacher."""
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
-"""Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
+"""Runs with DISTILL, which has one more step; both stop and resume after step 2."""
 MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "cp2")
 """At the other layouts with --all."""
 

@@ -112,7 +112,7 @@ class Pool:
         self.ranks = []
 
     def _start(self) -> None:
-        """Start the ranks; retry, because gloo's first connections can break on a loaded machine."""
+        """Start the ranks; retry, because gloo's first connections can break under load."""
         for _ in range(STARTS):
             self.ranks = [_Rank(number, self.size, self.environment) for number in range(self.size)]
             ok, port_or_error = self.ranks[0].receive()
@@ -183,7 +183,8 @@ def live(pipe: Connection, rank: int, size: int, log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.register(signal.SIGUSR1)
-    # A forked rank has 440,000 objects from imports. Collecting them takes 0.2 s and copies their pages.
+    # A forked rank has 440,000 objects from imports. Collecting them takes 0.2 s and copies their
+    # pages.
     gc.freeze()
     serve(pipe, rank, size)
     for child in multiprocessing.active_children():
@@ -208,8 +209,8 @@ def serve(pipe: Connection, rank: int, size: int) -> None:
         except BaseException:
             answer = (False, f"{here['coordinates']}\n{traceback.format_exc()}")
         pipe.send_bytes(pickle.dumps(answer))
-        # A model and its groups are cyclic garbage. The thread of each gloo group wakes up 100 times a
-        # second, so uncollected groups slow all ranks down.
+        # A model and its groups are cyclic garbage. The thread of each gloo group wakes up 100
+        # times a second, so uncollected groups slow all ranks down.
         del answer
         gc.collect()
 

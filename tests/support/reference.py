@@ -2,8 +2,8 @@
 
 They share only the names of weights with the library.
 
-s sequence  b samples  h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width
-L layers
+s sequence  b samples  h hidden  f ffn  v padded vocabulary
+np heads  ng query groups  hn head width  L layers
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class PlainImportance:
     """
 
     def __init__(self, model: Any, samples: Tensor):
-        """samples: token ids [n, s]. Runs the model, one sample at a time, in the precision that it has."""
+        """Run the model on token ids [n, s], one sample at a time, in its precision."""
         self.arch, self.seen = model.config, {}
         handles = []
         for number, layer in enumerate(model.model.layers):

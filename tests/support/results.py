@@ -284,7 +284,7 @@ class Results:
 
 
 def previous(table: list[tuple[str, Layout]], arch: str, layout: Layout) -> Layout:
-    """Return the layout before this one in the architecture's rows of a table; the first's is the last."""
+    """Return the previous layout of the architecture in a table; before the first is the last."""
     layouts = [row_layout for name, row_layout in table if name == arch]
     return layouts[layouts.index(layout) - 1]
 

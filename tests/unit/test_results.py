@@ -14,7 +14,10 @@ def test_result_is_computed_once(tmp_path):
 
 
 def test_failed_result_names_its_first_test(tmp_path):
-    """The first use raises with the cause. Later uses fail with one line and do not compute again."""
+    """The first use raises with the cause.
+
+    Later uses fail with one line and do not compute again.
+    """
     results, key = Results(ranks=None, root=tmp_path), ("trained", "qwen3", BY_NAME["tp2"])
     with pytest.raises(SharedResultError, match="shared computation trained qwen3 tp2 failed") as error:
         results.once(key, lambda: 1 / 0)

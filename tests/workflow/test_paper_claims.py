@@ -157,7 +157,10 @@ def test_variant_definitions(toy):
 
 
 def test_plain_loop_agrees(toy):
-    """Float32 on both sides, 6 steps of AdamW, which divides small gradients by their own size; 3e-6 seen."""
+    """Float32 on both sides, 6 steps of AdamW, which divides small gradients by their size.
+
+    3e-6 seen.
+    """
     for name, variant in VARIANTS.items():
         if variant.plain:
             ours, plain = toy.result(name), toy.result(name)["plain"]
@@ -357,7 +360,7 @@ def test_claim_needs_every_seed(others, shown):
 
 @pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
 def test_accuracy_difference_must_exceed_its_standard_error(scattered, shown):
-    """Twice that of two shares with 5 % each; two seeds are asked the same words, and take nothing off it."""
+    """Twice the error of two accuracies with 5 % each; seeds share their items."""
     results = {"contiguous layers": [made_up(2.0)] * 2, "scattered layers": [made_up(2.0, scattered)] * 2}
     said, verdict = CLAIMS["layers"].judge(results)
     assert verdict is shown
