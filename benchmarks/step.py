@@ -1,6 +1,6 @@
 """Time and memory of a distillation step with the widths of Mistral NeMo 12B -> Minitron 8B.
 
-    python benchmarks/step.py --out step.json    on a GPU: 4 + 4 layers, 8192 tokens, 131072 words
+    python benchmarks/step.py --out step.json    on a GPU: 4 + 4 layers, 8192 tokens
     python benchmarks/step.py --fp8 tensorwise delayed blockwise    other scalings
     python benchmarks/step.py                    on a CPU: small sizes, bf16 only, as a test
 
