@@ -14,7 +14,7 @@ from tiny import ROOT, make_model, make_text
 
 @pytest.fixture(scope="session")
 def slurm():
-    """Two nodes that run the Python of this process."""
+    """A cluster of two nodes that run the Python of this process."""
     if reason := why_not():
         pytest.skip(reason)
 
@@ -52,7 +52,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def unbroken(slurm, project) -> tuple[int, Path]:
-    """(job, output) of `compress` over two nodes, in a container as far as pyxis is told."""
+    """Return (job, output) of `compress` over two nodes, in a container according to pyxis."""
     image = {"MINITRON_IMAGE": "nvcr.io#nvidia/pytorch:26.06-py3", "MINITRON_MOUNTS": "/models:/models:ro"}
     job = submit(slurm, "compress", project / "unbroken.yaml", **image)
     slurm.wait(lambda: slurm.ended(job), job, 300)

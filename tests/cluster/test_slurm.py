@@ -21,7 +21,7 @@ AFTER_PRUNING = (
     "finished",
     "recipe.yaml",
 )
-"""Of an output folder, what a copy leaves out that is to distil again."""
+"""Files that a copy of an output folder leaves out, so that it distils again."""
 
 
 def steps(output: Path) -> int:
@@ -119,7 +119,7 @@ def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken
     # which has the same number.
     slurm.wait(lambda: "try 4 of at most 100 on" in slurm.log(third) and slurm.ended(third), third, 400)
     assert slurm.job(third)["JobState"] == "COMPLETED", (
-        f"{slurm.job(third)}\n{slurm.log(third)}\n{slurm.said()}"
+        f"{slurm.job(third)}\n{slurm.log(third)}\n{slurm.log_ends()}"
     )
     assert all(
         slurm.job(job)["JobState"] == "CANCELLED" for job in slurm.jobs() if job > third

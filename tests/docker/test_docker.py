@@ -24,14 +24,14 @@ from tiny import ROOT, make_model, make_recipe_file, make_text
 
 BASE, IMAGE = "localhost/stand-in", "localhost/minitron-mp"
 NUMPY = "2.3.5"
-"""Of the stand-in."""
+"""numpy version of the stand-in."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 Buildah = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory) -> Iterator[Buildah]:
-    """buildah(words...) with a storage of its own, gone at the end."""
+    """buildah(words...) runs buildah with temporary storage."""
     if os.geteuid():
         pytest.skip("needs root: buildah runs builds in a chroot")
     for program in ("buildah", "debootstrap"):
@@ -234,7 +234,7 @@ def test_failed_health_check(inside):
 
 
 def test_torchrun_uses_the_virtual_environment(inside):
-    """The base's would start the base's Python, which does not see the library."""
+    """The base's torchrun would start the base's Python, which does not have the library."""
     done = inside(
         "torchrun",
         "--standalone",
