@@ -30,10 +30,12 @@ from layers import DEVICE, _forget, _gpu, _wait
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe
+from minitron_mp.distillation.frozen_model import freeze
 from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import Times, read_hardware, read_times
 from minitron_mp.planning.memory import uses_transformer_engine
@@ -110,7 +112,7 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 
 def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
     """Measure, print, and say what is too far off."""
-    _, teacher, student = (arch.model_copy(update={"num_layers": num_layers}) for arch in read_models(recipe))
+    _, teacher, student = (arch.resized(num_layers=num_layers) for arch in read_models(recipe))
     planned = estimate_distillation(student, teacher, recipe, 1, times)
     _forget()
     base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
@@ -141,10 +143,9 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
             for fp8 in (None, vars(recipe.teacher)["fp8"])
         ]
     taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
-    for chunk in taught:
-        chunk.eval().requires_grad_(False)
+    freeze(taught)
     chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
-    source = RandomTeacher(taught, world)
+    source = ColocatedTeacher(ShardedModel(taught, teacher, world, sequence, recipe.teacher_precision))
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
     training = TrainingRun(
         chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
@@ -167,13 +168,6 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
         found.append(time.perf_counter() - start)
     training.settle()
     return statistics.median(found[2:])
-
-
-class RandomTeacher(ColocatedTeacher):
-    """One that was not read from a checkpoint."""
-
-    def __init__(self, chunks: list[Any], world: World):
-        self.chunks, self.world, self.pairs, self.capture = chunks, world, None, None
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def as_deep_as_wide(recipe: Recipe) -> dict[str, Any]:
     size = resolve_target(teacher, recipe.target, family=recipe.export.family).num_parameters()
     layers = min(
         range(1, teacher.num_layers),
-        key=lambda n: abs(teacher.model_copy(update={"num_layers": n}).num_parameters() - size),
+        key=lambda n: abs(teacher.resized(num_layers=n).num_parameters() - size),
     )
     return {"target": {"num_layers": layers}}
 

@@ -229,7 +229,7 @@ def test_masks_match_for_te_and_local_layers(models, world, family):
 
 def test_fp8_rejects_unaligned_sizes(models):
     needs_fp8("tensorwise")
-    odd = arch_of("llama").model_copy(update={"ffn_hidden_size": 504})
+    odd = arch_of("llama").resized(ffn_hidden_size=504)
     with pytest.raises(
         InputError, match=r"multiples of 16, ffn_hidden_size / tp \(504 / 1\) is 504; nearest 512"
     ):

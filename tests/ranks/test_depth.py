@@ -29,7 +29,7 @@ def without(weights, missing):
     """(architecture, weights) of the model without these layers."""
     keep = torch.tensor([layer for layer in range(ARCH.num_layers) if layer not in missing])
     cut = {key: value[keep] if AXES[key][0] == "layer" else value for key, value in weights.items()}
-    return ARCH.model_copy(update={"num_layers": len(keep)}), cut
+    return ARCH.resized(num_layers=len(keep)), cut
 
 
 def dense_loss(weights, missing):

@@ -22,7 +22,7 @@ def test_layout_must_divide_the_world_size(ranks):
 
 
 def test_all_sizes_that_tp_does_not_divide_are_listed(ranks):
-    odd = ARCHS["llama"].model_copy(update={"ffn_hidden_size": 111, "num_layers": 1})
+    odd = ARCHS["llama"].resized(ffn_hidden_size=111, num_layers=1)
     for message in refusals(ranks, BY_NAME["tp2-pp2-sp"], "model", arch=odd):
         for problem in (
             "num_attention_heads 9",
@@ -49,7 +49,7 @@ def test_nonfinite_activations_are_named_by_layer(ranks, results, layout, key, l
 
 
 def test_checkpoint_of_another_architecture(ranks, results):
-    other = ARCHS["qwen3"].model_copy(update={"hidden_size": 48})
+    other = ARCHS["qwen3"].resized(hidden_size=48)
     for message in refusals(
         ranks, BY_NAME["tp2-pp2-sp"], "checkpoint", arch=other, folder=results.teacher("qwen3")
     ):
@@ -59,7 +59,7 @@ def test_checkpoint_of_another_architecture(ranks, results):
 
 def test_checkpoint_with_missing_weights(ranks, results):
     """The model has biases and an untied output layer; the checkpoint has neither."""
-    other = ARCHS["qwen2"].model_copy(update={"tied": False})
+    other = ARCHS["qwen2"].resized(tied=False)
     for message in refusals(
         ranks, BY_NAME["tp2-pp2-sp"], "checkpoint", arch=other, folder=results.teacher("qwen3")
     ):

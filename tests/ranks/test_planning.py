@@ -113,7 +113,7 @@ def test_activation_bytes_match_autograd(ranks):
 
 def test_layers_in_flight_match_the_schedule(ranks):
     """Megatron's own schedules stage by stage: few microbatches, uneven stages, interleaving."""
-    arch = ARCHS["qwen2"].model_copy(update={"num_layers": 9})
+    arch = ARCHS["qwen2"].resized(num_layers=9)
     cases = [
         (ParallelConfig(pp=2), 4),
         (ParallelConfig(pp=4), 2),

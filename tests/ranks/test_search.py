@@ -282,7 +282,7 @@ def test_table_fits_a_terminal(latency, monkeypatch, capsys):
         )
         for a, rounds in (
             (arch, [Trained(steps=1800, loss=2.3456, kl=0.1, seconds=1.0)]),
-            (arch.model_copy(update={"num_layers": 31}), []),
+            (arch.resized(num_layers=31), []),
         )
     ]
     monkeypatch.setattr(console, "width", 80)

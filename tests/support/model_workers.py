@@ -391,7 +391,7 @@ def score_checkpoint(
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
     """Measure the speed of a model, a smaller one, and a twin that has the smaller one's arch."""
-    small = arch.model_copy(update={"ffn_hidden_size": arch.ffn_hidden_size // 2})
+    small = arch.resized(ffn_hidden_size=arch.ffn_hidden_size // 2)
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
         models = {

@@ -151,7 +151,7 @@ def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
     teacher = read_arch(folders[case])
     groups = teacher.num_query_groups * 2 // 3
     heads = {"num_query_groups": groups, "num_attention_heads": groups * min(2, teacher.heads_per_group)}
-    student = teacher.model_copy(update={"hidden_size": 20, "ffn_hidden_size": 24, **heads})
+    student = teacher.resized(hidden_size=20, ffn_hidden_size=24, **heads)
     torch.manual_seed(1)
     weights = [
         (key, layer, torch.randn(student.shapes()[key][layer is not None :]) / 3)
@@ -176,7 +176,7 @@ def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
 
 def test_smaller_student_in_bfloat16_shards(folders, tmp_path):
     source, teacher = folders["qwen3"], read_arch(folders["qwen3"])
-    student = teacher.model_copy(update={"num_layers": 1, "hidden_size": 20, "ffn_hidden_size": 24})
+    student = teacher.resized(num_layers=1, hidden_size=20, ffn_hidden_size=24)
     tensors = [
         (key, layer, torch.randn(student.shapes()[key][layer is not None :]))
         for key, layer in canonical_keys(student)
@@ -202,7 +202,7 @@ def test_llama_exported_as_mistral_gives_the_same_logits(folders, tmp_path):
     write_folder(
         tmp_path,
         folders["llama"],
-        arch.model_copy(update={"family": "mistral"}),
+        arch.resized(family="mistral"),
         torch.float32,
         canonical(folders["llama"], arch),
     )
@@ -392,7 +392,7 @@ def test_nonfinite_weight_is_named(llama, value):
 
 def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
     arch, tensors = (
-        read_arch(folders["llama"]).model_copy(update={"tied": True}),
+        read_arch(folders["llama"]).resized(tied=True),
         load_file(llama / "model.safetensors"),
     )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):

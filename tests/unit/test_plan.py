@@ -57,10 +57,10 @@ def manifest(stage: str) -> Manifest:
     ("arch", "total", "without_embeddings"),
     [
         (NEMO, 12.2, 10.9),
-        (NEMO.model_copy(update={"hidden_size": 4096, "ffn_hidden_size": 11520}), 8.4, 7.3),
+        (NEMO.resized(hidden_size=4096, ffn_hidden_size=11520), 8.4, 7.3),
         (LLAMA, 8.0, 7.0),
-        (LLAMA.model_copy(update={"hidden_size": 3072, "ffn_hidden_size": 9216}), 4.5, 3.7),
-        (LLAMA.model_copy(update={"num_layers": 16}), 4.5, 3.5),
+        (LLAMA.resized(hidden_size=3072, ffn_hidden_size=9216), 4.5, 3.7),
+        (LLAMA.resized(num_layers=16), 4.5, 3.5),
     ],
     ids=[
         "Mistral-NeMo-12B",
@@ -388,17 +388,17 @@ def test_budget_respects_alignment_and_tensor_parallel_size():
 
 
 def test_llama_export_rule_suggests_mistral():
-    student = LLAMA.model_copy(update={"hidden_size": 3088})
-    assert export_problems(NEMO.model_copy(update={"hidden_size": 3088})) == []
+    student = LLAMA.resized(hidden_size=3088)
+    assert export_problems(NEMO.resized(hidden_size=3088)) == []
     with pytest.raises(
         InputError,
         match=r"hidden_size 3088 .*num_attention_heads 32; "
         r"nearest hidden_size 3072, or set export\.family: mistral",
     ):
         exportable_arch(student, None)
-    assert exportable_arch(student, "mistral") == student.model_copy(update={"family": "mistral"})
+    assert exportable_arch(student, "mistral") == student.resized(family="mistral")
     with pytest.raises(InputError, match="scales its rotary frequencies"):
-        exportable_arch(student.model_copy(update={"rope_scaling_factor": 8.0}), "mistral")
+        exportable_arch(student.resized(rope_scaling_factor=8.0), "mistral")
     with pytest.raises(InputError, match=r"export\.family qwen2: a llama can be written as itself only"):
         exportable_arch(student, "qwen2")
 

@@ -61,7 +61,7 @@ def test_peak_flops_of_a_device(device, peak):
 
 LENGTH = 24
 FILES = {"model": "m", "output": "o", "target": {"hidden_size": 28}}
-TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].model_copy(update={"hidden_size": 28})
+TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].resized(hidden_size=28)
 
 
 def work_of(**sections) -> Work:
@@ -69,7 +69,7 @@ def work_of(**sections) -> Work:
     world = SimpleNamespace(
         device=torch.device("cpu"),
         size=4,
-        bridge=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
+        channel=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
     )
     return distillation_work(recipe, STUDENT, TEACHER, world, tokens=96)
 

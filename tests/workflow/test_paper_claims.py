@@ -310,7 +310,7 @@ def test_candidates_of_a_search(tmp_path):
     rows = [
         Candidate(
             name=str(n),
-            arch=arch.model_copy(update={"hidden_size": n}),
+            arch=arch.resized(hidden_size=n),
             parameters=n,
             chosen=n == 32,
             **common,
