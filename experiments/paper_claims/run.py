@@ -16,17 +16,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import shutil
-import statistics
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # needed if this file is imported
 
@@ -34,24 +28,32 @@ import report
 from baseline import train_plain
 from claims import CLAIMS
 from pace import WARM_UP, in_turn
+from recipes import base_mark, changed, recipe_of, run_shared, search_of
+from records import environment, made_by, outcome, refuse_to_overwrite, result_of, rounded
 from speed import measure
-from texts import HELD_OUT, last_words, stdlib_by_package
-from variants import BY_HAND, VARIANTS, Variant, searching
+from variants import BY_HAND, VARIANTS
 
-from minitron_mp import InputError, Recipe, load_recipe, make_recipe, run_stage
+from minitron_mp import InputError, load_recipe, make_recipe
 from minitron_mp.artifacts.files import write_text
-from minitron_mp.artifacts.manifest import find_manifest, require_artifact
+from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.models.build import DTYPES
-from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.graph import StageGraph
 
 HERE = Path(__file__).parent
-SHARED = ("import", "data", "correct", "score", "depth", "search")
-"""Stages whose artifacts are shared by all variants with the same settings."""
 SIZES = ("cpu", "h100", "toy")
 
 
 def main(words: list[str] | None = None) -> int:
+    args = make_parser().parse_args(words)
+    warnings.filterwarnings("ignore")
+    try:
+        return act(args)
+    except (InputError, OSError, UnicodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,40 +107,19 @@ def main(words: list[str] | None = None) -> int:
         action="store_true",
         help="the same, and copy the results to this folder and update README.md",
     )
-    args = parser.parse_args(words)
-    warnings.filterwarnings("ignore")
-    try:
-        return act(args)
-    except (InputError, OSError, UnicodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def act(args: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
     base = load_recipe(HERE / f"{args.size}.yaml", args.set)
     output = args.output or base.root
     if args.report or args.publish:
-        if not any((output / "results").glob("*.json")):
-            raise InputError(f"{output / 'results'} holds no results; give the --output of a run")
-        if args.publish and args.size not in report.SIZES:
-            raise InputError(
-                f"--publish --size {args.size}: the README has results of {' and '.join(report.SIZES)}"
-            )
-        report.write(output / "results", output)
-        if args.publish:
-            report.publish(output / "results", args.size)
+        write_report(args, output)
         return 0
     if args.tokens_per_s <= 0:
         raise InputError(f"--tokens-per-s {args.tokens_per_s:g}: give more than 0")
-    chosen = list(CLAIMS) if args.claims == ["all"] else args.claims
-    if not chosen or not CLAIMS.keys() >= set(chosen):
-        raise InputError(
-            f"claims to run: {' '.join(chosen) or 'none'}; give all, or some of {', '.join(CLAIMS)}"
-        )
-    given = {"--shift-text": args.shift_text}
-    for name in [name for name in chosen if CLAIMS[name].needs and not given[CLAIMS[name].needs]]:
-        print(f"{name}: skipped, it needs {CLAIMS[name].needs}")
-        chosen.remove(name)
+    chosen = chosen_claims(args)
     variants = list(dict.fromkeys(variant for name in chosen for variant in CLAIMS[name].variants))
     if args.dry_run:
         return plan(args, output, variants)
@@ -157,81 +138,31 @@ def act(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def recipe_of(args: argparse.Namespace, output: Path, name: str, seed: int) -> Recipe:
-    """Return the size's recipe with its text and the changes of the variant."""
-    variant = VARIANTS[name]
-    base = load_recipe(HERE / f"{args.size}.yaml", [*args.set, f"seed={seed}"])
-    train, valid = text_of(args, output, variant)
-    tasks = {}
-    if variant.words:
-        task = output / "text" / f"last_words_{variant.text}_{base.evaluate.task_items}.jsonl"
-        tasks["last words"] = str(last_words(valid, task, base.evaluate.task_items or 100))
-    values = base.model_dump()
-    changes = {
-        "model": args.model or base.model,
-        "output": str(output / "runs" / slug(name, seed)),
-        "data": {**values["data"], "calibration": [str(train)], "train": [str(train)], "valid": [str(valid)]},
-        "evaluate.tasks": tasks,
-        # The sample settings of `depth` are for methods that measure losses.
-        **({} if "depth.method" in variant.changes else {"depth": {}}),
-        **variant.changes,
-    }
-    recipe = make_recipe(changed(values, changes), name)
-    for derive in variant.derived:
-        recipe = make_recipe(changed(recipe.model_dump(), derive(recipe)), name)
-    return recipe
-
-
-def search_of(args: argparse.Namespace, output: Path, recipe: Recipe, seed: int) -> Path:
-    """Return the search.json to compare: the given one, or that of a search of this seed.
-
-    The search runs unless it is finished. Its budget is the parameters of the recipe's target.
-    """
-    if args.search:
-        return args.search
-    values = {**searching(recipe, args.size), "output": str(output / "searches" / str(seed))}
-    # The other variants compute scores on their training text. Text that ranks students must be new
-    # to all of them.
-    values["data"] = {
-        **recipe.data.model_dump(),
-        "source": recipe.data.train,
-        "valid_fraction": HELD_OUT,
-        "calibration": [],
-        "train": [],
-        "valid": [],
-    }
-    project = StageGraph(make_recipe(changed(recipe.model_dump(), values), "search"))
-    project.check()
-    project.recipe.root.mkdir(parents=True, exist_ok=True)
-    for stage in [*project.before("search"), "search"]:
-        run_shared(project, stage, output / "shared")
-    return project.paths["search"]
-
-
-def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Set dotted keys in values, and return it."""
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        section = values
-        for part in path:
-            section = section[part]
-        section[last] = value
-    return values
-
-
-def text_of(args: argparse.Namespace, output: Path, variant: Variant) -> tuple[Path, Path]:
-    pair = args.shift_text if variant.text == "shift-text" else args.text
-    train, valid = pair or stdlib_by_package(output / "text")
-    if missing := [str(path) for path in (train, valid) if not path.exists()]:
+def write_report(args: argparse.Namespace, output: Path) -> None:
+    """Write the report of existing results; with --publish also the README."""
+    if not any((output / "results").glob("*.json")):
+        raise InputError(f"{output / 'results'} holds no results; give the --output of a run")
+    if args.publish and args.size not in report.SIZES:
         raise InputError(
-            f"--{variant.text}: there is no {' and no '.join(missing)}; "
-            "give .txt or .jsonl files or folders of them"
+            f"--publish --size {args.size}: the README has results of {' and '.join(report.SIZES)}"
         )
-    if train.resolve() == valid.resolve():
+    report.write(output / "results", output)
+    if args.publish:
+        report.publish(output / "results", args.size)
+
+
+def chosen_claims(args: argparse.Namespace) -> list[str]:
+    """Return the claims to run, without those whose text is missing."""
+    chosen = list(CLAIMS) if args.claims == ["all"] else args.claims
+    if not chosen or not CLAIMS.keys() >= set(chosen):
         raise InputError(
-            f"--{variant.text}: {train} is both training and held-out text; give two, of different authors"
+            f"claims to run: {' '.join(chosen) or 'none'}; give all, or some of {', '.join(CLAIMS)}"
         )
-    return train, valid
+    given = {"--shift-text": args.shift_text}
+    for name in [name for name in chosen if CLAIMS[name].needs and not given[CLAIMS[name].needs]]:
+        print(f"{name}: skipped, it needs {CLAIMS[name].needs}")
+        chosen.remove(name)
+    return chosen
 
 
 def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
@@ -284,81 +215,6 @@ def once(args: argparse.Namespace, output: Path, name: str, seed: int) -> None:
 def pairs_of(args: argparse.Namespace) -> int:
     """Return the number of step pairs, ours and the plain loop's, in the speed comparison."""
     return 3 if args.size == "toy" else 8
-
-
-def result_of(output: Path, name: str, seed: int) -> Path:
-    return output / "results" / f"{slug(name, seed)}.json"
-
-
-def made_by(path: Path, mark: str, base: str, *, plain: bool) -> bool:
-    """Return whether the result exists and has these settings and this text.
-
-    plain: it must also have the plain loop's result and the speed of both.
-    """
-    if not path.exists():
-        return False
-    result = json.loads(path.read_text())
-    has_plain = "ratios" in (result["plain"] or {})
-    return result["fingerprint"] == mark and result["base"] == base and (has_plain or not plain)
-
-
-def refuse_to_overwrite(args: argparse.Namespace, paths: list[Path]) -> None:
-    """Raise InputError if one of these results has other settings; other claims may use it."""
-    different = [
-        path for path in paths if path.exists() and json.loads(path.read_text())["base"] != base_mark(args)
-    ]
-    if different:
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        raise InputError(
-            f"{different[0]}{more} come from other settings (--set, or another {args.size}.yaml); "
-            "give another --output, or delete them"
-        )
-
-
-def run_shared(project: StageGraph, stage: str, shared: Path) -> None:
-    """Run a stage. Early stages share their artifacts by symbolic links to the folder `shared`."""
-    path = project.paths[stage]
-    common = shared / f"{project.manifest(stage).fingerprint}-{path.name}"
-    if stage in SHARED and common.exists() and not path.exists():
-        path.symlink_to(common.resolve())
-    run_stage(stage, project.recipe)
-    if find_manifest(path) is None:  # SIGTERM, or a stop file
-        raise SystemExit(f"{stage} stopped early; run the same command to resume")
-    if (
-        stage in SHARED
-        and not path.is_symlink()
-        and not common.exists()
-        and require_artifact(path, stage).made_by != BY_HAND
-    ):
-        shared.mkdir(exist_ok=True)
-        path.rename(common)
-        path.symlink_to(common.resolve())
-
-
-def outcome(project: StageGraph) -> dict[str, Any]:
-    """Read the result from the artifacts of a finished run."""
-    recipe, plan = project.recipe, PrunePlan.load(project.paths["plan"])
-    evaluation = json.loads(project.paths["evaluate"].read_text())
-    for name in ("manifest", "speed", "texts"):
-        evaluation.pop(name)
-    steps = [
-        json.loads(line) for line in (project.paths["distill"] / "metrics.jsonl").read_text().splitlines()
-    ]
-    curve, tokens = [], 0
-    for step in steps:
-        tokens += step["num_tokens"]
-        curve.append([tokens, step["loss"], step["kl"], step["ce"]])
-    return {
-        **evaluation,
-        "parameters": {"teacher": plan.teacher.num_parameters(), "student": plan.student.num_parameters()},
-        "layers": plan.layers,
-        "tokens": tokens,
-        "sequence_length": recipe.data.sequence_length,
-        "seconds": sum(step["step_time_s"] for step in steps),
-        "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps),
-        "curve": rounded(curve),
-        "config": json.loads((project.paths["export"] / "config.json").read_text()),
-    }
 
 
 def inference(args: argparse.Namespace, output: Path) -> None:
@@ -419,69 +275,6 @@ def plan(args: argparse.Namespace, output: Path, variants: list[str]) -> int:
         "scores, layer losses and evaluation take additional time"
     )
     return 0
-
-
-def environment(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
-    """Return date, hardware, software and text of a result, with file names but no folders."""
-    pair = args.shift_text if variant.text == "shift-text" else args.text
-    text = (
-        f"{pair[0].name}, held out {pair[1].name}"
-        if pair
-        else f"standard library of Python {platform.python_version()}, held out by package"
-    )
-    if torch.cuda.is_available():
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    software = {"python": platform.python_version(), "torch": torch.__version__}
-    return {
-        "size": args.size,
-        "overrides": args.set,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware,
-        "software": software,
-        "text": text,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def base_mark(args: argparse.Namespace) -> str:
-    """Return a fingerprint of the base recipe. Results with different ones are not compared.
-
-    It excludes defaults, so that a setting of a later version does not change it. If a default
-    changes that SIZE.yaml does not set, set the old value in SIZE.yaml, or the results do not
-    compare.
-    """
-    values = load_recipe(HERE / f"{args.size}.yaml", args.set).model_dump(
-        mode="json", exclude={"model", "output", "seed"}, exclude_defaults=True
-    )
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def slug(name: str, seed: int) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in f"{name} {seed}").split())
-
-
-def rounded(value: Any) -> Any:
-    """Round all floats to 6 digits, because curves have hundreds of rows."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ sys.path.insert(0, str(FOLDER))
 
 import report  # noqa: E402
 from claims import CLAIMS, tokens_factor  # noqa: E402
-from run import base_mark, made_by  # noqa: E402
+from recipes import base_mark  # noqa: E402
+from records import made_by  # noqa: E402
 from texts import documents, last_words, stdlib_by_package  # noqa: E402
 from variants import LONGER, VARIANTS, searched  # noqa: E402
 
@@ -384,17 +385,17 @@ def test_random_scores_must_lose_in_both_losses_at_every_seed(losses, shown):
 
 def test_new_default_setting_keeps_the_experiment_fingerprint(monkeypatch):
     """The mark of the base recipe depends only on the file and the command's overrides."""
-    import run
+    import recipes
 
     args = argparse.Namespace(size="cpu", set=["distill.steps=48"])
-    mark, defaults = base_mark(args), run.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
+    mark, defaults = base_mark(args), recipes.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
     assert base_mark(argparse.Namespace(size="cpu", set=[])) != mark
     for later, same in ((1, True), (2, False)):
         for values in (
             {**defaults, "later": later},
             {**defaults, "distill": {**defaults["distill"], "later": later}},
         ):
-            monkeypatch.setattr(run, "load_recipe", lambda *_, values=values: Later(**values))
+            monkeypatch.setattr(recipes, "load_recipe", lambda *_, values=values: Later(**values))
             assert (base_mark(args) == mark) is same
 
 
