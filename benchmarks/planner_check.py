@@ -1,12 +1,17 @@
-"""How near the planner comes: whole distillation steps on this GPU against `minitron-mp estimate` for the same. One command, some minutes on an H100.
+"""Compare distillation steps on this GPU with the estimates of `minitron-mp estimate`.
 
+    Some minutes on an H100:
     python benchmarks/planner_check.py examples/mn_minitron_8b.yaml [--times FILE] [overrides]
-    python benchmarks/planner_check.py recipe.yaml --toy                     on a CPU: tries the program; its comparison means nothing
 
-Three configurations of the recipe's widths on one GPU, with as many layers as --layers says in student and teacher, random weights, optimizer included:
-as it is; FP8 (where Transformer Engine is); half the sequence length, two samples a microbatch, recomputation. Prints measured and estimated step time and peak
-memory; exit code 1 where the time is more than 15 % off or the memory more than 10 %. The planner's layer times should be this machine's: write them with
-benchmarks/layers.py first, or the shipped ones are compared. NOT RUN ON A GPU YET.
+    On a CPU, to test the program only:
+    python benchmarks/planner_check.py recipe.yaml --toy
+
+It runs three configurations of the recipe's widths on one GPU: the recipe; FP8 (with Transformer
+Engine); half the sequence length with two samples per microbatch and recomputation. Student and
+teacher have --layers layers and random weights; the optimizer is included. It prints measured and
+estimated step time and peak memory. The exit code is 1 if the time differs by more than 15 % or the
+memory by more than 10 %. The planner should use layer times of this machine, from
+benchmarks/layers.py; the default is the shipped ones. NOT RUN ON A GPU YET.
 """
 
 from __future__ import annotations
@@ -60,7 +65,8 @@ def main() -> None:
     times = read_times(gpu, read_hardware(gpu), args.times)
     off = []
     print(
-        f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} {'peak GiB':>9} {'planned':>8} {'off':>6}"
+        f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} "
+        f"{'peak GiB':>9} {'planned':>8} {'off':>6}"
     )
     with join_world(ParallelConfig(), seed=1) as world:
         for name, recipe in configurations(

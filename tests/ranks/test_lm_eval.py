@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness adapter matches a dense model, and its command runs local task files."""
+"""The lm-evaluation-harness adapter matches a dense model; its command runs local tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minitron_mp.report.tables import harness_table
 
 pytest.importorskip("lm_eval")
 ARCH, MAX_LENGTH = ARCHS["qwen3"], 22
-"""max_length is no multiple of what a sequence is padded to under context and sequence parallelism."""
+"""max_length is no multiple of the padded length under context and sequence parallelism."""
 PAIRS = [
     ("the cat sat on", " the mat"),
     ("the cat ", "ran away"),  # the space moves to the continuation
@@ -76,7 +76,10 @@ def dense(results):
 
 
 def answer(dense, before, asked):
-    """Return (sum of log p of the target tokens, whether each is the argmax); long texts are cut left."""
+    """Return (sum of log p of the target tokens, whether each is the argmax).
+
+    Long texts are cut on the left.
+    """
     log_p = dense((before + asked)[-MAX_LENGTH - 1 :][:-1])[-len(asked) :]
     return log_p.gather(1, torch.tensor(asked)[:, None]).sum().item(), log_p.argmax(1).tolist() == asked
 
@@ -93,7 +96,7 @@ def split(tokenizer, context, continuation):
 
 
 def windows(tokens):
-    """Return (context, target) windows: each token is a target once, with as much context as fits."""
+    """Return (context, target) windows: each token is a target once, with maximal context."""
     yield [0], tokens[:MAX_LENGTH]
     for start in range(MAX_LENGTH, len(tokens), MAX_LENGTH):
         yield tokens[:start], tokens[start : start + MAX_LENGTH]

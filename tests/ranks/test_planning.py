@@ -1,4 +1,4 @@
-"""The planner: parameters and bytes match Megatron-Core's, times match measured ones; the command."""
+"""The planner: its parameters, bytes and times match real ones; the command `estimate`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def examples(monkeypatch):
 
 
 def test_parameter_counts_match_megatron(ranks, examples):
-    """All models of the recipes at their own layout and at tp 8 x pp 4, with and without interleaving.
+    """All models of the recipes at their layout and at tp 8 x pp 4, with and without interleaving.
 
     Also tied and uneven test models.
     """
@@ -436,7 +436,7 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
 
 
 def test_planner_check_runs_on_cpu(ranks, tmp_path):
-    """benchmarks/planner_check.py on a CPU: its steps train; what it compares means nothing there."""
+    """benchmarks/planner_check.py trains on a CPU; its comparison is meaningless there."""
     arguments = [str(make_toy(tmp_path)), "--toy", "--layers", "1", "--steps", "3", "--microbatches", "1"]
     (out,) = ranks(
         1,

@@ -366,7 +366,10 @@ def test_wrong_bridge_config_is_rejected_at_start(settings, said):
 
 @pytest.mark.parametrize("arch", ["qwen3", "nemotron"])
 def test_scores_of_fused_norms_match_separate_norms(ranks, results, arch):
-    """The same products and sums; nemotron has LayerNorm with a bias and a weight stored less one."""
+    """Products and sums are the same.
+
+    Nemotron has LayerNorm with a bias and a weight stored less one.
+    """
     own, fused = ranks(
         1, "precision_workers.scores_of_fused_norms", arch=ARCHS[arch], teacher=results.teacher(arch)
     )[0]
@@ -375,7 +378,7 @@ def test_scores_of_fused_norms_match_separate_norms(ranks, results, arch):
 
 
 def test_fp8_weights_are_read_whole(ranks, results):
-    """A tensor written in two halves would keep the scale of the second; tests/gpu checks values."""
+    """A tensor written in two halves would get the scale of the second; tests/gpu checks values."""
     elsewhere, equal = ranks(
         1, "precision_workers.read_whole", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     )[0]

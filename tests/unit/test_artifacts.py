@@ -83,7 +83,10 @@ def test_failed_write_keeps_the_old_artifact(folder):
 
 @pytest.mark.parametrize("killed_at", ["first rename", "second rename", "delete"])
 def test_kill_during_replacement(folder, monkeypatch, killed_at):
-    """Stop commit() before each of its steps; find() then returns a complete artifact, and a rerun works."""
+    """Stop commit() before each of its steps.
+
+    Then find() returns a complete artifact, and a new run works.
+    """
 
     def kill(*_, **__):
         raise KeyboardInterrupt

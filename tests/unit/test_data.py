@@ -64,7 +64,7 @@ def stream(prefix) -> np.ndarray:
 
 
 def texts(prefix, decode, eod) -> list[str]:
-    """Documents with their eod; checks that each begins as the tokenizer begins a text, with id 0."""
+    """Return the documents with their eod; assert that each starts with the bos id 0."""
     ids = stream(prefix)
     pieces = np.split(ids, np.flatnonzero(ids == eod) + 1)[:-1]
     assert all(first == 0 for first, *_ in pieces)
@@ -80,7 +80,7 @@ def lists(tmp_path, **sizes) -> DataConfig:
 
 @pytest.fixture
 def corpus(tmp_path, tokenizer):
-    """A folder with parts of 8, 40 and 12 lines, each one document: samples are windows of one stream."""
+    """Parts of 8, 40 and 12 lines, each one document: samples are windows of one stream."""
     tokenize_corpus(lists(tmp_path, calibration=8, train=40, valid=12), tokenizer, tmp_path / "data", 1)
     return tmp_path / "data"
 
@@ -227,7 +227,7 @@ def test_few_long_documents_are_split(tmp_path, tokenizer, suffix):
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_documents_are_not_split_across_parts(tmp_path, tokenizer, decode, suffix):
-    """Where there are enough of them, however long: no part then has text of an author who is in another."""
+    """If there are enough documents, no document is split, however long it is."""
     (tmp_path / "books").mkdir()
     books = {
         f"{i:03}": "\n\n".join(f"book {i:03}, {line}" for line in LINES * (3 if i % 10 == 0 else 1))
@@ -379,7 +379,7 @@ def open_twice(corpus, folder) -> list[list[tuple[int, ...]]]:
 
 
 def cut_index_short(corpus) -> None:
-    """What a kill during numpy.save leaves: Megatron takes any file of that name for a whole one."""
+    """Truncate the index like a kill during numpy.save. Megatron accepts any file of that name."""
     files = list((corpus / "index").rglob("*.npy"))
     assert len(files) == 3
     for file in files:

@@ -1,4 +1,4 @@
-"""The command line: what bad input is told, what a dry run shows, and that documented commands exist."""
+"""The command line: errors, dry runs, and documented commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model(inputs, tmp_path) -> Path:
 
 @pytest.fixture
 def on_ranks(ranks):
-    """on_ranks(count, words...) runs the command line on pool ranks, which have imported everything."""
+    """on_ranks(count, words...) runs the command line on pool ranks."""
     return lambda count, *words: ranks(
         count, "project_workers.minitron", arguments=[str(word) for word in words]
     )
@@ -69,7 +69,7 @@ def on_ranks(ranks):
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """here(words...) -> exit code, output and error output of the command line in this very process."""
+    """here(words...) runs the command line in this process; exit code, output, error output."""
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["minitron-mp", *map(str, words)])
@@ -499,7 +499,7 @@ def test_help_lists_every_stage():
 
 
 def documented() -> list[tuple[str, str]]:
-    """(where, line) of each command in the code blocks of README.md and at the top of the examples."""
+    """Return (where, line) of each command in README.md and at the top of the examples."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
         if language not in ("python", "yaml", "json"):
@@ -525,7 +525,7 @@ def documented() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "line"), documented())
 def test_documented_commands_exist(where, line):
-    """Scripts exist; stages, options and override keys are known. recipe.yaml stands for the user's."""
+    """Scripts, stages, options and override keys exist; recipe.yaml is the user's file."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables for the command
         words.pop(0)
@@ -596,7 +596,10 @@ def test_quickstart_help():
 
 
 def test_dry_run_with_a_remote_teacher(here, recipe):
-    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2; 64 float32 channels are 256 bytes a token."""
+    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2.
+
+    64 float32 channels are 256 bytes a token.
+    """
     words = ["parallel.tp=2", "teacher.placement=remote", "teacher.parallel.tp=2"]
     code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words)
     assert (code, err) == (0, "")

@@ -1,4 +1,4 @@
-"""All stages from Hugging Face folder to Hugging Face folder: results, reruns, and interruptions."""
+"""All stages from a Hugging Face folder to another: results, reruns and interruptions."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def copied(whole, inputs, tmp_path) -> Run:
 
 @pytest.fixture
 def on_rank(ranks):
-    """on_rank(words...) -> what the command line does on one rank that has imported everything already."""
+    """on_rank(words...) runs the command line on one pool rank."""
     return lambda *words, **options: ranks(
         1, "project_workers.minitron", arguments=[str(word) for word in words], **options
     )[0]
@@ -106,7 +106,10 @@ def test_compress_writes_every_artifact(whole):
 
 
 def test_model_logits_match_transformers(whole, inputs, ranks):
-    """Float32 on both sides, so only the order of sums may differ; no difference seen on one machine."""
+    """Float32 on both sides, so only the order of sums may differ.
+
+    No difference seen on one machine.
+    """
     from transformers import AutoModelForCausalLM
 
     models = {}
@@ -244,7 +247,10 @@ def test_second_run_skips_every_stage(copied, on_rank):
     ],
 )
 def test_changed_setting_repeats_dependent_stages(whole, override, why, first):
-    """The first stage names the setting; later stages repeat if they use it or read repeated output."""
+    """The first stage names the setting.
+
+    Later stages repeat if they use it or read repeated output.
+    """
     found = whole.to_repeat(override)
     after = {name for name in STAGES if first in whole.project().before(name)}
     also = {"export"} if override.startswith("precision") else set()
@@ -340,7 +346,10 @@ def wait_past_a_checkpoint(run: Run, process: subprocess.Popen) -> int:
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """Kill all processes; torchrun's ranks have their own sessions, and checkpoint writers outlive ranks."""
+    """Kill all processes.
+
+    torchrun's ranks have their own sessions, and checkpoint writers outlive ranks.
+    """
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
     process.wait()
@@ -428,7 +437,8 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     one, two = (PrunePlan.load(run.output / "plan.json") for run in (whole, two_ranks))
     assert (one.layers, one.hidden, one.ffn, one.heads) == (two.layers, two.hidden, two.ffn, two.heads)
     assert two_ranks.to_repeat() == {}, "a run on one rank would repeat something"
-    # Rounding of sums over two ranks, which 30 steps at a large learning rate may amplify: 3e-7 seen.
+    # Rounding of sums over two ranks, which 30 steps at a large learning rate may amplify: 3e-7
+    # seen.
     found = [json.loads((run.output / "evaluation.json").read_text()) for run in (whole, two_ranks)]
     assert found[1]["pruned"]["kl"] == pytest.approx(found[0]["pruned"]["kl"], rel=1e-5)
     assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-4)
@@ -553,7 +563,7 @@ def test_full_disk_keeps_the_old_artifact(copied, on_rank, ranks):
 
 
 def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path, on_rank):
-    """It learns the text, everything after it is made from it, and a second run finds all of it done."""
+    """The teacher is trained on the text, later stages use it, and a second run skips all."""
     correct = {
         "steps": 20,
         "global_batch_size": 8,
@@ -762,7 +772,10 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
 
 @pytest.mark.parametrize("method", ["drop", "block", "greedy"])
 def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
-    """The plan follows the trials of `depth`; the first layer is protected; `method` sets the trials."""
+    """The plan follows the trials of `depth`.
+
+    The first layer is protected; `method` sets the trials.
+    """
     shutil.copytree(whole.output, tmp_path / "out")
     sizes = {
         "target": {"num_layers": 2},
@@ -893,7 +906,7 @@ def test_remote_teacher_gives_the_same_loss_curve(
 def test_stopped_run_with_remote_teacher_resumes_bitwise(
     whole, inputs, tmp_path, in_job, ranks, overrides, size
 ):
-    """The teacher is ahead when the student stops: both continue to the step that the teacher sends."""
+    """The teacher is ahead when the student stops; both stop at the step that the teacher sends."""
     shutil.copytree(whole.output, tmp_path / "out")
     drop(tmp_path / "out", "distill")
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
@@ -917,7 +930,10 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
 
 
 def test_remote_hidden_states_reach_every_stage(whole, inputs, tmp_path, on_rank, in_job):
-    """Two students: one beside its teacher on a rank; one with pp 2 and the teacher on a third rank."""
+    """One student runs beside its teacher on a rank.
+
+    The other has pp 2 and a teacher on a third rank.
+    """
     words, curves = ("distill.steps=5", "distill.states.layers={0: 0, 1: 3, 3: 4}"), []
     for name, run in (
         ("here", lambda *words: [on_rank(*words)]),
@@ -964,7 +980,10 @@ def test_killed_run_with_remote_teacher_resumes(whole, copied):
 
 
 def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_rank, in_job):
-    """Written by two tensor parallel ranks, read by one; the cache is an artefact like any other."""
+    """Written by two tensor parallel ranks, read by one.
+
+    The cache is an artifact like any other.
+    """
     shutil.copytree(whole.output, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "student_distilled")
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
@@ -993,7 +1012,10 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
 
 
 def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_job):
-    """Two students of different sizes and layouts share one teacher; each has its separate loss curve."""
+    """Two students of different sizes and layouts share one teacher.
+
+    Each has the loss curve of a separate run.
+    """
     sizes = {"target": {"num_layers": 4, "ffn_hidden_size": 64}}
     alone = make_recipe_file(
         tmp_path / "alone.yaml", inputs / "model", inputs / "text", tmp_path / "alone", **sizes

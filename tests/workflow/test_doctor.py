@@ -53,7 +53,7 @@ def here(monkeypatch, capsys):
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """install(name, version, lines...) puts the metadata of a distribution on the path, before all others."""
+    """install(name, version, lines...) puts a distribution's metadata first on the path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def run(name: str, version: str, *lines: str) -> None:

@@ -1,4 +1,4 @@
-"""What launch/env.sh sets, from which recipe, and which nodes have which role; no ranks, no Slurm."""
+"""Variables of launch/env.sh, and roles of nodes; no ranks, no Slurm."""
 
 import subprocess
 import sys

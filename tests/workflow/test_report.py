@@ -226,7 +226,10 @@ def test_depth_trials_are_drawn_with_the_chosen_layers(method):
 
 
 def candidates(latency: bool = True) -> list[dict]:
-    """c is smaller than b but worse, d is beaten by b on both; a and b were distilled to the end."""
+    """c is smaller than b but worse; d is worse than b in both.
+
+    a and b were distilled to the end.
+    """
     rows = [
         ("a", 90, 2.0, [(10, 1.5), (40, 1.2)]),
         ("b", 80, 2.2, [(10, 1.6), (40, 1.1)]),
@@ -360,7 +363,7 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
 
 
 def test_page_in_a_browser(whole, tmp_path):
-    """At the width of a telephone and of a screen; with a search, all kinds of sections are there."""
+    """At the width of a phone and of a screen; a search adds all kinds of sections."""
     if browser.BINARY is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     document = collect(whole.project())
