@@ -8,7 +8,7 @@ A row: teacher forward, student forward, both output layers, loss, backward, gra
 the median of the repeats. TFLOP/s: what both models have to compute (flops.py) over `step`. Of ceiling: over the fastest matrix product found
 here in the same run, of the number format of the layers; the output layers are bf16 in all rows. Beyond: highest memory in a step less what
 lies there between steps (weights, gradients, optimizer), which leaves activations, both models' hidden states and the loss. Activations are counted
-by the planner's formula (cost.kept_per_token), the rest is what is left.
+by the planner's formula (planning/activations.py), the rest is what is left.
 
 naive: logits of all tokens of both models, softmax and KL in float32 in plain torch, autograd. FP8 rows: linear layers of both models, the
 teacher's weights FP8 as well. Random weights and tokens: neither changes the time, in bf16 or FP8, beyond the power limit.
@@ -43,7 +43,7 @@ from minitron_mp.models.build import build_model, logits, output_weight
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
-from minitron_mp.planning.memory import kept_per_token
+from minitron_mp.planning.activations import activation_bytes_per_token
 from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -242,7 +242,7 @@ def measure(
         times.append(_timed(step))
         updates.append(_timed(student.update))
     flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
-    kept = kept_per_token(
+    kept = activation_bytes_per_token(
         arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
     )
     student.settle()

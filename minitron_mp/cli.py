@@ -178,10 +178,19 @@ def estimate(
     plot: Annotated[Path | None, typer.Option(help="draw 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Memory, step time, GPU-hours and the best layouts on so many GPUs, before anything runs."""
-    from minitron_mp.planning.command import run_estimate
+    from minitron_mp.planning.command import EstimateOptions, run_estimate
 
-    files = {"hardware_file": hardware, "times_file": times, "json_file": json, "plot_file": plot}
-    run_estimate(load_recipe(recipe, overrides or []), world, gpu=gpu, price=price, top=top, **files)
+    options = EstimateOptions(
+        world,
+        gpu=gpu,
+        hardware_file=hardware,
+        times_file=times,
+        price=price,
+        top=top,
+        json_file=json,
+        plot_file=plot,
+    )
+    run_estimate(load_recipe(recipe, overrides or []), options)
 
 
 @app.command()
@@ -213,8 +222,8 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mp.models.hf_config import has_weights, read_arch
-    from minitron_mp.planning.command import dry_run_rows
-    from minitron_mp.planning.memory import memory_rows
+    from minitron_mp.planning.case import PlanningCase
+    from minitron_mp.planning.dry_run import dry_run_rows
     from minitron_mp.pruning.candidates import candidate_name, survey_candidates
     from minitron_mp.pruning.target import resolve_target
     from minitron_mp.workflow.graph import StageGraph
@@ -240,7 +249,7 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     table(
         "layout and memory",
         ("what", "value"),
-        memory_rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks),
+        dry_run_rows(base, PlanningCase(student, teacher, recipe, ranks)),
     )
     if recipe.search:
         table(
