@@ -572,7 +572,7 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     assert "## Teacher correction" in report
     assert "| uncorrected |" in report
     assert len((project.paths["correct"] / "metrics_correct.jsonl").read_text().splitlines()) == 20
-    assert "What the student would be without it is not known" in report
+    assert "How much the student gains from correction is unknown" in report
     records = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["fingerprint"], row["ranks"]) for row in records] == [
         (name, project.manifest(name).fingerprint, 1) for name in project.stages
@@ -585,7 +585,7 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
         for folder in (tmp_path / "out", whole.output)
     )
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"its held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
+    assert f"held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
     assert len((tmp_path / "out" / "stages.jsonl").read_text().splitlines()) == len(
         records
     )  # nothing has run
@@ -618,9 +618,10 @@ def test_a_corrected_teacher_is_what_is_cut_and_distilled_from(whole, inputs, tm
     )
     losses = {name: {"loss": 1.0} for name in ("uncorrected", "teacher", "distilled")}
     said = correction_gain(more, {**evaluation, "texts": {"old": losses, "new": losses}})
-    assert "its held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
+    assert "held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
     assert (
-        said[-1] == "That student was not judged on new: run `evaluate` there with the same `data.held_out`."
+        said[-1]
+        == "That student was not evaluated on new: run `evaluate` there with the same `data.held_out`."
     )
     refused(
         on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"),
@@ -672,8 +673,8 @@ def test_a_teacher_is_corrected_while_it_teaches(inputs, tmp_path, on_rank):
     ]  # nothing that training hangs on
     assert len((project.paths["distill"] / "metrics_correct.jsonl").read_text().splitlines()) == 12
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "is distilled from it while it learns, and cut from the original" in report
-    assert "its held-out loss on old went from" in report
+    assert "is pruned from the original model, and distilled from the teacher during correction" in report
+    assert "held-out loss on old changed from" in report
     assert "| old (" in report
     refused(
         on_rank("compress", recipe, "teacher.placement=cached"),

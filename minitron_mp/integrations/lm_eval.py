@@ -31,7 +31,7 @@ from minitron_mp.errors import InputError, refuse
 from minitron_mp.evaluation.log_likelihood import Row, next_tokens, num_groups, score_rows
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.report.tables import HARNESS, harness_rows
+from minitron_mp.report.tables import HARNESS_HEADER, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
 from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
@@ -385,7 +385,7 @@ def _write(path: Path, manifest: Manifest, results: dict[str, Any], cut: int) ->
     write_text(path, json.dumps(found, indent=1, default=handle_non_serializable))
     table(
         f"{manifest.settings['model']}: lm-evaluation-harness {results['lm_eval_version']}",
-        HARNESS,
+        HARNESS_HEADER,
         harness_rows(results),
     )
     if cut:

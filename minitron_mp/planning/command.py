@@ -244,7 +244,7 @@ def _scaling_json(world: int, estimate: Estimate | None) -> dict[str, Any]:
 
 
 def _write_plot(path: Path, sweep: Scaling, title: str) -> None:
-    from minitron_mp.report.figures import write_scaling
+    from minitron_mp.report.figures.scaling import write_scaling_figure
 
     points = [(world, estimate.tokens_per_gpu_s, estimate.seconds) for world, estimate in sweep if estimate]
-    write_scaling(path, points, WORK, title)
+    write_scaling_figure(path, points, WORK, title)
