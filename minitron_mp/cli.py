@@ -126,10 +126,18 @@ def harness(
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp.integrations.lm_eval import run_harness
+    from minitron_mp.integrations.lm_eval.command import HarnessOptions, run_harness
 
-    where = {"include_path": include_path, "max_length": max_length, "chat_template": apply_chat_template}
-    run_harness(resolved, names, model=model, limit=limit, num_fewshot=num_fewshot, **where)
+    options = HarnessOptions(
+        names,
+        model=model,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        max_length=max_length,
+        chat_template=apply_chat_template,
+    )
+    run_harness(resolved, options)
 
 
 @app.command()
@@ -155,9 +163,9 @@ def environment(
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
     """What the environment of the ranks should hold, with reasons, for a shell to evaluate; launch/env.sh does."""
-    from minitron_mp.cluster.environment import lines, this_node
+    from minitron_mp.cluster.environment import environment_lines, this_node
 
-    print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+    print(*environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
 
 @app.command()
