@@ -107,8 +107,8 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
     """Measure, print, and say what is too far off."""
     models = read_models(recipe)
-    teacher = models.teacher.model_copy(update={"num_layers": num_layers})
-    student = models.student.model_copy(update={"num_layers": num_layers})
+    teacher = models.teacher.resized(num_layers=num_layers)
+    student = models.student.resized(num_layers=num_layers)
     planned = estimate_distillation(PlanningCase(student, teacher, recipe, 1), times)
     _forget()
     base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0

@@ -20,7 +20,7 @@ import numpy as np
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import Arch
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.planning.hardware import GPUS, Hardware
 
 SHIPPED = Path(__file__).with_name("layer_times.json")
@@ -138,13 +138,15 @@ class Times:
                 point["dtype"],
             )
             return ("loss", point["dtype"]), *self._loss_roofline(sizes)
-        arch = Arch(
-            family="",
-            num_layers=point["num_layers"],
-            hidden_size=point["hidden_size"],
+        block = BlockArch(
             ffn_hidden_size=point["ffn_hidden_size"],
             num_attention_heads=point["num_attention_heads"],
             num_query_groups=point["num_query_groups"],
+        )
+        arch = Arch(
+            family="",
+            hidden_size=point["hidden_size"],
+            blocks=(block,) * point["num_layers"],
             kv_channels=point["kv_channels"],
             vocab_size=128,
             max_position_embeddings=point["sequence_length"],

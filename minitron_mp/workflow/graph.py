@@ -50,9 +50,7 @@ def _target(recipe: Recipe) -> dict[str, Any]:
             recipe.parallel.tp,
             recipe.export.family,
         )
-        return student.model_dump(
-            include={"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
-        )
+        return student.sizes()
     return recipe.target.model_dump(exclude_defaults=True, exclude={"axes", "align"})
 
 
