@@ -1,7 +1,7 @@
-"""Artefacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
+"""Artifacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
 
-A manifest says what made the artefact: the stage, the settings that change its content, and the fingerprints of its inputs.
-Its own fingerprint is a hash of these, so one comparison tells whether an artefact is the one that a recipe asks for.
+A manifest says what made the artifact: the stage, the settings that change its content, and the fingerprints of its inputs.
+Its own fingerprint is a hash of these, so one comparison tells whether an artifact is the one that a recipe asks for.
 Parallel layout, microbatch size and logging are left out of the settings on purpose: they do not change the result.
 """
 
@@ -27,7 +27,7 @@ def read_json(path: Path, stage: str) -> Any:
 
 
 def aside_path(path: Path) -> Path:
-    """Where an artefact is written before it takes its place: same folder, so that the rename is atomic."""
+    """Where an artifact is written before it takes its place: same folder, so that the rename is atomic."""
     return _aside(path, "tmp")
 
 

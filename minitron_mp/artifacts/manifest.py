@@ -1,7 +1,7 @@
-"""Artefacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
+"""Artifacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
 
-A manifest says what made the artefact: the stage, the settings that change its content, and the fingerprints of its inputs.
-Its own fingerprint is a hash of these, so one comparison tells whether an artefact is the one that a recipe asks for.
+A manifest says what made the artifact: the stage, the settings that change its content, and the fingerprints of its inputs.
+Its own fingerprint is a hash of these, so one comparison tells whether an artifact is the one that a recipe asks for.
 Parallel layout, microbatch size and logging are left out of the settings on purpose: they do not change the result.
 """
 
@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 
 
 class Manifest(BaseModel):
-    """What made an artefact. inputs: name -> fingerprint."""
+    """What made an artifact. inputs: name -> fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,7 +37,7 @@ class Manifest(BaseModel):
     arch: Arch | None = None
     format: int = FORMAT
     made_by: str = ""
-    """For people; another version's artefact is as good while the format is the same."""
+    """For people; another version's artifact is as good while the format is the same."""
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +61,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_manifest(artifact: Path) -> Manifest | None:
-    """The manifest of a whole artefact, or None when there is none; InputError for a damaged one, and for a folder of somebody else.
+    """The manifest of a whole artifact, or None when there is none; InputError for a damaged one, and for a folder of somebody else.
 
     It lies in manifest.json in a folder, under "manifest" in a .json file, in the metadata of a .safetensors file.
     Takes up a replacement that a kill stopped half-way.
@@ -91,7 +91,7 @@ def find_manifest(artifact: Path) -> Manifest | None:
 
 
 def require_artifact(artifact: Path, stage: str, expected: Manifest | None = None) -> Manifest:
-    """The artefact's manifest; InputError when it is missing, from another stage, or not what the recipe asks for."""
+    """The artifact's manifest; InputError when it is missing, from another stage, or not what the recipe asks for."""
     found = find_manifest(artifact)
     if found is None:
         raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
@@ -105,9 +105,9 @@ def require_artifact(artifact: Path, stage: str, expected: Manifest | None = Non
 
 @contextmanager
 def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder to write to; on success it takes the artefact's place, manifest included. For one process.
+    """Yield a folder to write to; on success it takes the artifact's place, manifest included. For one process.
 
-    A kill leaves the old artefact or the new one (find() puts the old one back if it came between the two renames).
+    A kill leaves the old artifact or the new one (find() puts the old one back if it came between the two renames).
     """
     temporary = prepare_artifact(folder)
     try:

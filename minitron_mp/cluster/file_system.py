@@ -33,7 +33,7 @@ def check_file_system(folder: Path, job: RankTable) -> list[CheckResult]:
     Called by all ranks.
 
     Rank 0 replaces a file many times while all ranks read it. Then it renames a folder, as finished
-    artefacts are, and each rank writes a file that rank 0 must see. All files are in a temporary
+    artifacts are, and each rank writes a file that rank 0 must see. All files are in a temporary
     folder; it is deleted, with those of its parents that did not exist before.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]

@@ -92,15 +92,15 @@ def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
 
 
 def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teacher: Arch) -> CheckResult:
-    """Compare free space and files with what the stages without an artefact will write.
+    """Compare free space and files with what the stages without an artifact will write.
 
-    paths: stage -> artefact. base: the model that is pruned.
+    paths: stage -> artifact. base: the model that is pruned.
     """
     from minitron_mp.artifacts.checkpoint import FREE_SPACE_MARGIN
 
     missing = {
         name: size
-        for name, size in artefact_bytes(recipe, base, teacher).items()
+        for name, size in artifact_bytes(recipe, base, teacher).items()
         if name in paths and not paths[name].exists()
     }
     root = recipe.root.absolute()
@@ -127,8 +127,8 @@ def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teac
     return ok("space", detail)
 
 
-def artefact_bytes(recipe: Recipe, base: Arch, teacher: Arch) -> dict[str, float]:
-    """Stage -> bytes of its artefact, and of its checkpoints while it trains.
+def artifact_bytes(recipe: Recipe, base: Arch, teacher: Arch) -> dict[str, float]:
+    """Stage -> bytes of its artifact, and of its checkpoints while it trains.
 
     Only stages that write models or teacher signals. base: the model that is pruned.
     """

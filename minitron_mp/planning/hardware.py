@@ -107,7 +107,7 @@ def read_hardware(gpu: str, path: Path | None = None) -> Hardware:
     if gpu not in GPUS:
         raise InputError(
             f"--gpu {gpu} is unknown; known: {', '.join(GPUS)}. For another GPU, give --hardware FILE "
-            "with all keys (docs/estimate.md)"
+            "with all keys (docs/planning.md)"
         )
     given = _read(path) if path else {}
     try:

@@ -111,7 +111,7 @@ def _baseline_differences(baseline: Project, project: Project) -> list[str]:
 
 
 def _manifest_differences(baseline: Project, name: str, ignored_inputs: Collection[str]) -> list[str]:
-    """Differences of a stage's artefact from the recipe, in what changes losses."""
+    """Differences of a stage's artifact from the recipe, in what changes losses."""
     manifest = find_manifest(baseline.paths[name])
     if manifest is None:
         return []

@@ -1,6 +1,6 @@
 """The model card of the exported student: README.md with the front matter of the Hugging Face Hub.
 
-The same artefacts give the same card.
+The same artifacts give the same card.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
 
     manifest: of the export. family: of the exported model. assets: side files of the model that was
     pruned. Held-out numbers are included if evaluation.json is about this student. InputError if an
-    artefact is damaged.
+    artifact is damaged.
     """
     plan = PrunePlan.load(paths["plan"])
     num_parameters = plan.student.num_parameters()

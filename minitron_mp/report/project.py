@@ -10,24 +10,24 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.recipe import Recipe
 
 Paths = Mapping[str, Path]
-"""Stage -> artefact."""
+"""Stage -> artifact."""
 
 
 class Project(Protocol):
-    """A recipe and the artefacts of its stages."""
+    """A recipe and the artifacts of its stages."""
 
     recipe: Recipe
 
     @property
     def paths(self) -> Paths:
-        """Stage -> artefact, in order."""
+        """Stage -> artifact, in order."""
 
     @property
     def stages(self) -> Collection[str]:
         """Names of the stages, in order."""
 
     def manifest(self, name: str) -> Manifest:
-        """The manifest that the stage's artefact must have."""
+        """The manifest that the stage's artifact must have."""
 
     def before(self, name: str) -> list[str]:
         """All stages that a stage builds on, in order."""

@@ -36,7 +36,7 @@ from minitron_mp.report.training_section import METRICS_FILES, Metrics, cost_sec
 
 
 def write_report(project: Project) -> None:
-    """Write report.md and report.html of a finished project beside its artefacts; for one process.
+    """Write report.md and report.html of a finished project beside its artifacts; for one process.
     """
     document = build_report(project)
     root = project.recipe.root
@@ -49,7 +49,7 @@ def write_report(project: Project) -> None:
 
 
 def build_report(project: Project) -> Document:
-    """Build the report of a finished project from its artefacts."""
+    """Build the report of a finished project from its artifacts."""
     recipe = project.recipe
     paths = project.paths
     plan = PrunePlan.load(paths["plan"])

@@ -186,7 +186,7 @@ def harness_table(root: Path, paths: Paths) -> Table | None:
 
 
 def _are_current(inputs: Mapping[str, str], paths: Paths) -> bool:
-    """Whether the artefacts on disk have these fingerprints. inputs: stage -> fingerprint."""
+    """Whether the artifacts on disk have these fingerprints. inputs: stage -> fingerprint."""
     current = {}
     for stage in inputs:
         manifest = find_manifest(paths[stage]) if stage in paths else None

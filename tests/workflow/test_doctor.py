@@ -29,7 +29,7 @@ from minitron_mp.cluster.machine import (
 )
 from minitron_mp.cluster.network import RankTable, check_ports
 from minitron_mp.cluster.recipe_checks import (
-    artefact_bytes,
+    artifact_bytes,
     check_cuda_graphs,
     check_disk_space,
     check_tokenizer,
@@ -143,7 +143,7 @@ def test_estimated_disk_space_matches_the_artifacts(whole):
     """The estimate matches a finished run, without its checkpoints, manifests and tokenizers."""
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
-    expected = artefact_bytes(project.recipe, arch, arch)
+    expected = artifact_bytes(project.recipe, arch, arch)
     (student,) = rank_parameters(read_arch(project.paths["export"]), project.recipe.parallel)
     expected["distill"] -= (
         16 * student * (project.recipe.distill.keep_checkpoints + 1)

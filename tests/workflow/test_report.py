@@ -1,4 +1,4 @@
-"""The report's page against the artefacts, and in a browser; the model card; the measured speed."""
+"""The report's page against the artifacts, and in a browser; the model card; the measured speed."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_figures_match_the_plan(whole, read):
     said = f"ffn {np.mean(kept):.1%} (layers from {min(kept):.1%} to {max(kept):.1%})"
     assert said in markdown(document)
     assert html(document) == (whole.output / "report.html").read_text(), (
-        "the same artefacts give another page"
+        "the same artifacts give another page"
     )
 
 

@@ -75,7 +75,7 @@ class StoredModel:
     checkpoint: Path
     arch: Arch
     made_from: dict[str, str]
-    """Stage -> fingerprint of its artefact."""
+    """Stage -> fingerprint of its artifact."""
     prefix: str
     """Of the keys in the checkpoint."""
 
