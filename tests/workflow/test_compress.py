@@ -487,7 +487,7 @@ def test_plan_of_another_model_is_rejected(copied, on_rank):
         plan.write_text(json.dumps({**content, "manifest": {**content["manifest"], **change}}))
         refused(
             on_rank("prune", copied.recipe),
-            "plan.json was made from something else; run `minitron-mp plan` again, or restore",
+            "plan.json was made from other inputs or settings; run `minitron-mp plan` again, or restore",
             row,
         )
     assert not (copied.output / "student").exists()
@@ -529,7 +529,7 @@ def test_foreign_folder_is_not_replaced(copied, on_rank, name):
     (copied.output / name / "thesis.txt").write_text("years of work")
     refused(
         on_rank("compress", copied.recipe),
-        f"{copied.output / name} holds no manifest.json",
+        f"{copied.output / name} has no manifest.json",
         "will not replace it; move it, or set another output",
     )
     assert names(copied.output / name) == ["thesis.txt"]
@@ -823,7 +823,7 @@ def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
         {0, 1, 2, 3} - set(found["trials"][-1][0])
     )
     task.write_text("".join(lines[:2]))
-    refused(on_rank("plan", recipe), "depth.json was made from something else", "input task: ")
+    refused(on_rank("plan", recipe), "depth.json was made from other inputs or settings", "input task: ")
     refused(
         on_rank("compress", recipe, "depth.task=nowhere.jsonl"), "depth.task: there is no file nowhere.jsonl"
     )
@@ -984,7 +984,7 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=1e-4, abs=0), key
     refused(
         run("distill", cached, "distill.micro_batch_size=4", "--force"),
-        "teacher_signals was made from something else",
+        "teacher_signals was made from other inputs or settings",
         "micro_batch_size: 2, here 4",
     )
     (shard, *_) = sorted((tmp_path / "out" / "teacher_signals").glob("*.safetensors"))
