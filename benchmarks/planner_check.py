@@ -25,10 +25,12 @@ from layers import DEVICE, _forget, _gpu, _wait
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe
+from minitron_mp.distillation.frozen_model import freeze
 from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import read_hardware
@@ -139,10 +141,9 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
             for fp8 in (None, vars(recipe.teacher)["fp8"])
         ]
     taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
-    for chunk in taught:
-        chunk.eval().requires_grad_(False)
+    freeze(taught)
     chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
-    source = RandomTeacher(taught, world)
+    source = ColocatedTeacher(ShardedModel(taught, teacher, world, sequence, recipe.teacher_precision))
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
     training = TrainingRun(
         chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
@@ -165,13 +166,6 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
         found.append(time.perf_counter() - start)
     training.settle()
     return statistics.median(found[2:])
-
-
-class RandomTeacher(ColocatedTeacher):
-    """One that was not read from a checkpoint."""
-
-    def __init__(self, chunks: list[Any], world: World):
-        self.chunks, self.world, self.pairs, self.capture = chunks, world, None, None
 
 
 if __name__ == "__main__":

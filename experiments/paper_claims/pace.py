@@ -17,6 +17,7 @@ from baseline import PlainLoop
 
 from minitron_mp import Recipe, build_model
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import DTYPES
@@ -52,7 +53,11 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
         chunks = build_model(
             arch, w, training=settings, random_weights=True, precision=recipe.precision, **options
         )
-        ours = ColocatedTeacher(teacher_arch, teacher, w, precision=recipe.teacher_precision, **options)
+        ours = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(teacher_arch, teacher), w, precision=recipe.teacher_precision, **options
+            )
+        )
         loop = PlainLoop(
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**student), dtype=torch.float32).to(
                 w.device

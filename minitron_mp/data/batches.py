@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from minitron_mp.data.corpus import prefixes_of, tokens_of
 from minitron_mp.data.sources import PARTS
 from minitron_mp.data.tokenizer import Tokenizer
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.errors import InputError, must_divide, refuse
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -137,7 +139,7 @@ def micro_batches(
     dp_rank: int,
     dp_size: int,
     limit: int | None = None,
-) -> list[dict[str, torch.Tensor]]:
+) -> list[Batch]:
     """Micro-batches of this data-parallel rank in a step, counted from 0.
 
     Each has tokens, labels, position_ids int64 [b, s] and loss_mask float32 [b, s]. The step reads
@@ -153,9 +155,9 @@ def micro_batches(
     return [_micro_batch(dataset, range(start, start + micro_batch_size), limit) for start in starts]
 
 
-def _micro_batch(dataset: Dataset, ids: range, limit: int | None) -> dict[str, torch.Tensor]:
+def _micro_batch(dataset: Dataset, ids: range, limit: int | None) -> Batch:
     is_real = [limit is None or i < limit for i in ids]
     rows = [dataset[i if real else 0] for i, real in zip(ids, is_real)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in KEYS}
     batch["loss_mask"] *= torch.tensor(is_real)[:, None]
-    return batch
+    return cast(Batch, batch)

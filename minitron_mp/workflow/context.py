@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
+from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
 
 ASSETS = "assets"
@@ -76,13 +78,26 @@ class StageContext:
     ) -> ColocatedTeacher:
         """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
         where it teaches, None where it is judged."""
-        arch, options = (
-            self.arch(self.recipe.tutor),
-            {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options},
-        )
+        checkpoint = self.teacher_checkpoint
         if corrected and self.recipe.corrects_meanwhile:
-            return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
-        return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
+            checkpoint = replace(checkpoint, folder=self.paths["distill"], prefix=PREFIX)
+        return ColocatedTeacher(self.frozen(checkpoint, fp8=fp8), pairs)
+
+    @property
+    def teacher_checkpoint(self) -> ModelCheckpoint:
+        """Checkpoint of the model that the student is distilled from."""
+        return ModelCheckpoint(self.arch(self.recipe.tutor), self.paths[self.recipe.tutor])
+
+    def frozen(self, checkpoint: ModelCheckpoint, *, fp8: str | None) -> ShardedModel:
+        """A teacher in this world's layout and the recipe's teacher precision, for forward passes."""
+        return frozen_model(
+            checkpoint,
+            self.world,
+            precision=self.recipe.teacher_precision,
+            sequence_length=self.recipe.data.sequence_length,
+            transformer_impl=self.recipe.transformer_impl,
+            fp8=fp8,
+        )
 
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool

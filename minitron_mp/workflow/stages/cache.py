@@ -17,12 +17,12 @@ from minitron_mp.distillation.cache import Writer, write_index
 from minitron_mp.distillation.stream_layout import Grid
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.workflow.context import StageContext
-from minitron_mp.workflow.teacher_source import _serve, _shape, ids
+from minitron_mp.workflow.teacher_source import ids, serve, signal_shape
 
 
 def cache_teacher(job: StageContext) -> None:
     """The teacher over all microbatches of distill, on all ranks in the recipe's layout, to disk."""
-    recipe, world, shape = job.recipe, job.world, _shape(job)
+    recipe, world, shape = job.recipe, job.world, signal_shape(job)
     teacher = Grid("teacher", recipe.parallel, world.groups.dp.size())
     g, is_last = world.groups, world.is_last_stage
     share = (
@@ -38,14 +38,12 @@ def cache_teacher(job: StageContext) -> None:
     failure: Exception | None = None
     with Tracker("cache", len(ids(recipe, 0)), "microbatches") as tracker:
         try:
-            _serve(
+            serve(
                 job,
-                shape,
-                teacher,
                 writer,
                 0,
-                recipe.parallel.pp,
-                lambda count: tracker.advance(count * teacher.dp),
+                window=recipe.parallel.pp,
+                progress=lambda count: tracker.advance(count * teacher.dp),
             )
         except Exception as error:
             failure = error

@@ -13,8 +13,9 @@ from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import micro_batches
+from minitron_mp.distillation.teacher import Teacher
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model, unwrap
@@ -44,7 +45,10 @@ def correct_teacher(job: StageContext) -> None:
 
 
 def run_training(
-    job: StageContext, start: str, settings: TrainingConfig, teacher_from: Callable[[int, Callable], Any]
+    job: StageContext,
+    start: str,
+    settings: TrainingConfig,
+    teacher_from: Callable[[int, Callable], Teacher | None],
 ) -> None:
     """Train the model that the stage `start` left; its metrics and TensorBoard come beside the artefact.
 
@@ -86,7 +90,7 @@ def run_training(
             )
 
         teacher = teacher_from(first, logs.get("correct", on_step))
-        log_fp8_teacher_kl(job, getattr(teacher, "chunks", None))
+        log_fp8_teacher_kl(job, None if teacher is None else teacher.chunks)
         stack.enter_context(communication_buffers(settings, recipe, arch.hidden_size))
         companion = teacher if isinstance(teacher, TrainableTeacher) else None
         options: dict[str, Any] = {
@@ -118,7 +122,7 @@ def run_training(
     on_rank_0(lambda: discard_checkpoints(checkpoints, job.manifest))
 
 
-def _work(job: StageContext, arch: Arch, settings: TrainingConfig, teacher: Any) -> Work:
+def _work(job: StageContext, arch: Arch, settings: TrainingConfig, teacher: Teacher | None) -> Work:
     """What a step computes, on which ranks."""
     recipe, tokens = job.recipe, settings.global_batch_size * job.recipe.data.sequence_length
     if teacher is None:

@@ -25,8 +25,8 @@ from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.data.batches import micro_batches
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
