@@ -97,7 +97,7 @@ def find_manifest(artifact: Path) -> Manifest | None:
         return Manifest.model_validate_json(text)
     except FileNotFoundError:
         return None
-    except Exception as error:  # damaged in one of many ways: json, safetensors, pydantic, a missing key
+    except Exception as error:  # of json, safetensors, pydantic, or a missing key
         raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
 
 

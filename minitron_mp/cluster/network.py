@@ -174,7 +174,7 @@ def check_collectives(job: RankTable, device: torch.device) -> list[CheckResult]
 
 
 def _check_ring(job: RankTable, values: torch.Tensor, backend: str) -> CheckResult:
-    """Send to the next rank, and compare what the previous one sends. values: for shape and device."""
+    """Send to the next rank and check what the previous one sends, in the shape of values."""
     sent = torch.full_like(values, job.rank)
     received = torch.empty_like(values)
     target = (job.rank + 1) % job.size

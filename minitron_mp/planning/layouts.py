@@ -52,8 +52,7 @@ class LayoutSearch:
 
 
 def layout_problem(case: PlanningCase, times: Times) -> str | None:
-    """Reason why the recipe's layout is impossible, memory not considered; None if it is possible.
-    """
+    """Reason why the recipe's layout is impossible, not counting memory; None if possible."""
     return _sizes_problem(case, times) or _batch_problem(case)
 
 

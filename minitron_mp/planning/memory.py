@@ -178,8 +178,7 @@ def hidden_state_memory(case: PlanningCase, stage: int) -> Parts:
 
 
 def teacher_memory(case: PlanningCase, stage: int) -> Parts:
-    """Bytes by part that the teacher takes on a rank of this stage of the student while distilling.
-    """
+    """Bytes by part that the teacher takes on a rank of this stage of the student."""
     recipe = case.recipe
     p = recipe.parallel
     is_last = stage == p.pp - 1

@@ -113,8 +113,7 @@ def _short_cells(estimate: Estimate) -> tuple[str, str, str, str, str]:
 
 
 def efficiency_loss(sweep: Scaling) -> str:
-    """Sentence on the number of GPUs at which throughput per GPU first falls by more than a tenth.
-    """
+    """Sentence on the number of GPUs at which throughput per GPU first falls by a tenth."""
     fitting = [(world, estimate) for world, estimate in sweep if estimate]
     best = max(estimate.tokens_per_gpu_s for _, estimate in fitting)
     best_world = min(world for world, estimate in fitting if estimate.tokens_per_gpu_s == best)

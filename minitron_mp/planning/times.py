@@ -110,8 +110,7 @@ class Times:
         return train_s * passes / 3
 
     def _loss(self, sizes: OutputLayers) -> tuple[float, str]:
-        """(seconds, source of the time) of both output layers with the loss, forward and backward.
-        """
+        """(seconds, source of the time) of output layers and loss, forward and backward."""
         flops, seconds = self._loss_roofline(sizes)
         ratio, basis = self._ratio(("loss", sizes.logits_precision), flops)
         return seconds * ratio, basis

@@ -38,8 +38,7 @@ def provenance_section(
 def _commands(
     recipe: Recipe, stages: Sequence[str], num_ranks: int, run_log: Mapping[str, RunRecord]
 ) -> list[str]:
-    """Command lines that repeat the run: one for all stages if they ran alike, then one per stage.
-    """
+    """Commands that repeat the run: one for all stages if they ran alike, then one per stage."""
     file = recipe.root / "recipe.yaml"
     launches = {
         stage: (record.launcher, record.layout_words(recipe))

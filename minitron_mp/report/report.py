@@ -36,8 +36,7 @@ from minitron_mp.report.training_section import METRICS_FILES, Metrics, cost_sec
 
 
 def write_report(project: Project) -> None:
-    """Write report.md and report.html of a finished project beside its artifacts; for one process.
-    """
+    """Write report.md and report.html of a finished project beside its artifacts; one process."""
     document = build_report(project)
     root = project.recipe.root
     result = next(part for part in document.sections[0].parts if isinstance(part, Table))

@@ -82,8 +82,7 @@ def _quality_cells(
 
 
 def _speed_columns(evaluation: Evaluation) -> list[tuple[str, dict[str, str]]]:
-    """(header, model -> tokens/s) of each measured shape; [] if `evaluate` did not measure speed.
-    """
+    """(header, model -> tokens/s) of each measured shape; [] if speed was not measured."""
     if "speed" not in evaluation:
         return []
     models = evaluation["speed"]["models"]

@@ -49,7 +49,7 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class TokenRequest(NamedTuple):
-    """A log-likelihood request of the harness: any key, and the tokens of context and continuation."""
+    """A log-likelihood request of the harness: a key, and tokens of context and continuation."""
 
     key: Any
     context: list[int]

@@ -1,5 +1,4 @@
-"""Figures of importance scores: curves by rank, heat maps by layer, and the layers that are kept.
-"""
+"""Figures of importance scores: curves by rank, heat maps by layer, and kept layers."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ def kept_layers_figure(num_layers: int, shares: Mapping[str, Mapping[int, float]
 
 
 def score_curves(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure:
-    """Draw the scores of each row of [rows, n], largest first, and the cut after the first `keep`.
-    """
+    """Draw the scores of each row of [rows, n], largest first, and the cut after `keep`."""
     ordered = -np.sort(-scores, axis=1)
     num_rows, n = scores.shape
     points = np.unique(np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(int))

@@ -1,5 +1,4 @@
-"""Figure of the command `estimate`: throughput and the parts of a step against the number of GPUs.
-"""
+"""Figure of the command `estimate`: throughput and parts of a step against the number of GPUs."""
 
 from __future__ import annotations
 
