@@ -79,12 +79,12 @@ def install(monkeypatch, tmp_path):
     return run
 
 
-def verdicts(findings) -> dict[str, str]:
-    return {finding.check: finding.verdict for finding in findings}
+def verdicts(results) -> dict[str, str]:
+    return {result.check: result.verdict for result in results}
 
 
-def told(findings, check: str) -> str:
-    return "; ".join(f"{f.verdict}: {f.detail} -> {f.advice}" for f in findings if f.check == check)
+def told(results, check: str) -> str:
+    return "; ".join(f"{f.verdict}: {f.detail} -> {f.advice}" for f in results if f.check == check)
 
 
 def test_valid_recipe_passes_and_leaves_no_files(here, recipe):
@@ -129,14 +129,14 @@ def test_mismatched_tokenizers_fail(recipe, tmp_path):
     loaded, arch = load_recipe(recipe, [f"model={model}"]), read_arch(model)
     assert check_tokenizer(loaded, arch).verdict == "ok"
     make_tokenizer(tmp_path / "larger", 340)
-    finding = check_tokenizer(load_recipe(recipe, [f"data.tokenizer={tmp_path / 'larger'}"]), arch)
-    assert finding.verdict == "failed"
-    assert "the model's embedding has 300 rows" in finding.detail
+    result = check_tokenizer(load_recipe(recipe, [f"data.tokenizer={tmp_path / 'larger'}"]), arch)
+    assert result.verdict == "failed"
+    assert "the model's embedding has 300 rows" in result.detail
     for path in model.glob("tokenizer*"):
         path.unlink()
-    finding = check_tokenizer(loaded, arch)
-    assert finding.verdict == "failed"
-    assert "cannot be read as a tokenizer" in finding.detail
+    result = check_tokenizer(loaded, arch)
+    assert result.verdict == "failed"
+    assert "cannot be read as a tokenizer" in result.detail
 
 
 def test_estimated_disk_space_matches_the_artifacts(whole):
@@ -229,8 +229,8 @@ def test_gpus(monkeypatch, tmp_path):
     ],
 )
 def test_fp8_requirements(capability, engine, cuda, possible):
-    (finding,) = check_fp8({}, capability, engine, cuda)
-    assert finding.detail.startswith(f"supported: {possible}" if possible else "not supported: ")
+    (result,) = check_fp8({}, capability, engine, cuda)
+    assert result.detail.startswith(f"supported: {possible}" if possible else "not supported: ")
     for kind in FP8_SUPPORT:
         found = check_fp8({"distill.fp8": kind}, capability, engine, cuda)
         assert [f.verdict for f in found] == ["ok" if kind in possible.split(", ") else "failed"]
@@ -352,7 +352,7 @@ def test_missing_rank_times_out(monkeypatch):
     assert "rank 1 () did not answer" in told(_gather(job, []), "ranks")
 
 
-def test_findings_of_many_ranks_become_one_table():
+def test_results_of_many_ranks_become_one_table():
     same, old = CheckResult("limits", "ok", "enough"), CheckResult("torch", "ok", "2.11")
     ranks = {rank: [same, CheckResult("torch", "ok", "2.13")] for rank in range(4)} | {
         4: [same, old],
@@ -370,7 +370,7 @@ def test_findings_of_many_ranks_become_one_table():
     assert rows[2].advice == "open it"
 
 
-def test_findings_round_trip_through_json(monkeypatch):
+def test_results_round_trip_through_json(monkeypatch):
     job = RankTable(dist.HashStore(), host="here")
     (row,) = _gather(job, [CheckResult("a", "warning", "b", "c")])
     assert row == CheckResult("a", "warning", "b", "c")
