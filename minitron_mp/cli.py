@@ -126,10 +126,18 @@ def harness(
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp.integrations.lm_eval import run_harness
+    from minitron_mp.integrations.lm_eval.command import HarnessOptions, run_harness
 
-    where = {"include_path": include_path, "max_length": max_length, "chat_template": apply_chat_template}
-    run_harness(resolved, names, model=model, limit=limit, num_fewshot=num_fewshot, **where)
+    options = HarnessOptions(
+        names,
+        model=model,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        max_length=max_length,
+        chat_template=apply_chat_template,
+    )
+    run_harness(resolved, options)
 
 
 @app.command()
@@ -155,9 +163,9 @@ def environment(
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
     """What the environment of the ranks should hold, with reasons, for a shell to evaluate; launch/env.sh does."""
-    from minitron_mp.cluster.environment import lines, this_node
+    from minitron_mp.cluster.environment import environment_lines, this_node
 
-    print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+    print(*environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
 
 @app.command()
@@ -178,10 +186,19 @@ def estimate(
     plot: Annotated[Path | None, typer.Option(help="draw 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Memory, step time, GPU-hours and the best layouts on so many GPUs, before anything runs."""
-    from minitron_mp.planning.command import run_estimate
+    from minitron_mp.planning.command import EstimateOptions, run_estimate
 
-    files = {"hardware_file": hardware, "times_file": times, "json_file": json, "plot_file": plot}
-    run_estimate(load_recipe(recipe, overrides or []), world, gpu=gpu, price=price, top=top, **files)
+    options = EstimateOptions(
+        world,
+        gpu=gpu,
+        hardware_file=hardware,
+        times_file=times,
+        price=price,
+        top=top,
+        json_file=json,
+        plot_file=plot,
+    )
+    run_estimate(load_recipe(recipe, overrides or []), options)
 
 
 @app.command()
@@ -213,8 +230,8 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mp.models.hf_config import has_weights, read_arch
-    from minitron_mp.planning.command import dry_run_rows
-    from minitron_mp.planning.memory import memory_rows
+    from minitron_mp.planning.case import PlanningCase
+    from minitron_mp.planning.dry_run import dry_run_rows
     from minitron_mp.pruning.candidates import candidate_name, survey_candidates
     from minitron_mp.pruning.target import resolve_target
     from minitron_mp.workflow.graph import StageGraph
@@ -240,7 +257,7 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     table(
         "layout and memory",
         ("what", "value"),
-        memory_rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks),
+        dry_run_rows(base, PlanningCase(student, teacher, recipe, ranks)),
     )
     if recipe.search:
         table(

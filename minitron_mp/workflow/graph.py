@@ -13,7 +13,7 @@ from minitron_mp.artifacts.files import fingerprint_files
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact
 from minitron_mp.config.pruning import DepthConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.data.corpus import corpus_fingerprint
+from minitron_mp.data.sources import corpus_fingerprint
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import asset_files

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.data.corpus import corpus_problems, shared_parts
+from minitron_mp.data.sources import corpus_problems, shared_parts
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.evaluation.task_files import read_task_file
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems

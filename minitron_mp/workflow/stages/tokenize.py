@@ -34,9 +34,9 @@ def tokenize_text(job: StageContext) -> None:
                 environment_variable("TOKENIZERS_PARALLELISM", "true"),
                 writing_artifact(job.output, job.manifest) as folder,
             ):
-                further = job.manifest.stage == "texts"
+                held_out = job.manifest.stage == "texts"
                 tokens = tokenize_corpus(
-                    job.recipe.data, tokenizer, folder, job.recipe.seed, further=further, progress=progress
+                    job.recipe.data, tokenizer, folder, job.recipe.seed, held_out=held_out, progress=progress
                 )
         except OSError as error:
             raise InputError(f"{job.output} cannot be written: {error}") from error
