@@ -141,7 +141,7 @@ def artifact_bytes(recipe: Recipe, base: Arch, teacher: Arch) -> dict[str, float
     if recipe.correct:
         correction = _training_bytes(num_base, size, recipe.correct.keep_checkpoints)
     distillation = _training_bytes(num_student, size, d.keep_checkpoints)
-    if recipe.corrects_meanwhile:
+    if recipe.corrects_during_distillation:
         distillation += correction
     num_tokens = d.steps * d.global_batch_size * recipe.data.sequence_length
     return {

@@ -97,7 +97,7 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
     )
     shown = _shown_estimate(case, search, times, problem)
     table(layout_text(shown), ("what", "value"), summary_rows(shown, times, options.price))
-    if recipe.correct and not recipe.corrects_meanwhile and not problem:
+    if recipe.correct and not recipe.corrects_during_distillation and not problem:
         rows = _correction_rows(models.base, recipe, options, times)
         table("teacher correction (before distillation)", ("what", "value"), rows)
     _print_estimate(shown)

@@ -97,7 +97,7 @@ def _memory_rows(base: Arch, case: PlanningCase) -> list[Row]:
     memory = fullest(distillation_memory(case))
     rows = [(f"memory: {part}", _gib(num_bytes)) for part, num_bytes in memory.items()]
     rows.append(("memory: sum on the fullest rank", _gib(sum(memory.values()))))
-    if recipe.correct and not recipe.corrects_meanwhile:
+    if recipe.correct and not recipe.corrects_during_distillation:
         needed = training_peak(base, recipe.correct, recipe, case.student_ranks)
         rows.append(("memory during teacher correction", _gib(needed)))
     if recipe.search:

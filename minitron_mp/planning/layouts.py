@@ -68,13 +68,11 @@ def _sizes_problem(case: PlanningCase, times: Times) -> str | None:
         return HEADS
     if p.pp * (p.vpp or 1) > min(arch.num_layers for arch in models):
         return DEPTH
-    context_multiple = 2 * p.cp if p.cp > 1 else 1
-    tensor_multiple = p.tp if p.sequence_parallel else 1
-    if case.recipe.data.sequence_length % (context_multiple * tensor_multiple):
+    if case.recipe.data.sequence_length % p.sequence_multiple:
         return SEQUENCE
     if _has_fp8_problem(case):
         return FP8_SIZES
-    return ENGINE if case.recipe.engine_problems() else None
+    return ENGINE if case.engine_problems(self.recipe) else None
 
 
 def _has_fp8_problem(case: PlanningCase) -> bool:
@@ -174,7 +172,7 @@ def _teachers(case: PlanningCase, times: Times) -> list[TeacherConfig]:
             "siblings": {},
         }
     )
-    if recipe.correct and recipe.corrects_meanwhile:
+    if recipe.correct and recipe.corrects_during_distillation:
         return [colocated]
     return [colocated, *_remote_teachers(case, times)]
 

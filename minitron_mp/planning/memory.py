@@ -184,7 +184,7 @@ def teacher_memory(case: PlanningCase, stage: int) -> Parts:
     is_last = stage == p.pp - 1
     if recipe.teacher.placement != "colocated":
         return _signal_memory(case) if is_last else {}
-    if recipe.correct and recipe.corrects_meanwhile:
+    if recipe.correct and recipe.corrects_during_distillation:
         parts = training_memory(
             case.teacher, recipe.correct, recipe, case.student_ranks, stage, recipe.teacher_precision
         )

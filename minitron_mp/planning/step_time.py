@@ -173,7 +173,7 @@ def _teacher_stages(case: PlanningCase, parallel: ParallelConfig, times: Times) 
 def _add_colocated_teacher(student: StepCost, case: PlanningCase, times: Times) -> StepCost:
     """Add the teacher's passes, which run before the student's on the same ranks."""
     recipe = case.recipe
-    if recipe.correct and recipe.corrects_meanwhile:
+    if recipe.correct and recipe.corrects_during_distillation:
         teacher = estimate_training(case.teacher, recipe.correct, recipe, case.student_ranks, times, None)
     else:
         forward = _teacher_stages(case, recipe.parallel, times)

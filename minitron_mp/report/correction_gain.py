@@ -30,7 +30,7 @@ def correction_gain(project: Project, evaluation: Mapping[str, Any]) -> list[Par
         changes.append(
             f"held-out loss{text} changed from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})"
         )
-    if project.recipe.corrects_meanwhile:
+    if project.recipe.corrects_during_distillation:
         use = (
             "The student is pruned from the original model, and distilled from the teacher during correction."
         )

@@ -165,7 +165,7 @@ def _distillation_text(recipe: Recipe, name: str) -> str:
     text = "the Python standard library" if is_stdlib else "the text of the recipe"
     teacher = Path(recipe.teacher.model).name if recipe.teacher.model else name
     if recipe.correct:
-        when = "during distillation" if recipe.corrects_meanwhile else "before"
+        when = "during distillation" if recipe.corrects_during_distillation else "before"
         teacher += (
             f", which was trained for {recipe.correct.steps:,} steps on the same text {when} "
             "(teacher correction)"

@@ -108,7 +108,7 @@ def _read_metrics(recipe: Recipe, paths: Paths) -> Mapping[str, list[Metrics]]:
     metrics = {}
     if recipe.correct:
         # A teacher that is corrected during distillation logs into the folder of `distill`.
-        folder = paths["distill" if recipe.corrects_meanwhile else "correct"]
+        folder = paths["distill" if recipe.corrects_during_distillation else "correct"]
         metrics["correct"] = _read_jsonl(folder / METRICS_FILES["correct"])
     metrics["distill"] = _read_jsonl(paths["distill"] / METRICS_FILES["distill"])
     return metrics

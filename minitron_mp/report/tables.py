@@ -46,7 +46,7 @@ def quality_table(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
     """
     plan = PrunePlan.load(paths["plan"])
     evaluation = load_evaluation(paths)
-    teacher = require_artifact(paths[recipe.tutor], recipe.tutor).arch
+    teacher = require_artifact(paths[recipe.distillation_teacher], recipe.distillation_teacher).arch
     assert teacher is not None
     archs = {
         "uncorrected": plan.teacher,

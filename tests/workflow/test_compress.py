@@ -22,6 +22,7 @@ from cases import BY_NAME, make_samples
 from tiny import (
     CHECKPOINT_INTERVAL,
     MAX_LR,
+    STAGES,
     STEPS,
     Run,
     command,
@@ -37,7 +38,7 @@ from minitron_mp import load_recipe
 from minitron_mp.artifacts.manifest import require_artifact, writing_artifact
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.correction_gain import correction_gain
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow.graph import StageGraph
 
 OUTPUT = [
     "data",
@@ -297,7 +298,7 @@ def test_repeated_stages_keep_the_other_artifacts(copied, on_rank):
     before = copied.state()
     done = on_rank("compress", copied.recipe, SMALLER)
     assert done.code == 0, done
-    assert "plan: again, for settings.ffn_hidden_size: 96, here 64" in done.out
+    assert "plan: rerun because of settings.ffn_hidden_size: 96, here 64" in done.out
     assert all(f"{name}: done" in done.out for name in ("import", "data", "score"))
     assert json.loads((copied.output / "student_hf" / "config.json").read_text())["intermediate_size"] == 64
     assert names(copied.output) == OUTPUT
@@ -378,7 +379,7 @@ def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
 
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
-    assert f"distill: going on from step {saved}" in done.out
+    assert f"distill: resuming from step {saved}" in done.out
     assert read_metrics(copied.output) == read_metrics(whole.output)
     assert curve(copied) == curve(whole)
     unbroken, resumed = (
@@ -401,7 +402,7 @@ def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
     assert (
-        f"left before export: {copied.output / 'stop'} is there; the same command goes on from there"
+        f"left before export: {copied.output / 'stop'} is there; the same command resumes from there"
         in done.out
     )
     assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
@@ -641,7 +642,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     refused(
         on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"),
-        "is the output of this recipe; name that of a finished run without",
+        "is the output of this recipe; give the output of a finished run without",
     )
     refused(
         on_rank("compress", recipe, "correct.baseline=nowhere"),
@@ -649,7 +650,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     refused(
         on_rank("correct", inputs / "recipe.yaml"),
-        "the recipe has no stage correct; it comes with a section correct",
+        "the recipe has no stage correct; add a section correct",
     )
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(
@@ -697,7 +698,7 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     assert "| old (" in report
     refused(
         on_rank("compress", recipe, "teacher.placement=cached"),
-        "correct.when during trains the teacher beside the student",
+        "correct.when during trains the teacher on the student's ranks",
     )
     refused(on_rank("compress", recipe, "correct.steps=15"), "correct.steps 15 is above distill.steps 14")
     refused(
@@ -706,7 +707,7 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     )
     refused(
         on_rank("correct", recipe),
-        "the recipe has no stage correct; it comes with a section correct whose `when` is before",
+        "the recipe has no stage correct; add a section correct whose `when` is before",
     )
 
 
@@ -760,7 +761,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
     )
     refused(
         on_rank("import-teacher", whole.recipe),
-        "the recipe has no stage import-teacher; it comes with teacher.model",
+        "the recipe has no stage import-teacher; add teacher.model",
     )
     refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
     other = make_model(tmp_path / "other", vocab_size=400)
@@ -803,7 +804,7 @@ def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
     )
     refused(
         on_rank("depth", whole.recipe),
-        "the recipe has no stage depth; it comes with depth.method: drop, block or greedy",
+        "the recipe has no stage depth; add depth.method: drop, block or greedy",
     )
     refused(
         on_rank("compress", recipe, "depth.protect_last=2"),
@@ -918,14 +919,14 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
     assert 8 < left < 16
     assert (
         f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; "
-        "the same command goes on from there" in first[0].out
+        "the same command resumes from there" in first[0].out
     )
     assert not (tmp_path / "out" / "stop").exists()
     assert not (tmp_path / "out" / "student_distilled").exists()
     second = in_job(size, *words)
     for done in second:
         assert done.code == 0, done.err
-    assert f"distill: going on from step {left}" in second[0].out
+    assert f"distill: resuming from step {left}" in second[0].out
     assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
@@ -975,7 +976,7 @@ def test_killed_run_with_remote_teacher_resumes(whole, copied):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     done = minitron("distill", copied.recipe, *REMOTE, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "distill: going on from step" in done.stdout
+    assert "distill: resuming from step" in done.stdout
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
@@ -1118,7 +1119,7 @@ def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     assert "2 copies of the teacher, from job rank 1 on" in text
     assert "1 copy of the teacher" in text
-    assert "distill: going on from step" in text
+    assert "distill: resuming from step" in text
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 

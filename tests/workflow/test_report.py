@@ -15,7 +15,7 @@ import yaml
 from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import STEPS, read_metrics
+from tiny import STAGES, STEPS, read_metrics
 
 from minitron_mp.artifacts import run_log as records
 from minitron_mp.artifacts.run_log import FILE, append_record, records_of
@@ -34,7 +34,7 @@ from minitron_mp.report.report import build_report
 from minitron_mp.report.search_section import search_section
 from minitron_mp.report.tables import quality_table
 from minitron_mp.report.training_section import cost_section
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow.graph import StageGraph
 
 WIDTHS = (400, 1400)
 

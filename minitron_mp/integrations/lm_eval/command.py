@@ -145,16 +145,16 @@ def _find_model(project: StageGraph, name: str) -> StoredModel:
     """The checkpoint of a model of the recipe; InputError if it is missing or of another recipe."""
     recipe = project.recipe
     # A teacher that is corrected during distillation is saved beside the student.
-    in_distillation = name == "teacher" and recipe.corrects_meanwhile
+    in_distillation = name == "teacher" and recipe.corrects_during_distillation
     stages = {
-        "teacher": "distill" if in_distillation else recipe.tutor,
+        "teacher": "distill" if in_distillation else recipe.distillation_teacher,
         "pruned": "prune",
         "distilled": "distill",
     }
     if recipe.correct:
         stages["uncorrected"] = "import"
-    if recipe.tutor != recipe.base:
-        stages["unpruned"] = recipe.base
+    if recipe.distillation_teacher != recipe.pruning_base:
+        stages["unpruned"] = recipe.pruning_base
     if name not in stages:
         raise InputError(f"--model {name}: this recipe has {', '.join(stages)}")
     require_artifact(project.paths["import"], "import", project.manifest("import"))  # the tokenizer
@@ -162,7 +162,7 @@ def _find_model(project: StageGraph, name: str) -> StoredModel:
     manifest = require_artifact(project.paths[stage], stage, project.manifest(stage))
     arch = manifest.arch
     if in_distillation:
-        arch = require_artifact(project.paths[recipe.tutor], recipe.tutor).arch
+        arch = require_artifact(project.paths[recipe.distillation_teacher], recipe.distillation_teacher).arch
     assert arch is not None
     prefix = PREFIX if in_distillation else ""
     return StoredModel(project.paths[stage], arch, {stage: manifest.fingerprint}, prefix)
