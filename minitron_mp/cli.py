@@ -137,10 +137,9 @@ def harness(
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp.integrations.lm_eval import run_harness
+    from minitron_mp.integrations.lm_eval.command import HarnessOptions, run_harness
 
-    run_harness(
-        resolved,
+    options = HarnessOptions(
         names,
         model=model,
         limit=limit,
@@ -149,6 +148,7 @@ def harness(
         max_length=max_length,
         chat_template=apply_chat_template,
     )
+    run_harness(resolved, options)
 
 
 @app.command()
@@ -174,9 +174,9 @@ def environment(
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
     """Print the environment variables of the ranks with reasons, as shell lines (launch/env.sh)."""
-    from minitron_mp.cluster.environment import lines, this_node
+    from minitron_mp.cluster.environment import environment_lines, this_node
 
-    print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+    print(*environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
 
 @app.command()
@@ -197,19 +197,19 @@ def estimate(
     plot: Annotated[Path | None, typer.Option(help="plot 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Estimate memory, step time and GPU-hours, and find the best layouts on a number of GPUs."""
-    from minitron_mp.planning.command import run_estimate
+    from minitron_mp.planning.command import EstimateOptions, run_estimate
 
-    run_estimate(
-        load_recipe(recipe, overrides or []),
+    options = EstimateOptions(
         world,
         gpu=gpu,
-        price=price,
-        top=top,
         hardware_file=hardware,
         times_file=times,
+        price=price,
+        top=top,
         json_file=json,
         plot_file=plot,
     )
+    run_estimate(load_recipe(recipe, overrides or []), options)
 
 
 @app.command()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.console import Tracker
-from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import load_tokenizer
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.build import DTYPES
@@ -96,10 +96,8 @@ def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
         }
         tokenizer = load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
         length = recipe.data.sequence_length
-        train, valid = (
-            open_samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat)
-            for part, (n, repeat) in parts.items()
-        )
+        corpus = Corpus(project.paths["data"], tokenizer, length, recipe.seed)
+        train, valid = (open_samples(corpus, part, n, repeat=repeat) for part, (n, repeat) in parts.items())
         device = world.device
     student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device)
     teacher = AutoModelForCausalLM.from_pretrained(

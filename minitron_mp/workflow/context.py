@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from minitron_mp.artifacts.checkpoint import load_model
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.layer_pairs import LayerPairs
@@ -71,7 +71,9 @@ class StageContext(StageFiles):
     @property
     def teacher_checkpoint(self) -> ModelCheckpoint:
         """Checkpoint of the model that the student is distilled from."""
-        return ModelCheckpoint(self.arch(self.recipe.distillation_teacher), self.paths[self.recipe.distillation_teacher])
+        return ModelCheckpoint(
+            self.arch(self.recipe.distillation_teacher), self.paths[self.recipe.distillation_teacher]
+        )
 
     def frozen(self, checkpoint: ModelCheckpoint, *, fp8: str | None) -> ShardedModel:
         """A teacher in this world's layout and the recipe's teacher precision, for forward passes."""
@@ -100,15 +102,9 @@ class StageContext(StageFiles):
         unit = micro_batch_size * dp * interleaved
         units = -(-num_samples // unit)
         size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
-        samples = open_samples(
-            self.paths["texts" if part in recipe.data.held_out else "data"],
-            part,
-            recipe.data.sequence_length,
-            num_samples,
-            recipe.seed,
-            self.tokenizer(),
-            repeat=False,
-        )
+        stage = "texts" if part in recipe.data.held_out else "data"
+        corpus = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
+        samples = open_samples(corpus, part, num_samples, repeat=False)
         sizes = {
             "global_batch_size": size,
             "micro_batch_size": micro_batch_size,
@@ -127,15 +123,11 @@ def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
 
 def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
     """The samples of all steps, the same for every role."""
-    recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
-    count = settings.steps * settings.global_batch_size
-    return open_samples(
+    corpus = Corpus(
         job.paths["data"],
-        "train",
-        recipe.data.sequence_length,
-        count,
-        recipe.seed,
         job.tokenizer(),
-        repeat=True,
-        owner=owner,
+        job.recipe.data.sequence_length,
+        job.recipe.seed,
+        index_owner="teacher" if job.world.role == "teacher" else "",
     )
+    return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)

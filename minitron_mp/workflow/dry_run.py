@@ -23,8 +23,8 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     from omegaconf import OmegaConf
 
     from minitron_mp.models.hf_config import has_weights, read_arch
-    from minitron_mp.planning.command import dry_run_rows
-    from minitron_mp.planning.memory import memory_rows
+    from minitron_mp.planning.case import PlanningCase
+    from minitron_mp.planning.dry_run import dry_run_rows
 
     graph = StageGraph(recipe)
     if stage is not None:
@@ -37,9 +37,11 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     students, left_out = _students(recipe, base)
     student = max(students, key=lambda arch: arch.num_parameters())
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
-    rows = memory_rows(base, teacher, student, recipe, ranks)
-    rows += dry_run_rows(teacher, student, recipe, ranks)
-    table("layout and memory", ("what", "value"), rows)
+    table(
+        "layout and memory",
+        ("what", "value"),
+        dry_run_rows(base, PlanningCase(student, teacher, recipe, ranks)),
+    )
     if recipe.search:
         _show_candidates(students, left_out)
     if weights:

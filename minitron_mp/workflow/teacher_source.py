@@ -54,7 +54,11 @@ def log_fp8_teacher_kl(job: StageContext, chunks: list[Any] | None) -> str | Non
 def _fp8_teacher_kl(job: StageContext, chunks: list[Any]) -> str:
     _, groups = job.groups("valid", KL_SAMPLES, job.recipe.distill.micro_batch_size, exact=False)
     quality = compare(
-        {"fp8": chunks}, job.teacher(), groups, job.world, vocab_size=job.arch(job.recipe.distillation_teacher).vocab_size
+        {"fp8": chunks},
+        job.teacher(),
+        groups,
+        job.world,
+        vocab_size=job.arch(job.recipe.distillation_teacher).vocab_size,
     )
     exact, rough = quality["teacher"], quality["fp8"]
     name = job.recipe.teacher.fp8
@@ -100,7 +104,10 @@ def open_teacher(job: StageContext, first: int) -> ColocatedTeacher | RemoteTeac
     head = None
     if t.payload == "hidden":
         head = load_head(
-            job.arch(recipe.distillation_teacher), job.paths[recipe.distillation_teacher], world, DTYPES[recipe.teacher_precision]
+            job.arch(recipe.distillation_teacher),
+            job.paths[recipe.distillation_teacher],
+            world,
+            DTYPES[recipe.teacher_precision],
         )
     return RemoteTeacher(receiver, t.payload, head, world, pairs, stream_end)
 
@@ -174,7 +181,9 @@ def _pairs(job: StageContext) -> LayerPairs | None:
     if recipe.distill.states is None:
         return None
     channels = None if recipe.teacher.model else tuple(PrunePlan.load(job.paths["plan"]).hidden)
-    return LayerPairs(recipe.distill.states, job.arch("prune"), job.arch(recipe.distillation_teacher), channels)
+    return LayerPairs(
+        recipe.distill.states, job.arch("prune"), job.arch(recipe.distillation_teacher), channels
+    )
 
 
 def signal_shape(job: StageContext) -> StreamShape:
@@ -212,7 +221,8 @@ def _handshake(job: StageContext, link: Link, first: int) -> int:
     assert bridge is not None
     own = job.arch(recipe.distillation_teacher if job.world.role == "teacher" else "prune")
     made_from = {
-        stage: require_artifact(job.paths[stage], stage).fingerprint for stage in (recipe.distillation_teacher, "data")
+        stage: require_artifact(job.paths[stage], stage).fingerprint
+        for stage in (recipe.distillation_teacher, "data")
     }
     mine = contract(
         recipe,

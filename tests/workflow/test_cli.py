@@ -356,15 +356,15 @@ def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, 
     output = f"output={tmp_path / 'out'}"
     largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
-    refused(done, f"the tokenizer has ids up to {largest}, the model's embedding has 300 rows")
+    refused(done, f"the tokenizer has ids up to {largest}, but the model's embedding has 300 rows")
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
     refused(
         done,
-        "4096 are wanted; lower num_samples of score, depth and search to at most",
-        "valid text holds",
+        "4096 are needed: lower num_samples of score, depth and search to at most",
+        "valid text has",
         "lower evaluate.num_samples to at most",
     )
-    samples = int(re.search(r"calibration text holds (\d+) samples of 32 tokens", done.err)[1])
+    samples = int(re.search(r"calibration text has (\d+) samples of 32 tokens", done.err)[1])
     assert not (tmp_path / "out" / "importance.safetensors").exists()
     done = on_ranks(1, "score", recipe, output, f"score.num_samples={samples}", "score.micro_batch_size=1")[0]
     assert done.code == 0, done

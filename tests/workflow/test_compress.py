@@ -498,7 +498,7 @@ def test_plan_of_another_model_is_rejected(copied, on_rank):
         plan.write_text(json.dumps({**content, "manifest": {**content["manifest"], **change}}))
         refused(
             on_rank("prune", copied.recipe),
-            "plan.json was made from something else; run `minitron-mp plan` again, or restore",
+            "plan.json was made from other inputs or settings; run `minitron-mp plan` again, or restore",
             row,
         )
     assert not (copied.output / "student").exists()
@@ -540,7 +540,7 @@ def test_foreign_folder_is_not_replaced(copied, on_rank, name):
     (copied.output / name / "thesis.txt").write_text("years of work")
     refused(
         on_rank("compress", copied.recipe),
-        f"{copied.output / name} holds no manifest.json",
+        f"{copied.output / name} has no manifest.json",
         "will not replace it; move it, or set another output",
     )
     assert names(copied.output / name) == ["thesis.txt"]
@@ -589,7 +589,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     assert "## Teacher correction" in report
     assert "| uncorrected |" in report
     assert len((project.paths["correct"] / "metrics_correct.jsonl").read_text().splitlines()) == 20
-    assert "What the student would be without it is not known" in report
+    assert "How much the student gains from correction is unknown" in report
     records = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["fingerprint"], row["ranks"]) for row in records] == [
         (name, project.manifest(name).fingerprint, 1) for name in project.stages
@@ -602,7 +602,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
         for folder in (tmp_path / "out", whole.output)
     )
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"its held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
+    assert f"held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
     assert len((tmp_path / "out" / "stages.jsonl").read_text().splitlines()) == len(
         records
     )  # nothing has run
@@ -635,9 +635,10 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     losses = {name: {"loss": 1.0} for name in ("uncorrected", "teacher", "distilled")}
     said = correction_gain(more, {**evaluation, "texts": {"old": losses, "new": losses}})
-    assert "its held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
+    assert "held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
     assert (
-        said[-1] == "That student was not judged on new: run `evaluate` there with the same `data.held_out`."
+        said[-1]
+        == "That student was not evaluated on new: run `evaluate` there with the same `data.held_out`."
     )
     refused(
         on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"),
@@ -692,8 +693,8 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     ]  # nothing that training hangs on
     assert len((project.paths["distill"] / "metrics_correct.jsonl").read_text().splitlines()) == 12
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "is distilled from it while it learns, and cut from the original" in report
-    assert "its held-out loss on old went from" in report
+    assert "is pruned from the original model, and distilled from the teacher during correction" in report
+    assert "held-out loss on old changed from" in report
     assert "| old (" in report
     refused(
         on_rank("compress", recipe, "teacher.placement=cached"),
@@ -836,7 +837,7 @@ def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
         {0, 1, 2, 3} - set(found["trials"][-1][0])
     )
     task.write_text("".join(lines[:2]))
-    refused(on_rank("plan", recipe), "depth.json was made from something else", "input task: ")
+    refused(on_rank("plan", recipe), "depth.json was made from other inputs or settings", "input task: ")
     refused(
         on_rank("compress", recipe, "depth.task=nowhere.jsonl"), "depth.task: there is no file nowhere.jsonl"
     )
@@ -1003,7 +1004,7 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=1e-4, abs=0), key
     refused(
         run("distill", cached, "distill.micro_batch_size=4", "--force"),
-        "teacher_signals was made from something else",
+        "teacher_signals was made from other inputs or settings",
         "micro_batch_size: 2, here 4",
     )
     (shard, *_) = sorted((tmp_path / "out" / "teacher_signals").glob("*.safetensors"))

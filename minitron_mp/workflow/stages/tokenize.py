@@ -54,7 +54,7 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
                 writing_artifact(context.output, context.manifest) as folder,
             ):
                 tokens = tokenize_corpus(
-                    recipe.data, tokenizer, folder, recipe.seed, further=held_out, progress=progress
+                    recipe.data, tokenizer, folder, recipe.seed, held_out=held_out, progress=progress
                 )
         except OSError as error:
             raise InputError(f"{context.output} cannot be written: {error}") from error
