@@ -763,11 +763,11 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
         on_rank("import-teacher", whole.recipe),
         "the recipe has no stage import-teacher; add teacher.model",
     )
-    refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
+    refused(on_rank("compress", recipe, "correct.steps=300"), "correct it in a separate run")
     other = make_model(tmp_path / "other", vocab_size=400)
     refused(
         on_rank("compress", recipe, f"teacher.model={other}"),
-        "teacher.model has a vocabulary of 400, the model that is cut",
+        "teacher.model has a vocabulary of 400, the model that is pruned",
     )
 
 
