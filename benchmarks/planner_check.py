@@ -33,7 +33,7 @@ from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import Times, read_hardware, read_times
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
-from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run import RunOptions, TrainingRun
 
 TIME, MEMORY = 0.15, 0.10
 """What the planner may be off."""
@@ -135,14 +135,10 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
             for fp8 in (None, vars(recipe.teacher)["fp8"])
         ]
     taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
-    for chunk in taught:
-        chunk.eval().requires_grad_(False)
-    chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
-    source = RandomTeacher(taught, world)
+    model = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
+    source = ColocatedTeacher(taught)
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
-    training = TrainingRun(
-        chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
-    )
+    training = TrainingRun(model, source, d, RunOptions(None, manifest))
     tokens = torch.randint(0, student.vocab_size, (d.micro_batch_size, sequence))
     positions = torch.arange(sequence).expand_as(tokens).contiguous()
     batch = {
@@ -161,13 +157,6 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
         found.append(time.perf_counter() - start)
     training.settle()
     return statistics.median(found[2:])
-
-
-class RandomTeacher(ColocatedTeacher):
-    """One that was not read from a checkpoint."""
-
-    def __init__(self, chunks: list[Any], world: World):
-        self.chunks, self.world, self.pairs, self.capture = chunks, world, None, None
 
 
 if __name__ == "__main__":

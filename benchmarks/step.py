@@ -33,18 +33,16 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.teacher import Signal, with_signals
-from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
-from minitron_mp.losses.fused import TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, logits, output_weight
+from minitron_mp.models.build import build_model, logits
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
 from minitron_mp.planning.memory import kept_per_token
-from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run import RunOptions, TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 SMALL = {
@@ -56,29 +54,6 @@ SMALL = {
     "vocab_size": 1024,
 }
 GIB = 2**30
-
-
-class Teacher:
-    """A frozen model of random weights, as the trainer sees a teacher on its own ranks."""
-
-    pairs = None
-
-    def __init__(self, arch: Arch, world: World, **build: Any):
-        self.world, self.chunks = world, build_model(arch, world, random_weights=True, **build)
-        for chunk in self.chunks:
-            chunk.eval().requires_grad_(False)
-
-    def signals(self, batches: Any, step: int) -> list[Signal]:
-        return [
-            Signal(hidden, [])
-            for hidden in run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden)
-        ]
-
-    def target(self, signal: Signal) -> TeacherHidden:
-        assert signal.hidden is not None
-        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
-
-    def release(self, signal: Signal) -> None: ...
 
 
 def main() -> None:
@@ -194,17 +169,13 @@ def measure(
     settings = settings.model_copy(update={"cuda_graphs": graphs})
     if "bf16 logits" in loss:
         settings = settings.model_copy(update={"logits_precision": "bf16"})
-    teacher = Teacher(teacher_arch, world, fp8="tensorwise" if fp8 == "delayed" else fp8, **build)
-    chunks = build_model(arch, world, training=settings, random_weights=True, **build)
-    student = TrainingRun(
-        chunks,
-        teacher,
-        settings,
-        world,
-        vocab_size=arch.vocab_size,
-        checkpoints=None,
-        manifest=Manifest(stage="distill", settings={}, inputs={}),
+    teacher_fp8 = "tensorwise" if fp8 == "delayed" else fp8
+    teacher = ColocatedTeacher(
+        build_model(teacher_arch, world, random_weights=True, fp8=teacher_fp8, **build)
     )
+    model = build_model(arch, world, training=settings, random_weights=True, **build)
+    manifest = Manifest(stage="distill", settings={}, inputs={})
+    student = TrainingRun(model, teacher, settings, RunOptions(None, manifest))
     tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
     positions = torch.arange(sequence)[None]
     batch = {
@@ -217,9 +188,9 @@ def measure(
     def naive(hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         target = teacher.target(batch["teacher"])
         with torch.no_grad():
-            wanted = logits(teacher.chunks[-1], target.hidden)
+            wanted = logits(teacher.model.last_chunk, target.hidden)
         log_q, log_p = (
-            F.log_softmax(logits(chunks[-1], hidden).float(), -1),
+            F.log_softmax(logits(model.last_chunk, hidden).float(), -1),
             F.log_softmax(wanted.float(), -1),
         )
         return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), batch["loss_mask"].sum().int(), {}
@@ -247,7 +218,7 @@ def measure(
     )
     student.settle()
     if graphs:
-        forget_cuda_graphs(chunks)
+        forget_cuda_graphs(model.chunks)
     return {
         "layers": f"{fp8 or 'bf16'}{', graphs' * graphs}",
         "loss": loss,

@@ -80,7 +80,7 @@ def _stopping(write: Any, stop_at: int) -> Any:
 def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
     """(pipeline stage, parameters on this rank) of a model."""
     with joined(layout) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH).chunks
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
@@ -89,10 +89,10 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
         job = StageContext(project.recipe, world, project.paths, project.manifest("distill"))
-        chunks = job.teacher().chunks
-        same = log_fp8_teacher_kl(job, chunks)
-        chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, log_fp8_teacher_kl(job, chunks)
+        model = job.teacher().model
+        same = log_fp8_teacher_kl(job, model)
+        model.chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
+        return same, log_fp8_teacher_kl(job, model)
 
 
 class _Stopped(BaseException):

@@ -21,7 +21,7 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.world import World, build_groups, leave_groups
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run import RunOptions, TrainingRun
 
 META = torch.device("meta")
 
@@ -52,13 +52,13 @@ def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int,
                         patch("torch.cuda.current_device", lambda: META),
                     ):
                         assert (world.groups.pp.rank(), world.groups.tp.rank()) == (stage, tp_rank)
-                        chunks = build_model(
+                        model = build_model(
                             arch,
                             dataclasses.replace(world, device=META),
                             precision="bf16",
                             sequence_length=128,
                         )
-                        weights = [weight for chunk in chunks for weight in chunk.parameters()]
+                        weights = [weight for chunk in model.chunks for weight in chunk.parameters()]
                         assert all(weight.is_meta for weight in weights)
                         counts.append(sum(weight.numel() for weight in weights))
                 found[-1].append(tuple(counts))
@@ -79,7 +79,7 @@ def kept(cases: list[tuple[Arch, ParallelConfig, str, bool, int, int]]) -> list[
                     sequence_length=sequence,
                     training=training,
                     random_weights=True,
-                )
+                ).chunks
                 weights, held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
 
                 def pack(tensor: torch.Tensor, weights: set = weights, held: dict = held) -> torch.Tensor:
@@ -167,18 +167,10 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
 
 def make_run(arch: Arch, world: World, microbatches: int, precision: str) -> TrainingRun:
     settings = CORRECT.model_copy(update={"micro_batch_size": 1, "global_batch_size": microbatches})
-    chunks = build_model(
+    model = build_model(
         arch, world, precision=precision, sequence_length=8, training=settings, random_weights=True
     )
-    return TrainingRun(
-        chunks,
-        None,
-        settings,
-        world,
-        vocab_size=arch.vocab_size,
-        checkpoints=None,
-        manifest=manifest("correct", arch),
-    )
+    return TrainingRun(model, None, settings, RunOptions(None, manifest("correct", arch)))
 
 
 def batches(arch: Arch, count: int) -> list[dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from workers import joined, load
 
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 def ask(
@@ -38,10 +40,8 @@ def ask(
         lm = ShardedLM(
             load(arch, teacher, world),
             tokenizer,
-            world,
             max_length=max_length,
             micro_batch_size=4,
-            vocab_size=arch.vocab_size,
         )
         found = {
             "pairs": lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs]),
@@ -62,12 +62,10 @@ def refusals(arch: Arch, folder: Path, settings: list[dict[str, Any]]) -> list[s
     said = []
     with joined(Layout("one", 1)) as world:
         lm = ShardedLM(
-            [],
+            ShardedModel([], arch, world, 8, "fp32"),
             AutoTokenizer.from_pretrained(folder),
-            world,
             max_length=8,
             micro_batch_size=1,
-            vocab_size=arch.vocab_size,
         )
         calls = [(lm.generate_until, ("a", how)) for how in settings] + [
             (lm.loglikelihood, ("a", "b c d e f g h i j k l m")),
@@ -90,12 +88,10 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
 
     with joined(layout) as world:
         lm = ShardedLM(
-            [],
+            ShardedModel([], arch, world, 8, "fp32"),
             AutoTokenizer.from_pretrained(folder),
-            world,
             max_length=8,
             micro_batch_size=1,
-            vocab_size=arch.vocab_size,
         )
         try:
             lm.loglikelihood([SimpleNamespace(args=("a", " bc"[: 2 + world.rank]))])
@@ -119,9 +115,11 @@ def command(
     recipe = Path(arguments[1]).parent
     arch = read_arch(recipe / "model")
     with joined(layout) as world:
-        chunks = load(arch, recipe / "out" / "teacher", world)
-        place = {"sequence_length": 32, "micro_batch_size": micro_batch_size, "vocab_size": arch.vocab_size}
+        model = replace(load(arch, recipe / "out" / "teacher", world), sequence_length=32)
         own = score_task(
-            {"teacher": chunks}, read_task_file(task), load_tokenizer(recipe / "model"), world, **place
+            {"teacher": model},
+            read_task_file(task),
+            load_tokenizer(recipe / "model"),
+            micro_batch_size=micro_batch_size,
         )["teacher"]
     return done, own.accuracy, own.normalised

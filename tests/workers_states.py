@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
 from torch import Tensor
-from workers import count_hooks, joined
+from workers import count_hooks, joined, load
 from workers_stream import joined_roles, make_link
 from workers_training import Runner, copy_once
 
@@ -17,8 +17,7 @@ from minitron_mp.distillation.hidden_states import LayerPairs
 from minitron_mp.distillation.serve import serve_signals
 from minitron_mp.distillation.stream import Receiver, Senders
 from minitron_mp.distillation.stream_layout import StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
-from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, load_head
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.training import loop
@@ -26,7 +25,6 @@ from minitron_mp.training.metrics import StepMetrics
 
 Student = tuple[Arch, Path, list[int]]
 """Architecture, checkpoint, kept channels."""
-FROZEN: dict[str, Any] = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
 
 
 def train_all(
@@ -41,16 +39,13 @@ def train_all(
     with joined(layout) as world:
         for name, ((student_arch, student, channels), settings, stopped) in runs.items():
             signals = ColocatedTeacher(
-                arch,
-                teacher,
-                world,
-                **FROZEN,
+                load(arch, teacher, world),
                 pairs=LayerPairs(settings.states, student_arch, arch, tuple(channels)),
             )
             if stopped:
                 copy_once(stopped, output / name)
-            run_schedule(
-                signals.chunks, micro_batches(make_samples(arch, 9, 2), 1, 0, 1), world, None
+            signals.model.forward(
+                micro_batches(make_samples(arch, 9, 2), 1, 0, 1)
             )  # somebody measures the teacher first
             kept: list[Any] = []
             with watched(kept):
@@ -111,7 +106,7 @@ def train_remote(
             sender = Senders(links, blocks, shape.width) if world.is_last_stage else None
             options = {"group": window, "vocab_size": arch.vocab_size, "pairs": pairs}
             serve_signals(
-                frozen_model(arch, weights, world, **FROZEN),
+                load(arch, weights, world).freeze().chunks,
                 world,
                 shape,
                 link.teacher,
@@ -136,7 +131,7 @@ def without_pairs(layout: Layout, arch: Arch, teacher: Path, settings: DistillCo
     """The refusal of a run with states whose teacher has none."""
     with joined(layout) as world:
         try:
-            Runner(world, ColocatedTeacher(arch, teacher, world, **FROZEN), settings)(arch, teacher, output)
+            Runner(world, ColocatedTeacher(load(arch, teacher, world)), settings)(arch, teacher, output)
         except InputError as error:
             return str(error)
         return ""

@@ -21,7 +21,7 @@ from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, mi
 from torch import Tensor
 from workers import gather, joined, load, manifest
 
-from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_model
+from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_weights
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig, ProfileConfig
 from minitron_mp.distillation.teacher import ColocatedTeacher
@@ -34,7 +34,7 @@ from minitron_mp.models.build import build_model
 from minitron_mp.training import run as trainer
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
-from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run import RunOptions, TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 
 
@@ -46,7 +46,7 @@ def train_everything(
     The checkpoint after RESUME_AT steps stays in output/unbroken. Metrics are rank 0's, [] elsewhere.
     """
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(load(arch, teacher, world))
         run = Runner(world, signals, settings(layout))
         unbroken = run(student_arch, student, output / "unbroken")
         copy_once(output / "unbroken", output / "resumed")
@@ -60,13 +60,13 @@ def train_everything(
             micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
             for step in range(2)
         ]
-        models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
+        models = {"student": load(student_arch, student, world), "teacher again": signals.model}
         return {
             "unbroken": unbroken.metrics,
             "resumed": resumed.metrics,
             "bitwise": all(map(torch.equal, unbroken.weights, resumed.weights)),
             "same": Runner(world, signals, pure)(arch, teacher, output / "same").metrics,
-            "quality": compare(models, signals, steps, world, vocab_size=arch.vocab_size),
+            "quality": compare(models, signals, steps),
         }
 
 
@@ -85,7 +85,7 @@ def train_variants(
     """
     found = {}
     with joined(layout) as world, small_buckets():
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(load(arch, teacher, world))
         for name, chosen in variants.items():
             runner = Runner(world, None if isinstance(chosen, CorrectionConfig) else signals, chosen)
             run = runner(student_arch, student, output / name, stop_after=RESUME_AT)
@@ -125,16 +125,12 @@ def correct_meanwhile(
     with joined(layout) as world:
 
         def start(curve: list[StepMetrics]) -> TrainableTeacher:
-            chunks = build_model(
+            model = build_model(
                 arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct
             )
-            load_model(chunks, teacher, world)
-            state = {"checkpoints": None, "manifest": manifest("distill")}
-            return TrainableTeacher(
-                TrainingRun(
-                    chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state
-                )
-            )
+            load_weights(model.chunks, teacher, world)
+            options = RunOptions(None, manifest("distill"), on_step=curve.append)
+            return TrainableTeacher(TrainingRun(model, None, correct, options))
 
         for name, parts in (("unbroken", (None,)), ("resumed", (RESUME_AT, None))):
             students, teachers = [], []
@@ -168,9 +164,9 @@ def correct_meanwhile(
             student_arch, student, folder / "once", stop_after=1, companion=learner
         )
         learner.close()
-        chunks = load(student_arch, student, world, precision)
+        model = load(student_arch, student, world, precision)
         for parameter, weight in zip(
-            (parameter for chunk in chunks for parameter in chunk.parameters()), once.weights
+            (parameter for chunk in model.chunks for parameter in chunk.parameters()), once.weights
         ):
             parameter.data.copy_(weight)
         batches = micro_batches(
@@ -180,12 +176,8 @@ def correct_meanwhile(
             world.groups.dp.size(),
         )
         for name, place in (("first", teacher), ("second", output / "alone" / "step_00000001")):
-            frozen = ColocatedTeacher(
-                arch, place, world, precision=precision, sequence_length=SEQUENCE_LENGTH
-            )
-            found[f"kl to the {name}"] = compare(
-                {"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size
-            )[""].kl
+            frozen = ColocatedTeacher(load(arch, place, world, precision))
+            found[f"kl to the {name}"] = compare({"": model}, frozen, [batches])[""].kl
         return found
 
 
@@ -196,7 +188,7 @@ def leave(
     found: dict[str, Any] = {}
     with joined(layout) as world, watch_for_preemption(output) as leaving:
         output.mkdir(parents=True, exist_ok=True)
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(load(arch, teacher, world))
         usual = settings(layout).model_copy(update={"checkpoint_interval": 9})
 
         def stop_file(step: StepMetrics) -> None:
@@ -238,7 +230,7 @@ def killed_writer(
 ) -> dict[str, Any]:
     """Checkpoints beside the training whose writers die in the middle of the second one: what lies there, what is said, and the run that goes on."""
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(load(arch, teacher, world))
         chosen = settings(layout).model_copy(update={"async_save": True, "checkpoint_interval": 1})
         run, said, writers = Runner(world, signals, chosen), "", []
         start = AsyncCheckpointWriter.start
@@ -286,7 +278,7 @@ def profiled(
     """What is refused; traces of the second and third step come into the folder, of the last rank."""
     with joined(layout) as world:
         signals, said = (
-            ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH),
+            ColocatedTeacher(load(arch, teacher, world)),
             [],
         )
         for profile in (
@@ -319,7 +311,7 @@ def resume(
     """The rest of a run that another layout stopped; rank 0's metrics."""
     with joined(layout) as world:
         copy_once(stopped, output)
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(load(arch, teacher, world))
         return Runner(world, signals, settings(layout))(student_arch, None, output).metrics
 
 
@@ -362,11 +354,11 @@ class Runner:
     ) -> Run:
         """start: the student's first weights; None leaves them as they come, for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
-        chunks = build_model(
+        model = build_model(
             arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen
         )
         if start is not None:
-            load_model(chunks, start, world)
+            load_weights(model.chunks, start, world)
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
@@ -374,32 +366,22 @@ class Runner:
                 samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size()
             )
 
-        options = {
-            "vocab_size": arch.vocab_size,
-            "seed": 3,
-            "checkpoints": checkpoints,
-            "manifest": manifest("distill", lr=self.lr_in_manifest),
-            "companion": companion,
-        }
-
         def note(step: StepMetrics) -> None:
             metrics.append(step)
             on_step(step)
 
+        options = RunOptions(
+            checkpoints,
+            manifest("distill", lr=self.lr_in_manifest),
+            seed=3,
+            on_step=note,
+            companion=companion,
+        )
         with suppress(Preempted):
-            train(
-                chunks,
-                self.teacher,
-                batches_of,
-                chosen,
-                world,
-                **options,
-                on_step=note,
-                stop_after=stop_after,
-                **more,
-            )
+            train(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)
         return Run(
-            metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+            metrics,
+            [parameter.detach().clone() for chunk in model.chunks for parameter in chunk.parameters()],
         )
 
 
@@ -408,7 +390,7 @@ def train_in_bf16(
 ) -> list[float]:
     """Losses of a few steps on one batch, teacher and student in bf16."""
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(load(arch, teacher, world, "bf16"))
         chosen = settings(layout).model_copy(update={"steps": steps})
         run = Runner(world, signals, chosen, precision="bf16")
         return [m.loss for m in run(student_arch, student, output, batch_of_step=lambda step: 0).metrics]

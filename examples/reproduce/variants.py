@@ -39,7 +39,7 @@ def random_weights(project: StageGraph) -> None:
     found = require_artifact(path, "prune")
     assert found.arch is not None
     with join_world(recipe.parallel, seed=recipe.seed) as w:
-        chunks = build_model(
+        model = build_model(
             found.arch,
             w,
             precision=recipe.precision,
@@ -48,7 +48,7 @@ def random_weights(project: StageGraph) -> None:
         )
         made = found.model_copy(update={"made_by": BY_HAND})
         save_checkpoint(
-            model_state(chunks, w),
+            model_state(model.chunks, w),
             path,
             made,
             lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS),

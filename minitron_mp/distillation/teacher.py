@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_checkpoint, load_model, vocabulary_shard
+from minitron_mp.artifacts.checkpoint import load_checkpoint, vocabulary_shard
 from minitron_mp.distillation.hidden_states import HiddenStateCapture, LayerPairs
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Payload
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.top_k import unpack_top_k
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, output_weight
+from minitron_mp.models.build import output_weight
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)
@@ -45,37 +46,29 @@ class ColocatedTeacher:
     teacher's head to a chunk of tokens at a time.
     """
 
-    def __init__(
-        self,
-        arch: Arch,
-        folder: Path,
-        world: World,
-        *,
-        pairs: LayerPairs | None = None,
-        prefix: str = "",
-        **build: Any,
-    ):
-        """build: what build_model() takes."""
-        self.world, self.pairs = world, pairs
-        self.chunks = frozen_model(arch, folder, world, prefix=prefix, **build)
+    def __init__(self, model: ShardedModel, *, pairs: LayerPairs | None = None):
+        """Freeze the model and use it as the teacher."""
+        world = model.world
+        self.model, self.world, self.pairs = model.freeze(), world, pairs
         self.capture = pairs and HiddenStateCapture(
-            self.chunks, world, pairs.routes(world.parallel, pairs.blocks(world.parallel)), arch.num_layers
+            model.chunks,
+            world,
+            pairs.routes(world.parallel, pairs.blocks(world.parallel)),
+            model.arch.num_layers,
         )
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
         """One entry a microbatch, on all ranks."""
         if self.capture:
             self.capture.forget()  # of passes for something else: tell_drift() measures these chunks before the first step
-        hidden = run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden) or [None] * len(
-            batches
-        )
+        hidden = self.model.forward(batches, lambda hidden, _: hidden) or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
         return list(map(Signal, hidden, states))
 
     def target(self, signal: Signal) -> TeacherTarget:
         """What the loss takes, on the last stage."""
         assert signal.hidden is not None
-        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
+        return TeacherHidden(signal.hidden, output_weight(self.model.last_chunk))
 
     def states(self, signal: Signal) -> list[Tensor]:
         """The teacher's states [s', b, h_t] that this stage wants, in order of the pairs; called before each chunk's forward pass."""
@@ -164,16 +157,6 @@ def with_signals(teacher: Any, batches: Sequence[Batch], step: int = 0) -> list[
     if teacher is None:
         return list(batches)
     return [{**batch, "teacher": signal} for batch, signal in zip(batches, teacher.signals(batches, step))]
-
-
-def frozen_model(arch: Arch, folder: Path, world: World, *, prefix: str = "", **build: Any) -> list[Any]:
-    """The model of a checkpoint, for forward passes; prefix: of its keys there; build: what build_model() takes."""
-    with torch.no_grad():  # or weights in FP8 would get a transposed copy for the backward pass
-        chunks = build_model(arch, world, **build)
-    load_model(chunks, folder, world, prefix)
-    for chunk in chunks:
-        chunk.eval().requires_grad_(False)
-    return chunks
 
 
 def load_head(arch: Arch, folder: Path, world: World, dtype: torch.dtype) -> Tensor | None:

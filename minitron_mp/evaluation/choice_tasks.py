@@ -8,16 +8,16 @@ acc_norm of lm-evaluation-harness). A last word counts when each of its tokens i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from minitron_mp.distributed.world import World
 from minitron_mp.evaluation.log_likelihood import Row, score_rows
 from minitron_mp.evaluation.task_files import TaskItem
+from minitron_mp.models.sharded_model import ShardedModel
 
 if TYPE_CHECKING:
     from minitron_mp.data.tokenizer import Tokenizer
@@ -54,27 +54,22 @@ def rows_of(items: list[TaskItem], tokenizer: Tokenizer, sequence_length: int) -
 
 
 def score_task(
-    models: dict[str, list[Any]],
+    models: Mapping[str, ShardedModel],
     items: list[TaskItem],
     tokenizer: Tokenizer,
-    world: World,
     *,
-    sequence_length: int,
     micro_batch_size: int,
-    vocab_size: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, TaskResult]:
     """Results of each model, the same on every rank; reached by all ranks. Contexts longer than the sequence lose their beginning."""
-    rows = rows_of(items, tokenizer, sequence_length)
-    options = {
-        "micro_batch_size": micro_batch_size,
-        "vocab_size": vocab_size,
-        "eod": tokenizer.eod,
-        "progress": progress,
-    }
-    return {
-        name: result_of(items, score_rows(chunks, rows, world, **options)) for name, chunks in models.items()
-    }
+    results = {}
+    for name, model in models.items():
+        rows = rows_of(items, tokenizer, model.sequence_length)
+        scores = score_rows(
+            model, rows, micro_batch_size=micro_batch_size, eod=tokenizer.eod, progress=progress
+        )
+        results[name] = result_of(items, scores)
+    return results
 
 
 def result_of(items: list[TaskItem], scores: Tensor) -> TaskResult:

@@ -9,7 +9,7 @@ once at the end. The vocabulary stays sharded: four numbers a position cross ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import float32_logits
 from minitron_mp.models.build import output_weight, unwrap
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,10 @@ class Row:
 
 
 def score_rows(
-    chunks: list[Any],
+    model: ShardedModel,
     rows: Sequence[Row],
-    world: World,
     *,
     micro_batch_size: int,
-    vocab_size: int,
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -47,54 +46,51 @@ def score_rows(
     """
 
     def judge(hidden: Tensor, batch: Batch) -> Tensor:
-        return span_sums(chunks[-1], hidden, batch, world, vocab_size)
+        return span_sums(model.last_chunk, hidden, batch, model.world, model.arch.vocab_size)
 
-    return _over(chunks, rows, world, 2, judge, micro_batch_size, eod, progress)
+    batches = row_batches(rows, model.world, micro_batch_size, eod)
+    return _sum_rows(model, batches, judge, progress, shape=(len(rows), 2))
 
 
 def next_tokens(
-    chunks: list[Any],
+    model: ShardedModel,
     sequences: Sequence[Sequence[int]],
-    world: World,
     *,
     micro_batch_size: int,
-    vocab_size: int,
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """The most likely token after each sequence (of one token or more), on every rank; of equals the lowest. Reached by all ranks."""
 
     def judge(hidden: Tensor, batch: Batch) -> Tensor:
-        _, best = _at_labels(chunks[-1], hidden, batch, world, vocab_size)
+        _, best = _at_labels(model.last_chunk, hidden, batch, model.world, model.arch.vocab_size)
         return (best * (batch["loss_mask"] > 0)).sum(0).double()[:, None]
 
     rows = [Row([*tokens, eod], len(tokens)) for tokens in sequences]
-    return _over(chunks, rows, world, 1, judge, micro_batch_size, eod, progress)[:, 0].long().tolist()
+    batches = row_batches(rows, model.world, micro_batch_size, eod)
+    return _sum_rows(model, batches, judge, progress, shape=(len(rows), 1))[:, 0].long().tolist()
 
 
-def _over(
-    chunks: list[Any],
-    rows: Sequence[Row],
-    world: World,
-    columns: int,
-    judge: Callable[[Tensor, Batch], Tensor],
-    micro_batch_size: int,
-    eod: int,
+def _sum_rows(
+    model: ShardedModel,
+    groups: Iterable[Sequence[Batch]],
+    measure: Callable[[Tensor, Batch], Tensor],
     progress: Callable[[], None],
+    *,
+    shape: tuple[int, int],
 ) -> Tensor:
-    """[rows, columns]: what judge(hidden, batch) [b, columns] says of each row, added up over the ranks."""
-    found = torch.zeros((len(rows), columns), dtype=torch.float64, device=world.device)
-    for chunk in chunks:
-        chunk.eval()
-    for batches in row_batches(rows, world, micro_batch_size, eod):
-        run_schedule(
-            chunks,
-            batches,
-            world,
-            lambda hidden, batch: found.index_add_(0, batch["rows"].to(world.device), judge(hidden, batch)),
-        )
+    """Add up measure(hidden, batch) [b, columns] of each row over the ranks; shape: [rows, columns]."""
+    world = model.world
+    sums = torch.zeros(shape, dtype=torch.float64, device=world.device)
+
+    def add(hidden: Tensor, batch: Batch) -> None:
+        sums.index_add_(0, batch["rows"].to(world.device), measure(hidden, batch))
+
+    model.eval()
+    for batches in groups:
+        model.forward(batches, add)
         progress()
-    return summed(found, world).cpu()
+    return summed(sums, world).cpu()
 
 
 def summed(found: Tensor, world: World) -> Tensor:

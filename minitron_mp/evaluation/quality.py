@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch.distributed as dist
 from pydantic import BaseModel
 
 from minitron_mp.distillation.teacher import with_signals
-from minitron_mp.distributed.schedule import Batch, local_batch, run_schedule
+from minitron_mp.distributed.schedule import Batch, local_batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import Objective, TeacherHidden, distillation_loss
 from minitron_mp.models.build import output_weight, unwrap
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 class Quality(BaseModel):
@@ -28,12 +29,10 @@ class Quality(BaseModel):
 
 
 def compare(
-    models: dict[str, list[Any]],
+    models: Mapping[str, ShardedModel],
     teacher: Any,
     steps: Iterable[Sequence[Batch]],
-    world: World,
     *,
-    vocab_size: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Quality]:
     """Quality of several models and, under "teacher", of the teacher, the same on every rank; reached by all ranks.
@@ -41,11 +40,12 @@ def compare(
     steps: groups of this data parallel rank's microbatches. One group is in flight at a time, so the teacher's signals of one
     group are held, and its forward pass is done once for all models. progress: called after each group.
     """
+    first = next(iter(models.values()))
+    world, vocab_size = first.world, first.arch.vocab_size
     names = [*(["teacher"] if teacher else []), *models]
     sums = {name: torch.zeros(3, dtype=torch.float64, device=world.device) for name in names}
-    for chunks in models.values():
-        for chunk in chunks:
-            chunk.eval()
+    for model in models.values():
+        model.eval()
 
     def add(
         name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherHidden | None, batch: Batch
@@ -63,7 +63,7 @@ def compare(
         add(
             name,
             hidden,
-            output_weight(unwrap(models[name][-1])),
+            output_weight(unwrap(models[name].last_chunk)),
             teacher.target(batch["teacher"]) if teacher else None,
             batch,
         )
@@ -71,8 +71,8 @@ def compare(
     with torch.no_grad():
         for batches in steps:
             batches = with_signals(teacher, batches)
-            for name, chunks in models.items():
-                run_schedule(chunks, batches, world, partial(judge, name))
+            for name, model in models.items():
+                model.forward(batches, partial(judge, name))
             if teacher and world.is_last_stage:
                 for batch in batches:
                     target = teacher.target(batch["teacher"])

@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mp import __version__
-from minitron_mp.artifacts.checkpoint import load_model
+from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, speaks, table
 from minitron_mp.data.tokenizer import load_hugging_face
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
-from minitron_mp.distributed.world import World, join_world
+from minitron_mp.distributed.world import join_world
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.evaluation.log_likelihood import Row, next_tokens, num_groups, score_rows
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.report.tables import HARNESS, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
 from minitron_mp.workflow.context import ASSETS
@@ -71,29 +72,18 @@ class ShardedLM(TemplateLM):
 
     def __init__(
         self,
-        chunks: list[Any],
+        model: ShardedModel,
         tokenizer: Any,
-        world: World,
         *,
         max_length: int,
         micro_batch_size: int,
-        vocab_size: int,
     ):
         super().__init__()
         if tokenizer.eos_token_id is None:
             raise InputError("the harness needs a tokenizer with an end-of-sequence token; set eos_token")
-        self.chunks, self.tokenizer, self.world, self.max_length, self.cut = (
-            chunks,
-            tokenizer,
-            world,
-            max_length,
-            0,
-        )
-        self.place: dict[str, int] = {
-            "micro_batch_size": micro_batch_size,
-            "vocab_size": vocab_size,
-            "eod": self.eot_token_id,
-        }
+        self.sharded_model, self.tokenizer = model, tokenizer
+        self.max_length, self.micro_batch_size = max_length, micro_batch_size
+        self.cut = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -153,11 +143,15 @@ class ShardedLM(TemplateLM):
             return []
         with Tracker(
             "harness: loglikelihood",
-            num_groups(len(rows), self.world, self.place["micro_batch_size"]),
+            num_groups(len(rows), self.sharded_model.world, self.micro_batch_size),
             "batches",
         ) as tracker:
             scores = score_rows(
-                self.chunks, rows, self.world, **self.place, progress=lambda: tracker.advance(1)
+                self.sharded_model,
+                rows,
+                micro_batch_size=self.micro_batch_size,
+                eod=self.eot_token_id,
+                progress=lambda: tracker.advance(1),
             )
         return [(log_p, missed == 0) for log_p, missed in scores.tolist()]
 
@@ -189,7 +183,10 @@ class ShardedLM(TemplateLM):
         with Tracker("harness: generate_until", len(active), "requests") as tracker:
             while active:
                 found = next_tokens(
-                    self.chunks, [plans[i][0] + made[i] for i in active], self.world, **self.place
+                    self.sharded_model,
+                    [plans[i][0] + made[i] for i in active],
+                    micro_batch_size=self.micro_batch_size,
+                    eod=self.eot_token_id,
                 )
                 for i, token in zip(active, found):
                     made[i].append(token)
@@ -282,17 +279,15 @@ def run_harness(
             lambda: _load(manager, names), takes_long=True
         )  # so that one rank fetches what the others then find
         precision = recipe.teacher_precision if model == "teacher" else recipe.precision
-        chunks = build_model(
+        sharded = build_model(
             arch, ranks, precision=precision, sequence_length=length, transformer_impl=recipe.transformer_impl
         )
-        load_model(chunks, path, ranks, prefix)
+        load_weights(sharded.chunks, path, ranks, prefix)
         lm = ShardedLM(
-            chunks,
+            sharded,
             tokenizer,
-            ranks,
             max_length=length,
             micro_batch_size=recipe.evaluate.micro_batch_size,
-            vocab_size=arch.vocab_size,
         )
         options = {
             "limit": limit,

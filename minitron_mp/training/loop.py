@@ -11,65 +11,53 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.teacher import with_signals
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.schedule import Batch
-from minitron_mp.distributed.world import World, seed_all
+from minitron_mp.distributed.world import seed_all
 from minitron_mp.models.precision import forget_cuda_graphs
-from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.profiling import Profiler
-from minitron_mp.training.run import Diverged, TrainingRun
-from minitron_mp.training.throughput import Work
+from minitron_mp.training.run import Diverged, RunOptions, TrainingRun
 
 
 def train(
-    chunks: list[Any],
+    model: ShardedModel,
     teacher: Any,
     batches_of: Callable[[int], Sequence[Batch]],
     settings: DistillConfig | CorrectionConfig,
-    world: World,
+    options: RunOptions,
     *,
-    vocab_size: int,
-    seed: int,
-    checkpoints: Path,
-    manifest: Manifest,
-    on_step: Callable[[StepMetrics], None] = lambda metrics: None,
     stop_after: int | None = None,
-    companion: Any = None,
-    work: Work | None = None,
     profile_folder: Path | None = None,
 ) -> None:
-    """Train the chunks in place to settings.steps, from the newest checkpoint of this very run if there is one.
+    """Train the model in place to settings.steps, from the newest checkpoint of this run if there is one.
 
-    batches_of(step): this data parallel rank's microbatches of a step (from 0). on_step runs on rank 0, each log_interval, for
-    every step since. stop_after: return after so many steps of this call, checkpoint written. companion:
-    what has a state of its own in the checkpoints, sharded() and fill() as Run has them. work: for the meter. profile_folder: for the traces of
-    settings.profile. InputError when the loss is not finite; Left when world.leaving says so, checkpoint written. Reached by all ranks.
+    batches_of(step): this data parallel rank's micro-batches of a step (from 0). stop_after: return
+    after this many steps of this call, with a checkpoint written. profile_folder: for the traces of
+    settings.profile. InputError when the loss is not finite; Preempted when the job has to stop, with
+    a checkpoint written. Reached by all ranks.
     """
-    place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
     try:
-        training = TrainingRun(
-            chunks, teacher, settings, world, vocab_size=vocab_size, on_step=on_step, work=work, **place
-        )
+        training = TrainingRun(model, teacher, settings, options)
         profiler = (
-            Profiler(settings.profile, world, profile_folder, manifest.stage)
+            Profiler(settings.profile, model.world, profile_folder, options.manifest.stage)
             if settings.profile and profile_folder
             else None
         )
         last = min(settings.steps, training.done + (stop_after or settings.steps))
         try:
-            train_together([training], teacher, batches_of, last, seed=seed, profiler=profiler)
+            train_together([training], teacher, batches_of, last, profiler=profiler)
         except Preempted:
             training.settle()
             raise
         training.settle()
-    finally:  # a Run that cannot be made has recorded nothing, but building the model has set Megatron's stream
+    finally:  # a run that cannot be made has recorded nothing, but building the model has set Megatron's stream
         if settings.cuda_graphs:
-            forget_cuda_graphs(chunks)
+            forget_cuda_graphs(model.chunks)
 
 
 def train_together(
@@ -78,7 +66,6 @@ def train_together(
     batches_of: Callable[[int], Sequence[Batch]],
     last: int,
     *,
-    seed: int,
     go_on: bool = False,
     profiler: Profiler | None = None,
 ) -> None:
@@ -99,7 +86,7 @@ def train_together(
             if (
                 not training.settings.cuda_graphs
             ):  # recorded layers hold on to their random streams, and draw nothing from them
-                seed_all(seed + step)
+                seed_all(training.seed + step)
             try:
                 training.step(batches, is_last=step + 1 == last)
             except Diverged:

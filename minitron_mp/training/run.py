@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from minitron_mp.errors import InputError, refuse
 from minitron_mp.losses.fused import Objective, distillation_loss
 from minitron_mp.models.build import DTYPES, output_weight, unwrap
 from minitron_mp.models.precision import silently_wrong
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.run_checkpoint import resume_step, step_folder
 from minitron_mp.training.throughput import Throughput, Work, peak_memory_gib
@@ -52,6 +54,25 @@ from minitron_mp.training.throughput import Throughput, Work, peak_memory_gib
 
 class Diverged(InputError):
     """A loss or gradient norm is not finite."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a training run needs beside its model, teacher and hyperparameters.
+
+    checkpoints: folder of its checkpoints; None: another run saves its state. manifest: of the artefact
+    that is being made; a checkpoint with another manifest is not resumed from. seed: random streams and
+    batches of a step follow from it and the step. on_step: called on rank 0 for each step, at every
+    log_interval. companion: a second object with state in the checkpoints. work: FLOPs of a step, for
+    the metrics.
+    """
+
+    checkpoints: Path | None
+    manifest: Manifest
+    seed: int = 1
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None
+    companion: Any = None
+    work: Work | None = None
 
 
 class TrainingRun:
@@ -62,29 +83,24 @@ class TrainingRun:
 
     def __init__(
         self,
-        chunks: list[Any],
+        model: ShardedModel,
         teacher: Any,
         settings: DistillConfig | CorrectionConfig,
-        world: World,
-        *,
-        vocab_size: int,
-        checkpoints: Path | None,
-        manifest: Manifest,
-        on_step: Callable[[StepMetrics], None] = lambda metrics: None,
-        companion: Any = None,
-        work: Work | None = None,
+        options: RunOptions,
     ):
+        world, checkpoints = model.world, options.checkpoints
         self.settings, self.world, self.checkpoints, self.manifest, self.on_step = (
             settings,
             world,
             checkpoints,
-            manifest,
-            on_step,
+            options.manifest,
+            options.on_step,
         )
-        self.companion, self.teacher, self.work = companion, teacher, work
-        self.models, self.optimizer, self.scheduler = _prepare(chunks, settings, world)
+        self.companion, self.teacher, self.work = options.companion, teacher, options.work
+        self.seed = options.seed
+        self.models, self.optimizer, self.scheduler = _prepare(model.chunks, settings, world)
         self.states = HiddenStatesLoss(self.models, teacher, settings, world) if settings.states else None
-        self.loss = _LossOnLastStage(self.models[-1], teacher, settings, world, vocab_size)
+        self.loss = _LossOnLastStage(self.models[-1], teacher, settings, world, model.arch.vocab_size)
         self.sums: list[torch.Tensor] = []
         self.pending: list[tuple[int, float, float, torch.Tensor | None]] = []
         """step, learning rate, gradient norm, alpha"""

@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
-from minitron_mp.artifacts.checkpoint import load_model
+from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
@@ -23,6 +22,7 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
 
 ASSETS = "assets"
@@ -55,34 +55,56 @@ class StageContext:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
 
-    @property
-    def build_options(self) -> dict[str, Any]:
-        """What build_model() takes for every model of this recipe."""
-        return {
-            "sequence_length": self.recipe.data.sequence_length,
-            "transformer_impl": self.recipe.transformer_impl,
-        }
-
-    def build(self, stage: str) -> list[Any]:
-        """The model that a stage left, loaded, in this recipe's layout and precision."""
-        chunks = build_model(
-            self.arch(stage), self.world, precision=self.recipe.precision, **self.build_options
+    def empty_model(
+        self,
+        arch: Arch,
+        *,
+        precision: str | None = None,
+        training: TrainingConfig | None = None,
+        fp8: str | None = None,
+        random_weights: bool = False,
+    ) -> ShardedModel:
+        """Build a model in this recipe's layout; precision: default the recipe's. Weights are not loaded."""
+        return build_model(
+            arch,
+            self.world,
+            precision=precision or self.recipe.precision,
+            sequence_length=self.recipe.data.sequence_length,
+            training=training,
+            random_weights=random_weights,
+            transformer_impl=self.recipe.transformer_impl,
+            fp8=fp8,
         )
-        load_model(chunks, self.paths[stage], self.world)
-        return chunks
+
+    def build(self, stage: str, *, training: TrainingConfig | None = None) -> ShardedModel:
+        """Load the model that a stage wrote, in this recipe's layout and precision."""
+        model = self.empty_model(self.arch(stage), training=training)
+        load_weights(model.chunks, self.paths[stage], self.world)
+        return model
 
     def teacher(
         self, pairs: LayerPairs | None = None, *, corrected: bool = False, fp8: str | None = None
     ) -> ColocatedTeacher:
-        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
-        where it teaches, None where it is judged."""
-        arch, options = (
-            self.arch(self.recipe.tutor),
-            {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options},
+        """Load the teacher of the student onto these ranks.
+
+        pairs: hidden states that it provides. corrected: with the weights after `distill`, if that
+        stage corrects the teacher. fp8: teacher.fp8 for training, None for evaluation.
+        """
+        return ColocatedTeacher(self.teacher_model(corrected=corrected, fp8=fp8), pairs=pairs)
+
+    def teacher_model(
+        self, *, corrected: bool = False, fp8: str | None = None, training: TrainingConfig | None = None
+    ) -> ShardedModel:
+        """Load the teacher's weights; corrected and fp8 as for teacher()."""
+        recipe = self.recipe
+        model = self.empty_model(
+            self.arch(recipe.tutor), precision=recipe.teacher_precision, training=training, fp8=fp8
         )
-        if corrected and self.recipe.corrects_meanwhile:
-            return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
-        return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
+        if corrected and recipe.corrects_meanwhile:
+            load_weights(model.chunks, self.paths["distill"], self.world, PREFIX)
+        else:
+            load_weights(model.chunks, self.paths[recipe.tutor], self.world)
+        return model
 
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool

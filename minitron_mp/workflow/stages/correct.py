@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from minitron_mp.artifacts.checkpoint import load_model, model_state, prefixed, save_checkpoint
+from minitron_mp.artifacts.checkpoint import model_state, prefixed, save_checkpoint
 from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.console import Tracker, say
@@ -17,10 +17,11 @@ from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, unwrap
+from minitron_mp.models.build import unwrap
 from minitron_mp.models.precision import communication_buffers
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
+from minitron_mp.training.run import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import Work, distillation_work, training_work
@@ -62,8 +63,7 @@ def run_training(
     def batches_of(step: int) -> Sequence[Batch]:
         return micro_batches(train_set, step, **sizes, **place)
 
-    model = build_model(arch, world, training=settings, precision=recipe.precision, **job.build_options)
-    load_model(model, job.paths[start], world)
+    model = job.build(start, training=settings)
     checkpoints = recipe.root / CHECKPOINTS / name
     first = resume_step(checkpoints, job.manifest, world)
     if first:
@@ -86,26 +86,26 @@ def run_training(
             )
 
         teacher = teacher_from(first, logs.get("correct", on_step))
-        log_fp8_teacher_kl(job, getattr(teacher, "chunks", None))
+        log_fp8_teacher_kl(job, getattr(teacher, "model", None))
         stack.enter_context(communication_buffers(settings, recipe, arch.hidden_size))
         companion = teacher if isinstance(teacher, TrainableTeacher) else None
-        options: dict[str, Any] = {
-            "vocab_size": arch.vocab_size,
-            "seed": recipe.seed,
-            "checkpoints": checkpoints,
-            "manifest": job.manifest,
-            "companion": companion,
-        }
-        options |= {"work": _work(job, arch, settings, teacher), "profile_folder": recipe.root / PROFILE}
+        options = RunOptions(
+            checkpoints,
+            job.manifest,
+            seed=recipe.seed,
+            on_step=on_step,
+            companion=companion,
+            work=_work(job, arch, settings, teacher),
+        )
         try:
-            train(model, teacher, batches_of, settings, world, **options, on_step=on_step)
+            train(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
         except Preempted:
             if teacher is not None:
                 teacher.close()
             raise
         if teacher is not None:
             teacher.close()
-    state = model_state(model, world)
+    state = model_state(model.chunks, world)
     if companion is not None:
         state["teacher"] = prefixed(model_state(list(map(unwrap, companion.chunks)), world), PREFIX)
 

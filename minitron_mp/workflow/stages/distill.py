@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from minitron_mp.artifacts.checkpoint import load_model
-from minitron_mp.models.build import build_model
 from minitron_mp.training.metrics import StepMetrics
-from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run import RunOptions, TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 from minitron_mp.workflow.context import StageContext
 from minitron_mp.workflow.stages.correct import run_training
@@ -31,14 +28,7 @@ def distill_student(job: StageContext) -> None:
 
 
 def _learning_teacher(job: StageContext, log: Callable[[StepMetrics], None]) -> TrainableTeacher:
-    recipe, tutor = job.recipe, job.recipe.tutor
-    assert recipe.correct is not None
-    arch = job.arch(tutor)
-    chunks = build_model(
-        arch, job.world, training=recipe.correct, precision=recipe.teacher_precision, **job.build_options
-    )
-    load_model(chunks, job.paths[tutor], job.world)
-    state: dict[str, Any] = {"checkpoints": None, "manifest": job.manifest}
-    return TrainableTeacher(
-        TrainingRun(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state)
-    )
+    settings = job.recipe.correct
+    assert settings is not None
+    options = RunOptions(None, job.manifest, seed=job.recipe.seed, on_step=log)
+    return TrainableTeacher(TrainingRun(job.teacher_model(training=settings), None, settings, options))

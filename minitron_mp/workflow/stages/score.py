@@ -6,7 +6,6 @@ Every function is reached by all ranks of the world and leaves its artefact whol
 from __future__ import annotations
 
 from minitron_mp.console import Tracker
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.pruning.importance import score
 from minitron_mp.workflow.context import StageContext
@@ -14,17 +13,15 @@ from minitron_mp.workflow.context import StageContext
 
 def score_teacher(job: StageContext) -> None:
     """Importance of all axes in one forward pass over the calibration text."""
-    settings, sequence_length = job.recipe.score, job.recipe.data.sequence_length
-    arch, chunks = job.arch(job.recipe.base), job.build(job.recipe.base)
+    settings = job.recipe.score
+    model = job.build(job.recipe.base).eval()
     _, groups = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
-    for chunk in chunks:
-        chunk.eval()
 
     def forward() -> None:
         with Tracker("score", settings.num_samples, "samples") as tracker:
             for batches in groups:
-                run_schedule(chunks, batches, job.world, None)
+                model.forward(batches)
                 tracker.advance(len(batches) * settings.micro_batch_size * job.world.groups.dp.size())
 
-    result = score(chunks, arch, settings, job.world, sequence_length, forward)
-    on_rank_0(lambda: result.save(job.output, job.manifest.model_copy(update={"arch": arch})))
+    result = score(model.chunks, model.arch, settings, job.world, model.sequence_length, forward)
+    on_rank_0(lambda: result.save(job.output, job.manifest.model_copy(update={"arch": model.arch})))

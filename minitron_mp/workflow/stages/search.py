@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
@@ -28,12 +28,10 @@ from minitron_mp.data.batches import micro_batches
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.sync import on_rank_0
-from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.evaluation.prefill_speed import batch_of, timed
 from minitron_mp.evaluation.quality import compare
-from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.candidates import (
     Candidate,
     Trained,
@@ -50,7 +48,7 @@ from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train_together
-from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run import RunOptions, TrainingRun
 from minitron_mp.workflow.context import StageContext, training_samples
 
 WORK = "search"
@@ -165,14 +163,7 @@ def _of_latency(job: StageContext, found: list[Candidate]) -> list[Candidate]:
     least, most = job.recipe.search.bounds
     with Tracker("search, latency", len(found), "candidates") as tracker:
         for candidate in found:
-            chunks = build_model(
-                candidate.arch,
-                job.world,
-                precision=job.recipe.precision,
-                random_weights=True,
-                **job.build_options,
-            )
-            candidate.latency_s = latency(chunks, candidate.arch, job.world, job.recipe)
+            candidate.latency_s = latency(job.empty_model(candidate.arch, random_weights=True), job.recipe)
             tracker.advance(1, f"{candidate.name}: {1000 * candidate.latency_s:,.1f} ms")
     inside = [c for c in found if least <= 1000 * c.latency_s <= most]
     if not inside:
@@ -184,16 +175,15 @@ def _of_latency(job: StageContext, found: list[Candidate]) -> list[Candidate]:
     return inside
 
 
-def latency(chunks: list[Any], arch: Arch, world: World, recipe: Recipe) -> float:
+def latency(model: ShardedModel, recipe: Recipe) -> float:
     """Seconds of a forward pass of search.batch_size sequences of search.context tokens, the least of some, the slowest rank's; equal on every rank."""
     s = recipe.search
     assert s is not None
     batches = [
-        batch_of(s.batch_size, s.context or recipe.data.sequence_length, arch.vocab_size)
-    ] * world.parallel.interleaved
-    for chunk in chunks:
-        chunk.eval()
-    return min([timed(chunks, world, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
+        batch_of(s.batch_size, s.context or recipe.data.sequence_length, model.arch.vocab_size)
+    ] * model.world.parallel.interleaved
+    model.eval()
+    return min([timed(model, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
 
 
 def _judge_pruned(job: StageContext, progress: _Progress) -> None:
@@ -201,15 +191,13 @@ def _judge_pruned(job: StageContext, progress: _Progress) -> None:
     todo = [c for c in progress.candidates if c.pruned_loss is None]
     if not todo:
         return
-    arch, chunks, groups = job.arch(job.recipe.base), job.build(job.recipe.base), _held_out(job)
+    model, groups = job.build(job.recipe.base), _held_out(job)
     with Tracker(
         "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
     ) as tracker:
         for candidate in todo:
-            with masked(chunks, progress.plan(candidate), job.world):
-                candidate.pruned_loss = compare(
-                    {"": chunks}, None, groups, job.world, vocab_size=arch.vocab_size
-                )[""].loss
+            with masked(model.chunks, progress.plan(candidate), job.world):
+                candidate.pruned_loss = compare({"": model}, None, groups)[""].loss
             progress.keep()
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
 
@@ -226,7 +214,7 @@ def _distill(job: StageContext, progress: _Progress, alive: Sequence[Candidate],
 def _distill_together(
     job: StageContext, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]
 ) -> None:
-    recipe, world, vocab_size = job.recipe, job.world, part[0].arch.vocab_size
+    recipe, world = job.recipe, job.world
     settings, start = training(recipe), time.monotonic()
     for candidate in part:
         _slice(job, progress, candidate)
@@ -234,19 +222,14 @@ def _distill_together(
     runs, models = [], {}
     for candidate in part:
         folder = progress.folder / candidate.name
-        chunks = build_model(
-            candidate.arch, world, training=settings, precision=recipe.precision, **job.build_options
-        )
-        load_model(chunks, folder / "student", world)
+        model = job.empty_model(candidate.arch, training=settings)
+        load_weights(model.chunks, folder / "student", world)
         manifest = job.manifest.model_copy(
             update={"settings": {**job.manifest.settings, "candidate": candidate.name}}
         )
-        runs.append(
-            TrainingRun(
-                chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=folder, manifest=manifest
-            )
-        )
-        models[candidate.name] = chunks
+        options = RunOptions(folder, manifest, seed=recipe.seed)
+        runs.append(TrainingRun(model, teacher, settings, options))
+        models[candidate.name] = model
     first = min(training.done for training in runs)
     with Tracker(f"search, {len(runs)} students to step {last}", last, "steps", first) as tracker:
         runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
@@ -261,7 +244,6 @@ def _distill_together(
                 teacher,
                 partial(micro_batches, train_set, **sizes, **place),
                 last,
-                seed=recipe.seed,
                 go_on=True,
             )
         except Preempted:
@@ -270,7 +252,7 @@ def _distill_together(
             raise
     for one in runs:
         one.settle()
-    quality = compare(models, teacher, groups, world, vocab_size=vocab_size)
+    quality = compare(models, teacher, groups)
     for candidate, one in zip(part, runs):
         found = quality[candidate.name]
         loss, kl = (
@@ -287,7 +269,7 @@ def _distill_together(
         runs,
         one,
         models,
-        chunks,
+        model,
     )  # wrappers and optimizers are garbage in cycles, and as large as the students
     gc.collect()
 
@@ -306,7 +288,9 @@ def _slice(job: StageContext, progress: _Progress, candidate: Candidate) -> None
 
     if on_rank_0(is_there):
         return
-    save_checkpoint(prune(job.build(job.recipe.base), progress.plan(candidate), job.world), folder, manifest)
+    save_checkpoint(
+        prune(job.build(job.recipe.base).chunks, progress.plan(candidate), job.world), folder, manifest
+    )
 
 
 def _held_out(job: StageContext) -> list[list[Batch]]:
