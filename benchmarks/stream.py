@@ -59,13 +59,13 @@ def main() -> None:
     }[args.payload]
     shape, one = StreamShape(args.payload, args.tokens, 1, width, dtype), ParallelConfig()
     with join_roles({"student": (1, one), "teacher": (1, one)}, seed=1) as world:
-        assert world.bridge is not None
+        assert world.channel is not None
         for title, student_s, teacher_s, pause_s in (
             ("nothing else to do", 0.0, 0.0, 0.0),
             ("with the work of a GPU", args.student_ms / 1e3, args.teacher_ms / 1e3, args.pause_ms / 1e3),
         ):
             link = Link(
-                world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window
+                world.channel, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window
             )
             count = args.steps * args.micro_batches
             if world.role == "teacher":

@@ -66,7 +66,7 @@ def work_of(**sections) -> Work:
     world = SimpleNamespace(
         device=torch.device("cpu"),
         size=4,
-        bridge=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
+        channel=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
     )
     return distillation_work(recipe, STUDENT, TEACHER, world, tokens=96)
 

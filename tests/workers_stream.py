@@ -66,7 +66,7 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
 
 
 def make_link(world: World, roles: Roles, shape: StreamShape, window: int) -> Link:
-    bridge = world.bridge
+    bridge = world.channel
     grids = {}
     for role, (ranks, p) in roles.items():
         layout = ParallelConfig(**p)
@@ -127,7 +127,7 @@ def _stream(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     link = make_link(world, roles, shape, window)
-    g, chance, fault = world.groups, random.Random(seed * 100 + world.bridge.rank), _Fault(world, die)
+    g, chance, fault = world.groups, random.Random(seed * 100 + world.channel.rank), _Fault(world, die)
 
     def pause() -> None:
         time.sleep(delay_s * chance.random())
@@ -206,7 +206,7 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
     with joined_roles(roles, timeout_s=3.0) as world:
         link = make_link(world, roles, shape, 3)
         if world.role == "teacher":
-            world.bridge.control.send([torch.tensor([announced])], link.students[0].first, 1).wait()
+            world.channel.control.send([torch.tensor([announced])], link.students[0].first, 1).wait()
             time.sleep(0.5)
             return ""
         receiver, text = Receiver(link, link.students[0], [due], world.device), ""
@@ -215,7 +215,7 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
         except RuntimeError as error:
             text = str(error)
         receiver.close()
-        world.bridge.place.store.delete_key("failed")  # so that the roles part as if nothing had been
+        world.channel.place.store.delete_key("failed")  # so that the roles part as if nothing had been
         return text
 
 
@@ -226,9 +226,9 @@ def wrong_credit(roles: Roles, shape: StreamShape) -> str:
         if world.role == "student":
             number = torch.empty(1, dtype=torch.int64)
             signal = torch.empty(shape.local(ParallelConfig()), dtype=shape.dtype)
-            world.bridge.control.recv([number], link.teacher.first, 1).wait()
-            world.bridge.data.recv([signal], link.teacher.first, 3).wait()
-            world.bridge.control.send([number + 1], link.teacher.first, 2).wait()
+            world.channel.control.recv([number], link.teacher.first, 1).wait()
+            world.channel.data.recv([signal], link.teacher.first, 3).wait()
+            world.channel.control.send([number + 1], link.teacher.first, 2).wait()
             time.sleep(0.5)
             return ""
         sender, text = Sender(link), ""
@@ -237,7 +237,7 @@ def wrong_credit(roles: Roles, shape: StreamShape) -> str:
             sender.finish()
         except RuntimeError as error:
             text = str(error)
-        world.bridge.place.store.delete_key("failed")
+        world.channel.place.store.delete_key("failed")
         return text
 
 
@@ -248,7 +248,7 @@ def contract(roles: Roles, **other: Any) -> str:
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
         with joined_roles(roles) as world:
-            compare_contracts(world.bridge, ["student"], mine | other if world.role == "teacher" else mine, 0)
+            compare_contracts(world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0)
     except InputError as error:
         return str(error)
     return ""

@@ -201,7 +201,7 @@ def leave(
             return step
 
         def parts(name: str, chosen: DistillConfig, **told: Any) -> None:
-            run = Runner(replace(world, leaving=leaving), signals, chosen)
+            run = Runner(replace(world, preemption=leaving), signals, chosen)
             first = run(student_arch, student, output / name, **told)
             leaving.stop_file.unlink(missing_ok=True)
             leaving.signalled, leaving.deadline = False, None

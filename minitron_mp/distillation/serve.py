@@ -63,7 +63,7 @@ def serve_signals(
     )  # enough to fill the pipeline of each replica
     for place in range(0, len(ids), block):
         if ending is not None and limit is None:
-            limit = ending.limit(ids[place], world.leaving)
+            limit = ending.limit(ids[place], world.preemption)
         part = [
             id
             for id in ids[place : place + block]

@@ -216,7 +216,7 @@ class TrainingRun:
 
     def _wishes(self, step_s: float) -> tuple[str, bool]:
         """Why this rank wants to leave; and whether a checkpoint is to be timed, which the first rank says."""
-        leaving, ending = self.world.leaving, getattr(self.teacher, "ending", None)
+        leaving, ending = self.world.preemption, getattr(self.teacher, "ending", None)
         if leaving is None or self.checkpoints is None:
             return "", False
         leaving.step_s.append(step_s)
@@ -311,8 +311,8 @@ class TrainingRun:
         self._saved_in(time.perf_counter() - self.saving_since)
 
     def _saved_in(self, seconds: float) -> None:
-        if self.world.leaving is not None:
-            known = self.world.leaving.save_s
+        if self.world.preemption is not None:
+            known = self.world.preemption.save_s
             known[self.checkpoints] = max(seconds, known.get(self.checkpoints, 0.0))
 
     def _resume(self, folder: Path) -> None:
@@ -336,9 +336,9 @@ class TrainingRun:
     def settle(self) -> None:
         """Leave the bare weights current and the rest collectable; the run is over. Reached by all ranks."""
         self.finish_save()
-        if self.world.leaving is not None:
-            self.world.leaving.save_s.pop(self.checkpoints, None)
-            self.world.leaving.step_s.clear()
+        if self.world.preemption is not None:
+            self.world.preemption.save_s.pop(self.checkpoints, None)
+            self.world.preemption.step_s.clear()
         _settle(self.models, self.settings)
         if self.settings.collect_interval:
             gc.enable()

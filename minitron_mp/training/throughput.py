@@ -116,7 +116,7 @@ def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: Any, 
         return work
     if t.placement == "remote":
         return replace(
-            work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.bridge.spans["teacher"])
+            work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.channel.spans["teacher"])
         )
     learns = recipe.correct.steps if recipe.correct and recipe.corrects_meanwhile else 0
     return replace(

@@ -91,9 +91,9 @@ def _may_leave(world: Any) -> Iterator[None]:
     try:
         yield
     except Preempted as left:
-        leaving = world.leaving
-        if world.bridge is not None and not leaving.met:
-            world.bridge.exchange("distill", False, timeout_s=None)
+        leaving = world.preemption
+        if world.channel is not None and not leaving.met:
+            world.channel.exchange("distill", False, timeout_s=None)
         if world.is_main:
             leaving.stop_file.unlink(missing_ok=True)
         say(f"{left}; the same command goes on from there")
@@ -120,10 +120,10 @@ def _run(name: str, project: StageGraph, world: Any, *, force: bool) -> None:
     """One stage on all ranks. Rank 0 decides, from the files that it sees; the others follow."""
     differences = _agree(world, lambda: _decide(name, project, force))
     if differences is not None and world is not None:
-        world.leaving.check(f"before {name}", world.is_main)
+        world.preemption.check(f"before {name}", world.is_main)
     active = (
         _active(project.recipe, world, differences is not None)
-        if name == "distill" and world.bridge is not None
+        if name == "distill" and world.channel is not None
         else {}
     )
     if differences is None:
@@ -205,8 +205,8 @@ def _join(recipe: Recipe, world: Any, *, force: bool = False) -> None:
 
 def _active(recipe: Recipe, world: Any, mine: bool) -> dict[str, Recipe]:
     """The students that are not done; every rank of the job calls. The others may be at work for hours before they come."""
-    said = world.bridge.exchange("distill", mine, timeout_s=None)
-    world.leaving.met = True
+    said = world.channel.exchange("distill", mine, timeout_s=None)
+    world.preemption.met = True
     return {role: own for role, own in co_student_recipes(recipe).items() if said[role]}
 
 
@@ -224,7 +224,7 @@ def _world(recipe: Recipe) -> Iterator[Any]:
     t = recipe.teacher
     if not t.is_remote:
         with join_world(recipe.parallel, seed=recipe.seed) as w, watch_for_preemption(recipe.root) as leaving:
-            yield replace(w, leaving=leaving)
+            yield replace(w, preemption=leaving)
         return
     job_size = num_job_ranks()
     others = {**t.siblings, "teacher": t.ranks_in(job_size)}
@@ -239,4 +239,4 @@ def _world(recipe: Recipe) -> Iterator[Any]:
         join_roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w,
         watch_for_preemption(roots.get(w.role, recipe.root)) as leaving,
     ):
-        yield replace(w, leaving=leaving)
+        yield replace(w, preemption=leaving)

@@ -39,7 +39,7 @@ def log_fp8_teacher_kl(job: StageContext, model: ShardedModel | None) -> str | N
     model: the teacher, where it is on these ranks, whatever their role; None on those of a student whose teacher is elsewhere. The bf16
     teacher is loaded beside it for the while, 2 bytes a parameter. Reached by all ranks of each role.
     """
-    text, bridge = None, job.world.bridge
+    text, bridge = None, job.world.channel
     if job.recipe.teacher.fp8 is None:
         return None
     if model is not None:
@@ -113,10 +113,10 @@ def serve_students(job: StageContext) -> None:
 
 def _ending(job: StageContext, link: Link) -> StreamEnd:
     """How the stream ends early."""
-    assert job.world.bridge is not None
+    assert job.world.channel is not None
     per_step = len(ids(job.recipe, 0)) // job.recipe.distill.steps
     ahead = (link.window + min(link.window, job.recipe.teacher.parallel.pp)) * link.teacher.dp
-    return StreamEnd(job.world.bridge, per_step, 1 + -(-ahead // per_step))
+    return StreamEnd(job.world.channel, per_step, 1 + -(-ahead // per_step))
 
 
 def _serve(
@@ -194,7 +194,7 @@ def _shape(job: StageContext) -> StreamShape:
 
 def _link(job: StageContext) -> Link:
     """The stream between the roles of this job, the same on all ranks."""
-    recipe, bridge = job.recipe, job.world.bridge
+    recipe, bridge = job.recipe, job.world.channel
     assert bridge is not None
 
     def grid(role: str, parallel: ParallelConfig) -> Grid:
@@ -210,7 +210,7 @@ def _link(job: StageContext) -> Link:
 
 def _handshake(job: StageContext, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
-    recipe, bridge = job.recipe, job.world.bridge
+    recipe, bridge = job.recipe, job.world.channel
     assert bridge is not None
     own = job.arch(recipe.tutor if job.world.role == "teacher" else "prune")
     made_from = {
