@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron_mp.distributed.schedule import Batch, OnOutput, run_schedule
@@ -30,6 +30,10 @@ class ShardedModel:
     def last_chunk(self) -> Any:
         """The deepest chunk of this rank. On the last pipeline stage it holds the output head."""
         return self.chunks[-1]
+
+    def with_chunks(self, chunks: list[Any]) -> ShardedModel:
+        """Return the same model with other chunks, such as wrapped ones."""
+        return replace(self, chunks=chunks)
 
     def eval(self) -> ShardedModel:
         """Switch to evaluation mode; returns the model itself."""
