@@ -19,8 +19,8 @@ ENV PIP_CONSTRAINT="" PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:${PATH}
 # virtual environment. The base's own torchrun would start the base's Python, which does not see that: hence ours.
 COPY setup.py pyproject.toml ./
 COPY constraints constraints
-COPY launch/base_stack.py launch/
-RUN python3 launch/base_stack.py write stack \
+COPY docker docker
+RUN python3 docker/base_stack.py write stack \
     && python3 -m venv --without-pip --system-site-packages /opt/venv \
     && printf '#!/bin/sh\nexec /opt/venv/bin/python -m torch.distributed.run "$@"\n' > /opt/venv/bin/torchrun \
     && chmod +x /opt/venv/bin/torchrun
@@ -32,9 +32,10 @@ COPY minitron_mp minitron_mp
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip install --no-deps . \
     && rm -rf build minitron_mp ./*.egg-info \
-    && python launch/base_stack.py check stack
+    && python docker/base_stack.py check stack
 COPY launch launch
 COPY examples examples
+COPY experiments experiments
 
 # Caches are for everybody: pyxis, and docker run --user, come with another user than ours.
 ENV HOME=/home/minitron HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \

@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     arch = read_arch(args.model, weights=False)
-    arch = arch.model_copy(update={"num_layers": args.layers or arch.num_layers})
+    arch = arch.resized(num_layers=args.layers or arch.num_layers)
     with join_world(ParallelConfig(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
         options = {
             "precision": args.precision,

@@ -4,7 +4,7 @@
 
 Both distil the same teacher into a student of the same sizes, on the same random tokens, in bf16: here bf16 weights with float32
 main weights in the optimizer; there what a plain loop does, float32 weights under autocast, fused AdamW, a bf16 teacher, and
-KL(teacher || student) from log_softmax in float32. The loop is that of examples/reproduce. Prints tokens/s of the median steps and the
+KL(teacher || student) from log_softmax in float32. The loop is that of experiments/paper_claims. Prints tokens/s of the median steps and the
 ratio of each pair.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "reproduce"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "paper_claims"))
 
 from pace import in_turn, told
 

@@ -128,7 +128,7 @@ def time_layers(
     arch: Arch, what: str, dtype: str, where: dict[str, int], world: World, recipe: Recipe, repeats: int
 ) -> dict[str, Any]:
     """A point of the file."""
-    small = arch.model_copy(update={"num_layers": where["num_layers"], "vocab_size": 128, "tied": False})
+    small = arch.resized(num_layers=where["num_layers"], vocab_size=128, tied=False)
     precision = dtype if dtype in DTYPES else "bf16"
     training = (
         TrainingConfig().model_copy(update={"fp8": None if dtype in DTYPES else dtype})

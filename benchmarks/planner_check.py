@@ -104,7 +104,7 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 
 def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
     """Measure, print, and say what is too far off."""
-    _, teacher, student = (arch.model_copy(update={"num_layers": num_layers}) for arch in read_models(recipe))
+    _, teacher, student = (arch.resized(num_layers=num_layers) for arch in read_models(recipe))
     planned = estimate_distillation(student, teacher, recipe, 1, times)
     _forget()
     base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0

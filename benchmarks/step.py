@@ -80,14 +80,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     on_gpu = torch.cuda.is_available()
     sequence = args.sequence_length or (8192 if on_gpu else 64)
-    teacher = read_arch(CONFIGS / "mistral_nemo_12b", weights=False).model_copy(
-        update={"num_layers": args.layers}
-    )
-    student = teacher.model_copy(update={"hidden_size": 4096, "ffn_hidden_size": 11520})
+    teacher = read_arch(CONFIGS / "mistral_nemo_12b", weights=False).resized(num_layers=args.layers)
+    student = teacher.resized(hidden_size=4096, ffn_hidden_size=11520)
     if not on_gpu:
         teacher, student = (
             teacher.model_copy(update=SMALL),
-            student.model_copy(update={**SMALL, "hidden_size": 96, "ffn_hidden_size": 192}),
+            student.resized(**SMALL, hidden_size=96, ffn_hidden_size=192),
         )
     with join_world(ParallelConfig(), seed=1) as world:
         ceilings = {

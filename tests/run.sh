@@ -3,7 +3,7 @@
 #
 #   bash tests/run.sh                       lint, and all tests but the slow ones
 #   bash tests/run.sh --all                 the slow ones as well
-#   bash tests/run.sh tests/test_plan.py    one file
+#   bash tests/run.sh tests/unit            one folder or file
 #   bash tests/run.sh --lint                ruff, mypy, shellcheck, hadolint
 #   bash tests/run.sh --suite               the tests alone
 #   bash tests/run.sh --py312               layouts, checkpoints and Hugging Face folders on Python 3.12 and Megatron-Core 0.19
@@ -17,7 +17,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-$PWD/.venv}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # What differs between the two lines of Megatron-Core: models at every layout, their optimizer, checkpoints, the road in and out.
-on_py312=(tests/test_hf.py tests/test_prune.py tests/test_importance.py tests/test_training.py tests/test_states.py tests/test_search.py tests/test_precision.py)
+on_py312=(
+    tests/unit/test_hf.py tests/ranks/test_slicing.py tests/ranks/test_importance.py tests/ranks/test_training.py
+    tests/ranks/test_hidden_states.py tests/ranks/test_search.py tests/ranks/test_precision.py
+)
 
 skip() {
     echo "skipped: $*"

@@ -68,7 +68,7 @@ def run_estimate(
         say(f"the recipe's own layout is impossible: {reason}. Below: the fastest one")
     shown = own if own is not None and fits(own, times) else found.found[0]
     table(f"{layout(shown)}", ("what", "value"), summary(shown, times, price))
-    if recipe.correct and not recipe.corrects_meanwhile and not why:
+    if recipe.correct and not recipe.corrects_during_distillation and not why:
         table("teacher correction, before", ("what", "value"), _correction(base, recipe, world, times, price))
     table(
         "memory of the fullest GPU (activations, logits, buffers: estimates)",

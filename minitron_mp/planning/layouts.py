@@ -10,6 +10,7 @@ from typing import Any
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.rules import engine_problems
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.planning.hardware import Times
 from minitron_mp.planning.memory import fp8_of, remote_teacher_memory
@@ -63,7 +64,7 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
         return HEADS
     if p.pp * (p.vpp or 1) > min(arch.num_layers for arch in here):
         return DEPTH
-    if recipe.data.sequence_length % ((2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)):
+    if recipe.data.sequence_length % p.sequence_multiple:
         return SEQUENCE
     for arch, kind, layout in (
         (student, fp8_of(recipe.distill), p),
@@ -71,7 +72,7 @@ def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, tim
     ):
         if kind and fp8_problems(arch, layout.tp, layout.tokens_of_sample(recipe.data.sequence_length)):
             return EIGHT
-    return ENGINE if recipe.engine_problems() else None
+    return ENGINE if engine_problems(recipe) else None
 
 
 def _batch_problem(recipe: Recipe, world: int) -> str | None:
@@ -131,7 +132,7 @@ def _possible(
         "siblings": {},
     }
     placements = [t.model_copy(update=beside)]
-    if not (recipe.correct and recipe.corrects_meanwhile):
+    if not (recipe.correct and recipe.corrects_during_distillation):
         placements += _teachers(recipe, teacher, world, times)
     trainings = [
         d.model_copy(update={"micro_batch_size": m, "recompute": r})

@@ -236,7 +236,7 @@ def teacher_memory(
         copies, in_use = teacher_ranks // t.parallel.model_ranks, p.interleaved if d.states else 1
         heard = copies // math.gcd(copies, max(1, student_ranks // p.model_ranks)) if copies else 1
         return {**copy, "teacher signals in the window": signal * (t.window * heard + in_use)}
-    if recipe.correct and recipe.corrects_meanwhile:
+    if recipe.correct and recipe.corrects_during_distillation:
         parts = training_memory(
             teacher, recipe.correct, recipe, student_ranks, stage, recipe.teacher_precision
         )
@@ -341,7 +341,7 @@ def memory_rows(
     )
     lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
     lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
-    if recipe.correct and not recipe.corrects_meanwhile:
+    if recipe.correct and not recipe.corrects_during_distillation:
         needed = _training_peak(base, recipe.correct, recipe, students)
         lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
     if recipe.search:

@@ -146,7 +146,7 @@ def estimate_distillation(student: Arch, teacher: Arch, recipe: Recipe, world: i
     microbatches = d.global_batch_size // d.micro_batch_size
     own = microbatches // (students // p.model_ranks)
     if t.placement == "colocated":
-        if recipe.correct and recipe.corrects_meanwhile:
+        if recipe.correct and recipe.corrects_during_distillation:
             more, carried, rests = estimate_training(teacher, recipe.correct, recipe, students, times, None)
         else:
             stages, carried, rests = _stages(

@@ -25,7 +25,7 @@ def correction_gain(project: Any, found: dict[str, Any]) -> list[Part]:
         )
     what = (
         "is distilled from it while it learns, and cut from the original"
-        if project.recipe.corrects_meanwhile
+        if project.recipe.corrects_during_distillation
         else "is cut and distilled from it"
     )
     parts: list[Part] = [f"The teacher was corrected: {'; '.join(gained)}. The student {what}."]

@@ -108,7 +108,7 @@ def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
     )
     dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
     tutor = f"{Path(recipe.teacher.model).name}" if recipe.teacher.model else name
-    when = "meanwhile" if recipe.corrects_meanwhile else "before"
+    when = "meanwhile" if recipe.corrects_during_distillation else "before"
     corrected = (
         f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)"
         if recipe.correct

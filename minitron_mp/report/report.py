@@ -68,7 +68,7 @@ def collect(project: Any) -> Document:
         evaluation(paths),
     )
     trials = DepthTrials.load(paths["depth"]) if "depth" in paths else None
-    left_by = {"correct": "distill" if recipe.corrects_meanwhile else "correct", "distill": "distill"}
+    left_by = {"correct": "distill" if recipe.corrects_during_distillation else "correct", "distill": "distill"}
     metrics = {
         stage: _metrics(paths[folder], stage)
         for stage, folder in left_by.items()

@@ -29,7 +29,7 @@ def quality_table(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
     speed: with the measured one, where evaluate has measured it.
     """
     plan, found = PrunePlan.load(paths["plan"]), evaluation(paths)
-    tutor = require_artifact(paths[recipe.tutor], recipe.tutor).arch
+    tutor = require_artifact(paths[recipe.distillation_teacher], recipe.distillation_teacher).arch
     assert tutor is not None
     archs = {
         "uncorrected": plan.teacher,

@@ -133,7 +133,7 @@ def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: World
     work = training_work(recipe, student, world, tokens=tokens)
     teacher_flops = forward_flops(teacher, length)
     if recipe.teacher.placement == "colocated":
-        corrected_steps = recipe.correct.steps if recipe.correct and recipe.corrects_meanwhile else 0
+        corrected_steps = recipe.correct.steps if recipe.correct and recipe.corrects_during_distillation else 0
         trained_flops = training_flops(teacher, length)
         return replace(
             work,

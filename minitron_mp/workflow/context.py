@@ -1,4 +1,4 @@
-"""What a stage works with: the recipe, this rank's world, and where the artefacts lie."""
+"""What a stage works with on a rank: its recipe and artifacts, and the rank's world."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from minitron_mp.artifacts.checkpoint import load_weights
-from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import micro_batches, open_samples
@@ -24,35 +23,22 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
+from minitron_mp.workflow.stage_files import StageFiles
 
 ASSETS = "assets"
-"""Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
+"""Folder inside a checkpoint artifact with the Hugging Face side files: config.json, tokenizer."""
 
 
-@dataclass(frozen=True)
-class StageContext:
-    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written.
+@dataclass(frozen=True, kw_only=True)
+class StageContext(StageFiles):
+    """One stage of one recipe on this rank."""
 
-    students: role -> recipe of those that a remote teacher serves in this job.
-    """
-
-    recipe: Recipe
     world: World
-    paths: dict[str, Path]
-    manifest: Manifest
     students: dict[str, Recipe] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        return self.paths[self.manifest.stage]
-
-    def arch(self, stage: str) -> Arch:
-        """Architecture of the model that a stage left."""
-        arch = require_artifact(self.paths[stage], stage).arch
-        assert arch is not None
-        return arch
+    """Role -> recipe of the students that a remote teacher serves in this job."""
 
     def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of data.tokenizer, or the model's."""
         return load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
 
     def empty_model(
@@ -98,12 +84,12 @@ class StageContext:
         """Load the teacher's weights; corrected and fp8 as for teacher()."""
         recipe = self.recipe
         model = self.empty_model(
-            self.arch(recipe.tutor), precision=recipe.teacher_precision, training=training, fp8=fp8
+            self.arch(recipe.distillation_teacher), precision=recipe.teacher_precision, training=training, fp8=fp8
         )
-        if corrected and recipe.corrects_meanwhile:
+        if corrected and recipe.corrects_during_distillation:
             load_weights(model.chunks, self.paths["distill"], self.world, PREFIX)
         else:
-            load_weights(model.chunks, self.paths[recipe.tutor], self.world)
+            load_weights(model.chunks, self.paths[recipe.distillation_teacher], self.world)
         return model
 
     def groups(

@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tiny.py
-
 from jobs import recipe, submit
 from slurm import cluster, why_not
 from tiny import ROOT, make_model, make_text
@@ -22,7 +19,8 @@ def slurm():
         pytest.skip(reason)
 
     def interrupt(*_):
-        raise KeyboardInterrupt  # SIGTERM, for example of timeout(1): pytest then leaves the fixtures, and nothing goes on running
+        # SIGTERM, for example from timeout(1): pytest then closes the fixtures, and no process stays.
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
     with cluster() as made:

@@ -1,4 +1,7 @@
-"""A Slurm of two virtual nodes on this machine: one controller and two node daemons on ports of their own, all files in one folder."""
+"""A Slurm cluster of two virtual nodes on this machine.
+
+One controller and two node daemons run on ports of their own, with all files in one folder.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ def why_not() -> str | None:
     if not missing:
         return None
     if not shutil.which("apt-get") or os.geteuid():
-        return f"no {', '.join(missing)}, and no apt-get or no root to install slurm-wlm, libslurm-dev and gcc with"
+        return (
+            f"no {', '.join(missing)}, and apt-get as root is needed to install "
+            "slurm-wlm, libslurm-dev and gcc"
+        )
     quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "text": True}
     # A policy of 101: the packages' own services are not started.
     policy = Path("/usr/sbin/policy-rc.d")

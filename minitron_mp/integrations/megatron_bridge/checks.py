@@ -121,17 +121,8 @@ def check_config(cfg: Any, step: KDForwardStep) -> None:
 def _sizes(m: Any, like: Arch) -> Arch:
     """The student's sizes, as far as tensor parallelism cuts them."""
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size")
-    return like.model_copy(update={name: getattr(m, name) or m.num_attention_heads for name in names})
+    return like.resized(**{name: getattr(m, name) or m.num_attention_heads for name in names})
 
 
 def _dataset_length(cfg: Any) -> int | None:
     return getattr(cfg.dataset, "seq_length", None) or getattr(cfg.dataset, "sequence_length", None)
-
-
-def _in_half(model: Any) -> bool:
-    """Whether Float16Module is around the GPTModel, which casts the output of the last stage unless told not to."""
-    while hasattr(model, "module"):
-        if hasattr(model, "float16_convertor"):
-            return True
-        model = model.module
-    return False

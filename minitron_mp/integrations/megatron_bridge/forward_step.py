@@ -26,7 +26,6 @@ from torch import Tensor
 from minitron_mp.distributed.schedule import Batch, local_batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.integrations.megatron_bridge.checks import _in_half
 from minitron_mp.integrations.megatron_bridge.model import bare_model, world_of_provider
 from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.losses.fused import Objective, distillation_loss
@@ -163,3 +162,12 @@ class KDForwardStep:
 
     def on_test_end(self, context: Any) -> None:
         self.teacher.close()
+
+
+def _in_half(model: Any) -> bool:
+    """Whether Float16Module is around the GPTModel, which casts the output of the last stage unless told not to."""
+    while hasattr(model, "module"):
+        if hasattr(model, "float16_convertor"):
+            return True
+        model = model.module
+    return False
