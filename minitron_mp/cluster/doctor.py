@@ -53,9 +53,9 @@ def doctor(
         import torch
 
         if launched():
-            from minitron_mp.distributed.launcher import compute_device
+            from minitron_mp.distributed.launcher import local_device
 
-            own_gpu = compute_device().index
+            own_gpu = local_device().index
         elif recipe:
             import megatron.core  # noqa: F401 (whether it can be)
     except Exception as error:  # a missing library, a build for another Python
@@ -114,9 +114,9 @@ def _job() -> Any:
 
     if not launched():
         return RankTable(dist.HashStore(), host=socket.gethostname())
-    from minitron_mp.distributed.launcher import fresh_job_rank
+    from minitron_mp.distributed.launcher import job_rank
 
-    here = fresh_job_rank()
+    here = job_rank().with_fresh_keys()
     return RankTable(here.store, here.rank, here.size, socket.gethostname())
 
 
@@ -248,7 +248,7 @@ def _among_ranks(job: Any, clock: Callable[[], float]) -> list[Finding]:
     import torch.distributed as dist
 
     from minitron_mp.cluster.network import clocks, links
-    from minitron_mp.distributed.launcher import compute_device
+    from minitron_mp.distributed.launcher import local_device
     from minitron_mp.distributed.world import start_job
 
     found: list[Finding] = []
@@ -260,7 +260,7 @@ def _among_ranks(job: Any, clock: Callable[[], float]) -> list[Finding]:
         f"{job.size} ranks join; if nothing follows within {JOIN_MINUTES:.0f} minute, they do not reach each other: {cure}"
     )
     try:
-        device = start_job(JOIN_MINUTES) if owns else compute_device()
+        device = start_job(JOIN_MINUTES) if owns else local_device()
         local, count = job.hosts().count(job.host), torch.cuda.device_count()
         if device.type == "cuda" and local > count:
             more = "one rank a GPU; for tests, a NCCL_HOSTID of its own for each rank"
