@@ -33,7 +33,8 @@ from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import Times, read_hardware, read_times
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
-from minitron_mp.training.run import RunOptions, TrainingRun
+from minitron_mp.training.options import RunOptions
+from minitron_mp.training.run import TrainingRun
 
 TIME, MEMORY = 0.15, 0.10
 """What the planner may be off."""
@@ -155,7 +156,7 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
         training.step(with_signals(source, batches, step))
         _wait()
         found.append(time.perf_counter() - start)
-    training.settle()
+    training.finalize()
     return statistics.median(found[2:])
 
 

@@ -33,16 +33,19 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
+from minitron_mp.distillation.teacher import ColocatedTeacher, signal_of, with_signals
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
+from minitron_mp.losses.fused import TeacherHidden
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model, logits
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
 from minitron_mp.planning.memory import kept_per_token
-from minitron_mp.training.run import RunOptions, TrainingRun
+from minitron_mp.training.options import RunOptions
+from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 SMALL = {
@@ -176,25 +179,24 @@ def measure(
     student = TrainingRun(model, teacher, settings, RunOptions(None, manifest))
     tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
     positions = torch.arange(sequence)[None]
-    batch = {
+    batch: Batch = {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:],
         "position_ids": positions,
         "loss_mask": torch.ones(1, sequence),
     }
 
-    def naive(hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        target = teacher.target(batch["teacher"])
+    def naive(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        target = teacher.target(signal_of(batch))
+        assert isinstance(target, TeacherHidden)
         with torch.no_grad():
             wanted = logits(teacher.model.last_chunk, target.hidden)
-        log_q, log_p = (
-            F.log_softmax(logits(model.last_chunk, hidden).float(), -1),
-            F.log_softmax(wanted.float(), -1),
-        )
+        log_q = F.log_softmax(logits(model.last_chunk, hidden).float(), -1)
+        log_p = F.log_softmax(wanted.float(), -1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), batch["loss_mask"].sum().int(), {}
 
     def step() -> None:
-        student.accumulate(with_signals(teacher, [batch]), naive if loss == "naive" else student.loss)
+        student.forward_backward(with_signals(teacher, [batch]), naive if loss == "naive" else student.loss)
 
     for _ in range(3):
         step()
@@ -214,7 +216,7 @@ def measure(
     kept = kept_per_token(
         arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
     )
-    student.settle()
+    student.finalize()
     if graphs:
         forget_cuda_graphs(model.chunks)
     return {

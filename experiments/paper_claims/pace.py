@@ -24,7 +24,7 @@ from minitron_mp.models.build import DTYPES
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
-from minitron_mp.training.run import RunOptions
+from minitron_mp.training.options import RunOptions
 
 WARM_UP = 2
 """Steps of each before the measured ones."""

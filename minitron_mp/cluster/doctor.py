@@ -237,7 +237,8 @@ def artefact_bytes(recipe: Recipe, base: Arch, tutor: Arch) -> dict[str, float]:
         * d.global_batch_size
         * recipe.data.sequence_length
         * payload_bytes_per_token(tutor, recipe),
-        "distill": training(student, d.keep_checkpoints) + (correct if recipe.corrects_during_distillation else 0.0),
+        "distill": training(student, d.keep_checkpoints)
+        + (correct if recipe.corrects_during_distillation else 0.0),
         "export": BYTES[recipe.export.dtype or recipe.precision] * student,
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from minitron_mp.data.corpus import prefixes_of, tokens_of
 from minitron_mp.data.tokenizer import KEYS, Tokenizer
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.errors import InputError, must_divide, refuse
 
 
@@ -129,7 +131,7 @@ def micro_batches(
     dp_rank: int,
     dp_size: int,
     limit: int | None = None,
-) -> list[dict[str, torch.Tensor]]:
+) -> list[Batch]:
     """This data-parallel rank's microbatches of a step (from 0): tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s].
 
     The step reads samples [step * gbs, (step + 1) * gbs) in microbatches of consecutive samples; rank m % dp_size has microbatch m.
@@ -143,9 +145,9 @@ def micro_batches(
     return [_micro_batch(dataset, range(start, start + micro_batch_size), limit) for start in starts]
 
 
-def _micro_batch(dataset: Dataset, ids: range, limit: int | None) -> dict[str, torch.Tensor]:
+def _micro_batch(dataset: Dataset, ids: range, limit: int | None) -> Batch:
     real = [limit is None or i < limit for i in ids]
     rows = [dataset[i if r else 0] for i, r in zip(ids, real)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in KEYS}
     batch["loss_mask"] *= torch.tensor(real)[:, None]
-    return batch
+    return cast(Batch, batch)

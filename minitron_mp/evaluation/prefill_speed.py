@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel

@@ -333,15 +333,25 @@ def _quiet() -> Iterator[None]:
 def _model(project: StageGraph, model: str) -> tuple[Path, Arch, dict[str, str], str]:
     """Checkpoint, architecture, stage -> fingerprint, and prefix of the keys of a model, named as in evaluation.json; InputError unless it is this recipe's."""
     recipe = project.recipe
-    learned = model == "teacher" and recipe.corrects_during_distillation  # it lies beside the student that heard it
-    stages = {"teacher": "distill" if learned else recipe.distillation_teacher, "pruned": "prune", "distilled": "distill"}
+    learned = (
+        model == "teacher" and recipe.corrects_during_distillation
+    )  # it lies beside the student that heard it
+    stages = {
+        "teacher": "distill" if learned else recipe.distillation_teacher,
+        "pruned": "prune",
+        "distilled": "distill",
+    }
     stages |= {"uncorrected": "import"} if recipe.correct else {}
     stages |= {"unpruned": recipe.pruning_base} if recipe.distillation_teacher != recipe.pruning_base else {}
     if model not in stages:
         raise InputError(f"--model {model}: this recipe has {', '.join(stages)}")
     for stage in ("import", stages[model]):  # the tokenizer lies in the first
         found = require_artifact(project.paths[stage], stage, project.manifest(stage))
-    arch = require_artifact(project.paths[recipe.distillation_teacher], recipe.distillation_teacher).arch if learned else found.arch
+    arch = (
+        require_artifact(project.paths[recipe.distillation_teacher], recipe.distillation_teacher).arch
+        if learned
+        else found.arch
+    )
     assert arch is not None
     return project.paths[stages[model]], arch, {stages[model]: found.fingerprint}, PREFIX if learned else ""
 

@@ -66,9 +66,7 @@ class TrainingRun:
             self.checkpoints.resume(self)
         if settings.collect_interval:
             gc.disable()
-        self.step_log = StepLog(
-            options, self.world, total_steps=settings.steps, first_step=self.steps_done
-        )
+        self.step_log = StepLog(options, self.world, total_steps=settings.steps, first_step=self.steps_done)
 
     def step(self, batches: Sequence[Batch], *, is_last: bool = False) -> None:
         """Take one optimizer step; is_last: of this call of train(), so log and save after it."""

@@ -70,9 +70,7 @@ class StepWork:
             teacher = self.teacher_flops(step) * self.tokens / self.teacher_ranks / seconds / 1e12
             rates["teacher_tflops"] = teacher
         if self.peak_tflops:
-            shares = {
-                name.replace("tflops", "mfu"): rate / self.peak_tflops for name, rate in rates.items()
-            }
+            shares = {name.replace("tflops", "mfu"): rate / self.peak_tflops for name, rate in rates.items()}
             rates |= shares
         return rates
 
@@ -133,7 +131,9 @@ def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: World
     work = training_work(recipe, student, world, tokens=tokens)
     teacher_flops = forward_flops(teacher, length)
     if recipe.teacher.placement == "colocated":
-        corrected_steps = recipe.correct.steps if recipe.correct and recipe.corrects_during_distillation else 0
+        corrected_steps = (
+            recipe.correct.steps if recipe.correct and recipe.corrects_during_distillation else 0
+        )
         trained_flops = training_flops(teacher, length)
         return replace(
             work,

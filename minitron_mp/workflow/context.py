@@ -14,9 +14,9 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import micro_batches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch
@@ -84,7 +84,10 @@ class StageContext(StageFiles):
         """Load the teacher's weights; corrected and fp8 as for teacher()."""
         recipe = self.recipe
         model = self.empty_model(
-            self.arch(recipe.distillation_teacher), precision=recipe.teacher_precision, training=training, fp8=fp8
+            self.arch(recipe.distillation_teacher),
+            precision=recipe.teacher_precision,
+            training=training,
+            fp8=fp8,
         )
         if corrected and recipe.corrects_during_distillation:
             load_weights(model.chunks, self.paths["distill"], self.world, PREFIX)

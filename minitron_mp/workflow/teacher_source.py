@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say
 from minitron_mp.data.batches import micro_batches
 from minitron_mp.distillation.cache import Reader
-from minitron_mp.distillation.hidden_states import LayerPairs
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.serve import ServedTeacher, SignalSender, serve_signals
 from minitron_mp.distillation.stream import STREAM_VERSION, Link, Receiver, Sender, Senders
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Grid, HeadSpec, StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, SignalReceiver
+from minitron_mp.distillation.teacher_head import load_head
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.role_channel import RoleChannel
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.evaluation.quality import compare
 from minitron_mp.models.arch import Arch
@@ -71,20 +72,22 @@ def open_teacher(job: StageContext, first: int) -> ColocatedTeacher | RemoteTeac
     t, pairs = recipe.teacher, _pairs(job)
     if t.placement == "colocated":
         return job.teacher(pairs=pairs, fp8=t.fp8)
-    receiver, ending, dp = None, None, world.groups.dp
+    dp = world.groups.dp
+    receiver: SignalReceiver | None = None
+    stream_end: StreamEnd | None = None
     mine = [id for id in ids(recipe, first) if id % dp.size() == dp.rank()]
     if t.placement == "cached":
         place = (dp.rank(), world.groups.cp.rank(), world.groups.tp.rank())
         student = Grid("student", recipe.parallel, dp.size())
         receiver = (
-            Reader(job.paths["cache"], _shape(job), student, place, mine, world.device)
+            Reader(job.paths["cache"], signal_shape(job), student, place, mine, world.device)
             if world.is_last_stage
             else None
         )
     else:
         link = _link(job)
         _handshake(job, link, first)
-        ending = _ending(job, link)
+        stream_end = _stream_end(job, link)
         copies = link.teacher.dp
         say(
             f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on"
@@ -101,77 +104,70 @@ def open_teacher(job: StageContext, first: int) -> ColocatedTeacher | RemoteTeac
             world,
             DTYPES[recipe.teacher_precision],
         )
-    return RemoteTeacher(receiver, t.payload, head, world, pairs, ending)
+    return RemoteTeacher(receiver, t.payload, head, world, pairs, stream_end)
 
 
 def serve_students(job: StageContext) -> None:
     """The ranks of a remote teacher in distill: stream the signals of all microbatches that the student is still to see."""
     link = _link(job)
-    first, pairs, sender = _handshake(job, link, 0), _pairs(job), None
+    first, pairs = _handshake(job, link, 0), _pairs(job)
+    sender: SignalSender | None = None
     if job.world.is_last_stage:
         blocks = pairs.blocks(job.recipe.parallel) if pairs else None
         sender = Senders(link.to_stages(blocks), blocks, link.shape.width) if blocks else Sender(link)
-    _serve(job, link.shape, link.teacher, sender, first, link.window, pairs=pairs, ending=_ending(job, link))
+    serve(job, sender, first, window=link.window, pairs=pairs, stream_end=_stream_end(job, link))
 
 
-def _ending(job: StageContext, link: Link) -> StreamEnd:
-    """How the stream ends early."""
+def _stream_end(job: StageContext, link: Link) -> StreamEnd:
+    """Return the early end of this job's stream."""
     assert job.world.channel is not None
     per_step = len(ids(job.recipe, 0)) // job.recipe.distill.steps
     ahead = (link.window + min(link.window, job.recipe.teacher.parallel.pp)) * link.teacher.dp
     return StreamEnd(job.world.channel, per_step, 1 + -(-ahead // per_step))
 
 
-def _serve(
+def serve(
     job: StageContext,
-    shape: StreamShape,
-    teacher: Grid,
-    sender: Any,
+    sender: SignalSender | None,
     first: int,
-    group: int,
-    progress: Any = lambda count: None,
+    *,
+    window: int,
+    progress: Callable[[int], None] = lambda count: None,
     pairs: LayerPairs | None = None,
-    ending: StreamEnd | None = None,
+    stream_end: StreamEnd | None = None,
 ) -> None:
-    recipe, world, d, samples = (
-        job.recipe,
-        job.world,
-        job.recipe.distill,
-        training_samples(job, job.recipe.distill),
-    )
-    per_step = d.global_batch_size // d.micro_batch_size
+    """Run the teacher over all microbatches of distill from step `first` on, and send its signals.
+
+    Called by all ranks that hold the teacher. window: microbatches in the pipeline at once.
+    """
+    recipe = job.recipe
+    settings = recipe.distill
+    samples = training_samples(job, settings)
+    per_step = settings.global_batch_size // settings.micro_batch_size
 
     def batch_of(id: int) -> Batch:
-        place = {"dp_rank": id % per_step, "dp_size": per_step}
-        return micro_batches(
+        (batch,) = micro_batches(
             samples,
             id // per_step,
-            global_batch_size=d.global_batch_size,
-            micro_batch_size=d.micro_batch_size,
-            **place,
-        )[0]
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            dp_rank=id % per_step,
+            dp_size=per_step,
+        )
+        return batch
 
     model = job.teacher_model(fp8=recipe.teacher.fp8).freeze()
     log_fp8_teacher_kl(job, model)
-    settings: dict[str, Any] = {
-        "vocab_size": model.arch.vocab_size,
-        "top_k": recipe.teacher.top_k,
-        "temperature": d.temperature,
-        "pairs": pairs,
-        "ending": ending,
-    }
-    serve_signals(
-        model.chunks,
-        world,
-        shape,
-        teacher,
-        sender,
-        batch_of,
-        ids(recipe, first),
-        group=group,
-        progress=progress,
-        **settings,
+    teacher = ServedTeacher(
+        model,
+        signal_shape(job),
+        window,
+        top_k=recipe.teacher.top_k,
+        temperature=settings.temperature,
+        pairs=pairs,
+        stream_end=stream_end,
     )
+    serve_signals(teacher, sender, batch_of, ids(recipe, first), progress=progress)
 
 
 def _pairs(job: StageContext) -> LayerPairs | None:
@@ -185,7 +181,8 @@ def _pairs(job: StageContext) -> LayerPairs | None:
     )
 
 
-def _shape(job: StageContext) -> StreamShape:
+def signal_shape(job: StageContext) -> StreamShape:
+    """Return what the signals of all microbatches have in common."""
     recipe, arch = job.recipe, job.arch(job.recipe.distillation_teacher)
     width, dtype = {
         "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
@@ -209,7 +206,7 @@ def _link(job: StageContext) -> Link:
         grid(role, own.parallel) for role, own in job.students.items() if bridge.role in ("teacher", role)
     ]
     return Link(
-        bridge, _shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
+        bridge, signal_shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
     )
 
 

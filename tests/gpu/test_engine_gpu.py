@@ -268,7 +268,7 @@ def losses_of(
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
     from minitron_mp.models.build import build_model
     from minitron_mp.training.loop import train
-    from minitron_mp.training.run import RunOptions
+    from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(
         steps=STEPS,
@@ -475,7 +475,7 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
     """Cross-entropy of a few steps from a checkpoint."""
     from minitron_mp.models.build import build_model
     from minitron_mp.training.loop import train
-    from minitron_mp.training.run import RunOptions
+    from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
     model = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings)

@@ -16,11 +16,12 @@ from torch import Tensor
 from training_workers import Runner, copy_once
 
 from minitron_mp.config.distillation import DistillConfig
-from minitron_mp.distillation.hidden_states import LayerPairs
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Receiver, Senders
 from minitron_mp.distillation.stream_layout import StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.training import loop
@@ -58,9 +59,9 @@ def train_all(
                 metrics = Runner(world, signals, settings)(
                     student_arch, None if stopped else student, output / name
                 ).metrics
-            assert count_hooks(kept[0].models) == 0, "hooks on the student are left"
-            weight = kept[0].states.weight
-            found[name] = metrics, None if weight is None else weight.detach().clone()
+            assert count_hooks(kept[0].model.chunks) == 0, "hooks on the student are left"
+            projection = kept[0].hidden_states.projection
+            found[name] = metrics, None if projection is None else projection.weight.detach().clone()
     return found
 
 
@@ -113,17 +114,8 @@ def train_remote(
         links = link.to_stages(blocks)
         if world.role == "teacher":
             sender = Senders(links, blocks, shape.width) if world.is_last_stage else None
-            options = {"group": window, "vocab_size": arch.vocab_size, "pairs": pairs}
-            serve_signals(
-                load(arch, weights, world).freeze().chunks,
-                world,
-                shape,
-                link.teacher,
-                sender,
-                batch_of,
-                ids,
-                **options,
-            )
+            model = load(arch, weights, world).freeze()
+            serve_signals(ServedTeacher(model, shape, window, pairs=pairs), sender, batch_of, ids)
             return []
         dp, own = world.groups.dp, links.get(world.groups.pp.rank())
         receiver = Receiver(own, own.students[0], ids[dp.rank() :: dp.size()], world.device) if own else None
@@ -140,7 +132,8 @@ def without_pairs(layout: Layout, arch: Arch, teacher: Path, settings: DistillCo
     """The refusal of a run with states whose teacher has none."""
     with joined(layout) as world:
         try:
-            Runner(world, ColocatedTeacher(load(arch, teacher, world)), settings)(arch, teacher, output)
+            local = ColocatedTeacher(load(arch, teacher, world))
+            Runner(world, local, settings)(arch, teacher, output)
         except InputError as error:
             return str(error)
         return ""

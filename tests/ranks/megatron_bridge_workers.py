@@ -31,10 +31,11 @@ from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Receiver, Sender
 from minitron_mp.distillation.stream_layout import StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
@@ -58,7 +59,7 @@ from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train
-from minitron_mp.training.run import RunOptions
+from minitron_mp.training.options import RunOptions
 from minitron_mp.workflow.context import ASSETS, copy_assets_from
 
 SEQUENCE_LENGTH = 16
@@ -361,22 +362,8 @@ def pretrain_beside_teacher(
     with joined_roles(roles) as world:
         link, ids = make_link(world, roles, shape, 2), range(len(batches))
         if world.role == "teacher":
-            chunks = (
-                load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
-                .freeze()
-                .chunks
-            )
-            serve_signals(
-                chunks,
-                world,
-                shape,
-                link.teacher,
-                Sender(link),
-                lambda id: batches[id],
-                ids,
-                group=1,
-                vocab_size=arch.vocab_size,
-            )
+            model = load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
+            serve_signals(ServedTeacher(model.freeze(), shape, 1), Sender(link), lambda id: batches[id], ids)
             return []
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None

@@ -23,7 +23,7 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.models.precision import silently_wrong
 from minitron_mp.training.loop import train
-from minitron_mp.training.run import RunOptions
+from minitron_mp.training.options import RunOptions
 
 ONE = Layout("one", 1)
 

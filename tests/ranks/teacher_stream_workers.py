@@ -21,10 +21,11 @@ from torch import Tensor
 from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Link, Receiver, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix
 from minitron_mp.distributed.roles import join_roles
 from minitron_mp.distributed.world import World
@@ -251,7 +252,9 @@ def contract(roles: Roles, **other: Any) -> str:
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
         with joined_roles(roles) as world:
-            compare_contracts(world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0)
+            compare_contracts(
+                world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0
+            )
     except InputError as error:
         return str(error)
     return ""
@@ -300,18 +303,9 @@ def train_with(
             world.is_last_stage,
         )
         if world.role == "teacher":
-            chunks = load(arch, weights, world).freeze().chunks
-            serve_signals(
-                chunks,
-                world,
-                shape,
-                link.teacher,
-                Sender(link) if is_last else None,
-                batch_of,
-                ids,
-                group=window,
-                vocab_size=arch.vocab_size,
-            )
+            model = load(arch, weights, world).freeze()
+            sender = Sender(link) if is_last else None
+            serve_signals(ServedTeacher(model, shape, window), sender, batch_of, ids)
             return []
         dp = world.groups.dp
         receiver = (

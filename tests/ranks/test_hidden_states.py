@@ -12,7 +12,7 @@ from cases import ARCHS, BY_NAME, DISTILL, GLOBAL_BATCH_SIZE, RESUME_AT, make_sa
 from minitron_mp.config.distillation import DistillConfig, HiddenStatesConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import make_recipe
-from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.errors import InputError
 from minitron_mp.planning.memory import payload_bytes_per_token
 
@@ -263,7 +263,7 @@ def test_remote_teacher_matches_colocated_teacher(results, ranks, pair):
 def test_teacher_without_hidden_states_is_rejected(results, ranks, tmp_path):
     case = {"layout": BY_NAME["one"], "arch": ARCH, "teacher": results.teacher("qwen3"), "output": tmp_path}
     (message,) = ranks(1, "hidden_states_workers.without_pairs", settings=with_states("one", COSINE), **case)
-    assert "the teacher makes no states; make it with pairs" in message
+    assert "the teacher delivers no hidden states; construct the teacher with pairs" in message
 
 
 @pytest.mark.parametrize("vpp", [None, 2, 3])

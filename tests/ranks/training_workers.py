@@ -31,10 +31,11 @@ from minitron_mp.errors import InputError
 from minitron_mp.evaluation.quality import compare
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.training import run as trainer
+from minitron_mp.training import optimizer
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
-from minitron_mp.training.run import RunOptions, TrainingRun
+from minitron_mp.training.options import RunOptions
+from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 
 
@@ -140,12 +141,14 @@ def correct_meanwhile(
                 learner = start(teachers)
                 begin = student if number == 0 else None
                 run = Runner(world, learner, distil, precision)(
-                    student_arch, begin, folder / name, stop_after=stop_after, companion=learner
+                    student_arch, begin, folder / name, stop_after=stop_after, extra_state=learner
                 )
                 learner.close()
                 students += run.metrics
             weights = [
-                parameter.detach().clone() for chunk in learner.chunks for parameter in chunk.parameters()
+                parameter.detach().clone()
+                for chunk in learner.model.chunks
+                for parameter in chunk.parameters()
             ]
             found[name] = {"student": students, "teacher": teachers, "weights": run.weights + weights}
         found["bitwise"] = all(
@@ -163,7 +166,7 @@ def correct_meanwhile(
         }
         learner = start([])
         once = Runner(world, learner, distil, precision)(
-            student_arch, student, folder / "once", stop_after=1, companion=learner
+            student_arch, student, folder / "once", stop_after=1, extra_state=learner
         )
         learner.close()
         model = load(student_arch, student, world, precision)
@@ -209,7 +212,7 @@ def leave(
             run = Runner(replace(world, preemption=leaving), signals, chosen)
             first = run(student_arch, student, output / name, **told)
             leaving.stop_file.unlink(missing_ok=True)
-            leaving.signalled, leaving.deadline = False, None
+            leaving.sigterm, leaving.deadline = False, None
             between = sorted(path.name for path in (output / name).iterdir())
             dist.barrier()
             found[name] = [first.metrics, run(student_arch, None, output / name).metrics], between
@@ -305,12 +308,12 @@ def profiled(
 @contextmanager
 def small_buckets() -> Iterator[None]:
     """Megatron's buckets of gradients hold 40 million and more: these models would fit in one."""
-    usual = trainer.DistributedDataParallelConfig
-    trainer.DistributedDataParallelConfig = partial(usual, bucket_size=5000)
+    usual = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(usual, bucket_size=5000)
     try:
         yield
     finally:
-        trainer.DistributedDataParallelConfig = usual
+        optimizer.DistributedDataParallelConfig = usual
 
 
 def resume(
@@ -356,7 +359,7 @@ class Runner:
         *,
         stop_after: int | None = None,
         batch_of_step: Callable[[int], int] = lambda step: step,
-        companion: Any = None,
+        extra_state: Any = None,
         on_step: Callable[[StepMetrics], None] = lambda metrics: None,
         **more: Any,
     ) -> Run:
@@ -383,7 +386,7 @@ class Runner:
             manifest("distill", lr=self.lr_in_manifest),
             seed=3,
             on_step=note,
-            companion=companion,
+            extra_state=extra_state,
         )
         with suppress(Preempted):
             train(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.artifacts.saved_model import load_model, saved_arch
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distillation.teacher import Teacher, TeacherSignal
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import TeacherHidden
 from minitron_mp.losses.fused import TeacherTarget as Target
@@ -101,23 +102,23 @@ class RemoteTeacher:
     pretrain() has no teacher then: its microbatches are not among those that the teacher serves.
     """
 
-    def __init__(self, source: Any, arch: Arch, first_microbatch: int = 0):
+    def __init__(self, source: Teacher, arch: Arch, first_microbatch: int = 0):
         self.source, self.arch, self.count = source, arch, first_microbatch
 
     def start(self, world: World, sequence_length: int) -> None:
         self.world = world
 
-    def signal(self, batch: Batch, student: Any) -> int | None:
+    def signal(self, batch: Batch, student: Any) -> TeacherSignal | None:
         """Id of the microbatch, counted from the first of this data parallel rank; None in evaluation."""
         if not torch.is_grad_enabled():
             return None
         dp, self.count = self.world.groups.dp, self.count + 1
-        return (self.count - 1) * dp.size() + dp.rank()
+        return TeacherSignal((self.count - 1) * dp.size() + dp.rank())
 
-    def target(self, signal: int) -> Target:
+    def target(self, signal: TeacherSignal) -> Target:
         return self.source.target(signal)
 
-    def done(self, signal: int) -> None:
+    def done(self, signal: TeacherSignal) -> None:
         self.source.release(signal)
 
     def end_step(self) -> None: ...

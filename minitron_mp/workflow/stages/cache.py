@@ -25,11 +25,11 @@ def cache_teacher(context: StageContext) -> None:
     from minitron_mp.distillation.cache import Writer, write_index
     from minitron_mp.distillation.stream_layout import Grid
     from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
-    from minitron_mp.workflow.teacher_source import _serve, _shape, ids
+    from minitron_mp.workflow.teacher_source import ids, serve, signal_shape
 
     recipe, world = context.recipe, context.world
     groups = world.groups
-    shape = _shape(context)
+    shape = signal_shape(context)
     teacher = Grid("teacher", recipe.parallel, groups.dp.size())
     num_microbatches = len(ids(recipe, 0))
     microbatch_bytes = torch.Size(shape.local(recipe.parallel)).numel() * shape.dtype.itemsize
@@ -43,14 +43,12 @@ def cache_teacher(context: StageContext) -> None:
     failure: Exception | None = None
     with Tracker("cache", num_microbatches, "microbatches") as tracker:
         try:
-            _serve(
+            serve(
                 context,
-                shape,
-                teacher,
                 writer,
                 0,
-                recipe.parallel.pp,
-                lambda count: tracker.advance(count * teacher.dp),
+                window=recipe.parallel.pp,
+                progress=lambda count: tracker.advance(count * teacher.dp),
             )
         except Exception as error:
             failure = error

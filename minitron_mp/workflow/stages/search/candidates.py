@@ -25,8 +25,7 @@ from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.data.batches import micro_batches
-from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.evaluation.prefill_speed import batch_of, timed
@@ -48,7 +47,9 @@ from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train_together
-from minitron_mp.training.run import RunOptions, TrainingRun
+from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.options import RunOptions, ignore_metrics
+from minitron_mp.training.run import TrainingRun
 from minitron_mp.workflow.context import StageContext, training_samples
 
 WORK = "search"
@@ -220,6 +221,11 @@ def _distill_together(
         _slice(job, progress, candidate)
     teacher, train_set = job.teacher(fp8=recipe.teacher.fp8), training_samples(job, settings)
     runs, models = [], {}
+    trackers: list[Tracker] = []  # one, as soon as the step is known from which the runs resume
+
+    def on_step(metrics: StepMetrics) -> None:
+        trackers[0].advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
+
     for candidate in part:
         folder = progress.folder / candidate.name
         model = job.empty_model(candidate.arch, training=settings)
@@ -227,50 +233,35 @@ def _distill_together(
         manifest = job.manifest.model_copy(
             update={"settings": {**job.manifest.settings, "candidate": candidate.name}}
         )
-        options = RunOptions(folder, manifest, seed=recipe.seed)
+        report = on_step if candidate is part[0] else ignore_metrics
+        options = RunOptions(folder, manifest, seed=recipe.seed, on_step=report)
         runs.append(TrainingRun(model, teacher, settings, options))
         models[candidate.name] = model
-    first = min(training.done for training in runs)
+    first = min(run.steps_done for run in runs)
     with Tracker(f"search, {len(runs)} students to step {last}", last, "steps", first) as tracker:
-        runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
-        place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
-        sizes = {
-            "global_batch_size": settings.global_batch_size,
-            "micro_batch_size": settings.micro_batch_size,
-        }
-        try:
-            train_together(
-                runs,
-                teacher,
-                partial(micro_batches, train_set, **sizes, **place),
-                last,
-                go_on=True,
-            )
-        except Preempted:
-            for one in runs:
-                one.settle()
-            raise
-    for one in runs:
-        one.settle()
-    quality = compare(models, teacher, groups)
-    for candidate, one in zip(part, runs):
-        found = quality[candidate.name]
-        loss, kl = (
-            (found.loss, found.kl) if one.done >= last and math.isfinite(found.loss) else (math.inf, math.inf)
+        trackers.append(tracker)
+        batches_of = partial(
+            micro_batches,
+            train_set,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            dp_rank=world.groups.dp.rank(),
+            dp_size=world.groups.dp.size(),
         )
+        train_together(runs, teacher, batches_of, last, drop_diverged=True)
+    quality = compare(models, teacher, groups)
+    for candidate, run in zip(part, runs):
+        found = quality[candidate.name]
+        finished = run.steps_done >= last and math.isfinite(found.loss)
+        loss, kl = (found.loss, found.kl) if finished else (math.inf, math.inf)
         candidate.distilled.append(
             Trained(steps=last, loss=loss, kl=kl, seconds=(time.monotonic() - start) / len(part))
         )
         if loss == math.inf:
             say(f"search: the loss of {candidate.name} is no number, it is out")
     progress.keep()
-    del (
-        teacher,
-        runs,
-        one,
-        models,
-        model,
-    )  # wrappers and optimizers are garbage in cycles, and as large as the students
+    # Wrappers and optimizers are garbage in cycles, and as large as the students.
+    del teacher, runs, run, models, model
     gc.collect()
 
 
@@ -289,7 +280,9 @@ def _slice(job: StageContext, progress: _Progress, candidate: Candidate) -> None
     if on_rank_0(is_there):
         return
     save_checkpoint(
-        prune(job.build(job.recipe.pruning_base).chunks, progress.plan(candidate), job.world), folder, manifest
+        prune(job.build(job.recipe.pruning_base).chunks, progress.plan(candidate), job.world),
+        folder,
+        manifest,
     )
 
 
