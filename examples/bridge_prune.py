@@ -16,8 +16,12 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 from minitron_mp.distributed.schedule import run_schedule
-from minitron_mp.integrations.megatron_bridge.export import pruned_config
-from minitron_mp.integrations.megatron_bridge.model import arch_of, defer_head, world_of_provider
+from minitron_mp.integrations.megatron_bridge.model import (
+    arch_of,
+    defer_head,
+    pruned_config,
+    world_of_provider,
+)
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import ASSETS
 

@@ -40,12 +40,13 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
 from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.export import export_student, pruned_config
+from minitron_mp.integrations.megatron_bridge.export import export_student
 from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
 from minitron_mp.integrations.megatron_bridge.model import (
     arch_of,
     defer_head,
     load_pruned,
+    pruned_config,
     slice_teacher,
     student_provider,
     world_of_provider,

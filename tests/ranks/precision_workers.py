@@ -87,7 +87,7 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
         own, places = {parameter.data_ptr() for parameter in chunks[0].parameters()}, set()
         with patch.object(
             checkpoint,
-            "load",
+            "load_checkpoint",
             side_effect=lambda state, folder, read=load_checkpoint: (
                 places.update(_places(state)),
                 read(state, folder),

@@ -22,29 +22,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.errors import refuse
 from minitron_mp.integrations.megatron_bridge.model import auto_bridge, bare_model
-from minitron_mp.models.arch import Arch
 from minitron_mp.models.hf_weights import copy_assets, write_weights
-
-
-def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
-    """The teacher's config.json with the student's sizes, for families that name them as Llama does; others: change your own copy."""
-    names = {
-        "num_layers": "num_hidden_layers",
-        "ffn_hidden_size": "intermediate_size",
-        "num_query_groups": "num_key_value_heads",
-        "kv_channels": "head_dim",
-    }
-    sizes = {
-        names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")
-    }
-    refuse(
-        "this config.json names its sizes in another way:",
-        [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],
-    )
-    types = config.get("layer_types")
-    return {**config, **sizes, **({"layer_types": types[: arch.num_layers]} if types else {})}
 
 
 def export_student(

@@ -29,7 +29,6 @@ from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.integrations.megatron_bridge.export import pruned_config
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.layers import DeferredHead
@@ -208,3 +207,22 @@ def auto_bridge(config: dict[str, Any]) -> Any:
     AutoMapping.register_module_type(DeferredHead.__name__, "column")
     known = {name: value for name, value in config.items() if name != "model_type"}
     return AutoBridge.from_hf_config(AutoConfig.for_model(config["model_type"], **known))
+
+
+def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
+    """The teacher's config.json with the student's sizes, for families that name them as Llama does; others: change your own copy."""
+    names = {
+        "num_layers": "num_hidden_layers",
+        "ffn_hidden_size": "intermediate_size",
+        "num_query_groups": "num_key_value_heads",
+        "kv_channels": "head_dim",
+    }
+    sizes = {
+        names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")
+    }
+    refuse(
+        "this config.json names its sizes in another way:",
+        [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],
+    )
+    types = config.get("layer_types")
+    return {**config, **sizes, **({"layer_types": types[: arch.num_layers]} if types else {})}
