@@ -1,4 +1,4 @@
-"""How fast models read text: forward passes in the job's layout, timed. A small measurement of inference, not a serving benchmark."""
+"""Prefill speed of models: timed forward passes in the job's layout. A small measurement, not a serving benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel
 
 REPEATS = 3
-"""Timed passes of a model and shape, where the time allows for them; always one."""
+"""Timed passes of a model and shape, if the time budget allows them; at least one."""
 
 
 Kind = tuple[Arch, str]
@@ -29,32 +29,37 @@ Shape = tuple[int, int]
 
 
 class Prefill(BaseModel):
-    """Forward passes of one model over `samples` sequences a pass and copy of the model, to the hidden states after the final norm.
+    """Forward passes of one model over `samples` sequences per pass and model copy.
 
-    The output layer is left out: prefill needs it for one token of a sample. seconds: the median of `repeats` passes, each on its slowest
-    rank. tokens_per_s: over all copies, which work side by side.
+    They end at the hidden states after the final norm. The output layer is left out, because prefill needs it
+    for one token of a sample.
     """
 
     samples: int
     sequence_length: int
     repeats: int
+    """Timed passes."""
     seconds: float
+    """Median over the passes of the time on the slowest rank."""
     spread: float
-    """Slowest less fastest pass, as a share of seconds: how much the machine was disturbed; 0 for one pass."""
+    """(slowest - fastest pass) / seconds: how much other load disturbed the machine; 0 for one pass."""
     tokens_per_s: float
+    """Over all copies of the model, which work side by side."""
 
 
 class Speed(BaseModel):
-    """models: name -> one Prefill a shape, the same shapes for all. device: of a rank. ranks = tp x pp x cp x copies of the model."""
+    """Prefill speed of several models. ranks = tp x pp x cp x copies of the model."""
 
     device: str
+    """Of a rank."""
     ranks: int
     copies: int
     models: dict[str, list[Prefill]]
+    """Name -> one Prefill per shape, the same shapes for all models."""
 
 
 def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget_s: float) -> Speed:
-    """Measure the speed of each model on one sample and on a batch; the same on every rank, reached by all ranks.
+    """Measure each model on one sample and on a batch; the same on every rank, reached by all ranks.
 
     A batch is micro_batch_size samples for each pipeline stage. Models of the same architecture and
     precision run at the same speed: only the first of them is measured, because noise would make them
@@ -80,7 +85,7 @@ def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget
     for (kind, shape), passes in batches.items():
         if shape[0] != micro_batch_size:
             spent_s += timed(measured[kind], passes)
-    # Each time is that of the slowest rank, equal on all ranks, so all ranks leave the loop after the same round.
+    # Each time is that of the slowest rank, equal on all ranks, so all ranks end the loop after the same round.
     for repeat in range(REPEATS):
         if repeat and spent_s > budget_s:
             break
@@ -99,32 +104,31 @@ def _kind(model: ShardedModel) -> Kind:
     return model.arch, model.precision
 
 
-def _prefill(shape: tuple[int, int], length: int, copies: int, times: list[float]) -> Prefill:
-    samples, seconds = shape[0] * shape[1], statistics.median(times)
-    rate = samples * length * copies / seconds
-    spread = (max(times) - min(times)) / seconds
+def _prefill(shape: Shape, length: int, copies: int, times: list[float]) -> Prefill:
+    samples = shape[0] * shape[1]
+    seconds = statistics.median(times)
     return Prefill(
         samples=samples,
         sequence_length=length,
         repeats=len(times),
         seconds=seconds,
-        spread=spread,
-        tokens_per_s=rate,
+        spread=(max(times) - min(times)) / seconds,
+        tokens_per_s=samples * length * copies / seconds,
     )
 
 
 def timed(model: ShardedModel, batches: list[Batch]) -> float:
-    """Run one forward pass; its seconds on the slowest rank. Reached by all ranks."""
+    """Run one forward pass and return its seconds on the slowest rank; reached by all ranks."""
     world = model.world
-    _wait(world)
+    _synchronize(world)
     dist.barrier()
     start = time.perf_counter()
     model.forward(batches)
-    _wait(world)
+    _synchronize(world)
     return _slowest(time.perf_counter() - start, world)
 
 
-def _wait(world: World) -> None:
+def _synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
@@ -136,30 +140,29 @@ def _slowest(seconds: float, world: World) -> float:
 
 
 def batch_of(size: int, length: int, vocab_size: int) -> Batch:
-    """The time does not depend on which tokens they are."""
+    """Return a micro-batch of arbitrary tokens, which do not change the time."""
     tokens = torch.arange(size * length).view(size, length) % vocab_size
-    positions = torch.arange(length).expand(size, length).contiguous()
     return {
         "tokens": tokens,
         "labels": tokens,
-        "position_ids": positions,
+        "position_ids": torch.arange(length).expand(size, length).contiguous(),
         "loss_mask": torch.ones(size, length),
     }
 
 
 def device_name(world: World) -> str:
-    """What a rank computes on, for people."""
+    """Return the name of a rank's device, for reports."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.is_file()
-        else []
-    )
     threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)} a rank"
+    unit = "thread" if threads == 1 else "threads"
+    return f"{_cpu_name()}, {threads} {unit} a rank"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -33,6 +33,14 @@ class Quality(BaseModel):
     num_tokens: int
 
 
+def evaluate(model: ShardedModel, batches: Sequence[Batch], teacher: Teacher | None = None) -> Quality:
+    """Measure one model on this data-parallel rank's micro-batches; the same on every rank, reached by all ranks.
+
+    All ranks need equally many batches. teacher: for the KL.
+    """
+    return compare({"model": model}, teacher, [batches])["model"]
+
+
 def compare(
     models: Mapping[str, ShardedModel],
     teacher: Teacher | None,

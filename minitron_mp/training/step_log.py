@@ -159,7 +159,16 @@ class StepLog:
         values, columns, split = totals.tolist(), sums.shape[1], sums.numel()
         rows = [values[i : i + columns] for i in range(0, split, columns)]
         counts, memories = values[split : split + len(flags)], values[split + len(flags) :]
-        return rows, JobStatus(*counts, peak_memory_gib=max(memories))
+        stop_requests, checkpoint_times, writers, wait_s, num_bytes, receivers = counts
+        return rows, JobStatus(
+            num_stop_requests=stop_requests,
+            num_checkpoint_times=checkpoint_times,
+            num_writers=writers,
+            wait_s=wait_s,
+            num_bytes=num_bytes,
+            num_receivers=receivers,
+            peak_memory_gib=max(memories),
+        )
 
 
 def _metrics(finished: FinishedStep, row: list[float], step_s: float, measured: Throughput) -> StepMetrics:

@@ -98,19 +98,22 @@ class StageContext(StageFiles):
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
     ) -> tuple[int, Iterator[list[Batch]]]:
-        """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
+        """Return the number of groups, and the groups of this data-parallel rank's micro-batches of a text.
 
-        exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
+        A group fills the pipeline. part: "calibration", "valid", or a name of data.held_out. exact: InputError
+        unless the samples divide; otherwise the last group is padded with samples of zero loss_mask.
         """
         world, recipe = self.world, self.recipe
-        dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
-        if exact and (
-            problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)
-        ):
-            raise InputError(problem)
-        unit = micro_batch_size * dp * interleaved
-        units = -(-num_samples // unit)
-        size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
+        dp, interleaved = world.groups.dp, world.parallel.interleaved
+        if exact:
+            problem = must_divide("score.num_samples", num_samples, micro_batch_size, dp.size(), interleaved)
+            if problem:
+                raise InputError(problem)
+        unit = micro_batch_size * dp.size() * interleaved
+        num_units = -(-num_samples // unit)
+        # up to four rounds of the pipeline per group
+        most = min(4 * world.parallel.pp, num_units)
+        size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         samples = open_samples(
             self.paths["texts" if part in recipe.data.held_out else "data"],
             part,
@@ -120,33 +123,41 @@ class StageContext(StageFiles):
             self.tokenizer(),
             repeat=False,
         )
-        sizes = {
-            "global_batch_size": size,
-            "micro_batch_size": micro_batch_size,
-            "dp_rank": world.groups.dp.rank(),
-            "dp_size": dp,
-            "limit": num_samples,
-        }
+
+        def group(number: int) -> list[Batch]:
+            return micro_batches(
+                samples,
+                number,
+                global_batch_size=size,
+                micro_batch_size=micro_batch_size,
+                dp_rank=dp.rank(),
+                dp_size=dp.size(),
+                limit=num_samples,
+            )
+
         count = -(-num_samples // size)
-        return count, (micro_batches(samples, i, **sizes) for i in range(count))
+        return count, (group(number) for number in range(count))
 
 
 def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
-    """Copies the Hugging Face side files of a checkpoint artefact into the next one."""
-    return lambda folder: shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
+    """Return a function that copies the Hugging Face side files of a checkpoint artifact to another one."""
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
+
+    return copy
 
 
 def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
-    """The samples of all steps, the same for every role."""
-    recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
-    count = settings.steps * settings.global_batch_size
+    """Return the samples of all steps, the same for every role."""
+    recipe = job.recipe
     return open_samples(
         job.paths["data"],
         "train",
         recipe.data.sequence_length,
-        count,
+        settings.steps * settings.global_batch_size,
         recipe.seed,
         job.tokenizer(),
         repeat=True,
-        owner=owner,
+        owner="teacher" if job.world.role == "teacher" else "",
     )

@@ -22,16 +22,18 @@ from model_workers import gather, joined, load, manifest
 from torch import Tensor
 
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_weights
+from minitron_mp.artifacts.saved_model import load_model
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig, ProfileConfig
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.preemption import Preempted, watch_for_preemption
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.evaluation.quality import compare
+from minitron_mp.evaluation.quality import compare, evaluate
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.training import optimizer
+from minitron_mp.training.distill import distill
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions
@@ -394,6 +396,38 @@ class Runner:
             metrics,
             [parameter.detach().clone() for chunk in model.chunks for parameter in chunk.parameters()],
         )
+
+
+def distill_from_python(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> dict[str, Any]:
+    """Distil with the public functions alone: metrics, saved weights and quality of the saved model."""
+    chosen = settings(layout)
+    with joined(layout) as world:
+        dp = world.groups.dp
+
+        def batches_of(step: int) -> list[dict[str, Tensor]]:
+            samples = make_samples(student_arch, step, chosen.global_batch_size)
+            return micro_batches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
+
+        build = {"sequence_length": SEQUENCE_LENGTH, "precision": "fp32"}
+        guide = ColocatedTeacher(load_model(teacher, world, **build))
+        model = load_model(student, world, training=chosen, **build)
+        metrics: list[StepMetrics] = []
+        distill(model, guide, batches_of, chosen, out=output, seed=3, on_step=metrics.append)
+        saved = load_model(output, world, **build)
+        pairs = [
+            (mine, theirs)
+            for one, other in zip(model.chunks, saved.chunks)
+            for mine, theirs in zip(one.parameters(), other.parameters())
+        ]
+        return {
+            "metrics": metrics,
+            "saved": all(torch.equal(mine, theirs) for mine, theirs in pairs),
+            "arch": saved.arch,
+            "quality": evaluate(saved, batches_of(0), guide),
+            "checkpoints": sorted(path.name for path in output.parent.glob("*_checkpoints*")),
+        }
 
 
 def train_in_bf16(
