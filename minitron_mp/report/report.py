@@ -334,7 +334,7 @@ def _made(
     ranks = found["speed"]["ranks"] if "speed" in found else recipe.parallel.model_ranks
     job = ranks + t.ranks_in(None) + sum(t.siblings.values())
     how = {
-        stage: (record.launcher, record.layout_words(recipe))
+        stage: (record.launcher, record.layout_overrides(recipe))
         for stage, record in made.items()
         if stage != "plan"
     }

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import discard_checkpoints
-from minitron_mp.artifacts.run_log import append_record
+from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe, load_recipe, save_recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.errors import InputError
@@ -142,24 +142,14 @@ def _announce(name: str, differences: list[str]) -> None:
 
 def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None = None) -> None:
     """Append to the run log how the artifact was made; the report reads it."""
-    ranks, per_node, device = 1, 1, ""
-    layout: dict[str, Any] = {}
+    job = JobInfo()
     if world is not None and stage.needs_ranks:
         from minitron_mp.distributed.launcher import ranks_per_node
         from minitron_mp.evaluation.prefill_speed import device_name
 
-        ranks, per_node, device = world.job_size, ranks_per_node(), device_name(world)
         layout = graph.recipe.parallel.model_dump(exclude_defaults=True)
-    append_record(
-        graph.recipe.root,
-        stage.name,
-        graph.manifest(stage.name).fingerprint,
-        seconds,
-        ranks=ranks,
-        ranks_per_node=per_node,
-        layout=layout,
-        device=device,
-    )
+        job = JobInfo(world.job_size, ranks_per_node(), layout, device_name(world))
+    append_record(graph.recipe.root, stage.name, graph.manifest(stage.name).fingerprint, seconds, job)
 
 
 def _on_rank_0(action: Callable[[], T]) -> T:
