@@ -1,13 +1,14 @@
 """The distributed optimizer's state as global tensors, so that a checkpoint resumes at any layout.
 
-Each data-parallel rank holds a flat piece of the float32 weight, exp_avg and exp_avg_sq of some parameters.
-Here the pieces are joined, one tensor at a time, under the parameter's own checkpoint key and sharding.
+Each data-parallel rank holds a flat piece of the float32 weight, exp_avg and exp_avg_sq of some
+parameters. Here the pieces are joined, one tensor at a time, under the parameter's own checkpoint
+key and sharding.
 
-Why not Megatron's own "fully_reshardable" format: in 0.16.1 to 0.19.2 it cuts parameters out of buffers whose
-padding between buckets was removed, at offsets that still count it (its source warns "param range exceeds
-unpadded buffer ... can lead to data corruption"). A second bucket exists with overlapped reduction, or with
-tied embeddings under pipeline parallelism. When the size of the first one is not a multiple of 128, the saved
-moments are wrong. Use that format when this is fixed.
+Why not Megatron's own "fully_reshardable" format: in 0.16.1 to 0.19.2 it cuts parameters out of
+buffers whose padding between buckets was removed, at offsets that still count it (its source warns
+"param range exceeds unpadded buffer ... can lead to data corruption"). A second bucket exists with
+overlapped reduction, or with tied embeddings under pipeline parallelism. When the size of the first
+one is not a multiple of 128, the saved moments are wrong. Use that format when this is fixed.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ PARTS = ("param", "exp_avg", "exp_avg_sq")
 
 @torch.no_grad()
 def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Return the sharded state for save_checkpoint(): float32, on the CPU of the first data-parallel rank.
+    """Return the sharded state for save_checkpoint(), float32 on the CPU.
 
-    {} on the other ranks. model: model_state() of the chunks. Needs 12 bytes of host memory per local
-    parameter. Reached by all ranks.
+    {} on the other ranks. model: model_state() of the chunks. Needs 12 bytes of host memory per
+    local parameter. Reached by all ranks.
     """
     state: dict[str, Any] = {}
     sharded = _sharded_by_parameter(model)
@@ -104,7 +105,7 @@ def _sharded_by_parameter(model: dict[str, Any]) -> dict[int, Any]:
 
 
 def _parameters(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
-    """Yield (distributed optimizer, parameter) in the order of the buffers, equal on all data-parallel ranks."""
+    """Yield (distributed optimizer, parameter), in the same order on all data-parallel ranks."""
     for shards in _shards(optimizer):
         for buffer in shards.buffers:
             for parameter in buffer.param_index_map:
@@ -129,7 +130,7 @@ def _name(part: str, number: int) -> str:
 
 
 def _like(sharded: Any, part: str, data: Tensor) -> Any:
-    """Return float32 data under a parameter's sharding (a ShardedTensor, or the factory of a gated fc1)."""
+    """Return float32 data under a parameter's sharding: a ShardedTensor or a factory of them."""
     key = f"optimizer.{part}.{sharded.key}"
     if isinstance(sharded, ShardedTensor):
         return replace(sharded, key=key, data=data, dtype=torch.float32)

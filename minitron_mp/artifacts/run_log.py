@@ -1,7 +1,7 @@
 """The run log: stages.jsonl beside the artifacts, with one line per finished stage, for the report.
 
-A manifest records what an artifact was made from, and so whether it must be made again. A record adds on which
-hardware and how long, which does not change the artifact.
+A manifest records what an artifact was made from, and so whether it must be made again. A record
+adds on which hardware and how long, which does not change the artifact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transform
 class JobInfo:
     """The job that ran a stage.
 
-    ranks: of all roles. layout: the keys of `parallel` that differ from their defaults. device: of a rank.
+    ranks: of all roles. layout: the keys of `parallel` that differ from their defaults. device: of
+    a rank.
     """
 
     ranks: int = 1
@@ -60,7 +61,7 @@ class RunRecord(BaseModel):
     """Package -> version."""
 
     def layout_overrides(self, recipe: Recipe) -> str:
-        """Return command line overrides that restore this layout, "" when the recipe still has it."""
+        """Return command line overrides that restore this layout, "" if the recipe has it."""
         recorded, current = ParallelConfig(**self.layout).model_dump(), recipe.parallel.model_dump()
         return "".join(
             f" parallel.{key}={json.dumps(value)}" for key, value in recorded.items() if value != current[key]
@@ -109,7 +110,9 @@ def append_record(root: Path, stage: str, fingerprint: str, seconds: float, job:
 
 
 def records_of(root: Path, paths: Mapping[str, Path]) -> dict[str, RunRecord]:
-    """Return stage -> the record of its present artifact. Stages without a readable record are left out.
+    """Return stage -> the record of its present artifact.
+
+    Stages without a readable record are left out.
 
     paths: stage -> artifact.
     """

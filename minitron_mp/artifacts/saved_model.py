@@ -30,8 +30,8 @@ def load_model(
 ) -> ShardedModel:
     """Load the model in an artifact folder, at any parallel layout; reached by all ranks.
 
-    The options are those of build_model(). training: the settings of a run that will train the model.
-    InputError when the folder holds no model, or when the layout does not fit it.
+    The options are those of build_model(). training: the settings of a run that will train the
+    model. InputError when the folder holds no model, or when the layout does not fit it.
     """
     folder = Path(folder)
     model = build_model(
@@ -67,8 +67,9 @@ def save_model(
 ) -> Manifest:
     """Write a model as an artifact folder that load_model() reads; reached by all ranks.
 
-    made_from: artifact folders whose fingerprints the manifest records, such as that of the teacher.
-    settings: what else led to these weights. Replaces an older artifact only when the new one is complete.
+    made_from: artifact folders whose fingerprints the manifest records, such as that of the
+    teacher. settings: what else led to these weights. Replaces an older artifact only when the new
+    one is complete.
     """
     state = model_state(model.chunks, model.world)
     return save_state(state, model.arch, folder, made_from=made_from, settings=settings)
@@ -82,7 +83,10 @@ def save_state(
     made_from: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write a sharded state of a model, such as prune() returns, as an artifact folder; see save_model()."""
+    """Write a sharded state of a model, such as prune() returns, as an artifact folder.
+
+    See save_model().
+    """
     inputs = on_rank_0(lambda: {str(path): _fingerprint(Path(path)) for path in made_from})
     manifest = Manifest(
         stage="model",

@@ -1,8 +1,9 @@
-"""Makes Megatron-Core run on the CPU with gloo. The only file that patches anything; does nothing on a GPU.
+"""Makes Megatron-Core run on the CPU with gloo.
 
-Megatron-Core (0.16 to 0.19) is written for one CUDA device per process. Three things prevent it from running
-on a CPU: explicit "cuda" devices, a dozen torch.cuda calls that it makes unconditionally, and checkpoints that
-assume the state layout of Apex's or Transformer Engine's Adam. Each patch below names the code that needs it.
+The only file that patches anything; does nothing on a GPU. Megatron-Core (0.16 to 0.19) is written
+for one CUDA device per process. Three things prevent it from running on a CPU: explicit "cuda"
+devices, a dozen torch.cuda calls that it makes unconditionally, and checkpoints that assume the
+state layout of Apex's or Transformer Engine's Adam. Each patch below names the code that needs it.
 Remove a line when Megatron takes the device from its caller.
 """
 
@@ -23,7 +24,10 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def install() -> bool:
-    """Apply the patches once per process, before megatron.core builds anything; returns whether this is a CPU."""
+    """Apply the patches once per process, before megatron.core builds anything.
+
+    Returns whether this is a CPU.
+    """
     if torch.cuda.is_available():
         return False
     for owner, name, new in _patches():
@@ -32,14 +36,16 @@ def install() -> bool:
     engine = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
-        # Tensor.backward is intercepted as well, and a mode is off inside its own handler. Activation
-        # recomputation runs Megatron code there, so the mode is switched on again where the engine starts.
+        # Tensor.backward is intercepted as well, and a mode is off inside its own handler.
+        # Activation recomputation runs Megatron code there, so the mode is switched on again where
+        # the engine starts.
         with mode:
             return engine(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_backward
     mode.__enter__()
-    # Megatron decorates small functions with torch.compile. On a CPU that costs minutes and gains nothing.
+    # Megatron decorates small functions with torch.compile. On a CPU that costs minutes and gains
+    # nothing.
     torch.compiler.set_stance("force_eager")
     return True
 
@@ -52,7 +58,8 @@ class CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].device.type == "cpu":
-            # Megatron's optimizers sort parameters by 'torch.cuda.FloatTensor'. Other callers get the true name.
+            # Megatron's optimizers sort parameters by 'torch.cuda.FloatTensor'. Other callers get
+            # the true name.
             name = func(*args)
             caller = sys._getframe(1).f_globals.get("__name__", "")
             return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.") else name
@@ -132,15 +139,16 @@ def _patches() -> list[tuple[Any, str, Any]]:
     patches += [(torch.cuda.nvtx, "range_push", nothing()), (torch.cuda.nvtx, "range_pop", nothing())]
     patches += [(random, "_get_cuda_rng_state", get_state()), (random, "_set_cuda_rng_state", set_state())]
     patches += [(random, "CudaRNGStatesTracker", _cpu_tracker(random.CudaRNGStatesTracker))]
-    # torch's Adam keeps "step" in the state of each parameter. The distributed optimizer's checkpoint needs it in
-    # the group, as Apex and TE have it, and fails on load otherwise. FusedAdam below has their layout, so the same
-    # code path runs as on a GPU.
+    # torch's Adam keeps "step" in the state of each parameter. The distributed optimizer's
+    # checkpoint needs it in the group, as Apex and TE have it, and fails on load otherwise.
+    # FusedAdam below has their layout, so the same code path runs as on a GPU.
     patches += [(optimizer, "Adam", FusedAdam), (optimizer, "USING_PYTORCH_OPTIMIZER", False)]
     patches += [
         (distrib_optimizer, name, value)
         for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))
     ]
-    # Without Apex and TE each gradient is clipped by a product and a copy. This does the same in place.
+    # Without Apex and TE each gradient is clipped by a product and a copy. This does the same in
+    # place.
     patches += [(clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)]
     return [(owner, name, new) for owner, name, new in patches if hasattr(owner, name)]
 
@@ -156,7 +164,7 @@ def _multi_tensor_scale(
 
 def _cpu_tracker(stock: type) -> type:
     class CpuRNGStatesTracker(stock):  # type: ignore[misc]
-        """Megatron's named random streams on the CPU generator (the stock one warns when the CPU state moves)."""
+        """Megatron's named random streams on the CPU generator."""
 
         @contextlib.contextmanager
         def fork(self, name: str = "model-parallel-rng") -> Any:
@@ -174,7 +182,8 @@ def _cpu_tracker(stock: type) -> type:
 class FusedAdam(torch.optim.Optimizer):
     """torch's fused CPU AdamW in the state layout of Apex and Transformer Engine.
 
-    "step" is in the parameter group. The state of a parameter is exactly {exp_avg, exp_avg_sq}, in its dtype.
+    "step" is in the parameter group. The state of a parameter is exactly {exp_avg, exp_avg_sq}, in
+    its dtype.
     """
 
     def __init__(

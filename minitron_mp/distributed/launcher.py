@@ -1,7 +1,7 @@
 """What the launcher (torchrun, Slurm, Nsight Systems) tells a process through its environment.
 
-No other file of the package reads launch variables. Works for a process without a launcher as well, as a job
-of one rank.
+No other file of the package reads launch variables. Works for a process without a launcher as well,
+as a job of one rank.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def num_job_ranks() -> int:
 
 
 def ranks_per_node() -> int:
-    """Return the launcher's ranks per node, or all ranks of the job when it does not give the number."""
+    """Return the launcher's ranks per node, or all ranks of the job if it gives none."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_job_ranks()))
 
 
@@ -69,7 +69,8 @@ def local_device() -> torch.device:
     """Return the device of this rank: the GPU of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # More ranks than GPUs: NCCL rejects two ranks on one GPU unless each has its own NCCL_HOSTID, as in the tests.
+    # More ranks than GPUs: NCCL rejects two ranks on one GPU unless each has its own NCCL_HOSTID,
+    # as in the tests.
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 

@@ -1,4 +1,7 @@
-"""Pure arithmetic of a parallel layout: what lies on which pipeline stage. ParallelConfig has the rest."""
+"""Pure arithmetic of a parallel layout: what lies on which pipeline stage.
+
+ParallelConfig has the rest.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Preemption: stop early with a checkpoint, near a deadline, for a stop file, or after SIGTERM.
 
-Each rank only records the requests that it receives. The training loop adds them up in the collective that
-it makes anyway at each log interval, so all ranks of a role learn of a request at the same step, without
-extra communication. distillation/stream_end.py stops a remote teacher and its students at the same step.
+Each rank only records the requests that it receives. The training loop adds them up in the
+collective that it makes anyway at each log interval, so all ranks of a role learn of a request at
+the same step, without extra communication. distillation/stream_end.py stops a remote teacher and
+its students at the same step.
 """
 
 from __future__ import annotations
@@ -23,21 +24,27 @@ import torch.distributed as dist
 from minitron_mp.distributed.launcher import job_deadline
 
 STOP_FILE = "stop"
-"""Name of the file in the output folder that asks the job to stop. The job deletes it when it stops."""
+"""Name of the file in the output folder that asks the job to stop. The job deletes it when it
+stops.
+"""
 
 OTHER_RANK = "stop requested on another rank"
 """Reason on a rank that received no stop request itself."""
 
 
 class Preempted(Exception):
-    """All ranks stop early, and everything is saved. The text says after which step or stage, and why."""
+    """All ranks stop early, and everything is saved.
+
+    The text says after which step or stage, and why.
+    """
 
 
 @dataclass
 class Preemption:
-    """Stop requests that this rank has received, and the times that decide when to stop before a deadline.
+    """The stop requests of this rank, and the times that decide when to stop for a deadline.
 
-    output: folder that may contain a stop file. deadline: seconds since 1970 by which the process must end.
+    output: folder that may contain a stop file. deadline: seconds since 1970 by which the process
+    must end.
     """
 
     output: Path
@@ -45,10 +52,12 @@ class Preemption:
     sigterm: bool = False
     """Whether this process has received SIGTERM."""
     roles_met: bool = False
-    """Whether the roles of the job have exchanged which students run `distill`. A role that stops before
-    must still take part in that exchange."""
+    """Whether the roles of the job have exchanged which students run `distill`. A role that stops
+    before must still take part in that exchange."""
     checkpoint_s: dict[Path, float] = field(default_factory=dict)
-    """Checkpoint folder of each run in progress -> seconds that its slowest checkpoint took until committed."""
+    """Checkpoint folder of each run in progress -> seconds that its slowest checkpoint took until
+    committed.
+    """
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=8))
     """Seconds per step in the last logged intervals."""
 
@@ -79,7 +88,10 @@ class Preemption:
         )
 
     def raise_if_requested(self, where: str, is_main: bool) -> None:
-        """Raise Preempted on all ranks when any of them asks to stop; between stages. Reached by all ranks."""
+        """Raise Preempted on all ranks when any of them asks to stop.
+
+        Between stages. Reached by all ranks.
+        """
         reason = self.stop_request(is_main)
         requests = torch.tensor(float(bool(reason)))
         dist.all_reduce(requests)
@@ -87,7 +99,7 @@ class Preemption:
             raise Preempted(f"stopped {where} ({reason or OTHER_RANK})")
 
     def needs_checkpoint_time(self, checkpoints: Path) -> bool:
-        """Return whether a checkpoint of this run has to be timed, so that a stop can be planned."""
+        """Return whether a checkpoint of this run has to be timed to plan a stop."""
         return self.deadline is not None and checkpoints not in self.checkpoint_s
 
     def record_checkpoint(self, checkpoints: Path, seconds: float) -> None:

@@ -16,8 +16,8 @@ T = TypeVar("T")
 def raise_on_all_ranks(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error, so that no rank waits in the next collective.
 
-    error: of this rank, or None. The other ranks raise an InputError that names the failed ranks. Reached by
-    all ranks.
+    error: of this rank, or None. The other ranks raise an InputError that names the failed ranks.
+    Reached by all ranks.
     """
     if dist.get_world_size() == 1 and error is None:
         return
@@ -33,8 +33,8 @@ def raise_on_all_ranks(error: Exception | None) -> None:
 def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
     """Run action on rank 0 and return its result (picklable) on every rank; reached by all ranks.
 
-    When it fails, every rank raises. takes_long: it may take longer than the timeout of a collective (half an
-    hour), for example to tokenize a corpus.
+    When it fails, every rank raises. takes_long: it may take longer than the timeout of a
+    collective (half an hour), for example to tokenize a corpus.
     """
     result: T | None = None
     failure: Exception | None = None

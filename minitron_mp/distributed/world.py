@@ -1,7 +1,8 @@
-"""The world of a rank: parallel layout and process groups. The only user of parallel_state besides cpu_backend.
+"""The world of a rank: parallel layout and process groups.
 
-A job has one world, or one for each role (teacher, students; see roles.py). Each world uses its own default
-process group, because Megatron-Core calls collectives on that group in its optimizer and in its checkpoints.
+The only user of parallel_state besides cpu_backend. A job has one world, or one for each role
+(teacher, students; see roles.py). Each world uses its own default process group, because
+Megatron-Core calls collectives on that group in its optimizer and in its checkpoints.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ class World:
 
 @contextmanager
 def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> Iterator[World]:
-    """Join the job that torchrun started, or a job of one process, and yield the world of this rank.
+    """Join torchrun's job, or a job of one process, and yield the world of this rank.
 
-    Uses a GPU if there is one, else the CPU with gloo. In a process that already has a default process
-    group (a NeMo recipe, a test) that group is used, and stays at the end.
+    Uses a GPU if there is one, else the CPU with gloo. In a process that already has a default
+    process group (a NeMo recipe, a test) that group is used, and stays at the end.
     """
     owns_group = not dist.is_initialized()
     device = start_job(timeout_minutes) if owns_group else local_device()
@@ -97,7 +98,10 @@ def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 
 
 
 def start_job(timeout_minutes: float = 30) -> torch.device:
-    """Make the default process group of torchrun's job, or of this process alone; returns this rank's device."""
+    """Make the default process group of torchrun's job, or of this process alone.
+
+    Returns this rank's device.
+    """
     device = local_device()
     init_default_group(device, launcher.job_rank().with_fresh_keys(), timeout_minutes)
     return device
@@ -133,8 +137,8 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
     if size % parallel.model_ranks:
         p = parallel
         raise InputError(
-            f"tp {p.tp} x pp {p.pp} x cp {p.cp} needs a multiple of {p.model_ranks} ranks, this job has {size}; "
-            f"start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower parallel.*"
+            f"tp {p.tp} x pp {p.pp} x cp {p.cp} needs a multiple of {p.model_ranks} ranks, this job "
+            f"has {size}; start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower parallel.*"
         )
     if parallel_state.is_initialized():
         leave_groups()
@@ -145,15 +149,18 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
         context_parallel_size=parallel.cp,
         create_gloo_process_groups=False,  # a second set of groups on the CPU, which is not used
     )
-    # new_group returns when this rank has connected. A rank that fails or finishes at once would close its
-    # sockets while others still connect, and they would report that instead of the cause.
+    # new_group returns when this rank has connected. A rank that fails or finishes at once would
+    # close its sockets while others still connect, and they would report that instead of the cause.
     dist.barrier()
     seed_all(seed)
     return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
 
 
 def leave_groups() -> None:
-    """Destroy the groups of build_groups(). Megatron only forgets them, and their threads and sockets stay."""
+    """Destroy the groups of build_groups().
+
+    Megatron only forgets them, and their threads and sockets stay.
+    """
     groups: set[dist.ProcessGroup] = set()
     for value in list(vars(parallel_state).values()):
         if isinstance(value, dict):
@@ -172,7 +179,8 @@ def leave_groups() -> None:
 def seed_all(seed: int, *, cuda_graphs: bool = False) -> None:
     """Seed torch's and Megatron's random streams. The training loop does so at every step.
 
-    Therefore a resume has no random state to restore. cuda_graphs: use streams that a CUDA graph can record.
+    Therefore a resume has no random state to restore. cuda_graphs: use streams that a CUDA graph
+    can record.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -1,8 +1,9 @@
 """Choice tasks by log-likelihood of the options, and last-word tasks, on the sharded model.
 
-task_files.py describes the files. The score of an option is the sum of log p over the tokens of its ending.
-Its normalised score divides that by the number of characters of the ending (acc and acc_norm of
-lm-evaluation-harness). A last word counts when each of its tokens is the most likely one.
+task_files.py describes the files. The score of an option is the sum of log p over the tokens of its
+ending. Its normalised score divides that by the number of characters of the ending (acc and
+acc_norm of lm-evaluation-harness). A last word counts when each of its tokens is the most likely
+one.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def score_task(
 def rows_of(items: list[TaskItem], tokenizer: Tokenizer, sequence_length: int) -> list[Row]:
     """Return the tokens of each option, in order.
 
-    They begin with the tokenizer's own first token, if it has one. Rows longer than sequence_length + 1 lose
-    their beginning.
+    They begin with the tokenizer's own first token, if it has one. Rows longer than sequence_length
+    + 1 lose their beginning.
     """
     first = [] if tokenizer.bos is None else [tokenizer.bos]
     options = [option for item in items for option in item.options]
@@ -79,7 +80,7 @@ def rows_of(items: list[TaskItem], tokenizer: Tokenizer, sequence_length: int) -
 
 
 def result_of(items: list[TaskItem], scores: Tensor) -> TaskResult:
-    """Return the accuracies of items from the scores of their options, as score_rows() returns them."""
+    """Return the accuracies of items from the scores that score_rows() returns for them."""
     num_right, num_right_normalised = 0, 0
     for item, rows in zip(items, _rows_of_items(items)):
         log_p, num_missed = scores[rows, 0], scores[rows, 1]

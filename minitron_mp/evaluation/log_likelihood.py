@@ -1,9 +1,10 @@
 """Log-likelihood of rows of tokens on the sharded model, and the most likely next token.
 
-Choice tasks (choice_tasks.py), depth importance by task accuracy (pruning/ablation.py) and the adapter of
-lm-evaluation-harness (integrations/lm_eval.py) use this. Rows are distributed over the data-parallel ranks in
-order of length, so that rows of similar length are padded together, and results are added up once at the end.
-The vocabulary stays sharded: four numbers per position are exchanged between tensor-parallel ranks.
+Choice tasks (choice_tasks.py), depth importance by task accuracy (pruning/ablation.py) and the
+adapter of lm-evaluation-harness (integrations/lm_eval.py) use this. Rows are distributed over the
+data-parallel ranks in order of length, so that rows of similar length are padded together, and
+results are added up once at the end. The vocabulary stays sharded: four numbers per position are
+exchanged between tensor-parallel ranks.
 
     s sequence   s' as in run_schedule()   b micro-batch   v padded vocabulary
 """
@@ -43,8 +44,9 @@ def score_rows(
 ) -> Tensor:
     """Return float64 [rows, 2] on the CPU of every rank.
 
-    The columns are log p of the scored tokens in nats, and how many of them are not the most likely token.
-    progress: called after each of num_groups() groups. Reached by all ranks with the same rows.
+    The columns are log p of the scored tokens in nats, and how many of them are not the most likely
+    token. progress: called after each of num_groups() groups. Reached by all ranks with the same
+    rows.
     """
 
     def measure(hidden: Tensor, batch: Batch) -> Tensor:
@@ -62,7 +64,7 @@ def next_tokens(
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Return the most likely token after each sequence (of one token or more), the same on every rank.
+    """Return the most likely token after each sequence, the same on every rank.
 
     Of equally likely tokens the lowest counts. Reached by all ranks with the same sequences.
     """
@@ -85,7 +87,10 @@ def _sum_rows(
     *,
     shape: tuple[int, int],
 ) -> Tensor:
-    """Add up measure(hidden, batch) [b, columns] of each row over the ranks; shape: [rows, columns]."""
+    """Add up measure(hidden, batch) [b, columns] of each row over the ranks.
+
+    Shape: [rows, columns].
+    """
     world = model.world
     sums = torch.zeros(shape, dtype=torch.float64, device=world.device)
 
@@ -119,10 +124,10 @@ def _rows_per_group(world: World, micro_batch_size: int) -> int:
 
 
 def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: int) -> Iterator[list[Batch]]:
-    """Yield this data-parallel rank's micro-batches in groups that fill the pipeline, longest rows first.
+    """Yield this data-parallel rank's micro-batches in groups that fill the pipeline.
 
-    All micro-batches of a group are as long as its longest row. loss_mask marks the positions that predict
-    scored tokens, and "rows" [b] holds the numbers of the rows.
+    All micro-batches of a group are as long as its longest row. loss_mask marks the positions that
+    predict scored tokens, and "rows" [b] holds the numbers of the rows.
     """
     dp, rows_per_group = world.groups.dp, _rows_per_group(world, micro_batch_size)
     multiple = world.parallel.sequence_multiple
@@ -139,7 +144,7 @@ def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: i
 
 
 def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod: int) -> Batch:
-    """Return these rows as a micro-batch, padded with eod to `length` and with empty rows to `size`."""
+    """Return rows as a micro-batch, padded with eod to `length`, with empty rows to `size`."""
     tokens, mask = torch.full((size, length + 1), eod), torch.zeros((size, length))
     for i, number in enumerate(numbers):
         row = rows[number]
@@ -158,8 +163,8 @@ def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod:
 def span_sums(chunk: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int) -> Tensor:
     """Return float64 [b, 2] over this context-parallel rank's part of a micro-batch.
 
-    The columns are the sum of log p of the masked labels, and how many of them are not the most likely token.
-    chunk: the model's last chunk, on the last stage.
+    The columns are the sum of log p of the masked labels, and how many of them are not the most
+    likely token. chunk: the model's last chunk, on the last stage.
     """
     log_p, best = _at_labels(chunk, hidden, batch, world, vocab_size)
     both = torch.stack([log_p, (best != batch["labels"]).float()], -1)
@@ -169,7 +174,7 @@ def span_sums(chunk: Any, hidden: Tensor, batch: Batch, world: World, vocab_size
 def _at_labels(
     chunk: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return log p of the label (float32) and the most likely token (int64) at each position, [s/cp, b].
+    """Return label log p (float32) and most likely token (int64) at each position, [s/cp, b].
 
     The same on every tensor-parallel rank.
     """

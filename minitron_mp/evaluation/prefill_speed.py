@@ -1,4 +1,7 @@
-"""Prefill speed of models: timed forward passes in the job's layout. A small measurement, not a serving benchmark."""
+"""Prefill speed of models: timed forward passes in the job's layout.
+
+A small measurement, not a serving benchmark.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ Shape = tuple[int, int]
 class Prefill(BaseModel):
     """Forward passes of one model over `samples` sequences per pass and model copy.
 
-    They end at the hidden states after the final norm. The output layer is left out, because prefill needs it
-    for one token of a sample.
+    They end at the hidden states after the final norm. The output layer is left out, because
+    prefill needs it for one token of a sample.
     """
 
     samples: int
@@ -42,7 +45,9 @@ class Prefill(BaseModel):
     seconds: float
     """Median over the passes of the time on the slowest rank."""
     spread: float
-    """(slowest - fastest pass) / seconds: how much other load disturbed the machine; 0 for one pass."""
+    """(slowest - fastest pass) / seconds: how much other load disturbed the machine; 0 for one
+    pass.
+    """
     tokens_per_s: float
     """Over all copies of the model, which work side by side."""
 
@@ -59,13 +64,14 @@ class Speed(BaseModel):
 
 
 def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget_s: float) -> Speed:
-    """Measure each model on one sample and on a batch; the same on every rank, reached by all ranks.
+    """Measure each model on one sample and on a batch.
 
-    A batch is micro_batch_size samples for each pipeline stage. Models of the same architecture and
-    precision run at the same speed: only the first of them is measured, because noise would make them
-    differ. Each model must have run micro-batches of this size just before, so that it is warm; a
-    warm-up pass is made for the other size only. The models take turns, so that a slow phase of the
-    machine affects all of them. No round begins after budget_s seconds.
+    The same on every rank, reached by all ranks. A batch is micro_batch_size samples for each
+    pipeline stage. Models of the same architecture and precision run at the same speed: only the
+    first of them is measured, because noise would make them differ. Each model must have run
+    micro-batches of this size just before, so that it is warm; a warm-up pass is made for the other
+    size only. The models take turns, so that a slow phase of the machine affects all of them. No
+    round begins after budget_s seconds.
     """
     first_model = next(iter(models.values()))
     world, length = first_model.world, first_model.sequence_length
@@ -85,7 +91,8 @@ def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget
     for (kind, shape), passes in batches.items():
         if shape[0] != micro_batch_size:
             spent_s += timed(measured[kind], passes)
-    # Each time is that of the slowest rank, equal on all ranks, so all ranks end the loop after the same round.
+    # Each time is that of the slowest rank, equal on all ranks, so all ranks end the loop after the
+    # same round.
     for repeat in range(REPEATS):
         if repeat and spent_s > budget_s:
             break

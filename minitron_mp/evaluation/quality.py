@@ -24,7 +24,8 @@ from minitron_mp.models.sharded_model import ShardedModel
 class Quality(BaseModel):
     """Means over the valid tokens of the held-out text, in nats per token.
 
-    perplexity is exp(loss), kl is KL(teacher || model). kl is None without a teacher, and of the teacher.
+    perplexity is exp(loss), kl is KL(teacher || model). kl is None without a teacher, and of the
+    teacher.
     """
 
     loss: float
@@ -34,9 +35,10 @@ class Quality(BaseModel):
 
 
 def evaluate(model: ShardedModel, batches: Sequence[Batch], teacher: Teacher | None = None) -> Quality:
-    """Measure one model on this data-parallel rank's micro-batches; the same on every rank, reached by all ranks.
+    """Measure one model on this data-parallel rank's micro-batches.
 
-    All ranks need equally many batches. teacher: for the KL.
+    The same on every rank, reached by all ranks. All ranks need equally many batches. teacher: for
+    the KL.
     """
     return compare({"model": model}, teacher, [batches])["model"]
 
@@ -48,10 +50,13 @@ def compare(
     *,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Quality]:
-    """Measure models of one world and, under "teacher", the teacher; the same on every rank, reached by all ranks.
+    """Measure models of one world and, under "teacher", the teacher.
 
-    groups: this data-parallel rank's micro-batches, in groups. The teacher's forward pass of a group serves
-    all models, and its signals are held for one group at a time. progress: called after each group.
+    The same on every rank, reached by all ranks.
+
+    groups: this data-parallel rank's micro-batches, in groups. The teacher's forward pass of a
+    group serves all models, and its signals are held for one group at a time. progress: called
+    after each group.
     """
     first = next(iter(models.values()))
     world, vocab_size = first.world, first.arch.vocab_size
@@ -90,7 +95,10 @@ def compare(
 
 
 def _quality(sums: Tensor, world: World, *, has_kl: bool) -> Quality:
-    """Turn the sums of cross-entropy, KL and tokens of this rank into global means; reached by all ranks."""
+    """Turn the sums of cross-entropy, KL and tokens of this rank into global means.
+
+    Reached by all ranks.
+    """
     dist.all_reduce(sums, group=world.groups.dp_cp)
     dist.all_reduce(sums, group=world.groups.pp)  # only the last stage has counted
     loss, kl, tokens = sums.tolist()

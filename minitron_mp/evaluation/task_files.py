@@ -1,6 +1,7 @@
-"""Task files of the user: choice tasks and last-word tasks. Imports no torch, so a recipe is checked quickly.
+"""Task files of the user: choice tasks and last-word tasks.
 
-A file is JSON lines, all of one of these kinds. Many public data sets convert to one of them:
+Imports no torch, so a recipe is checked quickly. A file is JSON lines, all of one of these kinds.
+Many public data sets convert to one of them:
 
     {"query": "...", "choices": ["...", "..."], "gold": 0}
         PIQA, ARC, COPA, OpenBookQA: one context, several endings
@@ -27,8 +28,8 @@ KINDS = (
 class TaskItem:
     """One item of a task.
 
-    options: (context, ending) of each option. gold: index of the right option. None: the only option, which
-    counts when greedy decoding finds it.
+    options: (context, ending) of each option. gold: index of the right option. None: the only
+    option, which counts when greedy decoding finds it.
     """
 
     options: list[tuple[str, str]]
@@ -36,7 +37,10 @@ class TaskItem:
 
 
 def read_task_file(path: Path, limit: int | None = None) -> list[TaskItem]:
-    """Read the first `limit` items of a file; InputError names the first line that is not an item."""
+    """Read the first `limit` items of a file.
+
+    InputError names the first line that is not an item.
+    """
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a .jsonl file of items (docs/evaluation.md)")
     items: list[TaskItem] = []

@@ -27,12 +27,14 @@ def distill(
     seed: int = 1,
     on_step: Callable[[StepMetrics], None] = ignore_metrics,
 ) -> None:
-    """Train the student on the teacher's distribution and write it to the folder `out`; reached by all ranks.
+    """Train the student on the teacher's distribution and write it to the folder `out`.
 
-    student: from load_model(..., training=settings), trained in place. batches_of(step): this data-parallel
-    rank's micro-batches of a step (from 0). on_step: called on rank 0 with the metrics of each step.
-    Checkpoints lie in the folder `out` + "_checkpoints" until the end. A run that was stopped resumes from
-    them when it is started again with the same settings and seed.
+    Reached by all ranks.
+
+    student: from load_model(..., training=settings), trained in place. batches_of(step): this
+    data-parallel rank's micro-batches of a step (from 0). on_step: called on rank 0 with the
+    metrics of each step. Checkpoints lie in the folder `out` + "_checkpoints" until the end. A run
+    that was stopped resumes from them when it is started again with the same settings and seed.
     """
     out = Path(out)
     checkpoints = out.with_name(f"{out.name}_checkpoints")

@@ -31,12 +31,12 @@ def train(
     stop_after: int | None = None,
     profile_folder: Path | None = None,
 ) -> None:
-    """Train the model in place to settings.steps, from the newest checkpoint of this run if there is one.
+    """Train the model in place to settings.steps, or resume its newest checkpoint.
 
-    batches_of(step): this data-parallel rank's micro-batches of a step (from 0). stop_after: return after
-    this many steps of this call, with a checkpoint written. profile_folder: for the traces of
-    settings.profile. InputError when the loss is not finite; Preempted when the job has to stop, with a
-    checkpoint written. Reached by all ranks.
+    batches_of(step): this data-parallel rank's micro-batches of a step (from 0). stop_after: return
+    after this many steps of this call, with a checkpoint written. profile_folder: for the traces of
+    settings.profile. InputError when the loss is not finite; Preempted when the job has to stop,
+    with a checkpoint written. Reached by all ranks.
     """
     try:
         run = TrainingRun(model, teacher, settings, options)
@@ -61,10 +61,10 @@ def train_together(
     drop_diverged: bool = False,
     profiler: Profiler | None = None,
 ) -> None:
-    """Train all runs to step `last` and finalize them, with one forward pass of the teacher for all.
+    """Train all runs to step `last` with one forward pass of the teacher, and finalize them.
 
-    A run that is ahead waits for the others. drop_diverged: a run that diverges ends at its last good step,
-    and the others continue. Preempted when the job has to stop. Reached by all ranks.
+    A run that is ahead waits for the others. drop_diverged: a run that diverges ends at its last
+    good step, and the others continue. Preempted when the job has to stop. Reached by all ranks.
     """
     active = list(runs)
     stop_request = ""
@@ -102,9 +102,10 @@ def train_together(
 
 
 def _agree_to_stop(runs: Sequence[TrainingRun], teacher: Teacher | None, step: int) -> str:
-    """Return why all ranks stop after this step, "" to continue; all ranks agree on whether it is empty.
+    """Return why all ranks stop after this step, "" to continue.
 
-    With a remote teacher the teacher chooses the step, because it runs ahead (distillation/stream_end.py).
+    All ranks agree on whether it is empty. With a remote teacher the teacher chooses the step,
+    because it runs ahead (distillation/stream_end.py).
     """
     request = next((run.stop_request for run in runs if run.stop_request), "")
     stream_end = teacher.stream_end if teacher is not None else None

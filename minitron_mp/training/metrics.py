@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. loss is what was optimised; loss, kl and ce are means over the step's valid tokens, in nats."""
+    """One optimizer step.
+
+    Loss is what was optimised; loss, kl and ce are means over the step's valid tokens, in nats.
+    """
 
     step: int
     """From 1."""
@@ -59,10 +62,12 @@ def metrics_line(metrics: StepMetrics) -> str:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl and TensorBoard scalars on rank 0; a context manager that yields the writer.
+    """Writes metrics.jsonl and TensorBoard scalars on rank 0.
 
-    name: of the run, prefix of its TensorBoard tags. first_step: from which the run resumes. What was
-    logged after it is removed, because the run repeats these steps.
+    A context manager that yields the writer.
+
+    name: of the run, prefix of its TensorBoard tags. first_step: from which the run resumes. What
+    was logged after it is removed, because the run repeats these steps.
     """
 
     def __init__(self, path: Path, name: str, first_step: int, world: World):
@@ -96,8 +101,8 @@ class MetricsLog:
         for name, value in metrics.values().items():
             if name != "step":
                 self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
-        # Without a flush a kill loses up to two minutes of points, which a resumed run does not repeat when they
-        # are older than its checkpoint.
+        # Without a flush a kill loses up to two minutes of points, which a resumed run does not
+        # repeat when they are older than its checkpoint.
         self.board.flush()
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""A model wrapped for data parallelism, with Megatron's distributed optimizer and learning-rate schedule."""
+"""A model wrapped for data parallelism, with distributed optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from minitron_mp.models.sharded_model import ShardedModel
 class TrainableModel:
     """A model with gradients, optimizer and learning-rate schedule.
 
-    model: its chunks are wrapped in Megatron's DistributedDataParallel. All methods are reached by all ranks.
+    model: its chunks are wrapped in Megatron's DistributedDataParallel. All methods are reached by
+    all ranks.
     """
 
     def __init__(self, model: ShardedModel, settings: TrainingConfig):
@@ -44,13 +45,19 @@ class TrainableModel:
         self.optimizer.zero_grad()
 
     def update(self) -> tuple[float, float]:
-        """Apply the accumulated gradients; returns learning rate and gradient norm before clipping."""
+        """Apply the accumulated gradients.
+
+        Returns learning rate and gradient norm before clipping.
+        """
         self.schedule.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         return self.optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)
 
     def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
-        """Return the sharded state of weights and optimizer; empty: tensors to read a checkpoint into."""
+        """Return the sharded state of weights and optimizer.
+
+        Empty: tensors to read a checkpoint into.
+        """
         chunks = [chunk.module for chunk in self.model.chunks]
         # With overlap the last all-gather of parameters is still to come.
         gather_first = self.overlap and not empty
@@ -66,9 +73,9 @@ class TrainableModel:
         return state
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Continue from state_dict(empty=True) after it was filled from the checkpoint of a step."""
-        # Transformer Engine 2.16 rejects pickled histories of delayed scaling by default. These come from our
-        # own checkpoint.
+        """Continue from a state_dict(empty=True) that a checkpoint has filled."""
+        # Transformer Engine 2.16 rejects pickled histories of delayed scaling by default. These
+        # come from our own checkpoint.
         with environment_variable("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
             for i, chunk in enumerate(self.model.chunks):
                 weights = state[f"model{i}"] | state.get(f"scaling{i}", {})
@@ -77,12 +84,13 @@ class TrainableModel:
         self.schedule.step(increment=step)
 
     def finalize(self) -> None:
-        """Finish the pending all-gather of parameters and drop references, so that memory can be freed."""
+        """Finish the pending all-gather of parameters, and drop references so memory can be freed."""
         for chunk in self.model.chunks:
             if self.overlap:
                 chunk.disable_forward_pre_hook(param_sync=True)
-            # The optimizer's shards hold gradient hooks that Python's collector cannot see. Through them these
-            # functions would keep model, optimizer and process groups until the process ends.
+            # The optimizer's shards hold gradient hooks that Python's collector cannot see. Through
+            # them these functions would keep model, optimizer and process groups until the process
+            # ends.
             config = unwrap(chunk).config
             config.finalize_model_grads_func = None
             config.grad_scale_func = None

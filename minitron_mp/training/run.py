@@ -1,8 +1,8 @@
 """TrainingRun: one model in training, with its forward and backward passes and optimizer updates.
 
-A step is a pure function of weights, optimizer state and step number: the batches and random streams follow
-from seed and step. So a checkpoint holds weights, optimizer and step, and a resumed run is bitwise identical
-to an uninterrupted run at the same layout.
+A step is a pure function of weights, optimizer state and step number: the batches and random
+streams follow from seed and step. So a checkpoint holds weights, optimizer and step, and a resumed
+run is bitwise identical to an uninterrupted run at the same layout.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ OnOutput = Callable[[torch.Tensor, Batch], Any]
 class TrainingRun:
     """One model in training, from the newest checkpoint of this run if there is one.
 
-    model: its chunks are wrapped for data parallelism. steps_done: optimizer steps, including those before
-    a resume. stop_request: why all ranks stop, "" as long as they do not; all ranks agree on whether it is
-    empty. All methods are reached by all ranks.
+    model: its chunks are wrapped for data parallelism. steps_done: optimizer steps, including those
+    before a resume. stop_request: why all ranks stop, "" as long as they do not; all ranks agree on
+    whether it is empty. All methods are reached by all ranks.
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class TrainingRun:
     def log(self) -> None:
         """Report the steps since the last log, and agree with all ranks on what comes next.
 
-        One collective, after a host synchronisation. Diverged on all ranks when a loss is not finite.
+        One collective, after a host synchronisation. Diverged on all ranks when a loss is not
+        finite.
         """
         if not self.step_log.pending:
             return
@@ -167,7 +168,9 @@ class TrainingRun:
         return request, RankStatus(bool(request), needs_time, checkpoints.writing, received)
 
     def save(self, *, wait: bool = False) -> None:
-        """Write a checkpoint of the steps so far, unless there is one; none is needed after the last step.
+        """Write a checkpoint of the steps so far, unless there is one.
+
+        None is needed after the last step.
 
         wait: return when it is committed, also with async_save.
         """
@@ -189,7 +192,7 @@ class TrainingRun:
         return {**state, **self.hidden_states.state()} if self.hidden_states else state
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Continue from state_dict(empty=True) after it was filled from the checkpoint of a step."""
+        """Continue from a state_dict(empty=True) that a checkpoint has filled."""
         self.trainable.load_state(state, step)
         if self.hidden_states:
             self.hidden_states.load(state, step)

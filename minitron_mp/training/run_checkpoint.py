@@ -19,7 +19,8 @@ class RunCheckpoints:
     """The checkpoints of one training run in its folder.
 
     With settings.async_save a checkpoint is written by other processes while the steps continue.
-    saved_step: step of the newest checkpoint. Methods are reached by all ranks, properties are local.
+    saved_step: step of the newest checkpoint. Methods are reached by all ranks, properties are
+    local.
     """
 
     def __init__(self, folder: Path, options: RunOptions, settings: TrainingConfig, world: World):
@@ -45,11 +46,11 @@ class RunCheckpoints:
         return step % self.settings.checkpoint_interval == 0
 
     def is_needed(self, step: int) -> bool:
-        """Return whether a save after this step would write anything: not twice, and not after the last step."""
+        """Return whether a save now would write: not twice, and not after the last step."""
         return step != self.saved_step and step < self.settings.steps
 
     def take_blocked_s(self) -> float | None:
-        """Return the seconds for which checkpoints have blocked training since the last call, None for none."""
+        """Return for how long checkpoints have blocked training since the last call."""
         seconds, self._blocked_s = self._blocked_s, 0.0
         return seconds or None
 
@@ -116,7 +117,8 @@ class RunCheckpoints:
 def resume_step(folder: Path, manifest: Manifest) -> int:
     """Return the step of the newest complete checkpoint, 0 without one; reached by all ranks.
 
-    InputError when the checkpoints in the folder belong to another run, naming the field that differs.
+    InputError when the checkpoints in the folder belong to another run, naming the field that
+    differs.
     """
     return on_rank_0(lambda: _newest_step(folder, manifest))
 

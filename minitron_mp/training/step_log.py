@@ -1,4 +1,4 @@
-"""The steps of a run since its last log: kept on each rank, added up over the ranks, reported on rank 0."""
+"""The steps of a run since its last log, added up over the ranks and reported on rank 0."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Diverged(InputError):
 class FinishedStep:
     """One step on this rank.
 
-    sums: float64 [4], loss, divergence and cross-entropy in nats, and valid tokens, over this rank's tokens;
-    [5] with the hidden-state loss. Zero where another rank has the same. alpha: weight of the hidden-state loss.
+    sums: float64 [4], loss, divergence and cross-entropy in nats, and valid tokens, over this
+    rank's tokens; [5] with the hidden-state loss. Zero where another rank has the same. alpha:
+    weight of the hidden-state loss.
     """
 
     step: int
@@ -91,7 +92,10 @@ class StepLog:
         self.start = time.perf_counter()
 
     def stop_clock(self) -> float:
-        """Wait for the device, whose optimizer kernels belong to the step; returns seconds since start_clock()."""
+        """Wait for the device, whose optimizer kernels belong to the step.
+
+        Returns seconds since start_clock().
+        """
         if self.world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return time.perf_counter() - self.start
@@ -101,7 +105,8 @@ class StepLog:
     ) -> tuple[JobStatus, list[StepMetrics]]:
         """Add up the collected steps over all ranks, in one collective; reached by all ranks.
 
-        seconds: from stop_clock(). Returns the metrics of each step, which check_and_publish() reports.
+        seconds: from stop_clock(). Returns the metrics of each step, which check_and_publish()
+        reports.
         """
         rows, job = self._reduce(status)
         num_steps = len(self.steps)
@@ -128,7 +133,10 @@ class StepLog:
         return job, metrics
 
     def check_and_publish(self, metrics: Sequence[StepMetrics]) -> None:
-        """Call on_step for each step on rank 0; Diverged on all ranks at the first one that is not finite."""
+        """Call on_step for each step on rank 0.
+
+        Diverged on all ranks at the first one that is not finite.
+        """
         for one in metrics:
             if not math.isfinite(one.loss) or not math.isfinite(one.grad_norm):
                 raise Diverged(

@@ -1,10 +1,11 @@
-"""Teacher correction during distillation: the teacher is trained on the text that it is distilled on.
+"""Teacher correction during distillation: the teacher trains on the text as it teaches.
 
-2408.11796, figure 5: pruning the original teacher and distilling from one that is corrected meanwhile is as
-good as correcting it first. In each step the student distils from the teacher's weights before the teacher's
-own update, on the same micro-batches. The teacher's forward pass serves both: its hidden states are the
-signal, and its cross-entropy gives its gradients. The student's loss applies the teacher's output layer
-later, so the teacher's update waits until the signals are used.
+2408.11796, figure 5: pruning the original teacher and distilling from one that is corrected
+meanwhile is as good as correcting it first. In each step the student distils from the teacher's
+weights before the teacher's own update, on the same micro-batches. The teacher's forward pass
+serves both: its hidden states are the signal, and its cross-entropy gives its gradients. The
+student's loss applies the teacher's output layer later, so the teacher's update waits until the
+signals are used.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class TrainableTeacher:
         self.run.finalize()
 
     def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
-        """Return the teacher's sharded state, for the student's checkpoint; reached by all ranks."""
+        """Return the teacher's sharded state, for the student's checkpoint.
+
+        Reached by all ranks.
+        """
         self._update_if_due()
         self.run.log()  # every step is logged, and so checked, before it is saved
         return prefixed(self.run.state_dict(empty=empty), PREFIX)

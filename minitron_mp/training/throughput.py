@@ -1,8 +1,8 @@
 """Throughput of a training step: FLOP rates, memory and waiting times, logged beside the loss.
 
-FLOPs are those of the models (models/flops.py), not those that run: recomputed activations count once. Rates
-are per rank that does the work: the student's on its ranks, the teacher's on the ranks where it runs. When
-both share ranks they share the time, and their rates add up.
+FLOPs are those of the models (models/flops.py), not those that run: recomputed activations count
+once. Rates are per rank that does the work: the student's on its ranks, the teacher's on the ranks
+where it runs. When both share ranks they share the time, and their rates add up.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PEAK_TFLOPS = {
     r"A100|A800": 312.0,
     r"L40S": 362.0,
 }
-"""Pattern of a device name -> dense bf16 TFLOP/s of NVIDIA's data sheet; the first match counts. MFU refers to
-it also where FP8 computes."""
+"""Pattern of a device name -> dense bf16 TFLOP/s of NVIDIA's data sheet; the first match counts.
+MFU refers to it also where FP8 computes."""
 
 
 def peak_tflops(device: str) -> float | None:
@@ -63,7 +63,7 @@ class StepWork:
     peak_tflops: float | None = None
 
     def rates(self, step: int, seconds: float) -> dict[str, float]:
-        """Return TFLOP/s per rank, and their share of the peak (MFU), of a step (from 0) that took `seconds`."""
+        """Return TFLOP/s per rank and MFU of a step (from 0) that took `seconds`."""
         student = self.student_flops * self.tokens / self.student_ranks / seconds / 1e12
         rates = {"student_tflops": student}
         if self.teacher_ranks:
@@ -77,7 +77,10 @@ class StepWork:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Throughput of one step; means over the steps of a log interval. The documentation has the definitions."""
+    """Throughput of one step.
+
+    Means over the steps of a log interval. The documentation has the definitions.
+    """
 
     tokens_per_s_per_gpu: float | None = None
     student_tflops: float | None = None
@@ -153,7 +156,10 @@ def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: World
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory of this process: GPU tensors, or all of it on a CPU. No synchronisation."""
+    """Return the peak memory of this process: GPU tensors, or all of it on a CPU.
+
+    No synchronisation.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -50,7 +50,10 @@ class StageContext(StageFiles):
         fp8: str | None = None,
         random_weights: bool = False,
     ) -> ShardedModel:
-        """Build a model in this recipe's layout; precision: default the recipe's. Weights are not loaded."""
+        """Build a model in this recipe's layout.
+
+        Precision: default the recipe's. Weights are not loaded.
+        """
         return build_model(
             arch,
             self.world,
@@ -98,10 +101,11 @@ class StageContext(StageFiles):
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
     ) -> tuple[int, Iterator[list[Batch]]]:
-        """Return the number of groups, and the groups of this data-parallel rank's micro-batches of a text.
+        """Return the number of groups, and this data-parallel rank's groups of micro-batches.
 
-        A group fills the pipeline. part: "calibration", "valid", or a name of data.held_out. exact: InputError
-        unless the samples divide; otherwise the last group is padded with samples of zero loss_mask.
+        A group fills the pipeline. part: "calibration", "valid", or a name of data.held_out. exact:
+        InputError unless the samples divide; otherwise the last group is padded with samples of
+        zero loss_mask.
         """
         world, recipe = self.world, self.recipe
         dp, interleaved = world.groups.dp, world.parallel.interleaved
@@ -140,7 +144,7 @@ class StageContext(StageFiles):
 
 
 def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
-    """Return a function that copies the Hugging Face side files of a checkpoint artifact to another one."""
+    """Return a function that copies the Hugging Face side files into a new artifact folder."""
 
     def copy(folder: Path) -> None:
         shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)

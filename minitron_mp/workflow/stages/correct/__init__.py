@@ -1,4 +1,4 @@
-"""The stage correct: the teacher is trained on the distillation text by cross-entropy (2408.11796, teacher correction)."""
+"""The stage correct: teacher correction by cross-entropy (2408.11796)."""
 
 from __future__ import annotations
 

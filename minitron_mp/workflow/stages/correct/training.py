@@ -35,7 +35,9 @@ from minitron_mp.workflow.stage_files import checkpoint_folder
 from minitron_mp.workflow.teacher_source import log_fp8_teacher_kl
 
 METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Training -> metrics file beside the artifacts. A copy of the complete file goes into the artifact."""
+"""Training -> metrics file beside the artifacts. A copy of the complete file goes into the
+artifact.
+"""
 
 PROFILE = "profile"
 """Folder beside the artifacts with the traces of a section `profile`."""
@@ -43,11 +45,13 @@ PROFILE = "profile"
 OnStep = Callable[[StepMetrics], None]
 
 TeacherFactory = Callable[[int, OnStep], Teacher | None]
-"""(step from which the run starts or resumes, callback for the metrics of a teacher in training) -> teacher."""
+"""(step from which the run starts or resumes, callback for the metrics of a teacher in training) ->
+teacher.
+"""
 
 
 def correct_teacher(job: StageContext) -> None:
-    """Train the teacher on the distillation text by cross-entropy (2408.11796, teacher correction)."""
+    """Train the teacher on the distillation text by cross-entropy (2408.11796)."""
     assert job.recipe.correct is not None
     run_training(job, "import", job.recipe.correct, lambda first_step, on_teacher_step: None)
 
@@ -55,7 +59,10 @@ def correct_teacher(job: StageContext) -> None:
 def run_training(
     job: StageContext, start: str, settings: DistillConfig | CorrectionConfig, make_teacher: TeacherFactory
 ) -> None:
-    """Train the model that the stage `start` wrote, and write the artifact; reached by all ranks."""
+    """Train the model that the stage `start` wrote, and write the artifact.
+
+    Reached by all ranks.
+    """
     recipe, world, name = job.recipe, job.world, job.manifest.stage
     batches_of = _batches_of(job, settings)
     batches_of(0)  # InputError for sizes that do not divide, before a model is built
@@ -126,7 +133,7 @@ def _close(teacher: Teacher | None) -> None:
 def _write_artifact(
     job: StageContext, model: ShardedModel, teacher: Teacher | None, curves: Sequence[Path]
 ) -> None:
-    """Write the trained model, with the teacher if it was trained too, the metrics and the assets."""
+    """Write the trained model, the teacher if it was trained too, metrics and assets."""
     state = model_state(model.chunks, job.world)
     if isinstance(teacher, TrainableTeacher):
         chunks = [unwrap(chunk) for chunk in teacher.model.chunks]

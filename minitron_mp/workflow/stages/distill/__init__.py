@@ -22,7 +22,8 @@ def run(context: StageContext) -> None:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of the training run and of its teacher.
 
-    The placement and layout of the teacher change its signals by rounding alone. A top-k payload changes the loss.
+    The placement and layout of the teacher change its signals by rounding alone. A top-k payload
+    changes the loss.
     """
     teacher = {
         "precision": recipe.teacher.precision,

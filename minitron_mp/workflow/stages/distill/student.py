@@ -12,7 +12,10 @@ from minitron_mp.workflow.teacher_source import open_teacher, serve_students
 
 
 def distill_student(job: StageContext) -> None:
-    """Train the student on the teacher's distribution; on the ranks of a remote teacher, serve it."""
+    """Train the student on the teacher's distribution.
+
+    On the ranks of a remote teacher, serve it.
+    """
     if job.world.role == "teacher":
         serve_students(job)
         return

@@ -30,10 +30,10 @@ Models = dict[str, ShardedModel]
 
 
 def evaluate_models(job: StageContext) -> None:
-    """Measure teacher, uncorrected and unpruned teacher, pruned and distilled student; reached by all ranks.
+    """Measure teacher, uncorrected and unpruned teacher, pruned and distilled student.
 
-    All models read the held-out text in one pass. The speed changes from run to run, so the manifest does not
-    cover it.
+    Reached by all ranks. All models read the held-out text in one pass. The speed changes from run
+    to run, so the manifest does not cover it.
     """
     settings, start = job.recipe.evaluate, time.monotonic()
     teacher = job.teacher(corrected=True)
