@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-Group = dist.ProcessGroup
-
 
 class AllGatherSequence(torch.autograd.Function):
     """Gather [s/cp, ...] of each rank into [cp, s/cp, ...] on all ranks.
@@ -17,7 +15,7 @@ class AllGatherSequence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         out = x.new_empty((group.size(), *x.shape))
         dist.all_gather_into_tensor(out.view(-1, *x.shape[1:]), x.contiguous(), group=group)
@@ -30,7 +28,7 @@ class AllGatherSequence(torch.autograd.Function):
         return out, None
 
 
-def context_parallel_slice(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+def context_parallel_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Return this rank's part of a sequence: chunks r and 2n-1-r of 2n.
 
     This is Megatron's zig-zag order, which balances causal attention over the ranks.
@@ -42,7 +40,9 @@ def context_parallel_slice(x: torch.Tensor, dim: int, group: Group) -> torch.Ten
     return torch.cat([chunks[r], chunks[2 * n - 1 - r]], dim)
 
 
-def exchange_kept(x: torch.Tensor, dim: int, keep: torch.Tensor, start: int, group: Group) -> torch.Tensor:
+def exchange_kept(
+    x: torch.Tensor, dim: int, keep: torch.Tensor, start: int, group: dist.ProcessGroup
+) -> torch.Tensor:
     """Keep some rows of a tensor that is split on a dim, and split them evenly again.
 
     x [.., n/tp, ..]: this rank's part, global rows from `start` on.

@@ -138,7 +138,8 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
         p = parallel
         raise InputError(
             f"tp {p.tp} x pp {p.pp} x cp {p.cp} needs a multiple of {p.model_ranks} ranks, this job "
-            f"has {size}; start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower parallel.*"
+            f"has {size}; start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower "
+            "parallel.*"
         )
     if parallel_state.is_initialized():
         leave_groups()
