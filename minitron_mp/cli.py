@@ -1,4 +1,7 @@
-"""The command line: one command for each stage, and compress for all. Parsing imports neither torch nor megatron."""
+"""The command line: one command for each stage, and compress for all.
+
+Parsing imports neither torch nor megatron.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,10 @@ for _stage in STAGES:
 def compress(
     recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None
 ) -> None:
-    """Run all stages in order. Finished stages are skipped, so the same command resumes after a stop."""
+    """Run all stages in order.
+
+    Finished stages are skipped, so the same command resumes after a stop.
+    """
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         _dry_run(resolved, world, None)
@@ -126,15 +132,14 @@ def harness(
         bool, typer.Option("--apply-chat-template", help="format items with the tokenizer's chat template")
     ] = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on a model of the recipe. Needs the extra eval (lm-eval)."""
+    """Run tasks of lm-evaluation-harness on a model of the recipe (needs the extra eval)."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp.integrations.lm_eval import run_harness
+    from minitron_mp.integrations.lm_eval.command import HarnessOptions, run_harness
 
-    run_harness(
-        resolved,
+    options = HarnessOptions(
         names,
         model=model,
         limit=limit,
@@ -143,6 +148,7 @@ def harness(
         max_length=max_length,
         chat_template=apply_chat_template,
     )
+    run_harness(resolved, options)
 
 
 @app.command()
@@ -167,10 +173,10 @@ def environment(
     ranks: Annotated[int, typer.Option(min=1, help="ranks on each node")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
-    """Print the environment variables for the ranks, with reasons, for a shell to evaluate (launch/env.sh)."""
-    from minitron_mp.cluster.environment import lines, this_node
+    """Print the environment variables of the ranks with reasons, as shell lines (launch/env.sh)."""
+    from minitron_mp.cluster.environment import environment_lines, this_node
 
-    print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+    print(*environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
 
 @app.command()
@@ -191,19 +197,19 @@ def estimate(
     plot: Annotated[Path | None, typer.Option(help="plot 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Estimate memory, step time and GPU-hours, and find the best layouts on a number of GPUs."""
-    from minitron_mp.planning.command import run_estimate
+    from minitron_mp.planning.command import EstimateOptions, run_estimate
 
-    run_estimate(
-        load_recipe(recipe, overrides or []),
+    options = EstimateOptions(
         world,
         gpu=gpu,
-        price=price,
-        top=top,
         hardware_file=hardware,
         times_file=times,
+        price=price,
+        top=top,
         json_file=json,
         plot_file=plot,
     )
+    run_estimate(load_recipe(recipe, overrides or []), options)
 
 
 @app.command()
@@ -213,7 +219,10 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check versions, GPUs, FP8, links between ranks, clocks, folders and disk space. Exit code 0 or 1."""
+    """Check versions, GPUs, FP8, links between ranks, clocks, folders and disk space.
+
+    Exit code 0 or 1.
+    """
     from minitron_mp.cluster.doctor import doctor as examine
 
     raise typer.Exit(examine(recipe, overrides or []))
@@ -235,7 +244,10 @@ def reference(
 
 
 def main() -> None:
-    """Run the command line. An InputError or a failing disk is printed without a traceback; exit code 2."""
+    """Run the command line.
+
+    An InputError or a failing disk is printed without a traceback; exit code 2.
+    """
     # Megatron-Core warns on each rank about every optional package that is missing.
     warnings.filterwarnings("ignore")
     # This logger prints the traceback of errors that are reported below on one line.

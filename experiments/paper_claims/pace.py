@@ -1,6 +1,7 @@
-"""Seconds of a distillation step: this library's train() and the plain transformers loop, step by step in turn, in one process.
+"""Time of a distillation step: this library's train() and the plain transformers loop.
 
-In turn, because a machine that others use too is faster at one hour than at the next. Random student weights and random tokens: neither changes the time.
+Both alternate step by step in one process, because the speed of a shared machine changes with time.
+Student weights and tokens are random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions
 
 WARM_UP = 2
-"""Steps of each before the measured ones."""
+"""Steps of each loop before the measured ones."""
 
 
 def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: int) -> dict[str, Any]:
-    """Tokens/s of both from their median steps (minitron_mp, transformers), and how much faster ours was in each pair of steps (ratios).
+    """Return tokens/s of both loops from median steps, and our speed-up in each pair of steps.
 
-    recipe: its model is the plain loop's teacher; precision, sequence length and `distill` are taken from it, too. student: the contents of
-    its config.json. teacher: what the stage `import` has left of the model. One process, on one device.
+    recipe: gives the plain loop's teacher (model), precision, sequence length and `distill`.
+    student: contents of its config.json. teacher: output of the stage `import`. Runs in one process
+    on one device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,14 +71,14 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
         )
 
         def batches_of(step: int) -> list[dict[str, torch.Tensor]]:
-            made = torch.Generator().manual_seed(step)
+            generator = torch.Generator().manual_seed(step)
             count = settings.global_batch_size // settings.micro_batch_size
-            return [random_batch(ours.model.arch.vocab_size, size, made) for _ in range(count)]
+            return [random_batch(ours.model.arch.vocab_size, size, generator) for _ in range(count)]
 
         def on_step(metrics: StepMetrics) -> None:
             step = metrics.step - 1
             samples, start = batches_of(step), time.perf_counter()
-            loop.step(step, samples)  # waits for the device: it returns numbers
+            loop.step(step, samples)  # it returns numbers, so it waits for the device
             times["transformers"].append(time.perf_counter() - start)
             times["minitron_mp"].append(metrics.step_time_s)
 
@@ -96,8 +98,10 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
     }
 
 
-def random_batch(vocab_size: int, size: tuple[int, int], made: torch.Generator) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, vocab_size, (size[0], size[1] + 1), generator=made)
+def random_batch(
+    vocab_size: int, size: tuple[int, int], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, vocab_size, (size[0], size[1] + 1), generator=generator)
     positions = torch.arange(size[1])[None].expand(size).contiguous()
     return {
         "tokens": tokens[:, :-1].contiguous(),
@@ -107,5 +111,6 @@ def random_batch(vocab_size: int, size: tuple[int, int], made: torch.Generator) 
     }
 
 
-def told(ratios: list[float]) -> str:
+def format_ratios(ratios: list[float]) -> str:
+    """Return median, smallest and largest ratio as text."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

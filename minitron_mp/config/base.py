@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.config import JsonDict
 
 NOT_IN_RESULT: JsonDict = {"result": False}
-"""Mark of a field that does not change the result of a stage: Field(1, json_schema_extra=NOT_IN_RESULT).
+"""Mark of a field that does not change the result of a stage: Field(1,
+json_schema_extra=NOT_IN_RESULT).
 
 Every field without this mark is part of the fingerprint of its stage.
 """
@@ -37,7 +38,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def result_settings(self) -> dict[str, Any]:
-        """Return the settings that change the result of a stage: all that are given, but for marked fields."""
+        """Return the settings that change a result: all but marked and empty fields."""
         fields = type(self).model_fields
         marked = {name for name, field in fields.items() if field.json_schema_extra == NOT_IN_RESULT}
         return self.model_dump(exclude=marked, exclude_none=True)

@@ -1,4 +1,4 @@
-"""The sections data, evaluate and export: the text, what is measured, and the model that comes out."""
+"""The sections data, evaluate and export: the text, the measurements, and the written model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ class DataConfig(Section):
     """Text for calibration, training and held-out evaluation."""
 
     source: str | list[str] = "python-stdlib"
-    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes. Their documents are split
-    into the three parts; when there are few documents, pieces of documents are split instead. The default is the
-    source code of Python's standard library."""
+    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes. Their
+    documents are split into the three parts; when there are few documents, pieces of documents
+    are split instead. The default is the source code of Python's standard library."""
     calibration: Paths = []
-    """Text for calibration, used as it is: .txt, .jsonl or Megatron .bin/.idx prefixes. Replaces `source`, together
-    with `train` and `valid`."""
+    """Text for calibration, used as it is: .txt, .jsonl or Megatron .bin/.idx prefixes. Replaces
+    `source`, together with `train` and `valid`."""
     train: Paths = []
     """Text for training, used as it is."""
     valid: Paths = []
     """Held-out text, used as it is."""
     valid_fraction: float = Field(0.03, gt=0, lt=0.5)
-    """Fraction of the documents of `source` that are held out. The calibration part has the same size."""
+    """Fraction of the documents of `source` that are held out. The calibration part has the same
+    size."""
     sequence_length: int = Field(512, ge=2)
     """Tokens per sample."""
     tokenizer: str | None = None
-    """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the model."""
+    """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
+    model."""
     held_out: dict[str, Paths] = {}
-    """Further texts for `evaluate`: name -> files or folders, as for `source`. Example: {pretraining: [old/]}."""
+    """Further texts for `evaluate`: name -> files or folders, as for `source`. Example:
+    {pretraining: [old/]}."""
 
     @model_validator(mode="after")
     def _all_parts(self) -> DataConfig:
@@ -55,7 +58,8 @@ class DataConfig(Section):
             )
         if given and self.changed(["source", "valid_fraction"]):
             raise ValueError(
-                "calibration, train and valid replace source and valid_fraction; drop source and valid_fraction"
+                "calibration, train and valid replace source and valid_fraction; drop source and "
+                "valid_fraction"
             )
         return self
 
@@ -68,8 +72,8 @@ class EvaluateConfig(Section):
     micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples, or options of a task, per forward pass."""
     tasks: dict[str, str] = {}
-    """Name -> .jsonl file of multiple-choice or last-word items. docs/evaluation.md describes the format.
-    Example: {piqa: tasks/piqa.jsonl}."""
+    """Name -> .jsonl file of multiple-choice or last-word items. docs/evaluation.md describes the
+    format. Example: {piqa: tasks/piqa.jsonl}."""
     task_items: int | None = Field(None, ge=1)
     """Use only the first items of each task. Default: all."""
 
@@ -78,6 +82,7 @@ class ExportConfig(Section):
     """The Hugging Face folder of the student."""
 
     family: Literal["llama", "mistral", "qwen2", "qwen3", "nemotron"] | None = None
-    """Write the student as another family. Only llama -> mistral is possible, which computes the same."""
+    """Write the student as another family. Only llama -> mistral is possible, which computes the
+    same."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format of the weights. Default: `precision`."""

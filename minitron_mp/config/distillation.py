@@ -14,11 +14,12 @@ from minitron_mp.config.training import TrainingConfig
 class HiddenStatesConfig(Section):
     """Hidden states of the student that are matched to the teacher's.
 
-    The loss is L_logits + alpha L_is. L_is is the sum over the pairs of states, averaged over tokens. It helps where
-    depth was cut a lot, and not where depth was kept (2407.14679, tables 17 and 18).
+    The loss is L_logits + alpha L_is. L_is is the sum over the pairs of states, averaged over
+    tokens. It helps where depth was cut a lot, and not where depth was kept (2407.14679, tables 17
+    and 18).
 
-    State j is the input of layer j after its input norm: 0 is the embeddings, num_layers the output of the final
-    norm.
+    State j is the input of layer j after its input norm: 0 is the embeddings, num_layers the output
+    of the final norm.
     """
 
     layers: list[list[int]] = Field(min_length=1)
@@ -26,7 +27,8 @@ class HiddenStatesConfig(Section):
     kind: Literal["cosine", "mse"] = "cosine"
     """cosine: 1 - cosine similarity. mse: squared difference, averaged over channels."""
     weight: Literal["dynamic"] | float = "dynamic"
-    """alpha. dynamic: L_logits / L_is of the previous step, 1 in the first step. Or a number above 0."""
+    """alpha. dynamic: L_logits / L_is of the previous step, 1 in the first step. Or a number above
+    0."""
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -56,10 +58,10 @@ class HiddenStatesConfig(Section):
         return self
 
     def blocks(self, num_layers: int, parallel: ParallelConfig) -> dict[int, list[int]]:
-        """Return pipeline stage -> blocks that it needs of the teacher, for a student of `num_layers` layers.
+        """Return pipeline stage -> blocks that it needs of the teacher (num_layers: of the student).
 
-        Block 0 is the hidden states for the logits, block i + 1 the state of pair i; each has the teacher's hidden
-        size. Stages that need none are left out.
+        Block 0 is the hidden states for the logits, block i + 1 the state of pair i; each has the
+        teacher's hidden size. Stages that need none are left out.
         """
         blocks: dict[int, list[int]] = {parallel.pp - 1: [0]}
         for number, (state, _) in enumerate(self.layers):
@@ -80,10 +82,11 @@ class HiddenStatesConfig(Section):
 
 
 class DistillConfig(TrainingConfig):
-    """Training of the student on the teacher's distribution (2408.11796, table 4, for published settings)."""
+    """Training of the student on the teacher's distribution (settings: 2408.11796, table 4)."""
 
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher). js: Jensen-Shannon."""
+    """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher). js:
+    Jensen-Shannon."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of both distributions."""
     kl_weight: float = Field(1.0, ge=0)
@@ -108,47 +111,52 @@ class TeacherConfig(Section):
     """Where the teacher runs while the student is distilled, and what it sends."""
 
     model: str | None = None
-    """Hugging Face folder of the teacher of distillation, when it is not the model that is pruned. Both must have
-    the same vocabulary. For iterative compression (2407.14679: 15B -> 8B -> 4B, with the 15B as the teacher)."""
+    """Hugging Face folder of the teacher of distillation, when it is not the model that is pruned.
+    Both must have the same vocabulary. For iterative compression (2407.14679: 15B -> 8B -> 4B,
+    with the 15B as the teacher)."""
     placement: Literal["colocated", "remote", "cached"] = "colocated"
-    """colocated: on the student's ranks, in the student's layout. remote: on separate ranks, the last ones of the
-    job. cached: the stage `cache` runs the teacher first and writes its signals to disk."""
+    """colocated: on the student's ranks, in the student's layout. remote: on separate ranks, the
+    last ones of the job. cached: the stage `cache` runs the teacher first and writes its signals
+    to disk."""
     ranks: int | None = Field(None, ge=1)
     """Ranks of a remote teacher. Default: one copy of the model."""
     student_ranks: int | None = Field(None, ge=1)
-    """Ranks of the student, for a remote teacher, instead of `ranks`. Copies of the teacher use all other ranks, so
-    a job that restarts with fewer nodes (torchrun --nnodes 3:4 --max-restarts 9) resumes with fewer copies and the
-    same loss."""
+    """Ranks of the student, for a remote teacher, instead of `ranks`. Copies of the teacher use all
+    other ranks, so a job that restarts with fewer nodes (torchrun --nnodes 3:4 --max-restarts 9)
+    resumes with fewer copies and the same loss."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of a remote teacher. It has the keys of the section `parallel`."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the teacher. Default: `precision`."""
     fp8: Literal["tensorwise", "blockwise"] | None = None
-    """Run the teacher's forward passes in `distill`, `cache` and `search` in FP8, with FP8 weights (half the
-    memory). `evaluate` uses bf16. delayed scaling is not allowed: the teacher's signals would depend on the order
-    of the microbatches."""
+    """Run the teacher's forward passes in `distill`, `cache` and `search` in FP8, with FP8 weights
+    (half the memory). `evaluate` uses bf16. delayed scaling is not allowed: the teacher's
+    signals would depend on the order of the microbatches."""
     payload: Literal["hidden", "logits", "topk"] = "hidden"
-    """What a remote or cached teacher sends. hidden: hidden states after the final norm; exact and smallest, and the
-    student's last stage holds a copy of the teacher's output layer. logits: all logits. topk: the `top_k` most
-    likely tokens and the probability of the rest (an approximation)."""
+    """What a remote or cached teacher sends. hidden: hidden states after the final norm; exact and
+    smallest, and the student's last stage holds a copy of the teacher's output layer. logits:
+    all logits. topk: the `top_k` most likely tokens and the probability of the rest (an
+    approximation)."""
     top_k: int = Field(256, ge=1)
     """Tokens per position, for payload topk."""
     window: int = Field(3, ge=1)
-    """Microbatches that a copy of a remote teacher may be ahead of the student. Limits memory on both sides."""
+    """Microbatches that a copy of a remote teacher may be ahead of the student. Limits memory on
+    both sides."""
     siblings: dict[str, int] = {}
-    """Further students of a remote teacher: recipe -> ranks. `distill` trains them in the same job from the same
-    stream. Their ranks are between the student's and the teacher's. Their recipes must have the same model, text,
-    batches and steps."""
+    """Further students of a remote teacher: recipe -> ranks. `distill` trains them in the same job
+    from the same stream. Their ranks are between the student's and the teacher's. Their recipes
+    must have the same model, text, batches and steps."""
     timeout_s: float = Field(600, gt=0)
-    """Seconds that student and remote teacher wait for each other. Must be above the longest pause of the student,
-    which is a checkpoint."""
+    """Seconds that student and remote teacher wait for each other. Must be above the longest pause
+    of the student, which is a checkpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherConfig:
         problems = self._ignored_keys() + self._rank_problems()
         if self.placement == "colocated" and self.payload != "hidden":
             problems.append(
-                f"payload {self.payload} needs placement remote or cached, given colocated; drop payload, or set placement"
+                f"payload {self.payload} needs placement remote or cached, given colocated; drop payload, "
+                "or set placement"
             )
         if self.siblings and self.placement != "remote":
             problems.append(f"siblings needs placement remote, given {self.placement}; set placement: remote")
@@ -156,7 +164,8 @@ class TeacherConfig(Section):
             problems.append("parallel.vpp does not speed up forward passes; drop it")
         if self.window < self.parallel.pp:
             problems.append(
-                f"window {self.window} must be at least the teacher's pp {self.parallel.pp}, to fill its pipeline"
+                f"window {self.window} must be at least the teacher's pp {self.parallel.pp}, to fill its "
+                "pipeline"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -170,7 +179,8 @@ class TeacherConfig(Section):
         if not ignored:
             return []
         return [
-            f"{', '.join(ignored)}: no effect with placement {self.placement} and payload {self.payload}; drop it"
+            f"{', '.join(ignored)}: no effect with placement {self.placement} and payload {self.payload}; "
+            "drop it"
         ]
 
     def _rank_problems(self) -> list[str]:
@@ -181,15 +191,18 @@ class TeacherConfig(Section):
         ]
         if self.ranks is not None and self.ranks % self.parallel.model_ranks:
             problems.append(
-                f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = {self.parallel.model_ranks}"
+                f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = "
+                f"{self.parallel.model_ranks}"
             )
         if self.ranks is not None and self.student_ranks is not None:
             problems.append(
-                f"ranks {self.ranks} and student_ranks {self.student_ranks} exclude each other; drop one of them"
+                f"ranks {self.ranks} and student_ranks {self.student_ranks} exclude each other; drop one "
+                "of them"
             )
         if not self.is_remote and (self.ranks or self.student_ranks):
             problems.append(
-                f"ranks and student_ranks need placement remote, given {self.placement}; drop them, or set placement"
+                f"ranks and student_ranks need placement remote, given {self.placement}; drop them, or set "
+                "placement"
             )
         return problems
 
@@ -199,7 +212,10 @@ class TeacherConfig(Section):
         return self.placement == "remote"
 
     def ranks_in(self, job_size: int | None) -> int:
-        """Return the ranks of the teacher in a job of `job_size` ranks. None: the given ranks, or one copy."""
+        """Return the ranks of the teacher in a job of `job_size` ranks.
+
+        None: the given ranks, or one copy.
+        """
         if not self.is_remote:
             return 0
         if self.student_ranks is None or job_size is None:

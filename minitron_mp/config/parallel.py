@@ -8,7 +8,10 @@ from minitron_mp.config.base import Section
 
 
 class ParallelConfig(Section):
-    """How a model is split over the ranks. Data parallelism uses the remaining factor of the world size."""
+    """How a model is split over the ranks.
+
+    Data parallelism uses the remaining factor of the world size.
+    """
 
     tp: int = Field(1, ge=1)
     """Tensor parallel size."""
@@ -19,7 +22,8 @@ class ParallelConfig(Section):
     vpp: int | None = Field(None, ge=2)
     """Virtual pipeline size: model chunks per pipeline stage, for the interleaved schedule."""
     sequence_parallel: bool = False
-    """Split the activations between the tensor parallel regions over the tp ranks. Needs tp of at least 2."""
+    """Split the activations between the tensor parallel regions over the tp ranks. Needs tp of at
+    least 2."""
 
     @model_validator(mode="after")
     def _sensible(self) -> ParallelConfig:
@@ -34,13 +38,15 @@ class ParallelConfig(Section):
 
     @property
     def interleaved(self) -> int:
-        """The number of which the microbatches of a step must be a multiple: pp with vpp, else 1."""
+        """The microbatches of a step must be a multiple of this: pp with vpp, else 1."""
         return self.pp if self.vpp else 1
 
     @property
     def sequence_multiple(self) -> int:
-        """The number of which a sequence length must be a multiple: 2 cp with context parallelism, times tp
-        with sequence parallelism."""
+        """A sequence length must be a multiple of this.
+
+        2 cp with context parallelism, times tp with sequence parallelism.
+        """
         context_parts = 2 * self.cp if self.cp > 1 else 1
         return context_parts * self.tp if self.sequence_parallel else context_parts
 
@@ -50,7 +56,9 @@ class ParallelConfig(Section):
         return self.tp * self.pp * self.cp
 
     def layers_of_chunks(self, num_layers: int) -> list[int]:
-        """Return the layers of each model chunk in order of depth. Chunk i is on pipeline stage i % pp.
+        """Return the layers of each model chunk in order of depth.
+
+        Chunk i is on pipeline stage i % pp.
 
         The first chunks take the remainder.
         """
@@ -59,7 +67,7 @@ class ParallelConfig(Section):
         return [smallest + 1 if i < remainder else smallest for i in range(chunks)]
 
     def place_of_state(self, state: int, num_layers: int) -> tuple[int, int]:
-        """Return (pipeline stage, model chunk on it) of layer `state`. num_layers stands for the final norm."""
+        """Return (pipeline stage, model chunk on it) of layer `state`; num_layers: final norm."""
         chunks = self.layers_of_chunks(num_layers)
         last = 0
         for number, count in enumerate(chunks):

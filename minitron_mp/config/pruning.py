@@ -1,4 +1,4 @@
-"""The sections score, target, depth and search: what is measured, and what the student looks like."""
+"""The sections score, target, depth and search: what is measured, and the sizes of the student."""
 
 from __future__ import annotations
 
@@ -39,21 +39,24 @@ class TargetConfig(Section):
     ffn_hidden_size: int | None = Field(None, ge=1)
     """Width of the student's MLPs."""
     num_attention_heads: int | None = Field(None, ge=1)
-    """Query heads of the student, the same number in each query group. Default: the teacher's number per group."""
+    """Query heads of the student, the same number in each query group. Default: the teacher's
+    number per group."""
     num_query_groups: int | None = Field(None, ge=1)
-    """Query groups (key and value heads) of the student. Whole groups are dropped with their query heads. tp must
-    divide it. The papers keep all groups."""
+    """Query groups (key and value heads) of the student. Whole groups are dropped with their query
+    heads. tp must divide it. The papers keep all groups."""
     merge_heads: bool = False
-    """Add the residual of a pruned head to the query of a kept head of its group: head + (head - pruned)
-    (2407.14679, section 2.3)."""
+    """Add the residual of a pruned head to the query of a kept head of its group: head + (head -
+    pruned) (2407.14679, section 2.3)."""
     max_parameters: Count | None = Field(None, gt=0)
     """Largest number of parameters of the student: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(None, gt=0, le=1)
     """Largest fraction of the teacher's parameters."""
     axes: list[Literal["hidden", "ffn", "layer"]] = Field(["hidden", "ffn"], min_length=1)
-    """What max_parameters and keep may cut: width (hidden and ffn, by the same factor), depth (layer), or both."""
+    """What max_parameters and keep may cut: width (hidden and ffn, by the same factor), depth
+    (layer), or both."""
     align: int = Field(16, ge=1)
-    """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
+    """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for
+    MXFP8."""
     _sizes: ClassVar = (
         "num_layers",
         "drop_layers",
@@ -92,22 +95,22 @@ class TargetConfig(Section):
 class DepthConfig(Section):
     """Which layers are dropped when the student has fewer layers.
 
-    The stage `depth` measures all methods but cosine. With metric task the accuracy on a task replaces the loss, as
-    2408.11796 does with Winogrande.
+    The stage `depth` measures all methods but cosine. With metric task the accuracy on a task
+    replaces the loss, as 2408.11796 does with Winogrande.
     """
 
     method: Literal["cosine", "drop", "block", "greedy"] = "cosine"
-    """cosine: drop the layers that change the hidden states least (scored by the stage `score`). drop: drop the
-    layers without which, one at a time, the loss is smallest (2407.14679, depth). block: drop the contiguous block
-    without which the loss is smallest (2408.11796, depth). greedy: drop one layer after another, each time the one
-    without which the loss is smallest."""
+    """cosine: drop the layers that change the hidden states least (scored by the stage `score`).
+    drop: drop the layers without which, one at a time, the loss is smallest (2407.14679, depth).
+    block: drop the contiguous block without which the loss is smallest (2408.11796, depth).
+    greedy: drop one layer after another, each time the one without which the loss is smallest."""
     protect_first: int = Field(0, ge=0)
     """Layers at the start that are always kept."""
     protect_last: int = Field(0, ge=0)
     """Layers at the end that are always kept."""
     metric: Literal["loss", "task"] = "loss"
-    """loss: cross-entropy on calibration text. task: accuracy by partial scoring; between equal accuracies the
-    higher likelihood of the correct options decides."""
+    """loss: cross-entropy on calibration text. task: accuracy by partial scoring; between equal
+    accuracies the higher likelihood of the correct options decides."""
     num_samples: int = Field(32, ge=1)
     """Calibration samples, for metric loss."""
     task: str | None = None
@@ -137,10 +140,11 @@ class DepthConfig(Section):
 class SearchConfig(Section):
     """The sizes of the student by search, instead of by `target`.
 
-    All candidates inside a budget are ranked by their held-out loss after pruning, with masks, so that no weight is
-    copied. The best candidates are distilled for a short time, the better half of them for longer, until one is left
-    (2407.14679: candidates within 5 % of the parameters, ranked after light retraining). Candidates are ranked on the
-    calibration part, so the held-out part is never used for model selection.
+    All candidates inside a budget are ranked by their held-out loss after pruning, with masks, so
+    that no weight is copied. The best candidates are distilled for a short time, the better half of
+    them for longer, until one is left (2407.14679: candidates within 5 % of the parameters, ranked
+    after light retraining). Candidates are ranked on the calibration part, so the held-out part is
+    never used for model selection.
 
     Give one budget (parameters, memory_gib or latency_ms), and a list for each size that may vary.
     """
@@ -148,14 +152,14 @@ class SearchConfig(Section):
     parameters: Count | None = Field(None, gt=0)
     """Number of parameters, within `tolerance`: 8e9 or "8B"."""
     memory_gib: float | None = Field(None, gt=0)
-    """Largest memory in GiB for the weights and the key-value cache of `batch_size` sequences of `context` tokens,
-    over all ranks."""
+    """Largest memory in GiB for the weights and the key-value cache of `batch_size` sequences of
+    `context` tokens, over all ranks."""
     latency_ms: float | None = Field(None, gt=0)
-    """Longest forward pass in milliseconds over `batch_size` sequences of `context` tokens, measured on the ranks of
-    the job."""
+    """Longest forward pass in milliseconds over `batch_size` sequences of `context` tokens,
+    measured on the ranks of the job."""
     tolerance: float = Field(0.05, gt=0, lt=0.5)
-    """For parameters, the largest relative difference from the budget. For memory_gib and latency_ms, candidates use
-    at least 1 - 2 tolerance of the budget."""
+    """For parameters, the largest relative difference from the budget. For memory_gib and
+    latency_ms, candidates use at least 1 - 2 tolerance of the budget."""
     batch_size: int = Field(1, ge=1)
     """Sequences, for memory_gib and latency_ms."""
     context: int | None = Field(None, ge=1)
@@ -167,8 +171,8 @@ class SearchConfig(Section):
     ffn_hidden_size: list[int] = []
     """MLP widths to try. Default: the width that is nearest to the budget."""
     mlp_expansion: list[float] = []
-    """MLP widths to try, as factors of the hidden size, rounded to the nearest aligned width. Replaces
-    ffn_hidden_size."""
+    """MLP widths to try, as factors of the hidden size, rounded to the nearest aligned width.
+    Replaces ffn_hidden_size."""
     num_query_groups: list[int] = []
     """Numbers of query groups to try. Default: the teacher's."""
     num_attention_heads: list[int] = []
@@ -178,12 +182,14 @@ class SearchConfig(Section):
     micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward pass of the ranking."""
     finalists: int = Field(4, ge=1)
-    """Candidates that are distilled. With 1 none is distilled, and the best pruned candidate is chosen."""
+    """Candidates that are distilled. With 1 none is distilled, and the best pruned candidate is
+    chosen."""
     steps: int = Field(100, ge=2)
-    """Optimizer steps of the last two candidates. Candidates that leave one round earlier get half as many, and so
-    on. Learning rate and batches are those of `distill`."""
+    """Optimizer steps of the last two candidates. Candidates that leave one round earlier get half
+    as many, and so on. Learning rate and batches are those of `distill`."""
     together: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
-    """Students in memory at the same time, which share each forward pass of the teacher. Default: all that are left."""
+    """Students in memory at the same time, which share each forward pass of the teacher. Default:
+    all that are left."""
     max_candidates: int = Field(256, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Largest number of candidates. More are an error."""
 
@@ -193,7 +199,8 @@ class SearchConfig(Section):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             problems.append(
-                f"give one budget of parameters, memory_gib and latency_ms, given {' and '.join(given) or 'none'}"
+                "give one budget of parameters, memory_gib and latency_ms, given "
+                f"{' and '.join(given) or 'none'}"
             )
         if given == ["parameters"] and self.changed(["context", "batch_size"]):
             problems.append("batch_size and context are for memory_gib and latency_ms; drop them")
@@ -201,7 +208,8 @@ class SearchConfig(Section):
             problems.append("ffn_hidden_size and mlp_expansion exclude each other; drop one of them")
         if given == ["latency_ms"] and not (self.ffn_hidden_size or self.mlp_expansion):
             problems.append(
-                "latency_ms cannot be solved for ffn_hidden_size; list the widths to try in ffn_hidden_size or mlp_expansion"
+                "latency_ms cannot be solved for ffn_hidden_size; list the widths to try in "
+                "ffn_hidden_size or mlp_expansion"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -222,6 +230,9 @@ class SearchConfig(Section):
         return value * (1 - 2 * self.tolerance), value
 
     def rounds(self, students: int) -> list[int]:
-        """Return the step at which each round of distillation ends. Each round halves the number of students."""
+        """Return the step at which each round of distillation ends.
+
+        Each round halves the number of students.
+        """
         count = math.ceil(math.log2(students))
         return [max(1, self.steps >> (count - 1 - i)) for i in range(count)]

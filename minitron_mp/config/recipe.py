@@ -35,8 +35,8 @@ class Recipe(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations. Optimizer state and gradients are float32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto: Transformer Engine's in
-    bf16 on a GPU where it is installed, else local."""
+    """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto:
+    Transformer Engine's in bf16 on a GPU where it is installed, else local."""
     data: DataConfig = DataConfig()
     """Text."""
     parallel: ParallelConfig = ParallelConfig()
@@ -94,7 +94,10 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply dotted overrides ("distill.steps=10"); InputError lists all mistakes."""
+    """Read a YAML recipe and apply dotted overrides ("distill.steps=10").
+
+    InputError lists all mistakes.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -114,7 +117,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def make_recipe(values: object, source: str = "recipe") -> Recipe:
-    """Make a recipe from nested dictionaries; InputError lists all mistakes, with the nearest known key."""
+    """Make a recipe from nested dictionaries.
+
+    InputError lists all mistakes, with the nearest known key.
+    """
     if not isinstance(values, dict):
         raise InputError(f"{source} holds {type(values).__name__}, not keys and values")
     try:
@@ -132,7 +138,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def section_type(annotation: Any) -> type[Section] | None:
-    """Return the section of a field's annotation: CorrectionConfig for `CorrectionConfig | None`; else None."""
+    """Return the section in a field's type: CorrectionConfig in `CorrectionConfig | None`."""
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, Section):
             return kind

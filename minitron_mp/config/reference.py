@@ -1,4 +1,7 @@
-"""The reference of all recipe keys, in Markdown: types, defaults and ranges from the schemas, text from the docstrings."""
+"""The reference of all recipe keys, in Markdown.
+
+Types, defaults and ranges are from the schemas, descriptions from the docstrings.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import inspect
 import json
 import textwrap
 import typing
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union
 
@@ -33,10 +37,10 @@ def recipe_reference() -> str:
 
 
 def _section(section: type[Section], prefix: str) -> list[str]:
-    """Return the Markdown of a section, then of the sections inside it. prefix: dotted name with a trailing dot."""
+    """Return the Markdown of a section and of the sections inside it. prefix: "distill."."""
     title = f"`{prefix[:-1]}`" if prefix else "Top level"
     docs = field_docstrings(section)
-    lines = [f"## {title}", "", _unwrapped(inspect.getdoc(section) or ""), ""]
+    lines = [f"## {title}", "", _wrapped(inspect.getdoc(section) or ""), ""]
     lines += ["| key | type | default | description |", "| --- | --- | --- | --- |"]
     nested: list[str] = []
     for name, field in section.model_fields.items():
@@ -51,14 +55,14 @@ def _section(section: type[Section], prefix: str) -> list[str]:
 
 
 def field_docstrings(section: type[Section]) -> dict[str, str]:
-    """Return field -> the string below its definition, in the section or in a class that it extends."""
+    """Return field -> the string below its definition, also for inherited fields."""
     docs: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if not (issubclass(base, Section) and base is not Section):
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         body = typing.cast(ast.ClassDef, tree.body[0]).body
-        for field, text in zip(body, body[1:]):
+        for field, text in pairwise(body):
             if (
                 isinstance(field, ast.AnnAssign)
                 and isinstance(field.target, ast.Name)
@@ -120,6 +124,11 @@ def _anchor(name: str) -> str:
     return name.replace(".", "").lower()
 
 
+def _wrapped(text: str) -> str:
+    """Return the paragraphs of a docstring, wrapped for Markdown."""
+    return "\n\n".join(textwrap.fill(_unwrapped(part), 100) for part in text.split("\n\n"))
+
+
 def _unwrapped(text: str) -> str:
-    """Return a docstring with each paragraph on one line; paragraphs are joined in a table cell."""
+    """Return a docstring on one line, for a table cell."""
     return " ".join(text.split())

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from minitron_mp.config.base import NOT_IN_RESULT, Section
 
 FP8Scaling = Literal["tensorwise", "delayed", "blockwise"]
-"""How FP8 numbers are scaled. tensorwise: by the largest value of the current tensor. delayed: by the largest values
-of earlier steps; faster, with a slow start. blockwise: by the largest value of each block of 128 or 128 x 128; the
-most exact."""
+"""How FP8 numbers are scaled. tensorwise: by the largest value of the current tensor. delayed: by
+the largest values of earlier steps; faster, with a slow start. blockwise: by the largest value
+of each block of 128 or 128 x 128; the most exact."""
 
 
 class ProfileConfig(Section):
@@ -22,8 +22,8 @@ class ProfileConfig(Section):
     ranks: list[int] = Field([0], min_length=1)
     """Ranks of the training run to trace. The ranks of a remote teacher cannot be traced."""
     kind: Literal["torch", "nsys"] = "torch"
-    """torch: write a Chrome trace per rank to OUTPUT/profile. nsys: mark the steps for Nsight Systems, which must
-    start the job."""
+    """torch: write a Chrome trace per rank to OUTPUT/profile. nsys: mark the steps for Nsight
+    Systems, which must start the job."""
 
     @model_validator(mode="after")
     def _in_order(self) -> ProfileConfig:
@@ -48,7 +48,8 @@ class TrainingConfig(Section):
     min_lr: float = Field(1e-5, ge=0)
     """Learning rate at the last step."""
     warmup_steps: int = Field(40, ge=0)
-    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a cosine."""
+    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
+    cosine."""
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of AdamW."""
     clip_grad: float = Field(1.0, ge=0)
@@ -58,26 +59,26 @@ class TrainingConfig(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     """Decay of the second moment of Adam."""
     logits_precision: Literal["bf16", "fp32"] = "fp32"
-    """Precision of the logits inside the loss. In a bf16 model bf16 logits add 2 to 5 % error to the gradient at
-    131072 columns."""
+    """Precision of the logits inside the loss. In a bf16 model bf16 logits add 2 to 5 % error to
+    the gradient at 131072 columns."""
     overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
     recompute: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
     """Recompute the activations of each layer in the backward pass."""
     fp8: FP8Scaling | None = None
-    """Compute the products of the linear layers in FP8; weights, gradients and everything else stay as they are.
-    Needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and sizes that are multiples of 16 (docs/fp8.md).
-    Start with tensorwise."""
+    """Compute the products of the linear layers in FP8; weights, gradients and everything else stay
+    as they are. Needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and sizes that are
+    multiples of 16 (docs/fp8.md). Start with tensorwise."""
     tp_comm_overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
-    """Overlap tensor parallel communication with products, through buffers that the GPUs of one NVLink domain
-    share. Needs Transformer Engine and parallel.sequence_parallel."""
+    """Overlap tensor parallel communication with products, through buffers that the GPUs of one
+    NVLink domain share. Needs Transformer Engine and parallel.sequence_parallel."""
     cuda_graphs: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
-    """Record the forward and backward pass of each layer in the first step and replay them. One launch per layer
-    replaces some hundred, which helps at short sequences, where the GPU waits for the host. Needs Transformer
-    Engine and Megatron-Core 0.19."""
+    """Record the forward and backward pass of each layer in the first step and replay them. One
+    launch per layer replaces some hundred, which helps at short sequences, where the GPU waits
+    for the host. Needs Transformer Engine and Megatron-Core 0.19."""
     collect_interval: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
-    """Steps between two garbage collections of Python, at the same step on all ranks. Default: each rank collects
-    when its own counter is full, while the other ranks wait."""
+    """Steps between two garbage collections of Python, at the same step on all ranks. Default: each
+    rank collects when its own counter is full, while the other ranks wait."""
     log_interval: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two lines of the log."""
     checkpoint_interval: int = Field(100, ge=1, json_schema_extra=NOT_IN_RESULT)
@@ -85,8 +86,8 @@ class TrainingConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Number of newest checkpoints to keep."""
     async_save: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
-    """Continue training while a checkpoint is written. Until then a copy of the weights and the optimizer state is
-    in host memory."""
+    """Continue training while a checkpoint is written. Until then a copy of the weights and the
+    optimizer state is in host memory."""
     profile: ProfileConfig | None = Field(None, json_schema_extra=NOT_IN_RESULT)
     """Trace some steps. Default: none."""
 
@@ -114,24 +115,29 @@ class TrainingConfig(Section):
 class CorrectionConfig(TrainingConfig):
     """Teacher correction: train the unpruned teacher on the distillation text by cross-entropy.
 
-    The defaults follow 2408.11796, teacher correction: a fifth of the peak learning rate of the teacher's
-    pre-training, 120 warm-up steps, cosine.
+    The defaults follow 2408.11796, teacher correction: a fifth of the peak learning rate of the
+    teacher's pre-training, 120 warm-up steps, cosine.
     """
 
     when: Literal["before", "during"] = "before"
-    """before: correct the teacher first; score, prune and distil from the corrected teacher. during: correct it
-    while the student is distilled from it, and prune the original (2408.11796, figure 5). In each step both are
-    trained on the same batches, on the student's ranks."""
+    """before: correct the teacher first; score, prune and distil from the corrected teacher.
+    during: correct it while the student is distilled from it, and prune the original
+    (2408.11796, figure 5). In each step both are trained on the same batches, on the student's
+    ranks."""
     steps: int = Field(1000, ge=1)
-    """Optimizer steps. With `when: during` at most distill.steps; after its last step the teacher is frozen."""
+    """Optimizer steps. With `when: during` at most distill.steps; after its last step the teacher
+    is frozen."""
     lr: float = Field(6e-5, gt=0)
-    """Peak learning rate: a fifth of that of the teacher's pre-training. 6e-5 is for Llama 3.1 8B (3e-4)."""
+    """Peak learning rate: a fifth of that of the teacher's pre-training. 6e-5 is for Llama 3.1 8B
+    (3e-4)."""
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the last step."""
     warmup_steps: int = Field(120, ge=0)
-    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a cosine."""
+    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
+    cosine."""
     baseline: str | None = Field(None, json_schema_extra=NOT_IN_RESULT)
-    """Output folder of the same recipe without this section. The report then compares the two students."""
+    """Output folder of the same recipe without this section. The report then compares the two
+    students."""
     divergence: ClassVar = "forward_kl"
     temperature: ClassVar = 1.0
     kl_weight: ClassVar = 0.0

@@ -1,7 +1,4 @@
-"""Pure arithmetic of a parallel layout: what lies on which pipeline stage.
-
-ParallelConfig has the rest.
-"""
+"""Which ranks hold what: layers of each pipeline stage."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
@@ -118,15 +118,9 @@ class StageContext(StageFiles):
         # up to four rounds of the pipeline per group
         most = min(4 * world.parallel.pp, num_units)
         size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
-        samples = open_samples(
-            self.paths["texts" if part in recipe.data.held_out else "data"],
-            part,
-            recipe.data.sequence_length,
-            num_samples,
-            recipe.seed,
-            self.tokenizer(),
-            repeat=False,
-        )
+        stage = "texts" if part in recipe.data.held_out else "data"
+        corpus = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
+        samples = open_samples(corpus, part, num_samples, repeat=False)
 
         def group(number: int) -> list[Batch]:
             return micro_batches(
@@ -154,14 +148,11 @@ def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
 
 def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
     """Return the samples of all steps, the same for every role."""
-    recipe = job.recipe
-    return open_samples(
+    corpus = Corpus(
         job.paths["data"],
-        "train",
-        recipe.data.sequence_length,
-        settings.steps * settings.global_batch_size,
-        recipe.seed,
         job.tokenizer(),
-        repeat=True,
-        owner="teacher" if job.world.role == "teacher" else "",
+        job.recipe.data.sequence_length,
+        job.recipe.seed,
+        index_owner="teacher" if job.world.role == "teacher" else "",
     )
+    return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)

@@ -1,4 +1,7 @@
-"""A dry run: everything that is known about a recipe before it runs. Needs neither a GPU nor torchrun."""
+"""A dry run: everything that is known about a recipe before it runs.
+
+Needs neither a GPU nor torchrun.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from minitron_mp.workflow.graph import StageGraph
 def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     """Print the resolved recipe, layout, sizes, memory per rank and the state of the stages.
 
-    num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for all.
-    InputError lists everything that would stop the run.
+    num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
+    all. InputError lists everything that would stop the run.
     """
     from omegaconf import OmegaConf
 
     from minitron_mp.models.hf_config import has_weights, read_arch
-    from minitron_mp.planning.command import dry_run_rows
-    from minitron_mp.planning.memory import memory_rows
+    from minitron_mp.planning.case import PlanningCase
+    from minitron_mp.planning.dry_run import dry_run_rows
 
     graph = StageGraph(recipe)
     if stage is not None:
@@ -34,9 +37,11 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     students, left_out = _students(recipe, base)
     student = max(students, key=lambda arch: arch.num_parameters())
     say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
-    rows = memory_rows(base, teacher, student, recipe, ranks)
-    rows += dry_run_rows(teacher, student, recipe, ranks)
-    table("layout and memory", ("what", "value"), rows)
+    table(
+        "layout and memory",
+        ("what", "value"),
+        dry_run_rows(base, PlanningCase(student, teacher, recipe, ranks)),
+    )
     if recipe.search:
         _show_candidates(students, left_out)
     if weights:
@@ -46,14 +51,14 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
 
 
 def _ranks_of_one_copy(recipe: Recipe) -> int:
-    """Return the smallest job: one copy of the student, of a remote teacher, and the ranks of its siblings."""
+    """Return the smallest job: a copy of the student and of a remote teacher, and the siblings."""
     teacher = recipe.teacher
     student_ranks = teacher.student_ranks or recipe.parallel.model_ranks
     return student_ranks + teacher.ranks_in(None) + sum(teacher.siblings.values())
 
 
 def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
-    """Return the student, or all candidates of a search, and which combinations of sizes are left out."""
+    """Return the student, or the candidates of a search and a sentence on those left out."""
     from minitron_mp.pruning.candidates import survey_candidates
     from minitron_mp.pruning.target import resolve_target
 

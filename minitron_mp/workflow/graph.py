@@ -66,7 +66,7 @@ class StageGraph:
         return self._manifests[name]
 
     def _fingerprints(self, name: str) -> dict[str, str]:
-        """Return the fingerprints of the user's files that the stage reads; each file is read once."""
+        """Return the fingerprints of the user's files of a stage; each file is read once."""
         if name not in self._sources:
             self._sources[name] = self.stages[name].sources(self.recipe)
         return self._sources[name]
@@ -76,14 +76,14 @@ class StageGraph:
         return StageFiles(self.recipe, self.paths, self.manifest(name))
 
     def why_not_done(self, name: str) -> list[str] | None:
-        """Return None when the stage is done, else what differs in its artifact ([] without an artifact)."""
+        """Return None when the stage is done, else what differs; [] when there is no artifact."""
         manifest = find_manifest(self.paths[name])
         if manifest is None:
             return []
         return manifest.differences(self.manifest(name)) or None
 
     def require_inputs(self, name: str) -> None:
-        """Raise InputError unless every artifact that the stage depends on is there and up to date."""
+        """Raise InputError unless every artifact that the stage needs is up to date."""
         unrecorded = [other for other in self.stages[name].unrecorded_inputs if other in self.stages]
         for other in self.before(name) + unrecorded:
             require_artifact(self.paths[other], other, self.manifest(other))
@@ -100,7 +100,8 @@ class StageGraph:
     def check(self, num_ranks: int | None = None, *, weights: bool = True) -> None:
         """Raise InputError with every problem of the recipe that would stop a later stage.
 
-        num_ranks: ranks of the job, None when unknown. weights: whether to check the files of weights, too.
+        num_ranks: ranks of the job, None when unknown. weights: whether to check the files of
+        weights, too.
         """
         problems = recipe_problems(self.recipe, self.paths, num_ranks, weights=weights)
         refuse("this recipe cannot run:", problems)

@@ -1,4 +1,7 @@
-"""Checks before anything runs: every problem of a recipe that would stop a later stage. Reads headers of files only."""
+"""Checks before anything runs: every problem of a recipe that would stop a later stage.
+
+Reads headers of files only.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ def recipe_problems(
 ) -> list[str]:
     """Return one sentence for each problem.
 
-    paths: stage -> artifact. num_ranks: ranks of the job; None assumes one copy of the model. weights: False checks
-    only the config.json of the models.
+    paths: stage -> artifact. num_ranks: ranks of the job; None assumes one copy of the model.
+    weights: False checks only the config.json of the models.
     """
     archs: dict[str, Arch] = {}
     teacher = recipe.teacher.model or recipe.model
@@ -38,7 +41,7 @@ def recipe_problems(
 
 
 def _problems_of(check: Callable[[], object]) -> list[str]:
-    """Return the lines of the InputError that check() raises, each with the title; empty when it raises none."""
+    """Return the lines of the InputError that check() raises, each with its title, or []."""
     try:
         check()
     except InputError as error:
@@ -84,7 +87,8 @@ def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
     tokenizer = recipe.data.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():
         problems.append(
-            f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file"
+            f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
+            ".model file"
         )
     model = Path(recipe.model).resolve()
     problems += [
@@ -106,7 +110,8 @@ def _text_problems(recipe: Recipe) -> list[str]:
         return []
     more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
     return [
-        f"data.calibration and data.train share {', '.join(shared[:3])}{more}: search ranks students on calibration "
+        f"data.calibration and data.train share {', '.join(shared[:3])}{more}: search ranks students on "
+        "calibration "
         "text, which their distillation must not use; hold some text out, or give data.source"
     ]
 
@@ -169,7 +174,8 @@ def _rank_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
         if num_ranks and teacher.is_remote:
             share = f" ({num_ranks} less the {other}'s {other_ranks + siblings})"
         problems.append(
-            f"{ranks} ranks{share} for the {role} must be a multiple of tp x pp x cp = {parallel.model_ranks}, above 0"
+            f"{ranks} ranks{share} for the {role} must be a multiple of tp x pp x cp = "
+            f"{parallel.model_ranks}, above 0"
         )
     return problems
 
@@ -206,7 +212,8 @@ def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
     stages = recipe.parallel.pp * (recipe.parallel.vpp or 1)
     if stages > smallest.num_layers:
         problems.append(
-            f"{stages} pipeline stages (pp x vpp) for a student of {smallest.num_layers} layers; lower pp or vpp"
+            f"{stages} pipeline stages (pp x vpp) for a student of {smallest.num_layers} layers; lower pp "
+            "or vpp"
         )
     return problems
 
@@ -216,7 +223,8 @@ def _layout_problems(recipe: Recipe, base: Arch) -> list[str]:
     longest = base.max_position_embeddings
     if recipe.data.sequence_length > longest:
         problems.append(
-            f"data.sequence_length {recipe.data.sequence_length} is above the model's max_position_embeddings {longest}"
+            f"data.sequence_length {recipe.data.sequence_length} is above the model's "
+            f"max_position_embeddings {longest}"
         )
     search = recipe.search
     if search and search.context and search.latency_ms and search.context > longest:
@@ -232,7 +240,8 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     problems = []
     if arch.vocab_size != base.vocab_size:
         problems.append(
-            f"teacher.model has a vocabulary of {arch.vocab_size}, the model that is pruned {base.vocab_size}; "
+            f"teacher.model has a vocabulary of {arch.vocab_size}, the model that is pruned "
+            f"{base.vocab_size}; "
             "they must be the same"
         )
     if teacher.is_remote:
@@ -263,7 +272,10 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
 
 
 def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
-    """Add the sizes of the student, or of all candidates of a search, to students. The shallowest is the last one."""
+    """Add the sizes of the student, or of all candidates of a search, to students.
+
+    The shallowest is the last one.
+    """
     from minitron_mp.pruning.candidates import search_candidates
     from minitron_mp.pruning.depth import droppable_layers
     from minitron_mp.pruning.target import exportable_arch, resolve_target
@@ -294,7 +306,8 @@ def _depth_problems(recipe: Recipe, base: Arch, student: Arch) -> list[str]:
     else:
         return []
     return [
-        f"depth.method {recipe.depth.method} has nothing to choose, {reason}; drop layers, or drop the section depth"
+        f"depth.method {recipe.depth.method} has nothing to choose, {reason}; drop layers, or drop the "
+        "section depth"
     ]
 
 

@@ -1,6 +1,7 @@
 """Run stages on the ranks of a job: one stage, or all that are not done.
 
-A single stage raises InputError when an input is missing or out of date, and names the field that differs.
+A single stage raises InputError when an input is missing or out of date, and names the field that
+differs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,16 +26,20 @@ from minitron_mp.workflow.stage_files import checkpoint_folder
 from minitron_mp.workflow.stages import STAGES
 
 if TYPE_CHECKING:
+    from minitron_mp.distributed.preemption import Preemption
     from minitron_mp.distributed.world import World
 
 T = TypeVar("T")
 
 FINISHED = "finished"
-"""File in the output folder that `compress` writes at its end, for scripts that start it again until then."""
+"""File in the output folder that `compress` writes at its end, for scripts that start it again
+until then."""
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
-    """Run one stage on all ranks of the job and return the path of its artifact. Called on all ranks.
+    """Run one stage on all ranks of the job and return the path of its artifact.
+
+    Called on all ranks.
 
     A stage that is done is skipped unless force is given.
     """
@@ -53,9 +59,9 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
 
 
 def compress(recipe: Recipe) -> Path:
-    """Run all stages that are not done, write report.md and report.html, and return the path of the student.
+    """Run all stages that are not done, then write the report. Called on all ranks.
 
-    Called on all ranks.
+    Returns the path of the exported student. The report is report.md and report.html.
     """
     graph = StageGraph(recipe)
     graph.check()
@@ -74,7 +80,8 @@ def compress(recipe: Recipe) -> Path:
         )
         for name, stage in graph.stages.items():
             _run(stage, graph, world, force=False)
-            _on_rank_0(lambda name=name: graph.check_artifact(name))
+            if stage.check is not None:
+                _on_rank_0(partial(graph.check_artifact, name))
         _on_rank_0(lambda: _discard_checkpoints(graph))
         _on_rank_0(lambda: _write_report(graph))
         _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
@@ -82,13 +89,13 @@ def compress(recipe: Recipe) -> Path:
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
-    """Run one stage on all ranks. Rank 0 decides from the files that it sees; the other ranks follow."""
+    """Run one stage on all ranks. Rank 0 decides from the files that it sees."""
     from minitron_mp.workflow.context import StageContext
 
     name, recipe = stage.name, graph.recipe
     differences = _on_rank_0(lambda: _why_run(name, graph, force))
     if differences is not None:
-        world.preemption.raise_if_requested(f"before {name}", world.is_main)
+        _preemption(world).raise_if_requested(f"before {name}", world.is_main)
     students: dict[str, Recipe] = {}
     if stage.meets_roles and world.channel is not None:
         students = _active_students(stage, recipe, world, differences is not None)
@@ -127,7 +134,10 @@ def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> Non
 
 
 def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
-    """Return None when the stage is done, else what differs in its artifact. InputError on inputs out of date."""
+    """Return None when the stage is done, else what differs in its artifact.
+
+    InputError when an input is missing or out of date.
+    """
     differences = graph.why_not_done(name)
     if differences is None and not force:
         return None
@@ -179,7 +189,7 @@ def _remove_finished(graph: StageGraph) -> None:
 
 
 def _discard_checkpoints(graph: StageGraph) -> None:
-    """Delete the checkpoints of finished stages, which a kill just after the artifact was written leaves."""
+    """Delete checkpoints of finished stages: a kill just after the last save leaves them."""
     for name, stage in graph.stages.items():
         if stage.has_checkpoints:
             discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
@@ -193,13 +203,16 @@ def _write_report(graph: StageGraph) -> None:
 
 @contextmanager
 def _preemptible(world: World) -> Iterator[None]:
-    """End an early stop with one line, and delete the stop file. The other roles of the job are informed."""
+    """End an early stop with one line, and delete the stop file.
+
+    The other roles of the job are informed.
+    """
     from minitron_mp.distributed.preemption import Preempted
 
     try:
         yield
     except Preempted as stop:
-        preemption = world.preemption
+        preemption = _preemption(world)
         if world.channel is not None and not preemption.roles_met:
             for stage in STAGES:
                 if stage.meets_roles:
@@ -209,8 +222,17 @@ def _preemptible(world: World) -> Iterator[None]:
         say(f"{stop}; the same command resumes from there")
 
 
+def _preemption(world: World) -> Preemption:
+    """Return the stop requests of a world that _join_world() made."""
+    assert world.preemption is not None
+    return world.preemption
+
+
 def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Return role -> recipe of all students of a remote teacher. All use the teacher section of the first one."""
+    """Return role -> recipe of all students of a remote teacher.
+
+    All use the teacher section of the first one.
+    """
     siblings = {
         f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
         for path in recipe.teacher.siblings
@@ -234,18 +256,22 @@ def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = Fals
 
 
 def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -> dict[str, Recipe]:
-    """Return the students whose stage is not done. Called on every rank of the job; some may arrive hours later."""
+    """Return the students whose stage is not done.
+
+    Called on every rank of the job; some may arrive hours later.
+    """
     assert world.channel is not None
     is_active = world.channel.exchange(stage.name, active, timeout_s=None)
-    world.preemption.roles_met = True
+    _preemption(world).roles_met = True
     return {role: student for role, student in co_student_recipes(recipe).items() if is_active[role]}
 
 
 @contextmanager
 def _join_world(recipe: Recipe) -> Iterator[World]:
-    """Join the world of this rank: all ranks of the job, or those of its role when the teacher has its own ranks.
+    """Join the ranks of the job, or the ranks of the same role when the teacher is remote.
 
-    SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the process.
+    SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the
+    process.
     """
     from minitron_mp.distributed.launcher import num_job_ranks
     from minitron_mp.distributed.preemption import watch_for_preemption

@@ -1,4 +1,7 @@
-"""Settings and fingerprints that several stages share. Imports of models and data are inside the functions."""
+"""Settings and fingerprints that several stages share.
+
+Imports of models and data are inside the functions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def fp8_teacher(recipe: Recipe) -> dict[str, Any]:
 
 
 def num_dropped_layers(recipe: Recipe) -> int:
-    """Return how many layers are dropped by importance; 0 when the target names them or keeps all."""
+    """Return how many layers are dropped by importance; 0 when the target names them."""
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.candidates import layers_to_drop
 
@@ -36,7 +39,10 @@ def num_dropped_layers(recipe: Recipe) -> int:
 
 
 def drops_layers(recipe: Recipe) -> bool:
-    """Return whether layers are dropped by importance. True for impossible sizes, which the preflight checks report."""
+    """Return whether layers are dropped by importance.
+
+    True for impossible sizes, which the preflight checks report.
+    """
     try:
         return num_dropped_layers(recipe) > 0
     except InputError:
@@ -44,7 +50,10 @@ def drops_layers(recipe: Recipe) -> bool:
 
 
 def model_files(model: str) -> dict[str, str]:
-    """Return the fingerprint of a Hugging Face model folder; InputError when the folder is not a model."""
+    """Return the fingerprint of a Hugging Face model folder.
+
+    InputError when the folder is not a model.
+    """
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.hf_weights import asset_files
@@ -55,7 +64,7 @@ def model_files(model: str) -> dict[str, str]:
 
 
 def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, str]:
-    """Return fingerprints of the text (held_out: of data.held_out instead) and of data.tokenizer."""
+    """Return fingerprints of the text, or of data.held_out, and of data.tokenizer."""
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.data.corpus import corpus_fingerprint
     from minitron_mp.models.hf_weights import asset_files

@@ -1,7 +1,8 @@
-"""What a stage of the workflow is: one artifact, and everything that the workflow needs to know to make it.
+"""What a stage of the workflow is: its artifact, its inputs, its settings and its work.
 
-Each stage has one module in stages/, light at the top: it imports the recipe there and everything else where the
-stage runs, so that listing the stages costs no import of torch. The work of a long stage is a second file beside it.
+Each stage has one module in stages/, light at the top: it imports the recipe there and everything
+else where the stage runs, so that listing the stages costs no import of torch. The work of a long
+stage is a second file beside it.
 """
 
 from __future__ import annotations
@@ -34,18 +35,21 @@ class Stage:
     optional_inputs: tuple[str, ...] = ()
     """Stages whose artifacts it reads when the recipe has these stages."""
     unrecorded_inputs: tuple[str, ...] = ()
-    """Optional inputs that do not change the result, such as a cache. They must be up to date, but they are not
-    in the manifest."""
+    """Optional inputs that do not change the result, such as a cache. They must be up to date, but
+    they are not in the manifest."""
     settings: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
-    """The settings that change the result. A change of any other setting does not rerun the stage."""
+    """The settings that change the result. A change of any other setting does not rerun the stage.
+    """
     sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
     """Fingerprints of the user's files that it reads."""
     when: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
     requirement: str = ""
-    """For an error message: the part of a recipe that adds this stage. Empty for a stage of every recipe."""
+    """For an error message: the part of a recipe that adds this stage. Empty for a stage of every
+    recipe."""
     run: Callable[[StageContext], None] | None = None
-    """Writes the artifact; called on all ranks of the world. None for a stage with run_on_one_rank."""
+    """Writes the artifact; called on all ranks of the world. None for a stage with run_on_one_rank.
+    """
     run_on_one_rank: Callable[[StageFiles], None] | None = None
     """Writes the artifact in one process, without process groups. None for a stage with run."""
     check: Callable[[StageFiles], None] | None = None

@@ -1,4 +1,7 @@
-"""The artifacts of one stage: where its inputs are, what they are, and where its own goes. Needs neither torch nor ranks."""
+"""The artifacts of one stage: where its inputs are, what they are, and where its own goes.
+
+Needs neither torch nor ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from minitron_mp.models.arch import Arch
 
 @dataclass(frozen=True)
 class StageFiles:
-    """The recipe of a stage, the artifact of every stage of the recipe, and the manifest of the artifact to write."""
+    """A recipe, the paths of its artifacts, and the manifest of the artifact of one stage."""
 
     recipe: Recipe
     paths: dict[str, Path]
@@ -26,7 +29,7 @@ class StageFiles:
         return self.paths[self.manifest.stage]
 
     def manifest_of(self, stage: str) -> Manifest:
-        """Return the manifest of another stage's artifact; InputError when the artifact is missing."""
+        """Return the manifest of another stage's artifact; InputError when it is missing."""
         if stage not in self.input_manifests:
             self.input_manifests[stage] = require_artifact(self.paths[stage], stage)
         return self.input_manifests[stage]
@@ -39,5 +42,5 @@ class StageFiles:
 
 
 def checkpoint_folder(recipe: Recipe, stage: str) -> Path:
-    """Return the folder of a stage's checkpoints, which are deleted when its artifact is written."""
+    """Return the folder of a stage's checkpoints; deleted when its artifact is written."""
     return recipe.root / "checkpoints" / stage

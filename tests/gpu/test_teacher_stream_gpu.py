@@ -1,4 +1,4 @@
-"""The teacher stream over NCCL: two ranks on one GPU, in a job of their own that torchrun starts."""
+"""The teacher stream over NCCL: two ranks on one GPU, in a torchrun job."""
 
 from __future__ import annotations
 

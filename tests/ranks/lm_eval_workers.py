@@ -36,7 +36,7 @@ def ask(
     """
     from transformers import AutoTokenizer
 
-    from minitron_mp.integrations.lm_eval import ShardedLM
+    from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with joined(layout) as world:
@@ -50,7 +50,7 @@ def ask(
             "pairs": lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs]),
             "texts": lm.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts]),
             "prompts": lm.generate_until([SimpleNamespace(args=prompt) for prompt in prompts]),
-            "cut": lm.cut,
+            "cut": lm.num_truncated,
         }
         tokenizer.eos_token = eos
         return found | {"prompt until eos": lm.generate_until([SimpleNamespace(args=prompts[0])])}
@@ -60,7 +60,7 @@ def refusals(arch: Arch, folder: Path, settings: list[dict[str, Any]]) -> list[s
     """What the adapter says of requests that it cannot serve; no model is there to be asked."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.integrations.lm_eval import ShardedLM
+    from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 
     said = []
     with joined(Layout("one", 1)) as world:
@@ -87,7 +87,7 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
     """What the adapter says when ranks are asked unlike things."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.integrations.lm_eval import ShardedLM
+    from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 
     with joined(layout) as world:
         lm = ShardedLM(

@@ -1,4 +1,4 @@
-"""Losses without layers: against a dense model that lacks them, at every layout; and which layers go."""
+"""Losses without layers match a dense model for every layout; layers are chosen correctly."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_losses_match_dense_models_without_the_layers(results, dense, layout):
 
 @layouts
 def test_task_scores_match_dense_models_without_the_layers(results, dense_options, layout):
-    """Rows of several lengths, so the layers' arguments change on the way; a layer is gone already."""
+    """Rows have several lengths, so the layers' arguments change. One layer is dropped before."""
     for rank in results.judged(layout):
         for found, want in zip(rank["scores without"], dense_options, strict=True):
             assert found[:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
@@ -186,7 +186,7 @@ def test_close_layer_cut_is_reported():
 
 
 def test_trials_closer_than_rounding_are_reported():
-    """Compare the last dropped with the first kept layer, the two best blocks, and each greedy round."""
+    """Compare last dropped and first kept layer, the two best blocks, and greedy rounds."""
     near = 1.2 * (1 + 2e-6)
     singles = DepthTrials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, near, 8.0])])
     (note,) = notes(5, 3, DepthConfig(method="drop"), singles)

@@ -118,7 +118,7 @@ def resumed(results, ranks, layout, source):
 
 
 def plain(results, axis, states, steps):
-    """(PlainTraining after so many steps, the same after RESUME_AT steps): history, weights, moments."""
+    """Return history, weights and moments of PlainTraining after all steps and after RESUME_AT."""
 
     def train():
         plan, chosen = (
@@ -169,7 +169,7 @@ def assert_close(metrics, history):
     + [pytest.param(layout, "narrow", marks=pytest.mark.slow) for layout in MORE],
 )
 def test_steps_match_plain_autograd(results, ranks, layout, name):
-    """Loss, its parts, alpha and gradient norm of every step, and the projection the same on all ranks."""
+    """Loss, its parts, alpha and gradient norm match; the projection is equal on all ranks."""
     axis, chosen = cases(layout)[name]
     by_rank = trained(results, ranks, layout)
     assert_close(by_rank[0][name][0], plain(results, axis, chosen.states, chosen.steps)[0])

@@ -40,19 +40,19 @@ EVEN = ARCHS["llama"].resized(
         ({"teacher": {"fp8": "delayed"}}, r"teacher\.fp8: .*'tensorwise' or 'blockwise', given 'delayed'"),
         (
             {"transformer_impl": "local", "distill": {"fp8": "tensorwise"}},
-            r"distill\.fp8 is Transformer Engine's, transformer_impl is local",
+            r"distill\.fp8 needs Transformer Engine, transformer_impl is local",
         ),
         (
             {"transformer_impl": "local", "teacher": {"fp8": "blockwise"}},
-            r"teacher\.fp8 is Transformer Engine's, transformer_impl is local",
+            r"teacher\.fp8 needs Transformer Engine, transformer_impl is local",
         ),
         (
             {"precision": "fp32", "distill": {"fp8": "delayed"}},
-            r"distill\.fp8 quantises what bf16 holds, the precision is fp32",
+            r"distill\.fp8 needs bf16, the precision is fp32",
         ),
         (
             {"precision": "fp32", "teacher": {"fp8": "tensorwise"}},
-            r"teacher\.fp8 quantises what bf16 holds, .*set teacher\.precision: bf16",
+            r"teacher\.fp8 needs bf16, .*set teacher\.precision: bf16",
         ),
         (
             {"teacher": {"fp8": "tensorwise"}, "correct": {"when": "during", "steps": 90, "warmup_steps": 9}},
@@ -75,8 +75,7 @@ EVEN = ARCHS["llama"].resized(
                 "distill": {"tp_comm_overlap": True, "fp8": "blockwise"},
                 "parallel": {"tp": 2, "sequence_parallel": True},
             },
-            r"distill\.tp_comm_overlap sends no tensors that are scaled in blocks; "
-            r"set distill\.fp8: tensorwise",
+            r"distill\.tp_comm_overlap does not support distill\.fp8 blockwise; set tensorwise",
         ),
         (
             {"transformer_impl": "local", "distill": {"cuda_graphs": True}},
@@ -367,7 +366,10 @@ def test_wrong_bridge_config_is_rejected_at_start(settings, said):
 
 @pytest.mark.parametrize("arch", ["qwen3", "nemotron"])
 def test_scores_of_fused_norms_match_separate_norms(ranks, results, arch):
-    """The same products and sums; nemotron has LayerNorm with a bias and a weight stored less one."""
+    """Products and sums are the same.
+
+    Nemotron has LayerNorm with a bias and a weight stored less one.
+    """
     own, fused = ranks(
         1, "precision_workers.scores_of_fused_norms", arch=ARCHS[arch], teacher=results.teacher(arch)
     )[0]
@@ -376,7 +378,7 @@ def test_scores_of_fused_norms_match_separate_norms(ranks, results, arch):
 
 
 def test_fp8_weights_are_read_whole(ranks, results):
-    """A tensor written in two halves would keep the scale of the second; tests/gpu checks values."""
+    """A tensor written in two halves would get the scale of the second; tests/gpu checks values."""
     elsewhere, equal = ranks(
         1, "precision_workers.read_whole", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     )[0]

@@ -288,7 +288,10 @@ def killed_writer(
 def profiled(
     layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
 ) -> list[str]:
-    """What is refused; traces of the second and third step come into the folder, of the last rank."""
+    """Return the rejected settings.
+
+    Traces of the last rank's second and third step are written to the folder.
+    """
     with joined(layout) as world:
         signals, said = (
             ColocatedTeacher(load(arch, teacher, world)),
@@ -365,7 +368,7 @@ class Runner:
         on_step: Callable[[StepMetrics], None] = lambda metrics: None,
         **more: Any,
     ) -> Run:
-        """start: the student's first weights; None leaves them as they come, for a run that resumes."""
+        """start: the student's first weights; None for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
         model = build_model(
             arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen

@@ -66,7 +66,10 @@ class Run:
 
 
 def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
-    """Write a random float32 Llama with tied embeddings and a byte-level tokenizer; return folder."""
+    """Write a random float32 Llama with tied embeddings and a byte-level tokenizer.
+
+    Returns the folder.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,7 +91,10 @@ def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 300) -> int:
-    """Write a tokenizer of the 256 bytes, some pairs of them and an end of text; its number of tokens."""
+    """Write a tokenizer of the 256 bytes, some pairs of them and an end of text.
+
+    Returns its number of tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

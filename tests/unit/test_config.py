@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
+from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -193,3 +194,20 @@ def test_missing_file_and_non_mapping(tmp_path):
             load_recipe(path)
     with pytest.raises(InputError, match="recipe holds list, not keys and values"):
         make_recipe(["model"])
+
+
+def test_reference_of_recipe_keys_is_current():
+    """Run `minitron-mp reference --output docs/reference.md` after a change of a schema or a docstring."""
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == recipe_reference()
+
+
+def test_every_recipe_key_has_a_description():
+    rows = [row for row in recipe_reference().splitlines() if row.startswith("| `")]
+    assert len(rows) > 100
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_marked_fields_are_not_in_the_fingerprint():
+    settings = make_recipe({**NEEDED, "distill": {"log_interval": 3, "lr": 1e-3}}).distill.result_settings()
+    assert settings["lr"] == 1e-3
+    assert not {"log_interval", "micro_batch_size", "profile", "async_save"} & settings.keys()

@@ -25,7 +25,10 @@ from minitron_mp.training.throughput import (
 
 
 def test_rates_of_a_step():
-    """1000 tokens of 6e9 FLOPs on 4 ranks in 2 s are 0.75 TFLOP/s each; 2e9 on two ranks are 0.5."""
+    """1000 tokens of 6e9 FLOPs on 4 ranks in 2 s are 0.75 TFLOP/s each.
+
+    The teacher's 2e9 on two ranks are 0.5.
+    """
     work = StepWork(
         tokens=1000,
         student_flops=6e9,

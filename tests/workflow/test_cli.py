@@ -1,4 +1,4 @@
-"""The command line: what bad input is told, what a dry run shows, and that documented commands exist."""
+"""The command line: errors, dry runs, and documented commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model(inputs, tmp_path) -> Path:
 
 @pytest.fixture
 def on_ranks(ranks):
-    """on_ranks(count, words...) runs the command line on pool ranks, which have imported everything."""
+    """on_ranks(count, words...) runs the command line on pool ranks."""
     return lambda count, *words: ranks(
         count, "project_workers.minitron", arguments=[str(word) for word in words]
     )
@@ -69,7 +69,7 @@ def on_ranks(ranks):
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """here(words...) -> exit code, output and error output of the command line in this very process."""
+    """here(words...) runs the command line in this process; exit code, output, error output."""
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["minitron-mp", *map(str, words)])
@@ -152,7 +152,7 @@ def stage_states(out: str) -> dict[str, str]:
             ],
             [
                 "target.drop_layers names 0, which depth.protect_first 1 and protect_last 1 keep; "
-                "name others, or protect fewer"
+                "name other layers, or protect fewer"
             ],
         ),
         (
@@ -291,9 +291,7 @@ def test_dry_run_of_a_search(here, recipe, inputs):
 def test_stage_missing_from_the_recipe(here, recipe, stage):
     """A dry run says what the run says."""
     for flags in ([], ["--dry-run"]):
-        refused(
-            here(stage, recipe, *flags), f"the recipe has no stage {stage}; add {REQUIREMENTS[stage]}"
-        )
+        refused(here(stage, recipe, *flags), f"the recipe has no stage {stage}; add {REQUIREMENTS[stage]}")
 
 
 def test_invalid_commands(here, recipe):
@@ -358,15 +356,15 @@ def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, 
     output = f"output={tmp_path / 'out'}"
     largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
-    refused(done, f"the tokenizer has ids up to {largest}, the model's embedding has 300 rows")
+    refused(done, f"the tokenizer has ids up to {largest}, but the model's embedding has 300 rows")
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
     refused(
         done,
-        "4096 are wanted; lower num_samples of score, depth and search to at most",
-        "valid text holds",
+        "4096 are needed: lower num_samples of score, depth and search to at most",
+        "valid text has",
         "lower evaluate.num_samples to at most",
     )
-    samples = int(re.search(r"calibration text holds (\d+) samples of 32 tokens", done.err)[1])
+    samples = int(re.search(r"calibration text has (\d+) samples of 32 tokens", done.err)[1])
     assert not (tmp_path / "out" / "importance.safetensors").exists()
     done = on_ranks(1, "score", recipe, output, f"score.num_samples={samples}", "score.micro_batch_size=1")[0]
     assert done.code == 0, done
@@ -501,7 +499,7 @@ def test_help_lists_every_stage():
 
 
 def documented() -> list[tuple[str, str]]:
-    """(where, line) of each command in the code blocks of README.md and at the top of the examples."""
+    """Return (where, line) of each command in README.md and at the top of the examples."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
         if language not in ("python", "yaml", "json"):
@@ -527,7 +525,7 @@ def documented() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "line"), documented())
 def test_documented_commands_exist(where, line):
-    """Scripts exist; stages, options and override keys are known. recipe.yaml stands for the user's."""
+    """Scripts, stages, options and override keys exist; recipe.yaml is the user's file."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables for the command
         words.pop(0)
@@ -598,7 +596,10 @@ def test_quickstart_help():
 
 
 def test_dry_run_with_a_remote_teacher(here, recipe):
-    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2; 64 float32 channels are 256 bytes a token."""
+    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2.
+
+    64 float32 channels are 256 bytes a token.
+    """
     words = ["parallel.tp=2", "teacher.placement=remote", "teacher.parallel.tp=2"]
     code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words)
     assert (code, err) == (0, "")

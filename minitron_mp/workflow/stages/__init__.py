@@ -1,4 +1,7 @@
-"""The stages in the order in which they run: one module each. Importing them imports neither torch nor megatron."""
+"""The stages in the order in which they run: one module each.
+
+Importing them imports neither torch nor megatron.
+"""
 
 from __future__ import annotations
 

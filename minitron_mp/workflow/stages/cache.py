@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def cache_teacher(context: StageContext) -> None:
-    """Run the teacher over all microbatches, on all ranks in the recipe's layout. The last stage writes."""
+    """Run the teacher over all microbatches, on all ranks in the recipe's layout.
+
+    The last stage writes.
+    """
     import shutil
 
     import torch

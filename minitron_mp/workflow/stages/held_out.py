@@ -25,7 +25,7 @@ def check(files: StageFiles) -> None:
 
 HELD_OUT = Stage(
     name="texts",
-    help="Tokenize the further held-out texts of data.held_out.",
+    help="Tokenize further held-out texts.",
     artifact="held_out",
     inputs=("import",),
     sources=lambda recipe: text_files(recipe, held_out=True),

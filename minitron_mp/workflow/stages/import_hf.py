@@ -19,7 +19,10 @@ def run(context: StageContext) -> None:
 
 
 def import_folder(context: StageContext, source: Path) -> None:
-    """Convert a Hugging Face folder, in the dtype of its weights. Each rank converts every world-size-th layer."""
+    """Convert a Hugging Face folder, in the dtype of its weights.
+
+    Each rank converts every world-size-th layer.
+    """
     import torch.distributed as dist
 
     from minitron_mp.artifacts.checkpoint import save_checkpoint

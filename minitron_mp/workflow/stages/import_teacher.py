@@ -26,7 +26,7 @@ def _folder(recipe: Recipe) -> Path:
 
 IMPORT_TEACHER = Stage(
     name="import-teacher",
-    help="Convert the model of teacher.model to a sharded checkpoint.",
+    help="Convert a separate teacher of distillation to a sharded checkpoint.",
     artifact="distilling_teacher",
     sources=lambda recipe: model_files(str(_folder(recipe))),
     when=lambda recipe: recipe.teacher.model is not None,

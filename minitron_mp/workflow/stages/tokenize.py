@@ -21,7 +21,10 @@ def run(context: StageContext) -> None:
 
 
 def tokenize_text(context: StageContext, *, held_out: bool) -> None:
-    """Write the three parts of the text, or with held_out the texts of data.held_out. Rank 0 works, the others wait."""
+    """Write the three parts of the text, or with held_out the texts of data.held_out.
+
+    Rank 0 works, the others wait.
+    """
     from minitron_mp.artifacts.manifest import writing_artifact
     from minitron_mp.console import say
     from minitron_mp.data.corpus import tokenize_corpus
@@ -44,13 +47,14 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
         tokenizer = context.tokenizer()
         check_vocabulary(tokenizer, context.arch("import").vocab_size)
         try:
-            # The launch scripts turn the tokenizer's threads off for the processes that fork; here they are safe.
+            # The launch scripts turn the tokenizer's threads off for the processes that fork; here
+            # they are safe.
             with (
                 environment_variable("TOKENIZERS_PARALLELISM", "true"),
                 writing_artifact(context.output, context.manifest) as folder,
             ):
                 tokens = tokenize_corpus(
-                    recipe.data, tokenizer, folder, recipe.seed, further=held_out, progress=progress
+                    recipe.data, tokenizer, folder, recipe.seed, held_out=held_out, progress=progress
                 )
         except OSError as error:
             raise InputError(f"{context.output} cannot be written: {error}") from error
@@ -60,7 +64,7 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
 
 
 def check(files: StageFiles) -> None:
-    """Raise InputError when a part is too short for a later stage: evaluate comes after hours of distill."""
+    """Raise InputError now when a part is too short for a stage that runs hours later."""
     recipe = files.recipe
     calibration = [recipe.score.num_samples]
     if "depth" in files.paths and recipe.depth.metric == "loss":

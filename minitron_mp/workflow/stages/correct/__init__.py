@@ -1,4 +1,4 @@
-"""The stage correct: teacher correction by cross-entropy (2408.11796)."""
+"""The stage correct: teacher correction by cross-entropy on the distillation text (2408.11796)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def run(context: StageContext) -> None:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings of the metric, and the number of dropped layers where the trials depend on it."""
+    """Return the settings of the metric, and the number of dropped layers if it matters."""
     unused = {"num_samples", "task"} if recipe.depth.metric == "task" else {"metric", "task", "task_items"}
     used = {name: value for name, value in recipe.depth.result_settings().items() if name not in unused}
     # The trials of single layers serve any number of dropped layers.

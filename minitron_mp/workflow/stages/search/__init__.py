@@ -1,4 +1,4 @@
-"""The stage search: candidate sizes inside a budget are ranked, and the best ones are distilled for a short time."""
+"""The stage search: candidate sizes are ranked, and the best are distilled for a short time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def run(context: StageContext) -> None:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return the candidates themselves, and how they are measured.
 
-    The settings that make the candidates are left out: the parallel layout is one of them and seldom changes them.
+    The settings that make the candidates are left out: the parallel layout is one of them and
+    seldom changes them.
     """
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.candidates import candidate_name, search_candidates, training
