@@ -157,7 +157,7 @@ def test_invalid_deadline_is_rejected(monkeypatch):
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
-        ({"steps": [3, 2]}, r"steps \[3, 2\] is no \[first, last\]"),
+        ({"steps": [3, 2]}, r"steps \[3, 2\] must be \[first, last\]"),
         ({"steps": [0, 2]}, r"counted from 1"),
         ({"steps": [1, 101]}, r"ends after the last step, 100"),
         ({"steps": [1, 2], "ranks": [-1]}, r"must not be negative"),
