@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.frozen_model import freeze
 from minitron_mp.distillation.teacher import ColocatedTeacher, signal_of, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World, join_world
@@ -49,8 +48,8 @@ from minitron_mp.models.build import build_model, logits
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.planning.activations import activation_bytes_per_token
+from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -181,19 +180,12 @@ def measure(
     if "bf16 logits" in loss:
         settings = settings.model_copy(update={"logits_precision": "bf16"})
     teacher_fp8 = "tensorwise" if fp8 == "delayed" else fp8
-    teacher_chunks = build_model(teacher_arch, world, random_weights=True, fp8=teacher_fp8, **build)
-    freeze(teacher_chunks)
-    teacher = ColocatedTeacher(ShardedModel(teacher_chunks, teacher_arch, world, sequence, "bf16"))
-    chunks = build_model(arch, world, training=settings, random_weights=True, **build)
-    student = TrainingRun(
-        chunks,
-        teacher,
-        settings,
-        world,
-        vocab_size=arch.vocab_size,
-        checkpoints=None,
-        manifest=Manifest(stage="distill", settings={}, inputs={}),
+    teacher = ColocatedTeacher(
+        build_model(teacher_arch, world, random_weights=True, fp8=teacher_fp8, **build)
     )
+    model = build_model(arch, world, training=settings, random_weights=True, **build)
+    manifest = Manifest(stage="distill", settings={}, inputs={})
+    student = TrainingRun(model, teacher, settings, RunOptions(None, manifest))
     tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
     positions = torch.arange(sequence)[None]
     batch: Batch = {
@@ -207,15 +199,13 @@ def measure(
         target = teacher.target(signal_of(batch))
         assert isinstance(target, TeacherHidden)
         with torch.no_grad():
-            wanted = logits(teacher.chunks[-1], target.hidden)
-        log_q, log_p = (
-            F.log_softmax(logits(chunks[-1], hidden).float(), -1),
-            F.log_softmax(wanted.float(), -1),
-        )
+            wanted = logits(teacher.model.last_chunk, target.hidden)
+        log_q = F.log_softmax(logits(model.last_chunk, hidden).float(), -1)
+        log_p = F.log_softmax(wanted.float(), -1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), batch["loss_mask"].sum().int(), {}
 
     def step() -> None:
-        student.accumulate(with_signals(teacher, [batch]), naive if loss == "naive" else student.loss)
+        student.forward_backward(with_signals(teacher, [batch]), naive if loss == "naive" else student.loss)
 
     for _ in range(3):
         step()
@@ -235,9 +225,9 @@ def measure(
     kept = activation_bytes_per_token(
         arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
     )
-    student.settle()
+    student.finalize()
     if graphs:
-        forget_cuda_graphs(chunks)
+        forget_cuda_graphs(model.chunks)
     return {
         "layers": f"{fp8 or 'bf16'}{', graphs' * graphs}",
         "loss": loss,

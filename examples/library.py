@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from minitron_mp import InputError, build_model, join_world, make_plan, prune, score
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp import InputError, join_world, make_plan, prune, score
+from minitron_mp.artifacts.checkpoint import save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.artifacts.saved_model import load_model
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distributed.schedule import run_schedule
 
 
 def batches(vocab_size: int, rank: int):
@@ -42,10 +42,9 @@ def main() -> None:
     manifest = require_artifact(args.teacher, "import")
     arch = manifest.arch
     with join_world(ParallelConfig(tp=args.tp), seed=1) as w:
-        chunks = build_model(arch, w, precision="bf16", sequence_length=128)
-        load_model(chunks, args.teacher, w)
+        model = load_model(args.teacher, w, sequence_length=128)
         mine = batches(arch.vocab_size, w.groups.dp.rank())
-        importance = score(chunks, arch, ScoreConfig(), w, 128, lambda: run_schedule(chunks, mine, w, None))
+        importance = score(model.chunks, arch, ScoreConfig(), w, 128, lambda: model.forward(mine))
         plan = make_plan(importance, arch, TargetConfig(keep=0.75), tp=args.tp)
         made = Manifest(
             stage="prune",
@@ -53,7 +52,7 @@ def main() -> None:
             inputs={"teacher": manifest.fingerprint},
             arch=plan.student,
         )
-        save_checkpoint(prune(chunks, plan, w), args.student, made)
+        save_checkpoint(prune(model.chunks, plan, w), args.student, made)
         if w.is_main:
             print(
                 f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters"

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from minitron_mp.artifacts.checkpoint import load_model, model_state
-from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.checkpoint import load_weights, model_state
+from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
@@ -57,7 +57,7 @@ def student_provider(
     The folder is a sharded checkpoint that `minitron-mp` or examples/bridge_prune.py left; any layout loads it. Parallel sizes are set on the
     result as on any other provider; hooks on it run after ours. InputError when Bridge is absent, or has not this api.
     """
-    arch = _arch_in(Path(folder))
+    arch = saved_arch(Path(folder))
     bridge = auto_bridge(pruned_config(json.loads((Path(folder) / ASSETS / "config.json").read_text()), arch))
     if api == "config" and not hasattr(bridge, "get_model_config"):
         raise InputError(
@@ -99,7 +99,7 @@ def load_pruned(folder: str | Path) -> Hook:
     """A hook that fills the chunks from a sharded checkpoint of any layout; reached by all ranks."""
 
     def fill(chunks: list[Any]) -> list[Any]:
-        load_model(chunks, Path(folder), world_of_provider(chunks))
+        load_weights(chunks, Path(folder), world_of_provider(chunks))
         return chunks
 
     return fill
@@ -207,15 +207,6 @@ def auto_bridge(config: dict[str, Any]) -> Any:
     AutoMapping.register_module_type(DeferredHead.__name__, "column")
     known = {name: value for name, value in config.items() if name != "model_type"}
     return AutoBridge.from_hf_config(AutoConfig.for_model(config["model_type"], **known))
-
-
-def _arch_in(folder: Path) -> Arch:
-    found = find_manifest(folder)
-    if found is None or found.arch is None:
-        raise InputError(
-            f"{folder} is no model of minitron-mp; `minitron-mp import` and `minitron-mp prune` leave some"
-        )
-    return found.arch
 
 
 def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:

@@ -24,11 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
+from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.distillation.teacher import Teacher, TeacherSignal
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
-from minitron_mp.integrations.megatron_bridge.model import _arch_in
 from minitron_mp.losses.fused import TeacherHidden
 from minitron_mp.losses.fused import TeacherTarget as Target
 from minitron_mp.models.arch import Arch
@@ -44,7 +43,7 @@ class ColocatedTeacher:
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "bf16"):
-        self.folder, self.precision, self.arch = Path(folder), precision, _arch_in(Path(folder))
+        self.folder, self.precision, self.arch = Path(folder), precision, saved_arch(Path(folder))
         self.sent: deque[tuple[Any, Tensor]] = deque()
         self.chunk: Any = None
         self.group: Any = None
@@ -52,12 +51,8 @@ class ColocatedTeacher:
     def start(self, world: World, sequence_length: int) -> None:
         """Load it; reached by all ranks."""
         self.world = world
-        self.chunk = frozen_model(
-            ModelCheckpoint(self.arch, self.folder),
-            world,
-            precision=self.precision,
-            sequence_length=sequence_length,
-        ).last_chunk
+        model = load_model(self.folder, world, sequence_length=sequence_length, precision=self.precision)
+        (self.chunk,) = model.freeze().chunks
         mine: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(mine, dist.get_process_group_ranks(world.groups.pp))
         for ranks in sorted(map(list, set(map(tuple, mine)))) if world.parallel.pp > 1 else []:
