@@ -381,7 +381,7 @@ def test_contract_mismatch_is_rejected_on_both_sides(ranks):
     for message in ranks(
         2, "teacher_stream_workers.contract", roles=roles_of("one-to-one"), sequence_length="48", window=1
     ):
-        assert "teacher and student do not fit" in message
+        assert "teacher and student must have the same settings" in message
         assert "sequence_length: teacher '48', student '24'" in message
         assert "window: teacher 1, student 3" in message
         assert "payload" not in message
