@@ -213,7 +213,7 @@ def test_report_shows_sizes_and_losses(whole):
         )
     for row in plan.summary():
         assert "| " + " | ".join(row) + " |" in report
-    assert f"Layers dropped (from 0): {({*range(4)} - {*plan.layers}).pop()}." in report
+    assert f"Layers dropped (counted from 0): {({*range(4)} - {*plan.layers}).pop()}." in report
     assert f"{STEPS} steps, {STEPS * 4 * 32:,} tokens" in report
     assert all(f"`{stage.artifact}`" in report for stage in STAGES.values())
 
