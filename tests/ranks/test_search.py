@@ -397,7 +397,7 @@ def test_stopped_search_resumes(ranks, whole, scored, stop_after):
     searched(ranks, scored, stop_after=stop_after)
     rows, out = searched(ranks, scored)
     assert losses(rows) == losses(whole)
-    assert f"going on, {min(3, stop_after)} candidates are judged" in out
+    assert f"search: resuming, {min(3, stop_after)} candidates are measured" in out
     assert ("to step 4" in out) == (stop_after == 2)
 
 
@@ -514,5 +514,5 @@ def test_diverged_student_is_dropped_and_never_chosen_by_default(ranks, scored):
     rates = ["distill.lr=1e30", "distill.min_lr=1e29", "distill.clip_grad=0"]
     done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), out, *rates])[0]
     assert done.code == 2
-    assert done.out.count("is no number, it is out") == 2
-    assert "no candidate of the search has a loss that is a number" in done.err
+    assert done.out.count("is dropped, its loss is not finite") == 2
+    assert "no candidate of the search has a finite loss" in done.err

@@ -115,7 +115,7 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
         keep(progress)
         measurements.append(1)
         if len(measurements) == leave_after:
-            (progress.job.recipe.root / "stop").touch()
+            (progress.context.recipe.root / "stop").touch()
         if len(measurements) == stop_after:
             raise _Stopped
 
