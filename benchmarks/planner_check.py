@@ -40,6 +40,7 @@ from minitron_mp.planning.hardware import read_hardware
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
 from minitron_mp.planning.times import Times, read_times
+from minitron_mp.training.loop import take_step
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
@@ -163,7 +164,7 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
     for step in range(steps):
         _wait()
         start = time.perf_counter()
-        training.step(with_signals(source, batches, step))
+        take_step(training, with_signals(source, batches, step))
         _wait()
         found.append(time.perf_counter() - start)
     training.finalize()

@@ -93,4 +93,5 @@ class TrainableTeacher:
         if self.update_is_due:
             self.update_is_due = False
             self.run.update()
-            self.run.log_and_save_when_due()
+            if self.run.log_is_due:
+                self.run.log()
