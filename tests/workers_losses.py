@@ -11,15 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.losses import fused as fused_module
-from minitron_mp.losses import reference as rows
-from minitron_mp.losses.fused import (
-    ELEMENTS,
-    Objective,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherTarget,
-    distillation_loss,
-)
+from minitron_mp.losses import reference
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTarget
+from minitron_mp.losses.tile_sizes import TILE_SIZES, TileSizes
 
 
 def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -46,7 +41,7 @@ def fused(
     """distillation_loss and its gradients on this rank, with hidden [s, b, h] and weight [v, h] and the teacher's given whole.
 
     teacher_padding: columns of not-a-number that the teacher has behind the valid ones of each rank. chunks: sizes in rows, see
-    losses.ELEMENTS. main_grad: the weight has one, which holds 1 everywhere. incoming: gradient of the loss. defect: see broken().
+    tile_sizes.TILE_SIZES. main_grad: the weight has one, which holds 1 everywhere. incoming: gradient of the loss. defect: see broken().
     """
     group = dist.group.WORLD
     own = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -101,12 +96,12 @@ def _own_teacher(
 
 @contextmanager
 def chunked(sizes: tuple[int, int, int] | None, columns: int) -> Iterator[None]:
-    usual = ELEMENTS["cpu"]
-    ELEMENTS["cpu"] = tuple(size * columns for size in sizes) if sizes else usual
+    usual = TILE_SIZES["cpu"]
+    TILE_SIZES["cpu"] = TileSizes(*(size * columns for size in sizes)) if sizes else usual
     try:
         yield
     finally:
-        ELEMENTS["cpu"] = usual
+        TILE_SIZES["cpu"] = usual
 
 
 @contextmanager
@@ -115,7 +110,7 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
 
     logits: that of the logits, so both results; hidden: only that of the hidden states.
     """
-    gradient, reduce = rows.gradient, fused_module._reduce
+    gradient, reduce = reference.gradient, fused_module.reduce_hidden_gradient
 
     def too_large(*arguments: Any) -> None:
         gradient(*arguments)
@@ -123,12 +118,12 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
 
     try:
         if defect == "logits":
-            rows.gradient = too_large
+            reference.gradient = too_large
         if defect == "hidden":
-            fused_module._reduce = _times(reduce, size)
+            fused_module.reduce_hidden_gradient = _times(reduce, size)
         yield
     finally:
-        rows.gradient, fused_module._reduce = gradient, reduce
+        reference.gradient, fused_module.reduce_hidden_gradient = gradient, reduce
 
 
 def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:

@@ -30,7 +30,7 @@ from minitron_mp.distributed.launcher import JobRank, fresh_prefix
 from minitron_mp.distributed.roles import join_roles
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.losses.fused import TeacherLogits
+from minitron_mp.losses.objective import TeacherLogits
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import logits
 from minitron_mp.training.metrics import StepMetrics

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.losses.fused import Objective, TeacherTarget, distillation_loss
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherTarget
 from minitron_mp.models.build import output_weight
 
 

@@ -15,13 +15,11 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.layout import stage_layers
+from minitron_mp.losses.tile_sizes import TILE_SIZES
 from minitron_mp.models.arch import AXES, Arch
 from minitron_mp.models.number_formats import BYTES
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
-
-CHUNK_LOGITS, BLOCK_LOGITS = 1 << 26, 1 << 28
-"""losses.ELEMENTS of a GPU."""
 
 
 def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
@@ -153,11 +151,14 @@ def training_memory(
     }
     if fp8:  # for the products, as they are and transposed
         parts["FP8 copies of weights"] = 2 * stage_layers(arch.num_layers, p)[stage] * _matrices(arch) / p.tp
-    if last:  # In chunks (losses.py): float32 logits of both models, the gradient of a block, and what is gathered along the sequence
+    if last:
+        # Tiles of the loss: logits of both models, gradients of the logits, and what is gathered along
+        # the sequence.
+        tiles = TILE_SIZES["cuda"]
         logits = tokens * arch.padded_vocab_size / p.tp
         chunks = (
-            min(logits, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision]
-            + min(logits, BLOCK_LOGITS) * size
+            min(logits, tiles.logits_gemm) * 2 * BYTES[training.logits_precision]
+            + min(logits, tiles.weight_gradient_gemm) * size
         )
         parts["logits and their gradient"] = chunks + 2 * size * tokens * arch.hidden_size
     return parts

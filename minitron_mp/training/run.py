@@ -46,7 +46,7 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.losses.fused import Objective
+from minitron_mp.losses.objective import Objective
 from minitron_mp.models.build import DTYPES, output_weight, unwrap
 from minitron_mp.models.precision import silently_wrong
 from minitron_mp.training.metrics import StepMetrics

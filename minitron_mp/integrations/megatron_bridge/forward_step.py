@@ -30,7 +30,8 @@ from minitron_mp.errors import InputError, refuse
 from minitron_mp.integrations.megatron_bridge.checks import _in_half
 from minitron_mp.integrations.megatron_bridge.model import bare_model, world_of_provider
 from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher, RemoteTeacher
-from minitron_mp.losses.fused import Objective, distillation_loss
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective
 from minitron_mp.models.build import DTYPES, output_weight
 from minitron_mp.models.precision import silently_wrong
 

@@ -29,8 +29,8 @@ from minitron_mp.distillation.teacher import Teacher, TeacherSignal
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.integrations.megatron_bridge.model import _arch_in
-from minitron_mp.losses.fused import TeacherHidden
-from minitron_mp.losses.fused import TeacherTarget as Target
+from minitron_mp.losses.objective import TeacherHidden
+from minitron_mp.losses.objective import TeacherTarget as Target
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES, output_weight
 
