@@ -1,6 +1,9 @@
-"""A Megatron-Bridge recipe that distils a pruned model from its teacher: PRUNED and TEACHER are what `minitron-mp prune` and `import` leave.
+"""A Megatron-Bridge recipe that distils a pruned model from its teacher.
 
-torchrun --nproc-per-node 8 examples/bridge_distill.py out/student out/teacher train.train_iters=1000 model.tensor_model_parallel_size=4
+torchrun --nproc-per-node 8 examples/bridge_distill.py out/student out/teacher \\
+    train.train_iters=1000 model.tensor_model_parallel_size=4
+
+The folders are the artefacts of `minitron-mp prune` and `minitron-mp import`.
 """
 
 import sys
@@ -8,10 +11,12 @@ from pathlib import Path
 
 from minitron_mp import InputError
 from minitron_mp.artifacts.manifest import find_manifest
-from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
-from minitron_mp.integrations.megatron_bridge.model import student_provider
-from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher
+from minitron_mp.integrations.megatron_bridge import (
+    ColocatedTeacher,
+    KDForwardStep,
+    check_config,
+    student_provider,
+)
 from minitron_mp.workflow.context import ASSETS
 
 SEQUENCE_LENGTH = 2048
@@ -24,7 +29,7 @@ def recipe(
     sequence_length: int = SEQUENCE_LENGTH,
     precision: str = "bf16",
 ):
-    """The ConfigContainer and the forward step; data is Bridge's mock until dataset.blend names yours."""
+    """Return the ConfigContainer and the forward step. Set dataset.blend to replace Bridge's mock data."""
     from megatron.bridge.training.config import (
         CheckpointConfig,
         ConfigContainer,
@@ -74,7 +79,7 @@ def recipe(
         checkpoint=CheckpointConfig(save=None, ckpt_format="torch_dist"),
         logger=LoggerConfig(log_interval=1),
         rng=RNGConfig(seed=1234),
-        mixed_precision=None,  # student() has set the dtype
+        mixed_precision=None,  # student_provider() sets the dtype
     )
     vocab_size = find_manifest(Path(teacher)).arch.vocab_size
     return cfg, KDForwardStep(

@@ -1,4 +1,6 @@
-"""Score a model that Megatron-Bridge built, of any dense family that it maps, plan, and prune it: PRUNED, a checkpoint of any layout, and PRUNED_hf.
+"""Score, plan and prune a model that Megatron-Bridge built, of any dense family that Bridge maps.
+
+PRUNED is a checkpoint that loads at any layout, with the config.json of the pruned model beside it.
 
 torchrun --nproc-per-node 4 examples/bridge_prune.py MODEL_FOLDER PRUNED --keep 0.75 --tp 2 --pp 2
 """
@@ -16,14 +18,13 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 from minitron_mp.distributed.schedule import run_schedule
-from minitron_mp.integrations.megatron_bridge.export import pruned_config
-from minitron_mp.integrations.megatron_bridge.model import arch_of, defer_head, world_of_provider
+from minitron_mp.integrations.megatron_bridge import arch_of, defer_head, pruned_config, world_of_provider
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import ASSETS
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
-    """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
+    """Return this data-parallel rank's microbatches [b, s]; replace the random tokens by calibration text."""
     tokens = torch.randint(0, vocab_size, (4, 2, 64), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(64).expand(2, 64).contiguous()
     return [
@@ -33,7 +34,7 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
 
 
 def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> PrunePlan:
-    """provider: of the model in source, with its weights and parallel sizes; reached by all ranks."""
+    """Prune a model and write the checkpoint; called by all ranks. provider: of source, with its weights."""
     config = json.loads((source / "config.json").read_text())
     arch = arch_of(provider, config)
     provider.finalize()
@@ -85,9 +86,8 @@ def main() -> None:
     provider = AutoBridge.from_hf_pretrained(args.model).to_megatron_provider()
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = args.tp, args.pp
     provider.pipeline_dtype = provider.params_dtype
-    provider.transformer_layer_spec = (
-        local_layer_spec  # scores are read at the norms, which Transformer Engine's layers have inside
-    )
+    # Scores are read at the norms, which Transformer Engine's layers have fused.
+    provider.transformer_layer_spec = local_layer_spec
     with join_world(ParallelConfig(tp=args.tp, pp=args.pp), seed=1) as w:
         compress(provider, args.model, args.pruned, TargetConfig(keep=args.keep), w)
 

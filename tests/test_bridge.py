@@ -1,4 +1,6 @@
-"""Megatron-Bridge: its converter and ours, our distillation in its pretrain(), scores and cuts of its models. docs/bridge.md says how to have it.
+"""Megatron-Bridge: its converter and ours, our distillation in its pretrain(), scores and cuts of its models.
+
+docs/megatron_bridge.md describes the installation.
 
 Bridge 0.6 wants Transformer Engine and a GPU where it needs neither; bridge_shims.py stands in, shim by shim. Slow, and not in the default suite's
 environment: the ranks import Bridge first, a minute of a busy machine.
@@ -9,7 +11,7 @@ import importlib.util
 import pytest
 
 if importlib.util.find_spec("megatron.bridge") is None:
-    pytest.skip("Megatron-Bridge is not installed (docs/bridge.md)", allow_module_level=True)
+    pytest.skip("Megatron-Bridge is not installed (docs/megatron_bridge.md)", allow_module_level=True)
 
 import numpy as np
 import torch
@@ -151,9 +153,9 @@ def same_as(rows, found, rel=1e-4):
 def test_a_recipe_is_checked_as_a_whole(four, project):
     text = four.run("workers_bridge.refusals", folder=project)[0]
     for words in (
-        "vocab_size is 64, the teacher's, padded, is 256",
+        "vocab_size is 64, but the teacher's padded vocabulary has 256",
         "should_pad_vocab",
-        "vocab_size of the step is 17",
+        "vocab_size of KDForwardStep is 17",
         "use_tokenizer_vocab_size",
         "calculate_per_token_loss",
         "average_in_collective",

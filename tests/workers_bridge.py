@@ -35,19 +35,21 @@ from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
-from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.export import export_student, pruned_config
-from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
-from minitron_mp.integrations.megatron_bridge.model import (
-    _arch_in,
+from minitron_mp.integrations.megatron_bridge import (
+    KDForwardStep,
     arch_of,
+    check_config,
     defer_head,
+    export_student,
     load_pruned,
+    pruned_config,
     slice_teacher,
     student_provider,
     world_of_provider,
 )
-from minitron_mp.integrations.megatron_bridge.teacher import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.integrations.megatron_bridge import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.integrations.megatron_bridge.model import arch_in_folder
+from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
 from minitron_mp.models.build import DTYPES, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
@@ -220,9 +222,9 @@ def as_model_config(provider: Any, folder: Path) -> Any:
     config = GPTModelConfig(
         transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names}
     )
-    prepare(
+    prepare_model(
         config,
-        _arch_in(folder),
+        arch_in_folder(folder),
         sequence_length=SEQUENCE_LENGTH,
         precision="fp32",
         weights=load_pruned(folder),
@@ -306,10 +308,10 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
         "clip_grad": 1.0,
     }
     with joined(1, 1) as world:
-        arch = _arch_in(folder / "student")
+        arch = arch_in_folder(folder / "student")
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         load_model(chunks, folder / "student", world)
-        checkpoint = ModelCheckpoint(_arch_in(folder / "teacher"), folder / "teacher")
+        checkpoint = ModelCheckpoint(arch_in_folder(folder / "teacher"), folder / "teacher")
         teacher = ColocatedTeacher(
             frozen_model(checkpoint, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         )
@@ -341,7 +343,7 @@ def pretrain_beside_teacher(
 ) -> list[dict[str, float]]:
     """Four ranks, two worlds: Bridge's pretrain() on a student of pp 2, a teacher of tp 2 on the other ranks. Rank 1, the student's last, has what
     Bridge would log."""
-    arch = _arch_in(folder / "teacher")
+    arch = arch_in_folder(folder / "teacher")
     roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
     shape = StreamShape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
     with joined_roles(roles) as world:
