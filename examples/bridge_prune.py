@@ -1,8 +1,8 @@
 """Score, plan and prune a model that Megatron-Bridge built, of any dense family that Bridge maps.
 
-PRUNED is a checkpoint that loads at any layout, with the config.json of the pruned model beside it.
-
 torchrun --nproc-per-node 4 examples/bridge_prune.py MODEL_FOLDER PRUNED --keep 0.75 --tp 2 --pp 2
+
+It writes PRUNED, a checkpoint for any layout, and PRUNED_hf, a Hugging Face folder.
 """
 
 import argparse
@@ -24,7 +24,10 @@ from minitron_mp.workflow.context import ASSETS
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
-    """Return this data-parallel rank's microbatches [b, s]; replace the random tokens by calibration text."""
+    """Return this data parallel rank's microbatches [b, s].
+
+    Replace them with your calibration text.
+    """
     tokens = torch.randint(0, vocab_size, (4, 2, 64), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(64).expand(2, 64).contiguous()
     return [

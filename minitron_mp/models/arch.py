@@ -13,10 +13,12 @@ and fc1 holds all gate rows, then all up rows: (2f, h); without a gate the up ro
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from minitron_mp.errors import InputError
 
 LAYER = "decoder.layers."
 
@@ -48,17 +50,36 @@ FP8_MULTIPLE = 16
 AS_MISTRAL = "set export.family: mistral (same computation)"
 
 
+class BlockArch(BaseModel):
+    """Sizes of one layer. Layers of one model may differ in them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+
+BLOCK_SIZES = tuple(BlockArch.model_fields)
+
+
 class Arch(BaseModel):
-    """Sizes and switches of one dense decoder, in Megatron-Core's words. Written to disk in every artefact."""
+    """Sizes and switches of one decoder, in Megatron-Core's words. Written to disk in every artifact.
+
+    A model whose layers are alike is one block repeated. It is also built from, and written as, num_layers and the
+    sizes of that block: Arch(num_layers=32, ffn_hidden_size=9216, ...).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: str
-    num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
+    blocks: tuple[BlockArch, ...]
+    """One for each layer, the first layer first."""
     kv_channels: int
     vocab_size: int
     max_position_embeddings: int
@@ -75,6 +96,70 @@ class Arch(BaseModel):
     rope_scaling_factor: float | None = None
     """Llama 3 frequency scaling (low 1, high 4, original context 8192, as Megatron-Core has it), or none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _repeat_block(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "blocks" in value:
+            return value
+        block = {name: value[name] for name in BLOCK_SIZES if name in value}
+        others = {name: size for name, size in value.items() if name not in (*BLOCK_SIZES, "num_layers")}
+        return {**others, "blocks": (BlockArch(**block),) * value["num_layers"]}
+
+    @model_serializer(mode="wrap")
+    def _write_one_block(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = handler(self)
+        if not self.is_uniform or "blocks" not in fields:
+            return fields
+        del fields["blocks"]
+        return {**fields, **self.sizes()}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same sizes."""
+        return len(set(self.blocks)) == 1
+
+    @property
+    def block(self) -> BlockArch:
+        """The one block of a model whose layers are alike. InputError where they differ."""
+        if not self.is_uniform:
+            raise InputError(
+                "the layers of this model differ in size; this step needs a model whose layers are alike: "
+                "give one size for all layers in the plan or the target"
+            )
+        return self.blocks[0]
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Of every layer. InputError where they differ, as for the two sizes below."""
+        return self.block.ffn_hidden_size
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.block.num_attention_heads
+
+    @property
+    def num_query_groups(self) -> int:
+        return self.block.num_query_groups
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> size of everything that pruning may change, of a model whose layers are alike."""
+        return {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **dict(self.block)}
+
+    def resized(self, **fields: Any) -> Arch:
+        """The architecture with other fields, sizes of its blocks or num_layers.
+
+        A size that is given for a block holds for all of them. num_layers repeats the one block.
+        """
+        block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
+        blocks = tuple(each.model_copy(update=block) for each in fields.pop("blocks", self.blocks))
+        if "num_layers" in fields:
+            blocks = (self.block.model_copy(update=block),) * fields.pop("num_layers")
+        return self.model_copy(update={**fields, "blocks": blocks})
+
     @property
     def padded_vocab_size(self) -> int:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -85,7 +170,7 @@ class Arch(BaseModel):
 
     @property
     def heads_per_group(self) -> int:
-        return self.num_attention_heads // self.num_query_groups
+        return self.block.heads_per_group
 
     def axis_size(self, axis: str) -> int:
         """Elements of the model axis in a weight of this architecture."""

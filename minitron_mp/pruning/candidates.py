@@ -139,14 +139,12 @@ def survey_candidates(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
     solved = not (search.ffn_hidden_size or search.mlp_expansion)
     others = [name for name in grid if name != "ffn_hidden_size"]
     for sizes in itertools.product(*(grid[name] for name in others)):
-        arch = teacher.model_copy(update=dict(zip(others, sizes)))
+        arch = teacher.resized(**dict(zip(others, sizes)))
         if not search.num_attention_heads:
-            arch = arch.model_copy(
-                update={"num_attention_heads": arch.num_query_groups * teacher.heads_per_group}
-            )
+            arch = arch.resized(num_attention_heads=arch.num_query_groups * teacher.heads_per_group)
 
         def wide(f: int, arch: Arch = arch) -> Arch:
-            return arch.model_copy(update={"ffn_hidden_size": f})
+            return arch.resized(ffn_hidden_size=f)
 
         widths = steps_down(teacher.ffn_hidden_size, unit) if solved else grid["ffn_hidden_size"]
         if solved:  # the largest inside the budget; of parameters, which may be exceeded, the nearest
@@ -205,7 +203,7 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
         return problems[0]
     if recipe.distill.fp8 and fp8_problems(arch, p.tp, p.tokens_of_sample(recipe.data.sequence_length)):
         return f"distill.fp8 wants multiples of {FP8_MULTIPLE} of all widths on a rank; target.align: {FP8_MULTIPLE} keeps to them"
-    if export_problems(arch.model_copy(update={"family": recipe.export.family or arch.family})):
+    if export_problems(arch.resized(family=recipe.export.family or arch.family)):
         return f"transformers refuses a Llama whose hidden_size is no multiple of num_attention_heads {heads}; {AS_MISTRAL}"
     return ""
 

@@ -24,13 +24,11 @@ def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str
         student = _largest(teacher, target, tp, target.keep * teacher.num_parameters(), family)
     else:
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        student = teacher.model_copy(update={n: v for n in names if (v := getattr(target, n))})
+        student = teacher.resized(**{name: getattr(target, name) for name in names if getattr(target, name)})
         if target.drop_layers:
-            student = student.model_copy(update={"num_layers": teacher.num_layers - len(target.drop_layers)})
+            student = student.resized(num_layers=teacher.num_layers - len(target.drop_layers))
         if target.num_query_groups and not target.num_attention_heads:
-            student = student.model_copy(
-                update={"num_attention_heads": target.num_query_groups * teacher.heads_per_group}
-            )
+            student = student.resized(num_attention_heads=target.num_query_groups * teacher.heads_per_group)
     refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
     return student
 
@@ -85,7 +83,7 @@ def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family
             f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; nothing would be cut"
         )
     if set(target.axes) == {"layer"}:
-        candidates = [teacher.model_copy(update={"num_layers": n}) for n in range(teacher.num_layers, 0, -1)]
+        candidates = [teacher.resized(num_layers=n) for n in range(teacher.num_layers, 0, -1)]
         fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
     elif set(target.axes) <= {"hidden", "ffn"}:
         hidden = (
@@ -100,14 +98,12 @@ def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family
         )
 
         def wide(h: int, f: int) -> Arch:
-            return teacher.model_copy(update={"hidden_size": h, "ffn_hidden_size": f})
+            return teacher.resized(hidden_size=h, ffn_hidden_size=f)
 
         hidden = [
             h
             for h in hidden
-            if not export_problems(
-                wide(h, teacher.ffn_hidden_size).model_copy(update={"family": family or teacher.family})
-            )
+            if not export_problems(wide(h, teacher.ffn_hidden_size).resized(family=family or teacher.family))
         ]
         first = [bisect_left(ffn, -budget, key=lambda f: -wide(h, f).num_parameters()) for h in hidden]
         fitting = [wide(h, ffn[i]) for h, i in zip(hidden, first) if i < len(ffn)]
@@ -144,6 +140,6 @@ def exportable_arch(student: Arch, family: str | None) -> Arch:
         raise InputError(
             "export.family mistral: this Llama scales its rotary frequencies, which Mistral's configuration cannot say"
         )
-    student = student.model_copy(update={"family": family or student.family})
+    student = student.resized(family=family or student.family)
     refuse("the student cannot be exported:", export_problems(student))
     return student

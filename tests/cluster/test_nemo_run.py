@@ -1,6 +1,7 @@
-"""examples/with_nemo_run.py: NeMo-Run's SlurmExecutor starts a stage on two nodes, as a Python function and as a command line.
+"""examples/with_nemo_run.py: NeMo-Run's SlurmExecutor starts a stage on two nodes.
 
-MINITRON_NEMO_PYTHON: a Python with nemo-run beside minitron_mp's dependencies; default: the one that runs the tests.
+The stage starts as a Python function and as a command line. MINITRON_NEMO_PYTHON: a Python with
+nemo-run and minitron_mp's dependencies; the default is the one that runs the tests.
 """
 
 import json
@@ -18,11 +19,15 @@ PYTHON = os.environ.get("MINITRON_NEMO_PYTHON", sys.executable)
 
 @pytest.fixture(scope="module")
 def nemo(slurm, tmp_path_factory):
-    """(form, stage, recipe, options) -> the log of the job that NeMo-Run made; with --dry-run, which makes none, what it printed."""
+    """Call nemo(form, stage, recipe, options) to get the log of NeMo-Run's job.
+
+    With --dry-run there is no job, and it returns the printed text.
+    """
     done = subprocess.run([PYTHON, "-c", "import nemo_run, torch"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(
-            f"{PYTHON} cannot import nemo_run (set MINITRON_NEMO_PYTHON; docs/cluster.md says how it is installed): {done.stderr.strip().splitlines()[-1]}"
+            f"{PYTHON} cannot import nemo_run (set MINITRON_NEMO_PYTHON; see docs/cluster.md): "
+            f"{done.stderr.strip().splitlines()[-1]}"
         )
     home, programs = tmp_path_factory.mktemp("nemo"), tmp_path_factory.mktemp("bin")
     for name, words in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
@@ -62,8 +67,11 @@ def nemo(slurm, tmp_path_factory):
     return submit
 
 
-def test_both_forms(nemo, unbroken, project):
-    """run.Partial distils, run.Script evaluates; curve and figures are those of launch/slurm.sbatch."""
+def test_partial_and_script_match_slurm_sbatch(nemo, unbroken, project):
+    """run.Partial distils, run.Script evaluates.
+
+    Curve and figures are those of launch/slurm.sbatch.
+    """
     _, whole = unbroken
     output, later = (
         project / "nemo",
@@ -82,7 +90,7 @@ def test_both_forms(nemo, unbroken, project):
 
 
 @pytest.mark.parametrize("form", ["partial", "script"])
-def test_a_dry_run_prints_the_script(nemo, project, form):
+def test_dry_run_prints_the_script(nemo, project, form):
     said = "".join(nemo(form, "distill", recipe(project, "nemo"), "--dry-run").split())
     for line in (
         "#SBATCH --account=me",

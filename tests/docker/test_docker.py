@@ -1,8 +1,10 @@
-"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and what runs inside as the user of the image.
+"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and run as its user.
 
-The stand-in is Debian 12 from debootstrap with its Python 3.11, PyTorch's CPU build and a numpy that is not the pinned one. It shows that
-what the base brings stays; NVIDIA's image itself is not pulled. Needs root, buildah, debootstrap and the net; run by tests/run.sh --docker.
-Everything lies below pytest's temporary folder and is deleted at the end: 4 GB at most.
+The stand-in is Debian 12 from debootstrap with its Python 3.11, PyTorch's CPU build and a numpy
+that differs from the pinned one. The tests show that the base's packages are unchanged. NVIDIA's
+image itself is not pulled. The tests need root, buildah, debootstrap and a network; run them with
+tests/run.sh --docker. All files lie below pytest's temporary folder and are deleted at the end: 4
+GB at most.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from tiny import ROOT, make_model, make_recipe_file, make_text
 
 BASE, IMAGE = "localhost/stand-in", "localhost/minitron-mp"
 NUMPY = "2.3.5"
-"""Of the stand-in."""
+"""numpy version of the stand-in."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 Buildah = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory) -> Iterator[Buildah]:
-    """buildah(words...) with a storage of its own, gone at the end."""
+    """buildah(words...) runs buildah with temporary storage."""
     if os.geteuid():
         pytest.skip("needs root: buildah runs builds in a chroot")
     for program in ("buildah", "debootstrap"):
@@ -142,13 +144,16 @@ def image(buildah, base) -> str:
         IMAGE,
         ROOT,
     )
-    assert re.search(rf"untouched: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
+    assert re.search(rf"unchanged: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
     return IMAGE
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Model, text and recipe, for anybody to read and write; the recipe has the paths that they have inside."""
+    """Model, text and recipe that any user can read and write.
+
+    The recipe has paths in the container.
+    """
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
     make_text(root / "text")
@@ -162,7 +167,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def inside(buildah, image, project) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """inside(words...) runs a command in a container of the image, as its user, with the project at /project."""
+    """inside(words...) runs a command as the user of the image, with the project at /project."""
     container = buildah("from", image).stdout.strip()
     options = [
         "--isolation",
@@ -181,7 +186,7 @@ def inside(buildah, image, project) -> Callable[..., subprocess.CompletedProcess
     )
 
 
-def test_what_the_image_says(buildah, image):
+def test_image_metadata(buildah, image):
     config = json.loads(buildah("inspect", "--type", "image", image).stdout)["Docker"]["config"]
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Test"] == ["CMD", "minitron-mp", "doctor"]
@@ -195,8 +200,11 @@ def test_what_the_image_says(buildah, image):
     assert not config.get("Entrypoint")  # the base's own stays
 
 
-def test_the_stack_is_the_base_s_and_the_user_is_nobody_special(inside):
-    where = "import torch, numpy, minitron_mp; print(torch.__file__, numpy.__version__, numpy.__file__, minitron_mp.__file__)"
+def test_stack_is_the_base_images_and_user_is_unprivileged(inside):
+    where = (
+        "import torch, numpy, minitron_mp; "
+        "print(torch.__file__, numpy.__version__, numpy.__file__, minitron_mp.__file__)"
+    )
     torch, version, numpy, ours = inside("python", "-c", where).stdout.split()
     assert torch.startswith("/usr/local/lib/python3.11/dist-packages/")
     assert numpy.startswith("/usr/local/lib/python3.11/dist-packages/")
@@ -211,7 +219,7 @@ def test_the_stack_is_the_base_s_and_the_user_is_nobody_special(inside):
     assert inside("bash", "-c", "touch /opt/venv/x", check=False).returncode
 
 
-def test_the_health_check(inside):
+def test_health_check(inside):
     start = time.monotonic()
     done = inside("minitron-mp", "doctor")
     assert "0 failed" in done.stdout
@@ -219,14 +227,14 @@ def test_the_health_check(inside):
     assert time.monotonic() - start < 60, "the Dockerfile gives it 60 s"
 
 
-def test_a_check_that_fails(inside):
+def test_failed_health_check(inside):
     done = inside("minitron-mp", "doctor", "/project/recipe.yaml", "data.tokenizer=/nowhere", check=False)
     assert done.returncode == 1, done.stderr
     assert "data.tokenizer: /nowhere does not exist" in done.stdout
 
 
-def test_torchrun_of_the_image(inside):
-    """The base's would start the base's Python, which does not see the library."""
+def test_torchrun_uses_the_virtual_environment(inside):
+    """The base's torchrun would start the base's Python, which does not have the library."""
     done = inside(
         "torchrun",
         "--standalone",
@@ -241,7 +249,7 @@ def test_torchrun_of_the_image(inside):
     assert "0 failed" in done.stdout
 
 
-def test_the_tiny_pipeline(inside, project):
+def test_tiny_pipeline(inside, project):
     inside("minitron-mp", "compress", "/project/recipe.yaml")
     for name in ("report.html", "student_hf/model.safetensors"):
         assert (project / "out" / name).stat().st_uid == 10001

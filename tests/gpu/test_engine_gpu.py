@@ -1,8 +1,9 @@
-"""Transformer Engine's layers and FP8 on a GPU: the same model, the same scores, training that descends as in bf16.
+"""Transformer Engine's layers and FP8 on a GPU: same model, same scores, loss curves close to bf16.
 
     pytest tests/gpu
 
-Each test says what it needs and is skipped where that is not there. Everything that needs no GPU is in tests/test_precision.py.
+Each test is skipped if its requirements are missing. Tests without a GPU are in
+tests/ranks/test_precision.py.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def world():
 
 @pytest.fixture
 def models(world, tmp_path):
-    """build(arch, precision, **options) -> chunks in eval mode with the weights of one checkpoint for each architecture."""
+    """build(arch, precision, **options) returns chunks in eval mode, of one checkpoint per arch."""
     from minitron_mp.models.build import build_model
 
     def build(arch: Arch, precision: str = "bf16", **options):
@@ -148,8 +149,12 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_model_of_either_layers(models, world, family):
-    """In bf16, against float32: Transformer Engine's layers may be off by half as much again as the local ones, which round elsewhere."""
+def test_te_and_local_layers_build_the_same_model(models, world, family):
+    """Compare bf16 with float32.
+
+    The error of Transformer Engine's layers may be 1.5 times that of the local ones, because they
+    round at other places.
+    """
     arch = arch_of(family)
     want = hidden_of(models(arch, "fp32", **LOCAL), arch, world)
     local, engine = models(arch, **LOCAL), models(arch, **ENGINE)
@@ -165,9 +170,12 @@ def test_the_same_model_of_either_layers(models, world, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_keep_the_same(models, world, family):
-    """Kept indices of Transformer Engine's layers in bf16 and float32 (its products there are tf32) are those of the local ones in float32, but for
-    such whose score is as near to the cut as rounding: 0.1 % and 2 %."""
+def test_te_and_local_scores_keep_the_same_indices(models, world, family):
+    """Kept indices of Transformer Engine's layers match those of the local layers in float32.
+
+    Compared are bf16 and float32, whose products are tf32 there. Exceptions are indices whose
+    score is close to the cut: 0.1 % and 2 %.
+    """
     arch, kept = arch_of(family), {"hidden": 192, "ffn": 384, "heads": 4}
     found = {}
     for name, precision, options in (
@@ -199,7 +207,7 @@ def test_scores_keep_the_same(models, world, family):
 
 
 @pytest.mark.parametrize("family", ["llama", "nemotron"])
-def test_masks_mean_the_same(models, world, family):
+def test_masks_match_for_te_and_local_layers(models, world, family):
     arch = arch_of(family)
     local = models(arch, "fp32", **LOCAL)
     scores = score(
@@ -219,9 +227,9 @@ def test_masks_mean_the_same(models, world, family):
     assert error_of(found[2], found[0]) < 1.5 * error_of(found[1], found[0])
 
 
-def test_fp8_refuses_sizes(models):
+def test_fp8_rejects_unaligned_sizes(models):
     needs_fp8("tensorwise")
-    odd = arch_of("llama").model_copy(update={"ffn_hidden_size": 504})
+    odd = arch_of("llama").resized(ffn_hidden_size=504)
     with pytest.raises(
         InputError, match=r"multiples of 16, ffn_hidden_size / tp \(504 / 1\) is 504; nearest 512"
     ):
@@ -229,7 +237,7 @@ def test_fp8_refuses_sizes(models):
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise"])
-def test_a_teacher_in_fp8_does_not_depend_on_order(models, world, kind):
+def test_fp8_teacher_is_independent_of_previous_batches(models, world, kind):
     """Bitwise; near the bf16 teacher; and its linear layers hold 1 byte a weight."""
     needs_fp8(kind)
     arch = arch_of("llama")
@@ -311,8 +319,11 @@ def losses_of(
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise", "delayed"])
-def test_fp8_descends_with_bf16(world, tmp_path, kind):
-    """From 6.9 nats. The band: at each of the last 20 steps within 5 % of the first loss of where bf16 is; delayed scaling, slow to start, 15 %."""
+def test_fp8_loss_follows_bf16(world, tmp_path, kind):
+    """The loss, 6.9 nats at first, stays in a band around bf16 at each of the last 20 steps.
+
+    The band is 5 % of the first loss; 15 % for delayed scaling, which starts slowly.
+    """
     needs_fp8(kind)
     arch = arch_of("llama")
     want, got = (losses_of(arch, world, tmp_path / str(fp8), fp8) for fp8 in (None, kind))
@@ -328,9 +339,12 @@ def test_fp8_descends_with_bf16(world, tmp_path, kind):
     [{}, {"recompute": True}, {"async_save": True}, {"cuda_graphs": True}],
     ids=["stored", "recomputed", "async", "graphs"],
 )
-def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monkeypatch):
-    """Bitwise, with attention that adds in one order: delayed scaling has its histories in the checkpoint. A checkpoint that is written beside
-    the training holds the weights of its step, not those of the steps that came while it was written."""
+def test_fp8_training_resumes(world, tmp_path, kind, more, monkeypatch):
+    """Resume bitwise, with attention that adds in a fixed order.
+
+    The checkpoint has the histories of delayed scaling. A background checkpoint holds the weights
+    of its step, not those of later steps.
+    """
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     if kind:
         needs_fp8(kind)
@@ -347,8 +361,11 @@ def test_a_run_in_fp8_goes_on_where_it_stopped(world, tmp_path, kind, more, monk
 
 
 @pytest.mark.parametrize("kind", [None, "tensorwise"])
-def test_graphs_replay_what_was_computed_without_them(world, tmp_path, kind, monkeypatch):
-    """Bitwise: the same kernels on the same numbers, with attention that adds in one order. A run that goes on computes its first step without them."""
+def test_cuda_graphs_match_eager_execution(world, tmp_path, kind, monkeypatch):
+    """Bitwise: same kernels, same numbers, attention that adds in a fixed order.
+
+    A resumed run computes its first step without graphs.
+    """
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     needs_graphs()
     if kind:
@@ -380,7 +397,8 @@ def two_ranks(*arguments: str | Path) -> str:
         __file__,
         *map(str, arguments),
     ]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    folders = [TESTS / "support", TESTS / "ranks", TESTS.parent, os.environ.get("PYTHONPATH", "")]
+    paths = os.pathsep.join(map(str, folders))
     more = {
         "PYTHONPATH": paths,
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
@@ -408,13 +426,20 @@ TWO_RANKS = {
     "dp-overlapped-graphs": ({}, {"overlap": True, "cuda_graphs": True}, 1),
     "dp-overlapped-async": ({}, {"overlap": True, "async_save": True, "checkpoint_interval": 2}, 1),
 }
-"""Layout, settings of the training, and how many GPUs they need: tp_comm_overlap writes into another GPU's memory."""
+"""Layout, training settings and number of GPUs.
+
+tp_comm_overlap writes into another GPU's memory, so it needs two.
+"""
 
 
 @pytest.mark.parametrize("fp8", [None, "tensorwise"], ids=str)
 @pytest.mark.parametrize("case", TWO_RANKS)
-def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
-    """In float32 and bf16 sums of another order; in FP8 a tensor is scaled by its whole over tp and cp ranks, and its microbatches are one rank's."""
+def test_two_ranks_match_one_rank(models, world, tmp_path, case, fp8):
+    """Compare two ranks with one.
+
+    In float32 and bf16 only the order of sums differs. In FP8 the scale of a tensor comes from its
+    maximum over the tp and cp ranks, and from the microbatches of one dp rank.
+    """
     parallel_of, settings, gpus = TWO_RANKS[case]
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs, here is {torch.cuda.device_count()}")
@@ -441,8 +466,8 @@ def test_two_ranks_train_as_one(models, world, tmp_path, case, fp8):
 
 
 @pytest.mark.parametrize("kind", ["tensorwise", "blockwise"])
-def test_a_teacher_in_fp8_at_another_tp_than_its_checkpoint(models, world, tmp_path, kind):
-    """Written by one rank, read by two: each has the part of the weights that it would cut from the whole. Bound as for one rank above."""
+def test_fp8_teacher_loads_at_another_tp(models, world, tmp_path, kind):
+    """One rank writes, two ranks read: each holds its shard of the full weights; bound as above."""
     needs_fp8(kind)
     arch = arch_of("llama")
     torch.save(hidden_of(models(arch), arch, world).cpu(), tmp_path / "exact.pt")
@@ -490,7 +515,7 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
     return found
 
 
-def test_graphs_beside_a_colocated_teacher(tmp_path):
+def test_cuda_graphs_with_colocated_teacher(tmp_path):
     """The whole tiny project: what is distilled is what is distilled without them."""
     needs_graphs()
     make_model(tmp_path / "model")
@@ -508,8 +533,11 @@ def test_graphs_beside_a_colocated_teacher(tmp_path):
     assert max(abs(a - b) for a, b in zip(*curves)) < 0.02 * curves[0][0]
 
 
-def test_a_teacher_in_fp8_on_a_rank_of_its_own(tmp_path):
-    """The whole tiny project on two ranks of one GPU: the student gets what a colocated teacher in FP8 gives, to bf16 sums of another order."""
+def test_remote_fp8_teacher(tmp_path):
+    """The student matches a colocated FP8 teacher's, up to the order of bf16 sums.
+
+    Runs the complete small project on two ranks of one GPU.
+    """
     needs_fp8("tensorwise")
     make_model(tmp_path / "model")
     make_text(tmp_path / "text")
@@ -556,7 +584,10 @@ def main(what: str, *arguments: str) -> None:
 
 
 def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, kind: str) -> dict:
-    """Relative errors of the hidden states, and of each FP8 weight against this rank's part in bf16; on rank 0 of rank 0's."""
+    """Return relative errors of the hidden states and of each FP8 weight against bf16 shards.
+
+    Only rank 0's are returned.
+    """
     from minitron_mp.models.build import build_model
 
     options = {"precision": "bf16", "sequence_length": SEQUENCE}

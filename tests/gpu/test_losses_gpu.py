@@ -1,17 +1,18 @@
-"""The distillation loss on a GPU at the size of a real vocabulary: kernels, precision, memory, no synchronisation.
+"""The distillation loss on a GPU with a real vocabulary size.
 
     pytest tests/gpu
 
-What is right or wrong at small sizes is tested without a GPU, the kernels too (tests/test_kernels.py).
+The tests cover kernels, precision, memory and synchronization. Small sizes are tested without a
+GPU, kernels included (tests/ranks/test_kernels.py).
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import kernels_workers
 import pytest
 import torch
-import workers_kernels
 from test_losses import CROSS_ENTROPY, OBJECTIVES, as_top_k, check, dense
 
 from minitron_mp.losses import reference
@@ -34,7 +35,10 @@ def whole_float32():
 
 
 def make_case(tokens, hidden, teacher_hidden, dtype, *, scale=4.0):
-    """Logits of deviation 4 (entropy of some 4 nats), the teacher's 0.75 beside the student's; the last row of each sample counts nothing."""
+    """Logits of deviation 4 (entropy of about 4 nats); teacher and student differ by 0.75.
+
+    The last row of each sample has no weight.
+    """
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape):
@@ -75,7 +79,7 @@ def run(case, objective, *, main_grad=False):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_equal_rows(dtype, t, divergence):
+def test_kernels_match_reference(dtype, t, divergence):
     from minitron_mp.losses import kernels as kernels
 
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -86,17 +90,18 @@ def test_kernels_equal_rows(dtype, t, divergence):
     weights = torch.rand((2, 64), generator=generator, device=DEVICE)
     weights[:, 3] = 0
     labels = torch.randint(0, VOCAB, (64,), generator=generator, device=DEVICE)
-    values = workers_kernels.row_values(z_s, z_t, labels, tuple(weights), VOCAB, t, divergence)
+    values = kernels_workers.row_values(z_s, z_t, labels, tuple(weights), VOCAB, t, divergence)
     for ce in (True, False):
         for out in (torch.float32, torch.bfloat16, None):
             got, want = (
-                workers_kernels.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out)
+                kernels_workers.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out)
                 for module in (kernels, reference)
             )
             assert not got["gradient"][3].any()
             counts = torch.arange(64, device=DEVICE) != 3
             for key in want:
-                # float32 sums of 131072 terms in another order; a bf16 gradient may be rounded to the other side.
+                # float32 sums of 131072 terms in another order; a bf16 gradient may round
+                # differently.
                 rtol = 2**-7 if key == "gradient" and (out or dtype) is torch.bfloat16 else 2e-5
                 torch.testing.assert_close(
                     got[key][counts],
@@ -108,7 +113,7 @@ def test_kernels_equal_rows(dtype, t, divergence):
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "top_k", "ce"])
-def test_float32_equals_dense_float64(name):
+def test_float32_matches_dense_float64(name):
     objective = CROSS_ENTROPY if name == "ce" else OBJECTIVES[name.replace("top_k", "forward_kl-hot-ce")]
     case = make_case(32, 256, 320, torch.float32)
     case = (
@@ -124,8 +129,9 @@ def test_float32_equals_dense_float64(name):
     check(run(case, objective), want, name, vocab_size=VOCAB, loss=2e-5, gradient=5e-5)
 
 
-# bf16 inputs are exact in float64. float32 logits: the gradients of the logits and both results are rounded, 2^-9 each.
-# bf16 logits of 16 to 32, as the likeliest tokens have here, are rounded by up to 2^-4, the relative error of a probability.
+# bf16 inputs are exact in float64. With float32 logits, the logit gradients and both results are
+# rounded by 2^-9. bf16 logits of 16 to 32, as the likeliest tokens have, are rounded by up to 2^-4,
+# which is the relative error of a probability.
 @pytest.mark.parametrize(
     ("logits_dtype", "gradient", "loss"),
     [(torch.float32, 3e-3, 2e-5), (torch.bfloat16, 1e-1, 6e-2)],
@@ -148,7 +154,7 @@ def test_bf16_inputs(logits_dtype, gradient, loss):
 
 @pytest.mark.parametrize("name", ["forward_kl-ce", "reverse_kl-hot", "js", "top_k"])
 @pytest.mark.parametrize("main_grad", [True, False])
-def test_the_device_is_never_waited_for(name, main_grad):
+def test_loss_never_synchronizes_with_the_device(name, main_grad):
     objective = OBJECTIVES[name.replace("top_k", "forward_kl-hot")]
     case = make_case(512, 256, 320, torch.bfloat16)
     case = as_top_k(case, objective, 64) if name == "top_k" else case
@@ -160,8 +166,11 @@ def test_the_device_is_never_waited_for(name, main_grad):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory():
-    """8192 tokens of the 12B teacher and 8B student: all that lives beyond the gradients is the logits of some rows."""
+def test_peak_memory():
+    """8192 tokens, 12B teacher, 8B student.
+
+    Beyond the gradients only the logits of some rows are live.
+    """
     case = make_case(4096, 4096, 5120, torch.bfloat16)
     run(make_case(512, 256, 320, torch.bfloat16), Objective(), main_grad=True)
     torch.cuda.synchronize()

@@ -159,5 +159,4 @@ def _length_checks(cfg: Any, teacher: Arch) -> Checks:
 def _student_sizes(model: Any, teacher: Arch) -> Arch:
     """Return the student's sizes, as far as tensor parallelism splits them."""
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size")
-    sizes = {name: getattr(model, name) or model.num_attention_heads for name in names}
-    return teacher.model_copy(update=sizes)
+    return teacher.resized(**{name: getattr(model, name) or model.num_attention_heads for name in names})

@@ -21,7 +21,7 @@ from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import Arch
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.layers import DeferredHead
 from minitron_mp.pruning.plan import PrunePlan
@@ -183,6 +183,11 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         if (value := getattr(model, name, None))
     ]
     refuse("only dense decoders are pruned:", problems)
+    block = BlockArch(
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+    )
     return Arch(
         family=config["model_type"],
         vocab_size=config["vocab_size"],
@@ -193,11 +198,9 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         norm="rms" if model.normalization == "RMSNorm" else "layer1p",
         activation="swiglu" if model.gated_linear_unit else "squared_relu",
         norm_epsilon=model.layernorm_epsilon,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        **{
-            name: getattr(model, name)
-            for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
-        },
+        hidden_size=model.hidden_size,
+        kv_channels=model.kv_channels,
+        blocks=(block,) * model.num_layers,
     )
 
 

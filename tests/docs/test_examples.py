@@ -1,0 +1,65 @@
+"""Examples and experiments: every script imports, and each recipe's first line runs as a dry run.
+
+The dry runs use what the repository has: a config.json without weights.
+"""
+
+import ast
+import shlex
+import sys
+
+import pytest
+from tiny import ROOT
+
+from minitron_mp.artifacts.manifest import require_artifact
+from minitron_mp.cli import main
+from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.pruning.target import resolve_target
+
+RECIPES = sorted([path for folder in ("examples", "experiments") for path in (ROOT / folder).rglob("*.yaml")])
+SCRIPTS = sorted([path for folder in ("examples", "experiments") for path in (ROOT / folder).rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_first_line_of_recipe_runs(path, monkeypatch, capsys):
+    first = path.read_text().splitlines()[0]
+    words = shlex.split(first.removeprefix("# "))
+    assert words[0] == "minitron-mp", f"the first line of {path.name} is to be its dry run: {first}"
+    assert str(path.relative_to(ROOT)) in words
+    assert "--dry-run" in words
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert (end.value.code or 0, err) == (0, "")
+    assert "student parameters" in out
+    assert "memory: sum on the fullest rank" in out
+
+
+def test_library_example_runs(whole, ranks, tmp_path):
+    """What its docstring starts, on two ranks and a tiny teacher."""
+    words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
+    said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
+    teacher, student = (
+        require_artifact(whole.output / "teacher", "import").arch,
+        require_artifact(tmp_path / "student", "prune").arch,
+    )
+    assert student == resolve_target(teacher, TargetConfig(keep=0.75), 2)
+    assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
+
+
+def test_scripts_import_without_side_effects(ranks):
+    """Importing a script runs nothing, because its work is in main().
+
+    The docstring of a script for users has the command that starts it. The scripts are imported on
+    a rank, which has already imported Megatron-Core.
+    """
+    (has_main,) = ranks(1, "project_workers.load_scripts", paths=SCRIPTS)
+    for path in SCRIPTS:
+        started = [
+            line
+            for line in ast.get_docstring(ast.parse(path.read_text())).splitlines()
+            if line.startswith(("torchrun ", "python "))
+        ]
+        assert path.name not in has_main or any(str(path.relative_to(ROOT)) in line for line in started), path

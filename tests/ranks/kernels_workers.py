@@ -1,0 +1,155 @@
+"""Worker functions for the kernel tests: with TRITON_INTERPRET=1 on CPU tensors, else compile only.
+
+Triton reads that variable at import. So these functions run in a separate process, and the test
+session does not import triton. The interpreter works on numpy arrays, bf16 included (triton 3.9,
+numpy 2.4). It does not support & between a scalar and a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_mp.losses import fused, reference
+from minitron_mp.losses.rows import LogitRows, RowValues
+
+
+def row_functions(calls: list[dict[str, Any]]) -> list[dict[str, dict[str, Tensor]]]:
+    return [both(**call) for call in calls]
+
+
+def both(
+    z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
+) -> dict[str, dict[str, Tensor]]:
+    """Return {"rows", "kernels"} -> results of both from the same row values."""
+    from minitron_mp.losses import kernels
+
+    found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
+    for name, module in (("rows", reference), ("kernels", kernels)):
+        found[name] = run(
+            module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how
+        )
+    return found
+
+
+def run(
+    module: Any,
+    z_s: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    values: RowValues,
+    valid: int,
+    t: float,
+    divergence: str,
+    ce: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """dtype: of the gradient; None: it takes the place of z_s."""
+    logits = LogitRows(z_s, z_t, labels, valid, t)
+    statistics, exponentials = module.statistics(logits, divergence)
+    found = {"statistics": torch.stack(statistics, 1)}
+    if divergence == "js":
+        found["mixture_sums"] = module.mixture_sums(logits, values.student_lse, values.teacher_lse)
+    out = z_s if dtype is None else _apart(torch.full_like(z_s, torch.nan, dtype=dtype))
+    module.gradient(logits, statistics, exponentials, values, divergence, ce, out)
+    return found | {"gradient": out.clone()}
+
+
+def row_values(
+    z_s: Tensor,
+    z_t: Tensor | None,
+    labels: Tensor,
+    weights: tuple[Tensor, Tensor],
+    valid: int,
+    t: float,
+    divergence: str,
+) -> RowValues:
+    """Return what the gradient takes, for one rank with the whole vocabulary.
+
+    Without valid columns the numbers are arbitrary.
+    """
+    n, known = len(z_s), valid > 0
+    lse_s = (z_s[:, :valid].float() / t).logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
+    lse_t = (
+        (z_t[:, :valid].float() / t).logsumexp(1)
+        if known and z_t is not None
+        else z_s.new_ones(n, dtype=torch.float32)
+    )
+    lse_1 = z_s[:, :valid].float().logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
+    extra = torch.full_like(lse_s, 0.25)
+    kl_weight, ce_weight = (w.to(lse_s) for w in weights)
+    return RowValues(lse_s, lse_t, lse_1, kl_weight, ce_weight, extra)
+
+
+def _apart(z: Tensor) -> Tensor:
+    """The same values, with room between the rows."""
+    wide = z.new_full((z.shape[0], z.shape[1] + 16), torch.nan)
+    wide[:, : z.shape[1]] = z
+    return wide[:, : z.shape[1]]
+
+
+def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """losses_workers.fused_all with the kernels in it."""
+    import losses_workers
+
+    from minitron_mp.losses import kernels
+
+    usual = fused._row_functions
+    fused._row_functions = lambda _: kernels
+    try:
+        return losses_workers.fused_all(calls)
+    finally:
+        fused._row_functions = usual
+
+
+def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    from minitron_mp.pruning.cosine_kernel import cosine_distance
+
+    return [cosine_distance(a, b) for a, b in pairs]
+
+
+def compile_for(architecture: int) -> dict[str, int]:
+    """{kernel and options: bytes of machine code} for CUDA, without a device."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from minitron_mp.losses import kernels
+    from minitron_mp.pruning import cosine_kernel
+
+    numbers = {"t": "fp32", "inverse_t": "fp32", "labels": "*i64", "out": "*bf16"}
+    tensors = dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32")
+    found = {}
+
+    def build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> int:
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature, constexprs=constants)
+        return len(
+            triton.compile(
+                source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernels.WARPS}
+            ).asm["cubin"]
+        )
+
+    for logits in ("*fp32", "*bf16"):
+        found[f"_cosine_distance {logits}"] = build(
+            cosine_kernel._cosine_distance,
+            {"a": logits, "b": logits, "out": "*fp32"},
+            {"BLOCK": kernels.BLOCK},
+        )
+        for hot, divergence in ((True, "forward_kl"), (False, "js")):
+            options = {
+                "HOT": hot,
+                "TEACHER": True,
+                "CE": True,
+                "DIVERGENCE": divergence,
+                "BLOCK": kernels.BLOCK,
+            }
+            for kernel in (kernels._statistics, kernels._mixture_sums, kernels._gradient):
+                constants = {name: options[name] for name in kernel.arg_names if name in options}
+                types = numbers | tensors | {"z_s": logits, "z_t": logits}
+                found[f"{kernel.fn.__name__} {logits} {hot} {divergence}"] = build(kernel, types, constants)
+    return found

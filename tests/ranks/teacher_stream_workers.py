@@ -1,0 +1,326 @@
+"""Worker functions for the teacher stream tests: roles in one job, with plain signals or models."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pool
+import torch
+import torch.distributed as dist
+from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from model_workers import joined
+from torch import Tensor
+from training_workers import Runner
+
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
+from minitron_mp.distillation.stream import Link, Receiver, Sender
+from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distributed.launcher import JobRank, fresh_prefix
+from minitron_mp.distributed.roles import join_roles
+from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError
+from minitron_mp.losses.objective import TeacherLogits
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import logits
+from minitron_mp.training.metrics import StepMetrics
+
+Roles = dict[str, tuple[int, dict[str, Any]]]
+"""role -> (ranks, arguments of Parallel)"""
+
+
+@contextmanager
+def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None]:
+    """The world of this rank's role; None on ranks of the pool that no role wants."""
+    store, rank, _ = pool.here["place"]
+    wanted, refused = sum(ranks for ranks, _ in roles.values()), None
+    with pool.without_group():
+        if rank >= wanted:
+            fresh_prefix(store)  # every rank counts the worlds of the job
+            yield None
+            return
+        layouts = {role: (ranks, ParallelConfig(**p)) for role, (ranks, p) in roles.items()}
+        options = {
+            "timeout_minutes": timeout_s / 60,
+            "stream_timeout_s": timeout_s,
+            "place": JobRank(store, rank, wanted),
+        }
+        try:
+            with join_roles(layouts, seed=1, **options) as world:
+                pool.here["coordinates"] = f"{world.role} {world.coordinates}"
+                yield world
+        except InputError as error:  # all ranks have it: they go on together
+            refused = error
+        RotaryEmbedding.forward.cache_clear()
+    if refused is not None:
+        raise refused
+
+
+def make_link(world: World, roles: Roles, shape: StreamShape, window: int) -> Link:
+    bridge = world.channel
+    grids = {}
+    for role, (ranks, p) in roles.items():
+        layout = ParallelConfig(**p)
+        grids[role] = Grid(role, layout, ranks // layout.model_ranks, bridge.spans[role].start)
+    return Link(
+        bridge, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window
+    )
+
+
+def whole_signal(shape: StreamShape, id: int) -> Tensor:
+    """[s, b, n] of a microbatch, known to both ends."""
+    generator = torch.Generator().manual_seed(id)
+    return torch.randn((shape.sequence_length, shape.micro_batch_size, shape.width), generator=generator).to(
+        shape.dtype
+    )
+
+
+def local_signal(shape: StreamShape, p: ParallelConfig, id: int, cp: int, tp: int) -> Tensor:
+    """[s', b, n'] of one place."""
+    whole, columns = whole_signal(shape, id), slice(*columns_of(shape, p, tp))
+    return torch.cat([whole[first:end, :, columns] for first, end, _ in rows_of(shape, p, cp, tp)])
+
+
+def transport(
+    roles: Roles,
+    shape: StreamShape,
+    window: int,
+    count: int,
+    seed: int = 0,
+    delay_s: float = 0.0,
+    die: str = "",
+) -> dict[str, Any]:
+    """Stream `count` plain signals with random delays on both sides; return what each end saw.
+
+    die: "ROLE RANK PHASE", see _fault.
+    """
+    with joined_roles(roles, timeout_s=3.0 if die else 60.0) as world:
+        return {} if world is None else _stream(world, roles, shape, window, count, seed, delay_s, die)
+
+
+def transports(
+    roles: Roles, cases: list[tuple[StreamShape, int]], count: int, delay_s: float
+) -> list[dict[str, Any]]:
+    """transport() of each (shape, window), one after the other over one bridge."""
+    with joined_roles(roles) as world:
+        return [
+            {} if world is None else _stream(world, roles, shape, window, count, window, delay_s)
+            for shape, window in cases
+        ]
+
+
+def _stream(
+    world: World,
+    roles: Roles,
+    shape: StreamShape,
+    window: int,
+    count: int,
+    seed: int,
+    delay_s: float,
+    die: str = "",
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    link = make_link(world, roles, shape, window)
+    g, chance, fault = world.groups, random.Random(seed * 100 + world.channel.rank), _Fault(world, die)
+
+    def pause() -> None:
+        time.sleep(delay_s * chance.random())
+
+    if not world.is_last_stage:
+        return found
+    place, data = (g.cp.rank(), g.tp.rank()), link.bridge.data
+    if world.role == "teacher":
+        sender = Sender(link)
+        for id in range(count):
+            if id % link.teacher.dp == g.dp.rank():
+                sender.make_room()
+                pause()
+                fault("before announcing", id)
+                if die:
+                    link.bridge.data = _Watched(data, lambda id=id: fault("while sending", id))
+                sender.send(id, local_signal(shape, link.teacher.parallel, id, *place))
+                fault("after sending", id)
+        sender.finish()
+        found["in flight"] = sender.most_in_flight
+    else:
+        grid = next(grid for grid in link.students if grid.role == world.role)
+        ids = [id for id in range(count) if id % grid.dp == g.dp.rank()]
+        receiver, wrong, held = Receiver(link, grid, ids, world.device), [], 0
+        for n, id in enumerate(ids):
+            held = max(held, len(receiver.arrived))
+            signal = receiver.get(id)
+            fault("before the credit", id)
+            if not torch.equal(signal, local_signal(shape, grid.parallel, id, *place)):
+                wrong.append(id)
+            pause()
+            receiver.release(id)
+            fault("after the credit", id)
+            if n == len(ids) // 4:
+                found["memory at a quarter"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        receiver.close()
+        found |= {
+            "wrong": wrong,
+            "held": held,
+            "received": len(ids),
+            "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
+    found["bytes"] = link.bytes_moved
+    return found
+
+
+class _Fault:
+    """Lets one rank die, hang or fail at one point: "teacher 0 kill before announcing 3"."""
+
+    def __init__(self, world: World, text: str):
+        role, rank, self.kind, self.place = (text.split(" ", 3) + [""] * 4)[:4]
+        self.mine = bool(text) and role == world.role and int(rank) == dist.get_rank()
+
+    def __call__(self, phase: str, id: int) -> None:
+        if self.mine and self.place == f"{phase} {id}":
+            if self.kind == "kill":
+                os._exit(9)
+            if self.kind == "hang":
+                time.sleep(30)
+            raise ValueError("this rank has a defect")
+
+
+class _Watched:
+    """A process group that does something before it sends."""
+
+    def __init__(self, group: Any, before: Any):
+        self.group, self.before = group, before
+
+    def send(self, *arguments: Any) -> Any:
+        self.before()
+        return self.group.send(*arguments)
+
+
+def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> str:
+    """The error of a student to which microbatch `announced` is announced where `due` is due."""
+    with joined_roles(roles, timeout_s=3.0) as world:
+        link = make_link(world, roles, shape, 3)
+        if world.role == "teacher":
+            world.channel.control.send([torch.tensor([announced])], link.students[0].first, 1).wait()
+            time.sleep(0.5)
+            return ""
+        receiver, text = Receiver(link, link.students[0], [due], world.device), ""
+        try:
+            receiver.get(due)
+        except RuntimeError as error:
+            text = str(error)
+        receiver.close()
+        world.channel.place.store.delete_key("failed")  # so that the roles part as if nothing had been
+        return text
+
+
+def wrong_credit(roles: Roles, shape: StreamShape) -> str:
+    """The error of a teacher that gets credit for another microbatch than the one that is due."""
+    with joined_roles(roles, timeout_s=3.0) as world:
+        link = make_link(world, roles, shape, 3)
+        if world.role == "student":
+            number = torch.empty(1, dtype=torch.int64)
+            signal = torch.empty(shape.local(ParallelConfig()), dtype=shape.dtype)
+            world.channel.control.recv([number], link.teacher.first, 1).wait()
+            world.channel.data.recv([signal], link.teacher.first, 3).wait()
+            world.channel.control.send([number + 1], link.teacher.first, 2).wait()
+            time.sleep(0.5)
+            return ""
+        sender, text = Sender(link), ""
+        sender.send(4, whole_signal(shape, 4))
+        try:
+            sender.finish()
+        except RuntimeError as error:
+            text = str(error)
+        world.channel.place.store.delete_key("failed")
+        return text
+
+
+def contract(roles: Roles, **other: Any) -> str:
+    """The refusal of a contract that differs in some fields, on this rank."""
+    from minitron_mp.workflow.teacher_source import compare_contracts
+
+    mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
+    try:
+        with joined_roles(roles) as world:
+            compare_contracts(
+                world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0
+            )
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def train_with(
+    student: Layout,
+    teacher: Layout | None,
+    payload: str,
+    window: int,
+    arch: Arch,
+    weights: Path,
+    student_arch: Arch,
+    student_weights: Path,
+    output: Path,
+) -> list[StepMetrics]:
+    """Run the steps of training_workers.train_everything with a remote or colocated teacher.
+
+    teacher: the layout of a remote teacher; None is a colocated one that hands over the payload.
+    Returns the metrics of the student's rank 0, [] elsewhere.
+    """
+    chosen, start = (
+        settings(student).model_copy(update={"steps": RESUME_AT}),
+        {"arch": student_arch, "start": student_weights, "checkpoints": output},
+    )
+    frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
+    if teacher is None:
+        with joined(student) as world:
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(model)
+            return Runner(world, local, chosen)(**start).metrics
+    roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
+    per_step = chosen.global_batch_size // chosen.micro_batch_size
+    width = arch.hidden_size if payload == "hidden" else arch.padded_vocab_size
+    shape = StreamShape(payload, SEQUENCE_LENGTH, chosen.micro_batch_size, width, torch.float32)
+
+    def batch_of(id: int) -> dict[str, Tensor]:
+        samples = make_samples(arch, id // per_step, chosen.global_batch_size)
+        return micro_batches(samples, chosen.micro_batch_size, id % per_step, per_step)[0]
+
+    with joined_roles(roles) as world:
+        if world is None:
+            return []
+        link, ids, is_last = (
+            make_link(world, roles, shape, window),
+            range(chosen.steps * per_step),
+            world.is_last_stage,
+        )
+        if world.role == "teacher":
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            sender = Sender(link) if is_last else None
+            serve_signals(ServedTeacher(model, shape, window), sender, batch_of, ids)
+            return []
+        dp = world.groups.dp
+        receiver = (
+            Receiver(link, link.students[0], ids[dp.rank() :: dp.size()], world.device) if is_last else None
+        )
+        head = load_head(arch, weights, world, torch.float32) if payload == "hidden" else None
+        remote = RemoteTeacher(receiver, payload, head, world)
+        metrics = Runner(world, remote, chosen)(**start).metrics
+        remote.close()
+        return metrics
+
+
+class ColocatedLogits(ColocatedTeacher):
+    """Makes the logits of a whole microbatch, as a remote teacher that sends them does."""
+
+    def target(self, signal: Any) -> TeacherLogits:
+        return TeacherLogits(logits(self.chunks[-1], signal.hidden))

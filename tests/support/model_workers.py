@@ -1,0 +1,403 @@
+"""Worker functions that several tests run on the ranks of a pool.
+
+Module-level functions with keyword arguments and plain return values. Each joins a world of one
+layout and leaves it. If a result must agree between ranks, every rank returns it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pool
+import torch
+import torch.distributed as dist
+from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, targets
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.pruning import ScoreConfig
+from minitron_mp.distributed.collectives import context_parallel_slice, exchange_kept
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.distributed.world import World, join_world
+from minitron_mp.evaluation.prefill_speed import measure
+from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.build import build_model, logits
+from minitron_mp.pruning.importance import score
+from minitron_mp.pruning.masks import masked
+from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.slicing import _merge_heads, prune
+
+Weights = dict[str, Tensor]
+
+
+@contextmanager
+def joined(layout: Layout) -> Iterator[World]:
+    """Join the world of a layout over the pool's default group; errors report its coordinates."""
+    with join_world(ParallelConfig(**layout.parallel), seed=1) as world:
+        pool.here["coordinates"] = world.coordinates
+        yield world
+    RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
+
+
+def wait_for_slow_main(*, seconds: float, patience_s: float) -> list[int]:
+    """Return rank 0's two results; the second takes longer than the collective timeout."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
+    try:
+        return [on_rank_0(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)]
+    finally:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=pool.GROUP_TIMEOUT_S))
+
+
+def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
+    return Manifest(stage=stage, settings=settings, inputs={}, arch=arch)
+
+
+def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
+    """One rank: global tensors -> a checkpoint."""
+    state = {}
+    for key, weight in weights.items():
+        layers = range(arch.num_layers) if AXES[key][0] == "layer" else [None]
+        for layer in layers:
+            stacked = {} if layer is None else {"prepend_axis_num": 1}
+            offsets = [] if layer is None else [(0, layer, arch.num_layers)]
+            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(
+                key, weight if layer is None else weight[layer].clone(), *offsets, **stacked
+            )
+    with joined(Layout("one", 1)):
+        save_checkpoint(state, folder, manifest("teacher", arch))
+
+
+def write_hugging_face(folder: Path, source: Path) -> Arch:
+    """One rank: Hugging Face folder -> a checkpoint in float32."""
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.hf_weights import Weights, canonical_keys
+
+    arch = read_arch(source)
+    opened, weights = Weights(source, arch), {}
+    for key, layer in canonical_keys(arch):
+        weights.setdefault(key, []).append(opened.tensor(key, layer).float())
+    write_weights(
+        folder,
+        arch,
+        {key: torch.stack(parts) if AXES[key][0] == "layer" else parts[0] for key, parts in weights.items()},
+    )
+    return arch
+
+
+def read_tensors(folder: Path, prefix: str) -> Weights:
+    """Return the global tensors of a checkpoint whose keys start with prefix. One rank."""
+    with joined(Layout("one", 1)):
+        return {
+            key: value
+            for key, value in dist_checkpointing.load_plain_tensors(str(folder)).items()
+            if key.startswith(prefix)
+        }
+
+
+def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
+    """Return the layer forwards of one microbatch in a depth search. One rank.
+
+    There are two steps, because the first one also runs the pass that captures the layer inputs.
+    """
+    from minitron_mp.pruning.ablation import losses_without
+
+    sizes = {
+        "hidden_size": 16,
+        "ffn_hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "vocab_size": 30,
+    }
+    arch, calls = (
+        Arch(family="llama", tied=False, max_position_embeddings=64, num_layers=num_layers, **sizes),
+        [],
+    )
+    with joined(Layout("one", 1)) as world:
+        chunks = build_model(
+            arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True
+        )
+        for block in chunks[0].eval().decoder.layers:
+            block.register_forward_hook(lambda *_: calls.append(1))
+        steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
+        losses_without(
+            chunks,
+            steps,
+            world,
+            candidates,
+            vocab_size=arch.vocab_size,
+            progress=lambda: after.append(len(calls)),
+        )
+        return after[1] - after[0]
+
+
+def judge_everything(
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    files: Path,
+    missing: dict[frozenset[int], list[frozenset[int]]],
+    gone: frozenset[int],
+    candidates: list[frozenset[int]],
+) -> dict[str, Any]:
+    """Return the losses and task scores of one model without some of its layers.
+
+    "losses": gone -> [loss without these layers, then without each candidate], on two steps.
+    "choices", "words": the results of these task files. "scores": the scores of all their options.
+    "scores without": the scores without `gone`, then without each of `candidates`.
+    """
+    from minitron_mp.evaluation import choice_tasks as tasks
+    from minitron_mp.evaluation.choice_tasks import rows_of, score_task
+    from minitron_mp.evaluation.log_likelihood import score_rows
+    from minitron_mp.evaluation.task_files import read_task_file
+    from minitron_mp.pruning.ablation import losses_without, scores_without
+
+    tokenizer = characters(arch)
+    results: dict[str, Any] = {}
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        for chunk in chunks:
+            chunk.eval()
+        interleaved = layout.dp > 1 and "vpp" in layout.parallel
+        batch_slice = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
+        steps = [micro_batches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
+        results["losses"] = {}
+        for already, without in missing.items():
+            base, losses = losses_without(
+                chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size
+            )
+            results["losses"][already] = [base, *losses]
+        # Tensor and context parallel ranks communicate per microbatch, so they get few large ones.
+        options = {
+            "micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2,
+            "vocab_size": arch.vocab_size,
+        }
+        tried, scores = {name: read_task_file(files / f"{name}.jsonl") for name in ("choices", "words")}, []
+        with mock.patch.object(
+            tasks,
+            "score_rows",
+            lambda *case, **more: scores.append(score_rows(*case, **more)) or scores[-1],
+        ):
+            for name, items in tried.items():
+                results[name] = score_task(
+                    {"m": chunks}, items, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
+                )["m"]
+        results["scores"] = torch.cat(scores)
+        rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
+        base, without_layers = scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
+        return results | {"scores without": [base, *without_layers]}
+
+
+def characters(arch: Arch) -> Any:
+    """A tokenizer with a token for each character."""
+    from minitron_mp.data.tokenizer import Tokenizer
+
+    return Tokenizer(
+        lambda texts: [[ord(c) % (arch.vocab_size - 1) + 1 for c in text] for text in texts],
+        arch.vocab_size,
+        0,
+    )
+
+
+def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
+    chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
+    load_model(chunks, folder, world)
+    return chunks
+
+
+def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -> Tensor | None:
+    """Return the logits [count, s, v] of all samples on every last-stage rank, None elsewhere.
+
+    Every data parallel rank computes all samples.
+    """
+    half = (
+        len(samples["tokens"]) // 2
+    )  # two microbatches: the interleaved schedule wants as many as pipeline stages
+    local = run_schedule(
+        chunks, micro_batches(samples, half, 0, 1), world, lambda hidden, _: logits(chunks[-1], hidden)
+    )
+    if not world.is_last_stage:
+        return None
+    vocab = gather(torch.cat(local, 1), 2, world.groups.tp)  # [s/cp, count, v]
+    places = context_parallel_slice(torch.arange(SEQUENCE_LENGTH), 0, world.groups.cp)
+    order = gather(places, 0, world.groups.cp).argsort()
+    return gather(vocab, 0, world.groups.cp)[order].transpose(0, 1)
+
+
+def gather(x: Tensor, dim: int, group: Any) -> Tensor:
+    parts = [torch.empty_like(x.contiguous()) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+def score_samples(
+    chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]
+) -> Scores:
+    chosen = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
+    local_batches = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
+    return score(
+        chunks,
+        arch,
+        chosen,
+        world,
+        samples["tokens"].shape[1],
+        lambda: run_schedule(chunks, local_batches, world, None),
+    )
+
+
+def count_hooks(chunks: list[Any]) -> int:
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+    )
+    return sum(len(getattr(module, kind)) for chunk in chunks for module in chunk.modules() for kind in kinds)
+
+
+def prune_everything(
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    output: Path,
+    save: list[str],
+    masks: list[str],
+    pairs: list[tuple[str, str]],
+) -> dict[str, Any]:
+    """Return scores, plans, slices and hook counts of one layout, and save the students.
+
+    The first aggregation pair makes the plans.
+    """
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        samples = make_samples(arch, 0, 8)
+        hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
+        scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
+        plans = {
+            name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp)
+            for name, target in targets(arch, layout.tp).items()
+        }
+        by_masks = {}
+        for name in masks:
+            with masked(chunks, plans[name], world):
+                by_masks[name] = global_logits(chunks, samples, world)
+        after = global_logits(chunks, samples, world)
+        unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
+        full_data = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
+        pieces = {}
+        for name, plan in plans.items():
+            state = prune(chunks, plan, world)
+            pieces[name] = [_piece(tensor) for tensor in state.values()]
+            if name in ("identity", *save):
+                save_checkpoint(state, output / name, manifest("prune", plan.student))
+            for parameter, data in full_data:  # prune() consumes the model
+                parameter.data = data
+        return {
+            "logits": before,
+            "unchanged": unchanged,
+            "masked": by_masks,
+            "scores": {pair: vars(value) for pair, value in scores.items()},
+            "plans": plans,
+            "pieces": pieces,
+            "identity": global_logits(load(arch, output / "identity", world), samples, world),
+        }
+
+
+def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
+    """Return (key, global offset, data with all global dimensions, whether this copy is saved)."""
+    data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.data.shape)).clone()
+    replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
+    return tensor.key, tuple(tensor.global_offset), data, not any(replica)
+
+
+def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """Return (rows of this rank afterwards, number of all-to-alls) for each choice of kept rows."""
+    with (
+        joined(layout) as world,
+        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent,
+    ):
+        group, exchanged = world.groups.tp, []
+        for keep in keeps:
+            before, part = sent.call_count, len(rows) // group.size()
+            start = group.rank() * part
+            exchanged.append(
+                (exchange_kept(rows[start : start + part], 0, keep, start, group), sent.call_count - before)
+            )
+        return exchanged
+
+
+def merge_queries(plan: PrunePlan, rows: Tensor, layer: int) -> Tensor:
+    return _merge_heads(rows, 0, plan, layer)
+
+
+def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
+    """Return the logits of checkpoints loaded at this layout."""
+    with joined(layout) as world:
+        return {
+            name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8), world)
+            for name, (arch, folder) in models.items()
+        }
+
+
+def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, int]:
+    """Return (message, number of remaining hooks) after an exception between forward passes."""
+    with joined(layout) as world:
+        chunks = load(arch, teacher, world)
+        hooks = count_hooks(chunks)
+
+        def run() -> None:
+            run_schedule(chunks, micro_batches(make_samples(arch, 0, 4), 2, 0, 1), world, None)
+            raise ValueError("stopped by the test")
+
+        try:
+            score(chunks, arch, ScoreConfig(), world, SEQUENCE_LENGTH, run)
+        except ValueError as error:
+            return str(error), count_hooks(chunks) - hooks
+        return "not stopped", 0
+
+
+def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
+    with joined(layout) as world:
+        return vars(
+            score_samples(
+                load(arch, teacher, world, "bf16"), arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR
+            )
+        )
+
+
+def score_checkpoint(
+    arch: Arch, folder: Path, samples: dict[str, Tensor], pairs: list[tuple[str, str]]
+) -> dict[tuple[str, str], Any]:
+    """Return the scores of a checkpoint. One rank."""
+    with joined(Layout("one", 1)) as world:
+        chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
+        load_model(chunks, folder, world)
+        return {pair: vars(score_samples(chunks, arch, samples, world, pair)) for pair in pairs}
+
+
+def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
+    """Measure the speed of a model, a smaller one, and a twin that has the smaller one's arch."""
+    small = arch.resized(ffn_hidden_size=arch.ffn_hidden_size // 2)
+    with joined(layout) as world:
+        build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
+        models = {
+            name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
+        }
+        kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
+        return measure(
+            models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options
+        ).model_dump()

@@ -1,0 +1,213 @@
+"""The recipe: what is read, what is refused, and whether the message helps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
+from minitron_mp.config.reference import recipe_reference
+from minitron_mp.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+NEEDED = {"model": "m", "output": "o"}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\noutput: o\ndistill: {steps: 50, lr: 1e-3}\n")
+    return path
+
+
+def test_defaults_are_valid_and_frozen():
+    recipe = make_recipe(NEEDED)
+    assert recipe == Recipe(model="m", output="o")
+    assert recipe.root == Path("o")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 2
+
+
+def test_yaml_and_overrides(recipe_file):
+    recipe = load_recipe(
+        recipe_file,
+        [
+            "distill.steps=60",
+            "data.train=[a.txt, b.txt]",
+            "data.calibration=[c]",
+            "data.valid=[d]",
+            "parallel.tp=2",
+        ],
+    )
+    assert (recipe.distill.steps, recipe.distill.lr, recipe.parallel.tp) == (60, 1e-3, 2)
+    assert recipe.data.train == ["a.txt", "b.txt"]
+    assert load_recipe(recipe_file, ["data.tokenizer=null"]).data.tokenizer is None
+    data = load_recipe(
+        recipe_file, ["data.held_out.old=old.txt", "data.train=a.txt", "data.calibration=c", "data.valid=[d]"]
+    ).data
+    assert (data.held_out, data.train, data.calibration) == ({"old": ["old.txt"]}, ["a.txt"], ["c"])
+
+
+def test_resolved_recipe_round_trips_through_yaml(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, ["target.max_parameters=8.4B", "export.family=mistral"])
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    assert (
+        yaml.safe_load((tmp_path / "resolved.yaml").read_text())["score"]["num_samples"] == 1024
+    )  # defaults are written, too
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("experiments/**/*.yaml")]),
+    ids=lambda path: path.name,
+)
+def test_shipped_recipes_load(path):
+    assert isinstance(load_recipe(path), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("8.4B", 8.4e9), ("102M", 102e6), ("5k", 5e3), ("0.5 b", 5e8), ("8.4e9", 8.4e9), (123, 123)],
+)
+def test_parameter_count_suffixes(text, number):
+    assert make_recipe({**NEEDED, "target": {"max_parameters": text}}).target.max_parameters == pytest.approx(
+        number, rel=1e-15
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"target": {"max_parameters": "eightB"}},
+            r"target\.max_parameters: 'eightB' is not a number of parameters; write 8\.4e9, 8\.4B or 102M",
+        ),
+        ({"target": {"max_parameters": "8.4T"}}, r"target\.max_parameters: .*given '8\.4T'"),
+        ({"target": {"max_parameters": "-1B"}}, r"target\.max_parameters: .*greater than 0"),
+        ({"target": {"keep": 1.5}}, r"target\.keep: .*less than or equal to 1, given 1\.5"),
+        (
+            {"target": {"keep": 0.5, "hidden_size": 16}},
+            r"target: sizes, max_parameters and keep exclude each other",
+        ),
+        ({"target": {"keep": 0.5, "axes": []}}, r"target\.axes: .*at least 1"),
+        ({"target": {"axes": ["heads"]}}, r"target\.axes\.0: .*'hidden', 'ffn' or 'layer', given 'heads'"),
+        ({"precision": "fp16"}, r"precision: .*'bf16' or 'fp32', given 'fp16'"),
+        ({"parallel": {"tp": 0}}, r"parallel\.tp: .*greater than or equal to 1, given 0"),
+        ({"parallel": {"vpp": 2}}, r"parallel: vpp 2 needs pp of at least 2, given 1"),
+        ({"parallel": {"sequence_parallel": True}}, r"parallel: sequence_parallel .*raise tp"),
+        (
+            {"parallel": {"cp": 2, "tp": 2, "sequence_parallel": True}, "data": {"sequence_length": 100}},
+            r"100 must be a multiple of 8 .*nearest 96",
+        ),
+        ({"parallel": {"cp": 2}, "data": {"sequence_length": 2}}, r"2 must be a multiple of 4 .*nearest 4"),
+        (
+            {"data": {"train": ["a"]}},
+            r"data: train given without calibration, valid; give all three, or only source",
+        ),
+        (
+            {"data": {"train": ["a"], "valid": ["b"], "calibration": ["c"], "valid_fraction": 0.1}},
+            r"data: calibration, train and valid replace source and valid_fraction; drop",
+        ),
+        (
+            {"teacher": {"window": 5}},
+            r"teacher: window: no effect with placement colocated and payload hidden; drop it",
+        ),
+        (
+            {"teacher": {"placement": "cached", "parallel": {"tp": 2}, "top_k": 7}},
+            r"parallel, top_k: no effect with placement cached",
+        ),
+        ({"data": None}, r"data: .*given None"),
+        ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: .*valid list, given 5"),
+        ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
+        ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),
+        ({"modle": "x"}, r"unknown key modle; did you mean model\?"),
+        ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),
+        (
+            {"score": {"zzz": 3}},
+            r"unknown key score\.zzz; known keys: num_samples, micro_batch_size, batch_aggregation, "
+            r"sequence_aggregation",
+        ),
+    ],
+)
+def test_errors_state_given_and_allowed_values(values, message):
+    with pytest.raises(InputError, match=message):
+        make_recipe({**NEEDED, **values})
+
+
+def test_errors_are_reported_together():
+    values = {
+        "modle": "m",
+        "output": "o",
+        "parallel": {"vpp": 2, "sequence_parallel": True},
+        "distill": {"warmup_steps": 200, "kl_weight": 0},
+    }
+    with pytest.raises(InputError) as caught:
+        make_recipe({**values, "score": {"num_sampels": 4}})
+    text = str(caught.value)
+    assert text.startswith("recipe cannot be used:\n")
+    for part in (
+        "model is missing",
+        "did you mean model",
+        "vpp 2",
+        "sequence_parallel",
+        "warmup_steps 200",
+        "both 0",
+        "did you mean num_samples",
+    ):
+        assert part in text
+    rows = text.splitlines()[1:]
+    assert len(rows) == 7, "a row for each mistake, also where a section has two"
+    assert (
+        sum(row.startswith("  - parallel: ") for row in rows)
+        == sum(row.startswith("  - distill: ") for row in rows)
+        == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        (b"- a\n", [], "cannot be read"),
+        (b"model: [a\n", [], "cannot be read"),
+        (b"model: a\nmodel: b\n", [], "duplicate key model"),
+        (b"\xff\xfe\x00", [], "cannot be read"),
+        (b"model: ${nowhere}\noutput: o\n", [], "nowhere"),
+        (b"", [], r"(?s)model is missing.*output is missing"),
+        (
+            b"model: m\noutput: o\n",
+            ["distill.steps", "seed=1", "--fast"],
+            r"(?s)like distill\.steps=10; these are not:.*- distill\.steps\n.*- --fast",
+        ),
+        (b"model: m\noutput: o\n", ["distill.step=10"], r"unknown key distill\.step; did you mean steps\?"),
+    ],
+)
+def test_invalid_files_and_overrides(tmp_path, content, overrides, message):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_recipe(tmp_path / "recipe.yaml", overrides)
+
+
+def test_missing_file_and_non_mapping(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere.yaml"):
+        with pytest.raises(InputError, match="no recipe at"):
+            load_recipe(path)
+    with pytest.raises(InputError, match="recipe holds list, not keys and values"):
+        make_recipe(["model"])
+
+
+def test_reference_of_recipe_keys_is_current():
+    """Run `minitron-mp reference --output docs/reference.md` after a change of a schema or a docstring."""
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == recipe_reference()
+
+
+def test_every_recipe_key_has_a_description():
+    rows = [row for row in recipe_reference().splitlines() if row.startswith("| `")]
+    assert len(rows) > 100
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_marked_fields_are_not_in_the_fingerprint():
+    settings = make_recipe({**NEEDED, "distill": {"log_interval": 3, "lr": 1e-3}}).distill.result_settings()
+    assert settings["lr"] == 1e-3
+    assert not {"log_interval", "micro_batch_size", "profile", "async_save"} & settings.keys()

@@ -1,0 +1,420 @@
+"""Hugging Face folders: bitwise round trips, equal logits, one error per invalid input."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BY_NAME, make_samples
+from safetensors.torch import load_file, save_file
+
+from minitron_mp.errors import InputError
+from minitron_mp.models.arch import ATTENTION, AXES, Arch
+from minitron_mp.models.hf_config import DEFAULTS, FAMILIES, read_arch
+from minitron_mp.models.hf_weights import (
+    Weights,
+    asset_files,
+    canonical_keys,
+    check_weights,
+    hf_shapes,
+    to_hf,
+    write_folder,
+)
+
+QKV = ATTENTION + "linear_qkv.weight"
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 36,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CASES = {
+    "llama": {"rms_norm_eps": 1e-5},
+    "llama-tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+    "mistral": {
+        "sliding_window": None,
+        "hidden_size": 40,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    },
+    "qwen2": {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 9},
+    "nemotron": {"norm_eps": 1e-5},
+}
+
+
+TOKENS = torch.arange(60).reshape(2, 30)
+
+
+def make_folder(folder: Path, case: str, **save) -> Path:
+    """A small random model of the family, written by transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case.split("-")[0], **SIZES | CASES[case], initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.normal_(1, 0.3)
+    model.save_pretrained(folder, **save)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("free")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """case -> folder, made once."""
+    root = tmp_path_factory.mktemp("hf")
+    return {case: make_folder(root / case, case) for case in CASES}
+
+
+@pytest.fixture
+def llama(tmp_path, folders):
+    """A copy of the llama folder to damage."""
+    return shutil.copytree(folders["llama"], tmp_path / "llama")
+
+
+def edit(folder: Path, **changes) -> Path:
+    """Change config.json; ... removes a key."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return folder
+
+
+def canonical(folder: Path, arch: Arch):
+    weights = Weights(folder, arch)
+    return [(key, layer, weights.tensor(key, layer)) for key, layer in canonical_keys(arch)]
+
+
+def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_bitwise(case, folders):
+    arch = read_arch(folders[case])
+    original, back = load_file(folders[case] / "model.safetensors"), {}
+    for key, layer, tensor in canonical(folders[case], arch):
+        assert tensor.shape == arch.shapes()[key][layer is not None :]
+        assert AXES[key][0] != "vocab" or not tensor[arch.vocab_size :].any(), "padding is not zero"
+        back |= to_hf(key, layer, tensor, arch)
+    assert back.keys() == original.keys() == hf_shapes(arch).keys()
+    assert all(torch.equal(back[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exported_folder_gives_the_same_logits(case, folders, tmp_path):
+    source, arch = folders[case], read_arch(folders[case])
+    write_folder(tmp_path / "out", source, arch, torch.float32, canonical(source, arch))
+    assert torch.equal(logits(tmp_path / "out"), logits(source))
+    assert read_arch(tmp_path / "out") == arch
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out")
+    )
+    assert before.items() <= after.items(), "a field of the source's config.json is lost or changed"
+    assert {path.name for path in asset_files(tmp_path / "out")} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "LICENSE",
+    }
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (
+        tmp_path / "out" / "config.json"
+    ).stat().st_mode
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
+    """Logits of the model, and of a student with fewer query groups and hidden != heads x head_dim.
+
+    Float32. Kernels and the order of sums differ; 5e-6 seen.
+    """
+    teacher = read_arch(folders[case])
+    groups = teacher.num_query_groups * 2 // 3
+    heads = {"num_query_groups": groups, "num_attention_heads": groups * min(2, teacher.heads_per_group)}
+    student = teacher.resized(hidden_size=20, ffn_hidden_size=24, **heads)
+    torch.manual_seed(1)
+    weights = [
+        (key, layer, torch.randn(student.shapes()[key][layer is not None :]) / 3)
+        for key, layer in canonical_keys(student)
+    ]
+    write_folder(tmp_path / "student", folders[case], student, torch.float32, iter(weights))
+    for name, folder, arch in (("model", folders[case], teacher), ("student", tmp_path / "student", student)):
+        assert (
+            ranks(
+                1, "model_workers.write_hugging_face", folder=tmp_path / name / "checkpoint", source=folder
+            )[0]
+            == arch
+        )
+        model = {name: (arch, tmp_path / name / "checkpoint")}
+        ours = ranks(1, "model_workers.load_and_run", layout=BY_NAME["one"], models=model)[0][name][
+            ..., : arch.vocab_size
+        ]
+        want = logits(folder, make_samples(arch, 0, 8)["tokens"])
+        assert want.abs().max() > 0.5
+        torch.testing.assert_close(ours, want, atol=2e-4, rtol=0)
+
+
+def test_smaller_student_in_bfloat16_shards(folders, tmp_path):
+    source, teacher = folders["qwen3"], read_arch(folders["qwen3"])
+    student = teacher.resized(num_layers=1, hidden_size=20, ffn_hidden_size=24)
+    tensors = [
+        (key, layer, torch.randn(student.shapes()[key][layer is not None :]))
+        for key, layer in canonical_keys(student)
+    ]
+    out = tmp_path / "out"
+    write_folder(out, source, student, torch.bfloat16, iter(tensors[::-1]), max_shard_bytes=8_000)
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) == 4
+    assert shards[0] == "model-00001-of-00004.safetensors"
+    assert all((out / name).stat().st_size < 9_000 for name in shards)
+    assert not list(out.glob(".*")), "temporary shards are left"
+    check_weights(out, student)
+    assert read_arch(out) == student
+    config = json.loads((out / "config.json").read_text())
+    assert config["layer_types"] == ["full_attention"]
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert all(tensor.dtype == torch.bfloat16 for _, _, tensor in canonical(out, student))
+    assert logits(out).shape == (2, 30, 131)
+
+
+def test_llama_exported_as_mistral_gives_the_same_logits(folders, tmp_path):
+    arch = read_arch(folders["llama"])
+    write_folder(
+        tmp_path,
+        folders["llama"],
+        arch.resized(family="mistral"),
+        torch.float32,
+        canonical(folders["llama"], arch),
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model_type"], config["architectures"], config["sliding_window"]) == (
+        "mistral",
+        ["MistralForCausalLM"],
+        None,
+    )
+    assert not {"pretraining_tp", "mlp_bias", "attention_bias"} & config.keys()
+    assert torch.equal(logits(tmp_path), logits(folders["llama"]))
+
+
+def test_qkv_rows_are_interleaved_by_group():
+    arch = Arch(
+        family="llama",
+        num_layers=1,
+        hidden_size=1,
+        ffn_hidden_size=1,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=2,
+        vocab_size=2,
+        max_position_embeddings=8,
+        tied=True,
+    )
+    rows = torch.tensor(
+        [[0, 1, 10, 11, 100, 101, 200, 201], [20, 21, 30, 31, 110, 111, 210, 211]], dtype=torch.float32
+    )
+    parts = to_hf(QKV, 0, rows.reshape(16, 1), arch)
+    assert {name.split(".")[-2]: part.flatten().tolist() for name, part in parts.items()} == {
+        "q_proj": [0, 1, 10, 11, 20, 21, 30, 31],
+        "k_proj": [100, 101, 110, 111],
+        "v_proj": [200, 201, 210, 211],
+    }
+
+
+def test_sharded_folder_reads_like_a_single_file(folders, tmp_path):
+    make_folder(tmp_path, "llama", max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    arch = read_arch(tmp_path)
+    for (key, layer, a), (_, _, b) in zip(canonical(tmp_path, arch), canonical(folders["llama"], arch)):
+        assert torch.equal(a, b), (key, layer)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-\d+.safetensors is missing"):
+        read_arch(tmp_path)
+
+
+def test_transformers_4_config_reads_like_transformers_5(llama):
+    new = read_arch(edit(llama, rope_parameters={"rope_theta": 5e5, **LLAMA3}))
+    assert (new.rotary_base, new.rope_scaling_factor) == (5e5, 8.0)
+    old = edit(
+        llama,
+        rope_parameters=...,
+        rope_theta=5e5,
+        rope_scaling=LLAMA3,
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="float32",
+        dtype=...,
+    )
+    assert read_arch(old) == new
+    plain = read_arch(edit(llama, rope_scaling=None, rope_theta=..., head_dim=..., num_key_value_heads=...))
+    assert (plain.rotary_base, plain.rope_scaling_factor, plain.kv_channels, plain.num_query_groups) == (
+        10000.0,
+        None,
+        4,
+        9,
+    )
+
+
+def test_defaults_match_transformers():
+    from transformers import AutoConfig
+
+    for family, defaults in DEFAULTS.items():
+        config = AutoConfig.for_model(family)
+        assert config.tie_word_embeddings is False
+        assert getattr(config, "rms_norm_eps", 1e-6) == 1e-6
+        assert config.rope_parameters["rope_theta"] == 10000.0
+        given = {
+            **config.to_dict(),
+            "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
+        }
+        assert {name: given[name] for name in defaults} == defaults, family
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+            "gpt_oss.*GptOssForCausalLM.*supported: llama",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias is True; only False"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor.*0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor.*0.5",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one setting for all layers"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": 2}}, "low_freq_factor.* 2; only 1"),
+        ({"rope_parameters": LLAMA3 | {"factor": None}}, "no factor"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 128},
+            "sliding_window is 128.*256; set it to null",
+        ),
+        (
+            {"model_type": "mistral", "architectures": None, "max_position_embeddings": 8192},
+            "sliding_window is 4096",
+        ),
+        ({"hidden_size": ...}, "hidden_size is None"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None"),
+        ({"num_key_value_heads": 2}, "num_attention_heads 9 is no multiple of num_key_value_heads 2"),
+    ],
+)
+def test_unsupported_config_is_rejected(llama, changes, said):
+    with pytest.raises(InputError, match=said):
+        read_arch(edit(llama, **changes))
+
+
+def test_all_problems_are_reported_together(llama, tmp_path):
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(InputError) as told:
+        read_arch(
+            edit(llama, mlp_bias=True, hidden_act="relu", rope_scaling={"type": "dynamic"}, vocab_size=0)
+        )
+    assert all(
+        word in str(told.value)
+        for word in ("no model.safetensors", "mlp_bias", "hidden_act", "dynamic", "vocab_size")
+    )
+    (llama / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(InputError, match=r"index\.json has no weight_map of weight names to files"):
+        read_arch(llama)
+    (llama / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match=r"rope settings .*linear.* are not supported"):
+        read_arch(edit(llama, rope_scaling="linear"))
+    (llama / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json is damaged"):
+        read_arch(llama)
+    (llama / "config.json").unlink()
+    with pytest.raises(InputError, match=r"no config.json\n.*no model.safetensors"):
+        read_arch(llama)
+    with pytest.raises(InputError, match=r"no folder .*nowhere"):
+        read_arch(tmp_path / "nowhere")
+
+
+def test_mismatched_weights_are_named(llama):
+    arch, file = read_arch(llama), llama / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(1)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    tensors["model.layers.0.mlp.gate_proj.weight"] = torch.zeros(40, 36, dtype=torch.int8)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(tensors, file)
+    with pytest.raises(InputError) as told:
+        check_weights(llama, arch)
+    assert str(told.value).splitlines()[1:] == [
+        "  - model.norm.weight is missing",
+        "  - model.layers.0.mlp.gate_proj.weight has dtype I8; supported: F32, BF16, F16",
+        "  - model.layers.0.mlp.up_proj.weight has shape (3, 5), config.json asks for (40, 36)",
+        "  - model.layers.7.mlp.up_proj.weight is no weight of a llama with this config.json",
+    ]
+    file.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match=r"model.safetensors is damaged"):
+        check_weights(llama, arch)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_weight_is_named(llama, value):
+    arch, tensors = read_arch(llama), load_file(llama / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 3] = value
+    save_file(tensors, llama / "model.safetensors")
+    weights = Weights(llama, arch)
+    weights.tensor(QKV, 0)
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight holds a NaN"):
+        weights.tensor(QKV, 1)
+
+
+def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
+    arch, tensors = (
+        read_arch(folders["llama"]).resized(tied=True),
+        load_file(llama / "model.safetensors"),
+    )
+    with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
+        Weights(llama, arch).tensor("embedding.word_embeddings.weight")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        llama / "model.safetensors",
+    )
+    Weights(llama, arch).tensor("embedding.word_embeddings.weight")
+
+
+def test_every_family_has_a_case():
+    assert {case.split("-")[0] for case in CASES} == set(FAMILIES) == set(DEFAULTS)
+
+
+def test_gguf_rotary_permutation_is_undone():
+    path = Path(__file__).parents[2] / "examples" / "quickstart" / "smollm2.py"
+    spec = importlib.util.spec_from_file_location("smollm2", path)
+    smollm2 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(smollm2)
+    rows = torch.randn(3 * 8, 5)
+    llama_cpp = (
+        rows.reshape(3, 2, 4, 5).swapaxes(1, 2).reshape(rows.shape)
+    )  # LlamaModel.permute in convert_hf_to_gguf.py
+    assert torch.equal(smollm2.unpermute(llama_cpp, 3), rows)

