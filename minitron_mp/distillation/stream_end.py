@@ -42,21 +42,21 @@ class StreamEnd:
 
     def request(self, reason: str) -> None:
         """Ask the teacher to end the stream early."""
-        self.channel.place.store.set(REQUESTED_KEY, reason)
+        self.channel.store.set(REQUESTED_KEY, reason)
 
     def last_step(self) -> int | None:
         """Return the number of steps after which the stream ends, or None while no end is chosen.
 
         All ranks of the students get the same answer after the same step.
         """
-        store = self.channel.place.store
+        store = self.channel.store
         if self._last_step is None and store.check([LAST_STEP_KEY]):
             self._last_step = int(store.get(LAST_STEP_KEY))
         return self._last_step
 
     def reason(self) -> str:
         """Return the reason that came with the request."""
-        return self.channel.place.store.get(REQUESTED_KEY).decode()
+        return self.channel.store.get(REQUESTED_KEY).decode()
 
     def limit(self, first: int, preemption: Preemption | None) -> int | None:
         """Return the number of the first microbatch that is not sent any more, or None.
@@ -64,7 +64,7 @@ class StreamEnd:
         For the teacher, before the block that starts with microbatch `first`; called by all its ranks.
         The broadcast is a small one on gloo, beside the GPU's work.
         """
-        store, box = self.channel.place.store, torch.tensor([-1])
+        store, box = self.channel.store, torch.tensor([-1])
         if preemption is not None and preemption.signalled and not store.check([REQUESTED_KEY]):
             self.request("SIGTERM on a rank of the teacher")
         if dist.get_rank() == 0 and store.check([REQUESTED_KEY]):
