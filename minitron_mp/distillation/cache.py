@@ -1,11 +1,13 @@
 """Teacher signals on disk: computed once by a teacher, and read by students of any layout.
 
-The folder has safetensors files, one set for each rank of the teacher's last stage. Each tensor is that
-rank's part [s', b, n'] of a microbatch, under the microbatch's number. cache.json has the shape of the
-signals and the teacher's layout; the manifest of the artefact has everything that they depend on.
+The folder has safetensors files, one set for each rank of the teacher's last stage. Each tensor is
+that rank's part [s', b, n'] of a microbatch, under the microbatch's number. cache.json has the
+shape of the signals and the teacher's layout; the manifest of the artefact has everything that they
+depend on.
 
-Writer takes the place of stream.Sender, and Reader that of stream.Receiver. The same messages
-(stream_layout.py) say which blocks of which tensor a rank needs, only they are read instead of received.
+Writer takes the place of stream.Sender, and Reader that of receiver.Receiver. The same messages
+(stream_layout.py) say which blocks of which tensor a rank needs, only they are read instead of
+received.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ INDEX = "cache.json"
 
 
 class Writer:
-    """Writes the signals of one rank of the teacher's last stage. rank: its number in the teacher's grid."""
+    """Writes the signals of one rank of the teacher's last stage. rank: its number in the teacher's
+    grid.
+    """
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
@@ -122,7 +126,9 @@ class Reader:
     def close(self) -> None: ...
 
     def _tensor(self, source: int, id: int) -> Any:
-        """Return a teacher rank's tensor of a microbatch, as a slice that reads only what is indexed."""
+        """Return a teacher rank's tensor of a microbatch, as a slice that reads only what is
+        indexed.
+        """
         if source not in self.files:
             paths = self.folder.glob(f"rank{source:05d}_*.safetensors")
             self.files[source] = sorted((int(path.stem.split("_")[1]), path) for path in paths)

@@ -1,16 +1,18 @@
 """Early end of a teacher stream: a preempted student stops in the same step as its teacher.
 
-The teacher runs ahead of its students, so it chooses the last step. It may already have sent signals
-beyond a step that a student would choose, and those sends would never be received.
+The teacher runs ahead of its students, so it chooses the last step. It may already have sent
+signals beyond a step that a student would choose, and those sends would never be received.
 
     student   rank 0 of a student that was asked to stop writes a request to the job's store
-    teacher   rank 0 reads the store before each block of microbatches. The stream then ends at the first
-              step boundary after the block's first microbatch. It writes this step to the store, and
-              broadcasts it to the teacher's ranks, which serve up to there
-    student   all ranks read the store after each step, and stop after the step that is written there
+    teacher   rank 0 reads the store before each block of microbatches. The stream then ends at the
+              first step boundary after the block's first microbatch. It writes this step to the
+              store, and broadcasts it to the teacher's ranks, which serve up to there
+    student   all ranks read the store after each step, and stop after the step that is written
+              there
 
-When the teacher chooses the last step, no student has finished it, because one of its microbatches has not
-been computed. So no rank can miss it, and all students of one stream stop after the same step.
+When the teacher chooses the last step, no student has finished it, because one of its microbatches
+has not been computed. So no rank can miss it, and all students of one stream stop after the same
+step.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class StreamEnd:
     def limit(self, first: int, preemption: Preemption | None) -> int | None:
         """Return the number of the first microbatch that is not sent any more, or None.
 
-        For the teacher, before the block that starts with microbatch `first`; called by all its ranks.
+        For the teacher, before the block that starts with microbatch `first`; called by all its
+        ranks.
         The broadcast is a small one on gloo, beside the GPU's work.
         """
         store, box = self.channel.store, torch.tensor([-1])

@@ -1,12 +1,14 @@
-"""Who sends which part of a teacher signal to whom: pure functions of the layouts of teacher and student.
+"""Who sends which part of a teacher signal to whom: pure functions of the layouts of teacher and
+student.
 
-    s  sequence length    b  microbatch    n  payload width: h for "hidden", padded vocabulary for "logits",
-                                              2 k + 1 for "topk"
+    s  sequence length    b  microbatch    n  payload width: h for "hidden", padded vocabulary for
+                                              "logits", 2 k + 1 for "topk"
     s', n'  rows and columns of one rank
 
-A signal is one tensor [s, b, n] per microbatch. It is spread over the last pipeline stage of the teacher, and
-needed, spread in another way, on the last stage of the student. Microbatch i belongs to replica i % dp on
-either side. messages() depends on layouts and replicas only, so both ends know every transfer without asking.
+A signal is one tensor [s, b, n] per microbatch. It is spread over the last pipeline stage of the
+teacher, and needed, spread in another way, on the last stage of the student. Microbatch i belongs
+to replica i % dp on either side. messages() depends on layouts and replicas only, so both ends know
+every transfer without asking.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ Payload = Literal["hidden", "logits", "topk"]
 class HeadSpec:
     """Everything between the streamed hidden states and the logits (scale, soft cap, bias).
 
-    Sender and receiver must use the same values. The models of this library apply the final norm before the
-    tap, and use no scale, soft cap or bias after it.
+    Sender and receiver must use the same values. The models of this library apply the final norm
+    before the tap, and use no scale, soft cap or bias after it.
     """
 
     hidden_size: int
@@ -69,7 +71,8 @@ class Grid:
         return self.parallel.model_ranks * self.dp
 
     def rank(self, stage: int, dp: int, cp: int, tp: int) -> int:
-        """Return the job rank at these coordinates, in Megatron's order: tp fastest, then cp, dp, pp.
+        """Return the job rank at these coordinates, in Megatron's order: tp fastest, then cp, dp,
+        pp.
 
         stage: of the pipeline; -1 is the last one.
         """
@@ -107,7 +110,9 @@ class StreamShape:
 
 
 class Rows(NamedTuple):
-    """An interval of tokens [first, end) of the whole sequence, and its first row in a rank's local tensor."""
+    """An interval of tokens [first, end) of the whole sequence, and its first row in a rank's local
+    tensor.
+    """
 
     first: int
     end: int
@@ -116,7 +121,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Message:
-    """One block of a signal: rows and columns in the local tensors of sender and receiver, which are job ranks."""
+    """One block of a signal: rows and columns in the local tensors of sender and receiver, which
+    are job ranks.
+    """
 
     source: int
     target: int

@@ -2,15 +2,16 @@
 
 p, q: softmax of the teacher's and the student's logits over the temperature t; m = (p + q) / 2.
 
-    name        divergence                               gradient by the student's logit z, over its weight
-    forward_kl  KL(teacher || student)  sum p log(p/q)   t (q - p)
-    reverse_kl  KL(student || teacher)  sum q log(q/p)   t q (log(q/p) - divergence)
-    js          (KL(p || m) + KL(q || m)) / 2            t q (log(q/m) - KL(q || m)) / 2
+    name        divergence                               gradient by the student's logit z
+    forward_kl  KL(teacher || student)  sum p log(p/q)   w t (q - p)
+    reverse_kl  KL(student || teacher)  sum q log(q/p)   w t q (log(q/p) - divergence)
+    js          (KL(p || m) + KL(q || m)) / 2            w t q (log(q/m) - KL(q || m)) / 2
 
-The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss (2407.14679,
-section 3). The formulas here are plain torch, which CPUs run. kernels.py has the same per column for GPUs,
-selected by the same names: a new divergence needs a row here, a branch there, and its name in the recipe
-(config.distillation.DistillConfig.divergence).
+w t is RowValues.kl_weight.
+The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
+(2407.14679, section 3). The formulas here are plain torch, which CPUs run. kernels.py has the same
+per column for GPUs, selected by the same names: a new divergence needs a row here, a branch there,
+and its name in the recipe (config.distillation.DistillConfig.divergence).
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowS
 
 
 class CentredLogits(NamedTuple):
-    """Logits over the temperature minus their maximum on this rank, and what follows, float32 [n, valid]."""
+    """Logits / temperature minus their maximum on this rank, and what follows from them.
+
+    float32 [n, valid] where no other shape is given.
+    """
 
     centred: Tensor
     exponentials: Tensor
@@ -38,7 +42,7 @@ class CentredLogits(NamedTuple):
 
 
 class DivergenceValue(NamedTuple):
-    """The divergence of each row, and the value that its gradient takes as RowValues.extra; float32 [n]."""
+    """The divergence of each row, and what its gradient takes as RowValues.extra; float32 [n]."""
 
     divergence: Tensor
     extra: Tensor
@@ -48,11 +52,13 @@ class DivergenceValue(NamedTuple):
 class Divergence:
     """Formulas of one divergence.
 
-    cross_sum(student, teacher): RowStatistics.cross_sum of this rank, [n]. It may overwrite the centred
-        logits. None: the divergence needs no such sum.
-    value(sums, mixture): the divergence. mixture: reference.mixture_sums() of all ranks, None unless needed.
-    gradient(rows, statistics, exponentials, values, has_ce): gradient of the weighted loss by this rank's
-        logits, float32 [n, valid], with the cross-entropy's probabilities, without the one of its label.
+    cross_sum(student, teacher): RowStatistics.cross_sum of this rank, [n]. It may overwrite the
+        centred logits. None: the divergence needs no such sum.
+    value(sums, mixture): the divergence. mixture: reference.mixture_sums() of all ranks, None
+        unless needed.
+    gradient(rows, statistics, exponentials, values, has_ce): gradient of the weighted loss by this
+        rank's logits, float32 [n, valid]. It includes the cross-entropy's probabilities, but not
+        the one of its label.
     needs_mixture_sums: the value needs reference.mixture_sums(), a second pass over the logits.
     """
 
@@ -80,10 +86,10 @@ def forward_kl_gradient(
     values: RowValues,
     has_ce: bool,
 ) -> Tensor:
-    """Gradient of forward KL; without a teacher, of the cross-entropy alone. Overwrites the exponentials.
+    """Gradient of forward KL, or of the cross-entropy alone when there is no teacher.
 
-    A factor for each row turns the exponentials into probabilities. At temperature 1 those of the
-    cross-entropy are the same ones.
+    A factor for each row turns the exponentials into probabilities, in place. At temperature 1 the
+    cross-entropy has the same probabilities.
     """
     shared_softmax = has_ce and rows.temperature == 1
     factor = values.kl_weight * torch.exp(statistics.student_max - values.student_lse)

@@ -1,17 +1,21 @@
-"""The distillation loss from hidden states to gradients: exact, vocabulary-parallel, fused with both output
-layers, in tiles of tokens.
+"""The distillation loss, from hidden states to gradients, in tiles of tokens.
 
-    L = sum_i w_i (kl_weight T^2 D(teacher, student)_i + ce_weight CE(labels)_i)         w_i token weights
+It is exact, vocabulary-parallel, and fused with the output layers of student and teacher.
 
-D is a divergence of divergences.py at temperature T, or that of top_k.py.
+    L = sum_i w_i (kl_weight T^2 D(teacher, student)_i + ce_weight CE(labels)_i)
 
-The student's logits exist for one tile of tokens at a time. The gradient is computed together with the loss,
-because recomputing the logits in the backward pass would cost half as much again. So forward() leaves dX, and
-adds dW to weight.main_grad when Megatron's data-parallel wrapper has made one.
+w_i are the token weights. D is a divergence of divergences.py at temperature T, or that of
+top_k.py.
 
-Each rank holds v/tp columns. Of the others it needs a few sums per row: one all-gather of RowStatistics per
-tile (and a second one for js). The gradient of the logits is local and has no factor of tp. Columns of the
-padded vocabulary take no part. A row with weight zero has gradient exactly zero, whatever its logits are.
+The student's logits exist for one tile of tokens at a time. The gradient is computed together with
+the loss, because recomputing the logits in the backward pass would cost half as much again. So
+forward() leaves dX, and adds dW to weight.main_grad when Megatron's data-parallel wrapper has made
+one.
+
+Each rank holds v/tp columns. Of the others it needs a few sums per row: one all-gather of
+RowStatistics per tile (and a second one for js). The gradient of the logits is local and has no
+factor of tp. Columns of the padded vocabulary take no part. A row with weight zero has gradient
+exactly zero, whatever its logits are.
 
 The row functions are in reference.py (plain torch) and kernels.py (Triton, for CUDA).
 """
@@ -69,7 +73,7 @@ class RowFunctions(Protocol):
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of a call, other than the two that have gradients. main_grad: of the weight, if it has one."""
+    """Arguments of a call without gradients. main_grad: of the weight, if it has one."""
 
     labels: Tensor
     token_weights: Tensor
@@ -92,11 +96,13 @@ def distillation_loss(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, a float32 scalar, and float32 [3, s/cp, b]: (loss without token weight, divergence, CE)
-    of each token, zero where the token weight is zero. Differentiable in hidden and weight.
+    """Return the loss, a float32 scalar, and the statistics of each token, float32 [3, s/cp, b].
 
-    hidden [s', b, h]: after the student's final norm. s' is s/cp, or s/cp/tp under sequence parallelism; then
-        it is gathered here.
+    The statistics are (loss without token weight, divergence, CE), zero where the token weight is
+    zero. The loss is differentiable in hidden and weight.
+
+    hidden [s', b, h]: after the student's final norm. s' is s/cp, or s/cp/tp under sequence
+        parallelism; then it is gathered here.
     weight [v/tp, h]: rows [rank v/tp, (rank + 1) v/tp) of the output layer.
     labels int64 [s/cp, b]: below vocab_size.
     token_weights float32 [s/cp, b]: mask, normalisation and loss scale.
@@ -105,8 +111,9 @@ def distillation_loss(
 
     The divergence is returned without T^2, for the log; with a top-k target it is a lower bound.
 
-    When weight has a main_grad, dW is added to it during the forward pass. Autograd then sees no weight (its
-    hooks do not run), and the incoming gradient must be 1: put scales into token_weights.
+    When weight has a main_grad, dW is added to it during the forward pass. Autograd then sees no
+    weight (its hooks do not run), and the incoming gradient must be 1: put scales into
+    token_weights.
     """
     if target is None and objective.kl_weight:
         raise ValueError("kl_weight is not 0, but there is no teacher: give a target, or set kl_weight to 0")
@@ -152,7 +159,8 @@ class _Fused(torch.autograd.Function):
 class _TiledLoss:
     """One call of the loss on this rank, with n = s b rows (s the whole local sequence).
 
-    out float32 [3, n]: loss without token weight, divergence, CE. dx [n, h], dw [v/tp, h]: gradients, or None.
+    out float32 [3, n]: loss without token weight, divergence, CE. dx [n, h], dw [v/tp, h]:
+        gradients, or None.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, call: _Call):
@@ -183,15 +191,18 @@ class _TiledLoss:
         columns = self.weight.shape[0]
         block = max(1, sizes.weight_gradient_gemm // columns)
         for start, stop in _spans(0, len(self.x), block):
-            # In a function, so that the block's logits are freed before the next ones are allocated.
+            # A function, so that the logits of a block are freed before the next block.
             self._block(start, stop, block)
 
     def _block(self, start: int, stop: int, block: int) -> None:
-        """Compute rows [start, stop): logits in parts, then both gradient products over the whole block."""
+        """Compute rows [start, stop): logits in parts, then the gradient products over the
+        block.
+        """
         sizes = TILE_SIZES[self.x.device.type]
         columns, dtype = self.weight.shape[0], self.objective.logits_dtype
         part, tile = max(1, sizes.logits_gemm // columns), max(1, sizes.softmax // columns)
-        in_place = part >= block and self.x.dtype == dtype  # the gradient takes the place of the logits
+        # Whether the gradient takes the place of the logits.
+        in_place = part >= block and self.x.dtype == dtype
         dz: Tensor | None = None
         if self.needs_gradient and not in_place:
             dz = torch.empty((stop - start, columns), dtype=self.x.dtype, device=self.x.device)
@@ -216,9 +227,10 @@ class _TiledLoss:
     def _tile(
         self, start: int, stop: int, student: Tensor, teacher: Tensor | TeacherTopK | None, out: Tensor | None
     ) -> Tensor:
-        """Return [3, n] (loss, divergence, CE) of rows [start, stop), and write their gradient into `out`.
+        """Return [3, n] (loss, divergence, CE) of rows [start, stop), and write the gradient to
+        `out`.
 
-        student: logits [n, v/tp]. teacher: logits, top k of the rows, or None. out: [n, v/tp] or None.
+        student: logits [n, v/tp]. teacher: logits or top k of the rows. out: [n, v/tp].
         """
         objective = self.objective
         t, name = objective.temperature, objective.divergence
@@ -265,10 +277,10 @@ class _TiledLoss:
 def float32_logits(
     hidden: Tensor, weight: Tensor, num_tokens: int, group: dist.ProcessGroup
 ) -> Iterator[Tensor]:
-    """Yield logits [n, v/tp] of consecutive rows, float32 also from bf16 operands; without gradients.
+    """Yield float32 logits [n, v/tp] of consecutive rows, without gradients.
 
-    hidden [s', b, h]: s' = num_tokens, or a part of it that is gathered over the group. In all there are
-    num_tokens x b rows, in tiles of the loss's size.
+    hidden [s', b, h]: s' = num_tokens, or a part of it that is gathered over the group. In all
+    there are num_tokens x b rows, in tiles of the loss's size.
     """
     x = gather_rows(hidden, num_tokens, group)
     tile = max(1, TILE_SIZES[hidden.device.type].logits_gemm // weight.shape[0])
@@ -289,7 +301,7 @@ def _row_functions(x: Tensor) -> RowFunctions:
 def _target_rows(
     target: TeacherTarget | None, num_tokens: int, group: dist.ProcessGroup, dtype: torch.dtype
 ) -> TeacherTarget | None:
-    """Return a target with [n, ...] in place of [s', b, ...], and its weight ready for product()."""
+    """Return a target with [n, ...] in place of [s', b, ...], and its weight for product()."""
     if isinstance(target, TeacherHidden):
         hidden = gather_rows(target.hidden, num_tokens, group)
         return TeacherHidden(hidden, for_product(hidden, target.weight.detach(), dtype))

@@ -1,20 +1,23 @@
-"""Row functions of the distillation loss as Triton kernels for CUDA, without a float32 copy of the logits.
+"""Row functions of the distillation loss as Triton kernels for CUDA.
 
-Arguments and results are those of reference.py. Logits are contiguous within a row, at any stride of rows.
-In the kernels z_s and z_t are the logits of student and teacher, and DIVERGENCE is a name of divergences.py.
+They make no float32 copy of the logits.
 
-A row takes a few operations per byte, so its time is that of reading: z_s and z_t once for the statistics
-(Jensen-Shannon: twice), and once more for the gradient, which is written once and may replace z_s. At hidden
-sizes of 4096 and 5120 this takes a sixth of the time of the matrix products around it with float32 logits,
-and a tenth with bf16 logits (calculated for an H100).
+Arguments and results are those of reference.py. Logits are contiguous within a row, at any stride
+of rows. In the kernels z_s and z_t are the logits of student and teacher, and DIVERGENCE is a name
+of divergences.py.
 
-statistics  one program per row. Each lane keeps a maximum and sums over columns that are BLOCK apart, and
-            rescales them when its maximum grows (online softmax, 1805.02867), so the loop has no step across
-            lanes. The lanes are combined once, after the loop.
+A row takes a few operations per byte, so its time is that of reading: z_s and z_t once for the
+statistics (Jensen-Shannon: twice), and once more for the gradient, which is written once and may
+replace z_s. At hidden sizes of 4096 and 5120 this takes a sixth of the time of the matrix products
+around it with float32 logits, and a tenth with bf16 logits (calculated for an H100).
+
+statistics  one program per row. Each lane keeps a maximum and sums over columns that are BLOCK
+            apart, and rescales them when its maximum grows (online softmax, 1805.02867), so the
+            loop has no step across lanes. The lanes are combined once, after the loop.
 gradient    one program per BLOCK columns of a row. It reads them before it writes them.
 
-No function synchronises with the device. The statistics of a row with NaN are unspecified; its gradient is 0
-when it has no weight.
+No function synchronises with the device. The statistics of a row with NaN are unspecified; its
+gradient is 0 when it has no weight.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from torch import Tensor
 from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowValues
 
 BLOCK, WARPS = 2048, 8
-"""Eight columns per thread: 16 bytes of bf16 in one load. 64 registers per thread, so a multiprocessor works
-on four rows at a time (sm_90)."""
+"""Eight columns per thread: 16 bytes of bf16 in one load. 64 registers per thread, so a
+multiprocessor works on four rows at a time (sm_90)."""
 
 LOG_2 = tl.constexpr(math.log(2))
 
@@ -146,8 +149,8 @@ def _block(z: Tensor) -> int:
 def _sizes(z_s: Tensor, z_t: Tensor) -> tuple[int, int, int, int]:
     """Return strides and widths of the logits.
 
-    Loads end at the padded width. When it is a multiple of 16, the compiler reads 16 bytes at a time,
-    whatever the size of the vocabulary.
+    Loads end at the padded width. When it is a multiple of 16, the compiler reads 16 bytes at a
+    time, whatever the size of the vocabulary.
     """
     return _stride(z_s), _stride(z_t), z_s.shape[1], z_t.shape[1]
 

@@ -24,16 +24,17 @@ class Objective:
     ce_weight: float = 0.0
     """Weight of the cross-entropy with the labels."""
     logits_dtype: torch.dtype = torch.float32
-    """Of the logits between the matrix product and the sums over a row. With bf16 inputs and 131072 columns,
-    bf16 logits make the error of the gradient 10 times that of float32 logits, and are a little faster."""
+    """Of the logits between the matrix product and the sums over a row. With bf16 inputs and 131072
+    columns, bf16 logits make the error of the gradient 10 times that of float32 logits, and are a
+    little faster."""
 
 
 @dataclass(frozen=True)
 class TeacherHidden:
     """Hidden states and output layer of a teacher; the loss computes its logits tile by tile.
 
-    hidden [s', b, h_t] after the final norm. weight [v_t/tp, h_t], the same columns of the vocabulary as the
-    student's on this rank (the padding may differ).
+    hidden [s', b, h_t] after the final norm. weight [v_t/tp, h_t], the same columns of the
+    vocabulary as the student's on this rank (the padding may differ).
     """
 
     hidden: Tensor
@@ -42,7 +43,10 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """Logits [s/cp, b, v_t/tp], the same columns as the student's on this rank (the padding may differ)."""
+    """Logits of a teacher.
+
+    [s/cp, b, v_t/tp], the same columns as the student's on this rank (the padding may differ).
+    """
 
     logits: Tensor
 
@@ -51,7 +55,8 @@ class TeacherLogits:
 class TeacherTopK:
     """The k most likely tokens at the temperature of the loss, equal on all tensor-parallel ranks.
 
-    indices int64 [s', b, k] in the whole vocabulary. log_probs float32 [s', b, k]. log_ghost float32
+    indices int64 [s', b, k] in the whole vocabulary. log_probs float32 [s', b, k]. log_ghost
+    float32
     [s', b, 1]: log of the probability of all other tokens, -inf when there are none.
     """
 

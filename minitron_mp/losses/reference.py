@@ -1,4 +1,6 @@
-"""Row functions of the distillation loss in plain torch: for CPUs, and the reference of kernels.py."""
+"""Row functions of the distillation loss in plain torch, for CPUs and as reference of
+kernels.py.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +49,11 @@ def gradient(
     has_ce: bool,
     out: Tensor,
 ) -> None:
-    """Write the gradient of the weighted loss by the student's logits into out [n, v/tp], any float dtype.
+    """Write the gradient of the weighted loss by the student's logits into out.
 
-    It is 0 in the padding and in rows without weight. statistics, exponentials: of statistics(); the
-    exponentials are overwritten. has_ce: whether a row has a weight for the cross-entropy.
+    out: [n, v/tp], any float dtype. It is 0 in the padding and in rows without weight. statistics,
+    exponentials: of statistics(); the exponentials are overwritten. has_ce: whether a row has a
+        weight for the cross-entropy.
     """
     if exponentials is None:  # padding only
         out.zero_()
@@ -61,7 +64,9 @@ def gradient(
 
 
 def write_gradient(total: Tensor, rows: LogitRows, values: RowValues, has_ce: bool, out: Tensor) -> None:
-    """Subtract the label's one from total [n, valid], which has the probabilities, and write it to out."""
+    """Subtract the one of the label from the probabilities total [n, valid], and write it to
+    out.
+    """
     if has_ce:
         is_here = (rows.labels >= 0) & (rows.labels < rows.valid)
         ones = -values.ce_weight[:, None] * is_here[:, None]

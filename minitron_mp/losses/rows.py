@@ -16,10 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Logits of n tokens on this rank, float32 or bf16 [n, v/tp]. Columns from `valid` on are padding.
+    """Logits of n tokens on this rank.
 
-    labels int64 [n], numbered from this rank's first column; a label outside of [0, valid) belongs to
-    another rank.
+    student, teacher: float32 or bf16 [n, v/tp]. Columns from `valid` on are padding.
+    labels int64 [n], numbered from this rank's first column; a label outside of [0, valid) belongs
+    to another rank.
     """
 
     student: Tensor
@@ -32,7 +33,8 @@ class LogitRows:
 class RowStatistics(NamedTuple):
     """Statistics of each row over this rank's columns, float32 [n] each.
 
-    A maximum over no column is -inf, and a sum over none is 0. The last three are 0 without a teacher.
+    A maximum over no column is -inf, and a sum over none is 0. The last three are 0 without a
+    teacher.
     """
 
     student_max: Tensor
@@ -52,7 +54,7 @@ class RowStatistics(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """Intermediate results of the statistics in plain torch that the gradient uses again, float32 [n, valid].
+    """What the gradient in plain torch takes from the statistics, float32 [n, valid].
 
     student: e^(s - max s). teacher: e^(u - max u), None without a teacher.
     """
@@ -79,7 +81,10 @@ class RowValues(NamedTuple):
 
 
 class SoftmaxSum(NamedTuple):
-    """The sum of a softmax over the whole vocabulary, float32 [n]; scale [tp, n] is e^(rank's max - max)."""
+    """The sum of a softmax over the whole vocabulary, float32 [n].
+
+    scale [tp, n]: e^(maximum on the rank - max).
+    """
 
     max: Tensor
     scale: Tensor
@@ -124,6 +129,6 @@ class RowSums:
 
     @property
     def lse_gap(self) -> Tensor:
-        """teacher's lse - student's lse, without the rounding of the difference of two large numbers."""
+        """Teacher's lse - student's lse, without the rounding of a difference of large numbers."""
         teacher, student = self.teacher, self.student
         return (teacher.max - student.max) + (teacher.sum.log() - student.sum.log())

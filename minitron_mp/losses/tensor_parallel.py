@@ -17,7 +17,7 @@ Statistics = TypeVar("Statistics", Tensor, RowStatistics)
 
 
 def gather_rows(x: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
-    """Return [s', b, m] as contiguous rows [s b, m], gathered over the group when s' is a part of num_tokens."""
+    """Return [s', b, m] as rows [s b, m], gathered over the group when s' is not num_tokens."""
     x = x.detach()
     if x.shape[0] != num_tokens:
         gathered = x.new_empty((num_tokens, *x.shape[1:]))
@@ -38,7 +38,7 @@ def gather_statistics(x: Statistics, group: dist.ProcessGroup) -> Statistics:
 
 
 def reduce_hidden_gradient(dx: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
-    """Sum [s, b, h] over the group. Under sequence parallelism return the rank's part [s/tp, b, h]."""
+    """Sum [s, b, h] over the group; return the rank's part when `length` is s/tp."""
     if length != dx.shape[0]:
         part = dx.new_empty((length, *dx.shape[1:]))
         dist.reduce_scatter_tensor(part, dx, group=group)
@@ -51,8 +51,8 @@ def reduce_hidden_gradient(dx: Tensor, length: int, group: dist.ProcessGroup) ->
 def for_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight as product(x, weight, dtype) takes it, converted once for all rows.
 
-    It is converted where no kernel multiplies these dtypes into that one: a GPU multiplies bf16 into
-    float32, a CPU does not.
+    It is converted where no kernel multiplies these dtypes into that one: a GPU multiplies bf16
+    into float32, a CPU does not.
     """
     widens = x.is_cuda and x.dtype == weight.dtype and dtype is torch.float32
     return weight if widens else weight.to(dtype)

@@ -1,10 +1,12 @@
-"""Forward KL to the teacher's k most likely tokens and a ghost token that holds the rest of the probability.
+"""Forward KL to the teacher's k most likely tokens, and a ghost token with the remaining
+probability.
 
     p, q        probabilities of teacher and student at the temperature t
     gradient    t (q - p) on the k tokens, t q (1 - p_ghost / q_ghost) on all others
 
-q / q_ghost is the softmax of the other tokens alone. The divergence is a lower bound of the full forward KL.
-TopKRows works in plain torch on every device, because k entries per row are too little work for a kernel.
+q / q_ghost is the softmax of the other tokens alone. The divergence is a lower bound of the full
+forward KL. TopKRows works in plain torch on every device, because k entries per row are too little
+work for a kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ LOWEST = torch.finfo(torch.float32).min
 class TopKRows:
     """The k tokens of n rows.
 
-    places int64 [n, k]: columns on this rank; a token of another rank has the column behind the last one.
-    log_probs float32 [n, k]. log_ghost float32 [n].
+    places int64 [n, k]: columns on this rank; a token of another rank has the column behind the
+    last one. log_probs float32 [n, k]. log_ghost float32 [n].
     """
 
     places: Tensor
@@ -38,7 +40,7 @@ class TopKRows:
 
     @classmethod
     def of(cls, target: TeacherTopK, rows: LogitRows, first_column: int) -> TopKRows:
-        """target: of these rows, [n, k] each. first_column: of this rank, in the whole vocabulary."""
+        """Prepare a target of these rows. first_column: of this rank, in the whole vocabulary."""
         columns = rows.student.shape[1]
         places = target.indices - first_column
         is_here = (places >= 0) & (places < rows.valid)
@@ -48,8 +50,9 @@ class TopKRows:
     def add_statistics(self, rows: LogitRows, statistics: RowStatistics) -> RowStatistics:
         """Return the statistics of a student with this teacher's in them.
 
-        teacher_max, teacher_sum: the student's softmax sum over all tokens but the k. It is computed, since
-        one minus the k probabilities would cancel. cross_sum: sum of p s over the k tokens.
+        teacher_max, teacher_sum: the student's softmax sum over all tokens but the k. It is
+        computed, since one minus the k probabilities would cancel. cross_sum: sum of p s over the k
+        tokens.
         """
         s = rows.student[:, : rows.valid].float() / rows.temperature
         padding = self._padding(rows)
@@ -109,7 +112,8 @@ def top_k_of(
     values, indices = z.topk(min(k, columns), dim=-1)
     values, order = _gather_last(values, group).topk(k, dim=-1)
     indices = _gather_last(indices + first_column, group).gather(-1, order)
-    # The rest is summed, since one minus the k would cancel. Tokens of other ranks go to an extra column.
+    # The rest is summed, since one minus the k would cancel. Tokens of other ranks go to an extra
+    # column.
     places = indices - first_column
     places = torch.where((places >= 0) & (places < columns), places, columns)
     rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, places, -torch.inf)

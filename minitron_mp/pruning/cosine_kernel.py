@@ -15,9 +15,11 @@ BLOCK, WARPS = 2048, 8
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 1 - cosine of each pair of rows, float32 [n]. a, b: [n, h], float32 or bf16, contiguous rows.
+    """Return 1 - cosine of each pair of rows, float32 [n]. a, b: [n, h], float32 or bf16,
+    contiguous rows.
 
-    Both are read once. torch would copy them to float32, and read the copies once for each operation.
+    Both are read once. torch would copy them to float32, and read the copies once for each
+    operation.
     """
     assert a.stride(1) == 1 and b.stride(1) == 1, "the channels of a row must be contiguous"
     block = min(BLOCK, triton.next_power_of_2(a.shape[1]))

@@ -31,8 +31,9 @@ from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Receiver, Sender
+from minitron_mp.distillation.stream import Sender
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.schedule import run_schedule

@@ -22,8 +22,9 @@ from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Link, Receiver, Sender
+from minitron_mp.distillation.stream import Link, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix

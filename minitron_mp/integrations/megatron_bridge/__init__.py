@@ -1,4 +1,5 @@
-"""Distillation inside a Megatron-Bridge recipe: our pruned student, teacher and loss in Bridge's pretrain().
+"""Distillation inside a Megatron-Bridge recipe: our pruned student, teacher and loss in Bridge's
+pretrain().
 
     from minitron_mp.integrations.megatron_bridge import (
         ColocatedTeacher, KDForwardStep, check_config, student_provider,
@@ -9,16 +10,17 @@
     check_config(cfg, step)                    # after all overrides
     pretrain(cfg, step, callbacks=[step])
 
-model.py: the student, models that Bridge built, and what prune() and score() need of them. teacher.py: the two
-teachers. forward_step.py: KDForwardStep. checks.py: check_config. export.py: export_student.
+model.py: the student, models that Bridge built, and what prune() and score() need of them.
+teacher.py: the two teachers. forward_step.py: KDForwardStep. checks.py: check_config. export.py:
+    export_student.
 
-Only this room imports megatron.bridge, inside the functions that need it. Bridge describes a model in two ways,
-which both end in chunks of Megatron-Core's GPTModel. A hook on these chunks, before they are wrapped, is all
-that is added here:
+Only this room imports megatron.bridge, inside the functions that need it. Bridge describes a model
+in two ways, which both end in chunks of Megatron-Core's GPTModel. A hook on these chunks, before
+they are wrapped, is all that is added here:
 
     provider   Bridge 0.6: AutoBridge.to_megatron_provider(), hooks by register_pre_wrap_hook()
-    config     Bridge's main branch: AutoBridge.get_model_config(), hooks in the list pre_wrap_hooks;
-               Bridge 0.6 trains such a config, too
+    config     Bridge's main branch: AutoBridge.get_model_config(), hooks in the list
+               pre_wrap_hooks; Bridge 0.6 trains such a config, too
 """
 
 from __future__ import annotations

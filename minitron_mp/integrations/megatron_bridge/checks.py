@@ -1,4 +1,6 @@
-"""check_config: the settings of a Megatron-Bridge recipe that do not fit distillation by KDForwardStep."""
+"""check_config: the settings of a Megatron-Bridge recipe that do not fit distillation by
+KDForwardStep.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ Checks = list[tuple[bool, str]]
 
 
 def check_config(cfg: Any, step: KDForwardStep) -> None:
-    """Raise InputError with everything in a ConfigContainer that does not fit; call it after all overrides.
+    """Raise InputError with everything in a ConfigContainer that does not fit; call it after all
+    overrides.
 
-    What Bridge checks itself (its own divisibility rules and files) is left to Bridge. No rank communicates.
+    What Bridge checks itself (its own divisibility rules and files) is left to Bridge. No rank
+    communicates.
     """
     teacher = step.teacher.arch
     is_colocated = isinstance(step.teacher, ColocatedTeacher)

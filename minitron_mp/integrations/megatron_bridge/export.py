@@ -17,8 +17,8 @@ def export_student(
 ) -> None:
     """Write model chunks as a Hugging Face folder; called by all ranks, rank 0 writes.
 
-    config: content of this model's config.json (pruned_config()). source: folder with the tokenizer and the
-    other small files that belong to the model.
+    config: content of this model's config.json (pruned_config()). source: folder with the tokenizer
+    and the other small files that belong to the model.
     """
     bridge, folder = auto_bridge(config), Path(folder)
     inner = [bare_model(chunk) for chunk in chunks]
@@ -26,7 +26,9 @@ def export_student(
     padded = inner[0].vocab_size, inner[0].config.hidden_size
 
     def without_padding(name: str, tensor: Tensor) -> Tensor:
-        """Return embedding and head without the rows of the padded vocabulary, which Bridge keeps."""
+        """Return embedding and head without the rows of the padded vocabulary, which Bridge
+        keeps.
+        """
         is_padded = tensor.shape == padded and ".layers." not in name
         return tensor[: config["vocab_size"]] if is_padded else tensor
 

@@ -32,10 +32,10 @@ from minitron_mp.models.precision import silently_wrong
 class KDForwardStep:
     """Forward step and callback of pretrain(cfg, step, callbacks=[step]).
 
-    The model returns hidden states, and losses.fused.distillation_loss applies the output layer in tiles of
-    tokens, vocabulary-parallel. The model's own cross-entropy does not run. Bridge logs "kd loss" (the
-    optimised loss), "kl" and "lm loss", means over tokens. The teacher is loaded when training starts and
-    dropped after the last evaluation. vocab_size: without padding.
+    The model returns hidden states, and losses.fused.distillation_loss applies the output layer in
+    tiles of tokens, vocabulary-parallel. The model's own cross-entropy does not run. Bridge logs
+    "kd loss" (the optimised loss), "kl" and "lm loss", means over tokens. The teacher is loaded
+    when training starts and dropped after the last evaluation. vocab_size: without padding.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class KDForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (loss sum, tokens, {name: [sum, tokens]}) of a microbatch on the last stage.
 
-        Bridge adds the sums over ranks and divides. Without a signal (evaluation beside a remote teacher) the
-        loss is the cross-entropy.
+        Bridge adds the sums over ranks and divides. Without a signal (evaluation beside a remote
+        teacher) the loss is the cross-entropy.
         """
         assert self.world is not None
         student, hidden = bare_model(model), output.transpose(0, 1)

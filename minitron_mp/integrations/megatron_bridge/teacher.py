@@ -24,7 +24,9 @@ from minitron_mp.models.build import DTYPES, output_weight
 
 
 class BridgeTeacher(Protocol):
-    """What KDForwardStep needs of a teacher. Bridge drives the schedule, so signals come microbatch by microbatch."""
+    """What KDForwardStep needs of a teacher. Bridge drives the schedule, so signals come microbatch
+    by microbatch.
+    """
 
     arch: Arch
 
@@ -32,7 +34,8 @@ class BridgeTeacher(Protocol):
         """Prepare for training; called by all ranks."""
 
     def signal(self, batch: Batch, student: Any) -> TeacherSignal | None:
-        """Return the teacher's part of a microbatch, before the student's forward pass; called on every stage.
+        """Return the teacher's part of a microbatch, before the student's forward pass; called on
+        every stage.
 
         None in evaluation, when the teacher has no signal for it, and on stages without a loss.
         """
@@ -53,10 +56,10 @@ class BridgeTeacher(Protocol):
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
-    Each stage runs its part of the teacher just before the student's part of a microbatch. The teacher's
-    hidden states travel between stages in a process group of their own: in the student's group NCCL would
-    match them with the student's by order alone. A sent tensor is kept until it is received, for at most pp
-    microbatches. folder: checkpoint of `minitron-mp import`.
+    Each stage runs its part of the teacher just before the student's part of a microbatch. The
+    teacher's hidden states travel between stages in a process group of their own: in the student's
+    group NCCL would match them with the student's by order alone. A sent tensor is kept until it is
+    received, for at most pp microbatches. folder: checkpoint of `minitron-mp import`.
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "bf16"):
@@ -123,9 +126,9 @@ class RemoteTeacher:
     source: distillation.teacher.RemoteTeacher, which knows the payload. arch: of the teacher.
     first_microbatch: of this data-parallel rank, when a run is resumed.
 
-    The job has the roles of distributed.roles.join_roles(), so Bridge's default process group is the
-    student's (docs/megatron_bridge.md). Evaluation inside pretrain() has no teacher then, because its
-    microbatches are not among those that the teacher serves.
+    The job has the roles of distributed.roles.join_roles(), so Bridge's default process group is
+    the student's (docs/megatron_bridge.md). Evaluation inside pretrain() has no teacher then,
+    because its microbatches are not among those that the teacher serves.
     """
 
     def __init__(self, source: Teacher, arch: Arch, first_microbatch: int = 0):
