@@ -43,7 +43,7 @@ from minitron_mp.distillation.teacher import ColocatedTeacher, signal_of, with_s
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
-from minitron_mp.losses.fused import TeacherHidden
+from minitron_mp.losses.objective import TeacherHidden
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model, logits, unwrap
 from minitron_mp.models.flops import forward_flops, training_flops
