@@ -85,7 +85,9 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     recipe = load_recipe(args.recipe, args.overrides)
-    _, teacher, student = read_models(recipe)
+    models = read_models(recipe)
+    teacher = models.teacher
+    student = models.student
     dtypes = args.dtypes.split(",") if args.dtypes else _dtypes_of(recipe)
     points = []
     for tp in args.tp:

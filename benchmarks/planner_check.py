@@ -36,10 +36,12 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
-from minitron_mp.planning.hardware import Times, read_hardware, read_times
+from minitron_mp.planning.hardware import read_hardware
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
+from minitron_mp.planning.times import Times, read_times
 from minitron_mp.training.run import TrainingRun
 
 TIME, MEMORY = 0.15, 0.10
@@ -112,19 +114,21 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 
 def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
     """Measure, print, and say what is too far off."""
-    _, teacher, student = (arch.resized(num_layers=num_layers) for arch in read_models(recipe))
-    planned = estimate_distillation(student, teacher, recipe, 1, times)
+    models = read_models(recipe)
+    teacher = models.teacher.resized(num_layers=num_layers)
+    student = models.student.resized(num_layers=num_layers)
+    planned = estimate_distillation(PlanningCase(student, teacher, recipe, 1), times)
     _forget()
     base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = run_steps(student, teacher, recipe, steps, world)
     peak = torch.cuda.max_memory_allocated() - base if DEVICE.type == "cuda" else float("nan")
-    rows = (("time", seconds, planned.step_s, TIME), ("memory", peak, planned.needs_bytes, MEMORY))
+    rows = (("time", seconds, planned.step_s, TIME), ("memory", peak, planned.needed_bytes, MEMORY))
     wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
     times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
     print(
-        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needs_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
+        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
         flush=True,
     )
     if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":

@@ -50,7 +50,7 @@ from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
 from minitron_mp.models.sharded_model import ShardedModel
-from minitron_mp.planning.memory import kept_per_token
+from minitron_mp.planning.activations import activation_bytes_per_token
 from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -232,7 +232,7 @@ def measure(
         times.append(_timed(step))
         updates.append(_timed(student.update))
     flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
-    kept = kept_per_token(
+    kept = activation_bytes_per_token(
         arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
     )
     student.settle()

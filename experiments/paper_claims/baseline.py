@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.console import Tracker
-from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import load_tokenizer
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.build import DTYPES
@@ -25,7 +25,7 @@ from minitron_mp.models.hf_weights import write_folder
 from minitron_mp.pruning.target import exportable_arch
 from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
-from minitron_mp.workflow.stages.export import read_tensors
+from minitron_mp.workflow.stages.export.hf_folder import read_tensors
 
 
 class PlainLoop:
@@ -88,7 +88,7 @@ def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
 
     recipe, settings = project.recipe, project.recipe.distill
     with join_world(recipe.parallel, seed=recipe.seed) as world:
-        for stage in ("prune", recipe.tutor):
+        for stage in ("prune", recipe.distillation_teacher):
             write_hf(project, stage, folder / stage, world)
         parts = {
             "train": (settings.steps * settings.global_batch_size, True),
@@ -96,14 +96,12 @@ def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
         }
         tokenizer = load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
         length = recipe.data.sequence_length
-        train, valid = (
-            open_samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat)
-            for part, (n, repeat) in parts.items()
-        )
+        corpus = Corpus(project.paths["data"], tokenizer, length, recipe.seed)
+        train, valid = (open_samples(corpus, part, n, repeat=repeat) for part, (n, repeat) in parts.items())
         device = world.device
     student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device)
     teacher = AutoModelForCausalLM.from_pretrained(
-        folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]
+        folder / recipe.distillation_teacher, dtype=DTYPES[recipe.teacher_precision]
     ).to(device)
     loop, curve = PlainLoop(student, teacher, settings, recipe.precision), []
     tokens_per_step = settings.global_batch_size * length

@@ -119,7 +119,7 @@ def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: i
     loss_mask marks the positions that predict the asked tokens; "rows" [b] are the rows' numbers. Longest rows first.
     """
     p, dp, unit = world.parallel, world.groups.dp, _unit(world, micro_batch_size)
-    multiple = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)
+    multiple = p.sequence_multiple
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
     for first in range(0, len(rows), unit):
         length = -(-(len(rows[order[first]].tokens) - 1) // multiple) * multiple

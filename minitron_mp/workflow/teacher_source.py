@@ -54,7 +54,11 @@ def log_fp8_teacher_kl(job: StageContext, chunks: list[Any] | None) -> str | Non
 def _fp8_teacher_kl(job: StageContext, chunks: list[Any]) -> str:
     _, groups = job.groups("valid", KL_SAMPLES, job.recipe.distill.micro_batch_size, exact=False)
     quality = compare(
-        {"fp8": chunks}, job.teacher(), groups, job.world, vocab_size=job.arch(job.recipe.tutor).vocab_size
+        {"fp8": chunks},
+        job.teacher(),
+        groups,
+        job.world,
+        vocab_size=job.arch(job.recipe.distillation_teacher).vocab_size,
     )
     exact, rough = quality["teacher"], quality["fp8"]
     name = job.recipe.teacher.fp8
@@ -100,7 +104,10 @@ def open_teacher(job: StageContext, first: int) -> ColocatedTeacher | RemoteTeac
     head = None
     if t.payload == "hidden":
         head = load_head(
-            job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision]
+            job.arch(recipe.distillation_teacher),
+            job.paths[recipe.distillation_teacher],
+            world,
+            DTYPES[recipe.teacher_precision],
         )
     return RemoteTeacher(receiver, t.payload, head, world, pairs, stream_end)
 
@@ -174,12 +181,14 @@ def _pairs(job: StageContext) -> LayerPairs | None:
     if recipe.distill.states is None:
         return None
     channels = None if recipe.teacher.model else tuple(PrunePlan.load(job.paths["plan"]).hidden)
-    return LayerPairs(recipe.distill.states, job.arch("prune"), job.arch(recipe.tutor), channels)
+    return LayerPairs(
+        recipe.distill.states, job.arch("prune"), job.arch(recipe.distillation_teacher), channels
+    )
 
 
 def signal_shape(job: StageContext) -> StreamShape:
     """Return what the signals of all microbatches have in common."""
-    recipe, arch = job.recipe, job.arch(job.recipe.tutor)
+    recipe, arch = job.recipe, job.arch(job.recipe.distillation_teacher)
     width, dtype = {
         "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
         "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
@@ -210,14 +219,15 @@ def _handshake(job: StageContext, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
     recipe, bridge = job.recipe, job.world.channel
     assert bridge is not None
-    own = job.arch(recipe.tutor if job.world.role == "teacher" else "prune")
+    own = job.arch(recipe.distillation_teacher if job.world.role == "teacher" else "prune")
     made_from = {
-        stage: require_artifact(job.paths[stage], stage).fingerprint for stage in (recipe.tutor, "data")
+        stage: require_artifact(job.paths[stage], stage).fingerprint
+        for stage in (recipe.distillation_teacher, "data")
     }
     mine = contract(
         recipe,
         link,
-        job.arch(recipe.tutor),
+        job.arch(recipe.distillation_teacher),
         own.vocab_size,
         made_from,
         dict(job.tokenizer().unique_identifiers),
@@ -235,7 +245,7 @@ def contract(
 ) -> dict[str, Any]:
     """What both ends of the stream must have alike. vocab_size: of this end's own model; made_from: fingerprints of teacher and data."""
     return {
-        "teacher checkpoint": made_from[recipe.tutor],
+        "teacher checkpoint": made_from[recipe.distillation_teacher],
         "data": made_from["data"],
         "tokenizer": tokenizer,
         "seed": recipe.seed,

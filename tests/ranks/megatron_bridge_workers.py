@@ -89,13 +89,13 @@ def built(
 
 def import_folder(source: Path, folder: Path, world: World) -> None:
     """Our converter: Hugging Face folder -> checkpoint, with its side files."""
-    from minitron_mp.workflow.stages.export import _sharded
+    from minitron_mp.workflow.stages.export.hf_folder import sharded_tensor
 
     arch = read_arch(source)
     weights, mine = Weights(source, arch), {}
     for key, layer in canonical_keys(arch):
         if (layer or 0) % dist.get_world_size() == dist.get_rank():
-            mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
+            mine[f"{key}/{layer}"] = sharded_tensor(key, layer, weights.tensor(key, layer), arch)
 
     def assets(made: Path) -> None:
         (made / ASSETS).mkdir()

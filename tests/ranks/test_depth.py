@@ -256,14 +256,14 @@ def test_task_returns_accuracy_and_log_p_of_correct_answers():
     ("depth", "words"),
     [
         ({"method": "block", "metric": "task"}, "give task: FILE.jsonl"),
-        ({"metric": "task", "task": "a.jsonl"}, "without effect with method cosine"),
+        ({"metric": "task", "task": "a.jsonl"}, "no effect with method cosine"),
         (
             {"method": "block", "task": "a.jsonl", "task_items": 2},
-            "task, task_items: without effect with metric loss",
+            "task, task_items: no effect with metric loss",
         ),
         (
             {"method": "drop", "metric": "task", "task": "a.jsonl", "num_samples": 3},
-            "num_samples: without effect with metric task",
+            "num_samples: no effect with metric task",
         ),
     ],
 )
@@ -275,9 +275,9 @@ def test_depth_settings_without_effect_are_rejected(depth, words):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ({"num_layers": 3, "drop_layers": [1]}, "num_layers and drop_layers both say"),
-        ({"drop_layers": [2, 1]}, "is not ascending from 0"),
-        ({"drop_layers": [1, 1]}, "is not ascending from 0"),
+        ({"num_layers": 3, "drop_layers": [1]}, "num_layers and drop_layers exclude each other"),
+        ({"drop_layers": [2, 1]}, "must be ascending from 0"),
+        ({"drop_layers": [1, 1]}, "must be ascending from 0"),
     ],
 )
 def test_invalid_layer_targets_are_rejected(target, words):

@@ -286,12 +286,17 @@ def test_unsupported_requests_are_rejected(ranks, tokenizer):
     said = ranks(1, "lm_eval_workers.refusals", arch=ARCH, folder=tokenizer.name_or_path, settings=settings)[
         0
     ]
-    words = ["wants sampling or beams"] * 3 + [
-        "wants repetition_penalty of its generation",
+    words = ["needs sampling or beams"] * 3 + [
+        "sets repetition_penalty for its generation",
         "8 new tokens leave no room for a context in 8; raise --max-length",
     ]
     for text, word in zip(
-        said, [*words, "asks for 23 tokens, the model is given 8", "has a continuation without a token"]
+        said,
+        [
+            *words,
+            "has a continuation of 23 tokens; the model accepts 8",
+            "has a continuation that adds no token",
+        ],
     ):
         assert word in text
 
@@ -300,11 +305,11 @@ def test_ranks_with_different_requests_raise(ranks, tokenizer):
     for said in ranks(
         2, "lm_eval_workers.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path
     ):
-        assert "the harness has made other requests here than on rank 0" in said
+        assert "the harness built other requests on this rank than on rank 0" in said
 
 
 def test_command_without_lm_eval_names_the_package_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "minitron_mp.integrations.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "minitron_mp.integrations.lm_eval.sharded_lm", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(InputError, match=r"run `pip install minitron-mp\[eval\]`"):
-        importlib.import_module("minitron_mp.integrations.lm_eval")
+        importlib.import_module("minitron_mp.integrations.lm_eval.sharded_lm")

@@ -440,7 +440,7 @@ def test_search_resumes_after_stop_file(ranks, whole, scored):
     root = load_recipe(scored).root
     assert done.code == 0, done.err
     assert (
-        f"search: left after step 1: {root / 'stop'} is there; the same command goes on from there"
+        f"search: left after step 1: {root / 'stop'} is there; the same command resumes from there"
         in done.out
     )
     assert len(list((root / "search").glob("*/step_00000001"))) == 2

@@ -45,6 +45,17 @@ class RankError(AssertionError):
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
+PRELOADED = [
+    "minitron_mp.workflow.run",
+    "minitron_mp.workflow.stages.depth.trials",
+    "minitron_mp.workflow.stages.distill.student",
+    "minitron_mp.workflow.stages.evaluate.models",
+    "minitron_mp.workflow.stages.export.hf_folder",
+    "minitron_mp.workflow.stages.search.candidates",
+    "minitron_mp.pruning.importance",
+]
+"""The modules that a stage imports when it runs; the ranks are forked with them."""
+
 
 class Pool:
     """`size` ranks with one default process group, started by the first run().
@@ -142,9 +153,7 @@ class _Rank:
         self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (closed in kill)
         with patch.dict(os.environ, {**ENVIRONMENT, **(environment or {})}):
             context = multiprocessing.get_context("forkserver" if environment is None else "spawn")
-            forkserver.set_forkserver_preload(
-                ["minitron_mp.workflow.run", "minitron_mp.workflow.stages.all_stages"]
-            )
+            forkserver.set_forkserver_preload(PRELOADED)
             self.process = context.Process(target=live, args=(rank_pipe, number, size, self.log.name))
             self.process.start()
         rank_pipe.close()

@@ -89,11 +89,11 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
     """Return the logged KL of an FP8 teacher for an exact copy, and after a weight has changed."""
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
-        job = StageContext(project.recipe, world, project.paths, project.manifest("distill"))
-        chunks = job.teacher().chunks
-        same = log_fp8_teacher_kl(job, chunks)
+        context = StageContext(project.recipe, project.paths, project.manifest("distill"), world=world)
+        chunks = context.teacher().chunks
+        same = log_fp8_teacher_kl(context, chunks)
         chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, log_fp8_teacher_kl(job, chunks)
+        return same, log_fp8_teacher_kl(context, chunks)
 
 
 class _Stopped(BaseException):
@@ -106,7 +106,7 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
     stop_after: it ends with code "stopped" after this many measurements. leave_after: a stop file
     appears after this many.
     """
-    from minitron_mp.workflow.stages.search import _Progress
+    from minitron_mp.workflow.stages.search.candidates import _Progress
 
     keep = _Progress.keep
     measurements = []

@@ -15,9 +15,14 @@ import yaml
 
 from minitron_mp import load_recipe
 from minitron_mp.training.throughput import Throughput
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow import stages
+from minitron_mp.workflow.graph import StageGraph
 
 ROOT = Path(__file__).parents[2]
+STAGES = {stage.name: stage for stage in stages.STAGES if not stage.requirement}
+"""The stages of every recipe."""
+REQUIREMENTS = {stage.name: stage.requirement for stage in stages.STAGES if stage.requirement}
+"""What adds each of the other stages to a recipe."""
 SIZES = {
     "num_hidden_layers": 4,
     "hidden_size": 64,

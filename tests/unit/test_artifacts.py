@@ -139,7 +139,7 @@ def test_missing_damaged_and_foreign_artifacts_are_rejected(folder, tmp_path):
     (tmp_path / "data" / "novel.txt").write_text("mine")
     with pytest.raises(
         InputError,
-        match=r"data holds no manifest\.json: .*will not replace it; move it, or set another output",
+        match=r"data has no manifest\.json: .*will not replace it; move it, or set another output",
     ):
         find_manifest(tmp_path / "data")
 

@@ -146,6 +146,8 @@ def run(*arguments: str) -> str:
         "minitron_mp.planning.layouts",
         "minitron_mp.planning.command",
         "minitron_mp.data.corpus",
+        "minitron_mp.workflow.run",
+        "minitron_mp.workflow.dry_run",
     ],
 )
 def test_light_modules_do_not_import_torch(module):

@@ -148,8 +148,8 @@ def test_invalid_deadline_is_rejected(monkeypatch):
     [
         ({"steps": [3, 2]}, r"steps \[3, 2\] is no \[first, last\]"),
         ({"steps": [0, 2]}, r"counted from 1"),
-        ({"steps": [1, 101]}, r"goes beyond the last of 100 steps"),
-        ({"steps": [1, 2], "ranks": [-1]}, r"ranks count from 0"),
+        ({"steps": [1, 101]}, r"ends after the last step, 100"),
+        ({"steps": [1, 2], "ranks": [-1]}, r"must not be negative"),
     ],
 )
 def test_invalid_profile_ranges_are_rejected(profile, words):

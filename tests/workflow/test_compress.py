@@ -22,6 +22,7 @@ from cases import BY_NAME, make_samples
 from tiny import (
     CHECKPOINT_INTERVAL,
     MAX_LR,
+    STAGES,
     STEPS,
     Run,
     command,
@@ -37,7 +38,7 @@ from minitron_mp import load_recipe
 from minitron_mp.artifacts.manifest import require_artifact, writing_artifact
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.correction_gain import correction_gain
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow.graph import StageGraph
 
 OUTPUT = [
     "data",
@@ -297,7 +298,7 @@ def test_repeated_stages_keep_the_other_artifacts(copied, on_rank):
     before = copied.state()
     done = on_rank("compress", copied.recipe, SMALLER)
     assert done.code == 0, done
-    assert "plan: again, for settings.ffn_hidden_size: 96, here 64" in done.out
+    assert "plan: rerun because of settings.ffn_hidden_size: 96, here 64" in done.out
     assert all(f"{name}: done" in done.out for name in ("import", "data", "score"))
     assert json.loads((copied.output / "student_hf" / "config.json").read_text())["intermediate_size"] == 64
     assert names(copied.output) == OUTPUT
@@ -378,7 +379,7 @@ def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
 
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
-    assert f"distill: going on from step {saved}" in done.out
+    assert f"distill: resuming from step {saved}" in done.out
     assert read_metrics(copied.output) == read_metrics(whole.output)
     assert curve(copied) == curve(whole)
     unbroken, resumed = (
@@ -401,7 +402,7 @@ def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
     assert (
-        f"left before export: {copied.output / 'stop'} is there; the same command goes on from there"
+        f"left before export: {copied.output / 'stop'} is there; the same command resumes from there"
         in done.out
     )
     assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
@@ -497,7 +498,7 @@ def test_plan_of_another_model_is_rejected(copied, on_rank):
         plan.write_text(json.dumps({**content, "manifest": {**content["manifest"], **change}}))
         refused(
             on_rank("prune", copied.recipe),
-            "plan.json was made from something else; run `minitron-mp plan` again, or restore",
+            "plan.json was made from other inputs or settings; run `minitron-mp plan` again, or restore",
             row,
         )
     assert not (copied.output / "student").exists()
@@ -539,7 +540,7 @@ def test_foreign_folder_is_not_replaced(copied, on_rank, name):
     (copied.output / name / "thesis.txt").write_text("years of work")
     refused(
         on_rank("compress", copied.recipe),
-        f"{copied.output / name} holds no manifest.json",
+        f"{copied.output / name} has no manifest.json",
         "will not replace it; move it, or set another output",
     )
     assert names(copied.output / name) == ["thesis.txt"]
@@ -588,7 +589,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     assert "## Teacher correction" in report
     assert "| uncorrected |" in report
     assert len((project.paths["correct"] / "metrics_correct.jsonl").read_text().splitlines()) == 20
-    assert "What the student would be without it is not known" in report
+    assert "How much the student gains from correction is unknown" in report
     records = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["fingerprint"], row["ranks"]) for row in records] == [
         (name, project.manifest(name).fingerprint, 1) for name in project.stages
@@ -601,7 +602,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
         for folder in (tmp_path / "out", whole.output)
     )
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"its held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
+    assert f"held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
     assert len((tmp_path / "out" / "stages.jsonl").read_text().splitlines()) == len(
         records
     )  # nothing has run
@@ -634,13 +635,14 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     losses = {name: {"loss": 1.0} for name in ("uncorrected", "teacher", "distilled")}
     said = correction_gain(more, {**evaluation, "texts": {"old": losses, "new": losses}})
-    assert "its held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
+    assert "held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
     assert (
-        said[-1] == "That student was not judged on new: run `evaluate` there with the same `data.held_out`."
+        said[-1]
+        == "That student was not evaluated on new: run `evaluate` there with the same `data.held_out`."
     )
     refused(
         on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"),
-        "is the output of this recipe; name that of a finished run without",
+        "is the output of this recipe; give the output of a finished run without",
     )
     refused(
         on_rank("compress", recipe, "correct.baseline=nowhere"),
@@ -648,7 +650,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     refused(
         on_rank("correct", inputs / "recipe.yaml"),
-        "the recipe has no stage correct; it comes with a section correct",
+        "the recipe has no stage correct; add a section correct",
     )
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(
@@ -691,12 +693,12 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     ]  # nothing that training hangs on
     assert len((project.paths["distill"] / "metrics_correct.jsonl").read_text().splitlines()) == 12
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "is distilled from it while it learns, and cut from the original" in report
-    assert "its held-out loss on old went from" in report
+    assert "is pruned from the original model, and distilled from the teacher during correction" in report
+    assert "held-out loss on old changed from" in report
     assert "| old (" in report
     refused(
         on_rank("compress", recipe, "teacher.placement=cached"),
-        "correct.when during trains the teacher beside the student",
+        "correct.when during trains the teacher on the student's ranks",
     )
     refused(on_rank("compress", recipe, "correct.steps=15"), "correct.steps 15 is above distill.steps 14")
     refused(
@@ -705,7 +707,7 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     )
     refused(
         on_rank("correct", recipe),
-        "the recipe has no stage correct; it comes with a section correct whose `when` is before",
+        "the recipe has no stage correct; add a section correct whose `when` is before",
     )
 
 
@@ -759,7 +761,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
     )
     refused(
         on_rank("import-teacher", whole.recipe),
-        "the recipe has no stage import-teacher; it comes with teacher.model",
+        "the recipe has no stage import-teacher; add teacher.model",
     )
     refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
     other = make_model(tmp_path / "other", vocab_size=400)
@@ -802,7 +804,7 @@ def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
     )
     refused(
         on_rank("depth", whole.recipe),
-        "the recipe has no stage depth; it comes with depth.method: drop, block or greedy",
+        "the recipe has no stage depth; add depth.method: drop, block or greedy",
     )
     refused(
         on_rank("compress", recipe, "depth.protect_last=2"),
@@ -835,7 +837,7 @@ def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
         {0, 1, 2, 3} - set(found["trials"][-1][0])
     )
     task.write_text("".join(lines[:2]))
-    refused(on_rank("plan", recipe), "depth.json was made from something else", "input task: ")
+    refused(on_rank("plan", recipe), "depth.json was made from other inputs or settings", "input task: ")
     refused(
         on_rank("compress", recipe, "depth.task=nowhere.jsonl"), "depth.task: there is no file nowhere.jsonl"
     )
@@ -917,14 +919,14 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
     assert 8 < left < 16
     assert (
         f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; "
-        "the same command goes on from there" in first[0].out
+        "the same command resumes from there" in first[0].out
     )
     assert not (tmp_path / "out" / "stop").exists()
     assert not (tmp_path / "out" / "student_distilled").exists()
     second = in_job(size, *words)
     for done in second:
         assert done.code == 0, done.err
-    assert f"distill: going on from step {left}" in second[0].out
+    assert f"distill: resuming from step {left}" in second[0].out
     assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
@@ -974,7 +976,7 @@ def test_killed_run_with_remote_teacher_resumes(whole, copied):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     done = minitron("distill", copied.recipe, *REMOTE, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "distill: going on from step" in done.stdout
+    assert "distill: resuming from step" in done.stdout
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
@@ -1002,7 +1004,7 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=1e-4, abs=0), key
     refused(
         run("distill", cached, "distill.micro_batch_size=4", "--force"),
-        "teacher_signals was made from something else",
+        "teacher_signals was made from other inputs or settings",
         "micro_batch_size: 2, here 4",
     )
     (shard, *_) = sorted((tmp_path / "out" / "teacher_signals").glob("*.safetensors"))
@@ -1117,7 +1119,7 @@ def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     assert "2 copies of the teacher, from job rank 1 on" in text
     assert "1 copy of the teacher" in text
-    assert "distill: going on from step" in text
+    assert "distill: resuming from step" in text
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 

@@ -26,13 +26,11 @@ from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import Work, distillation_work, training_work
 from minitron_mp.workflow.context import StageContext, copy_assets_from, training_samples
+from minitron_mp.workflow.stage_files import checkpoint_folder
 from minitron_mp.workflow.teacher_source import log_fp8_teacher_kl
 
 METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
 """Beside the artefacts while a stage trains; a copy of the whole curve goes into the artefact that it made."""
-
-CHECKPOINTS = "checkpoints"
-"""Beside the artefacts while a stage trains, a folder for each."""
 
 PROFILE = "profile"
 """Beside the artefacts: traces of steps, where a section `profile` asks for them."""
@@ -68,13 +66,13 @@ def run_training(
 
     model = build_model(arch, world, training=settings, precision=recipe.precision, **job.build_options)
     load_model(model, job.paths[start], world)
-    checkpoints = recipe.root / CHECKPOINTS / name
+    checkpoints = checkpoint_folder(recipe, name)
     first = resume_step(checkpoints, job.manifest, world)
     if first:
-        say(f"{name}: going on from step {first}")
+        say(f"{name}: resuming from step {first}")
     curves = {
         which: recipe.root / METRICS[which]
-        for which in (name, *["correct"] * (name == "distill" and recipe.corrects_meanwhile))
+        for which in (name, *["correct"] * (name == "distill" and recipe.corrects_during_distillation))
     }
     with Tracker(name, settings.steps, "steps", first) as tracker, ExitStack() as stack:
         logs = {
@@ -127,4 +125,4 @@ def _work(job: StageContext, arch: Arch, settings: TrainingConfig, teacher: Teac
     recipe, tokens = job.recipe, settings.global_batch_size * job.recipe.data.sequence_length
     if teacher is None:
         return training_work(recipe, arch, job.world, tokens=tokens)
-    return distillation_work(recipe, arch, job.arch(recipe.tutor), job.world, tokens=tokens)
+    return distillation_work(recipe, arch, job.arch(recipe.distillation_teacher), job.world, tokens=tokens)
