@@ -72,7 +72,7 @@ def _sizes_problem(case: PlanningCase, times: Times) -> str | None:
         return SEQUENCE
     if _has_fp8_problem(case):
         return FP8_SIZES
-    return ENGINE if case.engine_problems(self.recipe) else None
+    return ENGINE if engine_problems(case.recipe) else None
 
 
 def _has_fp8_problem(case: PlanningCase) -> bool:
