@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minitron_mp.config.distillation import TeacherConfig
+from minitron_mp.config.engine_rules import engine_problems
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import fp8_problems, layout_problems
