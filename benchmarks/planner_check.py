@@ -128,7 +128,8 @@ def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World
     wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
     times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
     print(
-        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
+        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} "
+        f"{wrong['memory']:6.1%}",
         flush=True,
     )
     if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":
