@@ -40,6 +40,7 @@ from minitron_mp.planning.hardware import read_hardware
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
 from minitron_mp.planning.times import Times, read_times
+from minitron_mp.training.loop import take_step
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
@@ -127,7 +128,8 @@ def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World
     wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
     times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
     print(
-        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
+        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} "
+        f"{wrong['memory']:6.1%}",
         flush=True,
     )
     if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":
@@ -163,7 +165,7 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
     for step in range(steps):
         _wait()
         start = time.perf_counter()
-        training.step(with_signals(source, batches, step))
+        take_step(training, with_signals(source, batches, step))
         _wait()
         found.append(time.perf_counter() - start)
     training.finalize()

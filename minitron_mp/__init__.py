@@ -19,7 +19,7 @@ _PUBLIC = {
     "distributed.world": ("World", "join_world"),
     "models.build": ("build_model", "logits"),
     "models.sharded_model": ("ShardedModel",),
-    "artifacts.saved_model": ("load_model", "save_model"),
+    "artifacts.saved_model": ("load_model", "save_model", "save_state"),
     "pruning.importance": ("recording", "score"),
     "pruning.slicing": ("prune",),
     "losses.fused": ("distillation_loss",),

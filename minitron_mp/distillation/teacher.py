@@ -1,12 +1,14 @@
 """The teacher: what training and evaluation need of one, and the two frozen placements.
 
-    signals()        step's microbatches -> one TeacherSignal each, which with_signals() puts into the batch
-    target()         TeacherSignal       -> TeacherTarget, which the loss on the last stage takes
-    hidden_states()  TeacherSignal       -> hidden states, which losses inside the student take
+    signals()        step's microbatches -> one TeacherSignal each, which with_signals() puts into
+    the batch target()         TeacherSignal       -> TeacherTarget, which the loss on the last
+    stage takes hidden_states()  TeacherSignal       -> hidden states, which losses inside the
+                                                     student take
 
-ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the student's view of
-a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py). The third teacher, which is
-trained at the same time, is training.teacher_correction.TrainableTeacher.
+ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the
+student's view of a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py).
+The third teacher, which is trained at the same time, is
+training.teacher_correction.TrainableTeacher.
 
     s' is s/cp, or s/cp/tp under sequence parallelism  b microbatch  h_t hidden size of the teacher
 """
@@ -26,7 +28,7 @@ from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Payload, Traffic
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
-from minitron_mp.losses.fused import TeacherHidden, TeacherLogits, TeacherTarget
+from minitron_mp.losses.objective import TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.top_k import unpack_top_k
 from minitron_mp.models.build import output_weight
 from minitron_mp.models.sharded_model import ShardedModel
@@ -37,8 +39,9 @@ class TeacherSignal:
     """The teacher's part of one microbatch.
 
     microbatch: its number in the run, under which a remote teacher sends its signal.
-    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; otherwise None.
-    states: [s', b, h_t] of each hidden state that this stage compares, of a colocated teacher.
+    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; otherwise
+    None. states: [s', b, h_t] of each hidden state that this stage compares, of a colocated
+        teacher.
     """
 
     microbatch: int
@@ -47,7 +50,9 @@ class TeacherSignal:
 
 
 class Teacher(Protocol):
-    """What the training loop and evaluation need of a teacher. All ranks of the student hold one."""
+    """What the training loop and evaluation need of a teacher. All ranks of the student hold
+    one.
+    """
 
     @property
     def model(self) -> ShardedModel | None:
@@ -84,7 +89,7 @@ class Teacher(Protocol):
 
 
 class SignalReceiver(Protocol):
-    """Where a RemoteTeacher gets its signals: stream.Receiver, or cache.Reader."""
+    """Where a RemoteTeacher gets its signals: receiver.Receiver, or cache.Reader."""
 
     def get(self, id: int) -> Tensor:
         """Wait for a microbatch and return this rank's part [s', b, n']."""
@@ -102,9 +107,10 @@ class SignalReceiver(Protocol):
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
-    Its forward-only schedule runs the microbatches of a step first. It leaves the hidden states after the
-    final norm on the last stage (2h bytes a token in bf16), and as much for each pair of hidden states on
-    the stage that compares it. The loss applies the teacher's output layer to one chunk of tokens at a time.
+    Its forward-only schedule runs the microbatches of a step first. It leaves the hidden states
+    after the final norm on the last stage (2h bytes a token in bf16), and as much for each pair of
+    hidden states on the stage that compares it. The loss applies the teacher's output layer to one
+    chunk of tokens at a time.
     """
 
     stream_end = None
@@ -145,8 +151,8 @@ class RemoteTeacher:
     """The student's view of a teacher on other ranks, or of its signals on disk.
 
     receiver: on the last stage, and on stages that compare hidden states; elsewhere None.
-    head: the teacher's output layer [v/tp, h_t], for the payload "hidden"; on the last stage (load_head()).
-    stream_end: of a stream that may end early.
+    head: the teacher's output layer [v/tp, h_t], for the payload "hidden"; on the last stage
+    (load_head()). stream_end: of a stream that may end early.
     """
 
     model = None
@@ -186,10 +192,12 @@ class RemoteTeacher:
         return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
-        """As in Teacher, but under tensor parallelism a state may hold this rank's part of the tokens only.
+        """As in Teacher, but under tensor parallelism a state may hold this rank's part of the
+        tokens only.
 
-        The signal is released before the first chunk runs: an interleaved schedule runs that chunk on
-        several microbatches before the loss sees the first of them, which would deadlock with a small window.
+        The signal is released before the first chunk runs: an interleaved schedule runs that chunk
+        on several microbatches before the loss sees the first of them, which would deadlock with a
+        small window.
         """
         if self.receiver is None or self.pairs is None:
             return []
@@ -236,7 +244,9 @@ def signal_of(batch: Batch) -> TeacherSignal:
 
 
 def microbatch_numbers(count: int, step: int, world: World) -> range:
-    """Return the numbers in the run of this data-parallel rank's microbatches of a step, `count` of them."""
+    """Return the numbers in the run of this data-parallel rank's microbatches of a step, `count` of
+    them.
+    """
     dp = world.groups.dp
     first = step * count * dp.size() + dp.rank()
     return range(first, first + count * dp.size(), dp.size())

@@ -56,7 +56,7 @@ class World:
     @property
     def job_size(self) -> int:
         """Ranks of all roles."""
-        return self.channel.place.size if self.channel else self.size
+        return self.channel.job.size if self.channel else self.size
 
     @property
     def is_main(self) -> bool:

@@ -16,7 +16,7 @@ from minitron_mp.distillation.teacher import Teacher, signal_of, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import local_batch
 from minitron_mp.distributed.world import World
-from minitron_mp.losses.fused import TeacherHidden, TeacherTarget
+from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.build import output_weight, unwrap
 from minitron_mp.models.sharded_model import ShardedModel
 

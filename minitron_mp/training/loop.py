@@ -77,7 +77,7 @@ def train_together(
         batches = with_signals(teacher, batches_of(step), step)
         for run in [run for run in active if run.steps_done == step]:
             try:
-                run.step(batches, is_last=is_last)
+                take_step(run, batches, is_last=is_last)
             except Diverged:
                 if not drop_diverged:
                     raise
@@ -99,6 +99,18 @@ def train_together(
             f"{runs[0].options.manifest.stage}: stopped after step {step + 1} ({stop_request}); "
             "checkpoint saved"
         )
+
+
+def take_step(run: TrainingRun, batches: Sequence[Batch], *, is_last: bool = False) -> None:
+    """Take one optimizer step, and log and save when it is time; is_last: in any case."""
+    run.seed_step()
+    run.forward_backward(batches)
+    run.update()
+    save = is_last or run.save_is_due
+    if save or run.log_is_due:
+        run.log()
+    if save or run.time_a_checkpoint:
+        run.save()
 
 
 def _agree_to_stop(runs: Sequence[TrainingRun], teacher: Teacher | None, step: int) -> str:

@@ -68,13 +68,20 @@ class TrainingRun:
             gc.disable()
         self.step_log = StepLog(options, self.world, total_steps=settings.steps, first_step=self.steps_done)
 
-    def step(self, batches: Sequence[Batch], *, is_last: bool = False) -> None:
-        """Take one optimizer step; is_last: of this call of train(), so log and save after it."""
-        if not self.settings.cuda_graphs:  # recorded layers keep their random streams, and use none of them
+    @property
+    def log_is_due(self) -> bool:
+        """Whether a log interval ends here."""
+        return self.steps_done % self.settings.log_interval == 0
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint interval ends here."""
+        return self.checkpoints is not None and self.checkpoints.is_due(self.steps_done)
+
+    def seed_step(self) -> None:
+        """Seed the random streams of the next step."""
+        if not self.settings.cuda_graphs:  # recorded layers keep their random streams, and use none
             seed_all(self.options.seed + self.steps_done)
-        self.forward_backward(batches)
-        self.update()
-        self.log_and_save_when_due(is_last=is_last)
 
     def forward_backward(self, batches: Sequence[Batch], on_output: OnOutput | None = None) -> None:
         """Accumulate the gradients of a step. on_output: instead of self.loss, which it calls."""
@@ -111,15 +118,6 @@ class TrainingRun:
         interval = self.settings.collect_interval
         if interval and self.steps_done % interval == 0:
             gc.collect()
-
-    def log_and_save_when_due(self, *, is_last: bool = False) -> None:
-        """Log and save when the intervals ask for it, or after the last step."""
-        save_is_due = self.checkpoints is not None and (is_last or self.checkpoints.is_due(self.steps_done))
-        log_is_due = is_last or self.steps_done % self.settings.log_interval == 0
-        if save_is_due or log_is_due:
-            self.log()
-        if save_is_due or self.time_a_checkpoint:
-            self.save()
 
     def log(self) -> None:
         """Report the steps since the last log, and agree with all ranks on what comes next.
@@ -179,6 +177,7 @@ class TrainingRun:
         if self.checkpoints.is_needed(self.steps_done):
             self.log()  # every step is logged, and so checked, before it is saved
             self.checkpoints.save(self, self.steps_done)
+            self.time_a_checkpoint = False
             self.step_log.start_clock()
         if wait:
             self.checkpoints.finish()

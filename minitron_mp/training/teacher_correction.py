@@ -19,7 +19,7 @@ from minitron_mp.artifacts.checkpoint import prefixed
 from minitron_mp.distillation.stream_layout import Traffic
 from minitron_mp.distillation.teacher import TeacherSignal, microbatch_numbers
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.losses.fused import TeacherHidden, TeacherTarget
+from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.build import output_weight, unwrap
 from minitron_mp.training.run import TrainingRun
 
@@ -93,4 +93,5 @@ class TrainableTeacher:
         if self.update_is_due:
             self.update_is_due = False
             self.run.update()
-            self.run.log_and_save_when_due()
+            if self.run.log_is_due:
+                self.run.log()

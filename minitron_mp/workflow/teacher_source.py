@@ -13,8 +13,9 @@ from minitron_mp.console import say
 from minitron_mp.data.batches import micro_batches
 from minitron_mp.distillation.cache import Reader
 from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, SignalSender, serve_signals
-from minitron_mp.distillation.stream import Receiver, Sender, Senders
+from minitron_mp.distillation.stream import Sender, Senders
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Grid
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher

@@ -17,8 +17,9 @@ from training_workers import Runner, copy_once
 
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Receiver, Senders
+from minitron_mp.distillation.stream import Senders
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head

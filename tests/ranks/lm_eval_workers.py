@@ -1,4 +1,4 @@
-"""What test_harness.py runs on the ranks of a pool."""
+"""Worker functions for test_lm_eval.py."""
 
 from __future__ import annotations
 

@@ -31,27 +31,29 @@ from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Receiver, Sender
+from minitron_mp.distillation.stream import Sender
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
-from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.export import export_student
-from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
-from minitron_mp.integrations.megatron_bridge.model import (
+from minitron_mp.integrations.megatron_bridge import (
+    KDForwardStep,
     arch_of,
+    check_config,
     defer_head,
+    export_student,
     load_pruned,
     pruned_config,
     slice_teacher,
     student_provider,
     world_of_provider,
 )
-from minitron_mp.integrations.megatron_bridge.teacher import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.integrations.megatron_bridge import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
@@ -234,7 +236,7 @@ def as_model_config(provider: Any, folder: Path) -> Any:
     config = GPTModelConfig(
         transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names}
     )
-    prepare(
+    prepare_model(
         config,
         saved_arch(folder),
         sequence_length=SEQUENCE_LENGTH,

@@ -24,6 +24,7 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.world import World, build_groups, leave_groups
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.training.loop import take_step
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
@@ -149,7 +150,7 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
         for p, dp, precision in cases:
             with alone(p, dp=dp) as world:
                 training = make_run(arch, world, 1, precision)
-                training.step(batches(arch, 1))
+                take_step(training, batches(arch, 1))
                 optimizer = training.trainable.optimizer
                 if hasattr(optimizer, "chained_optimizers"):
                     optimizer = optimizer.chained_optimizers[0]

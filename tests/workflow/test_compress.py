@@ -965,7 +965,7 @@ def test_job_too_small_for_its_roles_is_rejected(whole, in_job):
     for stage in ("import", "distill", "compress"):
         refused(
             in_job(1, stage, whole.recipe, *REMOTE)[0],
-            "this job has 1 ranks, its roles have 0 (student) + 1 (teacher); start more",
+            "this job has 1 ranks, but its roles need 0 (student) + 1 (teacher); change",
         )
 
 
