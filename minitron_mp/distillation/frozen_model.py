@@ -1,6 +1,4 @@
-"""Models for forward passes only: a teacher that is loaded from a checkpoint, or its output layer
-alone.
-"""
+"""Models for forward passes only: a teacher from a checkpoint, or its output layer alone."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ from minitron_mp.models.sharded_model import ShardedModel
 
 @dataclass(frozen=True)
 class ModelCheckpoint:
-    """A model in a checkpoint folder. prefix: of its keys, where the folder also holds another
-    model.
-    """
+    """A model in a checkpoint folder. prefix: of its keys, where the folder has two models."""
 
     arch: Arch
     folder: Path
@@ -38,8 +34,9 @@ def frozen_model(
     transformer_impl: str = "auto",
     fp8: str | None = None,
 ) -> ShardedModel:
-    """Build and load a model for forward passes only; called by all ranks. Options as in
-    build_model().
+    """Build and load a model for forward passes only; called by all ranks.
+
+    The options are those of build_model().
     """
     with torch.no_grad():  # otherwise FP8 weights would get a transposed copy for the backward pass
         chunks = build_model(
