@@ -44,7 +44,7 @@ def main() -> None:
     with join_world(ParallelConfig(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
         chunks = build_model(
             arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True
-        )
+        ).chunks
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))
         batch = {

@@ -165,7 +165,7 @@ def time_layers(
         raise InputError(f"--dtypes {dtype}: this version builds no FP8 model")
     _forget()
     base = _allocated()
-    (model,) = build_model(small, world, **options)
+    (model,) = build_model(small, world, **options).chunks
     tokens = torch.randint(0, 128, (where["micro_batch_size"], where["sequence_length"]), device=DEVICE)
     positions = torch.arange(where["sequence_length"], device=DEVICE).expand_as(tokens)
     if what == "train":

@@ -60,7 +60,7 @@ def main() -> None:
         scores, arch, TargetConfig(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12), args.tp
     )
     with join_world(ParallelConfig(tp=args.tp), seed=1) as world:
-        chunks = build_model(arch, world, precision="bf16", sequence_length=128)
+        chunks = build_model(arch, world, precision="bf16", sequence_length=128).chunks
         weights = [p for chunk in chunks for p in chunk.parameters()]
         for weight in weights:
             weight.data.normal_()  # touch the memory, or it is not there yet

@@ -67,7 +67,7 @@ class StreamEnd:
         The broadcast is a small one on gloo, beside the GPU's work.
         """
         store, box = self.channel.store, torch.tensor([-1])
-        if preemption is not None and preemption.signalled and not store.check([REQUESTED_KEY]):
+        if preemption is not None and preemption.sigterm and not store.check([REQUESTED_KEY]):
             self.request("SIGTERM on a rank of the teacher")
         if dist.get_rank() == 0 and store.check([REQUESTED_KEY]):
             box[0] = first // self.microbatches_per_step + 1

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -27,7 +27,6 @@ from minitron_mp.distillation.state_capture import HiddenStateCapture
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Payload, Traffic
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.objective import TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.top_k import unpack_top_k
@@ -55,8 +54,8 @@ class Teacher(Protocol):
     """
 
     @property
-    def chunks(self) -> list[Any] | None:
-        """Model chunks on this rank, or None for a teacher that runs elsewhere."""
+    def model(self) -> ShardedModel | None:
+        """The teacher's model on this rank, or None for a teacher that runs elsewhere."""
 
     @property
     def pairs(self) -> LayerPairs | None:
@@ -116,8 +115,8 @@ class ColocatedTeacher:
     stream_end = None
 
     def __init__(self, model: ShardedModel, pairs: LayerPairs | None = None):
-        """Hook the model if pairs are given. model: frozen, as frozen_model() returns it."""
-        self.chunks: list[Any] = model.chunks
+        """Freeze the model and use it as the teacher."""
+        self.model = model.freeze()
         self.world = model.world
         self.pairs = pairs
         self.capture: HiddenStateCapture | None = None
@@ -127,16 +126,15 @@ class ColocatedTeacher:
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         if self.capture:
-            # What other passes through these chunks left, such as a measurement of their KL.
+            # What other passes through this model left, such as a measurement of its KL.
             self.capture.clear()
-        hidden = run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden)
-        hidden = hidden or [None] * len(batches)
+        hidden = self.model.forward(batches, lambda hidden, _: hidden) or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
         return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world), hidden, states))
 
     def target(self, signal: TeacherSignal) -> TeacherTarget:
         assert signal.hidden is not None
-        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
+        return TeacherHidden(signal.hidden, output_weight(self.model.last_chunk))
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
         return signal.states
@@ -157,7 +155,7 @@ class RemoteTeacher:
     (load_head()). stream_end: of a stream that may end early.
     """
 
-    chunks = None
+    model = None
 
     def __init__(
         self,

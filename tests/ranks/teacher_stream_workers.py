@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from model_workers import joined
+from model_workers import joined, load
 from torch import Tensor
 from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
 from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Link, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix
 from minitron_mp.distributed.roles import join_roles
 from minitron_mp.distributed.world import World
@@ -282,11 +282,10 @@ def train_with(
         settings(student).model_copy(update={"steps": RESUME_AT}),
         {"arch": student_arch, "start": student_weights, "checkpoints": output},
     )
-    frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
     if teacher is None:
         with joined(student) as world:
-            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
-            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(model)
+            placement = ColocatedLogits if payload == "logits" else ColocatedTeacher
+            local = placement(load(arch, weights, world))
             return Runner(world, local, chosen)(**start).metrics
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = chosen.global_batch_size // chosen.micro_batch_size
@@ -306,7 +305,7 @@ def train_with(
             world.is_last_stage,
         )
         if world.role == "teacher":
-            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            model = load(arch, weights, world).freeze()
             sender = Sender(link) if is_last else None
             serve_signals(ServedTeacher(model, shape, window), sender, batch_of, ids)
             return []
@@ -325,4 +324,4 @@ class ColocatedLogits(ColocatedTeacher):
     """Makes the logits of a whole microbatch, as a remote teacher that sends them does."""
 
     def target(self, signal: Any) -> TeacherLogits:
-        return TeacherLogits(logits(self.chunks[-1], signal.hidden))
+        return TeacherLogits(logits(self.model.last_chunk, signal.hidden))

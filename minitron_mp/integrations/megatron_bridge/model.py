@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from minitron_mp.artifacts.checkpoint import load_model, model_state
-from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.checkpoint import load_weights, model_state
+from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
@@ -46,7 +46,7 @@ def student_provider(
     Set parallel sizes on the result as on any other provider. Hooks that are added to it run after
     the ones set here. InputError when Bridge is not installed, or does not have this api.
     """
-    arch = arch_in_folder(Path(folder))
+    arch = saved_arch(Path(folder))
     config = json.loads((Path(folder) / ASSETS / "config.json").read_text())
     bridge = auto_bridge(pruned_config(config, arch))
     if api == "config" and not hasattr(bridge, "get_model_config"):
@@ -90,7 +90,7 @@ def load_pruned(folder: str | Path) -> Hook:
     """Return a hook that loads the chunks from a sharded checkpoint of any layout."""
 
     def fill(chunks: list[Any]) -> list[Any]:
-        load_model(chunks, Path(folder), world_of_provider(chunks))
+        load_weights(chunks, Path(folder), world_of_provider(chunks))
         return chunks
 
     return fill
@@ -223,16 +223,6 @@ def auto_bridge(config: dict[str, Any]) -> Any:
     AutoMapping.register_module_type(DeferredHead.__name__, "column")
     known = {name: value for name, value in config.items() if name != "model_type"}
     return AutoBridge.from_hf_config(AutoConfig.for_model(config["model_type"], **known))
-
-
-def arch_in_folder(folder: Path) -> Arch:
-    """Return the architecture that the manifest of an artefact folder names."""
-    found = find_manifest(folder)
-    if found is None or found.arch is None:
-        raise InputError(
-            f"{folder} is not a model of minitron-mp; `minitron-mp import` and `prune` write such folders"
-        )
-    return found.arch
 
 
 def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:

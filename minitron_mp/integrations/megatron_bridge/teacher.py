@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
+from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.distillation.teacher import Teacher, TeacherSignal
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
-from minitron_mp.integrations.megatron_bridge.model import arch_in_folder
 from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES, output_weight
@@ -66,9 +65,8 @@ class ColocatedTeacher:
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "bf16"):
-        self.checkpoint = ModelCheckpoint(arch_in_folder(Path(folder)), Path(folder))
-        self.arch = self.checkpoint.arch
-        self.precision = precision
+        self.folder, self.precision = Path(folder), precision
+        self.arch = saved_arch(self.folder)
         self.chunk: Any = None
         self.group: dist.ProcessGroup | None = None
         self.pending: deque[tuple[dist.Work, Tensor]] = deque()
@@ -76,10 +74,8 @@ class ColocatedTeacher:
 
     def start(self, world: World, sequence_length: int) -> None:
         self.world = world
-        model = frozen_model(
-            self.checkpoint, world, precision=self.precision, sequence_length=sequence_length
-        )
-        (self.chunk,) = model.chunks
+        model = load_model(self.folder, world, sequence_length=sequence_length, precision=self.precision)
+        (self.chunk,) = model.freeze().chunks
         of_ranks: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(of_ranks, dist.get_process_group_ranks(world.groups.pp))
         pipelines = sorted({tuple(ranks) for ranks in of_ranks}) if world.parallel.pp > 1 else []
