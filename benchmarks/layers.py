@@ -231,7 +231,7 @@ def time_loss(
 def ceilings(arch: Arch, repeats: int) -> tuple[dict[str, float], float]:
     """(TFLOP/s of a large product by kind of number, TB/s read and written by a copy)."""
     rows, inner, columns = (
-        (8192, arch.hidden_size, arch.axis_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
+        (8192, arch.hidden_size, arch.dim_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
     )
     found = {}
     for name, dtype in DTYPES.items():

@@ -25,6 +25,7 @@ from minitron_mp.artifacts.manifest import Manifest, commit_artifact, prepare_ar
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.parameters import EMBEDDING, HEAD
 
 FREE_SPACE_MARGIN = 1.1
 
@@ -48,12 +49,12 @@ OWN_WRITERS = (
 
 
 def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
-    """Sharded state of this rank's chunks: checkpoint keys that do not depend on the layout (arch.AXES).
+    """Sharded state of this rank's chunks: checkpoint keys that do not depend on the layout (models.parameters).
 
     Megatron and Transformer Engine add an _extra_state object to each layer, for FP8 scales. It is left out; under delayed scaling alone it holds
     anything that the tensors at hand do not say.
     """
-    metadata = {"dp_cp_group": world.groups.dp_cp}
+    metadata = _metadata(world)
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     return {
         f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")}
@@ -61,15 +62,18 @@ def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
     }
 
 
+def _metadata(world: Any) -> dict[str, Any]:
+    """What Megatron's sharded_state_dict() reads: a key for each layer, not one tensor of all layers."""
+    return {"dp_cp_group": world.groups.dp_cp, "non_homogeneous_layers": True}
+
+
 def scaling_state(chunks: list[Any], world: Any) -> dict[str, Any]:
     """The histories of largest values behind the scales of delayed FP8, for the checkpoints of a run; nothing of other models.
 
     By layer, under numbers that do not depend on the pipeline; equal on tensor and data parallel ranks, which reduce them.
     """
-    metadata, delayed = (
-        {"dp_cp_group": world.groups.dp_cp},
-        [chunk.config.fp8 and chunk.config.fp8_recipe == "delayed" for chunk in chunks],
-    )
+    metadata = _metadata(world)
+    delayed = [chunk.config.fp8 and chunk.config.fp8_recipe == "delayed" for chunk in chunks]
     states = {
         f"scaling{i}": chunk.sharded_state_dict(metadata=metadata)
         for i, chunk in enumerate(chunks)
@@ -115,7 +119,7 @@ def _receive_whole(state: dict[str, Any]) -> None:
 
 def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTensor:
     """A rank's rows [v/tp, h] of the output layer, under the key of its weight, for load(); on the last pipeline stage."""
-    key = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
+    key = EMBEDDING if arch.tied else HEAD
     groups = world.groups
     return ShardedTensor.from_rank_offsets(
         key, tensor, (0, groups.tp.rank(), groups.tp.size()), replica_id=groups.dp_cp.rank()

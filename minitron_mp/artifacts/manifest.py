@@ -21,7 +21,8 @@ from minitron_mp.artifacts.files import _aside, aside_path, write_text
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the artefacts. 2: checkpoint keys for each layer. 1: one tensor of all layers."""
 
 MANIFEST = "manifest.json"
 
@@ -95,12 +96,22 @@ def require_artifact(artifact: Path, stage: str, expected: Manifest | None = Non
     found = find_manifest(artifact)
     if found is None:
         raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
+    require_format(artifact, found)
     if expected is not None and found.fingerprint != expected.fingerprint:
         refuse(
             f"{artifact} was made from something else; run `minitron-mp {stage}` again, or restore what differs:",
             found.differences(expected),
         )
     return found
+
+
+def require_format(artifact: Path, found: Manifest) -> None:
+    """Raise InputError unless this version of the library reads the format of the artefact."""
+    if found.format != FORMAT:
+        raise InputError(
+            f"{artifact} has format {found.format}, this version reads format {FORMAT}; "
+            f"delete it and run `minitron-mp {found.stage}` again"
+        )
 
 
 @contextmanager

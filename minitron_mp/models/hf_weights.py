@@ -1,7 +1,7 @@
 """Hugging Face folder <-> canonical tensors.
 
-Canonical: the tensor of one key of arch.AXES, for one layer where the key has a layer axis (that axis is taken off), in
-Megatron-Core's layout, the vocabulary padded with zero rows. All families name their weights alike, so one table maps them.
+Canonical: the tensor of one checkpoint key (models.parameters) in Megatron-Core's layout, the vocabulary padded with
+zero rows. All families name their weights alike, so one table maps them.
 No megatron and no transformers here: hf_config.py reads config.json as JSON, the weights are read with safetensors.
 
     h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import ATTENTION, AXES, MLP, Arch
+from minitron_mp.models.arch import Arch, BlockArch
+from minitron_mp.models.blocks.dense import ATTENTION, MLP
 from minitron_mp.models.hf_config import FAMILIES, config_fields
 from minitron_mp.models.hf_config import read_json as _read_json
 from minitron_mp.models.hf_config import weight_files as _weight_files
+from minitron_mp.models.parameters import dims_of, split_key
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -92,9 +94,9 @@ class Weights:
             self.files |= dict.fromkeys(file.keys(), file)
         refuse(f"the weights in {folder} do not fit its config.json:", self._problems())
 
-    def tensor(self, key: str, layer: int | None = None) -> torch.Tensor:
+    def tensor(self, key: str) -> torch.Tensor:
         """Canonical tensor on the CPU in the file's dtype; InputError when a value is not finite."""
-        parts = [self._read(name) for name in _names(key, layer, self.arch)]
+        parts = [self._read(name) for name in _names(key, self.arch)]
         if (
             key == "embedding.word_embeddings.weight"
             and self.arch.tied
@@ -137,64 +139,72 @@ def check_weights(folder: Path, arch: Arch) -> None:
     Weights(folder, arch)
 
 
-def canonical_keys(arch: Arch) -> Iterator[tuple[str, int | None]]:
-    """(key, layer) of every canonical tensor; layer is None where the key has no layer axis."""
-    for key in arch.shapes():
-        yield from ((key, layer) for layer in (range(arch.num_layers) if AXES[key][0] == "layer" else [None]))
-
-
 def hf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of the Hugging Face model, without padding."""
-    columns = {key: shape[(AXES[key][0] == "layer") + 1 :] for key, shape in arch.shapes().items()}
     return {
-        name: (rows, *columns[key])
-        for key, layer in canonical_keys(arch)
-        for name, rows in zip(_names(key, layer, arch), _rows(key, arch))
+        name: (rows, *shape[1:])
+        for key, shape in arch.shapes().items()
+        for name, rows in zip(_names(key, arch), _rows(key, arch))
     }
 
 
-def to_hf(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> dict[str, torch.Tensor]:
+def to_hf(key: str, tensor: torch.Tensor, arch: Arch) -> dict[str, torch.Tensor]:
     """Hugging Face name -> tensor, from a canonical tensor; views of it where possible."""
-    assert tensor.shape == arch.shapes()[key][layer is not None :], (key, layer, tensor.shape)
     rows = _rows(key, arch)
-    if _row_axis(key) == "qkv":
-        grouped = tensor.unflatten(0, (arch.num_query_groups, -1))  # [ng, (np/ng + 2) hn, ...]
-        parts = [
-            part.flatten(0, 1) for part in grouped.split([n // arch.num_query_groups for n in rows], dim=1)
-        ]
+    if _row_dim(key) == "qkv":
+        groups = _block(key, arch).num_query_groups
+        grouped = tensor.unflatten(0, (groups, -1))  # [ng, (np/ng + 2) hn, ...]
+        parts = [part.flatten(0, 1) for part in grouped.split([n // groups for n in rows], dim=1)]
     else:
-        parts = tensor[: sum(rows)].split(rows)
-    return dict(zip(_names(key, layer, arch), parts))
+        parts = list(tensor[: sum(rows)].split(rows))
+    return dict(zip(_names(key, arch), parts))
 
 
 def _to_canonical(key: str, parts: list[torch.Tensor], arch: Arch) -> torch.Tensor:
-    axis = _row_axis(key)
-    if axis == "qkv":
-        return torch.cat([part.unflatten(0, (arch.num_query_groups, -1)) for part in parts], dim=1).flatten(
-            0, 1
-        )  # [(np + 2 ng) hn, ...]
-    if axis == "vocab":
+    dim = _row_dim(key)
+    if dim == "qkv":
+        groups = _block(key, arch).num_query_groups
+        grouped = [part.unflatten(0, (groups, -1)) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)  # [(np + 2 ng) hn, ...]
+    if dim == "vocab":
         parts = [*parts, parts[0].new_zeros(arch.padded_vocab_size - arch.vocab_size, arch.hidden_size)]
     return torch.cat(parts)
 
 
-def _row_axis(key: str) -> str:
-    return AXES[key][AXES[key][0] == "layer"]
+def _row_dim(key: str) -> str:
+    dims = dims_of(key)
+    assert dims is not None, key
+    return dims[0]
+
+
+def _block(key: str, arch: Arch) -> BlockArch:
+    """Sizes of the layer that has this parameter."""
+    layer, _ = split_key(key)
+    assert layer is not None, key
+    return arch.blocks[layer]
 
 
 def _rows(key: str, arch: Arch) -> list[int]:
     """Rows of each Hugging Face weight of a key."""
-    axis, key_value = _row_axis(key), arch.num_query_groups * arch.kv_channels
-    several = {
-        "qkv": [arch.axis_size("heads"), key_value, key_value],
-        "gate_up": [arch.ffn_hidden_size] * (1 + arch.gated),
-        "vocab": [arch.vocab_size],
-    }
-    return several.get(axis) or [arch.axis_size(axis)]
+    dim = _row_dim(key)
+    if dim == "vocab":
+        return [arch.vocab_size]
+    if dim == "hidden":
+        return [arch.hidden_size]
+    block = _block(key, arch)
+    if dim == "qkv":
+        key_value = block.num_query_groups * arch.kv_channels
+        return [arch.dim_size("heads", block), key_value, key_value]
+    if dim == "gate_up" and arch.gated:
+        return [block.ffn_hidden_size, block.ffn_hidden_size]
+    return [arch.dim_size(dim, block)]
 
 
-def _names(key: str, layer: int | None, arch: Arch) -> list[str]:
-    names = NAMES[key] if arch.gated or _row_axis(key) != "gate_up" else NAMES[key][1:]
+def _names(key: str, arch: Arch) -> list[str]:
+    layer, suffix = split_key(key)
+    names = NAMES[suffix]
+    if _row_dim(key) == "gate_up" and not arch.gated:
+        names = names[1:]
     return [name if layer is None else f"model.layers.{layer}.{name}" for name in names]
 
 
@@ -227,19 +237,25 @@ def write_folder(
     source: Path,
     arch: Arch,
     dtype: torch.dtype,
-    tensors: Iterable[tuple[str, int | None, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
     *,
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a model that transformers loads. Not atomic: give a folder that takes its place when it is whole.
 
-    source: folder with the assets() of the model that this one came from. tensors: (key, layer, canonical tensor), one for
-    each of canonical_keys(arch), in any order. Holds one shard and one tensor at a time.
+    source: folder with the assets() of the model that this one came from. tensors: (checkpoint key, canonical tensor), one for
+    each of arch.shapes(), in any order. Holds one shard and one tensor at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     copy_assets(source, folder, _new_config(_read_json(source / "config.json"), arch, dtype))
-    named = (item for key, layer, tensor in tensors for item in to_hf(key, layer, tensor, arch).items())
-    written = write_weights(folder, named, dtype, max_shard_bytes=max_shard_bytes)
+    shapes = arch.shapes()
+
+    def named_tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for key, tensor in tensors:
+            assert tensor.shape == shapes[key], (key, tensor.shape)
+            yield from to_hf(key, tensor, arch).items()
+
+    written = write_weights(folder, named_tensors(), dtype, max_shard_bytes=max_shard_bytes)
     assert written == hf_shapes(arch).keys(), written ^ hf_shapes(arch).keys()
 
 

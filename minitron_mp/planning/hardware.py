@@ -234,7 +234,7 @@ class Times:
         tp, along = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
         h, heads, qkv, gate_up, ffn = (
             arch.hidden_size,
-            *map(arch.axis_size, ("heads", "qkv", "gate_up", "ffn")),
+            *map(arch.dim_size, ("heads", "qkv", "gate_up", "ffn")),
         )
         rate = self.rates["fp8" if dtype not in ("bf16", "fp32") else dtype]
         size = 4 if dtype == "fp32" else 2

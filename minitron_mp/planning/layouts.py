@@ -27,7 +27,7 @@ HEADS, DIVIDES, DEPTH, SEQUENCE, EIGHT, ENGINE, BATCH, MEMORY = (
     "GPUs are no multiple of tp x pp x cp",
     "more pipeline stages than layers",
     "sequence is no multiple of 2 cp x tp",
-    "FP8 wants multiples of 16 on each rank",
+    "FP8 needs multiples of 16 on each rank",
     "cuda_graphs or tp_comm_overlap do not go with the layout or placement",
     "global batch is no multiple of micro batch x dp (x pp with vpp)",
     "more memory than the GPU has",

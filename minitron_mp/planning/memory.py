@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.distributed.layout import stage_layers
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.distributed.layout import layers_of_stages, stage_layers
+from minitron_mp.models.arch import Arch, BlockArch
+from minitron_mp.models.blocks.dense import PARAMETERS
+from minitron_mp.models.flops import matrix_elements
 from minitron_mp.models.number_formats import BYTES
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
@@ -31,22 +34,39 @@ def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def _rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
-    per_layer = first = last = 0
-    for key, shape in arch.shapes().items():
-        split = parallel.tp if SPLIT_OVER_TP & set(AXES[key]) else 1
-        count = math.prod(shape) // split
-        if AXES[key][0] == "layer":
-            per_layer += count // arch.num_layers
-        elif key.startswith("embedding"):
-            first += count
-        else:
-            last += count
-    if arch.tied and parallel.pp > 1:
-        last += first
-    stages = [n * per_layer for n in stage_layers(arch.num_layers, parallel)]
-    stages[0] += first
-    stages[-1] += last
+    vocabulary = arch.padded_vocab_size * arch.hidden_size // parallel.tp
+    stages = [
+        sum(count * _block_parameters(arch, block, parallel.tp) for block, count in Counter(blocks).items())
+        for blocks in _blocks_of_stages(arch, parallel)
+    ]
+    stages[0] += vocabulary
+    stages[-1] += (2 if arch.norm_has_bias else 1) * arch.hidden_size
+    if parallel.pp > 1 or not arch.tied:
+        stages[-1] += vocabulary
     return stages
+
+
+@functools.lru_cache(maxsize=4096)
+def _block_parameters(arch: Arch, block: BlockArch, tp: int) -> int:
+    return sum(
+        math.prod(shape) // (tp if SPLIT_OVER_TP & set(PARAMETERS[name]) else 1)
+        for name, shape in arch.block_shapes(block).items()
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _blocks_of_stages(arch: Arch, parallel: ParallelConfig) -> list[list[BlockArch]]:
+    """Sizes of the layers on each pipeline stage."""
+    stages = layers_of_stages(arch.num_layers, parallel)
+    return [[arch.blocks[layer] for layer in layers] for layers in stages]
+
+
+def _mean_over_layers(arch: Arch, blocks: list[BlockArch], value: Callable[[Arch], float]) -> float:
+    """Mean over these layers of a value of a model whose layers are all like the one layer."""
+    values = {block: value(arch.with_block(block)) for block in set(blocks)}
+    if len(values) == 1:
+        return values[blocks[0]]
+    return sum(values[block] for block in blocks) / len(blocks)
 
 
 def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
@@ -103,11 +123,11 @@ def kept_per_token(
     fuses the gate; in FP8 what only the products read has a byte. Sequence parallelism splits what is h wide, tensor parallelism the rest.
     """
     tp, along, act = parallel.tp, parallel.tp if parallel.sequence_parallel else 1, 1 if fp8 else size
-    heads, qkv, ffn = arch.axis_size("heads"), arch.axis_size("qkv"), arch.ffn_hidden_size
+    heads, qkv, ffn = arch.dim_size("heads"), arch.dim_size("qkv"), arch.ffn_hidden_size
     key = (qkv - heads) // 2
     statistics = 4 * arch.num_attention_heads / tp
     if transformer_engine:
-        inner = size * (qkv + heads + arch.axis_size("gate_up")) + act * ffn + (heads if fp8 else 0)
+        inner = size * (qkv + heads + arch.dim_size("gate_up")) + act * ffn + (heads if fp8 else 0)
         return 2 * arch.hidden_size * (size + act) / along + inner / tp + statistics
     # Under context parallelism keys and values of the whole sequence, in place of the product's (and a mask, [s/cp, s], which is left out).
     attention = 2 * heads + (2 * key * parallel.cp if parallel.cp > 1 else qkv + key)
@@ -138,12 +158,20 @@ def training_memory(
     )
     parameters, main_copy = rank_parameters(arch, p)[stage], 4 if precision == "bf16" else 0
     layers = layers_in_flight(arch.num_layers, p, batches, stage)
-    layer = kept_per_token(arch, p, size, transformer_engine=uses_transformer_engine(recipe), fp8=fp8)
+    blocks = _blocks_of_stages(arch, p)[stage]
+    engine = uses_transformer_engine(recipe)
+
+    def layer_bytes(like: Arch) -> float:
+        return kept_per_token(like, p, size, transformer_engine=engine, fp8=fp8)
+
+    layer = _mean_over_layers(arch, blocks, layer_bytes)
+    largest = max(layer_bytes(arch.with_block(block)) for block in set(blocks))
     kept = layers * (size * arch.hidden_size / along if training.recompute else layer)
     # Recomputed layers exist whole, one at a time. The last stage keeps input and output of the final norm.
-    kept += layer * training.recompute + 2 * size * arch.hidden_size / along * last
+    kept += largest * training.recompute + 2 * size * arch.hidden_size / along * last
     # Of one layer's backward pass: gradients around the MLP, and what sequence parallelism gathers.
-    working = (arch.axis_size("gate_up") + arch.ffn_hidden_size) / p.tp + (2 + (along > 1)) * arch.hidden_size
+    mlp = max(arch.dim_size("gate_up", block) + block.ffn_hidden_size for block in blocks)
+    working = mlp / p.tp + (2 + (along > 1)) * arch.hidden_size
     parts = {
         "weights": size * parameters,
         "gradients (float32)": 4 * parameters,
@@ -152,7 +180,7 @@ def training_memory(
         "working buffers (estimate)": size * tokens * working,
     }
     if fp8:  # for the products, as they are and transposed
-        parts["FP8 copies of weights"] = 2 * stage_layers(arch.num_layers, p)[stage] * _matrices(arch) / p.tp
+        parts["FP8 copies of weights"] = 2 * _matrices(arch, blocks) / p.tp
     if last:  # In chunks (losses.py): float32 logits of both models, the gradient of a block, and what is gathered along the sequence
         logits = tokens * arch.padded_vocab_size / p.tp
         chunks = (
@@ -163,14 +191,9 @@ def training_memory(
     return parts
 
 
-@functools.lru_cache
-def _matrices(arch: Arch) -> int:
-    """Weights of a layer's products."""
-    return sum(
-        math.prod(shape[1:])
-        for key, shape in arch.shapes().items()
-        if AXES[key][0] == "layer" and len(shape) == 3
-    )
+def _matrices(arch: Arch, blocks: list[BlockArch]) -> int:
+    """Elements of the weight matrices of these layers."""
+    return sum(count * matrix_elements(arch, block) for block, count in Counter(blocks).items())
 
 
 def fullest(memories: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -255,11 +278,8 @@ def teacher_memory(
 
 def teacher_weights(teacher: Arch, recipe: Recipe, parallel: ParallelConfig, stage: int) -> float:
     """Bytes of a frozen teacher's weights on a rank of a stage; in FP8 a layer's products have one: without gradients none is kept transposed."""
-    matrices = (
-        stage_layers(teacher.num_layers, parallel)[stage] * _matrices(teacher) / parallel.tp
-        if fp8_of(recipe.teacher)
-        else 0
-    )
+    blocks = _blocks_of_stages(teacher, parallel)[stage]
+    matrices = _matrices(teacher, blocks) / parallel.tp if fp8_of(recipe.teacher) else 0
     return BYTES[recipe.teacher_precision] * (rank_parameters(teacher, parallel)[stage] - matrices) + matrices
 
 
@@ -267,12 +287,10 @@ def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> dict[str
     """Bytes on a rank of a remote teacher's stage, by part: no gradients, one layer's forward pass at a time."""
     p, d, size = recipe.teacher.parallel, recipe.distill, BYTES[recipe.teacher_precision]
     tokens, last = recipe.data.sequence_length // p.cp * d.micro_batch_size, stage == p.pp - 1
-    layer = kept_per_token(
-        teacher,
-        p,
-        size,
-        transformer_engine=uses_transformer_engine(recipe),
-        fp8=fp8_of(recipe.teacher) is not None,
+    engine, fp8 = uses_transformer_engine(recipe), fp8_of(recipe.teacher) is not None
+    layer = max(
+        kept_per_token(teacher.with_block(block), p, size, transformer_engine=engine, fp8=fp8)
+        for block in set(teacher.blocks)
     )
     signal = tokens * payload_bytes_per_token(teacher, recipe) / p.tp
     return {

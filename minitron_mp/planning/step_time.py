@@ -11,6 +11,8 @@ teacher         colocated: its forward passes come first, in the student's layou
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +20,8 @@ from typing import Any
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.distributed.layout import stage_layers
-from minitron_mp.models.arch import Arch
+from minitron_mp.distributed.layout import layers_of_stages
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.hardware import MEASURED, ROOFLINE, SCALED, Times
 from minitron_mp.planning.memory import (
@@ -278,16 +280,26 @@ def _stages(
     sequence, size = recipe.data.sequence_length, 4 if dtype == "fp32" else 2
     tokens = sequence // p.cp * micro_batch_size
     along = p.tp if p.sequence_parallel else 1
-    layer, basis = times.layer(arch, tokens, sequence, p, dtype, train)
-    again, _ = times.layer(arch, tokens, sequence, p, dtype, False) if recompute else (0.0, basis)
     passes = 1 + train + recompute
     states = size * tokens * arch.hidden_size
     exposed = times.hardware.tp_exposed_overlapped if overlapped else times.hardware.tp_exposed
     tensor = 4 * passes * times.collective_s(states, p.tp, 1) * exposed
-    keys = size * tokens * p.cp * (arch.axis_size("qkv") - arch.axis_size("heads")) / p.tp
-    context = passes * times.collective_s(keys, p.cp, p.tp)
     issued = times.issue_s(dtype, (3 if train else 1) + recompute, cuda_graphs=cuda_graphs)
-    idle = max(0.0, issued - layer - again - tensor - context)
+
+    def key_bytes(block: BlockArch) -> float:
+        return size * tokens * p.cp * (arch.dim_size("qkv", block) - arch.dim_size("heads", block)) / p.tp
+
+    def layer_parts(block: BlockArch) -> tuple[Parts, str]:
+        """(seconds of a microbatch in one layer, by part, what the time of the layer rests on)."""
+        like = arch.with_block(block)
+        layer, basis = times.layer(like, tokens, sequence, p, dtype, train)
+        again = times.layer(like, tokens, sequence, p, dtype, False)[0] if recompute else 0.0
+        context = passes * times.collective_s(key_bytes(block), p.cp, p.tp)
+        idle = max(0.0, issued - layer - again - tensor - context)
+        return {STUDENT: layer, AGAIN: again, TP: tensor, CP: context, HOST: idle}, basis
+
+    of_layer = {block: layer_parts(block) for block in set(arch.blocks)}
+    basis = functools.reduce(_weaker, (rests for _, rests in of_layer.values()))
     # Interleaved stages send while they compute; others wait for what comes in, forward and backward.
     pipeline_link = (
         _link(times, p.pp, p.model_ranks // p.pp * max(1, times.hardware.gpus_per_node // (p.tp * p.cp)))
@@ -300,19 +312,23 @@ def _stages(
         if p.pp == 1 or p.vpp
         else (1 + train) * (states / along / speed + times.hardware.latency_us / 1e6)
     )
-    layers = stage_layers(arch.num_layers, p)
-    stages = [
-        {STUDENT: n * layer, AGAIN: n * again, TP: n * tensor, CP: n * context, HOST: n * idle, PP: transfer}
-        for n in layers
-    ]
+    blocks = [[arch.blocks[layer] for layer in layers] for layers in layers_of_stages(arch.num_layers, p)]
+    stages = []
+    for counts in map(Counter, blocks):
+        names = (STUDENT, AGAIN, TP, CP, HOST)
+        stage = {name: sum(n * of_layer[block][0][name] for block, n in counts.items()) for name in names}
+        stages.append({**stage, PP: transfer})
     wire = {}
     if (
         p.tp > 1
     ):  # with sequence parallelism the products' inputs are gathered once more for the weights' gradients
         extra = 2 * train * p.sequence_parallel
-        wire[TP] = Wire(_link(times, p.tp, 1), layers[0] * (4 * passes + extra) * states * (p.tp - 1) / p.tp)
+        wire[TP] = Wire(
+            _link(times, p.tp, 1), len(blocks[0]) * (4 * passes + extra) * states * (p.tp - 1) / p.tp
+        )
     if p.cp > 1:
-        wire[CP] = Wire(_link(times, p.cp, p.tp), layers[0] * passes * keys * (p.cp - 1) / p.cp)
+        keys = sum(n * key_bytes(block) for block, n in Counter(blocks[0]).items())
+        wire[CP] = Wire(_link(times, p.cp, p.tp), passes * keys * (p.cp - 1) / p.cp)
     if p.pp > 1:
         wire[PP] = Wire(pipeline_link, (1 + train) * (p.vpp or 1) * states / along)
     return stages, wire, basis

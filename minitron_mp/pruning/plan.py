@@ -108,9 +108,9 @@ class PrunePlan(BaseModel):
             raise InputError(f"{path} is no plan that can be carried out: {error}") from error
 
     def keep(self, axis: str, layer: int | None = None) -> np.ndarray:
-        """Kept units of a weight axis (arch.AXES) in a kept layer of the teacher's numbering; int64, ascending."""
+        """Kept units of a weight axis (models.parameters) in a kept layer of the teacher's numbering; int64, ascending."""
         if axis in ("vocab", "head_width"):
-            return np.arange(self.teacher.axis_size(axis))
+            return np.arange(self.teacher.dim_size(axis))
         if axis == "hidden":
             return np.array(self.hidden)
         assert layer is not None

@@ -1,14 +1,14 @@
-"""Structured pruning of a sharded model: one loop over the AXES table, one weight at a time.
+"""Structured pruning of a sharded model: one loop over its parameters, one weight at a time.
 
-Every tensor of the model says by its checkpoint key which axes it has, and by its global offset which part of them this rank
-holds. So slicing needs neither the model's classes nor its layout:
+The checkpoint key of a tensor gives its layer and its dimensions (models.parameters), and its global offset the part of them
+that this rank holds. So slicing needs neither the model's classes nor its layout:
 
     hidden               whole on every rank: an index_select
     ffn, gate_up         kept neurons are spread unevenly over tensor parallel ranks: one all-to-all evens them out
     heads, qkv           as many heads go from every query group, so they stay on their rank; kept groups may be spread
                          unevenly: then, as above, one all-to-all
-    layer                a kept layer gets its new number; the result is written under it, and loading it at any other
-                         layout is what moves layers between ranks
+    layer                a kept layer gets its new number in the key; the result is written under it, and loading it at any
+                         other layout is what moves layers between ranks
     vocab, head_width    whole
 """
 
@@ -26,8 +26,9 @@ from minitron_mp.artifacts.checkpoint import model_state
 from minitron_mp.distributed.collectives import exchange_kept
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import AXES, expand, query_slots, slot_rows
+from minitron_mp.models.arch import expand, query_slots, slot_rows
 from minitron_mp.models.build import unwrap
+from minitron_mp.models.parameters import dims_of, layer_key, split_key
 from minitron_mp.pruning.plan import PrunePlan
 
 
@@ -35,7 +36,7 @@ def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, Sharded
     """The student's sharded state, for checkpoint.save(); reached by all ranks with the same plan.
 
     Consumes the model: each weight's memory goes as soon as its slice is there, so the peak beyond the model is one weight's
-    slice and the buffers of one exchange; where heads are merged, also a copy of one linear_qkv. InputError names a parameter that AXES does not know.
+    slice and the buffers of one exchange; where heads are merged, also a copy of one linear_qkv. InputError names a parameter that the tables lack.
     """
     chunks = [unwrap(chunk) for chunk in chunks]
     if sum(p.requires_grad and hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()):
@@ -57,7 +58,7 @@ def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, Sharded
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             sliced = slice_tensor(part, plan, world)
             if sliced is not None:
-                student[f"{part.key}/{part.global_offset}"] = sliced
+                student[f"{sliced.key}/{part.global_offset}"] = sliced
         del entry, part
     return student
 
@@ -65,26 +66,25 @@ def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, Sharded
 @torch.no_grad()
 def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> ShardedTensor | None:
     """This rank's part of one parameter of the student, or None when its layer goes. Same replica, same fragment of each axis."""
-    if tensor.key not in AXES:
+    dims = dims_of(tensor.key)
+    if dims is None:
         raise InputError(
-            f"{tensor.key} {tuple(tensor.global_shape)} is no parameter that can be pruned; say in arch.AXES which axis is which"
+            f"{tensor.key} {tuple(tensor.global_shape)} is not in the tables of parameters; "
+            "add its dimensions to PARAMETERS in models/blocks/dense.py"
         )
-    axes = AXES[tensor.key]
-    layer = tensor.global_offset[0] if axes[0] == "layer" else None
+    layer, name = split_key(tensor.key)
     if layer is not None and layer not in plan.layers:
         return None
-    data, prepended = tensor.data, tensor.prepend_axis_num
-    fragments = [] if layer is None else [(0, plan.layers.index(layer), len(plan.layers))]
-    for dim, axis in enumerate(axes[prepended:]):
-        start, size = tensor.global_offset[dim + prepended], tensor.local_shape[dim]
+    data, fragments = tensor.data, []
+    for dim, axis in enumerate(dims):
+        start, size = tensor.global_offset[dim], tensor.local_shape[dim]
         data = _slice_axis(data, dim, axis, start, plan, layer, world)
-        fragments.append((dim + prepended, start // size, tensor.axis_fragmentations[dim + prepended]))
+        fragments.append((dim, start // size, tensor.axis_fragmentations[dim]))
     return ShardedTensor.from_rank_offsets(
-        tensor.key,
+        name if layer is None else layer_key(plan.layers.index(layer), name),
         data.contiguous(),
         *fragments,
         replica_id=tensor.replica_id,
-        prepend_axis_num=prepended,
         allow_shape_mismatch=tensor.allow_shape_mismatch,
     )
 

@@ -79,7 +79,7 @@ def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
             arch,
             targets(arch)["all"],
         )
-        tensor = ShardedTensor.from_rank_offsets("decoder.layers.mlp.unheard_of.weight", torch.ones(2))
+        tensor = ShardedTensor.from_rank_offsets("decoder.layers.0.mlp.unheard_of.weight", torch.ones(2))
         return refusal(lambda: slice_tensor(tensor, plan, world))
 
 

@@ -86,7 +86,7 @@ def test_parameter_without_a_known_axis(ranks, results):
     for message in refusals(
         ranks, BY_NAME["tp2"], "parameter", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
     ):
-        assert "decoder.layers.mlp.unheard_of.weight" in message
+        assert "decoder.layers.0.mlp.unheard_of.weight" in message
 
 
 def test_pruning_a_ddp_wrapped_model(ranks, results):

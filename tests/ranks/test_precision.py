@@ -217,7 +217,7 @@ def test_preflight_checks_fp8_sizes(monkeypatch):
     assert any("ffn_hidden_size / tp" in text for text in found)
     assert (
         sum(
-            text.startswith("teacher.fp8: FP8 wants multiples of 16, the tokens of a sample")
+            text.startswith("teacher.fp8: FP8 needs multiples of 16, the tokens of a sample")
             for text in found
         )
         == 1

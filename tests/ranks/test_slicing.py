@@ -130,7 +130,7 @@ def test_rows_kept_on_their_rank_are_not_sent(ranks):
 
 def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
     plan = results.plan("qwen2", "merged")
-    rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
+    rows = results.weights("qwen2")[reference.layer_key(plan.layers[0], reference.QKV + "weight")].bfloat16()
     none = plan.model_copy(update={"merge": [[]] * len(plan.layers)})
     merged, unchanged = (
         ranks(1, "model_workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0]

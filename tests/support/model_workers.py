@@ -32,7 +32,7 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model, logits
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
@@ -67,15 +67,7 @@ def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
 
 def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
     """One rank: global tensors -> a checkpoint."""
-    state = {}
-    for key, whole in weights.items():
-        layers = range(arch.num_layers) if AXES[key][0] == "layer" else [None]
-        for layer in layers:
-            place = {} if layer is None else {"prepend_axis_num": 1}
-            offsets = [] if layer is None else [(0, layer, arch.num_layers)]
-            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(
-                key, whole if layer is None else whole[layer].clone(), *offsets, **place
-            )
+    state = {key: ShardedTensor.from_rank_offsets(key, value.clone()) for key, value in weights.items()}
     with joined(Layout("one", 1)):
         save_checkpoint(state, folder, manifest("teacher", arch))
 
@@ -83,17 +75,11 @@ def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
 def write_hugging_face(folder: Path, source: Path) -> Arch:
     """One rank: Hugging Face folder -> a checkpoint in float32."""
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import Weights, canonical_keys
+    from minitron_mp.models.hf_weights import Weights
 
     arch = read_arch(source)
-    opened, weights = Weights(source, arch), {}
-    for key, layer in canonical_keys(arch):
-        weights.setdefault(key, []).append(opened.tensor(key, layer).float())
-    write_weights(
-        folder,
-        arch,
-        {key: torch.stack(parts) if AXES[key][0] == "layer" else parts[0] for key, parts in weights.items()},
-    )
+    opened = Weights(source, arch)
+    write_weights(folder, arch, {key: opened.tensor(key).float() for key in arch.shapes()})
     return arch
 
 
@@ -317,10 +303,10 @@ def prune_everything(
 
 
 def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
-    """Return (key, global offset, data with all global dimensions, whether this copy is saved)."""
-    data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.data.shape)).clone()
+    """Return (key, global offset, data, whether this copy is saved)."""
+    assert tensor.prepend_axis_num == 0
     replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
-    return tensor.key, tuple(tensor.global_offset), data, not any(replica)
+    return tensor.key, tuple(tensor.global_offset), tensor.data.clone(), not any(replica)
 
 
 def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:

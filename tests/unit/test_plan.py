@@ -9,7 +9,9 @@ import pytest
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import ATTENTION, AXES, MLP, Arch, expand, export_problems, layout_problems
+from minitron_mp.models.arch import Arch, expand, export_problems, layout_problems
+from minitron_mp.models.blocks.dense import ATTENTION, MLP, PARAMETERS
+from minitron_mp.models.parameters import FINAL_NORM_BIAS, MODEL_PARAMETERS, dims_of, layer_key, split_key
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores
@@ -85,21 +87,32 @@ def test_tied_embeddings_count_once_and_padding_never():
 
 
 def test_shapes_follow_the_arch_switches():
-    norm_biases = {
-        ATTENTION + "linear_qkv.layer_norm_bias",
-        MLP + "linear_fc1.layer_norm_bias",
-        "decoder.final_layernorm.bias",
-    }
+    norm_biases = {ATTENTION + "linear_qkv.layer_norm_bias", MLP + "linear_fc1.layer_norm_bias"}
     switched = {ATTENTION + name for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")}
-    assert set(SMALL.shapes()) == set(AXES) - switched - norm_biases
+
+    def keys(absent: set[str]) -> set[str]:
+        names = PARAMETERS.keys() - absent
+        outside = set(MODEL_PARAMETERS) - ({FINAL_NORM_BIAS} if norm_biases <= absent else set())
+        return outside | {layer_key(layer, name) for layer in range(4) for name in names}
+
+    assert set(SMALL.shapes()) == keys(switched | norm_biases)
     shapes = make_arch(qkv_bias=True, qk_norm=True).shapes()
-    assert set(shapes) == set(AXES) - norm_biases
+    assert set(shapes) == keys(norm_biases)
     nemotron = make_arch(norm="layer1p", activation="squared_relu").shapes()
-    assert set(nemotron) == set(AXES) - switched
-    assert nemotron[MLP + "linear_fc1.weight"][1] * 2 == shapes[MLP + "linear_fc1.weight"][1]
-    assert shapes[ATTENTION + "linear_qkv.weight"] == (4, (8 + 2 * 2) * 6, 48)
-    assert shapes[ATTENTION + "linear_proj.weight"] == (4, 48, 8 * 6)
-    assert shapes[ATTENTION + "q_layernorm.weight"] == (4, 6)
+    assert set(nemotron) == keys(switched)
+    fc1 = layer_key(1, MLP + "linear_fc1.weight")
+    assert nemotron[fc1][0] * 2 == shapes[fc1][0]
+    assert shapes[layer_key(0, ATTENTION + "linear_qkv.weight")] == ((8 + 2 * 2) * 6, 48)
+    assert shapes[layer_key(3, ATTENTION + "linear_proj.weight")] == (48, 8 * 6)
+    assert shapes[layer_key(3, ATTENTION + "q_layernorm.weight")] == (6,)
+
+
+def test_keys_split_into_layer_and_name():
+    assert split_key("decoder.layers.12.mlp.linear_fc2.weight") == (12, "mlp.linear_fc2.weight")
+    assert split_key("decoder.final_layernorm.weight") == (None, "decoder.final_layernorm.weight")
+    assert split_key("decoder.layers.mlp.linear_fc2.weight")[0] is None
+    assert all(len(dims_of(key)) == len(shape) for key, shape in SMALL.shapes().items())
+    assert dims_of("decoder.layers.0.mlp.router.weight") is None
 
 
 def test_expand_keeps_every_key_and_value():
@@ -129,7 +142,7 @@ def test_expand_drops_key_and_value_of_groups_without_heads():
 @pytest.mark.parametrize("axis", ["qkv", "heads", "gate_up", "ffn", "hidden"])
 def test_expanding_all_indices_is_the_identity(axis):
     units = {"qkv": 8, "heads": 8, "gate_up": 96, "ffn": 96, "hidden": 48}[axis]
-    assert expand(axis, np.arange(units), SMALL).tolist() == list(range(SMALL.axis_size(axis)))
+    assert expand(axis, np.arange(units), SMALL).tolist() == list(range(SMALL.dim_size(axis)))
 
 
 def test_layout_problems_name_every_size():

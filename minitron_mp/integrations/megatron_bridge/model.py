@@ -25,7 +25,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from minitron_mp.artifacts.checkpoint import load_model, model_state
-from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.manifest import find_manifest, require_format
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
@@ -215,6 +215,7 @@ def _arch_in(folder: Path) -> Arch:
         raise InputError(
             f"{folder} is no model of minitron-mp; `minitron-mp import` and `minitron-mp prune` leave some"
         )
+    require_format(folder, found)
     return found.arch
 
 

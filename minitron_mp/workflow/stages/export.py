@@ -17,9 +17,9 @@ from minitron_mp.artifacts.manifest import writing_artifact
 from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES
-from minitron_mp.models.hf_weights import canonical_keys, write_folder
+from minitron_mp.models.hf_weights import write_folder
 from minitron_mp.pruning.target import exportable_arch
 from minitron_mp.report.model_card import CARD, model_card
 from minitron_mp.workflow.context import ASSETS, StageContext
@@ -56,27 +56,25 @@ def export_student(job: StageContext) -> None:
     raise_on_all_ranks(failure)
 
 
-def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """(key, layer, canonical tensor on the CPU in the checkpoint's dtype) on rank 0, nothing elsewhere; reached by all ranks."""
-    keys, shapes, dtypes = list(canonical_keys(arch)), arch.shapes(), checkpoint_dtypes(folder)
+def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (checkpoint key, canonical tensor on the CPU in the checkpoint's dtype) on rank 0, nothing elsewhere.
+
+    All ranks must exhaust it, because reading is collective.
+    """
+    shapes, dtypes = arch.shapes(), checkpoint_dtypes(folder)
+    keys = list(shapes)
     while keys:
-        part: dict[str, tuple[str, int | None]] = {}
-        state, num_bytes = {}, 0
+        part: list[str] = []
+        state: dict[str, ShardedTensor] = {}
+        num_bytes = 0
         while keys and num_bytes < READ_BYTES:
-            key, layer = keys.pop(0)
-            empty = torch.empty(shapes[key][layer is not None :], dtype=dtypes[key])
+            key = keys.pop(0)
+            empty = torch.empty(shapes[key], dtype=dtypes[key])
             num_bytes += empty.nbytes
-            part[f"{key}/{layer}"] = (key, layer)
+            part.append(key)
             if world.is_main:
-                state[f"{key}/{layer}"] = _sharded(key, layer, empty, arch)
+                state[key] = ShardedTensor.from_rank_offsets(key, empty)
         loaded = load_checkpoint(state, folder)
         if world.is_main:
-            for name, (key, layer) in part.items():
-                yield key, layer, loaded[name]
-
-
-def _sharded(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
-    """A canonical tensor as the whole of its key, or as one layer of it."""
-    if AXES[key][0] != "layer":
-        return ShardedTensor.from_rank_offsets(key, tensor)
-    return ShardedTensor.from_rank_offsets(key, tensor, (0, layer, arch.num_layers), prepend_axis_num=1)
+            for key in part:
+                yield key, loaded[key]

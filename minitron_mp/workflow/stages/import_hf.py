@@ -9,16 +9,17 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from minitron_mp.artifacts.checkpoint import save_checkpoint
 from minitron_mp.console import Tracker
 from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+from minitron_mp.models.hf_weights import Weights, asset_files
+from minitron_mp.models.parameters import split_key
 from minitron_mp.report.model_card import CARD, source_card
 from minitron_mp.workflow.context import ASSETS, StageContext
-from minitron_mp.workflow.stages.export import _sharded
 
 
 def import_hf(job: StageContext) -> None:
@@ -28,15 +29,13 @@ def import_hf(job: StageContext) -> None:
     source_card(source)  # refused now, not by the export hours later
     weights, mine = Weights(source, arch), {}
     keys = [
-        (key, layer)
-        for key, layer in canonical_keys(arch)
-        if (layer or 0) % dist.get_world_size() == dist.get_rank()
+        key for key in arch.shapes() if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank()
     ]
     failure: Exception | None = None
     try:
         with Tracker(job.manifest.stage, len(keys), "tensors") as tracker:
-            for key, layer in keys:
-                mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
+            for key in keys:
+                mine[key] = ShardedTensor.from_rank_offsets(key, weights.tensor(key))
                 tracker.advance(1)
     except InputError as error:
         failure = error
