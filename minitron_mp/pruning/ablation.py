@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distributed.schedule import Batch, local_batch, run_schedule
+from minitron_mp.distillation.last_stage_loss import evaluation_objective, last_stage_loss
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import local_batch, run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, summed
-from minitron_mp.losses.fused import Objective, distillation_loss
 from minitron_mp.models.build import output_weight, unwrap
 
 Layers = frozenset[int]
@@ -52,14 +53,17 @@ def losses_without(
     sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
-        objective = Objective(
-            kl_weight=0.0, logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32
-        )  # as evaluate.py
-        mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
-        _, (_, _, ce) = distillation_loss(
-            hidden, output_weight(chunk), batch["labels"], mask, None, objective, **place
+        objective = evaluation_objective(hidden, kl_weight=0.0)
+        loss = last_stage_loss(
+            hidden,
+            output_weight(chunk),
+            batch,
+            None,
+            objective,
+            vocab_size=vocab_size,
+            group=world.groups.tp,
         )
-        sums[key + 1] += torch.stack([(ce * mask).sum(), mask.sum()]).double()
+        sums[key + 1] += torch.stack([loss.cross_entropy.sum(), loss.num_tokens]).double()
 
     _walk(chunks, groups, world, [gone, *candidates], judge, progress)
     summed(sums, world)

@@ -1,30 +1,44 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""The stage score: the importance of every layer, neuron, head and channel, by forward passes."""
 
 from __future__ import annotations
 
-from minitron_mp.console import Tracker
-from minitron_mp.distributed.schedule import run_schedule
-from minitron_mp.distributed.sync import on_rank_0
-from minitron_mp.pruning.importance import score
-from minitron_mp.workflow.context import StageContext
+from typing import TYPE_CHECKING
+
+from minitron_mp.workflow.settings import run_settings
+from minitron_mp.workflow.stage import Stage, pruning_base
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
 
 
-def score_teacher(job: StageContext) -> None:
-    """Importance of all axes in one forward pass over the calibration text."""
-    settings, sequence_length = job.recipe.score, job.recipe.data.sequence_length
-    arch, chunks = job.arch(job.recipe.base), job.build(job.recipe.base)
-    _, groups = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
+def score_teacher(context: StageContext) -> None:
+    """Score all axes in one forward pass over the calibration text."""
+    from minitron_mp.console import Tracker
+    from minitron_mp.distributed.schedule import run_schedule
+    from minitron_mp.distributed.sync import on_rank_0
+    from minitron_mp.pruning.importance import score
+
+    settings, sequence_length = context.recipe.score, context.recipe.data.sequence_length
+    arch, chunks = context.arch(context.recipe.pruning_base), context.build(context.recipe.pruning_base)
+    _, groups = context.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
     for chunk in chunks:
         chunk.eval()
 
     def forward() -> None:
         with Tracker("score", settings.num_samples, "samples") as tracker:
             for batches in groups:
-                run_schedule(chunks, batches, job.world, None)
-                tracker.advance(len(batches) * settings.micro_batch_size * job.world.groups.dp.size())
+                run_schedule(chunks, batches, context.world, None)
+                tracker.advance(len(batches) * settings.micro_batch_size * context.world.groups.dp.size())
 
-    result = score(chunks, arch, settings, job.world, sequence_length, forward)
-    on_rank_0(lambda: result.save(job.output, job.manifest.model_copy(update={"arch": arch})))
+    scores = score(chunks, arch, settings, context.world, sequence_length, forward)
+    on_rank_0(lambda: scores.save(context.output, context.manifest.model_copy(update={"arch": arch})))
+
+
+SCORE = Stage(
+    name="score",
+    help="Score every layer, neuron, head and channel by forward passes over calibration text.",
+    artifact="importance.safetensors",
+    inputs=(pruning_base, "data"),
+    settings=lambda recipe: {**recipe.score.result_settings(), **run_settings(recipe)},
+    run=score_teacher,
+)

@@ -22,9 +22,9 @@ from minitron_mp.workflow.context import StageContext
 
 def measure_depth(job: StageContext) -> None:
     """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
-    recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.base)
+    recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.pruning_base)
     count = layers_to_drop(recipe, arch)
-    chunks = job.build(job.recipe.base)
+    chunks = job.build(job.recipe.pruning_base)
     for chunk in chunks:
         chunk.eval()
     total, measure = (_task_without if settings.metric == "task" else _text_without)(
