@@ -261,13 +261,13 @@ def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
 
 
 def _blocks(arch: Arch) -> list[tuple[BlockArch, str]]:
-    """Each different block, with " of layers 0, 2" where the layers are not alike."""
+    """Return each different block, and " in layer 0, 2" where the layers are not alike."""
     if arch.is_uniform:
         return [(arch.block, "")]
     layers: dict[BlockArch, list[int]] = {}
     for layer, block in enumerate(arch.blocks):
         layers.setdefault(block, []).append(layer)
-    return [(block, f" of layers {', '.join(map(str, numbers))}") for block, numbers in layers.items()]
+    return [(block, f" in layer {', '.join(map(str, numbers))}") for block, numbers in layers.items()]
 
 
 def _nearest_multiple(size: int) -> int:

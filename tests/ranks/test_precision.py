@@ -164,10 +164,14 @@ HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
             [
                 "9.0 or above (Hopper or Blackwell)",
                 "CUDA 12.9 or later, this one has 12.8",
-                "2.3 or later, here is 2.2.0",
+                "2.3 or later, this environment has 2.2.0",
             ],
         ),
-        ("tensorwise", (HOPPER, "13.0", None), ["Transformer Engine 2.2 or later, here is none"]),
+        (
+            "tensorwise",
+            (HOPPER, "13.0", None),
+            ["Transformer Engine 2.2 or later, this environment has none"],
+        ),
         ("tensorwise", (HOPPER, "12.10", "2.10.0"), []),  # versions, no decimal fractions
     ],
 )
@@ -233,15 +237,15 @@ def test_local_layers_run_on_cpu(ranks):
         ),
         "fp8 tensorwise needs a GPU, this rank is on cpu": ({}, {"fp8": "tensorwise"}),
         "fp8 blockwise needs a GPU": ({"fp8": "blockwise"}, None),
-        "fp8 blockwise is Transformer Engine's, transformer_impl is local": (
+        "fp8 blockwise needs Transformer Engine's layers, transformer_impl is local": (
             {"fp8": "blockwise", **local},
             None,
         ),
-        "tp_comm_overlap is for Transformer Engine's layers, and the local ones compute here": (
+        "tp_comm_overlap needs Transformer Engine's layers, and this model has local layers": (
             {},
             {"tp_comm_overlap": True},
         ),
-        "cuda_graphs is for Transformer Engine's layers, and the local ones compute here": (
+        "cuda_graphs needs Transformer Engine's layers, and this model has local layers": (
             {},
             {"cuda_graphs": True},
         ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.config.training import CorrectionConfig, TrainingConfig
-from minitron_mp.models.arch import Arch
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.parameters import EMBEDDING, MODEL_PARAMETERS, dims_of, layer_key, split_key
 
 SEQUENCE_LENGTH = 24
@@ -93,6 +93,14 @@ ARCHS = {
     ),
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
+
+MIXED = ARCHS["qwen3"].resized(
+    blocks=[
+        BlockArch(ffn_hidden_size=112, num_attention_heads=12, num_query_groups=4),
+        BlockArch(ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2),
+    ]
+)
+"""Two layers that differ in every size."""
 
 # qwen3 runs at every layout. The others run where they differ: biases, an untied head, and head
 # counts that tp does not divide.

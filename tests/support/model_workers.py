@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_model, model_state, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig
@@ -387,3 +387,17 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
         return measure(
             models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options
         ).model_dump()
+
+
+def save_again(layout: Layout, arch: Arch, source: Path, folder: Path) -> None:
+    """Load a checkpoint at this layout, and save it from there."""
+    with joined(layout) as world:
+        save_checkpoint(model_state(load(arch, source, world), world), folder, manifest("teacher", arch))
+
+
+def count_parameters(layout: Layout, arch: Arch) -> tuple[int, int]:
+    """(pipeline stage, number of parameters on this rank) of a model."""
+    with joined(layout) as world:
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        return world.groups.pp.rank(), count

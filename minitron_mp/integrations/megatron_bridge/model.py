@@ -136,7 +136,7 @@ def defer_head(chunks: list[Any]) -> list[Any]:
     """A hook: the last stage returns hidden states [b, s', h] after the final norm, and the loss applies the head; checkpoint keys stay."""
     chunk = chunks[-1]
     if chunk.post_process:
-        chunk.output_layer = DeferredHead.taking_over(
+        chunk.output_layer = DeferredHead.replacing(
             chunk.output_layer, chunk.config, chunk.pg_collection.tp
         )
     return chunks
