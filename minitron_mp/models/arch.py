@@ -21,8 +21,6 @@ VOCAB_MULTIPLE = 128
 
 FP8_MULTIPLE = 16
 
-AS_MISTRAL = "set export.family: mistral (same computation)"
-
 
 class BlockArch(BaseModel):
     """Sizes of one layer. Layers of one model may differ in them."""
@@ -272,15 +270,3 @@ def _blocks(arch: Arch) -> list[tuple[BlockArch, str]]:
 
 def _nearest_multiple(size: int) -> int:
     return max(1, round(size / FP8_MULTIPLE)) * FP8_MULTIPLE
-
-
-def export_problems(arch: Arch) -> list[str]:
-    """What stops the exported Hugging Face model from loading, one sentence each."""
-    if arch.family == "llama" and arch.hidden_size % arch.num_attention_heads:
-        # transformers 5 validates this in LlamaConfig even when head_dim is explicit (transformers#46211).
-        near = round(arch.hidden_size / arch.num_attention_heads) * arch.num_attention_heads
-        return [
-            f"transformers refuses a Llama with hidden_size {arch.hidden_size} that is no multiple of "
-            f"num_attention_heads {arch.num_attention_heads}; nearest hidden_size {near}, or {AS_MISTRAL}"
-        ]
-    return []

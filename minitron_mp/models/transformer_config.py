@@ -21,6 +21,9 @@ from minitron_mp.models.precision import fp8_options
 if TYPE_CHECKING:
     from minitron_mp.models.build import ModelOptions
 
+NORMALIZATION = {"rms": "RMSNorm", "layer1p": "LayerNorm"}
+"""Arch.norm -> TransformerConfig.normalization."""
+
 
 @dataclass
 class PerLayerConfig(TransformerConfig):
@@ -69,7 +72,7 @@ def _architecture(arch: Arch) -> dict[str, Any]:
         "num_attention_heads": first.num_attention_heads,
         "num_query_groups": first.num_query_groups,
         "kv_channels": arch.kv_channels,
-        "normalization": "RMSNorm" if arch.norm == "rms" else "LayerNorm",
+        "normalization": NORMALIZATION[arch.norm],
         "layernorm_zero_centered_gamma": arch.norm == "layer1p",
         "layernorm_epsilon": arch.norm_epsilon,
         "gated_linear_unit": arch.gated,

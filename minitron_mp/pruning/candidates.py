@@ -20,13 +20,12 @@ from minitron_mp.config.pruning import SearchConfig, TargetConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import (
-    AS_MISTRAL,
     FP8_MULTIPLE,
     Arch,
-    export_problems,
     fp8_problems,
     layout_problems,
 )
+from minitron_mp.models.families.export import export_problems
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.pruning.target import resolve_target, steps_down
 
@@ -203,8 +202,8 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
         return problems[0]
     if recipe.distill.fp8 and fp8_problems(arch, p.tp, p.tokens_of_sample(recipe.data.sequence_length)):
         return f"distill.fp8 wants multiples of {FP8_MULTIPLE} of all widths on a rank; target.align: {FP8_MULTIPLE} keeps to them"
-    if export_problems(arch.resized(family=recipe.export.family or arch.family)):
-        return f"transformers refuses a Llama whose hidden_size is no multiple of num_attention_heads {heads}; {AS_MISTRAL}"
+    if unexportable := export_problems(arch, recipe.export.family):
+        return unexportable[0].reason
     return ""
 
 

@@ -13,7 +13,8 @@ from bisect import bisect_left
 
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import Arch, export_problems, layout_problems
+from minitron_mp.models.arch import Arch, layout_problems
+from minitron_mp.models.families.export import export_problems
 
 
 def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str | None = None) -> Arch:
@@ -100,11 +101,7 @@ def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family
         def wide(h: int, f: int) -> Arch:
             return teacher.resized(hidden_size=h, ffn_hidden_size=f)
 
-        hidden = [
-            h
-            for h in hidden
-            if not export_problems(wide(h, teacher.ffn_hidden_size).resized(family=family or teacher.family))
-        ]
+        hidden = [h for h in hidden if not export_problems(wide(h, teacher.ffn_hidden_size), family)]
         first = [bisect_left(ffn, -budget, key=lambda f: -wide(h, f).num_parameters()) for h in hidden]
         fitting = [wide(h, ffn[i]) for h, i in zip(hidden, first) if i < len(ffn)]
         # Scale both axes alike; of two equally even ones the larger.
@@ -128,18 +125,3 @@ def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family
 def steps_down(size: int, step: int) -> list[int]:
     """size, then the multiples of step below it, falling."""
     return [size, *range((size - 1) // step * step, 0, -step)]
-
-
-def exportable_arch(student: Arch, family: str | None) -> Arch:
-    """The architecture under the family that it is exported as; InputError when transformers would refuse it."""
-    if family and family != student.family and (student.family, family) != ("llama", "mistral"):
-        raise InputError(
-            f"export.family {family}: a {student.family} can be written as itself only (a llama as mistral, too)"
-        )
-    if family == "mistral" and student.family == "llama" and student.rope_scaling_factor:
-        raise InputError(
-            "export.family mistral: this Llama scales its rotary frequencies, which Mistral's configuration cannot say"
-        )
-    student = student.resized(family=family or student.family)
-    refuse("the student cannot be exported:", export_problems(student))
-    return student

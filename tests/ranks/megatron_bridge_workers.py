@@ -55,7 +55,7 @@ from minitron_mp.integrations.megatron_bridge.model import (
 from minitron_mp.integrations.megatron_bridge.teacher import RemoteTeacher as BridgeRemoteTeacher
 from minitron_mp.models.build import DTYPES, build_model
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import Weights, asset_files
+from minitron_mp.models.hf_weights import HFWeights, asset_files
 from minitron_mp.models.parameters import split_key
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.plan import make_plan
@@ -92,7 +92,7 @@ def built(
 def import_folder(source: Path, folder: Path, world: World) -> None:
     """Our converter: Hugging Face folder -> checkpoint, with its side files."""
     arch = read_arch(source)
-    weights, mine = Weights(source, arch), {}
+    weights, mine = HFWeights(source, arch), {}
     for key in arch.shapes():
         if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank():
             mine[key] = ShardedTensor.from_rank_offsets(key, weights.tensor(key))

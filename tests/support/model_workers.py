@@ -75,10 +75,10 @@ def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
 def write_hugging_face(folder: Path, source: Path) -> Arch:
     """One rank: Hugging Face folder -> a checkpoint in float32."""
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import Weights
+    from minitron_mp.models.hf_weights import HFWeights
 
     arch = read_arch(source)
-    opened = Weights(source, arch)
+    opened = HFWeights(source, arch)
     write_weights(folder, arch, {key: opened.tensor(key).float() for key in arch.shapes()})
     return arch
 

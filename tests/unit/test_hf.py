@@ -11,10 +11,13 @@ from cases import BY_NAME, make_samples
 from safetensors.torch import load_file, save_file
 
 from minitron_mp.errors import InputError
+from minitron_mp.models import families
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.hf_config import DEFAULTS, FAMILIES, read_arch
+from minitron_mp.models.families import FAMILIES
+from minitron_mp.models.families.family import DEFAULTS
+from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import (
-    Weights,
+    HFWeights,
     asset_files,
     check_weights,
     hf_shapes,
@@ -97,7 +100,7 @@ def edit(folder: Path, **changes) -> Path:
 
 
 def canonical(folder: Path, arch: Arch):
-    weights = Weights(folder, arch)
+    weights = HFWeights(folder, arch)
     return [(key, weights.tensor(key)) for key in arch.shapes()]
 
 
@@ -274,16 +277,17 @@ def test_transformers_4_config_reads_like_transformers_5(llama):
 def test_defaults_match_transformers():
     from transformers import AutoConfig
 
-    for family, defaults in DEFAULTS.items():
-        config = AutoConfig.for_model(family)
-        assert config.tie_word_embeddings is False
-        assert getattr(config, "rms_norm_eps", 1e-6) == 1e-6
+    for family in FAMILIES.values():
+        config = AutoConfig.for_model(family.name)
+        defaults = {name: getattr(config, name, value) for name, value in DEFAULTS.items()}
+        assert defaults == DEFAULTS
+        assert type(config).model_type == family.name
         assert config.rope_parameters["rope_theta"] == 10000.0
         given = {
             **config.to_dict(),
             "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
         }
-        assert {name: given[name] for name in defaults} == defaults, family
+        assert {name: given[name] for name in family.defaults} == family.defaults, family.name
 
 
 @pytest.mark.parametrize(
@@ -321,7 +325,7 @@ def test_defaults_match_transformers():
         ),
         ({"hidden_size": ...}, "hidden_size is None"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
-        ({"num_key_value_heads": 2}, "num_attention_heads 9 is no multiple of num_key_value_heads 2"),
+        ({"num_key_value_heads": 2}, "num_attention_heads 9 is not a multiple of num_key_value_heads 2"),
     ],
 )
 def test_unsupported_config_is_rejected(llama, changes, said):
@@ -369,8 +373,8 @@ def test_mismatched_weights_are_named(llama):
     assert str(told.value).splitlines()[1:] == [
         "  - model.norm.weight is missing",
         "  - model.layers.0.mlp.gate_proj.weight has dtype I8; supported: F32, BF16, F16",
-        "  - model.layers.0.mlp.up_proj.weight has shape (3, 5), config.json asks for (40, 36)",
-        "  - model.layers.7.mlp.up_proj.weight is no weight of a llama with this config.json",
+        "  - model.layers.0.mlp.up_proj.weight has shape (3, 5), config.json requires (40, 36)",
+        "  - model.layers.7.mlp.up_proj.weight is not a weight of a llama with this config.json",
     ]
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InputError, match=r"model.safetensors is damaged"):
@@ -382,9 +386,9 @@ def test_nonfinite_weight_is_named(llama, value):
     arch, tensors = read_arch(llama), load_file(llama / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.weight"][3, 3] = value
     save_file(tensors, llama / "model.safetensors")
-    weights = Weights(llama, arch)
+    weights = HFWeights(llama, arch)
     weights.tensor(layer_key(0, QKV))
-    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight holds a NaN"):
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight contains NaN"):
         weights.tensor(layer_key(1, QKV))
 
 
@@ -394,16 +398,18 @@ def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
         load_file(llama / "model.safetensors"),
     )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
-        Weights(llama, arch).tensor("embedding.word_embeddings.weight")
+        HFWeights(llama, arch).tensor("embedding.word_embeddings.weight")
     save_file(
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
         llama / "model.safetensors",
     )
-    Weights(llama, arch).tensor("embedding.word_embeddings.weight")
+    HFWeights(llama, arch).tensor("embedding.word_embeddings.weight")
 
 
-def test_every_family_has_a_case():
-    assert {case.split("-")[0] for case in CASES} == set(FAMILIES) == set(DEFAULTS)
+def test_every_file_of_the_folder_is_a_family_with_a_case():
+    folder = Path(families.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "family", "export"}
+    assert {case.split("-")[0] for case in CASES} == set(FAMILIES) == names
 
 
 def test_gguf_rotary_permutation_is_undone():

@@ -9,13 +9,15 @@ import pytest
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import Arch, expand, export_problems, layout_problems
+from minitron_mp.models.arch import Arch, BlockArch, expand, layout_problems
 from minitron_mp.models.blocks.dense import ATTENTION, MLP, PARAMETERS
+from minitron_mp.models.families import FAMILIES
+from minitron_mp.models.families.export import export_problems, exportable_arch
 from minitron_mp.models.parameters import FINAL_NORM_BIAS, MODEL_PARAMETERS, dims_of, layer_key, split_key
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores
-from minitron_mp.pruning.target import exportable_arch, resolve_target
+from minitron_mp.pruning.target import resolve_target
 
 
 def make_arch(**changes) -> Arch:
@@ -412,8 +414,20 @@ def test_llama_export_rule_suggests_mistral():
     assert exportable_arch(student, "mistral") == student.resized(family="mistral")
     with pytest.raises(InputError, match="scales its rotary frequencies"):
         exportable_arch(student.resized(rope_scaling_factor=8.0), "mistral")
-    with pytest.raises(InputError, match=r"export\.family qwen2: a llama can be written as itself only"):
+    with pytest.raises(
+        InputError, match=r"export\.family qwen2: .* family llama is written as llama or mistral only"
+    ):
         exportable_arch(student, "qwen2")
+    with pytest.raises(InputError, match=r"export\.family gpt: .* is written as llama or mistral only"):
+        exportable_arch(student, "gpt")
+
+
+def test_model_whose_layers_differ_cannot_be_exported():
+    narrow = BlockArch(ffn_hidden_size=48, num_attention_heads=8, num_query_groups=2)
+    mixed = SMALL.resized(blocks=[*SMALL.blocks[:3], narrow])
+    for family in FAMILIES:
+        with pytest.raises(InputError, match=r"the layers differ in size.*give one size for all layers"):
+            exportable_arch(mixed.resized(family=family), None)
 
 
 def test_scores_round_trip_through_disk(tmp_path):

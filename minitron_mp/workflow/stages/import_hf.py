@@ -31,14 +31,14 @@ def import_folder(context: StageContext, source: Path) -> None:
     from minitron_mp.distributed.sync import raise_on_all_ranks
     from minitron_mp.errors import InputError
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import Weights, asset_files
+    from minitron_mp.models.hf_weights import HFWeights, asset_files
     from minitron_mp.models.parameters import split_key
     from minitron_mp.report.model_card import CARD, source_card
     from minitron_mp.workflow.context import ASSETS
 
     arch = read_arch(source)
     source_card(source)  # raises for a model card that the export could not read hours later
-    weights = Weights(source, arch)
+    weights = HFWeights(source, arch)
     keys = [
         key for key in arch.shapes() if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank()
     ]

@@ -16,8 +16,8 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES
+from minitron_mp.models.families.export import exportable_arch
 from minitron_mp.models.hf_weights import write_folder
-from minitron_mp.pruning.target import exportable_arch
 from minitron_mp.report.model_card import CARD, model_card
 from minitron_mp.workflow.context import ASSETS, StageContext
 
