@@ -26,9 +26,8 @@ import torch
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import join_world
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.importance import recording
 from minitron_mp.pruning.masks import masked
@@ -60,7 +59,7 @@ def main() -> None:
             "sequence_length": args.sequence_length,
             "transformer_impl": args.transformer_impl,
         }
-        chunks = build_model(arch, world, random_weights=True, **options)
+        model = build_model(arch, world, ModelOptions(random_weights=True, **options))
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape)
         batch = {
@@ -74,7 +73,7 @@ def main() -> None:
         def forward() -> float:
             _settle()
             start = time.perf_counter()
-            run_schedule(chunks, batches, world, None)
+            model.forward(batches)
             _settle()
             return time.perf_counter() - start
 
@@ -98,9 +97,9 @@ def main() -> None:
 
         def hooked() -> float:
             with (
-                masked(chunks, plan, world)
+                masked(model.chunks, plan, world)
                 if args.masks
-                else recording(chunks, arch, ScoreConfig(), world, args.sequence_length)
+                else recording(model.chunks, arch, ScoreConfig(), world, args.sequence_length)
             ):
                 return forward()
 

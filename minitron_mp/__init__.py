@@ -17,12 +17,17 @@ _PUBLIC = {
     "pruning.plan": ("PrunePlan", "make_plan"),
     "pruning.scores": ("Scores",),
     "distributed.world": ("World", "join_world"),
-    "models.build": ("build_model", "logits"),
+    "models.build": ("ModelOptions", "build_model", "logits"),
+    "models.sharded_model": ("ShardedModel",),
+    "artifacts.saved_model": ("load_model", "save_model", "save_state"),
     "pruning.importance": ("recording", "score"),
     "pruning.slicing": ("prune",),
     "losses.fused": ("distillation_loss",),
     "distillation.teacher": ("ColocatedTeacher",),
     "training.loop": ("train",),
+    "training.options": ("RunOptions",),
+    "training.distill": ("distill",),
+    "evaluation.quality": ("evaluate",),
     "workflow.run": ("compress", "run_stage"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -95,7 +95,8 @@ class Arch(BaseModel):
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
-        return len(set(self.blocks)) == 1
+        first = self.blocks[0]
+        return all(block is first or block == first for block in self.blocks)
 
     @property
     def block(self) -> BlockArch:
@@ -134,9 +135,14 @@ class Arch(BaseModel):
         A size that is given for a block holds for all of them. num_layers repeats the one block.
         """
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
-        blocks = tuple(each.model_copy(update=block) for each in fields.pop("blocks", self.blocks))
+        blocks = fields.pop("blocks", self.blocks)
         if "num_layers" in fields:
-            blocks = (self.block.model_copy(update=block),) * fields.pop("num_layers")
+            blocks = (self.block,) * fields.pop("num_layers")
+        if block:
+            changed = {
+                id(each): each.model_copy(update=block) for each in blocks
+            }  # one copy of a repeated block
+            blocks = tuple(changed[id(each)] for each in blocks)
         return self.model_copy(update={**fields, "blocks": blocks})
 
     @property

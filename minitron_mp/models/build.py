@@ -33,6 +33,7 @@ from minitron_mp.models.precision import (
     fuse_gradient_accumulation,
     uses_engine,
 )
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.models.transformer_config import transformer_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,22 +66,11 @@ class ModelOptions:
         return self.fp8 if self.training is None else self.training.fp8
 
 
-def build_model(
-    arch: Arch,
-    world: World,
-    *,
-    precision: str,
-    sequence_length: int,
-    training: TrainingConfig | None = None,
-    random_weights: bool = False,
-    transformer_impl: str = "auto",
-    fp8: str | None = None,
-) -> list[GPTModel]:
-    """Return this rank's model chunks (vpp of them, else one), on its device.
+def build_model(arch: Arch, world: World, options: ModelOptions) -> ShardedModel:
+    """Build this rank's part of a model, on its device.
 
-    InputError when the layout does not divide the sizes, or this machine cannot compute the model.
+    InputError when the layout does not divide the sizes, or this machine cannot run the model.
     """
-    options = ModelOptions(precision, sequence_length, training, random_weights, transformer_impl, fp8)
     _check_layout(arch, world.parallel, options)
     engine = uses_engine(options.transformer_impl, options.dtype, world.device, options.fp8_kind)
     _check_machine(world, options, engine)
@@ -89,7 +79,8 @@ def build_model(
     config = transformer_config(arch, world, options, engine)
     if engine:
         compile_for_fixed_shapes()
-    return [_build_chunk(chunk, arch, world, options, config, engine) for chunk in range(_chunks(world))]
+    chunks = [_build_chunk(chunk, arch, world, options, config, engine) for chunk in range(_chunks(world))]
+    return ShardedModel(chunks, arch, world, options.sequence_length, options.precision)
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def check_cuda_graphs() -> None:
         )
 
 
-def forget_cuda_graphs(chunks: list[Any]) -> None:
+def release_cuda_graphs(chunks: list[Any]) -> None:
     """Delete the CUDA graphs of a trained model, with their memory; its layers then run without.
 
     Call it even after a failure. Otherwise the next model of this process could not be recorded,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_model, model_state, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig
 from minitron_mp.distributed.collectives import context_parallel_slice, exchange_kept
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, logits
+from minitron_mp.models.build import ModelOptions, build_model, logits
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import PrunePlan, make_plan
@@ -113,14 +114,14 @@ def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
         [],
     )
     with joined(Layout("one", 1)) as world:
-        chunks = build_model(
-            arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True
+        model = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True)
         )
-        for block in chunks[0].eval().decoder.layers:
+        for block in model.eval().chunks[0].decoder.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
         steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
         losses_without(
-            chunks,
+            model.chunks,
             steps,
             world,
             candidates,
@@ -154,9 +155,8 @@ def judge_everything(
     tokenizer = characters(arch)
     results: dict[str, Any] = {}
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
-        for chunk in chunks:
-            chunk.eval()
+        model = load(arch, teacher, world).eval()
+        chunks = model.chunks
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
         batch_slice = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
         steps = [micro_batches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
@@ -179,7 +179,7 @@ def judge_everything(
         ):
             for name, items in tried.items():
                 results[name] = score_task(
-                    {"m": chunks}, items, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
+                    {"m": model}, items, tokenizer, micro_batch_size=options["micro_batch_size"]
                 )["m"]
         results["scores"] = torch.cat(scores)
         rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
@@ -198,13 +198,13 @@ def characters(arch: Arch) -> Any:
     )
 
 
-def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
-    chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
-    load_model(chunks, folder, world)
-    return chunks
+def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> ShardedModel:
+    model = build_model(arch, world, ModelOptions(precision=precision, sequence_length=SEQUENCE_LENGTH))
+    load_weights(model.chunks, folder, world)
+    return model
 
 
-def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -> Tensor | None:
+def global_logits(model: ShardedModel, samples: dict[str, Tensor]) -> Tensor | None:
     """Return the logits [count, s, v] of all samples on every last-stage rank, None elsewhere.
 
     Every data parallel rank computes all samples.
@@ -212,8 +212,9 @@ def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -
     half = (
         len(samples["tokens"]) // 2
     )  # two microbatches: the interleaved schedule wants as many as pipeline stages
-    local = run_schedule(
-        chunks, micro_batches(samples, half, 0, 1), world, lambda hidden, _: logits(chunks[-1], hidden)
+    world = model.world
+    local = model.forward(
+        micro_batches(samples, half, 0, 1), lambda hidden, _: logits(model.last_chunk, hidden)
     )
     if not world.is_last_stage:
         return None
@@ -229,18 +230,17 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def score_samples(
-    chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]
-) -> Scores:
+def score_samples(model: ShardedModel, samples: dict[str, Tensor], pair: tuple[str, str]) -> Scores:
+    world = model.world
     chosen = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
     local_batches = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
     return score(
-        chunks,
-        arch,
+        model.chunks,
+        model.arch,
         chosen,
         world,
         samples["tokens"].shape[1],
-        lambda: run_schedule(chunks, local_batches, world, None),
+        lambda: model.forward(local_batches),
     )
 
 
@@ -269,10 +269,11 @@ def prune_everything(
     The first aggregation pair makes the plans.
     """
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
+        model = load(arch, teacher, world)
+        chunks = model.chunks
         samples = make_samples(arch, 0, 8)
-        hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
-        scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
+        hooks, before = count_hooks(chunks), global_logits(model, samples)
+        scores = {pair: score_samples(model, samples, pair) for pair in pairs}
         plans = {
             name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp)
             for name, target in targets(arch, layout.tp).items()
@@ -280,8 +281,8 @@ def prune_everything(
         by_masks = {}
         for name in masks:
             with masked(chunks, plans[name], world):
-                by_masks[name] = global_logits(chunks, samples, world)
-        after = global_logits(chunks, samples, world)
+                by_masks[name] = global_logits(model, samples)
+        after = global_logits(model, samples)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
         full_data = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
@@ -299,7 +300,7 @@ def prune_everything(
             "scores": {pair: vars(value) for pair, value in scores.items()},
             "plans": plans,
             "pieces": pieces,
-            "identity": global_logits(load(arch, output / "identity", world), samples, world),
+            "identity": global_logits(load(arch, output / "identity", world), samples),
         }
 
 
@@ -334,7 +335,7 @@ def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[s
     """Return the logits of checkpoints loaded at this layout."""
     with joined(layout) as world:
         return {
-            name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8), world)
+            name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8))
             for name, (arch, folder) in models.items()
         }
 
@@ -342,11 +343,12 @@ def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[s
 def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, int]:
     """Return (message, number of remaining hooks) after an exception between forward passes."""
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
+        model = load(arch, teacher, world)
+        chunks = model.chunks
         hooks = count_hooks(chunks)
 
         def run() -> None:
-            run_schedule(chunks, micro_batches(make_samples(arch, 0, 4), 2, 0, 1), world, None)
+            model.forward(micro_batches(make_samples(arch, 0, 4), 2, 0, 1))
             raise ValueError("stopped by the test")
 
         try:
@@ -358,11 +360,7 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
 
 def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
     with joined(layout) as world:
-        return vars(
-            score_samples(
-                load(arch, teacher, world, "bf16"), arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR
-            )
-        )
+        return vars(score_samples(load(arch, teacher, world, "bf16"), make_samples(arch, 0, 8), DEFAULT_PAIR))
 
 
 def score_checkpoint(
@@ -370,9 +368,11 @@ def score_checkpoint(
 ) -> dict[tuple[str, str], Any]:
     """Return the scores of a checkpoint. One rank."""
     with joined(Layout("one", 1)) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
-        load_model(chunks, folder, world)
-        return {pair: vars(score_samples(chunks, arch, samples, world, pair)) for pair in pairs}
+        model = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=samples["tokens"].shape[1])
+        )
+        load_weights(model.chunks, folder, world)
+        return {pair: vars(score_samples(model, samples, pair)) for pair in pairs}
 
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
@@ -381,23 +381,24 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
         models = {
-            name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
+            name: build_model(kind, world, ModelOptions(**build))
+            for name, kind in (("large", arch), ("small", small))
         }
-        kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
-        return measure(
-            models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options
-        ).model_dump()
+        models["twin"] = replace(models["small"], chunks=[])
+        return measure(models, **options).model_dump()
 
 
 def save_again(layout: Layout, arch: Arch, source: Path, folder: Path) -> None:
     """Load a checkpoint at this layout, and save it from there."""
     with joined(layout) as world:
-        save_checkpoint(model_state(load(arch, source, world), world), folder, manifest("teacher", arch))
+        save_checkpoint(
+            model_state(load(arch, source, world).chunks, world), folder, manifest("teacher", arch)
+        )
 
 
 def count_parameters(layout: Layout, arch: Arch) -> tuple[int, int]:
     """(pipeline stage, number of parameters on this rank) of a model."""
     with joined(layout) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        model = build_model(arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH))
+        count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
         return world.groups.pp.rank(), count

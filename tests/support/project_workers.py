@@ -22,7 +22,7 @@ from minitron_mp.config.recipe import load_recipe
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training.metrics import MetricsLog
 from minitron_mp.workflow.context import StageContext
 from minitron_mp.workflow.graph import StageGraph
@@ -81,7 +81,9 @@ def _stopping(write: Any, stop_at: int) -> Any:
 def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
     """Return (pipeline stage, number of parameters on this rank) of a model."""
     with joined(layout) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        chunks = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        ).chunks
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
@@ -90,10 +92,10 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
         context = StageContext(project.recipe, project.paths, project.manifest("distill"), world=world)
-        chunks = context.teacher().chunks
-        same = log_fp8_teacher_kl(context, chunks)
-        chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, log_fp8_teacher_kl(context, chunks)
+        model = context.teacher().model
+        same = log_fp8_teacher_kl(context, model)
+        model.chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
+        return same, log_fp8_teacher_kl(context, model)
 
 
 class _Stopped(BaseException):

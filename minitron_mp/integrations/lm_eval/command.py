@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mp import __version__
-from minitron_mp.artifacts.checkpoint import load_model
+from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
@@ -22,7 +22,7 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.report.tables import HARNESS_HEADER, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
@@ -205,15 +205,17 @@ def _load_model(
     recipe: Recipe, stored: StoredModel, world: World, length: int, *, is_teacher: bool
 ) -> ShardedModel:
     precision = recipe.teacher_precision if is_teacher else recipe.precision
-    chunks = build_model(
+    model = build_model(
         stored.arch,
         world,
-        precision=precision,
-        sequence_length=length,
-        transformer_impl=recipe.transformer_impl,
+        ModelOptions(
+            precision=precision,
+            sequence_length=length,
+            transformer_impl=recipe.transformer_impl,
+        ),
     )
-    load_model(chunks, stored.checkpoint, world, stored.prefix)
-    return ShardedModel(chunks, stored.arch, world, length, precision)
+    load_weights(model.chunks, stored.checkpoint, world, stored.prefix)
+    return model
 
 
 def _write_results(path: Path, manifest: Manifest, results: dict[str, Any], num_truncated: int) -> None:

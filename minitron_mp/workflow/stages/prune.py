@@ -21,15 +21,15 @@ def prune_teacher(context: StageContext) -> None:
 
     base = context.recipe.pruning_base
     plan = PrunePlan.load(context.paths["plan"])
-    chunks = context.build(base)
-    if plan.teacher != context.arch(base):
+    model = context.build(base)
+    if plan.teacher != model.arch:
         raise InputError(
             f"{context.paths['plan']} was made for another architecture than {context.paths[base]}; "
             "run `minitron-mp plan` again"
         )
     refuse("this layout does not fit the student:", layout_problems(plan.student, context.recipe.parallel.tp))
     save_checkpoint(
-        prune(chunks, plan, context.world),
+        prune(model.chunks, plan, context.world),
         context.output,
         context.manifest.model_copy(update={"arch": plan.student}),
         copy_assets_from(context.paths["import"]),

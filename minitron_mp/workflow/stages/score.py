@@ -14,24 +14,21 @@ if TYPE_CHECKING:
 def score_teacher(context: StageContext) -> None:
     """Score all axes in one forward pass over the calibration text."""
     from minitron_mp.console import Tracker
-    from minitron_mp.distributed.schedule import run_schedule
     from minitron_mp.distributed.sync import on_rank_0
     from minitron_mp.pruning.importance import score
 
-    settings, sequence_length = context.recipe.score, context.recipe.data.sequence_length
-    arch, chunks = context.arch(context.recipe.pruning_base), context.build(context.recipe.pruning_base)
+    settings = context.recipe.score
+    model = context.build(context.recipe.pruning_base).eval()
     _, groups = context.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
-    for chunk in chunks:
-        chunk.eval()
 
     def forward() -> None:
         with Tracker("score", settings.num_samples, "samples") as tracker:
             for batches in groups:
-                run_schedule(chunks, batches, context.world, None)
+                model.forward(batches)
                 tracker.advance(len(batches) * settings.micro_batch_size * context.world.groups.dp.size())
 
-    scores = score(chunks, arch, settings, context.world, sequence_length, forward)
-    on_rank_0(lambda: scores.save(context.output, context.manifest.model_copy(update={"arch": arch})))
+    scores = score(model.chunks, model.arch, settings, context.world, model.sequence_length, forward)
+    on_rank_0(lambda: scores.save(context.output, context.manifest.model_copy(update={"arch": model.arch})))
 
 
 SCORE = Stage(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from minitron_mp.console import Tracker
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.evaluation.choice_tasks import result_of, right_log_p, rows_of
 from minitron_mp.evaluation.log_likelihood import num_groups
 from minitron_mp.evaluation.task_files import read_task_file
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.ablation import losses_without, scores_without
 from minitron_mp.pruning.candidates import layers_to_drop
 from minitron_mp.pruning.depth import DepthTrials, depth_candidates
@@ -24,12 +24,8 @@ def measure_depth(job: StageContext) -> None:
     """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
     recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.pruning_base)
     count = layers_to_drop(recipe, arch)
-    chunks = job.build(job.recipe.pruning_base)
-    for chunk in chunks:
-        chunk.eval()
-    total, measure = (_task_without if settings.metric == "task" else _text_without)(
-        job, chunks, arch.vocab_size
-    )
+    model = job.build(job.recipe.pruning_base).eval()
+    total, measure = (_task_without if settings.metric == "task" else _text_without)(job, model)
     greedy, gone, rounds = settings.method == "greedy", frozenset(), []
     with Tracker("depth", count, "rounds") if greedy else Tracker("depth", total, "batches") as tracker:
         for _ in range(count if greedy else 1):
@@ -64,7 +60,7 @@ Measure = Callable[[list[frozenset[int]], frozenset[int], Callable[[], None]], D
 """(candidates, layers that are gone already, progress) -> one trial for each candidate."""
 
 
-def _text_without(job: StageContext, chunks: list[Any], vocab_size: int) -> tuple[int, Measure]:
+def _text_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]:
     """How many groups of microbatches of calibration text, and the losses on them."""
     settings = job.recipe.depth
     _, first = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
@@ -74,7 +70,13 @@ def _text_without(job: StageContext, chunks: list[Any], vocab_size: int) -> tupl
         candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]
     ) -> DepthTrials:
         base, losses = losses_without(
-            chunks, groups, job.world, candidates, gone=gone, vocab_size=vocab_size, progress=progress
+            model.chunks,
+            groups,
+            job.world,
+            candidates,
+            gone=gone,
+            vocab_size=model.arch.vocab_size,
+            progress=progress,
         )
         return DepthTrials(
             base=base, trials=[(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)]
@@ -83,19 +85,19 @@ def _text_without(job: StageContext, chunks: list[Any], vocab_size: int) -> tupl
     return len(groups), measure
 
 
-def _task_without(job: StageContext, chunks: list[Any], vocab_size: int) -> tuple[int, Measure]:
+def _task_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]:
     """How many groups of microbatches of the task's options, and accuracies and losses on them."""
     settings, tokenizer = job.recipe.depth, job.tokenizer()
     assert settings.task is not None
     items = read_task_file(Path(settings.task), settings.task_items)
     rows, size = rows_of(items, tokenizer, job.recipe.data.sequence_length), settings.micro_batch_size
-    place = {"micro_batch_size": size, "vocab_size": vocab_size, "eod": tokenizer.eod}
+    place = {"micro_batch_size": size, "vocab_size": model.arch.vocab_size, "eod": tokenizer.eod}
 
     def measure(
         candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]
     ) -> DepthTrials:
         whole, scores = scores_without(
-            chunks, rows, job.world, candidates, gone=gone, **place, progress=progress
+            model.chunks, rows, job.world, candidates, gone=gone, **place, progress=progress
         )
         shares, losses = zip(
             *[(result_of(items, own).accuracy, -right_log_p(items, own)) for own in (whole, *scores)]
