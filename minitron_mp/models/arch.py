@@ -17,9 +17,13 @@ from minitron_mp.models.blocks.dense import block_parameters, dim_sizes
 from minitron_mp.models.parameters import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD, layer_key
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this for every layout, so global shapes do not depend on tp."""
+"""The vocabulary is padded to a multiple of this for every layout.
+
+So global shapes do not depend on tp.
+"""
 
 FP8_MULTIPLE = 16
+"""FP8 products need rows of 16 bytes, one byte per element."""
 
 
 class BlockArch(BaseModel):
@@ -43,10 +47,10 @@ SPLIT_SIZES = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
 
 
 class Arch(BaseModel):
-    """Sizes and switches of one decoder, in Megatron-Core's words. Written to disk in every artifact.
+    """Sizes and switches of one decoder, in Megatron-Core's words; part of every manifest.
 
-    A model whose layers are alike is one block repeated. It is also built from, and written as, num_layers and the
-    sizes of that block: Arch(num_layers=32, ffn_hidden_size=9216, ...).
+    A model whose layers are alike is one block repeated. It can be built from num_layers and the
+    sizes of that block, Arch(num_layers=32, ffn_hidden_size=9216, ...), and is written so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,14 +66,17 @@ class Arch(BaseModel):
     qkv_bias: bool = False
     qk_norm: bool = False
     norm: Literal["rms", "layer1p"] = "rms"
-    """rms: RMSNorm. layer1p: LayerNorm with a bias and a weight that is stored less one."""
+    """rms: RMSNorm. layer1p: LayerNorm with a bias; its weight is stored minus one."""
     activation: Literal["swiglu", "squared_relu"] = "swiglu"
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
-    """Share of each head's width that is rotated."""
+    """Part of each head's width that is rotated."""
     rope_scaling_factor: float | None = None
-    """Llama 3 frequency scaling (low 1, high 4, original context 8192, as Megatron-Core has it), or none."""
+    """Factor of Llama 3 frequency scaling, or none.
+
+    Megatron-Core fixes the other values: low 1, high 4, original context 8192.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -100,17 +107,17 @@ class Arch(BaseModel):
 
     @property
     def block(self) -> BlockArch:
-        """The one block of a model whose layers are alike. InputError where they differ."""
+        """The block of a model whose layers are alike; InputError where they differ."""
         if not self.is_uniform:
             raise InputError(
-                "the layers of this model differ in size; this step needs a model whose layers are alike: "
+                "the layers of this model differ in size, and this step needs layers that are alike; "
                 "give one size for all layers in the plan or the target"
             )
         return self.blocks[0]
 
     @property
     def ffn_hidden_size(self) -> int:
-        """Of every layer. InputError where they differ, as for the two sizes below."""
+        """Size in every layer; InputError where layers differ, as for the next two sizes."""
         return self.block.ffn_hidden_size
 
     @property
@@ -121,27 +128,32 @@ class Arch(BaseModel):
     def num_query_groups(self) -> int:
         return self.block.num_query_groups
 
+    def block_counts(self) -> Counter[BlockArch]:
+        """Return block -> number of layers that have it."""
+        if self.is_uniform:  # without hashing each layer
+            return Counter({self.blocks[0]: self.num_layers})
+        return Counter(self.blocks)
+
     def with_block(self, block: BlockArch) -> Arch:
-        """The architecture with this block in every layer."""
+        """Return the architecture with this block in every layer."""
         return self.model_copy(update={"blocks": (block,) * self.num_layers})
 
     def sizes(self) -> dict[str, int]:
-        """Name -> size of everything that pruning may change, of a model whose layers are alike."""
+        """Return name -> size of what pruning may change, of a model whose layers are alike."""
         return {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **dict(self.block)}
 
     def resized(self, **fields: Any) -> Arch:
-        """The architecture with other fields, sizes of its blocks or num_layers.
+        """Return the architecture with other fields, sizes of its blocks, or num_layers.
 
-        A size that is given for a block holds for all of them. num_layers repeats the one block.
+        A size of a block applies to all layers. num_layers repeats the block of a model whose
+        layers are alike.
         """
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
-        blocks = fields.pop("blocks", self.blocks)
+        blocks = tuple(fields.pop("blocks", self.blocks))
         if "num_layers" in fields:
             blocks = (self.block,) * fields.pop("num_layers")
-        if block:
-            changed = {
-                id(each): each.model_copy(update=block) for each in blocks
-            }  # one copy of a repeated block
+        if block:  # copy a repeated block once
+            changed = {id(each): each.model_copy(update=block) for each in blocks}
             blocks = tuple(changed[id(each)] for each in blocks)
         return self.model_copy(update={**fields, "blocks": blocks})
 
@@ -162,10 +174,10 @@ class Arch(BaseModel):
         return self.norm != "rms"
 
     def dim_size(self, dim: str, block: BlockArch | None = None) -> int:
-        """Size of a dimension of the tables of parameters.
+        """Return the size of a dimension of the tables of parameters.
 
-        block: of the layer that has the parameter. Without it the layers must be alike if the
-        dimension belongs to a layer, else InputError.
+        block: of the layer that has the parameter. Default: the block of all layers; InputError
+        where they differ.
         """
         if dim == "hidden":
             return self.hidden_size
@@ -174,15 +186,15 @@ class Arch(BaseModel):
         return dim_sizes(self, block or self.block)[dim]
 
     def block_shapes(self, block: BlockArch) -> dict[str, tuple[int, ...]]:
-        """Name inside the layer -> global shape, for the parameters of a layer of these sizes."""
+        """Return name inside the layer -> global shape, for a layer of these sizes."""
         sizes = {"hidden": self.hidden_size, **dim_sizes(self, block)}
         return {name: tuple(sizes[dim] for dim in dims) for name, dims in block_parameters(self).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key -> global shape, for all parameters: embedding, layers, final norm, head."""
+        """Return checkpoint key -> global shape of each parameter, embedding first, head last."""
         vocabulary = (self.padded_vocab_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocabulary}
-        of_block = {block: self.block_shapes(block) for block in set(self.blocks)}
+        of_block = {block: self.block_shapes(block) for block in self.block_counts()}
         for layer, block in enumerate(self.blocks):
             shapes |= {layer_key(layer, name): shape for name, shape in of_block[block].items()}
         shapes[FINAL_NORM] = (self.hidden_size,)
@@ -193,12 +205,12 @@ class Arch(BaseModel):
         return shapes
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Number of parameters without the padding of the vocabulary.
+        """Return the number of parameters without the padding of the vocabulary.
 
         Tied embeddings count once. embeddings=False leaves embedding and output layer out.
         """
         total = (2 if self.norm_has_bias else 1) * self.hidden_size
-        for block, count in Counter(self.blocks).items():
+        for block, count in self.block_counts().items():
             total += count * sum(math.prod(shape) for shape in self.block_shapes(block).values())
         if embeddings:
             total += (1 if self.tied else 2) * self.vocab_size * self.hidden_size
@@ -206,11 +218,12 @@ class Arch(BaseModel):
 
 
 def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
-    """Rows of a weight axis that belong to the kept model units, ascending.
+    """Return the rows of a weight axis that belong to the kept model units, ascending.
 
-    keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels for "hidden".
-    "qkv" keeps the key and value of each group that keeps a head, and a group without one goes whole. 8 heads in 2 groups:
-    keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11], keep [4 5 7] -> [6 7 9 10 11].
+    keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels
+    for "hidden". "qkv" keeps the key and value of each group that keeps a head, and drops a group
+    without one. 8 heads in 2 groups: keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11],
+    keep [4 5 7] -> [6 7 9 10 11].
     """
     if axis == "gate_up" and arch.gated:
         return np.concatenate([keep, keep + arch.ffn_hidden_size])
@@ -222,18 +235,19 @@ def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
 
 
 def query_slots(heads: np.ndarray, arch: Arch) -> np.ndarray:
-    """Where the queries of these heads lie among the slots q .. q k v  q .. q k v of linear_qkv, in the order given."""
+    """Return the slots of these heads among q .. q k v  q .. q k v of linear_qkv, in their order."""
     return heads // arch.heads_per_group * (arch.heads_per_group + 2) + heads % arch.heads_per_group
 
 
 def slot_rows(slots: np.ndarray, arch: Arch) -> np.ndarray:
-    """The hn rows of each slot of one head width, in the order given."""
+    """Return the hn rows of each slot of one head width, in the order of the slots."""
     return (slots[:, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(-1)
 
 
 def layout_problems(arch: Arch, tp: int) -> list[str]:
     """Reasons why tensor parallelism cannot split this architecture tp ways, one sentence each."""
-    sizes = [(name, where, getattr(block, name)) for block, where in _blocks(arch) for name in SPLIT_SIZES]
+    blocks = _named_blocks(arch)
+    sizes = [(name, where, getattr(block, name)) for block, where in blocks for name in SPLIT_SIZES]
     sizes.append(("padded vocabulary", "", arch.padded_vocab_size))
     return [
         f"tensor parallel size {tp} does not divide {name} {size}{where}; use a divisor of {size}"
@@ -249,7 +263,7 @@ def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
     their sizes must be a multiple of 16. tokens: of one sample, as one rank quantises them.
     """
     sizes = {"hidden_size": arch.hidden_size}
-    for block, where in _blocks(arch):
+    for block, where in _named_blocks(arch):
         dims = dim_sizes(arch, block)
         ffn = block.ffn_hidden_size
         sizes[f"ffn_hidden_size / tp ({ffn} / {tp}){where}"] = ffn // tp
@@ -264,7 +278,7 @@ def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
     ]
 
 
-def _blocks(arch: Arch) -> list[tuple[BlockArch, str]]:
+def _named_blocks(arch: Arch) -> list[tuple[BlockArch, str]]:
     """Return each different block, and " in layer 0, 2" where the layers are not alike."""
     if arch.is_uniform:
         return [(arch.block, "")]

@@ -1,4 +1,4 @@
-"""Transformer Engine's modules. Imported only where they run, because the import needs a GPU build."""
+"""Transformer Engine's modules, imported only where they run: the import needs a GPU build."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ attention is half of full attention.
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 from minitron_mp.models.arch import Arch, BlockArch
 
@@ -36,9 +35,9 @@ def head_flops(arch: Arch) -> float:
 
 def forward_flops(arch: Arch, sequence_length: int, *, head: bool = True) -> float:
     """Operations of the model's forward pass."""
-    layers = sum(
-        count * layer_flops(arch, sequence_length, block) for block, count in Counter(arch.blocks).items()
-    )
+    layers = 0.0
+    for block, count in arch.block_counts().items():
+        layers += count * layer_flops(arch, sequence_length, block)
     return layers + (head_flops(arch) if head else 0)
 
 

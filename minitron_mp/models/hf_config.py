@@ -99,7 +99,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, [] when it has none; InputError for a missing shard."""
+    """Return the safetensors files of a model, [] when it has none.
+
+    InputError for a missing shard.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -201,7 +204,7 @@ def _rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary settings.
 
-    They are in rope_parameters (transformers 5), or in rope_theta and rope_scaling (transformers 4).
+    They are in rope_parameters (transformers 5) or in rope_theta and rope_scaling (transformers 4).
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict):

@@ -1,8 +1,8 @@
 """Convert between the weights of a Hugging Face folder and canonical tensors.
 
-A canonical tensor is the tensor of one checkpoint key (parameters.py) in Megatron-Core's layout. The
-vocabulary is padded with zero rows. The weight names are those of the family (families/). This
-module imports neither megatron nor transformers: weights are read and written with safetensors.
+A canonical tensor is the tensor of one checkpoint key (parameters.py) in Megatron-Core's layout,
+with the vocabulary padded by zero rows. The family (families/) gives the weight names. This module
+imports neither megatron nor transformers: weights are read and written with safetensors.
 
     h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
 
@@ -295,7 +295,8 @@ def _write_shards(
     def save() -> _Shard:
         path = folder / f".shard-{number}"
         save_file(shard, path, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", path)  # safetensors makes it readable for the owner only
+        # safetensors makes the file readable for the owner only.
+        shutil.copymode(folder / "config.json", path)
         return _Shard(path, list(shard), num_bytes)
 
     for name, tensor in tensors:

@@ -192,7 +192,10 @@ def compile_for_fixed_shapes() -> None:
 
 @contextmanager
 def communication_buffers(training: TrainingConfig, recipe: Recipe, hidden_size: int) -> Iterator[None]:
-    """Provide the buffers of tp_comm_overlap for a model of this hidden size; reached by all ranks."""
+    """Provide the buffers of tp_comm_overlap for a model of this hidden size.
+
+    Reached by all ranks.
+    """
     if not training.tp_comm_overlap:
         yield
         return

@@ -86,7 +86,7 @@ class ModelPass:
 
 def stage_times(work: ModelPass, times: Times) -> StageTimes:
     """Time of one microbatch on each stage; the loss and the optimizer are not in it."""
-    layers = {block: _layer_times(work, block, times) for block in set(work.arch.blocks)}
+    layers = {block: _layer_times(work, block, times) for block in work.arch.block_counts()}
     transfer = _transfer_s(work, times)
     stages = []
     for blocks in stage_blocks(work.arch, work.parallel):

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Mapping
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distributed.layout import layers_of_stages
+from minitron_mp.distributed.layout import layers_of_stages, stage_layers
 from minitron_mp.models.arch import Arch, BlockArch
 
 
 @functools.lru_cache(maxsize=4096)
 def stage_blocks(arch: Arch, parallel: ParallelConfig) -> list[Counter[BlockArch]]:
     """Number of layers of each size on each pipeline stage."""
+    if arch.is_uniform:
+        counts = stage_layers(arch.num_layers, parallel)
+        return [Counter({arch.block: count}) for count in counts]
     stages = layers_of_stages(arch.num_layers, parallel)
     return [Counter(arch.blocks[layer] for layer in layers) for layers in stages]
 

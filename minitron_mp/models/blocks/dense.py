@@ -4,7 +4,7 @@
 
 The rows of linear_qkv are interleaved by query group. With 4 heads in 2 groups they are
     q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
-linear_fc1 holds all gate rows, then all up rows: (2f, h). Without a gate it holds the up rows: (f, h).
+linear_fc1 holds all gate rows, then all up rows: (2f, h). Without a gate: the up rows, (f, h).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from minitron_mp.models.arch import Arch, BlockArch
 
-ATTENTION, MLP = "self_attention.", "mlp."
+ATTENTION = "self_attention."
+MLP = "mlp."
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
     ATTENTION + "linear_qkv.layer_norm_weight": ("hidden",),
@@ -33,7 +34,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 
 
 def block_parameters(arch: Arch) -> dict[str, tuple[str, ...]]:
-    """The part of PARAMETERS that a layer of this architecture has."""
+    """Return the part of PARAMETERS that a layer of this architecture has."""
     absent = set()
     if not arch.qkv_bias:
         absent.add(ATTENTION + "linear_qkv.bias")
@@ -45,7 +46,7 @@ def block_parameters(arch: Arch) -> dict[str, tuple[str, ...]]:
 
 
 def dim_sizes(arch: Arch, block: BlockArch) -> dict[str, int]:
-    """Dimension -> size, for the dimensions that are particular to a layer of these sizes."""
+    """Return dimension -> size, for the dimensions that depend on the sizes of the layer."""
     heads, groups = block.num_attention_heads, block.num_query_groups
     return {
         "ffn": block.ffn_hidden_size,

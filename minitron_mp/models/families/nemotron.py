@@ -1,4 +1,4 @@
-"""Nemotron: layer norms with a bias, an MLP of squared ReLU without a gate, partly rotated heads."""
+"""Nemotron: layer norms with a bias, squared ReLU without a gate, partly rotated heads."""
 
 from __future__ import annotations
 
