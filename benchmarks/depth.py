@@ -21,6 +21,7 @@ from minitron_mp.config.pruning import DepthConfig
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import build_model
 from minitron_mp.models.hf_config import read_arch
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.ablation import losses_without
 from minitron_mp.pruning.depth import depth_candidates
 
@@ -44,6 +45,7 @@ def main() -> None:
         chunks = build_model(
             arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True
         )
+        model = ShardedModel(chunks, arch, world, args.sequence_length, args.precision)
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))
         batch = {
@@ -64,7 +66,7 @@ def main() -> None:
             calls.clear()
             dist.barrier()
             start = time.perf_counter()
-            losses_without(chunks, batches, world, which, vocab_size=arch.vocab_size)
+            losses_without(model, batches, which)
             count = torch.tensor(len(calls), device=world.device)
             dist.all_reduce(count, group=world.groups.pp)
             return time.perf_counter() - start, int(count)

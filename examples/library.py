@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from minitron_mp import InputError, build_model, join_world, make_plan, prune, score
+from minitron_mp import InputError, ShardedModel, build_model, join_world, make_plan, prune, score
 from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distributed.schedule import run_schedule
 
 
 def batches(vocab_size: int, rank: int):
@@ -40,15 +39,16 @@ def main() -> None:
         chunks = build_model(arch, w, precision="bf16", sequence_length=128)
         load_model(chunks, args.teacher, w)
         mine = batches(arch.vocab_size, w.groups.dp.rank())
-        importance = score(chunks, arch, ScoreConfig(), w, 128, lambda: run_schedule(chunks, mine, w, None))
-        plan = make_plan(importance, arch, TargetConfig(keep=0.75), tp=args.tp)
+        model = ShardedModel(chunks, arch, w, sequence_length=128, precision="bf16")
+        scores = score(model, [mine], ScoreConfig())
+        plan = make_plan(scores, arch, TargetConfig(keep=0.75), tp=args.tp)
         made = Manifest(
             stage="prune",
             settings={"keep": 0.75},
             inputs={"teacher": manifest.fingerprint},
             arch=plan.student,
         )
-        save_checkpoint(prune(chunks, plan, w), args.student, made)
+        save_checkpoint(prune(model, plan), args.student, made)
         if w.is_main:
             print(
                 f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters"

@@ -11,7 +11,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "models.arch": ("Arch", "AXES"),
+    "models.arch": ("Arch",),
+    "models.axes": ("AXES", "Axis"),
+    "models.sharded_model": ("ShardedModel",),
     "errors": ("InputError",),
     "config.recipe": ("Recipe", "load_recipe", "make_recipe"),
     "pruning.plan": ("PrunePlan", "make_plan"),

@@ -215,7 +215,8 @@ def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
     from minitron_mp.models.hf_config import has_weights, read_arch
     from minitron_mp.planning.command import dry_run_rows
     from minitron_mp.planning.memory import memory_rows
-    from minitron_mp.pruning.candidates import candidate_name, survey_candidates
+    from minitron_mp.pruning.candidates import candidate_name
+    from minitron_mp.pruning.search_space import survey_candidates
     from minitron_mp.pruning.target import resolve_target
     from minitron_mp.workflow.graph import StageGraph
 

@@ -59,7 +59,7 @@ def random_scores(project: StageGraph) -> None:
     """Every importance score dealt out at random among the units of its layer, and layers among themselves."""
     path, chance = project.paths["score"], np.random.default_rng(project.recipe.seed)
     found, scores = require_artifact(path, "score"), Scores.load(path)
-    dealt = Scores(**{name: chance.permuted(value, axis=-1) for name, value in vars(scores).items()})
+    dealt = Scores.from_tensors({name: chance.permuted(row) for name, row in scores.tensors().items()})
     dealt.save(path, found.model_copy(update={"made_by": BY_HAND}))
 
 

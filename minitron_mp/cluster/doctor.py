@@ -205,7 +205,7 @@ def room(recipe: Recipe, paths: dict[str, Path], base: Arch, tutor: Arch) -> Fin
 
 def artefact_bytes(recipe: Recipe, base: Arch, tutor: Arch) -> dict[str, float]:
     """Stage -> bytes of its artefact and of its checkpoints while it trains, of the stages that write models or signals."""
-    from minitron_mp.pruning.candidates import search_candidates
+    from minitron_mp.pruning.search_space import search_candidates
     from minitron_mp.pruning.target import resolve_target
 
     def parameters(arch: Arch) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from minitron_mp.errors import InputError
@@ -120,7 +119,8 @@ class Arch(BaseModel):
     @property
     def is_uniform(self) -> bool:
         """Whether all layers have the same sizes."""
-        return len(set(self.blocks)) == 1
+        first = self.blocks[0]
+        return all(block is first or block == first for block in self.blocks)
 
     @property
     def block(self) -> BlockArch:
@@ -155,7 +155,11 @@ class Arch(BaseModel):
         A size that is given for a block holds for all of them. num_layers repeats the one block.
         """
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
-        blocks = tuple(each.model_copy(update=block) for each in fields.pop("blocks", self.blocks))
+        blocks = fields.pop("blocks", self.blocks)
+        if block:  # one copy of a block that is repeated: a search makes thousands of architectures
+            changed = {id(each): each for each in blocks}
+            changed = {key: each.model_copy(update=block) for key, each in changed.items()}
+            blocks = tuple(changed[id(each)] for each in blocks)
         if "num_layers" in fields:
             blocks = (self.block.model_copy(update=block),) * fields.pop("num_layers")
         return self.model_copy(update={**fields, "blocks": blocks})
@@ -203,32 +207,6 @@ class Arch(BaseModel):
         vocab = {key: axes for key, axes in AXES.items() if "vocab" in axes}
         total = sum(math.prod(shape) for key, shape in self.shapes().items() if key not in vocab)
         return total + embeddings * (1 if self.tied else 2) * self.vocab_size * self.hidden_size
-
-
-def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
-    """Rows of a weight axis that belong to the kept model units, ascending.
-
-    keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels for "hidden".
-    "qkv" keeps the key and value of each group that keeps a head, and a group without one goes whole. 8 heads in 2 groups:
-    keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11], keep [4 5 7] -> [6 7 9 10 11].
-    """
-    if axis == "gate_up" and arch.gated:
-        return np.concatenate([keep, keep + arch.ffn_hidden_size])
-    if axis == "qkv":
-        width = arch.heads_per_group + 2
-        key_value = np.unique(keep // arch.heads_per_group)[:, None] * width + [width - 2, width - 1]
-        keep = np.sort(np.concatenate([query_slots(keep, arch), key_value.reshape(-1)]))
-    return slot_rows(keep, arch) if axis in ("qkv", "heads") else keep
-
-
-def query_slots(heads: np.ndarray, arch: Arch) -> np.ndarray:
-    """Where the queries of these heads lie among the slots q .. q k v  q .. q k v of linear_qkv, in the order given."""
-    return heads // arch.heads_per_group * (arch.heads_per_group + 2) + heads % arch.heads_per_group
-
-
-def slot_rows(slots: np.ndarray, arch: Arch) -> np.ndarray:
-    """The hn rows of each slot of one head width, in the order given."""
-    return (slots[:, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(-1)
 
 
 def layout_problems(arch: Arch, tp: int) -> list[str]:

@@ -28,7 +28,7 @@ from minitron_mp.planning.layouts import (
 )
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import WORK, Estimate, estimate_distillation, estimate_training
-from minitron_mp.pruning.candidates import search_candidates
+from minitron_mp.pruning.search_space import search_candidates
 from minitron_mp.pruning.target import resolve_target
 
 

@@ -106,7 +106,6 @@ def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
         if recipe.data.source == "python-stdlib" and not recipe.data.train
         else "the text of the recipe"
     )
-    dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
     tutor = f"{Path(recipe.teacher.model).name}" if recipe.teacher.model else name
     when = "meanwhile" if recipe.corrects_meanwhile else "before"
     corrected = (
@@ -126,7 +125,7 @@ def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
     parts: list[Part] = [
         *(["The sizes were found by a search."] if recipe.search else []),
         f"Pruned to these sizes: what stays of each axis scored highest by its activations on {recipe.score.num_samples:,} samples of {length:,} tokens. "
-        f"Layers dropped (from 0): {', '.join(map(str, dropped)) + f'; {chosen}' if dropped else 'none'}."
+        f"Layers dropped (from 0): {', '.join(map(str, plan.dropped)) + f'; {chosen}' if plan.dropped else 'none'}."
         + " The queries of heads that stay have the residual of pruned ones."
         * bool(plan.merge),
         f"Distilled: {d.steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, {d.steps * d.global_batch_size * length:,} tokens of {text}, "

@@ -23,6 +23,7 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
 
 ASSETS = "assets"
@@ -70,6 +71,16 @@ class StageContext:
         )
         load_model(chunks, self.paths[stage], self.world)
         return chunks
+
+    def sharded_model(self, stage: str) -> ShardedModel:
+        """build() with the sizes and the layout of the model."""
+        return ShardedModel(
+            self.build(stage),
+            self.arch(stage),
+            self.world,
+            self.recipe.data.sequence_length,
+            self.recipe.precision,
+        )
 
     def teacher(
         self, pairs: LayerPairs | None = None, *, corrected: bool = False, fp8: str | None = None

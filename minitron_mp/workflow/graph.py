@@ -17,7 +17,8 @@ from minitron_mp.data.corpus import corpus_fingerprint
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import asset_files
-from minitron_mp.pruning.candidates import candidate_name, layers_to_drop, search_candidates, training
+from minitron_mp.pruning.candidates import candidate_name, training
+from minitron_mp.pruning.search_space import layers_to_drop, search_candidates
 from minitron_mp.pruning.target import resolve_target
 from minitron_mp.workflow.preflight import recipe_problems
 from minitron_mp.workflow.stage import Stage

@@ -14,8 +14,8 @@ from minitron_mp.evaluation.task_files import read_task_file
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import check_weights, special_tokens
-from minitron_mp.pruning.candidates import search_candidates
 from minitron_mp.pruning.depth import droppable_layers
+from minitron_mp.pruning.search_space import search_candidates
 from minitron_mp.pruning.target import exportable_arch, resolve_target
 
 

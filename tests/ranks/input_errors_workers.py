@@ -28,6 +28,7 @@ from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.slicing import prune, slice_tensor
 
@@ -92,7 +93,7 @@ def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
             targets(arch)["all"],
         )
         wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
-        return refusal(lambda: prune([wrapped], plan, world))
+        return refusal(lambda: prune(ShardedModel([wrapped], arch, world, SEQUENCE_LENGTH, "fp32"), plan))
 
 
 def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:

@@ -34,7 +34,6 @@ from minitron_mp.distillation.serve import serve_signals
 from minitron_mp.distillation.stream import Receiver, Sender
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
 from minitron_mp.integrations.megatron_bridge.checks import check_config
@@ -46,17 +45,18 @@ from minitron_mp.integrations.megatron_bridge.model import (
     defer_head,
     load_pruned,
     pruned_config,
+    sharded_model,
     slice_teacher,
     student_provider,
-    world_of_provider,
 )
 from minitron_mp.integrations.megatron_bridge.teacher import RemoteTeacher as BridgeRemoteTeacher
 from minitron_mp.models.build import DTYPES, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.plan import make_plan
-from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train
 from minitron_mp.workflow.context import ASSETS, copy_assets_from
@@ -151,22 +151,10 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
         found = []
         for chunks in (ours, defer_head(built(source, world))):
             chunks[0].eval()
-            own = world_of_provider(chunks)
-            found.append(
-                score(
-                    chunks,
-                    arch,
-                    ScoreConfig(),
-                    own,
-                    SEQUENCE_LENGTH,
-                    lambda chunks=chunks, own=own: run_schedule(chunks, batches, own, None),
-                )
-            )
-        pairs = [
-            (getattr(found[0], name), getattr(found[1], name))
-            for name in ("ffn", "heads", "hidden", "layers")
-        ]
-        return max(float(np.abs(a / b - 1).max()) for a, b in pairs)
+            model = sharded_model(chunks, arch, SEQUENCE_LENGTH)
+            found.append(score(model, [batches], ScoreConfig()).tensors())
+        ours, theirs = found
+        return max(float(np.abs(ours[name] / theirs[name] - 1).max()) for name in ours)
 
 
 def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
@@ -176,24 +164,13 @@ def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
     """
     with joined(1, 1) as world:
         import_folder(source, folder / "teacher", world)
-        arch, draw = read_arch(source), np.random.default_rng(0)
-        shapes = (
-            (arch.num_layers, arch.ffn_hidden_size),
-            (arch.num_layers, arch.num_attention_heads),
-            (arch.hidden_size,),
-            (arch.num_layers,),
-        )
-        plan = make_plan(
-            Scores(*(draw.random(shape).astype(np.float32) for shape in shapes)),
-            arch,
-            TargetConfig(hidden_size=48, ffn_hidden_size=64),
-        )
+        arch = read_arch(source)
+        plan = make_plan(random_scores(arch), arch, TargetConfig(hidden_size=48, ffn_hidden_size=64))
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         load_model(chunks, folder / "teacher", world)
         made = Manifest(stage="prune", settings={}, inputs={}, arch=plan.student)
-        save_checkpoint(
-            prune(chunks, plan, world), folder / "student", made, copy_assets_from(folder / "teacher")
-        )
+        student = prune(ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32"), plan)
+        save_checkpoint(student, folder / "student", made, copy_assets_from(folder / "teacher"))
         return arch.num_layers, plan.student.num_layers
 
 
@@ -459,7 +436,6 @@ def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str,
         found = {
             "teacher": arch.num_parameters(),
             "student": plan.student.num_parameters(),
-            "ffn": plan.ffn,
-            "hidden": plan.hidden,
+            "keep": plan.keep,
         }
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from cases import ARCHS, BY_NAME, CASES, IDS, masked_axes, saved_axes, targets
+from cases import ARCHS, BY_NAME, CASES, IDS, UNEVEN, masked_axes, saved_axes, targets
 from results import previous
 
 ROUNDING = 2e-5
@@ -14,6 +14,7 @@ AXES = ["hidden", "ffn", "heads", "layer", "all", "groups", "merged"]
 
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
 SLICED = [(arch, layout, axis) for arch, layout in CASES for axis in targets(ARCHS[arch], layout.tp)]
+SLICED += [(arch, layout, "uneven") for arch, layout in UNEVEN]
 SAVED = [(arch, layout, axis) for arch, layout in CASES for axis in saved_axes(arch)]
 MASKED = [(arch, layout, axis) for arch, layout in CASES for axis in masked_axes(arch, layout)]
 
@@ -71,14 +72,22 @@ def test_slices_equal_plain_indexing_bitwise(results, arch, layout, axis):
     Merged queries are rounded once, as in the reference.
     """
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
-    covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
+    covered = {
+        (key, layer): torch.zeros(part.shape, dtype=torch.int)
+        for key, value in want.items()
+        for layer, part in (enumerate(value) if key.startswith(reference.LAYER) else [(None, value)])
+    }
     for number, rank in enumerate(results.pruned(arch, layout)):
         for key, offset, data, is_saved in rank["pieces"][axis]:
+            part, layer = want[key], None
+            if key.startswith(reference.LAYER):
+                layer, *offset = offset
+                part, data = part[layer], data[0]
             window = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
-            assert torch.equal(want[key][window], data), f"rank {number}: {key} at {offset}"
-            covered[key][window] += is_saved
-    for key, count in covered.items():
-        assert (count == 1).all(), f"{key} is saved {count.min()} to {count.max()} times"
+            assert torch.equal(part[window], data), f"rank {number}: {key} of layer {layer} at {offset}"
+            covered[key, layer][window] += is_saved
+    for where, count in covered.items():
+        assert (count == 1).all(), f"{where} is saved {count.min()} to {count.max()} times"
 
 
 @cases
@@ -96,10 +105,10 @@ def test_kept_neurons_are_uneven_across_ranks(results, arch):
     plan = results.plan(arch, "ffn")
     counts = [
         [sum(i * 4 // ARCHS[arch].ffn_hidden_size == rank for i in row) for rank in range(4)]
-        for row in plan.ffn
+        for row in plan.keep["ffn"].values()
     ]
     assert min(map(min, counts)) <= 1
-    assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
+    assert max(map(max, counts)) > 2 * plan.student.ffn_hidden_size / 4
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}
 
 
@@ -111,11 +120,12 @@ def test_kept_groups_are_uneven_across_ranks(results):
             len({h // arch.heads_per_group for h in row if h * 4 // arch.num_attention_heads == rank})
             for rank in range(4)
         ]
-        for row in plan.heads
+        for row in plan.keep["heads"].values()
     ]
     assert (min(map(min, counts)), max(map(max, counts))) == (0, 2)
-    assert all(len(pairs) == plan.student.num_query_groups for pairs in plan.merge)
-    signs = {kept < pruned for pairs in plan.merge for kept, pruned in pairs}
+    merged = plan.merge["heads"].values()
+    assert all(len(pairs) == plan.student.num_query_groups for pairs in merged)
+    signs = {kept < pruned for pairs in merged for kept, pruned in pairs}
     assert signs == {True, False}
 
 
@@ -130,13 +140,14 @@ def test_rows_kept_on_their_rank_are_not_sent(ranks):
 
 def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
     plan = results.plan("qwen2", "merged")
-    rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
-    none = plan.model_copy(update={"merge": [[]] * len(plan.layers)})
+    layer = plan.layers[0]
+    rows = results.weights("qwen2")[reference.QKV + "weight"][layer].bfloat16()
+    pairs = plan.merge["heads"][layer]
     merged, unchanged = (
-        ranks(1, "model_workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0]
-        for p in (plan, none)
+        ranks(1, "model_workers.merge_queries", plan=plan, rows=rows, pairs=which, layer=layer)[0]
+        for which in (pairs, [])
     )
     assert torch.equal(unchanged, rows)
-    want = reference.merged(ARCHS["qwen2"], rows, plan, 0)
+    want = reference.merged(ARCHS["qwen2"], rows, plan, layer)
     assert torch.equal(merged, want)
-    assert (want != rows).any(1).sum() == len(plan.merge[0]) * plan.teacher.kv_channels
+    assert (want != rows).any(1).sum() == len(pairs) * plan.teacher.kv_channels

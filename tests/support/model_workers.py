@@ -32,13 +32,15 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.arch import AXES, Arch, BlockArch
+from minitron_mp.models.axes import AXIS_OF_DIM
 from minitron_mp.models.build import build_model, logits
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores
-from minitron_mp.pruning.slicing import _merge_heads, prune
+from minitron_mp.pruning.slicing import merge_rows, prune
 
 Weights = dict[str, Tensor]
 
@@ -133,14 +135,8 @@ def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
         for block in chunks[0].eval().decoder.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
         steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
-        losses_without(
-            chunks,
-            steps,
-            world,
-            candidates,
-            vocab_size=arch.vocab_size,
-            progress=lambda: after.append(len(calls)),
-        )
+        model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
+        losses_without(model, steps, candidates, progress=lambda: after.append(len(calls)))
         return after[1] - after[0]
 
 
@@ -174,16 +170,13 @@ def judge_everything(
         place = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
         steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
         found["losses"] = {}
+        model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
         for already, without in missing.items():
-            base, losses = losses_without(
-                chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size
-            )
+            base, losses = losses_without(model, steps, without, gone=already)
             found["losses"][already] = [base, *losses]
         # Ranks that share a layer talk in each layer of each microbatch: they get few and large ones.
-        options = {
-            "micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2,
-            "vocab_size": arch.vocab_size,
-        }
+        size = 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2
+        options = {"micro_batch_size": size, "vocab_size": arch.vocab_size}
         tried, scores = {name: read_task_file(files / f"{name}.jsonl") for name in ("choices", "words")}, []
         with mock.patch.object(
             tasks,
@@ -196,7 +189,7 @@ def judge_everything(
                 )["m"]
         found["scores"] = torch.cat(scores)
         rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
-        base, others = scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
+        base, others = scores_without(model, rows, candidates, gone=gone, eod=0, micro_batch_size=size)
         return found | {"scores without": [base, *others]}
 
 
@@ -245,16 +238,9 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
 def score_samples(
     chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]
 ) -> Scores:
-    chosen = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
+    config = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
     mine = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
-    return score(
-        chunks,
-        arch,
-        chosen,
-        world,
-        samples["tokens"].shape[1],
-        lambda: run_schedule(chunks, mine, world, None),
-    )
+    return score(ShardedModel(chunks, arch, world, samples["tokens"].shape[1], "fp32"), [mine], config)
 
 
 def count_hooks(chunks: list[Any]) -> int:
@@ -276,13 +262,15 @@ def prune_everything(
     save: list[str],
     masks: list[str],
     pairs: list[tuple[str, str]],
+    uneven: bool,
 ) -> dict[str, Any]:
     """Return scores, plans, slices and hook counts of one layout, and save the students.
 
-    The first aggregation pair makes the plans.
+    The first aggregation pair makes the plans. uneven: with a plan whose layers keep different sizes.
     """
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
+        model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
         samples = make_samples(arch, 0, 8)
         hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
         scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
@@ -290,16 +278,18 @@ def prune_everything(
             name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp)
             for name, target in targets(arch, layout.tp).items()
         }
+        if uneven:
+            plans["uneven"] = uneven_plan(plans["all"], layout.tp)
         by_masks = {}
         for name in masks:
-            with masked(chunks, plans[name], world):
+            with masked(model, plans[name]):
                 by_masks[name] = global_logits(chunks, samples, world)
         after = global_logits(chunks, samples, world)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
         whole = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
         for name, plan in plans.items():
-            state = prune(chunks, plan, world)
+            state = prune(model, plan)
             pieces[name] = [_piece(tensor) for tensor in state.values()]
             if name in ("identity", *save):
                 save_checkpoint(state, output / name, manifest("prune", plan.student))
@@ -309,11 +299,36 @@ def prune_everything(
             "logits": before,
             "unchanged": unchanged,
             "masked": by_masks,
-            "scores": {pair: vars(value) for pair, value in scores.items()},
+            "scores": {pair: value.tensors() for pair, value in scores.items()},
             "plans": plans,
             "pieces": pieces,
             "identity": global_logits(load(arch, output / "identity", world), samples, world),
         }
+
+
+def uneven_plan(plan: PrunePlan, tp: int) -> PrunePlan:
+    """The plan with half of the neurons and of the heads of each group in every second layer.
+
+    Also one query group less where the rest divides by tp.
+    """
+    blocks, keep = [], {name: dict(by_layer) for name, by_layer in plan.keep.items()}
+    for number, (layer, block) in enumerate(zip(plan.layers, plan.student.blocks)):
+        if number % 2:
+            blocks.append(block)
+            continue
+        per_group = plan.teacher.heads_per_group
+        groups = block.num_query_groups - (1 if tp == 1 else 0)
+        heads = [
+            next(head for head in keep["heads"][layer] if head // per_group == group)
+            for group in range(groups)
+        ]
+        neurons = keep["ffn"][layer][::2]
+        keep["heads"][layer], keep["ffn"][layer] = heads, neurons
+        blocks.append(
+            BlockArch(ffn_hidden_size=len(neurons), num_attention_heads=len(heads), num_query_groups=groups)
+        )
+    student = plan.student.resized(blocks=tuple(blocks))
+    return PrunePlan.model_validate({**plan.model_dump(), "student": student, "keep": keep})
 
 
 def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
@@ -339,8 +354,9 @@ def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Te
         return found
 
 
-def merge_queries(plan: PrunePlan, rows: Tensor, layer: int) -> Tensor:
-    return _merge_heads(rows, 0, plan, layer)
+def merge_queries(plan: PrunePlan, rows: Tensor, pairs: list[tuple[int, int]], layer: int) -> Tensor:
+    query_rows = AXIS_OF_DIM["qkv"].dims["qkv"].merged_rows
+    return merge_rows(rows, 0, pairs, query_rows, plan.teacher, layer)
 
 
 def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
@@ -358,12 +374,12 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
         chunks = load(arch, teacher, world)
         hooks = count_hooks(chunks)
 
-        def run() -> None:
-            run_schedule(chunks, micro_batches(make_samples(arch, 0, 4), 2, 0, 1), world, None)
+        def batches() -> Iterator[list[dict[str, Tensor]]]:
+            yield micro_batches(make_samples(arch, 0, 4), 2, 0, 1)
             raise ValueError("stopped by the test")
 
         try:
-            score(chunks, arch, ScoreConfig(), world, SEQUENCE_LENGTH, run)
+            score(ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32"), batches(), ScoreConfig())
         except ValueError as error:
             return str(error), count_hooks(chunks) - hooks
         return "not stopped", 0
@@ -371,11 +387,8 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
 
 def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
     with joined(layout) as world:
-        return vars(
-            score_samples(
-                load(arch, teacher, world, "bf16"), arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR
-            )
-        )
+        chunks = load(arch, teacher, world, "bf16")
+        return score_samples(chunks, arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR).tensors()
 
 
 def score_checkpoint(
@@ -385,7 +398,7 @@ def score_checkpoint(
     with joined(Layout("one", 1)) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
         load_model(chunks, folder, world)
-        return {pair: vars(score_samples(chunks, arch, samples, world, pair)) for pair in pairs}
+        return {pair: score_samples(chunks, arch, samples, world, pair).tensors() for pair in pairs}
 
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:

@@ -50,12 +50,12 @@ def logits_and_states(
 ) -> tuple[Tensor, list[Tensor]]:
     """logits(), and what each layer's input norm makes and, last, the final norm: L + 1 of [b, s, h]."""
     states = []
-    w = {key: value.double() for key, value in weights.items()}
+    w = {key: _double(value) for key, value in weights.items()}
     x = w[EMBEDDING][tokens]  # [b, s, h]
     for layer in range(arch.num_layers):
         own = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
         states.append(_norm(arch, x, own[QKV + "layer_norm_weight"], own.get(QKV + "layer_norm_bias"), kept))
-        x = x + _attention(arch, own, states[-1])
+        x = x + _attention(arch, arch.blocks[layer], own, states[-1])
         up = (
             _norm(arch, x, own[FC1 + "layer_norm_weight"], own.get(FC1 + "layer_norm_bias"), kept)
             @ own[FC1 + "weight"].T
@@ -67,6 +67,11 @@ def logits_and_states(
             x = x + up.clamp(min=0).square() @ own[FC2].T
     states.append(_norm(arch, x, w[FINAL_NORM], w.get(FINAL_BIAS), kept))
     return states[-1] @ (w[EMBEDDING] if arch.tied else w[HEAD]).T, states
+
+
+def _double(value: Any) -> Any:
+    """A weight in float64; a list where the layers of the model differ in size."""
+    return [part.double() for part in value] if isinstance(value, list) else value.double()
 
 
 def _norm(arch: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Sequence[int] | None) -> Tensor:
@@ -84,11 +89,11 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def _attention(arch: Any, own: Weights, x: Tensor) -> Tensor:
+def _attention(arch: Any, block: Any, own: Weights, x: Tensor) -> Tensor:
     """Causal attention of one layer; rows of qkv are q .. q k v of one group after the other."""
-    per_group = arch.num_attention_heads // arch.num_query_groups
+    per_group = block.num_attention_heads // block.num_query_groups
     qkv = x @ own[QKV + "weight"].T + own.get(QKV + "bias", torch.zeros(1).double())
-    qkv = qkv.view(*x.shape[:2], arch.num_query_groups, per_group + 2, arch.kv_channels)
+    qkv = qkv.view(*x.shape[:2], block.num_query_groups, per_group + 2, arch.kv_channels)
     q, k, v = qkv.split([per_group, 1, 1], dim=3)  # [b, s, ng, heads, hn]
     if arch.qk_norm:
         q = _rms_norm(q, own[ATTENTION + "q_layernorm.weight"], arch.norm_epsilon)
@@ -116,19 +121,21 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Seq
     Queries are merged. The result computes the same as the student.
     """
     w = {key: value.clone() for key, value in weights.items()}
-    hidden = _flags(plan.hidden, arch.hidden_size)
+    kept = plan.keep["hidden"][-1]
+    hidden = _flags(kept, arch.hidden_size)
     w[EMBEDDING] *= hidden
     for layer in range(arch.num_layers):
         if layer not in plan.layers:
             w[PROJ][layer] = w[FC2][layer] = 0
             continue
-        row = plan.layers.index(layer)
         for key in (key for key in w if _is_qkv(key)):
-            w[key][layer] = merged(arch, w[key][layer], plan, row)
-        heads = _flags(plan.heads[row], arch.num_attention_heads).repeat_interleave(arch.kv_channels)
+            w[key][layer] = merged(arch, w[key][layer], plan, layer)
+        heads = _flags(plan.keep["heads"][layer], arch.num_attention_heads).repeat_interleave(
+            arch.kv_channels
+        )
         w[PROJ][layer] *= hidden[:, None] * heads
-        w[FC2][layer] *= hidden[:, None] * _flags(plan.ffn[row], arch.ffn_hidden_size)
-    return w, plan.hidden
+        w[FC2][layer] *= hidden[:, None] * _flags(plan.keep["ffn"][layer], arch.ffn_hidden_size)
+    return w, kept
 
 
 def _flags(kept: Sequence[int], size: int) -> Tensor:
@@ -141,7 +148,7 @@ def _is_qkv(key: str) -> bool:
     return key in (QKV + "weight", QKV + "bias")
 
 
-def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
+def merged(arch: Any, x: Tensor, plan: Any, layer: int) -> Tensor:
     """Merge queries in linear_qkv [(np + 2 ng) hn, ...] of a layer, in float64.
 
     2407.14679 section 2.3: query + (query - query of the pruned head).
@@ -149,24 +156,27 @@ def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
     per_group = arch.num_attention_heads // arch.num_query_groups
     old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
     new = old.clone()
-    for kept, pruned in plan.merge[row] if plan.merge else []:
+    for kept, pruned in plan.merge["heads"][layer] if plan.merge else []:
         group, place = divmod(kept, per_group)
         new[group, place] = old[group, place] + (old[group, place] - old[group, pruned % per_group])
     return new.flatten(0, 2).to(x.dtype)
 
 
 def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
-    """The student's weights, cut from the teacher's by plain indexing, layer by layer."""
+    """The student's weights, cut from the teacher's by plain indexing, layer by layer.
+
+    Layers are stacked, or a list where their sizes differ.
+    """
     per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
     out: dict[str, Any] = {}
     for key, whole in weights.items():
         parts = []
-        for layer, ffn, heads in (
-            zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]
-        ):
+        for layer in plan.layers if key.startswith(LAYER) else [None]:
             x = whole if layer is None else whole[layer]
+            hidden = plan.keep["hidden"][-1]
+            ffn, heads = plan.keep["ffn"].get(layer), plan.keep["heads"].get(layer)
             if _is_qkv(key):
-                groups = merged(arch, x, plan, plan.layers.index(layer)).unflatten(
+                groups = merged(arch, x, plan, layer).unflatten(
                     0, (arch.num_query_groups, per_group + 2, width)
                 )
                 slots = {
@@ -181,11 +191,14 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
             if key == FC2:
                 x = x[:, ffn]
             if key in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):
-                x = x[:, plan.hidden]
+                x = x[:, hidden]
             if key in (PROJ, FC2, *HIDDEN_NORMS):
-                x = x[plan.hidden]
+                x = x[hidden]
             parts.append(x)
-        out[key] = torch.stack(parts) if key.startswith(LAYER) else parts[0]
+        if not key.startswith(LAYER):
+            out[key] = parts[0]
+        else:
+            out[key] = torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
     return out
 
 
@@ -233,24 +246,19 @@ class PlainImportance:
         self.seen.setdefault(at, []).append((value[0] if isinstance(value, tuple) else value)[0])  # [s, d]
 
     def scores(self, batch: str, sequence: str) -> dict[str, np.ndarray]:
-        """ffn [L, f], heads [L, np], hidden [h], layers [L]."""
+        """Name in the file of scores -> scores: "ffn.0" [f], "heads.0" [np], ..., hidden [h], layers [L]."""
 
         def channels(name: str, layer: int) -> Tensor:
             per_sample = torch.stack([AGGREGATE[sequence](a, 0) for a in self.seen[name, layer]])
             return AGGREGATE[batch](per_sample, 0)
 
         layers = range(self.arch.num_hidden_layers)
-        heads = [channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1) for i in layers]
-        hidden = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
-        values = {
-            "ffn": torch.stack([channels("ffn", i) for i in layers]),
-            "heads": torch.stack(heads),
-            "hidden": hidden,
-        }
-        return {
-            name: value.double().numpy()
-            for name, value in (values | {"layers": torch.stack([self._distance(i) for i in layers])}).items()
-        }
+        values = {f"ffn.{i}": channels("ffn", i) for i in layers}
+        for i in layers:
+            values[f"heads.{i}"] = channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1)
+        values["hidden"] = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
+        values["layers"] = torch.stack([self._distance(i) for i in layers])
+        return {name: value.double().numpy() for name, value in values.items()}
 
     def _distance(self, layer: int) -> Tensor:
         before, after = (torch.cat(self.seen[name, layer]) for name in ("before", "after"))

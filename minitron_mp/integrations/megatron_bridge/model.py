@@ -32,6 +32,7 @@ from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.layers import DeferredHead
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.workflow.context import ASSETS
@@ -118,9 +119,8 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
             raise InputError(
                 f"the plan drops layers, and pp is {world.parallel.pp}: layers would move between stages; prune to a checkpoint, and load that"
             )
-        kept = {
-            (tensor.key, tensor.global_offset): tensor for tensor in prune(teacher(), plan, world).values()
-        }
+        student = prune(sharded_model(teacher(), plan.teacher), plan)
+        kept = {(tensor.key, tensor.global_offset): tensor for tensor in student.values()}
         with torch.no_grad():
             for state in model_state(chunks, world).values():
                 for entry in state.values():
@@ -144,7 +144,7 @@ def defer_head(chunks: list[Any]) -> list[Any]:
 
 # ---- models that Bridge built ------------------------------------------------------------------------------------------------------
 def world_of_provider(chunks: Sequence[Any]) -> World:
-    """Layout, process groups and device of a model that Bridge built, wrapped or not; what importance.score and slicing.prune take."""
+    """Layout, process groups and device of a model that Bridge built, wrapped or not."""
     inner = bare_model(chunks[0])
     c = inner.config
     vpp = c.virtual_pipeline_model_parallel_size
@@ -156,6 +156,17 @@ def world_of_provider(chunks: Sequence[Any]) -> World:
         sequence_parallel=c.sequence_parallel,
     )
     return World(layout, inner.pg_collection, next(inner.parameters()).device)
+
+
+def sharded_model(chunks: list[Any], arch: Arch, sequence_length: int | None = None) -> ShardedModel:
+    """A model that Bridge built, wrapped or not, as score(), prune() and masked() take it.
+
+    sequence_length: tokens of a sample; default: the most that the model takes.
+    """
+    inner = bare_model(chunks[0])
+    precision = "bf16" if inner.config.params_dtype == torch.bfloat16 else "fp32"
+    length = sequence_length or inner.max_sequence_length
+    return ShardedModel(chunks, arch, world_of_provider(chunks), length, precision)
 
 
 def bare_model(model: Any) -> Any:

@@ -35,8 +35,8 @@ def plan_student(project: StageGraph) -> PrunePlan:
     exportable_arch(result.student, recipe.export.family)
     result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
     table("plan", ("size", "teacher", "student", "kept"), result.summary())
-    if dropped := sorted(set(range(teacher.num_layers)) - set(result.layers)):
-        say(f"layers that go (from 0): {', '.join(map(str, dropped))}")
+    if result.dropped:
+        say(f"layers that go (from 0): {', '.join(map(str, result.dropped))}")
     for note in result.notes:
         say(f"note: {note}")
     return result

@@ -16,13 +16,13 @@ from minitron_mp.workflow.context import StageContext, copy_assets_from
 def prune_teacher(job: StageContext) -> None:
     """Slice the teacher by the plan and write the student."""
     plan = PrunePlan.load(job.paths["plan"])
-    chunks = job.build(job.recipe.base)
-    if plan.teacher != job.arch(job.recipe.base):
+    model = job.sharded_model(job.recipe.base)
+    if plan.teacher != model.arch:
         raise InputError(
             f"{job.paths['plan']} was made for another architecture than {job.paths[job.recipe.base]}; run `minitron-mp plan` again"
         )
     refuse("this layout does not fit the student:", layout_problems(plan.student, job.recipe.parallel.tp))
-    state = prune(chunks, plan, job.world)
+    state = prune(model, plan)
     save_checkpoint(
         state,
         job.output,

@@ -41,13 +41,13 @@ from minitron_mp.pruning.candidates import (
     candidate_target,
     inference_bytes,
     shown,
-    survey_candidates,
     training,
 )
 from minitron_mp.pruning.depth import DepthTrials
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.search_space import survey_candidates
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train_together
 from minitron_mp.training.run import TrainingRun
@@ -201,14 +201,14 @@ def _judge_pruned(job: StageContext, progress: _Progress) -> None:
     todo = [c for c in progress.candidates if c.pruned_loss is None]
     if not todo:
         return
-    arch, chunks, groups = job.arch(job.recipe.base), job.build(job.recipe.base), _held_out(job)
+    model, groups = job.sharded_model(job.recipe.base), _held_out(job)
     with Tracker(
         "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
     ) as tracker:
         for candidate in todo:
-            with masked(chunks, progress.plan(candidate), job.world):
+            with masked(model, progress.plan(candidate)):
                 candidate.pruned_loss = compare(
-                    {"": chunks}, None, groups, job.world, vocab_size=arch.vocab_size
+                    {"": model.chunks}, None, groups, job.world, vocab_size=model.arch.vocab_size
                 )[""].loss
             progress.keep()
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
@@ -306,7 +306,7 @@ def _slice(job: StageContext, progress: _Progress, candidate: Candidate) -> None
 
     if on_rank_0(is_there):
         return
-    save_checkpoint(prune(job.build(job.recipe.base), progress.plan(candidate), job.world), folder, manifest)
+    save_checkpoint(prune(job.sharded_model(job.recipe.base), progress.plan(candidate)), folder, manifest)
 
 
 def _held_out(job: StageContext) -> list[list[Batch]]:
