@@ -14,23 +14,16 @@ from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.run_log import FILE, RunRecord, records_of, software
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, table
+from minitron_mp.models.axes import AXES, Axis
 from minitron_mp.pruning.candidates import front
 from minitron_mp.pruning.depth import DepthTrials
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.report.correction_gain import correction_gain
 from minitron_mp.report.document import Code, Document, Figure, Part, Section, Table, html, markdown
-from minitron_mp.report.figures import (
-    curve_figure,
-    heat_by_rank,
-    heat_heads,
-    kept_layers,
-    layer_bars,
-    pareto,
-    training_figure,
-    trials_figure,
-)
+from minitron_mp.report.figures import pareto, training_figure
 from minitron_mp.report.model_card import refresh_model_card
+from minitron_mp.report.pruning_figures import kept_layers, layer_bars, trials_figure, unit_figures
 from minitron_mp.report.tables import (
     evaluation,
     harness_table,
@@ -110,70 +103,56 @@ def collect(project: Any) -> Document:
     return Document(f"{recipe.model} compressed to {quality.rows[-1][2]}", headline(quality, found), sections)
 
 
-def _cut(plan: PrunePlan, importance: Scores) -> Section:
-    """Sizes, kept layers, and the share of the importance that the kept channels hold."""
-    dropped = _dropped(plan)
-    shares = {
-        axis: {
-            layer: float(scores[layer][keep].sum() / scores[layer].sum())
-            for layer, keep in zip(plan.layers, rows)
-        }
-        for axis, scores, rows in (("ffn", importance.ffn, plan.ffn), ("heads", importance.heads, plan.heads))
-    }
-    hidden = importance.hidden[plan.hidden].sum() / importance.hidden.sum()
-    ffn, heads = (np.array(list(values.values())) for values in shares.values())
+def _cut(plan: PrunePlan, scores: Scores) -> Section:
+    """Sizes, kept layers, and the share of the importance that the kept units hold."""
+    shares = {axis.name: _shares(axis, plan, scores) for axis in AXES.values()}
+    by_layer = {axis.name: shares[axis.name] for axis in AXES.values() if axis.per_layer}
+    stays = "; ".join(_share_text(name, list(rows.values())) for name, rows in shares.items())
     return Section(
         "What was cut",
         [
             Table(("size", "teacher", "student", "kept"), plan.summary()),
-            f"Layers dropped (from 0): {', '.join(map(str, dropped)) or 'none'}.",
-            f"Share of the importance score that stays: hidden {hidden:.1%}; ffn {ffn.mean():.1%} "
-            f"(layers from {ffn.min():.1%} to {ffn.max():.1%}); heads {heads.mean():.1%}.",
+            f"Layers dropped (from 0): {', '.join(map(str, plan.dropped)) or 'none'}.",
+            f"Share of the importance score that stays: {stays}.",
             *(f"Note: {note}." for note in plan.notes),
-            kept_layers(plan.teacher.num_layers, shares),
+            kept_layers(plan.teacher.num_layers, by_layer),
         ],
     )
 
 
-def _dropped(plan: PrunePlan) -> list[int]:
-    return sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
+def _shares(axis: Axis, plan: PrunePlan, scores: Scores) -> dict[int, float]:
+    """Kept layer -> share of its importance that the kept units hold."""
+    shares = {}
+    for layer, units in plan.keep[axis.name].items():
+        row = scores[axis.name][layer]
+        shares[layer] = float(row[units].sum() / row.sum())
+    return shares
 
 
-def _importance(plan: PrunePlan, importance: Scores, trials: DepthTrials | None, method: str) -> Section:
+def _share_text(name: str, shares: list[float]) -> str:
+    spread = f" (layers from {min(shares):.1%} to {max(shares):.1%})" if len(shares) > 1 else ""
+    return f"{name} {np.mean(shares):.1%}{spread}"
+
+
+def _importance(plan: PrunePlan, scores: Scores, trials: DepthTrials | None, method: str) -> Section:
     """Figures only; the numbers are in importance.safetensors and depth.json."""
-    teacher, student = plan.teacher, plan.student
-    members = importance.heads.reshape(len(importance.heads), teacher.num_query_groups, -1)
-    group_scores, heads = np.linalg.norm(members, axis=2), members.reshape(-1, teacher.heads_per_group)
+    cosine = dict(enumerate(scores.layers.tolist()))
     parts: list[Part] = [
-        layer_bars(
-            "Layers: change of the hidden states",
-            dict(enumerate(importance.layers.tolist())),
-            _dropped(plan),
-            "1 - cosine",
-        ),
-        *([_trials(method, trials, plan)] if trials else []),
-        curve_figure("Hidden channels", importance.hidden[None], student.hidden_size, "channel"),
-        curve_figure("Neurons (ffn), a line a layer", importance.ffn, student.ffn_hidden_size, "neuron"),
-        curve_figure("Query groups, a line a layer", group_scores, student.num_query_groups, "query group"),
-        *(
-            [curve_figure("Heads, a line a query group", heads, student.heads_per_group, "head")]
-            if teacher.heads_per_group > 1
-            else []
-        ),
-        heat_by_rank("Neurons of each layer", importance.ffn, student.ffn_hidden_size, "neurons"),
-        heat_heads("Heads of each layer", importance.heads, dict(zip(plan.layers, plan.heads))),
+        layer_bars("Layers: change of the hidden states", cosine, plan.dropped, "1 - cosine")
     ]
-    return Section("Importance", parts)
+    if trials is not None:
+        parts.append(_trials(method, trials, plan))
+    return Section("Importance", [*parts, *unit_figures(plan, scores)])
 
 
 def _trials(method: str, trials: DepthTrials, plan: PrunePlan) -> Figure:
-    """By what decided: accuracies where a task was the measure."""
-    if trials.base_accuracy is None:
-        return trials_figure(method, trials.base, trials.trials, plan.layers)
-    shares = [(layers, share) for (layers, _), share in zip(trials.trials, trials.accuracies)]
-    return trials_figure(
-        method, trials.base_accuracy, shares, plan.layers, "accuracy (share of the items)", better=1
-    )
+    """What the trials were ranked by: accuracies with the metric task, losses otherwise."""
+    if trials.base.accuracy is None:
+        losses = [(trial.dropped, trial.loss) for trial in trials.trials]
+        return trials_figure(method, trials.base.loss, losses, plan.layers)
+    shares = [(trial.dropped, trial.accuracy or 0.0) for trial in trials.trials]
+    unit = "accuracy (share of the items)"
+    return trials_figure(method, trials.base.accuracy, shares, plan.layers, unit, better=1)
 
 
 def _metrics(folder: Path, stage: str) -> list[dict[str, float]]:

@@ -42,7 +42,7 @@ ONLY_IN = {
     "transformers": {"models/hf_weights", "data/tokenizer", "integrations/megatron_bridge"},
     "triton": {"losses/kernels"},
     "lm_eval": {"integrations/lm_eval"},
-    "matplotlib": {"report/figures"},
+    "matplotlib": {"report/drawing", "report/figures", "report/pruning_figures"},
     "jinja2": {"report/document"},
     "huggingface_hub": {"report/model_card"},
     "os.environ": {"distributed/launcher", "console"},  # the console reads RANK before torch is imported
