@@ -1,8 +1,10 @@
 # syntax=docker/dockerfile:1
-# minitron_mp on NVIDIA's PyTorch image, whose torch, Transformer Engine and Apex stay as they are. docs/docker.md says how to build and run it.
+# minitron_mp on NVIDIA's PyTorch image. The image's torch, Transformer Engine and Apex are not replaced.
+# See docs/docker.md for how to build and run it.
 #
 #   docker build -t minitron-mp .
-#   docker build -t minitron-mp --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3 --build-arg REVISION="$(git rev-parse HEAD)" .
+#   docker build -t minitron-mp --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3 \
+#       --build-arg REVISION="$(git rev-parse HEAD)" .
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE_IMAGE}
 
@@ -10,13 +12,15 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 USER 0:0
 WORKDIR /opt/minitron-mp
 
-# A folder of certificates for sites whose proxy signs its own; unset elsewhere.
+# A folder of certificates, for sites whose proxy uses its own.
 ARG PIP_CERT
-# Ours is the constraints file below. NVIDIA's own (/etc/pip/constraint.txt) pins some hundred packages that have nothing to do with the GPU.
+# The constraints file below replaces NVIDIA's (/etc/pip/constraint.txt), which also pins about a hundred
+# packages that do not depend on the GPU.
 ENV PIP_CONSTRAINT="" PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:${PATH}
 
-# Metadata before sources: a change of the code leaves these layers as they are. pip comes from the base, what it installs goes to the
-# virtual environment. The base's own torchrun would start the base's Python, which does not see that: hence ours.
+# Metadata is copied before sources, so that a change of the code keeps these layers. The base's pip installs
+# into the virtual environment. The base's torchrun starts the base's Python, which does not have these
+# packages, so a torchrun is written here.
 COPY setup.py pyproject.toml ./
 COPY constraints constraints
 COPY docker docker
@@ -37,9 +41,9 @@ COPY launch launch
 COPY examples examples
 COPY experiments experiments
 
-# Caches are for everybody: pyxis, and docker run --user, come with another user than ours.
-ENV HOME=/home/minitron HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
-    MPLCONFIGDIR=/cache/matplotlib XDG_CACHE_HOME=/cache
+# Any user can write the caches, because pyxis and docker run --user run as other users.
+ENV HOME=/home/minitron HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor MPLCONFIGDIR=/cache/matplotlib XDG_CACHE_HOME=/cache
 RUN groupadd --gid 10001 minitron \
     && useradd --no-log-init --uid 10001 --gid 10001 --home-dir /home/minitron --create-home minitron \
     && mkdir -p /workspace /cache/huggingface /cache/triton /cache/inductor /cache/matplotlib \
@@ -57,5 +61,6 @@ LABEL org.opencontainers.image.title="minitron-mp" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
 
 HEALTHCHECK --interval=5m --timeout=60s --start-period=30s --retries=2 CMD ["minitron-mp", "doctor"]
-# The base's entrypoint stays: NVIDIA's sees to the driver's compatibility libraries. pyxis and enroot do without any.
+# The base's entrypoint is kept, because NVIDIA's sets up the driver's compatibility libraries. pyxis and
+# enroot use none.
 CMD ["minitron-mp", "--help"]

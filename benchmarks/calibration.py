@@ -1,11 +1,16 @@
-"""What the importance hooks cost, or the masks of a search: forward with them against forward without, in turn, in one process.
+"""Cost of the importance hooks, or of the masks of a search, in the forward pass.
 
     python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10
-    python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10 --masks      all layers kept: the dearest candidate
+    python benchmarks/calibration.py out/quickstart/teacher_hf --pairs 10 --masks
     torchrun --nproc-per-node 2 benchmarks/calibration.py out/quickstart/teacher_hf --tp 2
-    python benchmarks/calibration.py examples/configs/mistral_nemo_12b --layers 8 --sequence-length 8192 --micro-batch-size 1     on a GPU
 
-Random weights of the model's sizes and random tokens: neither changes the time. Prints medians and the ratio of each pair.
+    On a GPU:
+    python benchmarks/calibration.py examples/configs/mistral_nemo_12b --layers 8 \\
+        --sequence-length 8192 --micro-batch-size 1
+
+It alternates forward passes with and without them in one process, and prints medians and the ratio
+of each pair. --masks keeps all layers, which is the slowest candidate. Weights and tokens are
+random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -97,7 +102,8 @@ def main() -> None:
             what = "masks" if args.masks else "hooks"
             print(f"forward without {what} {plain:.3f} s, with {what} {with_hooks:.3f} s")
             print(
-                f"ratio pair by pair: median {statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})"
+                f"ratio of each pair: median {statistics.median(ratios):.3f} "
+                f"(min {ratios[0]:.3f}, max {ratios[-1]:.3f})"
             )
 
 

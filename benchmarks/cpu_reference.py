@@ -1,11 +1,12 @@
-"""Distillation speed: this library's train() against a plain transformers loop, step by step in turn, in one process.
+"""Distillation speed of this library's train() and of a plain transformers loop.
 
     python benchmarks/cpu_reference.py out/quickstart/teacher_hf --pairs 10
 
-Both distil the same teacher into a student of the same sizes, on the same random tokens, in bf16: here bf16 weights with float32
-main weights in the optimizer; there what a plain loop does, float32 weights under autocast, fused AdamW, a bf16 teacher, and
-KL(teacher || student) from log_softmax in float32. The loop is that of experiments/paper_claims. Prints tokens/s of the median steps and the
-ratio of each pair.
+Both loops distil the same teacher into a student of the same sizes, on the same random tokens, in
+bf16. Their steps alternate in one process. The library has bf16 weights, and float32 main weights
+in the optimizer. The plain loop (experiments/paper_claims) has float32 weights under autocast,
+fused AdamW, a bf16 teacher, and KL(teacher || student) from log_softmax in float32. It prints
+tokens/s of the median steps and the ratio of each pair.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "paper_claims"))
 
-from pace import in_turn, told
+from pace import format_ratios, in_turn
 
 from minitron_mp import make_recipe, run_stage
 from minitron_mp.workflow.graph import StageGraph
@@ -68,11 +69,12 @@ def main() -> None:
         found = in_turn(recipe, config, StageGraph(recipe).paths["import"], pairs=args.pairs)
     tokens = args.micro_batch_size * args.sequence_length
     print(
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {tokens} tokens a step, {args.pairs} pairs of steps"
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{tokens} tokens a step, {args.pairs} pairs of steps"
     )
     for name, speed in found["tokens_per_s"].items():
         print(f"{name:14s} {speed:7.1f} tokens/s")
-    print(f"speed of minitron_mp over the loop, pair by pair: median {told(found['ratios'])}")
+    print(f"speed of minitron_mp over the loop, pair by pair: median {format_ratios(found['ratios'])}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a block search over the layers costs: layer forwards, counted by hooks, and time, against one evaluation for each candidate.
+"""Cost of a block search over layers, against one evaluation per candidate.
 
     python benchmarks/depth.py out/quickstart/teacher_hf --block 8 --tokens 16384
     torchrun --nproc-per-node 2 benchmarks/depth.py out/quickstart/teacher_hf --pp 2
 
-Random weights of the model's sizes and random tokens: neither changes the count or the time. The count one by one is that of the layers kept.
+It prints the number of layer forwards, counted by hooks, and the time. "one by one" is the number
+of kept layers, summed over candidates. Weights and tokens are random, which changes neither.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ def main() -> None:
         microbatches, kept = len(groups) * args.pp, arch.num_layers - args.block
         naive = len(candidates) * kept * microbatches
         if world.is_main:
-            shown = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, {microbatches * tokens.numel()} tokens"
+            shown = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.precision}, "
+            shown += f"{microbatches * tokens.numel()} tokens"
             print(f"{shown}, {len(candidates)} blocks of {args.block} of {arch.num_layers} layers")
             each = 1000 * seconds / count
             print(
-                f"layer forwards {count}, one by one {naive}: {count / naive:.3f}; {seconds:.1f} s, {each:.1f} ms a layer forward"
+                f"layer forwards {count}, one by one {naive}: {count / naive:.3f}; "
+                f"{seconds:.1f} s, {each:.1f} ms a layer forward"
             )
 
 

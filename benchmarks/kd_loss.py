@@ -1,15 +1,19 @@
-"""The distillation loss with both output layers, forward and backward: time, share of the GEMM floor, memory, error; ours beside others.
+"""Time, memory and error of distillation losses with both output layers, forward and backward.
 
-    python benchmarks/kd_loss.py                             on a GPU: 12B -> 8B, 8192 tokens
-    python benchmarks/kd_loss.py --tp-shard 8                one of 8 tensor parallel ranks, without its communication
-    python benchmarks/kd_loss.py --tokens 512 --vocab 4096   other sizes; on a CPU it takes small ones by itself
+    python benchmarks/kd_loss.py                            on a GPU: 12B -> 8B, 8192 tokens
+    python benchmarks/kd_loss.py --tp-shard 8               one of 8 tp ranks, without communication
+    python benchmarks/kd_loss.py --tokens 512 --vocab 4096  other sizes; a CPU's default is small
 
-The floor is the time of the four products that no way of doing it avoids: logits of student and teacher, gradients of the
-student's hidden states and weight. Beyond: highest memory that is neither input nor gradient, and the gradients' own. Error: of
-the gradient of the hidden states, in float64 on some rows, relative to its norm. Without a GPU the memory is that of the GPU's
-path at full size, from tensors without data (FakeTensorMode), every live one counted; torch.compile and Liger do not run so.
+It compares our loss with others. Columns:
+of floor: time of the four products that every implementation needs (logits of student and teacher,
+gradients of the student's hidden states and weight), over the time of the loss.
+beyond: peak memory that is neither input nor gradient, and the memory of the gradients.
+error: of the gradient of the hidden states, relative to its norm, against float64 on some rows.
 
-Student and teacher have logits of deviation 4 and differ by a deviation of 0.75, which is a KL of about 0.3.
+Without a GPU the memory is computed for the GPU's path at full size, as the sum of live tensors
+without data (FakeTensorMode). torch.compile and Liger do not run in this mode. The logits of
+student and teacher have a standard deviation of 4. Their difference has one of 0.75, which is a KL
+of about 0.3.
 """
 
 from __future__ import annotations
@@ -64,7 +68,8 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
     print(
-        f"{name}, torch {torch.__version__}, bf16, {', '.join(f'{key} {value}' for key, value in sizes.items())}\n"
+        f"{name}, torch {torch.__version__}, bf16, "
+        f"{', '.join(f'{key} {value}' for key, value in sizes.items())}\n"
     )
 
     case = make_case(sizes, args.device)
@@ -95,7 +100,10 @@ def main() -> None:
 
 
 def methods() -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-    """{name: case -> gradient of the hidden states}. Each also leaves the gradient of the weight somewhere."""
+    """Return name -> function of a case that returns the gradient of the hidden states.
+
+    Each function also stores the gradient of the weight.
+    """
     found = {
         "torch, float32": partial(plain, forward_kl),
         "torch.compile": partial(plain, torch.compile(forward_kl)),
@@ -158,7 +166,7 @@ def _leaves(case: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def make_case(sizes: dict[str, int], device: str) -> dict[str, Tensor]:
-    """bf16. The teacher's hidden states and weight are the student's and some more, so that it is near."""
+    """Inputs in bf16. The teacher is the student plus noise, so that both are close."""
     tokens, vocab, h, more = (
         sizes["tokens"],
         sizes["vocab"],
@@ -194,7 +202,10 @@ def sample(case: dict[str, Tensor], rows: int) -> Tensor:
 
 
 def exact(case: dict[str, Tensor], rows: int) -> Tensor:
-    """Gradient of the hidden states of some rows in float64, by columns since a float64 copy of the weights is large."""
+    """Return the float64 gradient of the hidden states of some rows.
+
+    It is computed by columns, because a float64 copy of the weights is large.
+    """
     chosen = sample(case, rows)
     x, t, step = case["student"][chosen].double(), case["teacher"][chosen].double(), 8192
     z_s = torch.cat([x @ w.double().T for w in case["weight"].split(step)], 1)
@@ -248,7 +259,7 @@ def _gradient_bytes(dx: Tensor, case: dict[str, Tensor], run: Any) -> int:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that operations made inside of it and that are still there: now, and at their highest."""
+    """Counts the bytes of live tensors that were made inside of it: now, and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,9 +284,9 @@ class Live(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_gpu() -> Any:
-    """The loss takes the GPU's path on CPU tensors, with what kernels.py allocates in the place of kernels.py.
+    """Run the loss's GPU path on CPU tensors. The kernels are replaced by their allocations.
 
-    Tensors without data can be said to be on a GPU, but torch without CUDA does not let them be sliced.
+    Tensors without data could claim to be on a GPU, but torch without CUDA cannot slice them.
     """
 
     def sums(width: int) -> Callable[..., Tensor]:

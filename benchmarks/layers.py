@@ -1,13 +1,24 @@
-"""Times of layers and loss at a recipe's widths on this machine, as the JSON that `minitron-mp estimate --times FILE` reads.
+"""Measure the times of layers and loss at a recipe's widths.
 
-    python benchmarks/layers.py examples/mn_minitron_8b.yaml --out h100.json                       minutes on a GPU
-    python benchmarks/layers.py examples/mn_minitron_8b.yaml --out h100.json --tp 1,2,4,8 --sequence 4096,8192
-    python benchmarks/layers.py recipe.yaml --out toy.json --gpu h100 --layers 2 --repeats 2       on a CPU: tries the program, says nothing of a GPU
+It writes the JSON file for `minitron-mp estimate --times FILE`.
 
-Student and teacher with so many layers and a small vocabulary, random weights. train: gradients zeroed, forward and backward pass of the student's
-sizes, under Megatron's wrapper; forward: the teacher's and the student's sizes, without gradients. loss: both output layers, forward and
-backward. A shard of tp is one GPU's part without its communication (torch's 'fake' process group), which the planner adds.
-Median of --repeats after as many warm-ups; ms_min and ms_max beside it. Also the products' ceiling, the copy rate, and how long the host takes to issue.
+    Minutes on a GPU:
+    python benchmarks/layers.py examples/mn_minitron_8b.yaml --out h100.json
+    python benchmarks/layers.py examples/mn_minitron_8b.yaml --out h100.json --tp 1,2,4,8 \\
+        --sequence 4096,8192
+
+    On a CPU, to test the program only:
+    python benchmarks/layers.py recipe.yaml --out toy.json --gpu h100 --layers 2 --repeats 2
+
+Student and teacher have --layers layers, a small vocabulary and random weights.
+train: zeroed gradients, forward and backward pass of the student, under Megatron's wrapper.
+forward: teacher and student without gradients.
+loss: both output layers, forward and backward.
+
+A tp shard is one GPU's part without communication
+(torch's 'fake' process group); the planner adds the communication. Times are medians of --repeats
+after as many warm-ups, with ms_min and ms_max. The file also has the ceiling of matrix products,
+the copy rate, and the launch time of the host.
 """
 
 from __future__ import annotations
@@ -67,13 +78,16 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=_numbers, default=[1])
     parser.add_argument(
         "--dtypes",
-        help="bf16, fp32, tensorwise, delayed, blockwise, with commas; default: the recipe's precision and the FP8 of its sections",
+        help="bf16, fp32, tensorwise, delayed, blockwise, separated by commas; "
+        "default: the recipe's precision and the FP8 of its sections",
     )
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     recipe = load_recipe(args.recipe, args.overrides)
-    _, teacher, student = read_models(recipe)
+    models = read_models(recipe)
+    teacher = models.teacher
+    student = models.student
     dtypes = args.dtypes.split(",") if args.dtypes else _dtypes_of(recipe)
     points = []
     for tp in args.tp:
@@ -184,7 +198,10 @@ def time_layers(
 def time_loss(
     student: Arch, teacher: Arch, logits: str, tokens: int, world: World, precision: str, repeats: int
 ) -> dict[str, Any]:
-    """Both output layers with forward KL at this shard of the vocabulary, as the trainer calls them: the weight's gradient into a float32 buffer."""
+    """Both output layers with forward KL for this vocabulary shard, as the trainer calls them.
+
+    The gradient of the weight is added to a float32 buffer.
+    """
     _forget()
     dtype, columns = DTYPES[precision], student.padded_vocab_size // world.parallel.tp
     weights = [
@@ -325,7 +342,8 @@ def _kinds(dtypes: list[str]) -> list[str]:
 def _tell(point: dict[str, Any]) -> None:
     what = f"{point['what']:8} {point['dtype']:10} hidden {point['hidden_size']:6} tp {point['tp']}"
     print(
-        f"{what}  {point['ms']:9.2f} ms ({point['ms_min']:.2f} to {point['ms_max']:.2f}), issued in {point['host_ms']:.2f}",
+        f"{what}  {point['ms']:9.2f} ms ({point['ms_min']:.2f} to {point['ms_max']:.2f}), "
+        f"launched in {point['host_ms']:.2f}",
         flush=True,
     )
 

@@ -1,12 +1,17 @@
-"""How near the planner comes: whole distillation steps on this GPU against `minitron-mp estimate` for the same. One command, some minutes on an H100.
+"""Compare distillation steps on this GPU with the estimates of `minitron-mp estimate`.
 
+    Some minutes on an H100:
     python benchmarks/planner_check.py examples/mn_minitron_8b.yaml [--times FILE] [overrides]
-    python benchmarks/planner_check.py recipe.yaml --toy                     on a CPU: tries the program; its comparison means nothing
 
-Three configurations of the recipe's widths on one GPU, with as many layers as --layers says in student and teacher, random weights, optimizer included:
-as it is; FP8 (where Transformer Engine is); half the sequence length, two samples a microbatch, recomputation. Prints measured and estimated step time and peak
-memory; exit code 1 where the time is more than 15 % off or the memory more than 10 %. The planner's layer times should be this machine's: write them with
-benchmarks/layers.py first, or the shipped ones are compared. NOT RUN ON A GPU YET.
+    On a CPU, to test the program only:
+    python benchmarks/planner_check.py recipe.yaml --toy
+
+It runs three configurations of the recipe's widths on one GPU: the recipe; FP8 (with Transformer
+Engine); half the sequence length with two samples per microbatch and recomputation. Student and
+teacher have --layers layers and random weights; the optimizer is included. It prints measured and
+estimated step time and peak memory. The exit code is 1 if the time differs by more than 15 % or the
+memory by more than 10 %. The planner should use layer times of this machine, from
+benchmarks/layers.py; the default is the shipped ones. NOT RUN ON A GPU YET.
 """
 
 from __future__ import annotations
@@ -25,14 +30,18 @@ from layers import DEVICE, _forget, _gpu, _wait
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe
+from minitron_mp.distillation.frozen_model import freeze
 from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
-from minitron_mp.planning.hardware import Times, read_hardware, read_times
+from minitron_mp.planning.hardware import read_hardware
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
+from minitron_mp.planning.times import Times, read_times
 from minitron_mp.training.run import TrainingRun
 
 TIME, MEMORY = 0.15, 0.10
@@ -58,7 +67,8 @@ def main() -> None:
     times = read_times(gpu, read_hardware(gpu), args.times)
     off = []
     print(
-        f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} {'peak GiB':>9} {'planned':>8} {'off':>6}"
+        f"{'configuration':34} {'step ms':>8} {'planned':>8} {'off':>6} "
+        f"{'peak GiB':>9} {'planned':>8} {'off':>6}"
     )
     with join_world(ParallelConfig(), seed=1) as world:
         for name, recipe in configurations(
@@ -104,19 +114,21 @@ def configurations(recipe: Recipe, microbatches: int) -> dict[str, Recipe]:
 
 def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World, times: Times) -> list[str]:
     """Measure, print, and say what is too far off."""
-    _, teacher, student = (arch.resized(num_layers=num_layers) for arch in read_models(recipe))
-    planned = estimate_distillation(student, teacher, recipe, 1, times)
+    models = read_models(recipe)
+    teacher = models.teacher.resized(num_layers=num_layers)
+    student = models.student.resized(num_layers=num_layers)
+    planned = estimate_distillation(PlanningCase(student, teacher, recipe, 1), times)
     _forget()
     base = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = run_steps(student, teacher, recipe, steps, world)
     peak = torch.cuda.max_memory_allocated() - base if DEVICE.type == "cuda" else float("nan")
-    rows = (("time", seconds, planned.step_s, TIME), ("memory", peak, planned.needs_bytes, MEMORY))
+    rows = (("time", seconds, planned.step_s, TIME), ("memory", peak, planned.needed_bytes, MEMORY))
     wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
     times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
     print(
-        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needs_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
+        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
         flush=True,
     )
     if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":
@@ -135,10 +147,9 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
             for fp8 in (None, vars(recipe.teacher)["fp8"])
         ]
     taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
-    for chunk in taught:
-        chunk.eval().requires_grad_(False)
+    freeze(taught)
     chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
-    source = RandomTeacher(taught, world)
+    source = ColocatedTeacher(ShardedModel(taught, teacher, world, sequence, recipe.teacher_precision))
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
     training = TrainingRun(
         chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
@@ -161,13 +172,6 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
         found.append(time.perf_counter() - start)
     training.settle()
     return statistics.median(found[2:])
-
-
-class RandomTeacher(ColocatedTeacher):
-    """One that was not read from a checkpoint."""
-
-    def __init__(self, chunks: list[Any], world: World):
-        self.chunks, self.world, self.pairs, self.capture = chunks, world, None, None
 
 
 if __name__ == "__main__":

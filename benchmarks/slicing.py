@@ -1,10 +1,12 @@
-"""Speed and memory of prune(): bytes of teacher weights a second, and the peak beyond the model in units of its largest weight.
+"""Speed and memory of prune(): bytes of teacher weights per second, and its peak memory.
 
     python benchmarks/slicing.py
     torchrun --nproc-per-node 2 benchmarks/slicing.py --tp 2
 
-A random model of 8 layers at about a third of the width of an 8B one; width and heads are cut. The peak is read from the
-process every millisecond (from the allocator on a GPU), on the rank that has the highest.
+The model has random weights, 8 layers, and about a third of the width of an 8B model. Width and
+heads are pruned. The peak is the memory beyond the model, in units of its largest weight, on the
+rank where it is highest. It is read from the process every millisecond, or from the allocator on a
+GPU.
 """
 
 from __future__ import annotations
@@ -70,15 +72,17 @@ def main() -> None:
         if world.is_main:
             kept = sum(t.data.nbytes for t in student.values())
             print(
-                f"tp {args.tp}: {total / 2**20:.0f} MiB of weights a rank, largest {largest / 2**20:.0f} MiB, student {kept / 2**20:.0f} MiB"
+                f"tp {args.tp}: {total / 2**20:.0f} MiB of weights per rank, "
+                f"largest {largest / 2**20:.0f} MiB, student {kept / 2**20:.0f} MiB"
             )
             print(
-                f"{total / numbers[1] / 1e9:.2f} GB/s a rank ({numbers[1]:.2f} s); peak beyond the model {numbers[0]:.2f} x the largest weight"
+                f"{total / numbers[1] / 1e9:.2f} GB/s per rank ({numbers[1]:.2f} s); "
+                f"peak beyond the model {numbers[0]:.2f} x the largest weight"
             )
 
 
 class Peak:
-    """Highest memory of this process above where it started, in bytes; read while the block runs."""
+    """Peak memory of this process above its start while the block runs, in bytes."""
 
     def __init__(self, device: torch.device):
         self.device, self.beyond, self.process = device, 0, psutil.Process()

@@ -1,17 +1,22 @@
-"""A whole distillation step of Mistral NeMo 12B -> Minitron 8B widths: ours beside the naive loss, bf16 beside FP8, against the GEMM ceiling.
+"""Time and memory of a distillation step with the widths of Mistral NeMo 12B -> Minitron 8B.
 
-    python benchmarks/step.py --out step.json                       on a GPU: 4 + 4 layers, 8192 tokens, vocabulary 131072
+    python benchmarks/step.py --out step.json    on a GPU: 4 + 4 layers, 8192 tokens
     python benchmarks/step.py --fp8 tensorwise delayed blockwise    other scalings
-    python benchmarks/step.py                                       on a CPU: small sizes, bf16 alone, to see that it runs
+    python benchmarks/step.py                    on a CPU: small sizes, bf16 only, as a test
 
-A row: teacher forward, student forward, both output layers, loss, backward, gradients in float32 (`step`), then the optimizer (`adam`), each
-the median of the repeats. TFLOP/s: what both models have to compute (flops.py) over `step`. Of ceiling: over the fastest matrix product found
-here in the same run, of the number format of the layers; the output layers are bf16 in all rows. Beyond: highest memory in a step less what
-lies there between steps (weights, gradients, optimizer), which leaves activations, both models' hidden states and the loss. Activations are counted
-by the planner's formula (cost.kept_per_token), the rest is what is left.
+Rows compare our loss with a naive one, and bf16 with FP8. Columns:
+step: teacher and student forward, both output layers, loss, backward, float32 gradients; median.
+adam: the optimizer; median.
+TFLOP/s: FLOPs of both models, by the planner's formula, over `step`.
+of ceiling: TFLOP/s over those of the fastest matrix product of the same run, in the number format
+of the layers. The output layers are bf16 in all rows.
+beyond: peak memory of a step minus the memory between steps (weights, gradients, optimizer). It
+contains activations, both models' hidden states and the loss. Activations are computed by the
+planner's formula; the last column is the remainder.
 
-naive: logits of all tokens of both models, softmax and KL in float32 in plain torch, autograd. FP8 rows: linear layers of both models, the
-teacher's weights FP8 as well. Random weights and tokens: neither changes the time, in bf16 or FP8, beyond the power limit.
+naive: logits of all tokens of both models, softmax and KL in float32 in plain torch with autograd.
+FP8 rows: linear layers of both models are FP8, and so are the teacher's weights. Weights and tokens
+are random. This changes the time only through the power limit.
 """
 
 from __future__ import annotations
@@ -33,17 +38,19 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.teacher import Signal, with_signals
-from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distillation.frozen_model import freeze
+from minitron_mp.distillation.teacher import ColocatedTeacher, signal_of, with_signals
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
 from minitron_mp.losses.fused import TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, logits, output_weight
+from minitron_mp.models.build import build_model, logits
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
-from minitron_mp.planning.memory import kept_per_token
+from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.planning.activations import activation_bytes_per_token
 from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -56,29 +63,6 @@ SMALL = {
     "vocab_size": 1024,
 }
 GIB = 2**30
-
-
-class Teacher:
-    """A frozen model of random weights, as the trainer sees a teacher on its own ranks."""
-
-    pairs = None
-
-    def __init__(self, arch: Arch, world: World, **build: Any):
-        self.world, self.chunks = world, build_model(arch, world, random_weights=True, **build)
-        for chunk in self.chunks:
-            chunk.eval().requires_grad_(False)
-
-    def signals(self, batches: Any, step: int) -> list[Signal]:
-        return [
-            Signal(hidden, [])
-            for hidden in run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden)
-        ]
-
-    def target(self, signal: Signal) -> TeacherHidden:
-        assert signal.hidden is not None
-        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
-
-    def release(self, signal: Signal) -> None: ...
 
 
 def main() -> None:
@@ -97,7 +81,7 @@ def main() -> None:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="each row once more with distill.cuda_graphs; --sequence-length 4096 or less shows what they gain",
+        help="add each row with distill.cuda_graphs; the gain shows with --sequence-length 4096 or less",
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path)
@@ -126,7 +110,8 @@ def main() -> None:
                     row = measure(teacher, student, sequence, fp8, loss, graphs, world, args.repeats)
                 except (torch.OutOfMemoryError, InputError) as problem:
                     print(
-                        f"{fp8 or 'bf16'}, {loss}{', graphs' * graphs}: does not run: {str(problem).splitlines()[0][:100]}"
+                        f"{fp8 or 'bf16'}, {loss}{', graphs' if graphs else ''}: does not run: "
+                        f"{str(problem).splitlines()[0][:100]}"
                     )
                     continue
                 row["of_ceiling"] = row["tflops"] / ceilings["fp8" if fp8 else "bf16"]
@@ -148,20 +133,23 @@ def main() -> None:
     }
     engine = f"Transformer Engine {found['transformer_engine']}"
     print(
-        f"{found['device']}, torch {torch.__version__}, {engine}, {args.layers} + {args.layers} layers, {sequence} tokens"
+        f"{found['device']}, torch {torch.__version__}, {engine}, "
+        f"{args.layers} + {args.layers} layers, {sequence} tokens"
     )
     print(
         "fastest matrix product, TFLOP/s: "
         + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items())
     )
     print(
-        f"{'layers':18} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} {'TFLOP/s':>8} {'of ceiling':>10} "
-        f"{'held GiB':>9} {'beyond':>7} {'activations':>11} {'rest':>6}"
+        f"{'layers':18} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} "
+        f"{'TFLOP/s':>8} {'of ceiling':>10} {'held GiB':>9} {'beyond':>7} {'activations':>11} {'rest':>6}"
     )
     for r in rows:
         print(
-            f"{r['layers']:18} {r['loss']:18} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} {r['adam_ms']:8.1f} {r['tflops']:8.3g} "
-            f"{r['of_ceiling']:10.0%} {r['held_gib']:9.2f} {r['beyond_gib']:7.2f} {r['activations_gib']:11.2f} {r['beyond_gib'] - r['activations_gib']:6.2f}"
+            f"{r['layers']:18} {r['loss']:18} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} "
+            f"{r['adam_ms']:8.1f} {r['tflops']:8.3g} {r['of_ceiling']:10.0%} {r['held_gib']:9.2f} "
+            f"{r['beyond_gib']:7.2f} {r['activations_gib']:11.2f} "
+            f"{r['beyond_gib'] - r['activations_gib']:6.2f}"
         )
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -179,7 +167,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     build: dict[str, Any] = {"precision": "bf16", "sequence_length": sequence}
-    # Few warm-up steps: the loss must stay a number, no more.
+    # Few warm-up steps, because the loss only has to stay finite.
     settings = DistillConfig(
         steps=10_000,
         warmup_steps=9_999,
@@ -192,7 +180,10 @@ def measure(
     settings = settings.model_copy(update={"cuda_graphs": graphs})
     if "bf16 logits" in loss:
         settings = settings.model_copy(update={"logits_precision": "bf16"})
-    teacher = Teacher(teacher_arch, world, fp8="tensorwise" if fp8 == "delayed" else fp8, **build)
+    teacher_fp8 = "tensorwise" if fp8 == "delayed" else fp8
+    teacher_chunks = build_model(teacher_arch, world, random_weights=True, fp8=teacher_fp8, **build)
+    freeze(teacher_chunks)
+    teacher = ColocatedTeacher(ShardedModel(teacher_chunks, teacher_arch, world, sequence, "bf16"))
     chunks = build_model(arch, world, training=settings, random_weights=True, **build)
     student = TrainingRun(
         chunks,
@@ -205,15 +196,16 @@ def measure(
     )
     tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
     positions = torch.arange(sequence)[None]
-    batch = {
+    batch: Batch = {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:],
         "position_ids": positions,
         "loss_mask": torch.ones(1, sequence),
     }
 
-    def naive(hidden: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        target = teacher.target(batch["teacher"])
+    def naive(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        target = teacher.target(signal_of(batch))
+        assert isinstance(target, TeacherHidden)
         with torch.no_grad():
             wanted = logits(teacher.chunks[-1], target.hidden)
         log_q, log_p = (
@@ -240,7 +232,7 @@ def measure(
         times.append(_timed(step))
         updates.append(_timed(student.update))
     flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
-    kept = kept_per_token(
+    kept = activation_bytes_per_token(
         arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
     )
     student.settle()
@@ -261,14 +253,22 @@ def measure(
 
 
 def ceiling(fp8: str | None, world: World) -> float:
-    """TFLOP/s of the fastest square matrix product of this kind, over a second of them, so that the power limit counts."""
+    """Return TFLOP/s of the fastest square matrix product, measured for one second.
+
+    The duration includes the effect of the power limit.
+    """
     n = 8192 if world.device.type == "cuda" else 512
     a, b = (torch.randn((n, n), device=world.device, dtype=torch.bfloat16) for _ in range(2))
     if fp8:
         a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=world.device)
-        product = lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+
+        def product():
+            return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     else:
-        product = lambda: torch.mm(a, b)  # noqa: E731
+
+        def product():
+            return torch.mm(a, b)
+
     _timed(product)
     count = max(1, int(1.0 / max(_timed(product), 1e-5)))
 

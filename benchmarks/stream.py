@@ -1,13 +1,14 @@
-"""What the teacher stream costs: time that the student waits as a share of its step, and bytes on the wire, computed and counted.
+"""Cost of the teacher stream: the student's waiting time per step, and sent bytes.
 
     torchrun --nproc-per-node 2 benchmarks/stream.py
     torchrun --nproc-per-node 2 benchmarks/stream.py --payload logits --window 1
 
-The transfers are real. The work has the length that it has on a GPU (defaults: half of the 12B -> 8B model's times for a microbatch of
-8192 tokens on 8 H100 at tp 8, by the cost model: student 119 ms, teacher 38 ms): matrix products on a GPU, which two ranks may share,
-pauses on a CPU. Sizes default to an
-eighth of that microbatch, a rank's part at tp 8: a CPU's loopback is not NVLink. Reported beside it: the same transfers with
-nothing to hide behind.
+The transfers are real. The compute is replaced by work of a given time: matrix products on a GPU,
+which two ranks may share, and sleep on a CPU. The default times are half of the planner's estimate
+for 12B -> 8B, a microbatch of 8192 tokens and tp 8 on 8 H100 (student 119 ms, teacher 38 ms). The
+default sizes are an eighth of that microbatch, which is a rank's part at tp 8, because a CPU's
+loopback is slower than NVLink. It also prints the same transfers without work. Bytes are computed
+and counted.
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ def main() -> None:
     }[args.payload]
     shape, one = StreamShape(args.payload, args.tokens, 1, width, dtype), ParallelConfig()
     with join_roles({"student": (1, one), "teacher": (1, one)}, seed=1) as world:
-        assert world.bridge is not None
+        assert world.channel is not None
         for title, student_s, teacher_s, pause_s in (
             ("nothing else to do", 0.0, 0.0, 0.0),
             ("with the work of a GPU", args.student_ms / 1e3, args.teacher_ms / 1e3, args.pause_ms / 1e3),
         ):
             link = Link(
-                world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window
+                world.channel, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window
             )
             count = args.steps * args.micro_batches
             if world.role == "teacher":
@@ -89,7 +90,10 @@ def serve(link: Link, count: int, teacher_s: float, device: torch.device) -> Non
 def consume(
     link: Link, args: argparse.Namespace, student_s: float, pause_s: float, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """(time of each step, of it waiting); the first step, which starts with nothing in the window, is left out."""
+    """Return (times of the steps, waiting times) without the first step.
+
+    The first step starts with an empty window.
+    """
     receiver = Receiver(link, link.students[0], range(args.steps * args.micro_batches), device)
     steps, waits = [], []
     for step in range(args.steps):
@@ -108,7 +112,7 @@ def consume(
 
 
 def work(seconds: float, device: torch.device) -> None:
-    """Keep the device busy for so long, with products of 2048 rows on a GPU; returns when it is done."""
+    """Keep the device busy for this time, with matrix products of 2048 rows on a GPU."""
     if device.type == "cpu" or not seconds:
         time.sleep(seconds)
         return
@@ -125,8 +129,10 @@ def report(title: str, args: argparse.Namespace, link: Link, steps: list[float],
     step, wait = statistics.median(steps), statistics.median(waits)
     counted = link.bytes_moved / (tokens * args.steps)
     print(
-        f"{title}: {args.payload}, window {args.window}, step {step * 1e3:.0f} ms, waiting {wait * 1e3:.1f} ms = {wait / step:.1%}; "
-        f"{tokens * link.shape.bytes_per_token() / step / 1e9:.2f} GB/s; bytes a token: {link.shape.bytes_per_token():,} computed, {counted:,.0f} counted",
+        f"{title}: {args.payload}, window {args.window}, step {step * 1e3:.0f} ms, "
+        f"waiting {wait * 1e3:.1f} ms = {wait / step:.1%}; "
+        f"{tokens * link.shape.bytes_per_token() / step / 1e9:.2f} GB/s; bytes a token: "
+        f"{link.shape.bytes_per_token():,} computed, {counted:,.0f} counted",
         flush=True,
     )
 

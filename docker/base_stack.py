@@ -1,10 +1,12 @@
-"""For the Dockerfile: what the base image brings for the GPU stays as it is, whatever pip would like.
+"""Keep the GPU packages of the base image when the Dockerfile runs pip.
 
-    python3 docker/base_stack.py write FOLDER     before pip runs: requirements.txt, constraints.txt and stack.json in FOLDER
-    python3 docker/base_stack.py check FOLDER     after it: the same versions from the same places, or exit code 1
+    python3 docker/base_stack.py write FOLDER     before pip: write the files below
+    python3 docker/base_stack.py check FOLDER     after pip: fail if a package of the base changed
 
-requirements.txt: the core of setup.py. constraints.txt: the base's versions of the stack, and the pins of constraints/ for all else, so
-that an image is what the tests ran with wherever the base leaves a choice. Standard library only; the base's Python runs it.
+requirements.txt has the core dependencies of setup.py. constraints.txt has the base's versions of
+the GPU packages, and the tested versions of constraints/ for all others. stack.json has versions
+and places of the GPU packages. The base's Python runs this file, so it uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 STACK = re.compile(
-    r"(torch|torchvision|torchao|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*|nvidia-.*|cuda-.*)"
+    r"(torch|torchvision|torchao|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*"
+    r"|nvidia-.*|cuda-.*)"
 )
-"""What is built for the base's CUDA, or against it; numpy, because extensions are compiled for its major version."""
+"""Packages that are built for the base's CUDA, and numpy.
+
+Extensions need numpy's major version.
+"""
 ROOT = Path(__file__).parents[1]
 
 
 def installed() -> dict[str, tuple[str, str]]:
-    """Name of a distribution of the stack -> (version, folder it lies in), as this Python finds it first."""
+    """Return name of each GPU package -> (version, folder), as this Python finds it first."""
     found: dict[str, tuple[str, str]] = {}
     for distribution in distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
@@ -38,7 +44,8 @@ def write(folder: Path) -> None:
     stack = installed()
     if "torch" not in stack:
         sys.exit(
-            "the base image has no torch; give one that has: --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3"
+            "the base image has no torch; use another one: "
+            "--build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3"
         )
     pins = (
         (ROOT / "constraints" / f"py{sys.version_info.major}{sys.version_info.minor}.txt")
@@ -66,8 +73,8 @@ def check(folder: Path) -> None:
             f"{name}: {' in '.join(before[name])}, now {' in '.join(now.get(name, ('none', 'nowhere')))}"
             for name in changed
         ]
-        sys.exit("pip has replaced what the base image brings:\n" + "\n".join(rows))
-    print("untouched: " + ", ".join(f"{name} {version}" for name, (version, _) in before.items()))
+        sys.exit("pip has replaced packages of the base image:\n" + "\n".join(rows))
+    print("unchanged: " + ", ".join(f"{name} {version}" for name, (version, _) in before.items()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""A Megatron-Bridge recipe that distils a pruned model from its teacher: PRUNED and TEACHER are what `minitron-mp prune` and `import` leave.
+"""Distil a pruned model from its teacher with a Megatron-Bridge recipe.
 
-torchrun --nproc-per-node 8 examples/bridge_distill.py out/student out/teacher train.train_iters=1000 model.tensor_model_parallel_size=4
+torchrun --nproc-per-node 8 examples/bridge_distill.py out/student out/teacher train.train_iters=1000
+
+out/student and out/teacher are the outputs of `minitron-mp prune` and `import`. Further arguments
+override the recipe, for example model.tensor_model_parallel_size=4.
 """
 
 import sys
@@ -24,7 +27,10 @@ def recipe(
     sequence_length: int = SEQUENCE_LENGTH,
     precision: str = "bf16",
 ):
-    """The ConfigContainer and the forward step; data is Bridge's mock until dataset.blend names yours."""
+    """Return ConfigContainer and forward step.
+
+    Set dataset.blend; the default is Bridge's mock data.
+    """
     from megatron.bridge.training.config import (
         CheckpointConfig,
         ConfigContainer,

@@ -1,6 +1,8 @@
-"""Score a model that Megatron-Bridge built, of any dense family that it maps, plan, and prune it: PRUNED, a checkpoint of any layout, and PRUNED_hf.
+"""Score, plan and prune a model that Megatron-Bridge built, of any dense family that Bridge maps.
 
 torchrun --nproc-per-node 4 examples/bridge_prune.py MODEL_FOLDER PRUNED --keep 0.75 --tp 2 --pp 2
+
+It writes PRUNED, a checkpoint for any layout, and PRUNED_hf, a Hugging Face folder.
 """
 
 import argparse
@@ -26,7 +28,10 @@ from minitron_mp.workflow.context import ASSETS
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
-    """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
+    """Return this data parallel rank's microbatches [b, s].
+
+    Replace them with your calibration text.
+    """
     tokens = torch.randint(0, vocab_size, (4, 2, 64), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(64).expand(2, 64).contiguous()
     return [
@@ -36,7 +41,7 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
 
 
 def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> PrunePlan:
-    """provider: of the model in source, with its weights and parallel sizes; reached by all ranks."""
+    """provider: of the model in `source`, with weights and parallel sizes. All ranks call it."""
     config = json.loads((source / "config.json").read_text())
     arch = arch_of(provider, config)
     provider.finalize()

@@ -1,6 +1,8 @@
-"""Score, plan and prune from Python, on your own batches and at any layout; needs the teacher/ that `minitron-mp import` leaves.
+"""Score, plan and prune from Python with your own batches and any layout.
 
 torchrun --nproc-per-node 3 examples/library.py out/quickstart/teacher out/library_student --tp 3
+
+The first argument is the output of `minitron-mp import`.
 """
 
 import argparse
@@ -16,7 +18,10 @@ from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 
 
 def batches(vocab_size: int, rank: int):
-    """This data parallel rank's microbatches [b, s]; random tokens stand for your calibration text."""
+    """Return this data parallel rank's microbatches [b, s].
+
+    Replace them with your calibration text.
+    """
     tokens = torch.randint(0, vocab_size, (4, 2, 128), generator=torch.Generator().manual_seed(rank))
     positions = torch.arange(128).expand(2, 128).contiguous()
     return [

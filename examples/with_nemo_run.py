@@ -1,8 +1,10 @@
-"""A command of minitron-mp on a Slurm cluster through NeMo-Run: as run.Partial, a Python function with its recipe, or as run.Script, a command line.
+"""Run a stage of minitron-mp on a Slurm cluster with NeMo-Run.
 
 python examples/with_nemo_run.py examples/quickstart.yaml compress --nodes 4 --partition batch --account me
 
-docs/cluster.md says how NeMo-Run is installed. The nodes need it for --form partial only.
+--form partial sends a Python function with its recipe (run.Partial), --form script a command line
+(run.Script). See docs/cluster.md for the installation of NeMo-Run. The nodes need it for --form
+partial.
 """
 
 import argparse
@@ -11,7 +13,11 @@ from pathlib import Path
 
 
 def task(form: str, stage: str, recipe: str, overrides: list[str]):
-    """What every rank runs. The recipe travels as the call that reads it; run.Config(Recipe, model=..., distill=run.Config(Distill, ...)) does as well."""
+    """Return the task of every rank.
+
+    The recipe is sent as a call of load_recipe. run.Config(Recipe, model=..., distill=...) works,
+    too.
+    """
     import nemo_run as run
 
     from minitron_mp import compress, load_recipe, run_stage
@@ -19,11 +25,9 @@ def task(form: str, stage: str, recipe: str, overrides: list[str]):
     if form == "script":
         return run.Script(path="minitron_mp", m=True, args=[stage, recipe, *overrides], entrypoint="python")
     config = run.Config(load_recipe, path=recipe, overrides=overrides)
-    return (
-        run.Partial(compress, recipe=config)
-        if stage == "compress"
-        else run.Partial(run_stage, name=stage, recipe=config)
-    )
+    if stage == "compress":
+        return run.Partial(compress, recipe=config)
+    return run.Partial(run_stage, name=stage, recipe=config)
 
 
 def executor(options: argparse.Namespace):
@@ -33,12 +37,12 @@ def executor(options: argparse.Namespace):
         account=options.account,
         partition=options.partition,
         nodes=options.nodes,
-        ntasks_per_node=options.ranks,  # NeMo-Run makes one task of them, torchrun's agent
+        ntasks_per_node=options.ranks,  # NeMo-Run starts one task, torchrun's agent, for them
         gpus_per_node=options.gpus,
         time=options.time,
         launcher="torchrun",
-        packager=run.Packager(),  # copies nothing: the nodes see this checkout
-        srun_args=[f"--chdir={Path.cwd()}"],  # paths in the recipe mean what they mean here
+        packager=run.Packager(),  # copies nothing, because the nodes have access to this checkout
+        srun_args=[f"--chdir={Path.cwd()}"],  # relative paths of the recipe start here
         env_vars={
             name: os.environ[name]
             for name in ("PATH", "PYTHONPATH", "GLOO_SOCKET_IFNAME")

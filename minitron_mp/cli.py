@@ -1,4 +1,7 @@
-"""The command line: one command a stage, and compress for all. Parsing imports neither torch nor megatron."""
+"""The command line: one command for each stage, and compress for all.
+
+Parsing imports neither torch nor megatron.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from minitron_mp.config.recipe import Recipe, load_recipe
-from minitron_mp.console import say, speaks, table
+from minitron_mp.console import say, speaks
 from minitron_mp.errors import InputError
+from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.stages import STAGES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,28 +49,13 @@ World = Annotated[
     typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
 ]
 
-Force = Annotated[bool, typer.Option("--force", help="run the stage although its artefact is up to date")]
-
-HELP = {
-    "import": "Hugging Face folder -> sharded checkpoint.",
-    "import-teacher": "The model of teacher.model -> sharded checkpoint.",
-    "data": "Text -> tokens: calibration, training and held-out parts.",
-    "texts": "Further held-out texts -> tokens; for data.held_out.",
-    "correct": "Train the teacher on the distillation text by cross-entropy; for recipes with a section correct.",
-    "score": "Importance of every layer, neuron, head and channel, by forward passes.",
-    "depth": "Losses, or accuracies, without single layers or blocks of them; for depth.method: drop, block, greedy.",
-    "search": "Candidates inside a budget, ranked by held-out loss, the best ones distilled for a short time; for recipes with a section search.",
-    "plan": "Importance and target -> what to keep. Needs no GPU and no torchrun.",
-    "prune": "Teacher and plan -> student checkpoint.",
-    "cache": "The teacher's signals of all microbatches -> disk; for teacher.placement: cached.",
-    "distill": "Train the student on the teacher's distribution.",
-    "evaluate": "Held-out loss, perplexity and KL of teacher, pruned and distilled student.",
-    "export": "Student -> Hugging Face folder.",
-}
+Force = Annotated[bool, typer.Option("--force", help="run the stage although its artifact is up to date")]
 
 
-def _add(name: str) -> None:
-    @app.command(name, help=HELP[name])
+def _add_command(stage: Stage) -> None:
+    help_text = stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
+
+    @app.command(stage.name, help=help_text)
     def command(
         recipe: RecipeFile,
         overrides: Overrides = None,
@@ -74,28 +64,48 @@ def _add(name: str) -> None:
         force: Force = False,
     ) -> None:
         resolved = load_recipe(recipe, overrides or [])
-        if _dry(resolved, dry_run, world, name):
+        if dry_run:
+            _dry_run(resolved, world, stage.name)
             return
+        _refuse_world(world)
         from minitron_mp.workflow.run import run_stage
 
-        run_stage(name, resolved, force=force)
+        run_stage(stage.name, resolved, force=force)
 
 
-for _name in HELP:
-    _add(_name)
+for _stage in STAGES:
+    _add_command(_stage)
 
 
 @app.command()
 def compress(
     recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None
 ) -> None:
-    """All stages in order; what is done is skipped, so the same command goes on after a stop."""
+    """Run all stages in order.
+
+    Finished stages are skipped, so the same command resumes after a stop.
+    """
     resolved = load_recipe(recipe, overrides or [])
-    if _dry(resolved, dry_run, world):
+    if dry_run:
+        _dry_run(resolved, world, None)
         return
+    _refuse_world(world)
     from minitron_mp.workflow.run import compress as run
 
     run(resolved)
+
+
+def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
+    from minitron_mp.workflow.dry_run import dry_run
+
+    dry_run(recipe, world, stage)
+
+
+def _refuse_world(world: int | None) -> None:
+    if world is not None:
+        raise InputError(
+            "--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)"
+        )
 
 
 @app.command()
@@ -103,48 +113,57 @@ def harness(
     recipe: RecipeFile,
     overrides: Overrides = None,
     tasks: Annotated[
-        str, typer.Option(help="names of tasks of lm-evaluation-harness, with commas between")
+        str, typer.Option(help="names of tasks of lm-evaluation-harness, separated by commas")
     ] = "",
     model: Annotated[
-        str, typer.Option(help="teacher, pruned, distilled; uncorrected, unpruned where there is one")
+        str,
+        typer.Option(help="teacher, pruned or distilled; uncorrected or unpruned if the recipe has them"),
     ] = "distilled",
-    limit: Annotated[int | None, typer.Option(min=1, help="the first so many items of each task")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use only the first items of each task")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="examples before each item; default: the task's own")
+        int | None, typer.Option(min=0, help="examples before each item; default: that of the task")
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="folder with task files of your own")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="folder with further task files")] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="tokens that the model is given at most; default: data.sequence_length"),
+        typer.Option(min=2, help="longest input of the model in tokens; default: data.sequence_length"),
     ] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="items as chats, by the tokenizer's template")
+        bool, typer.Option("--apply-chat-template", help="format items with the tokenizer's chat template")
     ] = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness on a model of the recipe; needs the extra eval (lm-eval)."""
+    """Run tasks of lm-evaluation-harness on a model of the recipe (needs the extra eval)."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
     resolved = load_recipe(recipe, overrides or [])
-    from minitron_mp.integrations.lm_eval import run_harness
+    from minitron_mp.integrations.lm_eval.command import HarnessOptions, run_harness
 
-    where = {"include_path": include_path, "max_length": max_length, "chat_template": apply_chat_template}
-    run_harness(resolved, names, model=model, limit=limit, num_fewshot=num_fewshot, **where)
+    options = HarnessOptions(
+        names,
+        model=model,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include_path=include_path,
+        max_length=max_length,
+        chat_template=apply_chat_template,
+    )
+    run_harness(resolved, options)
 
 
 @app.command()
 def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write report.md and report.html again from the artefacts."""
+    """Write report.md and report.html again from the artifacts."""
     resolved = load_recipe(recipe, overrides or [])
     from minitron_mp.artifacts.manifest import require_artifact
     from minitron_mp.report.report import write_report
     from minitron_mp.workflow.graph import StageGraph
 
-    project = StageGraph(resolved)
+    graph = StageGraph(resolved)
     for name in ("evaluate", "export"):
-        project.require_inputs(name)
-        require_artifact(project.paths[name], name, project.manifest(name))
-    write_report(project)
+        graph.require_inputs(name)
+        require_artifact(graph.paths[name], name, graph.manifest(name))
+    write_report(graph)
 
 
 @app.command()
@@ -154,125 +173,87 @@ def environment(
     ranks: Annotated[int, typer.Option(min=1, help="ranks on each node")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="nodes of the job")] = 1,
 ) -> None:
-    """What the environment of the ranks should hold, with reasons, for a shell to evaluate; launch/env.sh does."""
-    from minitron_mp.cluster.environment import lines, this_node
+    """Print the environment variables of the ranks with reasons, as shell lines (launch/env.sh)."""
+    from minitron_mp.cluster.environment import environment_lines, this_node
 
-    print(*lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+    print(*environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
 
 
 @app.command()
 def estimate(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    world: Annotated[int, typer.Option("--world", min=1, help="GPUs")] = 8,
+    world: Annotated[int, typer.Option("--world", min=1, help="number of GPUs")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200 or a100")] = "h100",
     hardware: Annotated[
-        Path | None, typer.Option(help="YAML or JSON with values of your own (docs/estimate.md)")
+        Path | None, typer.Option(help="YAML or JSON file with other hardware values (docs/estimate.md)")
     ] = None,
     times: Annotated[
-        Path | None, typer.Option(help="layer times that benchmarks/layers.py wrote; default: those shipped")
+        Path | None, typer.Option(help="layer times from benchmarks/layers.py; default: the shipped ones")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="of a GPU-hour")] = None,
-    top: Annotated[int, typer.Option(min=1, help="layouts to show")] = 10,
-    json: Annotated[Path | None, typer.Option(help="write all of it to this file")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="price of a GPU-hour")] = None,
+    top: Annotated[int, typer.Option(min=1, help="number of layouts to show")] = 10,
+    json: Annotated[Path | None, typer.Option(help="write everything to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="plot 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
-    """Memory, step time, GPU-hours and the best layouts on so many GPUs, before anything runs."""
-    from minitron_mp.planning.command import run_estimate
+    """Estimate memory, step time and GPU-hours, and find the best layouts on a number of GPUs."""
+    from minitron_mp.planning.command import EstimateOptions, run_estimate
 
-    files = {"hardware_file": hardware, "times_file": times, "json_file": json, "plot_file": plot}
-    run_estimate(load_recipe(recipe, overrides or []), world, gpu=gpu, price=price, top=top, **files)
+    options = EstimateOptions(
+        world,
+        gpu=gpu,
+        hardware_file=hardware,
+        times_file=times,
+        price=price,
+        top=top,
+        json_file=json,
+        plot_file=plot,
+    )
+    run_estimate(load_recipe(recipe, overrides or []), options)
 
 
 @app.command()
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML recipe whose model, tokenizer and folders are checked, too")
+        Path | None, typer.Argument(help="YAML recipe; its model, tokenizer and folders are checked, too")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check versions, GPUs, FP8, links between ranks, clocks, folders and room: a table, exit code 0 or 1."""
+    """Check versions, GPUs, FP8, links between ranks, clocks, folders and disk space.
+
+    Exit code 0 or 1.
+    """
     from minitron_mp.cluster.doctor import doctor as examine
 
     raise typer.Exit(examine(recipe, overrides or []))
 
 
-def _dry(recipe: Recipe, dry_run: bool, world: int | None, stage: str | None = None) -> bool:
-    """Whether this was a dry run, then done. stage: that the command runs; None for all."""
-    if dry_run:
-        _dry_run(recipe, world, stage)
-    elif world is not None:
-        raise InputError(
-            "--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)"
-        )
-    return dry_run
+@app.command()
+def reference(
+    output: Annotated[Path | None, typer.Option(help="file to write; default: print")] = None,
+) -> None:
+    """Print the reference of all recipe keys in Markdown."""
+    from minitron_mp.config.reference import recipe_reference
+
+    text = recipe_reference()
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+        say(f"reference: {output}")
 
 
-def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
-    """Everything that is known before anything runs; InputError when the recipe cannot run."""
-    from omegaconf import OmegaConf
+def main() -> None:
+    """Run the command line.
 
-    from minitron_mp.models.hf_config import has_weights, read_arch
-    from minitron_mp.planning.command import dry_run_rows
-    from minitron_mp.planning.memory import memory_rows
-    from minitron_mp.pruning.candidates import candidate_name
-    from minitron_mp.pruning.search_space import survey_candidates
-    from minitron_mp.pruning.target import resolve_target
-    from minitron_mp.workflow.graph import StageGraph
-
-    project = StageGraph(recipe)
-    if stage:
-        project.require_stage(stage)
-    t = recipe.teacher
-    ranks = world or (t.student_ranks or recipe.parallel.model_ranks) + t.ranks_in(None) + sum(
-        t.siblings.values()
-    )
-    models = [Path(recipe.model), Path(t.model or recipe.model)]
-    weights = all(map(has_weights, filter(Path.is_dir, models)))
-    project.check(ranks, weights=weights)
-    base, teacher = (read_arch(folder, weights=weights) for folder in models)
-    found, left_out = (
-        survey_candidates(recipe, base)
-        if recipe.search
-        else ([resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], "")
-    )
-    student = max(found, key=lambda arch: arch.num_parameters())
-    say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
-    table(
-        "layout and memory",
-        ("what", "value"),
-        memory_rows(base, teacher, student, recipe, ranks) + dry_run_rows(teacher, student, recipe, ranks),
-    )
-    if recipe.search:
-        table(
-            "candidates of the search; the layout above is that of the largest",
-            ("candidate", "parameters"),
-            [(candidate_name(a), f"{a.num_parameters():,}") for a in found],
-        )
-        if left_out:
-            say(left_out)
-    if not weights:
-        say("only config.json is there, no weights: the sizes are known, the artefacts are not")
-        return
-    states = {None: "done", True: "to do", False: "again"}
-    rows = []
-    for name in project.stages:
-        why = project.why_not_done(name)
-        rows.append(
-            (name, str(project.paths[name]), states[None if why is None else not why], "; ".join(why or []))
-        )
-    table("stages", ("stage", "artefact", "state", "differs"), rows)
-
-
-def main() -> Any:
-    """Console entry: an InputError, or a disk that fails, is printed without a traceback, exit code 2."""
-    warnings.filterwarnings(
-        "ignore"
-    )  # Megatron-Core warns of every optional package that is not there, on each rank
-    logging.getLogger("torch.distributed.checkpoint").setLevel(
-        logging.CRITICAL
-    )  # tells the traceback of what we say in a line
-    logging.getLogger("megatron").setLevel(logging.ERROR)  # and 0.19 at each model that GPTModel will go
+    An InputError or a failing disk is printed without a traceback; exit code 2.
+    """
+    # Megatron-Core warns on each rank about every optional package that is missing.
+    warnings.filterwarnings("ignore")
+    # This logger prints the traceback of errors that are reported below on one line.
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
+    # Megatron-Core 0.19 warns at each model that GPTModel will be removed.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         app()
     except (InputError, OSError) as error:
@@ -281,5 +262,6 @@ def main() -> Any:
             errors.print("[bold red]error:[/] ", end="")
             errors.print(str(error), markup=False, soft_wrap=True)
         else:
-            time.sleep(3)  # the first rank that ends makes torchrun stop the others, and rank 0 has to print
+            # torchrun stops all ranks when the first one ends, and rank 0 must print before.
+            time.sleep(3)
         sys.exit(2)

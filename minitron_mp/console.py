@@ -1,4 +1,7 @@
-"""What a person sees: tables, a progress bar on a terminal, plain lines in a log file. Rank 0 speaks."""
+"""Output for people: tables, a progress bar on a terminal, plain lines in a log file.
+
+Only rank 0 prints.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -25,6 +29,7 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 160  # a log file: rich would wrap tables at 80
 
 LINE_INTERVAL_S = 10.0
+"""Least time between two progress lines in a log file."""
 
 
 def speaks() -> bool:
@@ -33,17 +38,21 @@ def speaks() -> bool:
 
 
 def launched() -> bool:
-    """Whether torchrun, or another launcher, started this process as a rank of a job. Needs no torch."""
+    """Whether torchrun, or another launcher, started this process as a rank of a job.
+
+    Needs no torch.
+    """
     return "RANK" in os.environ
 
 
 def say(text: str) -> None:
+    """Print a line on rank 0."""
     if speaks():
         console.print(text, soft_wrap=True, markup=False)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, first column left, the others right."""
+    """Print a table on rank 0; the first column is aligned left, the others right."""
     if not speaks():
         return
     grid = Table(title=title, title_justify="left")
@@ -55,52 +64,77 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 class Tracker:
-    """Progress of one long piece of work, with speed and time left: a bar on a terminal, a line every 10 s elsewhere.
+    """Progress of a long operation, with speed and remaining time; a context manager.
 
-    A context manager; on ranks that do not speak it does nothing. first: what was done before, which tells nothing of the speed.
+    It shows a bar on a terminal, and prints a line every LINE_INTERVAL_S elsewhere. On ranks other
+    than 0 it does nothing. first: units that an earlier run has finished; they do not count for the
+    speed.
     """
 
     def __init__(self, title: str, total: int, unit: str, first: int = 0):
-        self.title, self.total, self.unit, self.first, self.done = title, total, unit, first, first
-        self.bar: Any = None
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.first = first
+        self.done = first
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
 
     def __enter__(self) -> Tracker:
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+        self.last = self.start
         if speaks() and console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(10),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-            )
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            note = TextColumn(
-                "{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)
-            )  # on a narrow terminal this is what is cut
-            self.bar = Progress(*columns, *times, note, console=console, expand=True)
+            self.bar = self._new_bar()
             self.bar.start()
             self.task = self.bar.add_task(
                 self.title, total=self.total, completed=self.first, unit=self.unit, note=""
             )
         return self
 
+    def _new_bar(self) -> Progress:
+        # A narrow terminal truncates the note first.
+        note = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True))
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(10),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            note,
+            console=console,
+            expand=True,
+        )
+
     def advance(self, count: int, note: str = "") -> None:
+        """Count finished units; note: text shown beside them."""
         self.done += count
         if self.bar is not None:
             self.bar.update(self.task, advance=count, note=note)
-        elif speaks() and (time.monotonic() - self.last > LINE_INTERVAL_S or self.done >= self.total):
-            self.last = time.monotonic()
-            seconds = self.last - self.start
-            now = self.done - self.first
-            left = seconds / now * max(0, self.total - self.done)
-            speed = f"{now / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
-            console.print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(left)} left  {note}",
-                soft_wrap=True,
-                markup=False,
-            )
+            return
+        is_due = time.monotonic() - self.last > LINE_INTERVAL_S or self.done >= self.total
+        if speaks() and is_due:
+            self._print_line(note)
 
-    def __exit__(self, *_: Any) -> None:
+    def _print_line(self, note: str) -> None:
+        self.last = time.monotonic()
+        seconds = self.last - self.start
+        finished = self.done - self.first
+        remaining_s = seconds / finished * max(0, self.total - self.done)
+        speed = f"{finished / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
+        console.print(
+            (
+                f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(remaining_s)} "
+                f"left  {note}"
+            ),
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar is not None:
             self.bar.stop()
 

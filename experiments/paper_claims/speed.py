@@ -1,4 +1,4 @@
-"""Measured inference speed of architectures: transformers models of random weights, side by side on this machine."""
+"""Measured inference speed of architectures, as transformers models with random weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ def measure(
     new_tokens: int,
     rounds: int = 3,
 ) -> dict[str, dict[str, float]]:
-    """Model -> kind of work -> tokens/s, the median of rounds in which the models take turns. configs: contents of config.json.
+    """Return model -> kind of work -> tokens/s.
 
-    Prefill reads `batch` texts of `length` tokens; generation appends new_tokens to one text, and to `batch` texts, of length // 2 tokens.
+    It is the median of rounds, in which the models alternate. configs: contents of config.json.
+    Prefill reads `batch` texts of `length` tokens. Generation appends new_tokens to one text, and
+    to `batch` texts, of length // 2 tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,7 +52,7 @@ def measure(
         f"generation of {batch}": (batch * new_tokens, lambda model: generate(model, short)),
         "generation of 1": (new_tokens, lambda model: generate(model, short[:1])),
     }
-    found: dict[str, dict[str, float]] = {name: {} for name in models}
+    speeds: dict[str, dict[str, float]] = {name: {} for name in models}
     with torch.no_grad():
         for kind, (count, work) in kinds.items():
             seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -58,8 +60,8 @@ def measure(
                 for name, model in models.items():
                     seconds[name].append(_timed(work, model))
             for name, times in seconds.items():
-                found[name][kind] = count / statistics.median(times[1:])  # the first round warms up
-    return found
+                speeds[name][kind] = count / statistics.median(times[1:])  # the first round warms up
+    return speeds
 
 
 def _timed(work: Callable[[Any], Any], model: Any) -> float:

@@ -1,4 +1,4 @@
-"""Text of the experiments: what is trained on, what is held out, and last words to guess made from the latter."""
+"""Training text, held-out text, and a last-word task made from the latter."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from pathlib import Path
 from minitron_mp import InputError
 
 HELD_OUT = 0.2
-"""Share of the standard library's top-level modules and packages that is held out."""
+"""Held-out share of the standard library's top-level modules and packages."""
 WORDS = 50
-"""Of a passage at least, before its last word is asked for."""
+"""Minimum number of words of a passage before its last word."""
 END = re.compile(r"(?<=[.!?])[\"')\]]*\s|\n")
 
 
 @functools.cache
 def stdlib_by_package(folder: Path) -> tuple[Path, Path]:
-    """(train.jsonl, valid.jsonl): the Python standard library's sources, no top-level module or package in both, as most have authors of their own."""
+    """Write the standard library's sources as train.jsonl and valid.jsonl; return both paths.
+
+    No top-level module or package is in both, because most have different authors.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     parts: dict[str, list[str]] = {"train": [], "valid": []}
@@ -38,14 +41,16 @@ def stdlib_by_package(folder: Path) -> tuple[Path, Path]:
 
 @functools.cache
 def last_words(source: Path, output: Path, count: int) -> Path:
-    """Passages of `source` whose last word has come before, evenly from all of it, as a task of last words (minitron_mp/tasks.py).
+    """Write a last-word task: `count` passages whose last word occurs earlier; return output.
 
-    After LAMBADA (arXiv 1606.06031), where people can guess the word from the passage; here nobody has checked that.
+    The passages are spread evenly over `source`. The task follows LAMBADA (arXiv 1606.06031). There
+    people have checked that the word can be guessed; here nobody has.
     """
     passages = [passage for text in documents(source) for passage in _passages(text)]
     if len(passages) < count:
         raise InputError(
-            f"{source} holds {len(passages)} passages of {WORDS} words whose last word has come before, {count} are wanted; give more held-out text"
+            f"{source} has {len(passages)} passages of {WORDS} words whose last word occurs earlier, "
+            f"{count} are needed; give more held-out text"
         )
     picked = [passages[i * len(passages) // count] for i in range(count)]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,7 @@ def last_words(source: Path, output: Path, count: int) -> Path:
 
 
 def documents(source: Path) -> Iterator[str]:
-    """Texts of a .txt or .jsonl file, or of all of them in a folder."""
+    """Yield the texts of a .txt or .jsonl file, or of all such files in a folder."""
     files = (
         sorted(path for path in source.rglob("*") if path.suffix in (".txt", ".jsonl"))
         if source.is_dir()
@@ -76,11 +81,11 @@ def _text_of(line: str, where: str) -> str:
             return text
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{where} is no JSON with a string `text`: {line[:80]!r}")
+    raise InputError(f"{where} is not JSON with a string `text`: {line[:80]!r}")
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Up to the first end of a sentence or line that fits; then on from there."""
+    """Yield passages that end at an end of a sentence or line, one after another."""
     start = 0
     for end in END.finditer(text):
         words = text[start : end.start()].split()

@@ -1,7 +1,7 @@
-"""What is run: each variant is a change of the size's recipe, and some rewrite an artefact, which no recipe says.
+"""The variants. Each one changes the size's recipe; some also rewrite an artifact.
 
-random_weights and random_scores replace what a stage left by something of the same shape under the same manifest, with another `made_by`;
-the stages behind it then work on as ever.
+random_weights and random_scores replace the output of a stage with one of the same shape. Its
+manifest is the same except for `made_by`, so the later stages accept it.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
 
 LONGER = 4
-"""Times the tokens, for the student that starts from random weights."""
+"""Factor of tokens for the student that starts from random weights."""
 BY_HAND = "experiments/paper_claims"
-"""In `made_by` of an artefact that an experiment has rewritten."""
+"""`made_by` of a rewritten artifact."""
 SEARCHED = ("best", "largest", "random")
 
 
 def random_weights(project: StageGraph) -> None:
-    """The pruned student again with its sizes and Megatron-Core's initial weights."""
+    """Replace the weights of the pruned student with Megatron-Core's initial weights."""
     path, recipe = project.paths["prune"], project.recipe
-    found = require_artifact(path, "prune")
-    assert found.arch is not None
+    manifest = require_artifact(path, "prune")
+    assert manifest.arch is not None
     with join_world(recipe.parallel, seed=recipe.seed) as w:
         chunks = build_model(
-            found.arch,
+            manifest.arch,
             w,
             precision=recipe.precision,
             sequence_length=recipe.data.sequence_length,
             random_weights=True,
         )
-        made = found.model_copy(update={"made_by": BY_HAND})
+        rewritten = manifest.model_copy(update={"made_by": BY_HAND})
         save_checkpoint(
             model_state(chunks, w),
             path,
-            made,
+            rewritten,
             lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS),
         )
 
 
 def random_scores(project: StageGraph) -> None:
-    """Every importance score dealt out at random among the units of its layer, and layers among themselves."""
+    """Shuffle the importance scores within each layer, and the scores of the layers."""
     path, chance = project.paths["score"], np.random.default_rng(project.recipe.seed)
-    found, scores = require_artifact(path, "score"), Scores.load(path)
-    dealt = Scores.from_tensors({name: chance.permuted(row) for name, row in scores.tensors().items()})
-    dealt.save(path, found.model_copy(update={"made_by": BY_HAND}))
+    manifest, scores = require_artifact(path, "score"), Scores.load(path)
+    shuffled = Scores.from_tensors({name: chance.permuted(row) for name, row in scores.tensors().items()})
+    shuffled.save(path, manifest.model_copy(update={"made_by": BY_HAND}))
 
 
 def as_deep_as_wide(recipe: Recipe) -> dict[str, Any]:
-    """Fewer layers instead of narrower ones, with the nearest number of parameters."""
+    """Return a depth target with the number of parameters nearest to the width target."""
     teacher = read_arch(Path(recipe.model))
     size = resolve_target(teacher, recipe.target, family=recipe.export.family).num_parameters()
     layers = min(
@@ -75,7 +75,7 @@ def as_deep_as_wide(recipe: Recipe) -> dict[str, Any]:
 
 
 def correction(recipe: Recipe) -> dict[str, Any]:
-    """As many steps as the distillation, at a fifth of its learning rate."""
+    """Return a correction with the steps of distillation and a fifth of its learning rate."""
     names = {
         "steps",
         "global_batch_size",
@@ -116,12 +116,15 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "steps": 300,
     },
 }
-"""Of the search whose candidates are compared, by size of the experiment; its budget are the parameters of the size's target. The sizes are
-listed, so that candidates fill the budget's 5 % on both sides: solved for it, all would be as large, and the largest one so by rounding."""
+"""Size -> settings of the search. The budget is the number of parameters of the size's target.
+
+The sizes are listed, so that candidates differ by up to 5 % from the budget. If they were solved
+for the budget, all candidates would be equally large, and the largest one so only by rounding.
+"""
 
 
 def searching(recipe: Recipe, size: str) -> dict[str, Any]:
-    """What makes a recipe with a target one with a search inside the parameters of that target."""
+    """Return the changes that replace a recipe's target with a search of the same budget."""
     parameters = resolve_target(
         read_arch(Path(recipe.model)), recipe.target, family=recipe.export.family
     ).num_parameters()
@@ -129,25 +132,29 @@ def searching(recipe: Recipe, size: str) -> dict[str, Any]:
 
 
 def searched(which: str) -> Callable[[Recipe, Path], dict[str, Any]]:
-    """The target of one candidate of a search.json. best: the chosen one; largest: of the most parameters; random: of the others, by the recipe's seed."""
+    """Return a function that gives the target of one candidate of a search.json.
+
+    best: the chosen one. largest: most parameters. random: one of the others, by the recipe's seed.
+    """
 
     def change(recipe: Recipe, search: Path) -> dict[str, Any]:
         try:
-            found = [Candidate.model_validate(row) for row in json.loads(search.read_text())["candidates"]]
-            best = next(c for c in found if c.chosen)
+            candidates = [
+                Candidate.model_validate(row) for row in json.loads(search.read_text())["candidates"]
+            ]
+            best = next(c for c in candidates if c.chosen)
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise InputError(
-                f"{search} is no search.json of a search that has finished; give the one in its output folder"
+                f"{search} is not the search.json of a finished search; give the one in its output folder"
             ) from error
-        if len(found) < 3:
+        if len(candidates) < 3:
             raise InputError(
-                f"{search} has {len(found)} candidates; a comparison of best, largest and random needs 3"
+                f"{search} has {len(candidates)} candidates; a comparison of best, largest and random needs 3"
             )
-        largest = max(found, key=lambda c: c.parameters)
-        others = [c for c in found if c not in (best, largest)]
-        picked = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(others)}[
-            which
-        ]
+        largest = max(candidates, key=lambda c: c.parameters)
+        neither = [c for c in candidates if c not in (best, largest)]
+        by_name = {"best": best, "largest": largest, "random": random.Random(recipe.seed).choice(neither)}
+        picked = by_name[which]
         return {
             "target": candidate_target(picked.arch, recipe.target.align).model_dump(exclude_defaults=True)
         }
@@ -157,10 +164,15 @@ def searched(which: str) -> Callable[[Recipe, Path], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Variant:
-    """changes: key of the recipe ("distill.kl_weight") -> value; a section is replaced as a whole. derived: further ones.
+    """A change of the base recipe.
 
-    after: stage -> what then rewrites its artefact. plain: whether the plain transformers loop runs beside it. text: which one.
-    words: whether the models guess last words, which costs as much as the held-out loss.
+    changes: recipe key ("distill.kl_weight") -> value; a section is replaced completely.
+    derived: functions of the recipe that return more changes.
+    search: function of recipe and search.json that returns more changes.
+    after: stage -> function that rewrites its artifact.
+    plain: whether the plain transformers loop runs, too.
+    text: "text" or "shift-text".
+    words: whether the last-word task runs; it takes as long as the held-out loss.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)

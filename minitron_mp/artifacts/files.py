@@ -1,9 +1,4 @@
-"""Artefacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
-
-A manifest says what made the artefact: the stage, the settings that change its content, and the fingerprints of its inputs.
-Its own fingerprint is a hash of these, so one comparison tells whether an artefact is the one that a recipe asks for.
-Parallel layout, microbatch size and logging are left out of the settings on purpose: they do not change the result.
-"""
+"""Small files: atomic writes, JSON, and fingerprints."""
 
 from __future__ import annotations
 
@@ -15,9 +10,16 @@ from typing import Any
 
 from minitron_mp.errors import InputError
 
+SAMPLED_ABOVE_BYTES = 1 << 30
+"""Larger files are not hashed whole."""
+
+SAMPLE_BYTES = 1 << 16
+
+SAMPLE_EVERY_BYTES = 1 << 21
+
 
 def read_json(path: Path, stage: str) -> Any:
-    """Content of a small file that a stage made; InputError when it is missing or damaged."""
+    """Read a small file that a stage wrote; InputError if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -27,8 +29,15 @@ def read_json(path: Path, stage: str) -> Any:
 
 
 def aside_path(path: Path) -> Path:
-    """Where an artefact is written before it takes its place: same folder, so that the rename is atomic."""
-    return _aside(path, "tmp")
+    """Path that an artifact is written to before it is renamed: in the same folder, so that the
+    rename is atomic.
+    """
+    return hidden_sibling(path, "tmp")
+
+
+def hidden_sibling(path: Path, word: str) -> Path:
+    """Hidden path in the same folder: .NAME.WORD."""
+    return path.with_name(f".{path.name}.{word}")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -39,25 +48,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
     write_bytes(path, text.encode())
 
 
 def fingerprint_files(paths: list[Path]) -> str:
-    """Hash of names, sizes and contents. Files over 1 GiB count by 64 KiB of every 2 MiB: a minute for a model of 100 GB.
+    """Hash of names, sizes and contents.
 
-    A change inside a larger file that keeps the size and touches none of these is not seen.
+    Of files over 1 GiB, 64 KiB of every 2 MiB are hashed: a minute for a model of 100 GB. A change
+    inside such a file that keeps its size and touches none of these is not noticed.
     """
-    digest, whole, sample, step = hashlib.sha256(), 1 << 30, 1 << 16, 1 << 21
+    digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
+        is_sampled = size > SAMPLED_ABOVE_BYTES
         with path.open("rb") as file:
-            while part := file.read(step if size <= whole else sample):
+            while part := file.read(SAMPLE_BYTES if is_sampled else SAMPLE_EVERY_BYTES):
                 digest.update(part)
-                if size > whole:
-                    file.seek(step - sample, os.SEEK_CUR)
+                if is_sampled:
+                    file.seek(SAMPLE_EVERY_BYTES - SAMPLE_BYTES, os.SEEK_CUR)
     return digest.hexdigest()[:16]
-
-
-def _aside(artifact: Path, word: str) -> Path:
-    return artifact.with_name(f".{artifact.name}.{word}")

@@ -1,8 +1,10 @@
-"""Artefacts on disk: every stage writes one file or folder with a manifest, whole or not at all.
+"""Artifacts on disk: every stage writes one file or folder with a manifest, completely or not at
+all.
 
-A manifest says what made the artefact: the stage, the settings that change its content, and the fingerprints of its inputs.
-Its own fingerprint is a hash of these, so one comparison tells whether an artefact is the one that a recipe asks for.
-Parallel layout, microbatch size and logging are left out of the settings on purpose: they do not change the result.
+A manifest records what an artifact was made from: the stage, the settings that change its content,
+and the fingerprints of its inputs. Its own fingerprint is a hash of these, so one comparison shows
+whether an artifact is the one that a recipe needs. Parallel layout, micro-batch size and logging
+are not among the settings, because they do not change the result.
 """
 
 from __future__ import annotations
@@ -17,17 +19,18 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from minitron_mp.artifacts.files import _aside, aside_path, write_text
+from minitron_mp.artifacts.files import aside_path, hidden_sibling, write_text
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
 
 FORMAT = 1
+"""Version of the artifacts' format; artifacts of another version are made again."""
 
 MANIFEST = "manifest.json"
 
 
 class Manifest(BaseModel):
-    """What made an artefact. inputs: name -> fingerprint."""
+    """What an artifact was made from. inputs: name -> fingerprint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,15 +40,18 @@ class Manifest(BaseModel):
     arch: Arch | None = None
     format: int = FORMAT
     made_by: str = ""
-    """For people; another version's artefact is as good while the format is the same."""
+    """Version of this library, for people. It does not count while the format is the same."""
 
     @property
     def fingerprint(self) -> str:
+        """Hash of stage, settings, inputs and format."""
         content = self.model_dump(mode="json", include={"stage", "settings", "inputs", "format"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Manifest) -> list[str]:
-        """'settings.x: 1, here 2' for each field on which self (found) and other (expected) differ."""
+        """List 'settings.x: 1, here 2' for each field on which self (on disk) and other (expected)
+        differ.
+        """
         rows = differing_fields(
             {"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format}
         )
@@ -56,22 +62,27 @@ class Manifest(BaseModel):
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for key, value in tree.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict):
+            rows |= _flat(value, f"{prefix}{key}.")
+        else:
+            rows[prefix + key] = value
     return rows
 
 
 def find_manifest(artifact: Path) -> Manifest | None:
-    """The manifest of a whole artefact, or None when there is none; InputError for a damaged one, and for a folder of somebody else.
+    """Read the manifest of an artifact; None if there is no artifact.
 
-    It lies in manifest.json in a folder, under "manifest" in a .json file, in the metadata of a .safetensors file.
-    Takes up a replacement that a kill stopped half-way.
+    It is in manifest.json of a folder, under "manifest" in a .json file, or in the metadata of a
+    .safetensors file. If a kill interrupted the replacement of the artifact, the old one is
+    restored. InputError for a damaged artifact, and for a folder that this library did not write.
     """
     if not artifact.exists():
-        with suppress(OSError):  # there is none, or another rank was faster
-            _aside(artifact, "old").rename(artifact)
+        with suppress(OSError):  # there is no old one, or another rank was faster
+            hidden_sibling(artifact, "old").rename(artifact)
     if artifact.is_dir() and not (artifact / MANIFEST).is_file():
         raise InputError(
-            f"{artifact} holds no {MANIFEST}: minitron-mp did not make it and will not replace it; move it, or set another output"
+            f"{artifact} has no {MANIFEST}: minitron-mp did not write it and will not replace it; move "
+            "it, or set another output"
         )
     try:
         if artifact.is_dir():
@@ -86,28 +97,32 @@ def find_manifest(artifact: Path) -> Manifest | None:
         return Manifest.model_validate_json(text)
     except FileNotFoundError:
         return None
-    except Exception as error:  # damaged in one of many ways: json, safetensors, pydantic, a missing key
+    except Exception as error:  # of json, safetensors, pydantic, or a missing key
         raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
 
 
 def require_artifact(artifact: Path, stage: str, expected: Manifest | None = None) -> Manifest:
-    """The artefact's manifest; InputError when it is missing, from another stage, or not what the recipe asks for."""
-    found = find_manifest(artifact)
-    if found is None:
+    """Read the manifest of an artifact; InputError if it is missing, or not the expected one."""
+    manifest = find_manifest(artifact)
+    if manifest is None:
         raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
-    if expected is not None and found.fingerprint != expected.fingerprint:
+    if expected is not None and manifest.fingerprint != expected.fingerprint:
         refuse(
-            f"{artifact} was made from something else; run `minitron-mp {stage}` again, or restore what differs:",
-            found.differences(expected),
+            f"{artifact} was made from other inputs or settings; run `minitron-mp {stage}` again, or restore "
+            "what differs:",
+            manifest.differences(expected),
         )
-    return found
+    return manifest
 
 
 @contextmanager
 def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder to write to; on success it takes the artefact's place, manifest included. For one process.
+    """Yield a folder to write to; on success it replaces the artifact, with its manifest.
 
-    A kill leaves the old artefact or the new one (find() puts the old one back if it came between the two renames).
+    For one process.
+
+    A kill leaves the old artifact or the new one; find_manifest() restores the old one if the kill
+    came between the two renames.
     """
     temporary = prepare_artifact(folder)
     try:
@@ -119,7 +134,9 @@ def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def prepare_artifact(folder: Path) -> Path:
-    """First half of writing(), for ranks that write together: rank 0 calls it, then all write below aside(folder)."""
+    """Create the empty folder aside_path(folder); for rank 0, before all ranks write to that
+    folder.
+    """
     temporary = aside_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -127,8 +144,10 @@ def prepare_artifact(folder: Path) -> Path:
 
 
 def commit_artifact(folder: Path, manifest: Manifest) -> None:
-    """Second half of writing(): rank 0 calls it when every rank has written."""
-    old = _aside(folder, "old")
+    """Replace the artifact by aside_path(folder), with its manifest; for rank 0, after all ranks
+    have written.
+    """
+    old = hidden_sibling(folder, "old")
     write_text(aside_path(folder) / MANIFEST, manifest.model_dump_json(indent=1))
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -138,14 +157,18 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
 
 
 def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
-    """Delete a finished run's checkpoints, and the folder when it is empty then; what another run or somebody else left stays."""
+    """Delete a finished run's checkpoints, and the folder if it is empty then.
+
+    Checkpoints of other runs and other files are kept.
+    """
     for path in folder.glob("*step_*"):
-        half = path.name.startswith(".") or not (path / MANIFEST).is_file()
-        if (
-            half
-            or Manifest.model_validate_json((path / MANIFEST).read_text()).fingerprint == manifest.fingerprint
-        ):
+        is_partial = path.name.startswith(".") or not (path / MANIFEST).is_file()
+        if is_partial or _fingerprint_in(path) == manifest.fingerprint:
             shutil.rmtree(path, ignore_errors=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # not there, or not empty
             empty.rmdir()
+
+
+def _fingerprint_in(folder: Path) -> str:
+    return Manifest.model_validate_json((folder / MANIFEST).read_text()).fingerprint

@@ -1,7 +1,8 @@
-"""What the environment of every rank should hold for a recipe, each variable with its reason, and which nodes have which role.
+"""Environment variables that each node needs for a recipe, and the nodes of each role.
 
-launch/env.sh asks for it on each node before the ranks start; what is set there already, by the site or by hand, stays. Nothing here needs
-torch or a GPU: the first node may be a login node.
+launch/env.sh evaluates the output on each node before the ranks start. Variables that the site or
+the user has already set are kept. Nothing here needs torch or a GPU: the first node may be a login
+node.
 """
 
 from __future__ import annotations
@@ -20,145 +21,170 @@ from minitron_mp.errors import refuse
 
 @dataclass(frozen=True)
 class Node:
-    """ranks: started on each node. cores: of it, that this job may use. scratch: folder on a disk of its own."""
+    """One node of the job."""
 
     ranks: int
+    """Ranks that are started on each node."""
     cores: int
+    """CPU cores that this job may use."""
     scratch: Path
+    """Folder on a local disk."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """value: None where the recipe has no use for it."""
+    """An environment variable, the reason for it, and its value; None if the recipe does not need
+    it.
+    """
 
     name: str
     reason: str
     value: Callable[[Recipe, Node], object | None]
 
 
-def _layouts(recipe: Recipe) -> list[ParallelConfig]:
-    return [recipe.parallel, *([recipe.teacher.parallel] if recipe.teacher.is_remote else [])]
-
-
-def _if_cut(recipe: Recipe, node: Node) -> int | None:
-    return 1 if any(p.tp > 1 or p.cp > 1 for p in _layouts(recipe)) else None
+def _one_if_split(recipe: Recipe, node: Node) -> int | None:
+    layouts = [recipe.parallel]
+    if recipe.teacher.is_remote:
+        layouts.append(recipe.teacher.parallel)
+    return 1 if any(p.tp > 1 or p.cp > 1 for p in layouts) else None
 
 
 def _if_overlap(value: int) -> Callable[[Recipe, Node], int | None]:
-    return lambda recipe, node: (
-        value if any(t.overlap for t in (recipe.distill, recipe.correct) if t) else None
-    )
+    def value_of(recipe: Recipe, node: Node) -> int | None:
+        in_correction = recipe.correct is not None and recipe.correct.overlap
+        return value if recipe.distill.overlap or in_correction else None
+
+    return value_of
 
 
 VARIABLES = (
     Variable(
         "CUDA_DEVICE_MAX_CONNECTIONS",
-        "tp or cp above 1: with one hardware queue a collective starts before the product that hides it (Hopper and older; more on Blackwell)",
-        _if_cut,
+        "tp or cp above 1: one hardware queue starts a collective before the product that hides it "
+        "(Hopper and older; Blackwell uses more queues)",
+        _one_if_split,
     ),
     Variable(
         "PYTORCH_CUDA_ALLOC_CONF",
-        "two models of different widths, and their checkpoints, take turns in memory: segments that grow leave no holes",
+        "two models of different widths and their checkpoints alternate in memory: growing segments avoid "
+        "fragmentation",
         lambda recipe, node: "expandable_segments:True",
     ),
     Variable(
         "NCCL_GRAPH_REGISTER",
-        "expandable segments and buffers that NCCL registers for CUDA graphs do not go together",
+        "expandable segments do not work with buffers that NCCL registers for CUDA graphs",
         lambda recipe, node: 0,
     ),
     Variable(
         "TORCH_NCCL_HIGH_PRIORITY",
-        "overlap: collectives get their share of the GPU before the computation beside them",
+        "overlap: collectives get GPU resources before concurrent computation",
         _if_overlap(1),
     ),
     Variable(
         "NVTE_FWD_LAYERNORM_SM_MARGIN",
-        "overlap: norms of Transformer Engine leave these multiprocessors to NCCL",
+        "overlap: Transformer Engine norms leave these multiprocessors to NCCL",
         _if_overlap(16),
     ),
-    Variable("NVTE_BWD_LAYERNORM_SM_MARGIN", "overlap: as above, backward", _if_overlap(16)),
+    Variable("NVTE_BWD_LAYERNORM_SM_MARGIN", "overlap: the same for the backward pass", _if_overlap(16)),
     Variable(
         "OMP_NUM_THREADS",
-        "cores of the node over its ranks; torchrun would set 1",
+        "cores of the node divided by its ranks; torchrun would set 1",
         lambda recipe, node: max(1, min(16, node.cores // node.ranks)),
     ),
     Variable(
         "TRITON_CACHE_DIR",
-        "kernels are compiled on a disk of the node; on a shared one all ranks would write at once",
+        "kernels are compiled on a local disk; on a shared one all ranks would write at once",
         lambda recipe, node: node.scratch / "triton",
     ),
     Variable(
         "TOKENIZERS_PARALLELISM",
-        "threads of the tokenizer do not outlive the processes that are forked later",
+        "tokenizer threads would break processes that are forked later",
         lambda recipe, node: "false",
     ),
     Variable(
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
-        "so long, in seconds, torchrun lets ranks save after SIGTERM; its own 30 are few",
+        "seconds that torchrun gives ranks to save after SIGTERM; its default of 30 is too short",
         lambda recipe, node: 120,
     ),
-    Variable("PYTHONUNBUFFERED", "a line is in the log when it was said", lambda recipe, node: 1),
-    Variable("PYTHONFAULTHANDLER", "a crash in native code names the line of Python", lambda recipe, node: 1),
+    Variable("PYTHONUNBUFFERED", "log lines appear immediately", lambda recipe, node: 1),
+    Variable("PYTHONFAULTHANDLER", "a crash in native code prints the Python stack", lambda recipe, node: 1),
 )
 
 
 def this_node(ranks: int) -> Node:
-    """The machine at hand, as far as this process may use it."""
+    """This machine, as far as the process may use it."""
     return Node(ranks, len(os.sched_getaffinity(0)), Path(tempfile.gettempdir()) / f"minitron-{os.getuid()}")
 
 
-def lines(recipe: Recipe, node: Node, num_nodes: int) -> list[str]:
-    """What a shell evaluates: one `export NAME=VALUE  # reason` each, and comments; InputError when the roles do not fit the ranks."""
-    given = [
-        (v.name, str(value), v.reason) for v in VARIABLES if (value := v.value(recipe, node)) is not None
-    ]
-    output = (
-        "MINITRON_OUTPUT",
-        str(recipe.root.absolute()),
-        "where the ranks look for the file stop, and leave the file finished",
-    )
-    comments = [f"# {text}" for text in places(recipe, num_nodes, node.ranks)]
-    return [
-        f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in (output, *given)
-    ] + comments
+def environment_lines(recipe: Recipe, node: Node, num_nodes: int) -> list[str]:
+    """Lines for a shell to evaluate: `export NAME=VALUE  # reason`, and comments on the roles.
 
-
-def places(recipe: Recipe, num_nodes: int, ranks: int) -> list[str]:
-    """A sentence for each role: its ranks, and the nodes that they are on, in torchrun's order; InputError when they do not add up.
-
-    torchrun numbers the ranks of a node through, so a role has whole nodes when its ranks are a multiple of a node's.
+    InputError if the roles do not fit the ranks.
     """
-    t, size = recipe.teacher, num_nodes * ranks
-    others = (
-        {**{f"sibling {path}": count for path, count in t.siblings.items()}, "teacher": t.ranks_in(size)}
-        if t.is_remote
-        else {}
-    )
-    sizes = {"student" if others else "job": t.student_ranks or size - sum(others.values()), **others}
-    problems, found, first = [], [], 0
-    if min(sizes.values()) < 1 or sum(sizes.values()) != size:
+    output = str(recipe.root.absolute())
+    lines = [
+        f"export MINITRON_OUTPUT={shlex.quote(output)}  "
+        "# folder where ranks look for the file stop, and write the file finished"
+    ]
+    for variable in VARIABLES:
+        value = variable.value(recipe, node)
+        if value is not None:
+            lines.append(f"export {variable.name}={shlex.quote(str(value))}  # {variable.reason}")
+    return lines + [f"# {line}" for line in role_lines(recipe, num_nodes, node.ranks)]
+
+
+def role_lines(recipe: Recipe, num_nodes: int, ranks_per_node: int) -> list[str]:
+    """One line for each role: its ranks and nodes in torchrun's order; InputError if they do not
+    add up.
+
+    torchrun numbers the ranks node by node, so a role has whole nodes if its number of ranks is a
+    multiple of the ranks of a node.
+    """
+    job_size = num_nodes * ranks_per_node
+    sizes = _role_sizes(recipe, job_size)
+    if min(sizes.values()) < 1 or sum(sizes.values()) != job_size:
         parts = " + ".join(f"{count} ({role})" for role, count in sizes.items())
         refuse(
             "the roles do not fit the job:",
             [
-                f"{num_nodes} nodes x {ranks} ranks are {size}, the roles have {parts}; start other nodes, or change teacher.*"
+                f"{num_nodes} nodes x {ranks_per_node} ranks are {job_size}, the roles need {parts}; start "
+                "another number of nodes, or change teacher.*"
             ],
         )
+    problems = []
+    lines = []
+    first = 0
     for role, count in sizes.items():
-        layout = t.parallel if role == "teacher" else None if role.startswith("sibling") else recipe.parallel
+        layout = _role_layout(recipe, role)
         if layout and count % layout.model_ranks:
             problems.append(
-                f"the {role} has {count} ranks, its tp x pp x cp needs a multiple of {layout.model_ranks}; change nodes, ranks or the layout"
+                f"the {role} has {count} ranks; tp x pp x cp needs a multiple of {layout.model_ranks}: "
+                "change nodes, ranks or the layout"
             )
-        nodes = (first // ranks, (first + count - 1) // ranks)
-        shared = (
-            ""
-            if first % ranks == 0 and (first + count) % ranks == 0
-            else ", not alone: a multiple of a node's ranks would have its own network"
-        )
-        found.append(
-            f"{role}: ranks {first} to {first + count - 1}, nodes {nodes[0]} to {nodes[1]}{shared if others and num_nodes > 1 else ''}"
-        )
+        last = first + count - 1
+        line = f"{role}: ranks {first} to {last}, nodes {first // ranks_per_node} to {last // ranks_per_node}"
+        has_whole_nodes = first % ranks_per_node == 0 and (first + count) % ranks_per_node == 0
+        if len(sizes) > 1 and num_nodes > 1 and not has_whole_nodes:
+            line += ", shares a node and its network with another role"
+        lines.append(line)
         first += count
     refuse("the layout does not fit the job:", problems)
-    return found
+    return lines
+
+
+def _role_sizes(recipe: Recipe, job_size: int) -> dict[str, int]:
+    """Role -> number of ranks, in the order of the ranks."""
+    t = recipe.teacher
+    if not t.is_remote:
+        return {"job": t.student_ranks or job_size}
+    siblings = {f"sibling {path}": count for path, count in t.siblings.items()}
+    teacher_ranks = t.ranks_in(job_size)
+    student_ranks = t.student_ranks or job_size - teacher_ranks - sum(siblings.values())
+    return {"student": student_ranks, **siblings, "teacher": teacher_ranks}
+
+
+def _role_layout(recipe: Recipe, role: str) -> ParallelConfig | None:
+    """Layout of a role; None for co-students, whose recipes have it."""
+    if role == "teacher":
+        return recipe.teacher.parallel
+    return None if role.startswith("sibling") else recipe.parallel

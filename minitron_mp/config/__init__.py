@@ -1,4 +1,7 @@
-"""What the user may ask for: frozen schemas of the recipe, and YAML. No file of a model is opened here.
+"""What a recipe may contain: frozen schemas, the rules between them, and YAML.
 
-Recipe, load_recipe, make_recipe, save_recipe (recipe); one file for each group of sections.
+No file of a model is opened here.
+
+Recipe, load_recipe, make_recipe, save_recipe (recipe); rules across sections (rules); the reference
+of all keys (reference); one file for each group of sections.
 """

@@ -1,10 +1,18 @@
-"""Sections of the recipe: what they are made of, the text, the layout, what is measured and what comes out."""
+"""What the sections of a recipe are made of."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.config import JsonDict
+
+NOT_IN_RESULT: JsonDict = {"result": False}
+"""Mark of a field that does not change the result of a stage: Field(1,
+json_schema_extra=NOT_IN_RESULT).
+
+Every field without this mark is part of the fingerprint of its stage.
+"""
 
 
 def _with_suffix(value: Any) -> Any:
@@ -13,15 +21,29 @@ def _with_suffix(value: Any) -> Any:
         try:
             return float(value[:-1]) * units[value[-1].upper()]
         except ValueError:
-            raise ValueError(f"{value!r} is no number of parameters; write 8.4e9, 8.4B or 102M") from None
+            raise ValueError(f"{value!r} is not a number of parameters; write 8.4e9, 8.4B or 102M") from None
     return value
 
 
 Count = Annotated[float, BeforeValidator(_with_suffix)]
+"""A number, or a number with the suffix K, M or B."""
 
 Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""A list, or one path by itself."""
+"""A list of paths. A single path may be given without brackets."""
 
 
 class Section(BaseModel):
+    """A frozen part of a recipe. Unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that change a result: all but marked and empty fields."""
+        fields = type(self).model_fields
+        marked = {name for name, field in fields.items() if field.json_schema_extra == NOT_IN_RESULT}
+        return self.model_dump(exclude=marked, exclude_none=True)
+
+    def changed(self, names: list[str]) -> list[str]:
+        """Return the fields among `names` that do not have their default."""
+        fields = type(self).model_fields
+        return [name for name in names if getattr(self, name) != fields[name].default]

@@ -1,4 +1,4 @@
-"""Sections of the recipe: what they are made of, the text, the layout, what is measured and what comes out."""
+"""The sections data, evaluate and export: the text, the measurements, and the written model."""
 
 from __future__ import annotations
 
@@ -7,69 +7,82 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from minitron_mp.config.base import Paths, Section
+from minitron_mp.config.base import NOT_IN_RESULT, Paths, Section
+
+PARTS = ("calibration", "train", "valid")
 
 
 class DataConfig(Section):
     """Text for calibration, training and held-out evaluation."""
 
     source: str | list[str] = "python-stdlib"
-    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes, shared out by document among the three parts
-    (by pieces of documents where they are few); or "python-stdlib"."""
+    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes. Their
+    documents are split into the three parts; when there are few documents, pieces of documents
+    are split instead. The default is the source code of Python's standard library."""
     calibration: Paths = []
-    """Instead of source: .txt, .jsonl or Megatron .bin/.idx prefixes for each part, used as they are."""
+    """Text for calibration, used as it is: .txt, .jsonl or Megatron .bin/.idx prefixes. Replaces
+    `source`, together with `train` and `valid`."""
     train: Paths = []
+    """Text for training, used as it is."""
     valid: Paths = []
+    """Held-out text, used as it is."""
     valid_fraction: float = Field(0.03, gt=0, lt=0.5)
-    """Share of the documents of source held out; as many again are for calibration."""
+    """Fraction of the documents of `source` that are held out. The calibration part has the same
+    size."""
     sequence_length: int = Field(512, ge=2)
-    """Tokens a sample."""
+    """Tokens per sample."""
     tokenizer: str | None = None
-    """Hugging Face tokenizer folder or sentencepiece .model file; default: the model's own."""
+    """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
+    model."""
     held_out: dict[str, Paths] = {}
-    """Name -> files or folders as above: further texts for `evaluate`, such as what the teacher was trained on: {pretraining: [old/]}."""
+    """Further texts for `evaluate`: name -> files or folders, as for `source`. Example:
+    {pretraining: [old/]}."""
 
     @model_validator(mode="after")
     def _all_parts(self) -> DataConfig:
-        if taken := {"source", "python-stdlib", "calibration", "train", "valid"} & self.held_out.keys():
+        reserved = {"source", "python-stdlib", *PARTS} & self.held_out.keys()
+        if reserved:
             raise ValueError(
-                f"held_out: {', '.join(sorted(taken))} means something else here; take another name"
+                f"held_out: the name {', '.join(sorted(reserved))} is reserved; use another name"
             )
-        if odd := [name for name in self.held_out if not re.fullmatch(r"[A-Za-z0-9_.-]+", name)]:
-            raise ValueError(
-                f"held_out: {odd[0]!r} is to be part of a file's name; use letters, digits, _ . and -"
-            )
-        given = [name for name in ("calibration", "train", "valid") if getattr(self, name)]
-        if given and len(given) < 3:
-            missing = sorted({"calibration", "train", "valid"} - set(given))
+        for name in self.held_out:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ValueError(
+                    f"held_out: the name {name!r} becomes a file name; use letters, digits, _ . and -"
+                )
+        given = [name for name in PARTS if getattr(self, name)]
+        missing = sorted(set(PARTS) - set(given))
+        if given and missing:
             raise ValueError(
                 f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source"
             )
-        if given and (
-            self.source != "python-stdlib"
-            or self.valid_fraction != type(self).model_fields["valid_fraction"].default
-        ):
+        if given and self.changed(["source", "valid_fraction"]):
             raise ValueError(
-                "source and valid_fraction say how to make calibration, train and valid; with these three given, drop them"
+                "calibration, train and valid replace source and valid_fraction; drop source and "
+                "valid_fraction"
             )
         return self
 
 
 class EvaluateConfig(Section):
-    """Loss and perplexity on held-out text, and the KL to the teacher."""
+    """Loss, perplexity and KL to the teacher on held-out text, and accuracy in tasks."""
 
     num_samples: int = Field(64, ge=1)
-    micro_batch_size: int = Field(1, ge=1)
+    """Samples of held-out text."""
+    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Samples, or options of a task, per forward pass."""
     tasks: dict[str, str] = {}
-    """Name -> .jsonl of items, choices or last words (docs/evaluation.md says in what form): {piqa: tasks/piqa.jsonl}."""
+    """Name -> .jsonl file of multiple-choice or last-word items. docs/evaluation.md describes the
+    format. Example: {piqa: tasks/piqa.jsonl}."""
     task_items: int | None = Field(None, ge=1)
-    """The first so many of each file; default: all."""
+    """Use only the first items of each task. Default: all."""
 
 
 class ExportConfig(Section):
-    """The Hugging Face folder at the end."""
+    """The Hugging Face folder of the student."""
 
     family: Literal["llama", "mistral", "qwen2", "qwen3", "nemotron"] | None = None
-    """Write the student as another family; only llama -> mistral, which computes the same, is possible."""
+    """Write the student as another family. Only llama -> mistral is possible, which computes the
+    same."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Default: the precision of the run."""
+    """Number format of the weights. Default: `precision`."""

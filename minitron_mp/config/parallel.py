@@ -1,4 +1,4 @@
-"""Sections of the recipe: what they are made of, the text, the layout, what is measured and what comes out."""
+"""The section parallel: how a model is split over the ranks."""
 
 from __future__ import annotations
 
@@ -8,41 +8,68 @@ from minitron_mp.config.base import Section
 
 
 class ParallelConfig(Section):
-    """How the model is cut over the ranks; data parallel is what is left of the world."""
+    """How a model is split over the ranks.
+
+    Data parallelism uses the remaining factor of the world size.
+    """
 
     tp: int = Field(1, ge=1)
+    """Tensor parallel size."""
     pp: int = Field(1, ge=1)
+    """Pipeline parallel size."""
     cp: int = Field(1, ge=1)
+    """Context parallel size: ranks that share one sequence."""
     vpp: int | None = Field(None, ge=2)
-    """Model chunks a pipeline stage (interleaved schedule)."""
+    """Virtual pipeline size: model chunks per pipeline stage, for the interleaved schedule."""
     sequence_parallel: bool = False
+    """Split the activations between the tensor parallel regions over the tp ranks. Needs tp of at
+    least 2."""
 
     @model_validator(mode="after")
     def _sensible(self) -> ParallelConfig:
         problems = []
         if self.vpp and self.pp == 1:
-            problems.append(f"vpp {self.vpp} needs pp of at least 2, given 1: drop vpp or raise pp")
+            problems.append(f"vpp {self.vpp} needs pp of at least 2, given 1; drop vpp or raise pp")
         if self.sequence_parallel and self.tp == 1:
-            problems.append(
-                "sequence_parallel splits activations over tensor parallel ranks, with tp 1 there is nothing to split: drop it or raise tp"
-            )
+            problems.append("sequence_parallel needs tp of at least 2, given 1; drop it or raise tp")
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     @property
     def interleaved(self) -> int:
-        """What the interleaved schedule wants microbatches a step to be a multiple of; 1 without vpp."""
+        """The microbatches of a step must be a multiple of this: pp with vpp, else 1."""
         return self.pp if self.vpp else 1
 
+    @property
+    def sequence_multiple(self) -> int:
+        """A sequence length must be a multiple of this.
+
+        2 cp with context parallelism, times tp with sequence parallelism.
+        """
+        context_parts = 2 * self.cp if self.cp > 1 else 1
+        return context_parts * self.tp if self.sequence_parallel else context_parts
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
     def layers_of_chunks(self, num_layers: int) -> list[int]:
-        """Layers of each model chunk in order of depth (chunk i is on stage i % pp); earlier ones take what does not divide."""
+        """Return the layers of each model chunk in order of depth.
+
+        Chunk i is on pipeline stage i % pp.
+
+        The first chunks take the remainder.
+        """
         chunks = self.pp * (self.vpp or 1)
-        return [num_layers // chunks + (i < num_layers % chunks) for i in range(chunks)]
+        smallest, remainder = divmod(num_layers, chunks)
+        return [smallest + 1 if i < remainder else smallest for i in range(chunks)]
 
     def place_of_state(self, state: int, num_layers: int) -> tuple[int, int]:
-        """(pipeline stage, model chunk there) that has layer `state`; num_layers: the final norm."""
-        chunks, last = self.layers_of_chunks(num_layers), 0
+        """Return (pipeline stage, model chunk on it) of layer `state`; num_layers: final norm."""
+        chunks = self.layers_of_chunks(num_layers)
+        last = 0
         for number, count in enumerate(chunks):
             last += count
             if state < last or number + 1 == len(chunks):
@@ -50,10 +77,5 @@ class ParallelConfig(Section):
         return number % self.pp, number // self.pp
 
     def tokens_of_sample(self, sequence_length: int) -> int:
-        """Tokens of one sample that a rank has between its layers."""
+        """Return the tokens of one sample that a rank holds between its layers."""
         return sequence_length // self.cp // (self.tp if self.sequence_parallel else 1)
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tp * self.pp * self.cp

@@ -1,4 +1,4 @@
-"""Sections of the recipe that say what the student is: sizes or a budget, layers, search."""
+"""The sections score, target, depth and search: what is measured, and the sizes of the student."""
 
 from __future__ import annotations
 
@@ -7,42 +7,56 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from minitron_mp.config.base import Count, Section
+from minitron_mp.config.base import NOT_IN_RESULT, Count, Section
 
 Aggregation = Literal["mean", "l2", "var"]
+
+BUDGETS = ("parameters", "memory_gib", "latency_ms")
 
 
 class ScoreConfig(Section):
     """Importance by forward passes over calibration text."""
 
     num_samples: int = Field(1024, ge=1)
-    micro_batch_size: int = Field(1, ge=1)
+    """Calibration samples."""
+    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Samples per forward pass of one data parallel rank."""
     batch_aggregation: Aggregation = "l2"
+    """How scores are combined over samples, after the sequence."""
     sequence_aggregation: Aggregation = "mean"
+    """How activations are combined over the positions of a sample."""
 
 
 class TargetConfig(Section):
-    """What the student should be: explicit sizes, or a number of parameters, or a share of the teacher's."""
+    """The student: explicit sizes, a number of parameters, or a fraction of the teacher's."""
 
     num_layers: int | None = Field(None, ge=1)
+    """Layers of the student. The section `depth` sets which layers are dropped."""
     drop_layers: list[int] | None = None
-    """Instead of num_layers: the very layers that go, from 0."""
+    """Layers to drop, counted from 0. Replaces num_layers."""
     hidden_size: int | None = Field(None, ge=1)
+    """Hidden size of the student."""
     ffn_hidden_size: int | None = Field(None, ge=1)
+    """Width of the student's MLPs."""
     num_attention_heads: int | None = Field(None, ge=1)
-    """Query heads, as many in each query group; default: as many a group as the teacher has."""
+    """Query heads of the student, the same number in each query group. Default: the teacher's
+    number per group."""
     num_query_groups: int | None = Field(None, ge=1)
-    """Key and value heads: fewer than the teacher's, and whole groups go with their query heads. tp must divide it. The papers keep all."""
+    """Query groups (key and value heads) of the student. Whole groups are dropped with their query
+    heads. tp must divide it. The papers keep all groups."""
     merge_heads: bool = False
-    """Give the query of a kept head the residual of a pruned one of its group, head + (head - pruned) (2407.14679 section 2.3)."""
+    """Add the residual of a pruned head to the query of a kept head of its group: head + (head -
+    pruned) (2407.14679, section 2.3)."""
     max_parameters: Count | None = Field(None, gt=0)
-    """At most so many parameters: 8.4e9, "8.4B" or "102M"."""
+    """Largest number of parameters of the student: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(None, gt=0, le=1)
-    """At most this share of the teacher's parameters."""
+    """Largest fraction of the teacher's parameters."""
     axes: list[Literal["hidden", "ffn", "layer"]] = Field(["hidden", "ffn"], min_length=1)
-    """What max_parameters and keep may cut: width (hidden and ffn, scaled alike) or depth (layer)."""
+    """What max_parameters and keep may cut: width (hidden and ffn, by the same factor), depth
+    (layer), or both."""
     align: int = Field(16, ge=1)
-    """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for MXFP8."""
+    """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for
+    MXFP8."""
     _sizes: ClassVar = (
         "num_layers",
         "drop_layers",
@@ -54,140 +68,148 @@ class TargetConfig(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> TargetConfig:
-        sizes = [getattr(self, name) for name in self._sizes if getattr(self, name)]
+        has_sizes = any(getattr(self, name) for name in self._sizes)
         if self.num_layers and self.drop_layers is not None:
-            raise ValueError("num_layers and drop_layers both say how deep the student is; give one of them")
+            raise ValueError("num_layers and drop_layers exclude each other; give one of them")
         if self.drop_layers is not None and self.drop_layers != sorted(
-            {n for n in self.drop_layers if n >= 0}
+            {layer for layer in self.drop_layers if layer >= 0}
         ):
-            raise ValueError(f"drop_layers {self.drop_layers} is not ascending from 0, each layer once")
-        kinds = bool(sizes) + (self.max_parameters is not None) + (self.keep is not None)
-        if kinds > 1:
-            raise ValueError(
-                "sizes, max_parameters and keep are three ways to say one thing; give one of them"
-            )
-        if sizes and self.axes != ["hidden", "ffn"]:
-            raise ValueError(
-                "axes says what max_parameters and keep may cut; with sizes there is nothing to choose: drop it"
-            )
+            raise ValueError(f"drop_layers {self.drop_layers} must be ascending from 0, without repeats")
+        if [has_sizes, self.max_parameters is not None, self.keep is not None].count(True) > 1:
+            raise ValueError("sizes, max_parameters and keep exclude each other; give one of them")
+        if has_sizes and self.axes != ["hidden", "ffn"]:
+            raise ValueError("axes is for max_parameters and keep, and sizes are given; drop axes")
         return self
 
     @property
     def searched(self) -> bool:
-        """Whether the sizes are to be found, not given."""
+        """Whether the sizes are solved for a budget."""
         return self.max_parameters is not None or self.keep is not None
 
     @property
     def given(self) -> bool:
+        """Whether the section sets any size or budget."""
         return self.searched or any(getattr(self, name) for name in self._sizes)
 
 
 class DepthConfig(Section):
-    """Which layers go, when the target has fewer.
+    """Which layers are dropped when the student has fewer layers.
 
-    cosine: those that change the hidden states least (importance of the stage `score`). drop: those without which, one at a time, the
-    loss is least (2407.14679, depth). block: the contiguous block without which the loss is least (2408.11796, depth).
-    greedy: one after the other, each time the one without which the loss is least. All but cosine are measured by the stage `depth`.
-    With metric task they are ranked by the accuracy that is left on a task, as 2408.11796 does with Winogrande, in place of the loss.
+    The stage `depth` measures all methods but cosine. With metric task the accuracy on a task
+    replaces the loss, as 2408.11796 does with Winogrande.
     """
 
     method: Literal["cosine", "drop", "block", "greedy"] = "cosine"
+    """cosine: drop the layers that change the hidden states least (scored by the stage `score`).
+    drop: drop the layers without which, one at a time, the loss is smallest (2407.14679, depth).
+    block: drop the contiguous block without which the loss is smallest (2408.11796, depth).
+    greedy: drop one layer after another, each time the one without which the loss is smallest."""
     protect_first: int = Field(0, ge=0)
-    """So many layers at the start stay, whatever their score."""
+    """Layers at the start that are always kept."""
     protect_last: int = Field(0, ge=0)
+    """Layers at the end that are always kept."""
     metric: Literal["loss", "task"] = "loss"
-    """loss: cross-entropy on calibration text. task: accuracy by partial scoring; of equals the one that finds the right options likelier."""
+    """loss: cross-entropy on calibration text. task: accuracy by partial scoring; between equal
+    accuracies the higher likelihood of the correct options decides."""
     num_samples: int = Field(32, ge=1)
-    """Calibration samples for the losses."""
+    """Calibration samples, for metric loss."""
     task: str | None = None
-    """For metric task: .jsonl of items, as in evaluate.tasks."""
+    """File of items (.jsonl), for metric task. It has the format of evaluate.tasks."""
     task_items: int | None = Field(None, ge=1)
-    """The first so many of them; default: all."""
-    micro_batch_size: int = Field(1, ge=1)
-    """Samples, or options of a task."""
+    """Use only the first items of the task. Default: all."""
+    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Samples, or options of a task, per forward pass."""
 
     @model_validator(mode="after")
     def _one_metric(self) -> DepthConfig:
         problems = []
         if self.metric == "task" and self.task is None:
-            problems.append("metric task needs items to be right on; give task: FILE.jsonl")
+            problems.append("metric task needs a file of items; give task: FILE.jsonl")
         if self.metric == "task" and self.method == "cosine":
             problems.append(
-                "metric task: without effect with method cosine, which measures nothing; set method: drop, block or greedy, or drop metric"
+                "metric task: no effect with method cosine; set method: drop, block or greedy, or drop metric"
             )
-        own = ["num_samples"] if self.metric == "task" else ["task", "task_items"]
-        if ignored := [name for name in own if getattr(self, name) != type(self).model_fields[name].default]:
-            problems.append(f"{', '.join(ignored)}: without effect with metric {self.metric}; drop it")
+        ignored = self.changed(["num_samples"] if self.metric == "task" else ["task", "task_items"])
+        if ignored:
+            problems.append(f"{', '.join(ignored)}: no effect with metric {self.metric}; drop it")
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
 
 class SearchConfig(Section):
-    """The student's sizes by search instead of by `target`: all candidates inside a budget are ranked by their held-out loss after pruning
-    (by masks, no weight is copied); the best ones are distilled for a short time, the better half of them for longer, until one is left
-    (2407.14679: candidates within 5 % of the parameters, ranked after light retraining). Held-out is the calibration text, so that what
-    `evaluate` reads has chosen nothing.
+    """The sizes of the student by search, instead of by `target`.
 
-    One budget: parameters, memory_gib or latency_ms. One list for each size; an empty one stands for num_layers: all of the teacher's to 9
-    tenths of them; hidden_size: sixteenths of the teacher's, down to half; ffn_hidden_size: what comes nearest to the budget; num_query_groups:
-    the teacher's; num_attention_heads: as many a group as the teacher has.
+    All candidates inside a budget are ranked by their held-out loss after pruning, with masks, so
+    that no weight is copied. The best candidates are distilled for a short time, the better half of
+    them for longer, until one is left (2407.14679: candidates within 5 % of the parameters, ranked
+    after light retraining). Candidates are ranked on the calibration part, so the held-out part is
+    never used for model selection.
+
+    Give one budget (parameters, memory_gib or latency_ms), and a list for each size that may vary.
     """
 
     parameters: Count | None = Field(None, gt=0)
-    """So many parameters, within `tolerance`: 8e9, "8B"."""
+    """Number of parameters, within `tolerance`: 8e9 or "8B"."""
     memory_gib: float | None = Field(None, gt=0)
-    """At most so much for weights and key-value cache of batch_size sequences of `context` tokens, over all ranks."""
+    """Largest memory in GiB for the weights and the key-value cache of `batch_size` sequences of
+    `context` tokens, over all ranks."""
     latency_ms: float | None = Field(None, gt=0)
-    """At most so long for a forward pass of batch_size sequences of `context` tokens, measured on this job's ranks."""
+    """Longest forward pass in milliseconds over `batch_size` sequences of `context` tokens,
+    measured on the ranks of the job."""
     tolerance: float = Field(0.05, gt=0, lt=0.5)
-    """parameters: either way. memory_gib, latency_ms: candidates use at least 1 - 2 tolerance of the budget."""
+    """For parameters, the largest relative difference from the budget. For memory_gib and
+    latency_ms, candidates use at least 1 - 2 tolerance of the budget."""
     batch_size: int = Field(1, ge=1)
+    """Sequences, for memory_gib and latency_ms."""
     context: int | None = Field(None, ge=1)
-    """Default: data.sequence_length."""
+    """Tokens per sequence, for memory_gib and latency_ms. Default: data.sequence_length."""
     num_layers: list[int] = []
+    """Numbers of layers to try. Default: from the teacher's number down to nine tenths of it."""
     hidden_size: list[int] = []
+    """Hidden sizes to try. Default: sixteenths of the teacher's, down to half of it."""
     ffn_hidden_size: list[int] = []
+    """MLP widths to try. Default: the width that is nearest to the budget."""
     mlp_expansion: list[float] = []
-    """Instead of ffn_hidden_size: times each hidden_size, to the nearest aligned one."""
+    """MLP widths to try, as factors of the hidden size, rounded to the nearest aligned width.
+    Replaces ffn_hidden_size."""
     num_query_groups: list[int] = []
+    """Numbers of query groups to try. Default: the teacher's."""
     num_attention_heads: list[int] = []
+    """Numbers of query heads to try. Default: the teacher's number per query group."""
     num_samples: int = Field(64, ge=1)
-    """Samples of held-out text that candidates are judged on."""
-    micro_batch_size: int = Field(1, ge=1)
-    """Of these samples."""
+    """Calibration samples on which candidates are ranked."""
+    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Samples per forward pass of the ranking."""
     finalists: int = Field(4, ge=1)
-    """So many are distilled; 1: none, the best one as cut is chosen."""
+    """Candidates that are distilled. With 1 none is distilled, and the best pruned candidate is
+    chosen."""
     steps: int = Field(100, ge=2)
-    """Optimizer steps of the last two; of those that leave a round earlier half as many, and so on. Learning rate and batches are those of `distill`."""
-    together: int | None = Field(None, ge=1)
-    """Students in memory at a time, which share each forward pass of the teacher; default: all that are left."""
-    max_candidates: int = Field(256, ge=1)
-    """More are refused: narrow the lists."""
+    """Optimizer steps of the last two candidates. Candidates that leave one round earlier get half
+    as many, and so on. Learning rate and batches are those of `distill`."""
+    together: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Students in memory at the same time, which share each forward pass of the teacher. Default:
+    all that are left."""
+    max_candidates: int = Field(256, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Largest number of candidates. More are an error."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> SearchConfig:
-        given = [
-            name for name in ("parameters", "memory_gib", "latency_ms") if getattr(self, name) is not None
-        ]
-        problems = (
-            []
-            if len(given) == 1
-            else [
-                f"give one budget of parameters, memory_gib and latency_ms, given {' and '.join(given) or 'none'}"
-            ]
-        )
-        if given == ["parameters"] and (self.context is not None or self.batch_size != 1):
+        problems = []
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
             problems.append(
-                "batch_size and context are those of memory_gib and latency_ms; with parameters drop them"
+                "give one budget of parameters, memory_gib and latency_ms, given "
+                f"{' and '.join(given) or 'none'}"
             )
+        if given == ["parameters"] and self.changed(["context", "batch_size"]):
+            problems.append("batch_size and context are for memory_gib and latency_ms; drop them")
         if self.ffn_hidden_size and self.mlp_expansion:
-            problems.append(
-                "ffn_hidden_size and mlp_expansion both list the width of the MLP; drop one of them"
-            )
+            problems.append("ffn_hidden_size and mlp_expansion exclude each other; drop one of them")
         if given == ["latency_ms"] and not (self.ffn_hidden_size or self.mlp_expansion):
             problems.append(
-                "latency_ms is measured for every candidate, so ffn_hidden_size cannot be solved for it: list the sizes to try"
+                "latency_ms cannot be solved for ffn_hidden_size; list the widths to try in "
+                "ffn_hidden_size or mlp_expansion"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -196,23 +218,21 @@ class SearchConfig(Section):
     @property
     def budget(self) -> tuple[str, float]:
         """(name, value) of the budget."""
-        return next(
-            (name, value)
-            for name in ("parameters", "memory_gib", "latency_ms")
-            if (value := getattr(self, name)) is not None
-        )
+        values = ((name, getattr(self, name)) for name in BUDGETS)
+        return next((name, value) for name, value in values if value is not None)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Least and most of the budget that a candidate may use."""
+        """Smallest and largest part of the budget that a candidate may use."""
         name, value = self.budget
-        return (
-            (value * (1 - self.tolerance), value * (1 + self.tolerance))
-            if name == "parameters"
-            else (value * (1 - 2 * self.tolerance), value)
-        )
+        if name == "parameters":
+            return value * (1 - self.tolerance), value * (1 + self.tolerance)
+        return value * (1 - 2 * self.tolerance), value
 
     def rounds(self, students: int) -> list[int]:
-        """Step at which each round of distillation of so many students ends; half of them stay after it, one after the last."""
+        """Return the step at which each round of distillation ends.
+
+        Each round halves the number of students.
+        """
         count = math.ceil(math.log2(students))
         return [max(1, self.steps >> (count - 1 - i)) for i in range(count)]

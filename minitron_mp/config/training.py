@@ -1,4 +1,4 @@
-"""Sections of the recipe that train: correction, distillation, and the teacher beside it."""
+"""The section correct, and the settings that every training run has."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from minitron_mp.config.base import Section
+from minitron_mp.config.base import NOT_IN_RESULT, Section
 
 FP8Scaling = Literal["tensorwise", "delayed", "blockwise"]
-"""How FP8 numbers are scaled. tensorwise: by the largest value of the tensor at hand; delayed: by those of earlier steps, faster, and slow to
-start; blockwise: by that of each block of 128 or 128 x 128, the most exact."""
+"""How FP8 numbers are scaled. tensorwise: by the largest value of the current tensor. delayed: by
+the largest values of earlier steps; faster, with a slow start. blockwise: by the largest value
+of each block of 128 or 128 x 128; the most exact."""
 
 
 class ProfileConfig(Section):
     """A trace of some steps of a training run, on some ranks."""
 
     steps: list[int] = Field(min_length=2, max_length=2)
-    """[first, last], from 1, as they are logged."""
+    """[first, last] step, counted from 1 as in the log."""
     ranks: list[int] = Field([0], min_length=1)
-    """Of the run; a remote teacher's are not among them."""
+    """Ranks of the training run to trace. The ranks of a remote teacher cannot be traced."""
     kind: Literal["torch", "nsys"] = "torch"
-    """torch: a Chrome trace for each rank in OUTPUT/profile. nsys: tells Nsight Systems, which has to start the job, when to trace."""
+    """torch: write a Chrome trace per rank to OUTPUT/profile. nsys: mark the steps for Nsight
+    Systems, which must start the job."""
 
     @model_validator(mode="after")
     def _in_order(self) -> ProfileConfig:
         if not 1 <= self.steps[0] <= self.steps[1]:
-            raise ValueError(f"steps {self.steps} is no [first, last], counted from 1")
+            raise ValueError(f"steps {self.steps} must be [first, last], counted from 1")
         if min(self.ranks) < 0:
-            raise ValueError(f"ranks {self.ranks}: ranks count from 0")
+            raise ValueError(f"ranks {self.ranks} must not be negative")
         return self
 
 
@@ -38,41 +40,56 @@ class TrainingConfig(Section):
     steps: int = Field(100, ge=1)
     """Optimizer steps."""
     global_batch_size: int = Field(8, ge=1)
-    """Samples an optimizer step, over all data parallel ranks."""
-    micro_batch_size: int = Field(1, ge=1)
+    """Samples per optimizer step, over all data parallel ranks."""
+    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Samples per forward and backward pass of one data parallel rank."""
     lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
     min_lr: float = Field(1e-5, ge=0)
+    """Learning rate at the last step."""
     warmup_steps: int = Field(40, ge=0)
-    """Linear warm-up, then cosine from lr to min_lr over the rest of the steps."""
+    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
+    cosine."""
     weight_decay: float = Field(0.1, ge=0)
+    """Weight decay of AdamW."""
     clip_grad: float = Field(1.0, ge=0)
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest global gradient norm. 0 turns clipping off."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment of Adam."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment of Adam."""
     logits_precision: Literal["bf16", "fp32"] = "fp32"
-    """Of the logits inside the loss. In a bf16 model bf16 logits put 2 to 5 % error into the gradient at 131072 columns."""
-    overlap: bool = False
+    """Precision of the logits inside the loss. In a bf16 model bf16 logits add 2 to 5 % error to
+    the gradient at 131072 columns."""
+    overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
-    recompute: bool = False
-    """Recompute activations layer by layer in the backward pass."""
+    recompute: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    """Recompute the activations of each layer in the backward pass."""
     fp8: FP8Scaling | None = None
-    """Products of the linear layers in FP8, with weights, gradients and all else as before; needs Transformer Engine, a GPU of the Ada, Hopper or
-    Blackwell kind, and sizes that are multiples of 16 (docs/fp8.md). tensorwise to begin with."""
-    tp_comm_overlap: bool = False
-    """Overlap tensor parallel communication with products, through buffers that GPUs of one NVLink domain share; needs Transformer Engine and
-    parallel.sequence_parallel."""
-    cuda_graphs: bool = False
-    """Record each layer's forward and backward pass in the first step, and replay them: the host issues a layer in one call instead of some
-    hundred. Helps where the GPU waits for the host, at short sequences; needs Transformer Engine and Megatron-Core 0.19."""
-    collect_interval: int | None = Field(None, ge=1)
-    """Collect Python's garbage each so many steps, on all ranks at once; default: whenever a rank's own count is full, while the others wait."""
-    log_interval: int = Field(1, ge=1)
-    checkpoint_interval: int = Field(100, ge=1)
-    """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
-    async_save: bool = False
-    """Train on while a checkpoint is written: it costs a copy of weights and optimizer in host memory until it is whole."""
-    profile: ProfileConfig | None = None
+    """Compute the products of the linear layers in FP8; weights, gradients and everything else stay
+    as they are. Needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and sizes that are
+    multiples of 16 (docs/fp8.md). Start with tensorwise."""
+    tp_comm_overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    """Overlap tensor parallel communication with products, through buffers that the GPUs of one
+    NVLink domain share. Needs Transformer Engine and parallel.sequence_parallel."""
+    cuda_graphs: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    """Record the forward and backward pass of each layer in the first step and replay them. One
+    launch per layer replaces some hundred, which helps at short sequences, where the GPU waits
+    for the host. Needs Transformer Engine and Megatron-Core 0.19."""
+    collect_interval: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Steps between two garbage collections of Python, at the same step on all ranks. Default: each
+    rank collects when its own counter is full, while the other ranks wait."""
+    log_interval: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Steps between two lines of the log."""
+    checkpoint_interval: int = Field(100, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Number of newest checkpoints to keep."""
+    async_save: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    """Continue training while a checkpoint is written. Until then a copy of the weights and the
+    optimizer state is in host memory."""
+    profile: ProfileConfig | None = Field(None, json_schema_extra=NOT_IN_RESULT)
+    """Trace some steps. Default: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -82,37 +99,45 @@ class TrainingConfig(Section):
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
         if self.cuda_graphs and self.recompute:
-            problems.append(
-                "cuda_graphs replays what the first step kept, recompute keeps nothing: drop one of them"
-            )
+            problems.append("cuda_graphs and recompute cannot be combined; drop one of them")
         if self.profile and self.profile.steps[1] > self.steps:
-            problems.append(f"profile.steps {self.profile.steps} goes beyond the last of {self.steps} steps")
+            problems.append(f"profile.steps {self.profile.steps} ends after the last step, {self.steps}")
         problems += self._problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def _problems(self) -> list[str]:
+        """Return the problems of a subclass."""
         return []
 
 
 class CorrectionConfig(TrainingConfig):
-    """Teacher correction: the unpruned teacher learns the distillation data by cross-entropy before it is scored, cut and distilled from.
+    """Teacher correction: train the unpruned teacher on the distillation text by cross-entropy.
 
-    Defaults after 2408.11796, teacher correction: a fifth of the peak learning rate of the teacher's pre-training, 120 warm-up steps, cosine.
+    The defaults follow 2408.11796, teacher correction: a fifth of the peak learning rate of the
+    teacher's pre-training, 120 warm-up steps, cosine.
     """
 
     when: Literal["before", "during"] = "before"
-    """during: the student is distilled from the teacher while it is corrected, and cut from the original (2408.11796, figure 5); a step of the
-    teacher for each of the student's, on the same batches, on the student's ranks."""
+    """before: correct the teacher first; score, prune and distil from the corrected teacher.
+    during: correct it while the student is distilled from it, and prune the original
+    (2408.11796, figure 5). In each step both are trained on the same batches, on the student's
+    ranks."""
     steps: int = Field(1000, ge=1)
-    """During distillation: at most its steps; the teacher stays as it is after them."""
+    """Optimizer steps. With `when: during` at most distill.steps; after its last step the teacher
+    is frozen."""
     lr: float = Field(6e-5, gt=0)
-    """A fifth of the peak learning rate of the teacher's pre-training; 6e-5 is that of Llama 3.1 8B (3e-4)."""
+    """Peak learning rate: a fifth of that of the teacher's pre-training. 6e-5 is for Llama 3.1 8B
+    (3e-4)."""
     min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the last step."""
     warmup_steps: int = Field(120, ge=0)
-    baseline: str | None = None
-    """Output folder of the same recipe without this section: the report then says what the student has of the correction."""
+    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
+    cosine."""
+    baseline: str | None = Field(None, json_schema_extra=NOT_IN_RESULT)
+    """Output folder of the same recipe without this section. The report then compares the two
+    students."""
     divergence: ClassVar = "forward_kl"
     temperature: ClassVar = 1.0
     kl_weight: ClassVar = 0.0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.stream_layout import Grid, StreamShape, messages
+from minitron_mp.distillation.stream_layout import Grid, StreamShape, Traffic, messages
 from minitron_mp.errors import InputError
 
 SHARD_BYTES = 1e9
@@ -30,8 +30,6 @@ INDEX = "cache.json"
 
 class Writer:
     """In the place of a stream.Sender, on one rank of the teacher's last stage."""
-
-    most_in_flight = 0
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
@@ -44,6 +42,8 @@ class Writer:
         self.shard[str(id)] = signal.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if sum(tensor.nbytes for tensor in self.shard.values()) >= SHARD_BYTES:
             self.finish()
+
+    def end(self, first: int, last: int) -> None: ...
 
     def finish(self) -> None:
         if not self.shard:
@@ -104,6 +104,9 @@ class Reader:
                     block.source_rows, :, block.source_columns
                 ]
         return signal.to(self.device, non_blocking=True)
+
+    def traffic(self) -> Traffic | None:
+        return None
 
     def release(self, id: int) -> None: ...
     def close(self) -> None: ...

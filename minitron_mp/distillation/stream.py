@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp.distillation.stream_layout import Grid, Message, StreamShape, messages
+from minitron_mp.distillation.stream_layout import Grid, Message, StreamShape, Traffic, messages
 
 STREAM_VERSION = 2
 """Of messages() and of what travels with them; both ends must have the same."""
@@ -263,6 +263,10 @@ class Receiver:
         with self.changed:
             self.credit[id % link.teacher.dp] += 1
             self.changed.notify_all()
+
+    def traffic(self) -> Traffic:
+        """Return the time that this rank has waited, and the bytes that it has received, so far."""
+        return Traffic(self.link.wait_s, self.link.bytes_moved)
 
     def close(self) -> None:
         with self.changed:

@@ -1,22 +1,21 @@
-"""Leaving before the end, with a checkpoint: near a deadline, for a stop file, after SIGTERM.
+"""Early end of a teacher stream: a preempted student stops in the same step as its teacher.
 
-Each rank only notes what it sees. The trainer adds the wishes up in the collective that it makes anyway at each log interval, so all
-ranks of a role know at the same step, and nothing is communicated for it alone.
+The teacher runs ahead of its students, so it chooses the last step. It may already have sent signals
+beyond a step that a student would choose, and those sends would never be received.
 
-A remote teacher runs ahead of its students, so it is the one to say where the stream ends (Ending):
+    student   rank 0 of a student that was asked to stop writes a request to the job's store
+    teacher   rank 0 reads the store before each block of microbatches. The stream then ends at the first
+              step boundary after the block's first microbatch. It writes this step to the store, and
+              broadcasts it to the teacher's ranks, which serve up to there
+    student   all ranks read the store after each step, and stop after the step that is written there
 
-    students  rank 0 of one that wants to leave asks for it in the job's store
-    teacher   rank 0, before it starts a block of microbatches: the end is the first step boundary after the block's first microbatch.
-              It says so in the store, then to its own ranks, and all of them serve up to there
-    students  look into the store after each step, and leave after the step that was named
-
-No student has done that step when the end is named: a microbatch of it is not computed yet. So no rank can miss it, and students of one
-stream leave together.
+When the teacher chooses the last step, no student has finished it, because one of its microbatches has not
+been computed. So no rank can miss it, and all students of one stream stop after the same step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -24,45 +23,53 @@ import torch.distributed as dist
 from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.distributed.role_channel import RoleChannel
 
-REQUESTED_KEY, LAST_STEP_KEY = "leaving asked", "leaving ends"
+REQUESTED_KEY, LAST_STEP_KEY = "stream end requested", "stream end step"
 """Keys in the job's store."""
 
 
 @dataclass
 class StreamEnd:
-    """Where a stream of signals ends early, as the module says. per_step: microbatches of a step, over all ranks; lead_steps: that the teacher may be ahead."""
+    """Where a stream of teacher signals ends before its last microbatch.
 
-    bridge: RoleChannel
-    per_step: int
+    microbatches_per_step: over all data-parallel ranks of the student.
+    lead_steps: steps by which the teacher may be ahead of the student.
+    """
+
+    channel: RoleChannel
+    microbatches_per_step: int
     lead_steps: int = 0
-    told: int | None = None
+    _last_step: int | None = field(default=None, init=False)
 
-    def ask(self, why: str) -> None:
-        """A rank wants to leave."""
-        self.bridge.place.store.set(REQUESTED_KEY, why)
+    def request(self, reason: str) -> None:
+        """Ask the teacher to end the stream early."""
+        self.channel.place.store.set(REQUESTED_KEY, reason)
 
-    def step(self) -> int | None:
-        """After how many steps the stream ends; None while it goes on. Equal on all ranks of the students after the same step."""
-        store = self.bridge.place.store
-        if self.told is None and store.check([LAST_STEP_KEY]):
-            self.told = int(store.get(LAST_STEP_KEY))
-        return self.told
+    def last_step(self) -> int | None:
+        """Return the number of steps after which the stream ends, or None while no end is chosen.
 
-    def why(self) -> str:
-        """What the one said that asked."""
-        return self.bridge.place.store.get(REQUESTED_KEY).decode()
-
-    def limit(self, first: int, leaving: Preemption | None) -> int | None:
-        """For the teacher, before the block that starts with microbatch `first`: where the ids end, or None. Reached by all its ranks.
-
-        On the host: a small gloo broadcast beside the GPU's work.
+        All ranks of the students get the same answer after the same step.
         """
-        store, box = self.bridge.place.store, torch.tensor([-1])
-        if leaving is not None and leaving.signalled and not store.check([REQUESTED_KEY]):
-            self.ask("SIGTERM on a rank of the teacher")
+        store = self.channel.place.store
+        if self._last_step is None and store.check([LAST_STEP_KEY]):
+            self._last_step = int(store.get(LAST_STEP_KEY))
+        return self._last_step
+
+    def reason(self) -> str:
+        """Return the reason that came with the request."""
+        return self.channel.place.store.get(REQUESTED_KEY).decode()
+
+    def limit(self, first: int, preemption: Preemption | None) -> int | None:
+        """Return the number of the first microbatch that is not sent any more, or None.
+
+        For the teacher, before the block that starts with microbatch `first`; called by all its ranks.
+        The broadcast is a small one on gloo, beside the GPU's work.
+        """
+        store, box = self.channel.place.store, torch.tensor([-1])
+        if preemption is not None and preemption.signalled and not store.check([REQUESTED_KEY]):
+            self.request("SIGTERM on a rank of the teacher")
         if dist.get_rank() == 0 and store.check([REQUESTED_KEY]):
-            box[0] = first // self.per_step + 1
+            box[0] = first // self.microbatches_per_step + 1
             store.set(LAST_STEP_KEY, str(box.item()))
         if dist.get_world_size() > 1:
             dist.broadcast(box, src=0)
-        return None if box.item() < 0 else int(box.item()) * self.per_step
+        return None if box.item() < 0 else int(box.item()) * self.microbatches_per_step

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -45,6 +45,14 @@ class HeadSpec:
 
 
 Payload = Literal["hidden", "logits", "topk"]
+
+
+class Traffic(NamedTuple):
+    """What this rank has received from a remote teacher so far."""
+
+    wait_s: float
+    """Seconds for which the host waited for signals."""
+    num_bytes: int
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
-"""The teacher as a source of signals: for each microbatch of a step, what the loss on the student's last stage needs.
+"""The teacher: what training and evaluation need of one, and the two frozen placements.
 
-Two placements behind one interface (signals, target, release; states, where losses inside the student want some). ColocatedTeacher
-runs on the student's ranks, in the student's layout. RemoteTeacher is the student's view of a teacher on ranks of its own, where
-serve() runs, or of what one left on disk; stream.py and cache.py carry the signals.
+    signals()        step's microbatches -> one TeacherSignal each, which with_signals() puts into the batch
+    target()         TeacherSignal       -> TeacherTarget, which the loss on the last stage takes
+    hidden_states()  TeacherSignal       -> hidden states, which losses inside the student take
+
+ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the student's view of
+a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py). The third teacher, which is
+trained at the same time, is training.teacher_correction.TrainableTeacher.
+
+    s' is s/cp, or s/cp/tp under sequence parallelism  b microbatch  h_t hidden size of the teacher
 """
 
 from __future__ import annotations
@@ -10,177 +16,229 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_checkpoint, load_model, vocabulary_shard
-from minitron_mp.distillation.hidden_states import HiddenStateCapture, LayerPairs
+from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.state_capture import HiddenStateCapture
 from minitron_mp.distillation.stream_end import StreamEnd
-from minitron_mp.distillation.stream_layout import Payload
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distillation.stream_layout import Payload, Traffic
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.top_k import unpack_top_k
-from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, output_weight
+from minitron_mp.models.build import output_weight
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)
-class Signal:
-    """A colocated teacher's, of one microbatch. hidden [s', b, h] on the last stage (s' as schedule.run says), None elsewhere; states: what this
-    stage wants, [s', b, h] each."""
+class TeacherSignal:
+    """The teacher's part of one microbatch.
 
-    hidden: Tensor | None
-    states: list[Tensor]
+    microbatch: its number in the run, under which a remote teacher sends its signal.
+    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; otherwise None.
+    states: [s', b, h_t] of each hidden state that this stage compares, of a colocated teacher.
+    """
+
+    microbatch: int
+    hidden: Tensor | None = None
+    states: Sequence[Tensor] = ()
+
+
+class Teacher(Protocol):
+    """What the training loop and evaluation need of a teacher. All ranks of the student hold one."""
+
+    @property
+    def chunks(self) -> list[Any] | None:
+        """Model chunks on this rank, or None for a teacher that runs elsewhere."""
+
+    @property
+    def pairs(self) -> LayerPairs | None:
+        """Pairs of hidden states that this teacher delivers, or None."""
+
+    @property
+    def stream_end(self) -> StreamEnd | None:
+        """Early end of the teacher's stream, or None when there is no stream."""
+
+    def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
+        """Return one signal for each microbatch of this data-parallel rank; called by all ranks."""
+
+    def target(self, signal: TeacherSignal) -> TeacherTarget:
+        """Return what the loss takes; on the last pipeline stage."""
+
+    def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
+        """Return the teacher's states [s', b, h_t] that this stage compares, in order of the pairs.
+
+        Called before the forward pass of each chunk of this stage.
+        """
+
+    def release(self, signal: TeacherSignal) -> None:
+        """Take back a signal that the loss has used; on the last pipeline stage."""
+
+    def traffic(self) -> Traffic | None:
+        """Return what has been received so far, or None where no stream arrives."""
+
+    def close(self) -> None:
+        """End the work of the teacher; called by all ranks after the last step."""
+
+
+class SignalReceiver(Protocol):
+    """Where a RemoteTeacher gets its signals: stream.Receiver, or cache.Reader."""
+
+    def get(self, id: int) -> Tensor:
+        """Wait for a microbatch and return this rank's part [s', b, n']."""
+
+    def release(self, id: int) -> None:
+        """Let the teacher send one more microbatch."""
+
+    def traffic(self) -> Traffic | None:
+        """Return what has been received so far, or None when nothing is streamed."""
+
+    def close(self) -> None:
+        """Stop receiving."""
 
 
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
-    Its forward-only schedule runs the microbatches of a step first and leaves, on the last stage, the hidden states after the
-    final norm: 2h bytes a token in bf16, and as much for each pair of states on the stage that wants it. The loss applies the
-    teacher's head to a chunk of tokens at a time.
+    Its forward-only schedule runs the microbatches of a step first. It leaves the hidden states after the
+    final norm on the last stage (2h bytes a token in bf16), and as much for each pair of hidden states on
+    the stage that compares it. The loss applies the teacher's output layer to one chunk of tokens at a time.
     """
 
-    def __init__(
-        self,
-        arch: Arch,
-        folder: Path,
-        world: World,
-        *,
-        pairs: LayerPairs | None = None,
-        prefix: str = "",
-        **build: Any,
-    ):
-        """build: what build_model() takes."""
-        self.world, self.pairs = world, pairs
-        self.chunks = frozen_model(arch, folder, world, prefix=prefix, **build)
-        self.capture = pairs and HiddenStateCapture(
-            self.chunks, world, pairs.routes(world.parallel, pairs.blocks(world.parallel)), arch.num_layers
-        )
+    stream_end = None
 
-    def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
-        """One entry a microbatch, on all ranks."""
+    def __init__(self, model: ShardedModel, pairs: LayerPairs | None = None):
+        """model: frozen, as frozen_model() returns it."""
+        self.chunks: list[Any] = model.chunks
+        self.world = model.world
+        self.pairs = pairs
+        self.capture: HiddenStateCapture | None = None
+        if pairs is not None:
+            routes = pairs.routes(self.world.parallel, pairs.blocks(self.world.parallel))
+            self.capture = HiddenStateCapture(model.chunks, self.world, routes, model.arch.num_layers)
+
+    def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         if self.capture:
-            self.capture.forget()  # of passes for something else: tell_drift() measures these chunks before the first step
-        hidden = run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden) or [None] * len(
-            batches
-        )
+            self.capture.clear()  # what other passes through these chunks left, such as a measurement of their KL
+        hidden = run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden)
+        hidden = hidden or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
-        return list(map(Signal, hidden, states))
+        return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world), hidden, states))
 
-    def target(self, signal: Signal) -> TeacherTarget:
-        """What the loss takes, on the last stage."""
+    def target(self, signal: TeacherSignal) -> TeacherTarget:
         assert signal.hidden is not None
         return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
 
-    def states(self, signal: Signal) -> list[Tensor]:
-        """The teacher's states [s', b, h_t] that this stage wants, in order of the pairs; called before each chunk's forward pass."""
+    def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
         return signal.states
 
-    def release(self, signal: Any) -> None:
-        """The loss is done with it."""
+    def release(self, signal: TeacherSignal) -> None: ...
 
-    def close(self) -> None:
-        """The run is done with the teacher."""
+    def traffic(self) -> Traffic | None:
+        return None
+
+    def close(self) -> None: ...
 
 
 class RemoteTeacher:
-    """A teacher elsewhere: receiver is a stream.Receiver or cache.Reader, on the last stage, and on those that want states. head [v/tp, h_t]: the
-    teacher's, for hidden states."""
+    """The student's view of a teacher on other ranks, or of its signals on disk.
+
+    receiver: on the last stage, and on stages that compare hidden states; elsewhere None.
+    head: the teacher's output layer [v/tp, h_t], for the payload "hidden"; on the last stage (load_head()).
+    stream_end: of a stream that may end early.
+    """
+
+    chunks = None
 
     def __init__(
         self,
-        receiver: Any,
+        receiver: SignalReceiver | None,
         payload: Payload,
         head: Tensor | None,
         world: World,
         pairs: LayerPairs | None = None,
-        ending: StreamEnd | None = None,
+        stream_end: StreamEnd | None = None,
     ):
-        self.receiver, self.payload, self.head, self.world, self.pairs = receiver, payload, head, world, pairs
-        self.ending = ending
-        """Of a stream that may end early."""
+        self.receiver = receiver
+        self.payload = payload
+        self.head = head
+        self.world = world
+        self.pairs = pairs
+        self.stream_end = stream_end
         self.held: dict[int, Tensor] = {}
-        """With states: signals that a chunk of this stage has still to use."""
-        self.uses: Counter[int] = Counter()
+        """With pairs: signals by microbatch that a chunk of this stage has yet to use."""
+        self.num_uses: Counter[int] = Counter()
+        """Chunks of this stage that have used a held signal."""
 
-    def signals(self, batches: Sequence[Batch], step: int) -> list[Any]:
-        """The ids of this data parallel rank's microbatches."""
-        dp = self.world.groups.dp
-        return [(step * len(batches) + i) * dp.size() + dp.rank() for i in range(len(batches))]
+    def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
+        return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world)))
 
-    def target(self, signal: int) -> TeacherTarget:
+    def target(self, signal: TeacherSignal) -> TeacherTarget:
         assert self.receiver is not None, "signals arrive on the last stage"
-        received = (
-            self.held.pop(signal)[..., : self.pairs.teacher.hidden_size]
-            if self.pairs
-            else self.receiver.get(signal)
-        )
+        if self.pairs:
+            received = self.held.pop(signal.microbatch)[..., : self.pairs.teacher.hidden_size]
+        else:
+            received = self.receiver.get(signal.microbatch)
         if self.payload == "hidden":
             assert self.head is not None
             return TeacherHidden(received, self.head)
         return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
 
-    def states(self, signal: int) -> list[Tensor]:
-        """As ColocatedTeacher.states; under tensor parallelism the rows may be this rank's part of what the student has whole (stream.py).
+    def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
+        """As in Teacher, but under tensor parallelism a state may hold this rank's part of the tokens only.
 
-        Taken over, and credit given, before the first chunk runs: interleaved stages run that on several microbatches before the
-        loss sees the first of them, which would deadlock with a small window.
+        The signal is released before the first chunk runs: an interleaved schedule runs that chunk on
+        several microbatches before the loss sees the first of them, which would deadlock with a small window.
         """
         if self.receiver is None or self.pairs is None:
             return []
-        if signal not in self.held:
-            self.held[signal] = self.receiver.get(signal)
-            self.receiver.release(signal)
-        blocks = self.held[signal].split(self.pairs.teacher.hidden_size, -1)
-        self.uses[signal] += 1
-        if self.uses[signal] == (self.world.parallel.vpp or 1):
-            del self.uses[signal]
+        number = signal.microbatch
+        if number not in self.held:
+            self.held[number] = self.receiver.get(number)
+            self.receiver.release(number)
+        blocks = self.held[number].split(self.pairs.teacher.hidden_size, -1)
+        self.num_uses[number] += 1
+        if self.num_uses[number] == (self.world.parallel.vpp or 1):
+            del self.num_uses[number]
             if not self.world.is_last_stage:
-                del self.held[signal]
-        return list(blocks[self.world.is_last_stage :])  # the last stage's first block is for the logits
+                del self.held[number]
+        return (
+            blocks[1:] if self.world.is_last_stage else blocks
+        )  # the last stage's first block is for target()
 
-    def release(self, signal: int) -> None:
+    def release(self, signal: TeacherSignal) -> None:
         assert self.receiver is not None
         if not self.pairs:
-            self.receiver.release(signal)
+            self.receiver.release(signal.microbatch)
 
-    def traffic(self) -> tuple[float, int] | None:
-        """(seconds for which this rank waited for signals, bytes received) so far; None where no stream comes."""
-        link = getattr(self.receiver, "link", None)
-        return link and (link.wait_s, link.bytes_moved)
+    def traffic(self) -> Traffic | None:
+        return self.receiver.traffic() if self.receiver is not None else None
 
     def close(self) -> None:
         if self.receiver is not None:
             self.receiver.close()
 
 
-def with_signals(teacher: Any, batches: Sequence[Batch], step: int = 0) -> list[Batch]:
-    """The microbatches with the teacher's signal of each under "teacher"; without a teacher, as they are."""
+def with_signals(teacher: Teacher | None, batches: Sequence[Batch], step: int = 0) -> list[Batch]:
+    """Return the microbatches with the teacher's signal in each; without a teacher, as they are."""
     if teacher is None:
         return list(batches)
-    return [{**batch, "teacher": signal} for batch, signal in zip(batches, teacher.signals(batches, step))]
+    signals = teacher.signals(batches, step)
+    return [{**batch, "teacher_signal": signal} for batch, signal in zip(batches, signals)]
 
 
-def frozen_model(arch: Arch, folder: Path, world: World, *, prefix: str = "", **build: Any) -> list[Any]:
-    """The model of a checkpoint, for forward passes; prefix: of its keys there; build: what build_model() takes."""
-    with torch.no_grad():  # or weights in FP8 would get a transposed copy for the backward pass
-        chunks = build_model(arch, world, **build)
-    load_model(chunks, folder, world, prefix)
-    for chunk in chunks:
-        chunk.eval().requires_grad_(False)
-    return chunks
+def signal_of(batch: Batch) -> TeacherSignal:
+    """Return the signal that with_signals() put into a batch."""
+    signal = batch["teacher_signal"]
+    assert isinstance(signal, TeacherSignal)
+    return signal
 
 
-def load_head(arch: Arch, folder: Path, world: World, dtype: torch.dtype) -> Tensor | None:
-    """The teacher's output layer in the student's tensor parallel layout, [v/tp, h_t] on the last stage; reached by all ranks."""
-    tp, state = world.groups.tp, {}
-    if world.is_last_stage:
-        empty = torch.empty((arch.padded_vocab_size // tp.size(), arch.hidden_size), dtype=dtype)
-        state["head"] = vocabulary_shard(arch, empty, world)
-    loaded = load_checkpoint(state, folder)
-    return loaded["head"].to(world.device) if world.is_last_stage else None
+def microbatch_numbers(count: int, step: int, world: World) -> range:
+    """Return the numbers in the run of this data-parallel rank's microbatches of a step, `count` of them."""
+    dp = world.groups.dp
+    first = step * count * dp.size() + dp.rank()
+    return range(first, first + count * dp.size(), dp.size())

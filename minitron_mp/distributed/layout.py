@@ -1,8 +1,4 @@
-"""What a run needs before it runs: parameters and memory per rank, from sizes alone.
-
-Weights, gradients and optimizer state are exact for this library's layout, and so is the number of layers in flight. Bytes of activations are
-counted tensor by tensor (kept_per_token); a run's peak also has the allocator's slack.
-"""
+"""Which ranks hold what: layers of each pipeline stage."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def join_roles(
         )
         data = kind(dist.PrefixStore("data", place.store), place.rank, place.size, patience)
         bridge = RoleChannel(role, place, spans, data, control, timeout, device)
-        yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, bridge=bridge)
+        yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, channel=bridge)
         bridge.meet("end")  # nobody tears down what a peer still uses
     except Exception as error:
         if bridge is None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.collectives import context_parallel_slice
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-
-Batch = dict[str, Tensor]
 
 OnOutput = Callable[[Tensor, Batch], Any]
 
@@ -36,7 +35,8 @@ def run_schedule(
     accumulated and finalised; otherwise the list of what it returned comes back on the last stage ([] elsewhere).
     on_batch(local batch) runs on every stage before each chunk's forward pass.
     """
-    p, b, s = world.parallel, *batches[0]["tokens"].shape
+    p = world.parallel
+    b, s = batches[0]["tokens"].shape
     if p.vpp and len(batches) % p.pp:
         raise InputError(
             f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data parallel rank, given {len(batches)}"
@@ -57,12 +57,12 @@ def run_schedule(
 
 def local_batch(batch: Batch, world: World) -> Batch:
     """This context parallel rank's part on its device; labels and loss_mask sequence first [s/cp, b], extra keys as they are."""
-    local = {}
-    for key, value in batch.items():
+    local: dict[str, Any] = {}
+    for key, value in cast(dict[str, Any], batch).items():
         if key in ("tokens", "labels", "position_ids", "loss_mask"):
             value = context_parallel_slice(value.to(world.device, non_blocking=True), 1, world.groups.cp)
         local[key] = value.transpose(0, 1) if key in ("labels", "loss_mask") else value
-    return local
+    return cast(Batch, local)
 
 
 def _forward_step(

@@ -22,6 +22,7 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.cpu_backend import install
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix, local_device
+from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.errors import InputError
 
@@ -34,10 +35,10 @@ class World:
     groups: Any
     device: torch.device
     role: str = "student"
-    bridge: RoleChannel | None = None
-    """To the ranks of the other roles, in a job that has some."""
-    leaving: Any = None
-    """leaving.Leaving of this process; None: nobody may stop it before the end."""
+    channel: RoleChannel | None = None
+    """To the ranks of the other roles. None in a job with one role."""
+    preemption: Preemption | None = None
+    """Stop requests that this process has received. None: the job always runs to its end."""
 
     @property
     def rank(self) -> int:
@@ -50,7 +51,7 @@ class World:
     @property
     def job_size(self) -> int:
         """Ranks of all roles."""
-        return self.bridge.place.size if self.bridge else self.size
+        return self.channel.place.size if self.channel else self.size
 
     @property
     def is_main(self) -> bool:

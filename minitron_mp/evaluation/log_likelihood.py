@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import float32_logits
 from minitron_mp.models.build import output_weight, unwrap
@@ -118,7 +119,7 @@ def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: i
     loss_mask marks the positions that predict the asked tokens; "rows" [b] are the rows' numbers. Longest rows first.
     """
     p, dp, unit = world.parallel, world.groups.dp, _unit(world, micro_batch_size)
-    multiple = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)
+    multiple = p.sequence_multiple
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
     for first in range(0, len(rows), unit):
         length = -(-(len(rows[order[first]].tokens) - 1) // multiple) * multiple
@@ -144,7 +145,7 @@ def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod:
         "position_ids": positions,
         "loss_mask": mask,
     }
-    return batch | {"rows": torch.tensor(numbers)}
+    return cast(Batch, batch | {"rows": torch.tensor(numbers)})
 
 
 def span_sums(model: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int) -> Tensor:

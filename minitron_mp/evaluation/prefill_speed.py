@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World
 
 REPEATS = 3

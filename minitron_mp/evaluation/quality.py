@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
-from minitron_mp.distillation.teacher import with_signals
-from minitron_mp.distributed.schedule import Batch, local_batch, run_schedule
+from minitron_mp.distillation.last_stage_loss import evaluation_objective, last_stage_loss
+from minitron_mp.distillation.teacher import Teacher, signal_of, with_signals
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import local_batch, run_schedule
 from minitron_mp.distributed.world import World
-from minitron_mp.losses.fused import Objective, TeacherHidden, distillation_loss
+from minitron_mp.losses.fused import TeacherHidden, TeacherTarget
 from minitron_mp.models.build import output_weight, unwrap
 
 
@@ -29,7 +31,7 @@ class Quality(BaseModel):
 
 def compare(
     models: dict[str, list[Any]],
-    teacher: Any,
+    teacher: Teacher | None,
     steps: Iterable[Sequence[Batch]],
     world: World,
     *,
@@ -48,25 +50,18 @@ def compare(
             chunk.eval()
 
     def add(
-        name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherHidden | None, batch: Batch
+        name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherTarget | None, batch: Batch
     ) -> None:
-        # On a CPU in the model's own dtype: it has no fast product of bf16 with a float32 result. So the KL of bf16 models is rounded there.
-        objective = Objective(
-            kl_weight=float(target is not None),
-            logits_dtype=hidden.dtype if hidden.device.type == "cpu" else torch.float32,
+        objective = evaluation_objective(hidden, kl_weight=0.0 if target is None else 1.0)
+        loss = last_stage_loss(
+            hidden, weight, batch, target, objective, vocab_size=vocab_size, group=world.groups.tp
         )
-        mask, place = batch["loss_mask"], {"vocab_size": vocab_size, "group": world.groups.tp}
-        _, (_, kl, ce) = distillation_loss(hidden, weight, batch["labels"], mask, target, objective, **place)
-        sums[name].add_(torch.stack([(ce * mask).sum(), (kl * mask).sum(), mask.sum()]).double())
+        parts = [loss.cross_entropy.sum(), loss.divergence.sum(), loss.num_tokens]
+        sums[name].add_(torch.stack(parts).double())
 
     def judge(name: str, hidden: torch.Tensor, batch: Batch) -> None:
-        add(
-            name,
-            hidden,
-            output_weight(unwrap(models[name][-1])),
-            teacher.target(batch["teacher"]) if teacher else None,
-            batch,
-        )
+        target = teacher.target(signal_of(batch)) if teacher else None
+        add(name, hidden, output_weight(unwrap(models[name][-1])), target, batch)
 
     with torch.no_grad():
         for batches in steps:
@@ -75,7 +70,8 @@ def compare(
                 run_schedule(chunks, batches, world, partial(judge, name))
             if teacher and world.is_last_stage:
                 for batch in batches:
-                    target = teacher.target(batch["teacher"])
+                    target = teacher.target(signal_of(batch))
+                    assert isinstance(target, TeacherHidden), "the teacher's own loss needs its hidden states"
                     add("teacher", target.hidden, target.weight, None, local_batch(batch, world))
             progress()
     return {

@@ -1,307 +1,250 @@
-"""The command `estimate`: what a distillation needs and how long it takes on so many GPUs, as tables, JSON and a figure. Runs nothing, on a laptop."""
+"""The command `estimate`: memory, step time and the best layouts, as tables, JSON and a figure."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron_mp.artifacts.files import write_text
-from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, table
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.planning.hardware import Times, read_hardware, read_times
+from minitron_mp.planning.case import PlanningCase
+from minitron_mp.planning.hardware import read_hardware
 from minitron_mp.planning.layouts import (
     GIB,
     LayoutSearch,
-    fastest,
+    fastest_layout,
     fits,
     layout_problem,
     scaling,
     search_layouts,
     smallest_world,
 )
-from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import WORK, Estimate, estimate_distillation, estimate_training
+from minitron_mp.planning.tables import (
+    LAYOUT_HEADER,
+    SCALING_HEADER,
+    Scaling,
+    efficiency_loss,
+    estimate_json,
+    layout_row,
+    layout_text,
+    memory_rows,
+    scaling_rows,
+    seconds_rows,
+    summary_rows,
+    traffic_rows,
+)
+from minitron_mp.planning.times import Times, read_times
 from minitron_mp.pruning.search_space import search_candidates
 from minitron_mp.pruning.target import resolve_target
 
 
-def run_estimate(
-    recipe: Recipe,
-    world: int,
-    *,
-    gpu: str = "h100",
-    hardware_file: Path | None = None,
-    times_file: Path | None = None,
-    price: float | None = None,
-    top: int = 10,
-    json_file: Path | None = None,
-    plot_file: Path | None = None,
-) -> None:
-    """Print what the recipe needs on so many GPUs and the best layouts; write the same as JSON, and a figure. price: of a GPU-hour.
+@dataclass(frozen=True)
+class EstimateOptions:
+    """Options of the command `estimate`."""
 
-    InputError where no layout of so many GPUs is possible, or none fits into their memory.
+    world: int
+    """GPUs."""
+    gpu: str = "h100"
+    hardware_file: Path | None = None
+    times_file: Path | None = None
+    price: float | None = None
+    """Of a GPU-hour."""
+    top: int = 10
+    """Layouts to show."""
+    json_file: Path | None = None
+    plot_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """Architectures of a recipe."""
+
+    base: Arch
+    """The model that is pruned."""
+    teacher: Arch
+    """The model that the student is distilled from."""
+    student: Arch
+
+
+def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
+    """Print what the recipe needs on so many GPUs, and the best layouts; write JSON and a figure on
+    request.
+
+    InputError if no layout is possible on so many GPUs, or if none fits into their memory.
     """
-    if plot_file and plot_file.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot {plot_file}: give a name that ends in .png, .svg or .pdf")
-    hardware = read_hardware(gpu, hardware_file)
-    times = read_times(gpu, hardware, times_file)
-    base, teacher, student = read_models(recipe)
-    found = search_layouts(student, teacher, recipe, world, times)
-    why = layout_problem(student, teacher, recipe, world, times)
-    own = None if why else estimate_distillation(student, teacher, recipe, world, times)
-    if not found.found:
-        raise InputError(_nothing(found, student, teacher, recipe, world, times))
+    if options.plot_file and options.plot_file.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {options.plot_file}: the name must end in .png, .svg or .pdf")
+    hardware = read_hardware(options.gpu, options.hardware_file)
+    times = read_times(options.gpu, hardware, options.times_file)
+    models = read_models(recipe)
+    case = PlanningCase(models.student, models.teacher, recipe, options.world)
+    search = search_layouts(case, times)
+    problem = layout_problem(case, times)
+    if not search.possible:
+        raise InputError(_nothing_fits(search, case, times))
 
     say(
-        f"{world} x {hardware.name}, {student.num_parameters():,} parameters from {teacher.num_parameters():,}; GiB are 2^30 bytes, times are estimates"
+        f"{options.world} x {hardware.name}: student {case.student.num_parameters():,} parameters, teacher "
+        f"{case.teacher.num_parameters():,}. GiB are 2^30 bytes; times are estimates."
     )
-    if own is None or not fits(own, times):
-        room = hardware.memory_gib - hardware.reserved_gib
-        reason = why if own is None else f"{own.needs_bytes / GIB:.1f} GiB of {room:.1f}"
-        say(f"the recipe's own layout is impossible: {reason}. Below: the fastest one")
-    shown = own if own is not None and fits(own, times) else found.found[0]
-    table(f"{layout(shown)}", ("what", "value"), summary(shown, times, price))
-    if recipe.correct and not recipe.corrects_meanwhile and not why:
-        table("teacher correction, before", ("what", "value"), _correction(base, recipe, world, times, price))
-    table(
-        "memory of the fullest GPU (activations, logits, buffers: estimates)",
-        ("part", "GiB"),
-        _memory(shown.memory),
-    )
-    if shown.teacher_memory:
-        table("memory of the teacher's fullest GPU", ("part", "GiB"), _memory(shown.teacher_memory))
-    rows = sorted(shown.seconds.items(), key=lambda part: -part[1])
-    table(
-        "a step",
-        ("part", "s", "share"),
-        [(name, f"{value:.3f}", f"{value / shown.step_s:.1%}") for name, value in rows],
-    )
-    if shown.wire:
-        rows_of_wire = [
-            (name, w.link, f"{w.num_bytes / 1e9:,.2f}", f"{w.num_bytes / 1e9 / shown.step_s:,.2f}")
-            for name, w in shown.wire.items()
-        ]
-        table("sent by a GPU", ("what", "link", "GB a step", "GB/s"), rows_of_wire)
-    header = ("layout", "teacher", "s", "tok/s/GPU", "GiB", "held up most by")
-    table(
-        f"fastest {min(top, len(found.found))} of {len(found.found)} layouts that fit",
-        header,
-        [_row(e) for e in found.found[:top]],
-    )
-    if apart := next((e for e in found.found if e.teachers), None):
-        say(
-            f"fastest with teachers apart: {layout(apart)}, {apart.teachers} : {apart.students}, {apart.step_s:.3f} s a step, held up by {apart.bottleneck[0]}"
-        )
-    table(
-        "layouts tried that are impossible",
-        ("why", "layouts"),
-        [(why, f"{count:,}") for why, count in found.impossible.most_common()],
-    )
-    sweep = scaling(student, teacher, recipe, times)
-    header = ("GPUs", "layout", "teacher", "s", "tok/s/GPU", "held up most by")
-    rows_of_sweep = [
-        (f"{n:,}", *_row(e, memory=False)) if e else (f"{n:,}", "does not fit", "", "", "", "")
-        for n, e in sweep
-    ]
-    table("from 8 to 2,048 GPUs, each with its fastest layout", header, rows_of_sweep)
-    say(_first_bottleneck(sweep))
-    if json_file:
+    shown = _shown_estimate(case, search, times, problem)
+    table(layout_text(shown), ("what", "value"), summary_rows(shown, times, options.price))
+    if recipe.correct and not recipe.corrects_during_distillation and not problem:
+        rows = _correction_rows(models.base, recipe, options, times)
+        table("teacher correction (before distillation)", ("what", "value"), rows)
+    _print_estimate(shown)
+    _print_layouts(search, options.top)
+    sweep = scaling(case, times)
+    table("fastest layout on 8 to 2,048 GPUs (tok/s per GPU)", SCALING_HEADER, scaling_rows(sweep))
+    say(efficiency_loss(sweep))
+    if options.json_file:
         content = {
-            "world": world,
+            "world": options.world,
             "hardware": hardware.model_dump(),
             "layer_times": times.about,
-            "shown": as_json(shown),
-            "own_layout_problem": why,
+            "shown": estimate_json(shown),
+            "own_layout_problem": problem,
+            "best": [estimate_json(estimate) for estimate in search.possible[: options.top]],
+            "impossible": dict(search.impossible),
+            "scaling": [_scaling_json(world, estimate) for world, estimate in sweep],
         }
-        content |= {"best": [as_json(e) for e in found.found[:top]], "impossible": dict(found.impossible)}
-        content["scaling"] = [{"world": n, **(as_json(e) if e else {})} for n, e in sweep]
-        write_text(json_file, json.dumps(content, indent=1))
-    if plot_file:
-        from minitron_mp.report.figures import write_scaling
-
-        write_scaling(
-            plot_file,
-            [(n, e.tokens_per_gpu_s, e.seconds) for n, e in sweep if e],
-            WORK,
-            f"{hardware.name}, {Path(recipe.output).name}",
-        )
+        write_text(options.json_file, json.dumps(content, indent=1))
+    if options.plot_file:
+        _write_plot(options.plot_file, sweep, f"{hardware.name}, {Path(recipe.output).name}")
 
 
-def read_models(recipe: Recipe) -> tuple[Arch, Arch, Arch]:
-    """(what is cut, what is distilled from, the student: the largest candidate of a search) from config.json alone."""
-    folders = Path(recipe.model), Path(recipe.teacher.model or recipe.model)
-    base, teacher = (read_arch(folder, weights=False) for folder in folders)
+def read_models(recipe: Recipe) -> Models:
+    """Architectures of a recipe, from config.json alone.
+
+    With a search the student is the largest candidate.
+    """
+    base = read_arch(Path(recipe.model), weights=False)
+    teacher = read_arch(Path(recipe.teacher.model or recipe.model), weights=False)
     if recipe.search:
-        return base, teacher, max(search_candidates(recipe, base), key=lambda arch: arch.num_parameters())
-    return base, teacher, resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
+        candidates = search_candidates(recipe, base)
+        student = max(candidates, key=lambda arch: arch.num_parameters())
+    else:
+        student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
+    return Models(base, teacher, student)
 
 
-def dry_run_rows(teacher: Arch, student: Arch, recipe: Recipe, world: int) -> list[tuple[str, str]]:
-    """The line of a dry run; its layout has been checked."""
-    times = read_times("h100", read_hardware("h100"))
-    if layout_problem(student, teacher, recipe, world, times):
-        return []
-    e = estimate_distillation(student, teacher, recipe, world, times)
-    what = f"{e.step_s:.2f} s a step, {e.tokens_per_gpu_s:,.0f} tokens/s/GPU, {e.gpu_hours:,.0f} GPU-hours"
-    return [("distillation on H100 SXM (estimate)", f"{what}; more: minitron-mp estimate")]
+def _shown_estimate(case: PlanningCase, search: LayoutSearch, times: Times, problem: str | None) -> Estimate:
+    """The recipe's layout, or the fastest layout if the recipe's is impossible."""
+    reason = problem
+    if problem is None:
+        estimate = estimate_distillation(case, times)
+        if fits(estimate, times):
+            return estimate
+        needed = f"{estimate.needed_bytes / GIB:.1f} GiB"
+        reason = f"it needs {needed} per GPU, {times.hardware.usable_gib:.1f} GiB are available"
+    say(f"the recipe's layout is impossible: {reason}. The tables show the fastest layout instead.")
+    return search.possible[0]
 
 
-def layout(e: Estimate) -> str:
-    """In a line: student's layout, microbatch, recomputation, and where the teacher is."""
-    p, t, d = e.recipe.parallel, e.recipe.teacher, e.recipe.distill
-    where = f"; teacher on {e.teachers} ({_sizes(t.parallel)})" if e.teachers else f"; teacher {t.placement}"
-    return (
-        f"{_sizes(p)} dp {e.students // p.model_ranks}, micro batch {d.micro_batch_size}"
-        + ", recomputing" * d.recompute
-        + where
+def _print_estimate(estimate: Estimate) -> None:
+    """Print where memory and time of one layout go."""
+    table(
+        "memory of the fullest GPU (activations, logits and buffers are estimates)",
+        ("part", "GiB"),
+        memory_rows(estimate.memory),
     )
+    if estimate.teacher_memory:
+        table(
+            "memory of the fullest GPU of the teacher", ("part", "GiB"), memory_rows(estimate.teacher_memory)
+        )
+    table("time of a step", ("part", "s", "share"), seconds_rows(estimate))
+    if estimate.traffic:
+        table("sent per GPU", ("what", "link", "GB per step", "GB/s"), traffic_rows(estimate))
 
 
-def _sizes(p: ParallelConfig) -> str:
-    return f"tp {p.tp} pp {p.pp} cp {p.cp}" + (f" vpp {p.vpp}" if p.vpp else "")
+def _print_layouts(search: LayoutSearch, top: int) -> None:
+    """Print the fastest layouts, the fastest one with a remote teacher, and why others are
+    impossible.
+    """
+    shown = search.possible[:top]
+    title = f"fastest {len(shown)} of {len(search.possible):,} layouts that fit (tok/s per GPU)"
+    table(title, LAYOUT_HEADER, [layout_row(estimate) for estimate in shown])
+    remote = next((estimate for estimate in search.possible if estimate.case.teacher_ranks), None)
+    if remote:
+        ranks = f"{remote.case.teacher_ranks} : {remote.case.student_ranks}"
+        say(
+            f"fastest layout with a remote teacher: {layout_text(remote)}; teacher : student GPUs {ranks}, "
+            f"{remote.step_s:.3f} s per step, largest overhead: {remote.largest_overhead[0]}"
+        )
+    rows = [(reason, f"{count:,}") for reason, count in search.impossible.most_common()]
+    table("impossible layouts", ("reason", "layouts"), rows)
 
 
-def summary(e: Estimate, times: Times, price: float | None) -> list[tuple[str, str]]:
-    """Rows (what, value)."""
-    d = e.recipe.distill
-    rows = [
-        ("step", f"{e.step_s:.3f} s, {e.tokens:,} tokens"),
-        ("times rest on", f"{e.basis} layer times" + ("" if times.same_gpu else " of another GPU")),
-        (
-            "layers",
-            "Transformer Engine"
-            if uses_transformer_engine(e.recipe)
-            else "local for memory; times are Transformer Engine's",
-        ),
-        ("speed", f"{e.tokens_per_gpu_s:,.0f} tokens/s/GPU"),
-        ("budget", f"{d.steps:,} steps, {d.steps * e.tokens / 1e9:,.1f}B tokens"),
-        ("time", f"{e.hours:,.1f} h, {e.gpu_hours:,.0f} GPU-hours"),
-        (
-            "memory",
-            f"{e.needs_bytes / GIB:.1f} GiB and {times.hardware.reserved_gib:.1f} reserved, of {times.hardware.memory_gib:.1f}",
-        ),
-    ]
-    return rows + (
-        [("cost", f"{e.gpu_hours * price:,.0f} at {price:g} a GPU-hour")] if price is not None else []
-    )
-
-
-def _correction(
-    base: Arch, recipe: Recipe, world: int, times: Times, price: float | None
+def _correction_rows(
+    base: Arch, recipe: Recipe, options: EstimateOptions, times: Times
 ) -> list[tuple[str, str]]:
+    """Rows (what, value) on a teacher correction that runs before the distillation."""
     correct = recipe.correct
     assert correct is not None
-    if (
-        correct.global_batch_size % (correct.micro_batch_size * (world // recipe.parallel.model_ranks))
-        or world % recipe.parallel.model_ranks
-    ):
-        return [("impossible", "its batch does not divide over so many GPUs")]
-    step = sum(estimate_training(base, correct, recipe, world, times, None)[0].values())
-    hours = step * correct.steps / 3600 * world
+    model_ranks = recipe.parallel.model_ranks
+    unit = correct.micro_batch_size * (options.world // model_ranks)
+    if options.world % model_ranks or correct.global_batch_size % unit:
+        return [("impossible", f"its global batch does not divide over {options.world} GPUs")]
+    step = sum(estimate_training(base, correct, recipe, options.world, times, None).seconds.values())
+    gpu_hours = step * correct.steps / 3600 * options.world
     tokens = correct.steps * correct.global_batch_size * recipe.data.sequence_length
     rows = [
-        ("step", f"{step:.3f} s"),
+        ("step time", f"{step:.3f} s"),
         ("budget", f"{correct.steps:,} steps, {tokens / 1e9:,.1f}B tokens"),
-        ("GPU-hours", f"{hours:,.0f}"),
+        ("GPU-hours", f"{gpu_hours:,.0f}"),
     ]
-    return rows + ([("cost", f"{hours * price:,.0f}")] if price is not None else [])
+    if options.price is not None:
+        rows.append(("cost", f"{gpu_hours * options.price:,.0f}"))
+    return rows
 
 
-def _memory(parts: dict[str, float]) -> list[tuple[str, str]]:
-    rows = [(name, f"{value / GIB:.2f}") for name, value in parts.items() if value]
-    return [*rows, ("sum", f"{sum(parts.values()) / GIB:.2f}")]
-
-
-def _row(e: Estimate, *, memory: bool = True) -> tuple[str, ...]:
-    """tp.pp.cp and what else there is, short enough for 80 columns."""
-    p, d, t = e.recipe.parallel, e.recipe.distill, e.recipe.teacher
-    short = (
-        f"tp{p.tp} pp{p.pp} cp{p.cp}"
-        + f" v{p.vpp}" * bool(p.vpp)
-        + f" mb{d.micro_batch_size}" * (d.micro_batch_size > 1)
-        + " re" * d.recompute
+def _nothing_fits(search: LayoutSearch, case: PlanningCase, times: Times) -> str:
+    """Error message: why no layout is possible, and which numbers of GPUs work."""
+    reasons = [f"  - {reason}: {count:,} layouts" for reason, count in search.impossible.most_common()]
+    hardware = times.hardware
+    if search.least_bytes is None:
+        options = ", ".join(map(str, _nearest_worlds(case, times))) or "none near it"
+        batch = f"distill.global_batch_size {case.recipe.distill.global_batch_size}"
+        title = f"no layout is possible on {case.world} GPUs with {batch}; GPUs that work: {options}"
+        return "\n".join([title, *reasons])
+    smallest = smallest_world(case, times)
+    advice = f"use at least {smallest} GPUs" if smallest else "nothing up to 8,192 GPUs fits"
+    available = (
+        f"{hardware.usable_gib:.1f} GiB are available "
+        f"({hardware.memory_gib:.1f} less {hardware.reserved_gib:.1f} reserved)"
     )
-    name, share = e.bottleneck
-    gib = (f"{e.needs_bytes / GIB:.0f}",) if memory else ()
-    return (
-        short,
-        f"{e.teachers} tp{t.parallel.tp}" if e.teachers else "beside",
-        f"{e.step_s:.3f}",
-        f"{e.tokens_per_gpu_s:,.0f}",
-        *gib,
-        f"{name} {share:.0%}",
+    title = (
+        f"the models do not fit on {case.world} x {hardware.name}: they need at least "
+        f"{search.least_bytes / GIB:.1f} GiB per GPU, {available}; {advice}"
     )
+    return "\n".join([title, *reasons])
 
 
-def _first_bottleneck(sweep: Sequence[tuple[int, Estimate | None]]) -> str:
-    there = [(n, e) for n, e in sweep if e]
-    best = max(e.tokens_per_gpu_s for _, e in there)
-    for n, e in there:
-        if e.tokens_per_gpu_s < 0.9 * best and n > min(n for n, e in there if e.tokens_per_gpu_s == best):
-            return f"a tenth of the best speed a GPU is lost first at {n:,} GPUs, most of it to: {e.bottleneck[0]} ({e.bottleneck[1]:.0%} of the step)"
-    return "no tenth of the best speed a GPU is lost up to 2,048 GPUs"
-
-
-def _nothing(
-    found: LayoutSearch, student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times
-) -> str:
-    room = times.hardware.memory_gib - times.hardware.reserved_gib
-    counted = [f"  - {why}: {count:,} layouts" for why, count in found.impossible.most_common()]
-    if found.least_bytes is None:
-        unit = times.hardware.gpus_per_node if world > 4 * times.hardware.gpus_per_node else 1
-        nearest = sorted(range(unit, 2 * world + 2 * unit, unit), key=lambda n: abs(n - world))[:24]
-        near = itertools.islice((n for n in nearest if fastest(student, teacher, recipe, n, times)), 3)
-        options = ", ".join(map(str, near)) or "none near it"
-        batch = f"distill.global_batch_size {recipe.distill.global_batch_size}"
-        return "\n".join(
-            [f"no layout is possible on {world} GPUs with {batch}; GPUs that work: {options}", *counted]
-        )
-    smallest = smallest_world(student, teacher, recipe, times, world)
-    there = (
-        f"the smallest world that fits is {smallest} GPUs" if smallest else "nothing up to 8,192 GPUs fits"
-    )
-    there_is = f"{room:.1f} are there ({times.hardware.memory_gib:.1f} less {times.hardware.reserved_gib:.1f} reserved)"
-    least = f"{found.least_bytes / GIB:.1f} GiB a GPU at least, {there_is}"
-    return "\n".join(
-        [f"the models do not fit on {world} x {times.hardware.name}: {least}; {there}", *counted]
+def _nearest_worlds(case: PlanningCase, times: Times) -> list[int]:
+    """Up to three numbers of GPUs near the case's on which some layout fits, nearest first."""
+    node = times.hardware.gpus_per_node
+    unit = node if case.world > 4 * node else 1
+    worlds = range(unit, 2 * case.world + 2 * unit, unit)
+    nearest = sorted(worlds, key=lambda world: abs(world - case.world))[:24]
+    return list(
+        itertools.islice((world for world in nearest if fastest_layout(case.with_world(world), times)), 3)
     )
 
 
-def as_json(e: Estimate) -> dict[str, Any]:
-    """An estimate in plain numbers: seconds, bytes."""
-    p, t, d = e.recipe.parallel, e.recipe.teacher, e.recipe.distill
-    chosen = {
-        "parallel": p.model_dump(),
-        "micro_batch_size": d.micro_batch_size,
-        "recompute": d.recompute,
-        "placement": t.placement,
-    }
-    chosen |= {
-        "student_ranks": e.students,
-        "teacher_ranks": e.teachers,
-        "teacher_parallel": t.parallel.model_dump() if e.teachers else None,
-    }
-    found = {
-        "step_s": e.step_s,
-        "tokens_per_s_per_gpu": e.tokens_per_gpu_s,
-        "hours": e.hours,
-        "gpu_hours": e.gpu_hours,
-        "basis": e.basis,
-    }
-    parts = {"memory_bytes": e.memory, "teacher_memory_bytes": e.teacher_memory, "seconds": e.seconds}
-    return (
-        chosen
-        | found
-        | parts
-        | {
-            "wire_bytes": {name: {"link": w.link, "bytes": w.num_bytes} for name, w in e.wire.items()},
-            "bottleneck": e.bottleneck[0],
-        }
-    )
+def _scaling_json(world: int, estimate: Estimate | None) -> dict[str, Any]:
+    return {"world": world, **(estimate_json(estimate) if estimate else {})}
+
+
+def _write_plot(path: Path, sweep: Scaling, title: str) -> None:
+    from minitron_mp.report.figures.scaling import write_scaling_figure
+
+    points = [(world, estimate.tokens_per_gpu_s, estimate.seconds) for world, estimate in sweep if estimate]
+    write_scaling_figure(path, points, WORK, title)

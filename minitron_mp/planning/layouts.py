@@ -1,4 +1,6 @@
-"""All layouts of a recipe on so many GPUs: which are possible and why others are not, the fastest first, and the same from 8 to 2,048 GPUs."""
+"""Layouts of a recipe on a number of GPUs: which are possible, why others are not, and which is
+fastest.
+"""
 
 from __future__ import annotations
 
@@ -6,159 +8,181 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from minitron_mp.config.distillation import TeacherConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
-from minitron_mp.planning.hardware import Times
-from minitron_mp.planning.memory import fp8_of, remote_teacher_memory
+from minitron_mp.models.arch import fp8_problems, layout_problems
+from minitron_mp.planning.case import PlanningCase
+from minitron_mp.planning.memory import GIB, remote_teacher_memory
 from minitron_mp.planning.step_time import Estimate, estimate_distillation
+from minitron_mp.planning.times import Times
 
-GIB = 2**30
-
-TENSOR, PIPELINE, CONTEXT, CHUNKS, MICRO = (1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (None, 2, 4), (1, 2, 4)
+TENSOR_SIZES = (1, 2, 4, 8)
+PIPELINE_SIZES = (1, 2, 4, 8, 16)
+CONTEXT_SIZES = (1, 2, 4)
+VIRTUAL_PIPELINE_SIZES = (None, 2, 4)
+MICRO_BATCH_SIZES = (1, 2, 4)
 
 WORLDS = tuple(8 << i for i in range(9))
-"""8 to 2,048."""
+"""8 to 2,048 GPUs."""
 
-HEADS, DIVIDES, DEPTH, SEQUENCE, EIGHT, ENGINE, BATCH, MEMORY = (
-    "tp does not divide heads, groups, ffn or vocabulary",
-    "GPUs are no multiple of tp x pp x cp",
-    "more pipeline stages than layers",
-    "sequence is no multiple of 2 cp x tp",
-    "FP8 wants multiples of 16 on each rank",
-    "cuda_graphs or tp_comm_overlap do not go with the layout or placement",
-    "global batch is no multiple of micro batch x dp (x pp with vpp)",
-    "more memory than the GPU has",
-)
+HEADS = "tp does not divide heads, query groups, ffn or vocabulary"
+DIVIDES = "number of GPUs is not a multiple of tp x pp x cp"
+DEPTH = "more pipeline stages than layers"
+SEQUENCE = "sequence length is not a multiple of 2 cp x tp"
+FP8_SIZES = "FP8 needs multiples of 16 on each rank"
+ENGINE = "cuda_graphs or tp_comm_overlap do not support the layout or placement"
+BATCH = "global batch is not a multiple of micro batch x dp (x pp with vpp)"
+MEMORY = "needs more memory than the GPU has"
 
 
 @dataclass(frozen=True)
 class LayoutSearch:
-    """found: possible layouts, fastest first. impossible: reason -> how many of those tried."""
+    """Result of trying all layouts."""
 
-    found: list[Estimate]
+    possible: list[Estimate]
+    """Layouts that fit, fastest first."""
     impossible: Counter[str]
+    """Reason -> number of layouts."""
     least_bytes: float | None
-    """Of a GPU, in the most frugal layout that divides, whether it fits or not."""
+    """Bytes per GPU of the layout that needs least, whether it fits or not; None if no layout
+    divides.
+    """
 
 
-def layout_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> str | None:
-    """Why this layout is impossible, memory apart."""
-    return _sizes_problem(student, teacher, recipe, world, times) or _batch_problem(recipe, world)
+def layout_problem(case: PlanningCase, times: Times) -> str | None:
+    """Reason why the recipe's layout is impossible, not counting memory; None if possible."""
+    return _sizes_problem(case, times) or _batch_problem(case)
 
 
-def _sizes_problem(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> str | None:
-    p, t = recipe.parallel, recipe.teacher
-    teachers, students = t.ranks_in(world), _students(recipe, world)
-    here = [student] if t.is_remote else [student, teacher]
-    if (
-        students < p.model_ranks
-        or students % p.model_ranks
-        or (t.is_remote and (teachers < 1 or teachers % t.parallel.model_ranks))
-    ):
+def _sizes_problem(case: PlanningCase, times: Times) -> str | None:
+    p = case.recipe.parallel
+    t = case.recipe.teacher
+    models = [case.student] if t.is_remote else [case.student, case.teacher]
+    if case.student_ranks < p.model_ranks or case.student_ranks % p.model_ranks:
         return DIVIDES
-    if p.tp > times.hardware.gpus_per_node or any(layout_problems(arch, p.tp) for arch in here):
+    if t.is_remote and (case.teacher_ranks < 1 or case.teacher_ranks % t.parallel.model_ranks):
+        return DIVIDES
+    if p.tp > times.hardware.gpus_per_node or any(layout_problems(arch, p.tp) for arch in models):
         return HEADS
-    if p.pp * (p.vpp or 1) > min(arch.num_layers for arch in here):
+    if p.pp * (p.vpp or 1) > min(arch.num_layers for arch in models):
         return DEPTH
-    if recipe.data.sequence_length % ((2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sequence_parallel else 1)):
+    if case.recipe.data.sequence_length % p.sequence_multiple:
         return SEQUENCE
-    for arch, kind, layout in (
-        (student, fp8_of(recipe.distill), p),
-        (teacher, fp8_of(t), t.parallel if t.is_remote else p),
+    if _has_fp8_problem(case):
+        return FP8_SIZES
+    return ENGINE if case.engine_problems(self.recipe) else None
+
+
+def _has_fp8_problem(case: PlanningCase) -> bool:
+    sequence_length = case.recipe.data.sequence_length
+    student_layout = case.recipe.parallel
+    t = case.recipe.teacher
+    teacher_layout = t.parallel if t.is_remote else student_layout
+    for arch, fp8, layout in (
+        (case.student, case.recipe.distill.fp8, student_layout),
+        (case.teacher, t.fp8, teacher_layout),
     ):
-        if kind and fp8_problems(arch, layout.tp, layout.tokens_of_sample(recipe.data.sequence_length)):
-            return EIGHT
-    return ENGINE if recipe.engine_problems() else None
+        if fp8 and fp8_problems(arch, layout.tp, layout.tokens_of_sample(sequence_length)):
+            return True
+    return False
 
 
-def _batch_problem(recipe: Recipe, world: int) -> str | None:
-    p, d = recipe.parallel, recipe.distill
-    return (
-        BATCH
-        if d.global_batch_size
-        % (d.micro_batch_size * (_students(recipe, world) // p.model_ranks) * p.interleaved)
-        else None
-    )
-
-
-def _students(recipe: Recipe, world: int) -> int:
-    return world - recipe.teacher.ranks_in(world) - sum(recipe.teacher.siblings.values())
+def _batch_problem(case: PlanningCase) -> str | None:
+    p = case.recipe.parallel
+    d = case.recipe.distill
+    unit = d.micro_batch_size * (case.student_ranks // p.model_ranks) * p.interleaved
+    return BATCH if d.global_batch_size % unit else None
 
 
 def fits(estimate: Estimate, times: Times) -> bool:
-    return estimate.needs_bytes <= (times.hardware.memory_gib - times.hardware.reserved_gib) * GIB
+    """Whether the fullest GPU has enough memory."""
+    return estimate.needed_bytes <= times.hardware.usable_gib * GIB
 
 
-def search_layouts(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> LayoutSearch:
-    """Try tensor, pipeline, context and virtual pipeline sizes, microbatches, recomputation; the teacher beside the student, and on GPUs of its own.
+def search_layouts(case: PlanningCase, times: Times) -> LayoutSearch:
+    """Try tp, pp, cp, vpp, microbatch and recomputation, with a colocated and with a remote
+    teacher.
 
-    Everything else is the recipe's. Siblings are left out: each student is planned by itself.
+    All other settings are the recipe's. Co-students are left out: each student is planned alone.
     """
-    possible, impossible = _possible(student, teacher, recipe, world, times)
-    found = [estimate for estimate in possible if fits(estimate, times)]
-    impossible[MEMORY] += len(possible) - len(found)
-    return LayoutSearch(
-        found, +impossible, min((estimate.needs_bytes for estimate in possible), default=None)
-    )
+    divisible, impossible = _divisible_layouts(case, times)
+    possible = [estimate for estimate in divisible if fits(estimate, times)]
+    impossible[MEMORY] += len(divisible) - len(possible)
+    least_bytes = min((estimate.needed_bytes for estimate in divisible), default=None)
+    return LayoutSearch(possible, +impossible, least_bytes)
 
 
-def fastest(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> Estimate | None:
-    """The first of search(); None where nothing fits."""
-    return next(
-        (
-            estimate
-            for estimate in _possible(student, teacher, recipe, world, times)[0]
-            if fits(estimate, times)
-        ),
-        None,
-    )
+def fastest_layout(case: PlanningCase, times: Times) -> Estimate | None:
+    """The first layout of search_layouts(); None if nothing fits."""
+    divisible, _ = _divisible_layouts(case, times)
+    return next((estimate for estimate in divisible if fits(estimate, times)), None)
 
 
-def _possible(
-    student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times
-) -> tuple[list[Estimate], Counter[str]]:
-    """(layouts that divide, fastest first, whether they fit or not; why the others do not)."""
-    d, t, found, impossible = recipe.distill, recipe.teacher, [], Counter[str]()
-    beside: dict[str, Any] = {
-        "placement": "colocated",
-        "payload": "hidden",
-        "ranks": None,
-        "student_ranks": None,
-        "parallel": ParallelConfig(),
-        "siblings": {},
-    }
-    placements = [t.model_copy(update=beside)]
-    if not (recipe.correct and recipe.corrects_meanwhile):
-        placements += _teachers(recipe, teacher, world, times)
+def _divisible_layouts(case: PlanningCase, times: Times) -> tuple[list[Estimate], Counter[str]]:
+    """(layouts that divide, fastest first, whether they fit or not; reason -> number of other
+    layouts).
+    """
+    recipe = case.recipe
+    estimates: list[Estimate] = []
+    impossible = Counter[str]()
     trainings = [
-        d.model_copy(update={"micro_batch_size": m, "recompute": r})
-        for m, r in itertools.product(MICRO, (False, True))
-        if not (r and d.cuda_graphs)
+        recipe.distill.model_copy(update={"micro_batch_size": size, "recompute": recompute})
+        for size, recompute in itertools.product(MICRO_BATCH_SIZES, (False, True))
+        if not (recompute and recipe.distill.cuda_graphs)
     ]
-    for tp, pp, cp, vpp, placement in itertools.product(TENSOR, PIPELINE, CONTEXT, CHUNKS, placements):
-        if (vpp and pp == 1) or tp * pp * cp > world:
+    for layout, teacher in itertools.product(_layouts(case.world), _teachers(case, times)):
+        variant = case.with_recipe(recipe.model_copy(update={"parallel": layout, "teacher": teacher}))
+        problem = _sizes_problem(variant, times)
+        if problem:
+            impossible[problem] += len(trainings)
             continue
-        layout = ParallelConfig(tp=tp, pp=pp, cp=cp, vpp=vpp, sequence_parallel=tp > 1)
-        variant = recipe.model_copy(update={"parallel": layout, "teacher": placement})
-        if why := _sizes_problem(student, teacher, variant, world, times):
-            impossible[why] += len(trainings)
-            continue
-        for settings in trainings:
-            chosen = variant.model_copy(update={"distill": settings})
-            if why := _batch_problem(chosen, world):
-                impossible[why] += 1
+        for training in trainings:
+            candidate = variant.with_recipe(variant.recipe.model_copy(update={"distill": training}))
+            problem = _batch_problem(candidate)
+            if problem:
+                impossible[problem] += 1
             else:
-                found.append(estimate_distillation(student, teacher, chosen, world, times))
-    found.sort(key=lambda estimate: estimate.step_s)
-    return found, impossible
+                estimates.append(estimate_distillation(candidate, times))
+    estimates.sort(key=lambda estimate: estimate.step_s)
+    return estimates, impossible
 
 
-def _teachers(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterator:
-    """Remote teachers, at most half of all GPUs at the least tp that fits. From 32 GPUs on whole nodes, from 512 on thirty-seconds of the world."""
-    t, room = recipe.teacher, (times.hardware.memory_gib - times.hardware.reserved_gib) * GIB
+def _layouts(world: int) -> list[ParallelConfig]:
+    """Layouts of the student to try on so many GPUs."""
+    sizes = itertools.product(TENSOR_SIZES, PIPELINE_SIZES, CONTEXT_SIZES, VIRTUAL_PIPELINE_SIZES)
+    return [
+        ParallelConfig(tp=tp, pp=pp, cp=cp, vpp=vpp, sequence_parallel=tp > 1)
+        for tp, pp, cp, vpp in sizes
+        if tp * pp * cp <= world and not (vpp and pp == 1)
+    ]
+
+
+def _teachers(case: PlanningCase, times: Times) -> list[TeacherConfig]:
+    """Placements of the teacher to try: colocated, and remote on several numbers of GPUs."""
+    recipe = case.recipe
+    colocated = recipe.teacher.model_copy(
+        update={
+            "placement": "colocated",
+            "payload": "hidden",
+            "ranks": None,
+            "student_ranks": None,
+            "parallel": ParallelConfig(),
+            "siblings": {},
+        }
+    )
+    if recipe.correct and recipe.corrects_during_distillation:
+        return [colocated]
+    return [colocated, *_remote_teachers(case, times)]
+
+
+def _remote_teachers(case: PlanningCase, times: Times) -> Iterator[TeacherConfig]:
+    """Remote teachers with the smallest tp that fits, on at most half of the GPUs.
+
+    From 32 GPUs on they take whole nodes, from 512 on multiples of a thirty-second of the world.
+    """
+    t = case.recipe.teacher
     remote = t.model_copy(
         update={
             "placement": "remote",
@@ -167,28 +191,32 @@ def _teachers(recipe: Recipe, teacher: Arch, world: int, times: Times) -> Iterat
             "payload": t.payload if t.is_remote else "hidden",
         }
     )
-    for tp in TENSOR:
+    for tp in TENSOR_SIZES:
         layout = ParallelConfig(tp=tp, sequence_parallel=tp > 1)
-        chosen = remote.model_copy(update={"parallel": layout})
-        held = remote_teacher_memory(teacher, recipe.model_copy(update={"teacher": chosen}), 0)
-        if not layout_problems(teacher, tp) and sum(held.values()) <= room:
-            node = times.hardware.gpus_per_node
-            unit = max(node, world // 32 // node * node) if world >= 4 * node else tp
-            for ranks in range(unit, world // 2 + 1, unit):
-                yield chosen.model_copy(update={"ranks": ranks})
-            return
+        teacher = remote.model_copy(update={"parallel": layout})
+        variant: Recipe = case.recipe.model_copy(update={"teacher": teacher})
+        needed = sum(remote_teacher_memory(case.teacher, variant, 0).values())
+        if layout_problems(case.teacher, tp) or needed > times.hardware.usable_gib * GIB:
+            continue
+        node = times.hardware.gpus_per_node
+        unit = max(node, case.world // 32 // node * node) if case.world >= 4 * node else tp
+        for ranks in range(unit, case.world // 2 + 1, unit):
+            yield teacher.model_copy(update={"ranks": ranks})
+        return
 
 
-def smallest_world(student: Arch, teacher: Arch, recipe: Recipe, times: Times, above: int) -> int | None:
-    """The least power of two of GPUs beyond `above` on which some layout fits."""
+def smallest_world(case: PlanningCase, times: Times) -> int | None:
+    """Smallest power of two of GPUs, above the case's world, on which some layout fits; None up to
+    8,192.
+    """
     world = 1
     while world <= 8192:
-        if world > above and fastest(student, teacher, recipe, world, times):
+        if world > case.world and fastest_layout(case.with_world(world), times):
             return world
         world *= 2
     return None
 
 
-def scaling(student: Arch, teacher: Arch, recipe: Recipe, times: Times) -> list[tuple[int, Estimate | None]]:
-    """(GPUs, the fastest layout there, None where nothing fits) from 8 to 2,048 GPUs."""
-    return [(world, fastest(student, teacher, recipe, world, times)) for world in WORLDS]
+def scaling(case: PlanningCase, times: Times) -> list[tuple[int, Estimate | None]]:
+    """(GPUs, fastest layout; None if nothing fits) from 8 to 2,048 GPUs."""
+    return [(world, fastest_layout(case.with_world(world), times)) for world in WORLDS]

@@ -1,7 +1,8 @@
-"""What a run needs before it runs: parameters and memory per rank, from sizes alone.
+"""Memory per GPU and parameters per rank, from sizes alone.
 
-Weights, gradients and optimizer state are exact for this library's layout, and so is the number of layers in flight. Bytes of activations are
-counted tensor by tensor (kept_per_token); a run's peak also has the allocator's slack.
+Weights, gradients and optimizer state are exact for this library's layout, and so is the number of
+layers in flight. Activations are counted tensor by tensor (activations.py). Measured peaks are
+higher by the fragmentation of the allocator.
 """
 
 from __future__ import annotations
@@ -10,22 +11,34 @@ import functools
 import math
 from collections.abc import Sequence
 
-from minitron_mp.config.base import Section
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.layout import stage_layers
 from minitron_mp.models.arch import AXES, Arch
 from minitron_mp.models.number_formats import BYTES
+from minitron_mp.planning.activations import activation_bytes_per_token, layers_in_flight
+from minitron_mp.planning.case import PlanningCase, microbatches_per_replica
+
+GIB = 2**30
+
+Parts = dict[str, float]
+"""Bytes, or seconds, by part."""
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
 
-CHUNK_LOGITS, BLOCK_LOGITS = 1 << 26, 1 << 28
-"""losses.ELEMENTS of a GPU."""
+CHUNK_LOGITS = 1 << 26
+"""Logits that the loss computes at a time on a GPU, in elements (tile sizes of losses/fused.py)."""
+
+BLOCK_LOGITS = 1 << 28
+"""Logits whose gradients are multiplied in one product on a GPU, in elements (same table)."""
 
 
 def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
-    """Parameters on one rank of each pipeline stage, vocabulary padding included; tied weights lie on the first and the last."""
+    """Parameters on one rank of each pipeline stage, vocabulary padding included.
+
+    Tied embeddings are stored on the first and on the last stage.
+    """
     return list(_rank_parameters(arch, parallel))
 
 
@@ -43,324 +56,224 @@ def _rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
             last += count
     if arch.tied and parallel.pp > 1:
         last += first
-    stages = [n * per_layer for n in stage_layers(arch.num_layers, parallel)]
+    stages = [num_layers * per_layer for num_layers in stage_layers(arch.num_layers, parallel)]
     stages[0] += first
     stages[-1] += last
     return stages
 
 
 def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
-    """What a remote teacher sends for a token, over all its ranks; stream.py counts the same."""
-    t = recipe.teacher
+    """Bytes per token that a remote teacher sends, over all its ranks; distillation/stream.py
+    counts the same.
+    """
     element = BYTES[recipe.teacher_precision]
-    hidden = (
-        element * teacher.hidden_size * (1 + (len(states.layers) if (states := recipe.distill.states) else 0))
-    )
-    return {"hidden": hidden, "logits": element * teacher.padded_vocab_size, "topk": 4 * (2 * t.top_k + 1)}[
-        t.payload
-    ]
-
-
-def fp8_of(section: Section) -> str | None:
-    """The FP8 recipe of a section that has such a key; None for bf16 and float32."""
-    return vars(section).get("fp8")
+    if recipe.teacher.payload == "logits":
+        return element * teacher.padded_vocab_size
+    if recipe.teacher.payload == "topk":
+        return 4 * (2 * recipe.teacher.top_k + 1)
+    pairs = len(recipe.distill.states.layers) if recipe.distill.states else 0
+    return element * teacher.hidden_size * (1 + pairs)
 
 
 def uses_transformer_engine(recipe: Recipe) -> bool:
-    """Whether a GPU with Transformer Engine gets its layers; the local layers otherwise."""
-    chosen = vars(recipe).get("transformer_impl", "local")
-    return chosen == "transformer_engine" or (chosen == "auto" and recipe.precision == "bf16")
-
-
-@functools.lru_cache(maxsize=4096)
-def layers_in_flight(num_layers: int, parallel: ParallelConfig, num_microbatches: int, stage: int) -> int:
-    """Most (layer, microbatch) pairs of a stage whose activations wait for their backward pass at one time.
-
-    Megatron's schedules: pp - stage - 1 forward passes before the first backward one (arXiv 2104.04473); interleaved, twice as many and
-    pp for each model chunk but one, the chunks in turn for pp microbatches each.
-    """
-    p, layers = parallel, parallel.layers_of_chunks(num_layers)[stage :: parallel.pp]
-    if not p.vpp:
-        return layers[0] * min(p.pp - stage, num_microbatches)
-    shown = min(num_microbatches, 4 * p.pp)  # the pattern repeats
-    order = [chunk for _ in range(shown // p.pp) for chunk in range(p.vpp) for _ in range(p.pp)]
-    warm_up = min(len(order), 2 * (p.pp - stage - 1) + (p.vpp - 1) * p.pp)
-    held = peak = sum(layers[chunk] for chunk in order[:warm_up])
-    for forward, backward in zip(order[warm_up:], order):
-        held += layers[forward]
-        peak = max(peak, held)
-        held -= layers[p.vpp - 1 - backward]
-    return peak
-
-
-def kept_per_token(
-    arch: Arch, parallel: ParallelConfig, size: int, *, transformer_engine: bool = False, fp8: bool = False
-) -> float:
-    """Bytes on one rank that a layer's forward pass keeps for its backward pass, a token. size: bytes of a value.
-
-    Local layers: input and output of both norms; q, k, v as one product (v is a view of it), rotated q and k, the attention's output; the MLP's
-    product, and with a gate its activation, the other half and their product. Transformer Engine keeps no rotated copy beside q, k, v and
-    fuses the gate; in FP8 what only the products read has a byte. Sequence parallelism splits what is h wide, tensor parallelism the rest.
-    """
-    tp, along, act = parallel.tp, parallel.tp if parallel.sequence_parallel else 1, 1 if fp8 else size
-    heads, qkv, ffn = arch.axis_size("heads"), arch.axis_size("qkv"), arch.ffn_hidden_size
-    key = (qkv - heads) // 2
-    statistics = 4 * arch.num_attention_heads / tp
-    if transformer_engine:
-        inner = size * (qkv + heads + arch.axis_size("gate_up")) + act * ffn + (heads if fp8 else 0)
-        return 2 * arch.hidden_size * (size + act) / along + inner / tp + statistics
-    # Under context parallelism keys and values of the whole sequence, in place of the product's (and a mask, [s/cp, s], which is left out).
-    attention = 2 * heads + (2 * key * parallel.cp if parallel.cp > 1 else qkv + key)
-    copied = (
-        heads if arch.qk_norm and arch.num_query_groups > tp else 0
-    )  # by the norm; with one group q, too, is a view
-    inner = attention + copied + (5 if arch.gated else 2) * ffn
-    return size * (4 * arch.hidden_size / along + inner / tp) + statistics
+    """Whether a GPU with Transformer Engine runs its layers; otherwise it runs the local layers."""
+    if recipe.transformer_impl == "auto":
+        return recipe.precision == "bf16"
+    return recipe.transformer_impl == "transformer_engine"
 
 
 def training_memory(
     arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int, stage: int, precision: str | None = None
-) -> dict[str, float]:
-    """Bytes of a model in training on a rank of this pipeline stage, by part. ranks: that train it. precision: default the recipe's."""
+) -> Parts:
+    """Bytes by part that a model in training takes on a rank of a pipeline stage.
+
+    ranks: how many train this model. precision: of the weights; default: the recipe's.
+    """
     precision = precision or recipe.precision
-    p, size, fp8, last = (
-        recipe.parallel,
-        BYTES[precision],
-        fp8_of(training) is not None,
-        stage == recipe.parallel.pp - 1,
+    p = recipe.parallel
+    size = BYTES[precision]
+    fp8 = training.fp8 is not None
+    is_last = stage == p.pp - 1
+    tokens = recipe.data.sequence_length // p.cp * training.micro_batch_size
+    sequence_split = p.tp if p.sequence_parallel else 1
+    parameters = rank_parameters(arch, p)[stage]
+    main_copy_bytes = 4 if precision == "bf16" else 0
+
+    layers = layers_in_flight(arch.num_layers, p, microbatches_per_replica(training, p, ranks), stage)
+    layer = activation_bytes_per_token(
+        arch, p, size, transformer_engine=uses_transformer_engine(recipe), fp8=fp8
     )
-    tokens, along = (
-        recipe.data.sequence_length // p.cp * training.micro_batch_size,
-        p.tp if p.sequence_parallel else 1,
-    )
-    batches = max(
-        1, training.global_batch_size // training.micro_batch_size // max(1, ranks // p.model_ranks)
-    )
-    parameters, main_copy = rank_parameters(arch, p)[stage], 4 if precision == "bf16" else 0
-    layers = layers_in_flight(arch.num_layers, p, batches, stage)
-    layer = kept_per_token(arch, p, size, transformer_engine=uses_transformer_engine(recipe), fp8=fp8)
-    kept = layers * (size * arch.hidden_size / along if training.recompute else layer)
-    # Recomputed layers exist whole, one at a time. The last stage keeps input and output of the final norm.
-    kept += layer * training.recompute + 2 * size * arch.hidden_size / along * last
-    # Of one layer's backward pass: gradients around the MLP, and what sequence parallelism gathers.
-    working = (arch.axis_size("gate_up") + arch.ffn_hidden_size) / p.tp + (2 + (along > 1)) * arch.hidden_size
+    if training.recompute:
+        # One layer at a time is recomputed and then saved in full.
+        saved = layers * (size * arch.hidden_size / sequence_split) + layer
+    else:
+        saved = layers * layer
+    if is_last:  # input and output of the final norm
+        saved += 2 * size * arch.hidden_size / sequence_split
+    # Backward pass of one layer: gradients around the MLP, and what sequence parallelism gathers.
+    gathered = 1 if sequence_split > 1 else 0
+    working = (arch.axis_size("gate_up") + arch.ffn_hidden_size) / p.tp + (2 + gathered) * arch.hidden_size
     parts = {
         "weights": size * parameters,
         "gradients (float32)": 4 * parameters,
-        "optimizer state": (8 + main_copy) * parameters / max(1, ranks // (p.tp * p.pp)),
-        "activations (estimate)": tokens * kept,
+        "optimizer state": (8 + main_copy_bytes) * parameters / max(1, ranks // (p.tp * p.pp)),
+        "activations (estimate)": tokens * saved,
         "working buffers (estimate)": size * tokens * working,
     }
-    if fp8:  # for the products, as they are and transposed
-        parts["FP8 copies of weights"] = 2 * stage_layers(arch.num_layers, p)[stage] * _matrices(arch) / p.tp
-    if last:  # In chunks (losses.py): float32 logits of both models, the gradient of a block, and what is gathered along the sequence
-        logits = tokens * arch.padded_vocab_size / p.tp
-        chunks = (
-            min(logits, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision]
-            + min(logits, BLOCK_LOGITS) * size
-        )
-        parts["logits and their gradient"] = chunks + 2 * size * tokens * arch.hidden_size
+    if fp8:  # as they are and transposed
+        num_layers = stage_layers(arch.num_layers, p)[stage]
+        parts["FP8 copies of weights"] = 2 * num_layers * _matrix_parameters(arch) / p.tp
+    if is_last:
+        parts["logits and their gradient"] = _loss_bytes(arch, training, p, tokens, size)
     return parts
 
 
+def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens: int, size: int) -> float:
+    """Bytes of the chunked loss (losses/fused.py): logits of both models, gradients, gathered
+    sequence.
+    """
+    logits = tokens * arch.padded_vocab_size / p.tp
+    chunks = min(logits, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision]
+    chunks += min(logits, BLOCK_LOGITS) * size
+    return chunks + 2 * size * tokens * arch.hidden_size
+
+
 @functools.lru_cache
-def _matrices(arch: Arch) -> int:
-    """Weights of a layer's products."""
-    return sum(
-        math.prod(shape[1:])
-        for key, shape in arch.shapes().items()
-        if AXES[key][0] == "layer" and len(shape) == 3
-    )
+def _matrix_parameters(arch: Arch) -> int:
+    """Parameters of the linear layers of one transformer layer."""
+    matrices = [shape for key, shape in arch.shapes().items() if AXES[key][0] == "layer" and len(shape) == 3]
+    return sum(math.prod(shape[1:]) for shape in matrices)
 
 
-def fullest(memories: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The stage that needs the most."""
+def fullest(memories: Sequence[Parts]) -> Parts:
+    """The entry with the largest sum of bytes."""
     return max(memories, key=lambda parts: sum(parts.values()))
 
 
-def states_memory(
-    teacher: Arch, student: Arch, recipe: Recipe, student_ranks: int, stage: int
-) -> dict[str, float]:
-    """Bytes that matching states takes on a rank of this stage, by part; {} without."""
-    p, d, states = recipe.parallel, recipe.distill, recipe.distill.states
+def hidden_state_memory(case: PlanningCase, stage: int) -> Parts:
+    """Bytes by part that the hidden-state losses take on a rank of a stage; {} without
+    distill.states.
+    """
+    recipe = case.recipe
+    p = recipe.parallel
+    states = recipe.distill.states
     if states is None:
         return {}
-    pairs = sum(block > 0 for block in states.blocks(student.num_layers, p).get(stage, []))
-    batches = max(1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks))
-    tokens = recipe.data.sequence_length // p.cp * d.micro_batch_size / (p.tp if p.sequence_parallel else 1)
-    projection = (
-        16 * teacher.hidden_size * student.hidden_size if teacher.hidden_size != student.hidden_size else 0
+    blocks = states.blocks(case.student.num_layers, p).get(stage, [])
+    pairs = sum(1 for block in blocks if block > 0)
+    tokens = recipe.data.sequence_length // p.cp * recipe.distill.micro_batch_size
+    tokens_per_rank = tokens / (p.tp if p.sequence_parallel else 1)
+    parts: Parts = {}
+    if not recipe.teacher.is_remote:
+        teacher_values = tokens_per_rank * case.teacher.hidden_size * pairs * case.microbatches
+        parts["teacher states of a step"] = BYTES[recipe.teacher_precision] * teacher_values
+    in_flight = min(p.pp - stage, case.microbatches)
+    student_values = tokens_per_rank * case.student.hidden_size * pairs * in_flight
+    parts["gradients of states"] = BYTES[recipe.precision] * student_values
+    widths_differ = case.teacher.hidden_size != case.student.hidden_size
+    parts["up-projection of states"] = (
+        16 * case.teacher.hidden_size * case.student.hidden_size if widths_differ else 0
     )
-    held = (
-        {}
-        if recipe.teacher.is_remote
-        else {
-            "teacher states of a step": BYTES[recipe.teacher_precision]
-            * tokens
-            * teacher.hidden_size
-            * pairs
-            * batches
-        }
-    )
-    return {
-        **held,
-        "gradients of states": BYTES[recipe.precision]
-        * tokens
-        * student.hidden_size
-        * pairs
-        * min(p.pp - stage, batches),
-        "up-projection of states": projection,
-    }
+    return parts
 
 
-def teacher_memory(
-    teacher: Arch, recipe: Recipe, student_ranks: int, teacher_ranks: int, stage: int
-) -> dict[str, float]:
-    """Bytes that the teacher takes on a rank of this stage of the student while distilling, by part."""
-    p, d, t, last = recipe.parallel, recipe.distill, recipe.teacher, stage == recipe.parallel.pp - 1
-    size, sequence = BYTES[recipe.teacher_precision], recipe.data.sequence_length // p.cp
-    tokens = sequence * d.micro_batch_size
-    if t.placement != "colocated":
-        if not last:
-            return {}
-        head = size * teacher.padded_vocab_size * teacher.hidden_size / p.tp
-        copy = {"teacher's output layer (a copy)": head if t.payload == "hidden" else 0}
-        signal = (
-            tokens
-            * payload_bytes_per_token(teacher, recipe)
-            / (p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1)
-        )
-        if t.placement == "cached":
-            return {**copy, "teacher signal": signal}
-        # a window for each copy of the teacher that this copy of the student hears, and what is in use
-        copies, in_use = teacher_ranks // t.parallel.model_ranks, p.interleaved if d.states else 1
-        heard = copies // math.gcd(copies, max(1, student_ranks // p.model_ranks)) if copies else 1
-        return {**copy, "teacher signals in the window": signal * (t.window * heard + in_use)}
-    if recipe.correct and recipe.corrects_meanwhile:
+def teacher_memory(case: PlanningCase, stage: int) -> Parts:
+    """Bytes by part that the teacher takes on a rank of this stage of the student."""
+    recipe = case.recipe
+    p = recipe.parallel
+    is_last = stage == p.pp - 1
+    if recipe.teacher.placement != "colocated":
+        return _signal_memory(case) if is_last else {}
+    if recipe.correct and recipe.corrects_during_distillation:
         parts = training_memory(
-            teacher, recipe.correct, recipe, student_ranks, stage, recipe.teacher_precision
+            case.teacher, recipe.correct, recipe, case.student_ranks, stage, recipe.teacher_precision
         )
-        held = {f"teacher, {part}": value for part, value in parts.items()}
+        memory = {f"teacher, {part}": value for part, value in parts.items()}
     else:
-        held = {"teacher weights": teacher_weights(teacher, recipe, p, stage)}
-    if last:
-        steps_held = max(
-            1, d.global_batch_size // d.micro_batch_size // max(1, student_ranks // p.model_ranks)
+        memory = {"teacher weights": teacher_weights(case.teacher, recipe, p, stage)}
+    if is_last:
+        tokens = recipe.data.sequence_length // p.cp * recipe.distill.micro_batch_size
+        states = BYTES[recipe.teacher_precision] * tokens * case.teacher.hidden_size
+        memory["teacher hidden states of a step"] = (
+            states / (p.tp if p.sequence_parallel else 1) * case.microbatches
         )
-        held["teacher hidden states of a step"] = (
-            size * tokens * teacher.hidden_size / (p.tp if p.sequence_parallel else 1) * steps_held
-        )
-    return held
+    return memory
+
+
+def _signal_memory(case: PlanningCase) -> Parts:
+    """Bytes by part of received teacher signals on a rank of the student's last stage."""
+    recipe = case.recipe
+    p = recipe.parallel
+    t = recipe.teacher
+    size = BYTES[recipe.teacher_precision]
+    sequence = recipe.data.sequence_length // p.cp
+    tokens = sequence * recipe.distill.micro_batch_size
+    head = size * case.teacher.padded_vocab_size * case.teacher.hidden_size / p.tp
+    parts: Parts = {"teacher's output layer (a copy)": head if t.payload == "hidden" else 0}
+    split = p.tp if t.payload == "logits" or sequence % p.tp == 0 else 1
+    signal = tokens * payload_bytes_per_token(case.teacher, recipe) / split
+    if t.placement == "cached":
+        return {**parts, "teacher signal": signal}
+    # One window for each teacher replica that sends to this student replica, and the microbatches
+    # in use.
+    teacher_replicas = case.teacher_ranks // t.parallel.model_ranks
+    student_replicas = max(1, case.student_ranks // p.model_ranks)
+    senders = teacher_replicas // math.gcd(teacher_replicas, student_replicas) if teacher_replicas else 1
+    in_use = p.interleaved if recipe.distill.states else 1
+    return {**parts, "teacher signals in the window": signal * (t.window * senders + in_use)}
 
 
 def teacher_weights(teacher: Arch, recipe: Recipe, parallel: ParallelConfig, stage: int) -> float:
-    """Bytes of a frozen teacher's weights on a rank of a stage; in FP8 a layer's products have one: without gradients none is kept transposed."""
-    matrices = (
-        stage_layers(teacher.num_layers, parallel)[stage] * _matrices(teacher) / parallel.tp
-        if fp8_of(recipe.teacher)
-        else 0
-    )
-    return BYTES[recipe.teacher_precision] * (rank_parameters(teacher, parallel)[stage] - matrices) + matrices
+    """Bytes of a frozen teacher's weights on a rank of a stage.
+
+    In FP8 the linear layers take one byte per weight: without gradients no transposed copy is kept.
+    """
+    fp8_parameters: float = 0
+    if recipe.teacher.fp8:
+        num_layers = stage_layers(teacher.num_layers, parallel)[stage]
+        fp8_parameters = num_layers * _matrix_parameters(teacher) / parallel.tp
+    full_parameters = rank_parameters(teacher, parallel)[stage] - fp8_parameters
+    return BYTES[recipe.teacher_precision] * full_parameters + fp8_parameters
 
 
-def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> dict[str, float]:
-    """Bytes on a rank of a remote teacher's stage, by part: no gradients, one layer's forward pass at a time."""
-    p, d, size = recipe.teacher.parallel, recipe.distill, BYTES[recipe.teacher_precision]
-    tokens, last = recipe.data.sequence_length // p.cp * d.micro_batch_size, stage == p.pp - 1
-    layer = kept_per_token(
+def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> Parts:
+    """Bytes by part on a rank of a remote teacher's stage: no gradients, one layer's forward pass
+    at a time.
+    """
+    p = recipe.teacher.parallel
+    size = BYTES[recipe.teacher_precision]
+    tokens = recipe.data.sequence_length // p.cp * recipe.distill.micro_batch_size
+    layer = activation_bytes_per_token(
         teacher,
         p,
         size,
         transformer_engine=uses_transformer_engine(recipe),
-        fp8=fp8_of(recipe.teacher) is not None,
+        fp8=recipe.teacher.fp8 is not None,
     )
     signal = tokens * payload_bytes_per_token(teacher, recipe) / p.tp
+    is_last = stage == p.pp - 1
+    stage_inputs = 1 + (p.pp if p.pp > 1 else 0)
     return {
         "teacher weights": teacher_weights(teacher, recipe, p, stage),
-        "working buffers (estimate)": tokens * layer
-        + size * tokens * teacher.hidden_size * (1 + p.pp * (p.pp > 1)),
-        "teacher signals in the window": signal * (recipe.teacher.window + 1) * last,
+        "working buffers (estimate)": tokens * layer + size * tokens * teacher.hidden_size * stage_inputs,
+        "teacher signals in the window": signal * (recipe.teacher.window + 1) if is_last else 0,
     }
 
 
-def distilling_memory(
-    student: Arch, teacher: Arch, recipe: Recipe, students: int, teachers: int
-) -> list[dict[str, float]]:
-    """Bytes on a rank of each pipeline stage of the student, by part."""
+def distillation_memory(case: PlanningCase) -> list[Parts]:
+    """Bytes by part on a rank of each pipeline stage of the student."""
+    recipe = case.recipe
     return [
         {
-            **training_memory(student, recipe.distill, recipe, students, stage),
-            **teacher_memory(teacher, recipe, students, teachers, stage),
-            **states_memory(teacher, student, recipe, students, stage),
+            **training_memory(case.student, recipe.distill, recipe, case.student_ranks, stage),
+            **teacher_memory(case, stage),
+            **hidden_state_memory(case, stage),
         }
         for stage in range(recipe.parallel.pp)
     ]
 
 
-def memory_rows(
-    base: Arch, teacher: Arch, student: Arch, recipe: Recipe, world_size: int
-) -> list[tuple[str, str]]:
-    """Lines (what, value) of the dry run. base: what is cut; teacher: what is distilled from."""
-    d, t = recipe.distill, recipe.teacher
-    teachers = t.ranks_in(world_size)
-    students = world_size - teachers - sum(t.siblings.values())
-    memory = fullest(distilling_memory(student, teacher, recipe, students, teachers))
-    teacher_layout = t.parallel if t.is_remote else recipe.parallel
-    lines = [("ranks", _layout(students, recipe.parallel))]
-    if t.is_remote:
-        lines.append(("ranks of the teacher", _layout(teachers, t.parallel)))
-        per_token = payload_bytes_per_token(teacher, recipe)
-        payload = t.payload + (" and states" if d.states else "")
-        lines.append(
-            (
-                "teacher stream",
-                f"{payload}, {per_token:,} bytes a token, {per_token * d.global_batch_size * recipe.data.sequence_length:,} a step",
-            )
-        )
-    models = [
-        ("teacher", teacher, teacher_layout),
-        *([("unpruned", base, recipe.parallel)] if base != teacher else []),
-        ("student", student, recipe.parallel),
-    ]
-    for name, arch, p in models:
-        total, outside = arch.num_parameters(), arch.num_parameters(embeddings=False)
-        stages = ", ".join(f"{n:,}" for n in rank_parameters(arch, p))
-        lines.append((f"layers of the {name} on each stage", str(stage_layers(arch.num_layers, p))))
-        lines.append(
-            (
-                f"{name} parameters",
-                f"{total:,} ({outside:,} without embeddings); on one rank of each stage {stages}",
-            )
-        )
-    tokens = d.steps * d.global_batch_size * recipe.data.sequence_length
-    lines.append(
-        (
-            "distillation",
-            f"{d.steps:,} steps of {d.global_batch_size} samples of {recipe.data.sequence_length} tokens: {tokens:,} tokens",
-        )
-    )
-    lines += [(f"memory: {part}", f"{num_bytes / 2**30:.2f} GiB") for part, num_bytes in memory.items()]
-    lines.append(("memory: sum on the fullest rank", f"{sum(memory.values()) / 2**30:.2f} GiB"))
-    if recipe.correct and not recipe.corrects_meanwhile:
-        needed = _training_peak(base, recipe.correct, recipe, students)
-        lines.append(("memory while the teacher is corrected", f"{needed / 2**30:.2f} GiB"))
-    if recipe.search:
-        together = min(recipe.search.together or recipe.search.finalists, recipe.search.finalists)
-        needed = together * _training_peak(student, d, recipe, students) + BYTES[
-            recipe.teacher_precision
-        ] * max(rank_parameters(teacher, recipe.parallel))
-        lines.append((f"memory while the search distils {together} students", f"{needed / 2**30:.2f} GiB"))
-    return lines
-
-
-def _training_peak(arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int) -> float:
-    return sum(
-        fullest(
-            [training_memory(arch, training, recipe, ranks, stage) for stage in range(recipe.parallel.pp)]
-        ).values()
-    )
-
-
-def _layout(ranks: int, p: ParallelConfig) -> str:
-    parts = f"{ranks} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {ranks // p.model_ranks}"
-    return parts + (f", vpp {p.vpp}" if p.vpp else "") + ", sequence parallel" * p.sequence_parallel
+def training_peak(arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int) -> float:
+    """Bytes on the fullest rank while a model is trained without a teacher."""
+    stages = range(recipe.parallel.pp)
+    return sum(fullest([training_memory(arch, training, recipe, ranks, stage) for stage in stages]).values())

@@ -1,91 +1,97 @@
-"""Step time and bytes on the wire of one layout, before it runs: closed forms over layer times (hardware.py) and memory (cost.py).
+"""Step time and traffic of one layout, in closed form from layer times (times.py).
 
-pipeline        a step of m microbatches: m x the slowest stage, and once through the others: (sum - slowest) / vpp     arXiv 2104.04473
-tensor          a layer and microbatch: 4 all-gathers' worth of [s b h] forward, 4 backward (2 all-reduces are as many)  arXiv 2205.05198
-context         keys and values are gathered forward, their gradients scattered backward                                 model.Attention
-data            float32 gradients scattered, weights gathered, once a step; with overlap what the last microbatch's
-                backward pass (gradients) and the first one's forward pass (weights) do not hide, at least one bucket    arXiv 1910.02054
-teacher         colocated: its forward passes come first, in the student's layout. Remote: the step takes as long as the slower of the two, since
-                a window of two or more microbatches hides the transfer; a window of one shows the teacher's time
+pipeline   a step of m microbatches takes m x the slowest stage, and the others once:
+           (sum - slowest) / vpp (arXiv 2104.04473)
+tensor     per layer and microbatch: 4 all-gathers of [s b h] forward, 4 backward; two all-reduces
+           cost the same (arXiv 2205.05198)
+context    keys and values are gathered forward, their gradients are scattered backward
+data       float32 gradients are scattered and weights gathered once a step. With overlap the last
+           microbatch's backward pass hides the scatter and the first one's forward pass hides the
+           gather, except for one bucket (arXiv 1910.02054)
+teacher    colocated: its forward passes run first, in the student's layout. remote: the step takes
+           as long as the slower side, because a window of two or more microbatches hides the
+           transfer; with a window of one the teacher's time is added
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.distributed.layout import stage_layers
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
-from minitron_mp.planning.hardware import MEASURED, ROOFLINE, SCALED, Times
+from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.memory import (
-    distilling_memory,
-    fp8_of,
+    Parts,
+    distillation_memory,
     fullest,
     payload_bytes_per_token,
     rank_parameters,
     remote_teacher_memory,
 )
+from minitron_mp.planning.model_pass import (
+    LOSS,
+    RECOMPUTE,
+    STUDENT,
+    TEACHER,
+    TP,
+    ModelPass,
+    StageTimes,
+    Traffic,
+    link_name,
+    stage_times,
+)
+from minitron_mp.planning.times import MEASURED, ROOFLINE, SCALED, OutputLayers, Times
 
 BUCKET = 40_000_000
-"""Parameters whose gradients Megatron reduces together, at least; a million for each data parallel rank where that is more."""
+"""Parameters whose gradients Megatron reduces together, at least.
 
-STUDENT, TEACHER, LOSS, AGAIN = (
-    "student's layers",
-    "teacher's layers",
-    "output layers and loss",
-    "recomputation",
-)
+A bucket has a million parameters per data-parallel rank where that is more.
+"""
 
-TP, CP, PP, DP, HOST = (
-    "tensor parallel",
-    "context parallel",
-    "pipeline transfers",
-    "data parallel",
-    "waiting for the host",
-)
+DP = "data parallel"
+BUBBLE = "pipeline bubble"
+UNEVEN = "uneven stages"
+OPTIMIZER = "optimizer"
+WAIT = "waiting for the teacher"
+STREAM = "teacher stream"
 
-BUBBLE, UNEVEN, OPTIMIZER, WAIT, STREAM = (
-    "pipeline bubble",
-    "uneven stages",
-    "optimizer",
-    "waiting for the teacher",
-    "teacher stream",
-)
-
-WORK = (STUDENT, TEACHER, LOSS, AGAIN)
-"""Parts of a step that are computation; the others are what a layout costs."""
-
-Parts = dict[str, float]
+WORK = (STUDENT, TEACHER, LOSS, RECOMPUTE)
+"""Parts of a step that are computation; the others are overhead of the layout."""
 
 
 @dataclass(frozen=True)
-class Wire:
-    """What a GPU sends in a step at one kind of transfer."""
+class StepCost:
+    """Seconds of a step by part, what a GPU sends in it, and what the times are based on
+    (times.py).
+    """
 
-    link: str
-    num_bytes: float
+    seconds: Parts
+    traffic: dict[str, Traffic]
+    basis: str
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layout. seconds: of a step, by part; their sum is the step. basis: the weakest of what the times rest on (hardware.py)."""
+    """Estimate of one layout. The sum of `seconds` is the time of a step."""
 
-    student: Arch
-    teacher: Arch
-    recipe: Recipe
-    world: int
-    students: int
-    teachers: int
+    case: PlanningCase
     seconds: Parts
-    wire: dict[str, Wire]
+    traffic: dict[str, Traffic]
     basis: str
-    tokens: int
-    """A step."""
+    """The least certain of the sources of the times (times.py)."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.case.recipe
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.recipe.distill.global_batch_size * self.recipe.data.sequence_length
 
     @cached_property
     def step_s(self) -> float:
@@ -94,232 +100,209 @@ class Estimate:
     @cached_property
     def memory(self) -> Parts:
         """Bytes by part on the fullest GPU of the student."""
-        return fullest(
-            distilling_memory(self.student, self.teacher, self.recipe, self.students, self.teachers)
-        )
+        return fullest(distillation_memory(self.case))
 
     @cached_property
     def teacher_memory(self) -> Parts:
         """Bytes by part on the fullest GPU of a remote teacher; {} without one."""
         if not self.recipe.teacher.is_remote:
             return {}
-        return fullest(
-            [
-                remote_teacher_memory(self.teacher, self.recipe, stage)
-                for stage in range(self.recipe.teacher.parallel.pp)
-            ]
-        )
+        stages = range(self.recipe.teacher.parallel.pp)
+        return fullest([remote_teacher_memory(self.case.teacher, self.recipe, stage) for stage in stages])
 
     @cached_property
-    def needs_bytes(self) -> float:
-        """Of a GPU, on the fullest one."""
+    def needed_bytes(self) -> float:
+        """Bytes on the fullest GPU of the job."""
         return max(sum(self.memory.values()), sum(self.teacher_memory.values()))
 
     @property
     def tokens_per_gpu_s(self) -> float:
-        return self.tokens / self.step_s / self.world
+        return self.tokens / self.step_s / self.case.world
 
     @property
     def hours(self) -> float:
-        """Of the whole distillation."""
+        """Hours of the whole distillation."""
         return self.step_s * self.recipe.distill.steps / 3600
 
     @property
     def gpu_hours(self) -> float:
-        return self.hours * self.world
+        return self.hours * self.case.world
 
     @property
-    def bottleneck(self) -> tuple[str, float]:
-        """(the largest part that is no computation, its share of the step)."""
-        name = max((name for name in self.seconds if name not in WORK), key=lambda name: self.seconds[name])
+    def largest_overhead(self) -> tuple[str, float]:
+        """(largest part that is not computation, its share of the step)."""
+        overheads = [name for name in self.seconds if name not in WORK]
+        name = max(overheads, key=lambda name: self.seconds[name])
         return name, self.seconds[name] / self.step_s
 
 
-def estimate_distillation(student: Arch, teacher: Arch, recipe: Recipe, world: int, times: Times) -> Estimate:
-    """The stage `distill` on so many GPUs. The layout must be possible (layouts.problems)."""
-    d, p, t = recipe.distill, recipe.parallel, recipe.teacher
-    teachers = t.ranks_in(world)
-    students = world - teachers - sum(t.siblings.values())
-    seconds, wire, basis = estimate_training(
-        student, d, recipe, students, times, teacher if t.payload == "hidden" else None
-    )
-    microbatches = d.global_batch_size // d.micro_batch_size
-    own = microbatches // (students // p.model_ranks)
-    if t.placement == "colocated":
-        if recipe.correct and recipe.corrects_meanwhile:
-            more, carried, rests = estimate_training(teacher, recipe.correct, recipe, students, times, None)
-        else:
-            stages, carried, rests = _stages(
-                teacher,
-                recipe,
-                p,
-                d.micro_batch_size,
-                times,
-                _dtype(t, recipe.teacher_precision),
-                train=False,
-            )
-            more, carried = (
-                _pipeline(stages, own, p),
-                {name: Wire(w.link, w.num_bytes * own) for name, w in carried.items()},
-            )
-        for name, value in more.items():
-            name = TEACHER if name == STUDENT else name
-            seconds[name] = seconds.get(name, 0.0) + value
-        for name, w in carried.items():
-            wire[name] = Wire(w.link, w.num_bytes + (wire[name].num_bytes if name in wire else 0.0))
-        basis = _weaker(basis, rests)
-    elif t.placement == "cached":
-        wire[STREAM] = Wire(
-            "disk",
-            payload_bytes_per_token(teacher, recipe)
-            * recipe.data.sequence_length
-            * d.micro_batch_size
-            * own
-            / (p.tp * p.cp),
-        )
+def estimate_distillation(case: PlanningCase, times: Times) -> Estimate:
+    """Estimate the stage `distill`. The layout must be possible (layouts.layout_problem)."""
+    recipe = case.recipe
+    loss_teacher = case.teacher if recipe.teacher.payload == "hidden" else None
+    student = estimate_training(case.student, recipe.distill, recipe, case.student_ranks, times, loss_teacher)
+    if recipe.teacher.placement == "colocated":
+        cost = _add_colocated_teacher(student, case, times)
+    elif recipe.teacher.placement == "cached":
+        signal = _signal_bytes(case) * case.microbatches / (recipe.parallel.tp * recipe.parallel.cp)
+        cost = StepCost(student.seconds, student.traffic | {STREAM: Traffic("disk", signal)}, student.basis)
     else:
-        stages, _, rests = _stages(
-            teacher,
-            recipe,
-            t.parallel,
-            d.micro_batch_size,
-            times,
-            _dtype(t, recipe.teacher_precision),
-            train=False,
+        cost = _add_remote_teacher(student, case, times)
+    return Estimate(case, cost.seconds, cost.traffic, cost.basis)
+
+
+def _signal_bytes(case: PlanningCase) -> int:
+    """Bytes of the teacher's signals for one microbatch."""
+    tokens = case.recipe.data.sequence_length * case.recipe.distill.micro_batch_size
+    return payload_bytes_per_token(case.teacher, case.recipe) * tokens
+
+
+def _teacher_stages(case: PlanningCase, parallel: ParallelConfig, times: Times) -> StageTimes:
+    """Forward pass of the teacher for one microbatch in the given layout."""
+    recipe = case.recipe
+    work = ModelPass(
+        case.teacher,
+        parallel,
+        recipe.data.sequence_length,
+        recipe.distill.micro_batch_size,
+        recipe.teacher.fp8 or recipe.teacher_precision,
+    )
+    return stage_times(work, times)
+
+
+def _add_colocated_teacher(student: StepCost, case: PlanningCase, times: Times) -> StepCost:
+    """Add the teacher's passes, which run before the student's on the same ranks."""
+    recipe = case.recipe
+    if recipe.correct and recipe.corrects_during_distillation:
+        teacher = estimate_training(case.teacher, recipe.correct, recipe, case.student_ranks, times, None)
+    else:
+        forward = _teacher_stages(case, recipe.parallel, times)
+        teacher = StepCost(
+            _pipeline(forward.stages, case.microbatches, recipe.parallel),
+            _scaled(forward.traffic, case.microbatches),
+            forward.basis,
         )
-        basis = _weaker(basis, rests)
-        copies, copies_of_student = teachers // t.parallel.model_ranks, students // p.model_ranks
-        if t.payload != "hidden":
-            tokens = recipe.data.sequence_length // t.parallel.cp * d.micro_batch_size
-            stages[-1][LOSS] = (
-                2
-                * tokens
-                * teacher.hidden_size
-                * teacher.padded_vocab_size
-                / t.parallel.tp
-                / times.rates["bf16"]
-            )
-        each = max(sum(stage.values()) for stage in stages)
-        sent = payload_bytes_per_token(teacher, recipe) * recipe.data.sequence_length * d.micro_batch_size
-        arrives = sent * own / (p.tp * p.cp)
-        step = sum(seconds.values())
-        seconds[WAIT] = max(0.0, microbatches / copies * each - step)
-        if t.window * max(1, copies // copies_of_student) == 1:  # the next one is begun when the last is used
-            seconds[WAIT] = own * (
-                sum(sum(stage.values()) for stage in stages) + sent / (p.tp * p.cp) / times.nic
-            )
-        leaves = sent * microbatches / copies / (t.parallel.tp * t.parallel.cp)
-        seconds[STREAM] = max(0.0, max(arrives, leaves) / times.nic - step - seconds[WAIT])
-        wire[STREAM] = Wire("network", arrives)
-    tokens = d.global_batch_size * recipe.data.sequence_length
-    return Estimate(student, teacher, recipe, world, students, teachers, seconds, wire, basis, tokens)
+    seconds = dict(student.seconds)
+    for name, value in teacher.seconds.items():
+        part = TEACHER if name == STUDENT else name
+        seconds[part] = seconds.get(part, 0.0) + value
+    traffic = dict(student.traffic)
+    for name, sent in teacher.traffic.items():
+        before = traffic[name].num_bytes if name in traffic else 0.0
+        traffic[name] = Traffic(sent.link, sent.num_bytes + before)
+    return StepCost(seconds, traffic, _less_certain(student.basis, teacher.basis))
+
+
+def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> StepCost:
+    """Add the waits for a teacher on ranks of its own, and for its stream."""
+    p = case.recipe.parallel
+    t = case.recipe.teacher
+    forward = _teacher_stages(case, t.parallel, times)
+    if t.payload != "hidden":
+        tokens = case.recipe.data.sequence_length // t.parallel.cp * case.recipe.distill.micro_batch_size
+        logits_flops = 2 * tokens * case.teacher.hidden_size * case.teacher.padded_vocab_size
+        forward.stages[-1][LOSS] = logits_flops / t.parallel.tp / times.rates["bf16"]
+    teacher_replicas = case.teacher_ranks // t.parallel.model_ranks
+    student_replicas = case.student_ranks // p.model_ranks
+    microbatches = case.recipe.distill.global_batch_size // case.recipe.distill.micro_batch_size
+    signal_bytes = _signal_bytes(case)
+    received = signal_bytes * case.microbatches / (p.tp * p.cp)
+    sent = signal_bytes * microbatches / teacher_replicas / (t.parallel.tp * t.parallel.cp)
+
+    step = sum(student.seconds.values())
+    if t.window * max(1, teacher_replicas // student_replicas) == 1:
+        # The teacher starts a microbatch only when the student has consumed the one before.
+        all_stages = sum(sum(stage.values()) for stage in forward.stages)
+        wait = case.microbatches * (all_stages + signal_bytes / (p.tp * p.cp) / times.nic)
+    else:
+        wait = max(0.0, microbatches / teacher_replicas * forward.slowest_s - step)
+    stream = max(0.0, max(received, sent) / times.nic - step - wait)
+    return StepCost(
+        student.seconds | {WAIT: wait, STREAM: stream},
+        student.traffic | {STREAM: Traffic("network", received)},
+        _less_certain(student.basis, forward.basis),
+    )
 
 
 def estimate_training(
-    arch: Arch, settings: TrainingConfig, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None
-) -> tuple[Parts, dict[str, Wire], str]:
-    """(seconds of a step by part, what a GPU sends, what the times rest on) of a model on so many ranks; teacher: whose output layer the loss applies."""
-    p, size = recipe.parallel, BYTES[recipe.precision]
+    arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None
+) -> StepCost:
+    """Cost of a training step on so many ranks.
+
+    teacher: the model whose output layer the loss applies.
+    """
+    p = recipe.parallel
+    size = BYTES[recipe.precision]
     dp = ranks // p.model_ranks
-    own = settings.global_batch_size // settings.micro_batch_size // dp
-    dtype = _dtype(settings, recipe.precision)
-    options = {
-        "train": True,
-        "recompute": settings.recompute,
-        "overlapped": settings.tp_comm_overlap,
-        "cuda_graphs": settings.cuda_graphs,
-    }
-    stages, carried, basis = _stages(arch, recipe, p, settings.micro_batch_size, times, dtype, **options)
-    tokens = recipe.data.sequence_length // p.cp * settings.micro_batch_size
-    hidden = teacher.hidden_size if teacher else 0
-    loss, rests = times.loss(
+    microbatches = training.global_batch_size // training.micro_batch_size // dp
+    work = ModelPass(
+        arch,
+        p,
+        recipe.data.sequence_length,
+        training.micro_batch_size,
+        training.fp8 or recipe.precision,
+        train=True,
+        recompute=training.recompute,
+        tp_comm_overlap=training.tp_comm_overlap,
+        cuda_graphs=training.cuda_graphs,
+    )
+    passes = stage_times(work, times)
+    teacher_hidden_size = teacher.hidden_size if teacher else 0
+    output_layers = OutputLayers(
         arch.hidden_size,
-        hidden,
+        teacher_hidden_size,
         arch.padded_vocab_size,
-        tokens,
+        work.tokens,
         p.tp,
-        settings.logits_precision,
+        training.logits_precision,
         recipe.precision,
     )
-    stages[-1][LOSS] = loss
-    stages[-1][TP] += times.collective_s(size * tokens * (2 * arch.hidden_size + hidden), p.tp, 1)
-    seconds = _pipeline(stages, own, p)
-    wire = {name: Wire(w.link, w.num_bytes * own) for name, w in carried.items()}
+    loss, loss_basis = times.loss(output_layers)
+    passes.stages[-1][LOSS] = loss
+    gathered = size * work.tokens * (2 * arch.hidden_size + teacher_hidden_size)
+    passes.stages[-1][TP] += times.collective_s(gathered, p.tp, 1)
+    seconds = _pipeline(passes.stages, microbatches, p)
+    traffic = _scaled(passes.traffic, microbatches)
 
-    parameters, group = max(rank_parameters(arch, p)), dp * p.cp
-    scatter, gather = (times.collective_s(width * parameters, group, p.tp) for width in (4, size))
-    if settings.overlap:
-        slowest = max(sum(stage.values()) for stage in stages)
-        bucket = min(parameters, max(BUCKET, 1_000_000 * group))
-        scatter = max(scatter - slowest * 2 / 3, times.collective_s(4 * bucket, group, p.tp))
-        gather = max(gather - slowest / 3, times.collective_s(size * bucket, group, p.tp))
+    parameters = max(rank_parameters(arch, p))
+    group = dp * p.cp
     if group > 1:
-        seconds[DP] = scatter + gather
-        wire[DP] = Wire(_link(times, group, p.tp), (4 + size) * parameters * (group - 1) / group)
-    # Adam reads gradient, weight and moments and writes them and the weight of the model; buffers are zeroed, and the norm reads them.
+        seconds[DP] = _data_parallel_s(parameters, group, size, training, passes.slowest_s, p.tp, times)
+        sent = (4 + size) * parameters * (group - 1) / group
+        traffic[DP] = Traffic(link_name(times, group, p.tp), sent)
+    # Adam reads gradient, weight and moments, and writes them and the model's weight: 34 bytes.
+    # Gradient buffers are zeroed and read for the norm: 8 bytes.
     seconds[OPTIMIZER] = (34 * parameters / group + 8 * parameters) / times.hbm
-    return seconds, wire, _weaker(basis, rests)
+    return StepCost(seconds, traffic, _less_certain(passes.basis, loss_basis))
 
 
-def _stages(
-    arch: Arch,
-    recipe: Recipe,
-    p: ParallelConfig,
-    micro_batch_size: int,
+def _data_parallel_s(
+    parameters: int,
+    group: int,
+    size: int,
+    training: TrainingConfig,
+    slowest_s: float,
+    stride: int,
     times: Times,
-    dtype: str,
-    *,
-    train: bool,
-    recompute: bool = False,
-    overlapped: bool = False,
-    cuda_graphs: bool = False,
-) -> tuple[list[Parts], dict[str, Wire], str]:
-    """(seconds of a microbatch on each pipeline stage by part, what a GPU of the first stage sends for it, what the times rest on)."""
-    sequence, size = recipe.data.sequence_length, 4 if dtype == "fp32" else 2
-    tokens = sequence // p.cp * micro_batch_size
-    along = p.tp if p.sequence_parallel else 1
-    layer, basis = times.layer(arch, tokens, sequence, p, dtype, train)
-    again, _ = times.layer(arch, tokens, sequence, p, dtype, False) if recompute else (0.0, basis)
-    passes = 1 + train + recompute
-    states = size * tokens * arch.hidden_size
-    exposed = times.hardware.tp_exposed_overlapped if overlapped else times.hardware.tp_exposed
-    tensor = 4 * passes * times.collective_s(states, p.tp, 1) * exposed
-    keys = size * tokens * p.cp * (arch.axis_size("qkv") - arch.axis_size("heads")) / p.tp
-    context = passes * times.collective_s(keys, p.cp, p.tp)
-    issued = times.issue_s(dtype, (3 if train else 1) + recompute, cuda_graphs=cuda_graphs)
-    idle = max(0.0, issued - layer - again - tensor - context)
-    # Interleaved stages send while they compute; others wait for what comes in, forward and backward.
-    pipeline_link = (
-        _link(times, p.pp, p.model_ranks // p.pp * max(1, times.hardware.gpus_per_node // (p.tp * p.cp)))
-        if p.pp > 1
-        else ""
-    )
-    speed = times.nic if pipeline_link == "network" else times.nvlink
-    transfer = (
-        0.0
-        if p.pp == 1 or p.vpp
-        else (1 + train) * (states / along / speed + times.hardware.latency_us / 1e6)
-    )
-    layers = stage_layers(arch.num_layers, p)
-    stages = [
-        {STUDENT: n * layer, AGAIN: n * again, TP: n * tensor, CP: n * context, HOST: n * idle, PP: transfer}
-        for n in layers
-    ]
-    wire = {}
-    if (
-        p.tp > 1
-    ):  # with sequence parallelism the products' inputs are gathered once more for the weights' gradients
-        extra = 2 * train * p.sequence_parallel
-        wire[TP] = Wire(_link(times, p.tp, 1), layers[0] * (4 * passes + extra) * states * (p.tp - 1) / p.tp)
-    if p.cp > 1:
-        wire[CP] = Wire(_link(times, p.cp, p.tp), layers[0] * passes * keys * (p.cp - 1) / p.cp)
-    if p.pp > 1:
-        wire[PP] = Wire(pipeline_link, (1 + train) * (p.vpp or 1) * states / along)
-    return stages, wire, basis
+) -> float:
+    """Seconds of gradient scatter and weight gather that computation does not hide."""
+    scatter = times.collective_s(4 * parameters, group, stride)
+    gather = times.collective_s(size * parameters, group, stride)
+    if training.overlap:
+        bucket = min(parameters, max(BUCKET, 1_000_000 * group))
+        scatter = max(scatter - slowest_s * 2 / 3, times.collective_s(4 * bucket, group, stride))
+        gather = max(gather - slowest_s / 3, times.collective_s(size * bucket, group, stride))
+    return scatter + gather
+
+
+def _scaled(traffic: dict[str, Traffic], count: int) -> dict[str, Traffic]:
+    return {name: Traffic(sent.link, sent.num_bytes * count) for name, sent in traffic.items()}
 
 
 def _pipeline(stages: list[Parts], microbatches: int, p: ParallelConfig) -> Parts:
-    """Seconds of a step by part: parts as a mean over the stages, and what the slowest stage and filling the pipeline add."""
+    """Seconds of a step by part: the mean over the stages, the bubble, and what the slowest stage
+    adds.
+    """
     sums = [sum(stage.values()) for stage in stages]
     names = dict.fromkeys(name for stage in stages for name in stage)
     parts = {
@@ -331,13 +314,5 @@ def _pipeline(stages: list[Parts], microbatches: int, p: ParallelConfig) -> Part
     return {name: value for name, value in parts.items() if value or name == STUDENT}
 
 
-def _dtype(section: Any, precision: str) -> str:
-    return fp8_of(section) or precision
-
-
-def _link(times: Times, size: int, stride: int) -> str:
-    return "network" if times.nodes(size, stride)[1] > 1 else "NVLink"
-
-
-def _weaker(a: str, b: str) -> str:
+def _less_certain(a: str, b: str) -> str:
     return max(a, b, key=(MEASURED, SCALED, ROOFLINE).index)

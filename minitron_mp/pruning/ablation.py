@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distributed.schedule import Batch, local_batch, run_schedule
+from minitron_mp.distillation.last_stage_loss import evaluation_objective, last_stage_loss
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import local_batch, run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, summed
-from minitron_mp.losses.fused import Objective, distillation_loss
 from minitron_mp.models.build import output_weight, unwrap
 from minitron_mp.models.sharded_model import ShardedModel
 
@@ -56,20 +57,17 @@ def losses_without(
     sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
-        # As in compare(): a CPU has no fast product of bf16 with a float32 result.
-        dtype = hidden.dtype if hidden.device.type == "cpu" else torch.float32
-        mask = batch["loss_mask"]
-        _, (_, _, ce) = distillation_loss(
+        objective = evaluation_objective(hidden, kl_weight=0.0)
+        loss = last_stage_loss(
             hidden,
             output_weight(chunk),
-            batch["labels"],
-            mask,
+            batch,
             None,
-            Objective(kl_weight=0.0, logits_dtype=dtype),
+            objective,
             vocab_size=model.arch.vocab_size,
             group=world.groups.tp,
         )
-        sums[key + 1] += torch.stack([(ce * mask).sum(), mask.sum()]).double()
+        sums[key + 1] += torch.stack([loss.cross_entropy.sum(), loss.num_tokens]).double()
 
     _walk(model, groups, [gone, *candidates], judge, progress)
     summed(sums, world)

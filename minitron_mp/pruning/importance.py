@@ -32,7 +32,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_mp.config.pruning import ScoreConfig
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.errors import InputError
 from minitron_mp.models.axes import AXES, NO_LAYER, SUBLAYERS, Axis, LinearInput, NormOutput
 from minitron_mp.models.build import unwrap

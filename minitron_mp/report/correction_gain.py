@@ -1,6 +1,8 @@
-"""What a teacher correction bought, for the report: the teacher before and after it, the student with and without it.
+"""Effect of teacher correction, for the report: on the teacher, and on the student.
 
-The run without it is in a folder of its own. It is a measure where it differs in nothing else, which the manifests there tell.
+The student is compared with the student of a run without correction, in the folder of
+correct.baseline. The comparison is valid only if the two runs differ in nothing else; the manifests
+show whether they do.
 """
 
 from __future__ import annotations
@@ -12,103 +14,130 @@ from minitron_mp.artifacts.files import read_json
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact
 from minitron_mp.errors import differing_fields
 from minitron_mp.report.document import Part
+from minitron_mp.report.project import Project
+
+Losses = Mapping[str, Mapping[str, Any]]
+"""Text ("" for the held-out part, else " on NAME") -> model -> its quality."""
 
 
-def correction_gain(project: Any, found: dict[str, Any]) -> list[Part]:
-    """What the teacher gained by its correction, and lost on other texts; and what the student has of it, where there is one without."""
-    told = {"": found, **{f" on {name}": models for name, models in found.get("texts", {}).items()}}
-    gained = []
-    for where, models in told.items():
-        before, after = (models[name]["loss"] for name in ("uncorrected", "teacher"))
-        gained.append(
-            f"its held-out loss{where} went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})"
+def correction_gain(project: Project, evaluation: Mapping[str, Any]) -> list[Part]:
+    """Paragraphs on the teacher's loss before and after correction, and on the student's gain."""
+    losses = _losses_by_text(evaluation)
+    changes = []
+    for text, models in losses.items():
+        before = models["uncorrected"]["loss"]
+        after = models["teacher"]["loss"]
+        changes.append(
+            f"held-out loss{text} changed from {before:.4f} to {after:.4f} ({after / before - 1:+.1%})"
         )
-    what = (
-        "is distilled from it while it learns, and cut from the original"
-        if project.recipe.corrects_meanwhile
-        else "is cut and distilled from it"
-    )
-    parts: list[Part] = [f"The teacher was corrected: {'; '.join(gained)}. The student {what}."]
-    if len(told) == 1:
+    if project.recipe.corrects_during_distillation:
+        use = (
+            "The student is pruned from the original model, and distilled from the teacher during correction."
+        )
+    else:
+        use = "The student is pruned and distilled from the corrected teacher."
+    parts: list[Part] = [f"The teacher was corrected: {'; '.join(changes)}. {use}"]
+    if len(losses) == 1:
         parts.append(
-            "What the teacher has lost on text like that of its own training is not known; name such text in `data.held_out`."
+            "How much the teacher has lost on text like its own training data is unknown. "
+            "To measure it, add such text to `data.held_out`."
         )
-    return [*parts, *_without(project, told)]
+    return [*parts, *_compared_with_baseline(project, losses)]
 
 
-def _without(project: Any, told: Mapping[str, Any]) -> list[Part]:
-    """The student beside that of a run without correction. told: " on NAME", or nothing -> model -> its quality there."""
-    if (folder := project.recipe.correct.baseline) is None:
-        advice = "run the recipe without the section `correct` into another output, and name that in `correct.baseline`"
-        return [f"What the student would be without it is not known: {advice}."]
-    plain = project.without_correction()
-    other = read_json(plain.paths["evaluate"], "evaluate")
-    if differences := _unlike(plain, project):
+def _losses_by_text(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    texts = evaluation.get("texts", {})
+    return {"": evaluation, **{f" on {name}": models for name, models in texts.items()}}
+
+
+def _compared_with_baseline(project: Project, losses: Losses) -> list[Part]:
+    """Paragraphs that compare the student with the student of the run without correction."""
+    correct = project.recipe.correct
+    assert correct is not None
+    if correct.baseline is None:
         return [
-            f"The student of `{folder}` is no measure of the correction, this recipe without it is another one: {'; '.join(differences)}."
+            "How much the student gains from correction is unknown. To measure it, run the recipe "
+            "without the section `correct` into another output folder, and set `correct.baseline` to "
+            "that folder."
         ]
-    alike = _texts_alike(plain, project)
-    others = {
-        "": other,
-        **{f" on {name}": models for name, models in other.get("texts", {}).items() if name in alike},
+    baseline = project.without_correction()
+    baseline_evaluation = read_json(baseline.paths["evaluate"], "evaluate")
+    differences = _baseline_differences(baseline, project)
+    if differences:
+        return [
+            f"The student of `{correct.baseline}` cannot show the effect of correction, because that run "
+            f"also differs in other ways: {'; '.join(differences)}."
+        ]
+    common_texts = _common_texts(baseline, project)
+    baseline_losses = {
+        text: models
+        for text, models in _losses_by_text(baseline_evaluation).items()
+        if text == "" or text.removeprefix(" on ") in common_texts
     }
     rows = []
-    for where in (where for where in told if where in others):
-        without, own = (models[where]["distilled"]["loss"] for models in (others, told))
-        rows.append(
-            f"its held-out loss{where} is {own:.4f}, without correction {without:.4f} ({own / without - 1:+.1%})"
-        )
-    parts: list[Part] = [f"Beside the student of `{folder}`, which had no correction: {'; '.join(rows)}."]
-    if apart := [where for where in told if where not in others]:
+    for text in losses:
+        if text in baseline_losses:
+            loss = losses[text]["distilled"]["loss"]
+            without = baseline_losses[text]["distilled"]["loss"]
+            rows.append(
+                f"held-out loss{text} is {loss:.4f}, without correction {without:.4f} "
+                f"({loss / without - 1:+.1%})"
+            )
+    parts: list[Part] = [
+        f"Compared with the student of `{correct.baseline}` (no correction): {'; '.join(rows)}."
+    ]
+    missing = [text.removeprefix(" on ") for text in losses if text not in baseline_losses]
+    if missing:
         parts.append(
-            f"That student was not judged{' or'.join(apart)}: run `evaluate` there with the same `data.held_out`."
+            f"That student was not evaluated on {', '.join(missing)}: run `evaluate` there with the same "
+            "`data.held_out`."
         )
     return parts
 
 
-def _unlike(plain: Any, project: Any) -> list[str]:
-    """How the student in plain's folder differs from the one that plain's recipe asks for, or in its sizes from project's; by stage, causes only."""
-    if as_a_whole := _differences(plain, "evaluate", {"texts"}):
-        stages = [name for name in [*plain.before("evaluate"), "evaluate"] if name != "texts"]
-        return [row for name in stages for row in _differences(plain, name, plain.stages)] or as_a_whole
-    theirs, mine = (
-        require_artifact(each.paths["plan"], "plan").arch.model_dump() for each in (plain, project)
-    )
-    return [f"its {row}" for row in differing_fields(theirs, mine)]  # a search may have found other ones
+def _baseline_differences(baseline: Project, project: Project) -> list[str]:
+    """How the student in the baseline folder differs from the one that its recipe would give now.
+
+    Only the stages that cause a difference are listed. A search may also have chosen other sizes.
+    """
+    overall = _manifest_differences(baseline, "evaluate", {"texts"})
+    if overall:
+        stages = [name for name in [*baseline.before("evaluate"), "evaluate"] if name != "texts"]
+        causes = [row for name in stages for row in _manifest_differences(baseline, name, baseline.stages)]
+        return causes or overall
+    plans = [require_artifact(each.paths["plan"], "plan").arch for each in (baseline, project)]
+    baseline_sizes, sizes = (arch.model_dump() if arch else {} for arch in plans)
+    return [f"its {row}" for row in differing_fields(baseline_sizes, sizes)]
 
 
-def _differences(plain: Any, name: str, left_out: Collection[str]) -> list[str]:
-    """Of a stage's artefact from what the recipe asks for, in what bears on losses. left_out: inputs that do not."""
-    found = find_manifest(plain.paths[name])
-    if found is None:
+def _manifest_differences(baseline: Project, name: str, ignored_inputs: Collection[str]) -> list[str]:
+    """Differences of a stage's artifact from the recipe, in what changes losses."""
+    manifest = find_manifest(baseline.paths[name])
+    if manifest is None:
         return []
-    of_tasks = {"task_items"} if name == "evaluate" else set()
+    ignored_settings = {"task_items"} if name == "evaluate" else set()
 
-    def core(manifest: Manifest) -> Manifest:
+    def relevant(manifest: Manifest) -> Manifest:
         inputs = {
-            key: mark
-            for key, mark in manifest.inputs.items()
-            if key not in left_out and not key.startswith("task ")
+            key: fingerprint
+            for key, fingerprint in manifest.inputs.items()
+            if key not in ignored_inputs and not key.startswith("task ")
         }
-        return manifest.model_copy(
-            update={
-                "inputs": inputs,
-                "settings": {k: v for k, v in manifest.settings.items() if k not in of_tasks},
-            }
-        )
+        settings = {key: value for key, value in manifest.settings.items() if key not in ignored_settings}
+        return manifest.model_copy(update={"inputs": inputs, "settings": settings})
 
-    return [f"{name} {row}" for row in core(found).differences(core(plain.manifest(name)))]
+    return [f"{name} {row}" for row in relevant(manifest).differences(relevant(baseline.manifest(name)))]
 
 
-def _texts_alike(plain: Any, project: Any) -> set[str]:
-    """Names in data.held_out under which plain's folder was judged on the same text as project."""
-    texts = find_manifest(plain.paths["texts"]) if "texts" in plain.paths else None
-    if (
-        texts is None
-        or require_artifact(plain.paths["evaluate"], "evaluate").inputs.get("texts") != texts.fingerprint
-    ):
+def _common_texts(baseline: Project, project: Project) -> set[str]:
+    """Names in data.held_out on which both projects were evaluated with the same text."""
+    texts = find_manifest(baseline.paths["texts"]) if "texts" in baseline.paths else None
+    if texts is None:
         return set()
-    theirs, mine = (
-        set(manifest.inputs["text"].split(", ")) for manifest in (texts, project.manifest("texts"))
+    evaluated = require_artifact(baseline.paths["evaluate"], "evaluate").inputs.get("texts")
+    if evaluated != texts.fingerprint:
+        return set()
+    rows, baseline_rows = (
+        set(manifest.inputs["text"].split(", ")) for manifest in (project.manifest("texts"), texts)
     )
-    return {row.split()[0] for row in theirs & mine}
+    return {row.split()[0] for row in rows & baseline_rows}

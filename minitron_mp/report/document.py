@@ -1,4 +1,4 @@
-"""A document of sections, and the two ways it is written: Markdown, and one HTML file that needs nothing else."""
+"""A document of sections, written as Markdown or as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import count, groupby
+from typing import Literal
 
 from markupsafe import Markup, escape
 
@@ -15,38 +16,46 @@ TEMPLATE = "report.html.j2"
 
 @dataclass(frozen=True)
 class Table:
-    """First column left, the others right. align: right or left of the columns after the first."""
+    """A table whose first column is aligned left."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    align: str = "right"
+    align: Literal["left", "right"] = "right"
+    """Alignment of the columns after the first."""
 
 
 @dataclass(frozen=True)
 class Code:
+    """Text in a box, as it is."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """svg: the element, without an XML head. text: what it shows, for those who cannot see it. wide: as wide as the page."""
+    """A figure of the HTML page; Markdown leaves it out."""
 
     title: str
     svg: str
+    """The <svg> element, without an XML declaration."""
     text: str
+    """What the figure shows, for readers who cannot see it."""
     wide: bool = False
+    """As wide as the page."""
 
 
 Part = str | Table | Code | Figure
-"""A str is a paragraph, in which `words in backticks` are code."""
+"""A str is a paragraph; `words in backticks` are code."""
 
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and its parts."""
+
     title: str
     parts: Sequence[Part]
     name: str = field(init=False)
-    """Anchor."""
+    """Anchor in the HTML page."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", re.sub(r"\W+", "-", self.title.lower()))
@@ -54,13 +63,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A page. lead: the paragraph under its title."""
+
     title: str
     lead: str
     sections: Sequence[Section]
 
 
 def markdown(document: Document) -> str:
-    """The document without its figures."""
+    """Render the document as Markdown, without its figures."""
     blocks = [f"# {document.title}", document.lead]
     for section in document.sections:
         shown = [_markdown(part) for part in section.parts if not isinstance(part, Figure)]
@@ -69,23 +80,25 @@ def markdown(document: Document) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """The first column left, the others as the table says."""
-    lines = [
-        list(table.header),
-        ["---", *["---:" if table.align == "right" else "---"] * (len(table.header) - 1)],
-        *map(list, table.rows),
-    ]
+    """Render a table as Markdown."""
+    rule = "---:" if table.align == "right" else "---"
+    rules = ["---", *(rule for _ in table.header[1:])]
+    lines = [list(table.header), rules, *map(list, table.rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _markdown(part: str | Table | Code) -> str:
     if isinstance(part, Table):
         return markdown_table(part)
-    return f"```\n{part.text.rstrip()}\n```" if isinstance(part, Code) else part
+    if isinstance(part, Code):
+        return f"```\n{part.text.rstrip()}\n```"
+    return part
 
 
 def html(document: Document) -> str:
-    """One file: styles and figures inside, no scripts, no fonts, nothing from elsewhere."""
+    """Render the document as one HTML file: styles and figures inside, no scripts, no external
+    resources.
+    """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -93,22 +106,22 @@ def html(document: Document) -> str:
     )
     environment.filters["inline"] = _inline
     template = environment.from_string((files("minitron_mp.report") / TEMPLATE).read_text(encoding="utf-8"))
-    # Figures that follow one another share a row where there is room.
-    sections = [
-        (s, [(kind.__name__, list(parts)) for kind, parts in groupby(s.parts, type)])
-        for s in document.sections
-    ]
+    sections = []
+    for section in document.sections:
+        # Consecutive figures share a row if there is room.
+        groups = [(kind.__name__, list(parts)) for kind, parts in groupby(section.parts, type)]
+        sections.append((section, groups))
     numbers = count(1)
     return template.render(
-        document=document, sections=sections, svg=lambda figure: _with_own_ids(figure.svg, next(numbers))
+        document=document, sections=sections, svg=lambda figure: _with_unique_ids(figure.svg, next(numbers))
     )
 
 
-def _with_own_ids(svg: str, number: int) -> Markup:
-    """Ids are for the whole page, and matplotlib names alike what is alike in two figures."""
+def _with_unique_ids(svg: str, number: int) -> Markup:
+    """Prefix all ids: matplotlib uses the same id for equal elements of two figures."""
     return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>figure{number}-", svg))
 
 
 def _inline(text: str) -> Markup:
-    """`code` in a paragraph or a cell."""
+    """Render `code` in a paragraph or a cell."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -1,9 +1,11 @@
-"""The model card of the exported student: README.md with the front matter of the Hugging Face Hub. The same artefacts give the same card."""
+"""The model card of the exported student: README.md with the front matter of the Hugging Face Hub.
+
+The same artifacts give the same card.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +19,21 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.document import Code, Document, Part, Section, Table, markdown
-from minitron_mp.report.tables import evaluation, harness_table, quality_table, tasks_table
+from minitron_mp.report.project import Paths, Project
+from minitron_mp.report.tables import (
+    TASKS_NOTE,
+    UNITS_NOTE,
+    harness_table,
+    load_evaluation,
+    quality_table,
+    tasks_table,
+)
 
 CARD = "README.md"
 
 TAGS = ["minitron", "pruning", "knowledge-distillation"]
 
-
-def model_card(
-    recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest, family: str, assets: Path
-) -> str:
-    """The card as text. manifest: of the export; family: of the exported model; assets: side files of the model that was cut.
-
-    Numbers on held-out text are there when evaluation.json is of this very student. InputError for a damaged one.
-    """
-    plan, source = PrunePlan.load(paths["plan"]), source_card(assets)
-    student, base = plan.student.num_parameters(), _hub_name(recipe.model, assets)
-    name = base or Path(recipe.model).name
-    data = ModelCardData(
-        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=TAGS, **source
-    )
-    sections = [
-        Section("Sizes", [Table(("size", "before", "this model", "kept"), plan.summary())]),
-        Section("How it was made", _made(recipe, plan, name)),
-        *_evaluated(recipe, paths, manifest),
-        Section("Use", ["In the folder of this file:", Code(USE.strip()), "vLLM loads the folder as well."]),
-        Section("Limits", _limits(recipe, family, assets)),
-    ]
-    lead = f"A language model of {student:,} parameters, cut from {name} ({plan.teacher.num_parameters():,} parameters) and distilled by the Minitron method."
-    document = Document(
-        f"{name}, {student / plan.teacher.num_parameters():.1%} of its parameters", lead, sections
-    )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
-
-
-def refresh_model_card(project: Any) -> None:
-    """Write the card of a finished export again where its evaluation has changed; one process."""
-    paths, found = project.paths, find_manifest(project.paths["export"])
-    if found is None or found.arch is None or found.fingerprint != project.manifest("export").fingerprint:
-        return
-    text, place = (
-        model_card(project.recipe, paths, found, found.arch.family, paths["import"] / "assets"),
-        paths["export"] / CARD,
-    )
-    if not place.is_file() or place.read_text(encoding="utf-8") != text:
-        write_text(place, text)
-
-
-USE = """
+USAGE = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
@@ -74,91 +43,178 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
 """
 
 
+def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, assets: Path) -> str:
+    """Text of the card.
+
+    manifest: of the export. family: of the exported model. assets: side files of the model that was
+    pruned. Held-out numbers are included if evaluation.json is about this student. InputError if an
+    artifact is damaged.
+    """
+    plan = PrunePlan.load(paths["plan"])
+    num_parameters = plan.student.num_parameters()
+    num_teacher_parameters = plan.teacher.num_parameters()
+    base = _hub_name(recipe.model, assets)
+    name = base or Path(recipe.model).name
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        **source_card(assets),
+    )
+    sections = [
+        Section("Sizes", [Table(("size", "before", "this model", "kept"), plan.summary())]),
+        Section("How it was made", _method(recipe, plan, name)),
+        *_evaluation_sections(recipe, paths, manifest),
+        Section(
+            "Usage",
+            ["In the folder of this file:", Code(USAGE.strip()), "vLLM can load the folder as well."],
+        ),
+        Section("Limitations", _limitations(recipe, family, assets)),
+    ]
+    lead = (
+        f"A language model with {num_parameters:,} parameters, pruned from {name} "
+        f"({num_teacher_parameters:,} parameters) and distilled with the Minitron method."
+    )
+    title = f"{name}, {num_parameters / num_teacher_parameters:.1%} of its parameters"
+    document = Document(title, lead, sections)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
+
+
+def refresh_model_card(project: Project) -> None:
+    """Rewrite the card of a finished export if its evaluation has changed; for one process."""
+    paths = project.paths
+    manifest = find_manifest(paths["export"])
+    if manifest is None or manifest.arch is None:
+        return
+    if manifest.fingerprint != project.manifest("export").fingerprint:
+        return
+    assets = paths["import"] / "assets"
+    text = model_card(project.recipe, paths, manifest, manifest.arch.family, assets)
+    card = paths["export"] / CARD
+    if not card.is_file() or card.read_text(encoding="utf-8") != text:
+        write_text(card, text)
+
+
 def source_card(folder: Path) -> dict[str, Any]:
-    """License and language, where the card of the model in the folder says them; InputError when its front matter is none."""
-    text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    """License and language from the card of the model in the folder; InputError if its front matter
+    is invalid.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not text.startswith("---"):
         return {}
     try:
-        given = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        fields = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError) as error:
         raise InputError(
-            f"the front matter of {folder / CARD} cannot be read: {error}; mend it, or move the file away"
+            f"the front matter of {path} cannot be read: {error}; correct it, or move the file away"
         ) from error
-    return {
-        key: given[key] for key in ("license", "license_name", "license_link", "language") if given.get(key)
-    }
+    keys = ("license", "license_name", "license_link", "language")
+    return {key: fields[key] for key in keys if fields.get(key)}
 
 
 def _hub_name(model: str, assets: Path) -> str | None:
-    """owner/name on the Hub, where the folder or its config.json tells: a snapshot in the Hub's cache, or what transformers 4 noted."""
+    """owner/name on the Hub, from the folder of the Hub's cache or from config.json; None if
+    unknown.
+    """
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", str(Path(model).absolute()))
     if cached:
         return "/".join(cached.groups())
-    noted = read_json(assets / "config.json", "import --force").get("_name_or_path") or ""
-    return noted if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", noted) and not Path(noted).exists() else None
+    # transformers 4 wrote the name into config.json.
+    name = read_json(assets / "config.json", "import --force").get("_name_or_path") or ""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists()
+    return name if is_hub_name else None
 
 
-def _made(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
-    d, length = recipe.distill, recipe.data.sequence_length
-    text = (
-        "the Python standard library"
-        if recipe.data.source == "python-stdlib" and not recipe.data.train
-        else "the text of the recipe"
-    )
-    tutor = f"{Path(recipe.teacher.model).name}" if recipe.teacher.model else name
-    when = "meanwhile" if recipe.corrects_meanwhile else "before"
-    corrected = (
-        f", which was trained for {recipe.correct.steps:,} steps on the same text {when} (teacher correction)"
-        if recipe.correct
-        else ""
-    )
-    losses = [
-        f"{weight:g} x {what}"
-        for weight, what in ((d.kl_weight, d.divergence), (d.ce_weight, "cross-entropy"))
-        if weight
-    ]
-    by = recipe.depth.method + "`" + f" ({recipe.depth.metric})" * (recipe.depth.method != "cosine")
-    chosen = "named in the recipe" if recipe.target.drop_layers is not None else f"chosen by `{by}"
-    if d.states:
-        losses.append(f"{d.states.kind} of {len(d.states.layers)} hidden states")
-    parts: list[Part] = [
-        *(["The sizes were found by a search."] if recipe.search else []),
-        f"Pruned to these sizes: what stays of each axis scored highest by its activations on {recipe.score.num_samples:,} samples of {length:,} tokens. "
-        f"Layers dropped (from 0): {', '.join(map(str, plan.dropped)) + f'; {chosen}' if plan.dropped else 'none'}."
-        + " The queries of heads that stay have the residual of pruned ones."
-        * bool(plan.merge),
-        f"Distilled: {d.steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, {d.steps * d.global_batch_size * length:,} tokens of {text}, "
-        f"from {tutor}{corrected}. Loss: {' + '.join(losses)}, temperature {d.temperature:g}; learning rate {d.lr:g} to {d.min_lr:g}.",
+def _method(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
+    parts: list[Part] = []
+    if recipe.search:
+        parts.append("The sizes were chosen by an architecture search.")
+    return [
+        *parts,
+        _pruning_text(recipe, plan),
+        _distillation_text(recipe, name),
         f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",
     ]
-    return parts
 
 
-def _evaluated(recipe: Recipe, paths: Mapping[str, Path], manifest: Manifest) -> list[Section]:
-    """Held-out numbers and task scores of this student; none when nothing, or another student, was evaluated."""
-    found = find_manifest(paths["evaluate"])
-    if found is None or found.inputs.get("distill") != manifest.inputs["distill"]:
+def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:
+    dropped = plan.dropped
+    if not dropped:
+        layers = "none"
+    elif recipe.target.drop_layers is not None:
+        layers = f"{', '.join(map(str, dropped))}; named in the recipe"
+    else:
+        metric = f" ({recipe.depth.metric})" if recipe.depth.method != "cosine" else ""
+        layers = f"{', '.join(map(str, dropped))}; chosen by `{recipe.depth.method}`{metric}"
+    text = (
+        "Pruning: on each axis the units with the highest activation-based importance were kept, measured on "
+        f"{recipe.score.num_samples:,} samples of {recipe.data.sequence_length:,} tokens. "
+        f"Layers dropped (counted from 0): {layers}."
+    )
+    if plan.merge:
+        text += " The residuals of pruned heads were added to the queries of kept heads."
+    return text
+
+
+def _distillation_text(recipe: Recipe, name: str) -> str:
+    d = recipe.distill
+    length = recipe.data.sequence_length
+    is_stdlib = recipe.data.source == "python-stdlib" and not recipe.data.train
+    text = "the Python standard library" if is_stdlib else "the text of the recipe"
+    teacher = Path(recipe.teacher.model).name if recipe.teacher.model else name
+    if recipe.correct:
+        when = "during distillation" if recipe.corrects_during_distillation else "before"
+        teacher += (
+            f", which was trained for {recipe.correct.steps:,} steps on the same text {when} "
+            "(teacher correction)"
+        )
+    losses = []
+    if d.kl_weight:
+        losses.append(f"{d.kl_weight:g} x {d.divergence}")
+    if d.ce_weight:
+        losses.append(f"{d.ce_weight:g} x cross-entropy")
+    if d.states:
+        losses.append(f"{d.states.kind} of {len(d.states.layers)} hidden states")
+    tokens = d.steps * d.global_batch_size * length
+    return (
+        f"Distillation: {d.steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, "
+        f"{tokens:,} tokens of {text}; teacher: {teacher}. Loss: {' + '.join(losses)}, temperature "
+        f"{d.temperature:g}. Learning rate: {d.lr:g} to {d.min_lr:g}."
+    )
+
+
+def _evaluation_sections(recipe: Recipe, paths: Paths, manifest: Manifest) -> list[Section]:
+    """Held-out numbers and task scores; [] if nothing, or another student, was evaluated."""
+    evaluated = find_manifest(paths["evaluate"])
+    if evaluated is None or evaluated.inputs.get("distill") != manifest.inputs["distill"]:
         return []
-    content = evaluation(paths)
-    quality, tasks = quality_table(recipe, paths, speed=False), tasks_table(content)
-    said = f"On {content['distilled']['num_tokens']:,} held-out tokens. Losses and KL(teacher || model) are means in nats a token."
-    parts: list[Part] = [f"{said} This model is `distilled`.", quality]
-    if tasks is not None:
-        parts += ["Shares of the items, zero-shot, with standard errors.", tasks]
-    if (harness := harness_table(recipe.root, paths)) is not None:
-        parts += ["Tasks of lm-evaluation-harness.", harness]
+    evaluation = load_evaluation(paths)
+    num_tokens = evaluation["distilled"]["num_tokens"]
+    parts: list[Part] = [
+        f"Measured on {num_tokens:,} held-out tokens. {UNITS_NOTE} This model is `distilled`.",
+        quality_table(recipe, paths, speed=False),
+    ]
+    for title, results in (
+        (TASKS_NOTE, tasks_table(evaluation)),
+        ("Tasks of lm-evaluation-harness:", harness_table(recipe.root, paths)),
+    ):
+        if results is not None:
+            parts += [title, results]
     return [Section("Evaluation", parts)]
 
 
-def _limits(recipe: Recipe, family: str, assets: Path) -> list[Part]:
+def _limitations(recipe: Recipe, family: str, assets: Path) -> list[Part]:
     licences = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in assets.glob(pattern))
     parts: list[Part] = [
-        "What the original model must not be used for, this one must not either; it has its biases, and errors of its own from pruning.",
-        f"It has seen sequences of {recipe.data.sequence_length:,} tokens in distillation, and no alignment or safety training after it.",
+        "The usage restrictions of the original model apply to this model. It has the biases of the "
+        "original, and pruning adds errors of its own.",
+        f"It was distilled on sequences of {recipe.data.sequence_length:,} tokens. It had no alignment or "
+        "safety training after that.",
     ]
     if family != read_json(assets / "config.json", "import --force")["model_type"]:
-        parts.append(f"It is written as `{family}`, which computes the same as the original's family.")
+        parts.append(f"It is saved as `{family}`, which computes the same function as the original's family.")
     if licences:
         parts.append(f"Licence of the original model: {', '.join(f'`{name}`' for name in licences)}.")
     return parts

@@ -1,4 +1,4 @@
-"""What a finished project says about its models, as rows: the report and the model card take them from here."""
+"""Results of a finished project as tables, for the report and the model card."""
 
 from __future__ import annotations
 
@@ -13,185 +13,207 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.document import Table
+from minitron_mp.report.project import Paths
 
-Paths = Mapping[str, Path]
-"""Stage -> artefact."""
+Evaluation = Mapping[str, Any]
+"""Content of evaluation.json."""
+
+UNITS_NOTE = "Losses and KL(teacher || model) are averages in nats per token."
+
+TASKS_NOTE = "Task scores (zero-shot, share of items, with standard errors):"
+
+QUALITY_HEADER = (
+    "model",
+    "parameters",
+    "of unpruned",
+    "held-out loss",
+    "perplexity",
+    "KL to teacher",
+    "weights",
+)
 
 
-def evaluation(paths: Paths) -> dict[str, Any]:
-    """Content of evaluation.json."""
+def load_evaluation(paths: Paths) -> dict[str, Any]:
+    """Read evaluation.json."""
     return read_json(paths["evaluate"], "evaluate --force")
 
 
 def quality_table(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
-    """One row a model: the teacher before its correction, where it had one, teacher, what was cut, where that is another model, pruned, distilled.
+    """Size, loss and KL of every evaluated model, one row each.
 
-    speed: with the measured one, where evaluate has measured it.
+    The rows are: uncorrected teacher, teacher, unpruned model if it is not the teacher, pruned
+    student, distilled student. speed: add measured speeds, if `evaluate` measured them.
     """
-    plan, found = PrunePlan.load(paths["plan"]), evaluation(paths)
-    tutor = require_artifact(paths[recipe.tutor], recipe.tutor).arch
-    assert tutor is not None
+    plan = PrunePlan.load(paths["plan"])
+    evaluation = load_evaluation(paths)
+    teacher = require_artifact(paths[recipe.distillation_teacher], recipe.distillation_teacher).arch
+    assert teacher is not None
     archs = {
         "uncorrected": plan.teacher,
-        "teacher": tutor,
+        "teacher": teacher,
         "unpruned": plan.teacher,
         "pruned": plan.student,
         "distilled": plan.student,
     }
-    shapes, rates = _rates(found) if speed else ([], {})
-    rows = [
-        _row(name, arch, recipe, plan.teacher, found[name], rates.get(name, []))
-        for name, arch in archs.items()
-        if name in found
-    ]
-    header = ["model", "parameters", "of unpruned", "held-out loss", "perplexity", "KL to teacher", "weights"]
-    return Table(
-        [*header, *(f"tokens/s, {samples}\u00a0x\u00a0{length}" for samples, length in shapes)], rows
-    )
+    speed_columns = _speed_columns(evaluation) if speed else []
+    rows = []
+    for name, arch in archs.items():
+        if name in evaluation:
+            cells = _quality_cells(name, arch, recipe, plan.teacher, evaluation[name])
+            rows.append([*cells, *(column.get(name, "") for _, column in speed_columns)])
+    return Table([*QUALITY_HEADER, *(title for title, _ in speed_columns)], rows)
 
 
-def _row(name: str, arch: Arch, recipe: Recipe, base: Arch, q: dict[str, Any], rates: list[str]) -> list[str]:
-    count, precision = (
-        arch.num_parameters(),
-        recipe.teacher_precision if name == "teacher" else recipe.precision,
-    )
-    kl, weights = (
-        "" if q["kl"] is None else f"{q['kl']:.4f}",
-        f"{count * BYTES[precision] / 1e6:,.1f} MB {precision}",
-    )
+def _quality_cells(
+    name: str, arch: Arch, recipe: Recipe, unpruned: Arch, quality: Mapping[str, Any]
+) -> list[str]:
+    """Cells under QUALITY_HEADER."""
+    count = arch.num_parameters()
+    precision = recipe.teacher_precision if name == "teacher" else recipe.precision
     return [
         name,
         f"{count:,}",
-        f"{count / base.num_parameters():.1%}",
-        f"{q['loss']:.4f}",
-        f"{q['perplexity']:.2f}",
-        kl,
-        weights,
-        *rates,
+        f"{count / unpruned.num_parameters():.1%}",
+        f"{quality['loss']:.4f}",
+        f"{quality['perplexity']:.2f}",
+        "" if quality["kl"] is None else f"{quality['kl']:.4f}",
+        f"{count * BYTES[precision] / 1e6:,.1f} MB {precision}",
     ]
 
 
-def _rates(found: dict[str, Any]) -> tuple[list[tuple[int, int]], dict[str, list[str]]]:
-    """Shapes (samples, sequence length), and model -> tokens/s of each; none from an evaluation that did not measure."""
-    models = found["speed"]["models"] if "speed" in found else {"": []}
-    shapes = [(one["samples"], one["sequence_length"]) for one in next(iter(models.values()))]
-    return shapes, {
-        name: [f"{one['tokens_per_s']:,.0f}" for one in measured] for name, measured in models.items()
-    }
-
-
-def speed_note(found: dict[str, Any]) -> list[str]:
-    """A sentence on how the speeds were measured; none when they were not."""
-    if "speed" not in found:
+def _speed_columns(evaluation: Evaluation) -> list[tuple[str, dict[str, str]]]:
+    """(header, model -> tokens/s) of each measured shape; [] if speed was not measured."""
+    if "speed" not in evaluation:
         return []
-    speed = found["speed"]
-    measured = [one for models in speed["models"].values() for one in models]
-    repeats = sorted({one["repeats"] for one in measured})
-    times = " to ".join(map(str, dict.fromkeys([repeats[0], repeats[-1]])))
-    spread = (
-        f"the median of {times} passes, which differed by up to {max(one['spread'] for one in measured):.0%}"
-    )
-    passes = "one pass" if repeats == [1] else spread
-    place = f"{speed['ranks']} rank{'s' * (speed['ranks'] > 1)}" + (
-        f", {speed['copies']} copies of the model side by side" if speed["copies"] > 1 else ""
-    )
+    models = evaluation["speed"]["models"]
+    columns = []
+    for i, shape in enumerate(next(iter(models.values()))):
+        title = f"tokens/s, {shape['samples']}\u00a0x\u00a0{shape['sequence_length']}"
+        columns.append(
+            (title, {name: f"{speeds[i]['tokens_per_s']:,.0f}" for name, speeds in models.items()})
+        )
+    return columns
+
+
+def speed_note(evaluation: Evaluation) -> list[str]:
+    """A paragraph on how the speeds were measured; [] if they were not."""
+    if "speed" not in evaluation:
+        return []
+    speed = evaluation["speed"]
+    measurements = [row for rows in speed["models"].values() for row in rows]
+    repeats = sorted({row["repeats"] for row in measurements})
+    if repeats == [1]:
+        passes = "One pass"
+    else:
+        count = f"{repeats[0]}" if len(repeats) == 1 else f"{repeats[0]} to {repeats[-1]}"
+        spread = max(row["spread"] for row in measurements)
+        passes = f"Median of {count} passes, which differed by up to {spread:.0%},"
+    ranks = "1 rank" if speed["ranks"] == 1 else f"{speed['ranks']} ranks"
+    if speed["copies"] > 1:
+        ranks += f" with {speed['copies']} replicas of the model"
     return [
-        "tokens/s, samples x tokens: measured forward passes of so many samples at once (prefill) in this run's layout, without the output layer, "
-        f"which prefill needs for one token of a sample; {passes} on {speed['device']}; {place}. Models of one "
-        "architecture share a measurement. No serving engine, no decoding: compare the rows, not other programs."
+        "Columns tokens/s, samples x tokens: throughput of one forward pass (prefill) over that many "
+        "samples of that length, in this run's layout and without the output layer, which prefill needs "
+        f"for one token per sample only. {passes} on {speed['device']}, {ranks}. Models of the same "
+        "architecture share one measurement. There is no serving engine and no decoding here: compare "
+        "rows with each other, not with other programs."
     ]
 
 
-def tasks_table(found: dict[str, Any]) -> Table | None:
-    """Task scores with standard errors, one column a model; None without tasks."""
-    scores = found.get("tasks", {})
-    if not scores:
+def tasks_table(evaluation: Evaluation) -> Table | None:
+    """Task scores with standard errors, one column per model; None without tasks."""
+    tasks = evaluation.get("tasks", {})
+    if not tasks:
         return None
-    models, rows = list(next(iter(scores.values()))), []
-    for task, results in scores.items():
-        for name, label in (("accuracy", "accuracy"), ("normalised", "accuracy by characters")):
-            if results[models[0]][name] is not None:
-                shares = [
-                    f"{results[model][name]:.1%} ± {results[model][name + '_stderr']:.1%}" for model in models
+    models = list(next(iter(tasks.values())))
+    rows = []
+    for task, results in tasks.items():
+        first = results[models[0]]
+        for key, label in (("accuracy", "accuracy"), ("normalised", "accuracy normalised by characters")):
+            if first[key] is not None:
+                scores = [
+                    f"{results[model][key]:.1%} ± {results[model][key + '_stderr']:.1%}" for model in models
                 ]
-                rows.append((f"{task} ({results[models[0]]['num_items']:,}), {label}", *shares))
+                rows.append((f"{task} ({first['num_items']:,}), {label}", *scores))
     return Table(("task (items)", *models), rows)
 
 
-HARNESS = ("task", "version", "shots", "items", "metric", "value", "standard error")
+HARNESS_HEADER = ("task", "version", "shots", "items", "metric", "value", "standard error")
 
 
-def harness_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One a task and metric, under HARNESS. found: content of a file of the command `harness`."""
+def harness_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows under HARNESS_HEADER, one per task and metric, of a file written by the command
+    `harness`.
+    """
     rows: list[tuple[str, ...]] = []
-    for task, values in found["results"].items():
-        about = (
-            str(found["versions"].get(task, "")),
-            str(found["n-shot"].get(task, "")),
-            str(found["n-samples"].get(task, {}).get("effective", "")),
-        )
+    for task, values in results["results"].items():
+        version = str(results["versions"].get(task, ""))
+        shots = str(results["n-shot"].get(task, ""))
+        items = str(results["n-samples"].get(task, {}).get("effective", ""))
         for key, value in values.items():
-            metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr"):
-                error = values.get(f"{metric}_stderr,{filtered}", "")
-                rows.append(
-                    (
-                        task,
-                        *about,
-                        metric if filtered == "none" else f"{metric} ({filtered})",
-                        _number(value),
-                        _number(error),
-                    )
-                )
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = values.get(f"{metric}_stderr,{filter_name}", "")
+            label = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            rows.append((task, version, shots, items, label, _number(value), _number(error)))
     return rows
 
 
-def _number(value: Any) -> str:
+def _number(value: float | int | str) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def harness_table(root: Path, paths: Paths) -> Table | None:
-    """What the command `harness` has found of the models as they are now, one row a model, task and metric; None without any."""
+    """Results of the command `harness` for the models as they are now; None without any.
+
+    Results of a model that has been made again since are left out.
+    """
     rows: list[tuple[str, ...]] = []
     for path in sorted(root.glob("harness_*.json")):
-        found = read_json(path, "harness")
-        made, settings = found["manifest"]["inputs"], found["manifest"]["settings"]
-        now = {stage: find_manifest(paths[stage]) for stage in made if stage in paths}
-        if {stage: manifest.fingerprint for stage, manifest in now.items() if manifest} == made:
-            limited = f"first {settings['limit']} items" if settings["limit"] else ""
-            rows += [
-                (settings["model"], f"{settings['max_length']:,}", limited, *row)
-                for row in harness_rows(found)
-            ]
-    return (
-        Table(("model", "tokens at most", "limit", *HARNESS), sorted(rows, key=lambda row: (row[3], row[0])))
-        if rows
-        else None
-    )
-
-
-def texts_table(found: dict[str, Any]) -> Table | None:
-    """Losses on the texts of data.held_out, one column a model; None without any."""
-    judged = found.get("texts", {})
-    if not judged:
+        results = read_json(path, "harness")
+        settings = results["manifest"]["settings"]
+        if not _are_current(results["manifest"]["inputs"], paths):
+            continue
+        limit = f"first {settings['limit']} items" if settings["limit"] else ""
+        model = (settings["model"], f"{settings['max_length']:,}", limit)
+        rows += [(*model, *row) for row in harness_rows(results)]
+    if not rows:
         return None
-    models = list(next(iter(judged.values())))
-    rows = [
-        (
-            f"{name} ({results['teacher']['num_tokens']:,} tokens)",
-            *(f"{results[model]['loss']:.4f}" for model in models),
-        )
-        for name, results in judged.items()
-    ]
+    rows.sort(key=lambda row: (row[3], row[0]))  # by task, then by model
+    return Table(("model", "max. tokens", "limit", *HARNESS_HEADER), rows)
+
+
+def _are_current(inputs: Mapping[str, str], paths: Paths) -> bool:
+    """Whether the artifacts on disk have these fingerprints. inputs: stage -> fingerprint."""
+    current = {}
+    for stage in inputs:
+        manifest = find_manifest(paths[stage]) if stage in paths else None
+        if manifest:
+            current[stage] = manifest.fingerprint
+    return current == inputs
+
+
+def texts_table(evaluation: Evaluation) -> Table | None:
+    """Losses on the texts of data.held_out, one column per model; None without such texts."""
+    texts = evaluation.get("texts", {})
+    if not texts:
+        return None
+    models = list(next(iter(texts.values())))
+    rows = []
+    for name, results in texts.items():
+        losses = [f"{results[model]['loss']:.4f}" for model in models]
+        rows.append((f"{name} ({results['teacher']['num_tokens']:,} tokens)", *losses))
     return Table(("text", *models), rows)
 
 
-def headline(table: Table, found: dict[str, Any]) -> str:
-    """One sentence on the student, in the words of the table of quality()."""
-    rows = {row[0]: dict(zip(table.header, row)) for row in table.rows}
-    teacher, pruned, student = (rows[name] for name in ("teacher", "pruned", "distilled"))
+def headline(quality: Table, evaluation: Evaluation) -> str:
+    """Two sentences on the student, with the numbers of the quality table."""
+    rows = {row[0]: dict(zip(quality.header, row)) for row in quality.rows}
+    student = rows["distilled"]
     return (
-        f"The student has {student['parameters']} parameters, {student['of unpruned']} of what it was cut from; on "
-        f"{found['distilled']['num_tokens']:,} held-out tokens its perplexity is {student['perplexity']}, "
-        f"the teacher's is {teacher['perplexity']}, and it was {pruned['perplexity']} before distillation."
+        f"The student has {student['parameters']} parameters, {student['of unpruned']} of the unpruned "
+        f"model. On {evaluation['distilled']['num_tokens']:,} held-out tokens its perplexity is "
+        f"{student['perplexity']} (teacher: {rows['teacher']['perplexity']}, pruned student before "
+        f"distillation: {rows['pruned']['perplexity']})."
     )

@@ -15,9 +15,9 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distillation.stream_end import StreamEnd
-from minitron_mp.distillation.teacher import with_signals
+from minitron_mp.distillation.teacher import Teacher, with_signals
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.world import World, seed_all
 from minitron_mp.models.precision import forget_cuda_graphs
 from minitron_mp.training.metrics import StepMetrics
@@ -28,7 +28,7 @@ from minitron_mp.training.throughput import Work
 
 def train(
     chunks: list[Any],
-    teacher: Any,
+    teacher: Teacher | None,
     batches_of: Callable[[int], Sequence[Batch]],
     settings: DistillConfig | CorrectionConfig,
     world: World,
@@ -48,7 +48,7 @@ def train(
     batches_of(step): this data parallel rank's microbatches of a step (from 0). on_step runs on rank 0, each log_interval, for
     every step since. stop_after: return after so many steps of this call, checkpoint written. companion:
     what has a state of its own in the checkpoints, sharded() and fill() as Run has them. work: for the meter. profile_folder: for the traces of
-    settings.profile. InputError when the loss is not finite; Left when world.leaving says so, checkpoint written. Reached by all ranks.
+    settings.profile. InputError when the loss is not finite; Left when world.preemption says so, checkpoint written. Reached by all ranks.
     """
     place = {"checkpoints": checkpoints, "manifest": manifest, "companion": companion}
     try:
@@ -74,7 +74,7 @@ def train(
 
 def train_together(
     runs: Sequence[TrainingRun],
-    teacher: Any,
+    teacher: Teacher | None,
     batches_of: Callable[[int], Sequence[Batch]],
     last: int,
     *,
@@ -107,7 +107,8 @@ def train_together(
                     raise
                 training.done = step
                 runs.remove(training)
-        why = _why_leave(runs, getattr(teacher, "ending", None), step + 1) if step + 1 < last else ""
+        stream_end = teacher.stream_end if teacher is not None else None
+        why = _why_leave(runs, stream_end, step + 1) if step + 1 < last else ""
         if profiler:
             profiler.after(step, is_last=bool(why) or step + 1 == last)
         if why:
@@ -117,11 +118,11 @@ def train_together(
             raise Preempted(f"{runs[0].manifest.stage}: left after step {step + 1}: {why}")
 
 
-def _why_leave(runs: Sequence[TrainingRun], ending: StreamEnd | None, step: int) -> str:
+def _why_leave(runs: Sequence[TrainingRun], stream_end: StreamEnd | None, step: int) -> str:
     """Why all ranks leave after this step, "" when they go on; equal on all ranks, as far as its being empty."""
     why = next((training.leave for training in runs if training.leave), "")
-    if ending is None or not runs:
+    if stream_end is None or not runs:
         return why
-    if why and runs[0].world.is_main and ending.told is None:
-        ending.ask(why)
-    return ending.why() if ending.step() == step else ""
+    if why and runs[0].world.is_main and stream_end.last_step() is None:
+        stream_end.request(why)
+    return stream_end.reason() if stream_end.last_step() == step else ""

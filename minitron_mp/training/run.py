@@ -37,12 +37,16 @@ from minitron_mp.artifacts.optimizer_state import empty_optimizer_state, load_op
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig, TrainingConfig
 from minitron_mp.distillation.hidden_states import HiddenStatesLoss
+from minitron_mp.distillation.last_stage_loss import last_stage_loss, mark_head_gradient_ready
+from minitron_mp.distillation.stream_layout import Traffic
+from minitron_mp.distillation.teacher import Teacher, signal_of
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.launcher import environment_variable
-from minitron_mp.distributed.schedule import Batch, run_schedule
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.losses.fused import Objective, distillation_loss
+from minitron_mp.losses.fused import Objective
 from minitron_mp.models.build import DTYPES, output_weight, unwrap
 from minitron_mp.models.precision import silently_wrong
 from minitron_mp.training.metrics import StepMetrics
@@ -63,7 +67,7 @@ class TrainingRun:
     def __init__(
         self,
         chunks: list[Any],
-        teacher: Any,
+        teacher: Teacher | None,
         settings: DistillConfig | CorrectionConfig,
         world: World,
         *,
@@ -94,7 +98,7 @@ class TrainingRun:
         """Why all ranks leave, when they have agreed to."""
         self.save_now = False
         """A checkpoint is to be timed."""
-        self.saving_since, self.stood_s, self.traffic = 0.0, 0.0, (0.0, 0)
+        self.saving_since, self.stood_s, self.traffic = 0.0, 0.0, Traffic(0.0, 0)
         if checkpoints is not None:
             self._resume(checkpoints)
         if settings.collect_interval:
@@ -166,9 +170,11 @@ class TrainingRun:
         each = seconds / len(self.pending)
         steps = torch.stack(self.sums)
         wish, measure = self._wishes(each)
-        signals = getattr(self.teacher, "traffic", lambda: None)()
-        wait_s, num_bytes = (now - before for now, before in zip(signals or (0.0, 0), self.traffic))
-        self.traffic = signals or (0.0, 0)
+        signals = self.teacher.traffic() if self.teacher is not None else None
+        traffic = signals or Traffic(0.0, 0)
+        wait_s = traffic.wait_s - self.traffic.wait_s
+        num_bytes = traffic.num_bytes - self.traffic.num_bytes
+        self.traffic = traffic
         writing = self.background is not None and self.background.writing
         memory = [0.0] * world.rank + [peak_memory_gib(world.device)] + [0.0] * (world.size - world.rank - 1)
         own = [bool(wish), measure, writing, wait_s, num_bytes, signals is not None, *memory]
@@ -200,11 +206,12 @@ class TrainingRun:
 
     def _wishes(self, step_s: float) -> tuple[str, bool]:
         """Why this rank wants to leave; and whether a checkpoint is to be timed, which the first rank says."""
-        leaving, ending = self.world.leaving, getattr(self.teacher, "ending", None)
+        leaving = self.world.preemption
+        stream_end = self.teacher.stream_end if self.teacher is not None else None
         if leaving is None or self.checkpoints is None:
             return "", False
         leaving.step_s.append(step_s)
-        steps = self.settings.log_interval + (ending.lead_steps if ending else 0)
+        steps = self.settings.log_interval + (stream_end.lead_steps if stream_end else 0)
         pending = self.background is not None and self.background.pending
         measure = self.world.is_main and not pending and leaving.unmeasured(self.checkpoints)
         return leaving.why(self.world.is_main, steps=steps, saves=1 + pending), measure
@@ -295,8 +302,8 @@ class TrainingRun:
         self._saved_in(time.perf_counter() - self.saving_since)
 
     def _saved_in(self, seconds: float) -> None:
-        if self.world.leaving is not None:
-            known = self.world.leaving.save_s
+        if self.world.preemption is not None:
+            known = self.world.preemption.save_s
             known[self.checkpoints] = max(seconds, known.get(self.checkpoints, 0.0))
 
     def _resume(self, folder: Path) -> None:
@@ -320,9 +327,9 @@ class TrainingRun:
     def settle(self) -> None:
         """Leave the bare weights current and the rest collectable; the run is over. Reached by all ranks."""
         self.finish_save()
-        if self.world.leaving is not None:
-            self.world.leaving.save_s.pop(self.checkpoints, None)
-            self.world.leaving.step_s.clear()
+        if self.world.preemption is not None:
+            self.world.preemption.save_s.pop(self.checkpoints, None)
+            self.world.preemption.step_s.clear()
         _settle(self.models, self.settings)
         if self.settings.collect_interval:
             gc.enable()
@@ -336,7 +343,7 @@ class _LossOnLastStage:
     def __init__(
         self,
         model: Any,
-        teacher: Any,
+        teacher: Teacher | None,
         settings: DistillConfig | CorrectionConfig,
         world: World,
         vocab_size: int,
@@ -350,30 +357,27 @@ class _LossOnLastStage:
             DTYPES[settings.logits_precision],
         )
         self.overlap = settings.overlap
-        inner = unwrap(model)
-        self.other_gradient = (
-            inner.share_embeddings_and_output_weights and inner.pre_process
-        )  # the embedding's, in the backward pass
         self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        mask, weight = batch["loss_mask"], output_weight(unwrap(self.model))
-        if self.overlap and not self.other_gradient:
-            # The loss adds the weight's gradient to its main_grad; this tells the wrapper, which waits for all of a bucket.
-            hidden.register_hook(
-                lambda _: self.model.param_to_bucket_group[weight].register_grad_ready(weight)
-            )
-        target = self.teacher.target(batch["teacher"]) if self.teacher is not None else None
-        place = {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
-        total, per_token = distillation_loss(
-            hidden, weight, batch["labels"], mask, target, self.objective, **place
+        inner = unwrap(self.model)
+        if self.overlap:
+            mark_head_gradient_ready(self.model, inner, hidden)
+        loss = last_stage_loss(
+            hidden,
+            output_weight(inner),
+            batch,
+            self.teacher.target(signal_of(batch)) if self.teacher is not None else None,
+            self.objective,
+            vocab_size=self.vocab_size,
+            group=self.world.groups.tp,
         )
         if self.teacher is not None:
-            self.teacher.release(batch["teacher"])
-        tokens = mask.sum()
-        self.sums += torch.cat([(per_token * mask).sum((1, 2)), tokens[None]]).double()
-        # Not divided: with calculate_per_token_loss Megatron divides the gradient by the global number of tokens of the step.
-        return total, tokens.to(torch.int32), {}
+            self.teacher.release(signal_of(batch))
+        self.sums += torch.cat([loss.sums, loss.num_tokens[None]]).double()
+        # Not divided: with calculate_per_token_loss Megatron divides the gradient by the global
+        # number of valid tokens of the step.
+        return loss.total, loss.num_tokens.to(torch.int32), {}
 
 
 def _prepare(chunks: list[Any], settings: TrainingConfig, world: World) -> tuple[list[Any], Any, Any]:

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from minitron_mp.artifacts.checkpoint import prefixed
-from minitron_mp.distillation.teacher import Signal
-from minitron_mp.distributed.schedule import Batch, run_schedule
-from minitron_mp.losses.fused import TeacherHidden
+from minitron_mp.distillation.stream_layout import Traffic
+from minitron_mp.distillation.teacher import TeacherSignal, microbatch_numbers
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.losses.fused import TeacherHidden, TeacherTarget
 from minitron_mp.models.build import output_weight, unwrap
 from minitron_mp.training.run import TrainingRun
 
@@ -24,20 +28,22 @@ PREFIX = "teacher."
 class TrainableTeacher:
     """A colocated teacher (teacher.py) in training; after training.settings.steps it stays as it is. training: its Run, without checkpoints."""
 
+    pairs = None
+    stream_end = None
+
     def __init__(self, training: TrainingRun):
         self.training, self.world, self.chunks = training, training.world, training.models
         self.due = False
         """Whether gradients wait for the optimizer."""
 
-    def signals(self, batches: Sequence[Batch], step: int) -> list[Signal]:
-        """One entry a microbatch, on all ranks."""
+    def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         self._take_step()
         hidden: list[Any] = [None] * len(batches)
-        numbered = [{**batch, "number": number} for number, batch in enumerate(batches)]
+        numbered: list[Batch] = [{**batch, "index": index} for index, batch in enumerate(batches)]
         learning = self.training.done < self.training.settings.steps
 
         def catch(output: Any, batch: Batch) -> Any:
-            hidden[batch["number"]] = output.detach()
+            hidden[batch["index"]] = output.detach()
             return self.training.loss(output, batch) if learning else None
 
         if learning:
@@ -45,15 +51,19 @@ class TrainableTeacher:
         else:
             run_schedule(self.chunks, numbered, self.world, catch)
         self.due = learning
-        return [Signal(output, []) for output in hidden]
+        return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world), hidden))
 
-    def target(self, signal: Signal) -> TeacherHidden:
-        """What the loss takes, on the last stage."""
+    def target(self, signal: TeacherSignal) -> TeacherTarget:
         assert signal.hidden is not None
         return TeacherHidden(signal.hidden, output_weight(unwrap(self.chunks[-1])))
 
-    def release(self, signal: Signal) -> None:
-        """The loss is done with it."""
+    def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
+        return signal.states
+
+    def release(self, signal: TeacherSignal) -> None: ...
+
+    def traffic(self) -> Traffic | None:
+        return None
 
     def close(self) -> None:
         """The run is done with the teacher: its last step, and the rest of its log."""

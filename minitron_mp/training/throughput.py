@@ -116,9 +116,9 @@ def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: Any, 
         return work
     if t.placement == "remote":
         return replace(
-            work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.bridge.spans["teacher"])
+            work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.channel.spans["teacher"])
         )
-    learns = recipe.correct.steps if recipe.correct and recipe.corrects_meanwhile else 0
+    learns = recipe.correct.steps if recipe.correct and recipe.corrects_during_distillation else 0
     return replace(
         work,
         teacher=lambda step: training_flops(teacher, length) if step < learns else whole,

@@ -1,59 +1,45 @@
-"""What a stage works with: the recipe, this rank's world, and where the artefacts lie."""
+"""What a stage works with on a rank: its recipe and artifacts, and the rank's world."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from minitron_mp.artifacts.checkpoint import load_model
-from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.data.batches import micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
+from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
-from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
+from minitron_mp.workflow.stage_files import StageFiles
 
 ASSETS = "assets"
-"""Folder inside a checkpoint artefact with the Hugging Face side files: config.json, tokenizer."""
+"""Folder inside a checkpoint artifact with the Hugging Face side files: config.json, tokenizer."""
 
 
-@dataclass(frozen=True)
-class StageContext:
-    """One stage of one recipe on this rank. paths: stage -> artefact; manifest: of the artefact to be written.
+@dataclass(frozen=True, kw_only=True)
+class StageContext(StageFiles):
+    """One stage of one recipe on this rank."""
 
-    students: role -> recipe of those that a remote teacher serves in this job.
-    """
-
-    recipe: Recipe
     world: World
-    paths: dict[str, Path]
-    manifest: Manifest
     students: dict[str, Recipe] = field(default_factory=dict)
-
-    @property
-    def output(self) -> Path:
-        return self.paths[self.manifest.stage]
-
-    def arch(self, stage: str) -> Arch:
-        """Architecture of the model that a stage left."""
-        arch = require_artifact(self.paths[stage], stage).arch
-        assert arch is not None
-        return arch
+    """Role -> recipe of the students that a remote teacher serves in this job."""
 
     def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of data.tokenizer, or the model's."""
         return load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
 
     @property
@@ -87,13 +73,28 @@ class StageContext:
     ) -> ColocatedTeacher:
         """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
         where it teaches, None where it is judged."""
-        arch, options = (
-            self.arch(self.recipe.tutor),
-            {"precision": self.recipe.teacher_precision, "fp8": fp8, **self.build_options},
+        checkpoint = self.teacher_checkpoint
+        if corrected and self.recipe.corrects_during_distillation:
+            checkpoint = replace(checkpoint, folder=self.paths["distill"], prefix=PREFIX)
+        return ColocatedTeacher(self.frozen(checkpoint, fp8=fp8), pairs)
+
+    @property
+    def teacher_checkpoint(self) -> ModelCheckpoint:
+        """Checkpoint of the model that the student is distilled from."""
+        return ModelCheckpoint(
+            self.arch(self.recipe.distillation_teacher), self.paths[self.recipe.distillation_teacher]
         )
-        if corrected and self.recipe.corrects_meanwhile:
-            return ColocatedTeacher(arch, self.paths["distill"], self.world, **options, prefix=PREFIX)
-        return ColocatedTeacher(arch, self.paths[self.recipe.tutor], self.world, **options, pairs=pairs)
+
+    def frozen(self, checkpoint: ModelCheckpoint, *, fp8: str | None) -> ShardedModel:
+        """A teacher in this world's layout and the recipe's teacher precision, for forward passes."""
+        return frozen_model(
+            checkpoint,
+            self.world,
+            precision=self.recipe.teacher_precision,
+            sequence_length=self.recipe.data.sequence_length,
+            transformer_impl=self.recipe.transformer_impl,
+            fp8=fp8,
+        )
 
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
@@ -111,15 +112,9 @@ class StageContext:
         unit = micro_batch_size * dp * interleaved
         units = -(-num_samples // unit)
         size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
-        samples = open_samples(
-            self.paths["texts" if part in recipe.data.held_out else "data"],
-            part,
-            recipe.data.sequence_length,
-            num_samples,
-            recipe.seed,
-            self.tokenizer(),
-            repeat=False,
-        )
+        stage = "texts" if part in recipe.data.held_out else "data"
+        corpus = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
+        samples = open_samples(corpus, part, num_samples, repeat=False)
         sizes = {
             "global_batch_size": size,
             "micro_batch_size": micro_batch_size,
@@ -138,15 +133,11 @@ def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
 
 def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
     """The samples of all steps, the same for every role."""
-    recipe, owner = job.recipe, "teacher" if job.world.role == "teacher" else ""
-    count = settings.steps * settings.global_batch_size
-    return open_samples(
+    corpus = Corpus(
         job.paths["data"],
-        "train",
-        recipe.data.sequence_length,
-        count,
-        recipe.seed,
         job.tokenizer(),
-        repeat=True,
-        owner=owner,
+        job.recipe.data.sequence_length,
+        job.recipe.seed,
+        index_owner="teacher" if job.world.role == "teacher" else "",
     )
+    return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)

@@ -1,4 +1,7 @@
-"""Everything about a recipe that would stop a stage later on, found in a second before any work. Reads headers only."""
+"""Checks before anything runs: every problem of a recipe that would stop a later stage.
+
+Reads headers of files only.
+"""
 
 from __future__ import annotations
 
@@ -8,51 +11,37 @@ from pathlib import Path
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.data.corpus import corpus_problems, shared_parts
+from minitron_mp.config.rules import run_rule_problems
 from minitron_mp.errors import InputError, must_divide
-from minitron_mp.evaluation.task_files import read_task_file
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
-from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import check_weights, special_tokens
-from minitron_mp.pruning.depth import droppable_layers
-from minitron_mp.pruning.search_space import search_candidates
-from minitron_mp.pruning.target import exportable_arch, resolve_target
 
 
 def recipe_problems(
     recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None, *, weights: bool = True
 ) -> list[str]:
-    """One sentence each; empty when nothing stops it. paths: stage -> artefact. weights: False to look at the models' config.json alone.
+    """Return one sentence for each problem.
 
-    num_ranks: of the job, where it is known; else one copy of the model is assumed.
+    paths: stage -> artifact. num_ranks: ranks of the job; None assumes one copy of the model.
+    weights: False checks only the config.json of the models.
     """
-    found: dict[str, Arch] = {}
-
-    def read(folder: str) -> None:
-        found[folder] = read_arch(Path(folder), weights=weights)
-        if weights:
-            check_weights(Path(folder), found[folder])
-
-    tutor = recipe.teacher.model or recipe.model
-    problems = [
-        problem for folder in dict.fromkeys([recipe.model, tutor]) for problem in _told(partial(read, folder))
-    ]
-    problems += _told(partial(_same_tokens, recipe.model, tutor))
+    archs: dict[str, Arch] = {}
+    teacher = recipe.teacher.model or recipe.model
+    problems = []
+    for folder in dict.fromkeys([recipe.model, teacher]):
+        problems += _problems_of(partial(_read_model, folder, archs, weights))
+    problems += _problems_of(partial(_check_same_tokens, recipe.model, teacher))
     if weights:
-        problems += _files(recipe, paths)
-    if not recipe.target.given and not recipe.search:
-        problems.append("target says nothing; give sizes, max_parameters or keep, or a section search")
-    dp, too_few = _ranks(recipe, num_ranks)
-    return (
-        problems
-        + too_few
-        + _batches(recipe, dp)
-        + (_model(recipe, found[recipe.model], found[tutor]) if {recipe.model, tutor} <= found.keys() else [])
-    )
+        problems += _file_problems(recipe, paths)
+    problems += run_rule_problems(recipe)
+    problems += _rank_problems(recipe, num_ranks)
+    problems += _batch_problems(recipe, num_ranks)
+    if recipe.model in archs and teacher in archs:
+        problems += _model_problems(recipe, archs[recipe.model], archs[teacher])
+    return problems
 
 
-def _told(check: Callable[[], None]) -> list[str]:
-    """The rows of the InputError that check() raises."""
+def _problems_of(check: Callable[[], object]) -> list[str]:
+    """Return the lines of the InputError that check() raises, each with its title, or []."""
     try:
         check()
     except InputError as error:
@@ -61,193 +50,280 @@ def _told(check: Callable[[], None]) -> list[str]:
     return []
 
 
-def _same_tokens(model: str, tutor: str) -> None:
-    """InputError when an id means one token to the model and another one to the teacher. Ids that only one has a token for are no text's."""
-    one, other = Path(model) / "tokenizer.json", Path(tutor) / "tokenizer.json"
-    if not (one.is_file() and other.is_file()) or one.read_bytes() == other.read_bytes():
+def _read_model(folder: str, archs: dict[str, Arch], weights: bool) -> None:
+    """Add the architecture of a folder to archs, and check the headers of its weights."""
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.hf_weights import check_weights
+
+    archs[folder] = read_arch(Path(folder), weights=weights)
+    if weights:
+        check_weights(Path(folder), archs[folder])
+
+
+def _check_same_tokens(model: str, teacher: str) -> None:
+    """Raise InputError when an id is one token for the model and another for the teacher.
+
+    An id that only one of them has is in no text.
+    """
+    from minitron_mp.models.hf_weights import special_tokens
+
+    files = [Path(folder) / "tokenizer.json" for folder in (model, teacher)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return
-    own, theirs = special_tokens(one), special_tokens(other)
-    if differ := sorted(id for id in own.keys() & theirs.keys() if own[id] != theirs[id]):
-        example = f"{differ[0]} is {own[differ[0]]!r} in {one}, {theirs[differ[0]]!r} in {other}"
+    of_model, of_teacher = (special_tokens(file) for file in files)
+    differing = sorted(id for id in of_model.keys() & of_teacher.keys() if of_model[id] != of_teacher[id])
+    if differing:
+        first = differing[0]
         raise InputError(
-            f"teacher.model has another tokenizer than model: {len(differ):,} ids differ ({example}); give a teacher with the same one"
+            f"teacher.model has another tokenizer than model: {len(differing):,} ids differ "
+            f"({first} is {of_model[first]!r} in {files[0]}, {of_teacher[first]!r} in {files[1]}); "
+            "give a teacher with the same tokenizer"
         )
 
 
-def _files(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
-    problems = corpus_problems(recipe.data)
-    if (
-        recipe.search
-        and recipe.data.train
-        and not problems
-        and (both := shared_parts(recipe.data, "calibration", "train"))
-    ):
-        named = f"{', '.join(both[:3])}{f' and {len(both) - 3} more' * (len(both) > 3)}"
-        why = "search ranks students on calibration text, which their distillation must not have seen"
+def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
+    """Return the problems of the user's files other than the models."""
+    problems = _text_problems(recipe) + _task_problems(recipe) + _baseline_problems(recipe)
+    tokenizer = recipe.data.tokenizer
+    if tokenizer is not None and not Path(tokenizer).exists():
         problems.append(
-            f"data.calibration and data.train share {named}: {why}; hold some text out, or give data.source"
+            f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
+            ".model file"
         )
+    model = Path(recipe.model).resolve()
+    problems += [
+        f"model: {recipe.model} would be overwritten by the stage {name}; set another output"
+        for name, path in paths.items()
+        if path.resolve() == model
+    ]
+    return problems
+
+
+def _text_problems(recipe: Recipe) -> list[str]:
+    from minitron_mp.data.corpus import corpus_problems, shared_parts
+
+    problems = corpus_problems(recipe.data)
+    if recipe.search is None or not recipe.data.train or problems:
+        return problems
+    shared = shared_parts(recipe.data, "calibration", "train")
+    if not shared:
+        return []
+    more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+    return [
+        f"data.calibration and data.train share {', '.join(shared[:3])}{more}: search ranks students on "
+        "calibration "
+        "text, which their distillation must not use; hold some text out, or give data.source"
+    ]
+
+
+def _task_problems(recipe: Recipe) -> list[str]:
+    from minitron_mp.evaluation.task_files import read_task_file
+
     tasks = {
         f"evaluate.tasks.{name}": (path, recipe.evaluate.task_items)
         for name, path in recipe.evaluate.tasks.items()
     }
     if recipe.depth.task:
         tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
-    for name, (path, limit) in tasks.items():
-        problems += [f"{name}: {problem}" for problem in _told(partial(read_task_file, Path(path), limit))]
-    if recipe.correct and (baseline := recipe.correct.baseline):
-        if Path(baseline).resolve() == recipe.root.resolve():
-            problems.append(
-                f"correct.baseline: {baseline} is the output of this recipe; name that of a finished run without correction"
-            )
-        elif not (Path(baseline) / "evaluation.json").is_file():
-            problems.append(
-                f"correct.baseline: {baseline} holds no evaluation.json; name the output of a finished run without correction"
-            )
-    tokenizer, model = recipe.data.tokenizer, Path(recipe.model).resolve()
-    if tokenizer is not None and not Path(tokenizer).exists():
-        problems.append(
-            f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece .model file"
-        )
-    problems += [
-        f"model: {recipe.model} would be overwritten by the stage {name}; set another output"
-        for name, p in paths.items()
-        if p.resolve() == model
-    ]
-    return problems
-
-
-def _ranks(recipe: Recipe, num_ranks: int | None) -> tuple[int, list[str]]:
-    """The student's data parallel size, and what is wrong with how the ranks are shared out."""
-    t, layout = recipe.teacher, recipe.parallel
-    teachers, siblings = t.ranks_in(num_ranks), sum(t.siblings.values())
-    own = t.student_ranks or (num_ranks - teachers - siblings if num_ranks else layout.model_ranks)
-    roles = [("student", own, layout, "teacher", teachers)]
-    if t.is_remote:
-        roles.append(("teacher", teachers, t.parallel, "student", own))
     problems = []
-    for role, ranks, p, other, taken in roles:
-        if ranks <= 0 or ranks % p.model_ranks:
-            less = (
-                f" ({num_ranks} less the {other}'s {taken + siblings})" if num_ranks and t.is_remote else ""
-            )
-            problems.append(
-                f"{ranks} ranks{less} for the {role} is no multiple of tp x pp x cp = {p.model_ranks}"
-            )
-    return max(1, own // layout.model_ranks), problems
+    for name, (path, limit) in tasks.items():
+        problems += [f"{name}: {row}" for row in _problems_of(partial(read_task_file, Path(path), limit))]
+    return problems
 
 
-def _batches(recipe: Recipe, dp: int) -> list[str]:
-    sizes = [
-        ("distill.global_batch_size", recipe.distill.global_batch_size, recipe.distill),
-        ("score.num_samples", recipe.score.num_samples, recipe.score),
-    ]
-    if c := recipe.correct:
-        sizes.append(("correct.global_batch_size", c.global_batch_size, c))
-    return [
-        p
-        for name, size, section in sizes
-        if (p := must_divide(name, size, section.micro_batch_size, dp, recipe.parallel.interleaved))
-    ]
-
-
-def _model(recipe: Recipe, arch: Arch, tutor: Arch) -> list[str]:
-    """What the sizes of the model, and of the one that teaches, rule out."""
-    p, t = recipe.parallel, recipe.teacher
-    problems, students, stages = layout_problems(arch, p.tp), [arch], p.pp * (p.vpp or 1)
-    if tutor.vocab_size != arch.vocab_size:
-        problems.append(
-            f"teacher.model has a vocabulary of {tutor.vocab_size}, the model that is cut {arch.vocab_size}; they must have the same"
-        )
-    if (length := recipe.data.sequence_length) > arch.max_position_embeddings:
-        problems.append(
-            f"data.sequence_length {length} is above the model's max_position_embeddings {arch.max_position_embeddings}"
-        )
-    if (s := recipe.search) and s.context and s.latency_ms and s.context > arch.max_position_embeddings:
-        problems.append(
-            f"search.context {s.context} is above the model's max_position_embeddings {arch.max_position_embeddings}"
-        )
-    if t.is_remote:
-        problems += [f"teacher: {problem}" for problem in layout_problems(tutor, t.parallel.tp)]
-        if t.parallel.pp > tutor.num_layers:
-            problems.append(f"teacher: {t.parallel.pp} pipeline stages for {tutor.num_layers} layers")
-    if t.model and Path(t.model).resolve() == Path(recipe.model).resolve():
-        problems.append(f"teacher.model {t.model} is the folder of model, so it has no effect; drop it")
-    elif t.model:  # evaluate and search load it in the student's layout
-        problems += [f"teacher.model: {problem}" for problem in layout_problems(tutor, p.tp)]
-        if length > tutor.max_position_embeddings:
-            problems.append(
-                f"data.sequence_length {length} is above max_position_embeddings {tutor.max_position_embeddings} of teacher.model"
-            )
-        if stages > tutor.num_layers:
-            problems.append(
-                f"teacher.model: {stages} pipeline stages (pp x vpp) for {tutor.num_layers} layers; evaluate has it in the student's layout"
-            )
-    if t.payload == "topk" and t.top_k > arch.vocab_size:
-        problems.append(f"teacher.top_k {t.top_k} is above the vocabulary of {arch.vocab_size}")
-    if t.payload == "topk" and recipe.distill.divergence != "forward_kl":
-        problems.append(f"teacher.payload topk has no divergence {recipe.distill.divergence}; use forward_kl")
-
-    def size_student() -> None:
-        if recipe.search:
-            students.extend(
-                sorted(search_candidates(recipe, arch), key=lambda a: -a.num_layers)
-            )  # the shallowest last
-            exportable_arch(students[-1], recipe.export.family)
-            return
-        students.append(resolve_target(arch, recipe.target, p.tp, recipe.export.family))
-        exportable_arch(students[-1], recipe.export.family)
-        free = droppable_layers(recipe.depth, arch.num_layers, arch.num_layers - students[-1].num_layers)
-        if protected := [layer for layer in recipe.target.drop_layers or [] if layer not in free]:
-            said = f"depth.protect_first {recipe.depth.protect_first} and protect_last {recipe.depth.protect_last} keep"
-            raise InputError(
-                f"target.drop_layers names {', '.join(map(str, protected))}, which {said}; name others, or protect fewer"
-            )
-
-    problems += _told(size_student)
-    usual = type(recipe.depth)()
-    samples = [
-        name
-        for name in ("num_samples", "micro_batch_size")
-        if getattr(recipe.depth, name) != getattr(usual, name)
-    ]
-    if recipe.depth.method == "cosine" and samples:
-        why = "without effect with depth.method cosine, which measures nothing"
-        problems.append(
-            f"depth.{', depth.'.join(samples)}: {why}; drop it, or set depth.method: drop, block or greedy"
-        )
-    if (
-        recipe.depth.method != "cosine"
-        and len(students) > 1
-        and (recipe.target.drop_layers is not None or students[-1].num_layers == arch.num_layers)
-    ):
-        why = (
-            "target.drop_layers names the layers that go"
-            if recipe.target.drop_layers is not None
-            else f"the student keeps all {arch.num_layers} layers"
-        )
-        problems.append(
-            f"depth.method {recipe.depth.method} has nothing to choose, {why}; have layers go, or drop the section depth"
-        )
-    if recipe.distill.fp8:
-        problems += [f"distill.fp8: {problem}" for problem in _fp8(recipe, students[-1], p)]
-    if recipe.correct and recipe.correct.fp8:
-        problems += [
-            f"correct.fp8: {problem}"
-            for problem in _fp8(recipe, tutor if recipe.corrects_meanwhile else arch, p)
+def _baseline_problems(recipe: Recipe) -> list[str]:
+    baseline = recipe.correct.baseline if recipe.correct else None
+    if baseline is None:
+        return []
+    if Path(baseline).resolve() == recipe.root.resolve():
+        return [
+            f"correct.baseline: {baseline} is the output of this recipe; "
+            "give the output of a finished run without correction"
         ]
-    if t.fp8:
-        problems += [
-            f"teacher.fp8: {problem}" for problem in _fp8(recipe, tutor, t.parallel if t.is_remote else p)
+    if not (Path(baseline) / "evaluation.json").is_file():
+        return [
+            f"correct.baseline: {baseline} holds no evaluation.json; "
+            "give the output of a finished run without correction"
         ]
-    if recipe.distill.states and len(students) > 1:
-        problems += recipe.distill.states.problems(students[-1].num_layers, tutor.num_layers)
-    if stages > students[-1].num_layers:
+    return []
+
+
+def _student_ranks(recipe: Recipe, num_ranks: int | None) -> int:
+    """Return the ranks of the student in a job of num_ranks; one copy of the model when unknown."""
+    teacher = recipe.teacher
+    if teacher.student_ranks:
+        return teacher.student_ranks
+    if num_ranks is None:
+        return recipe.parallel.model_ranks
+    return num_ranks - teacher.ranks_in(num_ranks) - sum(teacher.siblings.values())
+
+
+def _rank_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
+    """Return the roles whose ranks do not divide into copies of their model."""
+    teacher = recipe.teacher
+    student_ranks, teacher_ranks = _student_ranks(recipe, num_ranks), teacher.ranks_in(num_ranks)
+    siblings = sum(teacher.siblings.values())
+    roles = [("student", student_ranks, recipe.parallel, "teacher", teacher_ranks)]
+    if teacher.is_remote:
+        roles.append(("teacher", teacher_ranks, teacher.parallel, "student", student_ranks))
+    problems = []
+    for role, ranks, parallel, other, other_ranks in roles:
+        if ranks > 0 and ranks % parallel.model_ranks == 0:
+            continue
+        share = ""
+        if num_ranks and teacher.is_remote:
+            share = f" ({num_ranks} less the {other}'s {other_ranks + siblings})"
         problems.append(
-            f"{stages} pipeline stages (pp x vpp) for a student of {students[-1].num_layers} layers"
+            f"{ranks} ranks{share} for the {role} must be a multiple of tp x pp x cp = "
+            f"{parallel.model_ranks}, above 0"
         )
     return problems
 
 
-def _fp8(recipe: Recipe, arch: Arch, p: ParallelConfig) -> list[str]:
-    return fp8_problems(arch, p.tp, p.tokens_of_sample(recipe.data.sequence_length))
+def _batch_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
+    """Return the batch sizes that do not divide over the student's ranks."""
+    data_parallel = max(1, _student_ranks(recipe, num_ranks) // recipe.parallel.model_ranks)
+    sizes = [
+        ("distill.global_batch_size", recipe.distill.global_batch_size, recipe.distill.micro_batch_size),
+        ("score.num_samples", recipe.score.num_samples, recipe.score.micro_batch_size),
+    ]
+    if recipe.correct:
+        sizes.append(
+            ("correct.global_batch_size", recipe.correct.global_batch_size, recipe.correct.micro_batch_size)
+        )
+    problems = [
+        must_divide(name, size, micro_batch_size, data_parallel, recipe.parallel.interleaved)
+        for name, size, micro_batch_size in sizes
+    ]
+    return [problem for problem in problems if problem]
+
+
+def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
+    """Return the problems of the sizes. base: the model that is pruned."""
+    problems = _layout_problems(recipe, base) + _teacher_problems(recipe, base, teacher)
+    candidates: list[Arch] = []
+    problems += _problems_of(partial(_size_students, recipe, base, candidates))
+    smallest = candidates[-1] if candidates else base
+    if recipe.depth.method != "cosine" and candidates:
+        problems += _depth_problems(recipe, base, smallest)
+    problems += _fp8_problems(recipe, base, teacher, smallest)
+    if recipe.distill.states and candidates:
+        problems += recipe.distill.states.problems(smallest.num_layers, teacher.num_layers)
+    stages = recipe.parallel.pp * (recipe.parallel.vpp or 1)
+    if stages > smallest.num_layers:
+        problems.append(
+            f"{stages} pipeline stages (pp x vpp) for a student of {smallest.num_layers} layers; lower pp "
+            "or vpp"
+        )
+    return problems
+
+
+def _layout_problems(recipe: Recipe, base: Arch) -> list[str]:
+    problems = layout_problems(base, recipe.parallel.tp)
+    longest = base.max_position_embeddings
+    if recipe.data.sequence_length > longest:
+        problems.append(
+            f"data.sequence_length {recipe.data.sequence_length} is above the model's "
+            f"max_position_embeddings {longest}"
+        )
+    search = recipe.search
+    if search and search.context and search.latency_ms and search.context > longest:
+        problems.append(
+            f"search.context {search.context} is above the model's max_position_embeddings {longest}"
+        )
+    return problems
+
+
+def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
+    """Return the problems of the teacher of distillation, with architecture `arch`."""
+    teacher, parallel = recipe.teacher, recipe.parallel
+    problems = []
+    if arch.vocab_size != base.vocab_size:
+        problems.append(
+            f"teacher.model has a vocabulary of {arch.vocab_size}, the model that is pruned "
+            f"{base.vocab_size}; "
+            "they must be the same"
+        )
+    if teacher.is_remote:
+        problems += [f"teacher: {problem}" for problem in layout_problems(arch, teacher.parallel.tp)]
+        if teacher.parallel.pp > arch.num_layers:
+            problems.append(f"teacher: {teacher.parallel.pp} pipeline stages for {arch.num_layers} layers")
+    if teacher.payload == "topk" and teacher.top_k > base.vocab_size:
+        problems.append(f"teacher.top_k {teacher.top_k} is above the vocabulary of {base.vocab_size}")
+    if teacher.model is None:
+        return problems
+    if Path(teacher.model).resolve() == Path(recipe.model).resolve():
+        problems.append(f"teacher.model {teacher.model} is the folder of model, so it has no effect; drop it")
+        return problems
+    # evaluate and search load this teacher in the student's layout.
+    problems += [f"teacher.model: {problem}" for problem in layout_problems(arch, parallel.tp)]
+    if recipe.data.sequence_length > arch.max_position_embeddings:
+        problems.append(
+            f"data.sequence_length {recipe.data.sequence_length} is above max_position_embeddings "
+            f"{arch.max_position_embeddings} of teacher.model"
+        )
+    stages = parallel.pp * (parallel.vpp or 1)
+    if stages > arch.num_layers:
+        problems.append(
+            f"teacher.model: {stages} pipeline stages (pp x vpp) for {arch.num_layers} layers; "
+            "evaluate loads it in the student's layout"
+        )
+    return problems
+
+
+def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
+    """Add the sizes of the student, or of all candidates of a search, to students.
+
+    The shallowest is the last one.
+    """
+    from minitron_mp.pruning.depth import droppable_layers
+    from minitron_mp.pruning.search_space import search_candidates
+    from minitron_mp.pruning.target import exportable_arch, resolve_target
+
+    if recipe.search:
+        students.extend(sorted(search_candidates(recipe, base), key=lambda arch: -arch.num_layers))
+        exportable_arch(students[-1], recipe.export.family)
+        return
+    student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
+    students.append(student)
+    exportable_arch(student, recipe.export.family)
+    droppable = droppable_layers(recipe.depth, base.num_layers, base.num_layers - student.num_layers)
+    protected = [layer for layer in recipe.target.drop_layers or [] if layer not in droppable]
+    if protected:
+        raise InputError(
+            f"target.drop_layers names {', '.join(map(str, protected))}, which depth.protect_first "
+            f"{recipe.depth.protect_first} and protect_last {recipe.depth.protect_last} keep; "
+            "name other layers, or protect fewer"
+        )
+
+
+def _depth_problems(recipe: Recipe, base: Arch, student: Arch) -> list[str]:
+    """Return the problem of a measured method for the choice of layers when there is no choice."""
+    if recipe.target.drop_layers is not None:
+        reason = "target.drop_layers names the dropped layers"
+    elif student.num_layers == base.num_layers:
+        reason = f"the student keeps all {base.num_layers} layers"
+    else:
+        return []
+    return [
+        f"depth.method {recipe.depth.method} has nothing to choose, {reason}; drop layers, or drop the "
+        "section depth"
+    ]
+
+
+def _fp8_problems(recipe: Recipe, base: Arch, teacher: Arch, student: Arch) -> list[str]:
+    """Return the sizes that FP8 does not support."""
+    corrected = teacher if recipe.corrects_during_distillation else base
+    teacher_layout = recipe.teacher.parallel if recipe.teacher.is_remote else recipe.parallel
+    models: list[tuple[str, Arch, ParallelConfig]] = []
+    if recipe.distill.fp8:
+        models.append(("distill.fp8", student, recipe.parallel))
+    if recipe.correct and recipe.correct.fp8:
+        models.append(("correct.fp8", corrected, recipe.parallel))
+    if recipe.teacher.fp8:
+        models.append(("teacher.fp8", teacher, teacher_layout))
+    problems = []
+    for key, arch, parallel in models:
+        tokens = parallel.tokens_of_sample(recipe.data.sequence_length)
+        problems += [f"{key}: {problem}" for problem in fp8_problems(arch, parallel.tp, tokens)]
+    return problems

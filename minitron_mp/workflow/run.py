@@ -1,16 +1,18 @@
-"""Stages on the ranks of a job: one by itself, or all that are not done.
+"""Run stages on the ranks of a job: one stage, or all that are not done.
 
-A single stage refuses inputs that are missing or made from something else, naming the field.
+A single stage raises InputError when an input is missing or out of date, and names the field that
+differs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import discard_checkpoints
@@ -19,96 +21,166 @@ from minitron_mp.config.recipe import Recipe, load_recipe, save_recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.graph import StageGraph
-from minitron_mp.workflow.stages.plan import plan_student
+from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.stage_files import checkpoint_folder
+from minitron_mp.workflow.stages import STAGES
+
+if TYPE_CHECKING:
+    from minitron_mp.distributed.preemption import Preemption
+    from minitron_mp.distributed.world import World
+
+T = TypeVar("T")
 
 FINISHED = "finished"
-"""Beside the artefacts when `compress` has reached its end; for scripts that start it again until then."""
+"""File in the output folder that `compress` writes at its end, for scripts that start it again
+until then."""
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
-    """Run one stage (a key of STAGES or OPTIONAL) on all ranks of the job; the path of its artefact.
+    """Run one stage on all ranks of the job and return the path of its artifact.
 
-    Done already: nothing happens, unless force. Under torchrun every rank calls it.
+    Called on all ranks.
+
+    A stage that is done is skipped unless force is given.
     """
-    project = StageGraph(recipe)
-    project.require_stage(name)
-    if name == "plan" and not speaks():
-        return project.paths[name]  # needs no ranks: one process does it
-    with nullcontext() if name == "plan" else _world(recipe) as world, _may_leave(world):
-        if world is None or world.role == "student":
-            _run(name, project, world, force=force)
-        elif name == "distill":
-            _join(recipe, world, force=force)
-    return project.paths[name]
+    graph = StageGraph(recipe)
+    graph.require_stage(name)
+    stage = graph.stages[name]
+    if not stage.needs_ranks:
+        if speaks():  # one process does the work, also under torchrun
+            _run_in_this_process(stage, graph, force=force)
+        return graph.paths[name]
+    with _join_world(recipe) as world, _preemptible(world):
+        if world.role == "student":
+            _run(stage, graph, world, force=force)
+        elif stage.meets_roles:
+            _take_part(stage, recipe, world, force=force)
+    return graph.paths[name]
 
 
 def compress(recipe: Recipe) -> Path:
-    """All stages from a Hugging Face teacher to a Hugging Face student, report.md and report.html; skips what is done. Reached by all ranks."""
-    project = StageGraph(recipe)
-    project.check()
-    with _world(recipe) as world, _may_leave(world):
+    """Run all stages that are not done, then write the report. Called on all ranks.
+
+    Returns the path of the exported student. The report is report.md and report.html.
+    """
+    graph = StageGraph(recipe)
+    graph.check()
+    with _join_world(recipe) as world, _preemptible(world):
         if world.role != "student":
-            _join(recipe, world)
-            return project.paths["export"]
-        _agree(world, lambda: project.check(world.job_size))
-        _agree(world, lambda: _open(recipe))
-        _agree(world, lambda: _forget_finished(project))
+            for stage in graph.stages.values():
+                if stage.meets_roles:
+                    _take_part(stage, recipe, world)
+            return graph.paths["export"]
+        _on_rank_0(lambda: graph.check(world.job_size))
+        _on_rank_0(lambda: _open_output(recipe))
+        _on_rank_0(lambda: _remove_finished(graph))
         say(
-            f"{recipe.root}: stop it when you like, the same command goes on from the last finished stage and checkpoint"
+            f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
+            "finished stage and checkpoint"
         )
-        for name in project.stages:
-            _run(name, project, world, force=False)
-            if name == ("texts" if "texts" in project.stages else "data"):
-                _agree(world, project.check_text)
-        for name in ("correct", "distill"):  # left when a kill came just after the model was written
-            if name in project.stages:
-                _agree(
-                    world,
-                    lambda name=name: discard_checkpoints(
-                        recipe.root / "checkpoints" / name, project.manifest(name)
-                    ),
-                )
-        _agree(world, lambda: _report(project))
-        _agree(world, lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
-    return project.paths["export"]
+        for name, stage in graph.stages.items():
+            _run(stage, graph, world, force=False)
+            if stage.check is not None:
+                _on_rank_0(partial(graph.check_artifact, name))
+        _on_rank_0(lambda: _discard_checkpoints(graph))
+        _on_rank_0(lambda: _write_report(graph))
+        _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
+    return graph.paths["export"]
 
 
-def _forget_finished(project: StageGraph) -> None:
-    """Take the mark away when a stage has to run, or cannot."""
-    try:
-        done = all(project.why_not_done(name) is None for name in project.stages)
-    except InputError:
-        done = False
-    if not done:
-        (project.recipe.root / FINISHED).unlink(missing_ok=True)
+def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
+    """Run one stage on all ranks. Rank 0 decides from the files that it sees."""
+    from minitron_mp.workflow.context import StageContext
+
+    name, recipe = stage.name, graph.recipe
+    differences = _on_rank_0(lambda: _why_run(name, graph, force))
+    if differences is not None:
+        _preemption(world).check(f"before {name}", world.is_main)
+    students: dict[str, Recipe] = {}
+    if stage.meets_roles and world.channel is not None:
+        students = _active_students(stage, recipe, world, differences is not None)
+    if differences is None:
+        say(f"{name}: done, {graph.paths[name]}")
+        return
+    _announce(name, differences)
+    _on_rank_0(lambda: _open_output(recipe))
+    start = time.monotonic()
+    if stage.run is not None:
+        manifest = _on_rank_0(lambda: graph.manifest(name))
+        stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
+    elif stage.run_on_one_rank is not None:
+        work = stage.run_on_one_rank
+        _on_rank_0(lambda: work(graph.files(name)))
+    seconds = time.monotonic() - start
+    _on_rank_0(lambda: _record(stage, graph, seconds, world))
+    say(f"{name}: {graph.paths[name]} in {seconds:.1f} s")
 
 
-@contextmanager
-def _may_leave(world: Any) -> Iterator[None]:
-    """What ends early inside ends well: one line, and the stop file is obeyed. The roles of a job still meet."""
-    from minitron_mp.distributed.preemption import Preempted
+def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> None:
+    """Run a stage that needs no ranks, without process groups."""
+    name = stage.name
+    differences = _why_run(name, graph, force)
+    if differences is None:
+        say(f"{name}: done, {graph.paths[name]}")
+        return
+    _announce(name, differences)
+    _open_output(graph.recipe)
+    start = time.monotonic()
+    assert stage.run_on_one_rank is not None
+    stage.run_on_one_rank(graph.files(name))
+    seconds = time.monotonic() - start
+    _record(stage, graph, seconds)
+    say(f"{name}: {graph.paths[name]} in {seconds:.1f} s")
 
-    try:
-        yield
-    except Preempted as left:
-        leaving = world.leaving
-        if world.bridge is not None and not leaving.met:
-            world.bridge.exchange("distill", False, timeout_s=None)
-        if world.is_main:
-            leaving.stop_file.unlink(missing_ok=True)
-        say(f"{left}; the same command goes on from there")
+
+def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
+    """Return None when the stage is done, else what differs in its artifact.
+
+    InputError when an input is missing or out of date.
+    """
+    differences = graph.why_not_done(name)
+    if differences is None and not force:
+        return None
+    graph.require_inputs(name)
+    return differences or []
 
 
-def _report(project: StageGraph) -> None:
-    from minitron_mp.report.report import (
-        write_report,  # brings the drawing library, which one rank needs, at the end
+def _announce(name: str, differences: list[str]) -> None:
+    for row in differences:
+        say(f"{name}: rerun because of {row}")
+
+
+def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None = None) -> None:
+    """Append to the run log how the artifact was made; the report reads it."""
+    ranks, per_node, device = 1, 1, ""
+    layout: dict[str, Any] = {}
+    if world is not None and stage.needs_ranks:
+        from minitron_mp.distributed.launcher import ranks_per_node
+        from minitron_mp.evaluation.prefill_speed import device_name
+
+        ranks, per_node, device = world.job_size, ranks_per_node(), device_name(world)
+        layout = graph.recipe.parallel.model_dump(exclude_defaults=True)
+    append_record(
+        graph.recipe.root,
+        stage.name,
+        graph.manifest(stage.name).fingerprint,
+        seconds,
+        ranks=ranks,
+        ranks_per_node=per_node,
+        layout=layout,
+        device=device,
     )
 
-    write_report(project)
+
+def _on_rank_0(action: Callable[[], T]) -> T:
+    """Return on every rank what action returns on rank 0. Called on all ranks."""
+    from minitron_mp.distributed.sync import on_rank_0
+
+    return on_rank_0(action, takes_long=True)  # fingerprints of large models, figures
 
 
-def _open(recipe: Recipe) -> None:
-    """The output folder with the resolved recipe in it."""
+def _open_output(recipe: Recipe) -> None:
+    """Make the output folder and write the resolved recipe, which the report names, to it."""
     try:
         recipe.root.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, recipe.root / "recipe.yaml")
@@ -116,73 +188,61 @@ def _open(recipe: Recipe) -> None:
         raise InputError(f"the output folder {recipe.root} cannot be written: {error}") from error
 
 
-def _run(name: str, project: StageGraph, world: Any, *, force: bool) -> None:
-    """One stage on all ranks. Rank 0 decides, from the files that it sees; the others follow."""
-    differences = _agree(world, lambda: _decide(name, project, force))
-    if differences is not None and world is not None:
-        world.leaving.check(f"before {name}", world.is_main)
-    active = (
-        _active(project.recipe, world, differences is not None)
-        if name == "distill" and world.bridge is not None
-        else {}
-    )
-    if differences is None:
-        say(f"{name}: done, {project.paths[name]}")
-        return
-    for row in differences:
-        say(f"{name}: again, for {row}")
-    _agree(world, lambda: _open(project.recipe))  # for a stage by itself, too: the report names the file
-    start = time.monotonic()
-    if name == "plan":
-        _agree(world, lambda: plan_student(project))
-    else:
-        from minitron_mp.workflow.context import StageContext
-        from minitron_mp.workflow.stages.all_stages import RUN
-
-        manifest = _agree(world, lambda: project.manifest(name))
-        RUN[name](StageContext(project.recipe, world, project.paths, manifest, active))
-    seconds = time.monotonic() - start
-    _agree(world, lambda: _note(name, project, world, seconds))
-    say(f"{name}: {project.paths[name]} in {seconds:.1f} s")
+def _remove_finished(graph: StageGraph) -> None:
+    """Remove the mark of a finished run when a stage must run, or cannot run."""
+    try:
+        done = all(graph.why_not_done(name) is None for name in graph.stages)
+    except InputError:
+        done = False
+    if not done:
+        (graph.recipe.root / FINISHED).unlink(missing_ok=True)
 
 
-def _note(name: str, project: StageGraph, world: Any, seconds: float) -> None:
-    """Keep for the report how the artefact was made."""
-    job: dict[str, Any] = {"ranks": 1, "ranks_per_node": 1, "layout": {}, "device": ""}
-    if name != "plan":
-        from minitron_mp.distributed.launcher import ranks_per_node
-        from minitron_mp.evaluation.prefill_speed import device_name
-
-        layout = project.recipe.parallel.model_dump(exclude_defaults=True)
-        job = {
-            "ranks": world.job_size,
-            "ranks_per_node": ranks_per_node(),
-            "layout": layout,
-            "device": device_name(world),
-        }
-    append_record(project.recipe.root, name, project.manifest(name).fingerprint, seconds, **job)
+def _discard_checkpoints(graph: StageGraph) -> None:
+    """Delete checkpoints of finished stages: a kill just after the last save leaves them."""
+    for name, stage in graph.stages.items():
+        if stage.has_checkpoints:
+            discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
 
 
-def _decide(name: str, project: StageGraph, force: bool) -> list[str] | None:
-    """None when there is nothing to do; otherwise why (the differences from what lies there). InputError on wrong inputs."""
-    differences = project.why_not_done(name)
-    if differences is None and not force:
-        return None
-    project.require_inputs(name)
-    return differences or []
+def _write_report(graph: StageGraph) -> None:
+    from minitron_mp.report.report import write_report  # loads the drawing library, which one rank needs
+
+    write_report(graph)
 
 
-def _agree(world: Any, decide: Callable[[], Any]) -> Any:
-    """Rank 0's answer on every rank; without a world this process is the only one."""
-    if world is None:
-        return decide()
-    from minitron_mp.distributed.sync import on_rank_0
+@contextmanager
+def _preemptible(world: World) -> Iterator[None]:
+    """End an early stop with one line, and delete the stop file.
 
-    return on_rank_0(decide, takes_long=True)  # fingerprints of large models, figures
+    The other roles of the job are informed.
+    """
+    from minitron_mp.distributed.preemption import Preempted
+
+    try:
+        yield
+    except Preempted as stop:
+        preemption = _preemption(world)
+        if world.channel is not None and not preemption.met:
+            for stage in STAGES:
+                if stage.meets_roles:
+                    world.channel.exchange(stage.name, False, timeout_s=None)
+        if world.is_main:
+            preemption.stop_file.unlink(missing_ok=True)
+        say(f"{stop}; the same command resumes from there")
+
+
+def _preemption(world: World) -> Preemption:
+    """Return the stop requests of a world that _join_world() made."""
+    assert world.preemption is not None
+    return world.preemption
 
 
 def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Role -> recipe of all students of a remote teacher; siblings take its settings from the first one."""
+    """Return role -> recipe of all students of a remote teacher.
+
+    All use the teacher section of the first one.
+    """
     siblings = {
         f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
         for path in recipe.teacher.siblings
@@ -190,53 +250,62 @@ def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
     return {"student": recipe, **siblings}
 
 
-def _join(recipe: Recipe, world: Any, *, force: bool = False) -> None:
-    """The ranks of a remote teacher and of siblings: wait until the student comes to distill, and take part."""
+def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = False) -> None:
+    """Wait for the student to reach the stage and take part in it, on the ranks of another role."""
     from minitron_mp.workflow.context import StageContext
-    from minitron_mp.workflow.stages.all_stages import RUN
 
+    assert stage.run is not None
     if world.role != "teacher":
-        _run("distill", StageGraph(co_student_recipes(recipe)[world.role]), world, force=force)
-    elif active := _active(recipe, world, True):
-        project = StageGraph(recipe)
-        manifest = _agree(world, lambda: project.manifest("distill"))
-        RUN["distill"](StageContext(recipe, world, project.paths, manifest, active))
+        _run(stage, StageGraph(co_student_recipes(recipe)[world.role]), world, force=force)
+        return
+    students = _active_students(stage, recipe, world, True)
+    if students:
+        graph = StageGraph(recipe)
+        manifest = _on_rank_0(lambda: graph.manifest(stage.name))
+        stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
 
 
-def _active(recipe: Recipe, world: Any, mine: bool) -> dict[str, Recipe]:
-    """The students that are not done; every rank of the job calls. The others may be at work for hours before they come."""
-    said = world.bridge.exchange("distill", mine, timeout_s=None)
-    world.leaving.met = True
-    return {role: own for role, own in co_student_recipes(recipe).items() if said[role]}
+def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -> dict[str, Recipe]:
+    """Return the students whose stage is not done.
+
+    Called on every rank of the job; some may arrive hours later.
+    """
+    assert world.channel is not None
+    is_active = world.channel.exchange(stage.name, active, timeout_s=None)
+    _preemption(world).met = True
+    return {role: student for role, student in co_student_recipes(recipe).items() if is_active[role]}
 
 
 @contextmanager
-def _world(recipe: Recipe) -> Iterator[Any]:
-    """This rank's world: all ranks of the job in the recipe's layout; or those of its role, when the teacher has ranks of its own.
+def _join_world(recipe: Recipe) -> Iterator[World]:
+    """Join the ranks of the job, or the ranks of the same role when the teacher is remote.
 
-    SIGTERM is noted from now on; before, while the ranks find each other, it ends the process as usual.
+    SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the
+    process.
     """
     from minitron_mp.distributed.launcher import num_job_ranks
     from minitron_mp.distributed.preemption import watch_for_preemption
     from minitron_mp.distributed.roles import join_roles
     from minitron_mp.distributed.world import join_world
 
-    t = recipe.teacher
-    if not t.is_remote:
-        with join_world(recipe.parallel, seed=recipe.seed) as w, watch_for_preemption(recipe.root) as leaving:
-            yield replace(w, leaving=leaving)
+    teacher = recipe.teacher
+    if not teacher.is_remote:
+        with (
+            join_world(recipe.parallel, seed=recipe.seed) as world,
+            watch_for_preemption(recipe.root) as preemption,
+        ):
+            yield replace(world, preemption=preemption)
         return
     job_size = num_job_ranks()
-    others = {**t.siblings, "teacher": t.ranks_in(job_size)}
-    layouts = {
-        role: (others.get(role.removeprefix("sibling "), 0), own.parallel)
-        for role, own in co_student_recipes(recipe).items()
-    }
-    layouts["student"] = (t.student_ranks or max(0, job_size - sum(others.values())), recipe.parallel)
-    layouts["teacher"] = (others["teacher"], t.parallel)
-    roots = {role: own.root for role, own in co_student_recipes(recipe).items()}
-    with (
-        join_roles(layouts, seed=recipe.seed, stream_timeout_s=t.timeout_s) as w,
-        watch_for_preemption(roots.get(w.role, recipe.root)) as leaving,
-    ):
-        yield replace(w, leaving=leaving)
+    students = co_student_recipes(recipe)
+    teacher_ranks = teacher.ranks_in(job_size)
+    student_ranks = teacher.student_ranks or max(0, job_size - teacher_ranks - sum(teacher.siblings.values()))
+    layouts = {"student": (student_ranks, recipe.parallel)}
+    for path, ranks in teacher.siblings.items():
+        role = f"sibling {path}"
+        layouts[role] = (ranks, students[role].parallel)
+    layouts["teacher"] = (teacher_ranks, teacher.parallel)
+    with join_roles(layouts, seed=recipe.seed, stream_timeout_s=teacher.timeout_s) as world:
+        output = students[world.role].root if world.role in students else recipe.root
+        with watch_for_preemption(output) as preemption:
+            yield replace(world, preemption=preemption)

@@ -1,23 +1,77 @@
-"""The stages in order: which artefact each needs, which settings change it, and whether it has to run again.
+"""What a stage of the workflow is: its artifact, its inputs, its settings and its work.
 
-An artefact is the recipe's own when its manifest is the one that the recipe asks for; then its stage is done.
+Each stage has one module in stages/, light at the top: it imports the recipe there and everything
+else where the stage runs, so that listing the stages costs no import of torch. The work of a long
+stage is a second file beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron_mp.config.recipe import Recipe
 
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
+    from minitron_mp.workflow.stage_files import StageFiles
 
-@dataclass(frozen=True)
+Input = str | Callable[[Recipe], str]
+"""The name of a stage, or a function of the recipe that returns it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """artifact: name below recipe.output. inputs: stages that come before. settings: what of the recipe changes the result."""
+    """One step of the workflow. It reads the artifacts of other stages and writes one."""
 
+    name: str
+    """The command that runs it."""
+    help: str
     artifact: str
-    inputs: tuple[str, ...]
-    settings: Callable[[Recipe], dict[str, Any]]
+    """File or folder below recipe.output."""
+    inputs: tuple[Input, ...] = ()
+    """Stages whose artifacts it reads."""
+    optional_inputs: tuple[str, ...] = ()
+    """Stages whose artifacts it reads when the recipe has these stages."""
+    unrecorded_inputs: tuple[str, ...] = ()
+    """Optional inputs that do not change the result, such as a cache. They must be up to date, but
+    they are not in the manifest."""
+    settings: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    """The settings that change the result. A change of any other setting does not rerun the stage.
+    """
     sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
-    """Fingerprints of files of the user that the stage reads."""
+    """Fingerprints of the user's files that it reads."""
+    when: Callable[[Recipe], bool] = lambda recipe: True
+    """Whether a recipe has this stage."""
+    requirement: str = ""
+    """For an error message: the part of a recipe that adds this stage. Empty for a stage of every
+    recipe."""
+    run: Callable[[StageContext], None] | None = None
+    """Writes the artifact; called on all ranks of the world. None for a stage with run_on_one_rank.
+    """
+    run_on_one_rank: Callable[[StageFiles], None] | None = None
+    """Writes the artifact in one process, without process groups. None for a stage with run."""
+    check: Callable[[StageFiles], None] | None = None
+    """Raises InputError when the finished artifact would stop a later stage; called by compress."""
+    meets_roles: bool = False
+    """Whether the ranks of a remote teacher and of further students take part."""
+    has_checkpoints: bool = False
+    """Whether it keeps checkpoints below recipe.output while it runs."""
+
+    def __post_init__(self) -> None:
+        assert (self.run is None) != (self.run_on_one_rank is None), self.name
+
+    @property
+    def needs_ranks(self) -> bool:
+        return self.run is not None
+
+
+def pruning_base(recipe: Recipe) -> str:
+    """Return the stage whose model is scored and pruned."""
+    return recipe.pruning_base
+
+
+def distillation_teacher(recipe: Recipe) -> str:
+    """Return the stage whose model is the teacher of distillation."""
+    return recipe.distillation_teacher

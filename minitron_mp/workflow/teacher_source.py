@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say
 from minitron_mp.data.batches import micro_batches
 from minitron_mp.distillation.cache import Reader
-from minitron_mp.distillation.hidden_states import LayerPairs
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.frozen_model import load_head
+from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.serve import ServedTeacher, SignalSender, serve_signals
 from minitron_mp.distillation.stream import STREAM_VERSION, Link, Receiver, Sender, Senders
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Grid, HeadSpec, StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, SignalReceiver
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.role_channel import RoleChannel
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.evaluation.quality import compare
 from minitron_mp.models.arch import Arch
@@ -39,7 +40,7 @@ def log_fp8_teacher_kl(job: StageContext, chunks: list[Any] | None) -> str | Non
     chunks: the teacher's, where they are on these ranks, whatever their role; None on those of a student whose teacher is elsewhere. The bf16
     teacher is loaded beside it for the while, 2 bytes a parameter. Reached by all ranks of each role.
     """
-    text, bridge = None, job.world.bridge
+    text, bridge = None, job.world.channel
     if job.recipe.teacher.fp8 is None:
         return None
     if chunks is not None:
@@ -54,7 +55,11 @@ def log_fp8_teacher_kl(job: StageContext, chunks: list[Any] | None) -> str | Non
 def _fp8_teacher_kl(job: StageContext, chunks: list[Any]) -> str:
     _, groups = job.groups("valid", KL_SAMPLES, job.recipe.distill.micro_batch_size, exact=False)
     quality = compare(
-        {"fp8": chunks}, job.teacher(), groups, job.world, vocab_size=job.arch(job.recipe.tutor).vocab_size
+        {"fp8": chunks},
+        job.teacher(),
+        groups,
+        job.world,
+        vocab_size=job.arch(job.recipe.distillation_teacher).vocab_size,
     )
     exact, rough = quality["teacher"], quality["fp8"]
     name = job.recipe.teacher.fp8
@@ -73,20 +78,22 @@ def open_teacher(job: StageContext, first: int) -> ColocatedTeacher | RemoteTeac
     t, pairs = recipe.teacher, _pairs(job)
     if t.placement == "colocated":
         return job.teacher(pairs=pairs, fp8=t.fp8)
-    receiver, ending, dp = None, None, world.groups.dp
+    dp = world.groups.dp
+    receiver: SignalReceiver | None = None
+    stream_end: StreamEnd | None = None
     mine = [id for id in ids(recipe, first) if id % dp.size() == dp.rank()]
     if t.placement == "cached":
         place = (dp.rank(), world.groups.cp.rank(), world.groups.tp.rank())
         student = Grid("student", recipe.parallel, dp.size())
         receiver = (
-            Reader(job.paths["cache"], _shape(job), student, place, mine, world.device)
+            Reader(job.paths["cache"], signal_shape(job), student, place, mine, world.device)
             if world.is_last_stage
             else None
         )
     else:
         link = _link(job)
         _handshake(job, link, first)
-        ending = _ending(job, link)
+        stream_end = _stream_end(job, link)
         copies = link.teacher.dp
         say(
             f"distill: {copies} {'copies' if copies > 1 else 'copy'} of the teacher, from job rank {link.teacher.first} on"
@@ -98,87 +105,75 @@ def open_teacher(job: StageContext, first: int) -> ColocatedTeacher | RemoteTeac
     head = None
     if t.payload == "hidden":
         head = load_head(
-            job.arch(recipe.tutor), job.paths[recipe.tutor], world, DTYPES[recipe.teacher_precision]
+            job.arch(recipe.distillation_teacher),
+            job.paths[recipe.distillation_teacher],
+            world,
+            DTYPES[recipe.teacher_precision],
         )
-    return RemoteTeacher(receiver, t.payload, head, world, pairs, ending)
+    return RemoteTeacher(receiver, t.payload, head, world, pairs, stream_end)
 
 
 def serve_students(job: StageContext) -> None:
     """The ranks of a remote teacher in distill: stream the signals of all microbatches that the student is still to see."""
     link = _link(job)
-    first, pairs, sender = _handshake(job, link, 0), _pairs(job), None
+    first, pairs = _handshake(job, link, 0), _pairs(job)
+    sender: SignalSender | None = None
     if job.world.is_last_stage:
         blocks = pairs.blocks(job.recipe.parallel) if pairs else None
         sender = Senders(link.to_stages(blocks), blocks, link.shape.width) if blocks else Sender(link)
-    _serve(job, link.shape, link.teacher, sender, first, link.window, pairs=pairs, ending=_ending(job, link))
+    serve(job, sender, first, window=link.window, pairs=pairs, stream_end=_stream_end(job, link))
 
 
-def _ending(job: StageContext, link: Link) -> StreamEnd:
-    """How the stream ends early."""
-    assert job.world.bridge is not None
+def _stream_end(job: StageContext, link: Link) -> StreamEnd:
+    """Return the early end of this job's stream."""
+    assert job.world.channel is not None
     per_step = len(ids(job.recipe, 0)) // job.recipe.distill.steps
     ahead = (link.window + min(link.window, job.recipe.teacher.parallel.pp)) * link.teacher.dp
-    return StreamEnd(job.world.bridge, per_step, 1 + -(-ahead // per_step))
+    return StreamEnd(job.world.channel, per_step, 1 + -(-ahead // per_step))
 
 
-def _serve(
+def serve(
     job: StageContext,
-    shape: StreamShape,
-    teacher: Grid,
-    sender: Any,
+    sender: SignalSender | None,
     first: int,
-    group: int,
-    progress: Any = lambda count: None,
+    *,
+    window: int,
+    progress: Callable[[int], None] = lambda count: None,
     pairs: LayerPairs | None = None,
-    ending: StreamEnd | None = None,
+    stream_end: StreamEnd | None = None,
 ) -> None:
-    recipe, world, d, samples = (
-        job.recipe,
-        job.world,
-        job.recipe.distill,
-        training_samples(job, job.recipe.distill),
-    )
-    per_step = d.global_batch_size // d.micro_batch_size
+    """Run the teacher over all microbatches of distill from step `first` on, and send its signals.
+
+    Called by all ranks that hold the teacher. window: microbatches in the pipeline at once.
+    """
+    recipe = job.recipe
+    settings = recipe.distill
+    samples = training_samples(job, settings)
+    per_step = settings.global_batch_size // settings.micro_batch_size
 
     def batch_of(id: int) -> Batch:
-        place = {"dp_rank": id % per_step, "dp_size": per_step}
-        return micro_batches(
+        (batch,) = micro_batches(
             samples,
             id // per_step,
-            global_batch_size=d.global_batch_size,
-            micro_batch_size=d.micro_batch_size,
-            **place,
-        )[0]
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            dp_rank=id % per_step,
+            dp_size=per_step,
+        )
+        return batch
 
-    arch = job.arch(recipe.tutor)
-    chunks = frozen_model(
-        arch,
-        job.paths[recipe.tutor],
-        world,
-        precision=recipe.teacher_precision,
-        fp8=recipe.teacher.fp8,
-        **job.build_options,
+    model = job.frozen(job.teacher_checkpoint, fp8=recipe.teacher.fp8)
+    log_fp8_teacher_kl(job, model.chunks)
+    teacher = ServedTeacher(
+        model,
+        signal_shape(job),
+        window,
+        top_k=recipe.teacher.top_k,
+        temperature=settings.temperature,
+        pairs=pairs,
+        stream_end=stream_end,
     )
-    log_fp8_teacher_kl(job, chunks)
-    settings: dict[str, Any] = {
-        "vocab_size": arch.vocab_size,
-        "top_k": recipe.teacher.top_k,
-        "temperature": d.temperature,
-        "pairs": pairs,
-        "ending": ending,
-    }
-    serve_signals(
-        chunks,
-        world,
-        shape,
-        teacher,
-        sender,
-        batch_of,
-        ids(recipe, first),
-        group=group,
-        progress=progress,
-        **settings,
-    )
+    serve_signals(teacher, sender, batch_of, ids(recipe, first), progress=progress)
 
 
 def _pairs(job: StageContext) -> LayerPairs | None:
@@ -189,11 +184,14 @@ def _pairs(job: StageContext) -> LayerPairs | None:
     channels = None
     if not recipe.teacher.model:
         channels = tuple(PrunePlan.load(job.paths["plan"]).units(HIDDEN).tolist())
-    return LayerPairs(recipe.distill.states, job.arch("prune"), job.arch(recipe.tutor), channels)
+    return LayerPairs(
+        recipe.distill.states, job.arch("prune"), job.arch(recipe.distillation_teacher), channels
+    )
 
 
-def _shape(job: StageContext) -> StreamShape:
-    recipe, arch = job.recipe, job.arch(job.recipe.tutor)
+def signal_shape(job: StageContext) -> StreamShape:
+    """Return what the signals of all microbatches have in common."""
+    recipe, arch = job.recipe, job.arch(job.recipe.distillation_teacher)
     width, dtype = {
         "hidden": (arch.hidden_size, DTYPES[recipe.teacher_precision]),
         "logits": (arch.padded_vocab_size, DTYPES[recipe.teacher_precision]),
@@ -206,7 +204,7 @@ def _shape(job: StageContext) -> StreamShape:
 
 def _link(job: StageContext) -> Link:
     """The stream between the roles of this job, the same on all ranks."""
-    recipe, bridge = job.recipe, job.world.bridge
+    recipe, bridge = job.recipe, job.world.channel
     assert bridge is not None
 
     def grid(role: str, parallel: ParallelConfig) -> Grid:
@@ -216,22 +214,23 @@ def _link(job: StageContext) -> Link:
         grid(role, own.parallel) for role, own in job.students.items() if bridge.role in ("teacher", role)
     ]
     return Link(
-        bridge, _shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
+        bridge, signal_shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
     )
 
 
 def _handshake(job: StageContext, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
-    recipe, bridge = job.recipe, job.world.bridge
+    recipe, bridge = job.recipe, job.world.channel
     assert bridge is not None
-    own = job.arch(recipe.tutor if job.world.role == "teacher" else "prune")
+    own = job.arch(recipe.distillation_teacher if job.world.role == "teacher" else "prune")
     made_from = {
-        stage: require_artifact(job.paths[stage], stage).fingerprint for stage in (recipe.tutor, "data")
+        stage: require_artifact(job.paths[stage], stage).fingerprint
+        for stage in (recipe.distillation_teacher, "data")
     }
     mine = contract(
         recipe,
         link,
-        job.arch(recipe.tutor),
+        job.arch(recipe.distillation_teacher),
         own.vocab_size,
         made_from,
         dict(job.tokenizer().unique_identifiers),
@@ -249,7 +248,7 @@ def contract(
 ) -> dict[str, Any]:
     """What both ends of the stream must have alike. vocab_size: of this end's own model; made_from: fingerprints of teacher and data."""
     return {
-        "teacher checkpoint": made_from[recipe.tutor],
+        "teacher checkpoint": made_from[recipe.distillation_teacher],
         "data": made_from["data"],
         "tokenizer": tokenizer,
         "seed": recipe.seed,

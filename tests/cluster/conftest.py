@@ -1,4 +1,4 @@
-"""A Slurm for all tests here, a project on it, and the curve of a run that nothing has disturbed."""
+"""A Slurm cluster for all tests here, a project on it, and an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from tiny import ROOT, make_model, make_text
 
 @pytest.fixture(scope="session")
 def slurm():
-    """Two nodes that run the Python of this process."""
+    """A cluster of two nodes that run the Python of this process."""
     if reason := why_not():
         pytest.skip(reason)
 
     def interrupt(*_):
-        # SIGTERM, for example from timeout(1): pytest then closes the fixtures, and no process stays.
+        # SIGTERM, for example from timeout(1): pytest then closes the fixtures, and no process
+        # stays.
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -51,7 +52,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def unbroken(slurm, project) -> tuple[int, Path]:
-    """(job, output) of `compress` over two nodes, in a container as far as pyxis is told."""
+    """Return (job, output) of `compress` over two nodes, in a container according to pyxis."""
     image = {"MINITRON_IMAGE": "nvcr.io#nvidia/pytorch:26.06-py3", "MINITRON_MOUNTS": "/models:/models:ro"}
     job = submit(slurm, "compress", project / "unbroken.yaml", **image)
     slurm.wait(lambda: slurm.ended(job), job, 300)

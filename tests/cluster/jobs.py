@@ -12,7 +12,7 @@ STEPS, INTERVAL = 48, 16
 
 
 def recipe(project: Path, output: str) -> Path:
-    """A recipe of the project's with an output folder of its own."""
+    """Write a recipe of the project with its own output folder."""
     training = {"steps": STEPS, "checkpoint_interval": INTERVAL}
     return make_recipe_file(
         project / f"{output}.yaml",

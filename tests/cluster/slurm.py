@@ -21,7 +21,7 @@ from pathlib import Path
 NODES = ("n0", "n1")
 GPUS = 8
 MARK = "MINITRON_TEST_CLUSTER"
-"""In the environment of every process that a cluster has started; its folder."""
+"""Environment variable of every process of a cluster; its value is the cluster's folder."""
 PYXIS = Path(__file__).with_name("pyxis.c")
 CONF = """ClusterName=minitron
 SlurmctldHost=localhost
@@ -56,7 +56,7 @@ PartitionName=other Nodes=ALL MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why there is no Slurm here, after an attempt to install Debian's; None when there is one."""
+    """Install Debian's Slurm if it is missing; return the error, or None."""
     needed = ("slurmctld", "slurmd", "sbatch", "gcc")
     missing = [name for name in needed if not shutil.which(name)] + ["spank.h"] * (
         not Path("/usr/include/slurm/spank.h").exists()
@@ -69,10 +69,10 @@ def why_not() -> str | None:
             "slurm-wlm, libslurm-dev and gcc"
         )
     quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "text": True}
-    # A policy of 101: the packages' own services are not started.
+    # A policy of 101 prevents that the packages start their services.
     policy = Path("/usr/sbin/policy-rc.d")
-    own = not policy.exists()
-    if own:
+    makes_policy = not policy.exists()
+    if makes_policy:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
@@ -92,7 +92,7 @@ def why_not() -> str | None:
             **quiet,
         )
     finally:
-        if own:
+        if makes_policy:
             policy.unlink()
     return (
         f"apt-get cannot install slurm-wlm and libslurm-dev: {done.stderr.strip()[-300:]}"
@@ -108,7 +108,7 @@ class Cluster:
     daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def run(self, *words: str | Path, timeout_s: float = 60, **variables: str) -> str:
-        """Output of a Slurm command, which has to succeed."""
+        """Run a Slurm command, which must succeed; return its output."""
         done = subprocess.run(
             [*map(str, words)],
             env=self.environment | variables,
@@ -124,7 +124,7 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *words, **variables))
 
     def job(self, number: int) -> dict[str, str]:
-        """What the controller knows of a job."""
+        """Return the controller's fields of a job."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", str(number))))
 
     def jobs(self) -> list[int]:
@@ -138,17 +138,17 @@ class Cluster:
     def ended(self, number: int) -> bool:
         return self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
-    def wait(self, what: Callable[[], object], number: int, seconds: float = 150) -> None:
-        """Until what() is true; the log of the job is in the message when it never is."""
+    def wait(self, condition: Callable[[], object], number: int, seconds: float = 150) -> None:
+        """Wait until condition() is true; at the timeout, fail with the job's log."""
         deadline = time.monotonic() + seconds
-        while not what():
+        while not condition():
             assert time.monotonic() < deadline, (
                 f"job {number} after {seconds:.0f} s: {self.job(number)}\n{self.log(number)}"
             )
             time.sleep(0.1)
 
-    def said(self) -> str:
-        """The ends of the daemons' logs."""
+    def log_ends(self) -> str:
+        """Return the ends of the daemons' logs."""
         return "\n".join(
             f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(self.root.glob("*.log"))
         )
@@ -156,7 +156,7 @@ class Cluster:
     def start(self, name: str) -> None:
         log = (self.root / f"{name}.log").open("a")
         words = ["slurmctld", "-D", "-c"] if name == "slurmctld" else ["slurmd", "-D", "-N", name]
-        # setpriv: they end with this process, however it ends.
+        # setpriv kills them if this process ends.
         self.daemons[name] = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *words],
             env=self.environment,
@@ -166,7 +166,7 @@ class Cluster:
         )
 
     def wait_until_up(self, seconds: float = 40) -> None:
-        """Until all nodes are idle; none has a job then."""
+        """Wait until all nodes are idle."""
         deadline = time.monotonic() + seconds
         while True:
             done = subprocess.run(
@@ -179,12 +179,12 @@ class Cluster:
             if done.stdout.split() == ["idle"] * len(NODES):
                 return
             assert time.monotonic() < deadline, (
-                f"Slurm does not come up: {done.stdout}{done.stderr}\n{self.said()}"
+                f"Slurm does not come up: {done.stdout}{done.stderr}\n{self.log_ends()}"
             )
             time.sleep(0.2)
 
     def lose(self, name: str) -> None:
-        """A node at once without power: its daemon and all that it has started."""
+        """Kill a node like a power failure: its daemon and all processes that it has started."""
         lost = {pid for pid, variables in self._processes() if variables.get("SLURMD_NODENAME") == name}
         lost |= {parent for pid in lost if (parent := _parent(pid)) > 1 and _name(parent) == "slurmstepd"}
         for pid in (self.daemons[name].pid, *lost):
@@ -193,7 +193,7 @@ class Cluster:
         self.daemons.pop(name).wait()
 
     def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """All that this cluster has started, with their environments."""
+        """Yield pid and environment of all processes of this cluster."""
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
                 variables = dict(
@@ -239,14 +239,14 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Started here, and stopped with all its jobs when the block is left, however that happens."""
+    """Start a cluster; stop it with all its jobs at the end of the block."""
     root = Path(tempfile.mkdtemp(prefix="slurm"))
     try:
         for folder in ("state", "jobs", *(f"spool-{name}" for name in NODES), "dev"):
             (root / folder).mkdir()
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         (root / "slurm.conf").write_text(CONF.format(root=root, ports=_free_ports(3), user=user, gpus=GPUS))
-        for number in range(GPUS):  # devices that can be given out
+        for number in range(GPUS):  # devices to allocate
             (root / "dev" / f"nvidia{number}").symlink_to("/dev/null")
         (root / "gres.conf").write_text(f"NodeName=n[0-1] Name=gpu File={root}/dev/nvidia[0-{GPUS - 1}]\n")
         subprocess.run(["gcc", "-shared", "-fPIC", "-o", root / "pyxis.so", PYXIS], check=True)
@@ -264,7 +264,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def clean(environment: dict[str, str]) -> dict[str, str]:
-    """Without what a job or a launcher around this process has set."""
+    """Return the environment without variables of a surrounding job or launcher."""
     foreign = re.compile(
         r"(SLURM|SBATCH|SRUN|MINITRON|TORCHELASTIC)_|(RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT)$"
     )

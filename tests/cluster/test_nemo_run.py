@@ -68,7 +68,10 @@ def nemo(slurm, tmp_path_factory):
 
 
 def test_partial_and_script_match_slurm_sbatch(nemo, unbroken, project):
-    """run.Partial distils, run.Script evaluates; curve and figures are those of launch/slurm.sbatch."""
+    """run.Partial distils, run.Script evaluates.
+
+    Curve and figures are those of launch/slurm.sbatch.
+    """
     _, whole = unbroken
     output, later = (
         project / "nemo",

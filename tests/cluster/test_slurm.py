@@ -21,7 +21,7 @@ AFTER_PRUNING = (
     "finished",
     "recipe.yaml",
 )
-"""Of an output folder, what a copy leaves out that is to distil again."""
+"""Files that a copy of an output folder leaves out, so that it distils again."""
 
 
 def steps(output: Path) -> int:
@@ -53,7 +53,7 @@ def test_deadline_is_before_the_time_limit(slurm, unbroken):
 
 
 def test_container_flags(slurm, unbroken):
-    """pyxis gets on each node the image and the folders of job, checkout and user, but not the home."""
+    """pyxis gets the image and the folders of job, checkout and user, but not the home."""
     jobs = slurm.root / "jobs"
     given = dict(line.split(" ", 1) for line in (slurm.root / "pyxis.txt").read_text().splitlines())
     expected = (
@@ -64,7 +64,10 @@ def test_container_flags(slurm, unbroken):
 
 
 def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken):
-    """One run in three jobs, the last of them started twice; its curve is bitwise the unbroken one."""
+    """One run in three jobs, the last one started twice.
+
+    Its curve is bitwise identical to an uninterrupted run.
+    """
     _, whole = unbroken
     output, options = (
         project / "broken",
@@ -92,7 +95,8 @@ def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken
     slurm.run("scontrol", "update", f"JobId={second}", "TimeLimit=20")
     slurm.run("scontrol", "update", "PartitionName=other", "State=UP")
 
-    # Slurm's warning in the middle of distillation: the stop file, a checkpoint at the step where they are.
+    # Slurm's warning in the middle of distillation: the stop file, a checkpoint at the step where
+    # they are.
     slurm.wait(lambda: steps(output) >= 4, second, 300)
     slurm.run("scancel", "--batch", "--signal=USR1", str(second))
     slurm.wait(lambda: slurm.ended(second), second)
@@ -103,19 +107,19 @@ def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken
     done = steps(output)
     assert done < STEPS, "it was over before it was stopped"
 
-    # A node fails, with its agent, its ranks and Slurm's daemon. It returns later, and Slurm requeues
-    # the job.
+    # A node fails, with its agent, its ranks and Slurm's daemon. It returns later, and Slurm
+    # requeues the job.
     slurm.wait(lambda: steps(output) >= done + 4, third, 300)
     slurm.lose("n1")
     slurm.wait(lambda: slurm.job(third)["Restarts"] == "1", third)
     assert steps(output) < STEPS, "it was over before the node was lost"
     slurm.start("n1")
-    # A requeued job waits for two minutes, and so does this test. Within the first of them Slurm 22.05
-    # sends the returned node another request to end the job. That would end the new job, which has
-    # the same number.
+    # A requeued job waits for two minutes, and so does this test. Within the first of them Slurm
+    # 22.05 sends the returned node another request to end the job. That would end the new job,
+    # which has the same number.
     slurm.wait(lambda: "try 4 of at most 100 on" in slurm.log(third) and slurm.ended(third), third, 400)
     assert slurm.job(third)["JobState"] == "COMPLETED", (
-        f"{slurm.job(third)}\n{slurm.log(third)}\n{slurm.said()}"
+        f"{slurm.job(third)}\n{slurm.log(third)}\n{slurm.log_ends()}"
     )
     assert all(
         slurm.job(job)["JobState"] == "CANCELLED" for job in slurm.jobs() if job > third
@@ -127,12 +131,15 @@ def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken
 @pytest.mark.parametrize(
     ("variable", "said"),
     [
-        ("MINITRON_MAX_TRIES", "this was try 1 of at most 1, not submitted again"),
-        ("MINITRON_MAX_FAILURES", "ended 1 times in a row with nothing new, not submitted again"),
+        ("MINITRON_MAX_TRIES", "this was try 1 of at most 1, not resubmitted"),
+        ("MINITRON_MAX_FAILURES", "ended 1 times in a row without progress, not resubmitted"),
     ],
 )
 def test_last_attempt_is_not_resubmitted(slurm, project, variable, said):
-    """The deadline passes while the ranks start, and one try is allowed, or one that brings nothing."""
+    """The deadline passes while the ranks start.
+
+    One try is allowed, or one try without progress.
+    """
     site = Path(slurm.environment["MINITRON_SITE"])
     usual = site.read_text()
     site.write_text(usual.replace("MINITRON_MARGIN_S=120", "MINITRON_MARGIN_S=175"))
@@ -171,6 +178,6 @@ def test_invalid_recipe_is_not_resubmitted(slurm, project):
     slurm.wait(lambda: slurm.ended(job), job)
     assert slurm.job(job)["ExitCode"] == "2:0"
     assert "needs a multiple of 3" in slurm.log(job)
-    assert "cannot be used, not submitted again" in slurm.log(job)
+    assert "invalid recipe or arguments, not resubmitted" in slurm.log(job)
     time.sleep(1)
     assert slurm.jobs()[-1] == job

@@ -1,10 +1,10 @@
-"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and used as the image's user.
+"""The Dockerfile, built with buildah on a stand-in for NVIDIA's image, and run as its user.
 
 The stand-in is Debian 12 from debootstrap with its Python 3.11, PyTorch's CPU build and a numpy
 that differs from the pinned one. The tests show that the base's packages are unchanged. NVIDIA's
 image itself is not pulled. The tests need root, buildah, debootstrap and a network; run them with
-tests/run.sh --docker. All files lie below pytest's temporary folder and are deleted at the end: 4 GB
-at most.
+tests/run.sh --docker. All files lie below pytest's temporary folder and are deleted at the end: 4
+GB at most.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tiny import ROOT, make_model, make_recipe_file, make_text
 
 BASE, IMAGE = "localhost/stand-in", "localhost/minitron-mp"
 NUMPY = "2.3.5"
-"""Of the stand-in."""
+"""numpy version of the stand-in."""
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 Buildah = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory) -> Iterator[Buildah]:
-    """buildah(words...) with a storage of its own, gone at the end."""
+    """buildah(words...) runs buildah with temporary storage."""
     if os.geteuid():
         pytest.skip("needs root: buildah runs builds in a chroot")
     for program in ("buildah", "debootstrap"):
@@ -144,13 +144,16 @@ def image(buildah, base) -> str:
         IMAGE,
         ROOT,
     )
-    assert re.search(rf"untouched: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
+    assert re.search(rf"unchanged: .*numpy {NUMPY}", done.stdout), done.stdout[-2000:]
     return IMAGE
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """Model, text and recipe that any user can read and write; the recipe has paths in the container."""
+    """Model, text and recipe that any user can read and write.
+
+    The recipe has paths in the container.
+    """
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
     make_text(root / "text")
@@ -231,7 +234,7 @@ def test_failed_health_check(inside):
 
 
 def test_torchrun_uses_the_virtual_environment(inside):
-    """The base's would start the base's Python, which does not see the library."""
+    """The base's torchrun would start the base's Python, which does not have the library."""
     done = inside(
         "torchrun",
         "--standalone",

@@ -94,7 +94,7 @@ def world():
 
 @pytest.fixture
 def models(world, tmp_path):
-    """build(arch, precision, **options) returns chunks in eval mode; one checkpoint per architecture."""
+    """build(arch, precision, **options) returns chunks in eval mode, of one checkpoint per arch."""
     from minitron_mp.models.build import build_model
 
     def build(arch: Arch, precision: str = "bf16", **options):
@@ -416,7 +416,10 @@ TWO_RANKS = {
     "dp-overlapped-graphs": ({}, {"overlap": True, "cuda_graphs": True}, 1),
     "dp-overlapped-async": ({}, {"overlap": True, "async_save": True, "checkpoint_interval": 2}, 1),
 }
-"""Layout, training settings and number of GPUs; tp_comm_overlap writes into another GPU's memory."""
+"""Layout, training settings and number of GPUs.
+
+tp_comm_overlap writes into another GPU's memory, so it needs two.
+"""
 
 
 @pytest.mark.parametrize("fp8", [None, "tensorwise"], ids=str)

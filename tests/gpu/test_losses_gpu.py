@@ -99,7 +99,8 @@ def test_kernels_match_reference(dtype, t, divergence):
             assert not got["gradient"][3].any()
             counts = torch.arange(64, device=DEVICE) != 3
             for key in want:
-                # float32 sums of 131072 terms in another order; a bf16 gradient may round differently.
+                # float32 sums of 131072 terms in another order; a bf16 gradient may round
+                # differently.
                 rtol = 2**-7 if key == "gradient" and (out or dtype) is torch.bfloat16 else 2e-5
                 torch.testing.assert_close(
                     got[key][counts],
@@ -165,7 +166,10 @@ def test_loss_never_synchronizes_with_the_device(name, main_grad):
 
 
 def test_peak_memory():
-    """8192 tokens, 12B teacher, 8B student: beyond the gradients only the logits of some rows are live."""
+    """8192 tokens, 12B teacher, 8B student.
+
+    Beyond the gradients only the logits of some rows are live.
+    """
     case = make_case(4096, 4096, 5120, torch.bfloat16)
     run(make_case(512, 256, 320, torch.bfloat16), Objective(), main_grad=True)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The teacher stream over NCCL: two ranks on one GPU, in a job of their own that torchrun starts."""
+"""The teacher stream over NCCL: two ranks on one GPU, in a torchrun job."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main(payload: str, window: int) -> None:
     one, width = ParallelConfig(), {"hidden": 512, "logits": 1024, "topk": 65}[payload]
     shape = StreamShape(payload, 256, 2, width, torch.bfloat16 if payload != "topk" else torch.float32)
     with join_roles({"student": (1, one), "teacher": (1, one)}, seed=1, stream_timeout_s=60) as world:
-        link = Link(world.bridge, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], window)
+        link = Link(world.channel, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], window)
         load = torch.randn((2048, 2048), device=world.device)
         if world.role == "teacher":
             sender = Sender(link)

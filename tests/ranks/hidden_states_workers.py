@@ -16,11 +16,12 @@ from torch import Tensor
 from training_workers import Runner, copy_once
 
 from minitron_mp.config.distillation import DistillConfig
-from minitron_mp.distillation.hidden_states import LayerPairs
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Receiver, Senders
 from minitron_mp.distillation.stream_layout import StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
@@ -47,11 +48,8 @@ def train_all(
     with joined(layout) as world:
         for name, ((student_arch, student, channels), settings, stopped) in runs.items():
             signals = ColocatedTeacher(
-                arch,
-                teacher,
-                world,
-                **FROZEN,
-                pairs=LayerPairs(settings.states, student_arch, arch, tuple(channels)),
+                frozen_model(ModelCheckpoint(arch, teacher), world, **FROZEN),
+                LayerPairs(settings.states, student_arch, arch, tuple(channels)),
             )
             if stopped:
                 copy_once(stopped, output / name)
@@ -64,8 +62,8 @@ def train_all(
                     student_arch, None if stopped else student, output / name
                 ).metrics
             assert count_hooks(kept[0].models) == 0, "hooks on the student are left"
-            weight = kept[0].states.weight
-            found[name] = metrics, None if weight is None else weight.detach().clone()
+            projection = kept[0].states.projection
+            found[name] = metrics, None if projection is None else projection.weight.detach().clone()
     return found
 
 
@@ -118,17 +116,8 @@ def train_remote(
         links = link.to_stages(blocks)
         if world.role == "teacher":
             sender = Senders(links, blocks, shape.width) if world.is_last_stage else None
-            options = {"group": window, "vocab_size": arch.vocab_size, "pairs": pairs}
-            serve_signals(
-                frozen_model(arch, weights, world, **FROZEN),
-                world,
-                shape,
-                link.teacher,
-                sender,
-                batch_of,
-                ids,
-                **options,
-            )
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **FROZEN)
+            serve_signals(ServedTeacher(model, shape, window, pairs=pairs), sender, batch_of, ids)
             return []
         dp, own = world.groups.dp, links.get(world.groups.pp.rank())
         receiver = Receiver(own, own.students[0], ids[dp.rank() :: dp.size()], world.device) if own else None
@@ -145,7 +134,8 @@ def without_pairs(layout: Layout, arch: Arch, teacher: Path, settings: DistillCo
     """The refusal of a run with states whose teacher has none."""
     with joined(layout) as world:
         try:
-            Runner(world, ColocatedTeacher(arch, teacher, world, **FROZEN), settings)(arch, teacher, output)
+            local = ColocatedTeacher(frozen_model(ModelCheckpoint(arch, teacher), world, **FROZEN))
+            Runner(world, local, settings)(arch, teacher, output)
         except InputError as error:
             return str(error)
         return ""

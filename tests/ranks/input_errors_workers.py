@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from model_workers import joined, load, score_samples
 from training_workers import Runner
 
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import raise_on_all_ranks
@@ -107,7 +108,11 @@ def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
 def loss(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
     """The teacher's final norm is NaN, so its logits are, on the last stage only."""
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         if world.is_last_stage:
             signals.chunks[-1].decoder.final_layernorm.weight.fill_(torch.nan)
         return refusal(lambda: Runner(world, signals, settings(layout))(arch, teacher, checkpoints))

@@ -23,7 +23,7 @@ def row_functions(calls: list[dict[str, Any]]) -> list[dict[str, dict[str, Tenso
 def both(
     z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
 ) -> dict[str, dict[str, Tensor]]:
-    """{"rows", "kernels"} -> results of both, each on copies of its own, from the same row values."""
+    """Return {"rows", "kernels"} -> results of both from the same row values."""
     from minitron_mp.losses import kernels as kernels
 
     found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])

@@ -15,6 +15,7 @@ from model_workers import joined, load
 
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 def ask(
@@ -34,23 +35,17 @@ def ask(
     """
     from transformers import AutoTokenizer
 
-    from minitron_mp.integrations.lm_eval import ShardedLM
+    from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with joined(layout) as world:
-        lm = ShardedLM(
-            load(arch, teacher, world),
-            tokenizer,
-            world,
-            max_length=max_length,
-            micro_batch_size=4,
-            vocab_size=arch.vocab_size,
-        )
+        model = ShardedModel(load(arch, teacher, world), arch, world, max_length, "fp32")
+        lm = ShardedLM(model, tokenizer, max_length=max_length, micro_batch_size=4)
         found = {
             "pairs": lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs]),
             "texts": lm.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts]),
             "prompts": lm.generate_until([SimpleNamespace(args=prompt) for prompt in prompts]),
-            "cut": lm.cut,
+            "cut": lm.num_truncated,
         }
         tokenizer.eos_token = eos
         return found | {"prompt until eos": lm.generate_until([SimpleNamespace(args=prompts[0])])}
@@ -60,17 +55,15 @@ def refusals(arch: Arch, folder: Path, settings: list[dict[str, Any]]) -> list[s
     """What the adapter says of requests that it cannot serve; no model is there to be asked."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.integrations.lm_eval import ShardedLM
+    from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 
     said = []
     with joined(Layout("one", 1)) as world:
         lm = ShardedLM(
-            [],
+            ShardedModel([], arch, world, 8, "fp32"),
             AutoTokenizer.from_pretrained(folder),
-            world,
             max_length=8,
             micro_batch_size=1,
-            vocab_size=arch.vocab_size,
         )
         calls = [(lm.generate_until, ("a", how)) for how in settings] + [
             (lm.loglikelihood, ("a", "b c d e f g h i j k l m")),
@@ -89,16 +82,14 @@ def disagree(layout: Layout, arch: Arch, folder: Path) -> str:
     """What the adapter says when ranks are asked unlike things."""
     from transformers import AutoTokenizer
 
-    from minitron_mp.integrations.lm_eval import ShardedLM
+    from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 
     with joined(layout) as world:
         lm = ShardedLM(
-            [],
+            ShardedModel([], arch, world, 8, "fp32"),
             AutoTokenizer.from_pretrained(folder),
-            world,
             max_length=8,
             micro_batch_size=1,
-            vocab_size=arch.vocab_size,
         )
         try:
             lm.loglikelihood([SimpleNamespace(args=("a", " bc"[: 2 + world.rank]))])

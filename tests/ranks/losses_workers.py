@@ -87,7 +87,7 @@ def fused(
 def _own_teacher(
     teacher: TeacherTarget | None, columns: slice, padding: int, split: Any
 ) -> TeacherTarget | None:
-    """This rank's columns and, with a group to split the sequence over, its part of the sequence."""
+    """Return this rank's columns and, with a group, its part of the sequence."""
 
     def part(x: Tensor) -> Tensor:
         return x if split is None else x.chunk(split.size())[split.rank()]
@@ -141,7 +141,10 @@ def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor
 
 
 def top_k(hidden: Tensor, weight: Tensor, k: int, vocab_size: int, temperature: float) -> tuple[Tensor, ...]:
-    """Return the teacher's top k as the student receives it, from full hidden [s, b, h], weight [v, h]."""
+    """Return the teacher's top k as the student receives it.
+
+    The inputs are the full hidden [s, b, h] and weight [v, h].
+    """
     from minitron_mp.losses.top_k import pack_top_k, top_k_of, unpack_top_k
 
     group = dist.group.WORLD

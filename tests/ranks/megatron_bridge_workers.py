@@ -30,10 +30,11 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Receiver, Sender
 from minitron_mp.distillation.stream_layout import StreamShape
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
 from minitron_mp.integrations.megatron_bridge.checks import check_config
@@ -88,13 +89,13 @@ def built(
 
 def import_folder(source: Path, folder: Path, world: World) -> None:
     """Our converter: Hugging Face folder -> checkpoint, with its side files."""
-    from minitron_mp.workflow.stages.export import _sharded
+    from minitron_mp.workflow.stages.export.hf_folder import sharded_tensor
 
     arch = read_arch(source)
     weights, mine = Weights(source, arch), {}
     for key, layer in canonical_keys(arch):
         if (layer or 0) % dist.get_world_size() == dist.get_rank():
-            mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
+            mine[f"{key}/{layer}"] = sharded_tensor(key, layer, weights.tensor(key, layer), arch)
 
     def assets(made: Path) -> None:
         (made / ASSETS).mkdir()
@@ -300,12 +301,9 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
         arch = _arch_in(folder / "student")
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         load_model(chunks, folder / "student", world)
+        checkpoint = ModelCheckpoint(_arch_in(folder / "teacher"), folder / "teacher")
         teacher = ColocatedTeacher(
-            _arch_in(folder / "teacher"),
-            folder / "teacher",
-            world,
-            precision="fp32",
-            sequence_length=SEQUENCE_LENGTH,
+            frozen_model(checkpoint, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         )
         settings = DistillConfig(**same, global_batch_size=per_step, micro_batch_size=1)
         train(
@@ -343,20 +341,9 @@ def pretrain_beside_teacher(
     with joined_roles(roles) as world:
         link, ids = make_link(world, roles, shape, 2), range(len(batches))
         if world.role == "teacher":
-            chunks = frozen_model(
-                arch, folder / "teacher", world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-            serve_signals(
-                chunks,
-                world,
-                shape,
-                link.teacher,
-                Sender(link),
-                lambda id: batches[id],
-                ids,
-                group=1,
-                vocab_size=arch.vocab_size,
-            )
+            checkpoint = ModelCheckpoint(arch, folder / "teacher")
+            model = frozen_model(checkpoint, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+            serve_signals(ServedTeacher(model, shape, 1), Sender(link), lambda id: batches[id], ids)
             return []
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None

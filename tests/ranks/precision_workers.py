@@ -56,7 +56,7 @@ def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]])
 
 
 def wrongs(arch: Arch) -> dict[str, list[str]]:
-    """What silently_wrong() says of a model's own configuration, and of it with one thing changed."""
+    """Return silently_wrong() of a model's configuration, and with one change each."""
     with joined(ONE) as world:
         config, ddp = (
             build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)[0].config,
@@ -86,7 +86,7 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
         own, places = {parameter.data_ptr() for parameter in chunks[0].parameters()}, set()
         with patch.object(
             checkpoint,
-            "load",
+            "load_checkpoint",
             side_effect=lambda state, folder, read=load_checkpoint: (
                 places.update(_places(state)),
                 read(state, folder),
@@ -122,7 +122,7 @@ class NormLinear(nn.Module):
 
 
 def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
-    """Return the importance of a model with separate norms, and with norms fused into the linears."""
+    """Return the importance of a model with separate norms and with norms fused into linears."""
     with joined(ONE) as world:
         chunks, samples = load(arch, teacher, world), make_samples(arch, 0, 4)
         found = [score_samples(chunks, arch, samples, world, DEFAULT_PAIR)]
@@ -138,7 +138,10 @@ def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
 
 
 def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list[float], list[bool], bool]:
-    """(losses, whether Python collects by itself after each step, and at the end) of a few steps."""
+    """Run a few steps.
+
+    Returns (losses, whether automatic garbage collection is on after each step, and at the end).
+    """
     settings = CorrectionConfig(
         steps=3, warmup_steps=0, global_batch_size=4, lr=1e-3, collect_interval=interval
     )

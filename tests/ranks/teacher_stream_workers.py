@@ -21,10 +21,11 @@ from torch import Tensor
 from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.serve import serve_signals
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.serve import ServedTeacher, serve_signals
 from minitron_mp.distillation.stream import Link, Receiver, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
-from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, frozen_model, load_head
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix
 from minitron_mp.distributed.roles import join_roles
 from minitron_mp.distributed.world import World
@@ -66,7 +67,7 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
 
 
 def make_link(world: World, roles: Roles, shape: StreamShape, window: int) -> Link:
-    bridge = world.bridge
+    bridge = world.channel
     grids = {}
     for role, (ranks, p) in roles.items():
         layout = ParallelConfig(**p)
@@ -130,7 +131,7 @@ def _stream(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     link = make_link(world, roles, shape, window)
-    g, chance, fault = world.groups, random.Random(seed * 100 + world.bridge.rank), _Fault(world, die)
+    g, chance, fault = world.groups, random.Random(seed * 100 + world.channel.rank), _Fault(world, die)
 
     def pause() -> None:
         time.sleep(delay_s * chance.random())
@@ -209,7 +210,7 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
     with joined_roles(roles, timeout_s=3.0) as world:
         link = make_link(world, roles, shape, 3)
         if world.role == "teacher":
-            world.bridge.control.send([torch.tensor([announced])], link.students[0].first, 1).wait()
+            world.channel.control.send([torch.tensor([announced])], link.students[0].first, 1).wait()
             time.sleep(0.5)
             return ""
         receiver, text = Receiver(link, link.students[0], [due], world.device), ""
@@ -218,7 +219,7 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
         except RuntimeError as error:
             text = str(error)
         receiver.close()
-        world.bridge.place.store.delete_key("failed")  # so that the roles part as if nothing had been
+        world.channel.place.store.delete_key("failed")  # so that the roles part as if nothing had been
         return text
 
 
@@ -229,9 +230,9 @@ def wrong_credit(roles: Roles, shape: StreamShape) -> str:
         if world.role == "student":
             number = torch.empty(1, dtype=torch.int64)
             signal = torch.empty(shape.local(ParallelConfig()), dtype=shape.dtype)
-            world.bridge.control.recv([number], link.teacher.first, 1).wait()
-            world.bridge.data.recv([signal], link.teacher.first, 3).wait()
-            world.bridge.control.send([number + 1], link.teacher.first, 2).wait()
+            world.channel.control.recv([number], link.teacher.first, 1).wait()
+            world.channel.data.recv([signal], link.teacher.first, 3).wait()
+            world.channel.control.send([number + 1], link.teacher.first, 2).wait()
             time.sleep(0.5)
             return ""
         sender, text = Sender(link), ""
@@ -240,7 +241,7 @@ def wrong_credit(roles: Roles, shape: StreamShape) -> str:
             sender.finish()
         except RuntimeError as error:
             text = str(error)
-        world.bridge.place.store.delete_key("failed")
+        world.channel.place.store.delete_key("failed")
         return text
 
 
@@ -251,7 +252,9 @@ def contract(roles: Roles, **other: Any) -> str:
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
         with joined_roles(roles) as world:
-            compare_contracts(world.bridge, ["student"], mine | other if world.role == "teacher" else mine, 0)
+            compare_contracts(
+                world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0
+            )
     except InputError as error:
         return str(error)
     return ""
@@ -280,9 +283,8 @@ def train_with(
     frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
     if teacher is None:
         with joined(student) as world:
-            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(
-                arch, weights, world, **frozen
-            )
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(model)
             return Runner(world, local, chosen)(**start).metrics
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = chosen.global_batch_size // chosen.micro_batch_size
@@ -302,18 +304,9 @@ def train_with(
             world.is_last_stage,
         )
         if world.role == "teacher":
-            chunks = frozen_model(arch, weights, world, **frozen)
-            serve_signals(
-                chunks,
-                world,
-                shape,
-                link.teacher,
-                Sender(link) if is_last else None,
-                batch_of,
-                ids,
-                group=window,
-                vocab_size=arch.vocab_size,
-            )
+            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            sender = Sender(link) if is_last else None
+            serve_signals(ServedTeacher(model, shape, window), sender, batch_of, ids)
             return []
         dp = world.groups.dp
         receiver = (

@@ -1,4 +1,4 @@
-"""Losses without layers: against a dense model that lacks them, at every layout; and which layers go."""
+"""Losses without layers match a dense model for every layout; layers are chosen correctly."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_losses_match_dense_models_without_the_layers(results, dense, layout):
 
 @layouts
 def test_task_scores_match_dense_models_without_the_layers(results, dense_options, layout):
-    """Rows of several lengths, so the layers' arguments change on the way; a layer is gone already."""
+    """Rows have several lengths, so the layers' arguments change. One layer is dropped before."""
     for rank in results.judged(layout):
         for found, want in zip(rank["scores without"], dense_options, strict=True):
             assert found[:, 0].tolist() == pytest.approx([log_p for log_p, _ in want], rel=1e-5)
@@ -206,7 +206,7 @@ def test_close_layer_cut_is_reported():
 
 
 def test_trials_closer_than_rounding_are_reported():
-    """Compare the last dropped with the first kept layer, the two best blocks, and each greedy round."""
+    """Compare last dropped and first kept layer, the two best blocks, and greedy rounds."""
     near = 1.2 * (1 + 2e-6)
     singles = singles_of([9.0, 1.2, 1.1, near, 8.0])
     (note,) = notes(5, 3, DepthConfig(method="drop"), singles)
@@ -266,14 +266,14 @@ def test_task_returns_accuracy_and_log_p_of_correct_answers():
     ("depth", "words"),
     [
         ({"method": "block", "metric": "task"}, "give task: FILE.jsonl"),
-        ({"metric": "task", "task": "a.jsonl"}, "without effect with method cosine"),
+        ({"metric": "task", "task": "a.jsonl"}, "no effect with method cosine"),
         (
             {"method": "block", "task": "a.jsonl", "task_items": 2},
-            "task, task_items: without effect with metric loss",
+            "task, task_items: no effect with metric loss",
         ),
         (
             {"method": "drop", "metric": "task", "task": "a.jsonl", "num_samples": 3},
-            "num_samples: without effect with metric task",
+            "num_samples: no effect with metric task",
         ),
     ],
 )
@@ -285,9 +285,9 @@ def test_depth_settings_without_effect_are_rejected(depth, words):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ({"num_layers": 3, "drop_layers": [1]}, "num_layers and drop_layers both say"),
-        ({"drop_layers": [2, 1]}, "is not ascending from 0"),
-        ({"drop_layers": [1, 1]}, "is not ascending from 0"),
+        ({"num_layers": 3, "drop_layers": [1]}, "num_layers and drop_layers exclude each other"),
+        ({"drop_layers": [2, 1]}, "must be ascending from 0"),
+        ({"drop_layers": [1, 1]}, "must be ascending from 0"),
     ],
 )
 def test_invalid_layer_targets_are_rejected(target, words):

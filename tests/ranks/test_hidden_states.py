@@ -12,7 +12,7 @@ from cases import ARCHS, BY_NAME, DISTILL, GLOBAL_BATCH_SIZE, RESUME_AT, make_sa
 from minitron_mp.config.distillation import DistillConfig, HiddenStatesConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import make_recipe
-from minitron_mp.distillation.hidden_states import LayerPairs
+from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.errors import InputError
 from minitron_mp.models.axes import HIDDEN
 from minitron_mp.planning.memory import payload_bytes_per_token
@@ -119,7 +119,7 @@ def resumed(results, ranks, layout, source):
 
 
 def plain(results, axis, states, steps):
-    """(PlainTraining after so many steps, the same after RESUME_AT steps): history, weights, moments."""
+    """Return history, weights and moments of PlainTraining after all steps and after RESUME_AT."""
 
     def train():
         plan, chosen = (
@@ -170,7 +170,7 @@ def assert_close(metrics, history):
     + [pytest.param(layout, "narrow", marks=pytest.mark.slow) for layout in MORE],
 )
 def test_steps_match_plain_autograd(results, ranks, layout, name):
-    """Loss, its parts, alpha and gradient norm of every step, and the projection the same on all ranks."""
+    """Loss, its parts, alpha and gradient norm match; the projection is equal on all ranks."""
     axis, chosen = cases(layout)[name]
     by_rank = trained(results, ranks, layout)
     assert_close(by_rank[0][name][0], plain(results, axis, chosen.states, chosen.steps)[0])
@@ -264,7 +264,7 @@ def test_remote_teacher_matches_colocated_teacher(results, ranks, pair):
 def test_teacher_without_hidden_states_is_rejected(results, ranks, tmp_path):
     case = {"layout": BY_NAME["one"], "arch": ARCH, "teacher": results.teacher("qwen3"), "output": tmp_path}
     (message,) = ranks(1, "hidden_states_workers.without_pairs", settings=with_states("one", COSINE), **case)
-    assert "the teacher makes no states; make it with pairs" in message
+    assert "the teacher delivers no hidden states; construct the teacher with pairs" in message
 
 
 @pytest.mark.parametrize("vpp", [None, 2, 3])
@@ -323,33 +323,37 @@ def test_planner_counts_hidden_state_bytes():
     ("states", "other", "message"),
     [
         ({"layers": {}}, {}, r"distill\.states\.layers: .*at least 1"),
-        ({"layers": {3: 1, 2: 2}}, {}, r"the student's states \[3, 2\] are not ascending, each once"),
-        ({"layers": [[0, 0], [0, 1]]}, {}, r"are not ascending, each once"),
-        ({"layers": [[0, 1, 2]]}, {}, r"\[0, 1, 2\] is no pair of states"),
-        ({"layers": {0: -1}}, {}, r"\[0, -1\] is no pair of states \[student, teacher\], counted from 0"),
+        ({"layers": {3: 1, 2: 2}}, {}, r"the student's states \[3, 2\] must be ascending, without repeats"),
+        ({"layers": [[0, 0], [0, 1]]}, {}, r"must be ascending, without repeats"),
+        ({"layers": [[0, 1, 2]]}, {}, r"\[0, 1, 2\] must be \[state of the student"),
+        (
+            {"layers": {0: -1}},
+            {},
+            r"\[0, -1\] must be \[state of the student, state of the teacher\], counted from 0",
+        ),
         ({"layers": {"x": 1}}, {}, r"distill\.states\.layers\.0\.0: .*given 'x'"),
-        ({"layers": {0: 0}, "weight": 0}, {}, r"weight 0\.0: give a number above 0, or dynamic"),
+        ({"layers": {0: 0}, "weight": 0}, {}, r"weight 0\.0 must be above 0, or dynamic"),
         ({"layers": {0: 0}, "kind": "l1"}, {}, r"distill\.states\.kind: .*'cosine' or 'mse', given 'l1'"),
         ({"layers": {0: 0}, "kinds": "mse"}, {}, r"unknown key distill\.states\.kinds; did you mean kind\?"),
         (
             {"layers": {0: 0}},
             {"distill": {"kl_weight": 0, "ce_weight": 1}},
-            r"states go beside the divergence .*raise it, or drop states",
+            r"states needs kl_weight above 0, given 0; raise it, or drop states",
         ),
         (
             {"layers": {0: 0}},
             {"teacher": {"placement": "cached"}},
-            r"a cache holds none: set teacher\.placement: colocated or remote",
+            r"a cache does not hold; set teacher\.placement: colocated or remote",
         ),
         (
             {"layers": {0: 0}},
             {"teacher": {"placement": "remote", "payload": "logits"}},
-            r"teacher\.payload is logits: set hidden",
+            r"teacher\.payload hidden, given logits; set hidden",
         ),
         (
             {"layers": {0: 0}},
             {"teacher": {"placement": "remote", "siblings": {"s.yaml": 1}}},
-            r"is for one student, teacher\.siblings shares",
+            r"is for one student, and teacher\.siblings adds",
         ),
     ],
 )

@@ -27,7 +27,8 @@ from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores
 
 ROUNDING = 1e-5
-"""Relative error of float32 sums in another order over differently rounded activations; 9e-7 seen."""
+"""Relative error of reordered float32 sums over differently rounded activations; 9e-7 seen."""
+
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
 
 
@@ -69,7 +70,8 @@ def test_all_ranks_have_identical_scores_and_plan(results, arch, layout):
                 assert np.array_equal(scores[kind], by_rank[0]["scores"][pair][kind]), (pair, kind)
         names = targets(ARCHS[arch], layout.tp)
         assert {name: rank["plans"][name] for name in names} == {name: want[name] for name in names}
-    # Otherwise equal plans would be luck: a cut between two scores that rounding may order the other way.
+    # Otherwise equal plans would be luck: a cut between two scores that rounding may order the
+    # other way.
     assert not [note for plan in want.values() for note in plan.notes]
 
 
@@ -104,8 +106,8 @@ def test_bf16_scores_are_close_to_float32(results, ranks):
         teacher=results.teacher("qwen3"),
     )
     for scores in by_rank:
-        # bf16 has 8 bits: each of the 2 x 6 sublayers adds a relative error of about 2^-9, and means
-        # over tokens cancel a part of it.
+        # bf16 has 8 bits: each of the 2 x 6 sublayers adds a relative error of about 2^-9, and
+        # means over tokens cancel a part of it.
         assert_close(scores, want, 0.03)
 
 

@@ -33,7 +33,10 @@ def interpreted():
 
 
 def make_rows(columns, valid, dtype, *, teacher=True, scale=5.0):
-    """Five rows; the third has no weight and NaN, as the padding has. Some labels are other ranks'."""
+    """Five rows. The third has no weight and NaN, as the padding has.
+
+    Some labels belong to other ranks.
+    """
     generator = torch.Generator().manual_seed(0)
     z_s, z_t = ((scale * torch.randn((5, columns), generator=generator)).to(dtype) for _ in range(2))
     for z in (z_s, z_t):
@@ -114,7 +117,7 @@ def test_loss_with_kernels_matches_dense_float64(interpreted, dtype):
 
 
 def test_cosine_distance_matches_torch(interpreted):
-    """Widths of one block and of several, rows apart, states that hardly change, one of nothing but zeros."""
+    """One block and several, strided rows, nearly equal states, and a row of zeros."""
     generator, pairs = torch.Generator().manual_seed(0), []
     for width, dtype in (
         (37, torch.float32),

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness adapter matches a dense model, and its command runs local task files."""
+"""The lm-evaluation-harness adapter matches a dense model; its command runs local tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minitron_mp.report.tables import harness_table
 
 pytest.importorskip("lm_eval")
 ARCH, MAX_LENGTH = ARCHS["qwen3"], 22
-"""max_length is no multiple of what a sequence is padded to under context and sequence parallelism."""
+"""max_length is no multiple of the padded length under context and sequence parallelism."""
 PAIRS = [
     ("the cat sat on", " the mat"),
     ("the cat ", "ran away"),  # the space moves to the continuation
@@ -76,7 +76,10 @@ def dense(results):
 
 
 def answer(dense, before, asked):
-    """Return (sum of log p of the target tokens, whether each is the argmax); long texts are cut left."""
+    """Return (sum of log p of the target tokens, whether each is the argmax).
+
+    Long texts are cut on the left.
+    """
     log_p = dense((before + asked)[-MAX_LENGTH - 1 :][:-1])[-len(asked) :]
     return log_p.gather(1, torch.tensor(asked)[:, None]).sum().item(), log_p.argmax(1).tolist() == asked
 
@@ -93,7 +96,7 @@ def split(tokenizer, context, continuation):
 
 
 def windows(tokens):
-    """Return (context, target) windows: each token is a target once, with as much context as fits."""
+    """Return (context, target) windows: each token is a target once, with maximal context."""
     yield [0], tokens[:MAX_LENGTH]
     for start in range(MAX_LENGTH, len(tokens), MAX_LENGTH):
         yield tokens[:start], tokens[start : start + MAX_LENGTH]
@@ -283,12 +286,17 @@ def test_unsupported_requests_are_rejected(ranks, tokenizer):
     said = ranks(1, "lm_eval_workers.refusals", arch=ARCH, folder=tokenizer.name_or_path, settings=settings)[
         0
     ]
-    words = ["wants sampling or beams"] * 3 + [
-        "wants repetition_penalty of its generation",
+    words = ["needs sampling or beams"] * 3 + [
+        "sets repetition_penalty for its generation",
         "8 new tokens leave no room for a context in 8; raise --max-length",
     ]
     for text, word in zip(
-        said, [*words, "asks for 23 tokens, the model is given 8", "has a continuation without a token"]
+        said,
+        [
+            *words,
+            "has a continuation of 23 tokens; the model accepts 8",
+            "has a continuation that adds no token",
+        ],
     ):
         assert word in text
 
@@ -297,11 +305,11 @@ def test_ranks_with_different_requests_raise(ranks, tokenizer):
     for said in ranks(
         2, "lm_eval_workers.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path
     ):
-        assert "the harness has made other requests here than on rank 0" in said
+        assert "the harness built other requests on this rank than on rank 0" in said
 
 
 def test_command_without_lm_eval_names_the_package_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "minitron_mp.integrations.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "minitron_mp.integrations.lm_eval.sharded_lm", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(InputError, match=r"run `pip install minitron-mp\[eval\]`"):
-        importlib.import_module("minitron_mp.integrations.lm_eval")
+        importlib.import_module("minitron_mp.integrations.lm_eval.sharded_lm")

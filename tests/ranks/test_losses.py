@@ -47,11 +47,11 @@ CROSS_ENTROPY = Objective(temperature=2.0, kl_weight=0.0, ce_weight=1.0)
 # exponential makes it relative: z is 5 here, 300 below.
 LOSS, GRADIENT = 1e-5, 2e-5
 SCALE = 1e-4
-"""Of <g, ref> / <ref, ref>: detects a factor of tp or of the temperature, and tolerates rounding."""
+"""Of <g, ref> / <ref, ref>: detects a factor of tp or of the temperature, but not rounding."""
 
 
 def make_case(padded, *, scale=3.0, tokens=(3, 3), dtype=torch.float32, seed=0):
-    """Logits of size about `scale`, odd rows, labels at both vocabulary ends, garbage in the padding."""
+    """Logits of size `scale`, odd rows, labels at both vocabulary ends, garbage in padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -274,7 +274,8 @@ def test_gradient_matches_finite_differences(ranks, tp):
     for name, slope in slopes.items():
         for key, gradient in (("hidden", "dx"), ("weight", "dw")):
             measured = (moved[name, key, 1]["loss"] - moved[name, key, -1]["loss"]) / (2 * step)
-            # The loss, of order 10, is rounded by 1e-6 and divided by 2e-2; the third derivative adds step^2.
+            # The loss, of order 10, is rounded by 1e-6 and divided by 2e-2; the third derivative
+            # adds step^2.
             assert measured == pytest.approx(slope[gradient].norm().item(), rel=1e-3), (name, key)
 
 
@@ -309,7 +310,10 @@ def test_divergences_are_nonnegative(ranks, tp):
 
 @widths
 def test_logit_gradients_sum_to_zero_per_row(ranks, tp):
-    """A shift of a row's logits changes no probability. Identity output layers make dX that gradient."""
+    """A shift of a row's logits changes no probability.
+
+    Identity output layers make dX that gradient.
+    """
     for name, got in run_all(ranks, tp, variants(by_logits(make_case(40)))).items():
         assert not got["dx"][..., VOCAB:].any(), name
         # 37 entries, each a probability or (reverse KL) one times a larger number, rounded by 6e-8
@@ -353,7 +357,10 @@ def test_microbatch_with_zero_weight(ranks, tp, value):
 
 @widths
 def test_loss_is_independent_of_chunk_size(ranks, tp):
-    """Chunk sizes of the row functions, of one product, and of the gradients; with a short last chunk."""
+    """Chunk sizes of the row functions, of one product and of the gradients.
+
+    The last chunk may be shorter.
+    """
     chunks = [None, (1, 1, 1), (1, 2, 4), (2, 4, 7), (2, 3, 100), (100, 4, 5)]
     chosen = {
         name: call
@@ -367,8 +374,8 @@ def test_loss_is_independent_of_chunk_size(ranks, tp):
     )
     for (name, sizes), got in found.items():
         for key in ("loss", "per_token", "dx", "dw"):
-            # Matrix products of other sizes, and sums over ranks whose order depends on the offset in
-            # the message.
+            # Matrix products of other sizes, and sums over ranks whose order depends on the offset
+            # in the message.
             assert (found[name, None][key] - got[key]).norm() <= 2e-6 * got[key].norm(), (name, sizes, key)
 
 
@@ -396,7 +403,7 @@ def test_top_k_of_full_vocabulary_equals_full_loss(ranks, tp):
 
 @widths
 def test_ghost_token_loss_is_a_lower_bound(ranks, tp):
-    """Merging tokens into one loses information (data processing), the less the more tokens are kept."""
+    """Merging tokens loses information (data processing inequality), less with more tokens kept."""
     case, objective, sizes = make_case(40), OBJECTIVES["forward_kl"], [1, TOP, 20, VOCAB - 1]
     found = run_all(
         ranks,
@@ -501,7 +508,10 @@ def test_bf16_with_float32_logits(ranks, tp, padded):
 
 @widths
 def test_bf16_with_bf16_logits(ranks, tp):
-    """A logit of 8 to 16 is rounded by up to 2^-5, the relative error of its probability; half is typical."""
+    """A logit of 8 to 16 is rounded by up to 2^-5, the relative error of its probability.
+
+    Half of it is typical.
+    """
     calls = variants(make_case(40, dtype=torch.bfloat16))
     calls = {
         name: (case, replace(objective, logits_dtype=torch.bfloat16), {})
@@ -554,7 +564,7 @@ def test_teacher_and_student_precisions_are_independent(ranks, tp):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @widths
 def test_top_k_sent_by_the_teacher(ranks, tp, temperature):
-    """Unpacked top-k probabilities, remaining mass and indices are exact, with a padded vocabulary."""
+    """Unpacked top-k probabilities, remaining mass and indices are exact with padding."""
     case, k = make_case(56 if tp > 1 else 40), 5
     found = ranks(
         tp,

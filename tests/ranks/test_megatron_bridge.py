@@ -1,8 +1,8 @@
-"""Megatron-Bridge: converters, distillation in its pretrain(), importance and pruning of its models.
+"""Megatron-Bridge: converters, distillation with its pretrain(), pruning of its models.
 
-docs/bridge.md has the installation. Bridge 0.6 imports Transformer Engine and CUDA where it does not
-need them; bridge_shims.py replaces them. The tests are slow and outside the default environment: the
-ranks import Bridge first, which takes a minute on a busy machine.
+docs/bridge.md has the installation. Bridge 0.6 imports Transformer Engine and CUDA where it does
+not need them; bridge_shims.py replaces them. The tests are slow and outside the default
+environment: the ranks import Bridge first, which takes a minute on a busy machine.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ CONSTANT = [
 
 @pytest.fixture(scope="module")
 def four():
-    """Ranks with Bridge and the shims; spawned, because forked ones have Megatron-Core without shims."""
+    """Ranks with Bridge and the shims. They are spawned, because forked ones lack the shims."""
     pool = Pool(4, {})
     yield pool
     pool.close()
@@ -72,7 +72,7 @@ def project(four, folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_hand(four, project):
-    """(microbatches that Bridge's data loader gave one replica, what trainer.train makes of them)."""
+    """Return (microbatches of Bridge's data loader on one replica, our results on them)."""
     _, seen = four.run(
         "megatron_bridge_workers.pretrain", folder=project, tp=2, pp=2, overrides=CONSTANT, spy=True
     )[0]
@@ -130,7 +130,10 @@ def test_pretrain_matches_our_trainer(four, project, by_hand, tp, pp, more):
 
 
 def test_bf16_pretrain_is_close_to_our_trainer(four, project, by_hand):
-    """Float16Module wraps the student; the hidden states must not be float32. 8 bits over 4 layers."""
+    """Float16Module wraps the student, and the hidden states must not be float32.
+
+    The tolerance is that of 8 bits over 4 layers.
+    """
     same_as(
         by_hand[1],
         four.run(
@@ -190,7 +193,7 @@ def test_bridge_config_problems_are_collected(four, project):
 
 
 def test_unmapped_family_is_pruned_and_exported(four, folders, tmp_path):
-    """Gemma through examples/bridge_prune.py at tp 2 x pp 2; by way of a checkpoint, and in memory."""
+    """Gemma with examples/bridge_prune.py at tp 2 x pp 2, via a checkpoint and in memory."""
     from transformers import AutoModelForCausalLM
 
     source = folders["gemma"]

@@ -1,4 +1,4 @@
-"""The planner: parameters and bytes match Megatron-Core's, times match measured ones; the command."""
+"""The planner: its parameters, bytes and times match real ones; the command `estimate`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import load_recipe, make_recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.models.arch import Arch
+from minitron_mp.planning.activations import activation_bytes_per_token, layers_in_flight
+from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
-from minitron_mp.planning.hardware import GPUS, MEASURED, SCALED, SHIPPED, Times, read_hardware, read_times
-from minitron_mp.planning.layouts import BATCH, ENGINE, fastest, search_layouts
-from minitron_mp.planning.memory import kept_per_token, layers_in_flight, rank_parameters, training_memory
+from minitron_mp.planning.hardware import GPUS, read_hardware
+from minitron_mp.planning.layouts import BATCH, ENGINE, fastest_layout, search_layouts
+from minitron_mp.planning.memory import rank_parameters, training_memory
 from minitron_mp.planning.step_time import estimate_distillation, estimate_training
+from minitron_mp.planning.times import MEASURED, SCALED, SHIPPED, OutputLayers, Times, read_times
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.stem != "quickstart")
 """The quick start's model is fetched first."""
 CLUSTER = ParallelConfig(tp=8, pp=4, sequence_parallel=True)
 TWELVE_TO_EIGHT = "examples/mn_minitron_8b.yaml"
+
+
+def case_of(*overrides: str, world: int) -> PlanningCase:
+    """12B -> 8B on so many GPUs."""
+    recipe = load_recipe(TWELVE_TO_EIGHT, overrides)
+    models = read_models(recipe)
+    return PlanningCase(models.student, models.teacher, recipe, world)
+
+
+def archs_of(recipe) -> tuple[Arch, Arch, Arch]:
+    models = read_models(recipe)
+    return models.base, models.teacher, models.student
 
 
 @pytest.fixture
@@ -32,16 +47,15 @@ def examples(monkeypatch):
 
 
 def test_parameter_counts_match_megatron(ranks, examples):
-    """All models of the recipes at their own layout and at tp 8 x pp 4, with and without interleaving.
+    """All models of the recipes at their layout and at tp 8 x pp 4, with and without interleaving.
 
     Also tied and uneven test models.
     """
     recipes = [load_recipe(path) for path in EXAMPLES]
-    own = {(arch, recipe.parallel) for recipe in recipes for arch in read_models(recipe)}
+    own = {(arch, recipe.parallel) for recipe in recipes for arch in archs_of(recipe)}
     cases = [*own, *((arch, CLUSTER) for arch in {arch for arch, _ in own})]
     cases += [
-        (arch, CLUSTER.model_copy(update={"vpp": 5}))
-        for arch in read_models(load_recipe(TWELVE_TO_EIGHT))[1:]
+        (arch, CLUSTER.model_copy(update={"vpp": 5})) for arch in archs_of(load_recipe(TWELVE_TO_EIGHT))[1:]
     ]
     cases += [
         (arch, ParallelConfig(tp=tp, pp=4, sequence_parallel=tp > 1))
@@ -94,7 +108,7 @@ def test_activation_bytes_match_autograd(ranks):
     (found,) = ranks(1, "planning_workers.kept", cases=wanted)
     for (kind, p, precision, recompute), two, three in zip(cases, found[::2], found[1::2]):
         arch, size, tokens = archs[kind][0], 4 if precision == "fp32" else 2, 256 // p.cp
-        want = tokens * kept_per_token(arch, p, size)
+        want = tokens * activation_bytes_per_token(arch, p, size)
         if recompute:
             want = tokens * size * arch.hidden_size
         else:
@@ -153,12 +167,14 @@ def test_layer_times_at_measured_points_are_the_measured_ones():
     for point in content["points"]:
         if point["what"] == "loss":
             seconds, basis = times.loss(
-                point["hidden_size"],
-                point["teacher_hidden_size"],
-                point["vocab_size"],
-                point["tokens"],
-                1,
-                point["dtype"],
+                OutputLayers(
+                    point["hidden_size"],
+                    point["teacher_hidden_size"],
+                    point["vocab_size"],
+                    point["tokens"],
+                    1,
+                    point["dtype"],
+                )
             )
         else:
             seconds, basis = times.layer(
@@ -201,7 +217,7 @@ def test_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
     step = 4 * times.layer(archs["train", 4096], 8192, 8192, ParallelConfig(), dtype, True)[0]
     step += (
         4 * times.layer(archs["forward", 5120], 8192, 8192, ParallelConfig(), dtype, False)[0]
-        + times.loss(4096, 5120, 131072, 8192, 1, "bf16")[0]
+        + times.loss(OutputLayers(4096, 5120, 131072, 8192, 1, "bf16"))[0]
     )
     assert step * 1e3 == pytest.approx(measured_ms, rel=0.02)
 
@@ -209,19 +225,17 @@ def test_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
 def test_parts_of_a_step_add_up(examples):
     """Closed forms: a pipeline with bubble and last-stage loss, a slow remote teacher, overlap."""
     times = shipped()
-    base, teacher, student = models = read_models(load_recipe(TWELVE_TO_EIGHT))
+    base, teacher, student = archs_of(load_recipe(TWELVE_TO_EIGHT))
     assert base == teacher
     changes = ["parallel={tp: 1, pp: 4, sequence_parallel: false}", "distill.recompute=false"]
 
     def at(world: int, *overrides: str):
-        return estimate_distillation(
-            *models[:0:-1], load_recipe(TWELVE_TO_EIGHT, [*changes, *overrides]), world, times
-        )
+        return estimate_distillation(case_of(*changes, *overrides, world=world), times)
 
     one = at(256)
     layer, loss = (
         times.layer(student, 8192, 8192, ParallelConfig(), "bf16", True)[0],
-        times.loss(4096, 5120, 131072, 8192, 1, "fp32")[0],
+        times.loss(OutputLayers(4096, 5120, 131072, 8192, 1, "fp32"))[0],
     )
     m, transfers = 768 // 64, one.seconds["pipeline transfers"] / 12
     assert one.seconds["student's layers"] == pytest.approx(m * 10 * layer)
@@ -245,34 +259,32 @@ def test_parts_of_a_step_add_up(examples):
     assert "waiting for the teacher" not in at(256, "teacher.placement=cached").seconds
     one_to_one = [*remote, "teacher.ranks=4", "teacher.parallel.pp=4", "teacher.window=4"]
     assert at(8, *one_to_one).seconds["waiting for the teacher"] == 0
-    assert apart.wire["teacher stream"].num_bytes == 10240 * 8192 * 768 / 48
+    assert apart.traffic["teacher stream"].num_bytes == 10240 * 8192 * 768 / 48
 
 
 def test_layouts_are_valid_and_ordered(examples):
-    recipe, times = load_recipe(TWELVE_TO_EIGHT), shipped()
-    _, teacher, student = read_models(recipe)
-    found = search_layouts(student, teacher, recipe, 64, times)
-    steps = [e.step_s for e in found.found]
+    case, times = case_of(world=64), shipped()
+    search = search_layouts(case, times)
+    steps = [estimate.step_s for estimate in search.possible]
     assert steps == sorted(steps)
-    assert found.impossible[BATCH]
-    for e in found.found:
-        dp = e.students // e.recipe.parallel.model_ranks
-        assert 768 % (dp * e.recipe.distill.micro_batch_size) == 0
-        assert e.students + e.teachers == 64
-        assert e.needs_bytes <= 75.1 * 2**30
-    assert any(e.teachers for e in found.found)
-    assert any(e.recipe.parallel.vpp for e in found.found)
-    assert fastest(student, teacher, recipe, 64, times).step_s == steps[0]
+    assert search.impossible[BATCH]
+    for estimate in search.possible:
+        dp = estimate.case.student_ranks // estimate.recipe.parallel.model_ranks
+        assert 768 % (dp * estimate.recipe.distill.micro_batch_size) == 0
+        assert estimate.case.student_ranks + estimate.case.teacher_ranks == 64
+        assert estimate.needed_bytes <= 75.1 * 2**30
+    assert any(estimate.case.teacher_ranks for estimate in search.possible)
+    assert any(estimate.recipe.parallel.vpp for estimate in search.possible)
+    assert fastest_layout(case, times).step_s == steps[0]
 
 
 @pytest.mark.parametrize("key", ["cuda_graphs", "tp_comm_overlap"])
 def test_no_proposed_layout_is_rejected_by_the_recipe(examples, key):
-    recipe = load_recipe(TWELVE_TO_EIGHT, [f"distill.{key}=true", "distill.recompute=false"])
-    _, teacher, student = read_models(recipe)
-    found = search_layouts(student, teacher, recipe, 64, shipped())
-    assert found.found
-    assert found.impossible[ENGINE]
-    for estimate in found.found[:50]:
+    case = case_of(f"distill.{key}=true", "distill.recompute=false", world=64)
+    search = search_layouts(case, shipped())
+    assert search.possible
+    assert search.impossible[ENGINE]
+    for estimate in search.possible[:50]:
         make_recipe(estimate.recipe.model_dump())
 
 
@@ -298,7 +310,7 @@ def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
         "GPU-hours",
         "gradients (float32)",
         "teacher weights",
-        "layouts tried that are impossible",
+        "impossible layouts",
         "2,048",
         "teacher correction",
     ):
@@ -308,7 +320,7 @@ def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
     shown = content["shown"]
     assert shown["gpu_hours"] == pytest.approx(shown["step_s"] * 60400 * 256 / 3600)
     assert shown["gpu_hours"] * 2 == pytest.approx(
-        float(out.split("at 2 a GPU-hour")[0].split()[-1].replace(",", "")), abs=1
+        float(out.split("at 2 per GPU-hour")[0].split()[-1].replace(",", "")), abs=1
     )
     assert [row["world"] for row in content["scaling"]] == [8 << i for i in range(9)]
     assert len(content["best"]) == 10
@@ -317,12 +329,11 @@ def test_estimate_command(here, examples, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: F811
-    whole = "the smallest world that fits is 4 GPUs"
     refused(
         here("estimate", TWELVE_TO_EIGHT, "--world", "1"),
         "do not fit on 1 x H100 SXM",
-        "GiB a GPU at least, 75.1 are there",
-        whole,
+        "GiB per GPU, 75.1 GiB are available",
+        "use at least 4 GPUs",
     )
     refused(
         here("estimate", TWELVE_TO_EIGHT, "--world", "251"),
@@ -331,10 +342,10 @@ def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: 
         BATCH,
     )
     refused(
-        here("estimate", TWELVE_TO_EIGHT, "--gpu", "b100"), "--gpu b100 is not known; known: h100, h200, a100"
+        here("estimate", TWELVE_TO_EIGHT, "--gpu", "b100"), "--gpu b100 is unknown; known: h100, h200, a100"
     )
     refused(here("estimate", TWELVE_TO_EIGHT, f"model={tmp_path}"), "no config.json")
-    refused(here("estimate", TWELVE_TO_EIGHT, "--plot", "a.jpeg"), "ends in .png, .svg or .pdf")
+    refused(here("estimate", TWELVE_TO_EIGHT, "--plot", "a.jpeg"), "must end in .png, .svg or .pdf")
     (tmp_path / "mine.yaml").write_text("nic_gbs: 25\n")
     refused(
         here("estimate", TWELVE_TO_EIGHT, "--hardware", tmp_path / "mine.yaml"),
@@ -347,29 +358,32 @@ def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: 
 def test_custom_hardware_file(examples, tmp_path):
     """A slower network shows, and only there."""
     (tmp_path / "mine.json").write_text('{"nic_gb_s": 5}')
-    recipe = load_recipe(TWELVE_TO_EIGHT)
-    _, teacher, student = read_models(recipe)
+    case = case_of(world=256)
     fast, slow = (
-        estimate_distillation(student, teacher, recipe, 256, read_times("h100", read_hardware("h100", path)))
+        estimate_distillation(case, read_times("h100", read_hardware("h100", path)))
         for path in (None, tmp_path / "mine.json")
     )
     differ = {name for name in fast.seconds if fast.seconds[name] != slow.seconds[name]}
     assert differ == {"data parallel"}
     assert slow.seconds["data parallel"] > 5 * fast.seconds["data parallel"]
-    older = estimate_distillation(student, teacher, recipe, 256, read_times("a100", read_hardware("a100")))
+    older = estimate_distillation(case, read_times("a100", read_hardware("a100")))
     assert older.step_s > 1.5 * fast.step_s
 
 
 def test_cuda_graphs_remove_host_launch_time():
     """At 1024 tokens the host launches an FP8 layer more slowly than the GPU computes it."""
-    recipe = load_recipe(
-        TWELVE_TO_EIGHT, ["data.sequence_length=1024", "distill.fp8=tensorwise", "distill.recompute=false"]
+    case = case_of(
+        "data.sequence_length=1024", "distill.fp8=tensorwise", "distill.recompute=false", world=256
     )
-    _, teacher, student = read_models(recipe)
     usual, graphs = (
         estimate_training(
-            student, recipe.distill.model_copy(update={"cuda_graphs": on}), recipe, 256, shipped(), teacher
-        )[0]
+            case.student,
+            case.recipe.distill.model_copy(update={"cuda_graphs": on}),
+            case.recipe,
+            256,
+            shipped(),
+            case.teacher,
+        ).seconds
         for on in (False, True)
     )
     assert usual["waiting for the host"] > 0.2 * sum(usual.values())
@@ -425,7 +439,7 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
     assert kinds == [(what, "fp32", tp) for tp in (1, 2) for what in ("train", "forward", "forward", "loss")]
     assert all(point["ms"] > 0 for point in content["points"])
     times = read_times("h100", read_hardware("h100"), out)
-    _, _, student = read_models(load_recipe(recipe))
+    student = read_models(load_recipe(recipe)).student
     seconds, basis = times.layer(student, 32, 32, ParallelConfig(), "fp32", True)
     point = content["points"][0]
     assert seconds == pytest.approx(point["ms"] / 1e3)
@@ -436,7 +450,7 @@ def test_layer_times_are_measured_and_read(ranks, tmp_path):
 
 
 def test_planner_check_runs_on_cpu(ranks, tmp_path):
-    """benchmarks/planner_check.py on a CPU: its steps train; what it compares means nothing there."""
+    """benchmarks/planner_check.py trains on a CPU; its comparison is meaningless there."""
     arguments = [str(make_toy(tmp_path)), "--toy", "--layers", "1", "--steps", "3", "--microbatches", "1"]
     (out,) = ranks(
         1,

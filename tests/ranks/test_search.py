@@ -1,4 +1,4 @@
-"""The search: candidates, ranking, resuming, and independence of layout and of parallel students."""
+"""The search: candidates, ranking, resuming, and independence of layout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ SEARCH = {
     "ffn_hidden_size": [128, 96, 64],
 }
 SEARCH |= {"num_samples": 16, "micro_batch_size": 2, "steps": 4, "finalists": 2}
-"""Three candidates, two of them distilled, for every test layout; solved sizes would depend on tp."""
+"""Three candidates, two of them distilled, for every test layout.
+
+Their sizes are listed, because solved sizes would depend on tp.
+"""
 TWO_BY_TWO = ("parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true")
 ALSO_AT = ("dp2", "tp2-cp2-sp", "pp2-vpp2-dp2")
 MORE = tuple(name for name, layout in BY_NAME.items() if name not in (*ALSO_AT, "one") and layout.tp <= 2)
@@ -436,7 +439,7 @@ def test_search_resumes_after_stop_file(ranks, whole, scored):
     root = load_recipe(scored).root
     assert done.code == 0, done.err
     assert (
-        f"search: left after step 1: {root / 'stop'} is there; the same command goes on from there"
+        f"search: left after step 1: {root / 'stop'} is there; the same command resumes from there"
         in done.out
     )
     assert len(list((root / "search").glob("*/step_00000001"))) == 2
@@ -481,7 +484,7 @@ def test_ranking_of_pruned_candidates_is_independent_of_layout(ranks, whole, sco
 
 
 def test_measured_latency_is_a_budget(ranks, scored):
-    """Every size is timed; those outside of the budget are left out and the refusal says what was seen."""
+    """Every size is timed. Those outside of the budget are left out, and the error lists them."""
     sizes = [
         "search.parameters=null",
         "search.ffn_hidden_size=[96]",

@@ -58,7 +58,7 @@ def test_masked_reference_matches_student_loaded_at_this_layout(results, arch, l
     ("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED]
 )
 def test_sliced_student_matches_masked_teacher(results, arch, layout, axis):
-    """No weight is sliced, and the teacher is bitwise unchanged afterwards (see test_importance.py)."""
+    """No weight is sliced; the teacher is bitwise unchanged (see test_importance.py)."""
     want = results.dense(arch, results.plan(arch, axis, layout))
     assert_close([rank["masked"][axis] for rank in results.pruned(arch, layout)], want, axis)
 

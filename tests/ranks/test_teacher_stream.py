@@ -27,7 +27,7 @@ HIDDEN = StreamShape("hidden", 24, 2, 6, torch.float32)
 LOGITS = StreamShape("logits", 24, 2, 8, torch.bfloat16)
 TOPK = StreamShape("topk", 24, 2, 7, torch.float32)
 ODD = StreamShape("hidden", 6, 1, 3, torch.float32)
-"""Three tokens on each of two context parallel ranks: no two tensor parallel ranks share them evenly."""
+"""Three tokens on each of two context parallel ranks, which tp 2 cannot split evenly."""
 SHAPES = {"hidden": HIDDEN, "logits": LOGITS, "topk": TOPK, "odd": ODD}
 
 # (teacher, student): (ranks, layout) each. Up to four ranks, with context parallelism and uneven
@@ -88,7 +88,7 @@ def test_messages_carry_every_element_once(name):
 
 
 def test_sent_bytes_equal_payload_bytes():
-    """Hidden states: each token once to each group that wants it, whatever the tensor parallel sizes."""
+    """Hidden states: each token goes once to each receiving group, for all tp sizes."""
     shape = StreamShape("hidden", 48, 2, 12, torch.bfloat16)
     for left, right in itertools.product(LARGE, LARGE):
         plan = messages(
@@ -148,7 +148,10 @@ def test_window_holds_for_a_thousand_microbatches(ranks):
 
 
 def test_one_teacher_serves_several_students(ranks):
-    """Every student gets every microbatch, in its own layout; the teacher sends when the slowest has room."""
+    """Every student gets every microbatch in its layout.
+
+    The teacher sends when the slowest student has room.
+    """
     roles = {"student": (1, {}), "sibling": (2, {"tp": 2}), "teacher": (1, {})}
     found = ranks(
         4, "teacher_stream_workers.transport", roles=roles, shape=HIDDEN, window=2, count=17, delay_s=0.004

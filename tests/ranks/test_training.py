@@ -28,7 +28,7 @@ from cases import (
 )
 
 ROUNDING = 1e-5
-"""Relative, of float32 losses and gradient norms: sums of thousands of terms reordered; 2e-6 seen."""
+"""Relative, of float32 losses and gradient norms: reordered sums of thousands; 2e-6 seen."""
 AXES = ("loss", "kl", "ce", "grad_norm")
 
 
@@ -153,7 +153,7 @@ def test_evaluation_matches_plain_torch(results, arch, layout):
 
 
 def variant(results, layout, name):
-    """Return the metrics of a run with other settings; all data parallel ranks must have equal weights."""
+    """Return the metrics of a run with other settings; assert equal weights on all dp ranks."""
     by_rank = results.variants(BY_NAME[layout])
     assert all(rank[name][1] for rank in by_rank), "ranks end with other weights"
     return by_rank[0][name][0]
@@ -168,7 +168,7 @@ def test_step_is_independent_of_microbatch_size(results, layout, split):
 
 @pytest.mark.parametrize("layout", OVERLAP_LAYOUTS)
 def test_overlapped_communication_matches_one_rank(results, layout):
-    """Stopped and resumed in between. Gradients and moments lie in several buckets, with padding between."""
+    """With a resume in between. Gradients and moments lie in several padded buckets."""
     assert_close(variant(results, layout, "overlap"), one_rank(results))
 
 
@@ -233,7 +233,7 @@ def test_stopped_correction_resumes_bitwise(results, layout):
 
 @meanwhile
 def test_concurrent_correction_matches_separate_correction(results, layout):
-    """Bitwise, and over a resume as well; what it teaches in a step is what it has learned before it."""
+    """Bitwise, also after a resume. In a step the teacher has the weights before its update."""
     first = results.corrected_meanwhile(BY_NAME[layout])[0]
     assert [m.step for m in first["unbroken"]["teacher"]] == [1, 2, 3]
     for run in ("unbroken", "resumed"):

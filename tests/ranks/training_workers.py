@@ -24,6 +24,7 @@ from torch import Tensor
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_model
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig, ProfileConfig
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.preemption import Preempted, watch_for_preemption
 from minitron_mp.distributed.world import World
@@ -47,7 +48,11 @@ def train_everything(
     elsewhere.
     """
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         run = Runner(world, signals, settings(layout))
         unbroken = run(student_arch, student, output / "unbroken")
         copy_once(output / "unbroken", output / "resumed")
@@ -86,7 +91,11 @@ def train_variants(
     """
     found = {}
     with joined(layout) as world, small_buckets():
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         for name, chosen in variants.items():
             runner = Runner(world, None if isinstance(chosen, CorrectionConfig) else signals, chosen)
             run = runner(student_arch, student, output / name, stop_after=RESUME_AT)
@@ -183,7 +192,9 @@ def correct_meanwhile(
         )
         for name, place in (("first", teacher), ("second", output / "alone" / "step_00000001")):
             frozen = ColocatedTeacher(
-                arch, place, world, precision=precision, sequence_length=SEQUENCE_LENGTH
+                frozen_model(
+                    ModelCheckpoint(arch, place), world, precision=precision, sequence_length=SEQUENCE_LENGTH
+                )
             )
             found[f"kl to the {name}"] = compare(
                 {"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size
@@ -201,7 +212,11 @@ def leave(
     found: dict[str, Any] = {}
     with joined(layout) as world, watch_for_preemption(output) as leaving:
         output.mkdir(parents=True, exist_ok=True)
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         usual = settings(layout).model_copy(update={"checkpoint_interval": 9})
 
         def stop_file(step: StepMetrics) -> None:
@@ -214,7 +229,7 @@ def leave(
             return step
 
         def parts(name: str, chosen: DistillConfig, **told: Any) -> None:
-            run = Runner(replace(world, leaving=leaving), signals, chosen)
+            run = Runner(replace(world, preemption=leaving), signals, chosen)
             first = run(student_arch, student, output / name, **told)
             leaving.stop_file.unlink(missing_ok=True)
             leaving.signalled, leaving.deadline = False, None
@@ -246,7 +261,11 @@ def killed_writer(
     Returns the files on disk, the messages, and the resumed run.
     """
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         chosen = settings(layout).model_copy(update={"async_save": True, "checkpoint_interval": 1})
         run, said, writers = Runner(world, signals, chosen), "", []
         start = AsyncCheckpointWriter.start
@@ -291,10 +310,17 @@ def killed_writer(
 def profiled(
     layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
 ) -> list[str]:
-    """What is refused; traces of the second and third step come into the folder, of the last rank."""
+    """Return the rejected settings.
+
+    Traces of the last rank's second and third step are written to the folder.
+    """
     with joined(layout) as world:
         signals, said = (
-            ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH),
+            ColocatedTeacher(
+                frozen_model(
+                    ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+                )
+            ),
             [],
         )
         for profile in (
@@ -327,7 +353,11 @@ def resume(
     """The rest of a run that another layout stopped; rank 0's metrics."""
     with joined(layout) as world:
         copy_once(stopped, output)
-        signals = ColocatedTeacher(arch, teacher, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         return Runner(world, signals, settings(layout))(student_arch, None, output).metrics
 
 
@@ -368,7 +398,7 @@ class Runner:
         on_step: Callable[[StepMetrics], None] = lambda metrics: None,
         **more: Any,
     ) -> Run:
-        """start: the student's first weights; None leaves them as they come, for a run that resumes."""
+        """start: the student's first weights; None for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
         chunks = build_model(
             arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen
@@ -416,7 +446,11 @@ def train_in_bf16(
 ) -> list[float]:
     """Losses of a few steps on one batch, teacher and student in bf16."""
     with joined(layout) as world:
-        signals = ColocatedTeacher(arch, teacher, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)
+        signals = ColocatedTeacher(
+            frozen_model(
+                ModelCheckpoint(arch, teacher), world, precision="bf16", sequence_length=SEQUENCE_LENGTH
+            )
+        )
         chosen = settings(layout).model_copy(update={"steps": steps})
         run = Runner(world, signals, chosen, precision="bf16")
         return [m.loss for m in run(student_arch, student, output, batch_of_step=lambda step: 0).metrics]

@@ -22,7 +22,8 @@ def install() -> None:
     transformer_engine()
     from minitron_mp.distributed.cpu_backend import install
 
-    # Explicit CUDA devices and streams, as for all our tests; Bridge calls torch.cuda.current_device().
+    # Explicit CUDA devices and streams, as for all our tests; Bridge calls
+    # torch.cuda.current_device().
     install()
 
 

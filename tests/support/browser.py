@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ TROUBLE = (
 
 
 class Page:
-    """One tab. events: what it has reported, TROUBLE only."""
+    """One tab. events: the messages whose method is in TROUBLE."""
 
     def __init__(self, send: int, receive: int):
         self.send, self.receive, self.session, self.number, self.rest = send, receive, None, 0, b""
@@ -47,21 +47,21 @@ class Page:
             {"sessionId": self.session} if self.session else {}
         )
         os.write(self.send, json.dumps(message).encode() + b"\0")
-        return self._until(lambda said: said.get("id") == self.number)["result"]
+        return self._until(lambda message: message.get("id") == self.number)["result"]
 
-    def _until(self, wanted: Any) -> dict[str, Any]:
+    def _until(self, is_awaited: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         while True:
             while b"\0" not in self.rest:
                 part = os.read(self.receive, 1 << 16)
                 assert part, "the browser is gone"
                 self.rest += part
             first, _, self.rest = self.rest.partition(b"\0")
-            said = json.loads(first)
-            assert "error" not in said, said
-            if said.get("method") in TROUBLE:
-                self.events.append(said)
-            if wanted(said):
-                return said
+            message = json.loads(first)
+            assert "error" not in message, message
+            if message.get("method") in TROUBLE:
+                self.events.append(message)
+            if is_awaited(message):
+                return message
 
     def open(self, path: Path) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -69,7 +69,7 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self._until(lambda said: said.get("method") == "Page.loadEventFired")
+        self._until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def resize(self, width: int, height: int) -> None:
         self.call(
@@ -84,7 +84,7 @@ class Page:
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def screenshot(self, path: Path) -> Path:
-        """The whole page, as PNG."""
+        """Write the full page as PNG."""
         path.write_bytes(
             base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
         )
@@ -93,7 +93,7 @@ class Page:
 
 @contextmanager
 def browse(path: Path, profile: Path) -> Iterator[Page]:
-    """The page of a file. profile: a folder that the browser may fill."""
+    """Open a file in a browser. profile: a folder for the browser's data."""
     to_read, to_write = os.pipe(), os.pipe()  # it reads from 3 and writes to 4
     command = [str(BINARY), *QUIET, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
     # A shell moves the descriptors, because Popen keeps their numbers. It is bash, because sh

@@ -1,4 +1,7 @@
-"""Layouts, small odd architectures, weights and batches of the multi-rank tests. No megatron here."""
+"""Layouts, small odd architectures, weights and batches of the multi-rank tests.
+
+This module does not import megatron.
+"""
 
 from __future__ import annotations
 
@@ -169,10 +172,11 @@ def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, arch.vocab_size, (count, SEQUENCE_LENGTH + 1), generator=generator)
-    kind, place = torch.arange(count)[:, None] % 4, torch.arange(SEQUENCE_LENGTH)
+    kind = torch.arange(count)[:, None] % 4
+    position = torch.arange(SEQUENCE_LENGTH)
     half = torch.rand((count, SEQUENCE_LENGTH), generator=generator) < 0.5
-    mask = (kind == 0) | ((kind == 1) & half) | ((kind == 2) & (place == step % SEQUENCE_LENGTH))
-    positions = place.expand(count, SEQUENCE_LENGTH).contiguous()
+    mask = (kind == 0) | ((kind == 1) & half) | ((kind == 2) & (position == step % SEQUENCE_LENGTH))
+    positions = position.expand(count, SEQUENCE_LENGTH).contiguous()
     return {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),
@@ -302,7 +306,7 @@ CORRECT = CorrectionConfig(
 )
 """Cross-entropy alone, without a teacher."""
 MEANWHILE = CORRECT.model_copy(update={"steps": 3})
-"""Beside DISTILL, which goes on for a step after it, and stops for a resume after its second one."""
+"""Runs with DISTILL, which has one more step; both stop and resume after step 2."""
 MEANWHILE_LAYOUTS = ("one", "pp2-vpp2", "cp2")
 """At the other layouts with --all."""
 

@@ -55,7 +55,7 @@ def joined(layout: Layout) -> Iterator[World]:
 
 
 def wait_for_slow_main(*, seconds: float, patience_s: float) -> list[int]:
-    """What rank 0 says twice, the second time after so long, in a group whose collectives wait less."""
+    """Return rank 0's two results; the second takes longer than the collective timeout."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
     try:
         return [on_rank_0(lambda n=n: (time.sleep(n * seconds), n)[1], takes_long=True) for n in (0, 1)]
@@ -70,13 +70,13 @@ def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
 def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
     """One rank: global tensors -> a checkpoint."""
     state = {}
-    for key, whole in weights.items():
+    for key, weight in weights.items():
         layers = range(arch.num_layers) if AXES[key][0] == "layer" else [None]
         for layer in layers:
-            place = {} if layer is None else {"prepend_axis_num": 1}
+            stacked = {} if layer is None else {"prepend_axis_num": 1}
             offsets = [] if layer is None else [(0, layer, arch.num_layers)]
             state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(
-                key, whole if layer is None else whole[layer].clone(), *offsets, **place
+                key, weight if layer is None else weight[layer].clone(), *offsets, **stacked
             )
     with joined(Layout("one", 1)):
         save_checkpoint(state, folder, manifest("teacher", arch))
@@ -100,7 +100,7 @@ def write_hugging_face(folder: Path, source: Path) -> Arch:
 
 
 def read_tensors(folder: Path, prefix: str) -> Weights:
-    """One rank: the global tensors of a checkpoint whose keys begin so."""
+    """Return the global tensors of a checkpoint whose keys start with prefix. One rank."""
     with joined(Layout("one", 1)):
         return {
             key: value
@@ -161,20 +161,21 @@ def judge_everything(
     from minitron_mp.evaluation.task_files import read_task_file
     from minitron_mp.pruning.ablation import losses_without, scores_without
 
-    tokenizer, found = characters(arch), {}
+    tokenizer = characters(arch)
+    results: dict[str, Any] = {}
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
         for chunk in chunks:
             chunk.eval()
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
-        place = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
-        steps = [micro_batches(make_samples(arch, step, 4), *place) for step in range(2)]
-        found["losses"] = {}
+        batch_slice = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
+        steps = [micro_batches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
+        results["losses"] = {}
         model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
         for already, without in missing.items():
             base, losses = losses_without(model, steps, without, gone=already)
-            found["losses"][already] = [base, *losses]
-        # Ranks that share a layer talk in each layer of each microbatch: they get few and large ones.
+            results["losses"][already] = [base, *losses]
+        # Tensor and context parallel ranks communicate per microbatch, so they get few large ones.
         size = 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2
         options = {"micro_batch_size": size, "vocab_size": arch.vocab_size}
         tried, scores = {name: read_task_file(files / f"{name}.jsonl") for name in ("choices", "words")}, []
@@ -183,14 +184,16 @@ def judge_everything(
             "score_rows",
             lambda *case, **more: scores.append(score_rows(*case, **more)) or scores[-1],
         ):
-            for name, own in tried.items():
-                found[name] = score_task(
-                    {"m": chunks}, own, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
+            for name, items in tried.items():
+                results[name] = score_task(
+                    {"m": chunks}, items, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
                 )["m"]
-        found["scores"] = torch.cat(scores)
+        results["scores"] = torch.cat(scores)
         rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
-        base, others = scores_without(model, rows, candidates, gone=gone, eod=0, micro_batch_size=size)
-        return found | {"scores without": [base, *others]}
+        base, without_layers = scores_without(
+            model, rows, candidates, gone=gone, eod=0, micro_batch_size=size
+        )
+        return results | {"scores without": [base, *without_layers]}
 
 
 def characters(arch: Arch) -> Any:
@@ -286,14 +289,14 @@ def prune_everything(
                 by_masks[name] = global_logits(chunks, samples, world)
         after = global_logits(chunks, samples, world)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
-        whole = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
+        full_data = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
         for name, plan in plans.items():
             state = prune(model, plan)
             pieces[name] = [_piece(tensor) for tensor in state.values()]
             if name in ("identity", *save):
                 save_checkpoint(state, output / name, manifest("prune", plan.student))
-            for parameter, data in whole:  # prune() consumes the model
+            for parameter, data in full_data:  # prune() consumes the model
                 parameter.data = data
         return {
             "logits": before,
@@ -339,19 +342,19 @@ def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
 
 
 def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:
-    """(rows of this rank afterwards, all-to-alls that it took) for each choice of rows to keep."""
+    """Return (rows of this rank afterwards, number of all-to-alls) for each choice of kept rows."""
     with (
         joined(layout) as world,
         mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as sent,
     ):
-        group, found = world.groups.tp, []
+        group, exchanged = world.groups.tp, []
         for keep in keeps:
             before, part = sent.call_count, len(rows) // group.size()
             start = group.rank() * part
-            found.append(
+            exchanged.append(
                 (exchange_kept(rows[start : start + part], 0, keep, start, group), sent.call_count - before)
             )
-        return found
+        return exchanged
 
 
 def merge_queries(plan: PrunePlan, rows: Tensor, pairs: list[tuple[int, int]], layer: int) -> Tensor:
@@ -360,7 +363,7 @@ def merge_queries(plan: PrunePlan, rows: Tensor, pairs: list[tuple[int, int]], l
 
 
 def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
-    """Logits of checkpoints loaded at this layout."""
+    """Return the logits of checkpoints loaded at this layout."""
     with joined(layout) as world:
         return {
             name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8), world)
@@ -369,7 +372,7 @@ def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[s
 
 
 def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, int]:
-    """(message, hooks that are left) after an exception in the middle of the forward passes."""
+    """Return (message, number of remaining hooks) after an exception between forward passes."""
     with joined(layout) as world:
         chunks = load(arch, teacher, world)
         hooks = count_hooks(chunks)
@@ -394,7 +397,7 @@ def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
 def score_checkpoint(
     arch: Arch, folder: Path, samples: dict[str, Tensor], pairs: list[tuple[str, str]]
 ) -> dict[tuple[str, str], Any]:
-    """One rank: scores of a checkpoint."""
+    """Return the scores of a checkpoint. One rank."""
     with joined(Layout("one", 1)) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
         load_model(chunks, folder, world)

@@ -1,9 +1,12 @@
-"""A pool of gloo ranks that outlives single tests. They are forked from a server that has imported torch and Megatron-Core once.
+"""A pool of gloo ranks that live for many tests.
 
-A test sends a function by name ("module.function", module-level, in tests/) with keyword arguments to all ranks and gets the
-list of return values, by rank. An exception on any rank comes back as RankError with that rank's traceback and coordinates.
-A pool that failed is not used again: its ranks may wait in different collectives. So it is killed, and the next call starts
-a new one. Every rank leads a process group of its own: Megatron-Core's checkpoint writers and manager die with it.
+Ranks are forked from a server that has imported torch and Megatron-Core once.
+
+A test sends the name of a module-level function ("module.function", see conftest.py) with keyword
+arguments to all ranks, and gets the list of return values by rank. An exception on any rank is
+raised as RankError with that rank's traceback and coordinates. A pool is killed after a failure,
+because its ranks may wait in different collectives, and the next call starts a new one. Every rank
+leads a process group, so that Megatron-Core's checkpoint writers and manager die with it.
 """
 
 from __future__ import annotations
@@ -26,27 +29,39 @@ from typing import Any
 from unittest.mock import patch
 
 GROUP_TIMEOUT_S = 120
-"""Of one collective: above the slowest one on a loaded machine, below the patience of whoever waits for the suite."""
+"""For one collective. It is above the slowest one on a loaded machine."""
 CALL_TIMEOUT_S = 300.0
 STARTS = 3
 GRACE_S = 3.0
-"""After one rank's failure the others get so long to report theirs."""
+"""Time after one rank's failure in which the other ranks may report theirs."""
 
 here: dict[str, Any] = {}
-"""In a rank: "coordinates", set by the functions that know them; "place": (store, rank, size)."""
+"""State of a rank. "coordinates": set by worker functions; "place": (store, rank, size)."""
 
 
 class RankError(AssertionError):
-    """What went wrong, for every rank on which something did."""
+    """The errors of all ranks that failed."""
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
+PRELOADED = [
+    "minitron_mp.workflow.run",
+    "minitron_mp.workflow.stages.depth.trials",
+    "minitron_mp.workflow.stages.distill.student",
+    "minitron_mp.workflow.stages.evaluate.models",
+    "minitron_mp.workflow.stages.export.hf_folder",
+    "minitron_mp.workflow.stages.search.candidates",
+    "minitron_mp.pruning.importance",
+]
+"""The modules that a stage imports when it runs; the ranks are forked with them."""
+
 
 class Pool:
-    """`size` ranks with one default process group, started at the first run().
+    """`size` ranks with one default process group, started by the first run().
 
-    environment: for what reads it at its import; such ranks are not forked, they import everything themselves.
+    environment: variables that are read at import. Ranks with an environment are spawned, not
+    forked, and import everything themselves.
     """
 
     def __init__(self, size: int, environment: Mapping[str, str] | None = None):
@@ -55,12 +70,13 @@ class Pool:
     def run(
         self, function: str, *, timeout_s: float = CALL_TIMEOUT_S, grace_s: float = GRACE_S, **kwargs: Any
     ) -> list[Any]:
-        """function(**kwargs) on every rank -> return values by rank."""
+        """Call function(**kwargs) on every rank; return the values by rank."""
         if not self.ranks:
             self._start()
-        request, deadline = pickle.dumps((function, kwargs)), time.monotonic() + timeout_s
+        request = pickle.dumps((function, kwargs))
+        deadline = time.monotonic() + timeout_s
         for rank in self.ranks:
-            with contextlib.suppress(BrokenPipeError):  # a rank that died since shows as an end of file below
+            with contextlib.suppress(BrokenPipeError):  # the rank has died; reading from it fails below
                 rank.pipe.send_bytes(request)
         values: dict[int, Any] = {}
         errors: dict[int, str] = {}
@@ -76,15 +92,15 @@ class Pool:
                 (values if ok else errors)[rank.number] = value
                 if not ok:
                     deadline = min(deadline, time.monotonic() + grace_s)
-        silent = [rank for rank in self.ranks if rank.number not in values and rank.number not in errors]
-        if errors or silent:
-            for rank in silent:
-                rank.tell_where()
+        timed_out = [rank for rank in self.ranks if rank.number not in values and rank.number not in errors]
+        if errors or timed_out:
+            for rank in timed_out:
+                rank.dump_stacks()
             text = [f"rank {number} of {self.size}: {error}" for number, error in sorted(errors.items())]
             text += [
                 f"rank {rank.number} of {self.size} has not answered"
                 + ("" if errors else f" in {timeout_s:.0f} s")
-                for rank in silent
+                for rank in timed_out
             ]
             text += [
                 f"last output of rank {rank.number}:\n{rank.output()}" for rank in self.ranks if rank.output()
@@ -94,7 +110,7 @@ class Pool:
         return [values[number] for number in range(self.size)]
 
     def close(self) -> None:
-        """Let the ranks end by themselves, then make sure."""
+        """Close the pipes, wait for the ranks to exit, and kill those that do not."""
         for rank in self.ranks:
             rank.pipe.close()
         for rank in self.ranks:
@@ -107,43 +123,43 @@ class Pool:
         self.ranks = []
 
     def _start(self) -> None:
-        """Start the ranks, and again when they do not find each other: on a loaded machine gloo's first connections break now and then."""
+        """Start the ranks; retry, because gloo's first connections can break under load."""
         for _ in range(STARTS):
             self.ranks = [_Rank(number, self.size, self.environment) for number in range(self.size)]
-            ok, told = self.ranks[0].receive()
-            if ok:
+            ok, port_or_error = self.ranks[0].receive()
+            error = "" if ok else port_or_error
+            if not error:
                 for rank in self.ranks:
-                    rank.pipe.send_bytes(pickle.dumps(told))
+                    rank.pipe.send_bytes(pickle.dumps(port_or_error))
                 waiting = {rank.pipe: rank for rank in self.ranks}
-                while ok and waiting:
+                while waiting and not error:
                     for pipe in wait(list(waiting)):
                         ready, answer = waiting.pop(pipe).receive()
-                        ok, told = ok and ready, told if ready else answer
-            if ok:
+                        if not ready:
+                            error = answer
+            if not error:
                 return
             output = "\n".join(rank.output(800) for rank in self.ranks if rank.output())
             self.kill()
-        raise RankError(f"the pool of {self.size} does not start, {STARTS} times: {told}\n{output}")
+        raise RankError(f"{self.size} ranks do not start, tried {STARTS} times: {error}\n{output}")
 
 
 class _Rank:
-    """One worker process as the test session sees it."""
+    """The test session's side of one rank."""
 
     def __init__(self, number: int, size: int, environment: Mapping[str, str] | None):
         self.number = number
-        self.pipe, theirs = Pipe()
+        self.pipe, rank_pipe = Pipe()
         self.log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 (closed in kill)
         with patch.dict(os.environ, {**ENVIRONMENT, **(environment or {})}):
             context = multiprocessing.get_context("forkserver" if environment is None else "spawn")
-            forkserver.set_forkserver_preload(
-                ["minitron_mp.workflow.run", "minitron_mp.workflow.stages.all_stages"]
-            )
-            self.process = context.Process(target=live, args=(theirs, number, size, self.log.name))
+            forkserver.set_forkserver_preload(PRELOADED)
+            self.process = context.Process(target=live, args=(rank_pipe, number, size, self.log.name))
             self.process.start()
-        theirs.close()
+        rank_pipe.close()
 
     def receive(self) -> tuple[bool, Any]:
-        """(whether it went well, value or text)."""
+        """Return (True, value) or (False, error text)."""
         try:
             return pickle.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
@@ -154,38 +170,40 @@ class _Rank:
         self.log.seek(0)
         return self.log.read()[-characters:]
 
-    def tell_where(self) -> None:
-        """Have the stacks of its threads written to its output."""
+    def dump_stacks(self) -> None:
+        """Make the rank write the stack of each thread to its output."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.1)
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # the group is gone already
+        with contextlib.suppress(ProcessLookupError):  # the group has ended
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()  # where it does not lead its group yet
+        self.process.kill()  # if it does not lead its group yet
         self.process.join()
         self.pipe.close()
         self.log.close()
 
 
 def live(pipe: Connection, rank: int, size: int, log: str) -> None:
-    """A rank from its start to its end."""
+    """Main function of a rank."""
     os.setsid()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.register(signal.SIGUSR1)
-    gc.freeze()  # what is imported, of a forked rank 440,000 objects: to look through them takes 0.2 s each time, and copies their pages
+    # A forked rank has 440,000 objects from imports. Collecting them takes 0.2 s and copies their
+    # pages.
+    gc.freeze()
     serve(pipe, rank, size)
     for child in multiprocessing.active_children():
         child.terminate()
-    # No interpreter shutdown: gloo's threads and Megatron-Core's manager can make it wait, and nothing is left to write.
+    # Skip the interpreter's shutdown: gloo's threads and Megatron-Core's manager can block it.
     os._exit(0)
 
 
 def serve(pipe: Connection, rank: int, size: int) -> None:
-    """Join the group, then answer requests until the session closes its end of the pipe."""
+    """Join the group, then run requests until the session closes its end of the pipe."""
     _join(pipe, rank, size)
     pipe.send_bytes(pickle.dumps((True, "ready")))
     while True:
@@ -200,14 +218,14 @@ def serve(pipe: Connection, rank: int, size: int) -> None:
         except BaseException:
             answer = (False, f"{here['coordinates']}\n{traceback.format_exc()}")
         pipe.send_bytes(pickle.dumps(answer))
-        # A model and its groups are garbage in cycles. A gloo group keeps a thread that wakes up 100 times a second, so many
-        # that wait for the collector slow all ranks down.
+        # A model and its groups are cyclic garbage. The thread of each gloo group wakes up 100
+        # times a second, so uncollected groups slow all ranks down.
         del answer
         gc.collect()
 
 
 def _join(pipe: Connection, rank: int, size: int) -> None:
-    """Default gloo group over a store at a port that rank 0 finds free."""
+    """Make the default gloo group over a store at a free port of rank 0."""
     from datetime import timedelta
 
     import torch
@@ -229,7 +247,10 @@ def _join(pipe: Connection, rank: int, size: int) -> None:
 
 @contextlib.contextmanager
 def without_group() -> Iterator[None]:
-    """In a rank: leave the default group for what makes its own, and make it again; not after an error, when others may be dead."""
+    """In a rank: destroy the default group for code that makes one, and make it again.
+
+    After an error it is not made again, because other ranks may be dead.
+    """
     from datetime import timedelta
 
     import torch.distributed as dist

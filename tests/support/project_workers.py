@@ -79,7 +79,7 @@ def _stopping(write: Any, stop_at: int) -> Any:
 
 
 def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
-    """(pipeline stage, parameters on this rank) of a model."""
+    """Return (pipeline stage, number of parameters on this rank) of a model."""
     with joined(layout) as world:
         chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
@@ -89,15 +89,15 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
     """Return the logged KL of an FP8 teacher for an exact copy, and after a weight has changed."""
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
-        job = StageContext(project.recipe, world, project.paths, project.manifest("distill"))
-        chunks = job.teacher().chunks
-        same = log_fp8_teacher_kl(job, chunks)
+        context = StageContext(project.recipe, project.paths, project.manifest("distill"), world=world)
+        chunks = context.teacher().chunks
+        same = log_fp8_teacher_kl(context, chunks)
         chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, log_fp8_teacher_kl(job, chunks)
+        return same, log_fp8_teacher_kl(context, chunks)
 
 
 class _Stopped(BaseException):
-    """Not an error: as if somebody had pulled the plug."""
+    """Ends a search like a power failure: no handler of Exception catches it."""
 
 
 def search(*, arguments: list[str], stop_after: int | None = None, leave_after: int | None = None) -> Done:
@@ -106,16 +106,17 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
     stop_after: it ends with code "stopped" after this many measurements. leave_after: a stop file
     appears after this many.
     """
-    from minitron_mp.workflow.stages.search import _Progress
+    from minitron_mp.workflow.stages.search.candidates import _Progress
 
-    kept, keep = [], _Progress.keep
+    keep = _Progress.keep
+    measurements = []
 
     def count(progress: _Progress) -> None:
         keep(progress)
-        kept.append(1)
-        if len(kept) == leave_after:
+        measurements.append(1)
+        if len(measurements) == leave_after:
             (progress.job.recipe.root / "stop").touch()
-        if len(kept) == stop_after:
+        if len(measurements) == stop_after:
             raise _Stopped
 
     with patch.object(_Progress, "keep", count):
@@ -126,7 +127,7 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
 
 
 def run_script(path: Path, arguments: list[str]) -> str:
-    """main() of an example with these words, as under torchrun; what it printed."""
+    """Run main() of an example with these arguments, as under torchrun; return its output."""
     spec = importlib.util.spec_from_file_location(f"run_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -144,8 +145,8 @@ def run_script(path: Path, arguments: list[str]) -> str:
 
 
 def load_scripts(paths: list[Path]) -> list[str]:
-    """Import each file; names of those that have a main()."""
-    found = []
+    """Import each file; return the names of those that have a main()."""
+    with_main = []
     with patch.object(sys, "path", [*{str(path.parent) for path in paths}, *sys.path]):
         for path in paths:
             spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
@@ -153,5 +154,6 @@ def load_scripts(paths: list[Path]) -> list[str]:
             assert spec.loader is not None
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            found += [path.name] * hasattr(module, "main")
-    return found
+            if hasattr(module, "main"):
+                with_main.append(path.name)
+    return with_main

@@ -2,8 +2,8 @@
 
 They share only the names of weights with the library.
 
-s sequence  b samples  h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width
-L layers
+s sequence  b samples  h hidden  f ffn  v padded vocabulary
+np heads  ng query groups  hn head width  L layers
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | No
 def logits_and_states(
     arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """logits(), and what each layer's input norm makes and, last, the final norm: L + 1 of [b, s, h]."""
+    """Return logits() and the outputs of each layer's input norm and of the final norm.
+
+    The outputs are L + 1 tensors [b, s, h].
+    """
     states = []
     w = {key: _double(value) for key, value in weights.items()}
     x = w[EMBEDDING][tokens]  # [b, s, h]
     for layer in range(arch.num_layers):
-        own = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
-        states.append(_norm(arch, x, own[QKV + "layer_norm_weight"], own.get(QKV + "layer_norm_bias"), kept))
-        x = x + _attention(arch, arch.blocks[layer], own, states[-1])
-        up = (
-            _norm(arch, x, own[FC1 + "layer_norm_weight"], own.get(FC1 + "layer_norm_bias"), kept)
-            @ own[FC1 + "weight"].T
-        )
+        layer_weights = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
+        states.append(_layer_norm(arch, x, layer_weights, QKV, kept))
+        x = x + _attention(arch, arch.blocks[layer], layer_weights, states[-1])
+        up = _layer_norm(arch, x, layer_weights, FC1, kept) @ layer_weights[FC1 + "weight"].T
         if arch.activation == "swiglu":
             gate, up = up.chunk(2, -1)
-            x = x + (F.silu(gate) * up) @ own[FC2].T
+            x = x + (F.silu(gate) * up) @ layer_weights[FC2].T
         else:
-            x = x + up.clamp(min=0).square() @ own[FC2].T
+            x = x + up.clamp(min=0).square() @ layer_weights[FC2].T
     states.append(_norm(arch, x, w[FINAL_NORM], w.get(FINAL_BIAS), kept))
     return states[-1] @ (w[EMBEDDING] if arch.tied else w[HEAD]).T, states
 
@@ -72,6 +72,14 @@ def logits_and_states(
 def _double(value: Any) -> Any:
     """A weight in float64; a list where the layers of the model differ in size."""
     return [part.double() for part in value] if isinstance(value, list) else value.double()
+
+
+def _layer_norm(
+    arch: Any, x: Tensor, layer_weights: Weights, linear: str, kept: Sequence[int] | None
+) -> Tensor:
+    """The norm in front of a linear layer, QKV or FC1."""
+    weight, bias = layer_weights[linear + "layer_norm_weight"], layer_weights.get(linear + "layer_norm_bias")
+    return _norm(arch, x, weight, bias, kept)
 
 
 def _norm(arch: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Sequence[int] | None) -> Tensor:
@@ -89,22 +97,22 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def _attention(arch: Any, block: Any, own: Weights, x: Tensor) -> Tensor:
+def _attention(arch: Any, block: Any, layer_weights: Weights, x: Tensor) -> Tensor:
     """Causal attention of one layer; rows of qkv are q .. q k v of one group after the other."""
     per_group = block.num_attention_heads // block.num_query_groups
-    qkv = x @ own[QKV + "weight"].T + own.get(QKV + "bias", torch.zeros(1).double())
+    qkv = x @ layer_weights[QKV + "weight"].T + layer_weights.get(QKV + "bias", torch.zeros(1).double())
     qkv = qkv.view(*x.shape[:2], block.num_query_groups, per_group + 2, arch.kv_channels)
     q, k, v = qkv.split([per_group, 1, 1], dim=3)  # [b, s, ng, heads, hn]
     if arch.qk_norm:
-        q = _rms_norm(q, own[ATTENTION + "q_layernorm.weight"], arch.norm_epsilon)
-        k = _rms_norm(k, own[ATTENTION + "k_layernorm.weight"], arch.norm_epsilon)
+        q = _rms_norm(q, layer_weights[ATTENTION + "q_layernorm.weight"], arch.norm_epsilon)
+        k = _rms_norm(k, layer_weights[ATTENTION + "k_layernorm.weight"], arch.norm_epsilon)
     rotated = round(arch.kv_channels * arch.rotary_percent)
     q, k = (torch.cat([_rotate(x[..., :rotated], arch.rotary_base), x[..., rotated:]], -1) for x in (q, k))
     scores = torch.einsum("bsgqd,btgkd->bgqst", q, k) / arch.kv_channels**0.5
     s = x.shape[1]
     scores = scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf)
     out = torch.einsum("bgqst,btgkd->bsgqd", scores.softmax(-1), v)
-    return out.flatten(2) @ own[PROJ].T
+    return out.flatten(2) @ layer_weights[PROJ].T
 
 
 def _rotate(x: Tensor, base: float) -> Tensor:
@@ -157,8 +165,8 @@ def merged(arch: Any, x: Tensor, plan: Any, layer: int) -> Tensor:
     old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
     new = old.clone()
     for kept, pruned in plan.merge["heads"][layer] if plan.merge else []:
-        group, place = divmod(kept, per_group)
-        new[group, place] = old[group, place] + (old[group, place] - old[group, pruned % per_group])
+        group, head = divmod(kept, per_group)
+        new[group, head] = old[group, head] + (old[group, head] - old[group, pruned % per_group])
     return new.flatten(0, 2).to(x.dtype)
 
 
@@ -169,10 +177,10 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
     """
     per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
     out: dict[str, Any] = {}
-    for key, whole in weights.items():
+    for key, weight in weights.items():
         parts = []
         for layer in plan.layers if key.startswith(LAYER) else [None]:
-            x = whole if layer is None else whole[layer]
+            x = weight if layer is None else weight[layer]
             hidden = plan.keep["hidden"][-1]
             ffn, heads = plan.keep["ffn"].get(layer), plan.keep["heads"].get(layer)
             if _is_qkv(key):
@@ -218,7 +226,7 @@ class PlainImportance:
     """
 
     def __init__(self, model: Any, samples: Tensor):
-        """samples: token ids [n, s]. Runs the model, one sample at a time, in the precision that it has."""
+        """Run the model on token ids [n, s], one sample at a time, in its precision."""
         self.arch, self.seen = model.config, {}
         handles = []
         for number, layer in enumerate(model.model.layers):
@@ -310,7 +318,7 @@ class PlainTraining:
 
     def step(self, samples: dict[str, Tensor], lr: float) -> None:
         s, tokens, mask = self.settings, samples["tokens"], samples["loss_mask"].double()
-        (z_s, own), (z_t, other) = (
+        (z_s, student_states), (z_t, teacher_states) = (
             logits_and_states(self.arch, self.weights, tokens),
             logits_and_states(self.teacher_arch, self.teacher, tokens),
         )
@@ -319,7 +327,7 @@ class PlainTraining:
             for x in losses(self.arch, z_s, z_t, samples["labels"], s.temperature)
         )
         loss = s.kl_weight * s.temperature**2 * kl + s.ce_weight * ce
-        inside, alpha = self._inside(own, other, mask), self.alpha
+        inside, alpha = self._inside(student_states, teacher_states, mask), self.alpha
         loss = loss + alpha * inside
         every = self.weights | self.outside
         gradients = dict(zip(every, torch.autograd.grad(loss, list(every.values()))))
@@ -338,11 +346,11 @@ class PlainTraining:
             for key, weight in self.outside.items():
                 self._update(key, weight, gradients[key], lr)
 
-    def _inside(self, own: list[Tensor], other: list[Tensor], mask: Tensor) -> Tensor:
+    def _inside(self, student_states: list[Tensor], teacher_states: list[Tensor], mask: Tensor) -> Tensor:
         """Mean over tokens of the sum over pairs of the distance between states."""
         total = torch.zeros((), dtype=torch.float64)
         for j, i in self.settings.states.layers if self.settings.states else []:
-            x, t = own[j], other[i]
+            x, t = student_states[j], teacher_states[i]
             x = x @ self.outside["projection"].T if self.outside else x
             d = (
                 1 - F.cosine_similarity(x, t, dim=-1)

@@ -1,12 +1,18 @@
-"""What the ranks computed, once a session: each call serves the tests of several invariants."""
+"""Results that several tests share. Each is computed on first use and kept for the session.
+
+A failed computation is reported in full by the first test that needs it. Later tests fail with one
+line that names this test.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import reference
 from cases import (
     ARCHS,
@@ -38,29 +44,40 @@ from torch import Tensor
 ONE = BY_NAME["one"]
 
 
+class SharedResultError(AssertionError):
+    """A computation failed whose result several tests share; its cause is the first error."""
+
+
 class Results:
-    """Lazily computed and kept, failures included. arch: a name of cases.ARCHS."""
+    """Results of a session. arch: a name of cases.ARCHS."""
 
     def __init__(self, ranks: Callable[..., list[Any]], root: Path):
-        self.ranks, self.root = ranks, root
-        self.kept: dict[tuple, tuple[bool, Any]] = {}
+        self.ranks = ranks
+        self.root = root
+        self.computed: dict[Hashable, Any] = {}
+        self.failed_in: dict[Hashable, str] = {}  # key -> test that saw the error
 
-    def once(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        if key not in self.kept:
+    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return compute() of the first call with this key.
+
+        If it raised, the first call raises SharedResultError from that error. Later calls fail the
+        test with one line.
+        """
+        if key in self.failed_in:
+            pytest.fail(f"shared computation {named(key)} failed; see {self.failed_in[key]}", pytrace=False)
+        if key not in self.computed:
             try:
-                self.kept[key] = True, compute()
+                self.computed[key] = compute()
             except Exception as error:
-                self.kept[key] = False, error
-        ok, value = self.kept[key]
-        if not ok:
-            raise value
-        return value
+                self.failed_in[key] = os.environ.get("PYTEST_CURRENT_TEST", "its first use").split(" (")[0]
+                raise SharedResultError(f"shared computation {named(key)} failed") from error
+        return self.computed[key]
 
     def weights(self, arch: str) -> dict[str, Tensor]:
         return self.once(("weights", arch), lambda: make_weights(ARCHS[arch]))
 
     def teacher(self, arch: str) -> Path:
-        """The checkpoint of these weights."""
+        """Return a checkpoint of these weights."""
 
         def write() -> Path:
             folder = self.root / arch / "teacher"
@@ -72,7 +89,7 @@ class Results:
         return self.once(("teacher", arch), write)
 
     def pruned(self, arch: str, layout: Layout) -> list[dict[str, Any]]:
-        """model_workers.prune_everything, by rank; the students lie in student()."""
+        """Return model_workers.prune_everything by rank; student() has the saved students."""
         case = {
             "layout": layout,
             "arch": ARCHS[arch],
@@ -81,11 +98,11 @@ class Results:
             "pairs": pairs(arch, layout),
             "uneven": (arch, layout) in UNEVEN,
         }
-        where = {"output": self.root / arch / "pruned" / layout.name}
+        case["output"] = self.root / arch / "pruned" / layout.name
         return self.once(
             ("pruned", arch, layout),
             lambda: self.ranks(
-                layout.ranks, "model_workers.prune_everything", teacher=self.teacher(arch), **case, **where
+                layout.ranks, "model_workers.prune_everything", teacher=self.teacher(arch), **case
             ),
         )
 
@@ -93,25 +110,29 @@ class Results:
         return self.pruned(arch, layout)[0]["plans"][axis]
 
     def student(self, arch: str, axis: str, layout: Layout = ONE) -> tuple[Any, Path]:
-        """Architecture and checkpoint of the student that a layout cut."""
+        """Return architecture and checkpoint of the student that a layout made."""
         return self.plan(arch, axis, layout).student, self.root / arch / "pruned" / layout.name / axis
 
     def dense(self, arch: str, plan: Any = None, *, masked: bool = False) -> Tensor:
-        """Logits of the samples of step 0: the reference's teacher, its student of a plan, or the teacher under the plan's masks."""
+        """Return the reference's logits of the samples of step 0.
+
+        Without a plan they are the teacher's, with a plan the student's, with `masked` those of the
+        teacher under the plan's masks.
+        """
 
         def compute() -> Tensor:
             weights, tokens = self.weights(arch), make_samples(ARCHS[arch], 0, 8)["tokens"]
             if plan is None:
                 return reference.logits(ARCHS[arch], weights, tokens)
             if masked:
-                under_masks, kept = reference.masked_teacher(ARCHS[arch], weights, plan)
-                return reference.logits(ARCHS[arch], under_masks, tokens, kept)
+                masked_weights, hidden = reference.masked_teacher(ARCHS[arch], weights, plan)
+                return reference.logits(ARCHS[arch], masked_weights, tokens, hidden)
             return reference.logits(plan.student, reference.sliced(ARCHS[arch], weights, plan), tokens)
 
         return self.once(("dense", arch, plan and plan.model_dump_json(), masked), compute)
 
     def task_files(self) -> Path:
-        """A folder with choices.jsonl and words.jsonl."""
+        """Return a folder with choices.jsonl and words.jsonl."""
 
         def write() -> Path:
             folder = self.root / "tasks"
@@ -123,7 +144,7 @@ class Results:
         return self.once(("tasks",), write)
 
     def judged(self, layout: Layout) -> list[dict[str, Any]]:
-        """model_workers.judge_everything, for qwen3, by rank."""
+        """Return model_workers.judge_everything for qwen3 by rank."""
         missing = {frozenset(): BLOCKS}
         if layout.name in GONE_LAYOUTS:
             missing[GONE] = [block | GONE for block in BLOCKS]
@@ -139,7 +160,7 @@ class Results:
         )
 
     def loaded(self, arch: str, layout: Layout) -> list[dict[str, Tensor | None]]:
-        """Logits at this layout of the students that the previous layout of the table cut, axis -> logits, by rank."""
+        """Return axis -> logits by rank, of students that the previous layout in the table made."""
         source = previous(CASES, arch, layout)
 
         def load() -> list[Any]:
@@ -149,8 +170,7 @@ class Results:
         return self.once(("loaded", arch, layout), load)
 
     def trained(self, arch: str, layout: Layout) -> list[dict[str, Any]]:
-        """training_workers.train_everything, by rank, from the student that one rank cut on all axes."""
-
+        """Return training_workers.train_everything by rank, for one rank's student of all axes."""
         output = self.root / arch / "trained" / layout.name
         return self.once(
             ("trained", arch, layout),
@@ -163,7 +183,7 @@ class Results:
         )
 
     def variants(self, layout: Layout) -> list[dict[str, Any]]:
-        """training_workers.train_variants of cases.variants(), for qwen3, by rank."""
+        """Return training_workers.train_variants of cases.variants() for qwen3 by rank."""
         case = {"output": self.root / "variants" / layout.name, "variants": variants(layout)}
         return self.once(
             ("variants", layout),
@@ -173,7 +193,7 @@ class Results:
         )
 
     def corrected_meanwhile(self, layout: Layout, precision: str = "fp32") -> list[dict[str, Any]]:
-        """training_workers.correct_meanwhile, for qwen3, by rank."""
+        """Return training_workers.correct_meanwhile for qwen3 by rank."""
         case = {
             "output": self.root / "meanwhile" / layout.name / precision,
             "correct": MEANWHILE,
@@ -186,7 +206,10 @@ class Results:
         )
 
     def streamed(self, payload: str, layout: Layout, teacher: Layout | None, window: int = 3) -> list[Any]:
-        """Steps of trained("qwen3") with the teacher elsewhere, or with one here that hands over this payload."""
+        """Return the steps of trained("qwen3") with a remote teacher.
+
+        teacher: its layout; None is a colocated teacher that hands over this payload.
+        """
         name = f"{payload}-{layout.name}-{teacher and teacher.name}-{window}"
         models = self._training("qwen3", layout)
         case = {"student": models["layout"], "arch": models["arch"], "weights": models["teacher"]}
@@ -196,10 +219,10 @@ class Results:
             "output": self.root / "streamed" / name,
         }
         size = layout.ranks + (teacher.ranks if teacher else 0)
-        place = {"payload": payload, "teacher": teacher, "window": window}
+        case |= {"payload": payload, "teacher": teacher, "window": window}
         return self.once(
             ("streamed", name),
-            lambda: self.ranks(size, "teacher_stream_workers.train_with", **case, **place)[0],
+            lambda: self.ranks(size, "teacher_stream_workers.train_with", **case)[0],
         )
 
     def _training(self, arch: str, layout: Layout) -> dict[str, Any]:
@@ -213,12 +236,12 @@ class Results:
         }
 
     def stopped(self, arch: str, layout: Layout) -> Path:
-        """Folder with the checkpoint after RESUME_AT steps."""
+        """Return the folder with the checkpoint after RESUME_AT steps."""
         self.trained(arch, layout)
         return self.root / arch / "trained" / layout.name / "unbroken"
 
     def resumed(self, arch: str, layout: Layout) -> list[Any]:
-        """Steps after RESUME_AT, from the checkpoint of the previous layout of the table."""
+        """Return the steps after RESUME_AT, resumed from the checkpoint of the previous layout."""
         source = previous(TRAINED, arch, layout)
 
         def resume() -> list[Any]:
@@ -236,7 +259,10 @@ class Results:
         return self.once(("resumed", arch, layout), resume)
 
     def plain_training(self, arch: str) -> tuple[list[tuple[float, ...]], dict[str, Tensor]]:
-        """(loss, kl, ce, gradient norm) of every step, and the state after RESUME_AT steps, under checkpoint keys."""
+        """Return (loss, kl, ce, gradient norm) of every step, and the state after RESUME_AT steps.
+
+        The state has checkpoint keys.
+        """
 
         def train() -> Any:
             plan, state = self.plan(arch, "all"), {}
@@ -260,6 +286,12 @@ class Results:
 
 
 def previous(table: list[tuple[str, Layout]], arch: str, layout: Layout) -> Layout:
-    """The layout before this one among the architecture's in a table, in a ring."""
-    own = [other for name, other in table if name == arch]
-    return own[own.index(layout) - 1]
+    """Return the previous layout of the architecture in a table; before the first is the last."""
+    layouts = [row_layout for name, row_layout in table if name == arch]
+    return layouts[layouts.index(layout) - 1]
+
+
+def named(key: Hashable) -> str:
+    """Return a short name of a result."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return " ".join(getattr(part, "name", str(part))[:40] for part in parts)

@@ -15,9 +15,14 @@ import yaml
 
 from minitron_mp import load_recipe
 from minitron_mp.training.throughput import Throughput
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow import stages
+from minitron_mp.workflow.graph import StageGraph
 
 ROOT = Path(__file__).parents[2]
+STAGES = {stage.name: stage for stage in stages.STAGES if not stage.requirement}
+"""The stages of every recipe."""
+REQUIREMENTS = {stage.name: stage.requirement for stage in stages.STAGES if stage.requirement}
+"""What adds each of the other stages to a recipe."""
 SIZES = {
     "num_hidden_layers": 4,
     "hidden_size": 64,
@@ -61,7 +66,10 @@ class Run:
 
 
 def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
-    """Write a random float32 Llama with tied embeddings and a byte-level tokenizer; return folder."""
+    """Write a random float32 Llama with tied embeddings and a byte-level tokenizer.
+
+    Returns the folder.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +91,10 @@ def make_model(folder: Path, *, seed: int = 0, **sizes: Any) -> Path:
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 300) -> int:
-    """Write a tokenizer of the 256 bytes, some pairs of them and an end of text; its number of tokens."""
+    """Write a tokenizer of the 256 bytes, some pairs of them and an end of text.
+
+    Returns its number of tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

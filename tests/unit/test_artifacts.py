@@ -83,7 +83,10 @@ def test_failed_write_keeps_the_old_artifact(folder):
 
 @pytest.mark.parametrize("killed_at", ["first rename", "second rename", "delete"])
 def test_kill_during_replacement(folder, monkeypatch, killed_at):
-    """Stop commit() before each of its steps; find() then returns a complete artifact, and a rerun works."""
+    """Stop commit() before each of its steps.
+
+    Then find() returns a complete artifact, and a new run works.
+    """
 
     def kill(*_, **__):
         raise KeyboardInterrupt
@@ -136,7 +139,7 @@ def test_missing_damaged_and_foreign_artifacts_are_rejected(folder, tmp_path):
     (tmp_path / "data" / "novel.txt").write_text("mine")
     with pytest.raises(
         InputError,
-        match=r"data holds no manifest\.json: .*will not replace it; move it, or set another output",
+        match=r"data has no manifest\.json: .*will not replace it; move it, or set another output",
     ):
         find_manifest(tmp_path / "data")
 

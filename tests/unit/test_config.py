@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
+from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -80,14 +81,14 @@ def test_parameter_count_suffixes(text, number):
     [
         (
             {"target": {"max_parameters": "eightB"}},
-            r"target\.max_parameters: 'eightB' is no number of parameters; write 8\.4e9, 8\.4B or 102M",
+            r"target\.max_parameters: 'eightB' is not a number of parameters; write 8\.4e9, 8\.4B or 102M",
         ),
         ({"target": {"max_parameters": "8.4T"}}, r"target\.max_parameters: .*given '8\.4T'"),
         ({"target": {"max_parameters": "-1B"}}, r"target\.max_parameters: .*greater than 0"),
         ({"target": {"keep": 1.5}}, r"target\.keep: .*less than or equal to 1, given 1\.5"),
         (
             {"target": {"keep": 0.5, "hidden_size": 16}},
-            r"target: sizes, max_parameters and keep are three ways",
+            r"target: sizes, max_parameters and keep exclude each other",
         ),
         ({"target": {"keep": 0.5, "axes": []}}, r"target\.axes: .*at least 1"),
         ({"target": {"axes": ["heads"]}}, r"target\.axes\.0: .*'hidden', 'ffn' or 'layer', given 'heads'"),
@@ -106,15 +107,15 @@ def test_parameter_count_suffixes(text, number):
         ),
         (
             {"data": {"train": ["a"], "valid": ["b"], "calibration": ["c"], "valid_fraction": 0.1}},
-            r"data: source and valid_fraction say how to make .*drop them",
+            r"data: calibration, train and valid replace source and valid_fraction; drop",
         ),
         (
             {"teacher": {"window": 5}},
-            r"teacher: window: without effect with placement colocated and payload hidden; drop it",
+            r"teacher: window: no effect with placement colocated and payload hidden; drop it",
         ),
         (
             {"teacher": {"placement": "cached", "parallel": {"tp": 2}, "top_k": 7}},
-            r"parallel, top_k: without effect with placement cached",
+            r"parallel, top_k: no effect with placement cached",
         ),
         ({"data": None}, r"data: .*given None"),
         ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: .*valid list, given 5"),
@@ -124,7 +125,7 @@ def test_parameter_count_suffixes(text, number):
         ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),
         (
             {"score": {"zzz": 3}},
-            r"unknown key score\.zzz; known here: num_samples, micro_batch_size, batch_aggregation, "
+            r"unknown key score\.zzz; known keys: num_samples, micro_batch_size, batch_aggregation, "
             r"sequence_aggregation",
         ),
     ],
@@ -176,7 +177,7 @@ def test_errors_are_reported_together():
         (
             b"model: m\noutput: o\n",
             ["distill.steps", "seed=1", "--fast"],
-            r"(?s)like distill\.steps=10; this is not:.*- distill\.steps\n.*- --fast",
+            r"(?s)like distill\.steps=10; these are not:.*- distill\.steps\n.*- --fast",
         ),
         (b"model: m\noutput: o\n", ["distill.step=10"], r"unknown key distill\.step; did you mean steps\?"),
     ],
@@ -193,3 +194,20 @@ def test_missing_file_and_non_mapping(tmp_path):
             load_recipe(path)
     with pytest.raises(InputError, match="recipe holds list, not keys and values"):
         make_recipe(["model"])
+
+
+def test_reference_of_recipe_keys_is_current():
+    """Run `minitron-mp reference --output docs/reference.md` after a change of a schema or a docstring."""
+    assert (ROOT / "docs" / "reference.md").read_text(encoding="utf-8") == recipe_reference()
+
+
+def test_every_recipe_key_has_a_description():
+    rows = [row for row in recipe_reference().splitlines() if row.startswith("| `")]
+    assert len(rows) > 100
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_marked_fields_are_not_in_the_fingerprint():
+    settings = make_recipe({**NEEDED, "distill": {"log_interval": 3, "lr": 1e-3}}).distill.result_settings()
+    assert settings["lr"] == 1e-3
+    assert not {"log_interval", "micro_batch_size", "profile", "async_save"} & settings.keys()

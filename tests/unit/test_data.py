@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.batches import micro_batches, open_samples, too_short_problems
-from minitron_mp.data.corpus import PARTS, corpus_fingerprint, tokenize_corpus
+from minitron_mp.data.batches import Corpus, micro_batches, open_samples, too_short_problems
+from minitron_mp.data.corpus import tokenize_corpus
+from minitron_mp.data.sources import PARTS, corpus_fingerprint
 from minitron_mp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minitron_mp.errors import InputError
 
@@ -64,7 +65,7 @@ def stream(prefix) -> np.ndarray:
 
 
 def texts(prefix, decode, eod) -> list[str]:
-    """Documents with their eod; checks that each begins as the tokenizer begins a text, with id 0."""
+    """Return the documents with their eod; assert that each starts with the bos id 0."""
     ids = stream(prefix)
     pieces = np.split(ids, np.flatnonzero(ids == eod) + 1)[:-1]
     assert all(first == 0 for first, *_ in pieces)
@@ -80,7 +81,7 @@ def lists(tmp_path, **sizes) -> DataConfig:
 
 @pytest.fixture
 def corpus(tmp_path, tokenizer):
-    """A folder with parts of 8, 40 and 12 lines, each one document: samples are windows of one stream."""
+    """Parts of 8, 40 and 12 lines, each one document: samples are windows of one stream."""
     tokenize_corpus(lists(tmp_path, calibration=8, train=40, valid=12), tokenizer, tmp_path / "data", 1)
     return tmp_path / "data"
 
@@ -227,7 +228,7 @@ def test_few_long_documents_are_split(tmp_path, tokenizer, suffix):
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_documents_are_not_split_across_parts(tmp_path, tokenizer, decode, suffix):
-    """Where there are enough of them, however long: no part then has text of an author who is in another."""
+    """If there are enough documents, no document is split, however long it is."""
     (tmp_path / "books").mkdir()
     books = {
         f"{i:03}": "\n\n".join(f"book {i:03}, {line}" for line in LINES * (3 if i % 10 == 0 else 1))
@@ -282,20 +283,20 @@ def test_parts_accept_files_folders_and_megatron_data(tmp_path, corpus, tokenize
     [
         ({}, "nowhere", r"data\.source: .*nowhere does not exist"),
         ({}, [], r"data\.source is empty"),
-        ({"x.csv": "a"}, "x.csv", r"x\.csv is no \.txt or \.jsonl"),
+        ({"x.csv": "a"}, "x.csv", r"x\.csv is neither \.txt nor \.jsonl"),
         ({"x.csv": "a"}, ".", "folder without .txt and .jsonl"),
         (
             {"a.txt": "one"},
             "a.txt",
-            r"no text for .*source held 1 documents .*data\.valid_fraction \(0\.03\)",
+            r"no text for .*source has 1 documents .*data\.valid_fraction \(0\.03\)",
         ),
-        ({"a.txt": " \n"}, "a.txt", r"no text for calibration, train, valid: source held 0 documents"),
-        ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, "a.jsonl", r"a\.jsonl line 2 is no JSON object"),
+        ({"a.txt": " \n"}, "a.txt", r"no text for calibration, train, valid: source has 0 documents"),
+        ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, "a.jsonl", r"a\.jsonl line 2 is not a JSON object"),
         ({"a.jsonl": '{"content": "x"}\n'}, "a.jsonl", r'a\.jsonl line 1 .*"text"'),
-        ({"a.jsonl": '["text"]\n'}, "a.jsonl", r"a\.jsonl line 1 is no"),
-        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", r"a\.jsonl line 1 is no"),
+        ({"a.jsonl": '["text"]\n'}, "a.jsonl", r"a\.jsonl line 1 is not a"),
+        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", r"a\.jsonl line 1 is not a"),
         ({"a.txt": b"caf\xe9"}, "a.txt", r"a\.txt is not UTF-8"),
-        ({"a.bin": "", "a.idx": ""}, "a", r"a.bin and .idx are no Megatron indexed dataset"),
+        ({"a.bin": "", "a.idx": ""}, "a", r"a.bin and .idx are not a Megatron indexed dataset"),
     ],
 )
 def test_invalid_sources_are_rejected(tmp_path, monkeypatch, tokenizer, files, source, message):
@@ -331,30 +332,34 @@ def test_invalid_parts_are_reported_together(tmp_path, corpus, tokenizer):
 def test_invalid_megatron_data_is_rejected(tmp_path, corpus, tokenizer):
     data = DataConfig(**{part: [f"{corpus}/{part}"] for part in PARTS})
     small = Tokenizer(tokenizer.encode, 200, tokenizer.eod)
-    with pytest.raises(InputError, match=r"calibration holds token id \d+, the tokenizer has ids up to 199"):
+    with pytest.raises(
+        InputError, match=r"calibration has token id \d+, but the tokenizer has ids up to 199"
+    ):
         tokenize_corpus(data, small, tmp_path / "out", 1)
     size = (corpus / "train.bin").stat().st_size
     (corpus / "train.bin").write_bytes((corpus / "train.bin").read_bytes()[:100])
-    with pytest.raises(InputError, match=rf"train\.bin has 100 bytes, its index tells of {size // 2} tokens"):
+    with pytest.raises(
+        InputError, match=rf"train\.bin has 100 bytes, but its index lists {size // 2} tokens"
+    ):
         tokenize_corpus(data, tokenizer, tmp_path / "out", 1)
 
 
 def test_damaged_index_is_rejected(tmp_path, corpus, tokenizer):
     (corpus / "train.idx").write_bytes(b"junk" * 10)
-    with pytest.raises(InputError, match=r"train\.bin and \.idx are no Megatron indexed dataset"):
+    with pytest.raises(InputError, match=r"train\.bin and \.idx are not a Megatron indexed dataset"):
         tokenize_corpus(
             DataConfig(**{part: [f"{corpus}/{part}"] for part in PARTS}), tokenizer, tmp_path / "out", 1
         )
     with (corpus / "valid.idx").open("r+b") as file:
         file.truncate(20)
     (corpus / "train.idx").unlink()
-    with pytest.raises(InputError, match=r"valid\.bin and \.idx are no Megatron indexed dataset"):
+    with pytest.raises(InputError, match=r"valid\.bin and \.idx are not a Megatron indexed dataset"):
         tokenize_corpus(DataConfig(source=f"{corpus}/valid"), tokenizer, tmp_path / "out", 1)
 
 
 def test_samples_concatenate_to_the_text(corpus, tokenizer):
     whole = windows(corpus / "train")
-    dataset = open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
+    dataset = open_samples(Corpus(corpus, tokenizer, S, 1), "train", 10, repeat=True)
     found = rows(dataset)
     assert Counter(found) == whole  # one epoch, each window once
     item = dataset[0]
@@ -368,18 +373,18 @@ def test_samples_concatenate_to_the_text(corpus, tokenizer):
         (dataset[i]["loss_mask"] == 1).all() for i in range(len(dataset))
     )  # pad is -1: no label is masked
     assert item["position_ids"].tolist() == list(range(S))
-    assert rows(open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) == found
-    assert rows(open_samples(corpus, "train", S, 10, 2, tokenizer, repeat=True)) != found
+    assert rows(open_samples(Corpus(corpus, tokenizer, S, 1), "train", 10, repeat=True)) == found
+    assert rows(open_samples(Corpus(corpus, tokenizer, S, 2), "train", 10, repeat=True)) != found
 
 
 def open_twice(corpus, folder) -> list[list[tuple[int, ...]]]:
     """On a rank: the samples of two openings in a row."""
     tokenizer = load_tokenizer(folder)
-    return [rows(open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)) for _ in range(2)]
+    return [rows(open_samples(Corpus(corpus, tokenizer, S, 1), "train", 10, repeat=True)) for _ in range(2)]
 
 
 def cut_index_short(corpus) -> None:
-    """What a kill during numpy.save leaves: Megatron takes any file of that name for a whole one."""
+    """Truncate the index like a kill during numpy.save. Megatron accepts any file of that name."""
     files = list((corpus / "index").rglob("*.npy"))
     assert len(files) == 3
     for file in files:
@@ -396,29 +401,31 @@ def test_truncated_index_cache_is_rebuilt(corpus, folder, ranks):
 
 
 def test_open_dataset_survives_a_new_one_of_the_same_part(corpus, tokenizer):
-    first = open_samples(corpus, "train", S, 10, 1, tokenizer, repeat=True)
+    first = open_samples(Corpus(corpus, tokenizer, S, 1), "train", 10, repeat=True)
     found = rows(first)
-    open_samples(corpus, "train", S, 20, 2, tokenizer, repeat=True)
+    open_samples(Corpus(corpus, tokenizer, S, 2), "train", 20, repeat=True)
     assert rows(first) == found
 
 
 def test_samples_repeat_for_training_only(corpus, tokenizer):
     whole = windows(corpus / "train")
-    assert len(open_samples(corpus, "train", S, 3 * len(whole), 1, tokenizer, repeat=True)) >= 3 * len(whole)
+    assert len(
+        open_samples(Corpus(corpus, tokenizer, S, 1), "train", 3 * len(whole), repeat=True)
+    ) >= 3 * len(whole)
     held = len(windows(corpus / "valid"))
-    assert set(rows(open_samples(corpus, "valid", S, held, 1, tokenizer, repeat=False))) == set(
+    assert set(rows(open_samples(Corpus(corpus, tokenizer, S, 1), "valid", held, repeat=False))) == set(
         windows(corpus / "valid")
     )
     with pytest.raises(
         InputError,
-        match=rf"valid text holds {held} samples of {S} tokens, {held + 1} are wanted; "
+        match=rf"valid text has {held} samples of {S} tokens, {held + 1} are needed: "
         rf"lower evaluate\.num_samples to at most {held}",
     ):
-        open_samples(corpus, "valid", S, held + 1, 1, tokenizer, repeat=False)
+        open_samples(Corpus(corpus, tokenizer, S, 1), "valid", held + 1, repeat=False)
     with pytest.raises(
-        InputError, match=r"(?s)train text: .*train holds \d+ tokens, one sample is 100000 and a label"
+        InputError, match=r"(?s)train text: .*train has \d+ tokens, one sample needs 100000 and a label"
     ):
-        open_samples(corpus, "train", 100_000, 1, 1, tokenizer, repeat=True)
+        open_samples(Corpus(corpus, tokenizer, 100_000, 1), "train", 1, repeat=True)
 
 
 def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
@@ -430,9 +437,9 @@ def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
     tokenize_corpus(DataConfig(**parts), tokenizer, tmp_path / "data", 1)
     assert too_short_problems(tmp_path / "data", "train", S, 0) == []
     (problem,) = too_short_problems(tmp_path / "data", "valid", S, 1)
-    assert re.search(r"valid text: .*/data/valid holds \d+ tokens, one sample is", problem)
-    with pytest.raises(InputError, match="one sample is"):
-        open_samples(tmp_path / "data", "valid", S, 1, 1, tokenizer, repeat=False)
+    assert re.search(r"valid text: .*/data/valid has \d+ tokens, one sample needs", problem)
+    with pytest.raises(InputError, match="one sample needs"):
+        open_samples(Corpus(tmp_path / "data", tokenizer, S, 1), "valid", 1, repeat=False)
 
 
 def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
@@ -441,17 +448,20 @@ def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
     large, small = windows(corpus / "train"), windows(corpus / "valid")
     held = large.total() + small.total()
     assert (
-        Counter(rows(open_samples(tmp_path / "mix", "valid", S, held, 1, tokenizer, repeat=False)))
+        Counter(rows(open_samples(Corpus(tmp_path / "mix", tokenizer, S, 1), "valid", held, repeat=False)))
         == large + small
     )
-    dataset = open_samples(tmp_path / "mix", "train", S, held // 2, 1, tokenizer, repeat=True)
+    dataset = open_samples(Corpus(tmp_path / "mix", tokenizer, S, 1), "train", held // 2, repeat=True)
     from_small = [row in small and row not in large for row in rows(dataset)]
     common = sum((large & small).values())
     assert len(from_small) <= held // 2 + 2
     assert small.total() // 2 - common <= sum(from_small) <= small.total() // 2 + 1
-    assert len(open_samples(tmp_path / "mix", "train", S, 3 * held, 1, tokenizer, repeat=True)) >= 3 * held
-    with pytest.raises(InputError, match=rf"holds {held} samples"):
-        open_samples(tmp_path / "mix", "valid", S, held + 1, 1, tokenizer, repeat=False)
+    assert (
+        len(open_samples(Corpus(tmp_path / "mix", tokenizer, S, 1), "train", 3 * held, repeat=True))
+        >= 3 * held
+    )
+    with pytest.raises(InputError, match=rf"has {held} samples"):
+        open_samples(Corpus(tmp_path / "mix", tokenizer, S, 1), "valid", held + 1, repeat=False)
 
 
 def test_megatron_data_as_source_is_split_by_document(tmp_path, tokenizer):
@@ -484,7 +494,7 @@ def test_megatron_data_as_source_is_split_by_document(tmp_path, tokenizer):
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, micro_batch_size):
-    dataset = open_samples(corpus, "train", S, 24, 1, tokenizer, repeat=True)
+    dataset = open_samples(Corpus(corpus, tokenizer, S, 1), "train", 24, repeat=True)
     sizes = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
     for step in (0, 2):
         ranks = [micro_batches(dataset, step, dp_rank=rank, **sizes) for rank in range(dp_size)]
@@ -505,7 +515,7 @@ def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, mi
 
 
 def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
-    dataset = open_samples(corpus, "valid", S, 5, 1, tokenizer, repeat=False)
+    dataset = open_samples(Corpus(corpus, tokenizer, S, 1), "valid", 5, repeat=False)
     sizes = {"global_batch_size": 4, "micro_batch_size": 2, "dp_size": 2, "limit": 5}
     masks = [
         torch.cat([b["loss_mask"] for b in micro_batches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist()

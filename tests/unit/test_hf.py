@@ -1,4 +1,4 @@
-"""Hugging Face folders: bitwise round trips, equal logits in transformers, one error per bad input."""
+"""Hugging Face folders: bitwise round trips, equal logits, one error per invalid input."""
 
 import importlib.util
 import json

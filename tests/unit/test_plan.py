@@ -227,7 +227,10 @@ def test_multi_head_attention_drops_heads_with_key_and_value():
 
 @pytest.mark.parametrize("keep", [5, 4, 3, 2, 1])
 def test_merged_heads_are_mirrored_at_the_cut(keep):
-    """head_i += head_i - head_(2K-i+1), 1-based by importance; pruned heads past 2K have no partner."""
+    """head_i += head_i - head_(2K-i+1), 1-based by importance.
+
+    Pruned heads past 2K have no partner.
+    """
     importance = random_scores(GROUPED)
     plan = make_plan(importance, GROUPED, TargetConfig(num_attention_heads=4 * keep, merge_heads=True))
     for layer, pairs in plan.merge["heads"].items():

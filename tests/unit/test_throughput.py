@@ -19,7 +19,10 @@ from minitron_mp.training.throughput import Throughput, Work, distillation_work,
 
 
 def test_rates_of_a_step():
-    """1000 tokens of 6e9 FLOPs on 4 ranks in 2 s are 0.75 TFLOP/s each; 2e9 on two ranks are 0.5."""
+    """1000 tokens of 6e9 FLOPs on 4 ranks in 2 s are 0.75 TFLOP/s each.
+
+    The teacher's 2e9 on two ranks are 0.5.
+    """
     work = Work(
         tokens=1000,
         student=6e9,
@@ -66,7 +69,7 @@ def work_of(**sections) -> Work:
     world = SimpleNamespace(
         device=torch.device("cpu"),
         size=4,
-        bridge=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
+        channel=SimpleNamespace(spans={"student": range(4), "teacher": range(4, 6)}),
     )
     return distillation_work(recipe, STUDENT, TEACHER, world, tokens=96)
 
@@ -145,8 +148,8 @@ def test_invalid_deadline_is_rejected(monkeypatch):
     [
         ({"steps": [3, 2]}, r"steps \[3, 2\] is no \[first, last\]"),
         ({"steps": [0, 2]}, r"counted from 1"),
-        ({"steps": [1, 101]}, r"goes beyond the last of 100 steps"),
-        ({"steps": [1, 2], "ranks": [-1]}, r"ranks count from 0"),
+        ({"steps": [1, 101]}, r"ends after the last step, 100"),
+        ({"steps": [1, 2], "ranks": [-1]}, r"must not be negative"),
     ],
 )
 def test_invalid_profile_ranges_are_rejected(profile, words):

@@ -12,9 +12,10 @@ from unittest.mock import patch
 import pool
 import torch.distributed as dist
 
-from minitron_mp.cluster import network as fabric
+from minitron_mp.cluster import file_system
 from minitron_mp.cluster.doctor import doctor
-from minitron_mp.cluster.network import RankTable, shared
+from minitron_mp.cluster.file_system import check_file_system
+from minitron_mp.cluster.network import RankTable
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
 
@@ -49,8 +50,8 @@ def disks_of_their_own(*, folder: str) -> list[str]:
     own.mkdir(parents=True)
     os.chdir(own)
     try:
-        with patch.object(fabric, "PATIENCE_S", 1.0):
+        with patch.object(file_system, "VISIBLE_S", 1.0):
             job = RankTable(dist.PrefixStore(folder, store), rank, size, "host")
-            return [f"{finding.verdict}: {finding.found}" for finding in shared(Path("out"), job)]
+            return [f"{result.verdict}: {result.detail}" for result in check_file_system(Path("out"), job)]
     finally:
         os.chdir(before)

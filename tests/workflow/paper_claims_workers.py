@@ -1,4 +1,4 @@
-"""experiments/paper_claims on a rank of a pool, which has imported torch and Megatron-Core already."""
+"""Run experiments/paper_claims on a pool rank, which has imported Megatron-Core already."""
 
 from __future__ import annotations
 

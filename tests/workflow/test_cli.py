@@ -1,4 +1,4 @@
-"""The command line: what bad input is told, what a dry run shows, and that documented commands exist."""
+"""The command line: errors, dry runs, and documented commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import typer
 from cases import ARCHS, BY_NAME
 from safetensors.torch import load_file, save_file
 from tiny import (
+    REQUIREMENTS,
     ROOT,
+    STAGES,
     STEPS,
     environment,
     make_model,
@@ -34,7 +36,6 @@ from minitron_mp import load_recipe
 from minitron_mp.cli import app, main
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.planning.memory import rank_parameters
-from minitron_mp.workflow.graph import COMES_WITH, STAGES
 
 UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
 
@@ -60,7 +61,7 @@ def model(inputs, tmp_path) -> Path:
 
 @pytest.fixture
 def on_ranks(ranks):
-    """on_ranks(count, words...) runs the command line on pool ranks, which have imported everything."""
+    """on_ranks(count, words...) runs the command line on pool ranks."""
     return lambda count, *words: ranks(
         count, "project_workers.minitron", arguments=[str(word) for word in words]
     )
@@ -68,7 +69,7 @@ def on_ranks(ranks):
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """here(words...) -> exit code, output and error output of the command line in this very process."""
+    """here(words...) runs the command line in this process; exit code, output, error output."""
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["minitron-mp", *map(str, words)])
@@ -93,7 +94,7 @@ def stage_states(out: str) -> dict[str, str]:
     ("overrides", "said"),
     [
         (["distill.stepz=3"], ["unknown key distill.stepz; did you mean steps?"]),
-        (["distill"], ["an override is a dotted key and a value", "- distill"]),
+        (["distill"], ["an override must be a dotted key and a value", "- distill"]),
         (["seed=-1"], ["seed: Input should be greater than or equal to 0, given -1"]),
         (["output=''"], ["output: String should have at least 1 character"]),
         (["model=nowhere"], ["there is no folder nowhere; give a Hugging Face model folder"]),
@@ -140,7 +141,7 @@ def stage_states(out: str) -> dict[str, str]:
         (["export.family=qwen3"], ["qwen3"]),
         (
             ["depth.num_samples=8", "depth.micro_batch_size=4"],
-            ["depth.num_samples, depth.micro_batch_size: without effect with depth.method cosine"],
+            ["depth.num_samples, depth.micro_batch_size: no effect with depth.method cosine"],
         ),
         (
             [
@@ -151,7 +152,7 @@ def stage_states(out: str) -> dict[str, str]:
             ],
             [
                 "target.drop_layers names 0, which depth.protect_first 1 and protect_last 1 keep; "
-                "name others, or protect fewer"
+                "name other layers, or protect fewer"
             ],
         ),
         (
@@ -173,7 +174,7 @@ def stage_states(out: str) -> dict[str, str]:
                 "teacher.top_k=4000",
                 "distill.divergence=js",
             ],
-            ["4000 is above", "no divergence js"],
+            ["4000 is above", "divergence js is not defined for teacher.payload topk"],
         ),
         # Mistakes of different kinds are told together, so that there is one round of corrections.
         (
@@ -232,7 +233,7 @@ def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     refused(
         here("compress", recipe, *words),
         f"another tokenizer than model: 2 ids differ (7 is {vocab[8]!r} in ",
-        "give a teacher with the same one",
+        "give a teacher with the same tokenizer",
     )
     unigram = [[vocab[id], 0.0] for id in sorted(vocab)]
     (model / "tokenizer.json").write_text(
@@ -286,13 +287,11 @@ def test_dry_run_of_a_search(here, recipe, inputs):
     )
 
 
-@pytest.mark.parametrize("stage", COMES_WITH)
+@pytest.mark.parametrize("stage", REQUIREMENTS)
 def test_stage_missing_from_the_recipe(here, recipe, stage):
     """A dry run says what the run says."""
     for flags in ([], ["--dry-run"]):
-        refused(
-            here(stage, recipe, *flags), f"the recipe has no stage {stage}; it comes with {COMES_WITH[stage]}"
-        )
+        refused(here(stage, recipe, *flags), f"the recipe has no stage {stage}; add {REQUIREMENTS[stage]}")
 
 
 def test_invalid_commands(here, recipe):
@@ -357,15 +356,15 @@ def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, 
     output = f"output={tmp_path / 'out'}"
     largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
-    refused(done, f"the tokenizer has ids up to {largest}, the model's embedding has 300 rows")
+    refused(done, f"the tokenizer has ids up to {largest}, but the model's embedding has 300 rows")
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
     refused(
         done,
-        "4096 are wanted; lower num_samples of score, depth and search to at most",
-        "valid text holds",
+        "4096 are needed: lower num_samples of score, depth and search to at most",
+        "valid text has",
         "lower evaluate.num_samples to at most",
     )
-    samples = int(re.search(r"calibration text holds (\d+) samples of 32 tokens", done.err)[1])
+    samples = int(re.search(r"calibration text has (\d+) samples of 32 tokens", done.err)[1])
     assert not (tmp_path / "out" / "importance.safetensors").exists()
     done = on_ranks(1, "score", recipe, output, f"score.num_samples={samples}", "score.micro_batch_size=1")[0]
     assert done.code == 0, done
@@ -434,7 +433,7 @@ def test_dry_run_of_a_cluster(here, inputs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     refused(
         here("compress", recipe, "--dry-run", "--world", "48"),
-        "48 ranks for the student is no multiple of tp x pp x cp = 32",
+        "48 ranks for the student must be a multiple of tp x pp x cp = 32",
     )
     refused(
         here("compress", recipe, "--dry-run", "--world", "256"),
@@ -500,7 +499,7 @@ def test_help_lists_every_stage():
 
 
 def documented() -> list[tuple[str, str]]:
-    """(where, line) of each command in the code blocks of README.md and at the top of the examples."""
+    """Return (where, line) of each command in README.md and at the top of the examples."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S):
         if language not in ("python", "yaml", "json"):
@@ -526,7 +525,7 @@ def documented() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "line"), documented())
 def test_documented_commands_exist(where, line):
-    """Scripts exist; stages, options and override keys are known. recipe.yaml stands for the user's."""
+    """Scripts, stages, options and override keys exist; recipe.yaml is the user's file."""
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables for the command
         words.pop(0)
@@ -597,7 +596,10 @@ def test_quickstart_help():
 
 
 def test_dry_run_with_a_remote_teacher(here, recipe):
-    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2; 64 float32 channels are 256 bytes a token."""
+    """6 ranks: a student of tp 2 x dp 2, a teacher of tp 2.
+
+    64 float32 channels are 256 bytes a token.
+    """
     words = ["parallel.tp=2", "teacher.placement=remote", "teacher.parallel.tp=2"]
     code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words)
     assert (code, err) == (0, "")
@@ -622,7 +624,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
         here("compress", recipe, "--dry-run", "distill.states.layers={0: 0, 9: 3}"),
         "names state 9 of the student, which has 0",
     )
-    less = "3 ranks (5 less the teacher's 2) for the student is no multiple of tp x pp x cp = 2"
+    less = "3 ranks (5 less the teacher's 2) for the student must be a multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "5", *words), less)
     refused(
         here("compress", recipe, "--dry-run", *words, "teacher.parallel.tp=3"),
@@ -631,7 +633,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     )
     refused(
         here("compress", recipe, "--dry-run", "teacher.payload=topk"),
-        "payload topk is for a teacher elsewhere",
+        "payload topk needs placement remote or cached, given colocated",
     )
     refused(
         here("compress", recipe, "--dry-run", *words, "teacher.payload=topk", "teacher.top_k=4000"),
@@ -643,15 +645,15 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     assert (code, err) == (0, "")
     for text in ("2 = tp 2 x pp 1 x cp 1 x dp 1", "4 = tp 2 x pp 1 x cp 1 x dp 2"):
         assert text in out, out
-    rest = "0 ranks (2 less the student's 2) for the teacher is no multiple of tp x pp x cp = 2"
+    rest = "0 ranks (2 less the student's 2) for the teacher must be a multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "2", *words, "teacher.student_ranks=2"), rest)
     refused(
         here("compress", recipe, "--dry-run", *words, "teacher.student_ranks=2", "teacher.ranks=2"),
-        "one of them says how the job is divided",
+        "exclude each other; drop one of them",
     )
     refused(
         here("compress", recipe, "--dry-run", "teacher.student_ranks=2"),
-        "placement colocated has no ranks of the teacher's own",
+        "ranks and student_ranks need placement remote, given colocated",
     )
     refused(
         here("compress", recipe, "--dry-run", *words, "teacher.ranks=3"),

@@ -1,4 +1,4 @@
-"""All stages from Hugging Face folder to Hugging Face folder: results, reruns, and interruptions."""
+"""All stages from a Hugging Face folder to another: results, reruns and interruptions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from cases import BY_NAME, make_samples
 from tiny import (
     CHECKPOINT_INTERVAL,
     MAX_LR,
+    STAGES,
     STEPS,
     Run,
     command,
@@ -37,7 +38,7 @@ from minitron_mp import load_recipe
 from minitron_mp.artifacts.manifest import require_artifact, writing_artifact
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.correction_gain import correction_gain
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.workflow.graph import StageGraph
 
 OUTPUT = [
     "data",
@@ -77,7 +78,7 @@ def copied(whole, inputs, tmp_path) -> Run:
 
 @pytest.fixture
 def on_rank(ranks):
-    """on_rank(words...) -> what the command line does on one rank that has imported everything already."""
+    """on_rank(words...) runs the command line on one pool rank."""
     return lambda *words, **options: ranks(
         1, "project_workers.minitron", arguments=[str(word) for word in words], **options
     )[0]
@@ -105,7 +106,10 @@ def test_compress_writes_every_artifact(whole):
 
 
 def test_model_logits_match_transformers(whole, inputs, ranks):
-    """Float32 on both sides, so only the order of sums may differ; no difference seen on one machine."""
+    """Float32 on both sides, so only the order of sums may differ.
+
+    No difference seen on one machine.
+    """
     from transformers import AutoModelForCausalLM
 
     models = {}
@@ -243,7 +247,10 @@ def test_second_run_skips_every_stage(copied, on_rank):
     ],
 )
 def test_changed_setting_repeats_dependent_stages(whole, override, why, first):
-    """The first stage names the setting; later stages repeat if they use it or read repeated output."""
+    """The first stage names the setting.
+
+    Later stages repeat if they use it or read repeated output.
+    """
     found = whole.to_repeat(override)
     after = {name for name in STAGES if first in whole.project().before(name)}
     also = {"export"} if override.startswith("precision") else set()
@@ -291,7 +298,7 @@ def test_repeated_stages_keep_the_other_artifacts(copied, on_rank):
     before = copied.state()
     done = on_rank("compress", copied.recipe, SMALLER)
     assert done.code == 0, done
-    assert "plan: again, for settings.ffn_hidden_size: 96, here 64" in done.out
+    assert "plan: rerun because of settings.ffn_hidden_size: 96, here 64" in done.out
     assert all(f"{name}: done" in done.out for name in ("import", "data", "score"))
     assert json.loads((copied.output / "student_hf" / "config.json").read_text())["intermediate_size"] == 64
     assert names(copied.output) == OUTPUT
@@ -339,7 +346,10 @@ def wait_past_a_checkpoint(run: Run, process: subprocess.Popen) -> int:
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """Kill all processes; torchrun's ranks have their own sessions, and checkpoint writers outlive ranks."""
+    """Kill all processes.
+
+    torchrun's ranks have their own sessions, and checkpoint writers outlive ranks.
+    """
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
     process.wait()
@@ -369,7 +379,7 @@ def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
 
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
-    assert f"distill: going on from step {saved}" in done.out
+    assert f"distill: resuming from step {saved}" in done.out
     assert read_metrics(copied.output) == read_metrics(whole.output)
     assert curve(copied) == curve(whole)
     unbroken, resumed = (
@@ -392,7 +402,7 @@ def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
     assert (
-        f"left before export: {copied.output / 'stop'} is there; the same command goes on from there"
+        f"left before export: {copied.output / 'stop'} is there; the same command resumes from there"
         in done.out
     )
     assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
@@ -425,9 +435,10 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     assert two_ranks.done.returncode == 0, two_ranks.done.stderr
     assert names(two_ranks.output) == OUTPUT
     one, two = (PrunePlan.load(run.output / "plan.json") for run in (whole, two_ranks))
-    assert (one.layers, one.hidden, one.ffn, one.heads) == (two.layers, two.hidden, two.ffn, two.heads)
+    assert (one.layers, one.keep) == (two.layers, two.keep)
     assert two_ranks.to_repeat() == {}, "a run on one rank would repeat something"
-    # Rounding of sums over two ranks, which 30 steps at a large learning rate may amplify: 3e-7 seen.
+    # Rounding of sums over two ranks, which 30 steps at a large learning rate may amplify: 3e-7
+    # seen.
     found = [json.loads((run.output / "evaluation.json").read_text()) for run in (whole, two_ranks)]
     assert found[1]["pruned"]["kl"] == pytest.approx(found[0]["pruned"]["kl"], rel=1e-5)
     assert found[1]["distilled"]["kl"] == pytest.approx(found[0]["distilled"]["kl"], rel=1e-4)
@@ -487,7 +498,7 @@ def test_plan_of_another_model_is_rejected(copied, on_rank):
         plan.write_text(json.dumps({**content, "manifest": {**content["manifest"], **change}}))
         refused(
             on_rank("prune", copied.recipe),
-            "plan.json was made from something else; run `minitron-mp plan` again, or restore",
+            "plan.json was made from other inputs or settings; run `minitron-mp plan` again, or restore",
             row,
         )
     assert not (copied.output / "student").exists()
@@ -529,7 +540,7 @@ def test_foreign_folder_is_not_replaced(copied, on_rank, name):
     (copied.output / name / "thesis.txt").write_text("years of work")
     refused(
         on_rank("compress", copied.recipe),
-        f"{copied.output / name} holds no manifest.json",
+        f"{copied.output / name} has no manifest.json",
         "will not replace it; move it, or set another output",
     )
     assert names(copied.output / name) == ["thesis.txt"]
@@ -552,7 +563,7 @@ def test_full_disk_keeps_the_old_artifact(copied, on_rank, ranks):
 
 
 def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path, on_rank):
-    """It learns the text, everything after it is made from it, and a second run finds all of it done."""
+    """The teacher is trained on the text, later stages use it, and a second run skips all."""
     correct = {
         "steps": 20,
         "global_batch_size": 8,
@@ -578,7 +589,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     assert "## Teacher correction" in report
     assert "| uncorrected |" in report
     assert len((project.paths["correct"] / "metrics_correct.jsonl").read_text().splitlines()) == 20
-    assert "What the student would be without it is not known" in report
+    assert "How much the student gains from correction is unknown" in report
     records = [json.loads(line) for line in (tmp_path / "out" / "stages.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["fingerprint"], row["ranks"]) for row in records] == [
         (name, project.manifest(name).fingerprint, 1) for name in project.stages
@@ -591,7 +602,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
         for folder in (tmp_path / "out", whole.output)
     )
     report = (tmp_path / "out" / "report.md").read_text()
-    assert f"its held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
+    assert f"held-out loss is {mine:.4f}, without correction {plain:.4f}" in report
     assert len((tmp_path / "out" / "stages.jsonl").read_text().splitlines()) == len(
         records
     )  # nothing has run
@@ -624,13 +635,14 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     losses = {name: {"loss": 1.0} for name in ("uncorrected", "teacher", "distilled")}
     said = correction_gain(more, {**evaluation, "texts": {"old": losses, "new": losses}})
-    assert "its held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
+    assert "held-out loss on old is 1.0000, without correction 2.0000 (-50.0%)." in said[-2]
     assert (
-        said[-1] == "That student was not judged on new: run `evaluate` there with the same `data.held_out`."
+        said[-1]
+        == "That student was not evaluated on new: run `evaluate` there with the same `data.held_out`."
     )
     refused(
         on_rank("compress", recipe, f"correct.baseline={tmp_path / 'out'}"),
-        "is the output of this recipe; name that of a finished run without",
+        "is the output of this recipe; give the output of a finished run without",
     )
     refused(
         on_rank("compress", recipe, "correct.baseline=nowhere"),
@@ -638,7 +650,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     refused(
         on_rank("correct", inputs / "recipe.yaml"),
-        "the recipe has no stage correct; it comes with a section correct",
+        "the recipe has no stage correct; add a section correct",
     )
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(
@@ -681,12 +693,12 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     ]  # nothing that training hangs on
     assert len((project.paths["distill"] / "metrics_correct.jsonl").read_text().splitlines()) == 12
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "is distilled from it while it learns, and cut from the original" in report
-    assert "its held-out loss on old went from" in report
+    assert "is pruned from the original model, and distilled from the teacher during correction" in report
+    assert "held-out loss on old changed from" in report
     assert "| old (" in report
     refused(
         on_rank("compress", recipe, "teacher.placement=cached"),
-        "correct.when during trains the teacher beside the student",
+        "correct.when during trains the teacher on the student's ranks",
     )
     refused(on_rank("compress", recipe, "correct.steps=15"), "correct.steps 15 is above distill.steps 14")
     refused(
@@ -695,7 +707,7 @@ def test_teacher_is_corrected_during_distillation(inputs, tmp_path, on_rank):
     )
     refused(
         on_rank("correct", recipe),
-        "the recipe has no stage correct; it comes with a section correct whose `when` is before",
+        "the recipe has no stage correct; add a section correct whose `when` is before",
     )
 
 
@@ -747,7 +759,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
     )
     refused(
         on_rank("import-teacher", whole.recipe),
-        "the recipe has no stage import-teacher; it comes with teacher.model",
+        "the recipe has no stage import-teacher; add teacher.model",
     )
     refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
     other = make_model(tmp_path / "other", vocab_size=400)
@@ -759,7 +771,10 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
 
 @pytest.mark.parametrize("method", ["drop", "block", "greedy"])
 def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
-    """The plan follows the trials of `depth`; the first layer is protected; `method` sets the trials."""
+    """The plan follows the trials of `depth`.
+
+    The first layer is protected; `method` sets the trials.
+    """
     shutil.copytree(whole.output, tmp_path / "out")
     sizes = {
         "target": {"num_layers": 2},
@@ -787,7 +802,7 @@ def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
     )
     refused(
         on_rank("depth", whole.recipe),
-        "the recipe has no stage depth; it comes with depth.method: drop, block or greedy",
+        "the recipe has no stage depth; add depth.method: drop, block or greedy",
     )
     refused(
         on_rank("compress", recipe, "depth.protect_last=2"),
@@ -822,7 +837,7 @@ def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
         {0, 1, 2, 3} - set(found["trials"][-1]["dropped"])
     )
     task.write_text("".join(lines[:2]))
-    refused(on_rank("plan", recipe), "depth.json was made from something else", "input task: ")
+    refused(on_rank("plan", recipe), "depth.json was made from other inputs or settings", "input task: ")
     refused(
         on_rank("compress", recipe, "depth.task=nowhere.jsonl"), "depth.task: there is no file nowhere.jsonl"
     )
@@ -892,7 +907,7 @@ def test_remote_teacher_gives_the_same_loss_curve(
 def test_stopped_run_with_remote_teacher_resumes_bitwise(
     whole, inputs, tmp_path, in_job, ranks, overrides, size
 ):
-    """The teacher is ahead when the student stops: both continue to the step that the teacher sends."""
+    """The teacher is ahead when the student stops; both stop at the step that the teacher sends."""
     shutil.copytree(whole.output, tmp_path / "out")
     drop(tmp_path / "out", "distill")
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
@@ -904,19 +919,22 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
     assert 8 < left < 16
     assert (
         f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; "
-        "the same command goes on from there" in first[0].out
+        "the same command resumes from there" in first[0].out
     )
     assert not (tmp_path / "out" / "stop").exists()
     assert not (tmp_path / "out" / "student_distilled").exists()
     second = in_job(size, *words)
     for done in second:
         assert done.code == 0, done.err
-    assert f"distill: going on from step {left}" in second[0].out
+    assert f"distill: resuming from step {left}" in second[0].out
     assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
 def test_remote_hidden_states_reach_every_stage(whole, inputs, tmp_path, on_rank, in_job):
-    """Two students: one beside its teacher on a rank; one with pp 2 and the teacher on a third rank."""
+    """One student runs beside its teacher on a rank.
+
+    The other has pp 2 and a teacher on a third rank.
+    """
     words, curves = ("distill.steps=5", "distill.states.layers={0: 0, 1: 3, 3: 4}"), []
     for name, run in (
         ("here", lambda *words: [on_rank(*words)]),
@@ -958,12 +976,15 @@ def test_killed_run_with_remote_teacher_resumes(whole, copied):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     done = minitron("distill", copied.recipe, *REMOTE, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "distill: going on from step" in done.stdout
+    assert "distill: resuming from step" in done.stdout
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
 def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_rank, in_job):
-    """Written by two tensor parallel ranks, read by one; the cache is an artefact like any other."""
+    """Written by two tensor parallel ranks, read by one.
+
+    The cache is an artifact like any other.
+    """
     shutil.copytree(whole.output, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "student_distilled")
     recipe = make_recipe_file(tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out")
@@ -983,7 +1004,7 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=1e-4, abs=0), key
     refused(
         run("distill", cached, "distill.micro_batch_size=4", "--force"),
-        "teacher_signals was made from something else",
+        "teacher_signals was made from other inputs or settings",
         "micro_batch_size: 2, here 4",
     )
     (shard, *_) = sorted((tmp_path / "out" / "teacher_signals").glob("*.safetensors"))
@@ -992,7 +1013,10 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
 
 
 def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_job):
-    """Two students of different sizes and layouts share one teacher; each has its separate loss curve."""
+    """Two students of different sizes and layouts share one teacher.
+
+    Each has the loss curve of a separate run.
+    """
     sizes = {"target": {"num_layers": 4, "ffn_hidden_size": 64}}
     alone = make_recipe_file(
         tmp_path / "alone.yaml", inputs / "model", inputs / "text", tmp_path / "alone", **sizes
@@ -1095,7 +1119,7 @@ def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
     assert CHECKPOINT_INTERVAL < logged < STEPS
     assert "2 copies of the teacher, from job rank 1 on" in text
     assert "1 copy of the teacher" in text
-    assert "distill: going on from step" in text
+    assert "distill: resuming from step" in text
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 

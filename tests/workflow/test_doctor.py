@@ -16,11 +16,24 @@ from tiny import make_model, make_recipe_file, make_text, make_tokenizer
 from minitron_mp import load_recipe, make_recipe
 from minitron_mp.cli import main
 from minitron_mp.cluster import doctor as doctor
-from minitron_mp.cluster import network as fabric
-from minitron_mp.cluster.doctor import _among_ranks, _gather, _graphs, _tokenizer, artefact_bytes, room
-from minitron_mp.cluster.findings import Finding, together
-from minitron_mp.cluster.machine import devices, extensions, fp8_findings, limits, packages
-from minitron_mp.cluster.network import FILE_BYTES, RankTable, _read_while_replaced, ports, shared
+from minitron_mp.cluster import file_system, network
+from minitron_mp.cluster.checks import CheckResult, merge_results
+from minitron_mp.cluster.doctor import _check_process_group, _gather
+from minitron_mp.cluster.file_system import FILE_BYTES, _read_while_replaced, check_file_system
+from minitron_mp.cluster.machine import (
+    check_extensions,
+    check_fp8,
+    check_gpus,
+    check_limits,
+    check_packages,
+)
+from minitron_mp.cluster.network import RankTable, check_ports
+from minitron_mp.cluster.recipe_checks import (
+    artifact_bytes,
+    check_cuda_graphs,
+    check_disk_space,
+    check_tokenizer,
+)
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.models import precision as precision
@@ -53,7 +66,7 @@ def here(monkeypatch, capsys):
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """install(name, version, lines...) puts the metadata of a distribution on the path, before all others."""
+    """install(name, version, lines...) puts a distribution's metadata first on the path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def run(name: str, version: str, *lines: str) -> None:
@@ -66,20 +79,20 @@ def install(monkeypatch, tmp_path):
     return run
 
 
-def verdicts(findings) -> dict[str, str]:
-    return {finding.check: finding.verdict for finding in findings}
+def verdicts(results) -> dict[str, str]:
+    return {result.check: result.verdict for result in results}
 
 
-def told(findings, check: str) -> str:
-    return "; ".join(f"{f.verdict}: {f.found} -> {f.cure}" for f in findings if f.check == check)
+def told(results, check: str) -> str:
+    return "; ".join(f"{f.verdict}: {f.detail} -> {f.advice}" for f in results if f.check == check)
 
 
 def test_valid_recipe_passes_and_leaves_no_files(here, recipe):
     code, out = here(recipe)
     assert code == 0, out
     for words in (
-        "can run, with",
-        "300 tokens, a document ends with",
+        "valid; models:",
+        "300 tokens, end-of-document id",
         "GB free",
         "renames are atomic",
         "0 failed",
@@ -100,7 +113,7 @@ def test_doctor_without_a_recipe(here):
         (["distill.stepz=3"], "did you mean steps"),
         (["model=nowhere"], "there is no folder nowhere"),
         (["parallel.pp=4"], "4 pipeline stages"),
-        (["distill.keep_checkpoints=1000000000000"], "the stages to come write about"),
+        (["distill.keep_checkpoints=1000000000000"], "the remaining stages write about"),
         (["output=RECIPE/out"], "cannot be written"),
     ],
 )
@@ -114,23 +127,23 @@ def test_invalid_recipe_fails(here, recipe, words, said):
 def test_mismatched_tokenizers_fail(recipe, tmp_path):
     model = shutil.copytree(recipe.parent / "model", tmp_path / "model")
     loaded, arch = load_recipe(recipe, [f"model={model}"]), read_arch(model)
-    assert _tokenizer(loaded, arch).verdict == "ok"
+    assert check_tokenizer(loaded, arch).verdict == "ok"
     make_tokenizer(tmp_path / "larger", 340)
-    finding = _tokenizer(load_recipe(recipe, [f"data.tokenizer={tmp_path / 'larger'}"]), arch)
-    assert finding.verdict == "failed"
-    assert "the model's embedding has 300 rows" in finding.found
+    result = check_tokenizer(load_recipe(recipe, [f"data.tokenizer={tmp_path / 'larger'}"]), arch)
+    assert result.verdict == "failed"
+    assert "the model's embedding has 300 rows" in result.detail
     for path in model.glob("tokenizer*"):
         path.unlink()
-    finding = _tokenizer(loaded, arch)
-    assert finding.verdict == "failed"
-    assert "cannot be read as a tokenizer" in finding.found
+    result = check_tokenizer(loaded, arch)
+    assert result.verdict == "failed"
+    assert "cannot be read as a tokenizer" in result.detail
 
 
 def test_estimated_disk_space_matches_the_artifacts(whole):
     """The estimate matches a finished run, without its checkpoints, manifests and tokenizers."""
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
-    expected = artefact_bytes(project.recipe, arch, arch)
+    expected = artifact_bytes(project.recipe, arch, arch)
     (student,) = rank_parameters(read_arch(project.paths["export"]), project.recipe.parallel)
     expected["distill"] -= (
         16 * student * (project.recipe.distill.keep_checkpoints + 1)
@@ -142,7 +155,7 @@ def test_estimated_disk_space_matches_the_artifacts(whole):
             if p.suffix in (".distcp", ".safetensors")
         )
         assert written == pytest.approx(expected[name], rel=0.2), name  # here headers are a part of it
-    assert room(project.recipe, project.paths, arch, arch).found.endswith("write about 0.0 GB")
+    assert check_disk_space(project.recipe, project.paths, arch, arch).detail.endswith("write about 0.0 GB")
 
 
 def test_versions_are_checked_against_the_metadata(install):
@@ -160,7 +173,7 @@ def test_versions_are_checked_against_the_metadata(install):
         'gone; extra == "eval"',
     ]
     install("minitron-mp", "7", "Requires-Python: >=3.10", *(f"Requires-Dist: {text}" for text in needs))
-    found = packages()
+    found = check_packages()
     assert verdicts(found) == {
         "python": "ok",
         "torch": "failed",
@@ -172,36 +185,36 @@ def test_versions_are_checked_against_the_metadata(install):
         "megatron-core 0.19.2 + nvidia-resiliency-ext 0.4.1": "failed",
     }
     assert "supported: >=99 -> pip install 'torch>=99'" in told(found, "torch")
-    assert "is not installed, >=1 is needed" in told(found, "no-such-package")
+    assert "not installed, required: >=1" in told(found, "no-such-package")
 
 
 def test_old_python_and_missing_package_fail(install):
     install("minitron-mp", "7", "Requires-Python: >=3.99")
-    assert verdicts(packages()) == {"python": "failed"}
-    assert verdicts(packages("no-such-package")) == {"packages": "warning"}
+    assert verdicts(check_packages()) == {"python": "failed"}
+    assert verdicts(check_packages("no-such-package")) == {"packages": "warning"}
 
 
 def test_prerelease_of_the_image_is_accepted(install):
     """NVIDIA's images have versions such as 2.12.0a0+5228986c39.nv26.6."""
     install("torch", "2.12.0a0+5228986c39.nv26.6")
     install("minitron-mp", "7", "Requires-Dist: torch>=2.11")
-    assert verdicts(packages())["torch"] == "ok"
+    assert verdicts(check_packages())["torch"] == "ok"
 
 
 @pytest.mark.skipif(
     Path("/proc/driver/nvidia/version").exists(), reason="needs a machine without an NVIDIA driver"
 )
 def test_gpus(monkeypatch, tmp_path):
-    assert verdicts(devices({})) == {"GPU": "ok"}
-    found = devices({"distill.fp8": "tensorwise"})
+    assert verdicts(check_gpus({})) == {"GPU": "ok"}
+    found = check_gpus({"distill.fp8": "tensorwise"})
     assert (
         told(found, "FP8")
-        == "failed: distill.fp8: tensorwise needs a GPU -> drop distill.fp8, or run on Hopper or later"
+        == "failed: distill.fp8: tensorwise needs a GPU -> remove distill.fp8, or run on Hopper or later"
     )
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert verdicts(devices({})) == {"GPU": "failed"}
+    assert verdicts(check_gpus({})) == {"GPU": "failed"}
 
 
 @pytest.mark.parametrize(
@@ -216,10 +229,10 @@ def test_gpus(monkeypatch, tmp_path):
     ],
 )
 def test_fp8_requirements(capability, engine, cuda, possible):
-    (finding,) = fp8_findings({}, capability, engine, cuda)
-    assert finding.found.startswith(f"possible: {possible}" if possible else "not possible: ")
+    (result,) = check_fp8({}, capability, engine, cuda)
+    assert result.detail.startswith(f"supported: {possible}" if possible else "not supported: ")
     for kind in FP8_SUPPORT:
-        found = fp8_findings({"distill.fp8": kind}, capability, engine, cuda)
+        found = check_fp8({"distill.fp8": kind}, capability, engine, cuda)
         assert [f.verdict for f in found] == ["ok" if kind in possible.split(", ") else "failed"]
 
 
@@ -229,17 +242,17 @@ def test_fp8_requirements(capability, engine, cuda, possible):
 def test_cuda_graph_requirements(monkeypatch, installed, verdict):
     monkeypatch.setattr(precision, "version", lambda name: installed)
     recipe = make_recipe({"model": "m", "output": "o", "distill": {"cuda_graphs": True}})
-    assert verdicts(_graphs(recipe)) == {"CUDA graphs": verdict}
-    assert _graphs(make_recipe({"model": "m", "output": "o"})) == _graphs(None) == []
+    assert verdicts(check_cuda_graphs(recipe)) == {"CUDA graphs": verdict}
+    assert check_cuda_graphs(make_recipe({"model": "m", "output": "o"})) == check_cuda_graphs(None) == []
 
 
 def test_broken_extensions_fail(monkeypatch, tmp_path):
-    assert verdicts(extensions(on_gpu=True))["Transformer Engine"] == "warning"
+    assert verdicts(check_extensions(on_gpu=True))["Transformer Engine"] == "warning"
     (tmp_path / "apex.py").write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "pytorch.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    found = extensions(on_gpu=True)
+    found = check_extensions(on_gpu=True)
     assert verdicts(found) == {"Transformer Engine": "ok", "Apex": "failed"}
     assert "undefined symbol" in told(found, "Apex")
     for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
@@ -250,7 +263,7 @@ def test_low_open_file_limit():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
     try:
-        assert verdicts(limits())["open files"] == "warning"
+        assert verdicts(check_limits())["open files"] == "warning"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -259,37 +272,41 @@ def test_ports(monkeypatch):
     job = RankTable(dist.HashStore())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port}" in told(ports(job, launcher_port=port), "ports")
-    assert verdicts(ports(RankTable(dist.HashStore()), launcher_port=port)) == {"ports": "ok"}
+        assert f"port {port}" in told(check_ports(job, launcher_port=port), "ports")
+    assert verdicts(check_ports(RankTable(dist.HashStore()), launcher_port=port)) == {"ports": "ok"}
     two = RankTable(dist.HashStore(), 0, 2, "here")
     two.store.set("port/1", f"127.0.0.1 {port}")  # where nobody listens any more
     two.store.set("reached/1", "1")
-    assert f"rank 0 (here) does not reach rank 1 at 127.0.0.1 {port}" in told(ports(two), "ports")
+    assert f"rank 0 (here) cannot connect to rank 1 at 127.0.0.1 {port}" in told(check_ports(two), "ports")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-    assert "no-such-host.invalid, does not resolve" in told(ports(RankTable(dist.HashStore())), "ports")
+    assert "no-such-host.invalid, cannot be resolved" in told(
+        check_ports(RankTable(dist.HashStore())), "ports"
+    )
 
 
 def test_non_atomic_rename_fails(monkeypatch, tmp_path):
     file = tmp_path / "file"
-    monkeypatch.setattr(fabric, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(file_system, "VISIBLE_S", 0.05)
     for content, said in (
         (b"", "seen half-written"),
         (b"\1" * 99 + b"\2" * (FILE_BYTES - 99), "seen half-written"),
-        (b"\1" * FILE_BYTES, "does not see what rank 0 writes within"),
+        (b"\1" * FILE_BYTES, "does not see files of rank 0 within"),
     ):
         file.write_bytes(content)
         (problem,) = _read_while_replaced(file)
         assert said in problem
     monkeypatch.setattr(
-        fabric, "_replace", lambda path, count: path.write_bytes(bytes([count]) * (FILE_BYTES // 2))
+        file_system, "_replace", lambda path, count: path.write_bytes(bytes([count]) * (FILE_BYTES // 2))
     )
-    assert verdicts(shared(tmp_path / "out", RankTable(dist.HashStore()))) == {"file system": "failed"}
+    assert verdicts(check_file_system(tmp_path / "out", RankTable(dist.HashStore()))) == {
+        "file system": "failed"
+    }
 
 
 def test_nodes_without_a_shared_file_system(ranks, tmp_path):
     first, second = ranks(2, "doctor_workers.disks_of_their_own", folder=str(tmp_path / "disks"))
-    assert any("rank 0 does not see what ranks 1 write" in row for row in first)
-    assert any("this rank does not see what rank 0 writes" in row for row in second)
+    assert any("rank 0 does not see files of ranks 1" in row for row in first)
+    assert any("this rank does not see files of rank 0" in row for row in second)
     assert all(row.startswith("failed") for row in first + second)
 
 
@@ -298,10 +315,10 @@ def test_two_ranks(ranks, recipe):
     (code, out), (silent, nothing) = ranks(2, "doctor_workers.examine", words=[str(recipe)])
     assert (code, silent, nothing) == (0, 0, ""), out
     for words in (
-        "every rank reaches the next",
+        "every rank can connect to the next",
         "gloo, 2 ranks on 1 hosts",
         "each rank to the next",
-        "ms apart at most",
+        "differ by at most",
         "one folder for all ranks",
     ):
         assert words in " ".join(out.replace("│", " ").split())
@@ -316,47 +333,47 @@ def test_two_ranks_with_problems(ranks, recipe):
     assert (code, silent) == (1, 0)
     for words in (
         "2 ranks for the student is no multiple of tp x pp x cp = 3",
-        "120.0 s apart, rank 1",
+        "differ by 120.0 s, most on rank 1",
         "2 failed",
     ):
         assert words in " ".join(out.replace("│", " ").split()), out
 
 
 def test_missing_rank_times_out(monkeypatch):
-    monkeypatch.setattr(fabric, "PATIENCE_S", 0.1)
-    monkeypatch.setattr(RankTable.silent, "__defaults__", (0.1,))
-    monkeypatch.setattr(doctor, "TALK_S", 0.1)
+    monkeypatch.setattr(network, "STORE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(RankTable.missing_ranks, "__defaults__", (0.1,))
+    monkeypatch.setattr(doctor, "RESULTS_TIMEOUT_S", 0.1)
     monkeypatch.setattr(doctor, "JOIN_MINUTES", 0.01)
     store = dist.HashStore()
     monkeypatch.setattr(launcher, "job_rank", lambda: JobRank(store, 0, 2))
     job = RankTable(dist.HashStore(), 0, 2, "here")
-    assert verdicts(_among_ranks(job, lambda: 0.0)) == {"ranks": "failed"}
+    assert verdicts(_check_process_group(job, lambda: 0.0)) == {"ranks": "failed"}
     assert not dist.is_initialized()
     assert "rank 1 () did not answer" in told(_gather(job, []), "ranks")
 
 
-def test_findings_of_many_ranks_become_one_table():
-    same, old = Finding("limits", "ok", "enough"), Finding("torch", "ok", "2.11")
-    ranks = {rank: [same, Finding("torch", "ok", "2.13")] for rank in range(4)} | {
+def test_results_of_many_ranks_become_one_table():
+    same, old = CheckResult("limits", "ok", "enough"), CheckResult("torch", "ok", "2.11")
+    ranks = {rank: [same, CheckResult("torch", "ok", "2.13")] for rank in range(4)} | {
         4: [same, old],
         5: [same, old],
     }
-    ranks[1] = [*ranks[1], Finding("ports", "failed", "closed", "open it")]
-    rows = together(ranks, ["a", "a", "a", "a", "b", "b"], {"torch"})
-    assert [(row.check, row.verdict, row.found) for row in rows] == [
+    ranks[1] = [*ranks[1], CheckResult("ports", "failed", "closed", "open it")]
+    rows = merge_results(ranks, ["a", "a", "a", "a", "b", "b"], {"torch"})
+    assert [(row.check, row.verdict, row.detail) for row in rows] == [
         ("limits", "ok", "enough"),
         ("torch", "failed", "ranks 0-3 (a): 2.13"),
         ("ports", "failed", "rank 1 (a): closed"),
         ("torch", "failed", "ranks 4-5 (b): 2.11"),
     ]
-    assert "one image or environment" in rows[1].cure
-    assert rows[2].cure == "open it"
+    assert "one image or environment" in rows[1].advice
+    assert rows[2].advice == "open it"
 
 
-def test_findings_round_trip_through_json(monkeypatch):
+def test_results_round_trip_through_json(monkeypatch):
     job = RankTable(dist.HashStore(), host="here")
-    (row,) = _gather(job, [Finding("a", "warning", "b", "c")])
-    assert row == Finding("a", "warning", "b", "c")
-    assert json.loads(job.store.get("findings/0")) == [
-        {"check": "a", "verdict": "warning", "found": "b", "cure": "c"}
+    (row,) = _gather(job, [CheckResult("a", "warning", "b", "c")])
+    assert row == CheckResult("a", "warning", "b", "c")
+    assert json.loads(job.store.get("results/0")) == [
+        {"check": "a", "verdict": "warning", "detail": "b", "advice": "c"}
     ]

@@ -1,4 +1,4 @@
-"""What launch/env.sh sets, from which recipe, and which nodes have which role; no ranks, no Slurm."""
+"""Variables of launch/env.sh, and roles of nodes; no ranks, no Slurm."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_launch_scripts import ROOT
 
-from minitron_mp.cluster.environment import Node, lines, places
+from minitron_mp.cluster.environment import Node, environment_lines, role_lines
 from minitron_mp.config.recipe import make_recipe
 from minitron_mp.errors import InputError
 
@@ -19,7 +19,11 @@ def recipe(**sections):
 
 
 def names(**sections) -> set[str]:
-    return {line.split("=")[0] for line in lines(recipe(**sections), NODE, 1) if line.startswith("export")}
+    return {
+        line.split("=")[0]
+        for line in environment_lines(recipe(**sections), NODE, 1)
+        if line.startswith("export")
+    }
 
 
 def evaluated(text: str, **environment: str) -> dict[str, str]:
@@ -32,7 +36,7 @@ def evaluated(text: str, **environment: str) -> dict[str, str]:
 
 
 def test_output_can_be_evaluated_by_a_shell():
-    found = evaluated("\n".join(lines(recipe(parallel={"tp": 2}), NODE, 4)))
+    found = evaluated("\n".join(environment_lines(recipe(parallel={"tp": 2}), NODE, 4)))
     assert found["MINITRON_OUTPUT"] == str(Path("a folder/out's").absolute())
     assert found["OMP_NUM_THREADS"] == "8"
     assert found["TRITON_CACHE_DIR"] == "/scratch/triton"
@@ -40,7 +44,7 @@ def test_output_can_be_evaluated_by_a_shell():
 
 
 def test_each_variable_has_a_reason():
-    assert all("  # " in line for line in lines(recipe(), NODE, 1) if line.startswith("export"))
+    assert all("  # " in line for line in environment_lines(recipe(), NODE, 1) if line.startswith("export"))
 
 
 def test_variables_depend_on_the_recipe():
@@ -62,17 +66,17 @@ def test_variables_depend_on_the_recipe():
 
 def test_roles_and_nodes():
     remote = {"placement": "remote", "ranks": 16, "parallel": {"tp": 8}}
-    assert places(recipe(parallel={"tp": 4}), 4, 8) == ["job: ranks 0 to 31, nodes 0 to 3"]
-    assert places(recipe(parallel={"tp": 8}, teacher=remote), 6, 8) == [
+    assert role_lines(recipe(parallel={"tp": 4}), 4, 8) == ["job: ranks 0 to 31, nodes 0 to 3"]
+    assert role_lines(recipe(parallel={"tp": 8}, teacher=remote), 6, 8) == [
         "student: ranks 0 to 31, nodes 0 to 3",
         "teacher: ranks 32 to 47, nodes 4 to 5",
     ]
-    student, teacher = places(recipe(teacher={"placement": "remote", "ranks": 4}), 2, 8)
-    assert student.startswith("student: ranks 0 to 11, nodes 0 to 1, not alone")
-    assert teacher.startswith("teacher: ranks 12 to 15, nodes 1 to 1, not alone")
-    assert "not alone" not in places(recipe(teacher={"placement": "remote", "ranks": 4}), 1, 8)[0]
+    student, teacher = role_lines(recipe(teacher={"placement": "remote", "ranks": 4}), 2, 8)
+    assert student.startswith("student: ranks 0 to 11, nodes 0 to 1, shares a node")
+    assert teacher.startswith("teacher: ranks 12 to 15, nodes 1 to 1, shares a node")
+    assert "shares a node" not in role_lines(recipe(teacher={"placement": "remote", "ranks": 4}), 1, 8)[0]
     assert (
-        places(recipe(teacher={"placement": "remote", "student_ranks": 8}), 3, 8)[1]
+        role_lines(recipe(teacher={"placement": "remote", "student_ranks": 8}), 3, 8)[1]
         == "teacher: ranks 8 to 23, nodes 1 to 2"
     )
 
@@ -80,7 +84,7 @@ def test_roles_and_nodes():
 @pytest.mark.parametrize(
     ("sections", "nodes", "said"),
     [
-        ({"parallel": {"tp": 3}}, 2, "16 ranks, its tp x pp x cp needs a multiple of 3"),
+        ({"parallel": {"tp": 3}}, 2, "16 ranks; tp x pp x cp needs a multiple of 3"),
         ({"teacher": {"placement": "remote", "ranks": 16}}, 2, r"0 \(student\) \+ 16 \(teacher\)"),
         (
             {"teacher": {"placement": "remote", "student_ranks": 9, "parallel": {"tp": 2}}},
@@ -91,7 +95,7 @@ def test_roles_and_nodes():
 )
 def test_roles_that_do_not_fit_are_rejected(sections, nodes, said):
     with pytest.raises(InputError, match=said):
-        places(recipe(**sections), nodes, 8)
+        role_lines(recipe(**sections), nodes, 8)
 
 
 def test_existing_variables_are_kept(tmp_path):

@@ -1,4 +1,4 @@
-"""Scripts and package metadata: what they say when something is missing, and that they are clean."""
+"""Launch scripts and package metadata: errors for missing parts, shellcheck, pins."""
 
 import ast
 import json
@@ -29,7 +29,7 @@ def venv(*arguments, **environment) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def fake_pythons(tmp_path):
-    """PATH on which every Python is one that fails, as a pyenv shim does whose version is not installed."""
+    """Return a PATH on which every Python fails, like a pyenv shim of a missing version."""
     (tmp_path / "bin").mkdir()
     for name in ("python3.11", "python3.12", "python3.10", "python3"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\necho 'command not found' >&2\nexit 127\n")
@@ -90,7 +90,10 @@ def test_venv_sh_deletes_only_its_own_environment(tmp_path):
 
 @pytest.mark.parametrize("constraints", sorted(ROOT.glob("constraints/*.txt")), ids=lambda path: path.stem)
 def test_pins_fit_the_version_ranges(constraints):
-    """Every direct dependency has a pin inside its range; the user chooses te, bridge and nemo-run."""
+    """Every direct dependency has a pin inside its range.
+
+    The user chooses te, bridge and nemo-run.
+    """
     tables = {}
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign):

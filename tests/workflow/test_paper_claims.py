@@ -23,7 +23,8 @@ sys.path.insert(0, str(FOLDER))
 
 import report  # noqa: E402
 from claims import CLAIMS, tokens_factor  # noqa: E402
-from run import base_mark, made_by  # noqa: E402
+from recipes import base_mark  # noqa: E402
+from records import made_by  # noqa: E402
 from texts import documents, last_words, stdlib_by_package  # noqa: E402
 from variants import LONGER, VARIANTS, searched  # noqa: E402
 
@@ -157,7 +158,10 @@ def test_variant_definitions(toy):
 
 
 def test_plain_loop_agrees(toy):
-    """Float32 on both sides, 6 steps of AdamW, which divides small gradients by their own size; 3e-6 seen."""
+    """Float32 on both sides, 6 steps of AdamW, which divides small gradients by their size.
+
+    3e-6 seen.
+    """
     for name, variant in VARIANTS.items():
         if variant.plain:
             ours, plain = toy.result(name), toy.result(name)["plain"]
@@ -175,7 +179,7 @@ def test_plain_loop_speed_is_measured_in_alternating_steps(toy):
             assert plain["tokens_per_s"].keys() == {"minitron_mp", "transformers"}
             assert all(speed > 0 for speed in plain["tokens_per_s"].values())
             assert len(plain["ratios"]) == 3
-            assert f"| {report.told(plain['ratios'])} |" in next(
+            assert f"| {report.format_ratios(plain['ratios'])} |" in next(
                 line for line in lines if line.startswith(f"| {name} |")
             )
 
@@ -183,9 +187,7 @@ def test_plain_loop_speed_is_measured_in_alternating_steps(toy):
 def test_report_covers_every_claim(toy):
     text = (toy.folder / "out" / "report.md").read_text()
     assert report.NOT_RUN not in text
-    assert (
-        f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops beside" in text
-    )
+    assert f"here: {sum(variant.plain for variant in VARIANTS.values())} plain transformers loops;" in text
     for name, claim in CLAIMS.items():
         assert f"### {name}: {claim.title}" in text
         assert claim.paper in text
@@ -249,9 +251,9 @@ def test_results_of_other_settings_are_not_compared(toy, tmp_path):
     [
         (["nothing"], "claims to run: nothing; give all, or some of initialisation"),
         ([], "claims to run: none"),
-        (["objective", "--text", "train", "train"], "train is given for training and as held-out text"),
+        (["objective", "--text", "train", "train"], "train is both training and held-out text"),
         (["objective", "--text", "train", "nowhere"], "there is no nowhere"),
-        (["layers", "--text", "train", "broken"], "broken line 2 is no JSON with a string `text`: '[1]'"),
+        (["layers", "--text", "train", "broken"], "broken line 2 is not JSON with a string `text`: '[1]'"),
         (["all", "--tokens-per-s", "0"], "--tokens-per-s 0: give more than 0"),
         (["--report"], "wrong/results holds no results; give the --output of a run"),
     ],
@@ -295,7 +297,7 @@ def test_claims_without_their_inputs_are_skipped(toy, ranks):
     words += ["--text", str(toy.folder / "train"), str(toy.folder / "valid")]
     code, out, _ = ranks(1, "paper_claims_workers.reproduce", words=words)[0]
     assert code == 0
-    assert "correction: left out, it needs --shift-text" in out
+    assert "correction: skipped, it needs --shift-text" in out
     variants = {variant for claim in CLAIMS.values() if not claim.needs for variant in claim.variants}
     assert out.count(" min\n") == 2 * len(
         [name for name in variants if not name.startswith("scores ") or name in FEW]
@@ -326,7 +328,7 @@ def test_candidates_of_a_search(tmp_path):
         {"candidates": [{**row, "chosen": False} for row in rows]},
     ):
         path.write_text(json.dumps(wrong))
-        with pytest.raises(InputError, match=r"is no search\.json of a search that has finished"):
+        with pytest.raises(InputError, match=r"is not the search\.json of a finished search"):
             searched("best")(recipe, path)
     path.write_text(json.dumps({"candidates": rows[:2]}))
     with pytest.raises(
@@ -359,7 +361,7 @@ def test_claim_needs_every_seed(others, shown):
 
 @pytest.mark.parametrize(("scattered", "shown"), [(0.3, True), (0.46, None), (0.7, False)])
 def test_accuracy_difference_must_exceed_its_standard_error(scattered, shown):
-    """Twice that of two shares with 5 % each; two seeds are asked the same words, and take nothing off it."""
+    """Twice the error of two accuracies with 5 % each; seeds share their items."""
     results = {"contiguous layers": [made_up(2.0)] * 2, "scattered layers": [made_up(2.0, scattered)] * 2}
     said, verdict = CLAIMS["layers"].judge(results)
     assert verdict is shown
@@ -383,17 +385,17 @@ def test_random_scores_must_lose_in_both_losses_at_every_seed(losses, shown):
 
 def test_new_default_setting_keeps_the_experiment_fingerprint(monkeypatch):
     """The mark of the base recipe depends only on the file and the command's overrides."""
-    import run
+    import recipes
 
     args = argparse.Namespace(size="cpu", set=["distill.steps=48"])
-    mark, defaults = base_mark(args), run.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
+    mark, defaults = base_mark(args), recipes.load_recipe(FOLDER / "cpu.yaml", args.set).model_dump()
     assert base_mark(argparse.Namespace(size="cpu", set=[])) != mark
     for later, same in ((1, True), (2, False)):
         for values in (
             {**defaults, "later": later},
             {**defaults, "distill": {**defaults["distill"], "later": later}},
         ):
-            monkeypatch.setattr(run, "load_recipe", lambda *_, values=values: Later(**values))
+            monkeypatch.setattr(recipes, "load_recipe", lambda *_, values=values: Later(**values))
             assert (base_mark(args) == mark) is same
 
 
@@ -488,7 +490,7 @@ def test_last_words_occur_in_the_passage(tmp_path):
         *context, word = text.split()
         assert word in context
         assert len(context) >= 50
-    with pytest.raises(InputError, match="5000 are wanted"):
+    with pytest.raises(InputError, match="5000 are needed"):
         last_words(tmp_path / "text.txt", tmp_path / "words.jsonl", 5000)
 
 

@@ -1,4 +1,4 @@
-"""The report's page against the artefacts, and in a browser; the model card; the measured speed."""
+"""The report's page against the artifacts, and in a browser; the model card; the measured speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from cases import ARCHS, BY_NAME, SEQUENCE_LENGTH
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import STEPS, read_metrics
+from tiny import STAGES, STEPS, read_metrics
 
 from minitron_mp.artifacts import run_log as records
 from minitron_mp.artifacts.run_log import FILE, append_record, records_of
@@ -26,11 +26,15 @@ from minitron_mp.pruning.depth import DepthTrials
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.report.document import Document, Figure, Table, html, markdown
-from minitron_mp.report.figures import trials_figure
+from minitron_mp.report.figures.depth_trials import trials_figure
+from minitron_mp.report.importance_section import importance_section
 from minitron_mp.report.model_card import TAGS, model_card, source_card
-from minitron_mp.report.report import _cost, _importance, _made, collect, search_section
+from minitron_mp.report.provenance_section import provenance_section
+from minitron_mp.report.report import build_report
+from minitron_mp.report.search_section import search_section
 from minitron_mp.report.tables import quality_table
-from minitron_mp.workflow.graph import STAGES, StageGraph
+from minitron_mp.report.training_section import cost_section
+from minitron_mp.workflow.graph import StageGraph
 
 WIDTHS = (400, 1400)
 
@@ -125,7 +129,7 @@ def test_page_has_the_numbers_of_the_artifacts(whole, read):
     ]
     cost = next(table for table in read.tables if table[0][0] == "stage")
     costs = {row[0]: row[1:] for row in cost[1:]}
-    assert list(costs) == [*STAGES, "together"]
+    assert list(costs) == [*STAGES, "total"]
     assert costs["distill"][:2] == [str(STEPS), f"{STEPS * 4 * 32:,}"]
     assert yaml.safe_load(read.boxes[1]) == yaml.safe_load((whole.output / "recipe.yaml").read_text())
     assert f"minitron-mp compress {whole.output / 'recipe.yaml'}" in read.boxes[0].splitlines()
@@ -152,14 +156,14 @@ def test_dropped_query_groups_are_drawn():
     plan = make_plan(importance, teacher, TargetConfig(num_query_groups=teacher.num_query_groups // 2))
     drawn = {
         part.title: part.text
-        for part in _importance(plan, importance, None, "cosine").parts
+        for part in importance_section(plan, importance, None, "cosine").parts
         if isinstance(part, Figure)
     }
     assert (
-        f"The first {teacher.num_query_groups // 2} of {teacher.num_query_groups} stay."
-        in drawn["Query groups, a line a layer"]
+        f"The top {teacher.num_query_groups // 2} of {teacher.num_query_groups} are kept."
+        in drawn["Query groups, one line per layer"]
     )
-    assert f"All {teacher.heads_per_group} stay." in drawn["Heads, a line a query group"]
+    assert f"All {teacher.heads_per_group} are kept." in drawn["Heads, one line per query group"]
 
 
 def test_page_is_self_contained(text, read):
@@ -186,12 +190,12 @@ def test_figures_match_the_plan(whole, read):
     )
     (gone,) = {*range(4)} - {*plan.layers}
     labels = "\n".join(read.labels)
-    assert f"Of 4 layers 3 stay; dropped: {gone}." in labels
-    assert "The first 48 of 64 stay." in labels  # hidden
-    assert "The first 96 of 128 stay." in labels  # ffn
-    assert "The first 3 of 4 stay." in labels  # heads of a group
-    assert f"{4 * 8 - 3 * 6} of 32 are cut." in labels
-    document = collect(whole.project())
+    assert f"3 of 4 layers are kept; dropped: {gone}." in labels
+    assert "The top 48 of 64 are kept." in labels  # hidden
+    assert "The top 96 of 128 are kept." in labels  # ffn
+    assert "The top 3 of 4 are kept." in labels  # heads of a group
+    assert f"{4 * 8 - 3 * 6} of 32 are pruned." in labels
+    document = build_report(whole.project())
     kept = [
         np.sort(importance["ffn"][layer])[::-1][:96].sum() / importance["ffn"][layer].sum()
         for layer in plan.layers
@@ -199,7 +203,7 @@ def test_figures_match_the_plan(whole, read):
     said = f"ffn {np.mean(kept):.1%} (layers from {min(kept):.1%} to {max(kept):.1%})"
     assert said in markdown(document)
     assert html(document) == (whole.output / "report.html").read_text(), (
-        "the same artefacts give another page"
+        "the same artifacts give another page"
     )
 
 
@@ -213,12 +217,15 @@ def test_depth_trials_are_drawn_with_the_chosen_layers(method):
     dropped = {"drop": [2], "block": [2, 3], "greedy": [2, 3]}[method]
     figure = trials_figure(method, 1.25, found, [layer for layer in range(4) if layer not in dropped])
     assert ", ".join(map(str, dropped)) in figure.text
-    assert "whole model 1.250" in figure.svg
+    assert "all layers 1.250" in figure.svg
     assert method == "drop" or "3.5000" in figure.text
 
 
 def candidates(latency: bool = True) -> list[dict]:
-    """c is smaller than b but worse, d is beaten by b on both; a and b were distilled to the end."""
+    """c is smaller than b but worse; d is worse than b in both.
+
+    a and b were distilled to the end.
+    """
     rows = [
         ("a", 90, 2.0, [(10, 1.5), (40, 1.2)]),
         ("b", 80, 2.2, [(10, 1.6), (40, 1.1)]),
@@ -258,8 +265,8 @@ def test_search_section_has_table_and_pareto_fronts():
     assert len(table.header) == len(table.rows[0])
     plots = [part for part in section.parts if isinstance(part, Figure)]
     assert [plot.text for plot in plots] == [
-        "4 candidates. On the front: c, b, a.",
-        "2 candidates. On the front: b.",
+        "4 candidates. Pareto front: c, b, a.",
+        "2 candidates. Pareto front: b.",
     ] * 2
     assert [plot.title.split(" by ")[1] for plot in plots] == [
         "parameters",
@@ -292,7 +299,7 @@ def test_optional_stage_files_are_included(whole, tmp_path):
     (gone,) = {*range(4)} - {*plan.layers}
     losses = [([layer], 1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
     DepthTrials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
-    plain, more = collect(first), collect(project)
+    plain, more = build_report(first), build_report(project)
     assert {s.title for s in more.sections} - {s.title for s in plain.sections} == {"Search"}
     (cost,) = (
         part for s in more.sections if s.title == "Cost" for part in s.parts if isinstance(part, Table)
@@ -330,11 +337,11 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
     assert {name: record.seconds for name, record in made.items()} == {"distill": 7200.0, "evaluate": 3600.0}
     cost = next(
         part
-        for part in _cost({"distill": []}, [], whole.project().recipe, made).parts
+        for part in cost_section({"distill": []}, [], whole.project().recipe, made).parts
         if isinstance(part, Table)
     )
-    assert cost.rows[-1] == ("together", "", "", "", "", "3.000", "72.000")
-    section = _made(whole.project().recipe, list(whole.project().stages), {}, made)
+    assert cost.rows[-1] == ("total", "", "", "", "", "3.000", "72.000")
+    section = provenance_section(whole.project().recipe, list(whole.project().stages), None, made)
     commands = section.parts[0].text
     assert (
         "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill "
@@ -345,17 +352,17 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
     )  # recipe.yaml is of the last command
     assert f"torchrun --nproc-per-node 8 -m minitron_mp evaluate {whole.output / 'recipe.yaml'}\n" in commands
     assert " compress " not in commands  # no one command made all of it
-    assert "No record is left of how import, data" in section.parts[1]
+    assert "has no entry for: import, data" in section.parts[1]
     versions = dict(section.parts[-1].rows)
     assert versions["torch"].endswith("(distill); 9.9 (evaluate)")
     assert versions["device"] == "a GPU"
 
 
 def test_page_in_a_browser(whole, tmp_path):
-    """At the width of a telephone and of a screen; with a search, all kinds of sections are there."""
+    """At the width of a phone and of a screen; a search adds all kinds of sections."""
     if browser.BINARY is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    document = collect(whole.project())
+    document = build_report(whole.project())
     sections = [*document.sections, search_section(candidates(), "memory_gib")]
     (tmp_path / "report.html").write_text(html(Document(document.title, document.lead, sections)))
     with browser.browse(tmp_path / "report.html", tmp_path / "profile") as tab:
@@ -438,7 +445,7 @@ def test_card_keeps_the_source_license_and_tags(whole, tmp_path):
     def front(recipe=project.recipe) -> dict:
         text = model_card(recipe, project.paths, project.manifest("export"), "mistral", assets)
         assert "Licence of the original model: `LICENSE`." in text
-        assert "It is written as `mistral`" in text
+        assert "It is saved as `mistral`" in text
         return ModelCard(text).data.to_dict()
 
     given = front()
@@ -493,6 +500,6 @@ def test_speed_of_a_project(whole):
     assert "thread" in speed["device"]
     spread = max(one["spread"] for measured in speed["models"].values() for one in measured)
     assert (
-        f"the median of 3 passes, which differed by up to {spread:.0%} on {speed['device']}"
+        f"Median of 3 passes, which differed by up to {spread:.0%}, on {speed['device']}"
         in (whole.output / "report.md").read_text()
     )

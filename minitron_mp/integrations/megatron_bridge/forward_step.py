@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp.distributed.schedule import Batch, local_batch
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import local_batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.integrations.megatron_bridge.model import bare_model, world_of_provider

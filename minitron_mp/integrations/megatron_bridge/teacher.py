@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.distillation.teacher import frozen_model
-from minitron_mp.distributed.schedule import Batch
+from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
+from minitron_mp.distillation.teacher import Teacher, TeacherSignal
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.integrations.megatron_bridge.model import _arch_in
 from minitron_mp.losses.fused import TeacherHidden
@@ -51,9 +52,12 @@ class ColocatedTeacher:
     def start(self, world: World, sequence_length: int) -> None:
         """Load it; reached by all ranks."""
         self.world = world
-        (self.chunk,) = frozen_model(
-            self.arch, self.folder, world, precision=self.precision, sequence_length=sequence_length
-        )
+        self.chunk = frozen_model(
+            ModelCheckpoint(self.arch, self.folder),
+            world,
+            precision=self.precision,
+            sequence_length=sequence_length,
+        ).last_chunk
         mine: list[list[int]] = [[]] * dist.get_world_size()
         dist.all_gather_object(mine, dist.get_process_group_ranks(world.groups.pp))
         for ranks in sorted(map(list, set(map(tuple, mine)))) if world.parallel.pp > 1 else []:
@@ -103,23 +107,23 @@ class RemoteTeacher:
     pretrain() has no teacher then: its microbatches are not among those that the teacher serves.
     """
 
-    def __init__(self, source: Any, arch: Arch, first_microbatch: int = 0):
+    def __init__(self, source: Teacher, arch: Arch, first_microbatch: int = 0):
         self.source, self.arch, self.count = source, arch, first_microbatch
 
     def start(self, world: World, sequence_length: int) -> None:
         self.world = world
 
-    def signal(self, batch: Batch, student: Any) -> int | None:
+    def signal(self, batch: Batch, student: Any) -> TeacherSignal | None:
         """Id of the microbatch, counted from the first of this data parallel rank; None in evaluation."""
         if not torch.is_grad_enabled():
             return None
         dp, self.count = self.world.groups.dp, self.count + 1
-        return (self.count - 1) * dp.size() + dp.rank()
+        return TeacherSignal((self.count - 1) * dp.size() + dp.rank())
 
-    def target(self, signal: int) -> Target:
+    def target(self, signal: TeacherSignal) -> Target:
         return self.source.target(signal)
 
-    def done(self, signal: int) -> None:
+    def done(self, signal: TeacherSignal) -> None:
         self.source.release(signal)
 
     def end_step(self) -> None: ...

@@ -1,58 +1,90 @@
-"""Where the teacher's signals of a distillation come from: the teacher here, on other ranks, or what a teacher left on disk.
-
-Recipe and artefacts -> the links, ends and ids that teacher.py, stream.py and cache.py work with.
-"""
+"""The stage cache: the teacher's signals for all microbatches of distill go to disk."""
 
 from __future__ import annotations
 
-import shutil
+from typing import TYPE_CHECKING, Any
 
-import torch
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.workflow.settings import fp8_teacher, run_settings
+from minitron_mp.workflow.stage import Stage, distillation_teacher
 
-from minitron_mp.artifacts.checkpoint import check_room
-from minitron_mp.artifacts.files import aside_path
-from minitron_mp.artifacts.manifest import commit_artifact, prepare_artifact
-from minitron_mp.console import Tracker
-from minitron_mp.distillation.cache import Writer, write_index
-from minitron_mp.distillation.stream_layout import Grid
-from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
-from minitron_mp.workflow.context import StageContext
-from minitron_mp.workflow.teacher_source import _serve, _shape, ids
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
 
 
-def cache_teacher(job: StageContext) -> None:
-    """The teacher over all microbatches of distill, on all ranks in the recipe's layout, to disk."""
-    recipe, world, shape = job.recipe, job.world, _shape(job)
-    teacher = Grid("teacher", recipe.parallel, world.groups.dp.size())
-    g, is_last = world.groups, world.is_last_stage
-    share = (
-        len(ids(recipe, 0))
-        / teacher.dp
-        * torch.Size(shape.local(recipe.parallel)).numel()
-        * shape.dtype.itemsize
-    )
-    on_rank_0(lambda: shutil.rmtree(aside_path(job.output), ignore_errors=True))
-    check_room(share if is_last else 0, job.output)
-    folder = on_rank_0(lambda: prepare_artifact(job.output))
-    writer = Writer(folder, teacher.last_stage(g.dp.rank(), g.cp.rank(), g.tp.rank())) if is_last else None
+def cache_teacher(context: StageContext) -> None:
+    """Run the teacher over all microbatches, on all ranks in the recipe's layout.
+
+    The last stage writes.
+    """
+    import shutil
+
+    import torch
+
+    from minitron_mp.artifacts.checkpoint import check_room
+    from minitron_mp.artifacts.files import aside_path
+    from minitron_mp.artifacts.manifest import commit_artifact, prepare_artifact
+    from minitron_mp.console import Tracker
+    from minitron_mp.distillation.cache import Writer, write_index
+    from minitron_mp.distillation.stream_layout import Grid
+    from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
+    from minitron_mp.workflow.teacher_source import ids, serve, signal_shape
+
+    recipe, world = context.recipe, context.world
+    groups = world.groups
+    shape = signal_shape(context)
+    teacher = Grid("teacher", recipe.parallel, groups.dp.size())
+    num_microbatches = len(ids(recipe, 0))
+    microbatch_bytes = torch.Size(shape.local(recipe.parallel)).numel() * shape.dtype.itemsize
+    on_rank_0(lambda: shutil.rmtree(aside_path(context.output), ignore_errors=True))
+    num_bytes = num_microbatches / teacher.dp * microbatch_bytes if world.is_last_stage else 0
+    check_room(num_bytes, context.output)
+    folder = on_rank_0(lambda: prepare_artifact(context.output))
+    writer = None
+    if world.is_last_stage:
+        writer = Writer(folder, teacher.last_stage(groups.dp.rank(), groups.cp.rank(), groups.tp.rank()))
     failure: Exception | None = None
-    with Tracker("cache", len(ids(recipe, 0)), "microbatches") as tracker:
+    with Tracker("cache", num_microbatches, "microbatches") as tracker:
         try:
-            _serve(
-                job,
-                shape,
-                teacher,
+            serve(
+                context,
                 writer,
                 0,
-                recipe.parallel.pp,
-                lambda count: tracker.advance(count * teacher.dp),
+                window=recipe.parallel.pp,
+                progress=lambda count: tracker.advance(count * teacher.dp),
             )
         except Exception as error:
             failure = error
     raise_on_all_ranks(failure)
 
     def finish() -> None:
-        write_index(folder, shape, teacher, 0, len(ids(recipe, 0)))
-        commit_artifact(job.output, job.manifest)
+        write_index(folder, shape, teacher, 0, num_microbatches)
+        commit_artifact(context.output, context.manifest)
 
     on_rank_0(finish)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the microbatches, the teacher's precision and the payload."""
+    result = {
+        **recipe.distill.model_dump(include={"steps", "global_batch_size", "micro_batch_size"}),
+        **run_settings(recipe),
+        "precision": recipe.teacher_precision,
+        "payload": recipe.teacher.payload,
+        **fp8_teacher(recipe),
+    }
+    if recipe.teacher.payload == "topk":
+        result |= {"top_k": recipe.teacher.top_k, "temperature": recipe.distill.temperature}
+    return result
+
+
+CACHE = Stage(
+    name="cache",
+    help="Write the teacher's signals for all microbatches of distill to disk.",
+    artifact="teacher_signals",
+    inputs=(distillation_teacher, "data"),
+    settings=settings,
+    when=lambda recipe: recipe.teacher.placement == "cached",
+    requirement="teacher.placement: cached",
+    run=cache_teacher,
+)

@@ -1,42 +1,54 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""The stage import: a Hugging Face folder becomes a sharded checkpoint."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+from minitron_mp.workflow.settings import model_files
+from minitron_mp.workflow.stage import Stage
 
-from minitron_mp.artifacts.checkpoint import save_checkpoint
-from minitron_mp.console import Tracker
-from minitron_mp.distributed.sync import raise_on_all_ranks
-from minitron_mp.errors import InputError
-from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
-from minitron_mp.report.model_card import CARD, source_card
-from minitron_mp.workflow.context import ASSETS, StageContext
-from minitron_mp.workflow.stages.export import _sharded
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
 
 
-def import_hf(job: StageContext) -> None:
-    """Hugging Face folder -> sharded checkpoint, in the folder's dtype. Each rank converts every world-size-th layer."""
-    source = Path(job.recipe.model if job.manifest.stage == "import" else job.recipe.teacher.model or "")
+def run(context: StageContext) -> None:
+    """Convert the folder of the recipe's model."""
+    import_folder(context, Path(context.recipe.model))
+
+
+def import_folder(context: StageContext, source: Path) -> None:
+    """Convert a Hugging Face folder, in the dtype of its weights.
+
+    Each rank converts every world-size-th layer.
+    """
+    import torch.distributed as dist
+
+    from minitron_mp.artifacts.checkpoint import save_checkpoint
+    from minitron_mp.console import Tracker
+    from minitron_mp.distributed.sync import raise_on_all_ranks
+    from minitron_mp.errors import InputError
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+    from minitron_mp.report.model_card import CARD, source_card
+    from minitron_mp.workflow.context import ASSETS
+    from minitron_mp.workflow.stages.export.hf_folder import sharded_tensor
+
     arch = read_arch(source)
-    source_card(source)  # refused now, not by the export hours later
-    weights, mine = Weights(source, arch), {}
+    source_card(source)  # raises for a model card that the export could not read hours later
+    weights = Weights(source, arch)
     keys = [
         (key, layer)
         for key, layer in canonical_keys(arch)
         if (layer or 0) % dist.get_world_size() == dist.get_rank()
     ]
+    state = {}
     failure: Exception | None = None
     try:
-        with Tracker(job.manifest.stage, len(keys), "tensors") as tracker:
+        with Tracker(context.manifest.stage, len(keys), "tensors") as tracker:
             for key, layer in keys:
-                mine[f"{key}/{layer}"] = _sharded(key, layer, weights.tensor(key, layer), arch)
+                state[f"{key}/{layer}"] = sharded_tensor(key, layer, weights.tensor(key, layer), arch)
                 tracker.advance(1)
     except InputError as error:
         failure = error
@@ -44,9 +56,18 @@ def import_hf(job: StageContext) -> None:
 
     def copy_assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
-        for path in (
-            asset_files(source) + [source / CARD] * (source / CARD).is_file()
-        ):  # the card changes no model: no fingerprint has it
+        for path in asset_files(source):
             shutil.copy(path, folder / ASSETS)
+        if (source / CARD).is_file():  # not in the fingerprint: a model card changes no model
+            shutil.copy(source / CARD, folder / ASSETS)
 
-    save_checkpoint(mine, job.output, job.manifest.model_copy(update={"arch": arch}), copy_assets)
+    save_checkpoint(state, context.output, context.manifest.model_copy(update={"arch": arch}), copy_assets)
+
+
+IMPORT = Stage(
+    name="import",
+    help="Convert a Hugging Face folder to a sharded checkpoint.",
+    artifact="teacher",
+    sources=lambda recipe: model_files(recipe.model),
+    run=run,
+)

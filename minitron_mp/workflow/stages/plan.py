@@ -1,30 +1,35 @@
-"""Stages on the ranks of a job: one by itself, or all that are not done.
-
-A single stage refuses inputs that are missing or made from something else, naming the field.
-"""
+"""The stage plan: importance and target become the indices to keep."""
 
 from __future__ import annotations
 
-from minitron_mp.artifacts.manifest import require_artifact
-from minitron_mp.console import say, table
-from minitron_mp.pruning.candidates import candidate_target, chosen
-from minitron_mp.pruning.depth import DepthTrials
-from minitron_mp.pruning.plan import PrunePlan, make_plan
-from minitron_mp.pruning.scores import Scores
-from minitron_mp.pruning.target import exportable_arch
-from minitron_mp.workflow.graph import StageGraph
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.workflow.settings import num_dropped_layers
+from minitron_mp.workflow.stage import Stage
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.stage_files import StageFiles
 
 
-def plan_student(project: StageGraph) -> PrunePlan:
-    """Importance -> plan.json. Numpy only: runs on a laptop."""
-    teacher = require_artifact(project.paths["score"], "score").arch
-    assert teacher is not None
-    recipe = project.recipe
-    trials = DepthTrials.load(project.paths["depth"]) if "depth" in project.stages else None
-    found = project.paths.get("search")
-    target = candidate_target(chosen(found), recipe.target.align) if found else recipe.target
-    result = make_plan(
-        Scores.load(project.paths["score"]),
+def plan_student(files: StageFiles) -> None:
+    """Choose the indices to keep, with numpy alone, and write plan.json."""
+    from minitron_mp.console import say, table
+    from minitron_mp.pruning.candidates import candidate_target, chosen
+    from minitron_mp.pruning.depth import DepthTrials
+    from minitron_mp.pruning.plan import make_plan
+    from minitron_mp.pruning.scores import Scores
+    from minitron_mp.pruning.target import exportable_arch
+
+    recipe = files.recipe
+    teacher = files.arch("score")
+    trials = DepthTrials.load(files.paths["depth"]) if "depth" in files.paths else None
+    target = recipe.target
+    if "search" in files.paths:
+        target = candidate_target(chosen(files.paths["search"]), recipe.target.align)
+    plan = make_plan(
+        Scores.load(files.paths["score"]),
         teacher,
         target,
         recipe.parallel.tp,
@@ -32,11 +37,49 @@ def plan_student(project: StageGraph) -> PrunePlan:
         recipe.depth,
         trials,
     )
-    exportable_arch(result.student, recipe.export.family)
-    result.save(project.paths["plan"], project.manifest("plan").model_copy(update={"arch": result.student}))
-    table("plan", ("size", "teacher", "student", "kept"), result.summary())
-    if result.dropped:
-        say(f"layers that go (from 0): {', '.join(map(str, result.dropped))}")
-    for note in result.notes:
+    exportable_arch(plan.student, recipe.export.family)
+    plan.save(files.output, files.manifest.model_copy(update={"arch": plan.student}))
+    table("plan", ("size", "teacher", "student", "kept"), plan.summary())
+    if plan.dropped:
+        say(f"dropped layers (counted from 0): {', '.join(map(str, plan.dropped))}")
+    for note in plan.notes:
         say(f"note: {note}")
-    return result
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the sizes of the student, and how layers are chosen where that is not the default."""
+    from minitron_mp.config.pruning import DepthConfig
+
+    used = {"method", "protect_first", "protect_last"}
+    depth = recipe.depth.model_dump(include=used)
+    if depth == DepthConfig().model_dump(include=used) or num_dropped_layers(recipe) == 0:
+        depth = {}
+    return {**_sizes(recipe), **depth}
+
+
+def _sizes(recipe: Recipe) -> dict[str, Any]:
+    """Return the sizes that the target gives, or that are solved for its budget.
+
+    Solved sizes depend on tp, which must divide them, but seldom change with it.
+    """
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.pruning.target import resolve_target
+
+    if recipe.search is not None:
+        return {}  # the artifact of the search is an input
+    if not recipe.target.searched:
+        return recipe.target.model_dump(exclude_defaults=True, exclude={"axes", "align"})
+    teacher = read_arch(Path(recipe.model), weights=False)
+    student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)
+    return student.sizes()
+
+
+PLAN = Stage(
+    name="plan",
+    help="Choose what to keep by importance and target. Needs no GPU and no torchrun.",
+    artifact="plan.json",
+    inputs=("score",),
+    optional_inputs=("depth", "search"),
+    settings=settings,
+    run_on_one_rank=plan_student,
+)

@@ -1,31 +1,45 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""The stage prune: the teacher is sliced by the plan into the student."""
 
 from __future__ import annotations
 
-from minitron_mp.artifacts.checkpoint import save_checkpoint
-from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import layout_problems
-from minitron_mp.pruning.plan import PrunePlan
-from minitron_mp.pruning.slicing import prune
-from minitron_mp.workflow.context import StageContext, copy_assets_from
+from typing import TYPE_CHECKING
+
+from minitron_mp.workflow.stage import Stage, pruning_base
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
 
 
-def prune_teacher(job: StageContext) -> None:
+def prune_teacher(context: StageContext) -> None:
     """Slice the teacher by the plan and write the student."""
-    plan = PrunePlan.load(job.paths["plan"])
-    model = job.sharded_model(job.recipe.base)
+    from minitron_mp.artifacts.checkpoint import save_checkpoint
+    from minitron_mp.errors import InputError, refuse
+    from minitron_mp.models.arch import layout_problems
+    from minitron_mp.pruning.plan import PrunePlan
+    from minitron_mp.pruning.slicing import prune
+    from minitron_mp.workflow.context import copy_assets_from
+
+    base = context.recipe.pruning_base
+    plan = PrunePlan.load(context.paths["plan"])
+    model = context.sharded_model(base)
     if plan.teacher != model.arch:
         raise InputError(
-            f"{job.paths['plan']} was made for another architecture than {job.paths[job.recipe.base]}; run `minitron-mp plan` again"
+            f"{context.paths['plan']} was made for another architecture than {context.paths[base]}; "
+            "run `minitron-mp plan` again"
         )
-    refuse("this layout does not fit the student:", layout_problems(plan.student, job.recipe.parallel.tp))
-    state = prune(model, plan)
+    refuse("this layout does not fit the student:", layout_problems(plan.student, context.recipe.parallel.tp))
     save_checkpoint(
-        state,
-        job.output,
-        job.manifest.model_copy(update={"arch": plan.student}),
-        copy_assets_from(job.paths["import"]),
+        prune(model, plan),
+        context.output,
+        context.manifest.model_copy(update={"arch": plan.student}),
+        copy_assets_from(context.paths["import"]),
     )
+
+
+PRUNE = Stage(
+    name="prune",
+    help="Slice the teacher by the plan into the student.",
+    artifact="student",
+    inputs=(pruning_base, "plan"),
+    run=prune_teacher,
+)

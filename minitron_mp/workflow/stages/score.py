@@ -1,32 +1,45 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""The stage score: the importance of every layer, neuron, head and channel, by forward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from minitron_mp.console import Tracker
-from minitron_mp.distributed.schedule import Batch
-from minitron_mp.distributed.sync import on_rank_0
-from minitron_mp.pruning.importance import score
-from minitron_mp.workflow.context import StageContext
+from minitron_mp.workflow.settings import run_settings
+from minitron_mp.workflow.stage import Stage, pruning_base
+
+if TYPE_CHECKING:
+    from minitron_mp.distributed.batch import Batch
+    from minitron_mp.workflow.context import StageContext
 
 
-def score_teacher(job: StageContext) -> None:
-    """Importance of all axes in one forward pass over the calibration text."""
-    settings = job.recipe.score
-    model = job.sharded_model(job.recipe.base)
-    _, groups = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
+def score_teacher(context: StageContext) -> None:
+    """Score all axes in one forward pass over the calibration text."""
+    from minitron_mp.console import Tracker
+    from minitron_mp.distributed.sync import on_rank_0
+    from minitron_mp.pruning.importance import score
+
+    config = context.recipe.score
+    model = context.sharded_model(context.recipe.pruning_base)
+    _, groups = context.groups("calibration", config.num_samples, config.micro_batch_size, exact=True)
     for chunk in model.chunks:
         chunk.eval()
 
-    def tracked() -> Iterator[Sequence[Batch]]:
-        with Tracker("score", settings.num_samples, "samples") as tracker:
+    def tracked() -> Iterator[list[Batch]]:
+        with Tracker("score", config.num_samples, "samples") as tracker:
             for batches in groups:
                 yield batches
-                tracker.advance(len(batches) * settings.micro_batch_size * job.world.groups.dp.size())
+                tracker.advance(len(batches) * config.micro_batch_size * context.world.groups.dp.size())
 
-    result = score(model, tracked(), settings)
-    on_rank_0(lambda: result.save(job.output, job.manifest.model_copy(update={"arch": model.arch})))
+    scores = score(model, tracked(), config)
+    on_rank_0(lambda: scores.save(context.output, context.manifest.model_copy(update={"arch": model.arch})))
+
+
+SCORE = Stage(
+    name="score",
+    help="Score every layer, neuron, head and channel by forward passes over calibration text.",
+    artifact="importance.safetensors",
+    inputs=(pruning_base, "data"),
+    settings=lambda recipe: {**recipe.score.result_settings(), **run_settings(recipe)},
+    run=score_teacher,
+)

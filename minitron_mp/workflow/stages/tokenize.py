@@ -1,48 +1,99 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""The stage data: text becomes tokens, in Megatron indexed datasets."""
 
 from __future__ import annotations
 
-from minitron_mp.artifacts.manifest import writing_artifact
-from minitron_mp.console import say
-from minitron_mp.data.corpus import tokenize_corpus
-from minitron_mp.data.tokenizer import check_vocabulary
-from minitron_mp.distributed.launcher import environment_variable
-from minitron_mp.distributed.sync import on_rank_0
-from minitron_mp.errors import InputError
-from minitron_mp.workflow.context import StageContext
+from typing import TYPE_CHECKING
+
+from minitron_mp.workflow.settings import text_files
+from minitron_mp.workflow.stage import Stage
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
+    from minitron_mp.workflow.stage_files import StageFiles
+
+PROGRESS_DOCUMENTS = 250
+"""Documents between two lines of progress."""
 
 
-def tokenize_text(job: StageContext) -> None:
-    """Text -> three Megatron indexed datasets, or those of data.held_out (stage texts); rank 0 works, the others wait."""
-    done = 0
+def run(context: StageContext) -> None:
+    """Write the calibration, training and held-out parts of the text."""
+    tokenize_text(context, held_out=False)
+
+
+def tokenize_text(context: StageContext, *, held_out: bool) -> None:
+    """Write the three parts of the text, or with held_out the texts of data.held_out.
+
+    Rank 0 works, the others wait.
+    """
+    from minitron_mp.artifacts.manifest import writing_artifact
+    from minitron_mp.console import say
+    from minitron_mp.data.corpus import tokenize_corpus
+    from minitron_mp.data.tokenizer import check_vocabulary
+    from minitron_mp.distributed.launcher import environment_variable
+    from minitron_mp.distributed.sync import on_rank_0
+    from minitron_mp.errors import InputError
+
+    recipe = context.recipe
+    stage = context.manifest.stage
+    last_shown = 0
 
     def progress(documents: int) -> None:
-        nonlocal done
-        if documents - done >= 250:
-            done = documents
-            say(f"{job.manifest.stage}: {documents} documents")
+        nonlocal last_shown
+        if documents - last_shown >= PROGRESS_DOCUMENTS:
+            last_shown = documents
+            say(f"{stage}: {documents} documents")
 
     def write() -> None:
-        tokenizer = job.tokenizer()
-        check_vocabulary(tokenizer, job.arch("import").vocab_size)
+        tokenizer = context.tokenizer()
+        check_vocabulary(tokenizer, context.arch("import").vocab_size)
         try:
-            # On many cores; elsewhere the launch scripts forbid it, for the sake of processes that are forked.
+            # The launch scripts turn the tokenizer's threads off for the processes that fork; here
+            # they are safe.
             with (
                 environment_variable("TOKENIZERS_PARALLELISM", "true"),
-                writing_artifact(job.output, job.manifest) as folder,
+                writing_artifact(context.output, context.manifest) as folder,
             ):
-                further = job.manifest.stage == "texts"
                 tokens = tokenize_corpus(
-                    job.recipe.data, tokenizer, folder, job.recipe.seed, further=further, progress=progress
+                    recipe.data, tokenizer, folder, recipe.seed, held_out=held_out, progress=progress
                 )
         except OSError as error:
-            raise InputError(f"{job.output} cannot be written: {error}") from error
-        say(
-            f"{job.manifest.stage}: "
-            + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items())
-        )
+            raise InputError(f"{context.output} cannot be written: {error}") from error
+        say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
 
     on_rank_0(write, takes_long=True)
+
+
+def check(files: StageFiles) -> None:
+    """Raise InputError now when a part is too short for a stage that runs hours later."""
+    recipe = files.recipe
+    calibration = [recipe.score.num_samples]
+    if "depth" in files.paths and recipe.depth.metric == "loss":
+        calibration.append(recipe.depth.num_samples)
+    if recipe.search:
+        calibration.append(recipe.search.num_samples)
+    require_samples(
+        files, {"calibration": max(calibration), "train": 0, "valid": recipe.evaluate.num_samples}
+    )
+
+
+def require_samples(files: StageFiles, num_samples: dict[str, int]) -> None:
+    """Raise InputError unless each text has its number of samples."""
+    from minitron_mp.data.batches import too_short_problems
+    from minitron_mp.errors import refuse
+
+    problems: list[str] = []
+    for text, count in num_samples.items():
+        problems += too_short_problems(files.output, text, files.recipe.data.sequence_length, count)
+    refuse("there is too little text:", problems)
+
+
+TOKENIZE = Stage(
+    name="data",
+    help="Tokenize the text into calibration, training and held-out parts.",
+    artifact="data",
+    inputs=("import",),
+    settings=lambda recipe: {"valid_fraction": recipe.data.valid_fraction, "seed": recipe.seed},
+    sources=lambda recipe: text_files(recipe, held_out=False),
+    run=run,
+    check=check,
+)

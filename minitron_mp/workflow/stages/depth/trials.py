@@ -1,7 +1,4 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""Trials of the stage depth: the teacher without some of its layers, on text or on a task."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from minitron_mp.workflow.context import StageContext
 def measure_depth(job: StageContext) -> None:
     """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
     settings = job.recipe.depth
-    model = job.sharded_model(job.recipe.base)
+    model = job.sharded_model(job.recipe.pruning_base)
     for chunk in model.chunks:
         chunk.eval()
     count = layers_to_drop(job.recipe, model.arch)

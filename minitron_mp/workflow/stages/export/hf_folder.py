@@ -1,7 +1,4 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""Write the distilled student as a Hugging Face folder that transformers loads, with a model card."""
 
 from __future__ import annotations
 
@@ -25,33 +22,33 @@ from minitron_mp.report.model_card import CARD, model_card
 from minitron_mp.workflow.context import ASSETS, StageContext
 
 READ_BYTES = 2e9
-"""Tensors that export holds at a time."""
+"""Bytes of tensors that export holds at a time."""
 
 
-def export_student(job: StageContext) -> None:
-    """Sharded checkpoint -> Hugging Face folder that transformers loads, with a model card."""
-    arch = job.arch("distill")
-    settings = job.recipe.export
-    as_written = exportable_arch(arch, settings.family)
-    dtype = DTYPES[settings.dtype or job.recipe.precision]
-    tensors = read_tensors(job.paths["distill"], arch, job.world)
+def export_student(context: StageContext) -> None:
+    """Write the folder on rank 0. Reading the sharded checkpoint is collective, so all ranks take part."""
+    arch = context.arch("distill")
+    settings = context.recipe.export
+    exported = exportable_arch(arch, settings.family)
+    dtype = DTYPES[settings.dtype or context.recipe.precision]
+    assets = context.paths["import"] / ASSETS
+    tensors = read_tensors(context.paths["distill"], arch, context.world)
+    is_main = context.world.is_main
+    check_room(arch.num_parameters() * dtype.itemsize if is_main else 0, context.output)
     failure: Exception | None = None
-    check_room(arch.num_parameters() * dtype.itemsize if job.world.is_main else 0, job.output)
     try:
-        if job.world.is_main:
-            with writing_artifact(job.output, job.manifest.model_copy(update={"arch": as_written})) as folder:
-                write_folder(folder, job.paths["import"] / ASSETS, as_written, dtype, tensors)
-                card = model_card(
-                    job.recipe, job.paths, job.manifest, as_written.family, job.paths["import"] / ASSETS
-                )
+        if is_main:
+            manifest = context.manifest.model_copy(update={"arch": exported})
+            with writing_artifact(context.output, manifest) as folder:
+                write_folder(folder, assets, exported, dtype, tensors)
+                card = model_card(context.recipe, context.paths, context.manifest, exported.family, assets)
                 (folder / CARD).write_text(card, encoding="utf-8")
     except InputError as error:
         failure = error
     except (OSError, SafetensorError) as error:
-        failure = InputError(f"{job.output} cannot be written: {error}")
-    for (
-        _
-    ) in tensors:  # reading is collective: the other ranks, and rank 0 after a failure, walk it to the end
+        failure = InputError(f"{context.output} cannot be written: {error}")
+    # The other ranks, and rank 0 after a failure, read to the end: reading is collective.
+    for _ in tensors:
         pass
     raise_on_all_ranks(failure)
 
@@ -68,14 +65,14 @@ def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, 
             num_bytes += empty.nbytes
             part[f"{key}/{layer}"] = (key, layer)
             if world.is_main:
-                state[f"{key}/{layer}"] = _sharded(key, layer, empty, arch)
+                state[f"{key}/{layer}"] = sharded_tensor(key, layer, empty, arch)
         loaded = load_checkpoint(state, folder)
         if world.is_main:
             for name, (key, layer) in part.items():
                 yield key, layer, loaded[name]
 
 
-def _sharded(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
+def sharded_tensor(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
     """A canonical tensor as the whole of its key, or as one layer of it."""
     if AXES[key][0] != "layer":
         return ShardedTensor.from_rank_offsets(key, tensor)

@@ -11,7 +11,7 @@ from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 from minitron_mp.workflow.context import StageContext
-from minitron_mp.workflow.stages.correct import run_training
+from minitron_mp.workflow.stages.correct.training import run_training
 from minitron_mp.workflow.teacher_source import open_teacher, serve_students
 
 
@@ -25,13 +25,15 @@ def distill_student(job: StageContext) -> None:
             "prune",
             job.recipe.distill,
             lambda first, log: (
-                _learning_teacher(job, log) if job.recipe.corrects_meanwhile else open_teacher(job, first)
+                _learning_teacher(job, log)
+                if job.recipe.corrects_during_distillation
+                else open_teacher(job, first)
             ),
         )
 
 
 def _learning_teacher(job: StageContext, log: Callable[[StepMetrics], None]) -> TrainableTeacher:
-    recipe, tutor = job.recipe, job.recipe.tutor
+    recipe, tutor = job.recipe, job.recipe.distillation_teacher
     assert recipe.correct is not None
     arch = job.arch(tutor)
     chunks = build_model(

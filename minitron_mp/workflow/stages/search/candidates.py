@@ -25,8 +25,8 @@ from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.data.batches import micro_batches
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
@@ -114,7 +114,7 @@ class _Progress:
         recipe = self.job.recipe
         s, context = recipe.search, recipe.search.context or recipe.data.sequence_length
         found = []
-        archs, left_out = survey_candidates(recipe, self.job.arch(recipe.base))
+        archs, left_out = survey_candidates(recipe, self.job.arch(recipe.pruning_base))
         if left_out:
             say(f"search: {left_out}")
         for arch in archs:
@@ -151,7 +151,7 @@ class _Progress:
         target = candidate_target(candidate.arch, recipe.target.align)
         return make_plan(
             Scores.load(paths["score"]),
-            self.job.arch(recipe.base),
+            self.job.arch(recipe.pruning_base),
             target,
             recipe.parallel.tp,
             recipe.export.family,
@@ -201,7 +201,7 @@ def _judge_pruned(job: StageContext, progress: _Progress) -> None:
     todo = [c for c in progress.candidates if c.pruned_loss is None]
     if not todo:
         return
-    model, groups = job.sharded_model(job.recipe.base), _held_out(job)
+    model, groups = job.sharded_model(job.recipe.pruning_base), _held_out(job)
     with Tracker(
         "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
     ) as tracker:
@@ -306,7 +306,8 @@ def _slice(job: StageContext, progress: _Progress, candidate: Candidate) -> None
 
     if on_rank_0(is_there):
         return
-    save_checkpoint(prune(job.sharded_model(job.recipe.base), progress.plan(candidate)), folder, manifest)
+    teacher = job.sharded_model(job.recipe.pruning_base)
+    save_checkpoint(prune(teacher, progress.plan(candidate)), folder, manifest)
 
 
 def _held_out(job: StageContext) -> list[list[Batch]]:

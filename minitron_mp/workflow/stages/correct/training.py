@@ -13,8 +13,9 @@ from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import micro_batches
+from minitron_mp.distillation.teacher import Teacher
+from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.distributed.schedule import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model, unwrap
@@ -25,13 +26,11 @@ from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import Work, distillation_work, training_work
 from minitron_mp.workflow.context import StageContext, copy_assets_from, training_samples
+from minitron_mp.workflow.stage_files import checkpoint_folder
 from minitron_mp.workflow.teacher_source import log_fp8_teacher_kl
 
 METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
 """Beside the artefacts while a stage trains; a copy of the whole curve goes into the artefact that it made."""
-
-CHECKPOINTS = "checkpoints"
-"""Beside the artefacts while a stage trains, a folder for each."""
 
 PROFILE = "profile"
 """Beside the artefacts: traces of steps, where a section `profile` asks for them."""
@@ -44,7 +43,10 @@ def correct_teacher(job: StageContext) -> None:
 
 
 def run_training(
-    job: StageContext, start: str, settings: TrainingConfig, teacher_from: Callable[[int, Callable], Any]
+    job: StageContext,
+    start: str,
+    settings: TrainingConfig,
+    teacher_from: Callable[[int, Callable], Teacher | None],
 ) -> None:
     """Train the model that the stage `start` left; its metrics and TensorBoard come beside the artefact.
 
@@ -64,13 +66,13 @@ def run_training(
 
     model = build_model(arch, world, training=settings, precision=recipe.precision, **job.build_options)
     load_model(model, job.paths[start], world)
-    checkpoints = recipe.root / CHECKPOINTS / name
+    checkpoints = checkpoint_folder(recipe, name)
     first = resume_step(checkpoints, job.manifest, world)
     if first:
-        say(f"{name}: going on from step {first}")
+        say(f"{name}: resuming from step {first}")
     curves = {
         which: recipe.root / METRICS[which]
-        for which in (name, *["correct"] * (name == "distill" and recipe.corrects_meanwhile))
+        for which in (name, *["correct"] * (name == "distill" and recipe.corrects_during_distillation))
     }
     with Tracker(name, settings.steps, "steps", first) as tracker, ExitStack() as stack:
         logs = {
@@ -86,7 +88,7 @@ def run_training(
             )
 
         teacher = teacher_from(first, logs.get("correct", on_step))
-        log_fp8_teacher_kl(job, getattr(teacher, "chunks", None))
+        log_fp8_teacher_kl(job, None if teacher is None else teacher.chunks)
         stack.enter_context(communication_buffers(settings, recipe, arch.hidden_size))
         companion = teacher if isinstance(teacher, TrainableTeacher) else None
         options: dict[str, Any] = {
@@ -118,9 +120,9 @@ def run_training(
     on_rank_0(lambda: discard_checkpoints(checkpoints, job.manifest))
 
 
-def _work(job: StageContext, arch: Arch, settings: TrainingConfig, teacher: Any) -> Work:
+def _work(job: StageContext, arch: Arch, settings: TrainingConfig, teacher: Teacher | None) -> Work:
     """What a step computes, on which ranks."""
     recipe, tokens = job.recipe, settings.global_batch_size * job.recipe.data.sequence_length
     if teacher is None:
         return training_work(recipe, arch, job.world, tokens=tokens)
-    return distillation_work(recipe, arch, job.arch(recipe.tutor), job.world, tokens=tokens)
+    return distillation_work(recipe, arch, job.arch(recipe.distillation_teacher), job.world, tokens=tokens)

@@ -31,8 +31,8 @@ def evaluate_models(job: StageContext) -> None:
     settings, start = job.recipe.evaluate, time.monotonic()
     teacher = job.teacher(corrected=True)
     left_by = {"uncorrected": "import"} if job.recipe.correct else {}
-    if job.recipe.tutor != job.recipe.base:
-        left_by["unpruned"] = job.recipe.base
+    if job.recipe.distillation_teacher != job.recipe.pruning_base:
+        left_by["unpruned"] = job.recipe.pruning_base
     left_by |= {"pruned": "prune", "distilled": "distill"}
     models = {name: job.build(stage) for name, stage in left_by.items()}
     count, groups = job.groups("valid", settings.num_samples, settings.micro_batch_size, exact=False)
@@ -48,7 +48,7 @@ def evaluate_models(job: StageContext) -> None:
         "vocab_size": vocab_size,
     }
     kinds = {name: (job.arch(stage), job.recipe.precision) for name, stage in left_by.items()}
-    kinds = {"teacher": (job.arch(job.recipe.tutor), job.recipe.teacher_precision), **kinds}
+    kinds = {"teacher": (job.arch(job.recipe.distillation_teacher), job.recipe.teacher_precision), **kinds}
     speed = measure(
         every, kinds, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start))
     )
@@ -91,7 +91,7 @@ def _judge_tasks(job: StageContext, models: dict[str, list[Any]]) -> dict[str, d
         place = {
             "sequence_length": job.recipe.data.sequence_length,
             "micro_batch_size": size,
-            "vocab_size": job.arch(job.recipe.base).vocab_size,
+            "vocab_size": job.arch(job.recipe.pruning_base).vocab_size,
         }
         with Tracker(task, calls, "batches") as tracker:
             results = score_task(

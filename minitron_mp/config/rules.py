@@ -1,0 +1,211 @@
+"""Rules between the sections of a recipe.
+
+Each rule is a function: recipe -> problems, one sentence each.
+
+RULES holds for every recipe and is checked when a recipe is read. RUN_RULES is checked before
+anything runs, together with the rules that read files (workflow/preflight.py): a recipe for another
+purpose, such as a plan for a cluster, may break them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from minitron_mp.config.engine_rules import ENGINE_RULES, training_sections
+from minitron_mp.config.pruning import TargetConfig
+
+if TYPE_CHECKING:
+    from minitron_mp.config.recipe import Recipe
+
+Rule = Callable[["Recipe"], list[str]]
+
+
+def rule_problems(recipe: Recipe) -> list[str]:
+    """Return the problems of RULES, in their order."""
+    return [problem for rule in RULES for problem in rule(recipe)]
+
+
+def run_rule_problems(recipe: Recipe) -> list[str]:
+    """Return the problems of RUN_RULES, in their order."""
+    return [problem for rule in RUN_RULES for problem in rule(recipe)]
+
+
+# Correction
+
+
+def correction_trains_the_pruned_model(recipe: Recipe) -> list[str]:
+    if recipe.correct and recipe.teacher.model:
+        return [
+            "correct trains the model that is pruned, and teacher.model is another model; "
+            "correct it in a separate run, or drop one of the two"
+        ]
+    return []
+
+
+def correction_during_distillation(recipe: Recipe) -> list[str]:
+    correct, distill = recipe.correct, recipe.distill
+    if correct is None or not recipe.corrects_during_distillation:
+        return []
+    problems = []
+    if recipe.teacher.placement != "colocated":
+        problems.append(
+            "correct.when during trains the teacher on the student's ranks, "
+            f"teacher.placement is {recipe.teacher.placement}; set colocated, or correct.when: before"
+        )
+    if distill.states:
+        problems.append("distill.states needs a frozen teacher; use correct.when: before, or drop states")
+    if correct.steps > distill.steps:
+        problems.append(
+            f"correct.steps {correct.steps} is above distill.steps {distill.steps}; "
+            "with correct.when during the teacher trains one step per step of the student"
+        )
+    for name in ("global_batch_size", "micro_batch_size"):
+        if getattr(correct, name) != getattr(distill, name):
+            problems.append(
+                f"correct.{name} {getattr(correct, name)} is not distill.{name} {getattr(distill, name)}; "
+                "with correct.when during both train on the same batches"
+            )
+    if {"checkpoint_interval", "keep_checkpoints"} & correct.model_fields_set:
+        problems.append(
+            "correct.checkpoint_interval and keep_checkpoints: with correct.when during the teacher's "
+            "state is "
+            "in the checkpoints of distill; drop them"
+        )
+    return problems
+
+
+# Pruning
+
+
+def search_or_target(recipe: Recipe) -> list[str]:
+    if recipe.search and recipe.target != TargetConfig(align=recipe.target.align):
+        return ["search and target exclude each other; drop one of the two (target.align may stay)"]
+    return []
+
+
+def depth_method_or_dropped_layers(recipe: Recipe) -> list[str]:
+    if recipe.depth.method != "cosine" and recipe.target.drop_layers is not None:
+        return [
+            f"depth.method {recipe.depth.method} has nothing to choose, target.drop_layers names the layers; "
+            "drop one of the two"
+        ]
+    return []
+
+
+def search_of_one_depth(recipe: Recipe) -> list[str]:
+    if recipe.search is None or len(set(recipe.search.num_layers)) == 1:
+        return []
+    problems = []
+    if recipe.distill.states:
+        problems.append(
+            "distill.states pairs the layers of one student, and the candidates of search differ in depth; "
+            "give one search.num_layers, or drop states"
+        )
+    if recipe.depth.method == "block":
+        problems.append(
+            "depth.method block measures blocks of one length, and the candidates of search differ in depth; "
+            "use drop or greedy, or give one search.num_layers"
+        )
+    return problems
+
+
+def cosine_measures_nothing(recipe: Recipe) -> list[str]:
+    changed = recipe.depth.changed(["num_samples", "micro_batch_size"])
+    if recipe.depth.method == "cosine" and changed:
+        return [
+            f"depth.{', depth.'.join(changed)}: no effect with depth.method cosine; "
+            "drop it, or set depth.method: drop, block or greedy"
+        ]
+    return []
+
+
+def sizes_are_given(recipe: Recipe) -> list[str]:
+    if not recipe.target.given and not recipe.search:
+        return ["target is empty; give sizes, max_parameters or keep, or a section search"]
+    return []
+
+
+# Distillation
+
+
+def logits_of_float32(recipe: Recipe) -> list[str]:
+    return [
+        f"{name}.logits_precision bf16 rounds the loss of a float32 model and saves no time; "
+        "drop it, or set precision: bf16"
+        for name, training in training_sections(recipe)
+        if recipe.precision == "fp32" and training.logits_precision == "bf16"
+    ]
+
+
+def hidden_states(recipe: Recipe) -> list[str]:
+    if not recipe.distill.states:
+        return []
+    teacher = recipe.teacher
+    problems = []
+    if teacher.placement == "cached":
+        problems.append(
+            "distill.states needs hidden states of the teacher, which a cache does not hold; "
+            "set teacher.placement: colocated or remote, or drop states"
+        )
+    if teacher.payload != "hidden":
+        problems.append(
+            f"distill.states needs teacher.payload hidden, given {teacher.payload}; set hidden, or drop "
+            "states"
+        )
+    if teacher.siblings:
+        problems.append(
+            "distill.states is for one student, and teacher.siblings adds students; "
+            "train them in separate jobs, or drop states"
+        )
+    return problems
+
+
+def divergence_of_top_k(recipe: Recipe) -> list[str]:
+    if recipe.teacher.payload == "topk" and recipe.distill.divergence != "forward_kl":
+        return [
+            f"distill.divergence {recipe.distill.divergence} is not defined for teacher.payload topk; use "
+            "forward_kl"
+        ]
+    return []
+
+
+# Layout
+
+
+def sequence_length_divides(recipe: Recipe) -> list[str]:
+    layouts = {"parallel": recipe.parallel}
+    if recipe.teacher.is_remote:
+        layouts["teacher.parallel"] = recipe.teacher.parallel
+    length = recipe.data.sequence_length
+    problems = []
+    search = recipe.search
+    if search and search.latency_ms and search.context and search.context % recipe.parallel.sequence_multiple:
+        problems.append(
+            f"search.context {search.context} must be a multiple of {recipe.parallel.sequence_multiple} "
+            "(2 cp x tp under context and sequence parallelism)"
+        )
+    for name, parallel in layouts.items():
+        multiple = parallel.sequence_multiple
+        if length % multiple:
+            nearest = max(1, round(length / multiple)) * multiple
+            problems.append(
+                f"data.sequence_length {length} must be a multiple of {multiple} "
+                f"({name}: 2 cp x tp under context and sequence parallelism); nearest {nearest}"
+            )
+    return problems
+
+
+RULES: tuple[Rule, ...] = (
+    correction_trains_the_pruned_model,
+    correction_during_distillation,
+    search_or_target,
+    depth_method_or_dropped_layers,
+    search_of_one_depth,
+    logits_of_float32,
+    hidden_states,
+    *ENGINE_RULES,
+    sequence_length_divides,
+)
+
+RUN_RULES: tuple[Rule, ...] = (sizes_are_given, cosine_measures_nothing, divergence_of_top_k)

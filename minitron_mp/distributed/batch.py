@@ -1,0 +1,26 @@
+"""Batch: the type of one microbatch on its way through data, schedules and losses."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """One microbatch: whole sequences [b, s] on the host, or one rank's part of them (local_batch())."""
+
+    tokens: Tensor
+    """int64."""
+    labels: Tensor
+    """int64, the tokens shifted by one."""
+    position_ids: Tensor
+    """int64."""
+    loss_mask: Tensor
+    """float32, 1 for valid tokens."""
+    teacher_signal: object
+    """distillation.teacher.TeacherSignal; read it with signal_of()."""
+    rows: Tensor
+    """int64 [b], numbers of the scored rows (evaluation.log_likelihood)."""
+    index: int
+    """Position among the microbatches of a step, where a caller needs it."""

@@ -1,0 +1,259 @@
+"""The harness's model interface on a sharded model.
+
+All ranks of the job run the harness in the same order. It builds the same requests on each rank,
+our scoring distributes them over data-parallel ranks (evaluation/log_likelihood.py), and every rank
+gets every answer. So the harness runs on each rank as if that rank were the only one.
+
+Texts are split, truncated and joined as the harness does for its own Hugging Face models
+(lm_eval/models/huggingface.py, 0.4.13). Special tokens follow the tokenizer's rule. Context and
+continuation are encoded together, and the continuation starts after as many tokens as the context
+alone has. Long requests lose tokens on the left until max_length + 1 are left; the last of these is
+only predicted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from minitron_mp.console import Tracker
+from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
+from minitron_mp.errors import InputError
+from minitron_mp.evaluation.log_likelihood import Row, next_tokens, num_groups, score_rows
+from minitron_mp.models.sharded_model import ShardedModel
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise InputError(
+        f"lm-evaluation-harness cannot be imported ({error}); run `pip install minitron-mp[eval]`"
+    ) from error
+
+GENERATION_SETTINGS = {
+    "until",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+}
+"""Settings that a task may give. Greedy decoding ignores temperature, top_p and top_k."""
+
+DEFAULT_NEW_TOKENS = 256
+"""Of a generation without max_gen_toks, as in the harness's own models."""
+
+
+class TokenRequest(NamedTuple):
+    """A log-likelihood request of the harness: a key, and tokens of context and continuation."""
+
+    key: Any
+    context: list[int]
+    continuation: list[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A request for greedy decoding."""
+
+    context: list[int]
+    stops: list[str]
+    max_new_tokens: int
+
+
+class ShardedLM(TemplateLM):
+    """A sharded model as the harness's language model. tokenizer: of transformers.
+
+    Methods are called by all ranks with the same requests, and return the same on each. The
+    attribute num_truncated counts requests that lost their beginning.
+    """
+
+    def __init__(self, model: ShardedModel, tokenizer: Any, *, max_length: int, micro_batch_size: int):
+        super().__init__()
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has no end-of-sequence token, which the harness needs; set its eos_token"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.micro_batch_size = micro_batch_size
+        self.num_truncated = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Token before a text that has no context."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        if add_special_tokens is None:
+            return self.tokenizer.encode(string)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """(log p of the continuation in nats, whether it is greedy) of each request (context,
+        continuation).
+        """
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """log p of each text in nats.
+
+        A text is split into windows of max_length; each window sees as much of the text before it
+        as fits.
+        """
+        windows = []
+        numbers = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            pairs = get_rolling_token_windows(
+                self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for pair in pairs:
+                context, continuation = make_disjoint_window(pair)
+                windows.append(TokenRequest("", context, continuation))
+                numbers.append(number)
+        totals = [0.0] * len(requests)
+        for number, (log_p, _) in zip(numbers, self._loglikelihood_tokens(windows)):
+            totals[number] += log_p
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        _require_same_on_all_ranks(rows)
+        if not rows:
+            return []
+        world = self.model.world
+        batches = num_groups(len(rows), world, self.micro_batch_size)
+        with Tracker("harness: loglikelihood", batches, "batches") as tracker:
+            scores = score_rows(
+                self.model.chunks,
+                rows,
+                world,
+                micro_batch_size=self.micro_batch_size,
+                vocab_size=self.model.arch.vocab_size,
+                eod=self.eot_token_id,
+                progress=lambda: tracker.advance(1),
+            )
+        return [(log_p, num_misses == 0) for log_p, num_misses in scores.tolist()]
+
+    def _row(self, context: list[int], continuation: list[int]) -> Row:
+        if not continuation:
+            raise InputError(
+                "a request of this task has a continuation that adds no token to its context; "
+                "the harness cannot score it"
+            )
+        if len(continuation) > self.max_length:
+            raise InputError(
+                f"a request of this task has a continuation of {len(continuation)} tokens; the model "
+                f"accepts {self.max_length}: raise --max-length"
+            )
+        excess = max(0, len(context) + len(continuation) - self.max_length - 1)
+        if excess:
+            self.num_truncated += 1
+        return Row((context + continuation)[excess:], len(context) - excess)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuation of each context, up to a stop string, an end of text or max_gen_toks.
+
+        There is no key-value cache: each new token is a forward pass over its whole text, so n
+        tokens after a context of c take n (c + n/2) token forwards, about c + n/2 times what a
+        cache would take. All requests grow together, in batches of micro_batch_size per
+        data-parallel rank. InputError for sampling and beams.
+        """
+        plans = [self._generation(*request.args) for request in requests]
+        _require_same_on_all_ranks(plans)
+        new_tokens: list[list[int]] = [[] for _ in requests]
+        texts = [""] * len(requests)
+        active = [i for i, plan in enumerate(plans) if plan.max_new_tokens > 0]
+        with Tracker("harness: generate_until", len(active), "requests") as tracker:
+            while active:
+                tokens = next_tokens(
+                    self.model.chunks,
+                    [plans[i].context + new_tokens[i] for i in active],
+                    self.model.world,
+                    micro_batch_size=self.micro_batch_size,
+                    vocab_size=self.model.arch.vocab_size,
+                    eod=self.eot_token_id,
+                )
+                for i, token in zip(active, tokens):
+                    new_tokens[i].append(token)
+                    texts[i] = self.tokenizer.decode(new_tokens[i], skip_special_tokens=True)
+                remaining = [i for i in active if not self._is_finished(new_tokens[i], texts[i], plans[i])]
+                tracker.advance(len(active) - len(remaining))
+                active = remaining
+        return [postprocess_generated_text(text, plan.stops, None) for text, plan in zip(texts, plans)]
+
+    def _generation(self, context: str, settings: dict[str, Any]) -> Generation:
+        values: dict[str, Any] = dict(normalize_gen_kwargs(settings, default_max_gen_toks=DEFAULT_NEW_TOKENS))
+        if values["do_sample"] or values.get("num_beams", 1) != 1:
+            raise InputError(
+                f"this task needs sampling or beams ({settings}); only greedy decoding is supported: "
+                "set do_sample: false in a copy of the task"
+            )
+        unknown = sorted(values.keys() - GENERATION_SETTINGS)
+        if unknown:
+            raise InputError(
+                f"this task sets {', '.join(unknown)} for its generation; supported: "
+                f"{', '.join(sorted(GENERATION_SETTINGS))}. Remove the setting in a copy of the task"
+            )
+        room = self.max_length - values["max_gen_toks"]
+        if room < 1:
+            raise InputError(
+                f"{values['max_gen_toks']} new tokens leave no room for a context in {self.max_length}; "
+                "raise --max-length"
+            )
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        if len(tokens) > room:
+            self.num_truncated += 1
+        stops = handle_stop_sequences(values["until"], eos=self.tokenizer.decode(self.eot_token_id))
+        return Generation(tokens[-room:], stops, values["max_gen_toks"])
+
+    def _is_finished(self, tokens: list[int], text: str, plan: Generation) -> bool:
+        if tokens[-1] == self.eot_token_id or len(tokens) == plan.max_new_tokens:
+            return True
+        return any(stop in text for stop in plan.stops if stop)
+
+
+def _require_same_on_all_ranks(requests: Sequence[Any]) -> None:
+    """InputError unless every rank has rank 0's requests, because results are summed by request
+    number.
+    """
+    digest = hashlib.sha256(repr(requests).encode()).hexdigest()
+    digest_of_rank_0 = on_rank_0(lambda: digest)
+    problem = None
+    if digest != digest_of_rank_0:
+        problem = InputError(
+            "the harness built other requests on this rank than on rank 0; give all nodes the same tasks "
+            "and data"
+        )
+    raise_on_all_ranks(problem)

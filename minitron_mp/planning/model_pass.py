@@ -1,0 +1,169 @@
+"""Time of one microbatch on each pipeline stage of a model, and what a GPU sends for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.distributed.layout import stage_layers
+from minitron_mp.models.arch import Arch
+from minitron_mp.planning.memory import Parts
+from minitron_mp.planning.times import Times
+
+STUDENT = "student's layers"
+TEACHER = "teacher's layers"
+LOSS = "output layers and loss"
+RECOMPUTE = "recomputation"
+
+TP = "tensor parallel"
+CP = "context parallel"
+PP = "pipeline transfers"
+HOST = "waiting for the host"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one GPU sends by one kind of transfer. link: "NVLink", "network" or "disk"."""
+
+    link: str
+    num_bytes: float
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of a microbatch by part on each pipeline stage, and what a GPU of the first stage
+    sends.
+    """
+
+    stages: list[Parts]
+    traffic: dict[str, Traffic]
+    basis: str
+    """What the times are based on (times.py)."""
+
+    @property
+    def slowest_s(self) -> float:
+        """Seconds of a microbatch on the slowest stage."""
+        return max(sum(stage.values()) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class ModelPass:
+    """One microbatch through all layers of a model: forward, or forward and backward."""
+
+    arch: Arch
+    parallel: ParallelConfig
+    sequence_length: int
+    micro_batch_size: int
+    number_format: str
+    """Format of the matrix products: bf16, fp32 or a kind of FP8 scaling."""
+    train: bool = False
+    """With a backward pass."""
+    recompute: bool = False
+    tp_comm_overlap: bool = False
+    cuda_graphs: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the microbatch on a context-parallel rank."""
+        return self.sequence_length // self.parallel.cp * self.micro_batch_size
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one activation value."""
+        return 4 if self.number_format == "fp32" else 2
+
+    @property
+    def hidden_state_bytes(self) -> int:
+        """Bytes of the hidden states [s/cp, b, h] of the microbatch."""
+        return self.value_bytes * self.tokens * self.arch.hidden_size
+
+    @property
+    def num_passes(self) -> int:
+        """Passes over the layers that communicate: forward, backward, recomputed forward."""
+        return 1 + (1 if self.train else 0) + (1 if self.recompute else 0)
+
+
+def stage_times(work: ModelPass, times: Times) -> StageTimes:
+    """Time of one microbatch on each stage; the loss and the optimizer are not in it."""
+    p = work.parallel
+    layer, basis = times.layer(
+        work.arch, work.tokens, work.sequence_length, p, work.number_format, work.train
+    )
+    recomputed = 0.0
+    if work.recompute:
+        recomputed, _ = times.layer(
+            work.arch, work.tokens, work.sequence_length, p, work.number_format, False
+        )
+    exposed = times.hardware.tp_exposed_overlapped if work.tp_comm_overlap else times.hardware.tp_exposed
+    tensor = 4 * work.num_passes * times.collective_s(work.hidden_state_bytes, p.tp, 1) * exposed
+    context = work.num_passes * times.collective_s(_key_value_bytes(work), p.cp, p.tp)
+    issued_passes = (3 if work.train else 1) + (1 if work.recompute else 0)
+    issue_s = times.issue_s(work.number_format, issued_passes, cuda_graphs=work.cuda_graphs)
+    host = max(0.0, issue_s - layer - recomputed - tensor - context)
+    transfer = _transfer_s(work, times)
+    stages = [
+        {
+            STUDENT: num_layers * layer,
+            RECOMPUTE: num_layers * recomputed,
+            TP: num_layers * tensor,
+            CP: num_layers * context,
+            HOST: num_layers * host,
+            PP: transfer,
+        }
+        for num_layers in stage_layers(work.arch.num_layers, p)
+    ]
+    return StageTimes(stages, _traffic(work, times), basis)
+
+
+def link_name(times: Times, size: int, stride: int) -> str:
+    """Link that limits a collective among `size` ranks that are `stride` apart."""
+    _, num_nodes = times.nodes(size, stride)
+    return "network" if num_nodes > 1 else "NVLink"
+
+
+def _key_value_bytes(work: ModelPass) -> float:
+    """Bytes of the keys and values that context parallelism gathers for one layer."""
+    key_value_size = work.arch.axis_size("qkv") - work.arch.axis_size("heads")
+    return work.value_bytes * work.tokens * work.parallel.cp * key_value_size / work.parallel.tp
+
+
+def _pipeline_link(work: ModelPass, times: Times) -> str:
+    p = work.parallel
+    nodes_apart = max(1, times.hardware.gpus_per_node // (p.tp * p.cp))
+    return link_name(times, p.pp, p.model_ranks // p.pp * nodes_apart)
+
+
+def _transfer_s(work: ModelPass, times: Times) -> float:
+    """Seconds in which a stage waits for hidden states from its neighbours, forward and backward.
+
+    Interleaved stages send while they compute, so they wait for nothing.
+    """
+    p = work.parallel
+    if p.pp == 1 or p.vpp:
+        return 0.0
+    speed = times.nic if _pipeline_link(work, times) == "network" else times.nvlink
+    sequence_split = p.tp if p.sequence_parallel else 1
+    directions = 2 if work.train else 1
+    return directions * (work.hidden_state_bytes / sequence_split / speed + times.hardware.latency_us / 1e6)
+
+
+def _traffic(work: ModelPass, times: Times) -> dict[str, Traffic]:
+    p = work.parallel
+    num_layers = stage_layers(work.arch.num_layers, p)[0]
+    states = work.hidden_state_bytes
+    traffic = {}
+    if p.tp > 1:
+        # With sequence parallelism the inputs of the products are gathered again for the weight
+        # gradients.
+        regathered = 2 if work.train and p.sequence_parallel else 0
+        num_bytes = num_layers * (4 * work.num_passes + regathered) * states * (p.tp - 1) / p.tp
+        traffic[TP] = Traffic(link_name(times, p.tp, 1), num_bytes)
+    if p.cp > 1:
+        num_bytes = num_layers * work.num_passes * _key_value_bytes(work) * (p.cp - 1) / p.cp
+        traffic[CP] = Traffic(link_name(times, p.cp, p.tp), num_bytes)
+    if p.pp > 1:
+        sequence_split = p.tp if p.sequence_parallel else 1
+        directions = 2 if work.train else 1
+        num_bytes = directions * (p.vpp or 1) * states / sequence_split
+        traffic[PP] = Traffic(_pipeline_link(work, times), num_bytes)
+    return traffic

@@ -1,0 +1,155 @@
+"""Estimates as table rows, sentences and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.planning.memory import GIB, Parts, uses_transformer_engine
+from minitron_mp.planning.step_time import Estimate
+from minitron_mp.planning.times import Times
+
+Scaling = Sequence[tuple[int, Estimate | None]]
+"""(GPUs, fastest layout; None if nothing fits)."""
+
+LAYOUT_HEADER = ("layout", "teacher", "step, s", "tok/s", "GiB", "largest overhead")
+
+SCALING_HEADER = ("GPUs", "layout", "teacher", "step, s", "tok/s", "largest overhead")
+
+
+def layout_text(estimate: Estimate) -> str:
+    """One line: the student's layout, microbatch, recomputation, and where the teacher runs."""
+    p = estimate.recipe.parallel
+    t = estimate.recipe.teacher
+    dp = estimate.case.student_ranks // p.model_ranks
+    text = f"{_sizes_text(p)} dp {dp}, micro-batch {estimate.recipe.distill.micro_batch_size}"
+    if estimate.recipe.distill.recompute:
+        text += ", recompute"
+    if estimate.case.teacher_ranks:
+        return f"{text}; teacher on {estimate.case.teacher_ranks} GPUs ({_sizes_text(t.parallel)})"
+    return f"{text}; teacher {t.placement}"
+
+
+def _sizes_text(p: ParallelConfig) -> str:
+    text = f"tp {p.tp} pp {p.pp} cp {p.cp}"
+    return f"{text} vpp {p.vpp}" if p.vpp else text
+
+
+def summary_rows(estimate: Estimate, times: Times, price: float | None) -> list[tuple[str, str]]:
+    """Rows (what, value) on speed, budget, memory and cost. price: of a GPU-hour."""
+    d = estimate.recipe.distill
+    needed = f"{estimate.needed_bytes / GIB:.1f} GiB needed and {times.hardware.reserved_gib:.1f} reserved"
+    rows = [
+        ("step time", f"{estimate.step_s:.3f} s for {estimate.tokens:,} tokens"),
+        ("layer times", estimate.basis + ("" if times.same_gpu else " from another GPU")),
+        (
+            "layers",
+            "Transformer Engine"
+            if uses_transformer_engine(estimate.recipe)
+            else "memory of local layers, times of Transformer Engine layers",
+        ),
+        ("throughput", f"{estimate.tokens_per_gpu_s:,.0f} tokens/s/GPU"),
+        ("budget", f"{d.steps:,} steps, {d.steps * estimate.tokens / 1e9:,.1f}B tokens"),
+        ("total time", f"{estimate.hours:,.1f} h, {estimate.gpu_hours:,.0f} GPU-hours"),
+        ("memory", f"{needed}, of {times.hardware.memory_gib:.1f}"),
+    ]
+    if price is not None:
+        rows.append(("cost", f"{estimate.gpu_hours * price:,.0f} at {price:g} per GPU-hour"))
+    return rows
+
+
+def memory_rows(parts: Parts) -> list[tuple[str, str]]:
+    """Rows (part, GiB), with their sum."""
+    rows = [(name, f"{value / GIB:.2f}") for name, value in parts.items() if value]
+    return [*rows, ("sum", f"{sum(parts.values()) / GIB:.2f}")]
+
+
+def seconds_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
+    """Rows (part of a step, seconds, share), largest first."""
+    parts = sorted(estimate.seconds.items(), key=lambda part: -part[1])
+    return [(name, f"{value:.3f}", f"{value / estimate.step_s:.1%}") for name, value in parts]
+
+
+def traffic_rows(estimate: Estimate) -> list[tuple[str, str, str, str]]:
+    """Rows (transfer, link, GB per step, GB/s)."""
+    rows = []
+    for name, sent in estimate.traffic.items():
+        gigabytes = sent.num_bytes / 1e9
+        rows.append((name, sent.link, f"{gigabytes:,.2f}", f"{gigabytes / estimate.step_s:,.2f}"))
+    return rows
+
+
+def layout_row(estimate: Estimate) -> tuple[str, ...]:
+    """A row under LAYOUT_HEADER, narrow enough for a terminal of 80 columns."""
+    layout, teacher, step, speed, overhead = _short_cells(estimate)
+    return (layout, teacher, step, speed, f"{estimate.needed_bytes / GIB:.0f}", overhead)
+
+
+def scaling_rows(sweep: Scaling) -> list[tuple[str, ...]]:
+    """Rows under SCALING_HEADER."""
+    return [
+        (f"{world:,}", *(_short_cells(estimate) if estimate else ("does not fit", "", "", "", "")))
+        for world, estimate in sweep
+    ]
+
+
+def _short_cells(estimate: Estimate) -> tuple[str, str, str, str, str]:
+    p = estimate.recipe.parallel
+    d = estimate.recipe.distill
+    layout = f"tp{p.tp} pp{p.pp} cp{p.cp}"
+    if p.vpp:
+        layout += f" v{p.vpp}"
+    if d.micro_batch_size > 1:
+        layout += f" mb{d.micro_batch_size}"
+    if d.recompute:
+        layout += " re"
+    num_teachers = estimate.case.teacher_ranks
+    teacher = f"{num_teachers} tp{estimate.recipe.teacher.parallel.tp}" if num_teachers else "colocated"
+    overhead, share = estimate.largest_overhead
+    step = f"{estimate.step_s:.3f}"
+    speed = f"{estimate.tokens_per_gpu_s:,.0f}"
+    return layout, teacher, step, speed, f"{overhead} {share:.0%}"
+
+
+def efficiency_loss(sweep: Scaling) -> str:
+    """Sentence on the number of GPUs at which throughput per GPU first falls by a tenth."""
+    fitting = [(world, estimate) for world, estimate in sweep if estimate]
+    best = max(estimate.tokens_per_gpu_s for _, estimate in fitting)
+    best_world = min(world for world, estimate in fitting if estimate.tokens_per_gpu_s == best)
+    for world, estimate in fitting:
+        if world > best_world and estimate.tokens_per_gpu_s < 0.9 * best:
+            overhead, share = estimate.largest_overhead
+            return (
+                f"throughput per GPU first falls more than 10% below its best at {world:,} GPUs; "
+                f"largest overhead there: {overhead} ({share:.0%} of the step)"
+            )
+    return "throughput per GPU stays within 10% of its best up to 2,048 GPUs"
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """An estimate in plain numbers: seconds, bytes."""
+    t = estimate.recipe.teacher
+    teacher_ranks = estimate.case.teacher_ranks
+    traffic: Mapping[str, Mapping[str, Any]] = {
+        name: {"link": sent.link, "bytes": sent.num_bytes} for name, sent in estimate.traffic.items()
+    }
+    return {
+        "parallel": estimate.recipe.parallel.model_dump(),
+        "micro_batch_size": estimate.recipe.distill.micro_batch_size,
+        "recompute": estimate.recipe.distill.recompute,
+        "placement": t.placement,
+        "student_ranks": estimate.case.student_ranks,
+        "teacher_ranks": teacher_ranks,
+        "teacher_parallel": t.parallel.model_dump() if teacher_ranks else None,
+        "step_s": estimate.step_s,
+        "tokens_per_s_per_gpu": estimate.tokens_per_gpu_s,
+        "hours": estimate.hours,
+        "gpu_hours": estimate.gpu_hours,
+        "basis": estimate.basis,
+        "memory_bytes": estimate.memory,
+        "teacher_memory_bytes": estimate.teacher_memory,
+        "seconds": estimate.seconds,
+        "wire_bytes": traffic,
+        "bottleneck": estimate.largest_overhead[0],
+    }

@@ -1,0 +1,55 @@
+"""Figures of a training run: loss, learning rate and gradient norm over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from minitron_mp.report.document import Figure
+from minitron_mp.report.figures.drawing import KEPT, PRUNED, drawing
+
+
+def training_figures(name: str, metrics: Sequence[Mapping[str, float]]) -> list[Figure]:
+    """Draw loss and KL, learning rate, and gradient norm. metrics: one entry per logged step."""
+    steps = [row["step"] for row in metrics]
+    if all(row["loss"] == row["kl"] for row in metrics):
+        losses = {"loss = KL to the teacher": "loss"}
+    elif any(row["kl"] for row in metrics):
+        losses = {"loss": "loss", "KL to the teacher": "kl"}
+    else:
+        losses = {"loss": "loss"}
+
+    def curves(keys: Mapping[str, str]) -> dict[str, list[float]]:
+        return {label: [row[key] for row in metrics] for label, key in keys.items()}
+
+    return [
+        _lines(f"{name}: loss", steps, curves(losses), "nats per token"),
+        _lines(f"{name}: learning rate", steps, curves({"learning rate": "lr"}), "learning rate"),
+        _lines(
+            f"{name}: gradient norm",
+            steps,
+            curves({"gradient norm": "grad_norm"}),
+            "global norm before clipping",
+        ),
+    ]
+
+
+def _lines(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float]], unit: str) -> Figure:
+    """Draw one line per series. series: label -> value of each step."""
+    ends = "; ".join(f"{label} from {values[0]:.4g} to {values[-1]:.4g}" for label, values in series.items())
+    top = max(max(values) for values in series.values())
+    exponent = int(np.floor(np.log10(top))) if 0 < top < 0.01 else 0  # keeps tick labels short
+    with drawing(title, f"Over {len(steps)} steps: {ends}.") as figure:
+        ax = figure.axes
+        marker = "o" if len(steps) < 4 else None
+        for (label, values), colour, style in zip(series.items(), (KEPT, PRUNED), ("-", "--")):
+            scaled = np.array(values) / 10.0**exponent
+            ax.plot(steps, scaled, style, color=colour, lw=1.3, label=label, marker=marker)
+        ax.set(xlabel="step", title=f"{unit} / 1e{exponent}" if exponent else unit)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        if len(series) > 1 or next(iter(series)) != title.rpartition(": ")[2]:
+            ax.legend(loc="best")
+    return figure.finish()

@@ -1,0 +1,129 @@
+"""Sections of the report on training runs, and on the cost of all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minitron_mp.artifacts.run_log import RunRecord
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.report.document import Part, Section, Table
+from minitron_mp.report.figures.training import training_figures
+from minitron_mp.report.search_section import Candidate, last_distillation
+
+Metrics = Mapping[str, Any]
+"""Metrics of one logged step."""
+
+TITLES = {"correct": "Teacher correction", "distill": "Distillation"}
+"""Stage that trains -> title of its section."""
+
+METRICS_FILES = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
+"""Stage that trains -> file of its metrics."""
+
+COLUMNS = {
+    "step": ("step", "d"),
+    "loss": ("loss", ".4f"),
+    "KL": ("kl", ".4f"),
+    "learning rate": ("lr", ".2e"),
+    "gradient norm": ("grad_norm", ".2f"),
+}
+"""Column of the table of steps -> (key of the metrics, format)."""
+
+TABLE_STEPS = 11
+"""Rows of the table of steps: evenly spaced over the run."""
+
+COST_HEADER = ("stage", "steps", "tokens", "tokens/s", "training hours", "total hours", "rank-hours")
+
+COST_NOTE = (
+    "Training hours: wall-clock time of the optimizer steps in all commands, without loading and "
+    "saving; those of a search include its pruning, checkpoints and losses. Total hours: wall-clock "
+    "time of the command that finished the stage; time spent before an interruption is not counted. "
+    "Rank-hours: total hours times the ranks of the job. A stage without an entry in the run log has no "
+    "total hours, and is not in the sums."
+)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Steps, tokens and seconds of the training of one stage."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def training_section(stage: str, metrics: Sequence[Metrics], before: Sequence[Part]) -> Section:
+    """Summary, curves and a table of steps of a training run. before: parts that come first."""
+    title = TITLES[stage]
+    if not metrics:
+        return Section(title, [*before, "No steps were logged."])
+    cost = _training_cost(metrics)
+    columns = dict(COLUMNS)
+    if not any(row["kl"] for row in metrics):  # a run without a teacher
+        del columns["KL"]
+    numbers = sorted({round(x) for x in np.linspace(0, len(metrics) - 1, TABLE_STEPS)})
+    rows = [[format(metrics[i][key], form) for key, form in columns.values()] for i in numbers]
+    summary = (
+        f"{cost.steps} steps, {cost.tokens:,} tokens, {cost.seconds / 60:.1f} minutes, "
+        f"{cost.tokens / cost.seconds:,.0f} tokens/s over all ranks. "
+        f"All steps: `{METRICS_FILES[stage]}`, `tensorboard/{stage}`."
+    )
+    return Section(title, [*before, summary, *training_figures(title, metrics), Table(list(columns), rows)])
+
+
+def _training_cost(metrics: Sequence[Metrics]) -> TrainingCost:
+    tokens = round(sum(row["num_tokens"] for row in metrics))
+    return TrainingCost(len(metrics), tokens, sum(row["step_time_s"] for row in metrics))
+
+
+def cost_section(
+    metrics: Mapping[str, Sequence[Metrics]],
+    candidates: Sequence[Candidate],
+    recipe: Recipe,
+    run_log: Mapping[str, RunRecord],
+) -> Section:
+    """Steps, tokens and hours of each stage. candidates: of a search."""
+    costs = {stage: _training_cost(rows) for stage, rows in metrics.items() if rows}
+    search = _search_cost(candidates, recipe)
+    if search:
+        costs["search"] = search
+    rows = []
+    hours = 0.0
+    rank_hours = 0.0
+    for stage in dict.fromkeys([*run_log, *costs]):
+        training_cells = ["", "", "", ""]
+        if stage in costs:
+            cost = costs[stage]
+            training_cells = [
+                f"{cost.steps:,}",
+                f"{cost.tokens:,}",
+                f"{cost.tokens / cost.seconds:,.0f}",
+                f"{cost.seconds / 3600:.3f}",
+            ]
+        total_cells = ["", ""]
+        if stage in run_log:
+            stage_hours = run_log[stage].seconds / 3600
+            stage_rank_hours = stage_hours * run_log[stage].ranks
+            hours += stage_hours
+            rank_hours += stage_rank_hours
+            total_cells = [f"{stage_hours:.3f}", f"{stage_rank_hours:.3f}"]
+        rows.append((stage, *training_cells, *total_cells))
+    if run_log:
+        rows.append(("total", "", "", "", "", f"{hours:.3f}", f"{rank_hours:.3f}"))
+    return Section("Cost", [COST_NOTE, Table(COST_HEADER, rows)])
+
+
+def _search_cost(candidates: Sequence[Candidate], recipe: Recipe) -> TrainingCost | None:
+    """Cost of distilling the candidates of a search; None if none was distilled."""
+    rounds = [measurement for candidate in candidates for measurement in candidate["distilled"]]
+    if not rounds:
+        return None
+    steps = 0
+    for candidate in candidates:
+        last = last_distillation(candidate)
+        steps += last["steps"] if last else 0
+    tokens = steps * recipe.distill.global_batch_size * recipe.data.sequence_length
+    return TrainingCost(steps, tokens, sum(measurement["seconds"] for measurement in rounds))

@@ -1,0 +1,92 @@
+"""A dry run: everything that is known about a recipe before it runs.
+
+Needs neither a GPU nor torchrun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.console import say, table
+from minitron_mp.models.arch import Arch
+from minitron_mp.workflow.graph import StageGraph
+
+
+def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
+    """Print the resolved recipe, layout, sizes, memory per rank and the state of the stages.
+
+    num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
+    all. InputError lists everything that would stop the run.
+    """
+    from omegaconf import OmegaConf
+
+    from minitron_mp.models.hf_config import has_weights, read_arch
+    from minitron_mp.planning.case import PlanningCase
+    from minitron_mp.planning.dry_run import dry_run_rows
+
+    graph = StageGraph(recipe)
+    if stage is not None:
+        graph.require_stage(stage)
+    ranks = num_ranks or _ranks_of_one_copy(recipe)
+    models = [Path(recipe.model), Path(recipe.teacher.model or recipe.model)]
+    weights = all(has_weights(folder) for folder in models if folder.is_dir())
+    graph.check(ranks, weights=weights)
+    base, teacher = (read_arch(folder, weights=weights) for folder in models)
+    students, left_out = _students(recipe, base)
+    student = max(students, key=lambda arch: arch.num_parameters())
+    say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
+    table(
+        "layout and memory",
+        ("what", "value"),
+        dry_run_rows(base, PlanningCase(student, teacher, recipe, ranks)),
+    )
+    if recipe.search:
+        _show_candidates(students, left_out)
+    if weights:
+        _show_stages(graph)
+    else:
+        say("only config.json is there, no weights: the state of the stages is not known")
+
+
+def _ranks_of_one_copy(recipe: Recipe) -> int:
+    """Return the smallest job: a copy of the student and of a remote teacher, and the siblings."""
+    teacher = recipe.teacher
+    student_ranks = teacher.student_ranks or recipe.parallel.model_ranks
+    return student_ranks + teacher.ranks_in(None) + sum(teacher.siblings.values())
+
+
+def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
+    """Return the student, or the candidates of a search and a sentence on those left out."""
+    from minitron_mp.pruning.search_space import survey_candidates
+    from minitron_mp.pruning.target import resolve_target
+
+    if recipe.search:
+        return survey_candidates(recipe, base)
+    return [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], ""
+
+
+def _show_candidates(students: Sequence[Arch], left_out: str) -> None:
+    from minitron_mp.pruning.candidates import candidate_name
+
+    table(
+        "candidates of the search; the layout above is that of the largest",
+        ("candidate", "parameters"),
+        [(candidate_name(arch), f"{arch.num_parameters():,}") for arch in students],
+    )
+    if left_out:
+        say(left_out)
+
+
+def _show_stages(graph: StageGraph) -> None:
+    """Print which stages are done, and why a stage must run again."""
+    rows = []
+    for name, path in graph.paths.items():
+        differences = graph.why_not_done(name)
+        if differences is None:
+            state = "done"
+        else:
+            state = "again" if differences else "to do"
+        rows.append((name, str(path), state, "; ".join(differences or [])))
+    table("stages", ("stage", "artifact", "state", "differs"), rows)

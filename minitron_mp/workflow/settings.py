@@ -1,0 +1,83 @@
+"""Settings and fingerprints that several stages share.
+
+Imports of models and data are inside the functions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.errors import InputError
+
+
+def run_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that change the result of every stage with a forward pass."""
+    return {
+        "precision": recipe.precision,
+        "seed": recipe.seed,
+        "sequence_length": recipe.data.sequence_length,
+    }
+
+
+def fp8_teacher(recipe: Recipe) -> dict[str, Any]:
+    """Return the FP8 setting of the teacher; empty without FP8."""
+    return {"fp8": recipe.teacher.fp8} if recipe.teacher.fp8 else {}
+
+
+def num_dropped_layers(recipe: Recipe) -> int:
+    """Return how many layers are dropped by importance; 0 when the target names them."""
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.pruning.search_space import layers_to_drop
+
+    target = recipe.target
+    keeps_depth = target.num_layers is None and "layer" not in target.axes
+    if recipe.search is None and (target.drop_layers is not None or keeps_depth):
+        return 0
+    return layers_to_drop(recipe, read_arch(Path(recipe.model), weights=False))
+
+
+def drops_layers(recipe: Recipe) -> bool:
+    """Return whether layers are dropped by importance.
+
+    True for impossible sizes, which the preflight checks report.
+    """
+    try:
+        return num_dropped_layers(recipe) > 0
+    except InputError:
+        return True
+
+
+def model_files(model: str) -> dict[str, str]:
+    """Return the fingerprint of a Hugging Face model folder.
+
+    InputError when the folder is not a model.
+    """
+    from minitron_mp.artifacts.files import fingerprint_files
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.hf_weights import asset_files
+
+    folder = Path(model)
+    read_arch(folder)
+    return {"model": fingerprint_files([*asset_files(folder), *folder.glob("*.safetensors")])}
+
+
+def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, str]:
+    """Return fingerprints of the text, or of data.held_out, and of data.tokenizer."""
+    from minitron_mp.artifacts.files import fingerprint_files
+    from minitron_mp.data.corpus import corpus_fingerprint
+    from minitron_mp.models.hf_weights import asset_files
+
+    fingerprints = {"text": corpus_fingerprint(recipe.data, held_out)}
+    if recipe.data.tokenizer:
+        path = Path(recipe.data.tokenizer)
+        fingerprints["tokenizer"] = fingerprint_files([path] if path.is_file() else asset_files(path))
+    return fingerprints
+
+
+def task_files(tasks: dict[str, str]) -> dict[str, str]:
+    """Return the fingerprint of each task file. tasks: name in the manifest -> path."""
+    from minitron_mp.artifacts.files import fingerprint_files
+
+    return {name: fingerprint_files([Path(path)]) for name, path in tasks.items()}

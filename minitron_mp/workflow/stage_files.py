@@ -1,0 +1,46 @@
+"""The artifacts of one stage: where its inputs are, what they are, and where its own goes.
+
+Needs neither torch nor ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.models.arch import Arch
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """A recipe, the paths of its artifacts, and the manifest of the artifact of one stage."""
+
+    recipe: Recipe
+    paths: dict[str, Path]
+    manifest: Manifest
+    input_manifests: dict[str, Manifest] = field(default_factory=dict, repr=False)
+    """Manifests read so far; each is read once."""
+
+    @property
+    def output(self) -> Path:
+        """The artifact that the stage writes."""
+        return self.paths[self.manifest.stage]
+
+    def manifest_of(self, stage: str) -> Manifest:
+        """Return the manifest of another stage's artifact; InputError when it is missing."""
+        if stage not in self.input_manifests:
+            self.input_manifests[stage] = require_artifact(self.paths[stage], stage)
+        return self.input_manifests[stage]
+
+    def arch(self, stage: str) -> Arch:
+        """Return the architecture of the model in another stage's artifact."""
+        arch = self.manifest_of(stage).arch
+        assert arch is not None, f"{self.paths[stage]} holds no model"
+        return arch
+
+
+def checkpoint_folder(recipe: Recipe, stage: str) -> Path:
+    """Return the folder of a stage's checkpoints; deleted when its artifact is written."""
+    return recipe.root / "checkpoints" / stage

@@ -1,0 +1,38 @@
+"""The stage correct: teacher correction by cross-entropy on the distillation text (2408.11796)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.workflow.settings import run_settings
+from minitron_mp.workflow.stage import Stage
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
+
+
+def run(context: StageContext) -> None:
+    """Train the teacher."""
+    from minitron_mp.workflow.stages.correct.training import correct_teacher
+
+    correct_teacher(context)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of the training run."""
+    assert recipe.correct is not None
+    return {**recipe.correct.result_settings(), **run_settings(recipe)}
+
+
+CORRECT = Stage(
+    name="correct",
+    help="Train the teacher on the distillation text by cross-entropy, before it is pruned.",
+    artifact="teacher_corrected",
+    inputs=("import", "data"),
+    settings=settings,
+    when=lambda recipe: recipe.pruning_base == "correct",
+    requirement="a section correct whose `when` is before, for example correct: {steps: 1000}",
+    run=run,
+    has_checkpoints=True,
+)

@@ -1,0 +1,49 @@
+"""The stage distill: the student is trained on the teacher's distribution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.workflow.settings import fp8_teacher, run_settings
+from minitron_mp.workflow.stage import Stage, distillation_teacher
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
+
+
+def run(context: StageContext) -> None:
+    """Train the student; on the ranks of a remote teacher, serve it."""
+    from minitron_mp.workflow.stages.distill.student import distill_student
+
+    distill_student(context)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of the training run and of its teacher.
+
+    The placement and layout of the teacher change its signals by rounding alone. A top-k payload
+    changes the loss.
+    """
+    teacher = {
+        "precision": recipe.teacher.precision,
+        "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None,
+        **fp8_teacher(recipe),
+    }
+    result = {**recipe.distill.result_settings(), **run_settings(recipe), "teacher": teacher}
+    if recipe.correct and recipe.corrects_during_distillation:
+        result["correct"] = recipe.correct.result_settings()
+    return result
+
+
+DISTILL = Stage(
+    name="distill",
+    help="Train the student on the teacher's distribution.",
+    artifact="student_distilled",
+    inputs=(distillation_teacher, "data", "prune"),
+    unrecorded_inputs=("cache",),
+    settings=settings,
+    run=run,
+    meets_roles=True,
+    has_checkpoints=True,
+)

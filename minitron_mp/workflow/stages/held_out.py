@@ -1,0 +1,36 @@
+"""The stage texts: the further held-out texts of data.held_out become tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minitron_mp.workflow.settings import text_files
+from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.stages.tokenize import require_samples, tokenize_text
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.context import StageContext
+    from minitron_mp.workflow.stage_files import StageFiles
+
+
+def run(context: StageContext) -> None:
+    """Write one dataset for each text."""
+    tokenize_text(context, held_out=True)
+
+
+def check(files: StageFiles) -> None:
+    """Raise InputError when a text is too short for evaluate."""
+    require_samples(files, dict.fromkeys(files.recipe.data.held_out, files.recipe.evaluate.num_samples))
+
+
+HELD_OUT = Stage(
+    name="texts",
+    help="Tokenize further held-out texts.",
+    artifact="held_out",
+    inputs=("import",),
+    sources=lambda recipe: text_files(recipe, held_out=True),
+    when=lambda recipe: bool(recipe.data.held_out),
+    requirement="data.held_out",
+    run=run,
+    check=check,
+)
