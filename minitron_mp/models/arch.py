@@ -156,12 +156,13 @@ class Arch(BaseModel):
         """
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
         blocks = fields.pop("blocks", self.blocks)
-        if block:  # one copy of a block that is repeated: a search makes thousands of architectures
-            changed = {id(each): each for each in blocks}
-            changed = {key: each.model_copy(update=block) for key, each in changed.items()}
-            blocks = tuple(changed[id(each)] for each in blocks)
         if "num_layers" in fields:
-            blocks = (self.block.model_copy(update=block),) * fields.pop("num_layers")
+            blocks = (self.block,) * fields.pop("num_layers")
+        if block:
+            changed = {
+                id(each): each.model_copy(update=block) for each in blocks
+            }  # one copy of a repeated block
+            blocks = tuple(changed[id(each)] for each in blocks)
         return self.model_copy(update={**fields, "blocks": blocks})
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from minitron_mp.config.distillation import TeacherConfig
+from minitron_mp.config.engine_rules import engine_problems
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import fp8_problems, layout_problems
@@ -72,7 +73,7 @@ def _sizes_problem(case: PlanningCase, times: Times) -> str | None:
         return SEQUENCE
     if _has_fp8_problem(case):
         return FP8_SIZES
-    return ENGINE if case.engine_problems(self.recipe) else None
+    return ENGINE if engine_problems(case.recipe) else None
 
 
 def _has_fp8_problem(case: PlanningCase) -> bool:

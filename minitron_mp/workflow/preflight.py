@@ -100,7 +100,7 @@ def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
 
 
 def _text_problems(recipe: Recipe) -> list[str]:
-    from minitron_mp.data.corpus import corpus_problems, shared_parts
+    from minitron_mp.data.sources import corpus_problems, shared_parts
 
     problems = corpus_problems(recipe.data)
     if recipe.search is None or not recipe.data.train or problems:

@@ -66,7 +66,7 @@ def model_files(model: str) -> dict[str, str]:
 def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, str]:
     """Return fingerprints of the text, or of data.held_out, and of data.tokenizer."""
     from minitron_mp.artifacts.files import fingerprint_files
-    from minitron_mp.data.corpus import corpus_fingerprint
+    from minitron_mp.data.sources import corpus_fingerprint
     from minitron_mp.models.hf_weights import asset_files
 
     fingerprints = {"text": corpus_fingerprint(recipe.data, held_out)}

@@ -47,9 +47,7 @@ def _greedy_rounds(job: StageContext, model: ShardedModel, count: int, measure: 
     with Tracker("depth", count, "rounds") as tracker:
         for number in range(count):
             candidates = depth_candidates(job.recipe.depth, model.arch.num_layers, count, gone)
-            measured = measure(candidates, gone, lambda: None)
-            # What a greedy search goes on from is the same on all ranks, to the last bit.
-            found = on_rank_0(lambda measured=measured: measured)
+            found = _of_rank_0(measure(candidates, gone, lambda: None))
             if number == 0:
                 base = found.base
             best, *others = found.ranked()
@@ -59,6 +57,11 @@ def _greedy_rounds(job: StageContext, model: ShardedModel, count: int, measure: 
             without = ", ".join(map(str, best.dropped))
             tracker.advance(1, f"without {without}: loss {best.loss:.4f}{accuracy}")
     return DepthTrials(base=base, trials=rounds)
+
+
+def _of_rank_0(trials: DepthTrials) -> DepthTrials:
+    """Rank 0's trials: what a greedy search goes on from is the same on all ranks, to the last bit."""
+    return on_rank_0(lambda: trials)
 
 
 def _text_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]:
