@@ -1,4 +1,4 @@
-"""The prunable axes of a model: which weight rows a unit owns, and where units are scored and masked.
+"""The prunable axes: which weight rows a unit owns, and where units are scored and masked.
 
 Scores, plans, targets, search, masks, slicing and reports are loops over AXES. A new axis is a new
 row here, and its dimensions in the table of parameters. Depth is no axis: a plan lists the layers
@@ -54,7 +54,7 @@ class WeightDim:
     copies: Callable[[Arch], int] = lambda arch: 1
     """How many copies of the axis lie one after the other. Megatron-Core shards each separately."""
     merged_rows: Rows | None = None
-    """Units -> rows, in the order given, that take the residual of a pruned unit. None: no merging."""
+    """Units -> rows, in the order given, that take the residual of a pruned unit, if any do."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class Axis:
     probes: tuple[LinearInput | NormOutput, ...]
     """What is scored in each block. Scores of several probes are added. Masks apply there, too."""
     per_layer: bool = True
-    """Whether each layer has its own units. Otherwise all layers share them, and scores are added."""
+    """Whether each layer has its own units. Otherwise all share them, and scores are added."""
     sublayer: str = ""
     """One of SUBLAYERS, for messages."""
     split_over_tp: bool = True
-    """Whether tensor parallelism splits the units. Kept ones are then exchanged to even them out."""
+    """Whether tensor parallelism splits the units. Kept ones are then exchanged between ranks."""
     aligned: bool = False
     """Whether a target keeps sizes to multiples of `align` on each rank, and may scale the axis."""
     group: Size | None = None
@@ -208,4 +208,4 @@ HEADS = Axis(
 AXES: dict[str, Axis] = {axis.name: axis for axis in (HIDDEN, FFN, HEADS)}
 
 AXIS_OF_DIM: dict[str, Axis] = {dim: axis for axis in AXES.values() for dim in axis.dims}
-"""Name of a weight dimension -> its axis. The vocabulary and the head width have none: they stay whole."""
+"""Name of a weight dimension -> its axis. Those without one (vocabulary, head width) stay whole."""

@@ -1,9 +1,9 @@
 """What a model loses without some of its layers, for many candidates at once.
 
-One walk through the layers of a microbatch serves all candidates. Where a candidate's first gap lies,
-it branches off the base run's hidden states and goes on over the layers that it keeps. So for blocks
-of n layers at every start the work is L + (L - n)(L - n + 1)/2 layer forwards a microbatch; one by
-one they would take (L - n + 1)(L - n).
+One walk through the layers of a microbatch serves all candidates. Where a candidate's first gap
+lies, it branches off the base run's hidden states and continues over the layers that it keeps. So
+for blocks of n layers at every start the work is L + (L - n)(L - n + 1)/2 layer forwards per
+microbatch; one by one they would take (L - n + 1)(L - n).
 
 A model chunk receives, as one tensor, the base run and the candidates that have branched off before
 it, runs its layers, and sends its results on. Ranks work on microbatches one after the other, so
@@ -48,10 +48,10 @@ def losses_without(
     gone: Layers = frozenset(),
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[float]]:
-    """Mean cross-entropy in nats a token without the layers `gone`, and without those of each candidate.
+    """Mean cross-entropy in nats per token without the layers `gone`, and without each candidate.
 
-    The same on every rank. Each candidate holds `gone` and more. groups: as for compare(). progress:
-    called after each group. Reached by all ranks.
+    The same on every rank. Each candidate contains `gone` and more. groups: as for compare().
+    progress: called after each group. Reached by all ranks.
     """
     world = model.world
     sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
@@ -87,7 +87,8 @@ def scores_without(
 ) -> tuple[Tensor, list[Tensor]]:
     """Log-likelihoods as in score_rows() [rows, 2] without `gone`, and without each candidate.
 
-    The same on every rank. Candidates, gone and progress as for losses_without(). Reached by all ranks.
+    The same on every rank. Candidates, gone and progress as for losses_without(). Reached by all
+    ranks.
     """
     world = model.world
     found = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
@@ -133,7 +134,10 @@ class _Walk:
         self.length = 0
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Prepare for batches as long as these: at a new length one forward pass; reached by all ranks."""
+        """Prepare for batches as long as these; at a new length that takes one forward pass.
+
+        Reached by all ranks.
+        """
         length = batches[0]["tokens"].shape[1]
         if length != self.length:
             self.length = length
@@ -168,7 +172,7 @@ class _Walk:
         )
 
     def _receive(self, first: int, batch: Batch) -> dict[int, Tensor]:
-        """[runs, s', b, h]: the base run and what has branched off before this chunk's first layer."""
+        """Key -> [s', b, h]: the base run and what has branched off before this chunk."""
         pp, p = self.world.groups.pp, self.world.parallel
         config = self.chunks[0].config
         keys = [BASE, *sorted(key for key, branch in self.branch.items() if branch < first)]

@@ -32,7 +32,10 @@ class Trained(BaseModel):
 
 
 class Candidate(BaseModel):
-    """What was measured of one architecture. Losses are means over the held-out text, in nats a token."""
+    """What was measured of one architecture.
+
+    Losses are means over the held-out text, in nats per token.
+    """
 
     name: str
     arch: Arch
@@ -80,8 +83,8 @@ def inference_bytes(arch: Arch, precision: str, batch_size: int, context: int) -
 def training(recipe: Recipe) -> DistillConfig:
     """The settings of the short distillation: those of distill over search.steps.
 
-    The warm-up is at most a tenth of them, without losses on states and without a profile, and saved
-    at once: several students' checkpoints would wait for each other.
+    The warm-up is at most a tenth of them. Without losses on states and without a profile.
+    Checkpoints are saved synchronously: those of several students would wait for each other.
     """
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
@@ -111,9 +114,10 @@ def chosen(path: Path) -> Arch:
 
 
 def shown(found: Sequence[Candidate]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, a line a candidate, best first) of a table that fits 80 columns; names say the sizes.
+    """(header, one line per candidate, best first) of a table that fits 80 columns.
 
-    * where no other one has both less parameters and less loss, among those distilled as far.
+    Names contain the sizes. A star marks those on the Pareto front of parameters and loss, among
+    those distilled for as many steps.
     """
     ordered = sorted(found, key=lambda c: (-len(c.distilled), c.loss, c.name))
     best: set[str] = set()

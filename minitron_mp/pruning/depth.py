@@ -17,18 +17,17 @@ from minitron_mp.pruning.ranking import ROUNDING_NOISE, close_scores, top_indice
 
 
 class Trial(BaseModel):
-    """What was measured without some layers.
-
-    loss: cross-entropy on text, in nats a token; with the metric task the mean of -log p of the
-    right options, in nats an item. accuracy: share of the items that is right, with the metric task.
-    """
+    """What was measured without some layers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dropped: list[int]
     """Layers left out, ascending."""
     loss: float
+    """Cross-entropy on text, in nats per token; with the metric task the mean of -log p of the right
+    options, in nats per item."""
     accuracy: float | None = None
+    """Share of the items that is right, with the metric task."""
     next_best: Trial | None = None
     """Of a greedy round: the second best of its trials, where it had another."""
 
@@ -65,7 +64,7 @@ class DepthTrials(BaseModel):
 
 
 def droppable_layers(depth: DepthConfig, num_layers: int, count: int) -> list[int]:
-    """Layers that are not protected; InputError when they are fewer than `count`, which are to go."""
+    """Layers that are not protected; InputError if they are fewer than the `count` to drop."""
     free = list(range(depth.protect_first, num_layers - depth.protect_last))
     if count > len(free):
         raise InputError(
@@ -92,7 +91,7 @@ def depth_candidates(
 def kept_layers(
     cosine: np.ndarray, keep: int, target: TargetConfig, depth: DepthConfig, trials: DepthTrials | None
 ) -> list[int]:
-    """Layers of the student, ascending; a tie goes to the lower layer. cosine: scores [L] of layers."""
+    """Layers of the student, ascending; a tie goes to the lower layer. cosine: scores [L]."""
     num_layers = len(cosine)
     count = num_layers - keep
     if target.drop_layers is not None or count == 0:

@@ -1,7 +1,7 @@
 """Activation importance of a sharded model: forward hooks, and reductions late and small.
 
-Each hook accumulates one vector. Formulas: 2407.14679 section 2.2. For a probed tensor a [s, b, d], first over the sequence, then over
-samples:
+Each hook accumulates one vector. Formulas: 2407.14679 section 2.2. For a probed tensor a [s, b, d],
+first over the sequence, then over samples:
 
     m[b, c] = mean_s |a|        (sequence aggregation: mean; or l2 = sqrt(sum_s a^2), or var over s)
     score[c] = sqrt(sum_b m^2)  (batch aggregation: l2; or mean, or var over b)
@@ -11,10 +11,10 @@ that all layers share (hidden) scores the sum over its probes in all layers. Lay
 1 - cosine(input, output), mean over tokens.
 
 What is split over ranks decides what is reduced when. The inner aggregation is not linear
-afterwards, so partial sums over a split sequence (context parallel; sequence parallel for the norms)
-are added before it, all hooks of a microbatch in one collective a group. Sums over samples are added
-over data parallel ranks once, at the end. Channels split over tensor parallel ranks stay there until
-the end, when the vectors are put together.
+afterwards, so partial sums over a split sequence (context parallel; sequence parallel for the
+norms) are added before it, all hooks of a microbatch in one collective per group. Sums over samples
+are added over data parallel ranks once, at the end. Channels split over tensor parallel ranks stay
+there until the end, when the vectors are put together.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Site:
     probe: LinearInput | NormOutput
     layer: int
     partial: Tensor | None = None
-    """[statistics, b, d] float32: sums over this rank's part of the sequence, of the microbatch in flight."""
+    """[statistics, b, d] float32: sums over this rank's part of the sequence of a microbatch."""
     totals: Tensor | None = None
     """[2, d] float64: sum and sum of squares over samples of the inner aggregation."""
 
@@ -117,7 +117,7 @@ class Recorder:
             if axis.split_over_tp:
                 _part(row, groups.tp).add_(scores)
             else:
-                row.add_(scores / groups.tp.size())  # equal on all tensor parallel ranks, summed below
+                row.add_(scores / groups.tp.size())  # equal on all tp ranks, summed below
         rows = [row for by_layer in found.values() for row in by_layer.values()]
         everything = torch.cat(rows)
         dist.all_reduce(everything, group=groups.tp)
@@ -133,7 +133,7 @@ class Recorder:
         for layer, pair in self.cosine.items():
             layers[:, layer] = pair
         if not self.model.world.parallel.sequence_parallel:
-            # Equal on all tensor parallel ranks; under sequence parallelism each rank saw its own tokens.
+            # Equal on all tp ranks; under sequence parallelism each rank saw its own tokens.
             layers /= groups.tp.size()
         for group in (groups.dp_cp, groups.tp, groups.pp):
             dist.all_reduce(layers, group=group)
@@ -226,14 +226,16 @@ def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
             handle.remove()
 
 
-def score(model: ShardedModel, batches: Iterable[Sequence[Batch]], config: ScoreConfig) -> Scores:
+def score(
+    model: ShardedModel, batches: Iterable[Sequence[Batch]], config: ScoreConfig | None = None
+) -> Scores:
     """Importance of a model by forward passes over calibration text.
 
     batches: for each pass of the pipeline, this data parallel rank's microbatches; equally many on
-    every rank. The same scores on every rank (to rounding: the same at every layout). Reached by all
-    ranks; leaves the model as it was.
+    every rank. config: default aggregations if None. The same scores on every rank (to rounding:
+    the same at every layout). Reached by all ranks; leaves the model as it was.
     """
-    with recording(model, config) as recorder, torch.no_grad():
+    with recording(model, config or ScoreConfig()) as recorder, torch.no_grad():
         for micro_batches in batches:
             run_schedule(model.chunks, micro_batches, model.world, None)
     return recorder.importance()  # every rank has the same values, and raises alike
@@ -277,15 +279,15 @@ def _hook_input(linear: Any, record: Callable[[Tensor], None]) -> Any:
 def _hook_norm(norm: Any, linear: Any, record: Callable[[Tensor], None]) -> Any:
     if not isinstance(norm, IdentityOp):
         return norm.register_forward_hook(lambda _, args, output: record(output))
-    # Transformer Engine's LayerNormLinear keeps its norm's output to itself (in FP8 even rounded), so the
-    # norm is computed once more.
+    # Transformer Engine's LayerNormLinear does not return its norm's output (in FP8 it is even
+    # rounded), so the norm is computed once more.
     return linear.register_forward_pre_hook(
         lambda module, args: record(_norm_inside(module, args[0].detach()))
     )
 
 
 def _norm_inside(linear: Any, x: Tensor) -> Tensor:
-    """What the norm inside a layer like Transformer Engine's LayerNormLinear makes of x [s, b, h]."""
+    """Output [s, b, h] of the norm inside a layer like Transformer Engine's LayerNormLinear."""
     weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
     if linear.normalization == "RMSNorm":
         return F.rms_norm(x, weight.shape, weight, linear.eps)
@@ -305,7 +307,7 @@ def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:
-    """[s, b, d] in its own dtype -> [statistics, b, d] float32, read once each, no float32 copy of a."""
+    """[s, b, d] in its own dtype -> [statistics, b, d] float32, read once each without a copy."""
     if aggregation == "mean":
         if a.is_cuda:
             return torch.linalg.vector_norm(a, 1, dim=0, dtype=torch.float32)[None]
@@ -325,7 +327,10 @@ def _over_sequence(sums: Tensor, tokens: int, aggregation: str) -> Tensor:
 
 
 def _add_over(sites: list[Site], group: Any) -> None:
-    """Add the partial sums of all sites over a group that splits the sequence, in one collective."""
+    """Add the partial sums of all sites over a group that splits the sequence.
+
+    One collective for all of them.
+    """
     if group.size() == 1 or not sites:
         return
     sums = [site.read_partial() for site in sites]

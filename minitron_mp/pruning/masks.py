@@ -1,10 +1,10 @@
-"""A teacher that computes what its student would compute, by masks: no weight is copied to judge it.
+"""A teacher that computes what its student would compute, by masks, without copies of weights.
 
 Everything that reads the residual stream is a norm, so its channels are masked there, at the input;
 what is written into cut channels is never read. A norm divides by the full width, so its weight and
 epsilon make up for the difference (vectors of h, put back afterwards):
 
-    RMSNorm      x m -> weight sqrt(k/h), epsilon k/h                  m mask of k kept of h channels
+    RMSNorm      x m -> weight sqrt(k/h), epsilon k/h               m mask of k kept of h channels
     LayerNorm1p  x m + (1 - m) mean of the kept -> likewise, bias m
 
 Units at the input of a linear layer are masked there. A layer that goes is left out of its block.

@@ -1,4 +1,4 @@
-"""The plan: which layers, and which units of every axis, a student keeps. numpy only, no torchrun."""
+"""The plan: which layers, and which units of every axis, a student keeps. numpy only."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ Pairs = dict[int, list[tuple[int, int]]]
 
 
 class PrunePlan(BaseModel):
-    """Architecture before and after, and what stays, in the teacher's numbering. Equal on every rank.
+    """Architecture before and after, and what stays, in the teacher's numbering.
 
-    Layers may keep different numbers of units, as the student's blocks say. The query groups that
-    stay are those of the heads that stay.
+    Equal on every rank. Layers may keep different numbers of units, as the student's blocks say.
+    The query groups that stay are those of the heads that stay.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,7 @@ class PrunePlan(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> PrunePlan:
-        """A plan may be written by hand; slicing relies on every list being ascending and of its size."""
+        """Check what slicing relies on: a plan may be written by hand."""
         problems = _list_problems("layers", self.layers, self.student.num_layers, self.teacher.num_layers)
         problems += _key_problems("keep", self.keep, list(AXES))
         problems += _key_problems("merge", self.merge, [n for n in self.merge if n in _mergeable()])
@@ -164,7 +164,7 @@ def _list_problems(name: str, entries: list[int], size: int, limit: int) -> list
 
 
 def _is_pairing(pairs: list[tuple[int, int]], kept: list[int], per_group: int) -> bool:
-    """Whether each pair is a kept and a pruned unit of one group, and no kept unit is there twice."""
+    """Whether each pair is a kept and a pruned unit of one group, each kept unit at most once."""
     return len({unit for unit, _ in pairs}) == len(pairs) and all(
         unit in kept and pruned not in kept and unit // per_group == pruned // per_group
         for unit, pruned in pairs

@@ -1,8 +1,8 @@
 """Which units stay, by their scores: rank and keep the top (2407.14679 section 2.3). numpy only.
 
 Units of an axis with groups (heads in query groups) are ranked inside each group, and every kept
-group keeps as many, so that grouped-query attention stays regular. A group scores the l2 norm of its
-units' scores, as a head does of its channels'. The papers keep all groups.
+group keeps as many, so that grouped-query attention stays regular. A group scores the l2 norm of
+its units' scores, as a head does of its channels'. The papers keep all groups.
 Scores agree between layouts to rounding only. So ties break by the lower index, and
 close_width_cuts() reports each cut whose gap is inside the rounding noise.
 """
@@ -18,7 +18,7 @@ from minitron_mp.models.axes import AXES, NO_LAYER, Axis
 from minitron_mp.pruning.scores import Scores
 
 ROUNDING_NOISE = 1e-5
-"""Relative gap at a cut under which float32 sums over another number of ranks may swap two scores."""
+"""Relative gap at a cut under which float32 sums over other ranks may swap two scores."""
 
 
 def top_indices(scores: np.ndarray, count: int) -> np.ndarray:
@@ -98,7 +98,7 @@ def _group_scores(rows: np.ndarray) -> np.ndarray:
 
 
 def close_scores(name: str, scores: np.ndarray, count: int, *, merge: bool = False) -> list[str]:
-    """One sentence for each close cut in rows of scores [rows, n], of which the count largest stay."""
+    """One sentence for each close cut in scores [rows, n], of which the count largest stay."""
     if count == scores.shape[1]:
         return []
     notes, ordered = [], -np.sort(-scores.astype(np.float64), axis=1)

@@ -34,7 +34,10 @@ class Scores:
         return self.units[axis]
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Name in the file -> scores: "ffn.0" of a layer, "hidden" of an axis of all layers, "layers"."""
+        """Name in the file -> scores.
+
+        An axis of single layers has "axis.layer", one that all layers share "axis".
+        """
         named = {_name(axis, layer): row for axis, rows in self.units.items() for layer, row in rows.items()}
         return {**named, LAYERS: self.layers}
 

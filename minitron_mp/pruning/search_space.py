@@ -1,7 +1,7 @@
-"""The architectures that a search looks at: combinations of sizes that fit budget, layout and export.
+"""The candidates of a search: combinations of sizes that fit budget, layout and export.
 
-Runs on a laptop. 2407.14679, search: combinations of layers, heads, MLP expansion and embedding size
-within 5 % of a number of parameters.
+Runs on a laptop. 2407.14679, search: combinations of layers, heads, MLP expansion and embedding
+size within 5 % of a number of parameters.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _left_out(reasons: Counter[str], possible: int) -> str:
 
 
 def _grid(teacher: Arch, search: SearchConfig, align: int, tp: int) -> dict[str, list[int]]:
-    """Field of the architecture -> sizes to try, falling; InputError for those that cannot be cut."""
+    """Field of the architecture -> sizes to try, falling; InputError if one cannot be cut."""
     fewest_layers = math.ceil(0.9 * teacher.num_layers)
     defaults = {name: [getattr(teacher, name)] for name in SIZE_FIELDS}
     defaults["num_layers"] = list(range(teacher.num_layers, fewest_layers - 1, -1))

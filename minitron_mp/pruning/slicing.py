@@ -1,7 +1,7 @@
-"""Structured pruning of a sharded model: one loop over the table of parameters, one weight at a time.
+"""Structured pruning of a sharded model, one weight at a time, by the tables of parameters and axes.
 
-The checkpoint key of a tensor gives its dimensions, and its global offset the part of them that this
-rank holds. So slicing depends neither on the model's classes nor on its layout:
+The checkpoint key of a tensor gives its dimensions, and its global offset the part of them that
+this rank holds. So slicing depends neither on the model's classes nor on its layout:
 
     axis that is whole on every rank   an index_select
     axis that is split over tp         kept units are spread unevenly over the ranks: one all-to-all
@@ -54,7 +54,7 @@ def prune(model: ShardedModel, plan: PrunePlan) -> dict[str, ShardedTensor]:
             parameter.data = parameter.data.new_empty(0)
     student: dict[str, ShardedTensor] = {}
     entries.reverse()
-    while entries:  # popped one by one, so that nothing but `student` holds on to a weight that is done
+    while entries:  # popped one by one, so that only `student` references a weight that is done
         entry = entries.pop()
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             sliced = slice_tensor(part, plan, model.world)
@@ -98,7 +98,10 @@ def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> Sharde
 def _slice_dim(
     data: Tensor, dim: int, start: int, name: str, layer: int, plan: PrunePlan, world: World
 ) -> Tensor:
-    """data: this rank's part of a weight; its dimension `dim`, of this name, begins at row `start`."""
+    """Slice one dimension of this rank's part of a weight.
+
+    name: of the dimension in the table of parameters. start: its first global row on this rank.
+    """
     axis = AXIS_OF_DIM.get(name)
     if axis is None:
         return data
@@ -110,7 +113,7 @@ def _slice_dim(
         pairs = plan.merge[axis.name][layer]
         data = merge_rows(data, start, pairs, weight_dim.merged_rows, plan.teacher, layer)
     if weight_dim.copies(plan.teacher) > 1:
-        # Each copy is a tensor of its own under the same key; the second one starts where the first ends.
+        # Each copy is a tensor of its own under the same key; the second starts where the first ends.
         every_unit = np.arange(axis.num_units(plan.teacher, layer))
         start %= len(weight_dim.rows(every_unit, plan.teacher, layer))
     return exchange_kept(data, dim, torch.from_numpy(rows), start, world.groups.tp)

@@ -12,7 +12,7 @@ from minitron_mp.models.arch import Arch, export_problems, layout_problems
 from minitron_mp.models.axes import AXES, Axis
 
 WIDTH_FIELDS = tuple(size.field for axis in AXES.values() for size in axis.sizes)
-"""Sizes that a target or a search may set; TargetConfig and SearchConfig have fields of these names."""
+"""Sizes that a target or a search may set, under these names."""
 
 SIZE_FIELDS = ("num_layers", *WIDTH_FIELDS)
 
@@ -33,7 +33,7 @@ def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str
 
 
 def fill_groups(teacher: Arch, student: Arch, given: Collection[str]) -> Arch:
-    """Resize the axes with groups whose size is not given: as many units in a group as the teacher has."""
+    """Resize the axes with groups whose size is not given: as many per group as the teacher has."""
     for axis in AXES.values():
         if axis.group is not None and axis.size.field not in given:
             size = getattr(student, axis.group.field) * per_group(axis, teacher)
@@ -119,7 +119,7 @@ def _size_problems(
 
 
 def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str | None) -> Arch:
-    """The student of at most budget parameters: all layers it affords, or the width scaled most evenly.
+    """The student of at most budget parameters: the deepest, or the most evenly scaled width.
 
     Only widths that can be exported as the family (default: the teacher's).
     """
@@ -147,7 +147,10 @@ def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family
 
 
 def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str) -> Arch | None:
-    """The aligned axes scaled alike; of two equally even students the larger. None: none is small enough."""
+    """The aligned axes scaled alike; of two equally even students the larger.
+
+    None if no student is small enough.
+    """
     sizes = {}
     for axis in AXES.values():
         if axis.aligned:
