@@ -25,11 +25,9 @@ import torch
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import build_model
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import recording
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import make_plan
@@ -60,8 +58,7 @@ def main() -> None:
             "sequence_length": args.sequence_length,
             "transformer_impl": args.transformer_impl,
         }
-        chunks = build_model(arch, world, random_weights=True, **options)
-        model = ShardedModel(chunks, arch, world, args.sequence_length, args.precision)
+        model = build_model(arch, world, random_weights=True, **options)
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape)
         batch = {
@@ -75,7 +72,7 @@ def main() -> None:
         def forward() -> float:
             _settle()
             start = time.perf_counter()
-            run_schedule(chunks, batches, world, None)
+            model.forward(batches)
             _settle()
             return time.perf_counter() - start
 

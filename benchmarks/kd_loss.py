@@ -39,8 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minitron_mp.losses import fused as losses
-from minitron_mp.losses.fused import ELEMENTS, Objective, TeacherHidden, distillation_loss
-from minitron_mp.losses.reference import STATISTICS
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherHidden
+from minitron_mp.losses.rows import LogitRows, RowStatistics
+from minitron_mp.losses.tile_sizes import TILE_SIZES
 
 FULL = {"tokens": 8192, "student": 4096, "teacher": 5120, "vocab": 131072}
 SMALL = {"tokens": 512, "student": 256, "teacher": 320, "vocab": 4096}
@@ -289,15 +291,15 @@ def as_on_a_gpu() -> Any:
     Tensors without data could claim to be on a GPU, but torch without CUDA cannot slice them.
     """
 
-    def sums(width: int) -> Callable[..., Tensor]:
-        return lambda z, *_: torch.empty((len(z), width), device=z.device)
+    def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, None]:
+        width = len(RowStatistics._fields)
+        table = torch.empty((len(rows.student), width), device=rows.student.device)
+        return RowStatistics(*table.unbind(1)), None
 
-    stand_in = SimpleNamespace(
-        statistics=lambda z, *_: (sums(STATISTICS)(z), None), js_sums=sums(2), gradient=lambda *_: None
-    )
+    stand_in = SimpleNamespace(statistics=statistics, gradient=lambda *_: None)
     with (
         patch.object(FakeTensor, "is_cuda", True, create=True),
-        patch.dict(ELEMENTS, cpu=ELEMENTS["cuda"]),
+        patch.dict(TILE_SIZES, cpu=TILE_SIZES["cuda"]),
         patch.object(losses, "_row_functions", lambda _: stand_in),
     ):
         yield

@@ -47,7 +47,8 @@ from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.world import World, build_groups, leave_groups
 from minitron_mp.errors import InputError
-from minitron_mp.losses.fused import Objective, TeacherHidden, distillation_loss
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherHidden
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES, build_model
 from minitron_mp.planning.command import read_models
@@ -164,7 +165,7 @@ def time_layers(
         raise InputError(f"--dtypes {dtype}: this version builds no FP8 model")
     _forget()
     base = _allocated()
-    (model,) = build_model(small, world, **options)
+    (model,) = build_model(small, world, **options).chunks
     tokens = torch.randint(0, 128, (where["micro_batch_size"], where["sequence_length"]), device=DEVICE)
     positions = torch.arange(where["sequence_length"], device=DEVICE).expand_as(tokens)
     if what == "train":

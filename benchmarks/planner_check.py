@@ -30,18 +30,18 @@ from layers import DEVICE, _forget, _gpu, _wait
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe
-from minitron_mp.distillation.frozen_model import freeze
 from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import read_hardware
 from minitron_mp.planning.memory import uses_transformer_engine
 from minitron_mp.planning.step_time import estimate_distillation
 from minitron_mp.planning.times import Times, read_times
+from minitron_mp.training.loop import take_step
+from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
 TIME, MEMORY = 0.15, 0.10
@@ -128,7 +128,8 @@ def compare(name: str, recipe: Recipe, num_layers: int, steps: int, world: World
     wrong = {what: estimate / found - 1 for what, found, estimate, _ in rows}
     times_ms = f"{seconds * 1e3:8.1f} {planned.step_s * 1e3:8.1f} {wrong['time']:6.1%}"
     print(
-        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} {wrong['memory']:6.1%}",
+        f"{name:34} {times_ms} {peak / 2**30:9.2f} {planned.needed_bytes / 2**30:8.2f} "
+        f"{wrong['memory']:6.1%}",
         flush=True,
     )
     if not uses_transformer_engine(recipe) and DEVICE.type == "cuda":
@@ -147,13 +148,10 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
             for fp8 in (None, vars(recipe.teacher)["fp8"])
         ]
     taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
-    freeze(taught)
-    chunks = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
-    source = ColocatedTeacher(ShardedModel(taught, teacher, world, sequence, recipe.teacher_precision))
+    model = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
+    source = ColocatedTeacher(taught)
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
-    training = TrainingRun(
-        chunks, source, d, world, vocab_size=student.vocab_size, checkpoints=None, manifest=manifest
-    )
+    training = TrainingRun(model, source, d, RunOptions(None, manifest))
     tokens = torch.randint(0, student.vocab_size, (d.micro_batch_size, sequence))
     positions = torch.arange(sequence).expand_as(tokens).contiguous()
     batch = {
@@ -167,10 +165,10 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
     for step in range(steps):
         _wait()
         start = time.perf_counter()
-        training.step(with_signals(source, batches, step))
+        take_step(training, with_signals(source, batches, step))
         _wait()
         found.append(time.perf_counter() - start)
-    training.settle()
+    training.finalize()
     return statistics.median(found[2:])
 
 

@@ -26,7 +26,6 @@ from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
@@ -56,8 +55,8 @@ def main() -> None:
         args.tp,
     )
     with join_world(ParallelConfig(tp=args.tp), seed=1) as world:
-        chunks = build_model(arch, world, precision="bf16", sequence_length=128)
-        weights = [p for chunk in chunks for p in chunk.parameters()]
+        model = build_model(arch, world, precision="bf16", sequence_length=128)
+        weights = [p for chunk in model.chunks for p in chunk.parameters()]
         for weight in weights:
             weight.data.normal_()  # touch the memory, or it is not there yet
         total, largest = sum(w.nbytes for w in weights), max(w.nbytes for w in weights)
@@ -65,7 +64,7 @@ def main() -> None:
         gc.collect()
         with Peak(world.device) as peak:
             start = time.perf_counter()
-            student = prune(ShardedModel(chunks, arch, world, sequence_length=128, precision="bf16"), plan)
+            student = prune(model, plan)
             seconds = time.perf_counter() - start
         numbers = torch.tensor([peak.beyond / largest, seconds], dtype=torch.float64)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)

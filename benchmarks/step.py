@@ -29,6 +29,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,18 @@ import torch.nn.functional as F
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.frozen_model import freeze
 from minitron_mp.distillation.teacher import ColocatedTeacher, signal_of, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
-from minitron_mp.losses.fused import TeacherHidden
+from minitron_mp.losses.objective import TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, logits
+from minitron_mp.models.build import build_model, logits, unwrap
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, forget_cuda_graphs
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.planning.activations import activation_bytes_per_token
+from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -63,9 +63,72 @@ SMALL = {
     "vocab_size": 1024,
 }
 GIB = 2**30
+LOSSES = ("naive", "ours", "ours, bf16 logits")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The models of all rows, and how often a step is timed."""
+
+    teacher: Arch
+    student: Arch
+    sequence_length: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: number format, loss, CUDA graphs."""
+
+    fp8: str | None
+    loss: str
+    graphs: bool
+
+    @property
+    def layers(self) -> str:
+        """Name of the row's layers."""
+        return f"{self.fp8 or 'bf16'}{', graphs' if self.graphs else ''}"
 
 
 def main() -> None:
+    args = arguments()
+    warnings.filterwarnings("ignore")
+    on_gpu = torch.cuda.is_available()
+    case = make_case(args, on_gpu)
+    with join_world(ParallelConfig(), seed=1) as world:
+        ceilings = {"bf16": ceiling(None, world)}
+        if on_gpu and args.fp8:
+            ceilings["fp8"] = ceiling("fp8", world)
+        rows = []
+        for row in table_rows(args, on_gpu):
+            try:
+                found = measure(case, row, world)
+            except (torch.OutOfMemoryError, InputError) as problem:
+                print(f"{row.layers}, {row.loss}: does not run: {str(problem).splitlines()[0][:100]}")
+                continue
+            found["of_ceiling"] = found["tflops"] / ceilings["fp8" if row.fp8 else "bf16"]
+            rows.append(found)
+            _collect()
+    content = {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformer_engine": engine_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "sizes": {
+            "layers": [args.layers, args.layers],
+            "sequence_length": case.sequence_length,
+            "teacher": case.teacher.model_dump(),
+            "student": case.student.model_dump(),
+        },
+        "ceilings_tflops": ceilings,
+        "rows": rows,
+    }
+    show(content)
+    if args.out:
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,162 +148,82 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    on_gpu = torch.cuda.is_available()
-    sequence = args.sequence_length or (8192 if on_gpu else 64)
+    return parser.parse_args()
+
+
+def make_case(args: argparse.Namespace, on_gpu: bool) -> Case:
+    """Return the sizes: those of the 12B and the 8B model on a GPU, small ones on a CPU."""
     teacher = read_arch(CONFIGS / "mistral_nemo_12b", weights=False).resized(num_layers=args.layers)
-    student = teacher.resized(hidden_size=4096, ffn_hidden_size=11520)
+    student_sizes = {"hidden_size": 4096, "ffn_hidden_size": 11520}
     if not on_gpu:
-        teacher, student = (
-            teacher.model_copy(update=SMALL),
-            student.resized(**SMALL, hidden_size=96, ffn_hidden_size=192),
-        )
-    with join_world(ParallelConfig(), seed=1) as world:
-        ceilings = {
-            "bf16": ceiling(None, world),
-            **({"fp8": ceiling("fp8", world)} if on_gpu and args.fp8 else {}),
-        }
-        rows = []
-        for fp8 in [None, *(args.fp8 if on_gpu else [])]:
-            for loss, graphs in itertools.product(
-                ("naive", "ours", "ours, bf16 logits"), (False, True)[: 1 + args.cuda_graphs]
-            ):
-                try:
-                    row = measure(teacher, student, sequence, fp8, loss, graphs, world, args.repeats)
-                except (torch.OutOfMemoryError, InputError) as problem:
-                    print(
-                        f"{fp8 or 'bf16'}, {loss}{', graphs' if graphs else ''}: does not run: "
-                        f"{str(problem).splitlines()[0][:100]}"
-                    )
-                    continue
-                row["of_ceiling"] = row["tflops"] / ceilings["fp8" if fp8 else "bf16"]
-                rows.append(row)
-                _collect()
-    found = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformer_engine": engine_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "sizes": {
-            "layers": [args.layers, args.layers],
-            "sequence_length": sequence,
-            "teacher": teacher.model_dump(),
-            "student": student.model_dump(),
-        },
-        "ceilings_tflops": ceilings,
-        "rows": rows,
-    }
-    engine = f"Transformer Engine {found['transformer_engine']}"
+        teacher = teacher.resized(**SMALL)
+        student_sizes = {"hidden_size": 96, "ffn_hidden_size": 192}
+    sequence_length = args.sequence_length or (8192 if on_gpu else 64)
+    return Case(teacher, teacher.resized(**student_sizes), sequence_length, args.repeats)
+
+
+def table_rows(args: argparse.Namespace, on_gpu: bool) -> list[Row]:
+    formats = [None, *args.fp8] if on_gpu else [None]
+    graphs = (False, True) if args.cuda_graphs else (False,)
+    return [Row(*row) for row in itertools.product(formats, LOSSES, graphs)]
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print the table."""
+    layers = " + ".join(map(str, content["sizes"]["layers"]))
     print(
-        f"{found['device']}, torch {torch.__version__}, {engine}, "
-        f"{args.layers} + {args.layers} layers, {sequence} tokens"
+        f"{content['device']}, torch {content['torch']}, "
+        f"Transformer Engine {content['transformer_engine']}, {layers} layers, "
+        f"{content['sizes']['sequence_length']} tokens"
     )
-    print(
-        "fastest matrix product, TFLOP/s: "
-        + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items())
-    )
+    ceilings = [f"{name} {value:.3g}" for name, value in content["ceilings_tflops"].items()]
+    print("fastest matrix product, TFLOP/s: " + ", ".join(ceilings))
     print(
         f"{'layers':18} {'loss':18} {'step ms':>8} {'least':>8} {'most':>8} {'adam ms':>8} "
         f"{'TFLOP/s':>8} {'of ceiling':>10} {'held GiB':>9} {'beyond':>7} {'activations':>11} {'rest':>6}"
     )
-    for r in rows:
+    for r in content["rows"]:
         print(
             f"{r['layers']:18} {r['loss']:18} {r['step_ms']:8.1f} {r['least_ms']:8.1f} {r['most_ms']:8.1f} "
             f"{r['adam_ms']:8.1f} {r['tflops']:8.3g} {r['of_ceiling']:10.0%} {r['held_gib']:9.2f} "
             f"{r['beyond_gib']:7.2f} {r['activations_gib']:11.2f} "
             f"{r['beyond_gib'] - r['activations_gib']:6.2f}"
         )
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measure(
-    teacher_arch: Arch,
-    arch: Arch,
-    sequence: int,
-    fp8: str | None,
-    loss: str,
-    graphs: bool,
-    world: World,
-    repeats: int,
-) -> dict[str, Any]:
-    """One row of the table."""
-    build: dict[str, Any] = {"precision": "bf16", "sequence_length": sequence}
-    # Few warm-up steps, because the loss only has to stay finite.
-    settings = DistillConfig(
-        steps=10_000,
-        warmup_steps=9_999,
-        lr=1e-5,
-        global_batch_size=1,
-        fp8=fp8,
-        log_interval=10_000,
-        checkpoint_interval=10_000,
-    )
-    settings = settings.model_copy(update={"cuda_graphs": graphs})
-    if "bf16 logits" in loss:
-        settings = settings.model_copy(update={"logits_precision": "bf16"})
-    teacher_fp8 = "tensorwise" if fp8 == "delayed" else fp8
-    teacher_chunks = build_model(teacher_arch, world, random_weights=True, fp8=teacher_fp8, **build)
-    freeze(teacher_chunks)
-    teacher = ColocatedTeacher(ShardedModel(teacher_chunks, teacher_arch, world, sequence, "bf16"))
-    chunks = build_model(arch, world, training=settings, random_weights=True, **build)
-    student = TrainingRun(
-        chunks,
-        teacher,
-        settings,
-        world,
-        vocab_size=arch.vocab_size,
-        checkpoints=None,
-        manifest=Manifest(stage="distill", settings={}, inputs={}),
-    )
-    tokens = torch.randint(0, arch.vocab_size, (1, sequence + 1))
-    positions = torch.arange(sequence)[None]
-    batch: Batch = {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "position_ids": positions,
-        "loss_mask": torch.ones(1, sequence),
-    }
-
-    def naive(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        target = teacher.target(signal_of(batch))
-        assert isinstance(target, TeacherHidden)
-        with torch.no_grad():
-            wanted = logits(teacher.chunks[-1], target.hidden)
-        log_q, log_p = (
-            F.log_softmax(logits(chunks[-1], hidden).float(), -1),
-            F.log_softmax(wanted.float(), -1),
-        )
-        return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), batch["loss_mask"].sum().int(), {}
-
-    def step() -> None:
-        student.accumulate(with_signals(teacher, [batch]), naive if loss == "naive" else student.loss)
-
+def measure(case: Case, row: Row, world: World) -> dict[str, Any]:
+    """Return the values of one row of the table."""
+    teacher, run = make_models(case, row, world)
+    step = step_of(case, row, teacher, run)
     for _ in range(3):
         step()
-        student.update()
+        run.update()
     _wait()
     held = torch.cuda.memory_allocated() if world.device.type == "cuda" else 0
     if held:
         torch.cuda.reset_peak_memory_stats()
     step()
     beyond = torch.cuda.max_memory_allocated() - held if held else 0
-    student.update()
+    run.update()
     times, updates = [], []
-    for _ in range(repeats):
+    for _ in range(case.repeats):
         times.append(_timed(step))
-        updates.append(_timed(student.update))
-    flops = sequence * (training_flops(arch, sequence) + forward_flops(teacher_arch, sequence))
+        updates.append(_timed(run.update))
+    length = case.sequence_length
+    flops = length * (training_flops(case.student, length) + forward_flops(case.teacher, length))
     kept = activation_bytes_per_token(
-        arch, ParallelConfig(), 2, transformer_engine=world.device.type == "cuda", fp8=bool(fp8)
+        case.student,
+        ParallelConfig(),
+        2,
+        transformer_engine=world.device.type == "cuda",
+        fp8=bool(row.fp8),
     )
-    student.settle()
-    if graphs:
-        forget_cuda_graphs(chunks)
+    run.finalize()
+    if row.graphs:
+        forget_cuda_graphs(run.model.chunks)
     return {
-        "layers": f"{fp8 or 'bf16'}{', graphs' * graphs}",
-        "loss": loss,
+        "layers": row.layers,
+        "loss": row.loss,
         "step_ms": 1e3 * statistics.median(times),
         "least_ms": 1e3 * min(times),
         "most_ms": 1e3 * max(times),
@@ -248,8 +231,57 @@ def measure(
         "tflops": flops / statistics.median(times) / 1e12,
         "held_gib": held / GIB,
         "beyond_gib": beyond / GIB,
-        "activations_gib": arch.num_layers * sequence * kept / GIB,
+        "activations_gib": case.student.num_layers * length * kept / GIB,
     }
+
+
+def make_models(case: Case, row: Row, world: World) -> tuple[ColocatedTeacher, TrainingRun]:
+    """Return a teacher and a student in training, with random weights."""
+    settings = DistillConfig(
+        steps=10_000,
+        warmup_steps=9_999,  # the learning rate stays small, so that the loss stays finite
+        lr=1e-5,
+        global_batch_size=1,
+        fp8=row.fp8,
+        log_interval=10_000,
+        checkpoint_interval=10_000,
+        logits_precision="bf16" if "bf16 logits" in row.loss else "fp32",
+    )
+    settings = settings.model_copy(update={"cuda_graphs": row.graphs})
+    build: dict[str, Any] = {
+        "precision": "bf16",
+        "sequence_length": case.sequence_length,
+        "random_weights": True,
+    }
+    teacher_fp8 = "tensorwise" if row.fp8 == "delayed" else row.fp8
+    teacher = ColocatedTeacher(build_model(case.teacher, world, fp8=teacher_fp8, **build))
+    student = build_model(case.student, world, training=settings, **build)
+    manifest = Manifest(stage="distill", settings={}, inputs={})
+    return teacher, TrainingRun(student, teacher, settings, RunOptions(None, manifest))
+
+
+def step_of(case: Case, row: Row, teacher: ColocatedTeacher, run: TrainingRun) -> Callable[[], None]:
+    """Return a function that computes the gradients of one step on random tokens."""
+    tokens = torch.randint(0, case.student.vocab_size, (1, case.sequence_length + 1))
+    batch: Batch = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "position_ids": torch.arange(case.sequence_length)[None],
+        "loss_mask": torch.ones(1, case.sequence_length),
+    }
+
+    def naive(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        target = teacher.target(signal_of(batch))
+        assert isinstance(target, TeacherHidden)
+        with torch.no_grad():
+            teacher_logits = logits(teacher.model.last_chunk, target.hidden)
+        log_q = F.log_softmax(logits(unwrap(run.model.last_chunk), hidden).float(), -1)
+        log_p = F.log_softmax(teacher_logits.float(), -1)
+        loss = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+        return loss, batch["loss_mask"].sum().int(), {}
+
+    on_output = naive if row.loss == "naive" else None
+    return lambda: run.forward_backward(with_signals(teacher, [batch]), on_output)
 
 
 def ceiling(fp8: str | None, world: World) -> float:

@@ -22,7 +22,8 @@ import time
 import torch
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.stream import Link, Receiver, Sender
+from minitron_mp.distillation.receiver import Receiver
+from minitron_mp.distillation.stream import Link, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape
 from minitron_mp.distributed.roles import join_roles
 
@@ -127,12 +128,13 @@ def work(seconds: float, device: torch.device) -> None:
 def report(title: str, args: argparse.Namespace, link: Link, steps: list[float], waits: list[float]) -> None:
     tokens = args.tokens * args.micro_batches
     step, wait = statistics.median(steps), statistics.median(waits)
-    counted = link.bytes_moved / (tokens * args.steps)
+    counted = link.num_bytes / (tokens * args.steps)
+    per_token = link.shape.width * link.shape.dtype.itemsize
     print(
         f"{title}: {args.payload}, window {args.window}, step {step * 1e3:.0f} ms, "
         f"waiting {wait * 1e3:.1f} ms = {wait / step:.1%}; "
-        f"{tokens * link.shape.bytes_per_token() / step / 1e9:.2f} GB/s; bytes a token: "
-        f"{link.shape.bytes_per_token():,} computed, {counted:,.0f} counted",
+        f"{tokens * per_token / step / 1e9:.2f} GB/s; bytes a token: "
+        f"{per_token:,} computed, {counted:,.0f} counted",
         flush=True,
     )
 

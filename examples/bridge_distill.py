@@ -11,10 +11,12 @@ from pathlib import Path
 
 from minitron_mp import InputError
 from minitron_mp.artifacts.manifest import find_manifest
-from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
-from minitron_mp.integrations.megatron_bridge.model import student_provider
-from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher
+from minitron_mp.integrations.megatron_bridge import (
+    ColocatedTeacher,
+    KDForwardStep,
+    check_config,
+    student_provider,
+)
 from minitron_mp.workflow.context import ASSETS
 
 SEQUENCE_LENGTH = 2048
@@ -80,7 +82,7 @@ def recipe(
         checkpoint=CheckpointConfig(save=None, ckpt_format="torch_dist"),
         logger=LoggerConfig(log_interval=1),
         rng=RNGConfig(seed=1234),
-        mixed_precision=None,  # student() has set the dtype
+        mixed_precision=None,  # student_provider() sets the dtype
     )
     vocab_size = find_manifest(Path(teacher)).arch.vocab_size
     return cfg, KDForwardStep(

@@ -17,12 +17,7 @@ from minitron_mp.artifacts.checkpoint import save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.integrations.megatron_bridge.model import (
-    arch_of,
-    defer_head,
-    pruned_config,
-    sharded_model,
-)
+from minitron_mp.integrations.megatron_bridge import arch_of, defer_head, pruned_config, sharded_model
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import ASSETS
 
@@ -41,7 +36,7 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
 
 
 def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> PrunePlan:
-    """provider: of the model in `source`, with weights and parallel sizes. All ranks call it."""
+    """Prune a model and write the checkpoint; called by all ranks. provider: of source, with its weights."""
     config = json.loads((source / "config.json").read_text())
     arch = arch_of(provider, config)
     provider.finalize()
@@ -87,9 +82,8 @@ def main() -> None:
     provider = AutoBridge.from_hf_pretrained(args.model).to_megatron_provider()
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = args.tp, args.pp
     provider.pipeline_dtype = provider.params_dtype
-    provider.transformer_layer_spec = (
-        local_layer_spec  # scores are read at the norms, which Transformer Engine's layers have inside
-    )
+    # Scores are read at the norms, which Transformer Engine's layers have fused.
+    provider.transformer_layer_spec = local_layer_spec
     with join_world(ParallelConfig(tp=args.tp, pp=args.pp), seed=1) as w:
         compress(provider, args.model, args.pruned, TargetConfig(keep=args.keep), w)
 

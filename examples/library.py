@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
-from minitron_mp import InputError, ShardedModel, build_model, join_world, make_plan, prune, score
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
-from minitron_mp.artifacts.manifest import Manifest, require_artifact
+from minitron_mp import InputError, join_world, load_model, make_plan, prune, save_state, score
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.config.pruning import TargetConfig
 
 
 def batches(vocab_size: int, rank: int):
@@ -38,25 +36,16 @@ def main() -> None:
     parser.add_argument("student", type=Path)
     parser.add_argument("--tp", type=int, default=1)
     args = parser.parse_args()
-    manifest = require_artifact(args.teacher, "import")
-    arch = manifest.arch
     with join_world(ParallelConfig(tp=args.tp), seed=1) as w:
-        chunks = build_model(arch, w, precision="bf16", sequence_length=128)
-        load_model(chunks, args.teacher, w)
-        mine = batches(arch.vocab_size, w.groups.dp.rank())
-        model = ShardedModel(chunks, arch, w, sequence_length=128, precision="bf16")
-        scores = score(model, [mine], ScoreConfig())
-        plan = make_plan(scores, arch, TargetConfig(keep=0.75), tp=args.tp)
-        made = Manifest(
-            stage="prune",
-            settings={"keep": 0.75},
-            inputs={"teacher": manifest.fingerprint},
-            arch=plan.student,
-        )
-        save_checkpoint(prune(model, plan), args.student, made)
+        teacher = load_model(args.teacher, w, sequence_length=128)
+        calibration = batches(teacher.arch.vocab_size, w.groups.dp.rank())
+        scores = score(teacher, [calibration])
+        plan = make_plan(scores, teacher.arch, TargetConfig(keep=0.75), tp=args.tp)
+        state = prune(teacher, plan)
+        save_state(state, plan.student, args.student, made_from=[args.teacher], settings={"keep": 0.75})
         if w.is_main:
             print(
-                f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters"
+                f"{args.student}: {plan.student.num_parameters():,} of {teacher.arch.num_parameters():,} parameters"
             )
 
 

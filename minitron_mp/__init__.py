@@ -20,11 +20,15 @@ _PUBLIC = {
     "pruning.scores": ("Scores",),
     "distributed.world": ("World", "join_world"),
     "models.build": ("build_model", "logits"),
+    "artifacts.saved_model": ("load_model", "save_model", "save_state"),
     "pruning.importance": ("recording", "score"),
     "pruning.slicing": ("prune",),
     "losses.fused": ("distillation_loss",),
     "distillation.teacher": ("ColocatedTeacher",),
     "training.loop": ("train",),
+    "training.options": ("RunOptions",),
+    "training.distill": ("distill",),
+    "evaluation.quality": ("evaluate",),
     "workflow.run": ("compress", "run_stage"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

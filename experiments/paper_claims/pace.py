@@ -17,14 +17,15 @@ import torch
 from baseline import PlainLoop
 
 from minitron_mp import Recipe, build_model
-from minitron_mp.artifacts.manifest import Manifest, require_artifact
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.artifacts.saved_model import load_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.options import RunOptions
 
 WARM_UP = 2
 """Steps of each loop before the measured ones."""
@@ -46,19 +47,17 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
     times: dict[str, list[float]] = {"minitron_mp": [], "transformers": []}
     with join_world(recipe.parallel, seed=recipe.seed) as w, tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(student))
-        arch, teacher_arch = (
-            read_arch(Path(scratch), weights=False),
-            require_artifact(teacher, "import").arch,
-        )
-        assert teacher_arch is not None
-        options: dict[str, Any] = {"sequence_length": recipe.data.sequence_length}
-        chunks = build_model(
-            arch, w, training=settings, random_weights=True, precision=recipe.precision, **options
+        arch, length = read_arch(Path(scratch), weights=False), recipe.data.sequence_length
+        model = build_model(
+            arch,
+            w,
+            training=settings,
+            random_weights=True,
+            precision=recipe.precision,
+            sequence_length=length,
         )
         ours = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(teacher_arch, teacher), w, precision=recipe.teacher_precision, **options
-            )
+            load_model(teacher, w, sequence_length=length, precision=recipe.teacher_precision)
         )
         loop = PlainLoop(
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**student), dtype=torch.float32).to(
@@ -74,7 +73,7 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
         def batches_of(step: int) -> list[dict[str, torch.Tensor]]:
             generator = torch.Generator().manual_seed(step)
             count = settings.global_batch_size // settings.micro_batch_size
-            return [random_batch(teacher_arch.vocab_size, size, generator) for _ in range(count)]
+            return [random_batch(ours.model.arch.vocab_size, size, generator) for _ in range(count)]
 
         def on_step(metrics: StepMetrics) -> None:
             step = metrics.step - 1
@@ -83,18 +82,13 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
             times["transformers"].append(time.perf_counter() - start)
             times["minitron_mp"].append(metrics.step_time_s)
 
-        train(
-            chunks,
-            ours,
-            batches_of,
-            settings,
-            w,
-            vocab_size=arch.vocab_size,
+        options = RunOptions(
+            Path(scratch) / "checkpoints",
+            Manifest(stage="distill", settings={}, inputs={}),
             seed=recipe.seed,
             on_step=on_step,
-            checkpoints=Path(scratch) / "checkpoints",
-            manifest=Manifest(stage="distill", settings={}, inputs={}),
         )
+        train(model, ours, batches_of, settings, options)
     measured = {name: seconds[WARM_UP:] for name, seconds in times.items()}
     tokens = settings.global_batch_size * recipe.data.sequence_length
     speeds = {name: tokens / statistics.median(seconds) for name, seconds in measured.items()}

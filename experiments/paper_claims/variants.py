@@ -39,7 +39,7 @@ def random_weights(project: StageGraph) -> None:
     manifest = require_artifact(path, "prune")
     assert manifest.arch is not None
     with join_world(recipe.parallel, seed=recipe.seed) as w:
-        chunks = build_model(
+        model = build_model(
             manifest.arch,
             w,
             precision=recipe.precision,
@@ -48,7 +48,7 @@ def random_weights(project: StageGraph) -> None:
         )
         rewritten = manifest.model_copy(update={"made_by": BY_HAND})
         save_checkpoint(
-            model_state(chunks, w),
+            model_state(model.chunks, w),
             path,
             rewritten,
             lambda folder: shutil.copytree(path / ASSETS, folder / ASSETS),

@@ -1,4 +1,9 @@
 """What is on disk: manifests, sharded checkpoints, optimizer state, the run log.
 
-Manifest, find_manifest, require_artifact, writing_artifact (manifest), save_checkpoint, load_model (checkpoint).
+manifest          Manifest, find_manifest, require_artifact, writing_artifact
+checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpointWriter
+saved_model       load_model, save_model
+optimizer_state   the distributed optimizer's state at any layout
+run_log           append_record, records_of
+files             small files
 """

@@ -87,8 +87,11 @@ def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return state
 
 
-def load_model(chunks: list[Any], folder: Path, world: Any, prefix: str = "") -> None:
-    """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks. prefix: of the keys of this model there."""
+def load_weights(chunks: list[Any], folder: Path, world: Any, prefix: str = "") -> None:
+    """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks.
+
+    prefix: beginning of this model's keys in the checkpoint.
+    """
     state = prefixed(model_state(chunks, world), prefix)
     for i, chunk in enumerate(chunks):
         if chunk.config.fp8_param:

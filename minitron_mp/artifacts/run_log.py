@@ -1,6 +1,7 @@
-"""What ran: a line for each stage that a command has finished, in stages.jsonl beside the artefacts, for the report.
+"""The run log: stages.jsonl beside the artifacts, with one line per finished stage, for the report.
 
-An artefact says what it is made from, and so whether it has to be made again; a record says on what and how long, which changes nothing of it.
+A manifest records what an artifact was made from, and so whether it must be made again. A record
+adds on which hardware and how long, which does not change the artifact.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,88 +29,105 @@ FILE = "stages.jsonl"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy")
 
 
+@dataclass(frozen=True)
+class JobInfo:
+    """The job that ran a stage.
+
+    ranks: of all roles. layout: the keys of `parallel` that differ from their defaults. device: of
+    a rank.
+    """
+
+    ranks: int = 1
+    ranks_per_node: int = 1
+    layout: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
+
+
 class RunRecord(BaseModel):
-    """fingerprint: of the artefact. seconds: by the clock, of the command that finished it. ranks: of the job, all roles. layout: keys of
-    `parallel` that were not the default. device: of a rank."""
+    """How an artifact was made; the fields of JobInfo, and the following."""
 
     stage: str
     fingerprint: str
+    """Of the artifact."""
     seconds: float
+    """Wall time of the command that finished it."""
     ended: str
+    """Local time."""
     ranks: int
     ranks_per_node: int
     layout: dict[str, Any]
     device: str
     software: dict[str, str]
+    """Package -> version."""
 
-    def layout_words(self, recipe: Recipe) -> str:
-        """Overrides that give the layout again, where the recipe has another one by now."""
-        ran, now = ParallelConfig(**self.layout).model_dump(), recipe.parallel.model_dump()
+    def layout_overrides(self, recipe: Recipe) -> str:
+        """Return command line overrides that restore this layout, "" if the recipe has it."""
+        recorded, current = ParallelConfig(**self.layout).model_dump(), recipe.parallel.model_dump()
         return "".join(
-            f" parallel.{key}={json.dumps(value)}" for key, value in ran.items() if value != now[key]
+            f" parallel.{key}={json.dumps(value)}" for key, value in recorded.items() if value != current[key]
         )
 
     @property
     def launcher(self) -> str:
-        """What comes before the name of the stage on a command line."""
+        """The beginning of the command line, before the name of the stage."""
         if self.ranks == 1:
             return "minitron-mp"
         nodes = -(-self.ranks // self.ranks_per_node)
-        several = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT " if nodes > 1 else ""
-        return f"torchrun {several}--nproc-per-node {min(self.ranks, self.ranks_per_node)} -m minitron_mp"
+        rendezvous = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT " if nodes > 1 else ""
+        return f"torchrun {rendezvous}--nproc-per-node {min(self.ranks, self.ranks_per_node)} -m minitron_mp"
 
 
 def software() -> dict[str, str]:
-    """Versions of what is installed here."""
-    found = {"Python": platform.python_version(), "minitron-mp": __version__}
+    """Return the versions of Python, this package and PACKAGES, as far as they are installed."""
+    versions = {"Python": platform.python_version(), "minitron-mp": __version__}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def append_record(
-    root: Path,
-    stage: str,
-    fingerprint: str,
-    seconds: float,
-    *,
-    ranks: int,
-    ranks_per_node: int,
-    layout: dict[str, Any],
-    device: str,
-) -> None:
-    """Append a record; for one process."""
-    job = {
-        "ranks": ranks,
-        "ranks_per_node": ranks_per_node,
-        "layout": layout,
-        "device": device,
-        "software": software(),
-    }
+def append_record(root: Path, stage: str, fingerprint: str, seconds: float, job: JobInfo) -> None:
+    """Append the record of a finished stage; called by one process."""
     record = RunRecord(
-        stage=stage, fingerprint=fingerprint, seconds=seconds, ended=time.strftime("%Y-%m-%d %H:%M:%S"), **job
+        stage=stage,
+        fingerprint=fingerprint,
+        seconds=seconds,
+        ended=time.strftime("%Y-%m-%d %H:%M:%S"),
+        ranks=job.ranks,
+        ranks_per_node=job.ranks_per_node,
+        layout=job.layout,
+        device=job.device,
+        software=software(),
     )
     with (root / FILE).open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a kill in the middle of a line, which would take this one with it
+            if file.read() != b"\n":  # a kill ended the last line early; do not write into it
                 file.write(b"\n")
         file.write(record.model_dump_json().encode() + b"\n")
 
 
 def records_of(root: Path, paths: Mapping[str, Path]) -> dict[str, RunRecord]:
-    """Stage -> how its artefact, as it lies there, was made. paths: stage -> artefact. Stages whose record is lost or damaged are left out."""
-    made = {stage: found.fingerprint for stage, path in paths.items() if (found := find_manifest(path))}
+    """Return stage -> the record of its present artifact.
+
+    Stages without a readable record are left out.
+
+    paths: stage -> artifact.
+    """
+    manifests = {stage: find_manifest(path) for stage, path in paths.items()}
+    fingerprints = {stage: found.fingerprint for stage, found in manifests.items() if found}
     newest = {
-        record.stage: record for record in _read(root / FILE) if made.get(record.stage) == record.fingerprint
+        record.stage: record
+        for record in _read(root / FILE)
+        if fingerprints.get(record.stage) == record.fingerprint
     }
     return {stage: newest[stage] for stage in paths if stage in newest}
 
 
 def _read(file: Path) -> Iterator[RunRecord]:
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        with suppress(ValidationError):  # a kill in the middle of a line
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    for line in lines:
+        with suppress(ValidationError):  # a line that a kill ended early
             yield RunRecord.model_validate_json(line)

@@ -79,9 +79,9 @@ def _import_problem(recipe: Recipe | None) -> CheckResult | None:
         import torch  # noqa: F401 (whether it can be imported)
 
         if launched():
-            from minitron_mp.distributed.launcher import compute_device
+            from minitron_mp.distributed.launcher import local_device
 
-            compute_device()
+            local_device()
         elif recipe:
             import megatron.core  # noqa: F401 (whether it can be imported)
     except Exception as error:  # a missing library, or a build for another Python
@@ -98,10 +98,10 @@ def _this_job() -> RankTable:
 
     if not launched():
         return RankTable(dist.HashStore(), host=socket.gethostname())
-    from minitron_mp.distributed.launcher import fresh_job_rank
+    from minitron_mp.distributed.launcher import job_rank
 
-    job_rank = fresh_job_rank()
-    return RankTable(job_rank.store, job_rank.rank, job_rank.size, socket.gethostname())
+    place = job_rank().with_fresh_keys()
+    return RankTable(place.store, place.rank, place.size, socket.gethostname())
 
 
 def _check_this_process(recipe: Recipe | None, job: RankTable) -> list[CheckResult]:
@@ -112,9 +112,9 @@ def _check_this_process(recipe: Recipe | None, job: RankTable) -> list[CheckResu
 
     gpu: int | None = None
     if launched():
-        from minitron_mp.distributed.launcher import compute_device
+        from minitron_mp.distributed.launcher import local_device
 
-        gpu = compute_device().index
+        gpu = local_device().index
     results = check_gpus(requested_fp8(recipe), gpu)
     results += check_extensions(torch.cuda.is_available())
     results += check_cuda_graphs(recipe)
@@ -145,7 +145,7 @@ def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[Che
     import torch.distributed as dist
 
     from minitron_mp.cluster.network import check_clocks, check_collectives
-    from minitron_mp.distributed.launcher import compute_device
+    from minitron_mp.distributed.launcher import local_device
     from minitron_mp.distributed.world import start_job
 
     results: list[CheckResult] = []
@@ -155,7 +155,7 @@ def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[Che
         f"cannot connect: {JOIN_ADVICE}"
     )
     try:
-        device = start_job(JOIN_MINUTES) if starts_group else compute_device()
+        device = start_job(JOIN_MINUTES) if starts_group else local_device()
         local_ranks = job.hosts().count(job.host)
         num_gpus = torch.cuda.device_count()
         if device.type == "cuda" and local_ranks > num_gpus:

@@ -1,8 +1,13 @@
-"""The teacher stream on disk: what the ranks of a teacher made once, read by a student of any layout.
+"""Teacher signals on disk: computed once by a teacher, and read by students of any layout.
 
-A folder of safetensors files, one set for each rank of the teacher's last stage, each tensor [s', b, n'] under the microbatch's id
-(stream.py). Writer and Reader stand for Sender and Receiver: the same messages say which blocks of whose tensor a rank wants, only
-that they are read and not received. cache.json names the shape and the teacher's layout; the artefact's manifest what made it all.
+The folder has safetensors files, one set for each rank of the teacher's last stage. Each tensor is
+that rank's part [s', b, n'] of a microbatch, under the microbatch's number. cache.json has the
+shape of the signals and the teacher's layout; the manifest of the artefact has everything that they
+depend on.
+
+Writer takes the place of stream.Sender, and Reader that of receiver.Receiver. The same messages
+(stream_layout.py) say which blocks of which tensor a rank needs, only they are read instead of
+received.
 """
 
 from __future__ import annotations
@@ -24,21 +29,24 @@ from minitron_mp.distillation.stream_layout import Grid, StreamShape, Traffic, m
 from minitron_mp.errors import InputError
 
 SHARD_BYTES = 1e9
+"""A file is written when its tensors reach this size."""
 
 INDEX = "cache.json"
 
 
 class Writer:
-    """In the place of a stream.Sender, on one rank of the teacher's last stage."""
+    """Writes the signals of one rank of the teacher's last stage. rank: its number in the teacher's
+    grid.
+    """
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
         self.shard: dict[str, Tensor] = {}
 
-    def make_room(self, count: int = 1) -> None:
-        """There is always room, or else send() says that there is none."""
+    def make_room(self, count: int = 1) -> None: ...
 
     def send(self, id: int, signal: Tensor) -> None:
+        """Add this rank's part [s', b, n'] of a microbatch."""
         self.shard[str(id)] = signal.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if sum(tensor.nbytes for tensor in self.shard.values()) >= SHARD_BYTES:
             self.finish()
@@ -46,11 +54,11 @@ class Writer:
     def end(self, first: int, last: int) -> None: ...
 
     def finish(self) -> None:
+        """Write what has been added since the last file."""
         if not self.shard:
             return
-        path = (
-            self.folder / f"rank{self.rank:05d}_{int(next(iter(self.shard))):012d}.safetensors"
-        )  # named after its first id
+        first_id = int(next(iter(self.shard)))
+        path = self.folder / f"rank{self.rank:05d}_{first_id:012d}.safetensors"
         try:
             save_file(self.shard, path)
         except (OSError, SafetensorError) as error:
@@ -59,7 +67,7 @@ class Writer:
 
 
 def write_index(folder: Path, shape: StreamShape, teacher: Grid, first: int, last: int) -> None:
-    """One process: what a reader needs to know. Microbatches [first, last) are there."""
+    """Write what a reader needs to know; on one rank. The folder has microbatches [first, last)."""
     content = {
         "shape": {**vars(shape), "dtype": str(shape.dtype).removeprefix("torch.")},
         "teacher": {"parallel": teacher.parallel.model_dump(), "dp": teacher.dp},
@@ -69,60 +77,67 @@ def write_index(folder: Path, shape: StreamShape, teacher: Grid, first: int, las
 
 
 class Reader:
-    """In the place of a stream.Receiver, on one rank of the student's last stage at (dp, cp, tp): get(id) in any order."""
+    """Reads the signals for one rank of the student's last stage, in any order.
+
+    coordinates: (dp, cp, tp) of the rank. ids: all microbatches that will be read.
+    """
 
     def __init__(
         self,
         folder: Path,
         shape: StreamShape,
         student: Grid,
-        place: tuple[int, int, int],
+        coordinates: tuple[int, int, int],
         ids: Sequence[int],
         device: torch.device,
     ):
         content = read_json(folder / INDEX, "cache --force")
-        found = StreamShape(**{**content["shape"], "dtype": getattr(torch, content["shape"]["dtype"])})
+        dtype = getattr(torch, content["shape"]["dtype"])
+        cached_shape = StreamShape(**{**content["shape"], "dtype": dtype})
         first, last = content["ids"]
-        if found != shape or (ids and not (first <= min(ids) and max(ids) < last)):
+        if cached_shape != shape or (ids and not (first <= min(ids) and max(ids) < last)):
             raise InputError(
-                f"{folder} holds microbatches {first} to {last - 1} of {found}, wanted are {min(ids)} to {max(ids)} of {shape}; run `minitron-mp cache` again"
+                f"{folder} has microbatches {first} to {last - 1} of {cached_shape}, but the student needs "
+                f"{min(ids)} to {max(ids)} of {shape}; run `minitron-mp cache` again"
             )
         self.folder, self.shape, self.student, self.device = folder, shape, student, device
-        self.teacher = Grid(
-            "teacher", ParallelConfig(**content["teacher"]["parallel"]), content["teacher"]["dp"]
-        )
-        self.rank = student.last_stage(*place)
-        self.starts: dict[int, list[tuple[int, Path]]] = {}
+        parallel = ParallelConfig(**content["teacher"]["parallel"])
+        self.teacher = Grid("teacher", parallel, content["teacher"]["dp"])
+        self.rank = student.last_stage(*coordinates)
+        self.files: dict[int, list[tuple[int, Path]]] = {}
+        """Teacher rank -> (first microbatch, file), ascending."""
 
     def get(self, id: int) -> Tensor:
-        """[s', b, n'] of this rank."""
+        """Read this rank's part [s', b, n'] of a microbatch."""
         shape = self.shape
         signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype)
         for block in messages(shape, self.teacher, self.student, id % self.teacher.dp, id % self.student.dp):
             if block.target == self.rank:
-                signal[block.target_rows, :, block.target_columns] = self._tensor(block.source, id)[
-                    block.source_rows, :, block.source_columns
-                ]
+                source = self._tensor(block.source, id)
+                part = source[block.source_rows, :, block.source_columns]
+                signal[block.target_rows, :, block.target_columns] = part
         return signal.to(self.device, non_blocking=True)
+
+    def release(self, id: int) -> None: ...
 
     def traffic(self) -> Traffic | None:
         return None
 
-    def release(self, id: int) -> None: ...
     def close(self) -> None: ...
 
     def _tensor(self, source: int, id: int) -> Any:
-        """A slice of safetensors: only what is asked of it is read."""
-        if source not in self.starts:
-            self.starts[source] = sorted(
-                (int(path.stem.split("_")[1]), path)
-                for path in self.folder.glob(f"rank{source:05d}_*.safetensors")
-            )
-        files = self.starts[source]
+        """Return a teacher rank's tensor of a microbatch, as a slice that reads only what is
+        indexed.
+        """
+        if source not in self.files:
+            paths = self.folder.glob(f"rank{source:05d}_*.safetensors")
+            self.files[source] = sorted((int(path.stem.split("_")[1]), path) for path in paths)
+        files = self.files[source]
         number = bisect_right(files, id, key=lambda file: file[0]) - 1
         if number < 0:
             raise InputError(
-                f"{self.folder} lacks microbatch {id} of teacher rank {source}; delete it and run `minitron-mp cache` again"
+                f"{self.folder} has no microbatch {id} of teacher rank {source}; "
+                "delete the folder and run `minitron-mp cache` again"
             )
         path = files[number][1]
         try:
@@ -130,5 +145,6 @@ class Reader:
                 return file.get_slice(str(id))
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{path} is damaged or lacks microbatch {id} ({error}); delete {self.folder} and run `minitron-mp cache` again"
+                f"{path} is damaged or has no microbatch {id} ({error}); "
+                f"delete {self.folder} and run `minitron-mp cache` again"
             ) from error

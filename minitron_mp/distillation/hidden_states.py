@@ -2,23 +2,25 @@
 
     L = L_logits + alpha L_is,   L_is = mean over tokens of sum over pairs of d(W x, t)
 
-    x [s', b, h_s]  state j of the student: input of layer j after its input norm; state num_layers is the
-                    output of the final norm
+    x [s', b, h_s]  state j of the student: input of layer j after its input norm; state num_layers
+                    is the output of the final norm
     t [s', b, h_t]  the paired state of the teacher
     d               cosine: 1 - cos; mse: mean over channels of the squared difference
     W [h_t, h_s]    up-projection, one for all pairs; none where the widths are equal
-    alpha           a number, or L_logits / L_is of the step before (1 in the first step). It is constant
-                    within a step, so a step does not depend on how it is split into microbatches; and the
-                    ratio of a microbatch is not known on the stages before the last
+    alpha           a number, or L_logits / L_is of the step before (1 in the first step). It is
+                    constant within a step, so a step does not depend on how it is split into
+                    microbatches; and the ratio of a microbatch is not known on the stages before
+                    the last
 
-A forward hook on the norm that computes x computes d and its gradient, and passes x through a function that
-adds the gradient in the backward pass. So Megatron's schedules stay as they are. Megatron divides the
-gradients of all weights by the step's number of tokens, so these are sums over tokens.
+A forward hook on the norm that computes x computes d and its gradient, and passes x through a
+function that adds the gradient in the backward pass. So Megatron's schedules stay as they are.
+Megatron divides the gradients of all weights by the step's number of tokens, so these are sums over
+tokens.
 
-W is not part of the model. It is float32, equal on all ranks, and has its own AdamW at the learning rate of
-the step, without clipping. Each rank accumulates its gradient over the tokens and stages that it has. One
-all-reduce in each step makes the update, and so W, bitwise equal on all ranks. W is part of the checkpoints
-of a run and is not exported.
+W is not part of the model. It is float32, equal on all ranks, and has its own AdamW at the learning
+rate of the step, without clipping. Each rank accumulates its gradient over the tokens and stages
+that it has. One all-reduce in each step makes the update, and so W, bitwise equal on all ranks. W
+is part of the checkpoints of a run and is not exported.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Inputs(NamedTuple):
-    """What the losses of one microbatch take: loss mask [s/cp, b], the teacher's states [s', b, h_t]."""
+    """What the losses of one microbatch take: loss mask [s/cp, b], the teacher's states [s', b,
+    h_t].
+    """
 
     mask: Tensor
     states: Sequence[Tensor]
@@ -57,8 +61,8 @@ class _Inputs(NamedTuple):
 class _Site:
     """One pair, at the norm that computes the student's state.
 
-    place: of the pair among those of this stage. recomputed: inputs of microbatches whose layer runs again
-    in the backward pass, in order.
+    place: of the pair among those of this stage. recomputed: inputs of microbatches whose layer
+    runs again in the backward pass, in order.
     """
 
     place: int
@@ -124,7 +128,8 @@ class HiddenStatesLoss:
         self.settings = pairs.settings
         blocks = pairs.blocks(world.parallel).get(world.groups.pp.rank(), [])
         pairs_here = [block - 1 for block in blocks if block]
-        # Without sequence parallelism all tensor-parallel ranks have the same tokens: one of them counts.
+        # Without sequence parallelism all tensor-parallel ranks have the same tokens: one of them
+        # counts.
         self.counts = world.parallel.sequence_parallel or world.groups.tp.rank() == 0
         self.current: _Inputs | None = None
         self.sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -151,7 +156,8 @@ class HiddenStatesLoss:
     def end_step(self, logits_loss: Tensor, tokens: Tensor, lr: float) -> None:
         """Update projection and alpha; called by all ranks.
 
-        logits_loss, tokens: sums over this rank's part of the step, 0 where another rank has the same part.
+        logits_loss, tokens: sums over this rank's part of the step, 0 where another rank has the
+            same part.
         """
         self.current = None
         if self.projection is None and self.settings.weight != "dynamic":
@@ -193,11 +199,14 @@ class HiddenStatesLoss:
             handle.remove()
 
     def _match(self, site: _Site, _: Any, __: Any, x: Tensor) -> Tensor | None:
-        """Forward hook on a norm of the student: return its output, with the loss's gradient attached."""
+        """Forward hook on a norm of the student: return its output, with the loss's gradient
+        attached.
+        """
         if self.current is None:
             return None
         if not torch.is_grad_enabled():
-            # Recomputation: the layer runs again in the backward pass, over the microbatches in this order.
+            # Recomputation: the layer runs again in the backward pass, over the microbatches in
+            # this order.
             site.recomputed.append(self.current)
             return None
         inputs = site.recomputed.popleft() if site.recomputed else self.current
@@ -227,8 +236,8 @@ def distance(x: Tensor, t: Tensor, kind: str) -> Tensor:
     """Return the distance of hidden states, [..., h] and [..., h] float32 -> [...]."""
     if kind == "mse":
         return (x - t).square().mean(-1)
-    # 1 - cos = |x / |x| - t / |t||^2 / 2. This form is 0 with gradient 0 where both are equal, and stays
-    # accurate close to it.
+    # 1 - cos = |x / |x| - t / |t||^2 / 2. This form is 0 with gradient 0 where both are equal, and
+    # stays accurate close to it.
     return (F.normalize(x, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) / 2
 
 

@@ -1,4 +1,5 @@
-"""The loss of a microbatch on the last pipeline stage: hidden states and target in, sums over tokens out.
+"""The loss of a microbatch on the last pipeline stage: hidden states and target in, sums over
+tokens out.
 
 Training, evaluation, layer ablation and Megatron-Bridge all call last_stage_loss().
 
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.losses.fused import Objective, TeacherTarget, distillation_loss
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherTarget
 from minitron_mp.models.build import output_weight
 
 
@@ -28,8 +30,9 @@ class LastStageLoss:
     per_token: float32 [3, s/cp, b], (loss, divergence, cross-entropy) times the loss mask, in nats.
     num_tokens: float32 scalar, valid tokens of this rank.
 
-    Nothing is divided by the number of tokens here. Megatron divides the gradient by the global number of
-    valid tokens of the step (calculate_per_token_loss), and whoever reports a mean divides global sums.
+    Nothing is divided by the number of tokens here. Megatron divides the gradient by the global
+    number of valid tokens of the step (calculate_per_token_loss), and whoever reports a mean
+    divides global sums.
     """
 
     total: Tensor
@@ -62,10 +65,12 @@ def last_stage_loss(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> LastStageLoss:
-    """Compute the distillation loss of one microbatch; called by all ranks of `group` (tensor parallel).
+    """Compute the distillation loss of one microbatch; called by all ranks of `group` (tensor
+    parallel).
 
-    hidden [s', b, h]: output of the final norm. weight [v/tp, h]: output layer. batch: a local batch of
-    run_schedule(), labels and loss_mask [s/cp, b]. target: None computes cross-entropy only.
+    hidden [s', b, h]: output of the final norm. weight [v/tp, h]: output layer. batch: a local
+    batch of run_schedule(), labels and loss_mask [s/cp, b]. target: None computes cross-entropy
+    only.
     The returned statistics are new tensors, so Megatron's schedule may divide them in place.
     """
     mask = batch["loss_mask"]
@@ -76,22 +81,25 @@ def last_stage_loss(
 
 
 def evaluation_objective(hidden: Tensor, *, kl_weight: float) -> Objective:
-    """Return the objective that measures a model with these hidden states: forward KL and cross-entropy.
+    """Return the objective that measures a model with these hidden states: forward KL and
+    cross-entropy.
 
-    A CPU has no fast matrix product from bf16 to float32, so there the logits keep the dtype of the model,
-    and the KL of a bf16 model is rounded accordingly.
+    A CPU has no fast matrix product from bf16 to float32, so there the logits keep the dtype of the
+    model, and the KL of a bf16 model is rounded accordingly.
     """
     on_cpu = hidden.device.type == "cpu"
     return Objective(kl_weight=kl_weight, logits_dtype=hidden.dtype if on_cpu else torch.float32)
 
 
 def mark_head_gradient_ready(wrapper: Any, model: Any, hidden: Tensor) -> None:
-    """Let Megatron's data-parallel wrapper reduce the output layer's gradient as soon as it is complete.
+    """Let Megatron's data-parallel wrapper reduce the output layer's gradient as soon as it is
+    complete.
 
-    Needed with overlapped gradient reduction: the loss adds the gradient to main_grad itself, so autograd
-    runs no hook on the weight, and the wrapper would wait for its bucket. A tied head on the stage of the
-    embedding is left out, because the embedding's gradient comes later and runs the hook.
-    wrapper: DistributedDataParallel around `model`, a GPTModel. hidden: its output on the last stage.
+    Needed with overlapped gradient reduction: the loss adds the gradient to main_grad itself, so
+    autograd runs no hook on the weight, and the wrapper would wait for its bucket. A tied head on
+    the stage of the embedding is left out, because the embedding's gradient comes later and runs
+    the hook. wrapper: DistributedDataParallel around `model`, a GPTModel. hidden: its output on the
+        last stage.
     """
     if model.share_embeddings_and_output_weights and model.pre_process:
         return

@@ -1,4 +1,6 @@
-"""LayerPairs: which hidden states of student and teacher are compared, and where they are computed."""
+"""LayerPairs: which hidden states of student and teacher are compared, and where they are
+computed.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from minitron_mp.models.arch import Arch
 class LayerPairs:
     """Pairs of hidden states of two models. InputError when a model has no such state.
 
-    State j is the input of layer j after its input norm; state num_layers is the output of the final norm.
-    channels [h_s]: the teacher's channels that the student kept. The projection then starts with a one for
-    each of them, otherwise with ones on its diagonal.
+    State j is the input of layer j after its input norm; state num_layers is the output of the
+    final norm. channels [h_s]: the teacher's channels that the student kept. The projection then
+    starts with a one for each of them, otherwise with ones on its diagonal.
     """
 
     settings: HiddenStatesConfig
@@ -34,13 +36,16 @@ class LayerPairs:
         )
 
     def blocks(self, parallel: ParallelConfig) -> dict[int, list[int]]:
-        """Return {student stage: blocks of the teacher's signal that it needs} (HiddenStatesConfig.blocks)."""
+        """Return {student stage: blocks of the teacher's signal that it needs}
+        (HiddenStatesConfig.blocks).
+        """
         return self.settings.blocks(self.student.num_layers, parallel)
 
     def routes(self, parallel: ParallelConfig, blocks: dict[int, list[int]]) -> list[tuple[int, int, int]]:
         """Return (teacher state, stage that computes it, stage that needs it) of each pair.
 
-        blocks: {stage: blocks that it needs}, as blocks() returns them. Both stages count in `parallel`.
+        blocks: {stage: blocks that it needs}, as blocks() returns them. Both stages count in
+            `parallel`.
         """
         needed_on = {block - 1: stage for stage, numbers in blocks.items() for block in numbers}
         num_layers = self.teacher.num_layers

@@ -59,7 +59,9 @@ class ServedTeacher:
     stream_end: StreamEnd | None = None
 
     def capture(self) -> HiddenStateCapture | None:
-        """Return hooks that bring the hidden states of all pairs to the last stage, if there are pairs."""
+        """Return hooks that bring the hidden states of all pairs to the last stage, if there are
+        pairs.
+        """
         if self.pairs is None:
             return None
         world = self.model.world
@@ -75,7 +77,8 @@ class ServedTeacher:
             return logits(self.model.last_chunk, hidden).to(shape.dtype)
         payload = hidden
         if shape.payload == "topk":
-            # From float32 logits: with logits rounded to bf16 the probabilities would be off by percents.
+            # From float32 logits: with logits rounded to bf16 the probabilities would be off by
+            # percents.
             tokens, b = shape.sequence_length // world.parallel.cp, hidden.shape[1]
             vocab_size, weight = self.model.arch.vocab_size, output_weight(self.model.last_chunk)
             parts = [
@@ -101,9 +104,9 @@ def serve_signals(
     """Run the teacher over its replica's share of the microbatches and send the signals.
 
     Called by all ranks of the teacher. Returns when everything is consumed.
-    sender: on the last stage, None elsewhere. batch_of(id): a microbatch, whole sequences. ids: ascending.
-    The teacher runs ahead of the student as far as the sender has room, over optimizer steps as well,
-    because its weights are frozen and the data is known.
+    sender: on the last stage, None elsewhere. batch_of(id): a microbatch, whole sequences. ids:
+    ascending. The teacher runs ahead of the student as far as the sender has room, over optimizer
+    steps as well, because its weights are frozen and the data is known.
     """
     world = teacher.model.world
     dp = world.groups.dp

@@ -1,4 +1,6 @@
-"""HiddenStateCapture: hidden states of a frozen teacher, moved to the pipeline stages that compare them."""
+"""HiddenStateCapture: hidden states of a frozen teacher, moved to the pipeline stages that compare
+them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from minitron_mp.models.build import unwrap
 class HiddenStateCapture:
     """Forward hooks that keep hidden states of the teacher's microbatches.
 
-    routes: (state, stage that computes it, stage that needs it) of each pair, as LayerPairs.routes() returns.
+    routes: (state, stage that computes it, stage that needs it) of each pair, as
+        LayerPairs.routes() returns.
     """
 
     def __init__(
@@ -42,10 +45,11 @@ class HiddenStateCapture:
             kept.clear()
 
     def take(self, batches: Sequence[Batch]) -> list[list[Tensor]]:
-        """Return, for each microbatch run since the last take() or clear(), the states that this stage needs.
+        """Return, for each microbatch run since the last take() or clear(), the states that this
+        stage needs.
 
-        [s', b, h_t] each, in order of the pairs. Called by all ranks of the pipeline. One message for each
-        pair whose two stages differ.
+        [s', b, h_t] each, in order of the pairs. Called by all ranks of the pipeline. One message
+        for each pair whose two stages differ.
         """
         group, parallel = self.world.groups.pp, self.world.parallel
         b, s = batches[0]["tokens"].shape
@@ -69,7 +73,9 @@ class HiddenStateCapture:
 
 
 def state_norm(chunks: list[Any], state: int, num_layers: int) -> Any:
-    """Return the norm module that computes a hidden state, or None when another pipeline stage has it."""
+    """Return the norm module that computes a hidden state, or None when another pipeline stage has
+    it.
+    """
     for chunk in map(unwrap, chunks):
         norms = {layer.layer_number - 1: layer.input_layernorm for layer in chunk.decoder.layers}
         norm = norms.get(state) if state < num_layers else chunk.decoder.final_layernorm

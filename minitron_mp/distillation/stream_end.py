@@ -1,16 +1,18 @@
 """Early end of a teacher stream: a preempted student stops in the same step as its teacher.
 
-The teacher runs ahead of its students, so it chooses the last step. It may already have sent signals
-beyond a step that a student would choose, and those sends would never be received.
+The teacher runs ahead of its students, so it chooses the last step. It may already have sent
+signals beyond a step that a student would choose, and those sends would never be received.
 
     student   rank 0 of a student that was asked to stop writes a request to the job's store
-    teacher   rank 0 reads the store before each block of microbatches. The stream then ends at the first
-              step boundary after the block's first microbatch. It writes this step to the store, and
-              broadcasts it to the teacher's ranks, which serve up to there
-    student   all ranks read the store after each step, and stop after the step that is written there
+    teacher   rank 0 reads the store before each block of microbatches. The stream then ends at the
+              first step boundary after the block's first microbatch. It writes this step to the
+              store, and broadcasts it to the teacher's ranks, which serve up to there
+    student   all ranks read the store after each step, and stop after the step that is written
+              there
 
-When the teacher chooses the last step, no student has finished it, because one of its microbatches has not
-been computed. So no rank can miss it, and all students of one stream stop after the same step.
+When the teacher chooses the last step, no student has finished it, because one of its microbatches
+has not been computed. So no rank can miss it, and all students of one stream stop after the same
+step.
 """
 
 from __future__ import annotations
@@ -42,30 +44,31 @@ class StreamEnd:
 
     def request(self, reason: str) -> None:
         """Ask the teacher to end the stream early."""
-        self.channel.place.store.set(REQUESTED_KEY, reason)
+        self.channel.store.set(REQUESTED_KEY, reason)
 
     def last_step(self) -> int | None:
         """Return the number of steps after which the stream ends, or None while no end is chosen.
 
         All ranks of the students get the same answer after the same step.
         """
-        store = self.channel.place.store
+        store = self.channel.store
         if self._last_step is None and store.check([LAST_STEP_KEY]):
             self._last_step = int(store.get(LAST_STEP_KEY))
         return self._last_step
 
     def reason(self) -> str:
         """Return the reason that came with the request."""
-        return self.channel.place.store.get(REQUESTED_KEY).decode()
+        return self.channel.store.get(REQUESTED_KEY).decode()
 
     def limit(self, first: int, preemption: Preemption | None) -> int | None:
         """Return the number of the first microbatch that is not sent any more, or None.
 
-        For the teacher, before the block that starts with microbatch `first`; called by all its ranks.
+        For the teacher, before the block that starts with microbatch `first`; called by all its
+        ranks.
         The broadcast is a small one on gloo, beside the GPU's work.
         """
-        store, box = self.channel.place.store, torch.tensor([-1])
-        if preemption is not None and preemption.signalled and not store.check([REQUESTED_KEY]):
+        store, box = self.channel.store, torch.tensor([-1])
+        if preemption is not None and preemption.sigterm and not store.check([REQUESTED_KEY]):
             self.request("SIGTERM on a rank of the teacher")
         if dist.get_rank() == 0 and store.check([REQUESTED_KEY]):
             box[0] = first // self.microbatches_per_step + 1

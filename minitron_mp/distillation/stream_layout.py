@@ -1,13 +1,14 @@
-"""The sizes of a transformer, and the table that says which axis of which parameter is which model axis.
+"""Who sends which part of a teacher signal to whom: pure functions of the layouts of teacher and
+student.
 
-Everything that prunes, converts or counts reads AXES. Its keys are Megatron-Core's checkpoint keys, which do not depend on
-the parallel layout: layers are stacked on dim 0, so a key with axis "layer" is one global tensor of all layers.
+    s  sequence length    b  microbatch    n  payload width: h for "hidden", padded vocabulary for
+                                              "logits", 2 k + 1 for "topk"
+    s', n'  rows and columns of one rank
 
-    h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
-
-The qkv rows are interleaved by query group. With 4 heads in 2 groups the "heads" along dim 1 of linear_qkv.weight are
-    q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
-and fc1 holds all gate rows, then all up rows: (2f, h); without a gate the up rows alone: (f, h).
+A signal is one tensor [s, b, n] per microbatch. It is spread over the last pipeline stage of the
+teacher, and needed, spread in another way, on the last stage of the student. Microbatch i belongs
+to replica i % dp on either side. messages() depends on layouts and replicas only, so both ends know
+every transfer without asking.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ import torch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.models.arch import Arch
 
+Payload = Literal["hidden", "logits", "topk"]
+
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """All that stands between the tapped hidden states and the logits. Who streams hidden states and who makes logits of them must agree.
+    """Everything between the streamed hidden states and the logits (scale, soft cap, bias).
 
-    The models of this library have their last norm before the tap, and neither scale, soft cap nor bias after it.
+    Sender and receiver must use the same values. The models of this library apply the final norm
+    before the tap, and use no scale, soft cap or bias after it.
     """
 
     hidden_size: int
     vocab_size: int
     padded_vocab_size: int
     tap: str = "after the final norm"
+    """Where in the model the hidden states are read."""
     logit_scale: float = 1.0
     soft_cap: float | None = None
     bias: bool = False
@@ -42,9 +47,6 @@ class HeadSpec:
     @classmethod
     def of(cls, arch: Arch) -> HeadSpec:
         return cls(arch.hidden_size, arch.vocab_size, arch.padded_vocab_size)
-
-
-Payload = Literal["hidden", "logits", "topk"]
 
 
 class Traffic(NamedTuple):
@@ -57,7 +59,7 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """A role's layout over its span of job ranks, which start at `first`."""
+    """Layout of a role over its span of job ranks, which starts at `first`."""
 
     role: str
     parallel: ParallelConfig
@@ -69,24 +71,30 @@ class Grid:
         return self.parallel.model_ranks * self.dp
 
     def rank(self, stage: int, dp: int, cp: int, tp: int) -> int:
-        """Job rank of a place; Megatron's order: tp fastest, then cp, dp, pp. stage: -1 for the last one."""
+        """Return the job rank at these coordinates, in Megatron's order: tp fastest, then cp, dp,
+        pp.
+
+        stage: of the pipeline; -1 is the last one.
+        """
         p = self.parallel
         return self.first + ((stage % p.pp * self.dp + dp) * p.cp + cp) * p.tp + tp
 
     def last_stage(self, dp: int, cp: int, tp: int) -> int:
-        """Job rank of a place on the last pipeline stage."""
+        """Return the job rank at these coordinates on the last pipeline stage."""
         return self.rank(-1, dp, cp, tp)
 
     def describe(self, rank: int) -> str:
-        p, place = self.parallel, rank - self.first
-        tp, place = place % p.tp, place // p.tp
-        cp, place = place % p.cp, place // p.cp
-        return f"{self.role} rank {rank - self.first} (job rank {rank}; dp {place % self.dp}, pp {place // self.dp}, cp {cp}, tp {tp})"
+        """Return role and coordinates of a job rank."""
+        p = self.parallel
+        rest, tp = divmod(rank - self.first, p.tp)
+        rest, cp = divmod(rest, p.cp)
+        pp, dp = divmod(rest, self.dp)
+        return f"{self.role} rank {rank - self.first} (job rank {rank}; dp {dp}, pp {pp}, cp {cp}, tp {tp})"
 
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What all microbatches have in common. width: n of the whole payload."""
+    """What the signals of all microbatches have in common. width: n."""
 
     payload: Payload
     sequence_length: int
@@ -95,21 +103,27 @@ class StreamShape:
     dtype: torch.dtype
 
     def local(self, parallel: ParallelConfig) -> tuple[int, int, int]:
-        """[s', b, n'] of one rank of the last stage."""
-        rows = sum(high - low for low, high, _ in rows_of(self, parallel, 0, 0))
-        return (
-            rows,
-            self.micro_batch_size,
-            self.width // parallel.tp if self.payload == "logits" else self.width,
-        )
+        """Return [s', b, n'] of a rank of the last stage."""
+        num_rows = sum(interval.end - interval.first for interval in rows_of(self, parallel, 0, 0))
+        width = self.width // parallel.tp if self.payload == "logits" else self.width
+        return num_rows, self.micro_batch_size, width
 
-    def bytes_per_token(self) -> int:
-        return self.width * self.dtype.itemsize
+
+class Rows(NamedTuple):
+    """An interval of tokens [first, end) of the whole sequence, and its first row in a rank's local
+    tensor.
+    """
+
+    first: int
+    end: int
+    local: int
 
 
 @dataclass(frozen=True)
 class Message:
-    """One block: rows and columns of the sender's local tensor, of the receiver's, and the two job ranks."""
+    """One block of a signal: rows and columns in the local tensors of sender and receiver, which
+    are job ranks.
+    """
 
     source: int
     target: int
@@ -124,68 +138,87 @@ class Message:
 
 
 def splits_sequence(shape: StreamShape, parallel: ParallelConfig) -> bool:
-    """Whether each tensor parallel rank sends or receives its own part of the tokens: for logits, and what does not divide, all have all."""
+    """Whether each tensor-parallel rank sends or receives its own part of the tokens.
+
+    Otherwise all of them have all tokens: for logits, and when the tokens do not divide evenly.
+    """
     return shape.payload != "logits" and shape.sequence_length // parallel.cp % parallel.tp == 0
 
 
-def rows_of(shape: StreamShape, parallel: ParallelConfig, cp: int, tp: int) -> list[tuple[int, int, int]]:
-    """(first global token, end, place in the local tensor) of the intervals that a rank of the last stage holds, in local order."""
-    n = parallel.cp
-    half = shape.sequence_length // (2 * n)
-    intervals = (
-        [(0, shape.sequence_length)] if n == 1 else [(i * half, (i + 1) * half) for i in (cp, 2 * n - 1 - cp)]
-    )
-    local = shape.sequence_length // n
-    low, high = (
-        (tp * local // parallel.tp, (tp + 1) * local // parallel.tp)
-        if splits_sequence(shape, parallel)
-        else (0, local)
-    )
-    found, place = [], 0
-    for first, end in intervals:  # place: of the interval among the tokens of this context parallel rank
-        a, b = max(low, place), min(high, place + end - first)
+def rows_of(shape: StreamShape, parallel: ParallelConfig, cp: int, tp: int) -> list[Rows]:
+    """Return the intervals of tokens that a rank of the last stage holds, in local order."""
+    length, n = shape.sequence_length, parallel.cp
+    if n == 1:
+        intervals = [(0, length)]
+    else:  # Megatron's order: rank cp has the halves cp and 2 n - 1 - cp
+        half = length // (2 * n)
+        intervals = [(i * half, (i + 1) * half) for i in (cp, 2 * n - 1 - cp)]
+    local_length = length // n
+    low, high = 0, local_length
+    if splits_sequence(shape, parallel):
+        low, high = tp * local_length // parallel.tp, (tp + 1) * local_length // parallel.tp
+    found = []
+    offset = 0  # of the interval among the tokens of this context-parallel rank
+    for first, end in intervals:
+        a, b = max(low, offset), min(high, offset + end - first)
         if a < b:
-            found.append((first + a - place, first + b - place, a - low))
-        place += end - first
+            found.append(Rows(first + a - offset, first + b - offset, a - low))
+        offset += end - first
     return found
 
 
 def columns_of(shape: StreamShape, parallel: ParallelConfig, tp: int) -> tuple[int, int]:
-    """Interval of the payload's columns that a rank holds."""
+    """Return the interval of the payload's columns that a rank holds."""
+    if shape.payload != "logits":
+        return 0, shape.width
     part = shape.width // parallel.tp
-    return (tp * part, (tp + 1) * part) if shape.payload == "logits" else (0, shape.width)
+    return tp * part, (tp + 1) * part
 
 
 @lru_cache(maxsize=4096)
 def messages(
     shape: StreamShape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int, stage: int = -1
 ) -> tuple[Message, ...]:
-    """All blocks that go from one teacher replica to a stage of one student replica for a microbatch, in the order in which both ends walk them."""
+    """Return the blocks of a microbatch from a teacher replica to one stage of a student replica.
+
+    Both ends walk them in this order.
+    """
     found = []
-    for (cp_s, tp_s), (cp_t, tp_t) in itertools.product(_places(student.parallel), _places(teacher.parallel)):
+    for (cp_s, tp_s), (cp_t, tp_t) in itertools.product(
+        _coordinates(student.parallel), _coordinates(teacher.parallel)
+    ):
         if tp_t and shape.payload != "logits" and not splits_sequence(shape, teacher.parallel):
-            continue  # all tensor parallel ranks have the same: the first one sends
-        (low_s, high_s), (low_t, high_t) = (
-            columns_of(shape, student.parallel, tp_s),
-            columns_of(shape, teacher.parallel, tp_t),
+            continue  # all tensor-parallel ranks have the same tokens, and the first one sends
+        columns = _overlap(
+            columns_of(shape, teacher.parallel, tp_t), columns_of(shape, student.parallel, tp_s)
         )
-        low, high = max(low_s, low_t), min(high_s, high_t)
-        if low >= high:
+        if columns is None:
             continue
-        columns = slice(low - low_t, high - low_t), slice(low - low_s, high - low_s)
-        for (first_s, end_s, at_s), (first_t, end_t, at_t) in itertools.product(
+        source = teacher.last_stage(teacher_dp, cp_t, tp_t)
+        target = student.rank(stage, student_dp, cp_s, tp_s)
+        for rows_s, rows_t in itertools.product(
             rows_of(shape, student.parallel, cp_s, tp_s), rows_of(shape, teacher.parallel, cp_t, tp_t)
         ):
-            a, b = max(first_s, first_t), min(end_s, end_t)
-            if a < b:
-                rows = (
-                    slice(at_t + a - first_t, at_t + b - first_t),
-                    slice(at_s + a - first_s, at_s + b - first_s),
-                )
-                ends = teacher.last_stage(teacher_dp, cp_t, tp_t), student.rank(stage, student_dp, cp_s, tp_s)
-                found.append(Message(*ends, rows[0], columns[0], rows[1], columns[1]))
+            rows = _overlap((rows_t.first, rows_t.end), (rows_s.first, rows_s.end))
+            if rows is not None:
+                source_rows = _shift(rows[0], rows_t.local)
+                target_rows = _shift(rows[1], rows_s.local)
+                found.append(Message(source, target, source_rows, columns[0], target_rows, columns[1]))
     return tuple(found)
 
 
-def _places(parallel: ParallelConfig) -> Iterator[tuple[int, int]]:
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[slice, slice] | None:
+    """Return the common part of two intervals, relative to the start of each, or None."""
+    low, high = max(a[0], b[0]), min(a[1], b[1])
+    if low >= high:
+        return None
+    return slice(low - a[0], high - a[0]), slice(low - b[0], high - b[0])
+
+
+def _shift(part: slice, offset: int) -> slice:
+    return slice(part.start + offset, part.stop + offset)
+
+
+def _coordinates(parallel: ParallelConfig) -> Iterator[tuple[int, int]]:
+    """Yield (cp, tp) of the ranks of one stage of a replica."""
     return itertools.product(range(parallel.cp), range(parallel.tp))

@@ -1,12 +1,14 @@
 """The teacher: what training and evaluation need of one, and the two frozen placements.
 
-    signals()        step's microbatches -> one TeacherSignal each, which with_signals() puts into the batch
-    target()         TeacherSignal       -> TeacherTarget, which the loss on the last stage takes
-    hidden_states()  TeacherSignal       -> hidden states, which losses inside the student take
+    signals()        step's microbatches -> one TeacherSignal each, which with_signals() puts into
+    the batch target()         TeacherSignal       -> TeacherTarget, which the loss on the last
+    stage takes hidden_states()  TeacherSignal       -> hidden states, which losses inside the
+                                                     student take
 
-ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the student's view of
-a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py). The third teacher, which is
-trained at the same time, is training.teacher_correction.TrainableTeacher.
+ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the
+student's view of a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py).
+The third teacher, which is trained at the same time, is
+training.teacher_correction.TrainableTeacher.
 
     s' is s/cp, or s/cp/tp under sequence parallelism  b microbatch  h_t hidden size of the teacher
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,9 +27,8 @@ from minitron_mp.distillation.state_capture import HiddenStateCapture
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Payload, Traffic
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World
-from minitron_mp.losses.fused import TeacherHidden, TeacherLogits, TeacherTarget
+from minitron_mp.losses.objective import TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.top_k import unpack_top_k
 from minitron_mp.models.build import output_weight
 from minitron_mp.models.sharded_model import ShardedModel
@@ -38,8 +39,9 @@ class TeacherSignal:
     """The teacher's part of one microbatch.
 
     microbatch: its number in the run, under which a remote teacher sends its signal.
-    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; otherwise None.
-    states: [s', b, h_t] of each hidden state that this stage compares, of a colocated teacher.
+    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; otherwise
+    None. states: [s', b, h_t] of each hidden state that this stage compares, of a colocated
+        teacher.
     """
 
     microbatch: int
@@ -48,11 +50,13 @@ class TeacherSignal:
 
 
 class Teacher(Protocol):
-    """What the training loop and evaluation need of a teacher. All ranks of the student hold one."""
+    """What the training loop and evaluation need of a teacher. All ranks of the student hold
+    one.
+    """
 
     @property
-    def chunks(self) -> list[Any] | None:
-        """Model chunks on this rank, or None for a teacher that runs elsewhere."""
+    def model(self) -> ShardedModel | None:
+        """The teacher's model on this rank, or None for a teacher that runs elsewhere."""
 
     @property
     def pairs(self) -> LayerPairs | None:
@@ -85,7 +89,7 @@ class Teacher(Protocol):
 
 
 class SignalReceiver(Protocol):
-    """Where a RemoteTeacher gets its signals: stream.Receiver, or cache.Reader."""
+    """Where a RemoteTeacher gets its signals: receiver.Receiver, or cache.Reader."""
 
     def get(self, id: int) -> Tensor:
         """Wait for a microbatch and return this rank's part [s', b, n']."""
@@ -103,16 +107,17 @@ class SignalReceiver(Protocol):
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
-    Its forward-only schedule runs the microbatches of a step first. It leaves the hidden states after the
-    final norm on the last stage (2h bytes a token in bf16), and as much for each pair of hidden states on
-    the stage that compares it. The loss applies the teacher's output layer to one chunk of tokens at a time.
+    Its forward-only schedule runs the microbatches of a step first. It leaves the hidden states
+    after the final norm on the last stage (2h bytes a token in bf16), and as much for each pair of
+    hidden states on the stage that compares it. The loss applies the teacher's output layer to one
+    chunk of tokens at a time.
     """
 
     stream_end = None
 
     def __init__(self, model: ShardedModel, pairs: LayerPairs | None = None):
-        """model: frozen, as frozen_model() returns it."""
-        self.chunks: list[Any] = model.chunks
+        """Freeze the model and use it as the teacher."""
+        self.model = model.freeze()
         self.world = model.world
         self.pairs = pairs
         self.capture: HiddenStateCapture | None = None
@@ -122,15 +127,14 @@ class ColocatedTeacher:
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         if self.capture:
-            self.capture.clear()  # what other passes through these chunks left, such as a measurement of their KL
-        hidden = run_schedule(self.chunks, batches, self.world, lambda hidden, _: hidden)
-        hidden = hidden or [None] * len(batches)
+            self.capture.clear()  # what other passes through this model left, such as a measurement of its KL
+        hidden = self.model.forward(batches, lambda hidden, _: hidden) or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
         return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world), hidden, states))
 
     def target(self, signal: TeacherSignal) -> TeacherTarget:
         assert signal.hidden is not None
-        return TeacherHidden(signal.hidden, output_weight(self.chunks[-1]))
+        return TeacherHidden(signal.hidden, output_weight(self.model.last_chunk))
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
         return signal.states
@@ -147,11 +151,11 @@ class RemoteTeacher:
     """The student's view of a teacher on other ranks, or of its signals on disk.
 
     receiver: on the last stage, and on stages that compare hidden states; elsewhere None.
-    head: the teacher's output layer [v/tp, h_t], for the payload "hidden"; on the last stage (load_head()).
-    stream_end: of a stream that may end early.
+    head: the teacher's output layer [v/tp, h_t], for the payload "hidden"; on the last stage
+    (load_head()). stream_end: of a stream that may end early.
     """
 
-    chunks = None
+    model = None
 
     def __init__(
         self,
@@ -188,10 +192,12 @@ class RemoteTeacher:
         return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
-        """As in Teacher, but under tensor parallelism a state may hold this rank's part of the tokens only.
+        """As in Teacher, but under tensor parallelism a state may hold this rank's part of the
+        tokens only.
 
-        The signal is released before the first chunk runs: an interleaved schedule runs that chunk on
-        several microbatches before the loss sees the first of them, which would deadlock with a small window.
+        The signal is released before the first chunk runs: an interleaved schedule runs that chunk
+        on several microbatches before the loss sees the first of them, which would deadlock with a
+        small window.
         """
         if self.receiver is None or self.pairs is None:
             return []
@@ -238,7 +244,9 @@ def signal_of(batch: Batch) -> TeacherSignal:
 
 
 def microbatch_numbers(count: int, step: int, world: World) -> range:
-    """Return the numbers in the run of this data-parallel rank's microbatches of a step, `count` of them."""
+    """Return the numbers in the run of this data-parallel rank's microbatches of a step, `count` of
+    them.
+    """
     dp = world.groups.dp
     first = step * count * dp.size() + dp.rank()
     return range(first, first + count * dp.size(), dp.size())

@@ -1,4 +1,4 @@
-"""The few collectives that Megatron-Core does not have in this form. Groups are arguments; every rank of a group calls."""
+"""Collectives that Megatron-Core does not have in this form. Every rank of the group calls them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-Group = Any
-
 
 class AllGatherSequence(torch.autograd.Function):
-    """[s/cp, ...] on each rank -> [cp, s/cp, ...] on all; backward: reduce-scatter of the gradient."""
+    """Gather [s/cp, ...] of each rank into [cp, s/cp, ...] on all ranks.
+
+    The backward pass is a reduce-scatter of the gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         out = x.new_empty((group.size(), *x.shape))
         dist.all_gather_into_tensor(out.view(-1, *x.shape[1:]), x.contiguous(), group=group)
@@ -27,8 +28,11 @@ class AllGatherSequence(torch.autograd.Function):
         return out, None
 
 
-def context_parallel_slice(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """This rank's part of a sequence: chunks r and 2n-1-r of 2n, Megatron's zig-zag that balances causal attention."""
+def context_parallel_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return this rank's part of a sequence: chunks r and 2n-1-r of 2n.
+
+    This is Megatron's zig-zag order, which balances causal attention over the ranks.
+    """
     n, r = group.size(), group.rank()
     if n == 1:
         return x
@@ -36,25 +40,30 @@ def context_parallel_slice(x: torch.Tensor, dim: int, group: Group) -> torch.Ten
     return torch.cat([chunks[r], chunks[2 * n - 1 - r]], dim)
 
 
-def exchange_kept(x: torch.Tensor, dim: int, keep: torch.Tensor, start: int, group: Group) -> torch.Tensor:
-    """Cut a tensor that is split on a dim, and split what is left evenly again.
+def exchange_kept(
+    x: torch.Tensor, dim: int, keep: torch.Tensor, start: int, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Keep some rows of a tensor that is split on a dim, and split them evenly again.
 
-    x [.., n/tp, ..]: this rank's part, the global rows of the dim from `start` on. keep [k]: kept global rows, ascending, equal on
-    all ranks, tp divides k. Returns [.., k/tp, ..]: kept rows r*k/tp to (r+1)*k/tp of rank r. Nothing is gathered: each rank
-    sends only kept rows to the rank that holds them next; as keep ascends, source order is already the right order. Where every
-    row stays on its rank, nothing is communicated: the ranks see that alike.
+    x [.., n/tp, ..]: this rank's part, global rows from `start` on.
+    keep [k]: kept global rows, ascending, equal on all ranks; tp divides k.
+    Returns [.., k/tp, ..]: kept rows r*k/tp to (r+1)*k/tp on rank r.
+
+    Nothing is gathered: each rank sends only kept rows, to the rank that holds them next. Because
+    keep ascends, they arrive in the right order. When every row stays on its rank, no rank
+    communicates.
     """
     size, rank, part = group.size(), group.rank(), x.shape[dim]
     assert keep.numel() % size == 0, (keep.numel(), size)
-    mine = (keep >= start) & (keep < start + part)
-    index = (keep[mine] - start).to(x.device)
+    is_local = (keep >= start) & (keep < start + part)
+    index = (keep[is_local] - start).to(x.device)
     per_rank = keep.numel() // size
     owner_after = torch.arange(keep.numel()) // per_rank
     owner_before = keep // part
     if torch.equal(owner_before, owner_after):
         return x.index_select(dim, index)
     kept = x.transpose(0, dim).index_select(0, index)
-    send = torch.bincount(owner_after[mine], minlength=size).tolist()
+    send = torch.bincount(owner_after[is_local], minlength=size).tolist()
     receive = torch.bincount(owner_before[owner_after == rank], minlength=size).tolist()
     out = kept.new_empty((per_rank, *kept.shape[1:]))
     dist.all_to_all_single(out, kept, receive, send, group=group)

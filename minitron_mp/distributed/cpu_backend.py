@@ -1,9 +1,10 @@
-"""Makes Megatron-Core run on the CPU with the gloo backend. The only file that patches anything; idle on a GPU.
+"""Makes Megatron-Core run on the CPU with gloo.
 
-Megatron-Core (0.16 to 0.19) is written for one CUDA device a process. What stands in the way on a CPU is small:
-explicit "cuda" devices, a dozen torch.cuda calls that it makes unconditionally, and an Adam whose state layout its
-checkpoints assume to be Apex's or Transformer Engine's. Each patch below says who needs it. Remove a line when upstream
-takes the device from its caller.
+The only file that patches anything; does nothing on a GPU. Megatron-Core (0.16 to 0.19) is written
+for one CUDA device per process. Three things prevent it from running on a CPU: explicit "cuda"
+devices, a dozen torch.cuda calls that it makes unconditionally, and checkpoints that assume the
+state layout of Apex's or Transformer Engine's Adam. Each patch below names the code that needs it.
+Remove a line when Megatron takes the device from its caller.
 """
 
 from __future__ import annotations
@@ -23,38 +24,45 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def install() -> bool:
-    """Patch once a process, before anything of megatron.core is built; returns whether this is a CPU process."""
+    """Apply the patches once per process, before megatron.core builds anything.
+
+    Returns whether this is a CPU.
+    """
     if torch.cuda.is_available():
         return False
     for owner, name, new in _patches():
         setattr(owner, name, new)
-    mode, engine = CudaToCpu(), torch.autograd._engine_run_backward
+    mode = CudaToCpu()
+    engine = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
-        # Tensor.backward is itself intercepted and a mode is off inside its own handler; activation
-        # recomputation runs Megatron code in there, so the mode goes on again where the engine starts.
+        # Tensor.backward is intercepted as well, and a mode is off inside its own handler.
+        # Activation recomputation runs Megatron code there, so the mode is switched on again where
+        # the engine starts.
         with mode:
             return engine(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_backward
     mode.__enter__()
-    # Megatron decorates small functions with torch.compile; compiling them on a CPU costs minutes and gains nothing.
+    # Megatron decorates small functions with torch.compile. On a CPU that costs minutes and gains
+    # nothing.
     torch.compiler.set_stance("force_eager")
     return True
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Sends explicit CUDA devices to the CPU."""
+    """Replaces explicit CUDA devices by the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].device.type == "cpu":
-            # Megatron's optimizers sort parameters by 'torch.cuda.FloatTensor'; nobody else may see that name.
+            # Megatron's optimizers sort parameters by 'torch.cuda.FloatTensor'. Other callers get
+            # the true name.
             name = func(*args)
-            asks = sys._getframe(1).f_globals.get("__name__", "")
-            return name.replace("torch.", "torch.cuda.", 1) if asks.startswith("megatron.core.") else name
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.") else name
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if kwargs.get("pin_memory"):
@@ -71,7 +79,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class NullStream:
-    """A CUDA stream or event on a machine where everything is synchronous."""
+    """A CUDA stream or event on a CPU, where everything is synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any): ...
     def wait_stream(self, *args: Any) -> None: ...
@@ -99,9 +107,8 @@ def _patches() -> list[tuple[Any, str, Any]]:
     from megatron.core.tensor_parallel import random
 
     def nothing() -> Callable[..., None]:
-        return lambda *args, **kwargs: (
-            None
-        )  # a fresh object each: torch._dynamo refuses one object under two names
+        # a new object each time: torch._dynamo rejects one object under two names
+        return lambda *args, **kwargs: None
 
     def get_state() -> Callable[..., torch.Tensor]:
         return lambda *args, **kwargs: torch.get_rng_state()
@@ -115,14 +122,12 @@ def _patches() -> list[tuple[Any, str, Any]]:
         "set_device": nothing(),
         "synchronize": nothing(),  # timers
         "empty_cache": nothing(),
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(
-            seed
-        ),  # model_parallel_cuda_manual_seed
+        # model_parallel_cuda_manual_seed
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "get_rng_state": get_state(),
         "set_rng_state": set_state(),
-        "current_stream": lambda *args, **kwargs: (
-            stream
-        ),  # param_and_grad_buffer on every gradient sync (0.19)
+        # param_and_grad_buffer on every gradient sync (0.19)
+        "current_stream": lambda *args, **kwargs: stream,
         "default_stream": lambda *args, **kwargs: stream,
         "stream": lambda *args, **kwargs: contextlib.nullcontext(),
         "Stream": NullStream,
@@ -134,14 +139,16 @@ def _patches() -> list[tuple[Any, str, Any]]:
     patches += [(torch.cuda.nvtx, "range_push", nothing()), (torch.cuda.nvtx, "range_pop", nothing())]
     patches += [(random, "_get_cuda_rng_state", get_state()), (random, "_set_cuda_rng_state", set_state())]
     patches += [(random, "CudaRNGStatesTracker", _cpu_tracker(random.CudaRNGStatesTracker))]
-    # torch's Adam keeps "step" in the state of each parameter; the distributed optimizer's checkpoint wants it in the group,
-    # as Apex and TE have it, and fails on load otherwise. FusedAdam below has their layout, so the same code path runs as on a GPU.
+    # torch's Adam keeps "step" in the state of each parameter. The distributed optimizer's
+    # checkpoint needs it in the group, as Apex and TE have it, and fails on load otherwise.
+    # FusedAdam below has their layout, so the same code path runs as on a GPU.
     patches += [(optimizer, "Adam", FusedAdam), (optimizer, "USING_PYTORCH_OPTIMIZER", False)]
     patches += [
         (distrib_optimizer, name, value)
         for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))
     ]
-    # Without Apex and TE gradients are clipped by a product and a copy of each; this is the same in place.
+    # Without Apex and TE each gradient is clipped by a product and a copy. This does the same in
+    # place.
     patches += [(clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)]
     return [(owner, name, new) for owner, name, new in patches if hasattr(owner, name)]
 
@@ -157,7 +164,7 @@ def _multi_tensor_scale(
 
 def _cpu_tracker(stock: type) -> type:
     class CpuRNGStatesTracker(stock):  # type: ignore[misc]
-        """Megatron's named random streams on the CPU generator (the stock one warns when the CPU state moves)."""
+        """Megatron's named random streams on the CPU generator."""
 
         @contextlib.contextmanager
         def fork(self, name: str = "model-parallel-rng") -> Any:
@@ -175,7 +182,8 @@ def _cpu_tracker(stock: type) -> type:
 class FusedAdam(torch.optim.Optimizer):
     """torch's fused CPU AdamW in the state layout of Apex and Transformer Engine.
 
-    "step" lives in the parameter group; the state of a parameter is exactly {exp_avg, exp_avg_sq}, in its dtype.
+    "step" is in the parameter group. The state of a parameter is exactly {exp_avg, exp_avg_sq}, in
+    its dtype.
     """
 
     def __init__(
@@ -203,9 +211,8 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [
-                    torch.tensor(group["step"] - 1.0) for _ in params
-                ],  # the functional form counts up before it uses it
+                # the functional form increments the step before it uses it
+                [torch.tensor(group["step"] - 1.0) for _ in params],
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],

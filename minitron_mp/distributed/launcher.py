@@ -1,8 +1,7 @@
-"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment.
+"""What the launcher (torchrun, Slurm, Nsight Systems) tells a process through its environment.
 
-A job has one world, or one for each role (teacher, students). Megatron-Core calls collectives on the default process group, in
-its optimizer and all over its checkpoints, so every role has a default group of its own; rank 0 is the first of the role. The
-ranks of all roles are joined by a Bridge. Everything meets in the store of the job, under a prefix of its own.
+No other file of the package reads launch variables. Works for a process without a launcher as well,
+as a job of one rank.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -23,37 +21,62 @@ from minitron_mp.errors import InputError
 
 @dataclass(frozen=True)
 class JobRank:
-    """Where a process is in the job."""
+    """The rank of this process in the job, over all roles, and the store that all ranks share."""
 
-    store: Any
+    store: dist.Store
     rank: int
     size: int
 
+    def with_fresh_keys(self) -> JobRank:
+        """Return the same rank with a store whose keys no other world of this job uses.
 
-def fresh_job_rank() -> JobRank:
-    """This process in the launcher's job, before any group is made; the store, with keys of its own, joins the ranks already."""
-    here = job_rank()
-    return JobRank(fresh_prefix(here.store), here.rank, here.size)
+        All ranks must call it equally often, because they count the calls.
+        """
+        return replace(self, store=fresh_prefix(self.store))
 
 
-def compute_device() -> torch.device:
-    """What this rank computes on."""
-    return local_device()
+@functools.cache
+def job_rank() -> JobRank:
+    """Return torchrun's rank of this process, or rank 0 of 1 without torchrun.
+
+    Cached: the first call on rank 0 may create the store that the other ranks connect to.
+    """
+    if "RANK" not in os.environ:
+        return JobRank(dist.HashStore(), 0, 1)
+    return JobRank(*next(iter(dist.rendezvous("env://"))))
+
+
+_num_worlds = itertools.count()
+"""Counts the worlds that this process has joined. The count is the same on every rank."""
+
+
+def fresh_prefix(store: dist.Store) -> dist.Store:
+    """Return the store under a prefix that is new in this process, the same on every rank."""
+    return dist.PrefixStore(f"world{next(_num_worlds)}", store)
 
 
 def num_job_ranks() -> int:
-    """Ranks of the job, before it is joined."""
+    """Return the number of ranks of the job, also before it has process groups."""
     return dist.get_world_size() if dist.is_initialized() else job_rank().size
 
 
 def ranks_per_node() -> int:
-    """Of the launcher; all ranks of the job where it does not say."""
+    """Return the launcher's ranks per node, or all ranks of the job if it gives none."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", num_job_ranks()))
+
+
+def local_device() -> torch.device:
+    """Return the device of this rank: the GPU of its local rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # More ranks than GPUs: NCCL rejects two ranks on one GPU unless each has its own NCCL_HOSTID,
+    # as in the tests.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Inside, this process has the variable; for a library that asks for nothing else."""
+    """Set an environment variable in this context, for a library that takes no argument instead."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -66,7 +89,10 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 def job_deadline() -> float | None:
-    """Seconds since 1970 by which the job should have ended, as the launcher says; None: there is none. InputError when it is no time."""
+    """Return the launcher's deadline of the job in seconds since 1970, None when there is none.
+
+    InputError when MINITRON_DEADLINE is not a number.
+    """
     text = os.environ.get("MINITRON_DEADLINE", "")
     try:
         return float(text) if text else None
@@ -77,28 +103,5 @@ def job_deadline() -> float | None:
 
 
 def under_nsys() -> bool:
-    """Whether Nsight Systems started this process."""
+    """Return whether Nsight Systems started this process."""
     return "NSYS_PROFILING_SESSION_ID" in os.environ
-
-
-_joined = itertools.count()
-"""Worlds that this process has joined, the same number on every rank: each has fresh keys in the store."""
-
-
-def fresh_prefix(store: Any) -> Any:
-    return dist.PrefixStore(f"world{next(_joined)}", store)
-
-
-@functools.cache
-def job_rank() -> JobRank:
-    """torchrun's; alone without it. Once a process: the first call may have made the store that the others connect to."""
-    if "RANK" not in os.environ:
-        return JobRank(dist.HashStore(), 0, 1)
-    return JobRank(*next(iter(dist.rendezvous("env://"))))
-
-
-def local_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # More ranks than GPUs: NCCL refuses two on one, unless each has a NCCL_HOSTID of its own, as the tests do it.
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

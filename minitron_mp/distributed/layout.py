@@ -6,6 +6,6 @@ from minitron_mp.config.parallel import ParallelConfig
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
-    """Layers on each pipeline stage."""
+    """Return the number of layers on each pipeline stage."""
     counts = parallel.layers_of_chunks(num_layers)
     return [sum(counts[stage :: parallel.pp]) for stage in range(parallel.pp)]

@@ -1,17 +1,9 @@
-"""Leaving before the end, with a checkpoint: near a deadline, for a stop file, after SIGTERM.
+"""Preemption: stop early with a checkpoint, near a deadline, for a stop file, or after SIGTERM.
 
-Each rank only notes what it sees. The trainer adds the wishes up in the collective that it makes anyway at each log interval, so all
-ranks of a role know at the same step, and nothing is communicated for it alone.
-
-A remote teacher runs ahead of its students, so it is the one to say where the stream ends (Ending):
-
-    students  rank 0 of one that wants to leave asks for it in the job's store
-    teacher   rank 0, before it starts a block of microbatches: the end is the first step boundary after the block's first microbatch.
-              It says so in the store, then to its own ranks, and all of them serve up to there
-    students  look into the store after each step, and leave after the step that was named
-
-No student has done that step when the end is named: a microbatch of it is not computed yet. So no rank can miss it, and students of one
-stream leave together.
+Each rank only records the requests that it receives. The training loop adds them up in the
+collective that it makes anyway at each log interval, so all ranks of a role learn of a request at
+the same step, without extra communication. distillation/stream_end.py stops a remote teacher and
+its students at the same step.
 """
 
 from __future__ import annotations
@@ -24,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -32,70 +24,111 @@ import torch.distributed as dist
 from minitron_mp.distributed.launcher import job_deadline
 
 STOP_FILE = "stop"
-"""File in the output folder: leave at the next chance. Whoever obeys it deletes it."""
+"""Name of the file in the output folder that asks the job to stop. The job deletes it when it
+stops.
+"""
+
+OTHER_RANK = "stop requested on another rank"
+"""Reason on a rank that received no stop request itself."""
 
 
 class Preempted(Exception):
-    """All ranks leave before the end, and everything is saved; the text says where and why."""
+    """All ranks stop early, and everything is saved.
+
+    The text says after which step or stage, and why.
+    """
 
 
 @dataclass
 class Preemption:
-    """What this rank knows of leaving. output: folder that may get a stop file; deadline: seconds since 1970 by which the process should have ended."""
+    """The stop requests of this rank, and the times that decide when to stop for a deadline.
+
+    output: folder that may contain a stop file. deadline: seconds since 1970 by which the process
+    must end.
+    """
 
     output: Path
     deadline: float | None = None
-    signalled: bool = False
-    met: bool = False
-    """Whether the roles of the job have met for distill; one that leaves before has to say so (pipeline.py)."""
-    save_s: dict[Any, float] = field(default_factory=dict)
-    """Seconds of the longest checkpoint of each run in progress, until it was whole."""
+    sigterm: bool = False
+    """Whether this process has received SIGTERM."""
+    roles_met: bool = False
+    """Whether the roles of the job have exchanged which students run `distill`. A role that stops
+    before must still take part in that exchange."""
+    checkpoint_s: dict[Path, float] = field(default_factory=dict)
+    """Checkpoint folder of each run in progress -> seconds that its slowest checkpoint took until
+    committed.
+    """
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=8))
-    """Seconds a step in the last logged intervals."""
-
-    def why(self, is_main: bool, *, steps: int = 0, saves: int = 1) -> str:
-        """Why this rank wants to leave, "" when it does not; on the host alone. steps: that may pass before it can; saves: that are still to come."""
-        if self.signalled:
-            return "SIGTERM"
-        if not is_main:
-            return ""
-        if self.stop_file.exists():
-            return f"{self.stop_file} is there"
-        needed = steps * max(self.step_s, default=0.0) + saves * sum(self.save_s.values())
-        if self.deadline is not None and time.time() + needed >= self.deadline:
-            return f"{max(0.0, self.deadline - time.time()):.0f} s are left to the deadline, {steps} steps and a checkpoint take {needed:.0f}"
-        return ""
-
-    def unmeasured(self, run: Any) -> bool:
-        """Whether a checkpoint of this run has to be timed: without one nobody knows when to leave."""
-        return self.deadline is not None and run not in self.save_s
+    """Seconds per step in the last logged intervals."""
 
     @property
     def stop_file(self) -> Path:
         return self.output / STOP_FILE
 
-    def check(self, place: str, is_main: bool) -> None:
-        """Left on all ranks when one of them wants to go now; between stages. Reached by all ranks."""
-        why = self.why(is_main)
-        wish = torch.tensor(float(bool(why)))
-        dist.all_reduce(wish)
-        if wish.item():
-            raise Preempted(f"left {place}: {why or 'another rank was told to'}")
+    def stop_request(self, is_main: bool, *, steps: int = 0, checkpoints: int = 1) -> str:
+        """Return why this rank asks to stop, "" when it does not; no communication.
+
+        Only the main rank looks at stop file and clock. steps: steps until the next chance to stop.
+        checkpoints: checkpoints that have to be written before the process can end.
+        """
+        if self.sigterm:
+            return "SIGTERM"
+        if not is_main:
+            return ""
+        if self.stop_file.exists():
+            return f"stop file {self.stop_file} exists"
+        if self.deadline is None:
+            return ""
+        needed_s = steps * max(self.step_s, default=0.0) + checkpoints * sum(self.checkpoint_s.values())
+        left_s = self.deadline - time.time()
+        if left_s > needed_s:
+            return ""
+        return (
+            f"{max(0.0, left_s):.0f} s to the deadline, {steps} steps and a checkpoint need {needed_s:.0f} s"
+        )
+
+    def raise_if_requested(self, where: str, is_main: bool) -> None:
+        """Raise Preempted on all ranks when any of them asks to stop.
+
+        Between stages. Reached by all ranks.
+        """
+        reason = self.stop_request(is_main)
+        requests = torch.tensor(float(bool(reason)))
+        dist.all_reduce(requests)
+        if requests.item():
+            raise Preempted(f"stopped {where} ({reason or OTHER_RANK})")
+
+    def needs_checkpoint_time(self, checkpoints: Path) -> bool:
+        """Return whether a checkpoint of this run has to be timed to plan a stop."""
+        return self.deadline is not None and checkpoints not in self.checkpoint_s
+
+    def record_checkpoint(self, checkpoints: Path, seconds: float) -> None:
+        """Keep the time of a run's slowest checkpoint."""
+        self.checkpoint_s[checkpoints] = max(seconds, self.checkpoint_s.get(checkpoints, 0.0))
+
+    def end_run(self, checkpoints: Path | None) -> None:
+        """Forget the times of a run that is over."""
+        if checkpoints is not None:
+            self.checkpoint_s.pop(checkpoints, None)
+        self.step_s.clear()
 
 
 @contextmanager
 def watch_for_preemption(output: Path) -> Iterator[Preemption]:
-    """Leaving of this process; SIGTERM is noted in it as long as the context lasts, in the main thread (elsewhere Python lets nobody listen)."""
-    own = Preemption(output, job_deadline())
+    """Yield the Preemption of this process, and record SIGTERM in it while the context lasts.
+
+    Python handles signals in the main thread only; in another thread SIGTERM is not recorded.
+    """
+    preemption = Preemption(output, job_deadline())
     if threading.current_thread() is not threading.main_thread():
-        yield own
+        yield preemption
         return
 
-    def note(number: int, frame: Any) -> None:
-        own.signalled = True
+    def record(number: int, frame: FrameType | None) -> None:
+        preemption.sigterm = True
 
-    before = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, record)
     try:
-        yield own
+        yield preemption
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -1,8 +1,10 @@
-"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment.
+"""RoleChannel: what joins the ranks of all roles of a job (teacher, students).
 
-A job has one world, or one for each role (teacher, students). Megatron-Core calls collectives on the default process group, in
-its optimizer and all over its checkpoints, so every role has a default group of its own; rank 0 is the first of the role. The
-ranks of all roles are joined by a Bridge. Everything meets in the store of the job, under a prefix of its own.
+The channel has two raw process groups over all ranks of the job, and the job's store for small
+messages between roles and for the reason of a failure.
+
+When a wait times out, gloo closes all connections of the group. So "connection closed" on a rank
+says nothing about the cause, and find_root_cause() collects the reports of all waiting ranks first.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,31 +23,48 @@ import torch.distributed as dist
 from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.errors import InputError
 
+POLL_S = 0.05
+"""Seconds between two reads of the store."""
+
+FAILURE_KEY = "failed"
+"""Key in the store: the reason of the first failure."""
+
 
 @dataclass
 class RoleChannel:
-    """What joins the ranks of all roles of a job. Job ranks number them through: each role is a span of them.
+    """The ranks of all roles of a job. Each role is a span of job ranks.
 
-    data: raw process group, NCCL on GPUs; control: raw gloo group, for small messages. They know only .send and .recv with lists
-    of one tensor, a job rank and a tag, and .barrier.
+    role: of this rank. job: this rank in the job, and the job's store.
+    data, control: raw process groups over all job ranks. data is NCCL on GPUs; control is gloo, for
+        small messages. They offer only send and recv, with a list of one tensor, a job rank and a
+        tag.
+    timeout: of every wait for another rank.
     """
 
     role: str
-    place: JobRank
+    job: JobRank
     spans: dict[str, range]
-    data: Any
-    control: Any
+    data: dist.ProcessGroup
+    control: dist.ProcessGroup
     timeout: timedelta
     device: torch.device
-    side_stream: Any = field(default=None)
+    side_stream: torch.cuda.Stream | None = field(default=None, init=False)
 
     @property
     def rank(self) -> int:
-        """Of this process, in the job."""
-        return self.place.rank
+        """Job rank of this process."""
+        return self.job.rank
 
-    def stream(self, *, behind_current: bool = True) -> Any:
-        """Context in which transfers are issued: a stream of their own on a GPU, behind what this thread has issued so far."""
+    @property
+    def store(self) -> dist.Store:
+        """Store of the job."""
+        return self.job.store
+
+    def transfer_stream(self, *, behind_current: bool = True) -> AbstractContextManager[Any]:
+        """Return the context in which transfers are issued: on a GPU, a CUDA stream of their own.
+
+        behind_current: the transfers start after the work that this thread has issued so far.
+        """
         if self.device.type != "cuda":
             return nullcontext()
         self.side_stream = self.side_stream or torch.cuda.Stream(self.device, priority=-1)
@@ -53,82 +72,107 @@ class RoleChannel:
             self.side_stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.side_stream)
 
-    def computed(self) -> None:
-        """Wait on the host for what was issued on the current stream."""
+    def synchronize(self) -> None:
+        """Wait on the host for the work that was issued on the current stream."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def used_by_stream(self, tensor: torch.Tensor) -> None:
-        """Its memory is not given to others before stream() is done with it."""
+    def record_stream(self, tensor: torch.Tensor) -> None:
+        """Keep the memory of a tensor until the transfer stream has finished with it."""
         if self.side_stream is not None:
             tensor.record_stream(self.side_stream)
 
+    def record_event(self) -> torch.cuda.Event | None:
+        """Return an event after the transfers issued so far, for a consuming stream; None on a
+        CPU.
+        """
+        return self.side_stream.record_event() if self.side_stream is not None else None
+
     def abort(self) -> None:
-        """Give up on transfers and collectives under way: on a GPU a kernel that waits for a dead rank would hold up the end of this one."""
+        """Abort transfers and collectives in progress.
+
+        Otherwise a GPU kernel that waits for a dead rank would keep this process from ending.
+        """
         if self.device.type == "cuda":
             with suppress(Exception):
                 self.data.abort()
                 dist.distributed_c10d._abort_process_group()
 
-    def record_event(self) -> Any:
-        """What the receiving stream waits for; None on a CPU."""
-        return self.side_stream.record_event() if self.side_stream is not None else None
-
-    def report(self, reason: str) -> str:
-        """Tell all ranks why the job fails; the first reason that any rank gave."""
+    def report_failure(self, reason: str) -> str:
+        """Write to the store why the job fails, unless a rank has done so; return the reason in the
+        store.
+        """
         try:
-            return self.place.store.compare_set("failed", "", reason).decode()
-        except dist.DistError:  # the process that holds the store is gone
+            return self.store.compare_set(FAILURE_KEY, "", reason).decode()
+        except dist.DistError:  # the process that holds the store has ended
             return reason
 
-    def reason(self, wait_s: float = 0.0) -> str | None:
-        """Why the job fails, if a rank has said so within so many seconds."""
+    def failure(self, wait_s: float = 0.0) -> str | None:
+        """Return why the job fails, or None when no rank has reported a failure within `wait_s`
+        seconds.
+        """
         deadline = time.monotonic() + wait_s
         with suppress(dist.DistError):
             while True:
-                if self.place.store.check(["failed"]):
-                    return self.place.store.get("failed").decode()
+                if self.store.check([FAILURE_KEY]):
+                    return self.store.get(FAILURE_KEY).decode()
                 if time.monotonic() >= deadline:
                     return None
-                time.sleep(0.05)
+                time.sleep(POLL_S)
         return None
 
-    def blame(self, rank: int, text: str, grace_s: float = 1.0) -> str:
-        """This rank's wait for another has failed with this text; the text of the rank that waits for one that waits for nobody."""
-        store, chain = self.place.store, [self.rank]
+    def find_root_cause(self, rank: int, text: str, grace_s: float = 1.0) -> str:
+        """Report that this rank timed out waiting for `rank`, and return the message of the root
+        cause.
+
+        Each rank writes for whom it waits. The chain of waits is followed to its last rank, which
+        waits for a rank that reports nothing: that one is dead or hangs. text: message of this
+            rank's wait.
+        """
+        chain = [self.rank]
         with suppress(dist.DistError):
-            store.set(f"waits/{self.rank}", json.dumps([rank, text]))
-            self.reason(grace_s)  # one that knows more may say it; and the others may say for whom they wait
-            while rank not in chain and store.check([f"waits/{rank}"]):
+            self.store.set(f"waits/{self.rank}", json.dumps([rank, text]))
+            self.failure(grace_s)  # time for the other ranks to write their waits, or the reason
+            while rank not in chain and self.store.check([f"waits/{rank}"]):
                 chain.append(rank)
-                rank, text = json.loads(store.get(f"waits/{rank}"))
+                rank, text = json.loads(self.store.get(f"waits/{rank}"))
         return text
 
-    def meet(self, topic: str) -> None:
-        """Wait for all ranks of the job, for ever: they may have hours of other work. RuntimeError when one fails instead."""
-        store = self.place.store
-        store.add(topic, 1)
-        while store.add(topic, 0) < self.place.size:
-            if reason := self.reason():
+    def barrier(self, topic: str) -> None:
+        """Wait for all ranks of the job, without a timeout: they may have hours of other work.
+
+        RuntimeError when a rank fails instead.
+        """
+        self.store.add(topic, 1)
+        while self.store.add(topic, 0) < self.job.size:
+            reason = self.failure()
+            if reason:
                 raise RuntimeError(reason)
-            time.sleep(0.05)
+            time.sleep(POLL_S)
 
     def exchange(
-        self, topic: str, mine: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()
+        self, topic: str, value: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Every role's value (json) of a topic, by role, on every rank; rank 0 of a role speaks for it. InputError when one fails instead.
+        """Return {role: its value} of a topic, on every rank. Rank 0 of each role writes the role's
+        value.
 
-        roles: that take part, default all. timeout_s: default the bridge's; None: for ever, where the others may be at work for hours before they come.
+        value: of this rank's role, JSON. roles: that take part; default: all. timeout_s: 0 for that
+        of the channel, None to wait without a timeout (the other roles may have hours of other
+        work). InputError when a rank fails instead, or a role does not write its value in time.
         """
-        store, limit = self.place.store, timeout_s or self.timeout.total_seconds()
+        store = self.store
+        limit_s = timeout_s or self.timeout.total_seconds()
         if dist.get_rank() == 0:
-            store.set(f"{topic}/{self.role}", json.dumps(mine))
-        keys, start = {role: f"{topic}/{role}" for role in roles or self.spans}, time.monotonic()
+            store.set(f"{topic}/{self.role}", json.dumps(value))
+        keys = {role: f"{topic}/{role}" for role in roles or self.spans}
+        start = time.monotonic()
         while not store.check(list(keys.values())):
-            if reason := self.reason():
+            reason = self.failure()
+            if reason:
                 raise InputError(reason)
-            if timeout_s is not None and time.monotonic() - start > limit:
+            if timeout_s is not None and time.monotonic() - start > limit_s:
                 missing = ", ".join(role for role, key in keys.items() if not store.check([key]))
-                raise InputError(self.report(f"{missing} did not say its {topic} within {limit:.0f} s"))
-            time.sleep(0.05)
+                text = f"no {topic} from {missing} within {limit_s:.0f} s; check that its ranks are running"
+                raise InputError(self.report_failure(text))
+            time.sleep(POLL_S)
         return {role: json.loads(store.get(key)) for role, key in keys.items()}

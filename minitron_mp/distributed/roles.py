@@ -1,8 +1,10 @@
-"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment.
+"""join_roles: a job whose ranks have different roles (teacher, students), each with a world of its
+own.
 
-A job has one world, or one for each role (teacher, students). Megatron-Core calls collectives on the default process group, in
-its optimizer and all over its checkpoints, so every role has a default group of its own; rank 0 is the first of the role. The
-ranks of all roles are joined by a Bridge. Everything meets in the store of the job, under a prefix of its own.
+Megatron-Core calls collectives on the default process group, in its optimizer and in its
+checkpoints. So each role has its own default group, with rank 0 as the first of the role. A
+RoleChannel joins the ranks of all roles. All groups meet in the store of the job, each under its
+own prefix.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from minitron_mp.config.parallel import ParallelConfig
@@ -21,6 +24,9 @@ from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.distributed.world import World, build_groups, init_default_group, leave_groups
 from minitron_mp.errors import InputError
 
+REASON_WAIT_S = 3.0
+"""How long a rank whose collective broke waits for another rank to report the reason."""
+
 
 @contextmanager
 def join_roles(
@@ -29,54 +35,37 @@ def join_roles(
     seed: int,
     timeout_minutes: float = 30,
     stream_timeout_s: float = 600,
-    place: JobRank | None = None,
+    job: JobRank | None = None,
 ) -> Iterator[World]:
-    """Join the job as the role whose span holds this rank; yields the world of the role, with the bridge to the others.
+    """Join the job in the role whose span holds this rank, and yield the world of the role.
 
-    layouts: role -> (ranks, layout), in the order of their job ranks. place: of this process; default: torchrun's. InputError when
-    the ranks do not add up. When ranks fail, each raises the reason that the first of them gave.
+    layouts: role -> (number of ranks, layout), in the order of their job ranks.
+    stream_timeout_s: of each wait on the channel between roles.
+    job: this process in the job; default: torchrun's.
+    InputError when the numbers of ranks do not add up. When a rank fails, all ranks raise its
+    reason.
     """
-    assert not dist.is_initialized(), "roles() makes the default process groups; leave the one that is there"
-    place = place or launcher.job_rank()
-    sizes = {role: ranks for role, (ranks, _) in layouts.items()}
-    if sum(sizes.values()) != place.size or min(sizes.values()) < 1:
-        parts = " + ".join(f"{ranks} ({role})" for role, ranks in sizes.items())
-        raise InputError(
-            f"this job has {place.size} ranks, its roles have {parts}; start more (torchrun --nproc-per-node), or change teacher.ranks"
-        )
-    spans, first = {}, 0
-    for role, ranks in sizes.items():
-        spans[role], first = range(first, first + ranks), first + ranks
-    role = next(role for role, span in spans.items() if place.rank in span)
-    place = JobRank(fresh_prefix(place.store), place.rank, place.size)
-    device, bridge = local_device(), None
-    init_default_group(
-        device,
-        JobRank(dist.PrefixStore(f"role/{role}", place.store), place.rank - spans[role].start, sizes[role]),
-        timeout_minutes,
-    )
+    assert not dist.is_initialized(), "join_roles() creates the default process groups; destroy yours before"
+    job = job or launcher.job_rank()
+    spans = _spans(layouts, job.size)
+    role = next(role for role, span in spans.items() if job.rank in span)
+    role_rank = job.rank - spans[role].start
+    job = JobRank(fresh_prefix(job.store), job.rank, job.size)
+    device = local_device()
+    role_store = dist.PrefixStore(f"role/{role}", job.store)
+    init_default_group(device, JobRank(role_store, role_rank, len(spans[role])), timeout_minutes)
+    channel: RoleChannel | None = None
     try:
-        timeout = timedelta(seconds=stream_timeout_s)
-        control = dist.ProcessGroupGloo(
-            dist.PrefixStore("control", place.store), place.rank, place.size, timeout
-        )
-        # NCCL's watchdog ends the process at its timeout: later than our waits, which say who is to blame.
-        kind, patience = (
-            (dist.ProcessGroupNCCL, 3 * timeout)
-            if device.type == "cuda"
-            else (dist.ProcessGroupGloo, timeout)
-        )
-        data = kind(dist.PrefixStore("data", place.store), place.rank, place.size, patience)
-        bridge = RoleChannel(role, place, spans, data, control, timeout, device)
-        yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, channel=bridge)
-        bridge.meet("end")  # nobody tears down what a peer still uses
+        channel = _open_channel(role, job, spans, device, timedelta(seconds=stream_timeout_s))
+        yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, channel=channel)
+        channel.barrier("end")  # no rank destroys groups that another still uses
     except Exception as error:
-        if bridge is None:
+        if channel is None:
             raise
-        # A collective (RuntimeError) may break before the rank that knows why has said it.
-        bridge.reason(3.0 if isinstance(error, RuntimeError) else 0.0)
-        bridge.abort()
-        reason = bridge.report(f"{role} rank {place.rank - spans[role].start}: {error}")
+        # A collective (RuntimeError) may break before the rank with the reason has reported it.
+        channel.failure(REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0)
+        channel.abort()
+        reason = channel.report_failure(f"{role} rank {role_rank}: {error}")
         if str(error) in reason:
             raise
         raise (InputError if isinstance(error, InputError) else RuntimeError)(reason) from error
@@ -84,3 +73,34 @@ def join_roles(
         leave_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _spans(layouts: Mapping[str, tuple[int, ParallelConfig]], job_size: int) -> dict[str, range]:
+    """Return {role: its job ranks}; InputError when they are not all ranks of the job."""
+    sizes = {role: ranks for role, (ranks, _) in layouts.items()}
+    if sum(sizes.values()) != job_size or min(sizes.values()) < 1:
+        parts = " + ".join(f"{ranks} ({role})" for role, ranks in sizes.items())
+        raise InputError(
+            f"this job has {job_size} ranks, but its roles need {parts}; "
+            "change torchrun --nproc-per-node or teacher.ranks"
+        )
+    spans, first = {}, 0
+    for role, size in sizes.items():
+        spans[role] = range(first, first + size)
+        first += size
+    return spans
+
+
+def _open_channel(
+    role: str, job: JobRank, spans: dict[str, range], device: torch.device, timeout: timedelta
+) -> RoleChannel:
+    store = dist.PrefixStore("control", job.store)
+    control = dist.ProcessGroupGloo(store, job.rank, job.size, timeout)
+    store = dist.PrefixStore("data", job.store)
+    if device.type == "cuda":
+        # NCCL's watchdog ends the process at its timeout. Ours comes first, and names the root
+        # cause.
+        data = dist.ProcessGroupNCCL(store, job.rank, job.size, 3 * timeout)
+    else:
+        data = dist.ProcessGroupGloo(store, job.rank, job.size, timeout)
+    return RoleChannel(role, job, spans, data, control, timeout, device)

@@ -1,4 +1,4 @@
-"""Microbatches through Megatron's pipeline schedules: the one place that calls them."""
+"""Run microbatches through Megatron's pipeline schedules. No other file calls them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 
 OnOutput = Callable[[Tensor, Batch], Any]
+"""(hidden states after the final norm, local batch) -> anything, on the last stage."""
+
+
+def ignore_batch(batch: Batch) -> None:
+    """Do nothing; the default of on_batch."""
 
 
 def run_schedule(
@@ -25,21 +30,25 @@ def run_schedule(
     on_output: OnOutput | None,
     *,
     train: bool = False,
-    on_batch: Callable[[Batch], None] = lambda batch: None,
+    on_batch: Callable[[Batch], None] = ignore_batch,
 ) -> list[Any]:
-    """Send microbatches through the chunks; reached by all ranks with equally many batches.
+    """Run microbatches through the chunks; reached by all ranks with equally many batches.
 
-    batches: this data parallel rank's, whole sequences: tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s].
-    on_output(hidden [s', b, h], local batch [s/cp, b]) runs on the last stage for each microbatch in order; s' is s/cp, under
-    sequence parallelism s/cp/tp. With train it returns Megatron's (loss sum, number of tokens, report) and gradients are
-    accumulated and finalised; otherwise the list of what it returned comes back on the last stage ([] elsewhere).
-    on_batch(local batch) runs on every stage before each chunk's forward pass.
+    batches: of this data-parallel rank, whole sequences; tokens, labels and position_ids int64
+    [b, s], loss_mask float32 [b, s].
+    on_output(hidden [s', b, h], local batch [s/cp, b]): runs on the last stage for each microbatch
+    in order. s' is s/cp, and s/cp/tp under sequence parallelism.
+    on_batch(local batch): runs on every stage before each chunk's forward pass.
+    train: on_output returns Megatron's (loss sum, number of tokens, report), and gradients are
+    accumulated and finalized. Otherwise the results of on_output are returned as a list on the last
+    stage, [] on other stages.
     """
     p = world.parallel
     b, s = batches[0]["tokens"].shape
     if p.vpp and len(batches) % p.pp:
         raise InputError(
-            f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data parallel rank, given {len(batches)}"
+            f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data "
+            f"parallel rank, given {len(batches)}"
         )
     forward_backward = get_forward_backward_func()
     with torch.set_grad_enabled(train):
@@ -56,7 +65,10 @@ def run_schedule(
 
 
 def local_batch(batch: Batch, world: World) -> Batch:
-    """This context parallel rank's part on its device; labels and loss_mask sequence first [s/cp, b], extra keys as they are."""
+    """Return this context-parallel rank's part of a batch, on its device.
+
+    labels and loss_mask become sequence first, [s/cp, b]. Extra keys stay as they are.
+    """
     local: dict[str, Any] = {}
     for key, value in cast(dict[str, Any], batch).items():
         if key in ("tokens", "labels", "position_ids", "loss_mask"):

@@ -1,8 +1,8 @@
-"""Start and end of a job, and its process groups. The only user of parallel_state and of the launch environment.
+"""The world of a rank: parallel layout and process groups.
 
-A job has one world, or one for each role (teacher, students). Megatron-Core calls collectives on the default process group, in
-its optimizer and all over its checkpoints, so every role has a default group of its own; rank 0 is the first of the role. The
-ranks of all roles are joined by a Bridge. Everything meets in the store of the job, under a prefix of its own.
+The only user of parallel_state besides cpu_backend. A job has one world, or one for each role
+(teacher, students; see roles.py). Each world uses its own default process group, because
+Megatron-Core calls collectives on that group in its optimizer and in its checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.cpu_backend import install
-from minitron_mp.distributed.launcher import JobRank, fresh_prefix, local_device
+from minitron_mp.distributed.launcher import JobRank, local_device
 from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.errors import InputError
@@ -29,7 +29,10 @@ from minitron_mp.errors import InputError
 
 @dataclass(frozen=True)
 class World:
-    """One rank's place in the job. groups: Megatron-Core's ProcessGroupCollection (tp, pp, cp, dp, dp_cp, mp, ...)."""
+    """Layout, process groups and device of one rank.
+
+    groups: Megatron-Core's ProcessGroupCollection (tp, pp, cp, dp, dp_cp, mp, ...).
+    """
 
     parallel: ParallelConfig
     groups: Any
@@ -42,84 +45,101 @@ class World:
 
     @property
     def rank(self) -> int:
+        """Rank in this world."""
         return dist.get_rank()
 
     @property
     def size(self) -> int:
+        """Ranks of this world."""
         return dist.get_world_size()
 
     @property
     def job_size(self) -> int:
         """Ranks of all roles."""
-        return self.channel.place.size if self.channel else self.size
+        return self.channel.job.size if self.channel else self.size
 
     @property
     def is_main(self) -> bool:
-        """The one rank of a role that prints and writes small files."""
+        """Whether this is the one rank of its role that prints and writes small files."""
         return dist.get_rank() == 0
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank is on the first pipeline stage."""
         return self.groups.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank is on the last pipeline stage."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     @property
     def coordinates(self) -> str:
+        """Rank and position in the layout, for error messages."""
         g = self.groups
         return f"rank {self.rank} (dp {g.dp.rank()}, pp {g.pp.rank()}, cp {g.cp.rank()}, tp {g.tp.rank()})"
 
 
 @contextmanager
 def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> Iterator[World]:
-    """Join the job that torchrun started (or a job of one process), build the groups, leave at the end.
+    """Join torchrun's job, or a job of one process, and yield the world of this rank.
 
-    GPU when there is one, CPU with gloo otherwise. Inside a process whose default group exists, for example a NeMo recipe or a
-    test worker, that group is used and left alone.
+    Uses a GPU if there is one, else the CPU with gloo. In a process that already has a default
+    process group (a NeMo recipe, a test) that group is used, and stays at the end.
     """
-    owns = not dist.is_initialized()
-    device = start_job(timeout_minutes) if owns else local_device()
+    owns_group = not dist.is_initialized()
+    device = start_job(timeout_minutes) if owns_group else local_device()
     try:
         yield build_groups(parallel, device, seed)
     finally:
         leave_groups()
-        if owns and dist.is_initialized():
+        if owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def start_job(timeout_minutes: float = 30) -> torch.device:
-    """init_process_group in torchrun's job, or alone when there is none. Returns this rank's device."""
-    place, device = launcher.job_rank(), local_device()
-    init_default_group(device, JobRank(fresh_prefix(place.store), place.rank, place.size), timeout_minutes)
+    """Make the default process group of torchrun's job, or of this process alone.
+
+    Returns this rank's device.
+    """
+    device = local_device()
+    init_default_group(device, launcher.job_rank().with_fresh_keys(), timeout_minutes)
     return device
 
 
 def init_default_group(device: torch.device, place: JobRank, timeout_minutes: float) -> None:
-    options = {
-        "store": place.store,
-        "rank": place.rank,
-        "world_size": place.size,
-        "timeout": timedelta(minutes=timeout_minutes),
-    }
+    """Make the default process group from a rank, a world size and a store."""
+    timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # gloo beside it: small host-side values (free space, errors) are reduced on the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
+        # gloo beside NCCL: small host-side values (free space, errors) are reduced on the CPU
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl",
+            store=place.store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timeout,
+            device_id=device,
+        )
     else:
-        dist.init_process_group("gloo", **options)
+        dist.init_process_group(
+            "gloo", store=place.store, rank=place.rank, world_size=place.size, timeout=timeout
+        )
 
 
 def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> World:
-    """Megatron-Core's groups for this layout over the default group; InputError when the ranks do not divide."""
+    """Make Megatron-Core's process groups of a layout from the default group.
+
+    InputError when the layout does not divide the ranks. Reached by all ranks.
+    """
     install()
     size = dist.get_world_size()
     if size % parallel.model_ranks:
         p = parallel
         raise InputError(
-            f"tp {p.tp} x pp {p.pp} x cp {p.cp} needs a multiple of {p.model_ranks} ranks, this job has {size}; "
-            f"start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower parallel.*"
+            f"tp {p.tp} x pp {p.pp} x cp {p.cp} needs a multiple of {p.model_ranks} ranks, this job "
+            f"has {size}; start {p.model_ranks} or a multiple (torchrun --nproc-per-node), or lower "
+            "parallel.*"
         )
     if parallel_state.is_initialized():
         leave_groups()
@@ -128,41 +148,45 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
-        create_gloo_process_groups=False,  # a second set of groups over CPU; nothing here uses it
+        create_gloo_process_groups=False,  # a second set of groups on the CPU, which is not used
     )
-    # new_group returns when this rank has connected. One that fails or finishes at once would close its sockets on ranks that
-    # are still at it, and they would report that instead of the reason.
+    # new_group returns when this rank has connected. A rank that fails or finishes at once would
+    # close its sockets while others still connect, and they would report that instead of the cause.
     dist.barrier()
     seed_all(seed)
     return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
 
 
 def leave_groups() -> None:
-    """Undo build_groups(). Megatron only forgets its groups; each keeps threads and sockets until it is destroyed."""
-    made: set[Any] = set()
+    """Destroy the groups of build_groups().
+
+    Megatron only forgets them, and their threads and sockets stay.
+    """
+    groups: set[dist.ProcessGroup] = set()
     for value in list(vars(parallel_state).values()):
-        found = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, (list, tuple))
-            else [value]
-        )
-        made |= {group for group in found if isinstance(group, dist.ProcessGroup)}
+        if isinstance(value, dict):
+            members = list(value.values())
+        elif isinstance(value, (list, tuple)):
+            members = list(value)
+        else:
+            members = [value]
+        groups |= {member for member in members if isinstance(member, dist.ProcessGroup)}
     parallel_state.destroy_model_parallel()
-    for group in made - {dist.group.WORLD}:
-        with suppress(ValueError):  # destroyed already, by Megatron or as another name of the same group
+    for group in groups - {dist.group.WORLD}:
+        with suppress(ValueError):  # already destroyed, by Megatron or under another name of the same group
             dist.destroy_process_group(group)
 
 
 def seed_all(seed: int, *, cuda_graphs: bool = False) -> None:
-    """Seed torch's and Megatron's random streams. The trainer does it at every step, so a resume has no state to restore.
+    """Seed torch's and Megatron's random streams. The training loop does so at every step.
 
-    cuda_graphs: streams that a CUDA graph can be recorded with.
+    Therefore a resume has no random state to restore. cuda_graphs: use streams that a CUDA graph
+    can record.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(
-        seed, force_reset_rng=True, **({"te_rng_tracker": True} if cuda_graphs else {})
-    )
+    if cuda_graphs:
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True, te_rng_tracker=True)
+    else:
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,125 +1,141 @@
-"""How fast models read text: forward passes in the job's layout, timed. A small measurement of inference, not a serving benchmark."""
+"""Prefill speed of models: timed forward passes in the job's layout.
+
+A small measurement, not a serving benchmark.
+"""
 
 from __future__ import annotations
 
 import platform
 import statistics
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.sharded_model import ShardedModel
 
 REPEATS = 3
-"""Timed passes of a model and shape, where the time allows for them; always one."""
+"""Timed passes of a model and shape, if the time budget allows them; at least one."""
+
+
+Kind = tuple[Arch, str]
+"""Architecture and precision."""
+
+Shape = tuple[int, int]
+"""Samples of a micro-batch, micro-batches of a pass."""
 
 
 class Prefill(BaseModel):
-    """Forward passes of one model over `samples` sequences a pass and copy of the model, to the hidden states after the final norm.
+    """Forward passes of one model over `samples` sequences per pass and model copy.
 
-    The output layer is left out: prefill needs it for one token of a sample. seconds: the median of `repeats` passes, each on its slowest
-    rank. tokens_per_s: over all copies, which work side by side.
+    They end at the hidden states after the final norm. The output layer is left out, because
+    prefill needs it for one token of a sample.
     """
 
     samples: int
     sequence_length: int
     repeats: int
+    """Timed passes."""
     seconds: float
+    """Median over the passes of the time on the slowest rank."""
     spread: float
-    """Slowest less fastest pass, as a share of seconds: how much the machine was disturbed; 0 for one pass."""
+    """(slowest - fastest pass) / seconds: how much other load disturbed the machine; 0 for one
+    pass.
+    """
     tokens_per_s: float
+    """Over all copies of the model, which work side by side."""
 
 
 class Speed(BaseModel):
-    """models: name -> one Prefill a shape, the same shapes for all. device: of a rank. ranks = tp x pp x cp x copies of the model."""
+    """Prefill speed of several models. ranks = tp x pp x cp x copies of the model."""
 
     device: str
+    """Of a rank."""
     ranks: int
     copies: int
     models: dict[str, list[Prefill]]
+    """Name -> one Prefill per shape, the same shapes for all models."""
 
 
-def measure(
-    models: Mapping[str, list[Any]],
-    kinds: Mapping[str, Hashable],
-    world: World,
-    *,
-    sequence_length: int,
-    micro_batch_size: int,
-    vocab_size: int,
-    budget_s: float,
-) -> Speed:
-    """Speed of each model on a single sample, and on a batch where that is more; the same on every rank, reached by all ranks.
+def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget_s: float) -> Speed:
+    """Measure each model on one sample and on a batch.
 
-    kinds: name -> architecture and precision. Models of one kind are as fast: the first of them is measured, or noise would tell them apart.
-    A batch is micro_batch_size samples, and as many of them as the pipeline has stages. The models must have run microbatches of this size
-    just before: they are warm for it, and a pass to warm up is made for the other size only. The models take turns, so that a machine that
-    slows down does so for all of them; budget_s: no further round begins after it.
+    The same on every rank, reached by all ranks. A batch is micro_batch_size samples for each
+    pipeline stage. Models of the same architecture and precision run at the same speed: only the
+    first of them is measured, because noise would make them differ. Each model must have run
+    micro-batches of this size just before, so that it is warm; a warm-up pass is made for the other
+    size only. The models take turns, so that a slow phase of the machine affects all of them. No
+    round begins after budget_s seconds.
     """
-    p, first = world.parallel, {kind: name for name, kind in reversed(kinds.items())}
-    shapes = list(
-        dict.fromkeys([(1, p.interleaved), (micro_batch_size, p.pp)])
-    )  # samples of a microbatch, microbatches: vpp wants pp of them
-    work = {
-        (name, shape): [batch_of(shape[0], sequence_length, vocab_size)] * shape[1]
-        for name in kinds
-        if first[kinds[name]] == name
+    first_model = next(iter(models.values()))
+    world, length = first_model.world, first_model.sequence_length
+    parallel = world.parallel
+    # (samples of a micro-batch, micro-batches): the interleaved schedule needs pp of them
+    shapes = list(dict.fromkeys([(1, parallel.interleaved), (micro_batch_size, parallel.pp)]))
+    measured: dict[Kind, ShardedModel] = {}
+    for model in models.values():
+        measured.setdefault(_kind(model), model.eval())
+    batches = {
+        (kind, shape): [batch_of(shape[0], length, model.arch.vocab_size)] * shape[1]
+        for kind, model in measured.items()
         for shape in shapes
     }
-    times: dict[tuple[str, tuple[int, int]], list[float]] = {key: [] for key in work}
-    budget_s, spent = _slowest(budget_s, world), 0.0
-    for (name, shape), batches in work.items():
-        for chunk in models[name]:
-            chunk.eval()
+    times: dict[tuple[Kind, Shape], list[float]] = {key: [] for key in batches}
+    budget_s, spent_s = _slowest(budget_s, world), 0.0
+    for (kind, shape), passes in batches.items():
         if shape[0] != micro_batch_size:
-            spent += timed(models[name], world, batches)
-    # Times are the slowest rank's, known to all, so that every rank leaves the loop after the same round.
+            spent_s += timed(measured[kind], passes)
+    # Each time is that of the slowest rank, equal on all ranks, so all ranks end the loop after the
+    # same round.
     for repeat in range(REPEATS):
-        if repeat and spent > budget_s:
+        if repeat and spent_s > budget_s:
             break
-        for (name, shape), batches in work.items():
-            times[name, shape].append(timed(models[name], world, batches))
-            spent += times[name, shape][-1]
+        for (kind, shape), passes in batches.items():
+            times[kind, shape].append(timed(measured[kind], passes))
+            spent_s += times[kind, shape][-1]
     copies = world.groups.dp.size()
-    found = {
-        name: [_prefill(shape, sequence_length, copies, times[first[kind], shape]) for shape in shapes]
-        for name, kind in kinds.items()
+    prefills = {
+        name: [_prefill(shape, length, copies, times[_kind(model), shape]) for shape in shapes]
+        for name, model in models.items()
     }
-    return Speed(device=device_name(world), ranks=world.size, copies=copies, models=found)
+    return Speed(device=device_name(world), ranks=world.size, copies=copies, models=prefills)
 
 
-def _prefill(shape: tuple[int, int], length: int, copies: int, times: list[float]) -> Prefill:
-    samples, seconds = shape[0] * shape[1], statistics.median(times)
-    rate = samples * length * copies / seconds
-    spread = (max(times) - min(times)) / seconds
+def _kind(model: ShardedModel) -> Kind:
+    return model.arch, model.precision
+
+
+def _prefill(shape: Shape, length: int, copies: int, times: list[float]) -> Prefill:
+    samples = shape[0] * shape[1]
+    seconds = statistics.median(times)
     return Prefill(
         samples=samples,
         sequence_length=length,
         repeats=len(times),
         seconds=seconds,
-        spread=spread,
-        tokens_per_s=rate,
+        spread=(max(times) - min(times)) / seconds,
+        tokens_per_s=samples * length * copies / seconds,
     )
 
 
-def timed(chunks: list[Any], world: World, batches: list[Batch]) -> float:
-    """Seconds of one pass on the slowest rank."""
-    _wait(world)
+def timed(model: ShardedModel, batches: list[Batch]) -> float:
+    """Run one forward pass and return its seconds on the slowest rank; reached by all ranks."""
+    world = model.world
+    _synchronize(world)
     dist.barrier()
     start = time.perf_counter()
-    run_schedule(chunks, batches, world, None)
-    _wait(world)
+    model.forward(batches)
+    _synchronize(world)
     return _slowest(time.perf_counter() - start, world)
 
 
-def _wait(world: World) -> None:
+def _synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
@@ -131,30 +147,29 @@ def _slowest(seconds: float, world: World) -> float:
 
 
 def batch_of(size: int, length: int, vocab_size: int) -> Batch:
-    """The time does not depend on which tokens they are."""
+    """Return a micro-batch of arbitrary tokens, which do not change the time."""
     tokens = torch.arange(size * length).view(size, length) % vocab_size
-    positions = torch.arange(length).expand(size, length).contiguous()
     return {
         "tokens": tokens,
         "labels": tokens,
-        "position_ids": positions,
+        "position_ids": torch.arange(length).expand(size, length).contiguous(),
         "loss_mask": torch.ones(size, length),
     }
 
 
 def device_name(world: World) -> str:
-    """What a rank computes on, for people."""
+    """Return the name of a rank's device, for reports."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.is_file()
-        else []
-    )
     threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)} a rank"
+    unit = "thread" if threads == 1 else "threads"
+    return f"{_cpu_name()}, {threads} {unit} a rank"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,27 +1,32 @@
-"""Loss, perplexity and KL to the teacher on held-out text, on the sharded model."""
+"""Loss, perplexity and KL to the teacher on held-out text, on sharded models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel
+from torch import Tensor
 
 from minitron_mp.distillation.last_stage_loss import evaluation_objective, last_stage_loss
 from minitron_mp.distillation.teacher import Teacher, signal_of, with_signals
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.distributed.schedule import local_batch, run_schedule
+from minitron_mp.distributed.schedule import local_batch
 from minitron_mp.distributed.world import World
-from minitron_mp.losses.fused import TeacherHidden, TeacherTarget
+from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.build import output_weight, unwrap
+from minitron_mp.models.sharded_model import ShardedModel
 
 
 class Quality(BaseModel):
-    """Means over the valid tokens of the held-out text, in nats a token; perplexity = exp(loss). kl is KL(teacher || model)."""
+    """Means over the valid tokens of the held-out text, in nats per token.
+
+    perplexity is exp(loss), kl is KL(teacher || model). kl is None without a teacher, and of the
+    teacher.
+    """
 
     loss: float
     perplexity: float
@@ -29,29 +34,38 @@ class Quality(BaseModel):
     num_tokens: int
 
 
+def evaluate(model: ShardedModel, batches: Sequence[Batch], teacher: Teacher | None = None) -> Quality:
+    """Measure one model on this data-parallel rank's micro-batches.
+
+    The same on every rank, reached by all ranks. All ranks need equally many batches. teacher: for
+    the KL.
+    """
+    return compare({"model": model}, teacher, [batches])["model"]
+
+
 def compare(
-    models: dict[str, list[Any]],
+    models: Mapping[str, ShardedModel],
     teacher: Teacher | None,
-    steps: Iterable[Sequence[Batch]],
-    world: World,
+    groups: Iterable[Sequence[Batch]],
     *,
-    vocab_size: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Quality]:
-    """Quality of several models and, under "teacher", of the teacher, the same on every rank; reached by all ranks.
+    """Measure models of one world and, under "teacher", the teacher.
 
-    steps: groups of this data parallel rank's microbatches. One group is in flight at a time, so the teacher's signals of one
-    group are held, and its forward pass is done once for all models. progress: called after each group.
+    The same on every rank, reached by all ranks.
+
+    groups: this data-parallel rank's micro-batches, in groups. The teacher's forward pass of a
+    group serves all models, and its signals are held for one group at a time. progress: called
+    after each group.
     """
-    names = [*(["teacher"] if teacher else []), *models]
+    first = next(iter(models.values()))
+    world, vocab_size = first.world, first.arch.vocab_size
+    names = ["teacher", *models] if teacher else [*models]
     sums = {name: torch.zeros(3, dtype=torch.float64, device=world.device) for name in names}
-    for chunks in models.values():
-        for chunk in chunks:
-            chunk.eval()
+    for model in models.values():
+        model.eval()
 
-    def add(
-        name: str, hidden: torch.Tensor, weight: torch.Tensor, target: TeacherTarget | None, batch: Batch
-    ) -> None:
+    def add(name: str, hidden: Tensor, weight: Tensor, target: TeacherTarget | None, batch: Batch) -> None:
         objective = evaluation_objective(hidden, kl_weight=0.0 if target is None else 1.0)
         loss = last_stage_loss(
             hidden, weight, batch, target, objective, vocab_size=vocab_size, group=world.groups.tp
@@ -59,15 +73,15 @@ def compare(
         parts = [loss.cross_entropy.sum(), loss.divergence.sum(), loss.num_tokens]
         sums[name].add_(torch.stack(parts).double())
 
-    def judge(name: str, hidden: torch.Tensor, batch: Batch) -> None:
+    def measure(name: str, hidden: Tensor, batch: Batch) -> None:
         target = teacher.target(signal_of(batch)) if teacher else None
-        add(name, hidden, output_weight(unwrap(models[name][-1])), target, batch)
+        add(name, hidden, output_weight(unwrap(models[name].last_chunk)), target, batch)
 
     with torch.no_grad():
-        for batches in steps:
-            batches = with_signals(teacher, batches)
-            for name, chunks in models.items():
-                run_schedule(chunks, batches, world, partial(judge, name))
+        for group in groups:
+            batches = with_signals(teacher, group)
+            for name, model in models.items():
+                model.forward(batches, partial(measure, name))
             if teacher and world.is_last_stage:
                 for batch in batches:
                     target = teacher.target(signal_of(batch))
@@ -80,9 +94,13 @@ def compare(
     }
 
 
-def _quality(sums: torch.Tensor, world: World, *, has_kl: bool) -> Quality:
+def _quality(sums: Tensor, world: World, *, has_kl: bool) -> Quality:
+    """Turn the sums of cross-entropy, KL and tokens of this rank into global means.
+
+    Reached by all ranks.
+    """
     dist.all_reduce(sums, group=world.groups.dp_cp)
-    dist.all_reduce(sums, group=world.groups.pp)  # the last stage alone has counted
+    dist.all_reduce(sums, group=world.groups.pp)  # only the last stage has counted
     loss, kl, tokens = sums.tolist()
     loss /= tokens
     return Quality(

@@ -1,10 +1,14 @@
-"""Items of choice tasks and of last words in files of the user. Imports no torch: a recipe is checked in a second.
+"""Task files of the user: choice tasks and last-word tasks.
 
-A file is JSON lines, all of one of three kinds, as many public sets are, converted:
+Imports no torch, so a recipe is checked quickly. A file is JSON lines, all of one of these kinds.
+Many public data sets convert to one of them:
 
-    {"query": "...", "choices": ["...", "..."], "gold": 0}                PIQA, ARC, COPA, OpenBookQA: one context, several endings
-    {"context_options": ["...", "..."], "continuation": "...", "gold": 0}  Winogrande: several contexts, one ending (arXiv 1806.02847)
-    {"text": "... last"}                                                   LAMBADA: the last word, by greedy decoding
+    {"query": "...", "choices": ["...", "..."], "gold": 0}
+        PIQA, ARC, COPA, OpenBookQA: one context, several endings
+    {"context_options": ["...", "..."], "continuation": "...", "gold": 0}
+        Winogrande: several contexts, one ending (arXiv 1806.02847)
+    {"text": "... last"}
+        LAMBADA: the last word, by greedy decoding
 """
 
 from __future__ import annotations
@@ -15,32 +19,43 @@ from pathlib import Path
 
 from minitron_mp.errors import InputError
 
+KINDS = (
+    "text, or query, choices (two or more) and gold, or context_options (two or more), continuation and gold"
+)
+
 
 @dataclass(frozen=True)
 class TaskItem:
-    """options: (context, ending) each. gold: the right one; None: the only one, to be found by greedy decoding."""
+    """One item of a task.
+
+    options: (context, ending) of each option. gold: index of the right option. None: the only
+    option, which counts when greedy decoding finds it.
+    """
 
     options: list[tuple[str, str]]
     gold: int | None
 
 
 def read_task_file(path: Path, limit: int | None = None) -> list[TaskItem]:
-    """The first `limit` items of a file; InputError names the line that is none."""
+    """Read the first `limit` items of a file.
+
+    InputError names the first line that is not an item.
+    """
     if not path.is_file():
-        raise InputError(
-            f"there is no file {path}; give a .jsonl of items (docs/evaluation.md says of which kinds)"
-        )
-    items = []
+        raise InputError(f"there is no file {path}; give a .jsonl file of items (docs/evaluation.md)")
+    items: list[TaskItem] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if line.strip() and (limit is None or len(items) < limit):
-                items.append(_item(line, f"{path} line {number}"))
-                if (items[-1].gold is None) != (items[0].gold is None):
-                    raise InputError(
-                        f"{path} line {number}: last words and choices in one file, whose shares mean different things; give them as two tasks"
-                    )
+            if not line.strip() or (limit is not None and len(items) >= limit):
+                continue
+            items.append(_item(line, f"{path} line {number}"))
+            if (items[-1].gold is None) != (items[0].gold is None):
+                raise InputError(
+                    f"{path} line {number} mixes last-word items and choice items, whose accuracies cannot "
+                    "be averaged; give them as two tasks"
+                )
     if not items:
-        raise InputError(f"{path} holds no item")
+        raise InputError(f"{path} contains no item")
     return items
 
 
@@ -55,13 +70,9 @@ def _item(line: str, where: str) -> TaskItem:
         else:
             options = [(context, given["continuation"]) for context in given["context_options"]]
         gold = given["gold"]
-        if (
-            isinstance(gold, int)
-            and 0 <= gold < len(options) > 1
-            and all(isinstance(part, str) and part.strip() for option in options for part in option)
-        ):
+        has_text = all(isinstance(part, str) and part.strip() for option in options for part in option)
+        if isinstance(gold, int) and 0 <= gold < len(options) > 1 and has_text:
             return TaskItem(options, gold)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    kinds = "text, or query, choices (two or more) and gold, or context_options (two or more), continuation and gold"
-    raise InputError(f"{where} is no item: needs {kinds}; given {line[:80].strip()!r}")
+    raise InputError(f"{where} is not a task item: needs {KINDS}; given {line[:80].strip()!r}")

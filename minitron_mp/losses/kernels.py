@@ -1,112 +1,145 @@
-"""The row functions of rows.py as Triton kernels, for CUDA: the same arguments and results, and no float32 copy of the logits.
-And the distance of hidden states that the importance of layers rests on, for the same reason.
+"""Row functions of the distillation loss as Triton kernels for CUDA.
 
-z_s, z_t  logits of student and teacher [n, v/tp], float32 or bf16, rows contiguous at any stride; columns from `valid` on are padding
+They make no float32 copy of the logits.
 
-A row's work is a few operations for each byte, so time is that of reading: z_s and z_t once for the statistics (Jensen-Shannon:
-twice), once more for the gradient, which is written once and may take the place of z_s. At hidden sizes of 4096 and 5120 the bytes
-take a sixth of the time of the matrix products around them with float32 logits, a tenth with bf16 (arithmetic for an H100).
+Arguments and results are those of reference.py. Logits are contiguous within a row, at any stride
+of rows. In the kernels z_s and z_t are the logits of student and teacher, and DIVERGENCE is a name
+of divergences.py.
 
-statistics  one program a row. Each lane keeps a maximum and sums of its own over the columns BLOCK apart, rescaled when its maximum
-            grows (online softmax, 1805.02867), so that the loop has no step across lanes; these are joined once, after it.
-gradient    one program for BLOCK columns of a row; it reads them before it writes them.
+A row takes a few operations per byte, so its time is that of reading: z_s and z_t once for the
+statistics (Jensen-Shannon: twice), and once more for the gradient, which is written once and may
+replace z_s. At hidden sizes of 4096 and 5120 this takes a sixth of the time of the matrix products
+around it with float32 logits, and a tenth with bf16 logits (calculated for an H100).
 
-Nothing here waits for the device. The statistics of a row with not-a-number are unspecified; its gradient is 0 when it has no weight.
+statistics  one program per row. Each lane keeps a maximum and sums over columns that are BLOCK
+            apart, and rescales them when its maximum grows (online softmax, 1805.02867), so the
+            loop has no step across lanes. The lanes are combined once, after the loop.
+gradient    one program per BLOCK columns of a row. It reads them before it writes them.
+
+No function synchronises with the device. The statistics of a row with NaN are unspecified; its
+gradient is 0 when it has no weight.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minitron_mp.losses.reference import STATISTICS
+from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowValues
 
 BLOCK, WARPS = 2048, 8
-"""Eight columns a thread: 16 bytes of bf16 in one load, and 64 registers, so four rows at a time on a multiprocessor (sm_90)."""
+"""Eight columns per thread: 16 bytes of bf16 in one load. 64 registers per thread, so a
+multiprocessor works on four rows at a time (sm_90)."""
 
 LOG_2 = tl.constexpr(math.log(2))
 
 
-def statistics(
-    z_s: Tensor, z_t: Tensor | None, labels: Tensor, valid: int, t: float, divergence: str
-) -> tuple[Tensor, Any]:
-    """As rows.statistics; keeps nothing."""
-    stats = torch.empty((len(z_s), STATISTICS), dtype=torch.float32, device=z_s.device)
-    teacher = z_s if z_t is None else z_t
-    chosen = {
-        "HOT": t != 1,
-        "TEACHER": z_t is not None,
-        "DIVERGENCE": divergence,
-        "BLOCK": _block(z_s),
-        "num_warps": WARPS,
-    }
-    _statistics[(len(z_s),)](
-        z_s, teacher, labels.contiguous(), stats, *_sizes(z_s, teacher), valid, t, 1 / t, STATISTICS, **chosen
+def _statistic(name: str) -> tl.constexpr:
+    return tl.constexpr(RowStatistics._fields.index(name))
+
+
+def _row_value(name: str) -> tl.constexpr:
+    return tl.constexpr(RowValues._fields.index(name))
+
+
+# Columns of the tables that the kernels write and read.
+NUM_STATISTICS = tl.constexpr(len(RowStatistics._fields))
+STUDENT_MAX = _statistic("student_max")
+STUDENT_SUM = _statistic("student_sum")
+STUDENT_SUM_T1 = _statistic("student_sum_t1")
+LABEL_LOGIT = _statistic("label_logit")
+TEACHER_MAX = _statistic("teacher_max")
+TEACHER_SUM = _statistic("teacher_sum")
+CROSS_SUM = _statistic("cross_sum")
+NUM_VALUES = tl.constexpr(len(RowValues._fields))
+STUDENT_LSE = _row_value("student_lse")
+TEACHER_LSE = _row_value("teacher_lse")
+STUDENT_LSE_T1 = _row_value("student_lse_t1")
+KL_WEIGHT = _row_value("kl_weight")
+CE_WEIGHT = _row_value("ce_weight")
+EXTRA = _row_value("extra")
+
+
+def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]:
+    """As reference.statistics(), without exponentials."""
+    student, teacher, t = rows.student, _teacher(rows), rows.temperature
+    table = torch.empty(
+        (len(student), len(RowStatistics._fields)), dtype=torch.float32, device=student.device
     )
-    return stats, None
+    _statistics[(len(student),)](
+        student,
+        teacher,
+        rows.labels.contiguous(),
+        table,
+        *_sizes(student, teacher),
+        rows.valid,
+        t,
+        1 / t,
+        HOT=t != 1,
+        TEACHER=rows.teacher is not None,
+        DIVERGENCE=divergence,
+        BLOCK=_block(student),
+        num_warps=WARPS,
+    )
+    return RowStatistics(*table.unbind(1)), None
 
 
-def js_sums(z_s: Tensor, z_t: Tensor, lse_s: Tensor, lse_t: Tensor, valid: int, t: float) -> Tensor:
-    """As rows.js_sums."""
-    sums = torch.empty((len(z_s), 2), dtype=torch.float32, device=z_s.device)
-    lse_s, lse_t = lse_s.contiguous(), lse_t.contiguous()
-    _js_sums[(len(z_s),)](
-        z_s, z_t, lse_s, lse_t, sums, *_sizes(z_s, z_t), valid, 1 / t, BLOCK=_block(z_s), num_warps=WARPS
+def mixture_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
+    """As reference.mixture_sums()."""
+    student, teacher = rows.student, _teacher(rows)
+    sums = torch.empty((len(student), 2), dtype=torch.float32, device=student.device)
+    _mixture_sums[(len(student),)](
+        student,
+        teacher,
+        student_lse.contiguous(),
+        teacher_lse.contiguous(),
+        sums,
+        *_sizes(student, teacher),
+        rows.valid,
+        1 / rows.temperature,
+        BLOCK=_block(student),
+        num_warps=WARPS,
     )
     return sums
 
 
 def gradient(
-    z_s: Tensor,
-    z_t: Tensor | None,
-    stats: Tensor,
-    kept: Any,
-    rows: Tensor,
-    labels: Tensor,
-    valid: int,
-    t: float,
+    rows: LogitRows,
+    statistics: RowStatistics,
+    exponentials: Exponentials | None,
+    values: RowValues,
     divergence: str,
     has_ce: bool,
     out: Tensor,
 ) -> None:
-    """As rows.gradient. out may be z_s itself."""
-    teacher, block = z_s if z_t is None else z_t, _block(out)
-    chosen = {
-        "HOT": t != 1,
-        "TEACHER": z_t is not None,
-        "CE": has_ce,
-        "DIVERGENCE": divergence,
-        "BLOCK": block,
-        "num_warps": WARPS,
-    }
-    grid, sizes = (len(out), triton.cdiv(out.shape[1], block)), _sizes(z_s, teacher)
-    _gradient[grid](
-        z_s,
+    """As reference.gradient(). out may be the student's logits."""
+    student, teacher, block = rows.student, _teacher(rows), _block(out)
+    _gradient[(len(out), triton.cdiv(out.shape[1], block))](
+        student,
         teacher,
         out,
-        rows.contiguous(),
-        labels.contiguous(),
-        *sizes,
+        torch.stack(values, 1),
+        rows.labels.contiguous(),
+        *_sizes(student, teacher),
         _stride(out),
-        valid,
-        1 / t,
-        **chosen,
+        rows.valid,
+        1 / rows.temperature,
+        HOT=rows.temperature != 1,
+        TEACHER=rows.teacher is not None,
+        CE=has_ce,
+        DIVERGENCE=divergence,
+        BLOCK=block,
+        num_warps=WARPS,
     )
 
 
-def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """[n, h] twice, float32 or bf16, h side by side -> [n] float32: 1 - cosine of each pair of rows. Each is read once: torch makes float32 copies,
-    and as many passes over them as there are operations."""
-    found = torch.empty(len(a), dtype=torch.float32, device=a.device)
-    _cosine_distance[(len(a),)](
-        a, b, found, _stride(a), _stride(b), a.shape[1], BLOCK=_block(a), num_warps=WARPS
-    )
-    return found
+def _teacher(rows: LogitRows) -> Tensor:
+    """Return the teacher's logits, or a tensor in their place that is not read."""
+    return rows.student if rows.teacher is None else rows.teacher
 
 
 def _block(z: Tensor) -> int:
@@ -114,12 +147,16 @@ def _block(z: Tensor) -> int:
 
 
 def _sizes(z_s: Tensor, z_t: Tensor) -> tuple[int, int, int, int]:
-    """Loads end at the padded width: a compiler that knows it for a multiple of 16 takes 16 bytes at a time, whatever the vocabulary."""
+    """Return strides and widths of the logits.
+
+    Loads end at the padded width. When it is a multiple of 16, the compiler reads 16 bytes at a
+    time, whatever the size of the vocabulary.
+    """
     return _stride(z_s), _stride(z_t), z_s.shape[1], z_t.shape[1]
 
 
 def _stride(z: Tensor) -> int:
-    assert z.stride(1) == 1, "the columns of a row must lie side by side"
+    assert z.stride(1) == 1, "the columns of a row must be contiguous"
     return z.stride(0)
 
 
@@ -136,7 +173,6 @@ def _statistics(
     valid,
     t,
     inverse_t,
-    WIDTH: tl.constexpr,
     HOT: tl.constexpr,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
@@ -145,7 +181,7 @@ def _statistics(
     row = tl.program_id(0).to(tl.int64)
     z_s += row * stride_s
     z_t += row * stride_t
-    stats += row * WIDTH
+    stats += row * NUM_STATISTICS
     lane = tl.arange(0, BLOCK)
     top_s = tl.full((BLOCK,), -float("inf"), tl.float32)
     top_t = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -190,36 +226,36 @@ def _statistics(
     scale_s = tl.exp(top_s - _finite(peak_s))
     total_s = tl.sum(sum_s * scale_s, 0)
     label = tl.load(labels + row)
-    mine = (label >= 0) & (label < valid)
-    tl.store(stats, peak_s)
-    tl.store(stats + 1, total_s)
+    is_here = (label >= 0) & (label < valid)
+    tl.store(stats + STUDENT_MAX, peak_s)
+    tl.store(stats + STUDENT_SUM, total_s)
     if HOT:
-        tl.store(stats + 2, tl.sum(sum_1 * tl.exp((top_s - _finite(peak_s)) * t), 0))
+        tl.store(stats + STUDENT_SUM_T1, tl.sum(sum_1 * tl.exp((top_s - _finite(peak_s)) * t), 0))
     else:
-        tl.store(stats + 2, total_s)
-    tl.store(stats + 3, tl.load(z_s + label, mask=mine, other=0.0).to(tl.float32))
+        tl.store(stats + STUDENT_SUM_T1, total_s)
+    tl.store(stats + LABEL_LOGIT, tl.load(z_s + label, mask=is_here, other=0.0).to(tl.float32))
     if TEACHER:
         peak_t = tl.max(top_t, 0)
         scale_t = tl.exp(top_t - _finite(peak_t))
-        tl.store(stats + 4, peak_t)
-        tl.store(stats + 5, tl.sum(sum_t * scale_t, 0))
+        tl.store(stats + TEACHER_MAX, peak_t)
+        tl.store(stats + TEACHER_SUM, tl.sum(sum_t * scale_t, 0))
         if DIVERGENCE == "reverse_kl":
             scale_t = scale_s
-        tl.store(stats + 6, tl.sum(cross * scale_t, 0))
+        tl.store(stats + CROSS_SUM, tl.sum(cross * scale_t, 0))
     else:
-        tl.store(stats + 4, 0.0)
-        tl.store(stats + 5, 0.0)
-        tl.store(stats + 6, 0.0)
+        tl.store(stats + TEACHER_MAX, 0.0)
+        tl.store(stats + TEACHER_SUM, 0.0)
+        tl.store(stats + CROSS_SUM, 0.0)
 
 
 @triton.jit
 def _finite(peak):
-    """What to subtract: a maximum, or 0 where it is one over nothing, since inf - inf is not a number."""
+    """Return a maximum, or 0 where it is one over no column, since inf - inf is NaN."""
     return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
-def _js_sums(
+def _mixture_sums(
     z_s,
     z_t,
     lse_s,
@@ -255,7 +291,7 @@ def _js_sums(
 
 @triton.jit
 def _log_mean(a, b):
-    """log((e^a + e^b) / 2)."""
+    """Return log((e^a + e^b) / 2)."""
     return tl.maximum(a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b))) - LOG_2
 
 
@@ -281,14 +317,13 @@ def _gradient(
 ):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    rows += row * 6
-    lse_s = tl.load(rows)
-    lse_t = tl.load(rows + 1)
-    w_kl = tl.load(rows + 3)
-    w_ce = tl.load(rows + 4)
-    weighted = tl.where(
-        w_kl != 0, 1, tl.where(w_ce != 0, 1, 0)
-    )  # a row without weight is not read: it may hold not-a-number
+    rows += row * NUM_VALUES
+    lse_s = tl.load(rows + STUDENT_LSE)
+    lse_t = tl.load(rows + TEACHER_LSE)
+    w_kl = tl.load(rows + KL_WEIGHT)
+    w_ce = tl.load(rows + CE_WEIGHT)
+    # A row without weight is not read: it may hold NaN.
+    weighted = tl.where(w_kl != 0, 1, tl.where(w_ce != 0, 1, 0))
     raw = tl.load(z_s + row * stride_s + place, mask=place < columns_s * weighted, other=0.0).to(tl.float32)
     log_q = raw * inverse_t - lse_s
     q = tl.exp(log_q)
@@ -302,33 +337,12 @@ def _gradient(
         if DIVERGENCE == "forward_kl":
             total = w_kl * (q - tl.exp(log_p))
         if DIVERGENCE == "reverse_kl":
-            total = w_kl * (q * (log_q - log_p - tl.load(rows + 5)))
+            total = w_kl * (q * (log_q - log_p - tl.load(rows + EXTRA)))
         if DIVERGENCE == "js":
-            total = 0.5 * w_kl * (q * (log_q - _log_mean(log_q, log_p) - tl.load(rows + 5)))
+            total = 0.5 * w_kl * (q * (log_q - _log_mean(log_q, log_p) - tl.load(rows + EXTRA)))
     if CE:
         if HOT:
-            q = tl.exp(raw - tl.load(rows + 2))
+            q = tl.exp(raw - tl.load(rows + STUDENT_LSE_T1))
         total += w_ce * (q - tl.where(place == tl.load(labels + row), 1.0, 0.0))
     total = tl.where(place < valid * weighted, total, 0.0)
     tl.store(out + row * stride_out + place, total.to(out.dtype.element_ty), mask=place < columns_s)
-
-
-@triton.jit
-def _cosine_distance(a, b, out, stride_a, stride_b, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    a += row * stride_a
-    b += row * stride_b
-    lane = tl.arange(0, BLOCK)
-    product = tl.zeros((BLOCK,), tl.float32)
-    square_a = tl.zeros((BLOCK,), tl.float32)
-    square_b = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, columns, BLOCK):
-        place = start + lane
-        x = tl.load(a + place, mask=place < columns, other=0.0).to(tl.float32)
-        y = tl.load(b + place, mask=place < columns, other=0.0).to(tl.float32)
-        product += x * y
-        square_a += x * x
-        square_b += y * y
-    # Norms are at least 1e-8, as in torch.cosine_similarity.
-    norms = tl.sqrt(tl.maximum(tl.sum(square_a, 0), 1e-16)) * tl.sqrt(tl.maximum(tl.sum(square_b, 0), 1e-16))
-    tl.store(out + row, 1.0 - tl.sum(product, 0) / norms)

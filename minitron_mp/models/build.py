@@ -34,6 +34,7 @@ from minitron_mp.models.precision import (
     fuse_gradient_accumulation,
     uses_engine,
 )
+from minitron_mp.models.sharded_model import ShardedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,8 +49,8 @@ def build_model(
     random_weights: bool = False,
     transformer_impl: str = "auto",
     fp8: str | None = None,
-) -> list[Any]:
-    """This rank's model chunks (vpp of them, else one), on its device.
+) -> ShardedModel:
+    """Build this rank's part of a model, on its device.
 
     Weights are uninitialised memory unless random_weights: every user loads a checkpoint. training: the settings of a run that
     takes gradients. transformer_impl: as in Recipe. fp8: of a model that is not trained, for its forward passes. InputError when the layout does
@@ -117,7 +118,7 @@ def build_model(
         if engine and training is not None:
             fuse_gradient_accumulation(model)
         chunks.append(model.to(world.device))
-    return chunks
+    return ShardedModel(chunks, arch, world, sequence_length, precision)
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:

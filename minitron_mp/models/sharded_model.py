@@ -1,23 +1,23 @@
-"""ShardedModel: what a function over a model needs to know, in one argument."""
+"""ShardedModel: one model as this rank holds it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from minitron_mp.distributed.schedule import Batch, OnOutput, run_schedule
+from minitron_mp.distributed.world import World
 from minitron_mp.models.arch import Arch
-
-if TYPE_CHECKING:
-    from minitron_mp.distributed.world import World
 
 
 @dataclass(frozen=True)
 class ShardedModel:
     """One model as this rank holds it.
 
-    chunks: this rank's pipeline chunks in order of depth, bare or wrapped for data parallelism (one without vpp).
-    arch: sizes of the whole model. world: layout and process groups. sequence_length: tokens of one sample.
-    precision: "bf16" or "fp32", of weights and activations.
+    chunks: this rank's pipeline chunks in order of depth, bare or wrapped for data parallelism (one
+    without vpp). arch: sizes of the whole model. world: layout and process groups. sequence_length:
+    tokens of one sample. precision: "bf16" or "fp32", of weights and activations.
     """
 
     chunks: list[Any]
@@ -30,3 +30,27 @@ class ShardedModel:
     def last_chunk(self) -> Any:
         """The deepest chunk of this rank. On the last pipeline stage it holds the output head."""
         return self.chunks[-1]
+
+    def with_chunks(self, chunks: list[Any]) -> ShardedModel:
+        """Return the same model with other chunks, such as wrapped ones."""
+        return replace(self, chunks=chunks)
+
+    def eval(self) -> ShardedModel:
+        """Switch to evaluation mode; returns the model itself."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self
+
+    def freeze(self) -> ShardedModel:
+        """Switch to evaluation mode and turn gradients off; returns the model itself."""
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
+        return self
+
+    def forward(self, batches: Sequence[Batch], on_output: OnOutput | None = None) -> list[Any]:
+        """Run micro-batches through the pipeline without gradients; reached by all ranks.
+
+        On the last stage on_output(hidden, local batch) runs for each micro-batch in order, and the
+        list of its results is returned; other stages return []. run_schedule has the shapes.
+        """
+        return run_schedule(self.chunks, batches, self.world, on_output)

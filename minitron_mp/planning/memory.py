@@ -15,6 +15,7 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.layout import stage_layers
+from minitron_mp.losses.tile_sizes import TILE_SIZES
 from minitron_mp.models.arch import AXES, Arch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.activations import activation_bytes_per_token, layers_in_flight
@@ -26,12 +27,6 @@ Parts = dict[str, float]
 """Bytes, or seconds, by part."""
 
 SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
-
-CHUNK_LOGITS = 1 << 26
-"""Logits that the loss computes at a time on a GPU, in elements (tile sizes of losses/fused.py)."""
-
-BLOCK_LOGITS = 1 << 28
-"""Logits whose gradients are multiplied in one product on a GPU, in elements (same table)."""
 
 
 def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
@@ -133,8 +128,9 @@ def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens:
     sequence.
     """
     logits = tokens * arch.padded_vocab_size / p.tp
-    chunks = min(logits, CHUNK_LOGITS) * 2 * BYTES[training.logits_precision]
-    chunks += min(logits, BLOCK_LOGITS) * size
+    tiles = TILE_SIZES["cuda"]
+    chunks = min(logits, tiles.logits_gemm) * 2 * BYTES[training.logits_precision]
+    chunks += min(logits, tiles.weight_gradient_gemm) * size
     return chunks + 2 * size * tokens * arch.hidden_size
 
 

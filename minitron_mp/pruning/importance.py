@@ -301,9 +301,9 @@ def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """
     if not a.is_cuda:
         return 1 - torch.cosine_similarity(a.float(), b.float(), dim=-1)
-    from minitron_mp.losses import kernels
+    from minitron_mp.pruning.cosine_kernel import cosine_distance
 
-    return kernels.cosine_distance(a, b)
+    return cosine_distance(a, b)
 
 
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:

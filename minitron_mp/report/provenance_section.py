@@ -41,7 +41,7 @@ def _commands(
     """Commands that repeat the run: one for all stages if they ran alike, then one per stage."""
     file = recipe.root / "recipe.yaml"
     launches = {
-        stage: (record.launcher, record.layout_words(recipe))
+        stage: (record.launcher, record.layout_overrides(recipe))
         for stage, record in run_log.items()
         if stage != "plan"
     }

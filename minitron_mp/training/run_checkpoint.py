@@ -1,40 +1,141 @@
-"""The training loop: Megatron's schedules, data parallel wrapper and optimizer around one loss.
-
-With a teacher it is distillation; without one, and with ce_weight, plain fine-tuning. A step is a pure function of (weights,
-optimizer state, step number): the batch and the random streams are derived from seed and step, so a checkpoint is model,
-optimizer and step, and a resumed run repeats the unbroken one bitwise at the same layout.
-"""
+"""Checkpoints of a training run: saved between its steps or beside them, and resumed from."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from pathlib import Path
 
+from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_checkpoint, save_checkpoint
 from minitron_mp.artifacts.manifest import MANIFEST, Manifest, require_artifact
+from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
-from minitron_mp.errors import refuse
+from minitron_mp.errors import InputError, refuse
+from minitron_mp.training.options import RunOptions, Stateful
 
 
-def resume_step(folder: Path, manifest: Manifest, world: World) -> int:
-    """Steps done in the newest whole checkpoint, 0 without one; reached by all ranks.
+class RunCheckpoints:
+    """The checkpoints of one training run in its folder.
 
-    InputError when the checkpoints there are another run's, naming the field that differs.
+    With settings.async_save a checkpoint is written by other processes while the steps continue.
+    saved_step: step of the newest checkpoint. Methods are reached by all ranks, properties are
+    local.
     """
-    return on_rank_0(lambda: newest_checkpoint(folder, manifest))
+
+    def __init__(self, folder: Path, options: RunOptions, settings: TrainingConfig, world: World):
+        self.folder, self.settings, self.world = folder, settings, world
+        self.manifest, self.extra_state = options.manifest, options.extra_state
+        self.writer = AsyncCheckpointWriter() if settings.async_save else None
+        self.saved_step = 0
+        self._blocked_s = 0.0
+        self._save_started = 0.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was started and is not committed yet; equal on all ranks."""
+        return self.writer is not None and self.writer.pending
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes its part of a checkpoint."""
+        return self.writer is not None and self.writer.writing
+
+    def is_due(self, step: int) -> bool:
+        """Return whether checkpoint_interval asks for a checkpoint after a step."""
+        return step % self.settings.checkpoint_interval == 0
+
+    def is_needed(self, step: int) -> bool:
+        """Return whether a save now would write: not twice, and not after the last step."""
+        return step != self.saved_step and step < self.settings.steps
+
+    def take_blocked_s(self) -> float | None:
+        """Return for how long checkpoints have blocked training since the last call."""
+        seconds, self._blocked_s = self._blocked_s, 0.0
+        return seconds or None
+
+    def save(self, run: Stateful, step: int) -> None:
+        """Write a checkpoint of a run after a step, or start to write it with async_save."""
+        self.finish()
+        start = time.perf_counter()
+        state = run.state_dict()
+        if self.extra_state is not None:
+            state["extra_state"] = self.extra_state.state_dict()
+        target = step_folder(self.folder, step)
+        if self.writer is not None:
+            self.writer.start(state, target, self.manifest, self._delete_old)
+        else:
+            save_checkpoint(state, target, self.manifest)
+            on_rank_0(self._delete_old)
+        self.saved_step, self._save_started = step, start
+        seconds = time.perf_counter() - start
+        self._blocked_s += seconds
+        if self.writer is None:
+            self._record_duration(seconds)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written beside the training, if there is one."""
+        if self.writer is None or not self.writer.pending:
+            return
+        start = time.perf_counter()
+        self.writer.finish()
+        self._blocked_s += time.perf_counter() - start
+        self._record_duration(time.perf_counter() - self._save_started)
+
+    def resume(self, run: Stateful) -> int:
+        """Load the newest complete checkpoint of this run; returns its step, 0 without one."""
+        step = resume_step(self.folder, self.manifest)
+        if step:
+            self._load(run, step)
+        self.saved_step = step
+        return step
+
+    def _load(self, run: Stateful, step: int) -> None:
+        path, state = step_folder(self.folder, step), run.state_dict(empty=True)
+        if self.extra_state is not None:
+            state["extra_state"] = self.extra_state.state_dict(empty=True)
+        try:
+            state = load_checkpoint(state, path)
+        except InputError as error:
+            raise InputError(
+                f"{path} cannot be read: delete it, and the run resumes from the checkpoint before it, "
+                f"or starts again ({error})"
+            ) from error
+        if self.extra_state is not None:
+            self.extra_state.load_state(state.pop("extra_state"), step)
+        run.load_state(state, step)
+
+    def _delete_old(self) -> None:
+        for old in sorted(self.folder.glob("step_*"))[: -self.settings.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def _record_duration(self, seconds: float) -> None:
+        if self.world.preemption is not None:
+            self.world.preemption.record_checkpoint(self.folder, seconds)
 
 
-def newest_checkpoint(folder: Path, manifest: Manifest) -> int:
-    # A step without a manifest is none: the machine stopped before the disk had it.
-    whole = [path for path in sorted(folder.glob("step_*")) if (path / MANIFEST).is_file()]
-    if not whole:
+def resume_step(folder: Path, manifest: Manifest) -> int:
+    """Return the step of the newest complete checkpoint, 0 without one; reached by all ranks.
+
+    InputError when the checkpoints in the folder belong to another run, naming the field that
+    differs.
+    """
+    return on_rank_0(lambda: _newest_step(folder, manifest))
+
+
+def _newest_step(folder: Path, manifest: Manifest) -> int:
+    # A checkpoint without a manifest does not count: the machine stopped before the disk had it.
+    complete = [path for path in sorted(folder.glob("step_*")) if (path / MANIFEST).is_file()]
+    if not complete:
         return 0
-    found = require_artifact(whole[-1], manifest.stage)
-    fields = found.differences(manifest)
+    found = require_artifact(complete[-1], manifest.stage)
     refuse(
-        f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:", fields
+        f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:",
+        found.differences(manifest),
     )
-    return int(whole[-1].name.removeprefix("step_"))
+    return int(complete[-1].name.removeprefix("step_"))
 
 
 def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after a step."""
     return folder / f"step_{step:08d}"

@@ -1,8 +1,11 @@
-"""Teacher correction at the same time as distillation: the teacher learns the distillation text while it teaches it.
+"""Teacher correction during distillation: the teacher trains on the text as it teaches.
 
-2408.11796, figure 5: pruning the original teacher and distilling from one that is corrected meanwhile is as good as correcting it first. Each
-step of the student is one of the teacher's, on the same microbatches: the hidden states that its forward pass leaves are the signal, then it
-takes its own step by cross-entropy. The student's loss applies the teacher's output layer later, so that step waits until the signals are used.
+2408.11796, figure 5: pruning the original teacher and distilling from one that is corrected
+meanwhile is as good as correcting it first. In each step the student distils from the teacher's
+weights before the teacher's own update, on the same micro-batches. The teacher's forward pass
+serves both: its hidden states are the signal, and its cross-entropy gives its gradients. The
+student's loss applies the teacher's output layer later, so the teacher's update waits until the
+signals are used.
 """
 
 from __future__ import annotations
@@ -16,46 +19,48 @@ from minitron_mp.artifacts.checkpoint import prefixed
 from minitron_mp.distillation.stream_layout import Traffic
 from minitron_mp.distillation.teacher import TeacherSignal, microbatch_numbers
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.distributed.schedule import run_schedule
-from minitron_mp.losses.fused import TeacherHidden, TeacherTarget
+from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.build import output_weight, unwrap
 from minitron_mp.training.run import TrainingRun
 
 PREFIX = "teacher."
-"""Of the teacher's keys in the student's checkpoints."""
+"""Beginning of the teacher's keys in the student's checkpoints."""
 
 
 class TrainableTeacher:
-    """A colocated teacher (teacher.py) in training; after training.settings.steps it stays as it is. training: its Run, without checkpoints."""
+    """A colocated teacher in training; a Teacher, and the extra state of the student's run.
+
+    run: without checkpoints of its own. After run.settings.steps the teacher stays as it is.
+    """
 
     pairs = None
     stream_end = None
 
-    def __init__(self, training: TrainingRun):
-        self.training, self.world, self.chunks = training, training.world, training.models
-        self.due = False
+    def __init__(self, run: TrainingRun):
+        self.run, self.world, self.model = run, run.world, run.model
+        self.update_is_due = False
         """Whether gradients wait for the optimizer."""
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
-        self._take_step()
-        hidden: list[Any] = [None] * len(batches)
+        self._update_if_due()
+        hidden: list[Tensor | None] = [None] * len(batches)
         numbered: list[Batch] = [{**batch, "index": index} for index, batch in enumerate(batches)]
-        learning = self.training.done < self.training.settings.steps
+        trains = self.run.steps_done < self.run.settings.steps
 
-        def catch(output: Any, batch: Batch) -> Any:
+        def on_output(output: Tensor, batch: Batch) -> Any:
             hidden[batch["index"]] = output.detach()
-            return self.training.loss(output, batch) if learning else None
+            return self.run.loss(output, batch) if trains else None
 
-        if learning:
-            self.training.accumulate(numbered, catch)
+        if trains:
+            self.run.forward_backward(numbered, on_output)
         else:
-            run_schedule(self.chunks, numbered, self.world, catch)
-        self.due = learning
+            self.model.forward(numbered, on_output)
+        self.update_is_due = trains
         return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world), hidden))
 
     def target(self, signal: TeacherSignal) -> TeacherTarget:
         assert signal.hidden is not None
-        return TeacherHidden(signal.hidden, output_weight(unwrap(self.chunks[-1])))
+        return TeacherHidden(signal.hidden, output_weight(unwrap(self.model.last_chunk)))
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
         return signal.states
@@ -66,24 +71,27 @@ class TrainableTeacher:
         return None
 
     def close(self) -> None:
-        """The run is done with the teacher: its last step, and the rest of its log."""
-        self._take_step()
-        if self.training.pending:
-            self.training.log()
-        self.training.settle()
+        """Take the teacher's last step and log it."""
+        self._update_if_due()
+        self.run.log()
+        self.run.finalize()
 
-    def sharded(self, *, empty: bool = False) -> dict[str, Any]:
-        """For the student's checkpoint; reached by all ranks."""
-        self._take_step()
-        if self.training.pending:  # logged, and so checked, before it is saved
-            self.training.log()
-        return prefixed(self.training.sharded(empty=empty), PREFIX)
+    def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
+        """Return the teacher's sharded state, for the student's checkpoint.
 
-    def fill(self, state: dict[str, Any], step: int) -> None:
-        """Take over what sharded() left at a step of the student."""
-        self.training.fill(state, min(step, self.training.settings.steps))
+        Reached by all ranks.
+        """
+        self._update_if_due()
+        self.run.log()  # every step is logged, and so checked, before it is saved
+        return prefixed(self.run.state_dict(empty=empty), PREFIX)
 
-    def _take_step(self) -> None:
-        if self.due:
-            self.due = False
-            self.training.update()
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Continue from the state in a checkpoint of the student after `step`."""
+        self.run.load_state(state, min(step, self.run.settings.steps))
+
+    def _update_if_due(self) -> None:
+        if self.update_is_due:
+            self.update_is_due = False
+            self.run.update()
+            if self.run.log_is_due:
+                self.run.log()

@@ -1,7 +1,8 @@
-"""What a training step costs and how well the hardware is used: the numbers of a clock beside the loss.
+"""Throughput of a training step: FLOP rates, memory and waiting times, logged beside the loss.
 
-FLOPs are those of the models (flops.py), not those that run: recomputed activations count once. Rates are per rank that does the work:
-the student's on its ranks, the teacher's on the ranks where it runs. Where both share ranks, they share the time, and their rates add up.
+FLOPs are those of the models (models/flops.py), not those that run: recomputed activations count
+once. Rates are per rank that does the work: the student's on its ranks, the teacher's on the ranks
+where it runs. When both share ranks they share the time, and their rates add up.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import re
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.distributed.world import World
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.flops import forward_flops, head_flops, training_flops
 
@@ -27,41 +28,59 @@ PEAK_TFLOPS = {
     r"A100|A800": 312.0,
     r"L40S": 362.0,
 }
-"""Device name -> dense bf16 TFLOP/s, as NVIDIA's data sheets have it; the first that matches. MFU is of this also where FP8 computes."""
+"""Pattern of a device name -> dense bf16 TFLOP/s of NVIDIA's data sheet; the first match counts.
+MFU refers to it also where FP8 computes."""
 
 
 def peak_tflops(device: str) -> float | None:
-    """Of a GPU by its name; None for one that the table does not have."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b({name})\b", device)), None)
+    """Return the peak of a GPU by its name, None for one that is not in the table."""
+    for name, peak in PEAK_TFLOPS.items():
+        if re.search(rf"\b({name})\b", device):
+            return peak
+    return None
+
+
+def no_flops(step: int) -> float:
+    """Return 0: FLOPs of a teacher that does not run."""
+    return 0.0
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step computes. tokens: over all data parallel ranks, padding included; FLOPs a token: of the student's training, of the teacher by step."""
+class StepWork:
+    """The computation of one training step.
+
+    tokens: over all data-parallel ranks, padding included.
+    student_flops: per token, of forward and backward pass. student_ranks: that share them.
+    teacher_flops: per token, by step (from 0). teacher_ranks: that share them; 0 without a teacher.
+    peak_tflops: of a rank's device; None: MFU is not reported.
+    """
 
     tokens: int
-    student: float
+    student_flops: float
     student_ranks: int
-    teacher: Callable[[int], float] = lambda step: 0.0
+    teacher_flops: Callable[[int], float] = no_flops
     teacher_ranks: int = 0
-    peak: float | None = None
-    """TFLOP/s of a rank's device; None: there is no MFU."""
+    peak_tflops: float | None = None
 
     def rates(self, step: int, seconds: float) -> dict[str, float]:
-        """TFLOP/s a rank, and its share of the peak, in a step (from 0) that took so long."""
-        found = {"student_tflops": self.student * self.tokens / self.student_ranks / seconds / 1e12}
+        """Return TFLOP/s per rank and MFU of a step (from 0) that took `seconds`."""
+        student = self.student_flops * self.tokens / self.student_ranks / seconds / 1e12
+        rates = {"student_tflops": student}
         if self.teacher_ranks:
-            found["teacher_tflops"] = self.teacher(step) * self.tokens / self.teacher_ranks / seconds / 1e12
-        return found | (
-            {name.replace("tflops", "mfu"): rate / self.peak for name, rate in found.items()}
-            if self.peak
-            else {}
-        )
+            teacher = self.teacher_flops(step) * self.tokens / self.teacher_ranks / seconds / 1e12
+            rates["teacher_tflops"] = teacher
+        if self.peak_tflops:
+            shares = {name.replace("tflops", "mfu"): rate / self.peak_tflops for name, rate in rates.items()}
+            rates |= shares
+        return rates
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a clock says of a step; means over the steps of a logged interval. docs/training.md has the definitions."""
+    """Throughput of one step.
+
+    Means over the steps of a log interval. The documentation has the definitions.
+    """
 
     tokens_per_s_per_gpu: float | None = None
     student_tflops: float | None = None
@@ -73,61 +92,74 @@ class Throughput:
     peak_memory_gib: float | None = None
     eta_s: float | None = None
     save_s: float | None = None
+    """Seconds for which checkpoints have blocked training since the last log."""
 
-    def line(self) -> str:
-        """The part of them that fits on a console line."""
-        parts = []
-        for name in ("student", "teacher"):
-            rate, share = getattr(self, f"{name}_tflops"), getattr(self, f"{name}_mfu")
-            if rate is not None:
-                parts.append(
-                    f"{name} {rate:,.3g} TFLOP/s/GPU" + (f" ({share:.1%})" if share is not None else "")
-                )
+    def console_line(self) -> str:
+        """Return the values that fit on a line of the console."""
+        parts = [
+            _rate("student", self.student_tflops, self.student_mfu),
+            _rate("teacher", self.teacher_tflops, self.teacher_mfu),
+        ]
         if self.teacher_wait_s is not None:
             parts.append(f"wait {self.teacher_wait_s:.3f} s")
         if self.peak_memory_gib is not None:
             parts.append(f"{self.peak_memory_gib:.1f} GiB")
         if self.save_s:
             parts.append(f"checkpoint {self.save_s:.2f} s")
-        return "  ".join(parts)
+        return "  ".join(part for part in parts if part)
 
 
-def training_work(recipe: Recipe, arch: Arch, world: Any, *, tokens: int) -> Work:
-    """Of a model trained alone on this world's ranks; tokens: a step."""
-    peak = (
-        peak_tflops(torch.cuda.get_device_name(world.device))
-        if world.device.type == "cuda" and recipe.precision == "bf16"
-        else None
-    )
-    return Work(tokens, training_flops(arch, recipe.data.sequence_length), world.size, peak=peak)
+def _rate(name: str, tflops: float | None, mfu: float | None) -> str:
+    if tflops is None:
+        return ""
+    share = f" ({mfu:.1%})" if mfu is not None else ""
+    return f"{name} {tflops:,.3g} TFLOP/s/GPU{share}"
 
 
-def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: Any, *, tokens: int) -> Work:
-    """Of student and teacher, wherever the teacher is: the output layer that turns its hidden states into logits counts where that is done."""
-    t, length, work = (
-        recipe.teacher,
-        recipe.data.sequence_length,
-        training_work(recipe, student, world, tokens=tokens),
-    )
-    whole, apart = forward_flops(teacher, length), t.placement != "colocated"
-    head_here = head_flops(teacher) if apart and t.payload == "hidden" else 0.0
-    work = replace(work, student=work.student + head_here)
-    if t.placement == "cached":
-        return work
-    if t.placement == "remote":
-        return replace(
-            work, teacher=lambda step: whole - head_here, teacher_ranks=len(world.channel.spans["teacher"])
+def training_work(recipe: Recipe, arch: Arch, world: World, *, tokens: int) -> StepWork:
+    """Return the work of a model that is trained alone on this world's ranks; tokens: per step."""
+    peak = None
+    if world.device.type == "cuda" and recipe.precision == "bf16":
+        peak = peak_tflops(torch.cuda.get_device_name(world.device))
+    flops = training_flops(arch, recipe.data.sequence_length)
+    return StepWork(tokens, flops, world.size, peak_tflops=peak)
+
+
+def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: World, *, tokens: int) -> StepWork:
+    """Return the work of student and teacher, wherever the teacher runs; tokens: per step.
+
+    The teacher's output layer counts on the ranks that turn its hidden states into logits.
+    """
+    length = recipe.data.sequence_length
+    work = training_work(recipe, student, world, tokens=tokens)
+    teacher_flops = forward_flops(teacher, length)
+    if recipe.teacher.placement == "colocated":
+        corrected_steps = (
+            recipe.correct.steps if recipe.correct and recipe.corrects_during_distillation else 0
         )
-    learns = recipe.correct.steps if recipe.correct and recipe.corrects_during_distillation else 0
+        trained_flops = training_flops(teacher, length)
+        return replace(
+            work,
+            teacher_flops=lambda step: trained_flops if step < corrected_steps else teacher_flops,
+            teacher_ranks=world.size,
+        )
+    student_head_flops = head_flops(teacher) if recipe.teacher.payload == "hidden" else 0.0
+    work = replace(work, student_flops=work.student_flops + student_head_flops)
+    if recipe.teacher.placement == "cached":
+        return work
+    assert world.channel is not None
     return replace(
         work,
-        teacher=lambda step: training_flops(teacher, length) if step < learns else whole,
-        teacher_ranks=world.size,
+        teacher_flops=lambda step: teacher_flops - student_head_flops,
+        teacher_ranks=len(world.channel.spans["teacher"]),
     )
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process had so far: of the GPU's tensors, or on a CPU all of it. No synchronisation."""
+    """Return the peak memory of this process: GPU tensors, or all of it on a CPU.
+
+    No synchronisation.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

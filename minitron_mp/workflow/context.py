@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
-from minitron_mp.artifacts.checkpoint import load_model
+from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import Corpus, micro_batches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
+from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
@@ -42,97 +41,113 @@ class StageContext(StageFiles):
         """Return the tokenizer of data.tokenizer, or the model's."""
         return load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
 
-    @property
-    def build_options(self) -> dict[str, Any]:
-        """What build_model() takes for every model of this recipe."""
-        return {
-            "sequence_length": self.recipe.data.sequence_length,
-            "transformer_impl": self.recipe.transformer_impl,
-        }
+    def empty_model(
+        self,
+        arch: Arch,
+        *,
+        precision: str | None = None,
+        training: TrainingConfig | None = None,
+        fp8: str | None = None,
+        random_weights: bool = False,
+    ) -> ShardedModel:
+        """Build a model in this recipe's layout.
 
-    def build(self, stage: str) -> list[Any]:
-        """The model that a stage left, loaded, in this recipe's layout and precision."""
-        chunks = build_model(
-            self.arch(stage), self.world, precision=self.recipe.precision, **self.build_options
-        )
-        load_model(chunks, self.paths[stage], self.world)
-        return chunks
-
-    def sharded_model(self, stage: str) -> ShardedModel:
-        """build() with the sizes and the layout of the model."""
-        return ShardedModel(
-            self.build(stage),
-            self.arch(stage),
+        Precision: default the recipe's. Weights are not loaded.
+        """
+        return build_model(
+            arch,
             self.world,
-            self.recipe.data.sequence_length,
-            self.recipe.precision,
-        )
-
-    def teacher(
-        self, pairs: LayerPairs | None = None, *, corrected: bool = False, fp8: str | None = None
-    ) -> ColocatedTeacher:
-        """The teacher of the student. pairs: states that it hands over. corrected: as it is after distill, where that corrects it. fp8: teacher.fp8
-        where it teaches, None where it is judged."""
-        checkpoint = self.teacher_checkpoint
-        if corrected and self.recipe.corrects_during_distillation:
-            checkpoint = replace(checkpoint, folder=self.paths["distill"], prefix=PREFIX)
-        return ColocatedTeacher(self.frozen(checkpoint, fp8=fp8), pairs)
-
-    @property
-    def teacher_checkpoint(self) -> ModelCheckpoint:
-        """Checkpoint of the model that the student is distilled from."""
-        return ModelCheckpoint(
-            self.arch(self.recipe.distillation_teacher), self.paths[self.recipe.distillation_teacher]
-        )
-
-    def frozen(self, checkpoint: ModelCheckpoint, *, fp8: str | None) -> ShardedModel:
-        """A teacher in this world's layout and the recipe's teacher precision, for forward passes."""
-        return frozen_model(
-            checkpoint,
-            self.world,
-            precision=self.recipe.teacher_precision,
+            precision=precision or self.recipe.precision,
             sequence_length=self.recipe.data.sequence_length,
+            training=training,
+            random_weights=random_weights,
             transformer_impl=self.recipe.transformer_impl,
             fp8=fp8,
         )
 
+    def build(self, stage: str, *, training: TrainingConfig | None = None) -> ShardedModel:
+        """Load the model that a stage wrote, in this recipe's layout and precision."""
+        model = self.empty_model(self.arch(stage), training=training)
+        load_weights(model.chunks, self.paths[stage], self.world)
+        return model
+
+    def teacher(
+        self, pairs: LayerPairs | None = None, *, corrected: bool = False, fp8: str | None = None
+    ) -> ColocatedTeacher:
+        """Load the teacher of the student onto these ranks.
+
+        pairs: hidden states that it provides. corrected: with the weights after `distill`, if that
+        stage corrects the teacher. fp8: teacher.fp8 for training, None for evaluation.
+        """
+        return ColocatedTeacher(self.teacher_model(corrected=corrected, fp8=fp8), pairs=pairs)
+
+    def teacher_model(
+        self, *, corrected: bool = False, fp8: str | None = None, training: TrainingConfig | None = None
+    ) -> ShardedModel:
+        """Load the teacher's weights; corrected and fp8 as for teacher()."""
+        recipe = self.recipe
+        model = self.empty_model(
+            self.arch(recipe.distillation_teacher),
+            precision=recipe.teacher_precision,
+            training=training,
+            fp8=fp8,
+        )
+        if corrected and recipe.corrects_during_distillation:
+            load_weights(model.chunks, self.paths["distill"], self.world, PREFIX)
+        else:
+            load_weights(model.chunks, self.paths[recipe.distillation_teacher], self.world)
+        return model
+
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
     ) -> tuple[int, Iterator[list[Batch]]]:
-        """How many groups, and the groups: this data parallel rank's microbatches of a part of the text, enough to fill the pipeline.
+        """Return the number of groups, and this data-parallel rank's groups of micro-batches.
 
-        exact: InputError unless the samples divide; otherwise the last group is filled up with samples of zero loss_mask.
+        A group fills the pipeline. part: "calibration", "valid", or a name of data.held_out. exact:
+        InputError unless the samples divide; otherwise the last group is padded with samples of
+        zero loss_mask.
         """
         world, recipe = self.world, self.recipe
-        dp, pp, interleaved = world.groups.dp.size(), world.parallel.pp, world.parallel.interleaved
-        if exact and (
-            problem := must_divide("score.num_samples", num_samples, micro_batch_size, dp, interleaved)
-        ):
-            raise InputError(problem)
-        unit = micro_batch_size * dp * interleaved
-        units = -(-num_samples // unit)
-        size = unit * max(n for n in range(1, min(4 * pp, units) + 1) if not exact or units % n == 0)
+        dp, interleaved = world.groups.dp, world.parallel.interleaved
+        if exact:
+            problem = must_divide("score.num_samples", num_samples, micro_batch_size, dp.size(), interleaved)
+            if problem:
+                raise InputError(problem)
+        unit = micro_batch_size * dp.size() * interleaved
+        num_units = -(-num_samples // unit)
+        # up to four rounds of the pipeline per group
+        most = min(4 * world.parallel.pp, num_units)
+        size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         stage = "texts" if part in recipe.data.held_out else "data"
         corpus = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
         samples = open_samples(corpus, part, num_samples, repeat=False)
-        sizes = {
-            "global_batch_size": size,
-            "micro_batch_size": micro_batch_size,
-            "dp_rank": world.groups.dp.rank(),
-            "dp_size": dp,
-            "limit": num_samples,
-        }
+
+        def group(number: int) -> list[Batch]:
+            return micro_batches(
+                samples,
+                number,
+                global_batch_size=size,
+                micro_batch_size=micro_batch_size,
+                dp_rank=dp.rank(),
+                dp_size=dp.size(),
+                limit=num_samples,
+            )
+
         count = -(-num_samples // size)
-        return count, (micro_batches(samples, i, **sizes) for i in range(count))
+        return count, (group(number) for number in range(count))
 
 
 def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
-    """Copies the Hugging Face side files of a checkpoint artefact into the next one."""
-    return lambda folder: shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
+    """Return a function that copies the Hugging Face side files into a new artifact folder."""
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
+
+    return copy
 
 
 def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
-    """The samples of all steps, the same for every role."""
+    """Return the samples of all steps, the same for every role."""
     corpus = Corpus(
         job.paths["data"],
         job.tokenizer(),

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import discard_checkpoints
-from minitron_mp.artifacts.run_log import append_record
+from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe, load_recipe, save_recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.errors import InputError
@@ -95,7 +95,7 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
     name, recipe = stage.name, graph.recipe
     differences = _on_rank_0(lambda: _why_run(name, graph, force))
     if differences is not None:
-        _preemption(world).check(f"before {name}", world.is_main)
+        _preemption(world).raise_if_requested(f"before {name}", world.is_main)
     students: dict[str, Recipe] = {}
     if stage.meets_roles and world.channel is not None:
         students = _active_students(stage, recipe, world, differences is not None)
@@ -152,24 +152,14 @@ def _announce(name: str, differences: list[str]) -> None:
 
 def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None = None) -> None:
     """Append to the run log how the artifact was made; the report reads it."""
-    ranks, per_node, device = 1, 1, ""
-    layout: dict[str, Any] = {}
+    job = JobInfo()
     if world is not None and stage.needs_ranks:
         from minitron_mp.distributed.launcher import ranks_per_node
         from minitron_mp.evaluation.prefill_speed import device_name
 
-        ranks, per_node, device = world.job_size, ranks_per_node(), device_name(world)
         layout = graph.recipe.parallel.model_dump(exclude_defaults=True)
-    append_record(
-        graph.recipe.root,
-        stage.name,
-        graph.manifest(stage.name).fingerprint,
-        seconds,
-        ranks=ranks,
-        ranks_per_node=per_node,
-        layout=layout,
-        device=device,
-    )
+        job = JobInfo(world.job_size, ranks_per_node(), layout, device_name(world))
+    append_record(graph.recipe.root, stage.name, graph.manifest(stage.name).fingerprint, seconds, job)
 
 
 def _on_rank_0(action: Callable[[], T]) -> T:
@@ -223,7 +213,7 @@ def _preemptible(world: World) -> Iterator[None]:
         yield
     except Preempted as stop:
         preemption = _preemption(world)
-        if world.channel is not None and not preemption.met:
+        if world.channel is not None and not preemption.roles_met:
             for stage in STAGES:
                 if stage.meets_roles:
                     world.channel.exchange(stage.name, False, timeout_s=None)
@@ -272,7 +262,7 @@ def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -
     """
     assert world.channel is not None
     is_active = world.channel.exchange(stage.name, active, timeout_s=None)
-    _preemption(world).met = True
+    _preemption(world).roles_met = True
     return {role: student for role, student in co_student_recipes(recipe).items() if is_active[role]}
 
 

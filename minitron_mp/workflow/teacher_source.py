@@ -13,13 +13,14 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say
 from minitron_mp.data.batches import micro_batches
 from minitron_mp.distillation.cache import Reader
-from minitron_mp.distillation.frozen_model import load_head
 from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, SignalSender, serve_signals
-from minitron_mp.distillation.stream import STREAM_VERSION, Link, Receiver, Sender, Senders
+from minitron_mp.distillation.stream import STREAM_VERSION, Link, Sender, Senders
 from minitron_mp.distillation.stream_end import StreamEnd
 from minitron_mp.distillation.stream_layout import Grid, HeadSpec, StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, SignalReceiver
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.errors import InputError, differing_fields, refuse
@@ -27,6 +28,7 @@ from minitron_mp.evaluation.quality import compare
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import HIDDEN
 from minitron_mp.models.build import DTYPES
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import StageContext, training_samples
 
@@ -34,33 +36,27 @@ KL_SAMPLES = 4
 """Of held-out text; 4 x 8192 tokens."""
 
 
-def log_fp8_teacher_kl(job: StageContext, chunks: list[Any] | None) -> str | None:
+def log_fp8_teacher_kl(job: StageContext, model: ShardedModel | None) -> str | None:
     """What rank 0 of the student says of a teacher in FP8; None, and nothing done, where the recipe has none.
 
-    chunks: the teacher's, where they are on these ranks, whatever their role; None on those of a student whose teacher is elsewhere. The bf16
+    model: the teacher, where it is on these ranks, whatever their role; None on those of a student whose teacher is elsewhere. The bf16
     teacher is loaded beside it for the while, 2 bytes a parameter. Reached by all ranks of each role.
     """
-    text, bridge = None, job.world.channel
+    text, channel = None, job.world.channel
     if job.recipe.teacher.fp8 is None:
         return None
-    if chunks is not None:
-        text = _fp8_teacher_kl(job, chunks)
-    if bridge is not None:
-        text = bridge.exchange("drift", text, timeout_s=None, roles=["teacher", *job.students])["teacher"]
+    if model is not None:
+        text = _fp8_teacher_kl(job, model)
+    if channel is not None:
+        text = channel.exchange("drift", text, timeout_s=None, roles=["teacher", *job.students])["teacher"]
     if text is not None:
         say(text)
     return text
 
 
-def _fp8_teacher_kl(job: StageContext, chunks: list[Any]) -> str:
+def _fp8_teacher_kl(job: StageContext, model: ShardedModel) -> str:
     _, groups = job.groups("valid", KL_SAMPLES, job.recipe.distill.micro_batch_size, exact=False)
-    quality = compare(
-        {"fp8": chunks},
-        job.teacher(),
-        groups,
-        job.world,
-        vocab_size=job.arch(job.recipe.distillation_teacher).vocab_size,
-    )
+    quality = compare({"fp8": model}, job.teacher(), groups)
     exact, rough = quality["teacher"], quality["fp8"]
     name = job.recipe.teacher.fp8
     return f"teacher in FP8 ({name}): KL(bf16 || FP8) {rough.kl:.5f} on {exact.num_tokens:,} tokens, loss {rough.loss:.4f}, in bf16 {exact.loss:.4f}"
@@ -162,8 +158,8 @@ def serve(
         )
         return batch
 
-    model = job.frozen(job.teacher_checkpoint, fp8=recipe.teacher.fp8)
-    log_fp8_teacher_kl(job, model.chunks)
+    model = job.teacher_model(fp8=recipe.teacher.fp8).freeze()
+    log_fp8_teacher_kl(job, model)
     teacher = ServedTeacher(
         model,
         signal_shape(job),
@@ -204,24 +200,26 @@ def signal_shape(job: StageContext) -> StreamShape:
 
 def _link(job: StageContext) -> Link:
     """The stream between the roles of this job, the same on all ranks."""
-    recipe, bridge = job.recipe, job.world.channel
-    assert bridge is not None
+    recipe, channel = job.recipe, job.world.channel
+    assert channel is not None
 
     def grid(role: str, parallel: ParallelConfig) -> Grid:
-        return Grid(role, parallel, len(bridge.spans[role]) // parallel.model_ranks, bridge.spans[role].start)
+        return Grid(
+            role, parallel, len(channel.spans[role]) // parallel.model_ranks, channel.spans[role].start
+        )
 
     students = [
-        grid(role, own.parallel) for role, own in job.students.items() if bridge.role in ("teacher", role)
+        grid(role, own.parallel) for role, own in job.students.items() if channel.role in ("teacher", role)
     ]
     return Link(
-        bridge, signal_shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
+        channel, signal_shape(job), grid("teacher", recipe.teacher.parallel), students, recipe.teacher.window
     )
 
 
 def _handshake(job: StageContext, link: Link, first: int) -> int:
     """The first step, as the student says it; InputError on all ranks that names every field on which the roles differ."""
-    recipe, bridge = job.recipe, job.world.channel
-    assert bridge is not None
+    recipe, channel = job.recipe, job.world.channel
+    assert channel is not None
     own = job.arch(recipe.distillation_teacher if job.world.role == "teacher" else "prune")
     made_from = {
         stage: require_artifact(job.paths[stage], stage).fingerprint
@@ -235,7 +233,7 @@ def _handshake(job: StageContext, link: Link, first: int) -> int:
         made_from,
         dict(job.tokenizer().unique_identifiers),
     )
-    return compare_contracts(bridge, list(job.students), mine, first)
+    return compare_contracts(channel, list(job.students), mine, first)
 
 
 def contract(
@@ -266,9 +264,9 @@ def contract(
     }
 
 
-def compare_contracts(bridge: RoleChannel, students: Sequence[str], mine: dict[str, Any], first: int) -> int:
+def compare_contracts(channel: RoleChannel, students: Sequence[str], mine: dict[str, Any], first: int) -> int:
     """What the students say is the first step, when the roles agree on everything; InputError on all their ranks otherwise."""
-    said = bridge.exchange("contract", {"first": first, "contract": mine}, roles=["teacher", *students])
+    said = channel.exchange("contract", {"first": first, "contract": mine}, roles=["teacher", *students])
     problems = [
         row
         for role in students

@@ -85,7 +85,7 @@ def test_resumes_after_deadline_stop_file_and_lost_node(slurm, project, unbroken
     slurm.wait(lambda: slurm.ended(first), first)
     site.write_text(usual)
     second = slurm.jobs()[-1]
-    assert "left before distill" in slurm.log(first), slurm.log(first)
+    assert "stopped before distill" in slurm.log(first), slurm.log(first)
     same = ("JobName", "NumNodes", "TimeLimit", "Partition", "TresPerNode", "Command", "WorkDir")
     forwarded, original = (
         {name: slurm.job(job)[name].removesuffix("-2") for name in same} for job in (second, first)

@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny import ROOT
 
-from minitron_mp.artifacts.manifest import require_artifact
+from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.cli import main
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.pruning.target import resolve_target
@@ -41,10 +41,7 @@ def test_library_example_runs(whole, ranks, tmp_path):
     """What its docstring starts, on two ranks and a tiny teacher."""
     words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
     said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
-    teacher, student = (
-        require_artifact(whole.output / "teacher", "import").arch,
-        require_artifact(tmp_path / "student", "prune").arch,
-    )
+    teacher, student = saved_arch(whole.output / "teacher"), saved_arch(tmp_path / "student")
     assert student == resolve_target(teacher, TargetConfig(keep=0.75), 2)
     assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
 

@@ -22,7 +22,7 @@ import torch
 from cases import micro_batches
 from tiny import make_model, make_recipe_file, make_text, read_metrics
 
-from minitron_mp.artifacts.checkpoint import load_model, model_state, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
@@ -103,7 +103,7 @@ def models(world, tmp_path):
             torch.manual_seed(0)
             chunks = build_model(
                 arch, world, precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL
-            )
+            ).chunks
             with torch.no_grad():
                 for name, parameter in chunks[0].named_parameters():
                     if "norm" in name:  # ones and zeros by themselves
@@ -119,8 +119,8 @@ def models(world, tmp_path):
                 folder,
                 Manifest(stage="teacher", settings={}, inputs={}, arch=arch),
             )
-        chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE, **options)
-        load_model(chunks, folder, world)
+        chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE, **options).chunks
+        load_weights(chunks, folder, world)
         for chunk in chunks:
             chunk.eval()
         return chunks
@@ -258,6 +258,7 @@ def losses_of(
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
     from minitron_mp.models.build import build_model
     from minitron_mp.training.loop import train
+    from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(
         steps=STEPS,
@@ -271,19 +272,11 @@ def losses_of(
         **more,
     )
     seed_all(5)
-    chunks, found = (
-        build_model(
-            arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True
-        ),
-        [],
+    model = build_model(
+        arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True
     )
+    chunks, found = model.chunks, []
     assert hasattr(chunks[0].decoder.layers[0], "cudagraph_manager") == settings.cuda_graphs
-    options = {
-        "vocab_size": arch.vocab_size,
-        "seed": 3,
-        "checkpoints": checkpoints,
-        "manifest": Manifest(stage="correct", settings={"fp8": fp8}, inputs={}),
-    }
     recorded = []
 
     def on_step(metrics) -> None:
@@ -297,8 +290,9 @@ def losses_of(
                 ]
             )
 
-    note = {"on_step": on_step, "stop_after": stop_after}
-    train(chunks, None, lambda step: batches_of(arch, 0, 8, 2), settings, world, **options, **note)
+    manifest = Manifest(stage="correct", settings={"fp8": fp8}, inputs={})
+    options = RunOptions(checkpoints, manifest, seed=3, on_step=on_step)
+    train(model, None, lambda step: batches_of(arch, 0, 8, 2), settings, options, stop_after=stop_after)
     if settings.cuda_graphs:
         assert len(recorded[1]) >= len(chunks[0].decoder.layers)
         assert all(recorded[1])
@@ -474,34 +468,25 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
     """Cross-entropy of a few steps from a checkpoint."""
     from minitron_mp.models.build import build_model
     from minitron_mp.training.loop import train
+    from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
-    chunks, found = (
-        build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings),
-        [],
+    model = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings)
+    load_weights(model.chunks, folder, world)
+    found: list[float] = []
+    options = RunOptions(
+        checkpoints,
+        Manifest(stage="correct", settings={}, inputs={}),
+        seed=3,
+        on_step=lambda metrics: found.append(metrics.loss),
     )
-    load_model(chunks, folder, world)
-    options = {
-        "vocab_size": arch.vocab_size,
-        "seed": 3,
-        "checkpoints": checkpoints,
-        "manifest": Manifest(stage="correct", settings={}, inputs={}),
-    }
     with communication_buffers(
         settings,
         make_recipe(NEEDED | {"data": {"sequence_length": SEQUENCE}, "parallel": world.parallel}),
         arch.hidden_size,
     ):
         own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
-        train(
-            chunks,
-            None,
-            lambda step: own,
-            settings,
-            world,
-            **options,
-            on_step=lambda metrics: found.append(metrics.loss),
-        )
+        train(model, None, lambda step: own, settings, options)
     return found
 
 
@@ -581,9 +566,10 @@ def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, ki
     from minitron_mp.models.build import build_model
 
     options = {"precision": "bf16", "sequence_length": SEQUENCE}
-    quantised, plain = build_model(arch, world, fp8=kind, **options), build_model(arch, world, **options)
+    quantised = build_model(arch, world, fp8=kind, **options).chunks
+    plain = build_model(arch, world, **options).chunks
     for chunks in (quantised, plain):
-        load_model(chunks, folder, world)
+        load_weights(chunks, folder, world)
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     weights = dict(plain[0].named_parameters())

@@ -43,7 +43,8 @@ def main(payload: str, window: int) -> None:
     from teacher_stream_workers import whole_signal
 
     from minitron_mp.config.parallel import ParallelConfig
-    from minitron_mp.distillation.stream import Link, Receiver, Sender
+    from minitron_mp.distillation.receiver import Receiver
+    from minitron_mp.distillation.stream import Link, Sender
     from minitron_mp.distillation.stream_layout import Grid, StreamShape
     from minitron_mp.distributed.roles import join_roles
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
-from model_workers import count_hooks, joined
+from model_workers import count_hooks, joined, load
 from teacher_stream_workers import joined_roles, make_link
 from torch import Tensor
 from training_workers import Runner, copy_once
 
 from minitron_mp.config.distillation import DistillConfig
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
 from minitron_mp.distillation.layer_pairs import LayerPairs
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Receiver, Senders
+from minitron_mp.distillation.stream import Senders
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
-from minitron_mp.distributed.schedule import run_schedule
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.training import loop
@@ -30,7 +30,6 @@ from minitron_mp.training.metrics import StepMetrics
 
 Student = tuple[Arch, Path, list[int]]
 """Architecture, checkpoint, kept channels."""
-FROZEN: dict[str, Any] = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
 
 
 def train_all(
@@ -48,21 +47,21 @@ def train_all(
     with joined(layout) as world:
         for name, ((student_arch, student, channels), settings, stopped) in runs.items():
             signals = ColocatedTeacher(
-                frozen_model(ModelCheckpoint(arch, teacher), world, **FROZEN),
-                LayerPairs(settings.states, student_arch, arch, tuple(channels)),
+                load(arch, teacher, world),
+                pairs=LayerPairs(settings.states, student_arch, arch, tuple(channels)),
             )
             if stopped:
                 copy_once(stopped, output / name)
-            run_schedule(
-                signals.chunks, micro_batches(make_samples(arch, 9, 2), 1, 0, 1), world, None
+            signals.model.forward(
+                micro_batches(make_samples(arch, 9, 2), 1, 0, 1)
             )  # somebody measures the teacher first
             kept: list[Any] = []
             with watched(kept):
                 metrics = Runner(world, signals, settings)(
                     student_arch, None if stopped else student, output / name
                 ).metrics
-            assert count_hooks(kept[0].models) == 0, "hooks on the student are left"
-            projection = kept[0].states.projection
+            assert count_hooks(kept[0].model.chunks) == 0, "hooks on the student are left"
+            projection = kept[0].hidden_states.projection
             found[name] = metrics, None if projection is None else projection.weight.detach().clone()
     return found
 
@@ -116,7 +115,7 @@ def train_remote(
         links = link.to_stages(blocks)
         if world.role == "teacher":
             sender = Senders(links, blocks, shape.width) if world.is_last_stage else None
-            model = frozen_model(ModelCheckpoint(arch, weights), world, **FROZEN)
+            model = load(arch, weights, world).freeze()
             serve_signals(ServedTeacher(model, shape, window, pairs=pairs), sender, batch_of, ids)
             return []
         dp, own = world.groups.dp, links.get(world.groups.pp.rank())
@@ -134,7 +133,7 @@ def without_pairs(layout: Layout, arch: Arch, teacher: Path, settings: DistillCo
     """The refusal of a run with states whose teacher has none."""
     with joined(layout) as world:
         try:
-            local = ColocatedTeacher(frozen_model(ModelCheckpoint(arch, teacher), world, **FROZEN))
+            local = ColocatedTeacher(load(arch, teacher, world))
             Runner(world, local, settings)(arch, teacher, output)
         except InputError as error:
             return str(error)

@@ -22,14 +22,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from model_workers import joined, load, score_samples
 from training_workers import Runner
 
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.slicing import prune, slice_tensor
 
@@ -53,11 +50,11 @@ def model(layout: Layout, arch: Arch) -> str:
 def scores(layout: Layout, arch: Arch, teacher: Path, key: str, layer: int) -> str:
     """One weight of one layer is NaN."""
     with joined(layout) as world, torch.no_grad():
-        chunks = load(arch, teacher, world)
-        for block in (block for chunk in chunks for block in chunk.decoder.layers):
+        model = load(arch, teacher, world)
+        for block in (block for chunk in model.chunks for block in chunk.decoder.layers):
             if block.layer_number - 1 == layer:
                 dict(block.named_parameters())[key][0, 0] = torch.nan
-        return refusal(lambda: score_samples(chunks, arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR))
+        return refusal(lambda: score_samples(model, make_samples(arch, 0, 4), DEFAULT_PAIR))
 
 
 def checkpoint(layout: Layout, arch: Arch, folder: Path) -> str:
@@ -67,17 +64,15 @@ def checkpoint(layout: Layout, arch: Arch, folder: Path) -> str:
 
 def microbatches(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
-        return refusal(
-            lambda: run_schedule(chunks, micro_batches(make_samples(arch, 0, 3), 1, 0, 1), world, None)
-        )
+        model = load(arch, teacher, world)
+        return refusal(lambda: model.forward(micro_batches(make_samples(arch, 0, 3), 1, 0, 1)))
 
 
 def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
+        model = load(arch, teacher, world)
         plan = make_plan(
-            score_samples(chunks, arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR),
+            score_samples(model, make_samples(arch, 0, 4), DEFAULT_PAIR),
             arch,
             targets(arch)["all"],
         )
@@ -87,14 +82,15 @@ def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
 
 def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
-        (chunk,) = load(arch, teacher, world)
+        model = load(arch, teacher, world)
+        (chunk,) = model.chunks
         plan = make_plan(
-            score_samples([chunk], arch, make_samples(arch, 0, 4), world, DEFAULT_PAIR),
+            score_samples(model, make_samples(arch, 0, 4), DEFAULT_PAIR),
             arch,
             targets(arch)["all"],
         )
         wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
-        return refusal(lambda: prune(ShardedModel([wrapped], arch, world, SEQUENCE_LENGTH, "fp32"), plan))
+        return refusal(lambda: prune(model.with_chunks([wrapped]), plan))
 
 
 def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
@@ -108,13 +104,9 @@ def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
 def loss(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
     """The teacher's final norm is NaN, so its logits are, on the last stage only."""
     with joined(layout) as world:
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world))
         if world.is_last_stage:
-            signals.chunks[-1].decoder.final_layernorm.weight.fill_(torch.nan)
+            signals.model.last_chunk.decoder.final_layernorm.weight.fill_(torch.nan)
         return refusal(lambda: Runner(world, signals, settings(layout))(arch, teacher, checkpoints))
 
 

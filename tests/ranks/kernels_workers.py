@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp.losses import fused
-from minitron_mp.losses import reference as rows
+from minitron_mp.losses import fused, reference
+from minitron_mp.losses.rows import LogitRows, RowValues
 
 
 def row_functions(calls: list[dict[str, Any]]) -> list[dict[str, dict[str, Tensor]]]:
@@ -24,10 +24,10 @@ def both(
     z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
 ) -> dict[str, dict[str, Tensor]]:
     """Return {"rows", "kernels"} -> results of both from the same row values."""
-    from minitron_mp.losses import kernels as kernels
+    from minitron_mp.losses import kernels
 
     found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
-    for name, module in (("rows", rows), ("kernels", kernels)):
+    for name, module in (("rows", reference), ("kernels", kernels)):
         found[name] = run(
             module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how
         )
@@ -39,7 +39,7 @@ def run(
     z_s: Tensor,
     z_t: Tensor | None,
     labels: Tensor,
-    values: Tensor,
+    values: RowValues,
     valid: int,
     t: float,
     divergence: str,
@@ -47,12 +47,13 @@ def run(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """dtype: of the gradient; None: it takes the place of z_s."""
-    stats, kept = module.statistics(z_s, z_t, labels, valid, t, divergence)
-    found = {"stats": stats}
+    logits = LogitRows(z_s, z_t, labels, valid, t)
+    statistics, exponentials = module.statistics(logits, divergence)
+    found = {"statistics": torch.stack(statistics, 1)}
     if divergence == "js":
-        found["js_sums"] = module.js_sums(z_s, z_t, values[:, 0], values[:, 1], valid, t)
+        found["mixture_sums"] = module.mixture_sums(logits, values.student_lse, values.teacher_lse)
     out = z_s if dtype is None else _apart(torch.full_like(z_s, torch.nan, dtype=dtype))
-    module.gradient(z_s, z_t, stats, kept, values, labels, valid, t, divergence, ce, out)
+    module.gradient(logits, statistics, exponentials, values, divergence, ce, out)
     return found | {"gradient": out.clone()}
 
 
@@ -64,8 +65,8 @@ def row_values(
     valid: int,
     t: float,
     divergence: str,
-) -> Tensor:
-    """Return [n, 6] as rows.gradient takes it, for one rank with the whole vocabulary.
+) -> RowValues:
+    """Return what the gradient takes, for one rank with the whole vocabulary.
 
     Without valid columns the numbers are arbitrary.
     """
@@ -78,7 +79,8 @@ def row_values(
     )
     lse_1 = z_s[:, :valid].float().logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
     extra = torch.full_like(lse_s, 0.25)
-    return torch.stack([lse_s, lse_t, lse_1, *(w.to(lse_s) for w in weights), extra], 1)
+    kl_weight, ce_weight = (w.to(lse_s) for w in weights)
+    return RowValues(lse_s, lse_t, lse_1, kl_weight, ce_weight, extra)
 
 
 def _apart(z: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """losses_workers.fused_all with the kernels in it."""
     import losses_workers
 
-    from minitron_mp.losses import kernels as kernels
+    from minitron_mp.losses import kernels
 
     usual = fused._row_functions
     fused._row_functions = lambda _: kernels
@@ -103,9 +105,9 @@ def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    from minitron_mp.losses import kernels as kernels
+    from minitron_mp.pruning.cosine_kernel import cosine_distance
 
-    return [kernels.cosine_distance(a, b) for a, b in pairs]
+    return [cosine_distance(a, b) for a, b in pairs]
 
 
 def compile_for(architecture: int) -> dict[str, int]:
@@ -114,7 +116,8 @@ def compile_for(architecture: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from minitron_mp.losses import kernels as kernels
+    from minitron_mp.losses import kernels
+    from minitron_mp.pruning import cosine_kernel
 
     numbers = {"t": "fp32", "inverse_t": "fp32", "labels": "*i64", "out": "*bf16"}
     tensors = dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32")
@@ -133,18 +136,19 @@ def compile_for(architecture: int) -> dict[str, int]:
 
     for logits in ("*fp32", "*bf16"):
         found[f"_cosine_distance {logits}"] = build(
-            kernels._cosine_distance, {"a": logits, "b": logits, "out": "*fp32"}, {"BLOCK": kernels.BLOCK}
+            cosine_kernel._cosine_distance,
+            {"a": logits, "b": logits, "out": "*fp32"},
+            {"BLOCK": kernels.BLOCK},
         )
         for hot, divergence in ((True, "forward_kl"), (False, "js")):
             options = {
-                "WIDTH": rows.STATISTICS,
                 "HOT": hot,
                 "TEACHER": True,
                 "CE": True,
                 "DIVERGENCE": divergence,
                 "BLOCK": kernels.BLOCK,
             }
-            for kernel in (kernels._statistics, kernels._js_sums, kernels._gradient):
+            for kernel in (kernels._statistics, kernels._mixture_sums, kernels._gradient):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}
                 types = numbers | tensors | {"z_s": logits, "z_t": logits}
                 found[f"{kernel.fn.__name__} {logits} {hot} {divergence}"] = build(kernel, types, constants)

@@ -1,8 +1,9 @@
-"""What test_harness.py runs on the ranks of a pool."""
+"""Worker functions for test_lm_eval.py."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +40,12 @@ def ask(
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with joined(layout) as world:
-        model = ShardedModel(load(arch, teacher, world), arch, world, max_length, "fp32")
-        lm = ShardedLM(model, tokenizer, max_length=max_length, micro_batch_size=4)
+        lm = ShardedLM(
+            load(arch, teacher, world),
+            tokenizer,
+            max_length=max_length,
+            micro_batch_size=4,
+        )
         found = {
             "pairs": lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs]),
             "texts": lm.loglikelihood_rolling([SimpleNamespace(args=(text,)) for text in texts]),
@@ -116,9 +121,11 @@ def command(
     recipe = Path(arguments[1]).parent
     arch = read_arch(recipe / "model")
     with joined(layout) as world:
-        chunks = load(arch, recipe / "out" / "teacher", world)
-        place = {"sequence_length": 32, "micro_batch_size": micro_batch_size, "vocab_size": arch.vocab_size}
+        model = replace(load(arch, recipe / "out" / "teacher", world), sequence_length=32)
         own = score_task(
-            {"teacher": chunks}, read_task_file(task), load_tokenizer(recipe / "model"), world, **place
+            {"teacher": model},
+            read_task_file(task),
+            load_tokenizer(recipe / "model"),
+            micro_batch_size=micro_batch_size,
         )["teacher"]
     return done, own.accuracy, own.normalised

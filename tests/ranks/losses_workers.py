@@ -11,15 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.losses import fused as fused_module
-from minitron_mp.losses import reference as rows
-from minitron_mp.losses.fused import (
-    ELEMENTS,
-    Objective,
-    TeacherHidden,
-    TeacherLogits,
-    TeacherTarget,
-    distillation_loss,
-)
+from minitron_mp.losses import reference
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTarget
+from minitron_mp.losses.tile_sizes import TILE_SIZES, TileSizes
 
 
 def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -47,7 +42,7 @@ def fused(
 
     hidden [s, b, h], weight [v, h] and the teacher's tensors are full tensors.
     teacher_padding: number of NaN columns behind the teacher's valid ones, on each rank.
-    chunks: sizes in rows, see losses.ELEMENTS.
+    chunks: sizes in rows, see tile_sizes.TILE_SIZES.
     main_grad: whether the weight has a main_grad, filled with 1.
     incoming: gradient of the loss.
     defect: see broken().
@@ -105,12 +100,12 @@ def _own_teacher(
 
 @contextmanager
 def chunked(sizes: tuple[int, int, int] | None, columns: int) -> Iterator[None]:
-    usual = ELEMENTS["cpu"]
-    ELEMENTS["cpu"] = tuple(size * columns for size in sizes) if sizes else usual
+    usual = TILE_SIZES["cpu"]
+    TILE_SIZES["cpu"] = TileSizes(*(size * columns for size in sizes)) if sizes else usual
     try:
         yield
     finally:
-        ELEMENTS["cpu"] = usual
+        TILE_SIZES["cpu"] = usual
 
 
 @contextmanager
@@ -120,7 +115,7 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
     logits: the gradient of the logits, so both results change.
     hidden: only the gradient of the hidden states.
     """
-    gradient, reduce = rows.gradient, fused_module._reduce
+    gradient, reduce = reference.gradient, fused_module.reduce_hidden_gradient
 
     def too_large(*arguments: Any) -> None:
         gradient(*arguments)
@@ -128,12 +123,12 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
 
     try:
         if defect == "logits":
-            rows.gradient = too_large
+            reference.gradient = too_large
         if defect == "hidden":
-            fused_module._reduce = _times(reduce, size)
+            fused_module.reduce_hidden_gradient = _times(reduce, size)
         yield
     finally:
-        rows.gradient, fused_module._reduce = gradient, reduce
+        reference.gradient, fused_module.reduce_hidden_gradient = gradient, reduce
 
 
 def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:

@@ -25,41 +25,43 @@ from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
 from teacher_stream_workers import joined_roles, make_link
 
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.checkpoint import save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Receiver, Sender
+from minitron_mp.distillation.stream import Sender
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
-from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.export import export_student
-from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
-from minitron_mp.integrations.megatron_bridge.model import (
-    _arch_in,
+from minitron_mp.integrations.megatron_bridge import (
+    KDForwardStep,
     arch_of,
+    check_config,
     defer_head,
+    export_student,
     load_pruned,
     pruned_config,
     sharded_model,
     slice_teacher,
     student_provider,
 )
-from minitron_mp.integrations.megatron_bridge.teacher import RemoteTeacher as BridgeRemoteTeacher
-from minitron_mp.models.build import DTYPES, build_model
+from minitron_mp.integrations.megatron_bridge import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
+from minitron_mp.models.build import DTYPES
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
-from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train
+from minitron_mp.training.options import RunOptions
 from minitron_mp.workflow.context import ASSETS, copy_assets_from
 
 SEQUENCE_LENGTH = 16
@@ -147,8 +149,7 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
             {"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions}
             for t in tokens
         ]
-        ours = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        load_model(ours, folder / "scored", world)
+        ours = load_model(folder / "scored", world, sequence_length=SEQUENCE_LENGTH, precision="fp32").chunks
         found = []
         for chunks in (ours, defer_head(built(source, world))):
             chunks[0].eval()
@@ -167,10 +168,9 @@ def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
         import_folder(source, folder / "teacher", world)
         arch = read_arch(source)
         plan = make_plan(random_scores(arch), arch, TargetConfig(hidden_size=48, ffn_hidden_size=64))
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        load_model(chunks, folder / "teacher", world)
+        model = load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
         made = Manifest(stage="prune", settings={}, inputs={}, arch=plan.student)
-        student = prune(ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32"), plan)
+        student = prune(model, plan)
         save_checkpoint(student, folder / "student", made, copy_assets_from(folder / "teacher"))
         return arch.num_layers, plan.student.num_layers
 
@@ -210,9 +210,9 @@ def as_model_config(provider: Any, folder: Path) -> Any:
     config = GPTModelConfig(
         transformer=TransformerConfig(**same), **{name: getattr(provider, name) for name in names}
     )
-    prepare(
+    prepare_model(
         config,
-        _arch_in(folder),
+        saved_arch(folder),
         sequence_length=SEQUENCE_LENGTH,
         precision="fp32",
         weights=load_pruned(folder),
@@ -298,31 +298,29 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
         "clip_grad": 1.0,
     }
     with joined(1, 1) as world:
-        arch = _arch_in(folder / "student")
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-        load_model(chunks, folder / "student", world)
-        checkpoint = ModelCheckpoint(_arch_in(folder / "teacher"), folder / "teacher")
+        arch = saved_arch(folder / "student")
+        model = load_model(folder / "student", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
         teacher = ColocatedTeacher(
-            frozen_model(checkpoint, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+            load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
         )
         settings = DistillConfig(**same, global_batch_size=per_step, micro_batch_size=1)
         train(
-            chunks,
+            model,
             teacher,
             lambda step: batches[step * per_step : (step + 1) * per_step],
             settings,
-            world,
-            vocab_size=arch.vocab_size,
-            seed=1,
-            checkpoints=folder / "by_hand",
-            manifest=Manifest(stage="distill", settings={}, inputs={}, arch=arch),
-            on_step=lambda metrics: rows.append(
-                {
-                    "kd loss": metrics.loss,
-                    "kl": metrics.kl,
-                    "lm loss": metrics.ce,
-                    "grad_norm": metrics.grad_norm,
-                }
+            RunOptions(
+                folder / "by_hand",
+                Manifest(stage="distill", settings={}, inputs={}, arch=arch),
+                seed=1,
+                on_step=lambda metrics: rows.append(
+                    {
+                        "kd loss": metrics.loss,
+                        "kl": metrics.kl,
+                        "lm loss": metrics.ce,
+                        "grad_norm": metrics.grad_norm,
+                    }
+                ),
             ),
         )
     return rows
@@ -335,15 +333,14 @@ def pretrain_beside_teacher(
 
     Rank 1, the student's last stage, returns what Bridge would log.
     """
-    arch = _arch_in(folder / "teacher")
+    arch = saved_arch(folder / "teacher")
     roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
     shape = StreamShape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
     with joined_roles(roles) as world:
         link, ids = make_link(world, roles, shape, 2), range(len(batches))
         if world.role == "teacher":
-            checkpoint = ModelCheckpoint(arch, folder / "teacher")
-            model = frozen_model(checkpoint, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
-            serve_signals(ServedTeacher(model, shape, 1), Sender(link), lambda id: batches[id], ids)
+            model = load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
+            serve_signals(ServedTeacher(model.freeze(), shape, 1), Sender(link), lambda id: batches[id], ids)
             return []
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None

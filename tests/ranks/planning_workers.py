@@ -24,6 +24,8 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.world import World, build_groups, leave_groups
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
+from minitron_mp.training.loop import take_step
+from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 
 META = torch.device("meta")
@@ -58,13 +60,13 @@ def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int,
                         patch("torch.cuda.current_device", lambda: META),
                     ):
                         assert (world.groups.pp.rank(), world.groups.tp.rank()) == (stage, tp_rank)
-                        chunks = build_model(
+                        model = build_model(
                             arch,
                             dataclasses.replace(world, device=META),
                             precision="bf16",
                             sequence_length=128,
                         )
-                        weights = [weight for chunk in chunks for weight in chunk.parameters()]
+                        weights = [weight for chunk in model.chunks for weight in chunk.parameters()]
                         assert all(weight.is_meta for weight in weights)
                         counts.append(sum(weight.numel() for weight in weights))
                 found[-1].append(tuple(counts))
@@ -88,7 +90,7 @@ def kept(cases: list[tuple[Arch, ParallelConfig, str, bool, int, int]]) -> list[
                     sequence_length=sequence,
                     training=training,
                     random_weights=True,
-                )
+                ).chunks
                 weights, held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
 
                 def pack(tensor: torch.Tensor, weights: set = weights, held: dict = held) -> torch.Tensor:
@@ -128,11 +130,11 @@ def in_flight(arch: Arch, cases: list[tuple[ParallelConfig, int]]) -> list[list[
                     def backward(*_: Any, now: list = now) -> None:
                         now[0] -= 1
 
-                    for chunk in training.models:
+                    for chunk in training.model.chunks:
                         for layer in chunk.module.decoder.layers:
                             layer.register_forward_hook(forward)
                             layer.mlp.linear_fc1.weight.register_post_accumulate_grad_hook(backward)
-                    training.accumulate(batches(arch, microbatches), training.loss)
+                    training.forward_backward(batches(arch, microbatches))
                     assert now == [0]
                     found[-1].append(peak[0])
     return found
@@ -148,13 +150,13 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
         for p, dp, precision in cases:
             with alone(p, dp=dp) as world:
                 training = make_run(arch, world, 1, precision)
-                training.step(batches(arch, 1))
-                optimizer = (
-                    training.optimizer.chained_optimizers[0]
-                    if hasattr(training.optimizer, "chained_optimizers")
-                    else training.optimizer
-                )
-                weights = {weight.data_ptr() for model in training.models for weight in model.parameters()}
+                take_step(training, batches(arch, 1))
+                optimizer = training.trainable.optimizer
+                if hasattr(optimizer, "chained_optimizers"):
+                    optimizer = optimizer.chained_optimizers[0]
+                weights = {
+                    weight.data_ptr() for model in training.model.chunks for weight in model.parameters()
+                }
                 state = [
                     tensor for values in optimizer.optimizer.state.values() for tensor in values.values()
                 ]
@@ -168,7 +170,7 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
                 found.append(
                     {
                         "weights": sum(
-                            weight.nbytes for model in training.models for weight in model.parameters()
+                            weight.nbytes for model in training.model.chunks for weight in model.parameters()
                         ),
                         "gradients (float32)": sum(
                             weight.main_grad.nbytes
@@ -183,18 +185,10 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
 
 def make_run(arch: Arch, world: World, microbatches: int, precision: str) -> TrainingRun:
     settings = CORRECT.model_copy(update={"micro_batch_size": 1, "global_batch_size": microbatches})
-    chunks = build_model(
+    model = build_model(
         arch, world, precision=precision, sequence_length=8, training=settings, random_weights=True
     )
-    return TrainingRun(
-        chunks,
-        None,
-        settings,
-        world,
-        vocab_size=arch.vocab_size,
-        checkpoints=None,
-        manifest=manifest("correct", arch),
-    )
+    return TrainingRun(model, None, settings, RunOptions(None, manifest("correct", arch)))
 
 
 def batches(arch: Arch, count: int) -> list[dict[str, torch.Tensor]]:

@@ -16,13 +16,14 @@ from model_workers import joined, load, manifest, score_samples
 from torch import Tensor, nn
 
 from minitron_mp.artifacts import checkpoint as checkpoint
-from minitron_mp.artifacts.checkpoint import load_checkpoint, load_model, scaling_state
+from minitron_mp.artifacts.checkpoint import load_checkpoint, load_weights, scaling_state
 from minitron_mp.config.training import CorrectionConfig, TrainingConfig
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.models.precision import silently_wrong
 from minitron_mp.training.loop import train
+from minitron_mp.training.options import RunOptions
 
 ONE = Layout("one", 1)
 
@@ -39,7 +40,7 @@ def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]])
             try:
                 (chunk,) = build_model(
                     arch, world, training=settings, **{"precision": "bf16", "sequence_length": 32} | options
-                )
+                ).chunks
             except InputError as error:
                 found.append(str(error))
                 continue
@@ -59,7 +60,7 @@ def wrongs(arch: Arch) -> dict[str, list[str]]:
     """Return silently_wrong() of a model's configuration, and with one change each."""
     with joined(ONE) as world:
         config, ddp = (
-            build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH)[0].config,
+            build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH).last_chunk.config,
             DistributedDataParallelConfig(),
         )
         found = {"own": silently_wrong(config, ddp)}
@@ -80,8 +81,8 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
     Returns whether it is read into separate memory, and whether the weights have its values.
     """
     with joined(ONE) as world:
-        want = [parameter.clone() for parameter in load(arch, teacher, world)[0].parameters()]
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        want = [parameter.clone() for parameter in load(arch, teacher, world).last_chunk.parameters()]
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH).chunks
         chunks[0].config.fp8_param = True
         own, places = {parameter.data_ptr() for parameter in chunks[0].parameters()}, set()
         with patch.object(
@@ -92,7 +93,7 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
                 read(state, folder),
             )[1],
         ):
-            load_model(chunks, teacher, world)
+            load_weights(chunks, teacher, world)
         return not own & places, all(map(torch.equal, chunks[0].parameters(), want))
 
 
@@ -124,17 +125,17 @@ class NormLinear(nn.Module):
 def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
     """Return the importance of a model with separate norms and with norms fused into linears."""
     with joined(ONE) as world:
-        chunks, samples = load(arch, teacher, world), make_samples(arch, 0, 4)
-        found = [score_samples(chunks, arch, samples, world, DEFAULT_PAIR)]
+        model, samples = load(arch, teacher, world), make_samples(arch, 0, 4)
+        found = [score_samples(model, samples, DEFAULT_PAIR)]
         name = "RMSNorm" if arch.norm == "rms" else "LayerNorm"
-        for block in chunks[0].decoder.layers:
+        for block in model.last_chunk.decoder.layers:
             block.self_attention.linear_qkv = NormLinear(
                 block.input_layernorm, block.self_attention.linear_qkv, name
             )
             block.mlp.linear_fc1 = NormLinear(block.pre_mlp_layernorm, block.mlp.linear_fc1, name)
             block.input_layernorm, block.pre_mlp_layernorm = IdentityOp(), IdentityOp()
-        found.append(score_samples(chunks, arch, samples, world, DEFAULT_PAIR))
-        return [vars(scores) for scores in found]
+        found.append(score_samples(model, samples, DEFAULT_PAIR))
+        return [scores.tensors() for scores in found]
 
 
 def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list[float], list[bool], bool]:
@@ -153,7 +154,7 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
 
     with joined(ONE) as world:
         torch.manual_seed(1)
-        chunks = build_model(
+        model = build_model(
             arch,
             world,
             precision="fp32",
@@ -161,19 +162,11 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
             training=settings,
             random_weights=True,
         )
-        options = {
-            "vocab_size": arch.vocab_size,
-            "seed": 3,
-            "checkpoints": checkpoints,
-            "manifest": manifest("correct"),
-        }
         train(
-            chunks,
+            model,
             None,
             lambda step: micro_batches(make_samples(arch, step, 4), 1, 0, 1),
             settings,
-            world,
-            **options,
-            on_step=note,
+            RunOptions(checkpoints, manifest("correct"), seed=3, on_step=note),
         )
     return losses, by_itself, gc.isenabled()

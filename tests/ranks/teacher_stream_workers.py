@@ -16,21 +16,22 @@ import torch
 import torch.distributed as dist
 from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from model_workers import joined
+from model_workers import joined, load
 from torch import Tensor
 from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model, load_head
+from minitron_mp.distillation.receiver import Receiver
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Link, Receiver, Sender
+from minitron_mp.distillation.stream import Link, Sender
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
+from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix
 from minitron_mp.distributed.roles import join_roles
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.losses.fused import TeacherLogits
+from minitron_mp.losses.objective import TeacherLogits
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import logits
 from minitron_mp.training.metrics import StepMetrics
@@ -53,7 +54,7 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
         options = {
             "timeout_minutes": timeout_s / 60,
             "stream_timeout_s": timeout_s,
-            "place": JobRank(store, rank, wanted),
+            "job": JobRank(store, rank, wanted),
         }
         try:
             with join_roles(layouts, seed=1, **options) as world:
@@ -67,13 +68,13 @@ def joined_roles(roles: Roles, timeout_s: float = 60.0) -> Iterator[World | None
 
 
 def make_link(world: World, roles: Roles, shape: StreamShape, window: int) -> Link:
-    bridge = world.channel
+    channel = world.channel
     grids = {}
     for role, (ranks, p) in roles.items():
         layout = ParallelConfig(**p)
-        grids[role] = Grid(role, layout, ranks // layout.model_ranks, bridge.spans[role].start)
+        grids[role] = Grid(role, layout, ranks // layout.model_ranks, channel.spans[role].start)
     return Link(
-        bridge, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window
+        channel, shape, grids["teacher"], [grid for role, grid in grids.items() if role != "teacher"], window
     )
 
 
@@ -111,7 +112,7 @@ def transport(
 def transports(
     roles: Roles, cases: list[tuple[StreamShape, int]], count: int, delay_s: float
 ) -> list[dict[str, Any]]:
-    """transport() of each (shape, window), one after the other over one bridge."""
+    """transport() of each (shape, window), one after the other over one channel."""
     with joined_roles(roles) as world:
         return [
             {} if world is None else _stream(world, roles, shape, window, count, window, delay_s)
@@ -138,20 +139,21 @@ def _stream(
 
     if not world.is_last_stage:
         return found
-    place, data = (g.cp.rank(), g.tp.rank()), link.bridge.data
+    place, data = (g.cp.rank(), g.tp.rank()), link.channel.data
     if world.role == "teacher":
-        sender = Sender(link)
+        sender, most_in_flight = Sender(link), 0
         for id in range(count):
             if id % link.teacher.dp == g.dp.rank():
                 sender.make_room()
                 pause()
                 fault("before announcing", id)
                 if die:
-                    link.bridge.data = _Watched(data, lambda id=id: fault("while sending", id))
+                    link.channel.data = _Watched(data, lambda id=id: fault("while sending", id))
                 sender.send(id, local_signal(shape, link.teacher.parallel, id, *place))
+                most_in_flight = max(most_in_flight, len(sender.in_flight))
                 fault("after sending", id)
         sender.finish()
-        found["in flight"] = sender.most_in_flight
+        found["in flight"] = most_in_flight
     else:
         grid = next(grid for grid in link.students if grid.role == world.role)
         ids = [id for id in range(count) if id % grid.dp == g.dp.rank()]
@@ -174,7 +176,7 @@ def _stream(
             "received": len(ids),
             "memory at the end": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         }
-    found["bytes"] = link.bytes_moved
+    found["bytes"] = link.num_bytes
     return found
 
 
@@ -219,7 +221,7 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
         except RuntimeError as error:
             text = str(error)
         receiver.close()
-        world.channel.place.store.delete_key("failed")  # so that the roles part as if nothing had been
+        world.channel.store.delete_key("failed")  # so that the roles part as if nothing had been
         return text
 
 
@@ -241,7 +243,7 @@ def wrong_credit(roles: Roles, shape: StreamShape) -> str:
             sender.finish()
         except RuntimeError as error:
             text = str(error)
-        world.channel.place.store.delete_key("failed")
+        world.channel.store.delete_key("failed")
         return text
 
 
@@ -280,11 +282,10 @@ def train_with(
         settings(student).model_copy(update={"steps": RESUME_AT}),
         {"arch": student_arch, "start": student_weights, "checkpoints": output},
     )
-    frozen = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH}
     if teacher is None:
         with joined(student) as world:
-            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
-            local = (ColocatedLogits if payload == "logits" else ColocatedTeacher)(model)
+            placement = ColocatedLogits if payload == "logits" else ColocatedTeacher
+            local = placement(load(arch, weights, world))
             return Runner(world, local, chosen)(**start).metrics
     roles = {"student": (student.ranks, student.parallel), "teacher": (teacher.ranks, teacher.parallel)}
     per_step = chosen.global_batch_size // chosen.micro_batch_size
@@ -304,7 +305,7 @@ def train_with(
             world.is_last_stage,
         )
         if world.role == "teacher":
-            model = frozen_model(ModelCheckpoint(arch, weights), world, **frozen)
+            model = load(arch, weights, world).freeze()
             sender = Sender(link) if is_last else None
             serve_signals(ServedTeacher(model, shape, window), sender, batch_of, ids)
             return []
@@ -323,4 +324,4 @@ class ColocatedLogits(ColocatedTeacher):
     """Makes the logits of a whole microbatch, as a remote teacher that sends them does."""
 
     def target(self, signal: Any) -> TeacherLogits:
-        return TeacherLogits(logits(self.chunks[-1], signal.hidden))
+        return TeacherLogits(logits(self.model.last_chunk, signal.hidden))

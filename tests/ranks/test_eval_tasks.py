@@ -88,7 +88,7 @@ def test_invalid_line_is_named(tmp_path, line):
     (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
     with pytest.raises(
         InputError,
-        match=r"task\.jsonl line 3 is no item: needs text, or query, choices \(two or more\) and gold, or",
+        match=r"task\.jsonl line 3 is not a task item: needs text, or query, choices \(two or more\) and gold, or",
     ):
         read_task_file(tmp_path / "task.jsonl")
 
@@ -100,7 +100,7 @@ def test_last_word_and_choice_items_do_not_mix(tmp_path):
             "".join(json.dumps(row) + "\n" for row in (first, first, second))
         )
         assert len(read_task_file(tmp_path / "task.jsonl", limit=2)) == 2
-        with pytest.raises(InputError, match=r"task\.jsonl line 3: last words and choices in one file"):
+        with pytest.raises(InputError, match=r"task\.jsonl line 3 mixes last-word items and choice items"):
             read_task_file(tmp_path / "task.jsonl")
 
 
@@ -108,6 +108,6 @@ def test_files_without_items_are_rejected(tmp_path, files):
     with pytest.raises(InputError, match="there is no file"):
         read_task_file(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="holds no item"):
+    with pytest.raises(InputError, match="contains no item"):
         read_task_file(tmp_path / "empty.jsonl")
     assert len(read_task_file(files / "choices.jsonl", limit=2)) == 2

@@ -1,6 +1,6 @@
 """Megatron-Bridge: converters, distillation with its pretrain(), pruning of its models.
 
-docs/bridge.md has the installation. Bridge 0.6 imports Transformer Engine and CUDA where it does
+docs/megatron_bridge.md has the installation. Bridge 0.6 imports Transformer Engine and CUDA where it does
 not need them; bridge_shims.py replaces them. The tests are slow and outside the default
 environment: the ranks import Bridge first, which takes a minute on a busy machine.
 """
@@ -10,7 +10,7 @@ import importlib.util
 import pytest
 
 if importlib.util.find_spec("megatron.bridge") is None:
-    pytest.skip("Megatron-Bridge is not installed (docs/bridge.md)", allow_module_level=True)
+    pytest.skip("Megatron-Bridge is not installed (docs/megatron_bridge.md)", allow_module_level=True)
 
 import numpy as np
 import torch
@@ -173,9 +173,9 @@ def same_as(rows, found, rel=1e-4):
 def test_bridge_config_problems_are_collected(four, project):
     text = four.run("megatron_bridge_workers.refusals", folder=project)[0]
     for words in (
-        "vocab_size is 64, the teacher's, padded, is 256",
+        "vocab_size is 64, but the teacher's padded vocabulary has 256",
         "should_pad_vocab",
-        "vocab_size of the step is 17",
+        "vocab_size of KDForwardStep is 17",
         "use_tokenizer_vocab_size",
         "calculate_per_token_loss",
         "average_in_collective",

@@ -12,9 +12,7 @@ from cases import ARCHS
 
 from minitron_mp.config.recipe import load_recipe, make_recipe
 from minitron_mp.errors import InputError
-from minitron_mp.integrations.megatron_bridge.checks import check_config
-from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
-from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher
+from minitron_mp.integrations.megatron_bridge import ColocatedTeacher, KDForwardStep, check_config
 from minitron_mp.models.arch import fp8_problems
 from minitron_mp.models.precision import fp8_options, hardware_problems
 from minitron_mp.workflow.preflight import recipe_problems
@@ -320,17 +318,17 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
             True,
             "model.virtual_pipeline_model_parallel_size",
             2,
-            "virtual pipeline stages are for a teacher on ranks of its own",
+            "virtual pipeline stages need a teacher on ranks of its own",
         ),
         (False, "dist.use_gloo_process_groups", True, r"dist\.use_gloo_process_groups: .*set it to False"),
-        (False, "dist.use_torch_fsdp2", True, "FSDP: use the distributed optimizer"),
+        (False, "dist.use_torch_fsdp2", True, "FSDP is not supported; use the distributed optimizer"),
         (
             False,
             "train.micro_batch_size",
             3,
-            r"train\.global_batch_size 4 is no multiple of micro_batch_size 3",
+            r"train\.global_batch_size 4 must be a multiple of micro_batch_size 3",
         ),
-        (False, "dataset.seq_length", 8, r"dataset\.seq_length 8 is not model\.seq_length 16"),
+        (False, "dataset.seq_length", 8, r"dataset\.seq_length 8 must equal model\.seq_length 16"),
     ],
 )
 def test_bridge_config_problems(own, place, value, said):

@@ -439,8 +439,8 @@ def test_search_resumes_after_stop_file(ranks, whole, scored):
     root = load_recipe(scored).root
     assert done.code == 0, done.err
     assert (
-        f"search: left after step 1: {root / 'stop'} is there; the same command resumes from there"
-        in done.out
+        f"search: stopped after step 1 (stop file {root / 'stop'} exists); checkpoint saved; "
+        "the same command resumes from there" in done.out
     )
     assert len(list((root / "search").glob("*/step_00000001"))) == 2
     assert not (root / "stop").exists()

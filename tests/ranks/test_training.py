@@ -312,3 +312,13 @@ def test_profile_covers_the_chosen_steps_and_ranks(results, ranks):
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     assert "aten::mm" in names or "aten::addmm" in names
     assert sum("Optimizer.step" in str(name) for name in names) == 2
+
+
+def test_distill_function_equals_the_recipe_run(results, ranks):
+    """Two data-parallel ranks, public functions alone: the same metrics, a saved model, no checkpoints left."""
+    first = on_two_ranks(results, ranks, "distill_from_python")[0]
+    assert numbers(first["metrics"]) == numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])
+    assert first["saved"]
+    assert first["arch"] == results.student("qwen3", "all")[0]
+    assert first["quality"].kl > 0
+    assert first["checkpoints"] == []

@@ -21,20 +21,22 @@ from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, mi
 from model_workers import gather, joined, load, manifest
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_model
+from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_weights
+from minitron_mp.artifacts.saved_model import load_model
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig, ProfileConfig
-from minitron_mp.distillation.frozen_model import ModelCheckpoint, frozen_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.preemption import Preempted, watch_for_preemption
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.evaluation.quality import compare
+from minitron_mp.evaluation.quality import compare, evaluate
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
-from minitron_mp.training import run as trainer
+from minitron_mp.training import optimizer
+from minitron_mp.training.distill import distill
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 
@@ -48,11 +50,7 @@ def train_everything(
     elsewhere.
     """
     with joined(layout) as world:
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world))
         run = Runner(world, signals, settings(layout))
         unbroken = run(student_arch, student, output / "unbroken")
         copy_once(output / "unbroken", output / "resumed")
@@ -66,13 +64,13 @@ def train_everything(
             micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
             for step in range(2)
         ]
-        models = {"student": load(student_arch, student, world), "teacher again": signals.chunks}
+        models = {"student": load(student_arch, student, world), "teacher again": signals.model}
         return {
             "unbroken": unbroken.metrics,
             "resumed": resumed.metrics,
             "bitwise": all(map(torch.equal, unbroken.weights, resumed.weights)),
             "same": Runner(world, signals, pure)(arch, teacher, output / "same").metrics,
-            "quality": compare(models, signals, steps, world, vocab_size=arch.vocab_size),
+            "quality": compare(models, signals, steps),
         }
 
 
@@ -91,11 +89,7 @@ def train_variants(
     """
     found = {}
     with joined(layout) as world, small_buckets():
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world))
         for name, chosen in variants.items():
             runner = Runner(world, None if isinstance(chosen, CorrectionConfig) else signals, chosen)
             run = runner(student_arch, student, output / name, stop_after=RESUME_AT)
@@ -136,16 +130,12 @@ def correct_meanwhile(
     with joined(layout) as world:
 
         def start(curve: list[StepMetrics]) -> TrainableTeacher:
-            chunks = build_model(
+            model = build_model(
                 arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct
             )
-            load_model(chunks, teacher, world)
-            state = {"checkpoints": None, "manifest": manifest("distill")}
-            return TrainableTeacher(
-                TrainingRun(
-                    chunks, None, correct, world, vocab_size=arch.vocab_size, on_step=curve.append, **state
-                )
-            )
+            load_weights(model.chunks, teacher, world)
+            options = RunOptions(None, manifest("distill"), on_step=curve.append)
+            return TrainableTeacher(TrainingRun(model, None, correct, options))
 
         for name, parts in (("unbroken", (None,)), ("resumed", (RESUME_AT, None))):
             students, teachers = [], []
@@ -153,12 +143,14 @@ def correct_meanwhile(
                 learner = start(teachers)
                 begin = student if number == 0 else None
                 run = Runner(world, learner, distil, precision)(
-                    student_arch, begin, folder / name, stop_after=stop_after, companion=learner
+                    student_arch, begin, folder / name, stop_after=stop_after, extra_state=learner
                 )
                 learner.close()
                 students += run.metrics
             weights = [
-                parameter.detach().clone() for chunk in learner.chunks for parameter in chunk.parameters()
+                parameter.detach().clone()
+                for chunk in learner.model.chunks
+                for parameter in chunk.parameters()
             ]
             found[name] = {"student": students, "teacher": teachers, "weights": run.weights + weights}
         found["bitwise"] = all(
@@ -176,12 +168,12 @@ def correct_meanwhile(
         }
         learner = start([])
         once = Runner(world, learner, distil, precision)(
-            student_arch, student, folder / "once", stop_after=1, companion=learner
+            student_arch, student, folder / "once", stop_after=1, extra_state=learner
         )
         learner.close()
-        chunks = load(student_arch, student, world, precision)
+        model = load(student_arch, student, world, precision)
         for parameter, weight in zip(
-            (parameter for chunk in chunks for parameter in chunk.parameters()), once.weights
+            (parameter for chunk in model.chunks for parameter in chunk.parameters()), once.weights
         ):
             parameter.data.copy_(weight)
         batches = micro_batches(
@@ -191,14 +183,8 @@ def correct_meanwhile(
             world.groups.dp.size(),
         )
         for name, place in (("first", teacher), ("second", output / "alone" / "step_00000001")):
-            frozen = ColocatedTeacher(
-                frozen_model(
-                    ModelCheckpoint(arch, place), world, precision=precision, sequence_length=SEQUENCE_LENGTH
-                )
-            )
-            found[f"kl to the {name}"] = compare(
-                {"": chunks}, frozen, [batches], world, vocab_size=arch.vocab_size
-            )[""].kl
+            frozen = ColocatedTeacher(load(arch, place, world, precision))
+            found[f"kl to the {name}"] = compare({"": model}, frozen, [batches])[""].kl
         return found
 
 
@@ -212,11 +198,7 @@ def leave(
     found: dict[str, Any] = {}
     with joined(layout) as world, watch_for_preemption(output) as leaving:
         output.mkdir(parents=True, exist_ok=True)
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world))
         usual = settings(layout).model_copy(update={"checkpoint_interval": 9})
 
         def stop_file(step: StepMetrics) -> None:
@@ -232,7 +214,7 @@ def leave(
             run = Runner(replace(world, preemption=leaving), signals, chosen)
             first = run(student_arch, student, output / name, **told)
             leaving.stop_file.unlink(missing_ok=True)
-            leaving.signalled, leaving.deadline = False, None
+            leaving.sigterm, leaving.deadline = False, None
             between = sorted(path.name for path in (output / name).iterdir())
             dist.barrier()
             found[name] = [first.metrics, run(student_arch, None, output / name).metrics], between
@@ -261,11 +243,7 @@ def killed_writer(
     Returns the files on disk, the messages, and the resumed run.
     """
     with joined(layout) as world:
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world))
         chosen = settings(layout).model_copy(update={"async_save": True, "checkpoint_interval": 1})
         run, said, writers = Runner(world, signals, chosen), "", []
         start = AsyncCheckpointWriter.start
@@ -316,11 +294,7 @@ def profiled(
     """
     with joined(layout) as world:
         signals, said = (
-            ColocatedTeacher(
-                frozen_model(
-                    ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-                )
-            ),
+            ColocatedTeacher(load(arch, teacher, world)),
             [],
         )
         for profile in (
@@ -339,12 +313,12 @@ def profiled(
 @contextmanager
 def small_buckets() -> Iterator[None]:
     """Megatron's buckets of gradients hold 40 million and more: these models would fit in one."""
-    usual = trainer.DistributedDataParallelConfig
-    trainer.DistributedDataParallelConfig = partial(usual, bucket_size=5000)
+    usual = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = partial(usual, bucket_size=5000)
     try:
         yield
     finally:
-        trainer.DistributedDataParallelConfig = usual
+        optimizer.DistributedDataParallelConfig = usual
 
 
 def resume(
@@ -353,11 +327,7 @@ def resume(
     """The rest of a run that another layout stopped; rank 0's metrics."""
     with joined(layout) as world:
         copy_once(stopped, output)
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="fp32", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world))
         return Runner(world, signals, settings(layout))(student_arch, None, output).metrics
 
 
@@ -394,17 +364,17 @@ class Runner:
         *,
         stop_after: int | None = None,
         batch_of_step: Callable[[int], int] = lambda step: step,
-        companion: Any = None,
+        extra_state: Any = None,
         on_step: Callable[[StepMetrics], None] = lambda metrics: None,
         **more: Any,
     ) -> Run:
         """start: the student's first weights; None for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
-        chunks = build_model(
+        model = build_model(
             arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen
         )
         if start is not None:
-            load_model(chunks, start, world)
+            load_weights(model.chunks, start, world)
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
@@ -412,33 +382,55 @@ class Runner:
                 samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size()
             )
 
-        options = {
-            "vocab_size": arch.vocab_size,
-            "seed": 3,
-            "checkpoints": checkpoints,
-            "manifest": manifest("distill", lr=self.lr_in_manifest),
-            "companion": companion,
-        }
-
         def note(step: StepMetrics) -> None:
             metrics.append(step)
             on_step(step)
 
-        with suppress(Preempted):
-            train(
-                chunks,
-                self.teacher,
-                batches_of,
-                chosen,
-                world,
-                **options,
-                on_step=note,
-                stop_after=stop_after,
-                **more,
-            )
-        return Run(
-            metrics, [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+        options = RunOptions(
+            checkpoints,
+            manifest("distill", lr=self.lr_in_manifest),
+            seed=3,
+            on_step=note,
+            extra_state=extra_state,
         )
+        with suppress(Preempted):
+            train(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)
+        return Run(
+            metrics,
+            [parameter.detach().clone() for chunk in model.chunks for parameter in chunk.parameters()],
+        )
+
+
+def distill_from_python(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> dict[str, Any]:
+    """Distil with the public functions alone: metrics, saved weights and quality of the saved model."""
+    chosen = settings(layout)
+    with joined(layout) as world:
+        dp = world.groups.dp
+
+        def batches_of(step: int) -> list[dict[str, Tensor]]:
+            samples = make_samples(student_arch, step, chosen.global_batch_size)
+            return micro_batches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
+
+        build = {"sequence_length": SEQUENCE_LENGTH, "precision": "fp32"}
+        guide = ColocatedTeacher(load_model(teacher, world, **build))
+        model = load_model(student, world, training=chosen, **build)
+        metrics: list[StepMetrics] = []
+        distill(model, guide, batches_of, chosen, out=output, seed=3, on_step=metrics.append)
+        saved = load_model(output, world, **build)
+        pairs = [
+            (mine, theirs)
+            for one, other in zip(model.chunks, saved.chunks)
+            for mine, theirs in zip(one.parameters(), other.parameters())
+        ]
+        return {
+            "metrics": metrics,
+            "saved": all(torch.equal(mine, theirs) for mine, theirs in pairs),
+            "arch": saved.arch,
+            "quality": evaluate(saved, batches_of(0), guide),
+            "checkpoints": sorted(path.name for path in output.parent.glob("*_checkpoints*")),
+        }
 
 
 def train_in_bf16(
@@ -446,11 +438,7 @@ def train_in_bf16(
 ) -> list[float]:
     """Losses of a few steps on one batch, teacher and student in bf16."""
     with joined(layout) as world:
-        signals = ColocatedTeacher(
-            frozen_model(
-                ModelCheckpoint(arch, teacher), world, precision="bf16", sequence_length=SEQUENCE_LENGTH
-            )
-        )
+        signals = ColocatedTeacher(load(arch, teacher, world, "bf16"))
         chosen = settings(layout).model_copy(update={"steps": steps})
         run = Runner(world, signals, chosen, precision="bf16")
         return [m.loss for m in run(student_arch, student, output, batch_of_step=lambda step: 0).metrics]

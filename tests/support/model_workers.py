@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig
 from minitron_mp.distributed.collectives import context_parallel_slice, exchange_kept
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
@@ -129,13 +129,12 @@ def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
         [],
     )
     with joined(Layout("one", 1)) as world:
-        chunks = build_model(
+        model = build_model(
             arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True
         )
-        for block in chunks[0].eval().decoder.layers:
+        for block in model.eval().chunks[0].decoder.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
         steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
-        model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
         losses_without(model, steps, candidates, progress=lambda: after.append(len(calls)))
         return after[1] - after[0]
 
@@ -164,20 +163,16 @@ def judge_everything(
     tokenizer = characters(arch)
     results: dict[str, Any] = {}
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
-        for chunk in chunks:
-            chunk.eval()
+        model = load(arch, teacher, world).eval()
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
         batch_slice = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
         steps = [micro_batches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
         results["losses"] = {}
-        model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
         for already, without in missing.items():
             base, losses = losses_without(model, steps, without, gone=already)
             results["losses"][already] = [base, *losses]
         # Tensor and context parallel ranks communicate per microbatch, so they get few large ones.
         size = 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2
-        options = {"micro_batch_size": size, "vocab_size": arch.vocab_size}
         tried, scores = {name: read_task_file(files / f"{name}.jsonl") for name in ("choices", "words")}, []
         with mock.patch.object(
             tasks,
@@ -185,9 +180,7 @@ def judge_everything(
             lambda *case, **more: scores.append(score_rows(*case, **more)) or scores[-1],
         ):
             for name, items in tried.items():
-                results[name] = score_task(
-                    {"m": chunks}, items, tokenizer, world, sequence_length=SEQUENCE_LENGTH, **options
-                )["m"]
+                results[name] = score_task({"m": model}, items, tokenizer, micro_batch_size=size)["m"]
         results["scores"] = torch.cat(scores)
         rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
         base, without_layers = scores_without(
@@ -207,13 +200,13 @@ def characters(arch: Arch) -> Any:
     )
 
 
-def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> list[Any]:
-    chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
-    load_model(chunks, folder, world)
-    return chunks
+def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> ShardedModel:
+    model = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
+    load_weights(model.chunks, folder, world)
+    return model
 
 
-def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -> Tensor | None:
+def global_logits(model: ShardedModel, samples: dict[str, Tensor]) -> Tensor | None:
     """Return the logits [count, s, v] of all samples on every last-stage rank, None elsewhere.
 
     Every data parallel rank computes all samples.
@@ -221,8 +214,9 @@ def global_logits(chunks: list[Any], samples: dict[str, Tensor], world: World) -
     half = (
         len(samples["tokens"]) // 2
     )  # two microbatches: the interleaved schedule wants as many as pipeline stages
-    local = run_schedule(
-        chunks, micro_batches(samples, half, 0, 1), world, lambda hidden, _: logits(chunks[-1], hidden)
+    world = model.world
+    local = model.forward(
+        micro_batches(samples, half, 0, 1), lambda hidden, _: logits(model.last_chunk, hidden)
     )
     if not world.is_last_stage:
         return None
@@ -238,12 +232,11 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def score_samples(
-    chunks: list[Any], arch: Arch, samples: dict[str, Tensor], world: World, pair: tuple[str, str]
-) -> Scores:
+def score_samples(model: ShardedModel, samples: dict[str, Tensor], pair: tuple[str, str]) -> Scores:
+    groups = model.world.groups
     config = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
-    mine = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
-    return score(ShardedModel(chunks, arch, world, samples["tokens"].shape[1], "fp32"), [mine], config)
+    local_batches = micro_batches(samples, 2, groups.dp.rank(), groups.dp.size())
+    return score(model, [local_batches], config)
 
 
 def count_hooks(chunks: list[Any]) -> int:
@@ -272,11 +265,11 @@ def prune_everything(
     The first aggregation pair makes the plans. uneven: with a plan whose layers keep different sizes.
     """
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
-        model = ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32")
+        model = load(arch, teacher, world)
+        chunks = model.chunks
         samples = make_samples(arch, 0, 8)
-        hooks, before = count_hooks(chunks), global_logits(chunks, samples, world)
-        scores = {pair: score_samples(chunks, arch, samples, world, pair) for pair in pairs}
+        hooks, before = count_hooks(chunks), global_logits(model, samples)
+        scores = {pair: score_samples(model, samples, pair) for pair in pairs}
         plans = {
             name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp)
             for name, target in targets(arch, layout.tp).items()
@@ -286,8 +279,8 @@ def prune_everything(
         by_masks = {}
         for name in masks:
             with masked(model, plans[name]):
-                by_masks[name] = global_logits(chunks, samples, world)
-        after = global_logits(chunks, samples, world)
+                by_masks[name] = global_logits(model, samples)
+        after = global_logits(model, samples)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
         full_data = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
@@ -305,7 +298,7 @@ def prune_everything(
             "scores": {pair: value.tensors() for pair, value in scores.items()},
             "plans": plans,
             "pieces": pieces,
-            "identity": global_logits(load(arch, output / "identity", world), samples, world),
+            "identity": global_logits(load(arch, output / "identity", world), samples),
         }
 
 
@@ -366,7 +359,7 @@ def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[s
     """Return the logits of checkpoints loaded at this layout."""
     with joined(layout) as world:
         return {
-            name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8), world)
+            name: global_logits(load(arch, folder, world), make_samples(arch, 0, 8))
             for name, (arch, folder) in models.items()
         }
 
@@ -374,7 +367,8 @@ def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[s
 def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, int]:
     """Return (message, number of remaining hooks) after an exception between forward passes."""
     with joined(layout) as world:
-        chunks = load(arch, teacher, world)
+        model = load(arch, teacher, world)
+        chunks = model.chunks
         hooks = count_hooks(chunks)
 
         def batches() -> Iterator[list[dict[str, Tensor]]]:
@@ -382,7 +376,7 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
             raise ValueError("stopped by the test")
 
         try:
-            score(ShardedModel(chunks, arch, world, SEQUENCE_LENGTH, "fp32"), batches(), ScoreConfig())
+            score(model, batches())
         except ValueError as error:
             return str(error), count_hooks(chunks) - hooks
         return "not stopped", 0
@@ -390,8 +384,8 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
 
 def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
     with joined(layout) as world:
-        chunks = load(arch, teacher, world, "bf16")
-        return score_samples(chunks, arch, make_samples(arch, 0, 8), world, DEFAULT_PAIR).tensors()
+        model = load(arch, teacher, world, "bf16")
+        return score_samples(model, make_samples(arch, 0, 8), DEFAULT_PAIR).tensors()
 
 
 def score_checkpoint(
@@ -399,9 +393,9 @@ def score_checkpoint(
 ) -> dict[tuple[str, str], Any]:
     """Return the scores of a checkpoint. One rank."""
     with joined(Layout("one", 1)) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
-        load_model(chunks, folder, world)
-        return {pair: score_samples(chunks, arch, samples, world, pair).tensors() for pair in pairs}
+        model = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
+        load_weights(model.chunks, folder, world)
+        return {pair: score_samples(model, samples, pair).tensors() for pair in pairs}
 
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
@@ -412,7 +406,5 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
         models = {
             name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
         }
-        kinds, models = {"large": arch, "small": small, "twin": small}, {**models, "twin": []}
-        return measure(
-            models, kinds, world, sequence_length=SEQUENCE_LENGTH, vocab_size=arch.vocab_size, **options
-        ).model_dump()
+        models["twin"] = replace(models["small"], chunks=[])
+        return measure(models, **options).model_dump()

@@ -81,7 +81,7 @@ def _stopping(write: Any, stop_at: int) -> Any:
 def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
     """Return (pipeline stage, number of parameters on this rank) of a model."""
     with joined(layout) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH).chunks
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
@@ -90,10 +90,10 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
     project = StageGraph(load_recipe(recipe, ["precision=bf16", "teacher.fp8=tensorwise"]))
     with joined(Layout("one", 1)) as world:
         context = StageContext(project.recipe, project.paths, project.manifest("distill"), world=world)
-        chunks = context.teacher().chunks
-        same = log_fp8_teacher_kl(context, chunks)
-        chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
-        return same, log_fp8_teacher_kl(context, chunks)
+        model = context.teacher().model
+        same = log_fp8_teacher_kl(context, model)
+        model.chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
+        return same, log_fp8_teacher_kl(context, model)
 
 
 class _Stopped(BaseException):

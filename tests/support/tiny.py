@@ -192,7 +192,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def minitron(*words: str | Path, ranks: int = 1, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+def minitron(*words: str | Path, ranks: int = 1, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*words, ranks=ranks),
         env=environment(),

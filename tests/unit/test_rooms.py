@@ -41,7 +41,7 @@ ONLY_IN = {
     "megatron.bridge": {"integrations/megatron_bridge"},
     "transformer_engine": {"models/precision", "models/build", "models/layers"},
     "transformers": {"models/hf_weights", "data/tokenizer", "integrations/megatron_bridge"},
-    "triton": {"losses/kernels"},
+    "triton": {"losses/kernels", "pruning/cosine_kernel"},
     "lm_eval": {"integrations/lm_eval"},
     "matplotlib": {"report/figures"},
     "jinja2": {"report/document"},

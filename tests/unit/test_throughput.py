@@ -15,7 +15,13 @@ from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.errors import InputError
 from minitron_mp.models.flops import forward_flops, head_flops, training_flops
 from minitron_mp.training.metrics import StepMetrics
-from minitron_mp.training.throughput import Throughput, Work, distillation_work, peak_tflops, training_work
+from minitron_mp.training.throughput import (
+    StepWork,
+    Throughput,
+    distillation_work,
+    peak_tflops,
+    training_work,
+)
 
 
 def test_rates_of_a_step():
@@ -23,19 +29,19 @@ def test_rates_of_a_step():
 
     The teacher's 2e9 on two ranks are 0.5.
     """
-    work = Work(
+    work = StepWork(
         tokens=1000,
-        student=6e9,
+        student_flops=6e9,
         student_ranks=4,
-        teacher=lambda step: 2e9 * (step + 1),
+        teacher_flops=lambda step: 2e9 * (step + 1),
         teacher_ranks=2,
-        peak=10.0,
+        peak_tflops=10.0,
     )
     assert work.rates(0, 2.0) == pytest.approx(
         {"student_tflops": 0.75, "student_mfu": 0.075, "teacher_tflops": 0.5, "teacher_mfu": 0.05}
     )
     assert work.rates(1, 2.0)["teacher_tflops"] == pytest.approx(1.0)
-    assert Work(tokens=1000, student=6e9, student_ranks=4).rates(0, 2.0) == pytest.approx(
+    assert StepWork(tokens=1000, student_flops=6e9, student_ranks=4).rates(0, 2.0) == pytest.approx(
         {"student_tflops": 0.75}
     )
 
@@ -64,7 +70,7 @@ FILES = {"model": "m", "output": "o", "target": {"hidden_size": 28}}
 TEACHER, STUDENT = ARCHS["qwen3"], ARCHS["qwen3"].resized(hidden_size=28)
 
 
-def work_of(**sections) -> Work:
+def work_of(**sections) -> StepWork:
     recipe = make_recipe({**FILES, "data": {"sequence_length": LENGTH}, **sections})
     world = SimpleNamespace(
         device=torch.device("cpu"),
@@ -81,16 +87,21 @@ def test_teacher_flops_count_on_the_ranks_that_run_it():
         head_flops(TEACHER),
     )
     here = work_of()
-    assert (here.student, here.teacher(0), here.student_ranks, here.teacher_ranks) == (student, whole, 4, 4)
+    assert (here.student_flops, here.teacher_flops(0), here.student_ranks, here.teacher_ranks) == (
+        student,
+        whole,
+        4,
+        4,
+    )
     for payload, moved in (("hidden", head), ("logits", 0.0), ("topk", 0.0)):
         there = work_of(teacher={"placement": "remote", "ranks": 2, "payload": payload})
-        assert (there.student, there.teacher(0), there.teacher_ranks) == (
+        assert (there.student_flops, there.teacher_flops(0), there.teacher_ranks) == (
             student + moved,
             whole - moved,
             2,
         ), payload
     cached = work_of(teacher={"placement": "cached"})
-    assert (cached.student, cached.teacher_ranks) == (student + head, 0)
+    assert (cached.student_flops, cached.teacher_ranks) == (student + head, 0)
     learning = work_of(
         correct={
             "when": "during",
@@ -100,37 +111,37 @@ def test_teacher_flops_count_on_the_ranks_that_run_it():
             "micro_batch_size": 1,
         }
     )
-    assert (learning.teacher(9), learning.teacher(10)) == (training_flops(TEACHER, LENGTH), whole)
+    assert (learning.teacher_flops(9), learning.teacher_flops(10)) == (training_flops(TEACHER, LENGTH), whole)
     alone = training_work(
         make_recipe(FILES), STUDENT, SimpleNamespace(device=torch.device("cpu"), size=2), tokens=1
     )
     assert alone.student_ranks == 2
-    assert alone.peak is None
+    assert alone.peak_tflops is None
 
 
 def test_metrics_are_flat_and_omit_missing_values():
     metrics = StepMetrics(
         1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Throughput(eta_s=7.0, student_tflops=1.5)
     )
-    assert metrics.given()["eta_s"] == 7.0
-    assert "measured" not in metrics.given()
-    assert "teacher_wait_s" not in metrics.given()
-    assert metrics.measured.line() == "student 1.5 TFLOP/s/GPU"
+    assert metrics.values()["eta_s"] == 7.0
+    assert "measured" not in metrics.values()
+    assert "teacher_wait_s" not in metrics.values()
+    assert metrics.measured.console_line() == "student 1.5 TFLOP/s/GPU"
 
 
 def test_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
     """Ten steps to the next look of 2 s at most, and 30 s for the checkpoint."""
-    leaving = Preemption(tmp_path, deadline=time.time() + 60)
-    assert leaving.unmeasured("run")
-    leaving.step_s.extend([1.0, 2.0])
-    leaving.save_s["run"] = 30.0
-    assert not leaving.unmeasured("run")
-    assert leaving.why(True, steps=10) == ""
-    assert "16 steps and a checkpoint take 62" in leaving.why(True, steps=16)
-    assert "10 steps and a checkpoint take 80" in leaving.why(True, steps=10, saves=2)
-    assert leaving.why(False, steps=99) == "", "the first rank looks at the clock"
-    leaving.signalled = True
-    assert leaving.why(False) == "SIGTERM"
+    preemption, run = Preemption(tmp_path, deadline=time.time() + 60), tmp_path / "checkpoints"
+    assert preemption.needs_checkpoint_time(run)
+    preemption.step_s.extend([1.0, 2.0])
+    preemption.record_checkpoint(run, 30.0)
+    assert not preemption.needs_checkpoint_time(run)
+    assert preemption.stop_request(True, steps=10) == ""
+    assert "16 steps and a checkpoint need 62" in preemption.stop_request(True, steps=16)
+    assert "10 steps and a checkpoint need 80" in preemption.stop_request(True, steps=10, checkpoints=2)
+    assert preemption.stop_request(False, steps=99) == "", "the first rank looks at the clock"
+    preemption.sigterm = True
+    assert preemption.stop_request(False) == "SIGTERM"
 
 
 def test_invalid_deadline_is_rejected(monkeypatch):
@@ -146,7 +157,7 @@ def test_invalid_deadline_is_rejected(monkeypatch):
 @pytest.mark.parametrize(
     ("profile", "words"),
     [
-        ({"steps": [3, 2]}, r"steps \[3, 2\] is no \[first, last\]"),
+        ({"steps": [3, 2]}, r"steps \[3, 2\] must be \[first, last\]"),
         ({"steps": [0, 2]}, r"counted from 1"),
         ({"steps": [1, 101]}, r"ends after the last step, 100"),
         ({"steps": [1, 2], "ranks": [-1]}, r"must not be negative"),

@@ -402,7 +402,7 @@ def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
     assert (
-        f"left before export: {copied.output / 'stop'} is there; the same command resumes from there"
+        f"stopped before export (stop file {copied.output / 'stop'} exists); the same command resumes from there"
         in done.out
     )
     assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
@@ -918,7 +918,7 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
     left = len(read_metrics(tmp_path / "out"))
     assert 8 < left < 16
     assert (
-        f"distill: left after step {left}: {tmp_path / 'out' / 'stop'} is there; "
+        f"distill: stopped after step {left} (stop file {tmp_path / 'out' / 'stop'} exists); checkpoint saved; "
         "the same command resumes from there" in first[0].out
     )
     assert not (tmp_path / "out" / "stop").exists()
@@ -965,7 +965,7 @@ def test_job_too_small_for_its_roles_is_rejected(whole, in_job):
     for stage in ("import", "distill", "compress"):
         refused(
             in_job(1, stage, whole.recipe, *REMOTE)[0],
-            "this job has 1 ranks, its roles have 0 (student) + 1 (teacher); start more",
+            "this job has 1 ranks, but its roles need 0 (student) + 1 (teacher); change",
         )
 
 

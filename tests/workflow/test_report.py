@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import STAGES, STEPS, read_metrics
 
 from minitron_mp.artifacts import run_log as records
-from minitron_mp.artifacts.run_log import FILE, append_record, records_of
+from minitron_mp.artifacts.run_log import FILE, JobInfo, append_record, records_of
 from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.pruning.candidates import front
@@ -324,15 +324,13 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
     )
     paths = {name: tmp_path / "out" / whole.project().paths[name].name for name in ("distill", "evaluate")}
     marks = {name: whole.project().manifest(name).fingerprint for name in paths}
-    job = {"ranks_per_node": 8, "layout": {"tp": 4, "sequence_parallel": True}, "device": "a GPU"}
-    append_record(tmp_path / "out", "distill", "of what was there before", 9e9, ranks=1, **job)
+    layout = {"tp": 4, "sequence_parallel": True}
+    append_record(tmp_path / "out", "distill", "of an older artifact", 9e9, JobInfo(1, 8, layout, "a GPU"))
     with (tmp_path / "out" / FILE).open("ab") as file:
         file.write(b'{"stage": "distill", "fing\xff')  # a kill, which does not take the next line with it
-    append_record(tmp_path / "out", "distill", marks["distill"], 7200.0, ranks=32, **job)
+    append_record(tmp_path / "out", "distill", marks["distill"], 7200.0, JobInfo(32, 8, layout, "a GPU"))
     with patch.object(records, "software", lambda: {"torch": "9.9"}):
-        append_record(
-            tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, ranks=8, **job | {"layout": {}}
-        )
+        append_record(tmp_path / "out", "evaluate", marks["evaluate"], 3600.0, JobInfo(8, 8, {}, "a GPU"))
     made = records_of(tmp_path / "out", paths)
     assert {name: record.seconds for name, record in made.items()} == {"distill": 7200.0, "evaluate": 3600.0}
     cost = next(

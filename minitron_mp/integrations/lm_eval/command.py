@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mp import __version__
-from minitron_mp.artifacts.checkpoint import load_model
+from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
@@ -205,15 +205,15 @@ def _load_model(
     recipe: Recipe, stored: StoredModel, world: World, length: int, *, is_teacher: bool
 ) -> ShardedModel:
     precision = recipe.teacher_precision if is_teacher else recipe.precision
-    chunks = build_model(
+    model = build_model(
         stored.arch,
         world,
         precision=precision,
         sequence_length=length,
         transformer_impl=recipe.transformer_impl,
     )
-    load_model(chunks, stored.checkpoint, world, stored.prefix)
-    return ShardedModel(chunks, stored.arch, world, length, precision)
+    load_weights(model.chunks, stored.checkpoint, world, stored.prefix)
+    return model
 
 
 def _write_results(path: Path, manifest: Manifest, results: dict[str, Any], num_truncated: int) -> None:

@@ -152,15 +152,12 @@ class ShardedLM(TemplateLM):
         _require_same_on_all_ranks(rows)
         if not rows:
             return []
-        world = self.model.world
-        batches = num_groups(len(rows), world, self.micro_batch_size)
+        batches = num_groups(len(rows), self.model.world, self.micro_batch_size)
         with Tracker("harness: loglikelihood", batches, "batches") as tracker:
             scores = score_rows(
-                self.model.chunks,
+                self.model,
                 rows,
-                world,
                 micro_batch_size=self.micro_batch_size,
-                vocab_size=self.model.arch.vocab_size,
                 eod=self.eot_token_id,
                 progress=lambda: tracker.advance(1),
             )
@@ -198,11 +195,9 @@ class ShardedLM(TemplateLM):
         with Tracker("harness: generate_until", len(active), "requests") as tracker:
             while active:
                 tokens = next_tokens(
-                    self.model.chunks,
+                    self.model,
                     [plans[i].context + new_tokens[i] for i in active],
-                    self.model.world,
                     micro_batch_size=self.micro_batch_size,
-                    vocab_size=self.model.arch.vocab_size,
                     eod=self.eot_token_id,
                 )
                 for i, token in zip(active, tokens):

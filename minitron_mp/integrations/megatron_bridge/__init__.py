@@ -1,5 +1,76 @@
-"""Our student, teacher and loss in Megatron-Bridge's pretrain().
+"""Distillation inside a Megatron-Bridge recipe: our pruned student, teacher and loss in Bridge's
+pretrain().
 
-student_provider (model), ColocatedTeacher and RemoteTeacher (teacher), KDForwardStep (forward_step), check_config
-(checks), export_student (export).
+    from minitron_mp.integrations.megatron_bridge import (
+        ColocatedTeacher, KDForwardStep, check_config, student_provider,
+    )
+
+    cfg.model = student_provider("out/student", sequence_length=4096)
+    step = KDForwardStep(ColocatedTeacher("out/teacher"), vocab_size=128256)
+    check_config(cfg, step)                    # after all overrides
+    pretrain(cfg, step, callbacks=[step])
+
+model.py: the student, models that Bridge built, and what prune() and score() need of them.
+teacher.py: the two teachers. forward_step.py: KDForwardStep. checks.py: check_config. export.py:
+    export_student.
+
+Only this room imports megatron.bridge, inside the functions that need it. Bridge describes a model
+in two ways, which both end in chunks of Megatron-Core's GPTModel. A hook on these chunks, before
+they are wrapped, is all that is added here:
+
+    provider   Bridge 0.6: AutoBridge.to_megatron_provider(), hooks by register_pre_wrap_hook()
+    config     Bridge's main branch: AutoBridge.get_model_config(), hooks in the list
+               pre_wrap_hooks; Bridge 0.6 trains such a config, too
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minitron_mp.integrations.megatron_bridge.checks import check_config
+    from minitron_mp.integrations.megatron_bridge.export import export_student
+    from minitron_mp.integrations.megatron_bridge.forward_step import KDForwardStep
+    from minitron_mp.integrations.megatron_bridge.model import (
+        arch_of,
+        defer_head,
+        load_pruned,
+        pruned_config,
+        sharded_model,
+        slice_teacher,
+        student_provider,
+        world_of_provider,
+    )
+    from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher, RemoteTeacher
+
+__all__ = [
+    "ColocatedTeacher",
+    "KDForwardStep",
+    "RemoteTeacher",
+    "arch_of",
+    "check_config",
+    "defer_head",
+    "export_student",
+    "load_pruned",
+    "pruned_config",
+    "sharded_model",
+    "slice_teacher",
+    "student_provider",
+    "world_of_provider",
+]
+
+FILES = {
+    "check_config": "checks",
+    "export_student": "export",
+    "KDForwardStep": "forward_step",
+    "ColocatedTeacher": "teacher",
+    "RemoteTeacher": "teacher",
+}
+"""Public name -> file; the others are in model.py. They are imported when they are used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"{__name__} has no {name}; public names: {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{FILES.get(name, 'model')}"), name)

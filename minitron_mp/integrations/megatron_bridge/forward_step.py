@@ -1,51 +1,46 @@
-"""Inside a Megatron-Bridge recipe: our pruned student, teacher and loss in Bridge's pretrain(), scores of a model that Bridge built, and export.
+"""KDForwardStep: the forward step of Bridge's pretrain() that distils a student from a teacher.
 
-The only file that imports megatron.bridge, and only when a function that needs it is called. Bridge has two ways to say what a model
-is, and both end in chunks of megatron-core's GPTModel; a hook on these chunks, before they are wrapped, is all that we add:
-
-    provider   0.6: AutoBridge.to_megatron_provider(), hooks by register_pre_wrap_hook()
-    config     main: AutoBridge.get_model_config(), hooks in the list pre_wrap_hooks; Bridge 0.6 trains such a config, too
-
-    cfg.model = bridge.student("out/student", sequence_length=4096)
-    step = bridge.KDForwardStep(bridge.BesideStudent("out/teacher"), vocab_size=...)
-    bridge.check(cfg, step)
-    pretrain(cfg, step, callbacks=[step])
-
-s sequence  b microbatch  h hidden  v padded vocabulary; s' is s/cp, under sequence parallelism s/cp/tp
+s sequence  b microbatch  s' is s/cp, or s/cp/tp under sequence parallelism
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from minitron_mp.distillation.last_stage_loss import last_stage_loss, mark_head_gradient_ready
+from minitron_mp.distillation.teacher import TeacherSignal
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import local_batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.integrations.megatron_bridge.model import bare_model, world_of_provider
-from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher, RemoteTeacher
-from minitron_mp.losses.fused import Objective, distillation_loss
+from minitron_mp.integrations.megatron_bridge.model import (
+    bare_model,
+    has_float16_module,
+    world_of_provider,
+)
+from minitron_mp.integrations.megatron_bridge.teacher import BridgeTeacher
+from minitron_mp.losses.objective import Objective
 from minitron_mp.models.build import DTYPES, output_weight
 from minitron_mp.models.precision import silently_wrong
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------------------
 class KDForwardStep:
-    """Forward step and callbacks of pretrain(cfg, step, callbacks=[step]): distils into a student() from a teacher.
+    """Forward step and callback of pretrain(cfg, step, callbacks=[step]).
 
-    The loss is losses.distillation_loss, vocabulary-parallel and in chunks of tokens; the model's own cross-entropy does not run. vocab_size:
-    without padding. Bridge logs "kd loss" (what is optimised), "kl" and "lm loss", means over tokens; and the teacher is loaded when training
-    starts and dropped after the last evaluation.
+    The model returns hidden states, and losses.fused.distillation_loss applies the output layer in
+    tiles of tokens, vocabulary-parallel. The model's own cross-entropy does not run. Bridge logs
+    "kd loss" (the optimised loss), "kl" and "lm loss", means over tokens. The teacher is loaded
+    when training starts and dropped after the last evaluation. vocab_size: without padding.
     """
 
     def __init__(
         self,
-        teacher: ColocatedTeacher | RemoteTeacher,
+        teacher: BridgeTeacher,
         *,
         vocab_size: int,
         divergence: str = "forward_kl",
@@ -62,84 +57,73 @@ class KDForwardStep:
     def __call__(
         self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False
     ) -> tuple[Tensor, Callable]:
-        """(output, loss function): Bridge's forward step; Bridge binds the first argument, its GlobalState."""
+        """Return (output, loss function). Bridge binds the first argument, its GlobalState."""
         if self.world is None:
             raise InputError(
-                "the step was not told that training starts: give it to pretrain() among the callbacks, too: callbacks=[step]"
+                "KDForwardStep must also be passed as a callback: pretrain(cfg, step, callbacks=[step])"
             )
         assert not return_schedule_plan, (
-            "check() refuses the overlap of expert communication, which alone asks for a schedule plan"
+            "only the overlap of expert communication asks for a schedule plan, and check_config() rejects experts"
         )
-        world, student, batch = self.world, bare_model(model), {}
-        if world.is_first_stage or world.is_last_stage:  # Bridge reads no data elsewhere
-            raw = next(data_iterator)
-            if raw.get("cu_seqlens") is not None or raw.get("cu_seqlens_q") is not None:
-                raise InputError(
-                    "this data set packs several sequences into one (cu_seqlens); set the packing of cfg.dataset off"
-                )
-            batch = local_batch(
-                {key: raw[key] for key in ("tokens", "labels", "loss_mask", "position_ids")}, world
-            )
-        signal = self.teacher.signal(batch, student)
-        cast = {"fp32_output": False} if _in_half(model) else {}  # or the hidden states would come in float32
-        output = model(batch.get("tokens"), batch.get("position_ids"), None, **cast)
-        return output, partial(
-            self._loss,
-            model=model,
-            batch=batch,
-            signal=signal,
-            check_nan=state.cfg.rerun_state_machine.check_for_nan_in_loss,
-        )
+        world = self.world
+        batch: Batch = {}
+        if world.is_first_stage or world.is_last_stage:  # Bridge reads no data on other stages
+            batch = _local_batch(next(data_iterator), world)
+        signal = self.teacher.signal(batch, bare_model(model))
+        # Float16Module would cast the hidden states to float32.
+        options = {"fp32_output": False} if has_float16_module(model) else {}
+        output = model(batch.get("tokens"), batch.get("position_ids"), None, **options)
+        check_nan = state.cfg.rerun_state_machine.check_for_nan_in_loss
+        return output, partial(self._loss, model=model, batch=batch, signal=signal, check_nan=check_nan)
 
     def _loss(
-        self, output: Tensor, *, model: Any, batch: Batch, signal: Any, check_nan: bool
+        self, output: Tensor, *, model: Any, batch: Batch, signal: TeacherSignal | None, check_nan: bool
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum over tokens, tokens, name -> [sum, tokens]) of a microbatch on the last stage; Bridge adds them over ranks and divides."""
+        """Return (loss sum, tokens, {name: [sum, tokens]}) of a microbatch on the last stage.
+
+        Bridge adds the sums over ranks and divides. Without a signal (evaluation beside a remote
+        teacher) the loss is the cross-entropy.
+        """
         assert self.world is not None
-        student, hidden, mask = bare_model(model), output.transpose(0, 1), batch["loss_mask"]
-        weight = output_weight(student)
-        tied_here = (
-            student.share_embeddings_and_output_weights and student.pre_process
-        )  # then the embedding's gradient comes last, and tells
-        if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce and not tied_here:
-            # The loss adds the weight's gradient to its main_grad; this tells the wrapper, which waits for all of a bucket.
-            hidden.register_hook(lambda _: model.param_to_bucket_group[weight].register_grad_ready(weight))
-        target = self.teacher.target(signal) if signal is not None else None
-        objective = (
-            self.objective
-            if target is not None
-            else Objective(kl_weight=0.0, ce_weight=1.0, logits_dtype=self.objective.logits_dtype)
-        )
-        place = {"vocab_size": self.vocab_size, "group": self.world.groups.tp}
-        total, per_token = distillation_loss(
-            hidden, weight, batch["labels"], mask, target, objective, **place
+        student, hidden = bare_model(model), output.transpose(0, 1)
+        if torch.is_grad_enabled() and model.ddp_config.overlap_grad_reduce:
+            mark_head_gradient_ready(model, student, hidden)
+        objective = self.objective
+        if signal is None:
+            objective = Objective(kl_weight=0.0, ce_weight=1.0, logits_dtype=objective.logits_dtype)
+        loss = last_stage_loss(
+            hidden,
+            output_weight(student),
+            batch,
+            None if signal is None else self.teacher.target(signal),
+            objective,
+            vocab_size=self.vocab_size,
+            group=self.world.groups.tp,
         )
         if signal is not None:
-            self.teacher.done(signal)
-        if check_nan and not torch.isfinite(total):
+            self.teacher.release(signal)
+        if check_nan and not torch.isfinite(loss.total):
             raise InputError(
-                f"the loss is {total.item()} on {self.world.coordinates}; lower the learning rate, or use params_dtype float32"
+                f"the loss is {loss.total.item()} on {self.world.coordinates}; "
+                "lower the learning rate, or use params_dtype float32"
             )
-        tokens = mask.sum()
-        sums = dict(zip(("kd loss", "kl", "lm loss"), (per_token * mask).sum((1, 2))))
-        if target is None:
+        sums = dict(zip(("kd loss", "kl", "lm loss"), loss.sums))
+        if signal is None:
             sums = {"lm loss": sums["lm loss"]}
-        return (
-            total,
-            tokens.to(torch.int32),
-            {name: torch.stack([value, tokens.to(value.dtype)]) for name, value in sums.items()},
-        )
+        tokens = loss.num_tokens
+        report = {name: torch.stack([value, tokens.to(value.dtype)]) for name, value in sums.items()}
+        return loss.total, tokens.to(torch.int32), report
 
-    # Bridge's callback manager takes any object by the names of its events.
+    # Bridge's callback manager calls the methods with the names of its events.
     def on_train_start(self, context: Any) -> None:
-        # Not in check(): Bridge fills these settings in from others on its way here.
-        wrong = [
+        # Not in check_config(): Bridge derives these settings from others before it comes here.
+        problems = [
             text
             for chunk in context.model
             if hasattr(chunk, "ddp_config")
             for text in silently_wrong(chunk.config, chunk.ddp_config)
         ]
-        refuse("this model would be trained wrongly:", list(dict.fromkeys(wrong)))
+        refuse("this model would be trained wrongly:", list(dict.fromkeys(problems)))
         self.world = world_of_provider(context.model)
         self.teacher.start(self.world, context.state.cfg.model.seq_length)
 
@@ -165,10 +149,11 @@ class KDForwardStep:
         self.teacher.close()
 
 
-def _in_half(model: Any) -> bool:
-    """Whether Float16Module is around the GPTModel, which casts the output of the last stage unless told not to."""
-    while hasattr(model, "module"):
-        if hasattr(model, "float16_convertor"):
-            return True
-        model = model.module
-    return False
+def _local_batch(raw: dict[str, Any], world: World) -> Batch:
+    """Return this rank's part of a microbatch of Bridge's data loader."""
+    if raw.get("cu_seqlens") is not None or raw.get("cu_seqlens_q") is not None:
+        raise InputError(
+            "the data set packs several sequences into one (cu_seqlens); disable packing in cfg.dataset"
+        )
+    keys = ("tokens", "labels", "loss_mask", "position_ids")
+    return local_batch(cast(Batch, {key: raw[key] for key in keys}), world)

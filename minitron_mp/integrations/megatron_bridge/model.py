@@ -1,17 +1,9 @@
-"""Inside a Megatron-Bridge recipe: our pruned student, teacher and loss in Bridge's pretrain(), scores of a model that Bridge built, and export.
+"""Models of a Megatron-Bridge recipe: the pruned student, and models that Bridge has built.
 
-The only file that imports megatron.bridge, and only when a function that needs it is called. Bridge has two ways to say what a model
-is, and both end in chunks of megatron-core's GPTModel; a hook on these chunks, before they are wrapped, is all that we add:
-
-    provider   0.6: AutoBridge.to_megatron_provider(), hooks by register_pre_wrap_hook()
-    config     main: AutoBridge.get_model_config(), hooks in the list pre_wrap_hooks; Bridge 0.6 trains such a config, too
-
-    cfg.model = bridge.student("out/student", sequence_length=4096)
-    step = bridge.KDForwardStep(bridge.BesideStudent("out/teacher"), vocab_size=...)
-    bridge.check(cfg, step)
-    pretrain(cfg, step, callbacks=[step])
-
-s sequence  b microbatch  h hidden  v padded vocabulary; s' is s/cp, under sequence parallelism s/cp/tp
+student_provider                      the student, for cfg.model
+load_pruned, slice_teacher            hooks that fill the student with weights
+defer_head                            hook that leaves the output layer to the loss
+world_of_provider, arch_of            what score() and prune() need of a model that Bridge built
 """
 
 from __future__ import annotations
@@ -24,12 +16,12 @@ from typing import Any, Literal
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from minitron_mp.artifacts.checkpoint import load_model, model_state
-from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.checkpoint import load_weights, model_state
+from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import Arch
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.layers import DeferredHead
 from minitron_mp.models.sharded_model import ShardedModel
@@ -40,12 +32,7 @@ from minitron_mp.workflow.context import ASSETS
 Hook = Callable[[list[Any]], list[Any]]
 """Chunks of a bare GPTModel -> the chunks that are wrapped; what Bridge calls a pre-wrap hook."""
 
-BRIDGE = (
-    "install Megatron-Bridge (docs/bridge.md says how), or work without it: `minitron-mp compress` needs none"
-)
 
-
-# ---- the student -------------------------------------------------------------------------------------------------------------------
 def student_provider(
     folder: str | Path,
     *,
@@ -53,16 +40,19 @@ def student_provider(
     precision: str = "bf16",
     api: Literal["provider", "config"] = "provider",
 ) -> Any:
-    """What a recipe's cfg.model is set to: the pruned (or distilled) model of an artefact folder, which fills itself when Bridge builds it.
+    """Return what a recipe sets cfg.model to: a pruned or distilled model, which Bridge builds and
+    loads.
 
-    The folder is a sharded checkpoint that `minitron-mp` or examples/bridge_prune.py left; any layout loads it. Parallel sizes are set on the
-    result as on any other provider; hooks on it run after ours. InputError when Bridge is absent, or has not this api.
+    folder: sharded checkpoint of `minitron-mp` or examples/bridge_prune.py, saved at any layout.
+    Set parallel sizes on the result as on any other provider. Hooks that are added to it run after
+    the ones set here. InputError when Bridge is not installed, or does not have this api.
     """
-    arch = _arch_in(Path(folder))
-    bridge = auto_bridge(pruned_config(json.loads((Path(folder) / ASSETS / "config.json").read_text()), arch))
+    arch = saved_arch(Path(folder))
+    config = json.loads((Path(folder) / ASSETS / "config.json").read_text())
+    bridge = auto_bridge(pruned_config(config, arch))
     if api == "config" and not hasattr(bridge, "get_model_config"):
         raise InputError(
-            "this Megatron-Bridge has no AutoBridge.get_model_config(); use api='provider', or a newer Bridge"
+            "this Megatron-Bridge has no AutoBridge.get_model_config(); use api='provider' or a newer Bridge"
         )
     model = bridge.get_model_config() if api == "config" else bridge.to_megatron_provider(load_weights=False)
     return prepare(
@@ -71,13 +61,17 @@ def student_provider(
 
 
 def prepare(model: Any, arch: Arch, *, sequence_length: int, precision: str, weights: Hook) -> Any:
-    """Set on a provider or ModelConfig what our student needs, and the hook that fills it; returns it."""
-    # Padded as our checkpoints are, at every tp, so that student and teacher have the same columns on a rank.
+    """Set what our student needs on a provider or ModelConfig, add the hook that loads it, and
+    return it.
+    """
+    # Padded as in our checkpoints, at every tp, so that student and teacher have the same columns
+    # on a rank.
     model.vocab_size, model.should_pad_vocab = arch.padded_vocab_size, False
     model.seq_length = sequence_length
     model.params_dtype = model.pipeline_dtype = DTYPES[precision]
     model.bf16, model.fp16 = precision == "bf16", False
-    # The loss adds the head's gradient to main_grad as it goes: a factor that comes later would be too late.
+    # The loss adds the head's gradient to main_grad in the forward pass, so a later factor would
+    # miss it.
     model.calculate_per_token_loss = True
     add_pre_wrap_hook(model, weights)
     add_pre_wrap_hook(model, defer_head)
@@ -85,39 +79,45 @@ def prepare(model: Any, arch: Arch, *, sequence_length: int, precision: str, wei
 
 
 def add_pre_wrap_hook(model: Any, hook: Hook) -> None:
-    """Register a hook on a provider (Bridge 0.6) or a ModelConfig (main)."""
+    """Register a hook on a provider (Bridge 0.6) or a ModelConfig (Bridge's main branch)."""
     if hasattr(model, "register_pre_wrap_hook"):
         model.register_pre_wrap_hook(hook)
     elif hasattr(model, "pre_wrap_hooks"):
         model.pre_wrap_hooks.append(hook)
     else:
         raise InputError(
-            f"{type(model).__name__} takes no pre-wrap hooks; give a provider of Megatron-Bridge or a ModelConfig"
+            f"{type(model).__name__} takes no pre-wrap hooks; give a Megatron-Bridge provider or ModelConfig"
         )
 
 
 def load_pruned(folder: str | Path) -> Hook:
-    """A hook that fills the chunks from a sharded checkpoint of any layout; reached by all ranks."""
+    """Return a hook that loads the chunks from a sharded checkpoint of any layout; called by all
+    ranks.
+    """
 
     def fill(chunks: list[Any]) -> list[Any]:
-        load_model(chunks, Path(folder), world_of_provider(chunks))
+        load_weights(chunks, Path(folder), world_of_provider(chunks))
         return chunks
 
     return fill
 
 
 def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
-    """A hook that fills the chunks with what the plan keeps of a teacher, with nothing on disk between; reached by all ranks.
+    """Return a hook that fills the chunks with the slices of a teacher, without a checkpoint on
+    disk.
 
-    teacher(): its chunks, unwrapped, in the student's layout; they are consumed. InputError where layers go and pp is above 1: a layer
-    would change its rank, which only a checkpoint does (`slicing.prune`, `checkpoint.save`, then load_pruned).
+    teacher(): its chunks, unwrapped, in the student's layout; they are consumed. Called by all
+    ranks. InputError when the plan drops layers and pp is above 1: layers would move to other
+    ranks, which needs a checkpoint (pruning.slicing.prune, artifacts.checkpoint.save_checkpoint,
+    then load_pruned).
     """
 
     def fill(chunks: list[Any]) -> list[Any]:
         world = world_of_provider(chunks)
         if plan.student.num_layers < plan.teacher.num_layers and world.parallel.pp > 1:
             raise InputError(
-                f"the plan drops layers, and pp is {world.parallel.pp}: layers would move between stages; prune to a checkpoint, and load that"
+                f"the plan drops layers and pp is {world.parallel.pp}, so layers would move between stages; "
+                "save the pruned model as a checkpoint and use load_pruned()"
             )
         student = prune(sharded_model(teacher(), plan.teacher), plan)
         kept = {(tensor.key, tensor.global_offset): tensor for tensor in student.values()}
@@ -133,7 +133,11 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
 
 
 def defer_head(chunks: list[Any]) -> list[Any]:
-    """A hook: the last stage returns hidden states [b, s', h] after the final norm, and the loss applies the head; checkpoint keys stay."""
+    """Hook: let the last stage return hidden states [b, s', h] after the final norm, for the loss
+    to apply the head.
+
+    The keys of checkpoints stay the same. s' is s/cp, or s/cp/tp under sequence parallelism.
+    """
     chunk = chunks[-1]
     if chunk.post_process:
         chunk.output_layer = DeferredHead.taking_over(
@@ -142,9 +146,8 @@ def defer_head(chunks: list[Any]) -> list[Any]:
     return chunks
 
 
-# ---- models that Bridge built ------------------------------------------------------------------------------------------------------
 def world_of_provider(chunks: Sequence[Any]) -> World:
-    """Layout, process groups and device of a model that Bridge built, wrapped or not."""
+    """Return layout, process groups and device of a model that Bridge built, wrapped or not."""
     inner = bare_model(chunks[0])
     c = inner.config
     vpp = c.virtual_pipeline_model_parallel_size
@@ -159,7 +162,7 @@ def world_of_provider(chunks: Sequence[Any]) -> World:
 
 
 def sharded_model(chunks: list[Any], arch: Arch, sequence_length: int | None = None) -> ShardedModel:
-    """A model that Bridge built, wrapped or not, as score(), prune() and masked() take it.
+    """Return a model that Bridge built, wrapped or not, as score(), prune() and masked() take it.
 
     sequence_length: tokens of a sample; default: the most that the model takes.
     """
@@ -170,17 +173,29 @@ def sharded_model(chunks: list[Any], arch: Arch, sequence_length: int | None = N
 
 
 def bare_model(model: Any) -> Any:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    """Return the GPTModel inside DistributedDataParallel and Float16Module."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
-def arch_of(model: Any, config: dict[str, Any]) -> Arch:
-    """Sizes of a provider or ModelConfig, of any family that Bridge maps. config: the Hugging Face config.json.
+def has_float16_module(model: Any) -> bool:
+    """Whether Float16Module is around the GPTModel. It casts the output of the last stage unless
+    told otherwise.
+    """
+    while hasattr(model, "module"):
+        if hasattr(model, "float16_convertor"):
+            return True
+        model = model.module
+    return False
 
-    Enough to score, plan and prune. How its activations and positions work is Bridge's business: build_model() makes no such model unless
-    hf.py maps the family. InputError for experts, and for what keeps states beside the table of axes.
+
+def arch_of(model: Any, config: dict[str, Any]) -> Arch:
+    """Return the sizes of a provider or ModelConfig, of any family that Bridge maps.
+
+    config: content of the Hugging Face config.json. The result is enough to score, plan and prune.
+    build_model() needs more, and supports the families of models/families only. InputError for
+    experts and other parts that the table of axes does not have.
     """
     problems = [
         f"{name} is {value}"
@@ -188,6 +203,11 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         if (value := getattr(model, name, None))
     ]
     refuse("only dense decoders are pruned:", problems)
+    block = BlockArch(
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+    )
     return Arch(
         family=config["model_type"],
         vocab_size=config["vocab_size"],
@@ -198,21 +218,22 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         norm="rms" if model.normalization == "RMSNorm" else "layer1p",
         activation="swiglu" if model.gated_linear_unit else "squared_relu",
         norm_epsilon=model.layernorm_epsilon,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        **{
-            name: getattr(model, name)
-            for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
-        },
+        hidden_size=model.hidden_size,
+        kv_channels=model.kv_channels,
+        blocks=(block,) * model.num_layers,
     )
 
 
 def auto_bridge(config: dict[str, Any]) -> Any:
-    """AutoBridge.from_hf_config of a config.json."""
+    """Return AutoBridge.from_hf_config() of the content of a config.json."""
     try:
         from megatron.bridge import AutoBridge
         from megatron.bridge.models.conversion.param_mapping import AutoMapping
     except ImportError as error:
-        raise InputError(f"megatron.bridge cannot be imported ({error}); {BRIDGE}") from error
+        raise InputError(
+            f"megatron.bridge cannot be imported ({error}); install Megatron-Bridge "
+            "(docs/megatron_bridge.md), or use `minitron-mp compress`, which does not need it"
+        ) from error
     from transformers import AutoConfig
 
     AutoMapping.register_module_type(DeferredHead.__name__, "column")
@@ -220,17 +241,12 @@ def auto_bridge(config: dict[str, Any]) -> Any:
     return AutoBridge.from_hf_config(AutoConfig.for_model(config["model_type"], **known))
 
 
-def _arch_in(folder: Path) -> Arch:
-    found = find_manifest(folder)
-    if found is None or found.arch is None:
-        raise InputError(
-            f"{folder} is no model of minitron-mp; `minitron-mp import` and `minitron-mp prune` leave some"
-        )
-    return found.arch
-
-
 def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
-    """The teacher's config.json with the student's sizes, for families that name them as Llama does; others: change your own copy."""
+    """Return the teacher's config.json with the student's sizes, for families with the field names
+    of Llama.
+
+    For other families change a copy of config.json yourself.
+    """
     names = {
         "num_layers": "num_hidden_layers",
         "ffn_hidden_size": "intermediate_size",
@@ -241,7 +257,7 @@ def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
         names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")
     }
     refuse(
-        "this config.json names its sizes in another way:",
+        "this config.json has other field names than Llama's; change a copy of it yourself:",
         [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],
     )
     types = config.get("layer_types")

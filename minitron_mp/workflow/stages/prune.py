@@ -21,7 +21,7 @@ def prune_teacher(context: StageContext) -> None:
 
     base = context.recipe.pruning_base
     plan = PrunePlan.load(context.paths["plan"])
-    model = context.sharded_model(base)
+    model = context.build(base)
     if plan.teacher != model.arch:
         raise InputError(
             f"{context.paths['plan']} was made for another architecture than {context.paths[base]}; "

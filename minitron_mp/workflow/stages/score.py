@@ -20,10 +20,8 @@ def score_teacher(context: StageContext) -> None:
     from minitron_mp.pruning.importance import score
 
     config = context.recipe.score
-    model = context.sharded_model(context.recipe.pruning_base)
+    model = context.build(context.recipe.pruning_base).eval()
     _, groups = context.groups("calibration", config.num_samples, config.micro_batch_size, exact=True)
-    for chunk in model.chunks:
-        chunk.eval()
 
     def tracked() -> Iterator[list[Batch]]:
         with Tracker("score", config.num_samples, "samples") as tracker:

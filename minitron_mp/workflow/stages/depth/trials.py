@@ -22,9 +22,7 @@ from minitron_mp.workflow.context import StageContext
 def measure_depth(job: StageContext) -> None:
     """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
     settings = job.recipe.depth
-    model = job.sharded_model(job.recipe.pruning_base)
-    for chunk in model.chunks:
-        chunk.eval()
+    model = job.build(job.recipe.pruning_base).eval()
     count = layers_to_drop(job.recipe, model.arch)
     total, measure = (_task_without if settings.metric == "task" else _text_without)(job, model)
     if settings.method == "greedy":

@@ -1,46 +1,35 @@
-"""The stages that train: correct and distill. Their curves, logs and checkpoints lie beside the artefacts until those are whole."""
+"""The training of the stage distill, and the ranks of a remote teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from minitron_mp.artifacts.checkpoint import load_model
-from minitron_mp.models.build import build_model
-from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.distillation.teacher import Teacher
+from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 from minitron_mp.workflow.context import StageContext
-from minitron_mp.workflow.stages.correct.training import run_training
+from minitron_mp.workflow.stages.correct.training import OnStep, run_training
 from minitron_mp.workflow.teacher_source import open_teacher, serve_students
 
 
 def distill_student(job: StageContext) -> None:
-    """Train the student on the teacher's distribution."""
+    """Train the student on the teacher's distribution.
+
+    On the ranks of a remote teacher, serve it.
+    """
     if job.world.role == "teacher":
         serve_students(job)
-    else:
-        run_training(
-            job,
-            "prune",
-            job.recipe.distill,
-            lambda first, log: (
-                _learning_teacher(job, log)
-                if job.recipe.corrects_during_distillation
-                else open_teacher(job, first)
-            ),
-        )
+        return
+
+    def make_teacher(first_step: int, on_teacher_step: OnStep) -> Teacher:
+        if job.recipe.corrects_during_distillation:
+            return _trainable_teacher(job, on_teacher_step)
+        return open_teacher(job, first_step)
+
+    run_training(job, "prune", job.recipe.distill, make_teacher)
 
 
-def _learning_teacher(job: StageContext, log: Callable[[StepMetrics], None]) -> TrainableTeacher:
-    recipe, tutor = job.recipe, job.recipe.distillation_teacher
-    assert recipe.correct is not None
-    arch = job.arch(tutor)
-    chunks = build_model(
-        arch, job.world, training=recipe.correct, precision=recipe.teacher_precision, **job.build_options
-    )
-    load_model(chunks, job.paths[tutor], job.world)
-    state: dict[str, Any] = {"checkpoints": None, "manifest": job.manifest}
-    return TrainableTeacher(
-        TrainingRun(chunks, None, recipe.correct, job.world, vocab_size=arch.vocab_size, on_step=log, **state)
-    )
+def _trainable_teacher(job: StageContext, on_step: OnStep) -> TrainableTeacher:
+    settings = job.recipe.correct
+    assert settings is not None
+    options = RunOptions(None, job.manifest, seed=job.recipe.seed, on_step=on_step)
+    return TrainableTeacher(TrainingRun(job.teacher_model(training=settings), None, settings, options))

@@ -1,4 +1,4 @@
-"""The stage evaluate: all models of a project on held-out text, in tasks, and by the clock."""
+"""The measurements of the stage evaluate: held-out text, tasks, and prefill speed of all models."""
 
 from __future__ import annotations
 
@@ -15,92 +15,84 @@ from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.evaluation.choice_tasks import score_task
 from minitron_mp.evaluation.log_likelihood import num_groups
 from minitron_mp.evaluation.prefill_speed import measure
-from minitron_mp.evaluation.quality import compare
+from minitron_mp.evaluation.quality import Quality, compare
 from minitron_mp.evaluation.task_files import read_task_file
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.workflow.context import StageContext
 
-SPEED_SHARE, SPEED_S = 0.04, 2.0
-"""Share of the time of evaluate, and at least so many seconds, after which the measurement of speed repeats nothing more."""
+SPEED_SHARE = 0.04
+"""Share of the stage's time so far that the repetitions of the speed measurement may take."""
+
+SPEED_S = 2.0
+"""Seconds that they may take in any case."""
+
+Models = dict[str, ShardedModel]
 
 
 def evaluate_models(job: StageContext) -> None:
-    """Held-out loss, perplexity and KL of teacher, the teacher before correction, pruned and distilled student, in one pass over the text.
+    """Measure teacher, uncorrected and unpruned teacher, pruned and distilled student.
 
-    Then their scores in tasks, and their speed, which changes from run to run and so is no part of what the manifest says.
+    Reached by all ranks. All models read the held-out text in one pass. The speed changes from run
+    to run, so the manifest does not cover it.
     """
     settings, start = job.recipe.evaluate, time.monotonic()
     teacher = job.teacher(corrected=True)
-    left_by = {"uncorrected": "import"} if job.recipe.correct else {}
-    if job.recipe.distillation_teacher != job.recipe.pruning_base:
-        left_by["unpruned"] = job.recipe.pruning_base
-    left_by |= {"pruned": "prune", "distilled": "distill"}
-    models = {name: job.build(stage) for name, stage in left_by.items()}
-    count, groups = job.groups("valid", settings.num_samples, settings.micro_batch_size, exact=False)
-    vocab_size, every = job.arch("import").vocab_size, {"teacher": teacher.chunks, **models}
-    with Tracker("evaluate", count, "batches") as tracker:
-        quality = compare(
-            models, teacher, groups, job.world, vocab_size=vocab_size, progress=lambda: tracker.advance(1)
-        )
-    tasks, texts = _judge_tasks(job, every), _judge_texts(job, teacher, models)
-    shape = {
-        "sequence_length": job.recipe.data.sequence_length,
-        "micro_batch_size": settings.micro_batch_size,
-        "vocab_size": vocab_size,
+    models = {name: job.build(stage) for name, stage in _evaluated_stages(job).items()}
+    all_models = {"teacher": teacher.model, **models}
+    quality = _quality(job, "valid", "evaluate", models, teacher)
+    tasks = {task: _task_results(job, task, Path(path), all_models) for task, path in settings.tasks.items()}
+    texts = {
+        text: _dumped(_quality(job, text, f"evaluate, {text}", models, teacher))
+        for text in job.recipe.data.held_out
     }
-    kinds = {name: (job.arch(stage), job.recipe.precision) for name, stage in left_by.items()}
-    kinds = {"teacher": (job.arch(job.recipe.distillation_teacher), job.recipe.teacher_precision), **kinds}
-    speed = measure(
-        every, kinds, job.world, **shape, budget_s=max(SPEED_S, SPEED_SHARE * (time.monotonic() - start))
-    )
+    budget_s = max(SPEED_S, SPEED_SHARE * (time.monotonic() - start))
+    speed = measure(all_models, micro_batch_size=settings.micro_batch_size, budget_s=budget_s)
     content = {
         "manifest": job.manifest.model_dump(mode="json"),
-        **{name: q.model_dump() for name, q in quality.items()},
+        **_dumped(quality),
         "tasks": tasks,
+        "texts": texts,
+        "speed": speed.model_dump(),
     }
-    content |= {"texts": texts, "speed": speed.model_dump()}
     on_rank_0(lambda: write_text(job.output, json.dumps(content, indent=1)))
 
 
-def _judge_texts(
-    job: StageContext, teacher: ColocatedTeacher, models: dict[str, list[Any]]
-) -> dict[str, dict[str, Any]]:
-    """Name of a further held-out text -> model -> its quality there."""
-    settings, found = job.recipe.evaluate, {}
-    for name in job.recipe.data.held_out:
-        count, groups = job.groups(name, settings.num_samples, settings.micro_batch_size, exact=False)
-        with Tracker(f"evaluate, {name}", count, "batches") as tracker:
-            progress = partial(tracker.advance, 1)
-            quality = compare(
-                models,
-                teacher,
-                groups,
-                job.world,
-                vocab_size=job.arch("import").vocab_size,
-                progress=progress,
-            )
-        found[name] = {model: q.model_dump() for model, q in quality.items()}
-    return found
+def _evaluated_stages(job: StageContext) -> dict[str, str]:
+    """Return the name of each evaluated model, except the teacher -> the stage that wrote it."""
+    recipe, stages = job.recipe, {}
+    if recipe.correct:
+        stages["uncorrected"] = "import"
+    if recipe.distillation_teacher != recipe.pruning_base:
+        stages["unpruned"] = recipe.pruning_base
+    return {**stages, "pruned": "prune", "distilled": "distill"}
 
 
-def _judge_tasks(job: StageContext, models: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """Task -> model -> its result."""
-    settings, found = job.recipe.evaluate, {}
-    for task, path in settings.tasks.items():
-        items, size = read_task_file(Path(path), settings.task_items), settings.micro_batch_size
-        calls = num_groups(sum(len(item.options) for item in items), job.world, size) * len(models)
-        place = {
-            "sequence_length": job.recipe.data.sequence_length,
-            "micro_batch_size": size,
-            "vocab_size": job.arch(job.recipe.pruning_base).vocab_size,
-        }
-        with Tracker(task, calls, "batches") as tracker:
-            results = score_task(
-                models,
-                items,
-                job.tokenizer(),
-                job.world,
-                **place,
-                progress=lambda tracker=tracker: tracker.advance(1),
-            )
-        found[task] = {name: result.model_dump() for name, result in results.items()}
-    return found
+def _quality(
+    job: StageContext, text: str, title: str, models: Models, teacher: ColocatedTeacher
+) -> dict[str, Quality]:
+    """Return the quality of the models and the teacher on one held-out text."""
+    settings = job.recipe.evaluate
+    count, groups = job.groups(text, settings.num_samples, settings.micro_batch_size, exact=False)
+    with Tracker(title, count, "batches") as tracker:
+        return compare(models, teacher, groups, progress=partial(tracker.advance, 1))
+
+
+def _dumped(quality: dict[str, Quality]) -> dict[str, Any]:
+    return {model: values.model_dump() for model, values in quality.items()}
+
+
+def _task_results(job: StageContext, task: str, path: Path, models: Models) -> dict[str, Any]:
+    """Return the result of each model on one task."""
+    settings = job.recipe.evaluate
+    items = read_task_file(path, settings.task_items)
+    num_options = sum(len(item.options) for item in items)
+    num_batches = num_groups(num_options, job.world, settings.micro_batch_size) * len(models)
+    with Tracker(task, num_batches, "batches") as tracker:
+        results = score_task(
+            models,
+            items,
+            job.tokenizer(),
+            micro_batch_size=settings.micro_batch_size,
+            progress=partial(tracker.advance, 1),
+        )
+    return {name: result.model_dump() for name, result in results.items()}

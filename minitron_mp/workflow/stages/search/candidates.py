@@ -19,21 +19,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from minitron_mp.artifacts.checkpoint import load_model, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.data.batches import micro_batches
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
-from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.evaluation.prefill_speed import batch_of, timed
 from minitron_mp.evaluation.quality import compare
-from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.candidates import (
     Candidate,
     Trained,
@@ -50,6 +47,8 @@ from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.search_space import survey_candidates
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train_together
+from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.options import RunOptions, ignore_metrics
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.workflow.context import StageContext, training_samples
 
@@ -165,14 +164,7 @@ def _of_latency(job: StageContext, found: list[Candidate]) -> list[Candidate]:
     least, most = job.recipe.search.bounds
     with Tracker("search, latency", len(found), "candidates") as tracker:
         for candidate in found:
-            chunks = build_model(
-                candidate.arch,
-                job.world,
-                precision=job.recipe.precision,
-                random_weights=True,
-                **job.build_options,
-            )
-            candidate.latency_s = latency(chunks, candidate.arch, job.world, job.recipe)
+            candidate.latency_s = latency(job.empty_model(candidate.arch, random_weights=True), job.recipe)
             tracker.advance(1, f"{candidate.name}: {1000 * candidate.latency_s:,.1f} ms")
     inside = [c for c in found if least <= 1000 * c.latency_s <= most]
     if not inside:
@@ -184,16 +176,15 @@ def _of_latency(job: StageContext, found: list[Candidate]) -> list[Candidate]:
     return inside
 
 
-def latency(chunks: list[Any], arch: Arch, world: World, recipe: Recipe) -> float:
+def latency(model: ShardedModel, recipe: Recipe) -> float:
     """Seconds of a forward pass of search.batch_size sequences of search.context tokens, the least of some, the slowest rank's; equal on every rank."""
     s = recipe.search
     assert s is not None
     batches = [
-        batch_of(s.batch_size, s.context or recipe.data.sequence_length, arch.vocab_size)
-    ] * world.parallel.interleaved
-    for chunk in chunks:
-        chunk.eval()
-    return min([timed(chunks, world, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
+        batch_of(s.batch_size, s.context or recipe.data.sequence_length, model.arch.vocab_size)
+    ] * model.world.parallel.interleaved
+    model.eval()
+    return min([timed(model, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
 
 
 def _judge_pruned(job: StageContext, progress: _Progress) -> None:
@@ -201,15 +192,13 @@ def _judge_pruned(job: StageContext, progress: _Progress) -> None:
     todo = [c for c in progress.candidates if c.pruned_loss is None]
     if not todo:
         return
-    model, groups = job.sharded_model(job.recipe.pruning_base), _held_out(job)
+    model, groups = job.build(job.recipe.pruning_base), _held_out(job)
     with Tracker(
         "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
     ) as tracker:
         for candidate in todo:
             with masked(model, progress.plan(candidate)):
-                candidate.pruned_loss = compare(
-                    {"": model.chunks}, None, groups, job.world, vocab_size=model.arch.vocab_size
-                )[""].loss
+                candidate.pruned_loss = compare({"": model}, None, groups)[""].loss
             progress.keep()
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
 
@@ -226,69 +215,53 @@ def _distill(job: StageContext, progress: _Progress, alive: Sequence[Candidate],
 def _distill_together(
     job: StageContext, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]
 ) -> None:
-    recipe, world, vocab_size = job.recipe, job.world, part[0].arch.vocab_size
+    recipe, world = job.recipe, job.world
     settings, start = training(recipe), time.monotonic()
     for candidate in part:
         _slice(job, progress, candidate)
     teacher, train_set = job.teacher(fp8=recipe.teacher.fp8), training_samples(job, settings)
     runs, models = [], {}
+    trackers: list[Tracker] = []  # one, as soon as the step is known from which the runs resume
+
+    def on_step(metrics: StepMetrics) -> None:
+        trackers[0].advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
+
     for candidate in part:
         folder = progress.folder / candidate.name
-        chunks = build_model(
-            candidate.arch, world, training=settings, precision=recipe.precision, **job.build_options
-        )
-        load_model(chunks, folder / "student", world)
+        model = job.empty_model(candidate.arch, training=settings)
+        load_weights(model.chunks, folder / "student", world)
         manifest = job.manifest.model_copy(
             update={"settings": {**job.manifest.settings, "candidate": candidate.name}}
         )
-        runs.append(
-            TrainingRun(
-                chunks, teacher, settings, world, vocab_size=vocab_size, checkpoints=folder, manifest=manifest
-            )
-        )
-        models[candidate.name] = chunks
-    first = min(training.done for training in runs)
+        report = on_step if candidate is part[0] else ignore_metrics
+        options = RunOptions(folder, manifest, seed=recipe.seed, on_step=report)
+        runs.append(TrainingRun(model, teacher, settings, options))
+        models[candidate.name] = model
+    first = min(run.steps_done for run in runs)
     with Tracker(f"search, {len(runs)} students to step {last}", last, "steps", first) as tracker:
-        runs[0].on_step = lambda metrics: tracker.advance(1, f"{part[0].name}: loss {metrics.loss:.4f}")
-        place = {"dp_rank": world.groups.dp.rank(), "dp_size": world.groups.dp.size()}
-        sizes = {
-            "global_batch_size": settings.global_batch_size,
-            "micro_batch_size": settings.micro_batch_size,
-        }
-        try:
-            train_together(
-                runs,
-                teacher,
-                partial(micro_batches, train_set, **sizes, **place),
-                last,
-                seed=recipe.seed,
-                go_on=True,
-            )
-        except Preempted:
-            for one in runs:
-                one.settle()
-            raise
-    for one in runs:
-        one.settle()
-    quality = compare(models, teacher, groups, world, vocab_size=vocab_size)
-    for candidate, one in zip(part, runs):
-        found = quality[candidate.name]
-        loss, kl = (
-            (found.loss, found.kl) if one.done >= last and math.isfinite(found.loss) else (math.inf, math.inf)
+        trackers.append(tracker)
+        batches_of = partial(
+            micro_batches,
+            train_set,
+            global_batch_size=settings.global_batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            dp_rank=world.groups.dp.rank(),
+            dp_size=world.groups.dp.size(),
         )
+        train_together(runs, teacher, batches_of, last, drop_diverged=True)
+    quality = compare(models, teacher, groups)
+    for candidate, run in zip(part, runs):
+        found = quality[candidate.name]
+        finished = run.steps_done >= last and math.isfinite(found.loss)
+        loss, kl = (found.loss, found.kl) if finished else (math.inf, math.inf)
         candidate.distilled.append(
             Trained(steps=last, loss=loss, kl=kl, seconds=(time.monotonic() - start) / len(part))
         )
         if loss == math.inf:
             say(f"search: the loss of {candidate.name} is no number, it is out")
     progress.keep()
-    del (
-        teacher,
-        runs,
-        one,
-        models,
-        chunks,
-    )  # wrappers and optimizers are garbage in cycles, and as large as the students
+    # Wrappers and optimizers are garbage in cycles, and as large as the students.
+    del teacher, runs, run, models, model
     gc.collect()
 
 
@@ -306,7 +279,7 @@ def _slice(job: StageContext, progress: _Progress, candidate: Candidate) -> None
 
     if on_rank_0(is_there):
         return
-    teacher = job.sharded_model(job.recipe.pruning_base)
+    teacher = job.build(job.recipe.pruning_base)
     save_checkpoint(prune(teacher, progress.plan(candidate)), folder, manifest)
 
 

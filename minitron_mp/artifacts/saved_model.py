@@ -1,0 +1,106 @@
+"""Load a model from an artifact folder, and save one as an artifact folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minitron_mp import __version__
+from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
+from minitron_mp.artifacts.manifest import Manifest, find_manifest
+from minitron_mp.config.training import TrainingConfig
+from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import build_model
+from minitron_mp.models.sharded_model import ShardedModel
+
+
+def load_model(
+    folder: str | Path,
+    world: World,
+    *,
+    sequence_length: int,
+    precision: str = "bf16",
+    training: TrainingConfig | None = None,
+    transformer_impl: str = "auto",
+    fp8: str | None = None,
+) -> ShardedModel:
+    """Load the model in an artifact folder, at any parallel layout; reached by all ranks.
+
+    The options are those of build_model(). training: the settings of a run that will train the
+    model. InputError when the folder holds no model, or when the layout does not fit it.
+    """
+    folder = Path(folder)
+    model = build_model(
+        saved_arch(folder),
+        world,
+        precision=precision,
+        sequence_length=sequence_length,
+        training=training,
+        transformer_impl=transformer_impl,
+        fp8=fp8,
+    )
+    load_weights(model.chunks, folder, world)
+    return model
+
+
+def saved_arch(folder: Path) -> Arch:
+    """Return the architecture of the model in an artifact folder; InputError when it holds none."""
+    manifest = find_manifest(folder)
+    if manifest is None or manifest.arch is None:
+        raise InputError(
+            f"{folder} is not a model of minitron-mp; give a folder that `minitron-mp import`, "
+            "`minitron-mp prune` or `minitron-mp distill` wrote"
+        )
+    return manifest.arch
+
+
+def save_model(
+    model: ShardedModel,
+    folder: str | Path,
+    *,
+    made_from: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a model as an artifact folder that load_model() reads; reached by all ranks.
+
+    made_from: artifact folders whose fingerprints the manifest records, such as that of the
+    teacher. settings: what else led to these weights. Replaces an older artifact only when the new
+    one is complete.
+    """
+    state = model_state(model.chunks, model.world)
+    return save_state(state, model.arch, folder, made_from=made_from, settings=settings)
+
+
+def save_state(
+    state: dict[str, Any],
+    arch: Arch,
+    folder: str | Path,
+    *,
+    made_from: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write a sharded state of a model, such as prune() returns, as an artifact folder.
+
+    See save_model().
+    """
+    inputs = on_rank_0(lambda: {str(path): _fingerprint(Path(path)) for path in made_from})
+    manifest = Manifest(
+        stage="model",
+        settings=dict(settings or {}),
+        inputs=inputs,
+        arch=arch,
+        made_by=f"minitron_mp {__version__}",
+    )
+    save_checkpoint(state, Path(folder), manifest)
+    return manifest
+
+
+def _fingerprint(folder: Path) -> str:
+    manifest = find_manifest(folder)
+    if manifest is None:
+        raise InputError(f"{folder} is not an artifact of minitron-mp; leave it out of made_from")
+    return manifest.fingerprint

@@ -1,0 +1,165 @@
+"""Receiver: the student's end of a teacher stream. stream.py has the protocol."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron_mp.distillation.stream import ANNOUNCE, CREDIT, DATA, END_OF_STREAM, Link
+from minitron_mp.distillation.stream_layout import Grid, Message, Traffic
+
+
+class _Broken(Exception):
+    """A failure in the listening thread: the job rank at the other end, and what it did."""
+
+    def __init__(self, rank: int, what: str):
+        super().__init__(rank, what)
+        self.rank, self.what = rank, what
+
+
+@dataclass
+class _Arrival:
+    """A received signal. event: the end of its transfer on a GPU."""
+
+    signal: Tensor
+    event: Any = None
+
+
+class Receiver:
+    """The student's end, on one rank of a stage: get(id) and release(id) in ascending order of
+    `ids`.
+
+    A thread listens, so that transfers continue while the student computes.
+    """
+
+    def __init__(self, link: Link, student: Grid, ids: Sequence[int], device: torch.device):
+        self.link, self.student, self.ids, self.device = link, student, ids, device
+        self.arrived: dict[int, _Arrival] = {}
+        self.credits = dict.fromkeys(range(link.teacher.dp), link.window)
+        """Microbatches that each teacher replica may still put in flight."""
+        self.changed = threading.Condition()
+        self.failure: BaseException | None = None
+        self.closed = False
+        self.thread = threading.Thread(target=self._listen, name="teacher stream", daemon=True)
+        self.thread.start()
+
+    def get(self, id: int) -> Tensor:
+        """Wait for a microbatch and return this rank's part [s', b, n']."""
+        start = time.perf_counter()
+        with self.changed:
+            # Ends within the timeout, because the waits of the thread do.
+            self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
+            arrival = self.arrived.pop(id, None)
+        self.link.wait_s += time.perf_counter() - start
+        if arrival is None:
+            failure = self.failure
+            if not isinstance(failure, _Broken):
+                raise RuntimeError(str(failure)) from failure
+            # Reported only now that this rank waits. Before, its thread alone was waiting, ahead of
+            # it.
+            raise self.link.error(failure.rank, failure.what, failure.__cause__) from failure
+        if arrival.event is not None:
+            torch.cuda.current_stream().wait_event(arrival.event)
+            arrival.signal.record_stream(torch.cuda.current_stream())
+        return arrival.signal
+
+    def release(self, id: int) -> None:
+        """Let the teacher send one more microbatch: the signal is used, or kept by the caller."""
+        link, channel = self.link, self.link.channel
+        for source in dict.fromkeys(block.source for block in self._blocks(id)):
+            try:
+                channel.control.send([torch.tensor([id])], source, CREDIT).wait(channel.timeout)
+            except RuntimeError as error:
+                raise link.error(source, f"did not take the credit for microbatch {id}", error) from error
+        with self.changed:
+            self.credits[id % link.teacher.dp] += 1
+            self.changed.notify_all()
+
+    def traffic(self) -> Traffic:
+        """Return the time that this rank has waited, and the bytes that it has received, so far."""
+        return Traffic(self.link.wait_s, self.link.num_bytes)
+
+    def close(self) -> None:
+        """Stop listening."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+        self.thread.join()
+
+    def _blocks(self, id: int) -> list[Message]:
+        rank = self.link.channel.rank
+        return [block for block in self.link.messages(id, self.student) if block.target == rank]
+
+    def _listen(self) -> None:
+        """Receive all microbatches; the body of the thread."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread starts with the first GPU
+        try:
+            for id in self.ids:
+                if not self._take_credit(id % self.link.teacher.dp):
+                    return
+                arrival = self._receive(id)
+                if arrival is None:
+                    return
+                with self.changed:
+                    self.arrived[id] = arrival
+                    self.changed.notify_all()
+        except BaseException as error:
+            with self.changed:
+                self.failure = error
+                self.changed.notify_all()
+
+    def _take_credit(self, replica: int) -> bool:
+        """Wait until a teacher replica may send. Return whether to go on.
+
+        So the wait for its announcement is for the teacher alone, however long this side pauses.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.credits[replica] > 0 or self.closed)
+            if self.closed:
+                return False
+            self.credits[replica] -= 1
+            return True
+
+    def _receive(self, id: int) -> _Arrival | None:
+        """Receive a microbatch; None at the end of the stream."""
+        channel, shape, blocks = self.link.channel, self.link.shape, self._blocks(id)
+        for source in dict.fromkeys(block.source for block in blocks):
+            number = torch.empty(1, dtype=torch.int64)
+            try:
+                channel.control.recv([number], source, ANNOUNCE).wait(channel.timeout)
+            except RuntimeError as error:
+                raise _Broken(source, f"did not announce microbatch {id}") from error
+            if number.item() == END_OF_STREAM:
+                return None
+            if number.item() != id:
+                what = f"announced microbatch {number.item()}, but microbatch {id} was due"
+                raise _Broken(source, what)
+        with channel.transfer_stream(
+            behind_current=False
+        ):  # the buffer is new, so nothing precedes the transfer
+            signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype, device=self.device)
+            parts = []
+            for block in blocks:
+                view = signal[block.target_rows, :, block.target_columns]
+                part = (
+                    view
+                    if view.is_contiguous()
+                    else torch.empty_like(view, memory_format=torch.contiguous_format)
+                )
+                parts.append((channel.data.recv([part], block.source, DATA), block, view, part))
+                self.link.num_bytes += part.nbytes
+            for work, block, view, part in parts:
+                try:
+                    work.wait(channel.timeout)
+                except RuntimeError as error:
+                    raise _Broken(block.source, f"stopped in the middle of microbatch {id}") from error
+                if part is not view:
+                    view.copy_(part)
+            return _Arrival(signal, channel.record_event())

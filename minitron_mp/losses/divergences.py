@@ -1,0 +1,164 @@
+"""The divergences of the distillation loss: one table, name -> formulas.
+
+p, q: softmax of the teacher's and the student's logits over the temperature t; m = (p + q) / 2.
+
+    name        divergence                               gradient by the student's logit z
+    forward_kl  KL(teacher || student)  sum p log(p/q)   w t (q - p)
+    reverse_kl  KL(student || teacher)  sum q log(q/p)   w t q (log(q/p) - divergence)
+    js          (KL(p || m) + KL(q || m)) / 2            w t q (log(q/m) - KL(q || m)) / 2
+
+w t is RowValues.kl_weight.
+The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
+(2407.14679, section 3). The formulas here are plain torch, which CPUs run. kernels.py has the same
+per column for GPUs, selected by the same names: a new divergence needs a row here, a branch there,
+and its name in the recipe (config.distillation.DistillConfig.divergence).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowSums, RowValues
+
+
+class CentredLogits(NamedTuple):
+    """Logits / temperature minus their maximum on this rank, and what follows from them.
+
+    float32 [n, valid] where no other shape is given.
+    """
+
+    centred: Tensor
+    exponentials: Tensor
+    peak: Tensor
+    """float32 [n]"""
+    sum: Tensor
+    """of the exponentials, float32 [n]"""
+
+
+class DivergenceValue(NamedTuple):
+    """The divergence of each row, and what its gradient takes as RowValues.extra; float32 [n]."""
+
+    divergence: Tensor
+    extra: Tensor
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Formulas of one divergence.
+
+    cross_sum(student, teacher): RowStatistics.cross_sum of this rank, [n]. It may overwrite the
+        centred logits. None: the divergence needs no such sum.
+    value(sums, mixture): the divergence. mixture: reference.mixture_sums() of all ranks, None
+        unless needed.
+    gradient(rows, statistics, exponentials, values, has_ce): gradient of the weighted loss by this
+        rank's logits, float32 [n, valid]. It includes the cross-entropy's probabilities, but not
+        the one of its label.
+    needs_mixture_sums: the value needs reference.mixture_sums(), a second pass over the logits.
+    """
+
+    cross_sum: Callable[[CentredLogits, CentredLogits], Tensor] | None
+    value: Callable[[RowSums, Tensor | None], DivergenceValue]
+    gradient: Callable[[LogitRows, RowStatistics, Exponentials, RowValues, bool], Tensor]
+    needs_mixture_sums: bool = False
+
+
+def forward_kl_cross_sum(student: CentredLogits, teacher: CentredLogits) -> Tensor:
+    """sum e^(u - max u) (u - s)"""
+    shift = (teacher.peak - student.peak) * teacher.sum
+    return teacher.centred.sub_(student.centred).mul_(teacher.exponentials).sum(1) + shift
+
+
+def forward_kl_value(sums: RowSums, mixture: Tensor | None) -> DivergenceValue:
+    mean = (sums.by_rank.cross_sum * sums.teacher.scale).sum(0) / sums.teacher.sum
+    return DivergenceValue(mean - sums.lse_gap, torch.zeros_like(mean))
+
+
+def forward_kl_gradient(
+    rows: LogitRows,
+    statistics: RowStatistics,
+    exponentials: Exponentials,
+    values: RowValues,
+    has_ce: bool,
+) -> Tensor:
+    """Gradient of forward KL, or of the cross-entropy alone when there is no teacher.
+
+    A factor for each row turns the exponentials into probabilities, in place. At temperature 1 the
+    cross-entropy has the same probabilities.
+    """
+    shared_softmax = has_ce and rows.temperature == 1
+    factor = values.kl_weight * torch.exp(statistics.student_max - values.student_lse)
+    if shared_softmax:
+        factor = factor + values.ce_weight * torch.exp(statistics.student_max - values.student_lse_t1)
+    total = exponentials.student.mul_(factor[:, None])
+    if exponentials.teacher is not None:
+        of_teacher = values.kl_weight * torch.exp(statistics.teacher_max - values.teacher_lse)
+        total.addcmul_(exponentials.teacher, of_teacher[:, None], value=-1)
+    return add_cross_entropy(total, rows, values) if has_ce and not shared_softmax else total
+
+
+def reverse_kl_cross_sum(student: CentredLogits, teacher: CentredLogits) -> Tensor:
+    """sum e^(s - max s) (s - u)"""
+    shift = (student.peak - teacher.peak) * student.sum
+    return student.centred.sub_(teacher.centred).mul_(student.exponentials).sum(1) + shift
+
+
+def reverse_kl_value(sums: RowSums, mixture: Tensor | None) -> DivergenceValue:
+    mean = (sums.by_rank.cross_sum * sums.student.scale).sum(0) / sums.student.sum
+    divergence = mean + sums.lse_gap
+    return DivergenceValue(divergence, divergence)
+
+
+def reverse_kl_gradient(
+    rows: LogitRows, statistics: RowStatistics, exponentials: Exponentials, values: RowValues, has_ce: bool
+) -> Tensor:
+    assert rows.teacher is not None
+    log_q = log_probs(rows.student, values.student_lse, rows)
+    log_p = log_probs(rows.teacher, values.teacher_lse, rows)
+    total = log_q.exp() * (log_q - log_p - values.extra[:, None]) * values.kl_weight[:, None]
+    return add_cross_entropy(total, rows, values) if has_ce else total
+
+
+def js_value(sums: RowSums, mixture: Tensor | None) -> DivergenceValue:
+    assert mixture is not None
+    return DivergenceValue(mixture.mean(1), mixture[:, 1])
+
+
+def js_gradient(
+    rows: LogitRows, statistics: RowStatistics, exponentials: Exponentials, values: RowValues, has_ce: bool
+) -> Tensor:
+    log_q, _log_p, log_m = log_mixture(rows, values.student_lse, values.teacher_lse)
+    total = log_q.exp() * (log_q - log_m - values.extra[:, None]) * (values.kl_weight / 2)[:, None]
+    return add_cross_entropy(total, rows, values) if has_ce else total
+
+
+DIVERGENCES = {
+    "forward_kl": Divergence(forward_kl_cross_sum, forward_kl_value, forward_kl_gradient),
+    "reverse_kl": Divergence(reverse_kl_cross_sum, reverse_kl_value, reverse_kl_gradient),
+    "js": Divergence(None, js_value, js_gradient, needs_mixture_sums=True),
+}
+
+
+def log_mixture(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log q, log p and log m, float32 [n, valid]."""
+    assert rows.teacher is not None
+    log_q = log_probs(rows.student, student_lse, rows)
+    log_p = log_probs(rows.teacher, teacher_lse, rows)
+    return log_q, log_p, torch.logaddexp(log_q, log_p) - math.log(2)
+
+
+def log_probs(logits: Tensor, lse: Tensor, rows: LogitRows) -> Tensor:
+    """Return log probabilities at the temperature, float32 [n, valid]."""
+    return logits[:, : rows.valid].float() / rows.temperature - lse[:, None]
+
+
+def add_cross_entropy(total: Tensor, rows: LogitRows, values: RowValues) -> Tensor:
+    """Add the weighted probabilities at temperature 1 to a gradient [n, valid], in place."""
+    probs = torch.exp(rows.student[:, : rows.valid].float() - values.student_lse_t1[:, None])
+    total += probs * values.ce_weight[:, None]
+    return total

@@ -1,0 +1,134 @@
+"""What the row functions of the loss take and return. A row is one token's logits.
+
+z  logits of the student    s = z / temperature
+y  logits of the teacher    u = y / temperature
+n rows  v padded vocabulary, of which this rank holds v/tp columns
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitRows:
+    """Logits of n tokens on this rank.
+
+    student, teacher: float32 or bf16 [n, v/tp]. Columns from `valid` on are padding.
+    labels int64 [n], numbered from this rank's first column; a label outside of [0, valid) belongs
+    to another rank.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor
+    valid: int
+    temperature: float
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of each row over this rank's columns, float32 [n] each.
+
+    A maximum over no column is -inf, and a sum over none is 0. The last three are 0 without a
+    teacher.
+    """
+
+    student_max: Tensor
+    """max s"""
+    student_sum: Tensor
+    """sum e^(s - max s)"""
+    student_sum_t1: Tensor
+    """sum e^(z - max z): at temperature 1, for the cross-entropy"""
+    label_logit: Tensor
+    """z of the label, 0 when another rank has it"""
+    teacher_max: Tensor
+    """max u"""
+    teacher_sum: Tensor
+    """sum e^(u - max u)"""
+    cross_sum: Tensor
+    """the divergence's own sum over the columns, see divergences.py"""
+
+
+class Exponentials(NamedTuple):
+    """What the gradient in plain torch takes from the statistics, float32 [n, valid].
+
+    student: e^(s - max s). teacher: e^(u - max u), None without a teacher.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+
+
+class RowValues(NamedTuple):
+    """What the gradient of a row needs of the whole vocabulary, float32 [n] each."""
+
+    student_lse: Tensor
+    """log sum e^s"""
+    teacher_lse: Tensor
+    """log sum e^u"""
+    student_lse_t1: Tensor
+    """log sum e^z"""
+    kl_weight: Tensor
+    """weight of the divergence in the loss of this token, times one factor of the temperature"""
+    ce_weight: Tensor
+    """weight of the cross-entropy in the loss of this token"""
+    extra: Tensor
+    """the divergence's own value for the gradient, see divergences.py"""
+
+
+class SoftmaxSum(NamedTuple):
+    """The sum of a softmax over the whole vocabulary, float32 [n].
+
+    scale [tp, n]: e^(maximum on the rank - max).
+    """
+
+    max: Tensor
+    scale: Tensor
+    sum: Tensor
+    lse: Tensor
+
+    @classmethod
+    def of(cls, rank_max: Tensor, rank_sum: Tensor) -> SoftmaxSum:
+        """Combine the ranks' statistics [tp, n]."""
+        largest = rank_max.amax(0)
+        scale = torch.exp(rank_max - largest)
+        total = (rank_sum * scale).sum(0)
+        return cls(largest, scale, total, largest + total.log())
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Statistics of each row over the whole vocabulary.
+
+    by_rank: the ranks' statistics, [tp, n] each. Everything else is [n].
+    """
+
+    by_rank: RowStatistics
+    student: SoftmaxSum
+    teacher: SoftmaxSum
+    student_lse_t1: Tensor
+
+    @classmethod
+    def of(cls, by_rank: RowStatistics, temperature: float) -> RowSums:
+        student = SoftmaxSum.of(by_rank.student_max, by_rank.student_sum)
+        sum_t1 = (by_rank.student_sum_t1 * student.scale**temperature).sum(0)
+        return cls(
+            by_rank,
+            student,
+            SoftmaxSum.of(by_rank.teacher_max, by_rank.teacher_sum),
+            student.max * temperature + sum_t1.log(),
+        )
+
+    @property
+    def cross_entropy(self) -> Tensor:
+        return self.student_lse_t1 - self.by_rank.label_logit.sum(0)
+
+    @property
+    def lse_gap(self) -> Tensor:
+        """Teacher's lse - student's lse, without the rounding of a difference of large numbers."""
+        teacher, student = self.teacher, self.student
+        return (teacher.max - student.max) + (teacher.sum.log() - student.sum.log())

@@ -1,0 +1,172 @@
+"""A model wrapped for data parallelism, with distributed optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from minitron_mp.artifacts.checkpoint import model_state, scaling_state
+from minitron_mp.artifacts.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
+from minitron_mp.config.training import TrainingConfig
+from minitron_mp.distributed.launcher import environment_variable
+from minitron_mp.errors import refuse
+from minitron_mp.models.build import unwrap
+from minitron_mp.models.precision import silently_wrong
+from minitron_mp.models.sharded_model import ShardedModel
+
+
+class TrainableModel:
+    """A model with gradients, optimizer and learning-rate schedule.
+
+    model: its chunks are wrapped in Megatron's DistributedDataParallel. All methods are reached by
+    all ranks.
+    """
+
+    def __init__(self, model: ShardedModel, settings: TrainingConfig):
+        self.overlap = settings.overlap
+        self.model = _wrapped(model, settings)
+        self.optimizer = _optimizer(self.model.chunks, settings)
+        self.schedule = _schedule(self.optimizer, settings)
+        _connect(self.model.chunks, self.optimizer, settings)
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of the last step."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def update(self) -> tuple[float, float]:
+        """Apply the accumulated gradients.
+
+        Returns learning rate and gradient norm before clipping.
+        """
+        self.schedule.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        return self.optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)
+
+    def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
+        """Return the sharded state of weights and optimizer.
+
+        Empty: tensors to read a checkpoint into.
+        """
+        chunks = [chunk.module for chunk in self.model.chunks]
+        # With overlap the last all-gather of parameters is still to come.
+        gather_first = self.overlap and not empty
+        if gather_first:
+            for chunk in self.model.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+        weights = model_state(chunks, self.model.world)
+        make_state = empty_optimizer_state if empty else optimizer_state
+        state = {**weights, **make_state(self.optimizer, weights), **scaling_state(chunks, self.model.world)}
+        if gather_first:
+            for chunk in self.model.chunks:
+                chunk.enable_forward_pre_hook()
+        return state
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Continue from a state_dict(empty=True) that a checkpoint has filled."""
+        # Transformer Engine 2.16 rejects pickled histories of delayed scaling by default. These
+        # come from our own checkpoint.
+        with environment_variable("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
+            for i, chunk in enumerate(self.model.chunks):
+                weights = state[f"model{i}"] | state.get(f"scaling{i}", {})
+                chunk.module.load_state_dict(weights, strict=False)
+        load_optimizer_state(self.optimizer, state, step=step)
+        self.schedule.step(increment=step)
+
+    def finalize(self) -> None:
+        """Finish the pending all-gather of parameters, and drop references so memory can be freed."""
+        for chunk in self.model.chunks:
+            if self.overlap:
+                chunk.disable_forward_pre_hook(param_sync=True)
+            # The optimizer's shards hold gradient hooks that Python's collector cannot see. Through
+            # them these functions would keep model, optimizer and process groups until the process
+            # ends.
+            config = unwrap(chunk).config
+            config.finalize_model_grads_func = None
+            config.grad_scale_func = None
+            config.no_sync_func = None
+            config.param_sync_func = None
+
+
+def _wrapped(model: ShardedModel, settings: TrainingConfig) -> ShardedModel:
+    config = model.chunks[0].config
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=settings.overlap,
+        overlap_param_gather=settings.overlap,
+    )
+    refuse("this model would be trained wrongly:", silently_wrong(config, ddp))
+    # Set before wrapping: it also decides how the wrapper scales gradients.
+    config.calculate_per_token_loss = True
+    chunks = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=model.world.groups)
+        for i, chunk in enumerate(model.chunks)
+    ]
+    for chunk in chunks:
+        chunk.train()
+    return model.with_chunks(chunks)
+
+
+def _optimizer(chunks: list[Any], settings: TrainingConfig) -> Any:
+    config = chunks[0].config
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            # At 0 Megatron would not compute the gradient norm, which is logged.
+            clip_grad=settings.clip_grad or math.inf,
+            bf16=config.params_dtype is torch.bfloat16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=settings.overlap,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+
+
+def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> None:
+    """Give Megatron's schedules the functions of wrapper and optimizer that they call."""
+    config = unwrap(chunks[0]).config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if not settings.overlap:
+        return
+    if len(chunks) > 1:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks]
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+    else:
+        config.no_sync_func = chunks[0].no_sync
+        config.param_sync_func = chunks[0].start_param_sync
+
+
+def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
+    """Linear warm-up to lr, then a cosine to min_lr at the last step."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=settings.steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=settings.steps,
+        wd_incr_style="constant",
+    )

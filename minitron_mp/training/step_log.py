@@ -1,0 +1,204 @@
+"""The steps of a run since its last log, added up over the ranks and reported on rank 0."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron_mp.distillation.stream_layout import Traffic
+from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError
+from minitron_mp.training.metrics import StepMetrics
+from minitron_mp.training.options import RunOptions
+from minitron_mp.training.throughput import Throughput, peak_memory_gib
+
+
+class Diverged(InputError):
+    """A loss or gradient norm is not finite."""
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """One step on this rank.
+
+    sums: float64 [4], loss, divergence and cross-entropy in nats, and valid tokens, over this
+    rank's tokens; [5] with the hidden-state loss. Zero where another rank has the same. alpha:
+    weight of the hidden-state loss.
+    """
+
+    step: int
+    """From 0."""
+    lr: float
+    grad_norm: float
+    sums: Tensor
+    alpha: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What one rank contributes to a log beside its sums.
+
+    traffic: received from the teacher since the last log, None where no stream arrives.
+    """
+
+    stop_requested: bool = False
+    needs_checkpoint_time: bool = False
+    writing_checkpoint: bool = False
+    traffic: Traffic | None = None
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """The RankStatus of all ranks, added up; equal on all ranks."""
+
+    num_stop_requests: float
+    num_checkpoint_times: float
+    num_writers: float
+    wait_s: float
+    num_bytes: float
+    num_receivers: float
+    peak_memory_gib: float
+
+
+class StepLog:
+    """Collects the steps of a run, and reports them at the end of a log interval.
+
+    total_steps: of the whole run. first_step: at which this process starts or resumes.
+    """
+
+    def __init__(self, options: RunOptions, world: World, *, total_steps: int, first_step: int):
+        self.options, self.world, self.total_steps, self.first_step = options, world, total_steps, first_step
+        self.steps: list[FinishedStep] = []
+        self.begin = time.perf_counter()
+        self.start_clock()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are steps to report."""
+        return bool(self.steps)
+
+    def add(self, step: FinishedStep) -> None:
+        """Keep a step until the next report."""
+        self.steps.append(step)
+
+    def start_clock(self) -> None:
+        """Start to time the next steps: after a log, a checkpoint, or a pause."""
+        self.start = time.perf_counter()
+
+    def stop_clock(self) -> float:
+        """Wait for the device, whose optimizer kernels belong to the step.
+
+        Returns seconds since start_clock().
+        """
+        if self.world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return time.perf_counter() - self.start
+
+    def report(
+        self, status: RankStatus, seconds: float, checkpoint_blocked_s: float | None
+    ) -> tuple[JobStatus, list[StepMetrics]]:
+        """Add up the collected steps over all ranks, in one collective; reached by all ranks.
+
+        seconds: from stop_clock(). Returns the metrics of each step, which check_and_publish()
+        reports.
+        """
+        rows, job = self._reduce(status)
+        num_steps = len(self.steps)
+        step_s = seconds / num_steps
+        # Mean over all steps of this process, checkpoints and pauses included.
+        pace_s = (time.perf_counter() - self.begin) / max(1, self.steps[-1].step + 1 - self.first_step)
+        shared = Throughput(peak_memory_gib=job.peak_memory_gib, save_s=checkpoint_blocked_s)
+        if job.num_receivers:
+            shared = replace(
+                shared,
+                teacher_wait_s=job.wait_s / job.num_receivers / num_steps,
+                transport_gb_per_s=job.num_bytes / seconds / 1e9,
+            )
+        metrics = []
+        for finished, row in zip(self.steps, rows):
+            rates = self.options.work.rates(finished.step, step_s) if self.options.work else {}
+            measured = replace(
+                shared,
+                **rates,
+                eta_s=pace_s * (self.total_steps - finished.step - 1),
+                tokens_per_s_per_gpu=row[3] / step_s / self.world.job_size,
+            )
+            metrics.append(_metrics(finished, row, step_s, measured))
+        return job, metrics
+
+    def check_and_publish(self, metrics: Sequence[StepMetrics]) -> None:
+        """Call on_step for each step on rank 0.
+
+        Diverged on all ranks at the first one that is not finite.
+        """
+        for one in metrics:
+            if not math.isfinite(one.loss) or not math.isfinite(one.grad_norm):
+                raise Diverged(
+                    f"the loss of step {one.step} is {one.loss}, its gradient norm {one.grad_norm}; "
+                    "lower lr, raise warmup_steps or set precision: fp32"
+                )
+            if self.world.is_main:
+                self.options.on_step(one)
+        self.steps.clear()
+
+    def _reduce(self, status: RankStatus) -> tuple[list[list[float]], JobStatus]:
+        """Return the global sums of each step, and of the status."""
+        world = self.world
+        sums = torch.stack([finished.sums for finished in self.steps])
+        memory = [0.0] * world.size  # each rank fills its own place, so that the sum holds all of them
+        memory[world.rank] = peak_memory_gib(world.device)
+        traffic = status.traffic or Traffic(0.0, 0)
+        flags = [
+            float(status.stop_requested),
+            float(status.needs_checkpoint_time),
+            float(status.writing_checkpoint),
+            traffic.wait_s,
+            float(traffic.num_bytes),
+            float(status.traffic is not None),
+        ]
+        totals = torch.cat([sums.flatten(), sums.new_tensor([*flags, *memory])])
+        dist.all_reduce(totals)
+        values, columns, split = totals.tolist(), sums.shape[1], sums.numel()
+        rows = [values[i : i + columns] for i in range(0, split, columns)]
+        counts, memories = values[split : split + len(flags)], values[split + len(flags) :]
+        stop_requests, checkpoint_times, writers, wait_s, num_bytes, receivers = counts
+        return rows, JobStatus(
+            num_stop_requests=stop_requests,
+            num_checkpoint_times=checkpoint_times,
+            num_writers=writers,
+            wait_s=wait_s,
+            num_bytes=num_bytes,
+            num_receivers=receivers,
+            peak_memory_gib=max(memories),
+        )
+
+
+def _metrics(finished: FinishedStep, row: list[float], step_s: float, measured: Throughput) -> StepMetrics:
+    """Turn the global sums of a step into means over its valid tokens."""
+    loss, divergence, cross_entropy, tokens, *hidden_states = row
+    mean_states = alpha = None
+    if hidden_states:
+        assert finished.alpha is not None
+        alpha = finished.alpha.item()
+        mean_states = hidden_states[0] / tokens
+        loss += alpha * hidden_states[0]
+    return StepMetrics(
+        step=finished.step + 1,
+        loss=loss / tokens,
+        kl=divergence / tokens,
+        ce=cross_entropy / tokens,
+        grad_norm=finished.grad_norm,
+        lr=finished.lr,
+        num_tokens=round(tokens),
+        step_time_s=step_s,
+        tokens_per_s=tokens / step_s,
+        states=mean_states,
+        alpha=alpha,
+        measured=measured,
+    )
