@@ -21,7 +21,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minitron_mp.config.parallel import ParallelConfig
@@ -32,7 +31,7 @@ from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.importance import recording
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import make_plan
-from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.scores import random_scores
 
 
 def main() -> None:
@@ -77,30 +76,15 @@ def main() -> None:
             _settle()
             return time.perf_counter() - start
 
-        scores = Scores(
-            *(
-                np.random.default_rng(1).random(n)
-                for n in (
-                    (arch.num_layers, arch.ffn_hidden_size),
-                    (arch.num_layers, arch.num_attention_heads),
-                )
-            ),
-            np.random.default_rng(2).random(arch.hidden_size),
-            np.ones(arch.num_layers),
-        )
         smaller = {
             "hidden_size": arch.hidden_size - 16,
             "ffn_hidden_size": arch.ffn_hidden_size - 16 * args.tp,
             "num_attention_heads": arch.num_attention_heads - arch.num_query_groups,
         }
-        plan = make_plan(scores, arch, TargetConfig(**smaller), tp=args.tp)
+        plan = make_plan(random_scores(arch), arch, TargetConfig(**smaller), tp=args.tp)
 
         def hooked() -> float:
-            with (
-                masked(model.chunks, plan, world)
-                if args.masks
-                else recording(model.chunks, arch, ScoreConfig(), world, args.sequence_length)
-            ):
+            with masked(model, plan) if args.masks else recording(model, ScoreConfig()):
                 return forward()
 
         forward(), hooked()

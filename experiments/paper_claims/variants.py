@@ -61,7 +61,7 @@ def random_scores(project: StageGraph) -> None:
     """Shuffle the importance scores within each layer, and the scores of the layers."""
     path, chance = project.paths["score"], np.random.default_rng(project.recipe.seed)
     manifest, scores = require_artifact(path, "score"), Scores.load(path)
-    shuffled = Scores(**{name: chance.permuted(value, axis=-1) for name, value in vars(scores).items()})
+    shuffled = Scores.from_tensors({name: chance.permuted(row) for name, row in scores.tensors().items()})
     shuffled.save(path, manifest.model_copy(update={"made_by": BY_HAND}))
 
 

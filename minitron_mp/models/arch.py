@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from minitron_mp.errors import InputError
@@ -215,33 +214,6 @@ class Arch(BaseModel):
         if embeddings:
             total += (1 if self.tied else 2) * self.vocab_size * self.hidden_size
         return total
-
-
-def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
-    """Return the rows of a weight axis that belong to the kept model units, ascending.
-
-    keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels
-    for "hidden". "qkv" keeps the key and value of each group that keeps a head, and drops a group
-    without one. 8 heads in 2 groups: keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11],
-    keep [4 5 7] -> [6 7 9 10 11].
-    """
-    if axis == "gate_up" and arch.gated:
-        return np.concatenate([keep, keep + arch.ffn_hidden_size])
-    if axis == "qkv":
-        width = arch.heads_per_group + 2
-        key_value = np.unique(keep // arch.heads_per_group)[:, None] * width + [width - 2, width - 1]
-        keep = np.sort(np.concatenate([query_slots(keep, arch), key_value.reshape(-1)]))
-    return slot_rows(keep, arch) if axis in ("qkv", "heads") else keep
-
-
-def query_slots(heads: np.ndarray, arch: Arch) -> np.ndarray:
-    """Return the slots of these heads among q .. q k v  q .. q k v of linear_qkv, in their order."""
-    return heads // arch.heads_per_group * (arch.heads_per_group + 2) + heads % arch.heads_per_group
-
-
-def slot_rows(slots: np.ndarray, arch: Arch) -> np.ndarray:
-    """Return the hn rows of each slot of one head width, in the order of the slots."""
-    return (slots[:, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(-1)
 
 
 def layout_problems(arch: Arch, tp: int) -> list[str]:

@@ -26,6 +26,7 @@ from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.evaluation.quality import compare
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.axes import HIDDEN
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import PrunePlan
@@ -176,7 +177,9 @@ def _pairs(job: StageContext) -> LayerPairs | None:
     recipe = job.recipe
     if recipe.distill.states is None:
         return None
-    channels = None if recipe.teacher.model else tuple(PrunePlan.load(job.paths["plan"]).hidden)
+    channels = None
+    if not recipe.teacher.model:
+        channels = tuple(PrunePlan.load(job.paths["plan"]).units(HIDDEN).tolist())
     return LayerPairs(
         recipe.distill.states, job.arch("prune"), job.arch(recipe.distillation_teacher), channels
     )

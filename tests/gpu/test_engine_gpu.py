@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import join_world, seed_all
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.axes import HIDDEN
 from minitron_mp.models.precision import check_cuda_graphs, communication_buffers
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import make_plan
@@ -188,19 +191,12 @@ def test_te_and_local_scores_keep_the_same_indices(models, world, family):
         ("bf16", "bf16", ENGINE),
     ):
         chunks, batches = models(arch, precision, **options), batches_of(arch, 0, 16, 4)
-        found[name] = score(
-            chunks,
-            arch,
-            ScoreConfig(),
-            world,
-            SEQUENCE,
-            lambda c=chunks, b=batches: run_schedule(c, b, world, None),
-        )
+        model = ShardedModel(chunks, arch, world, SEQUENCE, precision)
+        found[name] = score(model, [batches], ScoreConfig())
     for name, near in (("fp32", 1e-3), ("bf16", 2e-2)):
         for axis, count in kept.items():
-            for own, want in zip(
-                np.atleast_2d(getattr(found[name], axis)), np.atleast_2d(getattr(found["local"], axis))
-            ):
+            for layer, own in found[name][axis].items():
+                want = found["local"][axis][layer]
                 order = np.argsort(-want)
                 differ = set(order[:count]) ^ set(np.argsort(-own)[:count])
                 assert all(abs(want[i] / want[order[count - 1]] - 1) < near for i in differ), (
@@ -214,20 +210,14 @@ def test_te_and_local_scores_keep_the_same_indices(models, world, family):
 def test_masks_match_for_te_and_local_layers(models, world, family):
     arch = arch_of(family)
     local = models(arch, "fp32", **LOCAL)
-    scores = score(
-        local,
-        arch,
-        ScoreConfig(),
-        world,
-        SEQUENCE,
-        lambda: run_schedule(local, batches_of(arch), world, None),
-    )
+    model = ShardedModel(local, arch, world, SEQUENCE, "fp32")
+    scores = score(model, [batches_of(arch)], ScoreConfig())
     plan = make_plan(scores, arch, TargetConfig(hidden_size=192, ffn_hidden_size=384, num_attention_heads=4))
     found = []
     for chunks in (local, models(arch, **LOCAL), models(arch, **ENGINE)):
-        with masked(chunks, plan, world):
+        with masked(replace(model, chunks=chunks), plan):
             hidden = hidden_of(chunks, arch, world)
-        found.append(hidden[..., torch.as_tensor(plan.hidden, device=hidden.device)])
+        found.append(hidden[..., torch.as_tensor(plan.units(HIDDEN), device=hidden.device)])
     assert error_of(found[2], found[0]) < 1.5 * error_of(found[1], found[0])
 
 

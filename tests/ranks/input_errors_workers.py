@@ -90,7 +90,7 @@ def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
             targets(arch)["all"],
         )
         wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
-        return refusal(lambda: prune([wrapped], plan, world))
+        return refusal(lambda: prune(model.with_chunks([wrapped]), plan))
 
 
 def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:

@@ -141,7 +141,7 @@ def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
             block.mlp.linear_fc1 = NormLinear(block.pre_mlp_layernorm, block.mlp.linear_fc1, name)
             block.input_layernorm, block.pre_mlp_layernorm = IdentityOp(), IdentityOp()
         found.append(score_samples(model, samples, DEFAULT_PAIR))
-        return [vars(scores) for scores in found]
+        return [scores.tensors() for scores in found]
 
 
 def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list[float], list[bool], bool]:

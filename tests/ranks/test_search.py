@@ -21,11 +21,10 @@ from minitron_mp.pruning.candidates import (
     candidate_name,
     chosen,
     inference_bytes,
-    search_candidates,
     shown,
-    survey_candidates,
 )
 from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.pruning.search_space import search_candidates, survey_candidates
 from minitron_mp.workflow.graph import StageGraph
 
 CONFIGS = ROOT / "examples" / "configs"

@@ -109,8 +109,11 @@ SOME = {
     "llama": ("one", "pp2", "cp2", "dp2", "pp4"),
     "nemotron": ("one", "tp2-sp", "tp2-pp2-vpp2-sp"),
 }
+UNEVEN_LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "tp2-pp2-vpp2-sp")
 CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.name in SOME.get(arch, BY_NAME)]
 IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
+UNEVEN = [(arch, layout) for arch, layout in CASES if layout.name in UNEVEN_LAYOUTS]
+"""Where a student is cut whose layers differ in size."""
 
 
 def targets(arch: Arch, tp: int = 1) -> dict[str, TargetConfig]:
@@ -234,9 +237,10 @@ def masked_axes(arch: str, layout: Layout) -> list[str]:
         if arch != "qwen3" and layout.ranks > 1
         else ["hidden", "ffn", "heads", "layer", "all"]
     )
-    return [
+    names = [
         axis for axis in targets(ARCHS[arch], layout.tp) if axis in (*chosen, "groups") and axis != "merged"
     ]
+    return names + ["uneven"] * ((arch, layout) in UNEVEN)
 
 
 CHOICES = [

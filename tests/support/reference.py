@@ -135,21 +135,23 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Seq
     Queries are merged. The result computes the same as the student.
     """
     w = {name: value.clone() for name, value in weights.items()}
-    hidden = _flags(plan.hidden, arch.hidden_size)
+    kept = plan.keep["hidden"][-1]
+    hidden = _flags(kept, arch.hidden_size)
     w[EMBEDDING] *= hidden
     for layer in range(arch.num_layers):
         if layer not in plan.layers:
             w[layer_key(layer, PROJ)].zero_()
             w[layer_key(layer, FC2)].zero_()
             continue
-        row = plan.layers.index(layer)
         for name in (layer_key(layer, QKV + "weight"), layer_key(layer, QKV + "bias")):
             if name in w:
-                w[name] = merged(arch, w[name], plan, row)
-        heads = _flags(plan.heads[row], arch.num_attention_heads).repeat_interleave(arch.kv_channels)
+                w[name] = merged(arch, w[name], plan, layer)
+        heads = _flags(plan.keep["heads"][layer], arch.num_attention_heads).repeat_interleave(
+            arch.kv_channels
+        )
         w[layer_key(layer, PROJ)] *= hidden[:, None] * heads
-        w[layer_key(layer, FC2)] *= hidden[:, None] * _flags(plan.ffn[row], arch.ffn_hidden_size)
-    return w, plan.hidden
+        w[layer_key(layer, FC2)] *= hidden[:, None] * _flags(plan.keep["ffn"][layer], arch.ffn_hidden_size)
+    return w, kept
 
 
 def _flags(kept: Sequence[int], size: int) -> Tensor:
@@ -158,7 +160,7 @@ def _flags(kept: Sequence[int], size: int) -> Tensor:
     return flags
 
 
-def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
+def merged(arch: Any, x: Tensor, plan: Any, layer: int) -> Tensor:
     """Merge queries in linear_qkv [(np + 2 ng) hn, ...] of a layer, in float64.
 
     2407.14679 section 2.3: query + (query - query of the pruned head).
@@ -166,7 +168,7 @@ def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
     per_group = arch.num_attention_heads // arch.num_query_groups
     old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
     new = old.clone()
-    for kept, pruned in plan.merge[row] if plan.merge else []:
+    for kept, pruned in plan.merge["heads"][layer] if plan.merge else []:
         group, head = divmod(kept, per_group)
         new[group, head] = old[group, head] + (old[group, head] - old[group, pruned % per_group])
     return new.flatten(0, 2).to(x.dtype)
@@ -177,17 +179,17 @@ def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
     out = {name: _hidden_part(name, weights[name], plan) for name in OUTSIDE if name in weights}
     for number, layer in enumerate(plan.layers):
         for name, value in of_layer(weights, layer).items():
-            part = _layer_part(arch, name, value, plan, number)
+            part = _layer_part(arch, name, value, plan, layer)
             out[layer_key(number, name)] = _hidden_part(name, part, plan)
     return out
 
 
-def _layer_part(arch: Any, name: str, x: Tensor, plan: Any, row: int) -> Tensor:
-    """Cut heads and neurons from a weight of the kept layer `row`."""
+def _layer_part(arch: Any, name: str, x: Tensor, plan: Any, layer: int) -> Tensor:
+    """Cut heads and neurons from a weight of a kept layer."""
     per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
-    heads, ffn = plan.heads[row], plan.ffn[row]
+    heads, ffn = plan.keep["heads"][layer], plan.keep["ffn"][layer]
     if name in (QKV + "weight", QKV + "bias"):
-        groups = merged(arch, x, plan, row).unflatten(0, (arch.num_query_groups, per_group + 2, width))
+        groups = merged(arch, x, plan, layer).unflatten(0, (arch.num_query_groups, per_group + 2, width))
         slots = {
             g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1]
             for g in range(arch.num_query_groups)
@@ -202,10 +204,11 @@ def _layer_part(arch: Any, name: str, x: Tensor, plan: Any, row: int) -> Tensor:
 
 def _hidden_part(name: str, x: Tensor, plan: Any) -> Tensor:
     """Cut hidden channels from a weight."""
+    hidden = plan.keep["hidden"][-1]
     if name in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):
-        x = x[:, plan.hidden]
+        x = x[:, hidden]
     if name in (PROJ, FC2, *HIDDEN_NORMS):
-        x = x[plan.hidden]
+        x = x[hidden]
     return x
 
 
@@ -253,24 +256,19 @@ class PlainImportance:
         self.seen.setdefault(at, []).append((value[0] if isinstance(value, tuple) else value)[0])  # [s, d]
 
     def scores(self, batch: str, sequence: str) -> dict[str, np.ndarray]:
-        """ffn [L, f], heads [L, np], hidden [h], layers [L]."""
+        """Name in the file of scores -> scores: "ffn.0" [f], "heads.0" [np], ..., hidden [h], layers [L]."""
 
         def channels(name: str, layer: int) -> Tensor:
             per_sample = torch.stack([AGGREGATE[sequence](a, 0) for a in self.seen[name, layer]])
             return AGGREGATE[batch](per_sample, 0)
 
         layers = range(self.arch.num_hidden_layers)
-        heads = [channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1) for i in layers]
-        hidden = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
-        values = {
-            "ffn": torch.stack([channels("ffn", i) for i in layers]),
-            "heads": torch.stack(heads),
-            "hidden": hidden,
-        }
-        return {
-            name: value.double().numpy()
-            for name, value in (values | {"layers": torch.stack([self._distance(i) for i in layers])}).items()
-        }
+        values = {f"ffn.{i}": channels("ffn", i) for i in layers}
+        for i in layers:
+            values[f"heads.{i}"] = channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1)
+        values["hidden"] = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
+        values["layers"] = torch.stack([self._distance(i) for i in layers])
+        return {name: value.double().numpy() for name, value in values.items()}
 
     def _distance(self, layer: int) -> Tensor:
         before, after = (torch.cat(self.seen[name, layer]) for name in ("before", "after"))

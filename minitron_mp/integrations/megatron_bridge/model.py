@@ -25,6 +25,7 @@ from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.families.family import CONFIG_FIELDS
 from minitron_mp.models.layers import DeferredHead
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.models.transformer_config import NORMALIZATION
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune
@@ -120,9 +121,8 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
                 f"the plan drops layers and pp is {world.parallel.pp}, so layers would move between stages; "
                 "save the pruned model as a checkpoint and use load_pruned()"
             )
-        kept = {
-            (tensor.key, tensor.global_offset): tensor for tensor in prune(teacher(), plan, world).values()
-        }
+        student = prune(sharded_model(teacher(), plan.teacher), plan)
+        kept = {(tensor.key, tensor.global_offset): tensor for tensor in student.values()}
         with torch.no_grad():
             for state in model_state(chunks, world).values():
                 for entry in state.values():
@@ -147,10 +147,7 @@ def defer_head(chunks: list[Any]) -> list[Any]:
 
 
 def world_of_provider(chunks: Sequence[Any]) -> World:
-    """Return layout, process groups and device of a model that Bridge built, wrapped or not.
-
-    score() and prune() take it.
-    """
+    """Return layout, process groups and device of a model that Bridge built, wrapped or not."""
     inner = bare_model(chunks[0])
     c = inner.config
     vpp = c.virtual_pipeline_model_parallel_size
@@ -162,6 +159,17 @@ def world_of_provider(chunks: Sequence[Any]) -> World:
         sequence_parallel=c.sequence_parallel,
     )
     return World(layout, inner.pg_collection, next(inner.parameters()).device)
+
+
+def sharded_model(chunks: list[Any], arch: Arch, sequence_length: int | None = None) -> ShardedModel:
+    """Return a model that Bridge built, wrapped or not, as score(), prune() and masked() take it.
+
+    sequence_length: tokens of a sample; default: the most that the model takes.
+    """
+    inner = bare_model(chunks[0])
+    precision = "bf16" if inner.config.params_dtype == torch.bfloat16 else "fp32"
+    length = sequence_length or inner.max_sequence_length
+    return ShardedModel(chunks, arch, world_of_provider(chunks), length, precision)
 
 
 def bare_model(model: Any) -> Any:

@@ -40,9 +40,8 @@ def plan_student(files: StageFiles) -> None:
     exportable_arch(plan.student, recipe.export.family)
     plan.save(files.output, files.manifest.model_copy(update={"arch": plan.student}))
     table("plan", ("size", "teacher", "student", "kept"), plan.summary())
-    dropped = sorted(set(range(teacher.num_layers)) - set(plan.layers))
-    if dropped:
-        say(f"dropped layers (counted from 0): {', '.join(map(str, dropped))}")
+    if plan.dropped:
+        say(f"dropped layers (counted from 0): {', '.join(map(str, plan.dropped))}")
     for note in plan.notes:
         say(f"note: {note}")
 
