@@ -265,7 +265,7 @@ def test_local_layers_run_on_cpu(ranks):
 def test_silently_wrong_megatron_settings_are_detected(ranks):
     found = ranks(1, "precision_workers.wrongs", arch=EVEN)[0]
     assert found["own"] == found["gathered"] == found["overlapped"] == []
-    assert "fp8_param without fp8_param_gather" in found["fp8_param"][0]
+    assert "fp8_param needs fp8_param_gather" in found["fp8_param"][0]
     assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
 
 
@@ -347,8 +347,8 @@ def test_bridge_config_problems(own, place, value, said):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"fp8_param": True}, "fp8_param without fp8_param_gather"),
-        ({"virtual_pipeline_model_parallel_size": 2}, "without overlap_p2p_comm=True"),
+        ({"fp8_param": True}, "fp8_param needs fp8_param_gather"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "need overlap_p2p_comm=True"),
     ],
 )
 def test_wrong_bridge_config_is_rejected_at_start(settings, said):
