@@ -266,7 +266,7 @@ def test_silently_wrong_megatron_settings_are_detected(ranks):
     found = ranks(1, "precision_workers.wrongs", arch=EVEN)[0]
     assert found["own"] == found["gathered"] == found["overlapped"] == []
     assert "fp8_param needs fp8_param_gather" in found["fp8_param"][0]
-    assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
+    assert "overlap_p2p_comm=True and batch_p2p_comm=False" in found["vpp"][0]
 
 
 def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
