@@ -29,6 +29,7 @@ from cases import (
     STEPS,
     TASK_CANDIDATES,
     TRAINED,
+    UNEVEN,
     WORDS,
     Layout,
     make_samples,
@@ -95,6 +96,7 @@ class Results:
             "save": saved_axes(arch),
             "masks": masked_axes(arch, layout),
             "pairs": pairs(arch, layout),
+            "uneven": (arch, layout) in UNEVEN,
         }
         case["output"] = self.root / arch / "pruned" / layout.name
         return self.once(
