@@ -35,7 +35,7 @@ class StageContext(StageFiles):
 
     world: World
     students: dict[str, Recipe] = field(default_factory=dict)
-    """Role -> recipe of the students that a remote teacher serves in this job."""
+    """Role -> recipe of the students that a remote teacher serves in this context."""
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of data.tokenizer, or the model's."""
@@ -146,13 +146,13 @@ def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
     return copy
 
 
-def training_samples(job: StageContext, settings: TrainingConfig) -> Dataset:
+def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
     """Return the samples of all steps, the same for every role."""
     corpus = Corpus(
-        job.paths["data"],
-        job.tokenizer(),
-        job.recipe.data.sequence_length,
-        job.recipe.seed,
-        index_owner="teacher" if job.world.role == "teacher" else "",
+        context.paths["data"],
+        context.tokenizer(),
+        context.recipe.data.sequence_length,
+        context.recipe.seed,
+        index_owner="teacher" if context.world.role == "teacher" else "",
     )
     return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)

@@ -149,10 +149,10 @@ def test_memory_budget_counts_the_kv_cache():
         ({}, "give one budget of parameters, memory_gib and latency_ms, given none"),
         ({"parameters": "8B", "memory_gib": 4}, "given parameters and memory_gib"),
         ({"parameters": "8X"}, "number"),
-        ({"latency_ms": 5}, "ffn_hidden_size cannot be solved for it: list the sizes"),
+        ({"latency_ms": 5}, "cannot be solved for ffn_hidden_size; list the widths"),
         ({"parameters": "8B", "ffn_hidden_size": [4096], "mlp_expansion": [3]}, "drop one of them"),
-        ({"parameters": "8B", "context": 4096}, "with parameters drop them"),
-        ({"parameters": "8B", "batch_size": 4}, "with parameters drop them"),
+        ({"parameters": "8B", "context": 4096}, "are for memory_gib and latency_ms; drop them"),
+        ({"parameters": "8B", "batch_size": 4}, "are for memory_gib and latency_ms; drop them"),
         (
             {"parameters": "8B", "hidden_size": [4097]},
             "search.hidden_size 4097: give multiples of 16 up to the teacher's 6144",
@@ -229,7 +229,7 @@ def test_rejected_candidates_are_counted_by_reason(search, sections, words):
 
 
 def test_search_and_target_sizes_are_exclusive():
-    with pytest.raises(InputError, match="search finds the sizes and target says something about them"):
+    with pytest.raises(InputError, match="search and target exclude each other"):
         found("nemotron_4_15b", target={"keep": 0.5}, parameters="8B")
 
 
@@ -396,7 +396,7 @@ def test_stopped_search_resumes(ranks, whole, scored, stop_after):
     searched(ranks, scored, stop_after=stop_after)
     rows, out = searched(ranks, scored)
     assert losses(rows) == losses(whole)
-    assert f"going on, {min(3, stop_after)} candidates are judged" in out
+    assert f"search: resuming, {min(3, stop_after)} candidates are measured" in out
     assert ("to step 4" in out) == (stop_after == 2)
 
 
@@ -512,5 +512,5 @@ def test_diverged_student_is_dropped_and_never_chosen_by_default(ranks, scored):
     rates = ["distill.lr=1e30", "distill.min_lr=1e29", "distill.clip_grad=0"]
     done = ranks(1, "project_workers.minitron", arguments=["search", str(scored), out, *rates])[0]
     assert done.code == 2
-    assert done.out.count("is no number, it is out") == 2
-    assert "no candidate of the search has a loss that is a number" in done.err
+    assert done.out.count("is dropped, its loss is not finite") == 2
+    assert "no candidate of the search has a finite loss" in done.err

@@ -20,7 +20,7 @@ from minitron_mp.distillation.stream import Link
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, messages
 from minitron_mp.errors import differing_fields
 from minitron_mp.planning.memory import payload_bytes_per_token
-from minitron_mp.workflow.teacher_source import contract
+from minitron_mp.workflow.teacher_stream import stream_settings
 
 SP = {"sequence_parallel": True}
 HIDDEN = StreamShape("hidden", 24, 2, 6, torch.float32)
@@ -251,13 +251,13 @@ def agreement(
     ranks=1,
 ):
     link = Link(None, shape, grid("teacher", ranks, {}), [], window)
-    return contract(
+    return stream_settings(
         make_recipe(recipe or RECIPE),
         link,
         arch,
-        vocab_size,
-        dict(zip(("import", "data"), made_from)),
-        {"name": tokenizer},
+        vocab_size=vocab_size,
+        fingerprints=dict(zip(("teacher checkpoint", "data"), made_from)),
+        tokenizer={"name": tokenizer},
     )
 
 
@@ -379,7 +379,7 @@ def test_contract_mismatch_is_rejected_on_both_sides(ranks):
     for message in ranks(
         2, "teacher_stream_workers.contract", roles=roles_of("one-to-one"), sequence_length="48", window=1
     ):
-        assert "teacher and student do not fit" in message
+        assert "teacher and student must have the same settings" in message
         assert "sequence_length: teacher '48', student '24'" in message
         assert "window: teacher 1, student 3" in message
         assert "payload" not in message

@@ -25,8 +25,8 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import build_model
 from minitron_mp.training.metrics import MetricsLog
 from minitron_mp.workflow.context import StageContext
+from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.graph import StageGraph
-from minitron_mp.workflow.teacher_source import log_fp8_teacher_kl
 
 
 class Done(NamedTuple):
@@ -115,7 +115,7 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
         keep(progress)
         measurements.append(1)
         if len(measurements) == leave_after:
-            (progress.job.recipe.root / "stop").touch()
+            (progress.context.recipe.root / "stop").touch()
         if len(measurements) == stop_after:
             raise _Stopped
 

@@ -659,3 +659,11 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
         here("compress", recipe, "--dry-run", *words, "teacher.ranks=3"),
         "ranks 3 must be a multiple of the teacher's tp x pp x cp = 2",
     )
+
+
+def test_reference_is_printed_and_written(here, tmp_path):
+    code, out, err = here("reference")
+    assert (code, err) == (0, "")
+    assert out == (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert here("reference", "--output", tmp_path / "reference.md")[0] == 0
+    assert (tmp_path / "reference.md").read_text(encoding="utf-8") == out

@@ -213,7 +213,7 @@ def test_report_shows_sizes_and_losses(whole):
         )
     for row in plan.summary():
         assert "| " + " | ".join(row) + " |" in report
-    assert f"Layers dropped (from 0): {({*range(4)} - {*plan.layers}).pop()}." in report
+    assert f"Layers dropped (counted from 0): {({*range(4)} - {*plan.layers}).pop()}." in report
     assert f"{STEPS} steps, {STEPS * 4 * 32:,} tokens" in report
     assert all(f"`{stage.artifact}`" in report for stage in STAGES.values())
 
@@ -761,11 +761,11 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
         on_rank("import-teacher", whole.recipe),
         "the recipe has no stage import-teacher; add teacher.model",
     )
-    refused(on_rank("compress", recipe, "correct.steps=300"), "correct that one in a run of its own")
+    refused(on_rank("compress", recipe, "correct.steps=300"), "correct it in a separate run")
     other = make_model(tmp_path / "other", vocab_size=400)
     refused(
         on_rank("compress", recipe, f"teacher.model={other}"),
-        "teacher.model has a vocabulary of 400, the model that is cut",
+        "teacher.model has a vocabulary of 400, the model that is pruned",
     )
 
 

@@ -332,7 +332,7 @@ def test_two_ranks_with_problems(ranks, recipe):
     )
     assert (code, silent) == (1, 0)
     for words in (
-        "2 ranks for the student is no multiple of tp x pp x cp = 3",
+        "2 ranks for the student must be a multiple of tp x pp x cp = 3",
         "differ by 120.0 s, most on rank 1",
         "2 failed",
     ):

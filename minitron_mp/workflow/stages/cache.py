@@ -28,13 +28,14 @@ def cache_teacher(context: StageContext) -> None:
     from minitron_mp.distillation.cache import Writer, write_index
     from minitron_mp.distillation.stream_layout import Grid
     from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
-    from minitron_mp.workflow.teacher_source import ids, serve, signal_shape
+    from minitron_mp.workflow.teacher_source import serve
+    from minitron_mp.workflow.teacher_stream import microbatch_ids, signal_shape
 
     recipe, world = context.recipe, context.world
     groups = world.groups
     shape = signal_shape(context)
     teacher = Grid("teacher", recipe.parallel, groups.dp.size())
-    num_microbatches = len(ids(recipe, 0))
+    num_microbatches = len(microbatch_ids(recipe, 0))
     microbatch_bytes = torch.Size(shape.local(recipe.parallel)).numel() * shape.dtype.itemsize
     on_rank_0(lambda: shutil.rmtree(aside_path(context.output), ignore_errors=True))
     num_bytes = num_microbatches / teacher.dp * microbatch_bytes if world.is_last_stage else 0

@@ -31,13 +31,11 @@ from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
 from minitron_mp.workflow.context import StageContext, copy_assets_from, training_samples
+from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.stage_files import checkpoint_folder
-from minitron_mp.workflow.teacher_source import log_fp8_teacher_kl
 
 METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Training -> metrics file beside the artifacts. A copy of the complete file goes into the
-artifact.
-"""
+"""Training -> metrics file beside the artifacts. A copy of the complete file goes into the artifact."""
 
 PROFILE = "profile"
 """Folder beside the artifacts with the traces of a section `profile`."""
@@ -45,30 +43,31 @@ PROFILE = "profile"
 OnStep = Callable[[StepMetrics], None]
 
 TeacherFactory = Callable[[int, OnStep], Teacher | None]
-"""(step from which the run starts or resumes, callback for the metrics of a teacher in training) ->
-teacher.
-"""
+"""(first step, callback for the metrics of a trained teacher) -> teacher, None without one."""
 
 
-def correct_teacher(job: StageContext) -> None:
+def correct_teacher(context: StageContext) -> None:
     """Train the teacher on the distillation text by cross-entropy (2408.11796)."""
-    assert job.recipe.correct is not None
-    run_training(job, "import", job.recipe.correct, lambda first_step, on_teacher_step: None)
+    assert context.recipe.correct is not None
+    run_training(context, "import", context.recipe.correct, lambda first_step, on_teacher_step: None)
 
 
 def run_training(
-    job: StageContext, start: str, settings: DistillConfig | CorrectionConfig, make_teacher: TeacherFactory
+    context: StageContext,
+    start: str,
+    settings: DistillConfig | CorrectionConfig,
+    make_teacher: TeacherFactory,
 ) -> None:
     """Train the model that the stage `start` wrote, and write the artifact.
 
-    Reached by all ranks.
+    Called on all ranks.
     """
-    recipe, world, name = job.recipe, job.world, job.manifest.stage
-    batches_of = _batches_of(job, settings)
+    recipe, world, name = context.recipe, context.world, context.manifest.stage
+    batches_of = _batches_of(context, settings)
     batches_of(0)  # InputError for sizes that do not divide, before a model is built
-    model = job.build(start, training=settings)
+    model = context.build(start, training=settings)
     checkpoints = checkpoint_folder(recipe, name)
-    first_step = resume_step(checkpoints, job.manifest)
+    first_step = resume_step(checkpoints, context.manifest)
     if first_step:
         say(f"{name}: resuming from step {first_step}")
     curves = {name: recipe.root / METRICS[name]}
@@ -85,15 +84,15 @@ def run_training(
             tracker.advance(1, metrics.console_line())
 
         teacher = make_teacher(first_step, logs.get("correct", on_step))
-        log_fp8_teacher_kl(job, None if teacher is None else teacher.model)
+        log_fp8_teacher_kl(context, None if teacher is None else teacher.model)
         stack.enter_context(communication_buffers(settings, recipe, model.arch.hidden_size))
         options = RunOptions(
             checkpoints,
-            job.manifest,
+            context.manifest,
             seed=recipe.seed,
             on_step=on_step,
             extra_state=teacher if isinstance(teacher, TrainableTeacher) else None,
-            work=_work(job, model.arch, settings, teacher),
+            work=_work(context, model.arch, settings, teacher),
         )
         try:
             train(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
@@ -101,16 +100,16 @@ def run_training(
             _close(teacher)
             raise
         _close(teacher)
-    _write_artifact(job, model, teacher, list(curves.values()))
-    on_rank_0(lambda: discard_checkpoints(checkpoints, job.manifest))
+    _write_artifact(context, model, teacher, list(curves.values()))
+    on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest))
 
 
 def _batches_of(
-    job: StageContext, settings: DistillConfig | CorrectionConfig
+    context: StageContext, settings: DistillConfig | CorrectionConfig
 ) -> Callable[[int], Sequence[Batch]]:
     """Return the function from step to this data-parallel rank's micro-batches."""
-    samples = training_samples(job, settings)
-    dp = job.world.groups.dp
+    samples = training_samples(context, settings)
+    dp = context.world.groups.dp
 
     def batches_of(step: int) -> Sequence[Batch]:
         return micro_batches(
@@ -131,27 +130,31 @@ def _close(teacher: Teacher | None) -> None:
 
 
 def _write_artifact(
-    job: StageContext, model: ShardedModel, teacher: Teacher | None, curves: Sequence[Path]
+    context: StageContext, model: ShardedModel, teacher: Teacher | None, curves: Sequence[Path]
 ) -> None:
     """Write the trained model, the teacher if it was trained too, metrics and assets."""
-    state = model_state(model.chunks, job.world)
+    state = model_state(model.chunks, context.world)
     if isinstance(teacher, TrainableTeacher):
         chunks = [unwrap(chunk) for chunk in teacher.model.chunks]
-        state["teacher"] = prefixed(model_state(chunks, job.world), PREFIX)
+        state["teacher"] = prefixed(model_state(chunks, context.world), PREFIX)
 
     def add_files(folder: Path) -> None:
-        copy_assets_from(job.paths["import"])(folder)
+        copy_assets_from(context.paths["import"])(folder)
         for path in curves:
             shutil.copy(path, folder / path.name)
 
-    save_checkpoint(state, job.output, job.manifest.model_copy(update={"arch": model.arch}), add_files)
+    save_checkpoint(
+        state, context.output, context.manifest.model_copy(update={"arch": model.arch}), add_files
+    )
 
 
 def _work(
-    job: StageContext, arch: Arch, settings: DistillConfig | CorrectionConfig, teacher: Teacher | None
+    context: StageContext, arch: Arch, settings: DistillConfig | CorrectionConfig, teacher: Teacher | None
 ) -> StepWork:
     """Return the computation of a step, for the throughput metrics."""
-    recipe, tokens = job.recipe, settings.global_batch_size * job.recipe.data.sequence_length
+    recipe, tokens = context.recipe, settings.global_batch_size * context.recipe.data.sequence_length
     if teacher is None:
-        return training_work(recipe, arch, job.world, tokens=tokens)
-    return distillation_work(recipe, arch, job.arch(recipe.distillation_teacher), job.world, tokens=tokens)
+        return training_work(recipe, arch, context.world, tokens=tokens)
+    return distillation_work(
+        recipe, arch, context.arch(recipe.distillation_teacher), context.world, tokens=tokens
+    )

@@ -11,25 +11,25 @@ from minitron_mp.workflow.stages.correct.training import OnStep, run_training
 from minitron_mp.workflow.teacher_source import open_teacher, serve_students
 
 
-def distill_student(job: StageContext) -> None:
+def distill_student(context: StageContext) -> None:
     """Train the student on the teacher's distribution.
 
     On the ranks of a remote teacher, serve it.
     """
-    if job.world.role == "teacher":
-        serve_students(job)
+    if context.world.role == "teacher":
+        serve_students(context)
         return
 
     def make_teacher(first_step: int, on_teacher_step: OnStep) -> Teacher:
-        if job.recipe.corrects_during_distillation:
-            return _trainable_teacher(job, on_teacher_step)
-        return open_teacher(job, first_step)
+        if context.recipe.corrects_during_distillation:
+            return _trainable_teacher(context, on_teacher_step)
+        return open_teacher(context, first_step)
 
-    run_training(job, "prune", job.recipe.distill, make_teacher)
+    run_training(context, "prune", context.recipe.distill, make_teacher)
 
 
-def _trainable_teacher(job: StageContext, on_step: OnStep) -> TrainableTeacher:
-    settings = job.recipe.correct
+def _trainable_teacher(context: StageContext, on_step: OnStep) -> TrainableTeacher:
+    settings = context.recipe.correct
     assert settings is not None
-    options = RunOptions(None, job.manifest, seed=job.recipe.seed, on_step=on_step)
-    return TrainableTeacher(TrainingRun(job.teacher_model(training=settings), None, settings, options))
+    options = RunOptions(None, context.manifest, seed=context.recipe.seed, on_step=on_step)
+    return TrainableTeacher(TrainingRun(context.teacher_model(training=settings), None, settings, options))

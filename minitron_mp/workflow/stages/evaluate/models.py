@@ -29,37 +29,39 @@ SPEED_S = 2.0
 Models = dict[str, ShardedModel]
 
 
-def evaluate_models(job: StageContext) -> None:
+def evaluate_models(context: StageContext) -> None:
     """Measure teacher, uncorrected and unpruned teacher, pruned and distilled student.
 
-    Reached by all ranks. All models read the held-out text in one pass. The speed changes from run
+    Called on all ranks. All models read the held-out text in one pass. The speed changes from run
     to run, so the manifest does not cover it.
     """
-    settings, start = job.recipe.evaluate, time.monotonic()
-    teacher = job.teacher(corrected=True)
-    models = {name: job.build(stage) for name, stage in _evaluated_stages(job).items()}
+    settings, start = context.recipe.evaluate, time.monotonic()
+    teacher = context.teacher(corrected=True)
+    models = {name: context.build(stage) for name, stage in _evaluated_stages(context).items()}
     all_models = {"teacher": teacher.model, **models}
-    quality = _quality(job, "valid", "evaluate", models, teacher)
-    tasks = {task: _task_results(job, task, Path(path), all_models) for task, path in settings.tasks.items()}
+    quality = _quality(context, "valid", "evaluate", models, teacher)
+    tasks = {
+        task: _task_results(context, task, Path(path), all_models) for task, path in settings.tasks.items()
+    }
     texts = {
-        text: _dumped(_quality(job, text, f"evaluate, {text}", models, teacher))
-        for text in job.recipe.data.held_out
+        text: _dumped(_quality(context, text, f"evaluate, {text}", models, teacher))
+        for text in context.recipe.data.held_out
     }
     budget_s = max(SPEED_S, SPEED_SHARE * (time.monotonic() - start))
     speed = measure(all_models, micro_batch_size=settings.micro_batch_size, budget_s=budget_s)
     content = {
-        "manifest": job.manifest.model_dump(mode="json"),
+        "manifest": context.manifest.model_dump(mode="json"),
         **_dumped(quality),
         "tasks": tasks,
         "texts": texts,
         "speed": speed.model_dump(),
     }
-    on_rank_0(lambda: write_text(job.output, json.dumps(content, indent=1)))
+    on_rank_0(lambda: write_text(context.output, json.dumps(content, indent=1)))
 
 
-def _evaluated_stages(job: StageContext) -> dict[str, str]:
+def _evaluated_stages(context: StageContext) -> dict[str, str]:
     """Return the name of each evaluated model, except the teacher -> the stage that wrote it."""
-    recipe, stages = job.recipe, {}
+    recipe, stages = context.recipe, {}
     if recipe.correct:
         stages["uncorrected"] = "import"
     if recipe.distillation_teacher != recipe.pruning_base:
@@ -68,11 +70,11 @@ def _evaluated_stages(job: StageContext) -> dict[str, str]:
 
 
 def _quality(
-    job: StageContext, text: str, title: str, models: Models, teacher: ColocatedTeacher
+    context: StageContext, text: str, title: str, models: Models, teacher: ColocatedTeacher
 ) -> dict[str, Quality]:
     """Return the quality of the models and the teacher on one held-out text."""
-    settings = job.recipe.evaluate
-    count, groups = job.groups(text, settings.num_samples, settings.micro_batch_size, exact=False)
+    settings = context.recipe.evaluate
+    count, groups = context.groups(text, settings.num_samples, settings.micro_batch_size, exact=False)
     with Tracker(title, count, "batches") as tracker:
         return compare(models, teacher, groups, progress=partial(tracker.advance, 1))
 
@@ -81,17 +83,17 @@ def _dumped(quality: dict[str, Quality]) -> dict[str, Any]:
     return {model: values.model_dump() for model, values in quality.items()}
 
 
-def _task_results(job: StageContext, task: str, path: Path, models: Models) -> dict[str, Any]:
+def _task_results(context: StageContext, task: str, path: Path, models: Models) -> dict[str, Any]:
     """Return the result of each model on one task."""
-    settings = job.recipe.evaluate
+    settings = context.recipe.evaluate
     items = read_task_file(path, settings.task_items)
     num_options = sum(len(item.options) for item in items)
-    num_batches = num_groups(num_options, job.world, settings.micro_batch_size) * len(models)
+    num_batches = num_groups(num_options, context.world, settings.micro_batch_size) * len(models)
     with Tracker(task, num_batches, "batches") as tracker:
         results = score_task(
             models,
             items,
-            job.tokenizer(),
+            context.tokenizer(),
             micro_batch_size=settings.micro_batch_size,
             progress=partial(tracker.advance, 1),
         )

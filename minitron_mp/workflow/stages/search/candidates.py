@@ -1,11 +1,11 @@
-"""The search for the student's sizes: candidates ranked by held-out loss after pruning, the best ones after short distillation.
+"""The search for the student's sizes: rank candidates by held-out loss, then distill the best ones.
 
-    score ranks the candidates   masks (masks.py), one forward pass over the held-out text each
-    rounds of distillation       the students that are left, all from one forward pass of the teacher; the better half stays
-    search.json                  every candidate with what was measured; `plan` cuts the one that is chosen
+    ranking                  loss of each masked candidate, one forward pass over the calibration text
+    rounds of distillation   all remaining students from one forward pass of the teacher; half stay
+    search.json              every candidate with its measurements; `plan` uses the chosen one
 
-A candidate is ranked by the last thing measured of it, never by its size. Progress lies beside search.json: candidates that are judged
-are not judged again, and each student of a round goes on from its own checkpoint.
+A candidate is ranked by its last measurement, never by its size. Progress is saved beside search.json:
+measured candidates are not measured again, and each student resumes from its own checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
+from minitron_mp.config.pruning import SearchConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.data.batches import micro_batches
@@ -53,104 +54,121 @@ from minitron_mp.training.run import TrainingRun
 from minitron_mp.workflow.context import StageContext, training_samples
 
 WORK = "search"
-"""Folder beside the artefacts while the search goes on."""
+"""Folder beside the artifacts for the progress of the search."""
 
 REPEATS = 3
+"""Timed forward passes; the fastest one counts."""
 
 
-def search_sizes(job: StageContext) -> None:
-    """Measure the candidates of a recipe and choose one; reached by all ranks, rank 0 writes search.json."""
-    progress = _Progress(job)
-    _judge_pruned(job, progress)
-    alive = sorted(progress.candidates, key=lambda c: (c.loss_after(0), c.name))[
-        : job.recipe.search.finalists
-    ]
-    for last in job.recipe.search.rounds(len(alive)):
-        _distill(job, progress, alive, last)
-        alive = sorted(alive, key=lambda c, steps=last: (c.loss_after(steps), c.name))[: -(-len(alive) // 2)]
-    if not math.isfinite(alive[0].loss):
+def search_sizes(context: StageContext) -> None:
+    """Measure the candidates of a recipe and choose one. Called on all ranks; rank 0 writes search.json."""
+    settings = _settings(context.recipe)
+    progress = _Progress(context)
+    _judge_pruned(context, progress)
+    remaining = _ranked(progress.candidates, 0)[: settings.finalists]
+    for last_step in settings.rounds(len(remaining)):
+        _distill(context, progress, remaining, last_step)
+        remaining = _ranked(remaining, last_step)[: -(-len(remaining) // 2)]
+    chosen = remaining[0]
+    if not math.isfinite(chosen.loss):
         raise InputError(
-            f"no candidate of the search has a loss that is a number: lower distill.lr, or set precision: fp32; then delete {progress.folder}"
+            "no candidate of the search has a finite loss; lower distill.lr, or set precision: fp32, "
+            f"then delete {progress.folder}"
         )
-    alive[0].chosen = True
+    chosen.chosen = True
     _show(progress.candidates)
 
     def finish() -> None:
         content = {
-            "manifest": job.manifest.model_dump(mode="json"),
-            "candidates": [c.model_dump() for c in progress.candidates],
+            "manifest": context.manifest.model_dump(mode="json"),
+            "candidates": [candidate.model_dump() for candidate in progress.candidates],
         }
-        write_text(job.output, json.dumps(content, indent=1))
+        write_text(context.output, json.dumps(content, indent=1))
         shutil.rmtree(progress.folder, ignore_errors=True)
 
     on_rank_0(finish)
 
 
-class _Progress:
-    """The candidates with what is known of them so far, equal on every rank; rank 0 keeps them on disk."""
+def _settings(recipe: Recipe) -> SearchConfig:
+    assert recipe.search is not None
+    return recipe.search
 
-    def __init__(self, job: StageContext):
-        self.job, self.folder = job, job.recipe.root / WORK
+
+def _ranked(candidates: Sequence[Candidate], step: int) -> list[Candidate]:
+    """Return the candidates by their loss after `step` steps of distillation; equal losses by name."""
+    return sorted(candidates, key=lambda candidate: (candidate.loss_after(step), candidate.name))
+
+
+class _Progress:
+    """The candidates with their measurements so far, equal on every rank. Rank 0 writes them to disk."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+        self.folder = context.recipe.root / WORK
         self.file = self.folder / "progress.json"
         rows = on_rank_0(self._read)
         self.candidates = [Candidate.model_validate(row) for row in rows] if rows else self._start()
 
     def _read(self) -> list[dict[str, Any]]:
+        """Return the candidates of an interrupted search; InputError when its settings differ."""
         if not self.file.exists():
             return []
         content = read_json(self.file, "search")
-        fields = Manifest.model_validate(content["manifest"]).differences(self.job.manifest)
         refuse(
-            f"{self.folder} holds an unfinished search of another kind; move or delete it, or go back to these settings:",
-            fields,
+            f"{self.folder} holds an unfinished search with other settings; move or delete it, "
+            "or restore these settings:",
+            Manifest.model_validate(content["manifest"]).differences(self.context.manifest),
         )
-        say(
-            f"search: going on, {sum(row['pruned_loss'] is not None for row in content['candidates'])} candidates are judged"
-        )
-        return content["candidates"]
+        rows: list[dict[str, Any]] = content["candidates"]
+        num_measured = len([row for row in rows if row["pruned_loss"] is not None])
+        say(f"search: resuming, {num_measured} candidates are measured")
+        return rows
 
     def _start(self) -> list[Candidate]:
-        recipe = self.job.recipe
-        s, context = recipe.search, recipe.search.context or recipe.data.sequence_length
-        found = []
-        archs, left_out = survey_candidates(recipe, self.job.arch(recipe.pruning_base))
+        """Return the candidates of the recipe; with a latency budget, those that are fast enough."""
+        recipe = self.context.recipe
+        settings = _settings(recipe)
+        tokens = settings.context or recipe.data.sequence_length
+        archs, left_out = survey_candidates(recipe, self.context.arch(recipe.pruning_base))
         if left_out:
             say(f"search: {left_out}")
-        for arch in archs:
-            memory = inference_bytes(arch, recipe.precision, s.batch_size, context) / 2**30
-            found.append(
-                Candidate(
-                    name=candidate_name(arch), arch=arch, parameters=arch.num_parameters(), memory_gib=memory
-                )
+        candidates = [
+            Candidate(
+                name=candidate_name(arch),
+                arch=arch,
+                parameters=arch.num_parameters(),
+                memory_gib=inference_bytes(arch, recipe.precision, settings.batch_size, tokens) / 2**30,
             )
-        return _of_latency(self.job, found) if s.latency_ms else found
+            for arch in archs
+        ]
+        return _of_latency(self.context, candidates) if settings.latency_ms else candidates
 
     def keep(self) -> None:
-        """Rank 0's numbers, on disk and on every rank: sums of ranks that reduce over other groups may differ in the last bit. Reached by all ranks."""
+        """Save the measurements and copy rank 0's to every rank. Called on all ranks.
+
+        Sums that are reduced over other groups may differ in the last bit.
+        """
 
         def write() -> list[dict[str, Any]]:
-            rows = [c.model_dump() for c in self.candidates]
-            write_text(
-                self.file,
-                json.dumps({"manifest": self.job.manifest.model_dump(mode="json"), "candidates": rows}),
-            )
+            rows = [candidate.model_dump() for candidate in self.candidates]
+            content = {"manifest": self.context.manifest.model_dump(mode="json"), "candidates": rows}
+            write_text(self.file, json.dumps(content))
             return rows
 
         for candidate, row in zip(self.candidates, on_rank_0(write)):
-            same = Candidate.model_validate(row)
-            candidate.latency_s, candidate.pruned_loss, candidate.distilled = (
-                same.latency_s,
-                same.pruned_loss,
-                same.distilled,
-            )
+            of_rank_0 = Candidate.model_validate(row)
+            candidate.latency_s = of_rank_0.latency_s
+            candidate.pruned_loss = of_rank_0.pruned_loss
+            candidate.distilled = of_rank_0.distilled
 
     def plan(self, candidate: Candidate) -> PrunePlan:
-        recipe, paths = self.job.recipe, self.job.paths
+        """Return the plan that prunes the teacher to a candidate."""
+        recipe, paths = self.context.recipe, self.context.paths
         trials = DepthTrials.load(paths["depth"]) if "depth" in paths else None
         target = candidate_target(candidate.arch, recipe.target.align)
         return make_plan(
             Scores.load(paths["score"]),
-            self.job.arch(recipe.pruning_base),
+            self.context.arch(recipe.pruning_base),
             target,
             recipe.parallel.tp,
             recipe.export.family,
@@ -159,40 +177,45 @@ class _Progress:
         )
 
 
-def _of_latency(job: StageContext, found: list[Candidate]) -> list[Candidate]:
-    """Those whose forward pass takes as long as the budget says."""
-    least, most = job.recipe.search.bounds
-    with Tracker("search, latency", len(found), "candidates") as tracker:
-        for candidate in found:
-            candidate.latency_s = latency(job.empty_model(candidate.arch, random_weights=True), job.recipe)
-            tracker.advance(1, f"{candidate.name}: {1000 * candidate.latency_s:,.1f} ms")
-    inside = [c for c in found if least <= 1000 * c.latency_s <= most]
+def _of_latency(context: StageContext, candidates: list[Candidate]) -> list[Candidate]:
+    """Return the candidates whose forward pass takes as long as the budget allows."""
+    least, most = _settings(context.recipe).bounds
+    times_ms: list[float] = []
+    with Tracker("search, latency", len(candidates), "candidates") as tracker:
+        for candidate in candidates:
+            model = context.empty_model(candidate.arch, random_weights=True)
+            candidate.latency_s = latency(model, context.recipe)
+            times_ms.append(1000 * candidate.latency_s)
+            tracker.advance(1, f"{candidate.name}: {times_ms[-1]:,.1f} ms")
+    inside = [candidate for candidate, time_ms in zip(candidates, times_ms) if least <= time_ms <= most]
     if not inside:
-        times = [1000 * c.latency_s for c in found]
         raise InputError(
-            f"no candidate takes {least:,.4g} to {most:,.4g} ms, they take {min(times):,.4g} to {max(times):,.4g}: "
-            "change search.latency_ms, or list other sizes"
+            f"no candidate takes {least:,.4g} to {most:,.4g} ms, they take {min(times_ms):,.4g} to "
+            f"{max(times_ms):,.4g}: change search.latency_ms, or list other sizes"
         )
     return inside
 
 
 def latency(model: ShardedModel, recipe: Recipe) -> float:
-    """Seconds of a forward pass of search.batch_size sequences of search.context tokens, the least of some, the slowest rank's; equal on every rank."""
-    s = recipe.search
-    assert s is not None
-    batches = [
-        batch_of(s.batch_size, s.context or recipe.data.sequence_length, model.arch.vocab_size)
-    ] * model.world.parallel.interleaved
+    """Return the seconds of the fastest forward pass of the slowest rank; equal on every rank.
+
+    A pass is search.batch_size sequences of search.context tokens.
+    """
+    settings = _settings(recipe)
+    tokens = settings.context or recipe.data.sequence_length
+    batch = batch_of(settings.batch_size, tokens, model.arch.vocab_size)
+    batches = [batch] * model.world.parallel.interleaved
     model.eval()
-    return min([timed(model, batches) for _ in range(REPEATS + 1)][1:])  # the first one warms up
+    _warm_up, *times = [timed(model, batches) for _ in range(REPEATS + 1)]
+    return min(times)
 
 
-def _judge_pruned(job: StageContext, progress: _Progress) -> None:
-    """Held-out loss of every candidate right after pruning, by masks."""
-    todo = [c for c in progress.candidates if c.pruned_loss is None]
+def _judge_pruned(context: StageContext, progress: _Progress) -> None:
+    """Measure the loss of every candidate right after pruning, with masks."""
+    todo = [candidate for candidate in progress.candidates if candidate.pruned_loss is None]
     if not todo:
         return
-    model, groups = job.build(job.recipe.pruning_base), _held_out(job)
+    model, groups = context.build(context.recipe.pruning_base), _held_out(context)
     with Tracker(
         "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
     ) as tracker:
@@ -203,24 +226,36 @@ def _judge_pruned(job: StageContext, progress: _Progress) -> None:
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
 
 
-def _distill(job: StageContext, progress: _Progress, alive: Sequence[Candidate], last: int) -> None:
-    """Take the candidates that have not been there to step `last`, and judge them."""
-    todo = [c for c in alive if not any(row.steps == last for row in c.distilled)]
-    size = job.recipe.search.together or len(alive)
-    groups = _held_out(job) if todo else []
+def _distill(
+    context: StageContext, progress: _Progress, remaining: Sequence[Candidate], last_step: int
+) -> None:
+    """Distill the candidates up to `last_step` and measure those that were not measured there."""
+    todo = [
+        candidate
+        for candidate in remaining
+        if all(trained.steps != last_step for trained in candidate.distilled)
+    ]
+    size = _settings(context.recipe).together or len(remaining)
+    groups = _held_out(context) if todo else []
     for first in range(0, len(todo), size):
-        _distill_together(job, progress, todo[first : first + size], last, groups)
+        _distill_together(context, progress, todo[first : first + size], last_step, groups)
 
 
 def _distill_together(
-    job: StageContext, progress: _Progress, part: Sequence[Candidate], last: int, groups: list[list[Batch]]
+    context: StageContext,
+    progress: _Progress,
+    part: Sequence[Candidate],
+    last_step: int,
+    groups: list[list[Batch]],
 ) -> None:
-    recipe, world = job.recipe, job.world
+    """Distill candidates from one forward pass of the teacher per micro-batch, and measure them."""
+    recipe, world = context.recipe, context.world
     settings, start = training(recipe), time.monotonic()
     for candidate in part:
-        _slice(job, progress, candidate)
-    teacher, train_set = job.teacher(fp8=recipe.teacher.fp8), training_samples(job, settings)
-    runs, models = [], {}
+        _slice(context, progress, candidate)
+    teacher, train_set = context.teacher(fp8=recipe.teacher.fp8), training_samples(context, settings)
+    runs: list[TrainingRun] = []
+    models: dict[str, ShardedModel] = {}
     trackers: list[Tracker] = []  # one, as soon as the step is known from which the runs resume
 
     def on_step(metrics: StepMetrics) -> None:
@@ -228,17 +263,18 @@ def _distill_together(
 
     for candidate in part:
         folder = progress.folder / candidate.name
-        model = job.empty_model(candidate.arch, training=settings)
+        model = context.empty_model(candidate.arch, training=settings)
         load_weights(model.chunks, folder / "student", world)
-        manifest = job.manifest.model_copy(
-            update={"settings": {**job.manifest.settings, "candidate": candidate.name}}
+        manifest = context.manifest.model_copy(
+            update={"settings": {**context.manifest.settings, "candidate": candidate.name}}
         )
         report = on_step if candidate is part[0] else ignore_metrics
         options = RunOptions(folder, manifest, seed=recipe.seed, on_step=report)
         runs.append(TrainingRun(model, teacher, settings, options))
         models[candidate.name] = model
     first = min(run.steps_done for run in runs)
-    with Tracker(f"search, {len(runs)} students to step {last}", last, "steps", first) as tracker:
+    title = f"search, {len(runs)} students to step {last_step}"
+    with Tracker(title, last_step, "steps", first) as tracker:
         trackers.append(tracker)
         batches_of = partial(
             micro_batches,
@@ -248,49 +284,51 @@ def _distill_together(
             dp_rank=world.groups.dp.rank(),
             dp_size=world.groups.dp.size(),
         )
-        train_together(runs, teacher, batches_of, last, drop_diverged=True)
+        train_together(runs, teacher, batches_of, last_step, drop_diverged=True)
     quality = compare(models, teacher, groups)
     for candidate, run in zip(part, runs):
-        found = quality[candidate.name]
-        finished = run.steps_done >= last and math.isfinite(found.loss)
-        loss, kl = (found.loss, found.kl) if finished else (math.inf, math.inf)
-        candidate.distilled.append(
-            Trained(steps=last, loss=loss, kl=kl, seconds=(time.monotonic() - start) / len(part))
-        )
-        if loss == math.inf:
-            say(f"search: the loss of {candidate.name} is no number, it is out")
+        measured = quality[candidate.name]
+        loss, kl = measured.loss, measured.kl
+        if run.steps_done < last_step or not math.isfinite(loss):
+            loss = kl = math.inf
+            say(f"search: {candidate.name} is dropped, its loss is not finite")
+        seconds = (time.monotonic() - start) / len(part)
+        candidate.distilled.append(Trained(steps=last_step, loss=loss, kl=kl, seconds=seconds))
     progress.keep()
     # Wrappers and optimizers are garbage in cycles, and as large as the students.
     del teacher, runs, run, models, model
     gc.collect()
 
 
-def _slice(job: StageContext, progress: _Progress, candidate: Candidate) -> None:
-    folder, manifest = (
-        progress.folder / candidate.name / "student",
-        job.manifest.model_copy(update={"arch": candidate.arch}),
-    )
+def _slice(context: StageContext, progress: _Progress, candidate: Candidate) -> None:
+    """Write the pruned student of a candidate, unless this search has written it already."""
+    folder = progress.folder / candidate.name / "student"
+    manifest = context.manifest.model_copy(update={"arch": candidate.arch})
 
-    def is_there() -> bool:  # and no other search's, of which a stop in the middle of tidying up left it
-        found = find_manifest(folder) if folder.is_dir() else None
-        return (
-            found is not None and found.fingerprint == manifest.fingerprint and found.arch == candidate.arch
-        )
+    def is_done() -> bool:
+        # A kill while a finished search is deleted leaves students of that search.
+        written = find_manifest(folder) if folder.is_dir() else None
+        if written is None:
+            return False
+        return written.fingerprint == manifest.fingerprint and written.arch == candidate.arch
 
-    if on_rank_0(is_there):
+    if on_rank_0(is_done):
         return
-    teacher = job.build(job.recipe.pruning_base)
+    teacher = context.build(context.recipe.pruning_base)
     save_checkpoint(prune(teacher, progress.plan(candidate)), folder, manifest)
 
 
-def _held_out(job: StageContext) -> list[list[Batch]]:
-    s = job.recipe.search
-    return list(job.groups("calibration", s.num_samples, s.micro_batch_size, exact=False)[1])
+def _held_out(context: StageContext) -> list[list[Batch]]:
+    """Return the calibration text on which candidates are ranked."""
+    settings = _settings(context.recipe)
+    _, groups = context.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
+    return list(groups)
 
 
-def _show(found: Sequence[Candidate]) -> None:
+def _show(candidates: Sequence[Candidate]) -> None:
     table(
-        "search: held-out losses as cut and after distillation (steps); * on the Pareto front of parameters and loss",
-        *shown(found),
+        "search: held-out losses after pruning and after distillation (steps); "
+        "* on the Pareto front of parameters and loss",
+        *shown(candidates),
     )
-    say(f"search: {next(c.name for c in found if c.chosen)} is chosen")
+    say(f"search: {next(candidate.name for candidate in candidates if candidate.chosen)} is chosen")

@@ -1,0 +1,153 @@
+"""The stream from a remote teacher to its students, as a recipe describes it: shape, grids, and
+what both ends compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.distillation.stream import STREAM_VERSION, Link
+from minitron_mp.distillation.stream_end import StreamEnd
+from minitron_mp.distillation.stream_layout import Grid, HeadSpec, StreamShape
+from minitron_mp.distributed.role_channel import RoleChannel
+from minitron_mp.errors import InputError, differing_fields, refuse
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.build import DTYPES
+from minitron_mp.workflow.context import StageContext
+
+
+def microbatch_ids(recipe: Recipe, first_step: int) -> range:
+    """Return the stream ids of the microbatches of all steps from `first_step` on."""
+    per_step = recipe.distill.global_batch_size // recipe.distill.micro_batch_size
+    return range(first_step * per_step, recipe.distill.steps * per_step)
+
+
+def signal_shape(context: StageContext) -> StreamShape:
+    """Return payload, size and dtype of the signals of one microbatch."""
+    recipe = context.recipe
+    arch = context.arch(recipe.distillation_teacher)
+    dtype = DTYPES[recipe.teacher_precision]
+    if recipe.teacher.payload == "hidden":
+        width = arch.hidden_size
+    elif recipe.teacher.payload == "logits":
+        width = arch.padded_vocab_size
+    else:
+        width = 2 * recipe.teacher.top_k + 1
+        dtype = torch.int32
+    return StreamShape(
+        recipe.teacher.payload,
+        recipe.data.sequence_length,
+        recipe.distill.micro_batch_size,
+        width,
+        dtype,
+    )
+
+
+def role_link(context: StageContext) -> Link:
+    """Return the stream between the roles of this job, the same on all ranks."""
+    recipe, channel = context.recipe, _channel(context)
+
+    def grid(role: str, parallel: ParallelConfig) -> Grid:
+        ranks = channel.spans[role]
+        return Grid(role, parallel, len(ranks) // parallel.model_ranks, ranks.start)
+
+    students = [
+        grid(role, student.parallel)
+        for role, student in context.students.items()
+        if channel.role in ("teacher", role)
+    ]
+    teacher = grid("teacher", recipe.teacher.parallel)
+    return Link(channel, signal_shape(context), teacher, students, recipe.teacher.window)
+
+
+def stream_end(context: StageContext, link: Link) -> StreamEnd:
+    """Return the early end of this job's stream."""
+    recipe = context.recipe
+    per_step = len(microbatch_ids(recipe, 0)) // recipe.distill.steps
+    ahead = (link.window + min(link.window, recipe.teacher.parallel.pp)) * link.teacher.dp
+    return StreamEnd(_channel(context), per_step, 1 + -(-ahead // per_step))
+
+
+def _channel(context: StageContext) -> RoleChannel:
+    assert context.world.channel is not None
+    return context.world.channel
+
+
+def handshake(context: StageContext, link: Link, first_step: int) -> int:
+    """Return the first step of the students, after the roles have compared their settings.
+
+    Called on all ranks of the roles. InputError on all of them names every field that differs.
+    first_step: of this student; the teacher's is not used.
+    """
+    recipe = context.recipe
+    teacher = recipe.distillation_teacher
+    model = context.arch(teacher if context.world.role == "teacher" else "prune")
+    settings = stream_settings(
+        recipe,
+        link,
+        context.arch(teacher),
+        vocab_size=model.vocab_size,
+        fingerprints={
+            "teacher checkpoint": context.manifest_of(teacher).fingerprint,
+            "data": context.manifest_of("data").fingerprint,
+        },
+        tokenizer=dict(context.tokenizer().unique_identifiers),
+    )
+    return compare_settings(_channel(context), list(context.students), settings, first_step)
+
+
+def stream_settings(
+    recipe: Recipe,
+    link: Link,
+    teacher: Arch,
+    *,
+    vocab_size: int,
+    fingerprints: dict[str, str],
+    tokenizer: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the settings that both ends of the stream must share. vocab_size: of this role's
+    model."""
+    return {
+        **fingerprints,
+        "tokenizer": tokenizer,
+        "seed": recipe.seed,
+        "steps": recipe.distill.steps,
+        "global_batch_size": recipe.distill.global_batch_size,
+        "temperature": recipe.distill.temperature,
+        "states": recipe.distill.states and recipe.distill.states.model_dump(),
+        **{f"head {name}": value for name, value in vars(HeadSpec.of(teacher)).items()},
+        "head vocab_size": vocab_size,
+        "teacher ranks": str(link.teacher),
+        **{name: str(value) for name, value in vars(link.shape).items()},
+        "window": link.window,
+        "context parallel order": "zig-zag",
+        "stream version": STREAM_VERSION,
+    }
+
+
+def compare_settings(
+    channel: RoleChannel, students: Sequence[str], settings: dict[str, Any], first_step: int
+) -> int:
+    """Return the first step of the students; InputError on all ranks when the roles differ."""
+    sent = {"first": first_step, "settings": settings}
+    received = channel.exchange("settings", sent, roles=["teacher", *students])
+    problems = [
+        row
+        for role in students
+        for row in differing_fields(
+            received["teacher"]["settings"], received[role]["settings"], "teacher", role
+        )
+    ]
+    refuse("teacher and student must have the same settings:", problems)
+    steps = {role: received[role]["first"] for role in students}
+    if len(set(steps.values())) > 1:
+        found = ", ".join(f"{role} at step {step}" for role, step in steps.items())
+        raise InputError(
+            f"all students of one teacher must resume from the same step, found {found}; "
+            f"delete the checkpoints after step {min(steps.values())}"
+        )
+    return steps[students[0]]
