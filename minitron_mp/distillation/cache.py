@@ -6,8 +6,7 @@ shape of the signals and the teacher's layout; the manifest of the artefact has 
 depend on.
 
 Writer takes the place of stream.Sender, and Reader that of receiver.Receiver. The same messages
-(stream_layout.py) say which blocks of which tensor a rank needs, only they are read instead of
-received.
+(stream_layout.py) determine which blocks of which tensor a rank needs.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ INDEX = "cache.json"
 
 
 class Writer:
-    """Writes the signals of one rank of the teacher's last stage. rank: its number in the teacher's
-    grid.
-    """
+    """Writes the signals of one rank of the teacher's last stage. rank: in the teacher's grid."""
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
@@ -126,9 +123,7 @@ class Reader:
     def close(self) -> None: ...
 
     def _tensor(self, source: int, id: int) -> Any:
-        """Return a teacher rank's tensor of a microbatch, as a slice that reads only what is
-        indexed.
-        """
+        """Return a teacher rank's tensor of a microbatch. Only what is indexed is read."""
         if source not in self.files:
             paths = self.folder.glob(f"rank{source:05d}_*.safetensors")
             self.files[source] = sorted((int(path.stem.split("_")[1]), path) for path in paths)

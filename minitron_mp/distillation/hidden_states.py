@@ -49,9 +49,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Inputs(NamedTuple):
-    """What the losses of one microbatch take: loss mask [s/cp, b], the teacher's states [s', b,
-    h_t].
-    """
+    """Loss mask [s/cp, b] and the teacher's states [s', b, h_t] of one microbatch."""
 
     mask: Tensor
     states: Sequence[Tensor]
@@ -128,7 +126,7 @@ class HiddenStatesLoss:
         self.settings = pairs.settings
         blocks = pairs.blocks(world.parallel).get(world.groups.pp.rank(), [])
         pairs_here = [block - 1 for block in blocks if block]
-        # Without sequence parallelism all tensor-parallel ranks have the same tokens: one of them
+        # Without sequence parallelism all tensor-parallel ranks have the same tokens, so one
         # counts.
         self.counts = world.parallel.sequence_parallel or world.groups.tp.rank() == 0
         self.current: _Inputs | None = None
@@ -199,19 +197,17 @@ class HiddenStatesLoss:
             handle.remove()
 
     def _match(self, site: _Site, _: Any, __: Any, x: Tensor) -> Tensor | None:
-        """Forward hook on a norm of the student: return its output, with the loss's gradient
-        attached.
-        """
+        """Return the output of a norm of the student, with the loss's gradient attached (hook)."""
         if self.current is None:
             return None
         if not torch.is_grad_enabled():
-            # Recomputation: the layer runs again in the backward pass, over the microbatches in
-            # this order.
+            # Recomputation: the layer runs again in the backward pass, in this order of
+            # microbatches.
             site.recomputed.append(self.current)
             return None
         inputs = site.recomputed.popleft() if site.recomputed else self.current
         tp, mask, t = self.world.groups.tp, inputs.mask, inputs.states[site.place]
-        if t.shape[0] != x.shape[0]:  # streamed to each tensor-parallel rank in part, and needed in full
+        if t.shape[0] != x.shape[0]:  # each tensor-parallel rank has received a part
             gathered = t.new_empty((x.shape[0], *t.shape[1:]))
             dist.all_gather_into_tensor(gathered, t.contiguous(), group=tp)
             t = gathered

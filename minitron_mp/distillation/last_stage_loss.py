@@ -1,5 +1,4 @@
-"""The loss of a microbatch on the last pipeline stage: hidden states and target in, sums over
-tokens out.
+"""The loss of a microbatch on the last pipeline stage.
 
 Training, evaluation, layer ablation and Megatron-Bridge all call last_stage_loss().
 
@@ -65,12 +64,13 @@ def last_stage_loss(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> LastStageLoss:
-    """Compute the distillation loss of one microbatch; called by all ranks of `group` (tensor
-    parallel).
+    """Compute the distillation loss of one microbatch; called by all tensor-parallel ranks (group).
 
-    hidden [s', b, h]: output of the final norm. weight [v/tp, h]: output layer. batch: a local
-    batch of run_schedule(), labels and loss_mask [s/cp, b]. target: None computes cross-entropy
-    only.
+    hidden [s', b, h]: output of the final norm.
+    weight [v/tp, h]: output layer.
+    batch: a local batch of run_schedule(), with labels and loss_mask [s/cp, b].
+    target: of the teacher. None: cross-entropy alone.
+
     The returned statistics are new tensors, so Megatron's schedule may divide them in place.
     """
     mask = batch["loss_mask"]
@@ -81,8 +81,7 @@ def last_stage_loss(
 
 
 def evaluation_objective(hidden: Tensor, *, kl_weight: float) -> Objective:
-    """Return the objective that measures a model with these hidden states: forward KL and
-    cross-entropy.
+    """Return the objective for measuring a model: forward KL and cross-entropy.
 
     A CPU has no fast matrix product from bf16 to float32, so there the logits keep the dtype of the
     model, and the KL of a bf16 model is rounded accordingly.
@@ -92,14 +91,15 @@ def evaluation_objective(hidden: Tensor, *, kl_weight: float) -> Objective:
 
 
 def mark_head_gradient_ready(wrapper: Any, model: Any, hidden: Tensor) -> None:
-    """Let Megatron's data-parallel wrapper reduce the output layer's gradient as soon as it is
-    complete.
+    """Let Megatron's data-parallel wrapper reduce the output layer's gradient when it is complete.
 
     Needed with overlapped gradient reduction: the loss adds the gradient to main_grad itself, so
     autograd runs no hook on the weight, and the wrapper would wait for its bucket. A tied head on
     the stage of the embedding is left out, because the embedding's gradient comes later and runs
-    the hook. wrapper: DistributedDataParallel around `model`, a GPTModel. hidden: its output on the
-        last stage.
+    the hook.
+
+    wrapper: DistributedDataParallel around `model`, a GPTModel.
+    hidden: output of the model on the last stage.
     """
     if model.share_embeddings_and_output_weights and model.pre_process:
         return

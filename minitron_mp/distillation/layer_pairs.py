@@ -1,6 +1,4 @@
-"""LayerPairs: which hidden states of student and teacher are compared, and where they are
-computed.
-"""
+"""LayerPairs: which hidden states of student and teacher are compared, and on which stages."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ class LayerPairs:
     """Pairs of hidden states of two models. InputError when a model has no such state.
 
     State j is the input of layer j after its input norm; state num_layers is the output of the
-    final norm. channels [h_s]: the teacher's channels that the student kept. The projection then
-    starts with a one for each of them, otherwise with ones on its diagonal.
+    final norm.
+    channels [h_s]: the teacher's channels that the student kept. The projection then starts with a
+        one for each of them, otherwise with ones on its diagonal.
     """
 
     settings: HiddenStatesConfig
@@ -36,7 +35,7 @@ class LayerPairs:
         )
 
     def blocks(self, parallel: ParallelConfig) -> dict[int, list[int]]:
-        """Return {student stage: blocks of the teacher's signal that it needs}
+        """Return {student stage: blocks of the signal that it needs}
         (HiddenStatesConfig.blocks).
         """
         return self.settings.blocks(self.student.num_layers, parallel)

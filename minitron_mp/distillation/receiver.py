@@ -32,8 +32,9 @@ class _Arrival:
 
 
 class Receiver:
-    """The student's end, on one rank of a stage: get(id) and release(id) in ascending order of
-    `ids`.
+    """The student's end, on one rank of a stage.
+
+    get(id) and release(id) are called in ascending order of `ids`.
 
     A thread listens, so that transfers continue while the student computes.
     """
@@ -61,8 +62,7 @@ class Receiver:
             failure = self.failure
             if not isinstance(failure, _Broken):
                 raise RuntimeError(str(failure)) from failure
-            # Reported only now that this rank waits. Before, its thread alone was waiting, ahead of
-            # it.
+            # Reported only now that this rank itself waits. Its thread has waited ahead of it.
             raise self.link.error(failure.rank, failure.what, failure.__cause__) from failure
         if arrival.event is not None:
             torch.cuda.current_stream().wait_event(arrival.event)
@@ -141,18 +141,15 @@ class Receiver:
             if number.item() != id:
                 what = f"announced microbatch {number.item()}, but microbatch {id} was due"
                 raise _Broken(source, what)
-        with channel.transfer_stream(
-            behind_current=False
-        ):  # the buffer is new, so nothing precedes the transfer
+        # The buffer is new, so the transfer needs no earlier work.
+        with channel.transfer_stream(behind_current=False):
             signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype, device=self.device)
             parts = []
             for block in blocks:
                 view = signal[block.target_rows, :, block.target_columns]
-                part = (
-                    view
-                    if view.is_contiguous()
-                    else torch.empty_like(view, memory_format=torch.contiguous_format)
-                )
+                part = view
+                if not view.is_contiguous():
+                    part = torch.empty_like(view, memory_format=torch.contiguous_format)
                 parts.append((channel.data.recv([part], block.source, DATA), block, view, part))
                 self.link.num_bytes += part.nbytes
             for work, block, view, part in parts:

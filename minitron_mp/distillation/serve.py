@@ -59,9 +59,7 @@ class ServedTeacher:
     stream_end: StreamEnd | None = None
 
     def capture(self) -> HiddenStateCapture | None:
-        """Return hooks that bring the hidden states of all pairs to the last stage, if there are
-        pairs.
-        """
+        """Return hooks that bring the states of all pairs to the last stage; None without pairs."""
         if self.pairs is None:
             return None
         world = self.model.world
@@ -77,8 +75,7 @@ class ServedTeacher:
             return logits(self.model.last_chunk, hidden).to(shape.dtype)
         payload = hidden
         if shape.payload == "topk":
-            # From float32 logits: with logits rounded to bf16 the probabilities would be off by
-            # percents.
+            # From float32 logits: bf16 logits would change probabilities by percents.
             tokens, b = shape.sequence_length // world.parallel.cp, hidden.shape[1]
             vocab_size, weight = self.model.arch.vocab_size, output_weight(self.model.last_chunk)
             parts = [
@@ -104,14 +101,17 @@ def serve_signals(
     """Run the teacher over its replica's share of the microbatches and send the signals.
 
     Called by all ranks of the teacher. Returns when everything is consumed.
-    sender: on the last stage, None elsewhere. batch_of(id): a microbatch, whole sequences. ids:
-    ascending. The teacher runs ahead of the student as far as the sender has room, over optimizer
+    sender: on the last stage, None elsewhere.
+    batch_of(id): a microbatch, whole sequences.
+    ids: of the microbatches of all replicas, ascending.
+
+    The teacher runs ahead of the student as far as the sender has room, over optimizer
     steps as well, because its weights are frozen and the data is known.
     """
     world = teacher.model.world
     dp = world.groups.dp
     capture = teacher.capture()
-    block_size = min(teacher.window, world.parallel.pp) * dp.size()  # fills the pipeline of each replica
+    block_size = min(teacher.window, world.parallel.pp) * dp.size()  # fills each replica's pipeline
     limit: int | None = None
     for start in range(0, len(ids), block_size):
         if teacher.stream_end is not None and limit is None:

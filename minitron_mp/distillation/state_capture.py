@@ -1,6 +1,4 @@
-"""HiddenStateCapture: hidden states of a frozen teacher, moved to the pipeline stages that compare
-them.
-"""
+"""HiddenStateCapture: hidden states of a frozen teacher, moved to the stages that compare them."""
 
 from __future__ import annotations
 
@@ -45,8 +43,8 @@ class HiddenStateCapture:
             kept.clear()
 
     def take(self, batches: Sequence[Batch]) -> list[list[Tensor]]:
-        """Return, for each microbatch run since the last take() or clear(), the states that this
-        stage needs.
+        """Return the states that this stage needs of each microbatch since the last take() or
+        clear().
 
         [s', b, h_t] each, in order of the pairs. Called by all ranks of the pipeline. One message
         for each pair whose two stages differ.
@@ -73,9 +71,7 @@ class HiddenStateCapture:
 
 
 def state_norm(chunks: list[Any], state: int, num_layers: int) -> Any:
-    """Return the norm module that computes a hidden state, or None when another pipeline stage has
-    it.
-    """
+    """Return the norm module that computes a hidden state, or None on the other pipeline stages."""
     for chunk in map(unwrap, chunks):
         norms = {layer.layer_number - 1: layer.input_layernorm for layer in chunk.decoder.layers}
         norm = norms.get(state) if state < num_layers else chunk.decoder.final_layernorm

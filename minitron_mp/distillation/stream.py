@@ -69,7 +69,7 @@ class Link:
         return messages(self.shape, self.teacher, student, *dp, self.stage)
 
     def to_stages(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Link]:
-        """Return {stage: its link}. blocks: {stage: the blocks of this link's width that it
+        """Return {stage: its link}. blocks: {stage: blocks of this link's width that it
         receives}.
         """
         return {
@@ -78,12 +78,13 @@ class Link:
         }
 
     def error(self, rank: int, what: str, cause: BaseException | None = None) -> StreamError:
-        """Return the error of this rank's wait for `rank`. The message names the rank at the end of
-        the waits.
+        """Return the error of this rank's wait for `rank`, which names the root cause.
 
-        what: what that rank did not do. cause: error of the wait; None when the rank sent something
-        wrong. When a wait ends, gloo closes all connections, so all waiting ranks come here at
-        about the same time.
+        what: what that rank did not do.
+        cause: error of the wait; None when the rank sent something wrong.
+
+        When a wait ends, gloo closes all connections, so all waiting ranks come here at about the
+        same time.
         """
         text = f"{self.describe(rank)} {what}"
         if cause is None:
@@ -103,8 +104,9 @@ class Link:
 
 @dataclass
 class _Send:
-    """A microbatch in flight. credits: {receiver: (receive of its credit, the credit)}. works:
-    sends in progress.
+    """A microbatch in flight.
+
+    credits: {receiver: (receive of its credit, the credit)}. works: sends in progress.
     """
 
     id: int
@@ -132,8 +134,9 @@ class Sender:
             self._wait_for_oldest()
 
     def send(self, id: int, signal: Tensor) -> None:
-        """Send this rank's part [s', b, n'] of a microbatch. It may be overwritten after its
-        credits have come.
+        """Send this rank's part [s', b, n'] of a microbatch.
+
+        The signal must stay unchanged until its credits have arrived.
         """
         link, channel = self.link, self.link.channel
         assert len(self.in_flight) < link.window, "call make_room() first"
@@ -200,8 +203,9 @@ class Sender:
 
 
 class Senders:
-    """A sender to several stages of the students. Each stage gets its blocks of `width` columns of
-    the signal.
+    """A sender to several stages of the students.
+
+    Each stage gets its blocks of the signal. width: columns of a block.
     """
 
     def __init__(self, links: Mapping[int, Link], blocks: Mapping[int, Sequence[int]], width: int):

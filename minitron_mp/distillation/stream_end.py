@@ -63,8 +63,7 @@ class StreamEnd:
     def limit(self, first: int, preemption: Preemption | None) -> int | None:
         """Return the number of the first microbatch that is not sent any more, or None.
 
-        For the teacher, before the block that starts with microbatch `first`; called by all its
-        ranks.
+        Called by all ranks of the teacher, before the block that starts with microbatch `first`.
         The broadcast is a small one on gloo, beside the GPU's work.
         """
         store, box = self.channel.store, torch.tensor([-1])

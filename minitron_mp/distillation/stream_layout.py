@@ -1,8 +1,7 @@
-"""Who sends which part of a teacher signal to whom: pure functions of the layouts of teacher and
-student.
+"""Which rank sends which part of a teacher signal to which rank: pure functions of the layouts.
 
-    s  sequence length    b  microbatch    n  payload width: h for "hidden", padded vocabulary for
-                                              "logits", 2 k + 1 for "topk"
+    s  sequence length    b  microbatch
+    n  payload width: h for "hidden", padded vocabulary for "logits", 2 k + 1 for "topk"
     s', n'  rows and columns of one rank
 
 A signal is one tensor [s, b, n] per microbatch. It is spread over the last pipeline stage of the
@@ -110,9 +109,7 @@ class StreamShape:
 
 
 class Rows(NamedTuple):
-    """An interval of tokens [first, end) of the whole sequence, and its first row in a rank's local
-    tensor.
-    """
+    """An interval [first, end) of the sequence, and its first row in the tensor of a rank."""
 
     first: int
     end: int
@@ -121,9 +118,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Message:
-    """One block of a signal: rows and columns in the local tensors of sender and receiver, which
-    are job ranks.
-    """
+    """One block of a signal: rows and columns in the tensors of the job ranks source and target."""
 
     source: int
     target: int

@@ -1,9 +1,9 @@
 """The teacher: what training and evaluation need of one, and the two frozen placements.
 
-    signals()        step's microbatches -> one TeacherSignal each, which with_signals() puts into
-    the batch target()         TeacherSignal       -> TeacherTarget, which the loss on the last
-    stage takes hidden_states()  TeacherSignal       -> hidden states, which losses inside the
-                                                     student take
+    signals()        microbatches of a step -> a TeacherSignal each; with_signals() puts it into
+                     the batch
+    target()         TeacherSignal -> TeacherTarget, which the loss on the last stage takes
+    hidden_states()  TeacherSignal -> hidden states, which losses inside the student take
 
 ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the
 student's view of a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py).
@@ -39,9 +39,8 @@ class TeacherSignal:
     """The teacher's part of one microbatch.
 
     microbatch: its number in the run, under which a remote teacher sends its signal.
-    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; otherwise
-    None. states: [s', b, h_t] of each hidden state that this stage compares, of a colocated
-        teacher.
+    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; else None.
+    states: [s', b, h_t] of each hidden state that this stage compares, of a colocated teacher.
     """
 
     microbatch: int
@@ -50,7 +49,7 @@ class TeacherSignal:
 
 
 class Teacher(Protocol):
-    """What the training loop and evaluation need of a teacher. All ranks of the student hold
+    """What the training loop and evaluation need of a teacher. All ranks of the student have
     one.
     """
 
@@ -127,7 +126,8 @@ class ColocatedTeacher:
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         if self.capture:
-            self.capture.clear()  # what other passes through this model left, such as a measurement of its KL
+            # What other passes through this model left, such as a measurement of its KL.
+            self.capture.clear()
         hidden = self.model.forward(batches, lambda hidden, _: hidden) or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
         return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world), hidden, states))
@@ -151,7 +151,7 @@ class RemoteTeacher:
     """The student's view of a teacher on other ranks, or of its signals on disk.
 
     receiver: on the last stage, and on stages that compare hidden states; elsewhere None.
-    head: the teacher's output layer [v/tp, h_t], for the payload "hidden"; on the last stage
+    head: the teacher's output layer [v/tp, h_t] on the last stage, for payload "hidden"
     (load_head()). stream_end: of a stream that may end early.
     """
 
@@ -192,8 +192,7 @@ class RemoteTeacher:
         return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
-        """As in Teacher, but under tensor parallelism a state may hold this rank's part of the
-        tokens only.
+        """As in Teacher, but under tensor parallelism a state may have only this rank's tokens.
 
         The signal is released before the first chunk runs: an interleaved schedule runs that chunk
         on several microbatches before the loss sees the first of them, which would deadlock with a
@@ -244,9 +243,7 @@ def signal_of(batch: Batch) -> TeacherSignal:
 
 
 def microbatch_numbers(count: int, step: int, world: World) -> range:
-    """Return the numbers in the run of this data-parallel rank's microbatches of a step, `count` of
-    them.
-    """
+    """Return the run-wide numbers of this data-parallel rank's `count` microbatches of a step."""
     dp = world.groups.dp
     first = step * count * dp.size() + dp.rank()
     return range(first, first + count * dp.size(), dp.size())

@@ -83,9 +83,7 @@ class RoleChannel:
             tensor.record_stream(self.side_stream)
 
     def record_event(self) -> torch.cuda.Event | None:
-        """Return an event after the transfers issued so far, for a consuming stream; None on a
-        CPU.
-        """
+        """Return an event after the transfers issued so far; None on a CPU."""
         return self.side_stream.record_event() if self.side_stream is not None else None
 
     def abort(self) -> None:
@@ -99,18 +97,14 @@ class RoleChannel:
                 dist.distributed_c10d._abort_process_group()
 
     def report_failure(self, reason: str) -> str:
-        """Write to the store why the job fails, unless a rank has done so; return the reason in the
-        store.
-        """
+        """Write why the job fails, unless a rank has done so. Return the reason in the store."""
         try:
             return self.store.compare_set(FAILURE_KEY, "", reason).decode()
         except dist.DistError:  # the process that holds the store has ended
             return reason
 
     def failure(self, wait_s: float = 0.0) -> str | None:
-        """Return why the job fails, or None when no rank has reported a failure within `wait_s`
-        seconds.
-        """
+        """Return why the job fails, or None when no rank reports a failure within `wait_s`."""
         deadline = time.monotonic() + wait_s
         with suppress(dist.DistError):
             while True:
@@ -122,12 +116,12 @@ class RoleChannel:
         return None
 
     def find_root_cause(self, rank: int, text: str, grace_s: float = 1.0) -> str:
-        """Report that this rank timed out waiting for `rank`, and return the message of the root
-        cause.
+        """Report that this rank timed out waiting for `rank`; return the message of the root cause.
 
-        Each rank writes for whom it waits. The chain of waits is followed to its last rank, which
-        waits for a rank that reports nothing: that one is dead or hangs. text: message of this
-            rank's wait.
+        Each rank writes the rank that it waits for. The chain of waits is followed to its last
+        rank,
+        which waits for a rank that reports nothing: that one is dead or hangs.
+        text: message of this rank's wait.
         """
         chain = [self.rank]
         with suppress(dist.DistError):
@@ -153,12 +147,13 @@ class RoleChannel:
     def exchange(
         self, topic: str, value: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Return {role: its value} of a topic, on every rank. Rank 0 of each role writes the role's
-        value.
+        """Return {role: its value} of a topic, on every rank. Rank 0 of each role writes its value.
 
-        value: of this rank's role, JSON. roles: that take part; default: all. timeout_s: 0 for that
-        of the channel, None to wait without a timeout (the other roles may have hours of other
-        work). InputError when a rank fails instead, or a role does not write its value in time.
+        value: of this rank's role, JSON.
+        roles: that take part; default: all.
+        timeout_s: 0 for that of the channel, None to wait without a timeout (the other roles may
+            have hours of other work).
+        InputError when a rank fails instead, or a role does not write its value in time.
         """
         store = self.store
         limit_s = timeout_s or self.timeout.total_seconds()

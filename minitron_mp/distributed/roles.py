@@ -1,5 +1,4 @@
-"""join_roles: a job whose ranks have different roles (teacher, students), each with a world of its
-own.
+"""join_roles: a job whose ranks have roles (teacher, students), each with its own world.
 
 Megatron-Core calls collectives on the default process group, in its optimizer and in its
 checkpoints. So each role has its own default group, with rank 0 as the first of the role. A
@@ -42,8 +41,7 @@ def join_roles(
     layouts: role -> (number of ranks, layout), in the order of their job ranks.
     stream_timeout_s: of each wait on the channel between roles.
     job: this process in the job; default: torchrun's.
-    InputError when the numbers of ranks do not add up. When a rank fails, all ranks raise its
-    reason.
+    InputError when the numbers of ranks do not add up. If a rank fails, all ranks raise its reason.
     """
     assert not dist.is_initialized(), "join_roles() creates the default process groups; destroy yours before"
     job = job or launcher.job_rank()
@@ -98,7 +96,7 @@ def _open_channel(
     control = dist.ProcessGroupGloo(store, job.rank, job.size, timeout)
     store = dist.PrefixStore("data", job.store)
     if device.type == "cuda":
-        # NCCL's watchdog ends the process at its timeout. Ours comes first, and names the root
+        # NCCL's watchdog ends the process at its timeout. Ours is shorter, and names the root
         # cause.
         data = dist.ProcessGroupNCCL(store, job.rank, job.size, 3 * timeout)
     else:

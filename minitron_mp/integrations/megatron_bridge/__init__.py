@@ -1,5 +1,4 @@
-"""Distillation inside a Megatron-Bridge recipe: our pruned student, teacher and loss in Bridge's
-pretrain().
+"""Distillation in Megatron-Bridge: our pruned student, teacher and loss in Bridge's pretrain().
 
     from minitron_mp.integrations.megatron_bridge import (
         ColocatedTeacher, KDForwardStep, check_config, student_provider,
@@ -11,8 +10,8 @@ pretrain().
     pretrain(cfg, step, callbacks=[step])
 
 model.py: the student, models that Bridge built, and what prune() and score() need of them.
-teacher.py: the two teachers. forward_step.py: KDForwardStep. checks.py: check_config. export.py:
-    export_student.
+teacher.py: the two teachers. forward_step.py: KDForwardStep. checks.py: check_config.
+export.py: export_student.
 
 Only this room imports megatron.bridge, inside the functions that need it. Bridge describes a model
 in two ways, which both end in chunks of Megatron-Core's GPTModel. A hook on these chunks, before

@@ -1,6 +1,4 @@
-"""check_config: the settings of a Megatron-Bridge recipe that do not fit distillation by
-KDForwardStep.
-"""
+"""check_config: settings of a Megatron-Bridge recipe that KDForwardStep does not support."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ Checks = list[tuple[bool, str]]
 
 
 def check_config(cfg: Any, step: KDForwardStep) -> None:
-    """Raise InputError with everything in a ConfigContainer that does not fit; call it after all
-    overrides.
+    """Raise InputError with all problems of a ConfigContainer; call it after all overrides.
 
     What Bridge checks itself (its own divisibility rules and files) is left to Bridge. No rank
     communicates.

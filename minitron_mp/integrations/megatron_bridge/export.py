@@ -26,9 +26,7 @@ def export_student(
     padded = inner[0].vocab_size, inner[0].config.hidden_size
 
     def without_padding(name: str, tensor: Tensor) -> Tensor:
-        """Return embedding and head without the rows of the padded vocabulary, which Bridge
-        keeps.
-        """
+        """Return embedding and head without the padded rows, which Bridge keeps."""
         is_padded = tensor.shape == padded and ".layers." not in name
         return tensor[: config["vocab_size"]] if is_padded else tensor
 

@@ -63,7 +63,7 @@ class KDForwardStep:
                 "KDForwardStep must also be passed as a callback: pretrain(cfg, step, callbacks=[step])"
             )
         assert not return_schedule_plan, (
-            "only the overlap of expert communication asks for a schedule plan, and check_config() rejects experts"
+            "a schedule plan is for the overlap of expert communication; check_config() rejects experts"
         )
         world = self.world
         batch: Batch = {}

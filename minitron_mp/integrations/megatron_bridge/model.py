@@ -40,10 +40,10 @@ def student_provider(
     precision: str = "bf16",
     api: Literal["provider", "config"] = "provider",
 ) -> Any:
-    """Return what a recipe sets cfg.model to: a pruned or distilled model, which Bridge builds and
-    loads.
+    """Return the cfg.model of a recipe: a pruned or distilled model, which Bridge builds and loads.
 
     folder: sharded checkpoint of `minitron-mp` or examples/bridge_prune.py, saved at any layout.
+
     Set parallel sizes on the result as on any other provider. Hooks that are added to it run after
     the ones set here. InputError when Bridge is not installed, or does not have this api.
     """
@@ -61,17 +61,14 @@ def student_provider(
 
 
 def prepare(model: Any, arch: Arch, *, sequence_length: int, precision: str, weights: Hook) -> Any:
-    """Set what our student needs on a provider or ModelConfig, add the hook that loads it, and
-    return it.
-    """
-    # Padded as in our checkpoints, at every tp, so that student and teacher have the same columns
-    # on a rank.
+    """Prepare a provider or ModelConfig for our student, with the hook that loads it; return it."""
+    # Padded as in our checkpoints, so that student and teacher have the same columns on a rank.
     model.vocab_size, model.should_pad_vocab = arch.padded_vocab_size, False
     model.seq_length = sequence_length
     model.params_dtype = model.pipeline_dtype = DTYPES[precision]
     model.bf16, model.fp16 = precision == "bf16", False
-    # The loss adds the head's gradient to main_grad in the forward pass, so a later factor would
-    # miss it.
+    # The loss adds the head's gradient to main_grad in the forward pass. A later factor would miss
+    # it.
     model.calculate_per_token_loss = True
     add_pre_wrap_hook(model, weights)
     add_pre_wrap_hook(model, defer_head)
@@ -91,9 +88,7 @@ def add_pre_wrap_hook(model: Any, hook: Hook) -> None:
 
 
 def load_pruned(folder: str | Path) -> Hook:
-    """Return a hook that loads the chunks from a sharded checkpoint of any layout; called by all
-    ranks.
-    """
+    """Return a hook that loads the chunks from a sharded checkpoint of any layout."""
 
     def fill(chunks: list[Any]) -> list[Any]:
         load_weights(chunks, Path(folder), world_of_provider(chunks))
@@ -103,13 +98,12 @@ def load_pruned(folder: str | Path) -> Hook:
 
 
 def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
-    """Return a hook that fills the chunks with the slices of a teacher, without a checkpoint on
-    disk.
+    """Return a hook that fills the chunks with slices of a teacher, without a checkpoint on disk.
 
-    teacher(): its chunks, unwrapped, in the student's layout; they are consumed. Called by all
-    ranks. InputError when the plan drops layers and pp is above 1: layers would move to other
-    ranks, which needs a checkpoint (pruning.slicing.prune, artifacts.checkpoint.save_checkpoint,
-    then load_pruned).
+    teacher(): its chunks, unwrapped, in the student's layout; they are consumed.
+    The hook runs on all ranks. InputError when the plan drops layers and pp is above 1: layers
+    would move to other ranks, which needs a checkpoint (pruning.slicing.prune,
+    artifacts.checkpoint.save_checkpoint, then load_pruned).
     """
 
     def fill(chunks: list[Any]) -> list[Any]:
@@ -133,10 +127,10 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
 
 
 def defer_head(chunks: list[Any]) -> list[Any]:
-    """Hook: let the last stage return hidden states [b, s', h] after the final norm, for the loss
-    to apply the head.
+    """Hook: leave the output layer to the loss.
 
-    The keys of checkpoints stay the same. s' is s/cp, or s/cp/tp under sequence parallelism.
+    The last stage then returns hidden states [b, s', h] after the final norm. The keys of
+    checkpoints stay the same. s' is s/cp, or s/cp/tp under sequence parallelism.
     """
     chunk = chunks[-1]
     if chunk.post_process:
@@ -180,9 +174,7 @@ def bare_model(model: Any) -> Any:
 
 
 def has_float16_module(model: Any) -> bool:
-    """Whether Float16Module is around the GPTModel. It casts the output of the last stage unless
-    told otherwise.
-    """
+    """Whether Float16Module is around the GPTModel. By default it casts the model's output."""
     while hasattr(model, "module"):
         if hasattr(model, "float16_convertor"):
             return True
@@ -242,8 +234,7 @@ def auto_bridge(config: dict[str, Any]) -> Any:
 
 
 def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
-    """Return the teacher's config.json with the student's sizes, for families with the field names
-    of Llama.
+    """Return config.json with the student's sizes, for families with the field names of Llama.
 
     For other families change a copy of config.json yourself.
     """

@@ -23,8 +23,9 @@ from minitron_mp.models.build import DTYPES, output_weight
 
 
 class BridgeTeacher(Protocol):
-    """What KDForwardStep needs of a teacher. Bridge drives the schedule, so signals come microbatch
-    by microbatch.
+    """What KDForwardStep needs of a teacher.
+
+    Bridge drives the schedule, so the teacher computes one microbatch at a time.
     """
 
     arch: Arch
@@ -33,10 +34,10 @@ class BridgeTeacher(Protocol):
         """Prepare for training; called by all ranks."""
 
     def signal(self, batch: Batch, student: Any) -> TeacherSignal | None:
-        """Return the teacher's part of a microbatch, before the student's forward pass; called on
-        every stage.
+        """Return the teacher's part of a microbatch.
 
-        None in evaluation, when the teacher has no signal for it, and on stages without a loss.
+        Called on every stage, before the student's forward pass. None in evaluation, when the
+        teacher has no signal for it, and on stages without a loss.
         """
 
     def target(self, signal: TeacherSignal) -> TeacherTarget:
@@ -58,7 +59,9 @@ class ColocatedTeacher:
     Each stage runs its part of the teacher just before the student's part of a microbatch. The
     teacher's hidden states travel between stages in a process group of their own: in the student's
     group NCCL would match them with the student's by order alone. A sent tensor is kept until it is
-    received, for at most pp microbatches. folder: checkpoint of `minitron-mp import`.
+    received, for at most pp microbatches.
+
+    folder: checkpoint of `minitron-mp import`.
     """
 
     def __init__(self, folder: str | Path, *, precision: str = "bf16"):
