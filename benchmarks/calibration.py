@@ -26,7 +26,7 @@ import torch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 from minitron_mp.distributed.world import join_world
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.importance import recording
 from minitron_mp.pruning.masks import masked
@@ -58,7 +58,7 @@ def main() -> None:
             "sequence_length": args.sequence_length,
             "transformer_impl": args.transformer_impl,
         }
-        model = build_model(arch, world, random_weights=True, **options)
+        model = build_model(arch, world, ModelOptions(random_weights=True, **options))
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape)
         batch = {

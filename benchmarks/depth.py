@@ -20,7 +20,7 @@ import torch.distributed as dist
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import DepthConfig
 from minitron_mp.distributed.world import join_world
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.ablation import losses_without
 from minitron_mp.pruning.depth import depth_candidates
@@ -43,7 +43,9 @@ def main() -> None:
     arch = read_arch(args.model)
     with join_world(ParallelConfig(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
         model = build_model(
-            arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True
+            arch,
+            world,
+            ModelOptions(precision=args.precision, sequence_length=args.sequence_length, random_weights=True),
         )
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))

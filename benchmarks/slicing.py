@@ -25,7 +25,7 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
@@ -55,7 +55,7 @@ def main() -> None:
         args.tp,
     )
     with join_world(ParallelConfig(tp=args.tp), seed=1) as world:
-        model = build_model(arch, world, precision="bf16", sequence_length=128)
+        model = build_model(arch, world, ModelOptions(precision="bf16", sequence_length=128))
         weights = [p for chunk in model.chunks for p in chunk.parameters()]
         for weight in weights:
             weight.data.normal_()  # touch the memory, or it is not there yet

@@ -19,7 +19,7 @@ _PUBLIC = {
     "pruning.plan": ("PrunePlan", "make_plan"),
     "pruning.scores": ("Scores",),
     "distributed.world": ("World", "join_world"),
-    "models.build": ("build_model", "logits"),
+    "models.build": ("ModelOptions", "build_model", "logits"),
     "artifacts.saved_model": ("load_model", "save_model", "save_state"),
     "pruning.importance": ("recording", "score"),
     "pruning.slicing": ("prune",),

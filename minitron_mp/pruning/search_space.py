@@ -16,14 +16,13 @@ from minitron_mp.config.pruning import SearchConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import (
-    AS_MISTRAL,
     FP8_MULTIPLE,
     Arch,
-    export_problems,
     fp8_problems,
     layout_problems,
 )
 from minitron_mp.models.axes import AXES
+from minitron_mp.models.families.export import export_problems
 from minitron_mp.pruning.candidates import inference_bytes
 from minitron_mp.pruning.target import (
     SIZE_FIELDS,
@@ -196,11 +195,8 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
             f"distill.fp8 wants multiples of {FP8_MULTIPLE} of all widths on a rank; "
             f"target.align: {FP8_MULTIPLE} keeps to them"
         )
-    if export_problems(arch.resized(family=recipe.export.family or arch.family)):
-        return (
-            "transformers refuses a Llama whose hidden_size is no multiple of num_attention_heads "
-            f"{arch.num_attention_heads}; {AS_MISTRAL}"
-        )
+    if unexportable := export_problems(arch, recipe.export.family):
+        return unexportable[0].reason
     return ""
 
 

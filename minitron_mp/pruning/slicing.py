@@ -7,9 +7,9 @@ this rank holds. So slicing depends neither on the model's classes nor on its la
     axis that is split over tp         kept units are spread unevenly over the ranks: one all-to-all
                                        evens them out. Heads mostly stay on their rank, as equally
                                        many go from every query group: then nothing is sent
-    layer                              a kept layer gets its new number; the result is written under
-                                       it, and loading it at any other layout moves layers between
-                                       ranks
+    layer                              a kept layer gets its new number in the key; the result is
+                                       written under it, and loading it at any other layout moves
+                                       layers between ranks
     dimension without an axis          whole
 """
 
@@ -25,10 +25,10 @@ from minitron_mp.artifacts.checkpoint import model_state
 from minitron_mp.distributed.collectives import exchange_kept
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import AXES as PARAMETERS
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import AXIS_OF_DIM, NO_LAYER, Rows
 from minitron_mp.models.build import unwrap
+from minitron_mp.models.parameters import dims_of, layer_key, split_key
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import PrunePlan
 
@@ -59,7 +59,7 @@ def prune(model: ShardedModel, plan: PrunePlan) -> dict[str, ShardedTensor]:
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             sliced = slice_tensor(part, plan, model.world)
             if sliced is not None:
-                student[f"{part.key}/{part.global_offset}"] = sliced
+                student[f"{sliced.key}/{part.global_offset}"] = sliced
         del entry, part
     return student
 
@@ -70,27 +70,25 @@ def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> Sharde
 
     It keeps its replica number, and the same fragment of each dimension.
     """
-    if tensor.key not in PARAMETERS:
+    dims = dims_of(tensor.key)
+    if dims is None:
         raise InputError(
-            f"{tensor.key} {tuple(tensor.global_shape)} is no parameter that can be pruned; "
-            "add its dimensions to the table of parameters"
+            f"{tensor.key} {tuple(tensor.global_shape)} is not in the tables of parameters; "
+            "add its dimensions to PARAMETERS in models/blocks/dense.py"
         )
-    dims = PARAMETERS[tensor.key]
-    layer = tensor.global_offset[0] if dims[0] == "layer" else NO_LAYER
-    if layer != NO_LAYER and layer not in plan.layers:
+    layer, name = split_key(tensor.key)
+    if layer is not None and layer not in plan.layers:
         return None
-    data, prepended = tensor.data, tensor.prepend_axis_num
-    fragments = [] if layer == NO_LAYER else [(0, plan.layers.index(layer), len(plan.layers))]
-    for dim, name in enumerate(dims[prepended:]):
-        start, size = tensor.global_offset[dim + prepended], tensor.local_shape[dim]
-        data = _slice_dim(data, dim, start, name, layer, plan, world)
-        fragments.append((dim + prepended, start // size, tensor.axis_fragmentations[dim + prepended]))
+    data, fragments = tensor.data, []
+    for dim, dim_name in enumerate(dims):
+        start, size = tensor.global_offset[dim], tensor.local_shape[dim]
+        data = _slice_dim(data, dim, start, dim_name, NO_LAYER if layer is None else layer, plan, world)
+        fragments.append((dim, start // size, tensor.axis_fragmentations[dim]))
     return ShardedTensor.from_rank_offsets(
-        tensor.key,
+        name if layer is None else layer_key(plan.layers.index(layer), name),
         data.contiguous(),
         *fragments,
         replica_id=tensor.replica_id,
-        prepend_axis_num=prepended,
         allow_shape_mismatch=tensor.allow_shape_mismatch,
     )
 

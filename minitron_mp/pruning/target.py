@@ -8,8 +8,9 @@ from collections.abc import Collection
 
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import Arch, export_problems, layout_problems
+from minitron_mp.models.arch import Arch, layout_problems
 from minitron_mp.models.axes import AXES, Axis
+from minitron_mp.models.families.export import export_problems
 
 WIDTH_FIELDS = tuple(size.field for axis in AXES.values() for size in axis.sizes)
 """Sizes that a target or a search may set, under these names."""
@@ -165,7 +166,7 @@ def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float
         def negative_count(size: int, base: Arch = base) -> int:
             return -base.resized(**{inner: size}).num_parameters()
 
-        if not export_problems(base.resized(family=family)):
+        if not export_problems(base, family):
             first = bisect_left(sizes[inner], -budget, key=negative_count)
             fitting += [base.resized(**{inner: size}) for size in sizes[inner][first : first + 1]]
 
@@ -179,23 +180,3 @@ def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float
 def steps_down(size: int, step: int) -> list[int]:
     """size, then the multiples of step below it, falling."""
     return [size, *range((size - 1) // step * step, 0, -step)]
-
-
-def exportable_arch(student: Arch, family: str | None) -> Arch:
-    """The architecture under the family that it is exported as.
-
-    InputError when transformers would refuse it.
-    """
-    if family and family != student.family and (student.family, family) != ("llama", "mistral"):
-        raise InputError(
-            f"export.family {family}: a {student.family} can be written as itself only "
-            "(a llama as mistral, too)"
-        )
-    if family == "mistral" and student.family == "llama" and student.rope_scaling_factor:
-        raise InputError(
-            "export.family mistral: this Llama scales its rotary frequencies, "
-            "which Mistral's configuration cannot say"
-        )
-    student = student.resized(family=family or student.family)
-    refuse("the student cannot be exported:", export_problems(student))
-    return student

@@ -95,14 +95,16 @@ def world():
 @pytest.fixture
 def models(world, tmp_path):
     """build(arch, precision, **options) returns chunks in eval mode, of one checkpoint per arch."""
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
 
     def build(arch: Arch, precision: str = "bf16", **options):
         folder = tmp_path / arch.family
         if not folder.exists():
             torch.manual_seed(0)
             chunks = build_model(
-                arch, world, precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL
+                arch,
+                world,
+                ModelOptions(precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL),
             ).chunks
             with torch.no_grad():
                 for name, parameter in chunks[0].named_parameters():
@@ -119,7 +121,9 @@ def models(world, tmp_path):
                 folder,
                 Manifest(stage="teacher", settings={}, inputs={}, arch=arch),
             )
-        chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE, **options).chunks
+        chunks = build_model(
+            arch, world, ModelOptions(precision=precision, sequence_length=SEQUENCE, **options)
+        ).chunks
         load_weights(chunks, folder, world)
         for chunk in chunks:
             chunk.eval()
@@ -256,7 +260,7 @@ def losses_of(
     arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_after: int | None = None, **more
 ) -> list[float]:
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
     from minitron_mp.training.loop import train
     from minitron_mp.training.options import RunOptions
 
@@ -273,7 +277,9 @@ def losses_of(
     )
     seed_all(5)
     model = build_model(
-        arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True
+        arch,
+        world,
+        ModelOptions(precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True),
     )
     chunks, found = model.chunks, []
     assert hasattr(chunks[0].decoder.layers[0], "cudagraph_manager") == settings.cuda_graphs
@@ -466,12 +472,14 @@ def test_fp8_teacher_loads_at_another_tp(models, world, tmp_path, kind):
 
 def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) -> list[float]:
     """Cross-entropy of a few steps from a checkpoint."""
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
     from minitron_mp.training.loop import train
     from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
-    model = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings)
+    model = build_model(
+        arch, world, ModelOptions(precision="bf16", sequence_length=SEQUENCE, training=settings)
+    )
     load_weights(model.chunks, folder, world)
     found: list[float] = []
     options = RunOptions(
@@ -563,11 +571,11 @@ def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, ki
 
     Only rank 0's are returned.
     """
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
 
     options = {"precision": "bf16", "sequence_length": SEQUENCE}
-    quantised = build_model(arch, world, fp8=kind, **options).chunks
-    plain = build_model(arch, world, **options).chunks
+    quantised = build_model(arch, world, ModelOptions(fp8=kind, **options)).chunks
+    plain = build_model(arch, world, ModelOptions(**options)).chunks
     for chunks in (quantised, plain):
         load_weights(chunks, folder, world)
         for chunk in chunks:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
+from megatron.core.dist_checkpointing import ShardedTensor
 from teacher_stream_workers import joined_roles, make_link
 
 from minitron_mp.artifacts.checkpoint import save_checkpoint
@@ -55,7 +56,8 @@ from minitron_mp.integrations.megatron_bridge import RemoteTeacher as BridgeRemo
 from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+from minitron_mp.models.hf_weights import HFWeights, asset_files
+from minitron_mp.models.parameters import split_key
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.scores import random_scores
@@ -91,13 +93,11 @@ def built(
 
 def import_folder(source: Path, folder: Path, world: World) -> None:
     """Our converter: Hugging Face folder -> checkpoint, with its side files."""
-    from minitron_mp.workflow.stages.export.hf_folder import sharded_tensor
-
     arch = read_arch(source)
-    weights, mine = Weights(source, arch), {}
-    for key, layer in canonical_keys(arch):
-        if (layer or 0) % dist.get_world_size() == dist.get_rank():
-            mine[f"{key}/{layer}"] = sharded_tensor(key, layer, weights.tensor(key, layer), arch)
+    weights, mine = HFWeights(source, arch), {}
+    for key in arch.shapes():
+        if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank():
+            mine[key] = ShardedTensor.from_rank_offsets(key, weights.tensor(key))
 
     def assets(made: Path) -> None:
         (made / ASSETS).mkdir()

@@ -13,7 +13,7 @@ from minitron_mp.config.pruning import DepthConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.evaluation.choice_tasks import result_of, right_log_p
 from minitron_mp.evaluation.task_files import TaskItem, read_task_file
-from minitron_mp.models.arch import AXES
+from minitron_mp.models.parameters import layer_key, split_key
 from minitron_mp.pruning.depth import (
     DepthTrials,
     Trial,
@@ -28,8 +28,14 @@ ARCH = ARCHS["qwen3"]
 
 def without(weights, missing):
     """(architecture, weights) of the model without these layers."""
-    keep = torch.tensor([layer for layer in range(ARCH.num_layers) if layer not in missing])
-    cut = {key: value[keep] if AXES[key][0] == "layer" else value for key, value in weights.items()}
+    keep = [layer for layer in range(ARCH.num_layers) if layer not in missing]
+    cut = {}
+    for key, value in weights.items():
+        layer, name = split_key(key)
+        if layer is None:
+            cut[key] = value
+        elif layer in keep:
+            cut[layer_key(keep.index(layer), name)] = value
     return ARCH.resized(num_layers=len(keep)), cut
 
 

@@ -72,22 +72,14 @@ def test_slices_equal_plain_indexing_bitwise(results, arch, layout, axis):
     Merged queries are rounded once, as in the reference.
     """
     want = reference.sliced(ARCHS[arch], results.weights(arch), results.plan(arch, axis, layout))
-    covered = {
-        (key, layer): torch.zeros(part.shape, dtype=torch.int)
-        for key, value in want.items()
-        for layer, part in (enumerate(value) if key.startswith(reference.LAYER) else [(None, value)])
-    }
+    covered = {key: torch.zeros(value.shape, dtype=torch.int) for key, value in want.items()}
     for number, rank in enumerate(results.pruned(arch, layout)):
         for key, offset, data, is_saved in rank["pieces"][axis]:
-            part, layer = want[key], None
-            if key.startswith(reference.LAYER):
-                layer, *offset = offset
-                part, data = part[layer], data[0]
             window = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
-            assert torch.equal(part[window], data), f"rank {number}: {key} of layer {layer} at {offset}"
-            covered[key, layer][window] += is_saved
-    for where, count in covered.items():
-        assert (count == 1).all(), f"{where} is saved {count.min()} to {count.max()} times"
+            assert torch.equal(want[key][window], data), f"rank {number}: {key} at {offset}"
+            covered[key][window] += is_saved
+    for key, count in covered.items():
+        assert (count == 1).all(), f"{key} is saved {count.min()} to {count.max()} times"
 
 
 @cases
@@ -141,7 +133,7 @@ def test_rows_kept_on_their_rank_are_not_sent(ranks):
 def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
     plan = results.plan("qwen2", "merged")
     layer = plan.layers[0]
-    rows = results.weights("qwen2")[reference.QKV + "weight"][layer].bfloat16()
+    rows = results.weights("qwen2")[reference.layer_key(layer, reference.QKV + "weight")].bfloat16()
     pairs = plan.merge["heads"][layer]
     merged, unchanged = (
         ranks(1, "model_workers.merge_queries", plan=plan, rows=rows, pairs=which, layer=layer)[0]

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig
@@ -32,9 +32,9 @@ from minitron_mp.distributed.collectives import context_parallel_slice, exchange
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
-from minitron_mp.models.arch import AXES, Arch, BlockArch
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.axes import AXIS_OF_DIM
-from minitron_mp.models.build import build_model, logits
+from minitron_mp.models.build import ModelOptions, build_model, logits
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
@@ -69,15 +69,7 @@ def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
 
 def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
     """One rank: global tensors -> a checkpoint."""
-    state = {}
-    for key, weight in weights.items():
-        layers = range(arch.num_layers) if AXES[key][0] == "layer" else [None]
-        for layer in layers:
-            stacked = {} if layer is None else {"prepend_axis_num": 1}
-            offsets = [] if layer is None else [(0, layer, arch.num_layers)]
-            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(
-                key, weight if layer is None else weight[layer].clone(), *offsets, **stacked
-            )
+    state = {key: ShardedTensor.from_rank_offsets(key, value.clone()) for key, value in weights.items()}
     with joined(Layout("one", 1)):
         save_checkpoint(state, folder, manifest("teacher", arch))
 
@@ -85,17 +77,11 @@ def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
 def write_hugging_face(folder: Path, source: Path) -> Arch:
     """One rank: Hugging Face folder -> a checkpoint in float32."""
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import Weights, canonical_keys
+    from minitron_mp.models.hf_weights import HFWeights
 
     arch = read_arch(source)
-    opened, weights = Weights(source, arch), {}
-    for key, layer in canonical_keys(arch):
-        weights.setdefault(key, []).append(opened.tensor(key, layer).float())
-    write_weights(
-        folder,
-        arch,
-        {key: torch.stack(parts) if AXES[key][0] == "layer" else parts[0] for key, parts in weights.items()},
-    )
+    opened = HFWeights(source, arch)
+    write_weights(folder, arch, {key: opened.tensor(key).float() for key in arch.shapes()})
     return arch
 
 
@@ -130,7 +116,7 @@ def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
     )
     with joined(Layout("one", 1)) as world:
         model = build_model(
-            arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True
+            arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True)
         )
         for block in model.eval().chunks[0].decoder.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
@@ -201,7 +187,7 @@ def characters(arch: Arch) -> Any:
 
 
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> ShardedModel:
-    model = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
+    model = build_model(arch, world, ModelOptions(precision=precision, sequence_length=SEQUENCE_LENGTH))
     load_weights(model.chunks, folder, world)
     return model
 
@@ -328,10 +314,10 @@ def uneven_plan(plan: PrunePlan, tp: int) -> PrunePlan:
 
 
 def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
-    """Return (key, global offset, data with all global dimensions, whether this copy is saved)."""
-    data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.data.shape)).clone()
+    """Return (key, global offset, data, whether this copy is saved)."""
+    assert tensor.prepend_axis_num == 0
     replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
-    return tensor.key, tuple(tensor.global_offset), data, not any(replica)
+    return tensor.key, tuple(tensor.global_offset), tensor.data.clone(), not any(replica)
 
 
 def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:
@@ -393,7 +379,9 @@ def score_checkpoint(
 ) -> dict[tuple[str, str], Any]:
     """Return the scores of a checkpoint. One rank."""
     with joined(Layout("one", 1)) as world:
-        model = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
+        model = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=samples["tokens"].shape[1])
+        )
         load_weights(model.chunks, folder, world)
         return {pair: score_samples(model, samples, pair).tensors() for pair in pairs}
 
@@ -404,7 +392,24 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
         models = {
-            name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
+            name: build_model(kind, world, ModelOptions(**build))
+            for name, kind in (("large", arch), ("small", small))
         }
         models["twin"] = replace(models["small"], chunks=[])
         return measure(models, **options).model_dump()
+
+
+def save_again(layout: Layout, arch: Arch, source: Path, folder: Path) -> None:
+    """Load a checkpoint at this layout, and save it from there."""
+    with joined(layout) as world:
+        save_checkpoint(
+            model_state(load(arch, source, world).chunks, world), folder, manifest("teacher", arch)
+        )
+
+
+def count_parameters(layout: Layout, arch: Arch) -> tuple[int, int]:
+    """(pipeline stage, number of parameters on this rank) of a model."""
+    with joined(layout) as world:
+        model = build_model(arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH))
+        count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
+        return world.groups.pp.rank(), count

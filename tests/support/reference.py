@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weights = dict[str, Tensor]
-LAYER = "decoder.layers."
-ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
+ATTENTION, MLP = "self_attention.", "mlp."
 QKV, PROJ = ATTENTION + "linear_qkv.", ATTENTION + "linear_proj.weight"
 FC1, FC2 = MLP + "linear_fc1.", MLP + "linear_fc2.weight"
 EMBEDDING, HEAD, FINAL_NORM = (
@@ -27,6 +26,7 @@ EMBEDDING, HEAD, FINAL_NORM = (
     "decoder.final_layernorm.weight",
 )
 FINAL_BIAS = "decoder.final_layernorm.bias"
+OUTSIDE = (EMBEDDING, FINAL_NORM, FINAL_BIAS, HEAD)
 HIDDEN_NORMS = (
     QKV + "layer_norm_weight",
     FC1 + "layer_norm_weight",
@@ -35,6 +35,17 @@ HIDDEN_NORMS = (
     FC1 + "layer_norm_bias",
     FINAL_BIAS,
 )
+
+
+def layer_key(layer: int, name: str) -> str:
+    """Checkpoint key of a parameter of a layer."""
+    return f"decoder.layers.{layer}.{name}"
+
+
+def of_layer(weights: Weights, layer: int) -> Weights:
+    """Name inside the layer -> value."""
+    prefix = layer_key(layer, "")
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
@@ -53,10 +64,10 @@ def logits_and_states(
     The outputs are L + 1 tensors [b, s, h].
     """
     states = []
-    w = {key: _double(value) for key, value in weights.items()}
+    w = {key: value.double() for key, value in weights.items()}
     x = w[EMBEDDING][tokens]  # [b, s, h]
     for layer in range(arch.num_layers):
-        layer_weights = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
+        layer_weights = of_layer(w, layer)
         states.append(_layer_norm(arch, x, layer_weights, QKV, kept))
         x = x + _attention(arch, arch.blocks[layer], layer_weights, states[-1])
         up = _layer_norm(arch, x, layer_weights, FC1, kept) @ layer_weights[FC1 + "weight"].T
@@ -67,11 +78,6 @@ def logits_and_states(
             x = x + up.clamp(min=0).square() @ layer_weights[FC2].T
     states.append(_norm(arch, x, w[FINAL_NORM], w.get(FINAL_BIAS), kept))
     return states[-1] @ (w[EMBEDDING] if arch.tied else w[HEAD]).T, states
-
-
-def _double(value: Any) -> Any:
-    """A weight in float64; a list where the layers of the model differ in size."""
-    return [part.double() for part in value] if isinstance(value, list) else value.double()
 
 
 def _layer_norm(
@@ -128,21 +134,23 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Seq
 
     Queries are merged. The result computes the same as the student.
     """
-    w = {key: value.clone() for key, value in weights.items()}
+    w = {name: value.clone() for name, value in weights.items()}
     kept = plan.keep["hidden"][-1]
     hidden = _flags(kept, arch.hidden_size)
     w[EMBEDDING] *= hidden
     for layer in range(arch.num_layers):
         if layer not in plan.layers:
-            w[PROJ][layer] = w[FC2][layer] = 0
+            w[layer_key(layer, PROJ)].zero_()
+            w[layer_key(layer, FC2)].zero_()
             continue
-        for key in (key for key in w if _is_qkv(key)):
-            w[key][layer] = merged(arch, w[key][layer], plan, layer)
+        for name in (layer_key(layer, QKV + "weight"), layer_key(layer, QKV + "bias")):
+            if name in w:
+                w[name] = merged(arch, w[name], plan, layer)
         heads = _flags(plan.keep["heads"][layer], arch.num_attention_heads).repeat_interleave(
             arch.kv_channels
         )
-        w[PROJ][layer] *= hidden[:, None] * heads
-        w[FC2][layer] *= hidden[:, None] * _flags(plan.keep["ffn"][layer], arch.ffn_hidden_size)
+        w[layer_key(layer, PROJ)] *= hidden[:, None] * heads
+        w[layer_key(layer, FC2)] *= hidden[:, None] * _flags(plan.keep["ffn"][layer], arch.ffn_hidden_size)
     return w, kept
 
 
@@ -150,10 +158,6 @@ def _flags(kept: Sequence[int], size: int) -> Tensor:
     flags = torch.zeros(size)
     flags[list(kept)] = 1
     return flags
-
-
-def _is_qkv(key: str) -> bool:
-    return key in (QKV + "weight", QKV + "bias")
 
 
 def merged(arch: Any, x: Tensor, plan: Any, layer: int) -> Tensor:
@@ -171,43 +175,41 @@ def merged(arch: Any, x: Tensor, plan: Any, layer: int) -> Tensor:
 
 
 def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
-    """The student's weights, cut from the teacher's by plain indexing, layer by layer.
-
-    Layers are stacked, or a list where their sizes differ.
-    """
-    per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
-    out: dict[str, Any] = {}
-    for key, weight in weights.items():
-        parts = []
-        for layer in plan.layers if key.startswith(LAYER) else [None]:
-            x = weight if layer is None else weight[layer]
-            hidden = plan.keep["hidden"][-1]
-            ffn, heads = plan.keep["ffn"].get(layer), plan.keep["heads"].get(layer)
-            if _is_qkv(key):
-                groups = merged(arch, x, plan, layer).unflatten(
-                    0, (arch.num_query_groups, per_group + 2, width)
-                )
-                slots = {
-                    g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1]
-                    for g in range(arch.num_query_groups)
-                }
-                x = torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
-            if key == PROJ:
-                x = x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
-            if key == FC1 + "weight":
-                x = x.unflatten(0, (-1, arch.ffn_hidden_size))[:, ffn].flatten(0, 1)
-            if key == FC2:
-                x = x[:, ffn]
-            if key in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):
-                x = x[:, hidden]
-            if key in (PROJ, FC2, *HIDDEN_NORMS):
-                x = x[hidden]
-            parts.append(x)
-        if not key.startswith(LAYER):
-            out[key] = parts[0]
-        else:
-            out[key] = torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
+    """The student's weights, cut from the teacher's by plain indexing, layer by layer."""
+    out = {name: _hidden_part(name, weights[name], plan) for name in OUTSIDE if name in weights}
+    for number, layer in enumerate(plan.layers):
+        for name, value in of_layer(weights, layer).items():
+            part = _layer_part(arch, name, value, plan, layer)
+            out[layer_key(number, name)] = _hidden_part(name, part, plan)
     return out
+
+
+def _layer_part(arch: Any, name: str, x: Tensor, plan: Any, layer: int) -> Tensor:
+    """Cut heads and neurons from a weight of a kept layer."""
+    per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
+    heads, ffn = plan.keep["heads"][layer], plan.keep["ffn"][layer]
+    if name in (QKV + "weight", QKV + "bias"):
+        groups = merged(arch, x, plan, layer).unflatten(0, (arch.num_query_groups, per_group + 2, width))
+        slots = {
+            g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1]
+            for g in range(arch.num_query_groups)
+        }
+        return torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
+    if name == PROJ:
+        return x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
+    if name == FC1 + "weight":
+        return x.unflatten(0, (-1, arch.ffn_hidden_size))[:, ffn].flatten(0, 1)
+    return x[:, ffn] if name == FC2 else x
+
+
+def _hidden_part(name: str, x: Tensor, plan: Any) -> Tensor:
+    """Cut hidden channels from a weight."""
+    hidden = plan.keep["hidden"][-1]
+    if name in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):
+        x = x[:, hidden]
+    if name in (PROJ, FC2, *HIDDEN_NORMS):
+        x = x[hidden]
+    return x
 
 
 AGGREGATE = {
@@ -364,6 +366,6 @@ class PlainTraining:
         s, number, (first, second) = self.settings, len(self.history), self.moments[key]
         first.mul_(s.adam_beta1).add_(gradient, alpha=1 - s.adam_beta1)
         second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
-        decay = s.weight_decay if weight.dim() - key.startswith(LAYER) > 1 else 0.0
+        decay = s.weight_decay if weight.dim() > 1 else 0.0
         update = first / (1 - s.adam_beta1**number) / ((second / (1 - s.adam_beta2**number)).sqrt() + 1e-8)
         weight -= lr * (update + decay * weight)

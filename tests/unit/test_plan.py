@@ -9,13 +9,16 @@ import pytest
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.pruning import SearchConfig, TargetConfig
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import ATTENTION, MLP, Arch, export_problems, layout_problems
-from minitron_mp.models.arch import AXES as PARAMETERS
+from minitron_mp.models.arch import Arch, BlockArch, layout_problems
 from minitron_mp.models.axes import AXES, AXIS_OF_DIM, FFN, HEADS, HIDDEN, NO_LAYER
+from minitron_mp.models.blocks.dense import ATTENTION, MLP, PARAMETERS
+from minitron_mp.models.families import FAMILIES
+from minitron_mp.models.families.export import export_problems, exportable_arch
+from minitron_mp.models.parameters import FINAL_NORM_BIAS, MODEL_PARAMETERS, dims_of, layer_key, split_key
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores, random_scores
-from minitron_mp.pruning.target import exportable_arch, resolve_target
+from minitron_mp.pruning.target import resolve_target
 
 
 def make_arch(**changes) -> Arch:
@@ -85,21 +88,32 @@ def test_tied_embeddings_count_once_and_padding_never():
 
 
 def test_shapes_follow_the_arch_switches():
-    norm_biases = {
-        ATTENTION + "linear_qkv.layer_norm_bias",
-        MLP + "linear_fc1.layer_norm_bias",
-        "decoder.final_layernorm.bias",
-    }
+    norm_biases = {ATTENTION + "linear_qkv.layer_norm_bias", MLP + "linear_fc1.layer_norm_bias"}
     switched = {ATTENTION + name for name in ("linear_qkv.bias", "q_layernorm.weight", "k_layernorm.weight")}
-    assert set(SMALL.shapes()) == set(PARAMETERS) - switched - norm_biases
+
+    def keys(absent: set[str]) -> set[str]:
+        names = PARAMETERS.keys() - absent
+        outside = set(MODEL_PARAMETERS) - ({FINAL_NORM_BIAS} if norm_biases <= absent else set())
+        return outside | {layer_key(layer, name) for layer in range(4) for name in names}
+
+    assert set(SMALL.shapes()) == keys(switched | norm_biases)
     shapes = make_arch(qkv_bias=True, qk_norm=True).shapes()
-    assert set(shapes) == set(PARAMETERS) - norm_biases
+    assert set(shapes) == keys(norm_biases)
     nemotron = make_arch(norm="layer1p", activation="squared_relu").shapes()
-    assert set(nemotron) == set(PARAMETERS) - switched
-    assert nemotron[MLP + "linear_fc1.weight"][1] * 2 == shapes[MLP + "linear_fc1.weight"][1]
-    assert shapes[ATTENTION + "linear_qkv.weight"] == (4, (8 + 2 * 2) * 6, 48)
-    assert shapes[ATTENTION + "linear_proj.weight"] == (4, 48, 8 * 6)
-    assert shapes[ATTENTION + "q_layernorm.weight"] == (4, 6)
+    assert set(nemotron) == keys(switched)
+    fc1 = layer_key(1, MLP + "linear_fc1.weight")
+    assert nemotron[fc1][0] * 2 == shapes[fc1][0]
+    assert shapes[layer_key(0, ATTENTION + "linear_qkv.weight")] == ((8 + 2 * 2) * 6, 48)
+    assert shapes[layer_key(3, ATTENTION + "linear_proj.weight")] == (48, 8 * 6)
+    assert shapes[layer_key(3, ATTENTION + "q_layernorm.weight")] == (6,)
+
+
+def test_keys_split_into_layer_and_name():
+    assert split_key("decoder.layers.12.mlp.linear_fc2.weight") == (12, "mlp.linear_fc2.weight")
+    assert split_key("decoder.final_layernorm.weight") == (None, "decoder.final_layernorm.weight")
+    assert split_key("decoder.layers.mlp.linear_fc2.weight")[0] is None
+    assert all(len(dims_of(key)) == len(shape) for key, shape in SMALL.shapes().items())
+    assert dims_of("decoder.layers.0.mlp.router.weight") is None
 
 
 def test_query_rows_keep_key_and_value_of_their_group():
@@ -126,12 +140,12 @@ def test_key_and_value_of_groups_without_heads_are_dropped():
 @pytest.mark.parametrize("dim", AXIS_OF_DIM)
 def test_all_units_own_every_row_once(dim, arch):
     units = list(range(AXIS_OF_DIM[dim].num_units(arch, 0)))
-    assert kept_rows(dim, units, arch) == list(range(arch.axis_size(dim)))
+    assert kept_rows(dim, units, arch) == list(range(arch.dim_size(dim)))
 
 
 def test_every_parameter_dimension_is_an_axis_or_stays_whole():
-    dims = {dim for dims in PARAMETERS.values() for dim in dims}
-    assert dims - set(AXIS_OF_DIM) == {"layer", "vocab", "head_width"}
+    dims = {dim for table in (PARAMETERS, MODEL_PARAMETERS) for dims in table.values() for dim in dims}
+    assert dims - set(AXIS_OF_DIM) == {"vocab", "head_width"}
     assert set(AXIS_OF_DIM) <= dims
 
 
@@ -416,8 +430,20 @@ def test_llama_export_rule_suggests_mistral():
     assert exportable_arch(student, "mistral") == student.resized(family="mistral")
     with pytest.raises(InputError, match="scales its rotary frequencies"):
         exportable_arch(student.resized(rope_scaling_factor=8.0), "mistral")
-    with pytest.raises(InputError, match=r"export\.family qwen2: a llama can be written as itself only"):
+    with pytest.raises(
+        InputError, match=r"export\.family qwen2: .* family llama is written as llama or mistral only"
+    ):
         exportable_arch(student, "qwen2")
+    with pytest.raises(InputError, match=r"export\.family gpt: .* is written as llama or mistral only"):
+        exportable_arch(student, "gpt")
+
+
+def test_model_whose_layers_differ_cannot_be_exported():
+    narrow = BlockArch(ffn_hidden_size=48, num_attention_heads=8, num_query_groups=2)
+    mixed = SMALL.resized(blocks=[*SMALL.blocks[:3], narrow])
+    for family in FAMILIES:
+        with pytest.raises(InputError, match=r"the layers differ in size.*give one size for all layers"):
+            exportable_arch(mixed.resized(family=family), None)
 
 
 def test_scores_round_trip_through_disk(tmp_path):

@@ -527,7 +527,7 @@ def test_checkpoint_with_a_missing_file_is_named(copied, on_rank):
         path.unlink()
     refused(
         on_rank("export", copied.recipe, "--force"),
-        f"{copied.output / 'student_distilled'} is no checkpoint of this model or damaged",
+        f"{copied.output / 'student_distilled'} is damaged or not a checkpoint of this model",
         ".distcp",
     )
     assert copied.project().why_not_done("export") is None, "the old export is gone"
@@ -554,7 +554,7 @@ def test_full_disk_keeps_the_old_artifact(copied, on_rank, ranks):
     refused(
         on_rank("prune", copied.recipe, "--force", free_bytes=1000),
         f"{copied.output / 'student'} needs up to 0.00 GB",
-        "make room or set another output",
+        "free some space or set another output",
     )
     assert copied.state() == before
     assert all(torch.equal(value, tensors[key]) for key, value in read().items())

@@ -23,8 +23,10 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.build import DTYPES
+from minitron_mp.models.families.family import CONFIG_FIELDS
 from minitron_mp.models.layers import DeferredHead
 from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.transformer_config import NORMALIZATION
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.workflow.context import ASSETS
@@ -134,9 +136,7 @@ def defer_head(chunks: list[Any]) -> list[Any]:
     """
     chunk = chunks[-1]
     if chunk.post_process:
-        chunk.output_layer = DeferredHead.taking_over(
-            chunk.output_layer, chunk.config, chunk.pg_collection.tp
-        )
+        chunk.output_layer = DeferredHead.replacing(chunk.output_layer, chunk.config, chunk.pg_collection.tp)
     return chunks
 
 
@@ -194,6 +194,9 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         for name in ("num_moe_experts", "mtp_num_layers", "multi_latent_attention")
         if (value := getattr(model, name, None))
     ]
+    norms = {name: norm for norm, name in NORMALIZATION.items()}
+    if model.normalization not in norms:
+        problems.append(f"normalization is {model.normalization}; supported: {', '.join(norms)}")
     refuse("only dense decoders are pruned:", problems)
     block = BlockArch(
         ffn_hidden_size=model.ffn_hidden_size,
@@ -207,7 +210,7 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         tied=model.share_embeddings_and_output_weights,
         qkv_bias=model.add_qkv_bias,
         qk_norm=model.qk_layernorm,
-        norm="rms" if model.normalization == "RMSNorm" else "layer1p",
+        norm=norms[model.normalization],
         activation="swiglu" if model.gated_linear_unit else "squared_relu",
         norm_epsilon=model.layernorm_epsilon,
         hidden_size=model.hidden_size,
@@ -238,15 +241,7 @@ def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
 
     For other families change a copy of config.json yourself.
     """
-    names = {
-        "num_layers": "num_hidden_layers",
-        "ffn_hidden_size": "intermediate_size",
-        "num_query_groups": "num_key_value_heads",
-        "kv_channels": "head_dim",
-    }
-    sizes = {
-        names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")
-    }
+    sizes = {CONFIG_FIELDS[name]: getattr(arch, name) for name in (*arch.sizes(), "kv_channels")}
     refuse(
         "this config.json has other field names than Llama's; change a copy of it yourself:",
         [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],
