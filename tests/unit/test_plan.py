@@ -545,6 +545,7 @@ def test_layers_may_keep_different_numbers_of_units():
     values["keep"]["heads"] = {**BY_HAND, 0: [3, 7]}
     plan = PrunePlan.model_validate(values)
     assert [plan.units(FFN, layer).size for layer in range(4)] == [32, 96, 96, 96]
+    assert {row[0]: row[2] for row in plan.summary()}["num_attention_heads"] == "3.5"
     values["keep"]["ffn"][1] = list(range(32))
     with pytest.raises(ValueError, match=r"keep.ffn\[1\] has 32 entries, the student 96"):
         PrunePlan.model_validate(values)
