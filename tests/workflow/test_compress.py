@@ -752,7 +752,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.index("| teacher |") < report.index("| unpruned |") < report.index("| pruned |")
     assert set(again["tasks"]["choices"]) == {"teacher", "unpruned", "pruned", "distilled"}
-    assert "| choices (2), accuracy by characters |" in report
+    assert "| choices (2), accuracy normalised by characters |" in report
     refused(
         on_rank("compress", recipe, "evaluate.tasks.choices=nowhere.jsonl"),
         "evaluate.tasks.choices: there is no file nowhere.jsonl",
