@@ -54,6 +54,15 @@ def test_masked_reference_matches_student_loaded_at_this_layout(results, arch, l
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
 
 
+@pytest.mark.parametrize(("arch", "layout"), UNEVEN, ids=[f"{arch}-{layout.name}" for arch, layout in UNEVEN])
+def test_student_whose_layers_differ_in_size_loads_at_this_layout(results, arch, layout):
+    """It was pruned and saved at another layout."""
+    plan = results.plan(arch, "uneven", previous(UNEVEN, arch, layout))
+    assert not plan.student.is_uniform
+    want = results.dense(arch, plan, masked=True)
+    assert_close([rank["uneven"] for rank in results.loaded_uneven(arch, layout)], want, "uneven")
+
+
 @pytest.mark.parametrize(
     ("arch", "layout", "axis"), MASKED, ids=[f"{arch}-{layout.name}-{axis}" for arch, layout, axis in MASKED]
 )

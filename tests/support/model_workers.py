@@ -261,7 +261,7 @@ def prune_everything(
             for name, target in targets(arch, layout.tp).items()
         }
         if uneven:
-            plans["uneven"] = uneven_plan(plans["all"], layout.tp)
+            plans["uneven"] = uneven_plan(plans["all"])
         by_masks = {}
         for name in masks:
             with masked(model, plans[name]):
@@ -273,7 +273,7 @@ def prune_everything(
         for name, plan in plans.items():
             state = prune(model, plan)
             pieces[name] = [_piece(tensor) for tensor in state.values()]
-            if name in ("identity", *save):
+            if name in ("identity", "uneven", *save):
                 save_checkpoint(state, output / name, manifest("prune", plan.student))
             for parameter, data in full_data:  # prune() consumes the model
                 parameter.data = data
@@ -288,27 +288,22 @@ def prune_everything(
         }
 
 
-def uneven_plan(plan: PrunePlan, tp: int) -> PrunePlan:
-    """The plan with half of the neurons and of the heads of each group in every second layer.
-
-    Also one query group less where the rest divides by tp.
-    """
+def uneven_plan(plan: PrunePlan) -> PrunePlan:
+    """The plan, but every second layer keeps half of the neurons, and one head in half of the groups."""
     blocks, keep = [], {name: dict(by_layer) for name, by_layer in plan.keep.items()}
+    per_group = plan.teacher.heads_per_group
     for number, (layer, block) in enumerate(zip(plan.layers, plan.student.blocks)):
-        if number % 2:
-            blocks.append(block)
-            continue
-        per_group = plan.teacher.heads_per_group
-        groups = block.num_query_groups - (1 if tp == 1 else 0)
-        heads = [
-            next(head for head in keep["heads"][layer] if head // per_group == group)
-            for group in range(groups)
-        ]
-        neurons = keep["ffn"][layer][::2]
-        keep["heads"][layer], keep["ffn"][layer] = heads, neurons
-        blocks.append(
-            BlockArch(ffn_hidden_size=len(neurons), num_attention_heads=len(heads), num_query_groups=groups)
-        )
+        if number % 2 == 0:
+            groups = range(block.num_query_groups // 2)
+            first = {head // per_group: head for head in reversed(keep["heads"][layer])}
+            keep["heads"][layer] = [first[group] for group in groups]
+            keep["ffn"][layer] = keep["ffn"][layer][::2]
+            block = BlockArch(
+                ffn_hidden_size=len(keep["ffn"][layer]),
+                num_attention_heads=len(groups),
+                num_query_groups=len(groups),
+            )
+        blocks.append(block)
     student = plan.student.resized(blocks=tuple(blocks))
     return PrunePlan.model_validate({**plan.model_dump(), "student": student, "keep": keep})
 

@@ -1,5 +1,6 @@
 """Sizes, ranking and targets. Published numbers are from arXiv 2408.11796, tables 1 and 3."""
 
+import dataclasses
 import json
 import time
 
@@ -19,6 +20,7 @@ from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.pruning.target import resolve_target
+from minitron_mp.report.importance_section import pruned_section
 
 
 def make_arch(**changes) -> Arch:
@@ -471,7 +473,8 @@ def test_invalid_scores_are_rejected_with_every_reason():
         make_plan(importance, SMALL, TargetConfig())
     with pytest.raises(
         InputError,
-        match=r"(?s)hidden has shape \(48,\), the model needs \(4096,\).*ffn has scores of 4 layers, the model needs 32",
+        match=r"(?s)hidden has shape \(48,\), the model needs \(4096,\)"
+        r".*ffn has scores of 4 layers, the model needs 32",
     ):
         random_scores(SMALL).check(LLAMA)
 
@@ -536,6 +539,22 @@ def test_handwritten_plan_is_validated(field, name, changes, message):
         PrunePlan.model_validate({**values, field: {**values[field], name: changed}})
 
 
+def test_new_axis_is_scored_planned_and_reported_by_its_row(monkeypatch):
+    """Only the table changes. The new axis has as many units as there are neurons."""
+    monkeypatch.setitem(AXES, "twin", dataclasses.replace(FFN, name="twin", dims={}))
+    scores = random_scores(SMALL)
+    plan = make_plan(scores, SMALL, TargetConfig(ffn_hidden_size=64))
+    assert plan.keep["twin"] == {
+        layer: top_indices(row, 64).tolist() for layer, row in scores["twin"].items()
+    }
+    assert PrunePlan.model_validate(plan.model_dump()) == plan
+    texts = [part for part in pruned_section(plan, scores).parts if isinstance(part, str)]
+    assert any("twin" in text for text in texts)
+    keep = {name: kept for name, kept in plan.keep.items() if name != "twin"}
+    with pytest.raises(ValueError, match="keep has hidden, ffn, heads, it needs hidden, ffn, heads, twin"):
+        PrunePlan.model_validate({**plan.model_dump(), "keep": keep})
+
+
 def test_layers_may_keep_different_numbers_of_units():
     values = make_plan(random_scores(SMALL), SMALL, TargetConfig(num_attention_heads=4)).model_dump()
     block = SMALL.block.model_copy(update={"num_attention_heads": 4})
@@ -545,6 +564,7 @@ def test_layers_may_keep_different_numbers_of_units():
     values["keep"]["heads"] = {**BY_HAND, 0: [3, 7]}
     plan = PrunePlan.model_validate(values)
     assert [plan.units(FFN, layer).size for layer in range(4)] == [32, 96, 96, 96]
+    assert {row[0]: row[2] for row in plan.summary()}["num_attention_heads"] == "3.5"
     values["keep"]["ffn"][1] = list(range(32))
     with pytest.raises(ValueError, match=r"keep.ffn\[1\] has 32 entries, the student 96"):
         PrunePlan.model_validate(values)
