@@ -23,7 +23,10 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
     return [{"tokens": t[:, :-1], "labels": t[:, 1:], **rest} for t in tokens]
 
 
-def main(model: Path, out: Path) -> None:
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    model, out = map(Path, sys.argv[1:])
     settings = mm.DistillConfig(steps=STEPS, warmup_steps=1, global_batch_size=4, micro_batch_size=2)
     with mm.join_world(mm.ParallelConfig(), seed=1) as world:
         mm.import_hf(model, out / "teacher")
@@ -41,6 +44,6 @@ def main(model: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*map(Path, sys.argv[1:]))
+        main()
     except mm.InputError as error:
         raise SystemExit(f"error: {error}") from None

@@ -51,8 +51,7 @@ def test_library_example_runs(inputs, ranks, tmp_path):
 
 
 def test_library_example_is_short_and_public():
-    source = (ROOT / "examples" / "library.py").read_text()
-    tree = ast.parse(source)
+    tree = ast.parse((ROOT / "examples" / "library.py").read_text())
     imported = [
         node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "minitron_mp" in node.module
     ]
