@@ -1,4 +1,4 @@
-"""What to cut, and cutting it.
+"""Importance scores, the plan of what to cut, and the cut itself.
 
 score (importance), Scores (scores), make_plan and PrunePlan (plan), resolve_target (target),
 prune (slicing), masked (masks), losses_without (ablation), survey_candidates (search_space).
