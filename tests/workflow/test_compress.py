@@ -804,7 +804,7 @@ def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
     )
     refused(
         on_rank("compress", recipe, "depth.protect_last=2"),
-        "leave 1 of 4 layers that may go, the target drops 2",
+        "leave 1 of 4 layers to drop from, the target drops 2",
     )
 
 
