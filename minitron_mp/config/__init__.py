@@ -1,7 +1,10 @@
-"""What a recipe may contain: frozen schemas, the rules between them, and YAML.
+"""Recipes: frozen schemas, the rules between their sections, and YAML.
 
-No file of a model is opened here.
+recipe          Recipe, load_recipe, make_recipe, save_recipe
+data, distillation, parallel, pruning, training   the sections
+rules           rules between sections; engine_rules has those of Transformer Engine
+reference       the reference of all keys
+base            Section, the base class of all sections
 
-Recipe, load_recipe, make_recipe, save_recipe (recipe); rules across sections (rules); the reference
-of all keys (reference); one file for each group of sections.
+This package opens no file of a model.
 """
