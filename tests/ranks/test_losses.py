@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss, float32_logits
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTopK
 from minitron_mp.losses.top_k import top_k_of
@@ -30,7 +31,7 @@ OBJECTIVES = {
     name + ("-hot" if temperature > 1 else "") + ("-ce" if ce else ""): Objective(
         name, temperature, 1.0 - ce, ce
     )
-    for name in ("forward_kl", "reverse_kl", "js")
+    for name in DIVERGENCES
     for temperature in (1.0, 2.0)
     for ce in (0.0, 0.3)
 }

@@ -1,0 +1,128 @@
+"""What the additions of docs/extending.md compute, one function for each section of the page.
+
+test_extending.py runs `python extending_checks.py SECTION` in a copy of the repository to which the
+diff of the section was applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+
+def check_loss() -> None:
+    """Value and gradients of the new divergence match a dense float64 computation, on one rank."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+
+    from minitron_mp.config.distillation import DistillConfig
+    from minitron_mp.losses.fused import distillation_loss
+    from minitron_mp.losses.objective import Objective, TeacherLogits
+
+    name = DistillConfig(divergence="renyi").divergence
+    torch.manual_seed(0)
+    s, b, h, columns, vocab_size, temperature = 5, 2, 8, 48, 41, 2.0
+    hidden = torch.randn(s, b, h, requires_grad=True)
+    weight = torch.randn(columns, h, requires_grad=True)
+    teacher = 3 * torch.randn(s, b, columns)
+    labels, token_weights = torch.randint(vocab_size, (s, b)), torch.rand(s, b)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    loss, _ = distillation_loss(
+        hidden,
+        weight,
+        labels,
+        token_weights,
+        TeacherLogits(teacher),
+        Objective(name, temperature, ce_weight=0.5),
+        vocab_size=vocab_size,
+        group=dist.group.WORLD,
+    )
+    loss.backward()
+
+    dense_hidden, dense_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = dense_hidden @ dense_weight[:vocab_size].T
+    q = F.softmax(logits / temperature, -1)
+    p = F.softmax(teacher[..., :vocab_size].double() / temperature, -1)
+    divergence = -2 * (p * q).sqrt().sum(-1).log()
+    ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(s, b)
+    dense_loss = ((temperature**2 * divergence + 0.5 * ce) * token_weights).sum()
+    dense_loss.backward()
+    # float32 against float64: sums of 41 terms
+    torch.testing.assert_close(loss.double(), dense_loss, rtol=1e-6, atol=0)
+    for ours, dense in ((hidden, dense_hidden), (weight, dense_weight)):
+        torch.testing.assert_close(ours.grad.double(), dense.grad, rtol=1e-5, atol=1e-6)
+    if importlib.util.find_spec("triton"):
+        _check_kernels(name)
+
+
+def _check_kernels(divergence: str) -> None:
+    """The Triton kernels, run by Triton's interpreter, match the formulas in plain torch."""
+    import torch
+
+    from minitron_mp.losses import kernels, reference
+    from minitron_mp.losses.rows import LogitRows, RowValues
+
+    # Two blocks of columns, the second one short.
+    n, columns, valid, temperature = 3, 2100, 2077, 2.0
+    student, teacher = 3 * torch.randn(2, n, columns)
+    rows = LogitRows(student, teacher, torch.tensor([0, 7, valid - 1]), valid, temperature)
+    lse = [(x[:, :valid] / temperature).logsumexp(1) for x in (student, teacher)]
+    values = RowValues(*lse, student[:, :valid].logsumexp(1), *torch.rand(3, n))
+    found = []
+    for functions in (reference, kernels):
+        statistics, exponentials = functions.statistics(rows, divergence)
+        gradient = torch.empty_like(student)
+        functions.gradient(rows, statistics, exponentials, values, divergence, True, gradient)
+        found.append((torch.stack(statistics), gradient))
+    for want, got in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+
+
+def check_stage() -> None:
+    """The new stage is a command, counts every token, is skipped when done, and is optional."""
+    from tiny import make_model, make_recipe_file, make_text
+
+    model, text = make_model(Path("model")), make_text(Path("text"))
+    recipe = make_recipe_file(Path("recipe.yaml"), model, text, Path("out"), data={"count_tokens": True})
+    assert "token-counts" in _minitron("--help")
+    for stage in ("import", "data", "token-counts"):
+        printed = _minitron(stage, recipe)
+    counts = json.loads(Path("out/token_counts.json").read_text())["counts"]
+    assert len(counts) == 300
+    assert f"{sum(counts):,} tokens use" in printed
+    assert sum(counts) == Path("out/data/train.bin").stat().st_size // 2  # ids of two bytes
+    assert "token-counts: done" in _minitron("token-counts", recipe)
+    needed = "the recipe has no stage token-counts; add data.count_tokens: true"
+    assert needed in _minitron("token-counts", recipe, "data.count_tokens=false", code=2)
+
+
+def _minitron(*words: str | Path, code: int = 0) -> str:
+    """Run the command line in this process and return what it prints."""
+    from minitron_mp.cli import main
+
+    printed, exit_code = io.StringIO(), None
+    with (
+        mock.patch.object(sys, "argv", ["minitron-mp", *map(str, words)]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            exit_code = end.code
+    assert (exit_code or 0) == code, printed.getvalue()
+    return printed.getvalue()
+
+
+CHECKS = {"loss": check_loss, "stage": check_stage}
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    CHECKS[sys.argv[1]]()
