@@ -21,18 +21,17 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 from minitron_mp.distributed.world import join_world
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.importance import recording
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import make_plan
-from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.scores import random_scores
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def main() -> None:
             "sequence_length": args.sequence_length,
             "transformer_impl": args.transformer_impl,
         }
-        model = build_model(arch, world, random_weights=True, **options)
+        model = build_model(arch, world, ModelOptions(random_weights=True, **options))
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape)
         batch = {
@@ -77,30 +76,15 @@ def main() -> None:
             _settle()
             return time.perf_counter() - start
 
-        scores = Scores(
-            *(
-                np.random.default_rng(1).random(n)
-                for n in (
-                    (arch.num_layers, arch.ffn_hidden_size),
-                    (arch.num_layers, arch.num_attention_heads),
-                )
-            ),
-            np.random.default_rng(2).random(arch.hidden_size),
-            np.ones(arch.num_layers),
-        )
         smaller = {
             "hidden_size": arch.hidden_size - 16,
             "ffn_hidden_size": arch.ffn_hidden_size - 16 * args.tp,
             "num_attention_heads": arch.num_attention_heads - arch.num_query_groups,
         }
-        plan = make_plan(scores, arch, TargetConfig(**smaller), tp=args.tp)
+        plan = make_plan(random_scores(arch), arch, TargetConfig(**smaller), tp=args.tp)
 
         def hooked() -> float:
-            with (
-                masked(model.chunks, plan, world)
-                if args.masks
-                else recording(model.chunks, arch, ScoreConfig(), world, args.sequence_length)
-            ):
+            with masked(model, plan) if args.masks else recording(model, ScoreConfig()):
                 return forward()
 
         forward(), hooked()

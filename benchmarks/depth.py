@@ -20,7 +20,7 @@ import torch.distributed as dist
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import DepthConfig
 from minitron_mp.distributed.world import join_world
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.ablation import losses_without
 from minitron_mp.pruning.depth import depth_candidates
@@ -42,9 +42,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     arch = read_arch(args.model)
     with join_world(ParallelConfig(tp=args.tp, pp=args.pp, sequence_parallel=args.tp > 1), seed=1) as world:
-        chunks = build_model(
-            arch, world, precision=args.precision, sequence_length=args.sequence_length, random_weights=True
-        ).chunks
+        model = build_model(
+            arch,
+            world,
+            ModelOptions(precision=args.precision, sequence_length=args.sequence_length, random_weights=True),
+        )
         shape = (args.micro_batch_size, args.sequence_length)
         tokens = torch.randint(0, arch.vocab_size, shape, generator=torch.Generator().manual_seed(1))
         batch = {
@@ -55,7 +57,7 @@ def main() -> None:
         }
         groups = [[batch] * args.pp] * (args.tokens // tokens.numel() // args.pp)
         calls: list[int] = []
-        for chunk in chunks:
+        for chunk in model.chunks:
             for block in chunk.eval().decoder.layers:
                 block.register_forward_hook(lambda *_: calls.append(1))
         candidates = depth_candidates(DepthConfig(method="block"), arch.num_layers, args.block)
@@ -65,7 +67,7 @@ def main() -> None:
             calls.clear()
             dist.barrier()
             start = time.perf_counter()
-            losses_without(chunks, batches, world, which, vocab_size=arch.vocab_size)
+            losses_without(model, batches, which)
             count = torch.tensor(len(calls), device=world.device)
             dist.all_reduce(count, group=world.groups.pp)
             return time.perf_counter() - start, int(count)

@@ -50,7 +50,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import DTYPES, build_model
+from minitron_mp.models.build import DTYPES, ModelOptions, build_model
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import GPUS
 
@@ -165,7 +165,7 @@ def time_layers(
         raise InputError(f"--dtypes {dtype}: this version builds no FP8 model")
     _forget()
     base = _allocated()
-    (model,) = build_model(small, world, **options).chunks
+    (model,) = build_model(small, world, ModelOptions(**options)).chunks
     tokens = torch.randint(0, 128, (where["micro_batch_size"], where["sequence_length"]), device=DEVICE)
     positions = torch.arange(where["sequence_length"], device=DEVICE).expand_as(tokens)
     if what == "train":
@@ -249,7 +249,7 @@ def time_loss(
 def ceilings(arch: Arch, repeats: int) -> tuple[dict[str, float], float]:
     """(TFLOP/s of a large product by kind of number, TB/s read and written by a copy)."""
     rows, inner, columns = (
-        (8192, arch.hidden_size, arch.axis_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
+        (8192, arch.hidden_size, arch.dim_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
     )
     found = {}
     for name, dtype in DTYPES.items():

@@ -33,7 +33,7 @@ from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe
 from minitron_mp.distillation.teacher import ColocatedTeacher, with_signals
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import read_hardware
@@ -147,8 +147,12 @@ def run_steps(student: Arch, teacher: Arch, recipe: Recipe, steps: int, world: W
             {"transformer_impl": vars(recipe)["transformer_impl"], "fp8": fp8}
             for fp8 in (None, vars(recipe.teacher)["fp8"])
         ]
-    taught = build_model(teacher, world, precision=recipe.teacher_precision, **common, **options[1])
-    model = build_model(student, world, precision=recipe.precision, training=d, **common, **options[0])
+    taught = build_model(
+        teacher, world, ModelOptions(precision=recipe.teacher_precision, **common, **options[1])
+    )
+    model = build_model(
+        student, world, ModelOptions(precision=recipe.precision, training=d, **common, **options[0])
+    )
     source = ColocatedTeacher(taught)
     manifest = Manifest(stage="distill", settings={}, inputs={}, arch=student)
     training = TrainingRun(model, source, d, RunOptions(None, manifest))

@@ -17,7 +17,6 @@ import threading
 import time
 import warnings
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -26,9 +25,9 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.pruning.plan import make_plan
-from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 
 
@@ -49,19 +48,15 @@ def main() -> None:
         "vocab_size": 32000,
     }
     arch = Arch(family="llama", num_layers=args.layers, tied=False, max_position_embeddings=4096, **sizes)
-    random = np.random.default_rng(0)
-    scores = Scores(
-        ffn=random.random((args.layers, 5376), np.float32),
-        heads=random.random((args.layers, 16), np.float32),
-        hidden=random.random(1536, np.float32),
-        layers=random.random(args.layers, np.float32),
-    )
     plan = make_plan(
-        scores, arch, TargetConfig(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12), args.tp
+        random_scores(arch),
+        arch,
+        TargetConfig(hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=12),
+        args.tp,
     )
     with join_world(ParallelConfig(tp=args.tp), seed=1) as world:
-        chunks = build_model(arch, world, precision="bf16", sequence_length=128).chunks
-        weights = [p for chunk in chunks for p in chunk.parameters()]
+        model = build_model(arch, world, ModelOptions(precision="bf16", sequence_length=128))
+        weights = [p for chunk in model.chunks for p in chunk.parameters()]
         for weight in weights:
             weight.data.normal_()  # touch the memory, or it is not there yet
         total, largest = sum(w.nbytes for w in weights), max(w.nbytes for w in weights)
@@ -69,7 +64,7 @@ def main() -> None:
         gc.collect()
         with Peak(world.device) as peak:
             start = time.perf_counter()
-            student = prune(chunks, plan, world)
+            student = prune(model, plan)
             seconds = time.perf_counter() - start
         numbers = torch.tensor([peak.beyond / largest, seconds], dtype=torch.float64)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)

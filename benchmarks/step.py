@@ -45,10 +45,10 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
 from minitron_mp.losses.objective import TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model, logits, unwrap
+from minitron_mp.models.build import ModelOptions, build_model, logits, unwrap
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.precision import engine_version, forget_cuda_graphs
+from minitron_mp.models.precision import engine_version, release_cuda_graphs
 from minitron_mp.planning.activations import activation_bytes_per_token
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
@@ -220,7 +220,7 @@ def measure(case: Case, row: Row, world: World) -> dict[str, Any]:
     )
     run.finalize()
     if row.graphs:
-        forget_cuda_graphs(run.model.chunks)
+        release_cuda_graphs(run.model.chunks)
     return {
         "layers": row.layers,
         "loss": row.loss,
@@ -254,8 +254,8 @@ def make_models(case: Case, row: Row, world: World) -> tuple[ColocatedTeacher, T
         "random_weights": True,
     }
     teacher_fp8 = "tensorwise" if row.fp8 == "delayed" else row.fp8
-    teacher = ColocatedTeacher(build_model(case.teacher, world, fp8=teacher_fp8, **build))
-    student = build_model(case.student, world, training=settings, **build)
+    teacher = ColocatedTeacher(build_model(case.teacher, world, ModelOptions(fp8=teacher_fp8, **build)))
+    student = build_model(case.student, world, ModelOptions(training=settings, **build))
     manifest = Manifest(stage="distill", settings={}, inputs={})
     return teacher, TrainingRun(student, teacher, settings, RunOptions(None, manifest))
 

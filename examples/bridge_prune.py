@@ -17,8 +17,7 @@ from minitron_mp.artifacts.checkpoint import save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.distributed.schedule import run_schedule
-from minitron_mp.integrations.megatron_bridge import arch_of, defer_head, pruned_config, world_of_provider
+from minitron_mp.integrations.megatron_bridge import arch_of, defer_head, pruned_config, sharded_model
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import ASSETS
 
@@ -46,18 +45,12 @@ def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> P
             wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=w.groups
         )
     )
-    own = world_of_provider(chunks)
+    model = sharded_model(chunks, arch, 64)
+    own = model.world
     for chunk in chunks:
         chunk.eval()
-    importance = score(
-        chunks,
-        arch,
-        ScoreConfig(),
-        own,
-        64,
-        lambda: run_schedule(chunks, batches(arch.vocab_size, own.groups.dp.rank()), own, None),
-    )
-    plan = make_plan(importance, arch, target, tp=own.parallel.tp)
+    scores = score(model, [batches(arch.vocab_size, own.groups.dp.rank())], ScoreConfig())
+    plan = make_plan(scores, arch, target, tp=own.parallel.tp)
     smaller = pruned_config(config, plan.student)
 
     def assets(folder: Path) -> None:
@@ -67,7 +60,7 @@ def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> P
             shutil.copy(path, folder / ASSETS)
 
     made = Manifest(stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student)
-    save_checkpoint(prune(chunks, plan, own), output, made, assets)
+    save_checkpoint(prune(model, plan), output, made, assets)
     if own.is_main:
         print(f"{output}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
     return plan

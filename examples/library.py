@@ -12,7 +12,7 @@ import torch
 
 from minitron_mp import InputError, join_world, load_model, make_plan, prune, save_state, score
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.config.pruning import ScoreConfig, TargetConfig
+from minitron_mp.config.pruning import TargetConfig
 
 
 def batches(vocab_size: int, rank: int):
@@ -38,15 +38,14 @@ def main() -> None:
     args = parser.parse_args()
     with join_world(ParallelConfig(tp=args.tp), seed=1) as w:
         teacher = load_model(args.teacher, w, sequence_length=128)
-        arch = teacher.arch
-        calibration = batches(arch.vocab_size, w.groups.dp.rank())
-        scores = score(teacher.chunks, arch, ScoreConfig(), w, 128, lambda: teacher.forward(calibration))
-        plan = make_plan(scores, arch, TargetConfig(keep=0.75), tp=args.tp)
-        state = prune(teacher.chunks, plan, w)
+        calibration = batches(teacher.arch.vocab_size, w.groups.dp.rank())
+        scores = score(teacher, [calibration])
+        plan = make_plan(scores, teacher.arch, TargetConfig(keep=0.75), tp=args.tp)
+        state = prune(teacher, plan)
         save_state(state, plan.student, args.student, made_from=[args.teacher], settings={"keep": 0.75})
         if w.is_main:
             print(
-                f"{args.student}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters"
+                f"{args.student}: {plan.student.num_parameters():,} of {teacher.arch.num_parameters():,} parameters"
             )
 
 

@@ -11,14 +11,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "models.arch": ("Arch", "AXES"),
+    "models.arch": ("Arch",),
+    "models.axes": ("AXES", "Axis"),
+    "models.sharded_model": ("ShardedModel",),
     "errors": ("InputError",),
     "config.recipe": ("Recipe", "load_recipe", "make_recipe"),
     "pruning.plan": ("PrunePlan", "make_plan"),
     "pruning.scores": ("Scores",),
     "distributed.world": ("World", "join_world"),
-    "models.build": ("build_model", "logits"),
-    "models.sharded_model": ("ShardedModel",),
+    "models.build": ("ModelOptions", "build_model", "logits"),
     "artifacts.saved_model": ("load_model", "save_model", "save_state"),
     "pruning.importance": ("recording", "score"),
     "pruning.slicing": ("prune",),

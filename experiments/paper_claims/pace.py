@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from baseline import PlainLoop
 
-from minitron_mp import Recipe, build_model
+from minitron_mp import ModelOptions, Recipe, build_model
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.artifacts.saved_model import load_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
@@ -51,10 +51,12 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
         model = build_model(
             arch,
             w,
-            training=settings,
-            random_weights=True,
-            precision=recipe.precision,
-            sequence_length=length,
+            ModelOptions(
+                training=settings,
+                random_weights=True,
+                precision=recipe.precision,
+                sequence_length=length,
+            ),
         )
         ours = ColocatedTeacher(
             load_model(teacher, w, sequence_length=length, precision=recipe.teacher_precision)

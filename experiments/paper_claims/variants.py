@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron_mp import InputError, Recipe, Scores, build_model
+from minitron_mp import InputError, ModelOptions, Recipe, Scores, build_model
 from minitron_mp.artifacts.checkpoint import model_state, save_checkpoint
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.distributed.world import join_world
@@ -42,9 +42,11 @@ def random_weights(project: StageGraph) -> None:
         model = build_model(
             manifest.arch,
             w,
-            precision=recipe.precision,
-            sequence_length=recipe.data.sequence_length,
-            random_weights=True,
+            ModelOptions(
+                precision=recipe.precision,
+                sequence_length=recipe.data.sequence_length,
+                random_weights=True,
+            ),
         )
         rewritten = manifest.model_copy(update={"made_by": BY_HAND})
         save_checkpoint(
@@ -59,7 +61,7 @@ def random_scores(project: StageGraph) -> None:
     """Shuffle the importance scores within each layer, and the scores of the layers."""
     path, chance = project.paths["score"], np.random.default_rng(project.recipe.seed)
     manifest, scores = require_artifact(path, "score"), Scores.load(path)
-    shuffled = Scores(**{name: chance.permuted(value, axis=-1) for name, value in vars(scores).items()})
+    shuffled = Scores.from_tensors({name: chance.permuted(row) for name, row in scores.tensors().items()})
     shuffled.save(path, manifest.model_copy(update={"made_by": BY_HAND}))
 
 

@@ -1,4 +1,8 @@
-"""Megatron sharded checkpoints as artefacts: written whole or not at all, loaded at any layout."""
+"""Megatron-Core's sharded checkpoints as artifacts.
+
+A checkpoint is written completely or not at all, and loads at any parallel layout. Each layer has
+its own keys (models/parameters.py).
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,15 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from minitron_mp.artifacts.files import aside_path
 from minitron_mp.artifacts.manifest import Manifest, commit_artifact, prepare_artifact
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
+from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.parameters import EMBEDDING, HEAD
 
 FREE_SPACE_MARGIN = 1.1
+"""Free space that a save needs, relative to the bytes of its tensors."""
 
-DAMAGE = (
+DAMAGE_ERRORS = (
     dist_checkpointing.core.CheckpointingException,
     KeyError,
     ValueError,
@@ -37,57 +44,64 @@ DAMAGE = (
     RuntimeError,
     pickle.UnpicklingError,
 )
-"""What a missing, truncated or foreign file in a checkpoint makes torch and Megatron raise."""
+"""Errors of torch and Megatron for a missing, truncated or foreign file in a checkpoint."""
 
-# From 0.17 on Megatron would rather use nvidia-resiliency-ext, which only GPU containers have; its own writers are in all versions.
-OWN_WRITERS = (
-    {"async_strategy": "mcore"}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    else {}
-)
+# From 0.17 on Megatron prefers nvidia-resiliency-ext, which only GPU containers have. Its own
+# writers are in all versions.
+HAS_ASYNC_STRATEGY = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+WRITER_OPTIONS = {"async_strategy": "mcore"} if HAS_ASYNC_STRATEGY else {}
+
+EXTRA_STATE = "_extra_state"
+"""End of the keys of objects that Megatron and Transformer Engine add to layers, for FP8 scales."""
 
 
-def model_state(chunks: list[Any], world: Any) -> dict[str, Any]:
-    """Sharded state of this rank's chunks: checkpoint keys that do not depend on the layout (arch.AXES).
+def model_state(chunks: list[Any], world: World) -> dict[str, Any]:
+    """Return the sharded state of this rank's chunks; its keys do not depend on the layout.
 
-    Megatron and Transformer Engine add an _extra_state object to each layer, for FP8 scales. It is left out; under delayed scaling alone it holds
-    anything that the tensors at hand do not say.
+    The extra state is left out. It holds information that the tensors lack under delayed scaling
+    only; see scaling_state().
     """
-    metadata = {"dp_cp_group": world.groups.dp_cp}
-    states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
-    return {
-        f"model{i}": {k: v for k, v in state.items() if not k.endswith("_extra_state")}
-        for i, state in enumerate(states)
-    }
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=_metadata(world))
+        state[f"model{number}"] = {
+            key: entry for key, entry in entries.items() if not key.endswith(EXTRA_STATE)
+        }
+    return state
 
 
-def scaling_state(chunks: list[Any], world: Any) -> dict[str, Any]:
-    """The histories of largest values behind the scales of delayed FP8, for the checkpoints of a run; nothing of other models.
+def scaling_state(chunks: list[Any], world: World) -> dict[str, Any]:
+    """Return the histories of largest values behind the scales of delayed FP8; {} without.
 
-    By layer, under numbers that do not depend on the pipeline; equal on tensor and data parallel ranks, which reduce them.
+    They belong to the checkpoints of a run. Their keys do not depend on the layout, and
+    tensor-parallel and data-parallel ranks hold the same values.
     """
-    metadata, delayed = (
-        {"dp_cp_group": world.groups.dp_cp},
-        [chunk.config.fp8 and chunk.config.fp8_recipe == "delayed" for chunk in chunks],
-    )
-    states = {
-        f"scaling{i}": chunk.sharded_state_dict(metadata=metadata)
-        for i, chunk in enumerate(chunks)
-        if delayed[i]
-    }
-    return {
-        name: {k: v for k, v in state.items() if "linear" in k and k.endswith("_extra_state")}
-        for name, state in states.items()
-    }
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(chunks):
+        if not chunk.config.fp8 or chunk.config.fp8_recipe != "delayed":
+            continue
+        entries = chunk.sharded_state_dict(metadata=_metadata(world))
+        state[f"scaling{number}"] = {
+            key: entry for key, entry in entries.items() if "linear" in key and key.endswith(EXTRA_STATE)
+        }
+    return state
+
+
+def _metadata(world: World) -> dict[str, Any]:
+    """Return the options of Megatron's sharded_state_dict().
+
+    non_homogeneous_layers gives each layer its own keys, instead of one tensor of all layers.
+    """
+    return {"dp_cp_group": world.groups.dp_cp, "non_homogeneous_layers": True}
 
 
 def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The state under other checkpoint keys, in place: a second model in one checkpoint."""
+    """Put a prefix before all checkpoint keys, in place, for a second model in one checkpoint."""
     add_prefix_for_sharding(state, prefix)
     return state
 
 
-def load_weights(chunks: list[Any], folder: Path, world: Any, prefix: str = "") -> None:
+def load_weights(chunks: list[Any], folder: Path, world: World, prefix: str = "") -> None:
     """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks.
 
     prefix: beginning of this model's keys in the checkpoint.
@@ -95,30 +109,31 @@ def load_weights(chunks: list[Any], folder: Path, world: Any, prefix: str = "") 
     state = prefixed(model_state(chunks, world), prefix)
     for i, chunk in enumerate(chunks):
         if chunk.config.fp8_param:
-            _receive_whole(state[f"model{i}"])
+            _read_into_new_tensors(state[f"model{i}"])
     state = load_checkpoint(state, folder)
     for i, chunk in enumerate(chunks):
-        missing = [
-            k
-            for k in chunk.load_state_dict(state[f"model{i}"], strict=False).missing_keys
-            if not k.endswith("_extra_state")
-        ]
+        result = chunk.load_state_dict(state[f"model{i}"], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith(EXTRA_STATE)]
         assert not missing, missing
 
 
-def _receive_whole(state: dict[str, Any]) -> None:
-    """Let a checkpoint be read into bf16 tensors on the CPU, not into weights in FP8, which load_state_dict() then quantises each as a whole.
+def _read_into_new_tensors(state: dict[str, Any]) -> None:
+    """Replace FP8 weights in the state by bf16 tensors on the CPU, which the checkpoint fills.
 
-    Megatron-Core 0.19 would write to the weights as it reads, piece by piece (gate and up of a gated fc1; the shards of another layout), and
-    a tensor that is scaled as one would keep the scale of the last piece for all of them.
+    load_state_dict() then quantises each weight once, as one tensor. Megatron-Core 0.19 would write
+    into the weights piece by piece (gate and up of a gated fc1, shards of another layout), and a
+    tensor with one scale would keep the scale of the last piece.
     """
     for entry in nested_values(state):
         entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype)
 
 
-def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTensor:
-    """A rank's rows [v/tp, h] of the output layer, under the key of its weight, for load(); on the last pipeline stage."""
-    key = "embedding.word_embeddings.weight" if arch.tied else "output_layer.weight"
+def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: World) -> ShardedTensor:
+    """Return a rank's rows [v/tp, h] of the output layer for load_checkpoint(), under its key.
+
+    For ranks of the last pipeline stage.
+    """
+    key = EMBEDDING if arch.tied else HEAD
     groups = world.groups
     return ShardedTensor.from_rank_offsets(
         key, tensor, (0, groups.tp.rank(), groups.tp.size()), replica_id=groups.dp_cp.rank()
@@ -126,35 +141,40 @@ def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: Any) -> ShardedTen
 
 
 def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """dist_checkpointing.load with errors that name the folder."""
-    with _readable(folder):
+    """Fill a sharded state from a checkpoint; reached by all ranks. InputError names the folder."""
+    with _read_errors(folder):
         return dist_checkpointing.load(state, str(folder))
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _read_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except dist.DistError:
         raise
-    except (CheckpointException, *DAMAGE) as error:
+    except (CheckpointException, *DAMAGE_ERRORS) as error:
         raise InputError(
-            f"{folder} is no checkpoint of this model or damaged: {_cause(error)}; delete it and run its stage again"
+            f"{folder} is damaged or not a checkpoint of this model: {_cause(error)}; "
+            "delete it and run its stage again"
         ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """In one line. CheckpointException is torch's, no Exception: what failed on some rank, with its traceback; Megatron tells only the first rank."""
+    """Return the cause of an error on one line.
+
+    torch's CheckpointException is not an Exception. It holds the failures by rank, which Megatron
+    gives to the first rank only.
+    """
     while isinstance(error, CheckpointException):
         if not error.failures:
-            return "rank 0 says why"
+            return "see the error of rank 0"
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__} {error}".strip()
 
 
 def checkpoint_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Checkpoint key -> dtype, of every tensor in a checkpoint; reads the metadata only, any process may."""
-    with _readable(folder):
+    """Return checkpoint key -> dtype of every tensor; reads the metadata only, on any process."""
+    with _read_errors(folder):
         metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {
         key: entry.properties.dtype
@@ -166,13 +186,14 @@ def checkpoint_dtypes(folder: Path) -> dict[str, torch.dtype]:
 def save_checkpoint(
     state: dict[str, Any], folder: Path, manifest: Manifest, extra: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a sharded state as the artefact `folder`; reached by all ranks, replaces an old one only when whole.
+    """Write a sharded state as an artifact; reached by all ranks.
 
-    extra: called on rank 0 with the folder before it takes its place, for small files that belong to it. InputError on every
-    rank when there is not enough room, before anything is written.
+    It replaces an older artifact only when it is complete. extra: called on rank 0 with the
+    temporary folder, to add small files. InputError on every rank when the disk lacks space, before
+    anything is written.
     """
-    _make_room(state, folder)
-    with _writing(folder):
+    _prepare(state, folder)
+    with _write_errors(folder):
         dist_checkpointing.save(state, str(aside_path(folder)))
 
     def finish() -> None:
@@ -184,25 +205,30 @@ def save_checkpoint(
 
 
 class AsyncCheckpointWriter:
-    """Writes checkpoints while their ranks go on: one at a time, in forked processes that have the state as it was.
+    """Writes checkpoints while training continues, one at a time.
 
-    A kill leaves what is written without a name (artifact.aside); it becomes the artefact in finish(). All methods but `writing` are
-    reached by all ranks.
+    Forked processes write the state as it was at start(). Until finish() the files lie in the
+    temporary folder (files.aside_path), so a kill leaves no incomplete artifact. All methods but
+    `writing` are reached by all ranks.
     """
 
     def __init__(self) -> None:
-        self.queue, self.folder = AsyncCallsQueue(), Path()
+        self.queue = AsyncCallsQueue()
+        self.folder = Path()
 
     def start(
         self, state: dict[str, Any], folder: Path, manifest: Manifest, after: Callable[[], None]
     ) -> None:
-        """As save(), but returns when the state is copied. after: called on rank 0 when the artefact is whole."""
-        self.finish()  # their results share a queue
-        _make_room(state, folder)
+        """Start save_checkpoint() and return when the state is copied.
+
+        after: called on rank 0 when the artifact is complete.
+        """
+        self.finish()  # the results of two checkpoints would share the queue
+        _prepare(state, folder)
         self.folder = folder
-        with _writing(folder):
+        with _write_errors(folder):
             request = dist_checkpointing.save(
-                state, str(aside_path(folder)), async_sharded_save=True, **OWN_WRITERS
+                state, str(aside_path(folder)), async_sharded_save=True, **WRITER_OPTIONS
             )
 
             def finish() -> None:
@@ -215,66 +241,63 @@ class AsyncCheckpointWriter:
 
     @property
     def pending(self) -> bool:
-        """Whether something was started and not finished; equal on all ranks."""
+        """Whether a checkpoint was started and not finished; the same on all ranks."""
         return self.queue.get_num_unfinalized_calls() > 0
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return any(
             not call.async_caller.is_current_async_call_done(blocking=False, no_dist=True)
             for call in self.queue.async_calls
         )
 
     def finish(self) -> None:
-        """Wait until what was started is whole; InputError on every rank when it could not be written."""
-        with _writing(self.folder):
+        """Wait until the checkpoint is complete; InputError on every rank when writing failed."""
+        with _write_errors(self.folder):
             self.queue.maybe_finalize_async_calls(blocking=True)
 
 
-def _make_room(state: dict[str, Any], folder: Path) -> None:
-    on_rank_0(
-        lambda: shutil.rmtree(aside_path(folder), ignore_errors=True)
-    )  # what a kill left would count against the room
+def _prepare(state: dict[str, Any], folder: Path) -> None:
+    """Check the free space and make the temporary folder."""
+    # Files of a killed run would count against the free space.
+    on_rank_0(lambda: shutil.rmtree(aside_path(folder), ignore_errors=True))
     check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
     on_rank_0(lambda: prepare_artifact(folder))
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        CheckpointException,
-    ) as error:  # a quota, a vanished mount: the old artefact is untouched
+    except (OSError, RuntimeError, CheckpointException) as error:
+        # A quota or a lost mount, for example. The old artifact is unchanged.
         on_rank_0(lambda: shutil.rmtree(aside_path(folder), ignore_errors=True))
         raise InputError(f"{folder} could not be written: {_cause(error)}") from error
 
 
 def check_room(num_bytes: float, folder: Path) -> None:
-    """InputError on every rank when the disk of folder lacks what all ranks are to write, num_bytes on this one.
+    """Raise InputError on every rank when the disk has less space than all ranks will write.
 
-    A full disk in the middle of a save stops the writer processes of some ranks only; so look before.
+    num_bytes: on this rank. A disk that fills up during a save would stop the writer processes of
+    some ranks only.
     """
     needed = torch.tensor(float(num_bytes))
     dist.all_reduce(needed)
-    near = next(p for p in folder.absolute().parents if p.exists())
-    free = shutil.disk_usage(near).free
-    short = needed.item() * FREE_SPACE_MARGIN > free
-    raise_on_all_ranks(
-        InputError(
-            f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {near} has {free / 1e9:.2f} GB free; make room or set another output"
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    failure = None
+    if needed.item() * FREE_SPACE_MARGIN > free:
+        failure = InputError(
+            f"{folder} needs up to {needed.item() / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; "
+            "free some space or set another output"
         )
-        if short
-        else None
-    )
+    raise_on_all_ranks(failure)
 
 
 def _written_bytes(entry: Any) -> int:
-    """Bytes that this rank writes of one entry; replicas are written once."""
+    """Return the bytes that this rank writes of one entry; only one replica is written."""
     data = getattr(entry, "data", None)
     return data.nbytes if isinstance(data, torch.Tensor) and is_main_replica(entry.replica_id) else 0

@@ -23,8 +23,11 @@ from minitron_mp.artifacts.files import aside_path, hidden_sibling, write_text
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
 
-FORMAT = 1
-"""Version of the artifacts' format; artifacts of another version are made again."""
+FORMAT = 2
+"""Version of the artifacts' format; artifacts of another version are made again.
+
+1: checkpoints with one tensor for all layers. 2: a key for each layer.
+"""
 
 MANIFEST = "manifest.json"
 
@@ -106,6 +109,7 @@ def require_artifact(artifact: Path, stage: str, expected: Manifest | None = Non
     manifest = find_manifest(artifact)
     if manifest is None:
         raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
+    require_format(artifact, manifest)
     if expected is not None and manifest.fingerprint != expected.fingerprint:
         refuse(
             f"{artifact} was made from other inputs or settings; run `minitron-mp {stage}` again, or restore "
@@ -113,6 +117,15 @@ def require_artifact(artifact: Path, stage: str, expected: Manifest | None = Non
             manifest.differences(expected),
         )
     return manifest
+
+
+def require_format(artifact: Path, manifest: Manifest) -> None:
+    """Raise InputError unless this version of the library reads the format of the artifact."""
+    if manifest.format != FORMAT:
+        raise InputError(
+            f"{artifact} has format {manifest.format}, this version reads format {FORMAT}; "
+            f"delete it and run `minitron-mp {manifest.stage}` again"
+        )
 
 
 @contextmanager

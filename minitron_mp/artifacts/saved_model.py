@@ -8,13 +8,13 @@ from typing import Any
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
-from minitron_mp.artifacts.manifest import Manifest, find_manifest
+from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_format
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 
 
@@ -37,11 +37,13 @@ def load_model(
     model = build_model(
         saved_arch(folder),
         world,
-        precision=precision,
-        sequence_length=sequence_length,
-        training=training,
-        transformer_impl=transformer_impl,
-        fp8=fp8,
+        ModelOptions(
+            precision=precision,
+            sequence_length=sequence_length,
+            training=training,
+            transformer_impl=transformer_impl,
+            fp8=fp8,
+        ),
     )
     load_weights(model.chunks, folder, world)
     return model
@@ -55,6 +57,7 @@ def saved_arch(folder: Path) -> Arch:
             f"{folder} is not a model of minitron-mp; give a folder that `minitron-mp import`, "
             "`minitron-mp prune` or `minitron-mp distill` wrote"
         )
+    require_format(folder, manifest)
     return manifest.arch
 
 

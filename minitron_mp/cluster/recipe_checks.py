@@ -156,7 +156,7 @@ def artifact_bytes(recipe: Recipe, base: Arch, teacher: Arch) -> dict[str, float
 
 
 def _possible_students(recipe: Recipe, base: Arch) -> list[Arch]:
-    from minitron_mp.pruning.candidates import search_candidates
+    from minitron_mp.pruning.search_space import search_candidates
     from minitron_mp.pruning.target import resolve_target
 
     if recipe.search:

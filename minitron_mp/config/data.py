@@ -81,8 +81,9 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """The Hugging Face folder of the student."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3", "nemotron"] | None = None
-    """Write the student as another family. Only llama -> mistral is possible, which computes the
-    same."""
+    # A name of models/families. The families come after this room, so preflight checks the name.
+    family: str | None = None
+    """Write the student as another family that computes the same. Possible: llama -> mistral.
+    Default: the family of the model."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format of the weights. Default: `precision`."""

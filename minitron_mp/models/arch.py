@@ -1,53 +1,28 @@
-"""The sizes of a transformer, and the table that says which axis of which parameter is which model axis.
+"""The sizes and switches of a decoder, and the shapes of its parameters.
 
-Everything that prunes, converts or counts reads AXES. Its keys are Megatron-Core's checkpoint keys, which do not depend on
-the parallel layout: layers are stacked on dim 0, so a key with axis "layer" is one global tensor of all layers.
-
-    h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
-
-The qkv rows are interleaved by query group. With 4 heads in 2 groups the "heads" along dim 1 of linear_qkv.weight are
-    q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
-and fc1 holds all gate rows, then all up rows: (2f, h); without a gate the up rows alone: (f, h).
+h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from minitron_mp.errors import InputError
-
-LAYER = "decoder.layers."
-
-ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
-
-AXES: dict[str, tuple[str, ...]] = {
-    "embedding.word_embeddings.weight": ("vocab", "hidden"),
-    ATTENTION + "linear_qkv.layer_norm_weight": ("layer", "hidden"),
-    ATTENTION + "linear_qkv.layer_norm_bias": ("layer", "hidden"),
-    ATTENTION + "linear_qkv.weight": ("layer", "qkv", "hidden"),
-    ATTENTION + "linear_qkv.bias": ("layer", "qkv"),
-    ATTENTION + "q_layernorm.weight": ("layer", "head_width"),
-    ATTENTION + "k_layernorm.weight": ("layer", "head_width"),
-    ATTENTION + "linear_proj.weight": ("layer", "hidden", "heads"),
-    MLP + "linear_fc1.layer_norm_weight": ("layer", "hidden"),
-    MLP + "linear_fc1.layer_norm_bias": ("layer", "hidden"),
-    MLP + "linear_fc1.weight": ("layer", "gate_up", "hidden"),
-    MLP + "linear_fc2.weight": ("layer", "hidden", "ffn"),
-    "decoder.final_layernorm.weight": ("hidden",),
-    "decoder.final_layernorm.bias": ("hidden",),
-    "output_layer.weight": ("vocab", "hidden"),
-}
+from minitron_mp.models.blocks.dense import block_parameters, dim_sizes
+from minitron_mp.models.parameters import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD, layer_key
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this at every layout, so that global shapes never depend on tp."""
+"""The vocabulary is padded to a multiple of this for every layout.
+
+So global shapes do not depend on tp.
+"""
 
 FP8_MULTIPLE = 16
-
-AS_MISTRAL = "set export.family: mistral (same computation)"
+"""FP8 products need rows of 16 bytes, one byte per element."""
 
 
 class BlockArch(BaseModel):
@@ -66,12 +41,15 @@ class BlockArch(BaseModel):
 
 BLOCK_SIZES = tuple(BlockArch.model_fields)
 
+SPLIT_SIZES = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+"""Sizes of a block that tensor parallelism splits."""
+
 
 class Arch(BaseModel):
-    """Sizes and switches of one decoder, in Megatron-Core's words. Written to disk in every artifact.
+    """Sizes and switches of one decoder, in Megatron-Core's words; part of every manifest.
 
-    A model whose layers are alike is one block repeated. It is also built from, and written as, num_layers and the
-    sizes of that block: Arch(num_layers=32, ffn_hidden_size=9216, ...).
+    A model whose layers are alike is one block repeated. It can be built from num_layers and the
+    sizes of that block, Arch(num_layers=32, ffn_hidden_size=9216, ...), and is written so.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,14 +65,17 @@ class Arch(BaseModel):
     qkv_bias: bool = False
     qk_norm: bool = False
     norm: Literal["rms", "layer1p"] = "rms"
-    """rms: RMSNorm. layer1p: LayerNorm with a bias and a weight that is stored less one."""
+    """rms: RMSNorm. layer1p: LayerNorm with a bias; its weight is stored minus one."""
     activation: Literal["swiglu", "squared_relu"] = "swiglu"
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
-    """Share of each head's width that is rotated."""
+    """Part of each head's width that is rotated."""
     rope_scaling_factor: float | None = None
-    """Llama 3 frequency scaling (low 1, high 4, original context 8192, as Megatron-Core has it), or none."""
+    """Factor of Llama 3 frequency scaling, or none.
+
+    Megatron-Core fixes the other values: low 1, high 4, original context 8192.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -125,17 +106,17 @@ class Arch(BaseModel):
 
     @property
     def block(self) -> BlockArch:
-        """The one block of a model whose layers are alike. InputError where they differ."""
+        """The block of a model whose layers are alike; InputError where they differ."""
         if not self.is_uniform:
             raise InputError(
-                "the layers of this model differ in size; this step needs a model whose layers are alike: "
+                "the layers of this model differ in size, and this step needs layers that are alike; "
                 "give one size for all layers in the plan or the target"
             )
         return self.blocks[0]
 
     @property
     def ffn_hidden_size(self) -> int:
-        """Of every layer. InputError where they differ, as for the two sizes below."""
+        """Size in every layer; InputError where layers differ, as for the next two sizes."""
         return self.block.ffn_hidden_size
 
     @property
@@ -146,23 +127,32 @@ class Arch(BaseModel):
     def num_query_groups(self) -> int:
         return self.block.num_query_groups
 
+    def block_counts(self) -> Counter[BlockArch]:
+        """Return block -> number of layers that have it."""
+        if self.is_uniform:  # without hashing each layer
+            return Counter({self.blocks[0]: self.num_layers})
+        return Counter(self.blocks)
+
+    def with_block(self, block: BlockArch) -> Arch:
+        """Return the architecture with this block in every layer."""
+        return self.model_copy(update={"blocks": (block,) * self.num_layers})
+
     def sizes(self) -> dict[str, int]:
-        """Name -> size of everything that pruning may change, of a model whose layers are alike."""
+        """Return name -> size of what pruning may change, of a model whose layers are alike."""
         return {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **dict(self.block)}
 
     def resized(self, **fields: Any) -> Arch:
-        """The architecture with other fields, sizes of its blocks or num_layers.
+        """Return the architecture with other fields, sizes of its blocks, or num_layers.
 
-        A size that is given for a block holds for all of them. num_layers repeats the one block.
+        A size of a block applies to all layers. num_layers repeats the block of a model whose
+        layers are alike.
         """
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
-        blocks = fields.pop("blocks", self.blocks)
+        blocks = tuple(fields.pop("blocks", self.blocks))
         if "num_layers" in fields:
             blocks = (self.block,) * fields.pop("num_layers")
-        if block:
-            changed = {
-                id(each): each.model_copy(update=block) for each in blocks
-            }  # one copy of a repeated block
+        if block:  # copy a repeated block once
+            changed = {id(each): each.model_copy(update=block) for each in blocks}
             blocks = tuple(changed[id(each)] for each in blocks)
         return self.model_copy(update={**fields, "blocks": blocks})
 
@@ -178,107 +168,97 @@ class Arch(BaseModel):
     def heads_per_group(self) -> int:
         return self.block.heads_per_group
 
-    def axis_size(self, axis: str) -> int:
-        """Elements of the model axis in a weight of this architecture."""
-        return {
-            "layer": self.num_layers,
-            "vocab": self.padded_vocab_size,
-            "hidden": self.hidden_size,
-            "ffn": self.ffn_hidden_size,
-            "gate_up": (1 + self.gated) * self.ffn_hidden_size,
-            "heads": self.num_attention_heads * self.kv_channels,
-            "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels,
-            "head_width": self.kv_channels,
-        }[axis]
+    @property
+    def norm_has_bias(self) -> bool:
+        return self.norm != "rms"
+
+    def dim_size(self, dim: str, block: BlockArch | None = None) -> int:
+        """Return the size of a dimension of the tables of parameters.
+
+        block: of the layer that has the parameter. Default: the block of all layers; InputError
+        where they differ.
+        """
+        if dim == "hidden":
+            return self.hidden_size
+        if dim == "vocab":
+            return self.padded_vocab_size
+        return dim_sizes(self, block or self.block)[dim]
+
+    def block_shapes(self, block: BlockArch) -> dict[str, tuple[int, ...]]:
+        """Return name inside the layer -> global shape, for a layer of these sizes."""
+        sizes = {"hidden": self.hidden_size, **dim_sizes(self, block)}
+        return {name: tuple(sizes[dim] for dim in dims) for name, dims in block_parameters(self).items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key -> global shape, for the parameters that this architecture has."""
-        absent = set()
-        if self.tied:
-            absent.add("output_layer.weight")
-        if not self.qkv_bias:
-            absent.add(ATTENTION + "linear_qkv.bias")
-        if not self.qk_norm:
-            absent |= {ATTENTION + "q_layernorm.weight", ATTENTION + "k_layernorm.weight"}
-        if self.norm == "rms":
-            absent |= {key for key in AXES if key.endswith(("layer_norm_bias", "final_layernorm.bias"))}
-        return {key: tuple(map(self.axis_size, axes)) for key, axes in AXES.items() if key not in absent}
+        """Return checkpoint key -> global shape of each parameter, embedding first, head last."""
+        vocabulary = (self.padded_vocab_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocabulary}
+        of_block = {block: self.block_shapes(block) for block in self.block_counts()}
+        for layer, block in enumerate(self.blocks):
+            shapes |= {layer_key(layer, name): shape for name, shape in of_block[block].items()}
+        shapes[FINAL_NORM] = (self.hidden_size,)
+        if self.norm_has_bias:
+            shapes[FINAL_NORM_BIAS] = (self.hidden_size,)
+        if not self.tied:
+            shapes[HEAD] = vocabulary
+        return shapes
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Parameters without the vocabulary padding; tied embeddings count once. embeddings=False leaves both out."""
-        vocab = {key: axes for key, axes in AXES.items() if "vocab" in axes}
-        total = sum(math.prod(shape) for key, shape in self.shapes().items() if key not in vocab)
-        return total + embeddings * (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        """Return the number of parameters without the padding of the vocabulary.
 
-
-def expand(axis: str, keep: np.ndarray, arch: Arch) -> np.ndarray:
-    """Rows of a weight axis that belong to the kept model units, ascending.
-
-    keep: int64 ascending; heads for "heads" and "qkv", neurons for "ffn" and "gate_up", channels for "hidden".
-    "qkv" keeps the key and value of each group that keeps a head, and a group without one goes whole. 8 heads in 2 groups:
-    keep [0 3 4 5] -> head slots [0 3 4 5 6 7 10 11], keep [4 5 7] -> [6 7 9 10 11].
-    """
-    if axis == "gate_up" and arch.gated:
-        return np.concatenate([keep, keep + arch.ffn_hidden_size])
-    if axis == "qkv":
-        width = arch.heads_per_group + 2
-        key_value = np.unique(keep // arch.heads_per_group)[:, None] * width + [width - 2, width - 1]
-        keep = np.sort(np.concatenate([query_slots(keep, arch), key_value.reshape(-1)]))
-    return slot_rows(keep, arch) if axis in ("qkv", "heads") else keep
-
-
-def query_slots(heads: np.ndarray, arch: Arch) -> np.ndarray:
-    """Where the queries of these heads lie among the slots q .. q k v  q .. q k v of linear_qkv, in the order given."""
-    return heads // arch.heads_per_group * (arch.heads_per_group + 2) + heads % arch.heads_per_group
-
-
-def slot_rows(slots: np.ndarray, arch: Arch) -> np.ndarray:
-    """The hn rows of each slot of one head width, in the order given."""
-    return (slots[:, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(-1)
+        Tied embeddings count once. embeddings=False leaves embedding and output layer out.
+        """
+        total = (2 if self.norm_has_bias else 1) * self.hidden_size
+        for block, count in self.block_counts().items():
+            total += count * sum(math.prod(shape) for shape in self.block_shapes(block).values())
+        if embeddings:
+            total += (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        return total
 
 
 def layout_problems(arch: Arch, tp: int) -> list[str]:
-    """What stops this architecture from being cut tp ways, one sentence each; empty when nothing does."""
-    sizes = {
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_query_groups,
-        "ffn_hidden_size": arch.ffn_hidden_size,
-        "padded vocabulary": arch.padded_vocab_size,
-    }
+    """Reasons why tensor parallelism cannot split this architecture tp ways, one sentence each."""
+    blocks = _named_blocks(arch)
+    sizes = [(name, where, getattr(block, name)) for block, where in blocks for name in SPLIT_SIZES]
+    sizes.append(("padded vocabulary", "", arch.padded_vocab_size))
     return [
-        f"tensor parallel size {tp} does not divide {name} {n}; use a divisor of {n}"
-        for name, n in sizes.items()
-        if n % tp
+        f"tensor parallel size {tp} does not divide {name} {size}{where}; use a divisor of {size}"
+        for name, where, size in sizes
+        if size % tp
     ]
 
 
 def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
-    """What stops the linear layers from running in FP8, one sentence each. tokens: of one sample, as a rank quantises them.
+    """Reasons why the linear layers cannot run in FP8, one sentence each.
 
-    The products want rows of whole 16 bytes in both operands, forward and backward, so each of their sizes is a multiple of 16.
+    FP8 products need rows of whole 16 bytes in both operands, forward and backward. So each of
+    their sizes must be a multiple of 16. tokens: of one sample, as one rank quantises them.
     """
-    qkv, proj = arch.axis_size("qkv") // tp, arch.axis_size("heads") // tp
-    sizes = {
-        "hidden_size": arch.hidden_size,
-        f"ffn_hidden_size / tp ({arch.ffn_hidden_size} / {tp})": arch.ffn_hidden_size // tp,
-        "num_attention_heads x kv_channels / tp": proj,
-        "(num_attention_heads + 2 num_query_groups) x kv_channels / tp": qkv,
-        "the tokens of a sample on a rank": tokens,
-    }
+    sizes = {"hidden_size": arch.hidden_size}
+    for block, where in _named_blocks(arch):
+        dims = dim_sizes(arch, block)
+        ffn = block.ffn_hidden_size
+        sizes[f"ffn_hidden_size / tp ({ffn} / {tp}){where}"] = ffn // tp
+        sizes[f"num_attention_heads x kv_channels / tp{where}"] = dims["heads"] // tp
+        qkv = "(num_attention_heads + 2 num_query_groups) x kv_channels / tp"
+        sizes[f"{qkv}{where}"] = dims["qkv"] // tp
+    sizes["the tokens of a sample on a rank"] = tokens
     return [
-        f"FP8 wants multiples of {FP8_MULTIPLE}, {name} is {n}; nearest {max(1, round(n / FP8_MULTIPLE)) * FP8_MULTIPLE}"
-        for name, n in sizes.items()
-        if n % FP8_MULTIPLE
+        f"FP8 needs multiples of {FP8_MULTIPLE}, {name} is {size}; nearest {_nearest_multiple(size)}"
+        for name, size in sizes.items()
+        if size % FP8_MULTIPLE
     ]
 
 
-def export_problems(arch: Arch) -> list[str]:
-    """What stops the exported Hugging Face model from loading, one sentence each."""
-    if arch.family == "llama" and arch.hidden_size % arch.num_attention_heads:
-        # transformers 5 validates this in LlamaConfig even when head_dim is explicit (transformers#46211).
-        near = round(arch.hidden_size / arch.num_attention_heads) * arch.num_attention_heads
-        return [
-            f"transformers refuses a Llama with hidden_size {arch.hidden_size} that is no multiple of "
-            f"num_attention_heads {arch.num_attention_heads}; nearest hidden_size {near}, or {AS_MISTRAL}"
-        ]
-    return []
+def _named_blocks(arch: Arch) -> list[tuple[BlockArch, str]]:
+    """Return each different block, and " in layer 0, 2" where the layers are not alike."""
+    if arch.is_uniform:
+        return [(arch.block, "")]
+    layers: dict[BlockArch, list[int]] = {}
+    for layer, block in enumerate(arch.blocks):
+        layers.setdefault(block, []).append(layer)
+    return [(block, f" in layer {', '.join(map(str, numbers))}") for block, numbers in layers.items()]
+
+
+def _nearest_multiple(size: int) -> int:
+    return max(1, round(size / FP8_MULTIPLE)) * FP8_MULTIPLE

@@ -1,35 +1,46 @@
-"""Floating point operations of a model, counted as Megatron-LM and the FP8 papers do: a multiply-add is two, causal attention is half of full."""
+"""Floating point operations of a model, per token.
+
+Counted as Megatron-LM and the FP8 papers do: a multiply-add is two operations, and causal
+attention is half of full attention.
+"""
 
 from __future__ import annotations
 
 import math
 
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.arch import Arch, BlockArch
 
 
-def layer_flops(arch: Arch, sequence_length: int) -> float:
-    """Of one layer's forward pass, a token: its matrix products, and attention over the sequence."""
-    weights = sum(
-        math.prod(shape[1:])
-        for key, shape in arch.shapes().items()
-        if AXES[key][0] == "layer" and len(shape) == 3
-    )
-    attention = (
-        2 * sequence_length * arch.axis_size("heads")
-    )  # scores and values: 2 x 2 x heads' width x half of the sequence
+def layer_flops(arch: Arch, sequence_length: int, block: BlockArch | None = None) -> float:
+    """Operations of one layer's forward pass: its matrix products, and attention over the sequence.
+
+    block: sizes of the layer, where the layers are not alike.
+    """
+    block = block or arch.block
+    weights = matrix_elements(arch, block)
+    # Scores and values: 2 x 2 x the heads' width x half of the sequence.
+    attention = 2 * sequence_length * arch.dim_size("heads", block)
     return 2 * weights + attention
 
 
+def matrix_elements(arch: Arch, block: BlockArch) -> int:
+    """Elements of the weight matrices of a layer."""
+    return sum(math.prod(shape) for shape in arch.block_shapes(block).values() if len(shape) == 2)
+
+
 def head_flops(arch: Arch) -> float:
-    """Of the output layer's forward pass, a token, over the padded vocabulary."""
+    """Operations of the output layer's forward pass, over the padded vocabulary."""
     return 2 * arch.hidden_size * arch.padded_vocab_size
 
 
 def forward_flops(arch: Arch, sequence_length: int, *, head: bool = True) -> float:
-    """Of the model's forward pass, a token."""
-    return arch.num_layers * layer_flops(arch, sequence_length) + head * head_flops(arch)
+    """Operations of the model's forward pass."""
+    layers = 0.0
+    for block, count in arch.block_counts().items():
+        layers += count * layer_flops(arch, sequence_length, block)
+    return layers + (head_flops(arch) if head else 0)
 
 
 def training_flops(arch: Arch, sequence_length: int) -> float:
-    """Of forward and backward pass, a token; what is computed twice for want of memory does not count."""
+    """Operations of a forward and a backward pass. Recomputation does not count."""
     return 3 * forward_flops(arch, sequence_length)

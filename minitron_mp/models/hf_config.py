@@ -1,8 +1,12 @@
-"""config.json of a Hugging Face folder -> Arch, and which families there are. Reads JSON and file names only: no torch, so it is quick on a laptop."""
+"""Read the config.json of a Hugging Face folder as an architecture, and write one.
+
+Reads JSON and file names only and imports no torch, so it is quick on a laptop.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,122 +14,81 @@ from pydantic import ValidationError
 
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-FAMILIES["nemotron"] = "NemotronForCausalLM"
-
-SWITCHES: dict[str, dict[str, Any]] = {
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "nemotron": {"norm": "layer1p", "activation": "squared_relu"},
-}
-"""Fields of Arch that a family sets."""
-
-FIELDS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "tied": "tie_word_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-}
-"""Field of Arch -> key of config.json; in fields() what a family calls otherwise."""
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    "nemotron": {
-        "max_position_embeddings": 4096,
-        "norm_eps": 1e-5,
-        "partial_rotary_factor": 0.5,
-        "hidden_act": "relu2",
-    },
-}
-"""What transformers takes when config.json leaves a key out; for all families tie_word_embeddings false, rms_norm_eps 1e-6."""
-
-ONLY = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0,
-    "use_sliding_window": False,
-    "quantization_config": None,
-}
-"""Settings of config.json that change the computation, and the one value that is computed here."""
+from minitron_mp.models.families import FAMILIES
+from minitron_mp.models.families.family import DEFAULTS, Family
 
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-"""Megatron-Core has these in its code; only the factor can be chosen."""
+"""Megatron-Core has these in its code; only the factor is a setting."""
 
-
-def config_fields(family: str) -> dict[str, str]:
-    """Field of Arch -> key of a family's config.json."""
-    return FIELDS | ({"norm_epsilon": "norm_eps"} if family == "nemotron" else {})
+REQUIRED_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+"""Sizes that may be missing or null."""
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds more of a model than its config.json."""
+    """Return whether a folder holds the weights of a model."""
     return bool(weight_files(folder))
 
 
 def read_arch(folder: Path, *, weights: bool = True) -> Arch:
-    """The architecture of a Hugging Face folder; InputError with everything in it that we cannot compute. weights: they must be there, too."""
+    """Return the architecture of a Hugging Face folder.
+
+    weights: require them too. InputError with every setting that is not supported.
+    """
     if not folder.is_dir():
         raise InputError(
-            f"there is no folder {folder}; give a Hugging Face model folder: config.json, safetensors weights, tokenizer"
+            f"there is no folder {folder}; "
+            "give a Hugging Face model folder: config.json, safetensors weights, tokenizer"
         )
-    problems = (
-        []
-        if not weights or weight_files(folder)
-        else [
-            "no model.safetensors or model.safetensors.index.json; write them with save_pretrained of transformers"
-        ]
-    )
-    if not (folder / "config.json").is_file():
-        refuse(f"{folder} cannot be used:", ["no config.json", *problems])
-    config = read_json(folder / "config.json")
-    family = config.get("model_type", "")
-    if family not in FAMILIES or config.get("architectures") not in (None, [], [FAMILIES[family]]):
-        supported = ", ".join(f"{name} ({architecture})" for name, architecture in FAMILIES.items())
+    title = f"{folder} cannot be used:"
+    problems = []
+    if weights and not weight_files(folder):
         problems.append(
-            f"model_type {family!r} with architectures {config.get('architectures')} is not supported; supported: {supported}"
+            "no model.safetensors or model.safetensors.index.json; "
+            "write them with save_pretrained of transformers"
         )
-        refuse(f"{folder} cannot be used:", problems)
-    config = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6} | DEFAULTS[family] | config
-    refuse(f"{folder} cannot be used:", problems + _size_problems(config) + _setting_problems(config))
-    config["num_key_value_heads"] = config.get("num_key_value_heads") or config["num_attention_heads"]
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rope = _rope(config)
-    try:
-        return Arch(
-            family=family,
-            rotary_base=rope["rope_theta"],
-            rotary_percent=rope["partial_rotary_factor"],
-            rope_scaling_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
-            **SWITCHES.get(family, {}),
-            **{name: config[key] for name, key in config_fields(family).items()},
-        )
-    except ValidationError as error:
-        given = [
-            f"{config_fields(family).get(str(e['loc'][0]), e['loc'][0])}: {e['msg']}, given {e['input']!r}"
-            for e in error.errors()
-        ]
-        raise InputError(
-            "\n".join([f"{folder} cannot be used:", *(f"  - {row}" for row in given)])
-        ) from error
+    if not (folder / "config.json").is_file():
+        refuse(title, ["no config.json", *problems])
+    config = read_json(folder / "config.json")
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
+        refuse(title, [*problems, _family_problem(config)])
+    assert family is not None
+    config = {**DEFAULTS, **family.defaults, **config}
+    refuse(title, problems + _size_problems(config) + _setting_problems(config, family))
+    return _arch(config, family, title)
+
+
+def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, Any]:
+    """Return config.json with the sizes, family and dtype of the model that is written.
+
+    config: of the model that it was made from. dtype: such as "bfloat16".
+    """
+    family = FAMILIES[arch.family]
+    written = dict(config)
+    if config["model_type"] != arch.family:
+        other = FAMILIES[config["model_type"]].exports_as[arch.family]
+        written = {name: value for name, value in config.items() if name not in other.drop}
+        written |= other.add
+    if config.get("layer_types"):
+        written["layer_types"] = config["layer_types"][: arch.num_layers]
+    written |= {key: getattr(arch, name) for name, key in family.config_fields.items()}
+    written["architectures"] = [family.transformers_class]
+    written["model_type"] = arch.family
+    written["dtype"] = dtype
+    written["torch_dtype"] = dtype  # for transformers before 4.56
+    return written
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object; InputError for a damaged one."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -135,91 +98,120 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _size_problems(config: dict[str, Any]) -> list[str]:
-    names = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "max_position_embeddings",
-    ]
-    names += [
-        name for name in ("head_dim", "num_key_value_heads") if isinstance(config.get(name), int)
-    ]  # or absent, or null
-    problems = [
-        f"{name} is {config.get(name)!r}, not a positive whole number"
-        for name in names
-        if not (isinstance(n := config.get(name), int) and n > 0)
-    ]
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    problems += [
-        f"{n} is {config[n]!r}, not a whole number"
-        for n in ("num_key_value_heads", "head_dim")
-        if not isinstance(config.get(n), (int, type(None)))
-    ]
-    if not problems and groups and heads % groups:
-        problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
-    return problems
-
-
-def _setting_problems(config: dict[str, Any]) -> list[str]:
-    family = config["model_type"]
-    only_here = ONLY | {"hidden_act": "relu2" if family == "nemotron" else "silu"}
-    problems = [
-        f"{name} is {config[name]!r}; only {only!r} is supported"
-        for name, only in only_here.items()
-        if config.get(name) not in (only, None)
-    ]
-    if others := sorted({*(config.get("layer_types") or [])} - {"full_attention"}):
-        problems.append(f"layer_types holds {', '.join(others)}; only full_attention is supported")
-    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
-    if family == "mistral" and window and positions and window < positions:
-        problems.append(
-            f"sliding_window is {window}, below max_position_embeddings {positions}; set it to null if all sequences stay within the window"
-        )
-    rope = _rope(config)
-    if rope["rope_type"] not in ("default", "llama3") or any(
-        isinstance(value, dict) for value in rope.values()
-    ):
-        return [
-            *problems,
-            f"rope settings {rope} are not supported; supported: rope_type 'default' or 'llama3', one setting for all layers",
-        ]
-    fixed = ({} if family == "nemotron" else {"partial_rotary_factor": 1}) | (
-        LLAMA3_ROPE if rope["rope_type"] == "llama3" else {}
-    )
-    problems += [
-        f"{name} of the rope settings is {rope.get(name)}; only {only} is supported"
-        for name, only in fixed.items()
-        if rope.get(name) != only
-    ]
-    return problems + (
-        ["the llama3 rope settings have no factor"]
-        if rope["rope_type"] == "llama3" and not rope.get("factor")
-        else []
-    )
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings, from rope_parameters (transformers 5) or rope_theta and rope_scaling (transformers 4)."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    given = given if isinstance(given, dict) else {"rope_type": given}
-    defaults = {
-        name: config.get(name) or default
-        for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1))
-    }
-    return {"rope_type": given.get("type", "default"), **defaults, **given}
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model; none when it has none. InputError when a shard is missing."""
+    """Return the safetensors files of a model, [] when it has none.
+
+    InputError for a missing shard.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        return [single] if single.is_file() else []
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index} has no weight_map of weight names to files; fetch it again")
     shards = sorted({folder / name for name in weight_map.values()})
-    refuse(f"{folder} is not whole:", [f"{path.name} is missing" for path in shards if not path.is_file()])
+    missing = [f"{path.name} is missing" for path in shards if not path.is_file()]
+    refuse(f"{folder} is incomplete:", missing)
     return shards
+
+
+def _family_problem(config: Mapping[str, Any]) -> str:
+    supported = ", ".join(f"{family.name} ({family.transformers_class})" for family in FAMILIES.values())
+    return (
+        f"model_type {config.get('model_type', '')!r} with architectures {config.get('architectures')} "
+        f"is not supported; supported: {supported}"
+    )
+
+
+def _arch(config: dict[str, Any], family: Family, title: str) -> Arch:
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    rope = _rope(config)
+    fields = {name: config[key] for name, key in family.config_fields.items()}
+    try:
+        return Arch(
+            family=family.name,
+            rotary_base=rope["rope_theta"],
+            rotary_percent=rope["partial_rotary_factor"],
+            rope_scaling_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
+            **family.switches,
+            **fields,
+        )
+    except ValidationError as error:
+        rows = []
+        for problem in error.errors():
+            name = str(problem["loc"][0])
+            key = family.config_fields.get(name, name)
+            rows.append(f"  - {key}: {problem['msg']}, given {problem['input']!r}")
+        raise InputError("\n".join([title, *rows])) from error
+
+
+def _size_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in REQUIRED_SIZES:
+        if not _is_positive(config.get(name)):
+            problems.append(f"{name} is {config.get(name)!r}, not a positive whole number")
+    for name in OPTIONAL_SIZES:
+        size = config.get(name)
+        if size is not None and not _is_positive(size):
+            problems.append(f"{name} is {size!r}, not a positive whole number")
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if not problems and groups and heads is not None and heads % groups:
+        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    return problems
+
+
+def _is_positive(size: Any) -> bool:
+    return isinstance(size, int) and size > 0
+
+
+def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    problems = [
+        f"{name} is {config[name]!r}; only {value!r} is supported"
+        for name, value in family.required_settings.items()
+        if config.get(name) not in (value, None)
+    ]
+    other_types = sorted({*(config.get("layer_types") or [])} - {"full_attention"})
+    if other_types:
+        problems.append(f"layer_types holds {', '.join(other_types)}; only full_attention is supported")
+    return [*problems, *family.config_problems(config), *_rope_problems(config, family)]
+
+
+def _rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    rope = _rope(config)
+    is_nested = any(isinstance(value, dict) for value in rope.values())
+    if rope["rope_type"] not in ("default", "llama3") or is_nested:
+        return [
+            f"rope settings {rope} are not supported; "
+            "supported: rope_type 'default' or 'llama3', one setting for all layers"
+        ]
+    required = dict(family.required_rope)
+    if rope["rope_type"] == "llama3":
+        required |= LLAMA3_ROPE
+    problems = [
+        f"{name} of the rope settings is {rope.get(name)}; only {value} is supported"
+        for name, value in required.items()
+        if rope.get(name) != value
+    ]
+    if rope["rope_type"] == "llama3" and not rope.get("factor"):
+        problems.append("the llama3 rope settings have no factor")
+    return problems
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings.
+
+    They are in rope_parameters (transformers 5) or in rope_theta and rope_scaling (transformers 4).
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        given = {"rope_type": given}
+    return {
+        "rope_type": given.get("type", "default"),
+        "rope_theta": config.get("rope_theta") or 10000.0,
+        "partial_rotary_factor": config.get("partial_rotary_factor") or 1,
+        **given,
+    }

@@ -1,10 +1,7 @@
-"""A sharded Megatron-Core GPTModel from an Arch.
+"""Modules of the local layers, and the deferred output layer.
 
-The head is deferred: the model's last stage returns the hidden states after the final norm, and the loss applies the output
-layer (logits()). So a teacher keeps 2h bytes a token between its forward pass and the loss instead of 4v, and the loss
-can work in chunks.
-
-    s sequence  b microbatch  h hidden  v padded vocabulary; under sequence parallelism s/tp, under context parallelism s/cp
+s sequence  b microbatch  h hidden  v padded vocabulary  np heads  ng query groups  hn head width
+under sequence parallelism s is s/tp, under context parallelism s/cp
 """
 
 from __future__ import annotations
@@ -13,29 +10,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from minitron_mp.distributed.collectives import AllGatherSequence
 
 
-def engine_modules() -> Any:
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    class OpenNorms(TESpecProvider):
-        """Transformer Engine's modules, each norm beside its linear layer instead of inside."""
-
-        def fuse_layernorm_and_linear(self) -> bool:
-            return False
-
-    return OpenNorms()
-
-
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension; its weight carries Megatron's sequence-parallel mark."""
+    """Root mean square norm over the last dimension.
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
+    Its weight carries Megatron's mark for sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -46,41 +36,54 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm1p(nn.Module):
-    """Layer norm over the last dimension with a bias; its weight is stored less one, so that weight decay pulls it to one (Nemotron)."""
+    """Layer norm over the last dimension, with a bias.
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any):
+    Its weight is stored minus one, so that weight decay pulls it to one (Nemotron).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
-        self.weight, self.bias = (
-            nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)) for _ in range(2)
-        )
-        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight + 1, self.bias, self.eps)
 
 
 class Attention(nn.Module):
-    """Causal scaled-dot-product attention with grouped queries; context parallel by gathering keys and values."""
+    """Causal scaled-dot-product attention with grouped queries.
+
+    Under context parallelism each rank gathers the keys and values of the whole sequence.
+    """
 
     def __init__(
-        self, config: Any, *, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+        self,
+        config: TransformerConfig,
+        *,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,
     ):
         super().__init__()
-        self.scale, self.cp = softmax_scale, pg_collection.cp
+        self.scale = softmax_scale
+        self.cp = pg_collection.cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn] -> [s, b, np/tp hn]; s is s/cp in zig-zag order."""
+        """query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn] -> [s, b, np/tp hn].
+
+        Under context parallelism s is s/cp in zig-zag order.
+        """
         s, b = query.shape[:2]
         mask = None
         if self.cp.size() > 1:
-            key, value = (self._whole_sequence(x) for x in (key, value))
-            n, r, half = self.cp.size(), self.cp.rank(), s // 2
-            rows = torch.arange(half, device=query.device)
-            positions = torch.cat([r * half + rows, (2 * n - 1 - r) * half + rows])
-            mask = positions[:, None] >= torch.arange(key.shape[0], device=query.device)
+            key = self._gather_sequence(key)
+            value = self._gather_sequence(value)
+            mask = self._causal_mask(s, key.shape[0], query.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q,
@@ -93,25 +96,35 @@ class Attention(nn.Module):
         )
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
-    def _whole_sequence(self, x: Tensor) -> Tensor:
+    def _causal_mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+        """Return [s/cp, s]: the keys that each query of this rank may read."""
+        size, rank, half = self.cp.size(), self.cp.rank(), num_queries // 2
+        rows = torch.arange(half, device=device)
+        positions = torch.cat([rank * half + rows, (2 * size - 1 - rank) * half + rows])
+        return positions[:, None] >= torch.arange(num_keys, device=device)
+
+    def _gather_sequence(self, x: Tensor) -> Tensor:
         """[s/cp, ...] in zig-zag order -> [s, ...] in order."""
-        n = self.cp.size()
-        parts = AllGatherSequence.apply(x, self.cp).view(2 * n, -1, *x.shape[1:])
-        return torch.cat([parts[2 * i] for i in range(n)] + [parts[2 * i + 1] for i in reversed(range(n))])
+        size = self.cp.size()
+        parts = AllGatherSequence.apply(x, self.cp).view(2 * size, -1, *x.shape[1:])
+        first_half = [parts[2 * i] for i in range(size)]
+        second_half = [parts[2 * i + 1] for i in reversed(range(size))]
+        return torch.cat(first_half + second_half)
 
 
 class DeferredHead(ColumnParallelLinear):
-    """The output layer, applied by the loss: in the model's forward pass it hands the hidden states through.
+    """The output layer, which the loss applies; the model's forward pass returns its input.
 
-    It stays a module of the model, so checkpoint keys, tied embeddings and overlapped parameter gathering are Megatron's own.
+    It stays a module of the model. So Megatron handles its checkpoint keys, tied embeddings and
+    overlapped parameter gathering.
     """
 
     @classmethod
-    def taking_over(
-        cls, head: ColumnParallelLinear, config: TransformerConfig, tp_group: Any
+    def replacing(
+        cls, head: ColumnParallelLinear, config: TransformerConfig, tp_group: ProcessGroup
     ) -> DeferredHead:
-        """The same layer around the same weight (none when it is the embedding's)."""
-        new = cls(
+        """Return the same layer around the same weight (none when it is the embedding's)."""
+        deferred = cls(
             head.input_size,
             head.output_size,
             config=config,
@@ -120,8 +133,8 @@ class DeferredHead(ColumnParallelLinear):
             skip_weight_param_allocation=True,
             tp_group=tp_group,
         )
-        new.weight = head.weight
-        return new
+        deferred.weight = head.weight
+        return deferred
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -129,5 +142,7 @@ class DeferredHead(ColumnParallelLinear):
         return hidden, None
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        # Contiguous, or torch multiplies sample by sample; in bf16 on a CPU oneDNN then fails and torch switches it off for good.
+        """[s, b, h] -> [s, b, v/tp]; under sequence parallelism hidden is [s/tp, b, h]."""
+        # torch multiplies a tensor that is not contiguous sample by sample. In bf16 on a CPU oneDNN
+        # then fails, and torch stops using it.
         return super().forward(hidden.contiguous(), weight)[0]

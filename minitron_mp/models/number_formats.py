@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 BYTES = {"bf16": 2, "fp32": 4}
 """Precision -> bytes per element."""
 
+
+class FP8Requirement(NamedTuple):
+    """The oldest hardware and software that has a kind of FP8.
+
+    capability: compute capability of the GPU. engine: first version of Transformer Engine that
+    Megatron-Core 0.16 to 0.19 accept for it. cuda: version that torch was built with.
+    """
+
+    capability: tuple[int, int]
+    engine: str
+    cuda: tuple[int, int]
+
+
 FP8_SUPPORT = {
-    "delayed": ((8, 9), "2.1", (12, 1)),
-    "tensorwise": ((8, 9), "2.2", (12, 1)),
-    "blockwise": ((9, 0), "2.3", (12, 9)),
+    "delayed": FP8Requirement((8, 9), "2.1", (12, 1)),
+    "tensorwise": FP8Requirement((8, 9), "2.2", (12, 1)),
+    "blockwise": FP8Requirement((9, 0), "2.3", (12, 9)),
 }
-"""Kind -> least compute capability, Transformer Engine (the first that Megatron-Core 0.16 to 0.19 take for it) and CUDA of torch that have it."""
+"""Kind of FP8 scaling -> what it needs."""

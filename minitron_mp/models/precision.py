@@ -1,7 +1,8 @@
-"""Whose layers compute, and in which number format: Megatron-Core's own or Transformer Engine's, in bf16 or FP8.
+"""Which layers run, Megatron-Core's local ones or Transformer Engine's, and in which number format.
 
-The checks say before a model is built what would fail, or be silently wrong, in the middle of a run. Nothing here is needed, or
-imports Transformer Engine, where the local layers compute.
+The checks run before a model is built. They reject what would fail, or silently give wrong numbers,
+in the middle of a run. The local layers need nothing of this module and never import Transformer
+Engine.
 """
 
 from __future__ import annotations
@@ -23,80 +24,94 @@ from minitron_mp.models.number_formats import FP8_SUPPORT
 RECOMPILE_LIMIT = 64
 
 
-def uses_engine(wanted: str, dtype: torch.dtype, device: torch.device, fp8: str | None = None) -> bool:
-    """Whether Transformer Engine's layers compute. wanted: Recipe.transformer_impl; auto: in bf16 on a GPU where it is installed.
+def uses_engine(
+    transformer_impl: str, dtype: torch.dtype, device: torch.device, fp8: str | None = None
+) -> bool:
+    """Return whether the model has Transformer Engine's layers.
 
-    InputError when what is wanted is not there.
+    transformer_impl: as in Recipe. "auto" chooses them in bf16 on a GPU where the package is
+    installed. InputError when the layers that were asked for are not available.
     """
-    has_engine = device.type == "cuda" and find_spec("transformer_engine") is not None
-    if wanted == "transformer_engine" or (fp8 and wanted == "auto"):
-        what = f"fp8 {fp8}" if fp8 else "transformer_impl transformer_engine"
+    if fp8 and transformer_impl == "local":
+        raise InputError(
+            f"fp8 {fp8} needs Transformer Engine's layers, transformer_impl is local; "
+            "set transformer_impl to transformer_engine or auto"
+        )
+    is_installed = find_spec("transformer_engine") is not None
+    if transformer_impl == "transformer_engine" or fp8:
+        setting = f"fp8 {fp8}" if fp8 else "transformer_impl transformer_engine"
         problems = []
         if device.type != "cuda":
-            problems.append(f"{what} needs a GPU, this rank is on {device.type}: drop it here")
-        if find_spec("transformer_engine") is None:
+            problems.append(f"{setting} needs a GPU, this rank is on {device.type}; drop the setting here")
+        if not is_installed:
             problems.append(
-                f"{what} needs Transformer Engine, which is not installed: pip install -e .[te], or use NVIDIA's PyTorch container"
+                f"{setting} needs Transformer Engine, which is not installed; "
+                "pip install -e .[te], or use NVIDIA's PyTorch container"
             )
-        refuse("these layers cannot compute here:", problems)
-    if fp8 and wanted == "local":
-        raise InputError(
-            f"fp8 {fp8} is Transformer Engine's, transformer_impl is local: set transformer_engine or auto"
-        )
-    return wanted == "transformer_engine" or (wanted == "auto" and has_engine and dtype is torch.bfloat16)
+        refuse("these layers are not available here:", problems)
+    if transformer_impl == "transformer_engine":
+        return True
+    has_engine = device.type == "cuda" and is_installed
+    return transformer_impl == "auto" and has_engine and dtype is torch.bfloat16
 
 
 def hardware_problems(
     fp8: str, capability: tuple[int, int], cuda: str | None, engine: str | None
 ) -> list[str]:
-    """What keeps a machine from this kind of FP8, one sentence each.
+    """Return the reasons why a machine cannot run this kind of FP8, one sentence each.
 
-    capability: of the GPU, (9, 0) for Hopper; cuda: that torch was built with; engine: version of Transformer Engine. None: not there.
+    capability: compute capability of the GPU, (9, 0) for Hopper. cuda: version that torch was built
+    with. engine: version of Transformer Engine. None: not there.
     """
-    problems, ((major, minor), needs_engine, toolkit) = [], FP8_SUPPORT[fp8]
-    needs_cuda = ".".join(map(str, toolkit))
-    if capability < (major, minor):
-        kinds = "Hopper or Blackwell" if major == 9 else "Ada, Hopper or Blackwell"
+    required = FP8_SUPPORT[fp8]
+    needed_capability = ".".join(map(str, required.capability))
+    needed_cuda = ".".join(map(str, required.cuda))
+    problems = []
+    if capability < required.capability:
+        gpus = "Hopper or Blackwell" if required.capability[0] == 9 else "Ada, Hopper or Blackwell"
         problems.append(
-            f"fp8 {fp8} needs a GPU of compute capability {major}.{minor} or above ({kinds}), this one has {capability[0]}.{capability[1]}"
+            f"fp8 {fp8} needs a GPU of compute capability {needed_capability} or above ({gpus}), "
+            f"this one has {capability[0]}.{capability[1]}"
         )
-    if cuda is None or Version(cuda) < Version(needs_cuda):
+    if cuda is None or Version(cuda) < Version(needed_cuda):
         problems.append(
-            f"fp8 {fp8} needs a torch built with CUDA {needs_cuda} or later, this one has {cuda or 'none'}"
+            f"fp8 {fp8} needs a torch built with CUDA {needed_cuda} or later, this one has {cuda or 'none'}"
         )
-    if engine is None or Version(engine) < Version(needs_engine):
+    if engine is None or Version(engine) < Version(required.engine):
         problems.append(
-            f"fp8 {fp8} needs Transformer Engine {needs_engine} or later, here is {engine or 'none'}"
+            f"fp8 {fp8} needs Transformer Engine {required.engine} or later, "
+            f"this environment has {engine or 'none'}"
         )
     return problems
 
 
 def check_hardware(fp8: str, device: torch.device) -> None:
-    """InputError unless this rank's machine computes this kind of FP8."""
-    refuse(
-        "FP8 cannot compute here:",
-        hardware_problems(
-            fp8, torch.cuda.get_device_capability(device), torch.version.cuda, engine_version()
-        ),
-    )
+    """Raise InputError unless this rank's machine can run this kind of FP8."""
+    capability = torch.cuda.get_device_capability(device)
+    problems = hardware_problems(fp8, capability, torch.version.cuda, engine_version())
+    refuse("FP8 is not available here:", problems)
 
 
 def check_cuda_graphs() -> None:
-    """InputError unless Megatron-Core records layers together with gradients that Transformer Engine adds to main_grad itself.
+    """Raise InputError unless Megatron-Core supports CUDA graphs with fused gradient accumulation.
 
-    Before 0.19 it looks at TransformerConfig.gradient_accumulation_fusion for it, which is off here (fuse_gradient_accumulation), and such
-    gradients would be counted twice.
+    Before 0.19 it reads TransformerConfig.gradient_accumulation_fusion, which is off here
+    (fuse_gradient_accumulation), so gradients that Transformer Engine adds to main_grad would count
+    twice.
     """
-    if Version(version("megatron-core")) < Version("0.19"):
+    installed = version("megatron-core")
+    if Version(installed) < Version("0.19"):
         raise InputError(
-            f"cuda_graphs needs Megatron-Core 0.19 or later, here is {version('megatron-core')}: drop it"
+            f"cuda_graphs needs Megatron-Core 0.19 or later, this environment has {installed}; "
+            "drop cuda_graphs"
         )
 
 
-def forget_cuda_graphs(chunks: list[Any]) -> None:
-    """Give up what has been recorded of a model in training, with the memory that its activations have there; layers compute without it then.
+def release_cuda_graphs(chunks: list[Any]) -> None:
+    """Delete the CUDA graphs of a trained model, with their memory; its layers then run without.
 
-    Whatever came of the training: the next model of this process could not be recorded, and all would go on in Megatron's stream.
+    Call it even after a failure. Otherwise the next model of this process could not be recorded,
+    and all work would stay in Megatron's stream.
     """
     from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 
@@ -110,7 +125,7 @@ def forget_cuda_graphs(chunks: list[Any]) -> None:
 
 
 def engine_version() -> str | None:
-    """Of Transformer Engine; None where it is not installed."""
+    """Return the version of Transformer Engine, None where it is not installed."""
     for name in ("transformer_engine", "transformer-engine"):
         try:
             return version(name)
@@ -120,42 +135,56 @@ def engine_version() -> str | None:
 
 
 def fp8_options(fp8: str | None, *, trains: bool) -> dict[str, Any]:
-    """Of a TransformerConfig. A model that is not trained keeps its weights in FP8; one that is keeps them in bf16 beside FP8 copies."""
+    """Return the settings of a TransformerConfig for a kind of FP8, {} without.
+
+    A model that is trained keeps its weights in bf16 beside FP8 copies. Another one keeps them in
+    FP8.
+    """
     if fp8 is None:
         return {}
-    history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"} if fp8 == "delayed" else {}
-    return {"fp8": "hybrid", "fp8_recipe": fp8, "fp8_param": not trains, **history}
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": fp8, "fp8_param": not trains}
+    if fp8 == "delayed":
+        settings["fp8_amax_history_len"] = 1024
+        settings["fp8_amax_compute_algo"] = "max"
+    return settings
 
 
 def silently_wrong(config: Any, ddp: Any) -> list[str]:
-    """What Megatron-Core trains without an error and wrongly, one sentence each. config: of the model; ddp: DistributedDataParallelConfig."""
+    """Return the settings that Megatron-Core trains without an error but with wrong numbers.
+
+    One sentence each. config: of the model. ddp: DistributedDataParallelConfig.
+    """
     problems = []
     if getattr(config, "fp8_param", False) and not ddp.fp8_param_gather:
         problems.append(
-            "fp8_param without fp8_param_gather in the data parallel wrapper: weights would be rounded to FP8 twice a step, and learn far more slowly"
+            "fp8_param needs fp8_param_gather in the data-parallel wrapper; "
+            "without it weights are rounded to FP8 twice a step and learn far more slowly"
         )
     if config.virtual_pipeline_model_parallel_size and (config.batch_p2p_comm or not config.overlap_p2p_comm):
         problems.append(
-            "virtual pipeline stages without overlap_p2p_comm=True, batch_p2p_comm=False: gradients would be wrong"
+            "virtual pipeline stages need overlap_p2p_comm=True and batch_p2p_comm=False; "
+            "otherwise gradients are wrong"
         )
     return problems
 
 
-def fuse_gradient_accumulation(model: Any) -> None:
-    """Let Transformer Engine's linear layers add their weight gradients to main_grad in the product itself.
+def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Make Transformer Engine's linear layers add weight gradients to main_grad in the product.
 
-    Not by TransformerConfig.gradient_accumulation_fusion: with it Megatron's output layer refuses to be built without an extension of
-    Apex, and that layer's gradient is ours (losses.py), which adds it to main_grad as well.
+    TransformerConfig.gradient_accumulation_fusion is not used: with it Megatron's output layer
+    needs an extension of Apex. The loss computes that layer's gradient, and adds it to main_grad
+    too (losses/fused.py).
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
 
 
-def fixed_shapes() -> None:
-    """Compile Megatron's small functions for each shape anew, at most RECOMPILE_LIMIT times.
+def compile_for_fixed_shapes() -> None:
+    """Compile Megatron's small functions for each shape separately, at most RECOMPILE_LIMIT times.
 
-    Teacher and student have two widths: after the second torch.compile would make one kernel for any width, and a slower one.
+    Teacher and student have two widths. From the second one on torch.compile would make one kernel
+    for any width, which is slower.
     """
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
@@ -163,7 +192,10 @@ def fixed_shapes() -> None:
 
 @contextmanager
 def communication_buffers(training: TrainingConfig, recipe: Recipe, hidden_size: int) -> Iterator[None]:
-    """Inside, the buffers that tp_comm_overlap sends a microbatch of a model of this width through. Reached by all ranks."""
+    """Provide the buffers of tp_comm_overlap for a model of this hidden size.
+
+    Reached by all ranks.
+    """
     if not training.tp_comm_overlap:
         yield
         return

@@ -41,6 +41,8 @@ def activation_bytes_per_token(
 ) -> float:
     """Bytes per token that one layer's forward pass saves for its backward pass on one rank.
 
+    The layers of arch must be alike; see Arch.with_block().
+
     Local layers save the input and output of both norms; q, k and v as one tensor (v is a view of
     it); rotated q and k; the attention output; the first MLP product and, with a gate, the
     activation, the other half and their product. Transformer Engine saves no rotated copy of q and
@@ -48,13 +50,13 @@ def activation_bytes_per_token(
     Sequence parallelism splits tensors of width h, tensor parallelism splits the others.
     """
     sequence_split = parallel.tp if parallel.sequence_parallel else 1
-    heads = arch.axis_size("heads")
-    qkv = arch.axis_size("qkv")
+    heads = arch.dim_size("heads")
+    qkv = arch.dim_size("qkv")
     key = (qkv - heads) // 2
     softmax_statistics = 4 * arch.num_attention_heads / parallel.tp
     if transformer_engine:
         product_bytes = 1 if fp8 else value_bytes
-        inner = value_bytes * (qkv + heads + arch.axis_size("gate_up"))
+        inner = value_bytes * (qkv + heads + arch.dim_size("gate_up"))
         inner += product_bytes * arch.ffn_hidden_size + (heads if fp8 else 0)
         norms = 2 * arch.hidden_size * (value_bytes + product_bytes) / sequence_split
         return norms + inner / parallel.tp + softmax_statistics

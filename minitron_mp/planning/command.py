@@ -42,7 +42,7 @@ from minitron_mp.planning.tables import (
     traffic_rows,
 )
 from minitron_mp.planning.times import Times, read_times
-from minitron_mp.pruning.candidates import search_candidates
+from minitron_mp.pruning.search_space import search_candidates
 from minitron_mp.pruning.target import resolve_target
 
 

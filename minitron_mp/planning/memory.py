@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.distributed.layout import stage_layers
 from minitron_mp.losses.tile_sizes import TILE_SIZES
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.arch import Arch, BlockArch
+from minitron_mp.models.blocks.dense import PARAMETERS
+from minitron_mp.models.flops import matrix_elements
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.activations import activation_bytes_per_token, layers_in_flight
 from minitron_mp.planning.case import PlanningCase, microbatches_per_replica
+from minitron_mp.planning.stages import mean_over_layers, stage_blocks
 
 GIB = 2**30
 
@@ -39,22 +42,24 @@ def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def _rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
-    per_layer = first = last = 0
-    for key, shape in arch.shapes().items():
-        split = parallel.tp if SPLIT_OVER_TP & set(AXES[key]) else 1
-        count = math.prod(shape) // split
-        if AXES[key][0] == "layer":
-            per_layer += count // arch.num_layers
-        elif key.startswith("embedding"):
-            first += count
-        else:
-            last += count
-    if arch.tied and parallel.pp > 1:
-        last += first
-    stages = [num_layers * per_layer for num_layers in stage_layers(arch.num_layers, parallel)]
-    stages[0] += first
-    stages[-1] += last
+    vocabulary = arch.padded_vocab_size * arch.hidden_size // parallel.tp
+    stages = [
+        sum(count * _layer_parameters(arch, block, parallel.tp) for block, count in blocks.items())
+        for blocks in stage_blocks(arch, parallel)
+    ]
+    stages[0] += vocabulary
+    stages[-1] += (2 if arch.norm_has_bias else 1) * arch.hidden_size
+    if parallel.pp > 1 or not arch.tied:
+        stages[-1] += vocabulary
     return stages
+
+
+def _layer_parameters(arch: Arch, block: BlockArch, tp: int) -> int:
+    """Parameters of a layer of these sizes on one tensor-parallel rank."""
+    return sum(
+        math.prod(shape) // (tp if SPLIT_OVER_TP & set(PARAMETERS[name]) else 1)
+        for name, shape in arch.block_shapes(block).items()
+    )
 
 
 def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
@@ -95,19 +100,23 @@ def training_memory(
     main_copy_bytes = 4 if precision == "bf16" else 0
 
     layers = layers_in_flight(arch.num_layers, p, microbatches_per_replica(training, p, ranks), stage)
-    layer = activation_bytes_per_token(
-        arch, p, size, transformer_engine=uses_transformer_engine(recipe), fp8=fp8
-    )
+    blocks = stage_blocks(arch, p)[stage]
+    engine = uses_transformer_engine(recipe)
+    layer_bytes = {
+        block: activation_bytes_per_token(arch.with_block(block), p, size, transformer_engine=engine, fp8=fp8)
+        for block in blocks
+    }
     if training.recompute:
         # One layer at a time is recomputed and then saved in full.
-        saved = layers * (size * arch.hidden_size / sequence_split) + layer
+        saved = layers * (size * arch.hidden_size / sequence_split) + max(layer_bytes.values())
     else:
-        saved = layers * layer
+        saved = layers * mean_over_layers(blocks, layer_bytes)
     if is_last:  # input and output of the final norm
         saved += 2 * size * arch.hidden_size / sequence_split
     # Backward pass of one layer: gradients around the MLP, and what sequence parallelism gathers.
     gathered = 1 if sequence_split > 1 else 0
-    working = (arch.axis_size("gate_up") + arch.ffn_hidden_size) / p.tp + (2 + gathered) * arch.hidden_size
+    mlp = max(arch.dim_size("gate_up", block) + block.ffn_hidden_size for block in blocks)
+    working = mlp / p.tp + (2 + gathered) * arch.hidden_size
     parts = {
         "weights": size * parameters,
         "gradients (float32)": 4 * parameters,
@@ -116,8 +125,7 @@ def training_memory(
         "working buffers (estimate)": size * tokens * working,
     }
     if fp8:  # as they are and transposed
-        num_layers = stage_layers(arch.num_layers, p)[stage]
-        parts["FP8 copies of weights"] = 2 * num_layers * _matrix_parameters(arch) / p.tp
+        parts["FP8 copies of weights"] = 2 * _matrix_parameters(arch, blocks) / p.tp
     if is_last:
         parts["logits and their gradient"] = _loss_bytes(arch, training, p, tokens, size)
     return parts
@@ -134,11 +142,9 @@ def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens:
     return chunks + 2 * size * tokens * arch.hidden_size
 
 
-@functools.lru_cache
-def _matrix_parameters(arch: Arch) -> int:
-    """Parameters of the linear layers of one transformer layer."""
-    matrices = [shape for key, shape in arch.shapes().items() if AXES[key][0] == "layer" and len(shape) == 3]
-    return sum(math.prod(shape[1:]) for shape in matrices)
+def _matrix_parameters(arch: Arch, blocks: Counter[BlockArch]) -> int:
+    """Parameters of the linear layers of the transformer layers of a stage."""
+    return sum(count * matrix_elements(arch, block) for block, count in blocks.items())
 
 
 def fullest(memories: Sequence[Parts]) -> Parts:
@@ -226,8 +232,7 @@ def teacher_weights(teacher: Arch, recipe: Recipe, parallel: ParallelConfig, sta
     """
     fp8_parameters: float = 0
     if recipe.teacher.fp8:
-        num_layers = stage_layers(teacher.num_layers, parallel)[stage]
-        fp8_parameters = num_layers * _matrix_parameters(teacher) / parallel.tp
+        fp8_parameters = _matrix_parameters(teacher, stage_blocks(teacher, parallel)[stage]) / parallel.tp
     full_parameters = rank_parameters(teacher, parallel)[stage] - fp8_parameters
     return BYTES[recipe.teacher_precision] * full_parameters + fp8_parameters
 
@@ -239,12 +244,15 @@ def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> Parts:
     p = recipe.teacher.parallel
     size = BYTES[recipe.teacher_precision]
     tokens = recipe.data.sequence_length // p.cp * recipe.distill.micro_batch_size
-    layer = activation_bytes_per_token(
-        teacher,
-        p,
-        size,
-        transformer_engine=uses_transformer_engine(recipe),
-        fp8=recipe.teacher.fp8 is not None,
+    layer = max(
+        activation_bytes_per_token(
+            teacher.with_block(block),
+            p,
+            size,
+            transformer_engine=uses_transformer_engine(recipe),
+            fp8=recipe.teacher.fp8 is not None,
+        )
+        for block in stage_blocks(teacher, p)[stage]
     )
     signal = tokens * payload_bytes_per_token(teacher, recipe) / p.tp
     is_last = stage == p.pp - 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distributed.layout import stage_layers
-from minitron_mp.models.arch import Arch
+from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.planning.memory import Parts
-from minitron_mp.planning.times import Times
+from minitron_mp.planning.stages import stage_blocks
+from minitron_mp.planning.times import Times, less_certain
 
 STUDENT = "student's layers"
 TEACHER = "teacher's layers"
@@ -85,34 +86,34 @@ class ModelPass:
 
 def stage_times(work: ModelPass, times: Times) -> StageTimes:
     """Time of one microbatch on each stage; the loss and the optimizer are not in it."""
+    layers = {block: _layer_times(work, block, times) for block in work.arch.block_counts()}
+    transfer = _transfer_s(work, times)
+    stages = []
+    for blocks in stage_blocks(work.arch, work.parallel):
+        stage = {
+            part: sum(count * layers[block][0][part] for block, count in blocks.items())
+            for part in (STUDENT, RECOMPUTE, TP, CP, HOST)
+        }
+        stages.append({**stage, PP: transfer})
+    basis = functools.reduce(less_certain, (basis for _, basis in layers.values()))
+    return StageTimes(stages, _traffic(work, times), basis)
+
+
+def _layer_times(work: ModelPass, block: BlockArch, times: Times) -> tuple[Parts, str]:
+    """(seconds of one layer of these sizes by part, what they are based on)."""
     p = work.parallel
-    layer, basis = times.layer(
-        work.arch, work.tokens, work.sequence_length, p, work.number_format, work.train
-    )
+    arch = work.arch.with_block(block)
+    layer, basis = times.layer(arch, work.tokens, work.sequence_length, p, work.number_format, work.train)
     recomputed = 0.0
     if work.recompute:
-        recomputed, _ = times.layer(
-            work.arch, work.tokens, work.sequence_length, p, work.number_format, False
-        )
+        recomputed, _ = times.layer(arch, work.tokens, work.sequence_length, p, work.number_format, False)
     exposed = times.hardware.tp_exposed_overlapped if work.tp_comm_overlap else times.hardware.tp_exposed
     tensor = 4 * work.num_passes * times.collective_s(work.hidden_state_bytes, p.tp, 1) * exposed
-    context = work.num_passes * times.collective_s(_key_value_bytes(work), p.cp, p.tp)
+    context = work.num_passes * times.collective_s(_key_value_bytes(work, block), p.cp, p.tp)
     issued_passes = (3 if work.train else 1) + (1 if work.recompute else 0)
     issue_s = times.issue_s(work.number_format, issued_passes, cuda_graphs=work.cuda_graphs)
     host = max(0.0, issue_s - layer - recomputed - tensor - context)
-    transfer = _transfer_s(work, times)
-    stages = [
-        {
-            STUDENT: num_layers * layer,
-            RECOMPUTE: num_layers * recomputed,
-            TP: num_layers * tensor,
-            CP: num_layers * context,
-            HOST: num_layers * host,
-            PP: transfer,
-        }
-        for num_layers in stage_layers(work.arch.num_layers, p)
-    ]
-    return StageTimes(stages, _traffic(work, times), basis)
+    return {STUDENT: layer, RECOMPUTE: recomputed, TP: tensor, CP: context, HOST: host}, basis
 
 
 def link_name(times: Times, size: int, stride: int) -> str:
@@ -121,9 +122,9 @@ def link_name(times: Times, size: int, stride: int) -> str:
     return "network" if num_nodes > 1 else "NVLink"
 
 
-def _key_value_bytes(work: ModelPass) -> float:
+def _key_value_bytes(work: ModelPass, block: BlockArch) -> float:
     """Bytes of the keys and values that context parallelism gathers for one layer."""
-    key_value_size = work.arch.axis_size("qkv") - work.arch.axis_size("heads")
+    key_value_size = work.arch.dim_size("qkv", block) - work.arch.dim_size("heads", block)
     return work.value_bytes * work.tokens * work.parallel.cp * key_value_size / work.parallel.tp
 
 
@@ -149,7 +150,8 @@ def _transfer_s(work: ModelPass, times: Times) -> float:
 
 def _traffic(work: ModelPass, times: Times) -> dict[str, Traffic]:
     p = work.parallel
-    num_layers = stage_layers(work.arch.num_layers, p)[0]
+    blocks = stage_blocks(work.arch, p)[0]
+    num_layers = sum(blocks.values())
     states = work.hidden_state_bytes
     traffic = {}
     if p.tp > 1:
@@ -159,7 +161,8 @@ def _traffic(work: ModelPass, times: Times) -> dict[str, Traffic]:
         num_bytes = num_layers * (4 * work.num_passes + regathered) * states * (p.tp - 1) / p.tp
         traffic[TP] = Traffic(link_name(times, p.tp, 1), num_bytes)
     if p.cp > 1:
-        num_bytes = num_layers * work.num_passes * _key_value_bytes(work) * (p.cp - 1) / p.cp
+        gathered = sum(count * _key_value_bytes(work, block) for block, count in blocks.items())
+        num_bytes = work.num_passes * gathered * (p.cp - 1) / p.cp
         traffic[CP] = Traffic(link_name(times, p.cp, p.tp), num_bytes)
     if p.pp > 1:
         sequence_split = p.tp if p.sequence_parallel else 1

@@ -44,7 +44,7 @@ from minitron_mp.planning.model_pass import (
     link_name,
     stage_times,
 )
-from minitron_mp.planning.times import MEASURED, ROOFLINE, SCALED, OutputLayers, Times
+from minitron_mp.planning.times import OutputLayers, Times, less_certain
 
 BUCKET = 40_000_000
 """Parameters whose gradients Megatron reduces together, at least.
@@ -190,7 +190,7 @@ def _add_colocated_teacher(student: StepCost, case: PlanningCase, times: Times) 
     for name, sent in teacher.traffic.items():
         before = traffic[name].num_bytes if name in traffic else 0.0
         traffic[name] = Traffic(sent.link, sent.num_bytes + before)
-    return StepCost(seconds, traffic, _less_certain(student.basis, teacher.basis))
+    return StepCost(seconds, traffic, less_certain(student.basis, teacher.basis))
 
 
 def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> StepCost:
@@ -220,7 +220,7 @@ def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> 
     return StepCost(
         student.seconds | {WAIT: wait, STREAM: stream},
         student.traffic | {STREAM: Traffic("network", received)},
-        _less_certain(student.basis, forward.basis),
+        less_certain(student.basis, forward.basis),
     )
 
 
@@ -273,7 +273,7 @@ def estimate_training(
     # Adam reads gradient, weight and moments, and writes them and the model's weight: 34 bytes.
     # Gradient buffers are zeroed and read for the norm: 8 bytes.
     seconds[OPTIMIZER] = (34 * parameters / group + 8 * parameters) / times.hbm
-    return StepCost(seconds, traffic, _less_certain(passes.basis, loss_basis))
+    return StepCost(seconds, traffic, less_certain(passes.basis, loss_basis))
 
 
 def _data_parallel_s(
@@ -312,7 +312,3 @@ def _pipeline(stages: list[Parts], microbatches: int, p: ParallelConfig) -> Part
         parts[UNEVEN] = microbatches * (max(sums) - sum(sums) / len(sums))
         parts[BUBBLE] = (sum(sums) - max(sums)) / (p.vpp or 1)
     return {name: value for name, value in parts.items() if value or name == STUDENT}
-
-
-def _less_certain(a: str, b: str) -> str:
-    return max(a, b, key=(MEASURED, SCALED, ROOFLINE).index)

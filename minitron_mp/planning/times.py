@@ -173,10 +173,10 @@ class Times:
         tp = parallel.tp
         sequence_split = tp if parallel.sequence_parallel else 1
         h = arch.hidden_size
-        heads = arch.axis_size("heads")
-        qkv = arch.axis_size("qkv")
-        gate_up = arch.axis_size("gate_up")
-        ffn = arch.axis_size("ffn")
+        heads = arch.dim_size("heads")
+        qkv = arch.dim_size("qkv")
+        gate_up = arch.dim_size("gate_up")
+        ffn = arch.dim_size("ffn")
         rate = self.rates["fp8" if dtype not in ("bf16", "fp32") else dtype]
         size = 4 if dtype == "fp32" else 2
         flops = 0.0
@@ -251,3 +251,8 @@ def read_times(gpu: str, hardware: Hardware, path: Path | None = None) -> Times:
             f"{path} holds no layer times ({type(error).__name__}: {error}); write them with: "
             f"python benchmarks/layers.py RECIPE --out {path}"
         ) from error
+
+
+def less_certain(a: str, b: str) -> str:
+    """The less certain of two sources of times."""
+    return max(a, b, key=(MEASURED, SCALED, ROOFLINE).index)

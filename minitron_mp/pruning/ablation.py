@@ -1,13 +1,15 @@
-"""What a model loses without some of its layers: every candidate measured, with the layers before its first gap computed once.
+"""What a model loses without some of its layers, for many candidates at once.
 
-One walk through the layers of a microbatch serves all candidates: at a layer where a candidate's first gap lies, it branches off the
-base run's hidden states and goes on over the layers that it keeps. So for blocks of n layers at every start the work is
-L + (L - n)(L - n + 1)/2 layer forwards a microbatch; one by one they would take (L - n + 1)(L - n).
+One walk through the layers of a microbatch serves all candidates. Where a candidate's first gap
+lies, it branches off the base run's hidden states and continues over the layers that it keeps. So
+for blocks of n layers at every start the work is L + (L - n)(L - n + 1)/2 layer forwards per
+microbatch; one by one they would take (L - n + 1)(L - n).
 
-A model chunk receives, as one tensor, the base run and the candidates that have branched off before it, runs its layers, and sends
-what it has on. Ranks work on microbatches one after the other, so pipeline stages work at the same time.
+A model chunk receives, as one tensor, the base run and the candidates that have branched off before
+it, runs its layers, and sends its results on. Ranks work on microbatches one after the other, so
+pipeline stages work at the same time.
 
-    s' as schedule.run says   b microbatch   h hidden
+    s' as in run_schedule()   b microbatch   h hidden
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from minitron_mp.distributed.schedule import local_batch, run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, summed
 from minitron_mp.models.build import output_weight, unwrap
+from minitron_mp.models.sharded_model import ShardedModel
 
 Layers = frozenset[int]
 """Layers that are left out, from 0."""
@@ -33,23 +36,24 @@ BASE = -1
 """Key of the base run."""
 
 Judge = Callable[[int, Any, Tensor, Batch], None]
-"""Called on the last stage with a run's key, its model chunk, its hidden states after the final norm [s', b, h], and the local batch."""
+"""Called on the last stage with a run's key, its chunk, its hidden states after the final norm
+[s', b, h], and the local batch."""
 
 
 def losses_without(
-    chunks: list[Any],
+    model: ShardedModel,
     groups: Iterable[Sequence[Batch]],
-    world: World,
     candidates: Sequence[Layers],
     *,
     gone: Layers = frozenset(),
-    vocab_size: int,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[float]]:
-    """Mean cross-entropy in nats a token without the layers `gone`, and without those of each candidate; the same on every rank.
+    """Mean cross-entropy in nats per token without the layers `gone`, and without each candidate.
 
-    Each candidate holds `gone` and more. groups: as for evaluate.compare(). progress: called after each group. Reached by all ranks.
+    The same on every rank. Each candidate contains `gone` and more. groups: as for compare().
+    progress: called after each group. Reached by all ranks.
     """
+    world = model.world
     sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
@@ -60,70 +64,68 @@ def losses_without(
             batch,
             None,
             objective,
-            vocab_size=vocab_size,
+            vocab_size=model.arch.vocab_size,
             group=world.groups.tp,
         )
         sums[key + 1] += torch.stack([loss.cross_entropy.sum(), loss.num_tokens]).double()
 
-    _walk(chunks, groups, world, [gone, *candidates], judge, progress)
+    _walk(model, groups, [gone, *candidates], judge, progress)
     summed(sums, world)
     base, *others = (sums[:, 0] / sums[:, 1]).tolist()
     return base, others
 
 
 def scores_without(
-    chunks: list[Any],
+    model: ShardedModel,
     rows: Sequence[Row],
-    world: World,
     candidates: Sequence[Layers],
     *,
     gone: Layers = frozenset(),
     micro_batch_size: int,
-    vocab_size: int,
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """What spans.score_rows() says, [rows, 2], without the layers `gone`, and without those of each candidate; the same on every rank.
+    """Log-likelihoods as in score_rows() [rows, 2] without `gone`, and without each candidate.
 
-    Candidates, gone and progress as for losses_without(). Reached by all ranks.
+    The same on every rank. Candidates, gone and progress as for losses_without(). Reached by all
+    ranks.
     """
+    world = model.world
     found = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
-        found[key + 1].index_add_(
-            0, batch["rows"].to(world.device), span_sums(chunk, hidden, batch, world, vocab_size)
-        )
+        sums = span_sums(chunk, hidden, batch, world, model.arch.vocab_size)
+        found[key + 1].index_add_(0, batch["rows"].to(world.device), sums)
 
-    _walk(
-        chunks, row_batches(rows, world, micro_batch_size, eod), world, [gone, *candidates], judge, progress
-    )
+    groups = row_batches(rows, world, micro_batch_size, eod)
+    _walk(model, groups, [gone, *candidates], judge, progress)
     base, *others = summed(found, world).cpu()
     return base, others
 
 
 def _walk(
-    chunks: list[Any],
+    model: ShardedModel,
     groups: Iterable[Sequence[Batch]],
-    world: World,
     missing: Sequence[Layers],
     judge: Judge,
     progress: Callable[[], None],
 ) -> None:
     """judge() every microbatch without each set of layers; the first set is the base run's."""
-    walk = _Walk(chunks, world, missing, judge)
+    walk = _Walk(model, missing, judge)
     with torch.no_grad():
         for batches in groups:
-            walk.prepare(batches[: world.parallel.interleaved])
+            walk.prepare(batches[: model.world.parallel.interleaved])
             for batch in batches:
-                walk(local_batch(batch, world))
+                walk(local_batch(batch, model.world))
             progress()
 
 
 class _Walk:
-    """Microbatch by microbatch."""
+    """All runs of one microbatch after the other."""
 
-    def __init__(self, chunks: list[Any], world: World, missing: Sequence[Layers], judge: Judge):
-        self.chunks, self.world, self.judge = [unwrap(chunk) for chunk in chunks], world, judge
+    def __init__(self, model: ShardedModel, missing: Sequence[Layers], judge: Judge):
+        self.chunks = [unwrap(chunk) for chunk in model.chunks]
+        self.world, self.judge = model.world, judge
         self.missing = {key - 1: layers for key, layers in enumerate(missing)}
         self.branch = {
             key: min(layers - self.missing[BASE]) for key, layers in self.missing.items() if key != BASE
@@ -132,9 +134,14 @@ class _Walk:
         self.length = 0
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """For batches as long as these; reached by all ranks, and at a new length one forward pass."""
-        if (length := batches[0]["tokens"].shape[1]) != self.length:
-            self.length, self.arguments = length, _arguments_of_layers(self.chunks, self.world, batches)
+        """Prepare for batches as long as these; at a new length that takes one forward pass.
+
+        Reached by all ranks.
+        """
+        length = batches[0]["tokens"].shape[1]
+        if length != self.length:
+            self.length = length
+            self.arguments = _arguments_of_layers(self.chunks, self.world, batches)
 
     def __call__(self, batch: Batch) -> None:
         for number, chunk in enumerate(self.chunks):
@@ -165,8 +172,9 @@ class _Walk:
         )
 
     def _receive(self, first: int, batch: Batch) -> dict[int, Tensor]:
-        """[runs, s', b, h]: the base run and what has branched off before this chunk's first layer."""
-        pp, p, config = self.world.groups.pp, self.world.parallel, self.chunks[0].config
+        """Key -> [s', b, h]: the base run and what has branched off before this chunk."""
+        pp, p = self.world.groups.pp, self.world.parallel
+        config = self.chunks[0].config
         keys = [BASE, *sorted(key for key, branch in self.branch.items() if branch < first)]
         b, tokens = batch["tokens"].shape
         shape = (len(keys), tokens // (p.tp if p.sequence_parallel else 1), b, config.hidden_size)
@@ -176,9 +184,9 @@ class _Walk:
 
 
 def _arguments_of_layers(chunks: list[Any], world: World, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """What Megatron gives each chunk's layers beside the hidden states (rotary embeddings), caught in one forward pass.
+    """What Megatron gives each chunk's layers beside the hidden states (rotary embeddings).
 
-    It depends on the sequence length only.
+    Caught in one forward pass. It depends on the sequence length only.
     """
     caught: list[dict[str, Any]] = [{} for _ in chunks]
 

@@ -21,7 +21,7 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     Both are read once. torch would copy them to float32, and read the copies once for each
     operation.
     """
-    assert a.stride(1) == 1 and b.stride(1) == 1, "the channels of a row must be contiguous"
+    assert a.stride(1) == b.stride(1) == 1, "the channels of a row must be contiguous"
     block = min(BLOCK, triton.next_power_of_2(a.shape[1]))
     found = torch.empty(len(a), dtype=torch.float32, device=a.device)
     _cosine_distance[(len(a),)](

@@ -1,11 +1,4 @@
-"""Importance scores, and the plan that says what to keep. Runs on a laptop: numpy only, no torchrun.
-
-Width: 2407.14679 section 2.3 (rank, keep the top). Depth: keep layers. Heads are ranked inside each query group and every
-kept group keeps as many, so that grouped-query attention stays regular. A query group (its key, value and queries) scores the l2
-norm of its heads' scores, as a head does of its channels'; the papers keep all groups.
-Scores agree between layouts to rounding only, so ties break by the lower index, and a cut whose gap is inside the rounding
-noise is reported by close_cuts() and close_depth().
-"""
+"""Which layers stay, and the measurements of the stage `depth` that this may need. numpy only."""
 
 from __future__ import annotations
 
@@ -23,48 +16,61 @@ from minitron_mp.errors import InputError
 from minitron_mp.pruning.ranking import ROUNDING_NOISE, close_scores, top_indices
 
 
-class DepthTrials(BaseModel):
-    """The stage `depth`: losses without some layers. base: with all. trials: (layers left out, loss).
+class Trial(BaseModel):
+    """What was measured without some layers."""
 
-    Losses are cross-entropies on text, in nats a token; or, with the metric task, means of -log p of the right options, in nats an
-    item, and then accuracies has the share of items that is right in each trial. greedy: one trial a round, each with the layers of
-    the one before and one more; second has the next best of each round, but of a last one that had no other.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dropped: list[int]
+    """Layers left out, ascending."""
+    loss: float
+    """Cross-entropy on text, in nats per token; with the metric task the mean of -log p of the right
+    options, in nats per item."""
+    accuracy: float | None = None
+    """Share of the items that is right, with the metric task."""
+    next_best: Trial | None = None
+    """Of a greedy round: the second best of its trials, where it had another."""
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Sorts trials, the best one first: by accuracy where there is one, then by loss."""
+        return -(self.accuracy or 0.0), self.loss
+
+
+class DepthTrials(BaseModel):
+    """The stage `depth`: the whole model, and the model without some of its layers.
+
+    greedy: one trial a round, each with the layers of the one before and one more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: float
-    trials: list[tuple[list[int], float]]
-    base_accuracy: float | None = None
-    accuracies: list[float] = []
-    second: list[tuple[list[int], float]] = []
-    second_accuracies: list[float] = []
+    base: Trial
+    trials: list[Trial]
 
-    def ranked(self) -> list[int]:
-        """Numbers of the trials, the best one first: by accuracy where there is one, then by loss, then in order."""
-        return sorted(
-            range(len(self.trials)),
-            key=lambda i: (-self.accuracies[i] if self.accuracies else 0.0, self.trials[i][1]),
-        )
+    def ranked(self) -> list[Trial]:
+        """The trials, the best one first; of two alike the earlier one."""
+        return sorted(self.trials, key=lambda trial: trial.rank)
 
     def save(self, path: Path, manifest: Manifest) -> None:
-        write_text(
-            path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump()}, indent=1)
-        )
+        content = {"manifest": manifest.model_dump(mode="json"), **self.model_dump(exclude_none=True)}
+        write_text(path, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> DepthTrials:
         content = read_json(path, "depth --force")
-        return cls.model_validate({name: value for name, value in content.items() if name != "manifest"})
+        del content["manifest"]
+        return cls.model_validate(content)
 
 
 def droppable_layers(depth: DepthConfig, num_layers: int, count: int) -> list[int]:
-    """Layers that are not protected; InputError when they are fewer than `count`, which are to go."""
+    """Layers that are not protected; InputError if they are fewer than the `count` to drop."""
     free = list(range(depth.protect_first, num_layers - depth.protect_last))
     if count > len(free):
         raise InputError(
-            f"depth.protect_first {depth.protect_first} and protect_last {depth.protect_last} leave {len(free)} of {num_layers} layers that may go, "
-            f"the target drops {count}; protect fewer, or keep more layers"
+            f"depth.protect_first {depth.protect_first} and protect_last {depth.protect_last} leave "
+            f"{len(free)} of {num_layers} layers that may go, the target drops {count}; "
+            "protect fewer, or keep more layers"
         )
     return free
 
@@ -72,7 +78,10 @@ def droppable_layers(depth: DepthConfig, num_layers: int, count: int) -> list[in
 def depth_candidates(
     depth: DepthConfig, num_layers: int, count: int, gone: Collection[int] = ()
 ) -> list[frozenset[int]]:
-    """What the stage `depth` measures: sets of layers to leave out. gone: those that a greedy search has dropped already."""
+    """The sets of layers that the stage `depth` leaves out.
+
+    gone: layers that a greedy search has dropped already.
+    """
     free = droppable_layers(depth, num_layers, count)
     if depth.method == "block":
         return [frozenset(range(first, first + count)) for first in free[: len(free) - count + 1]]
@@ -80,63 +89,63 @@ def depth_candidates(
 
 
 def kept_layers(
-    cosine: np.ndarray,
-    num_layers: int,
-    keep: int,
-    target: TargetConfig,
-    depth: DepthConfig,
-    trials: DepthTrials | None,
-) -> np.ndarray:
-    """Layers of the student, ascending; a tie goes to the lower layer."""
+    cosine: np.ndarray, keep: int, target: TargetConfig, depth: DepthConfig, trials: DepthTrials | None
+) -> list[int]:
+    """Layers of the student, ascending; a tie goes to the lower layer. cosine: scores [L]."""
+    num_layers = len(cosine)
     count = num_layers - keep
     if target.drop_layers is not None or count == 0:
-        dropped = np.array(target.drop_layers or [], int)
+        dropped = target.drop_layers or []
     elif depth.method == "cosine":
         free = np.array(droppable_layers(depth, num_layers, count))
-        dropped = np.setdiff1d(free, free[top_indices(cosine[free], len(free) - count)])
+        dropped = np.setdiff1d(free, free[top_indices(cosine[free], len(free) - count)]).tolist()
     else:
         assert trials is not None, "run the stage depth first"
-        ranked = trials.ranked()
         if depth.method == "drop":
-            dropped = np.array([trials.trials[i][0][0] for i in ranked[:count]])
+            dropped = [layer for trial in trials.ranked()[:count] for layer in trial.dropped]
+        elif depth.method == "block":
+            dropped = trials.ranked()[0].dropped
         else:
-            dropped = np.array(trials.trials[ranked[0] if depth.method == "block" else count - 1][0])
-    return np.setdiff1d(np.arange(num_layers), dropped)
+            dropped = trials.trials[count - 1].dropped
+    return [layer for layer in range(num_layers) if layer not in dropped]
 
 
 def close_depth_cuts(
-    cosine: np.ndarray,
-    num_layers: int,
-    keep: int,
-    target: TargetConfig,
-    depth: DepthConfig,
-    trials: DepthTrials | None,
+    cosine: np.ndarray, keep: int, target: TargetConfig, depth: DepthConfig, trials: DepthTrials | None
 ) -> list[str]:
-    """One sentence for each choice of kept_layers() between two scores, or two trials, nearer than the rounding noise; among the layers that may go."""
-    count = num_layers - keep
+    """One sentence for each choice of kept_layers() that is nearer than the rounding noise.
+
+    A choice is between two scores, or two trials, among the layers that may go.
+    """
+    count = len(cosine) - keep
     if target.drop_layers is not None or count == 0:
         return []
     if depth.method == "cosine":
-        free = droppable_layers(depth, num_layers, count)
+        free = droppable_layers(depth, len(cosine), count)
         return close_scores("layers", cosine[free][None], len(free) - count)
     assert trials is not None, "run the stage depth first"
-    found, second = (
-        list(zip(tried, shares or [1.0] * len(tried)))
-        for tried, shares in ((trials.trials, trials.accuracies), (trials.second, trials.second_accuracies))
-    )
+    choices = _choices(depth, count, trials)
+    return [_close_choice(best, other) for best, other in choices if _is_close(best, other)]
+
+
+def _choices(depth: DepthConfig, count: int, trials: DepthTrials) -> list[tuple[Trial, Trial]]:
+    """(last trial that was taken, next best) of each decision."""
     if depth.method == "greedy":
-        pairs = list(zip(found, second))[:count]
-    else:
-        ranked, last = [found[i] for i in trials.ranked()], 1 if depth.method == "block" else count
-        pairs = list(zip(ranked[last - 1 : last], ranked[last : last + 1]))
-    notes = []
-    for ((chosen, loss), share), ((other, other_loss), other_share) in pairs:
-        if share == other_share and abs(loss - other_loss) <= ROUNDING_NOISE * max(
-            abs(loss), abs(other_loss)
-        ):
-            alike = f"the accuracy is {share:.1%}, and " if trials.accuracies else ""
-            without = f"without {', '.join(map(str, chosen))} (chosen) and without {', '.join(map(str, other))} (next best)"
-            notes.append(
-                f"layers: {without} {alike}the losses are {loss:.9g} and {other_loss:.9g}, nearer than rounding"
-            )
-    return notes
+        return [(trial, trial.next_best) for trial in trials.trials[:count] if trial.next_best is not None]
+    ranked = trials.ranked()
+    taken = 1 if depth.method == "block" else count
+    return [(ranked[taken - 1], ranked[taken])] if taken < len(ranked) else []
+
+
+def _is_close(best: Trial, other: Trial) -> bool:
+    noise = ROUNDING_NOISE * max(abs(best.loss), abs(other.loss))
+    return best.accuracy == other.accuracy and abs(best.loss - other.loss) <= noise
+
+
+def _close_choice(best: Trial, other: Trial) -> str:
+    accuracy = "" if best.accuracy is None else f"the accuracy is {best.accuracy:.1%}, and "
+    return (
+        f"layers: without {', '.join(map(str, best.dropped))} (chosen) and "
+        f"without {', '.join(map(str, other.dropped))} (next best) {accuracy}"
+        f"the losses are {best.loss:.9g} and {other.loss:.9g}, nearer than rounding"
+    )

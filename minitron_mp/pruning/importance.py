@@ -1,28 +1,30 @@
-"""Activation importance of a sharded model: forward hooks, one accumulator vector a hook, reductions late and small.
+"""Activation importance of a sharded model: forward hooks, and reductions late and small.
 
-Formulas: 2407.14679 section 2.2. For a hooked tensor a [s, b, d], first over the sequence, then over samples:
+Each hook accumulates one vector. Formulas: 2407.14679 section 2.2. For a probed tensor a [s, b, d],
+first over the sequence, then over samples:
 
     m[b, c] = mean_s |a|        (sequence aggregation: mean; or l2 = sqrt(sum_s a^2), or var over s)
     score[c] = sqrt(sum_b m^2)  (batch aggregation: l2; or mean, or var over b)
 
-    ffn     input of linear_fc2                                       [L, f]
-    heads   input of linear_proj, l2 over the head width              [L, np]
-    hidden  outputs of both norms of a layer, summed over all hooks   [h]
-    layers  1 - cosine(input, output) of a layer, mean over tokens    [L]
+The table of axes has the probes. A unit of several channels (a head) scores their l2 norm. An axis
+that all layers share (hidden) scores the sum over its probes in all layers. Layers themselves score
+1 - cosine(input, output), mean over tokens.
 
-What is split over ranks decides what is reduced when. The inner aggregation is not linear afterwards, so partial sums over a
-split sequence (context parallel; sequence parallel for the norms) are added before it, all hooks of a microbatch in one
-collective a group. Sums over samples are added over data parallel ranks once, at the end. Channels split over tensor parallel
-ranks stay there until the end, when the vectors are put together.
+What is split over ranks decides what is reduced when. The inner aggregation is not linear
+afterwards, so partial sums over a split sequence (context parallel; sequence parallel for the
+norms) are added before it, all hooks of a microbatch in one collective per group. Sums over samples
+are added over data parallel ranks once, at the end. Channels split over tensor parallel ranks stay
+there until the end, when the vectors are put together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,33 +32,45 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from minitron_mp.config.pruning import ScoreConfig
-from minitron_mp.distributed.world import World
+from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.errors import InputError
-from minitron_mp.losses import kernels as kernels
-from minitron_mp.models.arch import Arch
+from minitron_mp.models.axes import AXES, NO_LAYER, SUBLAYERS, Axis, LinearInput, NormOutput
 from minitron_mp.models.build import unwrap
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.scores import Scores
+
+IN_ORDER = sorted(AXES.values(), key=lambda axis: not axis.per_layer)
+"""The order of the axes in every reduction: those of single layers first."""
 
 
 @dataclass
 class Site:
-    """One hooked tensor. kind: ffn, heads, hidden; layer: global number, from 0."""
+    """One probed tensor of a layer (global number, from 0)."""
 
-    kind: str
+    axis: Axis
+    probe: LinearInput | NormOutput
     layer: int
     partial: Tensor | None = None
-    """[statistics, b, d] float32: sums over this rank's part of the sequence, of the microbatch in flight."""
+    """[statistics, b, d] float32: sums over this rank's part of the sequence of a microbatch."""
     totals: Tensor | None = None
     """[2, d] float64: sum and sum of squares over samples of the inner aggregation."""
+
+    def read_partial(self) -> Tensor:
+        assert self.partial is not None, "no microbatch is in flight"
+        return self.partial
+
+    def read_totals(self) -> Tensor:
+        assert self.totals is not None, "no microbatch has run"
+        return self.totals
 
 
 @dataclass
 class Recorder:
     """Accumulates scores while microbatches run through the hooked chunks; made by recording()."""
 
-    arch: Arch
-    score: ScoreConfig
-    world: World
+    model: ShardedModel
+    config: ScoreConfig
     sites: list[Site] = field(default_factory=list)
     cosine: dict[int, Tensor] = field(default_factory=dict)
     """layer -> [2] float64: sum over tokens of 1 - cosine, number of tokens."""
@@ -67,116 +81,143 @@ class Recorder:
 
         InputError names the first layer whose activations were not finite.
         """
-        groups, arch, tp = self.world.groups, self.arch, self.world.groups.tp
-        samples = torch.tensor(float(self.num_samples), dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(samples, group=groups.dp)
-        for site in self.sites:
-            assert site.totals is not None, "no microbatch has run"
-        if self.sites:
-            stacked = torch.cat([site.totals.view(-1) for site in self.sites])
-            dist.all_reduce(stacked, group=groups.dp)
-            for site, totals in zip(self.sites, stacked.split([site.totals.numel() for site in self.sites])):
-                site.totals = totals.view(2, -1)
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=self.world.device)
-
-        ffn, heads, hidden = (
-            zeros(arch.num_layers, arch.ffn_hidden_size),
-            zeros(arch.num_layers, arch.num_attention_heads),
-            zeros(arch.hidden_size),
+        samples = torch.tensor(float(self.num_samples), dtype=torch.float64, device=self.model.world.device)
+        dist.all_reduce(samples, group=self.model.world.groups.dp)
+        self._add_over_data_parallel_ranks()
+        units = self._units(samples)
+        layers = self._layers()
+        self._refuse_non_finite(units, layers)
+        return Scores(
+            {axis: {layer: _to_numpy(row) for layer, row in units[axis].items()} for axis in AXES},
+            _to_numpy(layers),
         )
+
+    def _add_over_data_parallel_ranks(self) -> None:
+        if not self.sites:
+            return
+        stacked = torch.cat([site.read_totals().view(-1) for site in self.sites])
+        dist.all_reduce(stacked, group=self.model.world.groups.dp)
+        sizes = [site.read_totals().numel() for site in self.sites]
+        for site, totals in zip(self.sites, stacked.split(sizes)):
+            site.totals = totals.view(2, -1)
+
+    def _units(self, samples: Tensor) -> dict[str, dict[int, Tensor]]:
+        """axis -> layer -> scores [units] float64. samples: their number over all ranks."""
+        arch, groups = self.model.arch, self.model.world.groups
+        found = {
+            axis.name: {layer: self._zeros(axis.num_units(arch, layer)) for layer in axis.layers(arch)}
+            for axis in IN_ORDER
+        }
         for site in self.sites:
-            scores = self._over_samples(site.totals, samples)  # [d]
-            if site.kind == "ffn":
-                _part(ffn[site.layer], tp).copy_(scores)
-            elif site.kind == "heads":
-                _part(heads[site.layer], tp).copy_(scores.view(-1, arch.kv_channels).norm(dim=1))
+            axis = site.axis
+            scores = self._over_samples(site.read_totals(), samples)  # [d]
+            if axis.width(arch) > 1:
+                scores = scores.view(-1, axis.width(arch)).norm(dim=1)
+            row = found[axis.name][site.layer if axis.per_layer else NO_LAYER]
+            if axis.split_over_tp:
+                _part(row, groups.tp).add_(scores)
             else:
-                hidden += scores / tp.size()  # equal on all tensor parallel ranks, which are summed below
-        layers = zeros(2, arch.num_layers)
-        for layer, pair in self.cosine.items():
-            layers[:, layer] = pair
-        if self.world.parallel.sequence_parallel is False:
-            layers /= tp.size()  # likewise; under sequence parallelism each rank saw its own tokens
-        everything = torch.cat([x.reshape(-1) for x in (ffn, heads, hidden)])
+                row.add_(scores / groups.tp.size())  # equal on all tp ranks, summed below
+        rows = [row for by_layer in found.values() for row in by_layer.values()]
+        everything = torch.cat(rows)
         dist.all_reduce(everything, group=groups.tp)
         dist.all_reduce(everything, group=groups.pp)
+        for row, whole in zip(rows, everything.split([row.numel() for row in rows])):
+            row.copy_(whole)
+        return found
+
+    def _layers(self) -> Tensor:
+        """[L] float64: 1 - cosine of each layer, mean over tokens."""
+        groups = self.model.world.groups
+        layers = self._zeros(2, self.model.arch.num_layers)
+        for layer, pair in self.cosine.items():
+            layers[:, layer] = pair
+        if not self.model.world.parallel.sequence_parallel:
+            # Equal on all tp ranks; under sequence parallelism each rank saw its own tokens.
+            layers /= groups.tp.size()
         for group in (groups.dp_cp, groups.tp, groups.pp):
             dist.all_reduce(layers, group=group)
-        sizes = [x.numel() for x in (ffn, heads, hidden)]
-        ffn, heads, hidden = (
-            part.view(like.shape) for part, like in zip(everything.split(sizes), (ffn, heads, hidden))
-        )
-        layers = layers[0] / layers[1]
-        self._refuse_non_finite(ffn, heads, layers)
-        return Scores(*(x.float().cpu().numpy() for x in (ffn, heads, hidden, layers)))
+        return layers[0] / layers[1]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.model.world.device)
 
     def _over_samples(self, totals: Tensor, samples: Tensor) -> Tensor:
         total, squares = totals
-        if self.score.batch_aggregation == "l2":
+        if self.config.batch_aggregation == "l2":
             return squares.sqrt()
         mean = total / samples
-        return mean if self.score.batch_aggregation == "mean" else (squares / samples - mean**2).clamp(min=0)
+        return mean if self.config.batch_aggregation == "mean" else (squares / samples - mean**2).clamp(min=0)
 
-    def _refuse_non_finite(self, ffn: Tensor, heads: Tensor, layers: Tensor) -> None:
-        finite = heads.isfinite().all(1) & ffn.isfinite().all(1) & layers.isfinite()
-        if not finite.all():
-            layer = int((~finite).nonzero()[0])
-            where = "attention" if not heads[layer].isfinite().all() else "MLP"
-            raise InputError(
-                f"activations of layer {layer} ({where}) are NaN or infinite on the calibration text; the model is damaged, or overflows in this precision: "
-                "check the source weights, or set precision: fp32"
-            )
+    def _refuse_non_finite(self, units: dict[str, dict[int, Tensor]], layers: Tensor) -> None:
+        for layer in range(self.model.arch.num_layers):
+            damaged = [
+                axis.sublayer
+                for axis in AXES.values()
+                if axis.per_layer and not units[axis.name][layer].isfinite().all()
+            ]
+            if damaged or not layers[layer].isfinite():
+                first = next((name for name in SUBLAYERS if name in damaged), SUBLAYERS[-1])
+                raise InputError(
+                    f"activations of layer {layer} ({first}) are NaN or infinite on the calibration text; "
+                    "the model is damaged, or overflows in this precision: "
+                    "check the source weights, or set precision: fp32"
+                )
 
-    def start_site(self, kind: str, layer: int) -> Callable[[Tensor], None]:
+    def start_site(self, axis: Axis, probe: LinearInput | NormOutput, layer: int) -> Callable[[Tensor], None]:
         """Register a site; returns what its hook calls with the tensor [s, b, d]."""
-        site = Site(kind, layer)
+        site = Site(axis, probe, layer)
         self.sites.append(site)
 
         def record(a: Tensor) -> None:
-            site.partial = _sequence_sums(a.detach(), self.score.sequence_aggregation)
+            site.partial = _sequence_sums(a.detach(), self.config.sequence_aggregation)
 
         return record
 
     def record_cosine(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """before, after [s, b, h]: sequence part of this rank; each token counts once over all ranks that split it."""
+        """Add a layer's tokens; each counts once over all ranks that split the sequence.
+
+        before, after [s, b, h]: the sequence part of this rank.
+        """
         distance = _cosine_distance(before.detach().flatten(0, 1), after.detach().flatten(0, 1))
-        pair = torch.stack(
-            [distance.sum(dtype=torch.float64), distance.new_tensor(distance.numel(), dtype=torch.float64)]
-        )
+        count = distance.new_tensor(distance.numel(), dtype=torch.float64)
+        pair = torch.stack([distance.sum(dtype=torch.float64), count])
         self.cosine[layer] = self.cosine[layer] + pair if layer in self.cosine else pair
 
-    def end_microbatch(self, sites: list[Site], tokens: int, is_first_chunk: bool) -> None:
-        """Close the inner aggregation of one chunk's sites. tokens: the whole sequence length s."""
-        groups = self.world.groups
-        norms = [site for site in sites if site.kind == "hidden"]
-        if self.world.parallel.sequence_parallel:
-            _add_over(norms, groups.tp)
-        _add_over(sites, groups.cp)
+    def end_microbatch(self, sites: list[Site], *, counts_samples: bool) -> None:
+        """Close the inner aggregation of one chunk's sites, over the whole sequence."""
+        world = self.model.world
+        if world.parallel.sequence_parallel:
+            _add_over([site for site in sites if isinstance(site.probe, NormOutput)], world.groups.tp)
+        _add_over(sites, world.groups.cp)
         for site in sites:
-            m = _over_sequence(site.partial, tokens, self.score.sequence_aggregation).double()  # [b, d]
+            sums = site.read_partial()
+            m = _over_sequence(
+                sums, self.model.sequence_length, self.config.sequence_aggregation
+            ).double()  # [b, d]
             totals = torch.stack([m.sum(0), m.square().sum(0)])
             site.totals = totals if site.totals is None else site.totals + totals
-            self.num_samples += m.shape[0] if is_first_chunk and site is sites[0] else 0
             site.partial = None
+        if counts_samples and sites:
+            self.num_samples += sums.shape[1]
 
 
 @contextmanager
-def recording(
-    chunks: list[Any], arch: Arch, score: ScoreConfig, world: World, sequence_length: int
-) -> Iterator[Recorder]:
-    """Hook the chunks, yield the recorder, take every hook off again. Run whole microbatches of [b, sequence_length] inside."""
-    recorder, handles = Recorder(arch, score, world), []
+def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
+    """Hook the model, yield the recorder, take every hook off again.
+
+    Run whole microbatches of [b, model.sequence_length] inside.
+    """
+    recorder, handles = Recorder(model, config), []
     try:
-        for number, chunk in enumerate(map(unwrap, chunks)):
+        for number, chunk in enumerate(map(unwrap, model.chunks)):
             first = len(recorder.sites)
             for block in chunk.decoder.layers:
-                handles += _hook_layer(block, recorder)
-            mine = recorder.sites[first:]
+                handles += _hook_block(block, recorder)
+            of_chunk = recorder.sites[first:]
 
-            def end(*_: Any, mine: list[Site] = mine, is_first: bool = number == 0) -> None:
-                recorder.end_microbatch(mine, sequence_length, is_first)
+            def end(*_: Any, sites: list[Site] = of_chunk, is_first: bool = number == 0) -> None:
+                recorder.end_microbatch(sites, counts_samples=is_first)
 
             handles.append(chunk.register_forward_hook(end))
         yield recorder
@@ -186,30 +227,36 @@ def recording(
 
 
 def score(
-    chunks: list[Any],
-    arch: Arch,
-    settings: ScoreConfig,
-    world: World,
-    sequence_length: int,
-    run: Callable[[], None],
+    model: ShardedModel, batches: Iterable[Sequence[Batch]], config: ScoreConfig | None = None
 ) -> Scores:
-    """Importance of a model under run(), which sends all calibration microbatches through the chunks, forward only.
+    """Importance of a model by forward passes over calibration text.
 
-    The same scores on every rank (to rounding: the same at every layout). Reached by all ranks; leaves the model as it was.
+    batches: for each pass of the pipeline, this data parallel rank's microbatches; equally many on
+    every rank. config: default aggregations if None. The same scores on every rank (to rounding:
+    the same at every layout). Reached by all ranks; leaves the model as it was.
     """
-    with recording(chunks, arch, settings, world, sequence_length) as recorder, torch.no_grad():
-        run()
+    with recording(model, config or ScoreConfig()) as recorder, torch.no_grad():
+        for micro_batches in batches:
+            run_schedule(model.chunks, micro_batches, model.world, None)
     return recorder.importance()  # every rank has the same values, and raises alike
 
 
-def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
-    """Hooks of one TransformerLayer, its norms modules of their own or inside the linear layers behind them."""
+def _to_numpy(scores: Tensor) -> np.ndarray:
+    return scores.float().cpu().numpy()
+
+
+def _hook_block(block: Any, recorder: Recorder) -> list[Any]:
+    """Hooks of one TransformerLayer at all probes, and around it for the cosine."""
     layer = block.layer_number - 1
-    ffn, heads = recorder.start_site("ffn", layer), recorder.start_site("heads", layer)
-    norms = (
-        (block.input_layernorm, block.self_attention.linear_qkv),
-        (block.pre_mlp_layernorm, block.mlp.linear_fc1),
-    )
+    handles = []
+    for axis in IN_ORDER:
+        for probe in axis.probes:
+            record = recorder.start_site(axis, probe, layer)
+            if isinstance(probe, LinearInput):
+                handles.append(_hook_input(block.get_submodule(probe.module), record))
+            else:
+                norm, linear = (block.get_submodule(path) for path in (probe.norm, probe.linear))
+                handles.append(_hook_norm(norm, linear, record))
     entering: list[Tensor] = []
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
@@ -219,25 +266,28 @@ def _hook_layer(block: Any, recorder: Recorder) -> list[Any]:
         recorder.record_cosine(layer, entering.pop(), output[0] if isinstance(output, tuple) else output)
 
     return [
-        block.mlp.linear_fc2.register_forward_pre_hook(lambda _, args: ffn(args[0])),
-        block.self_attention.linear_proj.register_forward_pre_hook(lambda _, args: heads(args[0])),
-        *(_hook_norm(norm, linear, recorder.start_site("hidden", layer)) for norm, linear in norms),
+        *handles,
         block.register_forward_pre_hook(enter, with_kwargs=True),
         block.register_forward_hook(leave),
     ]
 
 
+def _hook_input(linear: Any, record: Callable[[Tensor], None]) -> Any:
+    return linear.register_forward_pre_hook(lambda _, args: record(args[0]))
+
+
 def _hook_norm(norm: Any, linear: Any, record: Callable[[Tensor], None]) -> Any:
     if not isinstance(norm, IdentityOp):
         return norm.register_forward_hook(lambda _, args, output: record(output))
-    # Transformer Engine's LayerNormLinear keeps its norm's output to itself (in FP8 even rounded), so the norm is computed once more.
+    # Transformer Engine's LayerNormLinear does not return its norm's output (in FP8 it is even
+    # rounded), so the norm is computed once more.
     return linear.register_forward_pre_hook(
         lambda module, args: record(_norm_inside(module, args[0].detach()))
     )
 
 
 def _norm_inside(linear: Any, x: Tensor) -> Tensor:
-    """What the norm inside a layer like Transformer Engine's LayerNormLinear makes of x [s, b, h]."""
+    """Output [s, b, h] of the norm inside a layer like Transformer Engine's LayerNormLinear."""
     weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
     if linear.normalization == "RMSNorm":
         return F.rms_norm(x, weight.shape, weight, linear.eps)
@@ -245,7 +295,10 @@ def _norm_inside(linear: Any, x: Tensor) -> Tensor:
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """[n, h] twice -> [n] float32, computed in float32: rounded to bf16, 1 - cosine of a layer that changes little would be noise."""
+    """[n, h] twice -> [n] float32, computed in float32.
+
+    Rounded to bf16, 1 - cosine of a layer that changes little would be noise.
+    """
     if not a.is_cuda:
         return 1 - torch.cosine_similarity(a.float(), b.float(), dim=-1)
     from minitron_mp.pruning.cosine_kernel import cosine_distance
@@ -254,13 +307,12 @@ def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:
-    """[s, b, d] in its own dtype -> [statistics, b, d] float32, read once each, no float32 copy of a."""
+    """[s, b, d] in its own dtype -> [statistics, b, d] float32, read once each without a copy."""
     if aggregation == "mean":
         if a.is_cuda:
             return torch.linalg.vector_norm(a, 1, dim=0, dtype=torch.float32)[None]
-        return a.abs().sum(0, dtype=torch.float32)[
-            None
-        ]  # 40 times faster than vector_norm on a CPU, for one copy in a's dtype
+        # 40 times faster than vector_norm on a CPU, for one copy in a's dtype.
+        return a.abs().sum(0, dtype=torch.float32)[None]
     squares = torch.linalg.vector_norm(a, 2, dim=0, dtype=torch.float32).square()
     return squares[None] if aggregation == "l2" else torch.stack([a.sum(0, dtype=torch.float32), squares])
 
@@ -275,13 +327,17 @@ def _over_sequence(sums: Tensor, tokens: int, aggregation: str) -> Tensor:
 
 
 def _add_over(sites: list[Site], group: Any) -> None:
-    """Add the partial sums of all sites over a group that splits the sequence, in one collective."""
+    """Add the partial sums of all sites over a group that splits the sequence.
+
+    One collective for all of them.
+    """
     if group.size() == 1 or not sites:
         return
-    flat = torch.cat([site.partial.reshape(-1) for site in sites])
+    sums = [site.read_partial() for site in sites]
+    flat = torch.cat([each.reshape(-1) for each in sums])
     dist.all_reduce(flat, group=group)
-    for site, part in zip(sites, flat.split([site.partial.numel() for site in sites])):
-        site.partial = part.view(site.partial.shape)
+    for site, each, part in zip(sites, sums, flat.split([each.numel() for each in sums])):
+        site.partial = part.view(each.shape)
 
 
 def _part(row: Tensor, tp: Any) -> Tensor:

@@ -1,16 +1,10 @@
-"""Importance scores, and the plan that says what to keep. Runs on a laptop: numpy only, no torchrun.
-
-Width: 2407.14679 section 2.3 (rank, keep the top). Depth: keep layers. Heads are ranked inside each query group and every
-kept group keeps as many, so that grouped-query attention stays regular. A query group (its key, value and queries) scores the l2
-norm of its heads' scores, as a head does of its channels'; the papers keep all groups.
-Scores agree between layouts to rounding only, so ties break by the lower index, and a cut whose gap is inside the rounding
-noise is reported by close_cuts() and close_depth().
-"""
+"""The plan: which layers, and which units of every axis, a student keeps. numpy only."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +15,27 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.pruning import DepthConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.axes import AXES, NO_LAYER, Axis
 from minitron_mp.pruning.depth import DepthTrials, close_depth_cuts, kept_layers
-from minitron_mp.pruning.ranking import close_width_cuts, kept_heads, merged_heads, top_indices
+from minitron_mp.pruning.ranking import close_width_cuts, kept_units, merged_units
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.target import resolve_target
 
+MOST_PROBLEMS = 8
+"""In one message."""
+
+Kept = dict[int, list[int]]
+"""Kept layer (NO_LAYER where all layers share the axis) -> kept units, ascending."""
+
+Pairs = dict[int, list[tuple[int, int]]]
+"""Kept layer -> (kept unit, pruned unit of its group whose residual it takes)."""
+
 
 class PrunePlan(BaseModel):
-    """Architecture before and after, and the kept indices, ascending, in the teacher's numbering.
+    """Architecture before and after, and what stays, in the teacher's numbering.
 
-    layers [L'], hidden [h'], ffn [L'][f'], heads [L'][np']: one row for each kept layer. Equal on every rank. The query groups
-    that stay are those of the heads that stay. merge [L'][pairs]: (kept head, pruned head whose residual it takes), or empty.
+    Equal on every rank. Layers may keep different numbers of units, as the student's blocks say.
+    The query groups that stay are those of the heads that stay.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,64 +43,61 @@ class PrunePlan(BaseModel):
     teacher: Arch
     student: Arch
     layers: list[int]
-    hidden: list[int]
-    ffn: list[list[int]]
-    heads: list[list[int]]
-    merge: list[list[tuple[int, int]]] = []
+    """Kept layers, ascending."""
+    keep: dict[str, Kept]
+    """Of every axis."""
+    merge: dict[str, Pairs] = {}
+    """Of axes whose units are merged."""
     notes: list[str] = []
 
     @model_validator(mode="after")
     def _fits(self) -> PrunePlan:
-        """A plan may be written by hand; slicing relies on every row being ascending and of the student's size."""
-        t, s = self.teacher, self.student
-        rows = [
-            ("layers", self.layers, s.num_layers, t.num_layers),
-            ("hidden", self.hidden, s.hidden_size, t.hidden_size),
-        ]
-        rows += [(f"ffn[{i}]", row, s.ffn_hidden_size, t.ffn_hidden_size) for i, row in enumerate(self.ffn)]
-        rows += [
-            (f"heads[{i}]", row, s.num_attention_heads, t.num_attention_heads)
-            for i, row in enumerate(self.heads)
-        ]
-        problems = [
-            f"{name} has {len(row)} entries, the student {size}"
-            for name, row, size, _ in rows
-            if len(row) != size
-        ]
-        problems += [
-            f"{name} is not strictly ascending from 0 to {limit - 1}"
-            for name, row, _, limit in rows
-            if sorted({i for i in row if 0 <= i < limit}) != row
-        ]
-        parts = [("ffn", self.ffn), ("heads", self.heads)] + [("merge", self.merge)] * bool(self.merge)
-        problems += [
-            f"{name} has {len(part)} rows for {s.num_layers} layers"
-            for name, part in parts
-            if len(part) != s.num_layers
-        ]
-        for i, row in enumerate(self.heads):
-            groups = Counter(head // t.heads_per_group for head in row)
-            if len(groups) != s.num_query_groups or set(groups.values()) != {s.heads_per_group}:
-                problems.append(
-                    f"heads[{i}] does not keep {s.heads_per_group} heads in each of {s.num_query_groups} query groups"
-                )
-        for i, (row, pairs) in enumerate(zip(self.heads, self.merge)):
-            alike = all(
-                kept in row and pruned not in row and kept // t.heads_per_group == pruned // t.heads_per_group
-                for kept, pruned in pairs
-            )
-            if not alike or len({kept for kept, _ in pairs}) != len(pairs):
-                problems.append(
-                    f"merge[{i}] is not (kept head, pruned head of the same query group), each kept head at most once"
-                )
+        """Check what slicing relies on: a plan may be written by hand."""
+        problems = _list_problems("layers", self.layers, self.student.num_layers, self.teacher.num_layers)
+        problems += _key_problems("keep", self.keep, list(AXES))
+        problems += _key_problems("merge", self.merge, [n for n in self.merge if n in _mergeable()])
+        if not problems:
+            for axis in AXES.values():
+                problems += self._axis_problems(axis)
         if problems:
-            raise ValueError("; ".join(problems[:8]))
+            raise ValueError("; ".join(problems[:MOST_PROBLEMS]))
         return self
 
+    def _axis_problems(self, axis: Axis) -> list[str]:
+        layers = self.layers if axis.per_layer else [NO_LAYER]
+        problems = _key_problems(f"keep.{axis.name}", self.keep[axis.name], layers)
+        if axis.name in self.merge:
+            problems += _key_problems(f"merge.{axis.name}", self.merge[axis.name], layers)
+        if problems:
+            return problems
+        for student_layer, layer in enumerate(layers):
+            problems += self._layer_problems(axis, layer, student_layer)
+        return problems
+
+    def _layer_problems(self, axis: Axis, layer: int, student_layer: int) -> list[str]:
+        kept = self.keep[axis.name][layer]
+        size = axis.num_units(self.student, student_layer)
+        limit = axis.num_units(self.teacher, layer)
+        per_group = limit // axis.num_groups(self.teacher, layer)
+        problems = _list_problems(_entry("keep", axis, layer), kept, size, limit)
+        if axis.group is not None:
+            groups = axis.num_groups(self.student, student_layer)
+            counts = Counter(unit // per_group for unit in kept)
+            if len(counts) != groups or set(counts.values()) != {size // groups}:
+                problems.append(
+                    f"{_entry('keep', axis, layer)} does not keep {size // groups} {axis.size.units} "
+                    f"in each of {groups} {axis.group.units}"
+                )
+        if axis.name in self.merge and not _is_pairing(self.merge[axis.name][layer], kept, per_group):
+            problems.append(
+                f"{_entry('merge', axis, layer)} is not (kept {axis.size.unit}, pruned {axis.size.unit} "
+                f"of the same group), each kept {axis.size.unit} at most once"
+            )
+        return problems
+
     def save(self, path: Path, manifest: Manifest) -> None:
-        write_text(
-            path, json.dumps({"manifest": manifest.model_dump(mode="json"), **self.model_dump(mode="json")})
-        )
+        content = {"manifest": manifest.model_dump(mode="json"), **self.model_dump(mode="json")}
+        write_text(path, json.dumps(content))
 
     @classmethod
     def load(cls, path: Path) -> PrunePlan:
@@ -107,29 +108,21 @@ class PrunePlan(BaseModel):
         except ValueError as error:
             raise InputError(f"{path} is no plan that can be carried out: {error}") from error
 
-    def keep(self, axis: str, layer: int | None = None) -> np.ndarray:
-        """Kept units of a weight axis (arch.AXES) in a kept layer of the teacher's numbering; int64, ascending."""
-        if axis in ("vocab", "head_width"):
-            return np.arange(self.teacher.axis_size(axis))
-        if axis == "hidden":
-            return np.array(self.hidden)
-        assert layer is not None
-        rows = self.ffn if axis in ("ffn", "gate_up") else self.heads
-        return np.array(rows[self.layers.index(layer)])
+    @property
+    def dropped(self) -> list[int]:
+        """Layers that go, ascending."""
+        return sorted(set(range(self.teacher.num_layers)) - set(self.layers))
+
+    def units(self, axis: Axis, layer: int = NO_LAYER) -> np.ndarray:
+        """Kept units of an axis in a kept layer of the teacher's numbering; int64, ascending."""
+        return np.array(self.keep[axis.name][layer if axis.per_layer else NO_LAYER], np.int64)
 
     def summary(self) -> list[tuple[str, str, str, str]]:
-        """Rows (size, teacher, student, kept) for a table."""
+        """Rows (size, teacher, student, kept) for a table. Sizes that differ by layer are means."""
+        fields = [size.field for axis in AXES.values() for size in reversed(axis.sizes)]
         rows = []
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "vocab_size",
-        ):
-            before, after = getattr(self.teacher, name), getattr(self.student, name)
+        for name in ("num_layers", *fields, "kv_channels", "vocab_size"):
+            before, after = (_mean_size(arch, name) for arch in (self.teacher, self.student))
             rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
         for label, embeddings in (("parameters", True), ("non-embedding parameters", False)):
             before, after = (a.num_parameters(embeddings=embeddings) for a in (self.teacher, self.student))
@@ -137,8 +130,49 @@ class PrunePlan(BaseModel):
         return rows
 
 
+def _mean_size(arch: Arch, field: str) -> float:
+    """A size of the architecture, rounded where layers differ."""
+    if not hasattr(arch.blocks[0], field):
+        return getattr(arch, field)
+    sizes = [getattr(block, field) for block in arch.blocks]
+    return sizes[0] if len(set(sizes)) == 1 else round(sum(sizes) / len(sizes), 1)
+
+
+def _mergeable() -> list[str]:
+    return [axis.name for axis in AXES.values() if axis.merges]
+
+
+def _entry(field: str, axis: Axis, layer: int) -> str:
+    """Where a list stands in the plan, for messages."""
+    return f"{field}.{axis.name}" + ("" if layer == NO_LAYER else f"[{layer}]")
+
+
+def _key_problems(name: str, entries: dict, wanted: Sequence[str | int]) -> list[str]:
+    if sorted(map(str, entries)) == sorted(map(str, wanted)):
+        return []
+    found = ", ".join(map(str, entries)) or "none"
+    return [f"{name} has {found}, it needs {', '.join(map(str, wanted)) or 'none'}"]
+
+
+def _list_problems(name: str, entries: list[int], size: int, limit: int) -> list[str]:
+    problems = []
+    if len(entries) != size:
+        problems.append(f"{name} has {len(entries)} entries, the student {size}")
+    if sorted({i for i in entries if 0 <= i < limit}) != entries:
+        problems.append(f"{name} is not strictly ascending from 0 to {limit - 1}")
+    return problems
+
+
+def _is_pairing(pairs: list[tuple[int, int]], kept: list[int], per_group: int) -> bool:
+    """Whether each pair is a kept and a pruned unit of one group, each kept unit at most once."""
+    return len({unit for unit, _ in pairs}) == len(pairs) and all(
+        unit in kept and pruned not in kept and unit // per_group == pruned // per_group
+        for unit, pruned in pairs
+    )
+
+
 def make_plan(
-    importance: Scores,
+    scores: Scores,
     teacher: Arch,
     target: TargetConfig,
     tp: int = 1,
@@ -146,27 +180,41 @@ def make_plan(
     depth: DepthConfig | None = None,
     trials: DepthTrials | None = None,
 ) -> PrunePlan:
-    """Rank and keep. tp: the tensor-parallel size that the student must run at, for alignment.
+    """Rank and keep.
 
-    family: what the student will be exported as, where that limits its sizes. depth, trials: which layers go, where the target does not name
-    them; default: those of the least 1 - cosine. InputError lists every reason why the target cannot be.
+    tp: the tensor parallel size that the student must run at, for alignment. family: what the
+    student will be exported as, where that limits its sizes. depth, trials: which layers go, where
+    the target does not name them; default: those of the least 1 - cosine. InputError lists every
+    reason why the target cannot be.
     """
-    importance.check(teacher)
-    student, depth = resolve_target(teacher, target, tp, family), depth or DepthConfig()
-    layers = kept_layers(importance.layers, teacher.num_layers, student.num_layers, target, depth, trials)
-    heads = [kept_heads(importance.heads[i], teacher, student) for i in layers]
-    return PrunePlan(
-        teacher=teacher,
-        student=student,
-        layers=layers.tolist(),
-        hidden=top_indices(importance.hidden, student.hidden_size).tolist(),
-        ffn=[top_indices(importance.ffn[i], student.ffn_hidden_size).tolist() for i in layers],
-        heads=heads,
-        merge=[merged_heads(importance.heads[i], kept, teacher) for i, kept in zip(layers, heads)]
-        if target.merge_heads
-        else [],
-        notes=close_depth_cuts(
-            importance.layers, teacher.num_layers, student.num_layers, target, depth, trials
+    scores.check(teacher)
+    student = resolve_target(teacher, target, tp, family)
+    depth = depth or DepthConfig()
+    layers = kept_layers(scores.layers, student.num_layers, target, depth, trials)
+    notes = close_depth_cuts(scores.layers, student.num_layers, target, depth, trials)
+    notes += close_width_cuts(scores, teacher, student, layers, merge=target.merge_heads)
+    keep = {axis.name: _keep(axis, scores, teacher, student, layers) for axis in AXES.values()}
+    merge = {}
+    if target.merge_heads:
+        merge = {name: _merge(AXES[name], scores, teacher, keep[name]) for name in _mergeable()}
+    return PrunePlan(teacher=teacher, student=student, layers=layers, keep=keep, merge=merge, notes=notes)
+
+
+def _keep(axis: Axis, scores: Scores, teacher: Arch, student: Arch, layers: list[int]) -> Kept:
+    """The best units of an axis in each kept layer."""
+    kept = {}
+    for student_layer, layer in enumerate(layers if axis.per_layer else [NO_LAYER]):
+        kept[layer] = kept_units(
+            scores[axis.name][layer],
+            axis.num_groups(teacher, layer),
+            axis.num_units(student, student_layer),
+            axis.num_groups(student, student_layer),
         )
-        + close_width_cuts(importance, teacher, student, layers, merge=target.merge_heads),
-    )
+    return kept
+
+
+def _merge(axis: Axis, scores: Scores, teacher: Arch, kept: Kept) -> Pairs:
+    return {
+        layer: merged_units(scores[axis.name][layer], units, axis.num_groups(teacher, layer))
+        for layer, units in kept.items()
+    }

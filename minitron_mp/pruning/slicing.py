@@ -1,20 +1,19 @@
-"""Structured pruning of a sharded model: one loop over the AXES table, one weight at a time.
+"""Structured pruning of a sharded model, one weight at a time, by the tables of parameters and axes.
 
-Every tensor of the model says by its checkpoint key which axes it has, and by its global offset which part of them this rank
-holds. So slicing needs neither the model's classes nor its layout:
+The checkpoint key of a tensor gives its dimensions, and its global offset the part of them that
+this rank holds. So slicing depends neither on the model's classes nor on its layout:
 
-    hidden               whole on every rank: an index_select
-    ffn, gate_up         kept neurons are spread unevenly over tensor parallel ranks: one all-to-all evens them out
-    heads, qkv           as many heads go from every query group, so they stay on their rank; kept groups may be spread
-                         unevenly: then, as above, one all-to-all
-    layer                a kept layer gets its new number; the result is written under it, and loading it at any other
-                         layout is what moves layers between ranks
-    vocab, head_width    whole
+    axis that is whole on every rank   an index_select
+    axis that is split over tp         kept units are spread unevenly over the ranks: one all-to-all
+                                       evens them out. Heads mostly stay on their rank, as equally
+                                       many go from every query group: then nothing is sent
+    layer                              a kept layer gets its new number in the key; the result is
+                                       written under it, and loading it at any other layout moves
+                                       layers between ranks
+    dimension without an axis          whole
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,99 +25,110 @@ from minitron_mp.artifacts.checkpoint import model_state
 from minitron_mp.distributed.collectives import exchange_kept
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import AXES, expand, query_slots, slot_rows
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.axes import AXIS_OF_DIM, NO_LAYER, Rows
 from minitron_mp.models.build import unwrap
+from minitron_mp.models.parameters import dims_of, layer_key, split_key
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.plan import PrunePlan
 
 
-def prune(chunks: list[Any], plan: PrunePlan, world: World) -> dict[str, ShardedTensor]:
-    """The student's sharded state, for checkpoint.save(); reached by all ranks with the same plan.
+def prune(model: ShardedModel, plan: PrunePlan) -> dict[str, ShardedTensor]:
+    """The student's sharded state, for save_checkpoint(); reached by all ranks with the same plan.
 
-    Consumes the model: each weight's memory goes as soon as its slice is there, so the peak beyond the model is one weight's
-    slice and the buffers of one exchange; where heads are merged, also a copy of one linear_qkv. InputError names a parameter that AXES does not know.
+    Consumes the model: each weight's memory goes as soon as its slice is there. So the peak beyond
+    the model is one weight's slice and the buffers of one exchange; where heads are merged, also a
+    copy of one linear_qkv. InputError names a parameter that the table does not have.
     """
-    chunks = [unwrap(chunk) for chunk in chunks]
-    if sum(p.requires_grad and hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()):
+    chunks = [unwrap(chunk) for chunk in model.chunks]
+    if any(p.requires_grad and hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()):
         raise InputError(
             "this model has gradient buffers over its weights; prune it before it is wrapped for training"
         )
-    entries = [entry for state in model_state(chunks, world).values() for entry in state.values()]
+    entries = [entry for state in model_state(chunks, model.world).values() for entry in state.values()]
     for entry in entries:
-        entry.data = (
-            entry.data.detach()
-        )  # a parameter so far; the entry is to be the only one that holds its memory
+        # A parameter so far; the entry is to be the only one that holds its memory.
+        entry.data = entry.data.detach()
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.data.new_empty(0)
     student: dict[str, ShardedTensor] = {}
     entries.reverse()
-    while entries:  # popped one by one, so that nothing but `student` holds on to a weight that is done
+    while entries:  # popped one by one, so that only `student` references a weight that is done
         entry = entries.pop()
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            sliced = slice_tensor(part, plan, world)
+            sliced = slice_tensor(part, plan, model.world)
             if sliced is not None:
-                student[f"{part.key}/{part.global_offset}"] = sliced
+                student[f"{sliced.key}/{part.global_offset}"] = sliced
         del entry, part
     return student
 
 
 @torch.no_grad()
 def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> ShardedTensor | None:
-    """This rank's part of one parameter of the student, or None when its layer goes. Same replica, same fragment of each axis."""
-    if tensor.key not in AXES:
+    """This rank's part of one parameter of the student, or None when its layer goes.
+
+    It keeps its replica number, and the same fragment of each dimension.
+    """
+    dims = dims_of(tensor.key)
+    if dims is None:
         raise InputError(
-            f"{tensor.key} {tuple(tensor.global_shape)} is no parameter that can be pruned; say in arch.AXES which axis is which"
+            f"{tensor.key} {tuple(tensor.global_shape)} is not in the tables of parameters; "
+            "add its dimensions to PARAMETERS in models/blocks/dense.py"
         )
-    axes = AXES[tensor.key]
-    layer = tensor.global_offset[0] if axes[0] == "layer" else None
+    layer, name = split_key(tensor.key)
     if layer is not None and layer not in plan.layers:
         return None
-    data, prepended = tensor.data, tensor.prepend_axis_num
-    fragments = [] if layer is None else [(0, plan.layers.index(layer), len(plan.layers))]
-    for dim, axis in enumerate(axes[prepended:]):
-        start, size = tensor.global_offset[dim + prepended], tensor.local_shape[dim]
-        data = _slice_axis(data, dim, axis, start, plan, layer, world)
-        fragments.append((dim + prepended, start // size, tensor.axis_fragmentations[dim + prepended]))
+    data, fragments = tensor.data, []
+    for dim, dim_name in enumerate(dims):
+        start, size = tensor.global_offset[dim], tensor.local_shape[dim]
+        data = _slice_dim(data, dim, start, dim_name, NO_LAYER if layer is None else layer, plan, world)
+        fragments.append((dim, start // size, tensor.axis_fragmentations[dim]))
     return ShardedTensor.from_rank_offsets(
-        tensor.key,
+        name if layer is None else layer_key(plan.layers.index(layer), name),
         data.contiguous(),
         *fragments,
         replica_id=tensor.replica_id,
-        prepend_axis_num=prepended,
         allow_shape_mismatch=tensor.allow_shape_mismatch,
     )
 
 
-def _slice_axis(
-    data: Tensor, dim: int, axis: str, start: int, plan: PrunePlan, layer: int | None, world: World
+def _slice_dim(
+    data: Tensor, dim: int, start: int, name: str, layer: int, plan: PrunePlan, world: World
 ) -> Tensor:
-    """data: this rank's part of a weight, which holds the axis from global position `start` on."""
-    if axis in ("vocab", "head_width"):
-        return data
-    if axis == "hidden":
-        return data.index_select(dim, torch.from_numpy(plan.keep(axis)).to(data.device))
-    if axis == "qkv":
-        assert layer is not None
-        data = _merge_heads(data, start, plan, layer)
-    if axis == "gate_up":
-        # Gate and up come as two tensors of one key; the up half starts at f.
-        axis, start = "ffn", start % plan.teacher.ffn_hidden_size
-    keep = torch.from_numpy(expand(axis, plan.keep(axis, layer), plan.teacher))
-    return exchange_kept(data, dim, keep, start, world.groups.tp)
+    """Slice one dimension of this rank's part of a weight.
 
-
-def _merge_heads(rows: Tensor, start: int, plan: PrunePlan, layer: int) -> Tensor:
-    """linear_qkv's rows with the residual of pruned queries in kept ones: head + (head - pruned head), as plan.merge pairs them.
-
-    2407.14679 section 2.3. Both of a pair are in one query group, and so on one rank. The sum is made in float32 and rounded
-    once; in bf16 the difference would be rounded before it is added, too.
+    name: of the dimension in the table of parameters. start: its first global row on this rank.
     """
-    if not plan.merge:
-        return rows
-    pairs = np.array(plan.merge[plan.layers.index(layer)], int).reshape(-1, 2)
-    kept, pruned = (
-        torch.from_numpy(slot_rows(query_slots(heads, plan.teacher), plan.teacher)) for heads in pairs.T
-    )
-    mine = (kept >= start) & (kept < start + rows.shape[0])
-    kept, pruned = ((at[mine] - start).to(rows.device) for at in (kept, pruned))
-    return rows.index_copy(0, kept, (2 * rows[kept].float() - rows[pruned].float()).to(rows.dtype))
+    axis = AXIS_OF_DIM.get(name)
+    if axis is None:
+        return data
+    weight_dim = axis.dims[name]
+    rows = weight_dim.rows(plan.units(axis, layer), plan.teacher, layer)
+    if not axis.split_over_tp:
+        return data.index_select(dim, torch.from_numpy(rows).to(data.device))
+    if weight_dim.merged_rows is not None and axis.name in plan.merge:
+        pairs = plan.merge[axis.name][layer]
+        data = merge_rows(data, start, pairs, weight_dim.merged_rows, plan.teacher, layer)
+    if weight_dim.copies(plan.teacher) > 1:
+        # Each copy is a tensor of its own under the same key; the second starts where the first ends.
+        every_unit = np.arange(axis.num_units(plan.teacher, layer))
+        start %= len(weight_dim.rows(every_unit, plan.teacher, layer))
+    return exchange_kept(data, dim, torch.from_numpy(rows), start, world.groups.tp)
+
+
+def merge_rows(
+    data: Tensor, start: int, pairs: list[tuple[int, int]], rows_of: Rows, teacher: Arch, layer: int
+) -> Tensor:
+    """data [rows, ...] with the residual of pruned units in kept ones: kept + (kept - pruned).
+
+    2407.14679 section 2.3. pairs: (kept, pruned) of one group each, and so of one rank; data begins
+    at row `start`. The sum is made in float32 and rounded once: in bf16 the difference would be
+    rounded before it is added, too.
+    """
+    if not pairs:
+        return data
+    kept, pruned = (torch.from_numpy(rows_of(units, teacher, layer)) for units in np.array(pairs, int).T)
+    is_here = (kept >= start) & (kept < start + data.shape[0])
+    kept, pruned = ((rows[is_here] - start).to(data.device) for rows in (kept, pruned))
+    return data.index_copy(0, kept, (2 * data[kept].float() - data[pruned].float()).to(data.dtype))

@@ -1,19 +1,21 @@
-"""Importance scores, and the plan that says what to keep. Runs on a laptop: numpy only, no torchrun.
-
-Width: 2407.14679 section 2.3 (rank, keep the top). Depth: keep layers. Heads are ranked inside each query group and every
-kept group keeps as many, so that grouped-query attention stays regular. A query group (its key, value and queries) scores the l2
-norm of its heads' scores, as a head does of its channels'; the papers keep all groups.
-Scores agree between layouts to rounding only, so ties break by the lower index, and a cut whose gap is inside the rounding
-noise is reported by close_cuts() and close_depth().
-"""
+"""The student's architecture: sizes that a target gives, or the largest ones inside a budget."""
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
+from collections.abc import Collection
 
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.arch import Arch, export_problems, layout_problems
+from minitron_mp.models.arch import Arch, layout_problems
+from minitron_mp.models.axes import AXES, Axis
+from minitron_mp.models.families.export import export_problems
+
+WIDTH_FIELDS = tuple(size.field for axis in AXES.values() for size in axis.sizes)
+"""Sizes that a target or a search may set, under these names."""
+
+SIZE_FIELDS = ("num_layers", *WIDTH_FIELDS)
 
 
 def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str | None = None) -> Arch:
@@ -23,14 +25,45 @@ def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str
     elif target.keep is not None:
         student = _largest(teacher, target, tp, target.keep * teacher.num_parameters(), family)
     else:
-        names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        student = teacher.resized(**{name: getattr(target, name) for name in names if getattr(target, name)})
+        given = {name: size for name in SIZE_FIELDS if (size := getattr(target, name, None))}
         if target.drop_layers:
-            student = student.resized(num_layers=teacher.num_layers - len(target.drop_layers))
-        if target.num_query_groups and not target.num_attention_heads:
-            student = student.resized(num_attention_heads=target.num_query_groups * teacher.heads_per_group)
+            given["num_layers"] = teacher.num_layers - len(target.drop_layers)
+        student = fill_groups(teacher, teacher.resized(**given), given)
     refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
     return student
+
+
+def fill_groups(teacher: Arch, student: Arch, given: Collection[str]) -> Arch:
+    """Resize the axes with groups whose size is not given: as many per group as the teacher has."""
+    for axis in AXES.values():
+        if axis.group is not None and axis.size.field not in given:
+            size = getattr(student, axis.group.field) * per_group(axis, teacher)
+            student = student.resized(**{axis.size.field: size})
+    return student
+
+
+def per_group(axis: Axis, arch: Arch) -> int:
+    """Units in a group, of a model whose layers are alike."""
+    assert axis.group is not None
+    return getattr(arch, axis.size.field) // getattr(arch, axis.group.field)
+
+
+def size_step(axis: Axis, align: int, tp: int) -> int:
+    """What a smaller size of an axis without groups must be a multiple of."""
+    if not axis.aligned:
+        return 1
+    return align * tp if axis.split_over_tp else align
+
+
+def crowded_groups(axis: Axis, teacher: Arch, student: Arch) -> str:
+    """Says that the student has more units in a group than the teacher; empty where it has not."""
+    if axis.group is None or per_group(axis, student) <= per_group(axis, teacher):
+        return ""
+    units, groups = getattr(student, axis.size.field), getattr(student, axis.group.field)
+    return (
+        f"{axis.size.field} {units} in {groups} {axis.group.units} are more a group than "
+        f"the teacher's {per_group(axis, teacher)}"
+    )
 
 
 def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int) -> list[str]:
@@ -41,105 +74,109 @@ def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int
     ]
     if target.drop_layers and len(target.drop_layers) >= teacher.num_layers:
         problems.append("drop_layers names every layer")
-    for name, step, why in (
-        ("num_layers", 1, ""),
-        ("hidden_size", target.align, f"align {target.align}"),
-        ("ffn_hidden_size", target.align * tp, f"align {target.align}" + f" x tp {tp}" * (tp > 1)),
-        ("num_query_groups", tp, f"tp {tp}"),
-        ("num_attention_heads", student.num_query_groups, "the query groups"),
-    ):
-        before, after = getattr(teacher, name), getattr(student, name)
-        if after > before:
-            problems.append(f"{name} {after} is larger than the teacher's {before}")
-        elif after != before and after % step:
-            near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
-            other = ", or cut num_query_groups too" if name == "num_attention_heads" else ""
+    problems += _size_problems(teacher, student, "num_layers", 1, "")
+    for axis in AXES.values():
+        problems += _axis_problems(axis, teacher, student, target.align, tp)
+    if problems:
+        return problems
+    for axis in AXES.values():
+        if crowded := crowded_groups(axis, teacher, student):
+            assert axis.group is not None
+            most = getattr(student, axis.group.field) * per_group(axis, teacher)
+            problems.append(f"{crowded}; at most {most}")
+        elif target.merge_heads and axis.merges and per_group(axis, student) == per_group(axis, teacher):
+            assert axis.group is not None
             problems.append(
-                f"{name} {after} is no multiple of {step} ({why}); nearest that work: {' or '.join(map(str, near)) or 'none'}{other}"
+                f"merge_heads: each {axis.group.unit} that stays keeps its {per_group(axis, teacher)} "
+                f"{axis.size.units}, so there is nothing to merge; drop it, or give fewer {axis.size.field}"
             )
-    heads, groups = student.num_attention_heads, student.num_query_groups
-    if not problems and student.heads_per_group > teacher.heads_per_group:
-        limit = groups * teacher.heads_per_group
-        problems.append(
-            f"num_attention_heads {heads} in {groups} query groups are more a group than the teacher's {teacher.heads_per_group}; at most {limit}"
-        )
-    if not problems and target.merge_heads and student.heads_per_group == teacher.heads_per_group:
-        problems.append(
-            f"merge_heads: each query group that stays keeps its {teacher.heads_per_group} heads, so there is nothing to merge; "
-            "drop it, or give fewer num_attention_heads"
-        )
-    if not problems:
-        problems = layout_problems(student, tp)
-    return problems
+    return problems or layout_problems(student, tp)
+
+
+def _axis_problems(axis: Axis, teacher: Arch, student: Arch, align: int, tp: int) -> list[str]:
+    """Sizes of one axis that are too large, or no multiple of what they must be."""
+    if axis.group is None:
+        step = size_step(axis, align, tp)
+        why = f"align {align} x tp {tp}" if step != align else f"align {align}"
+        return _size_problems(teacher, student, axis.size.field, step, why)
+    problems = _size_problems(teacher, student, axis.group.field, tp, f"tp {tp}")
+    groups = getattr(student, axis.group.field)
+    hint = f", or cut {axis.group.field} too"
+    why = f"the {axis.group.units}"
+    return problems + _size_problems(teacher, student, axis.size.field, groups, why, hint)
+
+
+def _size_problems(
+    teacher: Arch, student: Arch, field: str, step: int, why: str, hint: str = ""
+) -> list[str]:
+    before, after = getattr(teacher, field), getattr(student, field)
+    if after > before:
+        return [f"{field} {after} is larger than the teacher's {before}"]
+    if after == before or after % step == 0:
+        return []
+    near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
+    nearest = " or ".join(map(str, near)) or "none"
+    return [f"{field} {after} is no multiple of {step} ({why}); nearest that work: {nearest}{hint}"]
 
 
 def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str | None) -> Arch:
-    """The student of at most budget parameters: all layers it affords, or the width scaled most evenly.
+    """The student of at most budget parameters: the deepest, or the most evenly scaled width.
 
-    Only hidden sizes that can be exported as the family (default: the teacher's).
+    Only widths that can be exported as the family (default: the teacher's).
     """
     if budget > teacher.num_parameters():
         raise InputError(
-            f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; nothing would be cut"
+            f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; "
+            "nothing would be cut"
         )
     if set(target.axes) == {"layer"}:
-        candidates = [teacher.resized(num_layers=n) for n in range(teacher.num_layers, 0, -1)]
-        fitting = [c for c in candidates if c.num_parameters() <= budget][:1]
-    elif set(target.axes) <= {"hidden", "ffn"}:
-        hidden = (
-            steps_down(teacher.hidden_size, target.align)
-            if "hidden" in target.axes
-            else [teacher.hidden_size]
-        )
-        ffn = (
-            steps_down(teacher.ffn_hidden_size, target.align * tp)
-            if "ffn" in target.axes
-            else [teacher.ffn_hidden_size]
-        )
-
-        def wide(h: int, f: int) -> Arch:
-            return teacher.resized(hidden_size=h, ffn_hidden_size=f)
-
-        hidden = [
-            h
-            for h in hidden
-            if not export_problems(wide(h, teacher.ffn_hidden_size).resized(family=family or teacher.family))
-        ]
-        first = [bisect_left(ffn, -budget, key=lambda f: -wide(h, f).num_parameters()) for h in hidden]
-        fitting = [wide(h, ffn[i]) for h, i in zip(hidden, first) if i < len(ffn)]
-        # Scale both axes alike; of two equally even ones the larger.
-        fitting.sort(
-            key=lambda a: (
-                abs(a.hidden_size / teacher.hidden_size - a.ffn_hidden_size / teacher.ffn_hidden_size),
-                -a.num_parameters(),
-            )
-        )
+        candidates = (teacher.resized(num_layers=n) for n in range(teacher.num_layers, 0, -1))
+        found = next((c for c in candidates if c.num_parameters() <= budget), None)
+    elif set(target.axes) <= set(AXES):
+        found = _most_even_width(teacher, target, tp, budget, family or teacher.family)
     else:
         raise InputError(
-            f"target.axes {target.axes} mixes width and depth; give hidden and ffn, or layer, or explicit sizes for both"
+            f"target.axes {target.axes} mixes width and depth; "
+            "give hidden and ffn, or layer, or explicit sizes for both"
         )
-    if not fitting:
+    if found is None:
         raise InputError(
-            f"no student along {target.axes} has at most {budget:,.0f} parameters; the embeddings alone may be larger: cut hidden too, or ask for more"
+            f"no student along {target.axes} has at most {budget:,.0f} parameters; "
+            "the embeddings alone may be larger: cut hidden too, or ask for more"
         )
-    return fitting[0]
+    return found
+
+
+def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str) -> Arch | None:
+    """The aligned axes scaled alike; of two equally even students the larger.
+
+    None if no student is small enough.
+    """
+    sizes = {}
+    for axis in AXES.values():
+        if axis.aligned:
+            size = getattr(teacher, axis.size.field)
+            steps = steps_down(size, size_step(axis, target.align, tp))
+            sizes[axis.size.field] = steps if axis.name in target.axes else [size]
+    *outer, inner = sizes  # of the inner one, which no export rule limits, the largest that fits
+    fitting = []
+    for chosen in itertools.product(*(sizes[field] for field in outer)):
+        base = teacher.resized(**dict(zip(outer, chosen)))
+
+        def negative_count(size: int, base: Arch = base) -> int:
+            return -base.resized(**{inner: size}).num_parameters()
+
+        if not export_problems(base, family):
+            first = bisect_left(sizes[inner], -budget, key=negative_count)
+            fitting += [base.resized(**{inner: size}) for size in sizes[inner][first : first + 1]]
+
+    def unevenness(student: Arch) -> float:
+        shares = [getattr(student, field) / getattr(teacher, field) for field in sizes]
+        return max(shares) - min(shares)
+
+    return min(fitting, key=lambda s: (unevenness(s), -s.num_parameters()), default=None)
 
 
 def steps_down(size: int, step: int) -> list[int]:
     """size, then the multiples of step below it, falling."""
     return [size, *range((size - 1) // step * step, 0, -step)]
-
-
-def exportable_arch(student: Arch, family: str | None) -> Arch:
-    """The architecture under the family that it is exported as; InputError when transformers would refuse it."""
-    if family and family != student.family and (student.family, family) != ("llama", "mistral"):
-        raise InputError(
-            f"export.family {family}: a {student.family} can be written as itself only (a llama as mistral, too)"
-        )
-    if family == "mistral" and student.family == "llama" and student.rope_scaling_factor:
-        raise InputError(
-            "export.family mistral: this Llama scales its rotary frequencies, which Mistral's configuration cannot say"
-        )
-    student = student.resized(family=family or student.family)
-    refuse("the student cannot be exported:", export_problems(student))
-    return student

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
 import numpy as np
 
+from minitron_mp.models.axes import AXES, Axis
 from minitron_mp.pruning.depth import DepthTrials
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.scores import Scores
@@ -21,53 +19,33 @@ from minitron_mp.report.figures.importance import (
 )
 
 
-@dataclass(frozen=True)
-class LayerAxis:
-    """Scores of an axis that is pruned in each layer, and the units that the plan keeps."""
-
-    name: str
-    scores: np.ndarray
-    """[L, n]."""
-    kept: Mapping[int, Sequence[int]]
-    """Kept layer -> kept units."""
-
-    def kept_shares(self) -> dict[int, float]:
-        """Kept layer -> share of its importance score that is kept."""
-        return {
-            layer: float(self.scores[layer][units].sum() / self.scores[layer].sum())
-            for layer, units in self.kept.items()
-        }
-
-
-def layer_axes(plan: PrunePlan, scores: Scores) -> list[LayerAxis]:
-    """The axes that are pruned in each layer."""
-    return [
-        LayerAxis("ffn", scores.ffn, dict(zip(plan.layers, plan.ffn))),
-        LayerAxis("heads", scores.heads, dict(zip(plan.layers, plan.heads))),
-    ]
-
-
 def pruned_section(plan: PrunePlan, scores: Scores) -> Section:
     """Sizes before and after, kept layers, and the share of the importance that is kept."""
-    dropped = _dropped_layers(plan)
-    shares = {axis.name: axis.kept_shares() for axis in layer_axes(plan, scores)}
-    hidden = scores.hidden[plan.hidden].sum() / scores.hidden.sum()
-    texts = [f"hidden {hidden:.1%}"]
-    for name, by_layer in shares.items():
-        values = np.array(list(by_layer.values()))
-        texts.append(f"{name} {values.mean():.1%} (layers from {values.min():.1%} to {values.max():.1%})")
+    shares = {axis.name: _kept_shares(axis, plan, scores) for axis in AXES.values()}
+    texts = [_share_text(name, list(by_layer.values())) for name, by_layer in shares.items()]
+    per_layer = {name: by_layer for name, by_layer in shares.items() if AXES[name].per_layer}
     parts: list[Part] = [
         Table(("size", "teacher", "student", "kept"), plan.summary()),
-        f"Layers dropped (counted from 0): {', '.join(map(str, dropped)) or 'none'}.",
+        f"Layers dropped (counted from 0): {', '.join(map(str, plan.dropped)) or 'none'}.",
         f"Share of the importance scores that is kept: {'; '.join(texts)}.",
         *(f"Note: {note}." for note in plan.notes),
-        kept_layers_figure(plan.teacher.num_layers, shares),
+        kept_layers_figure(plan.teacher.num_layers, per_layer),
     ]
     return Section("What was pruned", parts)
 
 
-def _dropped_layers(plan: PrunePlan) -> list[int]:
-    return sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
+def _kept_shares(axis: Axis, plan: PrunePlan, scores: Scores) -> dict[int, float]:
+    """Kept layer -> share of its importance score that is kept."""
+    shares = {}
+    for layer, units in plan.keep[axis.name].items():
+        row = scores[axis.name][layer]
+        shares[layer] = float(row[units].sum() / row.sum())
+    return shares
+
+
+def _share_text(name: str, shares: list[float]) -> str:
+    spread = f" (layers from {min(shares):.1%} to {max(shares):.1%})" if AXES[name].per_layer else ""
+    return f"{name} {np.mean(shares):.1%}{spread}"
 
 
 def importance_section(plan: PrunePlan, scores: Scores, trials: DepthTrials | None, method: str) -> Section:
@@ -75,49 +53,57 @@ def importance_section(plan: PrunePlan, scores: Scores, trials: DepthTrials | No
 
     trials, method: of the stage `depth`.
     """
-    teacher = plan.teacher
-    student = plan.student
-    head_scores = scores.heads.reshape(len(scores.heads), teacher.num_query_groups, -1)
-    group_scores = np.linalg.norm(head_scores, axis=2)
-    heads_of_groups = head_scores.reshape(-1, teacher.heads_per_group)
+    cosine = dict(enumerate(scores.layers.tolist()))
     parts: list[Part] = [
-        layer_bars(
-            "Layers: change of the hidden states",
-            dict(enumerate(scores.layers.tolist())),
-            _dropped_layers(plan),
-            "1 - cosine",
-        )
+        layer_bars("Layers: change of the hidden states", cosine, plan.dropped, "1 - cosine")
     ]
     if trials:
         parts.append(_trials_figure(method, trials, plan))
-    parts += [
-        score_curves("Hidden channels", scores.hidden[None], student.hidden_size, "channel"),
-        score_curves("Neurons (ffn), one line per layer", scores.ffn, student.ffn_hidden_size, "neuron"),
-        score_curves(
-            "Query groups, one line per layer", group_scores, student.num_query_groups, "query group"
-        ),
-    ]
-    if teacher.heads_per_group > 1:
-        parts.append(
-            score_curves("Heads, one line per query group", heads_of_groups, student.heads_per_group, "head")
-        )
-    parts += [
-        rank_heat_map("Neurons of each layer", scores.ffn, student.ffn_hidden_size, "neurons"),
-        unit_heat_map("Heads of each layer", scores.heads, dict(zip(plan.layers, plan.heads)), "head"),
-    ]
+    for axis in AXES.values():
+        parts += _curves(axis, plan, scores)
+    parts += [_heat_map(axis, plan, scores) for axis in AXES.values() if axis.per_layer]
     return Section("Importance", parts)
+
+
+def _curves(axis: Axis, plan: PrunePlan, scores: Scores) -> list[Figure]:
+    """Scores by rank: of the groups, where the axis has any, and of the units inside them."""
+    teacher, student = plan.teacher, plan.student
+    rows = [
+        scores[axis.name][layer].reshape(axis.num_groups(teacher, layer), -1)
+        for layer in axis.layers(teacher)
+    ]
+    kept_layers = axis.layers(student)
+    keep_groups = [axis.num_groups(student, layer) for layer in kept_layers]
+    keep = [axis.num_units(student, layer) // axis.num_groups(student, layer) for layer in kept_layers]
+    units = axis.size.units.capitalize()
+    if axis.group is None:
+        title = f"{units}, one line per layer" if axis.per_layer else units
+        return [score_curves(title, [row[0] for row in rows], keep, axis.size.unit)]
+    group_scores = [np.linalg.norm(members, axis=1) for members in rows]
+    title = f"{axis.group.units.capitalize()}, one line per layer"
+    figures = [score_curves(title, group_scores, keep_groups, axis.group.unit)]
+    members = [row for groups in rows for row in groups]
+    if max(row.size for row in members) > 1:
+        title = f"{units}, one line per {axis.group.unit}"
+        figures.append(score_curves(title, members, keep, axis.size.unit))
+    return figures
+
+
+def _heat_map(axis: Axis, plan: PrunePlan, scores: Scores) -> Figure:
+    """Layers x units: by number where units are few enough to have groups, by rank otherwise."""
+    rows = [scores[axis.name][layer] for layer in axis.layers(plan.teacher)]
+    title = f"{axis.size.units.capitalize()} of each layer"
+    if axis.group is not None:
+        return unit_heat_map(title, rows, plan.keep[axis.name], axis.size.unit)
+    keep = [axis.num_units(plan.student, layer) for layer in axis.layers(plan.student)]
+    return rank_heat_map(title, rows, keep, axis.size.units)
 
 
 def _trials_figure(method: str, trials: DepthTrials, plan: PrunePlan) -> Figure:
     """Figure of the accuracies if a task chose the layers, otherwise of the losses."""
-    if trials.base_accuracy is None:
-        return trials_figure(method, trials.base, trials.trials, plan.layers)
-    accuracies = [(layers, share) for (layers, _), share in zip(trials.trials, trials.accuracies)]
-    return trials_figure(
-        method,
-        trials.base_accuracy,
-        accuracies,
-        plan.layers,
-        "accuracy (share of items)",
-        higher_is_better=True,
-    )
+    if trials.base.accuracy is None:
+        losses = [(trial.dropped, trial.loss) for trial in trials.trials]
+        return trials_figure(method, trials.base.loss, losses, plan.layers)
+    accuracies = [(trial.dropped, trial.accuracy or 0.0) for trial in trials.trials]
+    unit = "accuracy (share of items)"
+    return trials_figure(method, trials.base.accuracy, accuracies, plan.layers, unit, higher_is_better=True)

@@ -140,7 +140,7 @@ def _method(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
 
 
 def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:
-    dropped = sorted(set(range(plan.teacher.num_layers)) - set(plan.layers))
+    dropped = plan.dropped
     if not dropped:
         layers = "none"
     elif recipe.target.drop_layers is not None:

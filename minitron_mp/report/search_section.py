@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from minitron_mp.models.axes import AXES, Axis
 from minitron_mp.pruning.candidates import front
 from minitron_mp.report.document import Figure, Section, Table
 from minitron_mp.report.figures.pareto import pareto_figure
@@ -21,9 +22,7 @@ SEARCH_HEADER = (
     "parameters",
     "memory, GiB",
     "layers",
-    "hidden",
-    "ffn",
-    "heads / groups",
+    *(axis.name if axis.group is None else f"{axis.name} / {axis.group.units}" for axis in AXES.values()),
     "loss after pruning",
     "loss distilled",
     "steps",
@@ -73,15 +72,18 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
         f"{candidate['parameters']:,}",
         f"{candidate['memory_gib']:.2f}",
         f"{arch['num_layers']:,}",
-        f"{arch['hidden_size']:,}",
-        f"{arch['ffn_hidden_size']:,}",
-        f"{arch['num_attention_heads']} / {arch['num_query_groups']}",
+        *(_size_text(arch, axis) for axis in AXES.values()),
         f"{candidate['pruned_loss']:.4f}",
         f"{last['loss']:.4f}" if last else "",
         f"{last['steps']:,}" if last else "",
         "" if latency_s is None else f"{latency_s * 1e3:.1f}",
         "yes" if candidate["chosen"] else "",
     )
+
+
+def _size_text(arch: Mapping[str, Any], axis: Axis) -> str:
+    """Units of an axis, and groups where it has any. arch: fields of Arch."""
+    return " / ".join(f"{arch[size.field]:,}" for size in reversed(axis.sizes))
 
 
 def _size_axes(candidates: Sequence[Candidate], budget: str) -> list[tuple[str, Value]]:

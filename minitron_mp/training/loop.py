@@ -13,7 +13,7 @@ from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distillation.teacher import Teacher, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.models.precision import forget_cuda_graphs
+from minitron_mp.models.precision import release_cuda_graphs
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.profiling import Profiler
@@ -49,7 +49,7 @@ def train(
         train_together([run], teacher, batches_of, last, profiler=profiler)
     finally:  # also when the run cannot be made: building the model has already set Megatron's stream
         if settings.cuda_graphs:
-            forget_cuda_graphs(model.chunks)
+            release_cuda_graphs(model.chunks)
 
 
 def train_together(

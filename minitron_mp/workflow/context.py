@@ -20,7 +20,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
 from minitron_mp.workflow.stage_files import StageFiles
@@ -57,12 +57,14 @@ class StageContext(StageFiles):
         return build_model(
             arch,
             self.world,
-            precision=precision or self.recipe.precision,
-            sequence_length=self.recipe.data.sequence_length,
-            training=training,
-            random_weights=random_weights,
-            transformer_impl=self.recipe.transformer_impl,
-            fp8=fp8,
+            ModelOptions(
+                precision=precision or self.recipe.precision,
+                sequence_length=self.recipe.data.sequence_length,
+                training=training,
+                random_weights=random_weights,
+                transformer_impl=self.recipe.transformer_impl,
+                fp8=fp8,
+            ),
         )
 
     def build(self, stage: str, *, training: TrainingConfig | None = None) -> ShardedModel:

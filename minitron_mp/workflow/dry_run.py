@@ -59,7 +59,7 @@ def _ranks_of_one_copy(recipe: Recipe) -> int:
 
 def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
     """Return the student, or the candidates of a search and a sentence on those left out."""
-    from minitron_mp.pruning.candidates import survey_candidates
+    from minitron_mp.pruning.search_space import survey_candidates
     from minitron_mp.pruning.target import resolve_target
 
     if recipe.search:

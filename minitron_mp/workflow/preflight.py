@@ -276,9 +276,10 @@ def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
 
     The shallowest is the last one.
     """
-    from minitron_mp.pruning.candidates import search_candidates
+    from minitron_mp.models.families.export import exportable_arch
     from minitron_mp.pruning.depth import droppable_layers
-    from minitron_mp.pruning.target import exportable_arch, resolve_target
+    from minitron_mp.pruning.search_space import search_candidates
+    from minitron_mp.pruning.target import resolve_target
 
     if recipe.search:
         students.extend(sorted(search_candidates(recipe, base), key=lambda arch: -arch.num_layers))

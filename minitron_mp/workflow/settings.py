@@ -29,7 +29,7 @@ def fp8_teacher(recipe: Recipe) -> dict[str, Any]:
 def num_dropped_layers(recipe: Recipe) -> int:
     """Return how many layers are dropped by importance; 0 when the target names them."""
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.pruning.candidates import layers_to_drop
+    from minitron_mp.pruning.search_space import layers_to_drop
 
     target = recipe.target
     keeps_depth = target.num_layers is None and "layer" not in target.axes

@@ -21,6 +21,7 @@ from minitron_mp.distillation.stream_layout import Grid
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.batch import Batch
+from minitron_mp.models.axes import HIDDEN
 from minitron_mp.models.build import DTYPES
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import StageContext, training_samples
@@ -107,7 +108,7 @@ def _layer_pairs(context: StageContext) -> LayerPairs | None:
         return None
     channels = None
     if recipe.teacher.model is None:
-        channels = tuple(PrunePlan.load(context.paths["plan"]).hidden)
+        channels = tuple(PrunePlan.load(context.paths["plan"]).units(HIDDEN).tolist())
     return LayerPairs(
         recipe.distill.states,
         context.arch("prune"),

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import join_world, seed_all
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.axes import HIDDEN
 from minitron_mp.models.precision import check_cuda_graphs, communication_buffers
+from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import make_plan
@@ -92,14 +95,16 @@ def world():
 @pytest.fixture
 def models(world, tmp_path):
     """build(arch, precision, **options) returns chunks in eval mode, of one checkpoint per arch."""
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
 
     def build(arch: Arch, precision: str = "bf16", **options):
         folder = tmp_path / arch.family
         if not folder.exists():
             torch.manual_seed(0)
             chunks = build_model(
-                arch, world, precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL
+                arch,
+                world,
+                ModelOptions(precision="fp32", sequence_length=SEQUENCE, random_weights=True, **LOCAL),
             ).chunks
             with torch.no_grad():
                 for name, parameter in chunks[0].named_parameters():
@@ -116,7 +121,9 @@ def models(world, tmp_path):
                 folder,
                 Manifest(stage="teacher", settings={}, inputs={}, arch=arch),
             )
-        chunks = build_model(arch, world, precision=precision, sequence_length=SEQUENCE, **options).chunks
+        chunks = build_model(
+            arch, world, ModelOptions(precision=precision, sequence_length=SEQUENCE, **options)
+        ).chunks
         load_weights(chunks, folder, world)
         for chunk in chunks:
             chunk.eval()
@@ -184,19 +191,12 @@ def test_te_and_local_scores_keep_the_same_indices(models, world, family):
         ("bf16", "bf16", ENGINE),
     ):
         chunks, batches = models(arch, precision, **options), batches_of(arch, 0, 16, 4)
-        found[name] = score(
-            chunks,
-            arch,
-            ScoreConfig(),
-            world,
-            SEQUENCE,
-            lambda c=chunks, b=batches: run_schedule(c, b, world, None),
-        )
+        model = ShardedModel(chunks, arch, world, SEQUENCE, precision)
+        found[name] = score(model, [batches], ScoreConfig())
     for name, near in (("fp32", 1e-3), ("bf16", 2e-2)):
         for axis, count in kept.items():
-            for own, want in zip(
-                np.atleast_2d(getattr(found[name], axis)), np.atleast_2d(getattr(found["local"], axis))
-            ):
+            for layer, own in found[name][axis].items():
+                want = found["local"][axis][layer]
                 order = np.argsort(-want)
                 differ = set(order[:count]) ^ set(np.argsort(-own)[:count])
                 assert all(abs(want[i] / want[order[count - 1]] - 1) < near for i in differ), (
@@ -210,20 +210,14 @@ def test_te_and_local_scores_keep_the_same_indices(models, world, family):
 def test_masks_match_for_te_and_local_layers(models, world, family):
     arch = arch_of(family)
     local = models(arch, "fp32", **LOCAL)
-    scores = score(
-        local,
-        arch,
-        ScoreConfig(),
-        world,
-        SEQUENCE,
-        lambda: run_schedule(local, batches_of(arch), world, None),
-    )
+    model = ShardedModel(local, arch, world, SEQUENCE, "fp32")
+    scores = score(model, [batches_of(arch)], ScoreConfig())
     plan = make_plan(scores, arch, TargetConfig(hidden_size=192, ffn_hidden_size=384, num_attention_heads=4))
     found = []
     for chunks in (local, models(arch, **LOCAL), models(arch, **ENGINE)):
-        with masked(chunks, plan, world):
+        with masked(replace(model, chunks=chunks), plan):
             hidden = hidden_of(chunks, arch, world)
-        found.append(hidden[..., torch.as_tensor(plan.hidden, device=hidden.device)])
+        found.append(hidden[..., torch.as_tensor(plan.units(HIDDEN), device=hidden.device)])
     assert error_of(found[2], found[0]) < 1.5 * error_of(found[1], found[0])
 
 
@@ -266,7 +260,7 @@ def losses_of(
     arch: Arch, world, checkpoints: Path, fp8: str | None, *, stop_after: int | None = None, **more
 ) -> list[float]:
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
     from minitron_mp.training.loop import train
     from minitron_mp.training.options import RunOptions
 
@@ -283,7 +277,9 @@ def losses_of(
     )
     seed_all(5)
     model = build_model(
-        arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True
+        arch,
+        world,
+        ModelOptions(precision="bf16", sequence_length=SEQUENCE, training=settings, random_weights=True),
     )
     chunks, found = model.chunks, []
     assert hasattr(chunks[0].decoder.layers[0], "cudagraph_manager") == settings.cuda_graphs
@@ -476,12 +472,14 @@ def test_fp8_teacher_loads_at_another_tp(models, world, tmp_path, kind):
 
 def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) -> list[float]:
     """Cross-entropy of a few steps from a checkpoint."""
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
     from minitron_mp.training.loop import train
     from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
-    model = build_model(arch, world, precision="bf16", sequence_length=SEQUENCE, training=settings)
+    model = build_model(
+        arch, world, ModelOptions(precision="bf16", sequence_length=SEQUENCE, training=settings)
+    )
     load_weights(model.chunks, folder, world)
     found: list[float] = []
     options = RunOptions(
@@ -573,11 +571,11 @@ def errors_of_a_teacher(arch: Arch, world, folder: Path, exact: torch.Tensor, ki
 
     Only rank 0's are returned.
     """
-    from minitron_mp.models.build import build_model
+    from minitron_mp.models.build import ModelOptions, build_model
 
     options = {"precision": "bf16", "sequence_length": SEQUENCE}
-    quantised = build_model(arch, world, fp8=kind, **options).chunks
-    plain = build_model(arch, world, **options).chunks
+    quantised = build_model(arch, world, ModelOptions(fp8=kind, **options)).chunks
+    plain = build_model(arch, world, ModelOptions(**options)).chunks
     for chunks in (quantised, plain):
         load_weights(chunks, folder, world)
         for chunk in chunks:

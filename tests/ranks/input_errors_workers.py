@@ -26,7 +26,7 @@ from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.slicing import prune, slice_tensor
 
@@ -42,7 +42,7 @@ def refusal(action: Callable[[], Any]) -> str:
 def model(layout: Layout, arch: Arch) -> str:
     def build() -> None:
         with joined(layout) as world:
-            build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH)
+            build_model(arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH))
 
     return refusal(build)
 
@@ -76,7 +76,7 @@ def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:
             arch,
             targets(arch)["all"],
         )
-        tensor = ShardedTensor.from_rank_offsets("decoder.layers.mlp.unheard_of.weight", torch.ones(2))
+        tensor = ShardedTensor.from_rank_offsets("decoder.layers.0.mlp.unheard_of.weight", torch.ones(2))
         return refusal(lambda: slice_tensor(tensor, plan, world))
 
 
@@ -90,7 +90,7 @@ def wrapped(layout: Layout, arch: Arch, teacher: Path) -> str:
             targets(arch)["all"],
         )
         wrapped = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
-        return refusal(lambda: prune([wrapped], plan, world))
+        return refusal(lambda: prune(model.with_chunks([wrapped]), plan))
 
 
 def resume(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:

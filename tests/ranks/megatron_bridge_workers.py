@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from bridge_shims import on_cpu
 from megatron.bridge import AutoBridge
+from megatron.core.dist_checkpointing import ShardedTensor
 from teacher_stream_workers import joined_roles, make_link
 
 from minitron_mp.artifacts.checkpoint import save_checkpoint
@@ -37,7 +38,6 @@ from minitron_mp.distillation.stream import Sender
 from minitron_mp.distillation.stream_layout import StreamShape
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
-from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import World, join_world, leave_groups
 from minitron_mp.errors import InputError
 from minitron_mp.integrations.megatron_bridge import (
@@ -48,18 +48,19 @@ from minitron_mp.integrations.megatron_bridge import (
     export_student,
     load_pruned,
     pruned_config,
+    sharded_model,
     slice_teacher,
     student_provider,
-    world_of_provider,
 )
 from minitron_mp.integrations.megatron_bridge import RemoteTeacher as BridgeRemoteTeacher
 from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+from minitron_mp.models.hf_weights import HFWeights, asset_files
+from minitron_mp.models.parameters import split_key
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.plan import make_plan
-from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train
 from minitron_mp.training.options import RunOptions
@@ -92,13 +93,11 @@ def built(
 
 def import_folder(source: Path, folder: Path, world: World) -> None:
     """Our converter: Hugging Face folder -> checkpoint, with its side files."""
-    from minitron_mp.workflow.stages.export.hf_folder import sharded_tensor
-
     arch = read_arch(source)
-    weights, mine = Weights(source, arch), {}
-    for key, layer in canonical_keys(arch):
-        if (layer or 0) % dist.get_world_size() == dist.get_rank():
-            mine[f"{key}/{layer}"] = sharded_tensor(key, layer, weights.tensor(key, layer), arch)
+    weights, mine = HFWeights(source, arch), {}
+    for key in arch.shapes():
+        if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank():
+            mine[key] = ShardedTensor.from_rank_offsets(key, weights.tensor(key))
 
     def assets(made: Path) -> None:
         (made / ASSETS).mkdir()
@@ -154,22 +153,10 @@ def compare_scores(*, tp: int, pp: int, source: Path, folder: Path) -> float:
         found = []
         for chunks in (ours, defer_head(built(source, world))):
             chunks[0].eval()
-            own = world_of_provider(chunks)
-            found.append(
-                score(
-                    chunks,
-                    arch,
-                    ScoreConfig(),
-                    own,
-                    SEQUENCE_LENGTH,
-                    lambda chunks=chunks, own=own: run_schedule(chunks, batches, own, None),
-                )
-            )
-        pairs = [
-            (getattr(found[0], name), getattr(found[1], name))
-            for name in ("ffn", "heads", "hidden", "layers")
-        ]
-        return max(float(np.abs(a / b - 1).max()) for a, b in pairs)
+            model = sharded_model(chunks, arch, SEQUENCE_LENGTH)
+            found.append(score(model, [batches], ScoreConfig()).tensors())
+        ours, theirs = found
+        return max(float(np.abs(ours[name] / theirs[name] - 1).max()) for name in ours)
 
 
 def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
@@ -179,25 +166,12 @@ def prepare(*, source: Path, folder: Path) -> tuple[int, int]:
     """
     with joined(1, 1) as world:
         import_folder(source, folder / "teacher", world)
-        arch, draw = read_arch(source), np.random.default_rng(0)
-        shapes = (
-            (arch.num_layers, arch.ffn_hidden_size),
-            (arch.num_layers, arch.num_attention_heads),
-            (arch.hidden_size,),
-            (arch.num_layers,),
-        )
-        plan = make_plan(
-            Scores(*(draw.random(shape).astype(np.float32) for shape in shapes)),
-            arch,
-            TargetConfig(hidden_size=48, ffn_hidden_size=64),
-        )
-        chunks = load_model(
-            folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32"
-        ).chunks
+        arch = read_arch(source)
+        plan = make_plan(random_scores(arch), arch, TargetConfig(hidden_size=48, ffn_hidden_size=64))
+        model = load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
         made = Manifest(stage="prune", settings={}, inputs={}, arch=plan.student)
-        save_checkpoint(
-            prune(chunks, plan, world), folder / "student", made, copy_assets_from(folder / "teacher")
-        )
+        student = prune(model, plan)
+        save_checkpoint(student, folder / "student", made, copy_assets_from(folder / "teacher"))
         return arch.num_layers, plan.student.num_layers
 
 
@@ -446,7 +420,6 @@ def prune_unmapped(*, source: Path, folder: Path, tp: int, pp: int) -> dict[str,
         found = {
             "teacher": arch.num_parameters(),
             "student": plan.student.num_parameters(),
-            "ffn": plan.ffn,
-            "hidden": plan.hidden,
+            "keep": plan.keep,
         }
     return found

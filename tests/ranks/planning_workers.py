@@ -23,7 +23,7 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.world import World, build_groups, leave_groups
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training.loop import take_step
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
@@ -63,8 +63,10 @@ def parameters(cases: list[tuple[Arch, ParallelConfig]]) -> list[list[tuple[int,
                         model = build_model(
                             arch,
                             dataclasses.replace(world, device=META),
-                            precision="bf16",
-                            sequence_length=128,
+                            ModelOptions(
+                                precision="bf16",
+                                sequence_length=128,
+                            ),
                         )
                         weights = [weight for chunk in model.chunks for weight in chunk.parameters()]
                         assert all(weight.is_meta for weight in weights)
@@ -86,10 +88,12 @@ def kept(cases: list[tuple[Arch, ParallelConfig, str, bool, int, int]]) -> list[
                 (model,) = build_model(
                     arch,
                     world,
-                    precision=precision,
-                    sequence_length=sequence,
-                    training=training,
-                    random_weights=True,
+                    ModelOptions(
+                        precision=precision,
+                        sequence_length=sequence,
+                        training=training,
+                        random_weights=True,
+                    ),
                 ).chunks
                 weights, held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
 
@@ -186,7 +190,9 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
 def make_run(arch: Arch, world: World, microbatches: int, precision: str) -> TrainingRun:
     settings = CORRECT.model_copy(update={"micro_batch_size": 1, "global_batch_size": microbatches})
     model = build_model(
-        arch, world, precision=precision, sequence_length=8, training=settings, random_weights=True
+        arch,
+        world,
+        ModelOptions(precision=precision, sequence_length=8, training=settings, random_weights=True),
     )
     return TrainingRun(model, None, settings, RunOptions(None, manifest("correct", arch)))
 

@@ -20,7 +20,7 @@ from minitron_mp.artifacts.checkpoint import load_checkpoint, load_weights, scal
 from minitron_mp.config.training import CorrectionConfig, TrainingConfig
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.precision import silently_wrong
 from minitron_mp.training.loop import train
 from minitron_mp.training.options import RunOptions
@@ -39,7 +39,9 @@ def built(arch: Arch, cases: list[tuple[dict[str, Any], dict[str, Any] | None]])
             settings = None if training is None else TrainingConfig(**training)
             try:
                 (chunk,) = build_model(
-                    arch, world, training=settings, **{"precision": "bf16", "sequence_length": 32} | options
+                    arch,
+                    world,
+                    ModelOptions(training=settings, **{"precision": "bf16", "sequence_length": 32} | options),
                 ).chunks
             except InputError as error:
                 found.append(str(error))
@@ -60,7 +62,9 @@ def wrongs(arch: Arch) -> dict[str, list[str]]:
     """Return silently_wrong() of a model's configuration, and with one change each."""
     with joined(ONE) as world:
         config, ddp = (
-            build_model(arch, world, precision="bf16", sequence_length=SEQUENCE_LENGTH).last_chunk.config,
+            build_model(
+                arch, world, ModelOptions(precision="bf16", sequence_length=SEQUENCE_LENGTH)
+            ).last_chunk.config,
             DistributedDataParallelConfig(),
         )
         found = {"own": silently_wrong(config, ddp)}
@@ -82,7 +86,9 @@ def read_whole(arch: Arch, teacher: Path) -> tuple[bool, bool]:
     """
     with joined(ONE) as world:
         want = [parameter.clone() for parameter in load(arch, teacher, world).last_chunk.parameters()]
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH).chunks
+        chunks = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        ).chunks
         chunks[0].config.fp8_param = True
         own, places = {parameter.data_ptr() for parameter in chunks[0].parameters()}, set()
         with patch.object(
@@ -135,7 +141,7 @@ def scores_of_fused_norms(arch: Arch, teacher: Path) -> list[Any]:
             block.mlp.linear_fc1 = NormLinear(block.pre_mlp_layernorm, block.mlp.linear_fc1, name)
             block.input_layernorm, block.pre_mlp_layernorm = IdentityOp(), IdentityOp()
         found.append(score_samples(model, samples, DEFAULT_PAIR))
-        return [vars(scores) for scores in found]
+        return [scores.tensors() for scores in found]
 
 
 def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list[float], list[bool], bool]:
@@ -157,10 +163,12 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
         model = build_model(
             arch,
             world,
-            precision="fp32",
-            sequence_length=SEQUENCE_LENGTH,
-            training=settings,
-            random_weights=True,
+            ModelOptions(
+                precision="fp32",
+                sequence_length=SEQUENCE_LENGTH,
+                training=settings,
+                random_weights=True,
+            ),
         )
         train(
             model,

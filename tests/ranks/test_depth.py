@@ -13,9 +13,10 @@ from minitron_mp.config.pruning import DepthConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.evaluation.choice_tasks import result_of, right_log_p
 from minitron_mp.evaluation.task_files import TaskItem, read_task_file
-from minitron_mp.models.arch import AXES
+from minitron_mp.models.parameters import layer_key, split_key
 from minitron_mp.pruning.depth import (
     DepthTrials,
+    Trial,
     close_depth_cuts,
     depth_candidates,
     droppable_layers,
@@ -27,8 +28,14 @@ ARCH = ARCHS["qwen3"]
 
 def without(weights, missing):
     """(architecture, weights) of the model without these layers."""
-    keep = torch.tensor([layer for layer in range(ARCH.num_layers) if layer not in missing])
-    cut = {key: value[keep] if AXES[key][0] == "layer" else value for key, value in weights.items()}
+    keep = [layer for layer in range(ARCH.num_layers) if layer not in missing]
+    cut = {}
+    for key, value in weights.items():
+        layer, name = split_key(key)
+        if layer is None:
+            cut[key] = value
+        elif layer in keep:
+            cut[layer_key(keep.index(layer), name)] = value
     return ARCH.resized(num_layers=len(keep)), cut
 
 
@@ -105,11 +112,34 @@ def test_block_search_computes_shared_layers_once(ranks, num_layers, length):
 
 def given(num_layers, keep, depth, trials=None, target=None, cosine=None):
     cosine = np.arange(num_layers) if cosine is None else np.array(cosine)
-    return cosine, num_layers, keep, target or TargetConfig(num_layers=keep), depth, trials
+    return cosine, keep, target or TargetConfig(num_layers=keep), depth, trials
 
 
 def kept(*case, **options):
-    return kept_layers(*given(*case, **options)).tolist()
+    return kept_layers(*given(*case, **options))
+
+
+def trials_of(*dropped_and_loss, accuracies=None):
+    """DepthTrials of (dropped layers, loss); accuracies: one for each, and 0.9 of the whole model."""
+    shares = accuracies or [None] * len(dropped_and_loss)
+    trials = [
+        Trial(dropped=dropped, loss=loss, accuracy=share)
+        for (dropped, loss), share in zip(dropped_and_loss, shares, strict=True)
+    ]
+    return DepthTrials(base=Trial(dropped=[], loss=1.0, accuracy=0.9 if accuracies else None), trials=trials)
+
+
+def singles_of(losses, accuracies=None):
+    """One trial for each layer."""
+    return trials_of(*(([i], loss) for i, loss in enumerate(losses)), accuracies=accuracies)
+
+
+def rounds_of(best, second):
+    """The rounds of a greedy search and the next best trial of each."""
+    rounds = [
+        trial.model_copy(update={"next_best": other}) for trial, other in zip(best.trials, second.trials)
+    ]
+    return best.model_copy(update={"trials": rounds})
 
 
 def notes(*case, **options):
@@ -133,7 +163,7 @@ def test_published_llama_block_is_a_candidate_and_is_chosen():
     candidates = depth_candidates(DepthConfig(method="block"), 32, 16)
     assert len(candidates) == 17
     losses = [(sorted(block), 5.0 - (block == frozenset(range(15, 31)))) for block in candidates]
-    assert kept(32, 16, DepthConfig(method="block"), DepthTrials(base=2.0, trials=losses)) == [*range(15), 31]
+    assert kept(32, 16, DepthConfig(method="block"), trials_of(*losses)) == [*range(15), 31]
     assert kept(32, 16, DepthConfig(), target=TargetConfig(drop_layers=list(range(15, 31)))) == [
         *range(15),
         31,
@@ -144,9 +174,9 @@ def test_published_llama_block_is_a_candidate_and_is_chosen():
 
 
 def test_single_trials_and_greedy_rounds():
-    singles = DepthTrials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, 1.2, 8.0])])
+    singles = singles_of([9.0, 1.2, 1.1, 1.2, 8.0])
     assert kept(5, 3, DepthConfig(method="drop"), singles) == [0, 3, 4]  # of two alike the lower one goes
-    rounds = DepthTrials(base=1.0, trials=[([2], 1.1), ([1, 2], 1.3), ([1, 2, 3], 1.9)])
+    rounds = trials_of(([2], 1.1), ([1, 2], 1.3), ([1, 2, 3], 1.9))
     assert kept(5, 3, DepthConfig(method="greedy"), rounds) == [0, 3, 4]
     assert depth_candidates(DepthConfig(method="greedy"), 5, 2, gone={2}) == [
         frozenset({2, i}) for i in (0, 1, 3, 4)
@@ -154,17 +184,13 @@ def test_single_trials_and_greedy_rounds():
 
 
 def test_accuracy_ranks_before_loss():
-    trials = DepthTrials(
-        base=1.0,
-        trials=[([i], loss) for i, loss in enumerate([1.1, 1.4, 1.3, 1.2, 1.2])],
-        base_accuracy=0.9,
-        accuracies=[0.4, 0.8, 0.8, 0.5, 0.5],
-    )
-    assert trials.ranked() == [2, 1, 3, 4, 0]
+    losses = [1.1, 1.4, 1.3, 1.2, 1.2]
+    trials = singles_of(losses, accuracies=[0.4, 0.8, 0.8, 0.5, 0.5])
+    assert [trial.dropped for trial in trials.ranked()] == [[2], [1], [3], [4], [0]]
     depth = DepthConfig(method="drop", metric="task", task="items.jsonl")
     assert kept(5, 3, depth, trials) == [0, 3, 4]
     assert kept(5, 2, depth, trials) == [0, 4]
-    assert kept(5, 3, DepthConfig(method="drop"), trials.model_copy(update={"accuracies": []})) == [1, 2, 4]
+    assert kept(5, 3, DepthConfig(method="drop"), singles_of(losses)) == [1, 2, 4]
 
 
 def test_close_layer_cut_is_reported():
@@ -188,7 +214,7 @@ def test_close_layer_cut_is_reported():
 def test_trials_closer_than_rounding_are_reported():
     """Compare last dropped and first kept layer, the two best blocks, and greedy rounds."""
     near = 1.2 * (1 + 2e-6)
-    singles = DepthTrials(base=1.0, trials=[([i], loss) for i, loss in enumerate([9.0, 1.2, 1.1, near, 8.0])])
+    singles = singles_of([9.0, 1.2, 1.1, near, 8.0])
     (note,) = notes(5, 3, DepthConfig(method="drop"), singles)
     assert (
         note == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, "
@@ -199,37 +225,27 @@ def test_trials_closer_than_rounding_are_reported():
         [],
         [],
     ]  # both stay, or both go
-    blocks = DepthTrials(base=1.0, trials=[([0, 1], 9.0), ([1, 2], near), ([2, 3], 1.2)])
+    blocks = trials_of(([0, 1], 9.0), ([1, 2], near), ([2, 3], 1.2))
     (note,) = notes(5, 3, DepthConfig(method="block"), blocks)
     assert "without 2, 3 (chosen) and without 1, 2 (next best)" in note
-    assert notes(5, 3, DepthConfig(method="block"), DepthTrials(base=1.0, trials=blocks.trials[:2])) == []
     assert (
-        notes(2, 1, DepthConfig(method="block", protect_first=1), DepthTrials(base=1.0, trials=[([1], 1.1)]))
-        == []
-    )  # there was no other
-    rounds = {"trials": [([2], 1.2), ([1, 2], 1.3)], "second": [([3], near), ([2, 3], 1.4)]}
-    (note,) = notes(5, 3, DepthConfig(method="greedy"), DepthTrials(base=1.0, **rounds))
-    assert "without 2 (chosen) and without 3 (next best)" in note
-    rounds |= {"accuracies": [0.75, 0.5], "second_accuracies": [0.5, 0.5]}
-    assert (
-        notes(
-            5,
-            3,
-            DepthConfig(method="greedy", metric="task", task="items.jsonl"),
-            DepthTrials(base=1.0, base_accuracy=1.0, **rounds),
-        )
+        notes(5, 3, DepthConfig(method="block"), blocks.model_copy(update={"trials": blocks.trials[:2]}))
         == []
     )
+    assert (
+        notes(2, 1, DepthConfig(method="block", protect_first=1), trials_of(([1], 1.1))) == []
+    )  # there was no other
+    best, second = (([2], 1.2), ([1, 2], 1.3)), (([3], near), ([2, 3], 1.4))
+    rounds = rounds_of(trials_of(*best), trials_of(*second))
+    (note,) = notes(5, 3, DepthConfig(method="greedy"), rounds)
+    assert "without 2 (chosen) and without 3 (next best)" in note
+    rounds = rounds_of(trials_of(*best, accuracies=[0.75, 0.5]), trials_of(*second, accuracies=[0.5, 0.5]))
+    assert notes(5, 3, DepthConfig(method="greedy", metric="task", task="items.jsonl"), rounds) == []
 
 
 def test_equal_accuracies_are_close_if_losses_are_close():
     depth, near = DepthConfig(method="drop", metric="task", task="items.jsonl"), 1.2 * (1 + 2e-6)
-    trials = DepthTrials(
-        base=1.0,
-        trials=[([i], loss) for i, loss in enumerate([1.2, 1.4, near, 1.2])],
-        base_accuracy=0.9,
-        accuracies=[0.5, 0.8, 0.5, 0.4],
-    )
+    trials = singles_of([1.2, 1.4, near, 1.2], accuracies=[0.5, 0.8, 0.5, 0.4])
     (note,) = notes(4, 2, depth, trials)
     assert note.endswith(
         "without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, "

@@ -14,6 +14,7 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import make_recipe
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.errors import InputError
+from minitron_mp.models.axes import HIDDEN
 from minitron_mp.planning.memory import payload_bytes_per_token
 
 ROUNDING = 1e-5
@@ -73,7 +74,7 @@ def students(results, layout):
         if not axis:
             return ARCH, results.teacher("qwen3"), list(range(ARCH.hidden_size))
         plan = results.plan("qwen3", axis)
-        return *results.student("qwen3", axis), plan.hidden
+        return *results.student("qwen3", axis), plan.units(HIDDEN).tolist()
 
     return {name: (student(axis), chosen, None) for name, (axis, chosen) in cases(layout).items()}
 
@@ -128,7 +129,7 @@ def plain(results, axis, states, steps):
         projection = None
         if plan.student.hidden_size != ARCH.hidden_size:
             projection = torch.zeros(ARCH.hidden_size, plan.student.hidden_size)
-            projection[plan.hidden, torch.arange(plan.student.hidden_size)] = 1.0
+            projection[plan.units(HIDDEN), torch.arange(plan.student.hidden_size)] = 1.0
         weights = results.weights("qwen3")
         run = reference.PlainTraining(
             ARCH, weights, plan.student, reference.sliced(ARCH, weights, plan), chosen, projection
@@ -190,7 +191,7 @@ def test_gradients_and_projection_match_plain_autograd(results, ranks, layout):
     want = plain(results, "all", COSINE, STEPS)[1]
     first = torch.zeros_like(want["states.projection"])
     plan = results.plan("qwen3", "all")
-    first[plan.hidden, torch.arange(plan.student.hidden_size)] = 1.0
+    first[plan.units(HIDDEN), torch.arange(plan.student.hidden_size)] = 1.0
     assert (want["states.projection"] - first).abs().max() > DISTILL.lr, "the projection has not moved"
     for key, expected in want.items():
         tolerance = (

@@ -203,8 +203,8 @@ def test_unmapped_family_is_pruned_and_exported(four, folders, tmp_path):
         for folder in (tmp_path / "loaded", tmp_path / "sliced", source)
     )
     assert all(torch.equal(loaded[name], sliced[name]) for name in loaded)
-    hidden = np.array(cut["hidden"])
-    for layer, ffn in enumerate(cut["ffn"]):
+    hidden = np.array(cut["keep"]["hidden"][-1])
+    for layer, ffn in cut["keep"]["ffn"].items():
         name = f"model.layers.{layer}.mlp.down_proj.weight"
         assert torch.equal(loaded[name], before[name][hidden][:, ffn])
     assert torch.equal(loaded["model.embed_tokens.weight"], before["model.embed_tokens.weight"][:, hidden])

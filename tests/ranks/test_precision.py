@@ -162,10 +162,14 @@ HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
             [
                 "9.0 or above (Hopper or Blackwell)",
                 "CUDA 12.9 or later, this one has 12.8",
-                "2.3 or later, here is 2.2.0",
+                "2.3 or later, this environment has 2.2.0",
             ],
         ),
-        ("tensorwise", (HOPPER, "13.0", None), ["Transformer Engine 2.2 or later, here is none"]),
+        (
+            "tensorwise",
+            (HOPPER, "13.0", None),
+            ["Transformer Engine 2.2 or later, this environment has none"],
+        ),
         ("tensorwise", (HOPPER, "12.10", "2.10.0"), []),  # versions, no decimal fractions
     ],
 )
@@ -214,7 +218,7 @@ def test_preflight_checks_fp8_sizes(monkeypatch):
     assert any("ffn_hidden_size / tp" in text for text in found)
     assert (
         sum(
-            text.startswith("teacher.fp8: FP8 wants multiples of 16, the tokens of a sample")
+            text.startswith("teacher.fp8: FP8 needs multiples of 16, the tokens of a sample")
             for text in found
         )
         == 1
@@ -231,15 +235,15 @@ def test_local_layers_run_on_cpu(ranks):
         ),
         "fp8 tensorwise needs a GPU, this rank is on cpu": ({}, {"fp8": "tensorwise"}),
         "fp8 blockwise needs a GPU": ({"fp8": "blockwise"}, None),
-        "fp8 blockwise is Transformer Engine's, transformer_impl is local": (
+        "fp8 blockwise needs Transformer Engine's layers, transformer_impl is local": (
             {"fp8": "blockwise", **local},
             None,
         ),
-        "tp_comm_overlap is for Transformer Engine's layers, and the local ones compute here": (
+        "tp_comm_overlap needs Transformer Engine's layers, and this model has local layers": (
             {},
             {"tp_comm_overlap": True},
         ),
-        "cuda_graphs is for Transformer Engine's layers, and the local ones compute here": (
+        "cuda_graphs needs Transformer Engine's layers, and this model has local layers": (
             {},
             {"cuda_graphs": True},
         ),
@@ -261,8 +265,8 @@ def test_local_layers_run_on_cpu(ranks):
 def test_silently_wrong_megatron_settings_are_detected(ranks):
     found = ranks(1, "precision_workers.wrongs", arch=EVEN)[0]
     assert found["own"] == found["gathered"] == found["overlapped"] == []
-    assert "fp8_param without fp8_param_gather" in found["fp8_param"][0]
-    assert "overlap_p2p_comm=True, batch_p2p_comm=False" in found["vpp"][0]
+    assert "fp8_param needs fp8_param_gather" in found["fp8_param"][0]
+    assert "overlap_p2p_comm=True and batch_p2p_comm=False" in found["vpp"][0]
 
 
 def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
@@ -343,8 +347,8 @@ def test_bridge_config_problems(own, place, value, said):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"fp8_param": True}, "fp8_param without fp8_param_gather"),
-        ({"virtual_pipeline_model_parallel_size": 2}, "without overlap_p2p_comm=True"),
+        ({"fp8_param": True}, "fp8_param needs fp8_param_gather"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "need overlap_p2p_comm=True"),
     ],
 )
 def test_wrong_bridge_config_is_rejected_at_start(settings, said):

@@ -21,11 +21,10 @@ from minitron_mp.pruning.candidates import (
     candidate_name,
     chosen,
     inference_bytes,
-    search_candidates,
     shown,
-    survey_candidates,
 )
 from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.pruning.search_space import search_candidates, survey_candidates
 from minitron_mp.workflow.graph import StageGraph
 
 CONFIGS = ROOT / "examples" / "configs"
@@ -196,7 +195,7 @@ def test_invalid_searches_are_rejected(search, words):
         (
             {"hidden_size": [512]},
             {},
-            "4 of 4 combinations left out: transformers refuses a Llama whose hidden_size is no multiple of",
+            "4 of 4 combinations left out: transformers rejects a Llama whose hidden_size is not a multiple of",
         ),
         ({"hidden_size": [512]}, {}, "set export.family: mistral (same computation) (4)"),
         ({"num_attention_heads": [7, 8]}, {}, "num_attention_heads 8 is no multiple of num_query_groups 3 ("),
@@ -441,8 +440,7 @@ def test_search_resumes_after_stop_file(ranks, whole, scored):
     assert done.code == 0, done.err
     assert (
         f"search: stopped after step 1 (stop file {root / 'stop'} exists); checkpoint saved; "
-        "the same command resumes from there"
-        in done.out
+        "the same command resumes from there" in done.out
     )
     assert len(list((root / "search").glob("*/step_00000001"))) == 2
     assert not (root / "stop").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from cases import ARCHS, BY_NAME, CASES, IDS, masked_axes, saved_axes, targets
+from cases import ARCHS, BY_NAME, CASES, IDS, UNEVEN, masked_axes, saved_axes, targets
 from results import previous
 
 ROUNDING = 2e-5
@@ -14,6 +14,7 @@ AXES = ["hidden", "ffn", "heads", "layer", "all", "groups", "merged"]
 
 cases = pytest.mark.parametrize(("arch", "layout"), CASES, ids=IDS)
 SLICED = [(arch, layout, axis) for arch, layout in CASES for axis in targets(ARCHS[arch], layout.tp)]
+SLICED += [(arch, layout, "uneven") for arch, layout in UNEVEN]
 SAVED = [(arch, layout, axis) for arch, layout in CASES for axis in saved_axes(arch)]
 MASKED = [(arch, layout, axis) for arch, layout in CASES for axis in masked_axes(arch, layout)]
 
@@ -51,6 +52,15 @@ def test_masked_reference_matches_student_loaded_at_this_layout(results, arch, l
     """The student was cut and saved at the layout before this one in the table."""
     want = results.dense(arch, results.plan(arch, axis, previous(CASES, arch, layout)), masked=True)
     assert_close([rank[axis] for rank in results.loaded(arch, layout)], want, axis)
+
+
+@pytest.mark.parametrize(("arch", "layout"), UNEVEN, ids=[f"{arch}-{layout.name}" for arch, layout in UNEVEN])
+def test_student_whose_layers_differ_in_size_loads_at_this_layout(results, arch, layout):
+    """It was pruned and saved at another layout."""
+    plan = results.plan(arch, "uneven", previous(UNEVEN, arch, layout))
+    assert not plan.student.is_uniform
+    want = results.dense(arch, plan, masked=True)
+    assert_close([rank["uneven"] for rank in results.loaded_uneven(arch, layout)], want, "uneven")
 
 
 @pytest.mark.parametrize(
@@ -96,10 +106,10 @@ def test_kept_neurons_are_uneven_across_ranks(results, arch):
     plan = results.plan(arch, "ffn")
     counts = [
         [sum(i * 4 // ARCHS[arch].ffn_hidden_size == rank for i in row) for rank in range(4)]
-        for row in plan.ffn
+        for row in plan.keep["ffn"].values()
     ]
     assert min(map(min, counts)) <= 1
-    assert max(map(max, counts)) > 2 * len(plan.ffn[0]) / 4
+    assert max(map(max, counts)) > 2 * plan.student.ffn_hidden_size / 4
     assert set(targets(ARCHS[arch])) == {*AXES, "identity"}
 
 
@@ -111,11 +121,12 @@ def test_kept_groups_are_uneven_across_ranks(results):
             len({h // arch.heads_per_group for h in row if h * 4 // arch.num_attention_heads == rank})
             for rank in range(4)
         ]
-        for row in plan.heads
+        for row in plan.keep["heads"].values()
     ]
     assert (min(map(min, counts)), max(map(max, counts))) == (0, 2)
-    assert all(len(pairs) == plan.student.num_query_groups for pairs in plan.merge)
-    signs = {kept < pruned for pairs in plan.merge for kept, pruned in pairs}
+    merged = plan.merge["heads"].values()
+    assert all(len(pairs) == plan.student.num_query_groups for pairs in merged)
+    signs = {kept < pruned for pairs in merged for kept, pruned in pairs}
     assert signs == {True, False}
 
 
@@ -130,13 +141,14 @@ def test_rows_kept_on_their_rank_are_not_sent(ranks):
 
 def test_merged_queries_are_rounded_once_in_bf16(results, ranks):
     plan = results.plan("qwen2", "merged")
-    rows = results.weights("qwen2")[reference.QKV + "weight"][plan.layers[0]].bfloat16()
-    none = plan.model_copy(update={"merge": [[]] * len(plan.layers)})
+    layer = plan.layers[0]
+    rows = results.weights("qwen2")[reference.layer_key(layer, reference.QKV + "weight")].bfloat16()
+    pairs = plan.merge["heads"][layer]
     merged, unchanged = (
-        ranks(1, "model_workers.merge_queries", plan=p, rows=rows, layer=plan.layers[0])[0]
-        for p in (plan, none)
+        ranks(1, "model_workers.merge_queries", plan=plan, rows=rows, pairs=which, layer=layer)[0]
+        for which in (pairs, [])
     )
     assert torch.equal(unchanged, rows)
-    want = reference.merged(ARCHS["qwen2"], rows, plan, 0)
+    want = reference.merged(ARCHS["qwen2"], rows, plan, layer)
     assert torch.equal(merged, want)
-    assert (want != rows).any(1).sum() == len(plan.merge[0]) * plan.teacher.kv_channels
+    assert (want != rows).any(1).sum() == len(pairs) * plan.teacher.kv_channels

@@ -31,7 +31,7 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.evaluation.quality import compare, evaluate
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training import optimizer
 from minitron_mp.training.distill import distill
 from minitron_mp.training.loop import train
@@ -131,7 +131,9 @@ def correct_meanwhile(
 
         def start(curve: list[StepMetrics]) -> TrainableTeacher:
             model = build_model(
-                arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct
+                arch,
+                world,
+                ModelOptions(precision=precision, sequence_length=SEQUENCE_LENGTH, training=correct),
             )
             load_weights(model.chunks, teacher, world)
             options = RunOptions(None, manifest("distill"), on_step=curve.append)
@@ -371,7 +373,9 @@ class Runner:
         """start: the student's first weights; None for a run that resumes."""
         world, chosen, metrics = self.world, self.settings, []
         model = build_model(
-            arch, world, precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen
+            arch,
+            world,
+            ModelOptions(precision=self.precision, sequence_length=SEQUENCE_LENGTH, training=chosen),
         )
         if start is not None:
             load_weights(model.chunks, start, world)

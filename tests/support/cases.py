@@ -6,6 +6,7 @@ This module does not import megatron.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.config.training import CorrectionConfig, TrainingConfig
-from minitron_mp.models.arch import ATTENTION, AXES, MLP, Arch
+from minitron_mp.models.arch import Arch, BlockArch
+from minitron_mp.models.parameters import EMBEDDING, MODEL_PARAMETERS, dims_of, layer_key, split_key
 
 SEQUENCE_LENGTH = 24
 """Divides by 8: 2 cp x tp under context and sequence parallelism."""
@@ -92,6 +94,14 @@ ARCHS = {
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
 
+MIXED = ARCHS["qwen3"].resized(
+    blocks=[
+        BlockArch(ffn_hidden_size=112, num_attention_heads=12, num_query_groups=4),
+        BlockArch(ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2),
+    ]
+)
+"""Two layers that differ in every size."""
+
 # qwen3 runs at every layout. The others run where they differ: biases, an untied head, and head
 # counts that tp does not divide.
 SOME = {
@@ -99,8 +109,11 @@ SOME = {
     "llama": ("one", "pp2", "cp2", "dp2", "pp4"),
     "nemotron": ("one", "tp2-sp", "tp2-pp2-vpp2-sp"),
 }
+UNEVEN_LAYOUTS = ("one", "tp2", "tp2-sp", "pp2", "tp2-pp2-vpp2-sp")
 CASES = [(arch, layout) for arch in ARCHS for layout in LAYOUTS if layout.name in SOME.get(arch, BY_NAME)]
 IDS = [f"{arch}-{layout.name}" for arch, layout in CASES]
+UNEVEN = [(arch, layout) for arch, layout in CASES if layout.name in UNEVEN_LAYOUTS]
+"""Where a student is cut whose layers differ in size."""
 
 
 def targets(arch: Arch, tp: int = 1) -> dict[str, TargetConfig]:
@@ -131,7 +144,7 @@ def targets(arch: Arch, tp: int = 1) -> dict[str, TargetConfig]:
 
 
 def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
-    """Return canonical key -> global float32 tensor (layers stacked) that exposes mistakes.
+    """Return checkpoint key -> global float32 tensor that exposes mistakes.
 
     Activations are of order one, and each layer changes the residual stream visibly. Norm weights
     differ from one. Important neurons lie on the first tensor parallel rank in even layers and on
@@ -140,25 +153,40 @@ def make_weights(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for key, shape in arch.shapes().items():
-        noise = torch.randn(shape, generator=generator)
+    for key, noise in _noise(arch, generator):
         if ("layernorm" in key or "layer_norm" in key) and not key.endswith("bias"):
             weights[key] = (arch.norm == "rms") + 0.3 * noise
         elif key.endswith("bias"):
             weights[key] = 0.5 * noise
-        elif AXES[key][0] == "vocab":
+        elif dims_of(key)[0] == "vocab":
             weights[key] = 0.4 * noise
         else:
-            weights[key] = 1.2 * noise / shape[-1] ** 0.5
-    ramp = torch.logspace(0.5, -0.5, arch.ffn_hidden_size)
-    for layer in range(arch.num_layers):
-        weights[MLP + "linear_fc1.weight"][layer].unflatten(0, (-1, arch.ffn_hidden_size)).mul_(
+            weights[key] = 1.2 * noise / noise.shape[-1] ** 0.5
+    importance = torch.linspace(0.7, 1.3, arch.num_layers)
+    for layer, block in enumerate(arch.blocks):
+        ramp = torch.logspace(0.5, -0.5, block.ffn_hidden_size)
+        fc1 = weights[layer_key(layer, "mlp.linear_fc1.weight")]
+        fc1.unflatten(0, (-1, block.ffn_hidden_size)).mul_(
             (ramp if layer % 2 == 0 else ramp.flip(0))[:, None]
         )
-    weights[ATTENTION + "linear_proj.weight"] *= torch.linspace(0.7, 1.3, arch.num_layers)[
-        :, None, None
-    ]  # layers differ in weight
+        weights[layer_key(layer, "self_attention.linear_proj.weight")] *= importance[layer]
     return weights
+
+
+def _noise(arch: Arch, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Yield (key, normal values), one parameter of all layers after the other."""
+    by_name: dict[str, list[str]] = {}
+    shapes = arch.shapes()
+    for key in shapes:
+        by_name.setdefault(split_key(key)[1], []).append(key)
+    order = sorted(by_name, key=lambda name: 0 if name == EMBEDDING else 2 if name in MODEL_PARAMETERS else 1)
+    for name in order:
+        keys = by_name[name]
+        if len({shapes[key] for key in keys}) == 1:
+            parts = torch.randn((len(keys), *shapes[keys[0]]), generator=generator).unbind()
+        else:
+            parts = [torch.randn(shapes[key], generator=generator) for key in keys]
+        yield from zip(keys, parts)
 
 
 def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
@@ -209,9 +237,10 @@ def masked_axes(arch: str, layout: Layout) -> list[str]:
         if arch != "qwen3" and layout.ranks > 1
         else ["hidden", "ffn", "heads", "layer", "all"]
     )
-    return [
+    names = [
         axis for axis in targets(ARCHS[arch], layout.tp) if axis in (*chosen, "groups") and axis != "merged"
     ]
+    return names + ["uneven"] * ((arch, layout) in UNEVEN)
 
 
 CHOICES = [

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
+from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig
@@ -32,14 +32,15 @@ from minitron_mp.distributed.collectives import context_parallel_slice, exchange
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
-from minitron_mp.models.arch import AXES, Arch
-from minitron_mp.models.build import build_model, logits
+from minitron_mp.models.arch import Arch, BlockArch
+from minitron_mp.models.axes import AXIS_OF_DIM
+from minitron_mp.models.build import ModelOptions, build_model, logits
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores
-from minitron_mp.pruning.slicing import _merge_heads, prune
+from minitron_mp.pruning.slicing import merge_rows, prune
 
 Weights = dict[str, Tensor]
 
@@ -68,15 +69,7 @@ def manifest(stage: str, arch: Arch | None = None, **settings: Any) -> Manifest:
 
 def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
     """One rank: global tensors -> a checkpoint."""
-    state = {}
-    for key, weight in weights.items():
-        layers = range(arch.num_layers) if AXES[key][0] == "layer" else [None]
-        for layer in layers:
-            stacked = {} if layer is None else {"prepend_axis_num": 1}
-            offsets = [] if layer is None else [(0, layer, arch.num_layers)]
-            state[f"{key}/{layer}"] = ShardedTensor.from_rank_offsets(
-                key, weight if layer is None else weight[layer].clone(), *offsets, **stacked
-            )
+    state = {key: ShardedTensor.from_rank_offsets(key, value.clone()) for key, value in weights.items()}
     with joined(Layout("one", 1)):
         save_checkpoint(state, folder, manifest("teacher", arch))
 
@@ -84,17 +77,11 @@ def write_weights(folder: Path, arch: Arch, weights: Weights) -> None:
 def write_hugging_face(folder: Path, source: Path) -> Arch:
     """One rank: Hugging Face folder -> a checkpoint in float32."""
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import Weights, canonical_keys
+    from minitron_mp.models.hf_weights import HFWeights
 
     arch = read_arch(source)
-    opened, weights = Weights(source, arch), {}
-    for key, layer in canonical_keys(arch):
-        weights.setdefault(key, []).append(opened.tensor(key, layer).float())
-    write_weights(
-        folder,
-        arch,
-        {key: torch.stack(parts) if AXES[key][0] == "layer" else parts[0] for key, parts in weights.items()},
-    )
+    opened = HFWeights(source, arch)
+    write_weights(folder, arch, {key: opened.tensor(key).float() for key in arch.shapes()})
     return arch
 
 
@@ -129,19 +116,12 @@ def count_forwards(num_layers: int, candidates: list[frozenset[int]]) -> int:
     )
     with joined(Layout("one", 1)) as world:
         model = build_model(
-            arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True
+            arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH, random_weights=True)
         )
         for block in model.eval().chunks[0].decoder.layers:
             block.register_forward_hook(lambda *_: calls.append(1))
         steps, after = [[make_samples(arch, step, 1)] for step in range(2)], []
-        losses_without(
-            model.chunks,
-            steps,
-            world,
-            candidates,
-            vocab_size=arch.vocab_size,
-            progress=lambda: after.append(len(calls)),
-        )
+        losses_without(model, steps, candidates, progress=lambda: after.append(len(calls)))
         return after[1] - after[0]
 
 
@@ -170,21 +150,15 @@ def judge_everything(
     results: dict[str, Any] = {}
     with joined(layout) as world:
         model = load(arch, teacher, world).eval()
-        chunks = model.chunks
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
         batch_slice = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
         steps = [micro_batches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
         results["losses"] = {}
         for already, without in missing.items():
-            base, losses = losses_without(
-                chunks, steps, world, without, gone=already, vocab_size=arch.vocab_size
-            )
+            base, losses = losses_without(model, steps, without, gone=already)
             results["losses"][already] = [base, *losses]
         # Tensor and context parallel ranks communicate per microbatch, so they get few large ones.
-        options = {
-            "micro_batch_size": 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2,
-            "vocab_size": arch.vocab_size,
-        }
+        size = 4 if layout.tp * layout.parallel.get("cp", 1) > 1 else 2
         tried, scores = {name: read_task_file(files / f"{name}.jsonl") for name in ("choices", "words")}, []
         with mock.patch.object(
             tasks,
@@ -192,12 +166,12 @@ def judge_everything(
             lambda *case, **more: scores.append(score_rows(*case, **more)) or scores[-1],
         ):
             for name, items in tried.items():
-                results[name] = score_task(
-                    {"m": model}, items, tokenizer, micro_batch_size=options["micro_batch_size"]
-                )["m"]
+                results[name] = score_task({"m": model}, items, tokenizer, micro_batch_size=size)["m"]
         results["scores"] = torch.cat(scores)
         rows = rows_of([*tried["choices"], *tried["words"]], tokenizer, SEQUENCE_LENGTH)
-        base, without_layers = scores_without(chunks, rows, world, candidates, gone=gone, eod=0, **options)
+        base, without_layers = scores_without(
+            model, rows, candidates, gone=gone, eod=0, micro_batch_size=size
+        )
         return results | {"scores without": [base, *without_layers]}
 
 
@@ -213,7 +187,7 @@ def characters(arch: Arch) -> Any:
 
 
 def load(arch: Arch, folder: Path, world: World, precision: str = "fp32") -> ShardedModel:
-    model = build_model(arch, world, precision=precision, sequence_length=SEQUENCE_LENGTH)
+    model = build_model(arch, world, ModelOptions(precision=precision, sequence_length=SEQUENCE_LENGTH))
     load_weights(model.chunks, folder, world)
     return model
 
@@ -245,17 +219,10 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
 
 
 def score_samples(model: ShardedModel, samples: dict[str, Tensor], pair: tuple[str, str]) -> Scores:
-    world = model.world
-    chosen = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
-    local_batches = micro_batches(samples, 2, world.groups.dp.rank(), world.groups.dp.size())
-    return score(
-        model.chunks,
-        model.arch,
-        chosen,
-        world,
-        samples["tokens"].shape[1],
-        lambda: model.forward(local_batches),
-    )
+    groups = model.world.groups
+    config = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
+    local_batches = micro_batches(samples, 2, groups.dp.rank(), groups.dp.size())
+    return score(model, [local_batches], config)
 
 
 def count_hooks(chunks: list[Any]) -> int:
@@ -277,10 +244,11 @@ def prune_everything(
     save: list[str],
     masks: list[str],
     pairs: list[tuple[str, str]],
+    uneven: bool,
 ) -> dict[str, Any]:
     """Return scores, plans, slices and hook counts of one layout, and save the students.
 
-    The first aggregation pair makes the plans.
+    The first aggregation pair makes the plans. uneven: with a plan whose layers keep different sizes.
     """
     with joined(layout) as world:
         model = load(arch, teacher, world)
@@ -292,18 +260,20 @@ def prune_everything(
             name: make_plan(scores[pairs[0]], arch, target, tp=layout.tp)
             for name, target in targets(arch, layout.tp).items()
         }
+        if uneven:
+            plans["uneven"] = uneven_plan(plans["all"])
         by_masks = {}
         for name in masks:
-            with masked(chunks, plans[name], world):
+            with masked(model, plans[name]):
                 by_masks[name] = global_logits(model, samples)
         after = global_logits(model, samples)
         unchanged = count_hooks(chunks) == hooks and (before is None or torch.equal(before, after))
         full_data = [(parameter, parameter.data) for chunk in chunks for parameter in chunk.parameters()]
         pieces = {}
         for name, plan in plans.items():
-            state = prune(chunks, plan, world)
+            state = prune(model, plan)
             pieces[name] = [_piece(tensor) for tensor in state.values()]
-            if name in ("identity", *save):
+            if name in ("identity", "uneven", *save):
                 save_checkpoint(state, output / name, manifest("prune", plan.student))
             for parameter, data in full_data:  # prune() consumes the model
                 parameter.data = data
@@ -311,18 +281,38 @@ def prune_everything(
             "logits": before,
             "unchanged": unchanged,
             "masked": by_masks,
-            "scores": {pair: vars(value) for pair, value in scores.items()},
+            "scores": {pair: value.tensors() for pair, value in scores.items()},
             "plans": plans,
             "pieces": pieces,
             "identity": global_logits(load(arch, output / "identity", world), samples),
         }
 
 
+def uneven_plan(plan: PrunePlan) -> PrunePlan:
+    """The plan, but every second layer keeps half of the neurons, and one head in half of the groups."""
+    blocks, keep = [], {name: dict(by_layer) for name, by_layer in plan.keep.items()}
+    per_group = plan.teacher.heads_per_group
+    for number, (layer, block) in enumerate(zip(plan.layers, plan.student.blocks)):
+        if number % 2 == 0:
+            groups = range(block.num_query_groups // 2)
+            first = {head // per_group: head for head in reversed(keep["heads"][layer])}
+            keep["heads"][layer] = [first[group] for group in groups]
+            keep["ffn"][layer] = keep["ffn"][layer][::2]
+            block = BlockArch(
+                ffn_hidden_size=len(keep["ffn"][layer]),
+                num_attention_heads=len(groups),
+                num_query_groups=len(groups),
+            )
+        blocks.append(block)
+    student = plan.student.resized(blocks=tuple(blocks))
+    return PrunePlan.model_validate({**plan.model_dump(), "student": student, "keep": keep})
+
+
 def _piece(tensor: ShardedTensor) -> tuple[str, tuple[int, ...], Tensor, bool]:
-    """Return (key, global offset, data with all global dimensions, whether this copy is saved)."""
-    data = tensor.data.view((1,) * tensor.prepend_axis_num + tuple(tensor.data.shape)).clone()
+    """Return (key, global offset, data, whether this copy is saved)."""
+    assert tensor.prepend_axis_num == 0
     replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
-    return tensor.key, tuple(tensor.global_offset), data, not any(replica)
+    return tensor.key, tuple(tensor.global_offset), tensor.data.clone(), not any(replica)
 
 
 def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Tensor, int]]:
@@ -341,8 +331,9 @@ def exchange(layout: Layout, rows: Tensor, keeps: list[Tensor]) -> list[tuple[Te
         return exchanged
 
 
-def merge_queries(plan: PrunePlan, rows: Tensor, layer: int) -> Tensor:
-    return _merge_heads(rows, 0, plan, layer)
+def merge_queries(plan: PrunePlan, rows: Tensor, pairs: list[tuple[int, int]], layer: int) -> Tensor:
+    query_rows = AXIS_OF_DIM["qkv"].dims["qkv"].merged_rows
+    return merge_rows(rows, 0, pairs, query_rows, plan.teacher, layer)
 
 
 def load_and_run(layout: Layout, models: dict[str, tuple[Arch, Path]]) -> dict[str, Tensor | None]:
@@ -361,12 +352,12 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
         chunks = model.chunks
         hooks = count_hooks(chunks)
 
-        def run() -> None:
-            model.forward(micro_batches(make_samples(arch, 0, 4), 2, 0, 1))
+        def batches() -> Iterator[list[dict[str, Tensor]]]:
+            yield micro_batches(make_samples(arch, 0, 4), 2, 0, 1)
             raise ValueError("stopped by the test")
 
         try:
-            score(chunks, arch, ScoreConfig(), world, SEQUENCE_LENGTH, run)
+            score(model, batches())
         except ValueError as error:
             return str(error), count_hooks(chunks) - hooks
         return "not stopped", 0
@@ -374,7 +365,8 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
 
 def score_in_bf16(layout: Layout, arch: Arch, teacher: Path) -> dict[str, Any]:
     with joined(layout) as world:
-        return vars(score_samples(load(arch, teacher, world, "bf16"), make_samples(arch, 0, 8), DEFAULT_PAIR))
+        model = load(arch, teacher, world, "bf16")
+        return score_samples(model, make_samples(arch, 0, 8), DEFAULT_PAIR).tensors()
 
 
 def score_checkpoint(
@@ -382,9 +374,11 @@ def score_checkpoint(
 ) -> dict[tuple[str, str], Any]:
     """Return the scores of a checkpoint. One rank."""
     with joined(Layout("one", 1)) as world:
-        model = build_model(arch, world, precision="fp32", sequence_length=samples["tokens"].shape[1])
+        model = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=samples["tokens"].shape[1])
+        )
         load_weights(model.chunks, folder, world)
-        return {pair: vars(score_samples(model, samples, pair)) for pair in pairs}
+        return {pair: score_samples(model, samples, pair).tensors() for pair in pairs}
 
 
 def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, Any]:
@@ -393,7 +387,24 @@ def measure_speed(*, layout: Layout, arch: Arch, **options: Any) -> dict[str, An
     with joined(layout) as world:
         build = {"precision": "fp32", "sequence_length": SEQUENCE_LENGTH, "random_weights": True}
         models = {
-            name: build_model(kind, world, **build) for name, kind in (("large", arch), ("small", small))
+            name: build_model(kind, world, ModelOptions(**build))
+            for name, kind in (("large", arch), ("small", small))
         }
         models["twin"] = replace(models["small"], chunks=[])
         return measure(models, **options).model_dump()
+
+
+def save_again(layout: Layout, arch: Arch, source: Path, folder: Path) -> None:
+    """Load a checkpoint at this layout, and save it from there."""
+    with joined(layout) as world:
+        save_checkpoint(
+            model_state(load(arch, source, world).chunks, world), folder, manifest("teacher", arch)
+        )
+
+
+def count_parameters(layout: Layout, arch: Arch) -> tuple[int, int]:
+    """(pipeline stage, number of parameters on this rank) of a model."""
+    with joined(layout) as world:
+        model = build_model(arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH))
+        count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
+        return world.groups.pp.rank(), count

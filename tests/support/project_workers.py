@@ -22,7 +22,7 @@ from minitron_mp.config.recipe import load_recipe
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training.metrics import MetricsLog
 from minitron_mp.workflow.context import StageContext
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
@@ -81,7 +81,9 @@ def _stopping(write: Any, stop_at: int) -> Any:
 def count_parameters(*, arch: Arch, layout: Layout) -> tuple[int, int]:
     """Return (pipeline stage, number of parameters on this rank) of a model."""
     with joined(layout) as world:
-        chunks = build_model(arch, world, precision="fp32", sequence_length=SEQUENCE_LENGTH).chunks
+        chunks = build_model(
+            arch, world, ModelOptions(precision="fp32", sequence_length=SEQUENCE_LENGTH)
+        ).chunks
         return world.groups.pp.rank(), sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 

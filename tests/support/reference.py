@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weights = dict[str, Tensor]
-LAYER = "decoder.layers."
-ATTENTION, MLP = LAYER + "self_attention.", LAYER + "mlp."
+ATTENTION, MLP = "self_attention.", "mlp."
 QKV, PROJ = ATTENTION + "linear_qkv.", ATTENTION + "linear_proj.weight"
 FC1, FC2 = MLP + "linear_fc1.", MLP + "linear_fc2.weight"
 EMBEDDING, HEAD, FINAL_NORM = (
@@ -27,6 +26,7 @@ EMBEDDING, HEAD, FINAL_NORM = (
     "decoder.final_layernorm.weight",
 )
 FINAL_BIAS = "decoder.final_layernorm.bias"
+OUTSIDE = (EMBEDDING, FINAL_NORM, FINAL_BIAS, HEAD)
 HIDDEN_NORMS = (
     QKV + "layer_norm_weight",
     FC1 + "layer_norm_weight",
@@ -35,6 +35,17 @@ HIDDEN_NORMS = (
     FC1 + "layer_norm_bias",
     FINAL_BIAS,
 )
+
+
+def layer_key(layer: int, name: str) -> str:
+    """Checkpoint key of a parameter of a layer."""
+    return f"decoder.layers.{layer}.{name}"
+
+
+def of_layer(weights: Weights, layer: int) -> Weights:
+    """Name inside the layer -> value."""
+    prefix = layer_key(layer, "")
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def logits(arch: Any, weights: Weights, tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
@@ -56,9 +67,9 @@ def logits_and_states(
     w = {key: value.double() for key, value in weights.items()}
     x = w[EMBEDDING][tokens]  # [b, s, h]
     for layer in range(arch.num_layers):
-        layer_weights = {key: value[layer] for key, value in w.items() if key.startswith(LAYER)}
+        layer_weights = of_layer(w, layer)
         states.append(_layer_norm(arch, x, layer_weights, QKV, kept))
-        x = x + _attention(arch, layer_weights, states[-1])
+        x = x + _attention(arch, arch.blocks[layer], layer_weights, states[-1])
         up = _layer_norm(arch, x, layer_weights, FC1, kept) @ layer_weights[FC1 + "weight"].T
         if arch.activation == "swiglu":
             gate, up = up.chunk(2, -1)
@@ -92,11 +103,11 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
-def _attention(arch: Any, layer_weights: Weights, x: Tensor) -> Tensor:
+def _attention(arch: Any, block: Any, layer_weights: Weights, x: Tensor) -> Tensor:
     """Causal attention of one layer; rows of qkv are q .. q k v of one group after the other."""
-    per_group = arch.num_attention_heads // arch.num_query_groups
+    per_group = block.num_attention_heads // block.num_query_groups
     qkv = x @ layer_weights[QKV + "weight"].T + layer_weights.get(QKV + "bias", torch.zeros(1).double())
-    qkv = qkv.view(*x.shape[:2], arch.num_query_groups, per_group + 2, arch.kv_channels)
+    qkv = qkv.view(*x.shape[:2], block.num_query_groups, per_group + 2, arch.kv_channels)
     q, k, v = qkv.split([per_group, 1, 1], dim=3)  # [b, s, ng, heads, hn]
     if arch.qk_norm:
         q = _rms_norm(q, layer_weights[ATTENTION + "q_layernorm.weight"], arch.norm_epsilon)
@@ -123,20 +134,24 @@ def masked_teacher(arch: Any, weights: Weights, plan: Any) -> tuple[Weights, Seq
 
     Queries are merged. The result computes the same as the student.
     """
-    w = {key: value.clone() for key, value in weights.items()}
-    hidden = _flags(plan.hidden, arch.hidden_size)
+    w = {name: value.clone() for name, value in weights.items()}
+    kept = plan.keep["hidden"][-1]
+    hidden = _flags(kept, arch.hidden_size)
     w[EMBEDDING] *= hidden
     for layer in range(arch.num_layers):
         if layer not in plan.layers:
-            w[PROJ][layer] = w[FC2][layer] = 0
+            w[layer_key(layer, PROJ)].zero_()
+            w[layer_key(layer, FC2)].zero_()
             continue
-        row = plan.layers.index(layer)
-        for key in (key for key in w if _is_qkv(key)):
-            w[key][layer] = merged(arch, w[key][layer], plan, row)
-        heads = _flags(plan.heads[row], arch.num_attention_heads).repeat_interleave(arch.kv_channels)
-        w[PROJ][layer] *= hidden[:, None] * heads
-        w[FC2][layer] *= hidden[:, None] * _flags(plan.ffn[row], arch.ffn_hidden_size)
-    return w, plan.hidden
+        for name in (layer_key(layer, QKV + "weight"), layer_key(layer, QKV + "bias")):
+            if name in w:
+                w[name] = merged(arch, w[name], plan, layer)
+        heads = _flags(plan.keep["heads"][layer], arch.num_attention_heads).repeat_interleave(
+            arch.kv_channels
+        )
+        w[layer_key(layer, PROJ)] *= hidden[:, None] * heads
+        w[layer_key(layer, FC2)] *= hidden[:, None] * _flags(plan.keep["ffn"][layer], arch.ffn_hidden_size)
+    return w, kept
 
 
 def _flags(kept: Sequence[int], size: int) -> Tensor:
@@ -145,11 +160,7 @@ def _flags(kept: Sequence[int], size: int) -> Tensor:
     return flags
 
 
-def _is_qkv(key: str) -> bool:
-    return key in (QKV + "weight", QKV + "bias")
-
-
-def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
+def merged(arch: Any, x: Tensor, plan: Any, layer: int) -> Tensor:
     """Merge queries in linear_qkv [(np + 2 ng) hn, ...] of a layer, in float64.
 
     2407.14679 section 2.3: query + (query - query of the pruned head).
@@ -157,7 +168,7 @@ def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
     per_group = arch.num_attention_heads // arch.num_query_groups
     old = x.double().unflatten(0, (arch.num_query_groups, per_group + 2, arch.kv_channels))
     new = old.clone()
-    for kept, pruned in plan.merge[row] if plan.merge else []:
+    for kept, pruned in plan.merge["heads"][layer] if plan.merge else []:
         group, head = divmod(kept, per_group)
         new[group, head] = old[group, head] + (old[group, head] - old[group, pruned % per_group])
     return new.flatten(0, 2).to(x.dtype)
@@ -165,36 +176,40 @@ def merged(arch: Any, x: Tensor, plan: Any, row: int) -> Tensor:
 
 def sliced(arch: Any, weights: Weights, plan: Any) -> Weights:
     """The student's weights, cut from the teacher's by plain indexing, layer by layer."""
-    per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
-    out: dict[str, Any] = {}
-    for key, weight in weights.items():
-        parts = []
-        for layer, ffn, heads in (
-            zip(plan.layers, plan.ffn, plan.heads) if key.startswith(LAYER) else [(None, None, None)]
-        ):
-            x = weight if layer is None else weight[layer]
-            if _is_qkv(key):
-                groups = merged(arch, x, plan, plan.layers.index(layer)).unflatten(
-                    0, (arch.num_query_groups, per_group + 2, width)
-                )
-                slots = {
-                    g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1]
-                    for g in range(arch.num_query_groups)
-                }
-                x = torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
-            if key == PROJ:
-                x = x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
-            if key == FC1 + "weight":
-                x = x.unflatten(0, (-1, arch.ffn_hidden_size))[:, ffn].flatten(0, 1)
-            if key == FC2:
-                x = x[:, ffn]
-            if key in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):
-                x = x[:, plan.hidden]
-            if key in (PROJ, FC2, *HIDDEN_NORMS):
-                x = x[plan.hidden]
-            parts.append(x)
-        out[key] = torch.stack(parts) if key.startswith(LAYER) else parts[0]
+    out = {name: _hidden_part(name, weights[name], plan) for name in OUTSIDE if name in weights}
+    for number, layer in enumerate(plan.layers):
+        for name, value in of_layer(weights, layer).items():
+            part = _layer_part(arch, name, value, plan, layer)
+            out[layer_key(number, name)] = _hidden_part(name, part, plan)
     return out
+
+
+def _layer_part(arch: Any, name: str, x: Tensor, plan: Any, layer: int) -> Tensor:
+    """Cut heads and neurons from a weight of a kept layer."""
+    per_group, width = arch.num_attention_heads // arch.num_query_groups, arch.kv_channels
+    heads, ffn = plan.keep["heads"][layer], plan.keep["ffn"][layer]
+    if name in (QKV + "weight", QKV + "bias"):
+        groups = merged(arch, x, plan, layer).unflatten(0, (arch.num_query_groups, per_group + 2, width))
+        slots = {
+            g: [h % per_group for h in heads if h // per_group == g] + [per_group, per_group + 1]
+            for g in range(arch.num_query_groups)
+        }
+        return torch.cat([groups[g][slot].flatten(0, 1) for g, slot in slots.items() if len(slot) > 2])
+    if name == PROJ:
+        return x.unflatten(1, (arch.num_attention_heads, width))[:, heads].flatten(1)
+    if name == FC1 + "weight":
+        return x.unflatten(0, (-1, arch.ffn_hidden_size))[:, ffn].flatten(0, 1)
+    return x[:, ffn] if name == FC2 else x
+
+
+def _hidden_part(name: str, x: Tensor, plan: Any) -> Tensor:
+    """Cut hidden channels from a weight."""
+    hidden = plan.keep["hidden"][-1]
+    if name in (EMBEDDING, HEAD, QKV + "weight", FC1 + "weight"):
+        x = x[:, hidden]
+    if name in (PROJ, FC2, *HIDDEN_NORMS):
+        x = x[hidden]
+    return x
 
 
 AGGREGATE = {
@@ -241,24 +256,19 @@ class PlainImportance:
         self.seen.setdefault(at, []).append((value[0] if isinstance(value, tuple) else value)[0])  # [s, d]
 
     def scores(self, batch: str, sequence: str) -> dict[str, np.ndarray]:
-        """ffn [L, f], heads [L, np], hidden [h], layers [L]."""
+        """Name in the file of scores -> scores: "ffn.0" [f], "heads.0" [np], ..., hidden [h], layers [L]."""
 
         def channels(name: str, layer: int) -> Tensor:
             per_sample = torch.stack([AGGREGATE[sequence](a, 0) for a in self.seen[name, layer]])
             return AGGREGATE[batch](per_sample, 0)
 
         layers = range(self.arch.num_hidden_layers)
-        heads = [channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1) for i in layers]
-        hidden = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
-        values = {
-            "ffn": torch.stack([channels("ffn", i) for i in layers]),
-            "heads": torch.stack(heads),
-            "hidden": hidden,
-        }
-        return {
-            name: value.double().numpy()
-            for name, value in (values | {"layers": torch.stack([self._distance(i) for i in layers])}).items()
-        }
+        values = {f"ffn.{i}": channels("ffn", i) for i in layers}
+        for i in layers:
+            values[f"heads.{i}"] = channels("heads", i).view(self.arch.num_attention_heads, -1).norm(dim=1)
+        values["hidden"] = sum(channels(name, i) for name in ("norm1", "norm2") for i in layers)
+        values["layers"] = torch.stack([self._distance(i) for i in layers])
+        return {name: value.double().numpy() for name, value in values.items()}
 
     def _distance(self, layer: int) -> Tensor:
         before, after = (torch.cat(self.seen[name, layer]) for name in ("before", "after"))
@@ -356,6 +366,6 @@ class PlainTraining:
         s, number, (first, second) = self.settings, len(self.history), self.moments[key]
         first.mul_(s.adam_beta1).add_(gradient, alpha=1 - s.adam_beta1)
         second.mul_(s.adam_beta2).addcmul_(gradient, gradient, value=1 - s.adam_beta2)
-        decay = s.weight_decay if weight.dim() - key.startswith(LAYER) > 1 else 0.0
+        decay = s.weight_decay if weight.dim() > 1 else 0.0
         update = first / (1 - s.adam_beta1**number) / ((second / (1 - s.adam_beta2**number)).sqrt() + 1e-8)
         weight -= lr * (update + decay * weight)

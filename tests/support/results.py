@@ -29,6 +29,7 @@ from cases import (
     STEPS,
     TASK_CANDIDATES,
     TRAINED,
+    UNEVEN,
     WORDS,
     Layout,
     make_samples,
@@ -95,6 +96,7 @@ class Results:
             "save": saved_axes(arch),
             "masks": masked_axes(arch, layout),
             "pairs": pairs(arch, layout),
+            "uneven": (arch, layout) in UNEVEN,
         }
         case["output"] = self.root / arch / "pruned" / layout.name
         return self.once(
@@ -166,6 +168,14 @@ class Results:
             return self.ranks(layout.ranks, "model_workers.load_and_run", layout=layout, models=models)
 
         return self.once(("loaded", arch, layout), load)
+
+    def loaded_uneven(self, arch: str, layout: Layout) -> list[dict[str, Tensor | None]]:
+        """Logits of the student whose layers differ in size, that the previous layout of UNEVEN cut."""
+        models = {"uneven": self.student(arch, "uneven", previous(UNEVEN, arch, layout))}
+        return self.once(
+            ("loaded uneven", arch, layout),
+            lambda: self.ranks(layout.ranks, "model_workers.load_and_run", layout=layout, models=models),
+        )
 
     def trained(self, arch: str, layout: Layout) -> list[dict[str, Any]]:
         """Return training_workers.train_everything by rank, for one rank's student of all axes."""

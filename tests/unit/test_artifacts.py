@@ -156,7 +156,7 @@ def test_missing_damaged_and_foreign_artifacts_are_rejected(folder, tmp_path):
         (make_manifest().model_copy(update={"inputs": {"data": "xyz"}}), "input data: 'abc', here 'xyz'"),
         (make_manifest().model_copy(update={"inputs": {}}), "input data: 'abc', here None"),
         (make_manifest().model_copy(update={"stage": "plan"}), "stage: 'score', here 'plan'"),
-        (make_manifest().model_copy(update={"format": 2}), "format: 1, here 2"),
+        (make_manifest().model_copy(update={"format": 3}), "format: 2, here 3"),
     ],
 )
 def test_stale_artifact_lists_differences(folder, other, row):
@@ -166,6 +166,17 @@ def test_stale_artifact_lists_differences(folder, other, row):
         require_artifact(folder, "score", other)
     assert str(caught.value).splitlines()[1:] == [f"  - {row}"]
     assert "run `minitron-mp score` again" in str(caught.value)
+
+
+def test_artifact_of_an_older_format_is_rejected_in_one_line(tmp_path):
+    with writing_artifact(tmp_path / "scores", make_manifest().model_copy(update={"format": 1})):
+        pass
+    with pytest.raises(InputError) as caught:
+        require_artifact(tmp_path / "scores", "score")
+    assert str(caught.value) == (
+        f"{tmp_path / 'scores'} has format 1, this version reads format 2; "
+        "delete it and run `minitron-mp score` again"
+    )
 
 
 def test_only_checkpoints_of_the_finished_run_are_deleted(tmp_path):

@@ -11,19 +11,22 @@ from cases import BY_NAME, make_samples
 from safetensors.torch import load_file, save_file
 
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import ATTENTION, AXES, Arch
-from minitron_mp.models.hf_config import DEFAULTS, FAMILIES, read_arch
+from minitron_mp.models import families
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.families import FAMILIES
+from minitron_mp.models.families.family import DEFAULTS
+from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import (
-    Weights,
+    HFWeights,
     asset_files,
-    canonical_keys,
     check_weights,
     hf_shapes,
     to_hf,
     write_folder,
 )
+from minitron_mp.models.parameters import dims_of, layer_key
 
-QKV = ATTENTION + "linear_qkv.weight"
+QKV = "self_attention.linear_qkv.weight"
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 36,
@@ -97,8 +100,12 @@ def edit(folder: Path, **changes) -> Path:
 
 
 def canonical(folder: Path, arch: Arch):
-    weights = Weights(folder, arch)
-    return [(key, layer, weights.tensor(key, layer)) for key, layer in canonical_keys(arch)]
+    weights = HFWeights(folder, arch)
+    return [(key, weights.tensor(key)) for key in arch.shapes()]
+
+
+def random_weights(arch: Arch):
+    return [(key, torch.randn(shape) / 3) for key, shape in arch.shapes().items()]
 
 
 def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
@@ -113,10 +120,10 @@ def logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 def test_round_trip_is_bitwise(case, folders):
     arch = read_arch(folders[case])
     original, back = load_file(folders[case] / "model.safetensors"), {}
-    for key, layer, tensor in canonical(folders[case], arch):
-        assert tensor.shape == arch.shapes()[key][layer is not None :]
-        assert AXES[key][0] != "vocab" or not tensor[arch.vocab_size :].any(), "padding is not zero"
-        back |= to_hf(key, layer, tensor, arch)
+    for key, tensor in canonical(folders[case], arch):
+        assert tensor.shape == arch.shapes()[key]
+        assert dims_of(key)[0] != "vocab" or not tensor[arch.vocab_size :].any(), "padding is not zero"
+        back |= to_hf(key, tensor, arch)
     assert back.keys() == original.keys() == hf_shapes(arch).keys()
     assert all(torch.equal(back[name], original[name]) for name in original)
 
@@ -153,10 +160,7 @@ def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
     heads = {"num_query_groups": groups, "num_attention_heads": groups * min(2, teacher.heads_per_group)}
     student = teacher.resized(hidden_size=20, ffn_hidden_size=24, **heads)
     torch.manual_seed(1)
-    weights = [
-        (key, layer, torch.randn(student.shapes()[key][layer is not None :]) / 3)
-        for key, layer in canonical_keys(student)
-    ]
+    weights = random_weights(student)
     write_folder(tmp_path / "student", folders[case], student, torch.float32, iter(weights))
     for name, folder, arch in (("model", folders[case], teacher), ("student", tmp_path / "student", student)):
         assert (
@@ -177,10 +181,7 @@ def test_megatron_logits_match_transformers(case, folders, tmp_path, ranks):
 def test_smaller_student_in_bfloat16_shards(folders, tmp_path):
     source, teacher = folders["qwen3"], read_arch(folders["qwen3"])
     student = teacher.resized(num_layers=1, hidden_size=20, ffn_hidden_size=24)
-    tensors = [
-        (key, layer, torch.randn(student.shapes()[key][layer is not None :]))
-        for key, layer in canonical_keys(student)
-    ]
+    tensors = random_weights(student)
     out = tmp_path / "out"
     write_folder(out, source, student, torch.bfloat16, iter(tensors[::-1]), max_shard_bytes=8_000)
     shards = sorted(path.name for path in out.glob("*.safetensors"))
@@ -193,7 +194,7 @@ def test_smaller_student_in_bfloat16_shards(folders, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["layer_types"] == ["full_attention"]
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
-    assert all(tensor.dtype == torch.bfloat16 for _, _, tensor in canonical(out, student))
+    assert all(tensor.dtype == torch.bfloat16 for _, tensor in canonical(out, student))
     assert logits(out).shape == (2, 30, 131)
 
 
@@ -232,7 +233,7 @@ def test_qkv_rows_are_interleaved_by_group():
     rows = torch.tensor(
         [[0, 1, 10, 11, 100, 101, 200, 201], [20, 21, 30, 31, 110, 111, 210, 211]], dtype=torch.float32
     )
-    parts = to_hf(QKV, 0, rows.reshape(16, 1), arch)
+    parts = to_hf(layer_key(0, QKV), rows.reshape(16, 1), arch)
     assert {name.split(".")[-2]: part.flatten().tolist() for name, part in parts.items()} == {
         "q_proj": [0, 1, 10, 11, 20, 21, 30, 31],
         "k_proj": [100, 101, 110, 111],
@@ -244,8 +245,8 @@ def test_sharded_folder_reads_like_a_single_file(folders, tmp_path):
     make_folder(tmp_path, "llama", max_shard_size="20KB")
     assert not (tmp_path / "model.safetensors").exists()
     arch = read_arch(tmp_path)
-    for (key, layer, a), (_, _, b) in zip(canonical(tmp_path, arch), canonical(folders["llama"], arch)):
-        assert torch.equal(a, b), (key, layer)
+    for (key, a), (_, b) in zip(canonical(tmp_path, arch), canonical(folders["llama"], arch)):
+        assert torch.equal(a, b), key
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(InputError, match=r"model-00002-of-\d+.safetensors is missing"):
         read_arch(tmp_path)
@@ -276,16 +277,17 @@ def test_transformers_4_config_reads_like_transformers_5(llama):
 def test_defaults_match_transformers():
     from transformers import AutoConfig
 
-    for family, defaults in DEFAULTS.items():
-        config = AutoConfig.for_model(family)
-        assert config.tie_word_embeddings is False
-        assert getattr(config, "rms_norm_eps", 1e-6) == 1e-6
+    for family in FAMILIES.values():
+        config = AutoConfig.for_model(family.name)
+        defaults = {name: getattr(config, name, value) for name, value in DEFAULTS.items()}
+        assert defaults == DEFAULTS
+        assert type(config).model_type == family.name
         assert config.rope_parameters["rope_theta"] == 10000.0
         given = {
             **config.to_dict(),
             "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
         }
-        assert {name: given[name] for name in defaults} == defaults, family
+        assert {name: given[name] for name in family.defaults} == family.defaults, family.name
 
 
 @pytest.mark.parametrize(
@@ -323,7 +325,7 @@ def test_defaults_match_transformers():
         ),
         ({"hidden_size": ...}, "hidden_size is None"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
-        ({"num_key_value_heads": 2}, "num_attention_heads 9 is no multiple of num_key_value_heads 2"),
+        ({"num_key_value_heads": 2}, "num_attention_heads 9 is not a multiple of num_key_value_heads 2"),
     ],
 )
 def test_unsupported_config_is_rejected(llama, changes, said):
@@ -371,8 +373,8 @@ def test_mismatched_weights_are_named(llama):
     assert str(told.value).splitlines()[1:] == [
         "  - model.norm.weight is missing",
         "  - model.layers.0.mlp.gate_proj.weight has dtype I8; supported: F32, BF16, F16",
-        "  - model.layers.0.mlp.up_proj.weight has shape (3, 5), config.json asks for (40, 36)",
-        "  - model.layers.7.mlp.up_proj.weight is no weight of a llama with this config.json",
+        "  - model.layers.0.mlp.up_proj.weight has shape (3, 5), config.json requires (40, 36)",
+        "  - model.layers.7.mlp.up_proj.weight is not a weight of a llama with this config.json",
     ]
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(InputError, match=r"model.safetensors is damaged"):
@@ -384,10 +386,10 @@ def test_nonfinite_weight_is_named(llama, value):
     arch, tensors = read_arch(llama), load_file(llama / "model.safetensors")
     tensors["model.layers.1.self_attn.k_proj.weight"][3, 3] = value
     save_file(tensors, llama / "model.safetensors")
-    weights = Weights(llama, arch)
-    weights.tensor(QKV, 0)
-    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight holds a NaN"):
-        weights.tensor(QKV, 1)
+    weights = HFWeights(llama, arch)
+    weights.tensor(layer_key(0, QKV))
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight contains NaN"):
+        weights.tensor(layer_key(1, QKV))
 
 
 def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
@@ -396,16 +398,18 @@ def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
         load_file(llama / "model.safetensors"),
     )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
-        Weights(llama, arch).tensor("embedding.word_embeddings.weight")
+        HFWeights(llama, arch).tensor("embedding.word_embeddings.weight")
     save_file(
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
         llama / "model.safetensors",
     )
-    Weights(llama, arch).tensor("embedding.word_embeddings.weight")
+    HFWeights(llama, arch).tensor("embedding.word_embeddings.weight")
 
 
-def test_every_family_has_a_case():
-    assert {case.split("-")[0] for case in CASES} == set(FAMILIES) == set(DEFAULTS)
+def test_every_file_of_the_folder_is_a_family_with_a_case():
+    folder = Path(families.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "family", "export"}
+    assert {case.split("-")[0] for case in CASES} == set(FAMILIES) == names
 
 
 def test_gguf_rotary_permutation_is_undone():

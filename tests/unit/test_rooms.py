@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import minitron_mp
+from minitron_mp.models.axes import AXES, AXIS_OF_DIM
 
 PACKAGE = Path(minitron_mp.__file__).parent
 ROOMS = [
@@ -122,6 +123,29 @@ def test_imports_follow_the_order_of_rooms(path):
             )
     if room in NO_MEGATRON:
         assert not any(within(used, "megatron") for used in names), f"{name} imports Megatron-Core"
+
+
+NO_AXIS_NAMES = ("pruning/", "report/", "workflow/stages/", "integrations/", "evaluation/", "cli")
+"""Files that loop over the table of axes. Elsewhere "hidden" is also a payload of the teacher stream,
+and planning/ names dimensions of weights."""
+
+
+def strings(source: str) -> set[str]:
+    """String constants of a module."""
+    return {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if name_of(path).startswith(NO_AXIS_NAMES)], ids=name_of
+)
+def test_axes_are_named_in_their_table_only(path):
+    """A new axis is a row of models/axes.py, not another branch in the code that prunes."""
+    named = strings(path.read_text()) & {*AXES, *AXIS_OF_DIM}
+    assert not named, f"{name_of(path)} names {sorted(named)}; loop over models.axes.AXES"
 
 
 @pytest.mark.parametrize("room", [name for name in ROOMS if (PACKAGE / name).is_dir()])

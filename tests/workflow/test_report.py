@@ -24,7 +24,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.pruning.candidates import front
 from minitron_mp.pruning.depth import DepthTrials
 from minitron_mp.pruning.plan import PrunePlan, make_plan
-from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.report.document import Document, Figure, Table, html, markdown
 from minitron_mp.report.figures.depth_trials import trials_figure
 from minitron_mp.report.importance_section import importance_section
@@ -151,17 +151,8 @@ def test_html_and_markdown_reports_agree(whole, text, read):
 
 def test_dropped_query_groups_are_drawn():
     """Their scores, with the cut; the heads of a group have none then."""
-    scores = np.random.default_rng(1)
     teacher = ARCHS["qwen3"]
-    rows = {
-        "hidden": (teacher.hidden_size,),
-        "ffn": (teacher.num_layers, teacher.ffn_hidden_size),
-        "heads": (teacher.num_layers, teacher.num_attention_heads),
-    }
-    importance = Scores(
-        layers=scores.random(teacher.num_layers),
-        **{name: scores.random(shape) for name, shape in rows.items()},
-    )
+    importance = random_scores(teacher)
     plan = make_plan(importance, teacher, TargetConfig(num_query_groups=teacher.num_query_groups // 2))
     drawn = {
         part.title: part.text
@@ -206,7 +197,8 @@ def test_figures_match_the_plan(whole, read):
     assert f"{4 * 8 - 3 * 6} of 32 are pruned." in labels
     document = build_report(whole.project())
     kept = [
-        np.sort(importance.ffn[layer])[::-1][:96].sum() / importance.ffn[layer].sum() for layer in plan.layers
+        np.sort(importance["ffn"][layer])[::-1][:96].sum() / importance["ffn"][layer].sum()
+        for layer in plan.layers
     ]
     said = f"ffn {np.mean(kept):.1%} (layers from {min(kept):.1%} to {max(kept):.1%})"
     assert said in markdown(document)

@@ -22,7 +22,7 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.integrations.lm_eval.sharded_lm import ShardedLM
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.report.tables import HARNESS_HEADER, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
@@ -208,9 +208,11 @@ def _load_model(
     model = build_model(
         stored.arch,
         world,
-        precision=precision,
-        sequence_length=length,
-        transformer_impl=recipe.transformer_impl,
+        ModelOptions(
+            precision=precision,
+            sequence_length=length,
+            transformer_impl=recipe.transformer_impl,
+        ),
     )
     load_weights(model.chunks, stored.checkpoint, world, stored.prefix)
     return model

@@ -23,7 +23,10 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.build import DTYPES
+from minitron_mp.models.families.family import CONFIG_FIELDS
 from minitron_mp.models.layers import DeferredHead
+from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.transformer_config import NORMALIZATION
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.workflow.context import ASSETS
@@ -112,9 +115,8 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
                 f"the plan drops layers and pp is {world.parallel.pp}, so layers would move between stages; "
                 "save the pruned model as a checkpoint and use load_pruned()"
             )
-        kept = {
-            (tensor.key, tensor.global_offset): tensor for tensor in prune(teacher(), plan, world).values()
-        }
+        student = prune(sharded_model(teacher(), plan.teacher), plan)
+        kept = {(tensor.key, tensor.global_offset): tensor for tensor in student.values()}
         with torch.no_grad():
             for state in model_state(chunks, world).values():
                 for entry in state.values():
@@ -134,17 +136,12 @@ def defer_head(chunks: list[Any]) -> list[Any]:
     """
     chunk = chunks[-1]
     if chunk.post_process:
-        chunk.output_layer = DeferredHead.taking_over(
-            chunk.output_layer, chunk.config, chunk.pg_collection.tp
-        )
+        chunk.output_layer = DeferredHead.replacing(chunk.output_layer, chunk.config, chunk.pg_collection.tp)
     return chunks
 
 
 def world_of_provider(chunks: Sequence[Any]) -> World:
-    """Return layout, process groups and device of a model that Bridge built, wrapped or not.
-
-    score() and prune() take it.
-    """
+    """Return layout, process groups and device of a model that Bridge built, wrapped or not."""
     inner = bare_model(chunks[0])
     c = inner.config
     vpp = c.virtual_pipeline_model_parallel_size
@@ -156,6 +153,17 @@ def world_of_provider(chunks: Sequence[Any]) -> World:
         sequence_parallel=c.sequence_parallel,
     )
     return World(layout, inner.pg_collection, next(inner.parameters()).device)
+
+
+def sharded_model(chunks: list[Any], arch: Arch, sequence_length: int | None = None) -> ShardedModel:
+    """Return a model that Bridge built, wrapped or not, as score(), prune() and masked() take it.
+
+    sequence_length: tokens of a sample; default: the most that the model takes.
+    """
+    inner = bare_model(chunks[0])
+    precision = "bf16" if inner.config.params_dtype == torch.bfloat16 else "fp32"
+    length = sequence_length or inner.max_sequence_length
+    return ShardedModel(chunks, arch, world_of_provider(chunks), length, precision)
 
 
 def bare_model(model: Any) -> Any:
@@ -186,6 +194,9 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         for name in ("num_moe_experts", "mtp_num_layers", "multi_latent_attention")
         if (value := getattr(model, name, None))
     ]
+    norms = {name: norm for norm, name in NORMALIZATION.items()}
+    if model.normalization not in norms:
+        problems.append(f"normalization is {model.normalization}; supported: {', '.join(norms)}")
     refuse("only dense decoders are pruned:", problems)
     block = BlockArch(
         ffn_hidden_size=model.ffn_hidden_size,
@@ -199,7 +210,7 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
         tied=model.share_embeddings_and_output_weights,
         qkv_bias=model.add_qkv_bias,
         qk_norm=model.qk_layernorm,
-        norm="rms" if model.normalization == "RMSNorm" else "layer1p",
+        norm=norms[model.normalization],
         activation="swiglu" if model.gated_linear_unit else "squared_relu",
         norm_epsilon=model.layernorm_epsilon,
         hidden_size=model.hidden_size,
@@ -230,15 +241,7 @@ def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
 
     For other families change a copy of config.json yourself.
     """
-    names = {
-        "num_layers": "num_hidden_layers",
-        "ffn_hidden_size": "intermediate_size",
-        "num_query_groups": "num_key_value_heads",
-        "kv_channels": "head_dim",
-    }
-    sizes = {
-        names.get(name, name): getattr(arch, name) for name in (*names, "hidden_size", "num_attention_heads")
-    }
+    sizes = {CONFIG_FIELDS[name]: getattr(arch, name) for name in (*arch.sizes(), "kv_channels")}
     refuse(
         "this config.json has other field names than Llama's; change a copy of it yourself:",
         [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],

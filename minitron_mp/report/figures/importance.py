@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from minitron_mp.report.figures.drawing import (
     INK,
     KEPT,
     PRUNED,
+    SOFT,
     WIDE,
     drawing,
     note_above,
@@ -25,6 +27,9 @@ from minitron_mp.report.figures.drawing import (
 
 CURVE_POINTS = 128
 """Points of a curve: more cannot be seen."""
+
+LINES = ((KEPT, "o"), ("#3f8f5f", "s"), (SOFT, "^"), (INK, "v"))
+"""(colour, marker) of one axis after the other."""
 
 HEAT_MAP_BINS = 64
 """Columns of a heat map over ranks."""
@@ -47,7 +52,7 @@ def kept_layers_figure(num_layers: int, shares: Mapping[str, Mapping[int, float]
         for layer in dropped:
             label = "layer dropped" if layer == dropped[0] else None
             ax.axvspan(layer - 0.5, layer + 0.5, **HATCHED, linewidth=0, label=label)
-        for (axis, values), colour, marker in zip(shares.items(), (KEPT, "#3f8f5f"), ("o", "s")):
+        for (axis, values), (colour, marker) in zip(shares.items(), itertools.cycle(LINES)):
             with_gaps = [values.get(layer, np.nan) for layer in range(num_layers)]  # dropped layers
             ax.plot(range(num_layers), with_gaps, marker, color=colour, ls="-", ms=4, lw=1.2, label=axis)
         low = min(min(values.values()) for values in shares.values())
@@ -63,13 +68,15 @@ def kept_layers_figure(num_layers: int, shares: Mapping[str, Mapping[int, float]
     return figure.finish()
 
 
-def score_curves(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure:
-    """Draw the scores of each row of [rows, n], largest first, and the cut after `keep`."""
-    ordered = -np.sort(-scores, axis=1)
-    num_rows, n = scores.shape
-    points = np.unique(np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(int))
-    text = "Importance scores, largest first. "
-    text += f"The top {keep:,} of {n:,} are kept." if keep < n else f"All {n:,} are kept."
+def score_curves(title: str, rows: Sequence[np.ndarray], keep: Sequence[int], unit: str) -> Figure:
+    """Draw the scores of each row, largest first, and the cut, where it is the same in all rows.
+
+    keep: how many units stay in each row, for rows that are kept.
+    """
+    ordered = [-np.sort(-row) for row in rows]
+    num_rows = len(rows)
+    n = max(row.size for row in rows)
+    text = f"Importance scores, largest first. {_kept_text(rows, keep)}"
     colours: Any = [KEPT]
     if num_rows > 1:
         text += " Earlier layers are darker."
@@ -79,16 +86,26 @@ def score_curves(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure
         width = 0.8 if num_rows > 1 else 1.6
         marker = "o" if n < 24 else None
         for row, colour in zip(ordered, colours):
+            points = np.linspace(0, row.size - 1, min(row.size, CURVE_POINTS)).round().astype(int)
             ax.plot(points + 1, row[points], color=colour, lw=width, marker=marker, ms=2.5)
-        if keep < n:
-            ax.axvspan(keep + 0.5, n + 0.5, **HATCHED, alpha=0.6, linewidth=0)
-            ax.axvline(keep + 0.5, color=PRUNED, lw=1.2)
-            note_above(ax, f"cut after {keep:,}", keep + 0.5)
-        if ordered.min() > 0 and ordered.max() > 8 * ordered.min():
+        if len(set(keep)) == 1 and keep[0] < n:
+            ax.axvspan(keep[0] + 0.5, n + 0.5, **HATCHED, alpha=0.6, linewidth=0)
+            ax.axvline(keep[0] + 0.5, color=PRUNED, lw=1.2)
+            note_above(ax, f"cut after {keep[0]:,}", keep[0] + 0.5)
+        smallest, largest = min(row[-1] for row in ordered), max(row[0] for row in ordered)
+        if smallest > 0 and largest > 8 * smallest:
             ax.set_yscale("log")
         ax.set(xlabel=f"{unit}, by rank", title="score")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     return figure.finish()
+
+
+def _kept_text(rows: Sequence[np.ndarray], keep: Sequence[int]) -> str:
+    sizes = {row.size for row in rows}
+    if len(sizes) > 1 or len(set(keep)) > 1:
+        return f"The top {min(keep):,} to {max(keep):,} of {min(sizes):,} to {max(sizes):,} are kept."
+    n = sizes.pop()
+    return f"The top {keep[0]:,} of {n:,} are kept." if keep[0] < n else f"All {n:,} are kept."
 
 
 def layer_bars(
@@ -118,45 +135,54 @@ def layer_bars(
     return figure.finish()
 
 
-def rank_heat_map(title: str, scores: np.ndarray, keep: int, unit: str) -> Figure:
-    """Draw layers x ranks: each layer's scores sorted, averaged over bins, relative to the layer's
-    mean.
+def rank_heat_map(title: str, rows: Sequence[np.ndarray], keep: Sequence[int], units: str) -> Figure:
+    """Draw layers x ranks: scores sorted, averaged over bins, relative to the layer's mean.
 
-    scores: [L, n].
+    rows: scores of each layer. keep: how many units stay in each kept layer.
     """
-    ordered = -np.sort(-scores, axis=1)
-    n = scores.shape[1]
-    bins = np.array_split(np.arange(n), min(n, HEAT_MAP_BINS))
-    binned = np.stack([ordered[:, columns].mean(1) for columns in bins], 1)
-    relative = binned / scores.mean(1, keepdims=True)
-    text = f"One row per layer: its {n:,} {unit} sorted by score. {_range_text(relative)}"
+    sizes = [row.size for row in rows]
+    num_bins = min(*sizes, HEAT_MAP_BINS)
+    relative = np.array([_binned(row, num_bins) / row.mean() for row in rows])
+    n, alike = max(sizes), len(set(sizes)) == 1
+    number = f"{n:,}" if alike else f"{min(sizes):,} to {n:,}"
+    text = f"One row per layer: its {number} {units} sorted by score. {_range_text(relative)}"
     with drawing(title, text, HEAT_MAP) as figure:
         ax = figure.axes
-        _draw_heat_map(ax, relative, (0.5, n + 0.5))
-        if keep < n:
-            ax.axvline(keep + 0.5, color="#fff", lw=3)
-            ax.axvline(keep + 0.5, color=PRUNED, lw=1.4)
-            note_above(ax, f"cut after {keep:,}", keep + 0.5)
-        ax.set(xlabel=f"{unit}, by rank in the layer", title="layer")
+        _draw_heat_map(ax, relative, (0.5, n + 0.5) if alike else (0.0, 1.0))
+        if alike and len(set(keep)) == 1 and keep[0] < n:
+            ax.axvline(keep[0] + 0.5, color="#fff", lw=3)
+            ax.axvline(keep[0] + 0.5, color=PRUNED, lw=1.4)
+            note_above(ax, f"cut after {keep[0]:,}", keep[0] + 0.5)
+        ranks = "rank in the layer" if alike else "rank / number in the layer"
+        ax.set(xlabel=f"{units}, by {ranks}", title="layer")
     return figure.finish()
 
 
-def unit_heat_map(title: str, scores: np.ndarray, kept: Mapping[int, Sequence[int]], unit: str) -> Figure:
+def _binned(row: np.ndarray, num_bins: int) -> list[float]:
+    """Means of equal parts of the scores, largest first."""
+    return [part.mean() for part in np.array_split(-np.sort(-row), num_bins)]
+
+
+def unit_heat_map(
+    title: str, rows: Sequence[np.ndarray], kept: Mapping[int, Sequence[int]], unit: str
+) -> Figure:
     """Draw layers x units by number, relative to the layer's mean; pruned units are crossed.
 
-    scores: [L, n]. kept: layer -> kept units. unit: singular.
+    rows: scores of each layer. kept: layer -> kept units. unit: singular.
     """
-    num_layers, n = scores.shape
-    relative = scores / scores.mean(1, keepdims=True)
+    n = max(row.size for row in rows)
+    relative = np.full((len(rows), n), np.nan)
+    for layer, row in enumerate(rows):
+        relative[layer, : row.size] = row / row.mean()
     pruned = [
         (number, layer)
-        for layer in range(num_layers)
-        for number in range(n)
+        for layer, row in enumerate(rows)
+        for number in range(row.size)
         if number not in kept.get(layer, ())
     ]
     text = (
         f"One row per layer, one column for each of {n} {unit}s. {_range_text(relative)} "
-        f"{len(pruned)} of {scores.size} are pruned."
+        f"{len(pruned)} of {sum(row.size for row in rows)} are pruned."
     )
     with drawing(title, text, HEAT_MAP) as figure:
         ax = figure.axes
@@ -172,7 +198,8 @@ def unit_heat_map(title: str, scores: np.ndarray, kept: Mapping[int, Sequence[in
 
 
 def _range_text(relative: np.ndarray) -> str:
-    return f"Scores range from {relative.min():.2g} to {relative.max():.2g} times the mean of their layer."
+    low, high = np.nanmin(relative), np.nanmax(relative)
+    return f"Scores range from {low:.2g} to {high:.2g} times the mean of their layer."
 
 
 def _draw_heat_map(ax: Axes, values: np.ndarray, span: tuple[float, float]) -> None:

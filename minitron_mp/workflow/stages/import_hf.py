@@ -24,31 +24,30 @@ def import_folder(context: StageContext, source: Path) -> None:
     Each rank converts every world-size-th layer.
     """
     import torch.distributed as dist
+    from megatron.core.dist_checkpointing import ShardedTensor
 
     from minitron_mp.artifacts.checkpoint import save_checkpoint
     from minitron_mp.console import Tracker
     from minitron_mp.distributed.sync import raise_on_all_ranks
     from minitron_mp.errors import InputError
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import Weights, asset_files, canonical_keys
+    from minitron_mp.models.hf_weights import HFWeights, asset_files
+    from minitron_mp.models.parameters import split_key
     from minitron_mp.report.model_card import CARD, source_card
     from minitron_mp.workflow.context import ASSETS
-    from minitron_mp.workflow.stages.export.hf_folder import sharded_tensor
 
     arch = read_arch(source)
     source_card(source)  # raises for a model card that the export could not read hours later
-    weights = Weights(source, arch)
+    weights = HFWeights(source, arch)
     keys = [
-        (key, layer)
-        for key, layer in canonical_keys(arch)
-        if (layer or 0) % dist.get_world_size() == dist.get_rank()
+        key for key in arch.shapes() if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank()
     ]
     state = {}
     failure: Exception | None = None
     try:
         with Tracker(context.manifest.stage, len(keys), "tensors") as tracker:
-            for key, layer in keys:
-                state[f"{key}/{layer}"] = sharded_tensor(key, layer, weights.tensor(key, layer), arch)
+            for key in keys:
+                state[key] = ShardedTensor.from_rank_offsets(key, weights.tensor(key))
                 tracker.advance(1)
     except InputError as error:
         failure = error

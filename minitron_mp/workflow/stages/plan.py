@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def plan_student(files: StageFiles) -> None:
     """Choose the indices to keep, with numpy alone, and write plan.json."""
     from minitron_mp.console import say, table
+    from minitron_mp.models.families.export import exportable_arch
     from minitron_mp.pruning.candidates import candidate_target, chosen
     from minitron_mp.pruning.depth import DepthTrials
     from minitron_mp.pruning.plan import make_plan
     from minitron_mp.pruning.scores import Scores
-    from minitron_mp.pruning.target import exportable_arch
 
     recipe = files.recipe
     teacher = files.arch("score")
@@ -40,9 +40,8 @@ def plan_student(files: StageFiles) -> None:
     exportable_arch(plan.student, recipe.export.family)
     plan.save(files.output, files.manifest.model_copy(update={"arch": plan.student}))
     table("plan", ("size", "teacher", "student", "kept"), plan.summary())
-    dropped = sorted(set(range(teacher.num_layers)) - set(plan.layers))
-    if dropped:
-        say(f"dropped layers (counted from 0): {', '.join(map(str, dropped))}")
+    if plan.dropped:
+        say(f"dropped layers (counted from 0): {', '.join(map(str, plan.dropped))}")
     for note in plan.notes:
         say(f"note: {note}")
 

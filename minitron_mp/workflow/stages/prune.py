@@ -29,7 +29,7 @@ def prune_teacher(context: StageContext) -> None:
         )
     refuse("this layout does not fit the student:", layout_problems(plan.student, context.recipe.parallel.tp))
     save_checkpoint(
-        prune(model.chunks, plan, context.world),
+        prune(model, plan),
         context.output,
         context.manifest.model_copy(update={"arch": plan.student}),
         copy_assets_from(context.paths["import"]),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from minitron_mp.workflow.settings import run_settings
 from minitron_mp.workflow.stage import Stage, pruning_base
 
 if TYPE_CHECKING:
+    from minitron_mp.distributed.batch import Batch
     from minitron_mp.workflow.context import StageContext
 
 
@@ -17,17 +19,17 @@ def score_teacher(context: StageContext) -> None:
     from minitron_mp.distributed.sync import on_rank_0
     from minitron_mp.pruning.importance import score
 
-    settings = context.recipe.score
+    config = context.recipe.score
     model = context.build(context.recipe.pruning_base).eval()
-    _, groups = context.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=True)
+    _, groups = context.groups("calibration", config.num_samples, config.micro_batch_size, exact=True)
 
-    def forward() -> None:
-        with Tracker("score", settings.num_samples, "samples") as tracker:
+    def tracked() -> Iterator[list[Batch]]:
+        with Tracker("score", config.num_samples, "samples") as tracker:
             for batches in groups:
-                model.forward(batches)
-                tracker.advance(len(batches) * settings.micro_batch_size * context.world.groups.dp.size())
+                yield batches
+                tracker.advance(len(batches) * config.micro_batch_size * context.world.groups.dp.size())
 
-    scores = score(model.chunks, model.arch, settings, context.world, model.sequence_length, forward)
+    scores = score(model, tracked(), config)
     on_rank_0(lambda: scores.save(context.output, context.manifest.model_copy(update={"arch": model.arch})))
 
 

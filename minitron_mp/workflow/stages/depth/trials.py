@@ -1,12 +1,11 @@
-"""What each stage does once its inputs are there: read artefacts, compute, write one. pipeline.py decides whether and when.
-
-Every function is reached by all ranks of the world and leaves its artefact whole or not at all.
-"""
+"""Trials of the stage depth: the teacher without some of its layers, on text or on a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from torch import Tensor
 
 from minitron_mp.console import Tracker
 from minitron_mp.distributed.sync import on_rank_0
@@ -15,49 +14,52 @@ from minitron_mp.evaluation.log_likelihood import num_groups
 from minitron_mp.evaluation.task_files import read_task_file
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.ablation import losses_without, scores_without
-from minitron_mp.pruning.candidates import layers_to_drop
-from minitron_mp.pruning.depth import DepthTrials, depth_candidates
+from minitron_mp.pruning.depth import DepthTrials, Trial, depth_candidates
+from minitron_mp.pruning.search_space import layers_to_drop
 from minitron_mp.workflow.context import StageContext
 
 
 def measure_depth(job: StageContext) -> None:
     """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
-    recipe, settings, arch = job.recipe, job.recipe.depth, job.arch(job.recipe.pruning_base)
-    count = layers_to_drop(recipe, arch)
+    settings = job.recipe.depth
     model = job.build(job.recipe.pruning_base).eval()
+    count = layers_to_drop(job.recipe, model.arch)
     total, measure = (_task_without if settings.metric == "task" else _text_without)(job, model)
-    greedy, gone, rounds = settings.method == "greedy", frozenset(), []
-    with Tracker("depth", count, "rounds") if greedy else Tracker("depth", total, "batches") as tracker:
-        for _ in range(count if greedy else 1):
-            candidates = depth_candidates(settings, arch.num_layers, count, gone)
-            mine = measure(candidates, gone, (lambda: None) if greedy else lambda: tracker.advance(1))
-            found = on_rank_0(
-                lambda mine=mine: mine
-            )  # what a greedy search goes on from is the same on all ranks, to the last bit
-            if greedy:
-                best, *others = found.ranked()
-                own = {"trials": [found.trials[best]], "accuracies": found.accuracies[best : best + 1]}
-                for i in others[:1]:
-                    own |= {"second": [found.trials[i]], "second_accuracies": found.accuracies[i : i + 1]}
-                rounds.append(found.model_copy(update=own))
-                gone = frozenset(found.trials[best][0])
-                accuracy = "".join(f", accuracy {share:.1%}" for share in rounds[-1].accuracies)
-                tracker.advance(
-                    1,
-                    f"without {', '.join(map(str, sorted(gone)))}: loss {found.trials[best][1]:.4f}{accuracy}",
-                )
-            else:
-                rounds = [found]
-    together = {
-        name: [row for r in rounds for row in getattr(r, name)]
-        for name in ("trials", "accuracies", "second", "second_accuracies")
-    }
-    result = rounds[0].model_copy(update=together)
+    if settings.method == "greedy":
+        result = _greedy_rounds(job, model, count, measure)
+    else:
+        candidates = depth_candidates(settings, model.arch.num_layers, count)
+        with Tracker("depth", total, "batches") as tracker:
+            result = measure(candidates, frozenset(), lambda: tracker.advance(1))
     on_rank_0(lambda: result.save(job.output, job.manifest))
 
 
 Measure = Callable[[list[frozenset[int]], frozenset[int], Callable[[], None]], DepthTrials]
 """(candidates, layers that are gone already, progress) -> one trial for each candidate."""
+
+
+def _greedy_rounds(job: StageContext, model: ShardedModel, count: int, measure: Measure) -> DepthTrials:
+    """Drop one layer after the other: in each round the best of all candidates with one more."""
+    gone: frozenset[int] = frozenset()
+    rounds: list[Trial] = []
+    with Tracker("depth", count, "rounds") as tracker:
+        for number in range(count):
+            candidates = depth_candidates(job.recipe.depth, model.arch.num_layers, count, gone)
+            found = _of_rank_0(measure(candidates, gone, lambda: None))
+            if number == 0:
+                base = found.base
+            best, *others = found.ranked()
+            rounds.append(best.model_copy(update={"next_best": others[0] if others else None}))
+            gone = frozenset(best.dropped)
+            accuracy = "" if best.accuracy is None else f", accuracy {best.accuracy:.1%}"
+            without = ", ".join(map(str, best.dropped))
+            tracker.advance(1, f"without {without}: loss {best.loss:.4f}{accuracy}")
+    return DepthTrials(base=base, trials=rounds)
+
+
+def _of_rank_0(trials: DepthTrials) -> DepthTrials:
+    """Rank 0's trials: what a greedy search goes on from is the same on all ranks, to the last bit."""
+    return on_rank_0(lambda: trials)
 
 
 def _text_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]:
@@ -69,18 +71,9 @@ def _text_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]
     def measure(
         candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]
     ) -> DepthTrials:
-        base, losses = losses_without(
-            model.chunks,
-            groups,
-            job.world,
-            candidates,
-            gone=gone,
-            vocab_size=model.arch.vocab_size,
-            progress=progress,
-        )
-        return DepthTrials(
-            base=base, trials=[(sorted(dropped), loss) for dropped, loss in zip(candidates, losses)]
-        )
+        base, losses = losses_without(model, groups, candidates, gone=gone, progress=progress)
+        trials = [Trial(dropped=sorted(dropped), loss=loss) for dropped, loss in zip(candidates, losses)]
+        return DepthTrials(base=Trial(dropped=[], loss=base), trials=trials)
 
     return len(groups), measure
 
@@ -90,21 +83,25 @@ def _task_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]
     settings, tokenizer = job.recipe.depth, job.tokenizer()
     assert settings.task is not None
     items = read_task_file(Path(settings.task), settings.task_items)
-    rows, size = rows_of(items, tokenizer, job.recipe.data.sequence_length), settings.micro_batch_size
-    place = {"micro_batch_size": size, "vocab_size": model.arch.vocab_size, "eod": tokenizer.eod}
+    rows = rows_of(items, tokenizer, model.sequence_length)
+
+    def trial(dropped: Iterable[int], scores: Tensor) -> Trial:
+        accuracy = result_of(items, scores).accuracy
+        return Trial(dropped=sorted(dropped), loss=-right_log_p(items, scores), accuracy=accuracy)
 
     def measure(
         candidates: list[frozenset[int]], gone: frozenset[int], progress: Callable[[], None]
     ) -> DepthTrials:
-        whole, scores = scores_without(
-            model.chunks, rows, job.world, candidates, gone=gone, **place, progress=progress
+        base, scores = scores_without(
+            model,
+            rows,
+            candidates,
+            gone=gone,
+            micro_batch_size=settings.micro_batch_size,
+            eod=tokenizer.eod,
+            progress=progress,
         )
-        shares, losses = zip(
-            *[(result_of(items, own).accuracy, -right_log_p(items, own)) for own in (whole, *scores)]
-        )
-        trials = [(sorted(dropped), loss) for dropped, loss in zip(candidates, losses[1:])]
-        return DepthTrials(
-            base=losses[0], trials=trials, base_accuracy=shares[0], accuracies=list(shares[1:])
-        )
+        trials = [trial(dropped, own) for dropped, own in zip(candidates, scores)]
+        return DepthTrials(base=trial([], base), trials=trials)
 
-    return num_groups(len(rows), job.world, size), measure
+    return num_groups(len(rows), job.world, settings.micro_batch_size), measure

@@ -14,10 +14,10 @@ from minitron_mp.artifacts.manifest import writing_artifact
 from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.models.arch import AXES, Arch
+from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import DTYPES
-from minitron_mp.models.hf_weights import canonical_keys, write_folder
-from minitron_mp.pruning.target import exportable_arch
+from minitron_mp.models.families.export import exportable_arch
+from minitron_mp.models.hf_weights import write_folder
 from minitron_mp.report.model_card import CARD, model_card
 from minitron_mp.workflow.context import ASSETS, StageContext
 
@@ -53,27 +53,21 @@ def export_student(context: StageContext) -> None:
     raise_on_all_ranks(failure)
 
 
-def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """(key, layer, canonical tensor on the CPU in the checkpoint's dtype) on rank 0, nothing elsewhere; reached by all ranks."""
-    keys, shapes, dtypes = list(canonical_keys(arch)), arch.shapes(), checkpoint_dtypes(folder)
+def read_tensors(folder: Path, arch: Arch, world: World) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (checkpoint key, canonical tensor on the CPU) on rank 0, nothing on the other ranks.
+
+    The tensors have the dtype of the checkpoint. Reading is collective, so all ranks must iterate
+    to the end.
+    """
+    shapes = arch.shapes()
+    dtypes = checkpoint_dtypes(folder)
+    keys = list(shapes)
     while keys:
-        part: dict[str, tuple[str, int | None]] = {}
-        state, num_bytes = {}, 0
-        while keys and num_bytes < READ_BYTES:
-            key, layer = keys.pop(0)
-            empty = torch.empty(shapes[key][layer is not None :], dtype=dtypes[key])
-            num_bytes += empty.nbytes
-            part[f"{key}/{layer}"] = (key, layer)
-            if world.is_main:
-                state[f"{key}/{layer}"] = sharded_tensor(key, layer, empty, arch)
-        loaded = load_checkpoint(state, folder)
+        batch: dict[str, torch.Tensor] = {}
+        while keys and sum(tensor.nbytes for tensor in batch.values()) < READ_BYTES:
+            key = keys.pop(0)
+            batch[key] = torch.empty(shapes[key], dtype=dtypes[key])
+        state = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in batch.items()}
+        loaded = load_checkpoint(state if world.is_main else {}, folder)
         if world.is_main:
-            for name, (key, layer) in part.items():
-                yield key, layer, loaded[name]
-
-
-def sharded_tensor(key: str, layer: int | None, tensor: torch.Tensor, arch: Arch) -> ShardedTensor:
-    """A canonical tensor as the whole of its key, or as one layer of it."""
-    if AXES[key][0] != "layer":
-        return ShardedTensor.from_rank_offsets(key, tensor)
-    return ShardedTensor.from_rank_offsets(key, tensor, (0, layer, arch.num_layers), prepend_axis_num=1)
+            yield from ((key, loaded[key]) for key in batch)

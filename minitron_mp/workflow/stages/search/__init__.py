@@ -27,7 +27,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     seldom changes them.
     """
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.pruning.candidates import candidate_name, search_candidates, training
+    from minitron_mp.pruning.candidates import candidate_name, training
+    from minitron_mp.pruning.search_space import search_candidates
 
     assert recipe.search is not None
     candidates = search_candidates(recipe, read_arch(Path(recipe.model), weights=False))

@@ -39,13 +39,13 @@ from minitron_mp.pruning.candidates import (
     candidate_target,
     inference_bytes,
     shown,
-    survey_candidates,
     training,
 )
 from minitron_mp.pruning.depth import DepthTrials
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores
+from minitron_mp.pruning.search_space import survey_candidates
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train_together
 from minitron_mp.training.metrics import StepMetrics
@@ -220,7 +220,7 @@ def _judge_pruned(context: StageContext, progress: _Progress) -> None:
         "search, pruned", len(progress.candidates), "candidates", len(progress.candidates) - len(todo)
     ) as tracker:
         for candidate in todo:
-            with masked(model.chunks, progress.plan(candidate), context.world):
+            with masked(model, progress.plan(candidate)):
                 candidate.pruned_loss = compare({"": model}, None, groups)[""].loss
             progress.keep()
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
@@ -315,11 +315,7 @@ def _slice(context: StageContext, progress: _Progress, candidate: Candidate) -> 
     if on_rank_0(is_done):
         return
     teacher = context.build(context.recipe.pruning_base)
-    save_checkpoint(
-        prune(teacher.chunks, progress.plan(candidate), context.world),
-        folder,
-        manifest,
-    )
+    save_checkpoint(prune(teacher, progress.plan(candidate)), folder, manifest)
 
 
 def _held_out(context: StageContext) -> list[list[Batch]]:

@@ -1,0 +1,57 @@
+"""A dense decoder layer: attention, then an MLP, each behind a norm.
+
+    h hidden  f ffn  np heads  ng query groups  hn head width
+
+The rows of linear_qkv are interleaved by query group. With 4 heads in 2 groups they are
+    q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
+linear_fc1 holds all gate rows, then all up rows: (2f, h). Without a gate: the up rows, (f, h).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minitron_mp.models.arch import Arch, BlockArch
+
+ATTENTION = "self_attention."
+MLP = "mlp."
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    ATTENTION + "linear_qkv.layer_norm_weight": ("hidden",),
+    ATTENTION + "linear_qkv.layer_norm_bias": ("hidden",),
+    ATTENTION + "linear_qkv.weight": ("qkv", "hidden"),
+    ATTENTION + "linear_qkv.bias": ("qkv",),
+    ATTENTION + "q_layernorm.weight": ("head_width",),
+    ATTENTION + "k_layernorm.weight": ("head_width",),
+    ATTENTION + "linear_proj.weight": ("hidden", "heads"),
+    MLP + "linear_fc1.layer_norm_weight": ("hidden",),
+    MLP + "linear_fc1.layer_norm_bias": ("hidden",),
+    MLP + "linear_fc1.weight": ("gate_up", "hidden"),
+    MLP + "linear_fc2.weight": ("hidden", "ffn"),
+}
+"""Name of a parameter inside its layer -> the dimensions of the tensor."""
+
+
+def block_parameters(arch: Arch) -> dict[str, tuple[str, ...]]:
+    """Return the part of PARAMETERS that a layer of this architecture has."""
+    absent = set()
+    if not arch.qkv_bias:
+        absent.add(ATTENTION + "linear_qkv.bias")
+    if not arch.qk_norm:
+        absent |= {ATTENTION + "q_layernorm.weight", ATTENTION + "k_layernorm.weight"}
+    if not arch.norm_has_bias:
+        absent |= {name for name in PARAMETERS if name.endswith("layer_norm_bias")}
+    return {name: dims for name, dims in PARAMETERS.items() if name not in absent}
+
+
+def dim_sizes(arch: Arch, block: BlockArch) -> dict[str, int]:
+    """Return dimension -> size, for the dimensions that depend on the sizes of the layer."""
+    heads, groups = block.num_attention_heads, block.num_query_groups
+    return {
+        "ffn": block.ffn_hidden_size,
+        "gate_up": (2 if arch.gated else 1) * block.ffn_hidden_size,
+        "heads": heads * arch.kv_channels,
+        "qkv": (heads + 2 * groups) * arch.kv_channels,
+        "head_width": arch.kv_channels,
+    }

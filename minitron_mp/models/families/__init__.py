@@ -1,0 +1,24 @@
+"""Model families of transformers, one file each.
+
+FAMILIES holds them by their model_type. To add a dense family, write its file, list it below, and
+add a case to tests/unit/test_hf.py.
+"""
+
+from minitron_mp.models.families.family import Family
+from minitron_mp.models.families.llama import LLAMA
+from minitron_mp.models.families.mistral import MISTRAL
+from minitron_mp.models.families.nemotron import NEMOTRON
+from minitron_mp.models.families.qwen2 import QWEN2
+from minitron_mp.models.families.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        NEMOTRON,
+    )
+}
+"""model_type of config.json -> family."""

@@ -1,0 +1,109 @@
+"""What the library needs to know about a model family of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.parameters import EMBEDDING, FINAL_NORM, HEAD
+
+CONFIG_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+}
+"""Field of Arch -> key of config.json, as Llama names them."""
+
+DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+"""What transformers assumes for a missing key of config.json, for all families."""
+
+REQUIRED_SETTINGS: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0,
+    "use_sliding_window": False,
+    "quantization_config": None,
+    "hidden_act": "silu",
+}
+"""Key of config.json that changes the computation -> the only supported value."""
+
+WEIGHTS: dict[str, tuple[str, ...]] = {
+    EMBEDDING: ("model.embed_tokens.weight",),
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+    FINAL_NORM: ("model.norm.weight",),
+    HEAD: ("lm_head.weight",),
+}
+"""Name of a parameter -> the Hugging Face weights that hold its rows, in this order, as Llama
+names them. The weights of a layer are named below model.layers.N.
+"""
+
+
+@dataclass(frozen=True)
+class ExportProblem:
+    """A reason why transformers does not load a model.
+
+    text: for one model, with its sizes and what to do. reason: the same without the sizes of one
+    model, so that a search can count it.
+    """
+
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExportAs:
+    """How a model of one family is written as another family that computes the same.
+
+    drop: keys of config.json that the other family lacks. add: keys that it needs. problems: the
+    reasons why a model cannot be written so.
+    """
+
+    drop: tuple[str, ...]
+    add: Mapping[str, Any]
+    problems: Callable[[Arch], list[str]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its names in transformers, its switches, and its rules.
+
+    The defaults describe Llama; a family gives what differs.
+    """
+
+    name: str
+    """model_type of config.json."""
+    transformers_class: str
+    defaults: Mapping[str, Any]
+    """What transformers assumes for a missing key of config.json, beside DEFAULTS."""
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of Arch that are the same for every model of the family."""
+    config_fields: Mapping[str, str] = field(default_factory=lambda: CONFIG_FIELDS)
+    weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
+    required_settings: Mapping[str, Any] = field(default_factory=lambda: REQUIRED_SETTINGS)
+    required_rope: Mapping[str, Any] = field(default_factory=lambda: {"partial_rotary_factor": 1})
+    """Rotary setting -> the only supported value."""
+    config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
+    """Further reasons why a config.json, with its defaults filled in, is not supported."""
+    layers_may_differ: bool = False
+    """Whether transformers has sizes for each layer."""
+    export_problems: Callable[[Arch], list[ExportProblem]] = lambda arch: []
+    exports_as: Mapping[str, ExportAs] = field(default_factory=dict)
+    """Name of another family -> how a model of this one is written as that one."""

@@ -1,0 +1,26 @@
+"""Mistral: Llama with a sliding window, which is supported only where it covers all positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minitron_mp.models.families.family import Family
+
+
+def _window_problems(config: Mapping[str, Any]) -> list[str]:
+    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
+    if not window or not positions or window >= positions:
+        return []
+    return [
+        f"sliding_window is {window}, below max_position_embeddings {positions}; "
+        "set it to null if all sequences stay within the window"
+    ]
+
+
+MISTRAL = Family(
+    name="mistral",
+    transformers_class="MistralForCausalLM",
+    defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    config_problems=_window_problems,
+)

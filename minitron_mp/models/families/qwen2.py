@@ -1,0 +1,20 @@
+"""Qwen 2 and 2.5: Llama with biases of q, k and v."""
+
+from __future__ import annotations
+
+from minitron_mp.models.families.family import WEIGHTS, Family
+
+QWEN2 = Family(
+    name="qwen2",
+    transformers_class="Qwen2ForCausalLM",
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    switches={"qkv_bias": True},
+    weights={
+        **WEIGHTS,
+        "self_attention.linear_qkv.bias": (
+            "self_attn.q_proj.bias",
+            "self_attn.k_proj.bias",
+            "self_attn.v_proj.bias",
+        ),
+    },
+)
