@@ -16,6 +16,92 @@ from pathlib import Path
 from unittest import mock
 
 
+def check_family() -> None:
+    """A small model of the new family has the logits of transformers, and passes its tests."""
+    import pytest
+    import torch
+    from cases import Layout, make_samples
+    from model_workers import global_logits, joined, load, write_hugging_face
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 131,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    torch.manual_seed(0)
+    source = Path("arcee")
+    config = AutoConfig.for_model("arcee", **sizes, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}")
+    arch = write_hugging_face(Path("teacher"), source)
+    samples = make_samples(arch, 0, 4)
+    with torch.no_grad(), joined(Layout("one", 1)) as world:
+        ours = global_logits(load(arch, Path("teacher"), world), samples)[..., : arch.vocab_size]
+        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(samples["tokens"]).logits
+    # float32 sums in another order, relative to logits of order one
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
+    assert pytest.main(["tests/unit/test_hf.py", "-k", "arcee or every_file"]) == 0
+
+
+def check_axis() -> None:
+    """Whole tiles are kept, and the masked teacher equals the sliced student, on one rank."""
+    import torch
+    from cases import DEFAULT_PAIR, Layout, make_samples, make_weights
+    from model_workers import (
+        global_logits,
+        joined,
+        load,
+        manifest,
+        read_tensors,
+        score_samples,
+        write_weights,
+    )
+
+    from minitron_mp.artifacts.checkpoint import save_checkpoint
+    from minitron_mp.config.pruning import TargetConfig
+    from minitron_mp.models.arch import Arch
+    from minitron_mp.pruning.masks import masked
+    from minitron_mp.pruning.plan import make_plan
+    from minitron_mp.pruning.slicing import prune
+
+    arch = Arch(
+        family="llama",
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        vocab_size=131,
+        max_position_embeddings=64,
+        tied=False,
+    )
+    weights, samples = make_weights(arch), make_samples(arch, 0, 8)
+    write_weights(Path("teacher"), arch, weights)
+    with torch.no_grad(), joined(Layout("one", 1)) as world:
+        teacher = load(arch, Path("teacher"), world)
+        scores = score_samples(teacher, samples, DEFAULT_PAIR)
+        plan = make_plan(scores, arch, TargetConfig(ffn_hidden_size=64, align=32))
+        assert [len(plan.keep["ffn"][layer]) for layer in range(2)] == [2, 2]  # of 4 tiles of 32 neurons
+        whole = global_logits(teacher, samples)
+        with masked(teacher, plan):
+            want = global_logits(teacher, samples)
+        save_checkpoint(prune(teacher, plan), Path("student"), manifest("prune", plan.student))
+        found = global_logits(load(plan.student, Path("student"), world), samples)
+    largest = want.abs().max().item()
+    assert (want - whole).abs().max().item() > 0.01 * largest, "nothing that matters was pruned"
+    torch.testing.assert_close(found, want, rtol=0, atol=2e-5 * largest)  # float32 sums in another order
+    key = "decoder.layers.1.mlp.linear_fc2.weight"
+    kept_tiles = weights[key].unflatten(1, (4, 32))[:, plan.keep["ffn"][1]]
+    assert torch.equal(read_tensors(Path("student"), key)[key], kept_tiles.flatten(1))
+
+
 def check_loss() -> None:
     """Value and gradients of the new divergence match a dense float64 computation, on one rank."""
     import torch
@@ -121,7 +207,7 @@ def _minitron(*words: str | Path, code: int = 0) -> str:
     return printed.getvalue()
 
 
-CHECKS = {"loss": check_loss, "stage": check_stage}
+CHECKS = {"family": check_family, "axis": check_axis, "loss": check_loss, "stage": check_stage}
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
