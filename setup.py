@@ -17,17 +17,18 @@ CORE = [
     "sentencepiece>=0.2",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
-    "jinja2>=3.1",  # torch asks for it, too
-    "huggingface-hub",  # and transformers for this
-    "psutil",  # Megatron-Core 0.16.1 to 0.19.2 do not declare it, and without it their checkpoint save hangs for ever
+    "jinja2>=3.1",  # torch requires it, too
+    "huggingface-hub",  # transformers requires it, too
+    # Megatron-Core 0.16.1 to 0.19.2 do not declare it, and their checkpoint save hangs without it.
+    "psutil",
 ]
 EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "bridge": ["megatron-bridge"],
-    "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot be imported with leptonai 0.47
-    "eval": ["lm-eval>=0.4.13"],  # the first version that was tried
+    "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot import leptonai 0.47
+    "eval": ["lm-eval>=0.4.13"],  # the first version tested
     "quickstart": ["gguf"],
-    # lm-eval for the tests of harness.py; triton for its interpreter, which runs kernels.py on a CPU.
+    # lm-eval for its tests; triton for its interpreter, which runs losses/kernels.py on a CPU.
     "dev": [
         "pytest",
         "pytest-xdist",
@@ -44,7 +45,7 @@ EXTRAS = {
 setup(
     name="minitron-mp",
     version="0.1.0",
-    description="Minitron pruning and distillation of large language models on Megatron-Core, at any parallel layout",
+    description="Minitron pruning and distillation of large language models on Megatron-Core",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["minitron_mp*"]),

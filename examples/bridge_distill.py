@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from minitron_mp import InputError
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.integrations.megatron_bridge import (
     ColocatedTeacher,
@@ -17,7 +18,6 @@ from minitron_mp.integrations.megatron_bridge import (
     check_config,
     student_provider,
 )
-from minitron_mp.workflow.context import ASSETS
 
 SEQUENCE_LENGTH = 2048
 

@@ -14,12 +14,12 @@ import torch
 
 from minitron_mp import InputError, join_world, make_plan, prune, score
 from minitron_mp.artifacts.checkpoint import save_checkpoint
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
 from minitron_mp.integrations.megatron_bridge import arch_of, defer_head, pruned_config, sharded_model
 from minitron_mp.pruning.plan import PrunePlan
-from minitron_mp.workflow.context import ASSETS
 
 
 def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:

@@ -1,56 +1,49 @@
-"""Score, plan and prune from Python with your own batches and any layout.
+"""The Minitron method from Python: score, plan, prune, distil and export a real model.
 
-torchrun --nproc-per-node 3 examples/library.py out/quickstart/teacher out/library_student --tp 3
+torchrun --nproc-per-node 1 examples/library.py out/quickstart/teacher_hf out/library
 
-The first argument is the output of `minitron-mp import`.
+The first argument is a Hugging Face folder. Random tokens stand for your text.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
 
-from minitron_mp import InputError, join_world, load_model, make_plan, prune, save_state, score
-from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.config.pruning import TargetConfig
+import minitron_mp as mm
+
+LENGTH, STEPS = 128, 4
 
 
-def batches(vocab_size: int, rank: int):
-    """Return this data parallel rank's microbatches [b, s].
-
-    Replace them with your calibration text.
-    """
-    tokens = torch.randint(0, vocab_size, (4, 2, 128), generator=torch.Generator().manual_seed(rank))
-    positions = torch.arange(128).expand(2, 128).contiguous()
-    return [
-        {"tokens": t, "labels": t, "loss_mask": torch.ones(t.shape), "position_ids": positions}
-        for t in tokens
-    ]
+def batches(step: int) -> list[dict[str, torch.Tensor]]:
+    """Return this data-parallel rank's micro-batches [b, s] of a step; replace them with your text."""
+    tokens = torch.randint(0, 200, (2, 2, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    positions = torch.arange(LENGTH).expand(2, LENGTH).contiguous()
+    rest = {"loss_mask": torch.ones(2, LENGTH), "position_ids": positions}
+    return [{"tokens": t[:, :-1], "labels": t[:, 1:], **rest} for t in tokens]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("teacher", type=Path)
-    parser.add_argument("student", type=Path)
-    parser.add_argument("--tp", type=int, default=1)
-    args = parser.parse_args()
-    with join_world(ParallelConfig(tp=args.tp), seed=1) as w:
-        teacher = load_model(args.teacher, w, sequence_length=128)
-        calibration = batches(teacher.arch.vocab_size, w.groups.dp.rank())
-        scores = score(teacher, [calibration])
-        plan = make_plan(scores, teacher.arch, TargetConfig(keep=0.75), tp=args.tp)
-        state = prune(teacher, plan)
-        save_state(state, plan.student, args.student, made_from=[args.teacher], settings={"keep": 0.75})
-        if w.is_main:
-            print(
-                f"{args.student}: {plan.student.num_parameters():,} of {teacher.arch.num_parameters():,} parameters"
-            )
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    model, out = map(Path, sys.argv[1:])
+    settings = mm.DistillConfig(steps=STEPS, warmup_steps=1, global_batch_size=4, micro_batch_size=2)
+    with mm.join_world(mm.ParallelConfig(), seed=1) as world:
+        mm.import_hf(model, out / "teacher")
+        teacher = mm.load_model(out / "teacher", world, sequence_length=LENGTH)
+        scores = mm.score(teacher, [batches(step) for step in range(STEPS)])
+        plan = mm.make_plan(scores, teacher.arch, mm.TargetConfig(keep=0.75))
+        pruned = mm.prune(mm.load_model(out / "teacher", world, sequence_length=LENGTH), plan)
+        mm.save_state(pruned, plan.student, out / "student", made_from=[out / "teacher"])
+        student = mm.load_model(out / "student", world, sequence_length=LENGTH, training=settings)
+        mm.distill(student, mm.ColocatedTeacher(teacher), batches, settings, out=out / "distilled")
+        mm.export_hf(out / "distilled", out / "student_hf")
+        if world.is_main:
+            print(f"{out}/student_hf: {plan.student.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except mm.InputError as error:
         raise SystemExit(f"error: {error}") from None

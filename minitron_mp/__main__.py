@@ -1,4 +1,4 @@
-"""python -m minitron_mp, also under torchrun. Kept light: Megatron's checkpoint writer imports it again in a helper process."""
+"""python -m minitron_mp, also under torchrun. Kept light: checkpoint writers import it again."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minitron_mp.artifacts.files import ASSETS
+from minitron_mp.artifacts.hf_folder import read_tensors
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.console import Tracker
@@ -23,9 +25,7 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.build import DTYPES
 from minitron_mp.models.families.export import exportable_arch
 from minitron_mp.models.hf_weights import write_folder
-from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
-from minitron_mp.workflow.stages.export.hf_folder import read_tensors
 
 
 class PlainLoop:
@@ -145,7 +145,7 @@ def write_hf(project: StageGraph, stage: str, folder: Path, world: World) -> Non
     """Write the model of a stage as a Hugging Face folder."""
     arch = require_artifact(project.paths[stage], stage).arch
     assert arch is not None
-    tensors = read_tensors(project.paths[stage], arch, world)
+    tensors = read_tensors(project.paths[stage], arch)
     family = project.recipe.export.family if stage == "prune" else None
     write_folder(
         folder,

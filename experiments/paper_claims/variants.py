@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from minitron_mp import InputError, ModelOptions, Recipe, Scores, build_model
+from minitron_mp import InputError, Recipe, Scores
 from minitron_mp.artifacts.checkpoint import model_state, save_checkpoint
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.distributed.world import join_world
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.candidates import Candidate, candidate_target
 from minitron_mp.pruning.target import resolve_target
-from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
 
 LONGER = 4

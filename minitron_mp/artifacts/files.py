@@ -17,6 +17,11 @@ SAMPLE_BYTES = 1 << 16
 
 SAMPLE_EVERY_BYTES = 1 << 21
 
+ASSETS = "assets"
+"""Folder inside a checkpoint artifact with the side files of the Hugging Face model."""
+CARD = "README.md"
+"""The model card of a Hugging Face folder."""
+
 
 def read_json(path: Path, stage: str) -> Any:
     """Read a small file that a stage wrote; InputError if it is missing or damaged."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
+from minitron_mp.artifacts.files import ASSETS
+from minitron_mp.artifacts.hf_folder import copy_assets_from
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_format
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
@@ -46,7 +49,7 @@ def load_model(
         ),
     )
     load_weights(model.chunks, folder, world)
-    return model
+    return replace(model, folder=folder)
 
 
 def saved_arch(folder: Path) -> Arch:
@@ -71,9 +74,12 @@ def save_model(
     """Write a model as an artifact folder that load_model() reads; reached by all ranks.
 
     made_from: artifact folders whose fingerprints the manifest records, such as that of the
-    teacher. settings: what else led to these weights. Replaces an older artifact only when the new
-    one is complete.
+    teacher; default: the one that the model was loaded from. The first one passes on its Hugging
+    Face side files, which export_hf() needs. settings: what else led to these weights. Replaces an
+    older artifact only when the new one is complete.
     """
+    if not made_from and model.folder is not None:
+        made_from = [model.folder]
     state = model_state(model.chunks, model.world)
     return save_state(state, model.arch, folder, made_from=made_from, settings=settings)
 
@@ -98,7 +104,9 @@ def save_state(
         arch=arch,
         made_by=f"minitron_mp {__version__}",
     )
-    save_checkpoint(state, Path(folder), manifest)
+    with_assets = next((Path(path) for path in made_from if (Path(path) / ASSETS).is_dir()), None)
+    copy_assets = None if with_assets is None else copy_assets_from(with_assets)
+    save_checkpoint(state, Path(folder), manifest, copy_assets)
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from minitron_mp.distributed.schedule import Batch, OnOutput, run_schedule
@@ -25,6 +26,8 @@ class ShardedModel:
     world: World
     sequence_length: int
     precision: str
+    folder: Path | None = None
+    """The artifact that the weights were loaded from."""
 
     @property
     def last_chunk(self) -> Any:

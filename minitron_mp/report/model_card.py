@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from minitron_mp import __version__
-from minitron_mp.artifacts.files import read_json, write_text
+from minitron_mp.artifacts.files import CARD, read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
@@ -28,8 +28,6 @@ from minitron_mp.report.tables import (
     quality_table,
     tasks_table,
 )
-
-CARD = "README.md"
 
 TAGS = ["minitron", "pruning", "knowledge-distillation"]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from minitron_mp.artifacts.checkpoint import load_weights
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import Corpus, micro_batches, open_samples
@@ -24,9 +23,6 @@ from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
 from minitron_mp.workflow.stage_files import StageFiles
-
-ASSETS = "assets"
-"""Folder inside a checkpoint artifact with the Hugging Face side files: config.json, tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +133,6 @@ class StageContext(StageFiles):
 
         count = -(-num_samples // size)
         return count, (group(number) for number in range(count))
-
-
-def copy_assets_from(checkpoint_folder: Path) -> Callable[[Path], None]:
-    """Return a function that copies the Hugging Face side files into a new artifact folder."""
-
-    def copy(folder: Path) -> None:
-        shutil.copytree(checkpoint_folder / ASSETS, folder / ASSETS)
-
-    return copy
 
 
 def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:

@@ -37,13 +37,27 @@ def test_first_line_of_recipe_runs(path, monkeypatch, capsys):
     assert "memory: sum on the fullest rank" in out
 
 
-def test_library_example_runs(whole, ranks, tmp_path):
-    """What its docstring starts, on two ranks and a tiny teacher."""
-    words = [str(whole.output / "teacher"), str(tmp_path / "student"), "--tp", "2"]
-    said, _ = ranks(2, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
-    teacher, student = saved_arch(whole.output / "teacher"), saved_arch(tmp_path / "student")
-    assert student == resolve_target(teacher, TargetConfig(keep=0.75), 2)
-    assert f"{student.num_parameters():,} of {teacher.num_parameters():,} parameters" in said
+def test_library_example_runs(inputs, ranks, tmp_path):
+    """The whole method by public names alone, on a tiny model; transformers loads the result."""
+    from transformers import AutoModelForCausalLM
+
+    words = [str(inputs / "model"), str(tmp_path)]
+    (output,) = ranks(1, "project_workers.run_script", path=ROOT / "examples" / "library.py", arguments=words)
+    teacher, student = saved_arch(tmp_path / "teacher"), saved_arch(tmp_path / "distilled")
+    assert student == resolve_target(teacher, TargetConfig(keep=0.75))
+    assert f"{student.num_parameters():,} parameters" in output
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student_hf")
+    assert exported.num_parameters() == student.num_parameters()
+
+
+def test_library_example_is_short_and_public():
+    tree = ast.parse((ROOT / "examples" / "library.py").read_text())
+    imported = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "minitron_mp" in node.module
+    ]
+    assert not imported, "use the names of `import minitron_mp as mm`"
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert main.end_lineno - main.lineno < 30
 
 
 def test_scripts_import_without_side_effects(ranks):

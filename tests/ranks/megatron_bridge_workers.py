@@ -27,6 +27,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from teacher_stream_workers import joined_roles, make_link
 
 from minitron_mp.artifacts.checkpoint import save_checkpoint
+from minitron_mp.artifacts.files import ASSETS
+from minitron_mp.artifacts.hf_folder import copy_assets_from
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.artifacts.saved_model import load_model, saved_arch
 from minitron_mp.config.distillation import DistillConfig
@@ -64,7 +66,6 @@ from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train
 from minitron_mp.training.options import RunOptions
-from minitron_mp.workflow.context import ASSETS, copy_assets_from
 
 SEQUENCE_LENGTH = 16
 

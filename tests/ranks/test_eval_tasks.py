@@ -88,7 +88,7 @@ def test_invalid_line_is_named(tmp_path, line):
     (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
     with pytest.raises(
         InputError,
-        match=r"task\.jsonl line 3 is not a task item: needs text, or query, choices \(two or more\) and gold, or",
+        match=r"task\.jsonl line 3 is not a task item: needs text, or query, choices \(two or more\)",
     ):
         read_task_file(tmp_path / "task.jsonl")
 

@@ -315,7 +315,7 @@ def test_profile_covers_the_chosen_steps_and_ranks(results, ranks):
 
 
 def test_distill_function_equals_the_recipe_run(results, ranks):
-    """Two data-parallel ranks, public functions alone: the same metrics, a saved model, no checkpoints left."""
+    """Two data-parallel ranks, public functions alone: equal metrics, a saved model, no checkpoints."""
     first = on_two_ranks(results, ranks, "distill_from_python")[0]
     assert numbers(first["metrics"]) == numbers(results.trained("qwen3", BY_NAME["dp2"])[0]["unbroken"])
     assert first["saved"]

@@ -50,7 +50,7 @@ PRELOADED = [
     "minitron_mp.workflow.stages.depth.trials",
     "minitron_mp.workflow.stages.distill.student",
     "minitron_mp.workflow.stages.evaluate.models",
-    "minitron_mp.workflow.stages.export.hf_folder",
+    "minitron_mp.artifacts.hf_folder",
     "minitron_mp.workflow.stages.search.candidates",
     "minitron_mp.pruning.importance",
 ]

@@ -401,10 +401,8 @@ def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     (copied.output / "stop").touch()
     done = on_rank("compress", copied.recipe)
     assert done.code == 0, done
-    assert (
-        f"stopped before export (stop file {copied.output / 'stop'} exists); the same command resumes from there"
-        in done.out
-    )
+    reason = f"stop file {copied.output / 'stop'} exists"
+    assert f"stopped before export ({reason}); the same command resumes from there" in done.out
     assert names(copied.output) == [name for name in OUTPUT if name not in ("finished", "student_hf")]
     assert on_rank("compress", copied.recipe).code == 0
     assert names(copied.output) == OUTPUT
@@ -917,10 +915,9 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
         assert done.code == 0, done.err
     left = len(read_metrics(tmp_path / "out"))
     assert 8 < left < 16
-    assert (
-        f"distill: stopped after step {left} (stop file {tmp_path / 'out' / 'stop'} exists); checkpoint saved; "
-        "the same command resumes from there" in first[0].out
-    )
+    reason = f"stop file {tmp_path / 'out' / 'stop'} exists"
+    stopped = f"distill: stopped after step {left} ({reason}); checkpoint saved"
+    assert f"{stopped}; the same command resumes from there" in first[0].out
     assert not (tmp_path / "out" / "stop").exists()
     assert not (tmp_path / "out" / "student_distilled").exists()
     second = in_job(size, *words)

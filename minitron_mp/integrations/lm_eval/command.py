@@ -12,7 +12,7 @@ from typing import Any
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.checkpoint import load_weights
-from minitron_mp.artifacts.files import write_text
+from minitron_mp.artifacts.files import ASSETS, write_text
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks, table
@@ -26,7 +26,6 @@ from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.report.tables import HARNESS_HEADER, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
-from minitron_mp.workflow.context import ASSETS
 from minitron_mp.workflow.graph import StageGraph
 
 SAVED_RESULTS = (

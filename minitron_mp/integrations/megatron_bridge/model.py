@@ -17,6 +17,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from minitron_mp.artifacts.checkpoint import load_weights, model_state
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
@@ -29,7 +30,6 @@ from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.models.transformer_config import NORMALIZATION
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune
-from minitron_mp.workflow.context import ASSETS
 
 Hook = Callable[[list[Any]], list[Any]]
 """Chunks of a bare GPTModel -> the chunks that are wrapped; what Bridge calls a pre-wrap hook."""

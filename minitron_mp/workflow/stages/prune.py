@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 def prune_teacher(context: StageContext) -> None:
     """Slice the teacher by the plan and write the student."""
     from minitron_mp.artifacts.checkpoint import save_checkpoint
+    from minitron_mp.artifacts.hf_folder import copy_assets_from
     from minitron_mp.errors import InputError, refuse
     from minitron_mp.models.arch import layout_problems
     from minitron_mp.pruning.plan import PrunePlan
     from minitron_mp.pruning.slicing import prune
-    from minitron_mp.workflow.context import copy_assets_from
 
     base = context.recipe.pruning_base
     plan = PrunePlan.load(context.paths["plan"])

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import model_state, prefixed, save_checkpoint
+from minitron_mp.artifacts.hf_folder import copy_assets_from
 from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
@@ -30,7 +31,7 @@ from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
-from minitron_mp.workflow.context import StageContext, copy_assets_from, training_samples
+from minitron_mp.workflow.context import StageContext, training_samples
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
