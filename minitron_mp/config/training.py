@@ -68,7 +68,7 @@ class TrainingConfig(Section):
     fp8: FP8Scaling | None = None
     """Compute the products of the linear layers in FP8; weights, gradients and everything else stay
     as they are. Needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and sizes that are
-    multiples of 16 (docs/fp8.md). Start with tensorwise."""
+    multiples of 16 (docs/precision.md). Start with tensorwise."""
     tp_comm_overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
     """Overlap tensor parallel communication with products, through buffers that the GPUs of one
     NVLink domain share. Needs Transformer Engine and parallel.sequence_parallel."""
