@@ -50,7 +50,8 @@ from minitron_mp.errors import InputError
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import DTYPES, ModelOptions, build_model
+from minitron_mp.models.build import ModelOptions, build_model
+from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import GPUS
 

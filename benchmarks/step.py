@@ -45,10 +45,11 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.errors import InputError
 from minitron_mp.losses.objective import TeacherHidden
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import ModelOptions, build_model, logits, unwrap
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.flops import forward_flops, training_flops
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.precision import engine_version, release_cuda_graphs
+from minitron_mp.models.sharded_model import logits, unwrap
 from minitron_mp.planning.activations import activation_bytes_per_token
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun

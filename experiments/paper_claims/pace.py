@@ -21,8 +21,9 @@ from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.artifacts.saved_model import load_model
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.world import join_world
-from minitron_mp.models.build import DTYPES, ModelOptions, build_model
+from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
+from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions

@@ -36,7 +36,7 @@ from variants import BY_HAND, VARIANTS
 from minitron_mp import InputError, load_recipe, make_recipe
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import require_artifact
-from minitron_mp.models.build import DTYPES
+from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.workflow.graph import StageGraph
 
 HERE = Path(__file__).parent

@@ -2,8 +2,9 @@
 
 manifest          Manifest, find_manifest, require_artifact, writing_artifact
 checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpointWriter
-saved_model       load_model, save_model
+saved_model       load_model, save_model, save_state
+hf_folder         import_hf, export_hf: Hugging Face folder to checkpoint and back
 optimizer_state   the distributed optimizer's state at any layout
 run_log           append_record, records_of
-files             small files
+files             atomic writes, fingerprints
 """

@@ -25,11 +25,11 @@ from minitron_mp.console import Tracker
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import DTYPES
 from minitron_mp.models.families.export import exportable_arch
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import HFWeights, asset_files, write_folder
 from minitron_mp.models.parameters import split_key
+from minitron_mp.models.sharded_model import DTYPES
 
 READ_BYTES = 2e9
 """Bytes of tensors that export_hf holds at a time."""

@@ -1,7 +1,14 @@
 """What a recipe may contain: frozen schemas, the rules between them, and YAML.
 
-No file of a model is opened here.
+recipe         Recipe, load_recipe, make_recipe, save_recipe
+base           Section, the base class of all sections
+data           DataConfig, EvaluateConfig, ExportConfig
+parallel       ParallelConfig
+pruning        ScoreConfig, TargetConfig, DepthConfig, SearchConfig
+training       TrainingConfig, CorrectionConfig, ProfileConfig
+distillation   DistillConfig, TeacherConfig, HiddenStatesConfig
+rules          rules across sections; engine_rules: those of Transformer Engine and FP8
+reference      the reference of all keys (docs/reference.md)
 
-Recipe, load_recipe, make_recipe, save_recipe (recipe); rules across sections (rules); the reference
-of all keys (reference); one file for each group of sections.
+No file of a model is opened here.
 """

@@ -1,4 +1,8 @@
-"""Text to micro-batches: sources, documents, tokenizers, samples.
+"""Text to micro-batches.
 
-tokenize_corpus (corpus), load_tokenizer (tokenizer), open_samples and micro_batches (batches).
+sources     text files of a recipe, and their fingerprint
+documents   documents of a text file
+corpus      tokenize_corpus: documents to Megatron's indexed datasets
+tokenizer   load_tokenizer: Hugging Face or sentencepiece
+batches     open_samples, micro_batches
 """

@@ -18,7 +18,7 @@ from torch import Tensor
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherTarget
-from minitron_mp.models.build import output_weight
+from minitron_mp.models.sharded_model import output_weight
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.losses.fused import float32_logits
 from minitron_mp.losses.top_k import pack_top_k, top_k_of
-from minitron_mp.models.build import logits, output_weight
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, logits, output_weight
 
 
 class SignalSender(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
-from minitron_mp.models.build import unwrap
+from minitron_mp.models.sharded_model import unwrap
 
 
 class HiddenStateCapture:

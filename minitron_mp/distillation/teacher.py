@@ -30,8 +30,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.objective import TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.top_k import unpack_top_k
-from minitron_mp.models.build import output_weight
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, output_weight
 
 
 @dataclass(frozen=True)

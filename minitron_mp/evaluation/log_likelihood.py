@@ -22,8 +22,7 @@ from torch import Tensor
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.fused import float32_logits
-from minitron_mp.models.build import output_weight, unwrap
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import local_batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
-from minitron_mp.models.build import output_weight, unwrap
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
 
 class Quality(BaseModel):

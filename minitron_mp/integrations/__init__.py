@@ -1,1 +1,5 @@
-"""Other frameworks: Megatron-Bridge and lm-evaluation-harness."""
+"""Other frameworks.
+
+megatron_bridge   student, teacher and loss in Megatron-Bridge's pretrain()
+lm_eval           tasks of lm-evaluation-harness on the sharded model
+"""

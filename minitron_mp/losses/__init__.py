@@ -1,6 +1,14 @@
 """The distillation loss: exact, vocabulary-parallel, and fused with both output layers.
 
-distillation_loss (fused.py); Objective and the teacher's targets (objective.py); the table of
-divergences (divergences.py), and the KL to a top-k teacher (top_k.py). Row functions: reference.py
-is plain torch, and kernels.py is Triton. This room imports nothing of the others.
+fused             distillation_loss: hidden states to loss and gradients, in tiles of tokens
+objective         Objective, TeacherHidden, TeacherLogits, TeacherTopK: what is compared
+divergences       DIVERGENCES: name -> statistics, value and gradient
+top_k             KL to a teacher of which only the top-k probabilities are known
+rows              what the row functions take and return
+reference         row functions in plain torch
+kernels           row functions in Triton
+tensor_parallel   matrix products and their communication
+tile_sizes        rows per tile; imports no torch
+
+This room imports nothing of the others.
 """

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.training import TrainingConfig
@@ -33,10 +31,8 @@ from minitron_mp.models.precision import (
     fuse_gradient_accumulation,
     uses_engine,
 )
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import DTYPES, ShardedModel
 from minitron_mp.models.transformer_config import transformer_config
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -81,29 +77,6 @@ def build_model(arch: Arch, world: World, options: ModelOptions) -> ShardedModel
         compile_for_fixed_shapes()
     chunks = [_build_chunk(chunk, arch, world, options, config, engine) for chunk in range(_chunks(world))]
     return ShardedModel(chunks, arch, world, options.sequence_length, options.precision)
-
-
-def logits(model: Any, hidden: Tensor) -> Tensor:
-    """Return [s, b, v/tp] from hidden states [s, b, h] after the final norm, on the last stage.
-
-    Under sequence parallelism the hidden states are [s/tp, b, h]. Differentiable.
-    """
-    return model.output_layer.logits(hidden, output_weight(model))
-
-
-def output_weight(model: Any) -> Tensor:
-    """Return the weight of the output layer [v/tp, h] on the last stage.
-
-    It is the weight of the embedding when they are tied.
-    """
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
-
-
-def unwrap(model: Any) -> Any:
-    """Return the GPTModel inside DistributedDataParallel."""
-    return getattr(model, "module", model)
 
 
 def _chunks(world: World) -> int:

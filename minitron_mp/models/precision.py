@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.number_formats import FP8_SUPPORT
+from minitron_mp.models.sharded_model import ShardedModel
 
 RECOMPILE_LIMIT = 64
 
@@ -191,8 +191,8 @@ def compile_for_fixed_shapes() -> None:
 
 
 @contextmanager
-def communication_buffers(training: TrainingConfig, recipe: Recipe, hidden_size: int) -> Iterator[None]:
-    """Provide the buffers of tp_comm_overlap for a model of this hidden size.
+def communication_buffers(training: TrainingConfig, model: ShardedModel) -> Iterator[None]:
+    """Provide the buffers of tp_comm_overlap while the model is trained.
 
     Reached by all ranks.
     """
@@ -201,11 +201,12 @@ def communication_buffers(training: TrainingConfig, recipe: Recipe, hidden_size:
         return
     from transformer_engine.pytorch.module import base
 
-    tokens = recipe.data.sequence_length * training.micro_batch_size // recipe.parallel.cp
+    parallel = model.world.parallel
+    tokens = model.sequence_length * training.micro_batch_size // parallel.cp
     mode = base.UserBufferQuantizationMode.FP8 if training.fp8 else base.UserBufferQuantizationMode.NONE
     base.initialize_ub(
-        shape=[tokens, hidden_size],
-        tp_size=recipe.parallel.tp,
+        shape=[tokens, model.arch.hidden_size],
+        tp_size=parallel.tp,
         quantization_modes=[mode],
         bootstrap_backend="nccl",
     )

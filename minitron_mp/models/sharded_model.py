@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minitron_mp.distributed.schedule import Batch, OnOutput, run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.models.arch import Arch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,26 @@ class ShardedModel:
         list of its results is returned; other stages return []. run_schedule has the shapes.
         """
         return run_schedule(self.chunks, batches, self.world, on_output)
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Return [s, b, v/tp] from hidden states [s, b, h] after the final norm, on the last stage.
+
+    Under sequence parallelism the hidden states are [s/tp, b, h]. Differentiable.
+    """
+    return model.output_layer.logits(hidden, output_weight(model))
+
+
+def output_weight(model: Any) -> Tensor:
+    """Return the weight of the output layer [v/tp, h] on the last stage.
+
+    It is the weight of the embedding when they are tied.
+    """
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def unwrap(model: Any) -> Any:
+    """Return the GPTModel inside DistributedDataParallel."""
+    return getattr(model, "module", model)

@@ -1,5 +1,11 @@
 """Cost estimates on a laptop: memory, step time and the best layouts of a recipe.
 
-run_estimate (command), dry_run_rows (dry_run), training_memory (memory), estimate_distillation
-(step_time), search_layouts (layouts). PlanningCase (case) is what they are asked about.
+case              PlanningCase: student, teacher, recipe and number of ranks
+command           run_estimate: the command `estimate`
+dry_run           dry_run_rows: layout and memory in a dry run
+memory            training_memory; activations: those of a layer; stages: layers per stage
+step_time         estimate_distillation; model_pass: one micro-batch; times: parts of a model
+hardware          GPU data
+layouts           search_layouts
+tables            estimates as tables, sentences and JSON
 """

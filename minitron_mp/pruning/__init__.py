@@ -1,6 +1,12 @@
-"""What to cut, and cutting it.
+"""What to cut, and cutting it. All files loop over the table of axes (models/axes.py).
 
-score (importance), Scores (scores), make_plan and PrunePlan (plan), resolve_target (target),
-prune (slicing), masked (masks), losses_without (ablation), survey_candidates (search_space).
-All of them loop over the table of axes (models/axes.py).
+importance      score: activation importance of a sharded model; cosine_kernel: its kernel
+scores          Scores: the importance of every unit
+ranking         which units are kept
+depth           which layers are kept; ablation: the loss without some layers
+target          resolve_target: the student's sizes
+plan            PrunePlan, make_plan
+slicing         prune: the student's weights
+masks           masked: the teacher computes what the student would
+search_space    candidates of a search; candidates: what is measured of them
 """

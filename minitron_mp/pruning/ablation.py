@@ -26,8 +26,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import local_batch, run_schedule
 from minitron_mp.distributed.world import World
 from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, summed
-from minitron_mp.models.build import output_weight, unwrap
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
 Layers = frozenset[int]
 """Layers that are left out, from 0."""

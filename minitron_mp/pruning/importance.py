@@ -36,8 +36,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.errors import InputError
 from minitron_mp.models.axes import AXES, NO_LAYER, SUBLAYERS, Axis, LinearInput, NormOutput
-from minitron_mp.models.build import unwrap
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.pruning.scores import Scores
 
 IN_ORDER = sorted(AXES.values(), key=lambda axis: not axis.per_layer)

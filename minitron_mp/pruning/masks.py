@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from minitron_mp.errors import InputError
 from minitron_mp.models.axes import AXES, NO_LAYER, Axis, LinearInput
-from minitron_mp.models.build import unwrap
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.pruning.plan import PrunePlan
 
 

@@ -27,9 +27,8 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import AXIS_OF_DIM, NO_LAYER, Rows
-from minitron_mp.models.build import unwrap
 from minitron_mp.models.parameters import dims_of, layer_key, split_key
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.pruning.plan import PrunePlan
 
 

@@ -1,4 +1,12 @@
-"""The report: tables, figures, one document written as HTML and Markdown, and the model card.
+"""The report: one document written as HTML and Markdown, and the model card.
 
-write_report (report), model_card (model_card), quality_table (tables).
+report                                    write_report
+project                                   what a report reads
+importance_section, training_section,
+search_section, provenance_section        sections of the report
+correction_gain                           what teacher correction gained
+tables                                    quality_table and other tables of results
+figures                                   plots
+document                                  tables, figures and text as HTML or Markdown
+model_card                                model_card
 """

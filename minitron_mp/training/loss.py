@@ -13,8 +13,7 @@ from minitron_mp.distillation.last_stage_loss import last_stage_loss, mark_head_
 from minitron_mp.distillation.teacher import Teacher, signal_of
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.losses.fused import Objective
-from minitron_mp.models.build import DTYPES, output_weight, unwrap
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import DTYPES, ShardedModel, output_weight, unwrap
 
 
 class TrainingLoss:

@@ -19,9 +19,8 @@ from minitron_mp.artifacts.optimizer_state import empty_optimizer_state, load_op
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.launcher import environment_variable
 from minitron_mp.errors import refuse
-from minitron_mp.models.build import unwrap
 from minitron_mp.models.precision import silently_wrong
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, unwrap
 
 
 class TrainableModel:

@@ -20,7 +20,7 @@ from minitron_mp.distillation.stream_layout import Traffic
 from minitron_mp.distillation.teacher import TeacherSignal, microbatch_numbers
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
-from minitron_mp.models.build import output_weight, unwrap
+from minitron_mp.models.sharded_model import output_weight, unwrap
 from minitron_mp.training.run import TrainingRun
 
 PREFIX = "teacher."

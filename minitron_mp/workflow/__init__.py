@@ -1,5 +1,12 @@
 """Stages: artifacts in, one artifact out, resumable.
 
-compress and run_stage (run), StageGraph (graph), Stage (stage), StageContext (context). Each stage has
-one module in stages/, which lists them in order.
+run              compress, run_stage
+stage, stages    Stage; one module for each stage, in order
+graph            StageGraph: which stages a recipe has, and which artifacts are current
+context          StageContext: what a stage works with; stage_files: the part without ranks
+settings         settings and fingerprints that several stages share
+preflight        checks that open files
+dry_run          dry_run
+teacher_source   open_teacher: the teacher of a recipe; teacher_stream: its stream;
+                 fp8_teacher: its KL to the bf16 teacher
 """

@@ -22,7 +22,7 @@ from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.models.axes import HIDDEN
-from minitron_mp.models.build import DTYPES
+from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import StageContext, training_samples
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl

@@ -16,7 +16,7 @@ from minitron_mp.distillation.stream_layout import Grid, HeadSpec, StreamShape
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import DTYPES
+from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.workflow.context import StageContext
 
 

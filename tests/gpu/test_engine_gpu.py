@@ -26,7 +26,6 @@ from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_che
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.pruning import ScoreConfig, TargetConfig
-from minitron_mp.config.recipe import make_recipe
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import join_world, seed_all
@@ -488,11 +487,7 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
         seed=3,
         on_step=lambda metrics: found.append(metrics.loss),
     )
-    with communication_buffers(
-        settings,
-        make_recipe(NEEDED | {"data": {"sequence_length": SEQUENCE}, "parallel": world.parallel}),
-        arch.hidden_size,
-    ):
+    with communication_buffers(settings, model):
         own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
         train(model, None, lambda step: own, settings, options)
     return found

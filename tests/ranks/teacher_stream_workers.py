@@ -33,7 +33,7 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.losses.objective import TeacherLogits
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import logits
+from minitron_mp.models.sharded_model import logits
 from minitron_mp.training.metrics import StepMetrics
 
 Roles = dict[str, tuple[int, dict[str, Any]]]

@@ -34,8 +34,8 @@ from minitron_mp.distributed.world import World, join_world
 from minitron_mp.evaluation.prefill_speed import measure
 from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.axes import AXIS_OF_DIM
-from minitron_mp.models.build import ModelOptions, build_model, logits
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.build import ModelOptions, build_model
+from minitron_mp.models.sharded_model import ShardedModel, logits
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.masks import masked
 from minitron_mp.pruning.plan import PrunePlan, make_plan

@@ -25,8 +25,8 @@ from minitron_mp.integrations.megatron_bridge.model import (
 )
 from minitron_mp.integrations.megatron_bridge.teacher import BridgeTeacher
 from minitron_mp.losses.objective import Objective
-from minitron_mp.models.build import DTYPES, output_weight
 from minitron_mp.models.precision import silently_wrong
+from minitron_mp.models.sharded_model import DTYPES, output_weight
 
 
 class KDForwardStep:

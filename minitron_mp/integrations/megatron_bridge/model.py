@@ -23,10 +23,9 @@ from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch, BlockArch
-from minitron_mp.models.build import DTYPES
 from minitron_mp.models.families.family import CONFIG_FIELDS
 from minitron_mp.models.layers import DeferredHead
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import DTYPES, ShardedModel
 from minitron_mp.models.transformer_config import NORMALIZATION
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune

@@ -19,7 +19,7 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.world import World
 from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import DTYPES, output_weight
+from minitron_mp.models.sharded_model import DTYPES, output_weight
 
 
 class BridgeTeacher(Protocol):

@@ -22,9 +22,8 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.build import unwrap
 from minitron_mp.models.precision import communication_buffers
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.training.loop import train
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 from minitron_mp.training.options import RunOptions
@@ -86,7 +85,7 @@ def run_training(
 
         teacher = make_teacher(first_step, logs.get("correct", on_step))
         log_fp8_teacher_kl(context, None if teacher is None else teacher.model)
-        stack.enter_context(communication_buffers(settings, recipe, model.arch.hidden_size))
+        stack.enter_context(communication_buffers(settings, model))
         options = RunOptions(
             checkpoints,
             context.manifest,
