@@ -129,6 +129,15 @@ def defined_names(module: str) -> set[str]:
     return names
 
 
+@pages
+def test_prose_has_at_most_100_columns(page):
+    """Tables and code blocks may be wider."""
+    if "paper_claims" in page.parts:
+        pytest.skip("a program writes this page")
+    prose = re.sub(r"^```.*?^```|^\|.*?$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert [line for line in prose.splitlines() if len(line) > 100] == []
+
+
 def test_index_lists_every_page():
     linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
