@@ -173,6 +173,7 @@ def _check_kernels(divergence: str) -> None:
 
 def check_stage() -> None:
     """The new stage is a command, counts every token, is skipped when done, and is optional."""
+    import pytest
     from tiny import make_model, make_recipe_file, make_text
 
     model, text = make_model(Path("model")), make_text(Path("text"))
@@ -185,6 +186,7 @@ def check_stage() -> None:
     assert f"{sum(counts):,} tokens use" in printed
     assert sum(counts) == Path("out/data/train.bin").stat().st_size // 2  # ids of two bytes
     assert "token-counts: done" in _minitron("token-counts", recipe)
+    assert pytest.main(["-q", "tests/unit/test_stages.py"]) == 0
     needed = "the recipe has no stage token-counts; add data.count_tokens: true"
     assert needed in _minitron("token-counts", recipe, "data.count_tokens=false", code=2)
 

@@ -156,7 +156,8 @@ def dense(case, objective, vocab_size=VOCAB):
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         forward, reverse = (log_p.exp() * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
         js = ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
-        divergence = {"forward_kl": forward, "reverse_kl": reverse, "js": js}[objective.divergence]
+        values = {"forward_kl": forward, "reverse_kl": reverse, "js": js}
+        divergence = values[objective.divergence]
     ce = F.cross_entropy(z.flatten(0, 1), case["labels"].flatten(), reduction="none").view(divergence.shape)
     total = objective.kl_weight * t**2 * divergence + objective.ce_weight * ce
     loss = (total * case["token_weights"]).sum()
