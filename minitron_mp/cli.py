@@ -186,7 +186,7 @@ def estimate(
     world: Annotated[int, typer.Option("--world", min=1, help="number of GPUs")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200 or a100")] = "h100",
     hardware: Annotated[
-        Path | None, typer.Option(help="YAML or JSON file with other hardware values (docs/estimate.md)")
+        Path | None, typer.Option(help="YAML or JSON file with other hardware values (docs/planning.md)")
     ] = None,
     times: Annotated[
         Path | None, typer.Option(help="layer times from benchmarks/layers.py; default: the shipped ones")

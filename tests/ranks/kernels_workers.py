@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minitron_mp.losses import fused, reference
+from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.rows import LogitRows, RowValues
 
 
@@ -50,7 +51,7 @@ def run(
     logits = LogitRows(z_s, z_t, labels, valid, t)
     statistics, exponentials = module.statistics(logits, divergence)
     found = {"statistics": torch.stack(statistics, 1)}
-    if divergence == "js":
+    if DIVERGENCES[divergence].needs_mixture_sums:
         found["mixture_sums"] = module.mixture_sums(logits, values.student_lse, values.teacher_lse)
     out = z_s if dtype is None else _apart(torch.full_like(z_s, torch.nan, dtype=dtype))
     module.gradient(logits, statistics, exponentials, values, divergence, ce, out)

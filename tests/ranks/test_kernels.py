@@ -12,6 +12,8 @@ import torch
 from pool import Pool
 from test_losses import VOCAB, check, dense, make_case, variants
 
+from minitron_mp.losses.divergences import DIVERGENCES
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="triton is not installed; torch for CUDA brings it, elsewhere: pip install triton",
@@ -73,7 +75,7 @@ def compare(found, *, gradient_dtype):
 OPTIONS = [(1.0, True, None), (2.0, False, torch.bfloat16), (0.7, True, torch.float32)]
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @dtypes
 @sizes
 def test_kernels_match_reference(interpreted, columns, valid, dtype, divergence):
@@ -96,7 +98,7 @@ def test_large_logits(interpreted):
     case = make_rows(4200, 4133, torch.float32, scale=300.0)
     calls = [
         {**case, "t": 1.0, "divergence": divergence, "ce": True, "dtype": torch.float32}
-        for divergence in ("forward_kl", "reverse_kl", "js")
+        for divergence in DIVERGENCES
     ]
     for found in interpreted("row_functions", calls=calls):
         compare(found, gradient_dtype=torch.float32)

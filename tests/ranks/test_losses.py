@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss, float32_logits
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTopK
 from minitron_mp.losses.top_k import top_k_of
@@ -30,7 +31,7 @@ OBJECTIVES = {
     name + ("-hot" if temperature > 1 else "") + ("-ce" if ce else ""): Objective(
         name, temperature, 1.0 - ce, ce
     )
-    for name in ("forward_kl", "reverse_kl", "js")
+    for name in DIVERGENCES
     for temperature in (1.0, 2.0)
     for ce in (0.0, 0.3)
 }
@@ -155,7 +156,8 @@ def dense(case, objective, vocab_size=VOCAB):
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         forward, reverse = (log_p.exp() * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
         js = ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
-        divergence = {"forward_kl": forward, "reverse_kl": reverse, "js": js}[objective.divergence]
+        values = {"forward_kl": forward, "reverse_kl": reverse, "js": js}
+        divergence = values[objective.divergence]
     ce = F.cross_entropy(z.flatten(0, 1), case["labels"].flatten(), reduction="none").view(divergence.shape)
     total = objective.kl_weight * t**2 * divergence + objective.ce_weight * ce
     loss = (total * case["token_weights"]).sum()
