@@ -101,7 +101,7 @@ class TrainingConfig(Section):
                 f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}; lower warmup_steps"
             )
         if self.min_lr > self.lr:
-            problems.append(f"min_lr {self.min_lr} must not be above lr {self.lr}; lower min_lr or raise lr")
+            problems.append(f"min_lr {self.min_lr} is above lr {self.lr}; lower min_lr or raise lr")
         if self.cuda_graphs and self.recompute:
             problems.append("cuda_graphs and recompute cannot be combined; drop one of them")
         if self.profile and self.profile.steps[1] > self.steps:

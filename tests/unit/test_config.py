@@ -119,7 +119,7 @@ def test_parameter_count_suffixes(text, number):
         ),
         ({"data": None}, r"data: .*given None"),
         ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: .*valid list, given 5"),
-        ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 must not be above lr 0\.0001"),
+        ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
         ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),
         ({"modle": "x"}, r"unknown key modle; did you mean model\?"),
         ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),

@@ -622,7 +622,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
         assert text in out, out
     refused(
         here("compress", recipe, "--dry-run", "distill.states.layers={0: 0, 9: 3}"),
-        "names state 9 of the student, which has 0",
+        "has state 9 of the student, whose states are 0",
     )
     less = "3 ranks (5 less the teacher's 2) for the student must be a multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "5", *words), less)

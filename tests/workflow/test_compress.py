@@ -953,7 +953,7 @@ def test_remote_hidden_states_reach_every_stage(whole, inputs, tmp_path, on_rank
         assert {**mine, "step": 0} == pytest.approx({**other, "step": 0}, rel=1e-4)
     refused(
         on_rank("compress", recipe, "distill.states.layers={0: 0, 4: 4}"),
-        "names state 4 of the student, which has 0 (embeddings) to 3 (after the final norm)",
+        "has state 4 of the student, whose states are 0 (embeddings) to 3 (after the final norm)",
     )
 
 
