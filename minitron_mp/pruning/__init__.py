@@ -1,6 +1,7 @@
 """What to cut, and cutting it. All files loop over the table of axes (models/axes.py).
 
 importance      score: activation importance of a sharded model; cosine_kernel: its kernel
+aggregation     how activations become scores
 scores          Scores: the importance of every unit
 ranking         which units are kept
 depth           which layers are kept; ablation: the loss without some layers
