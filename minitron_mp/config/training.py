@@ -98,7 +98,7 @@ class TrainingConfig(Section):
         problems = []
         if self.warmup_steps >= self.steps:
             problems.append(
-                f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}; lower warmup_steps"
+                f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}; lower it"
             )
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} must not be above lr {self.lr}; lower min_lr or raise lr")

@@ -1,8 +1,8 @@
 """Build a sharded Megatron-Core GPTModel from an architecture.
 
 The output layer is deferred: the last stage returns the hidden states after the final norm, and the
-loss applies the output layer with logits(). So a teacher keeps 2h bytes per token between its
-forward pass and the loss instead of 4v, and the loss can work in chunks.
+loss applies the output layer with logits(). So a teacher stores 2h bytes per token between its
+forward pass and the loss instead of 4v bytes, and the loss can process tokens in chunks.
 
     s sequence  b microbatch  h hidden  v padded vocabulary
     under sequence parallelism s is s/tp, under context parallelism s/cp
@@ -41,12 +41,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is built.
+    """Options of build_model().
 
     sequence_length: tokens of one sample. training: settings of a run that computes gradients, None
-    for forward passes only. random_weights: initialise the weights; otherwise they are
-    uninitialised memory, because a checkpoint fills them. transformer_impl: as in Recipe. fp8: kind
-    of FP8 scaling of a model that is not trained.
+    for forward passes only. random_weights: initialise the weights. Without it they are
+    uninitialised memory, which a checkpoint fills. transformer_impl: see Recipe. fp8: kind of FP8
+    scaling of a model that is not trained.
     """
 
     precision: str
@@ -67,7 +67,7 @@ class ModelOptions:
 
 
 def build_model(arch: Arch, world: World, options: ModelOptions) -> ShardedModel:
-    """Build this rank's part of a model, on its device.
+    """Build this rank's part of a model on its device, and return the sharded model.
 
     InputError when the layout does not divide the sizes, or this machine cannot run the model.
     """
@@ -84,9 +84,10 @@ def build_model(arch: Arch, world: World, options: ModelOptions) -> ShardedModel
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
-    """Return [s, b, v/tp] from hidden states [s, b, h] after the final norm, on the last stage.
+    """Return logits [s, b, v/tp] of hidden states [s, b, h] after the final norm.
 
-    Under sequence parallelism the hidden states are [s/tp, b, h]. Differentiable.
+    For ranks of the last stage. Under sequence parallelism the hidden states are [s/tp, b, h]. The
+    result is differentiable.
     """
     return model.output_layer.logits(hidden, output_weight(model))
 
@@ -94,7 +95,7 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 def output_weight(model: Any) -> Tensor:
     """Return the weight of the output layer [v/tp, h] on the last stage.
 
-    It is the weight of the embedding when they are tied.
+    It is the weight of the embedding if the two are tied.
     """
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
@@ -148,20 +149,21 @@ def _check_machine(world: World, options: ModelOptions, engine: bool) -> None:
 
 
 def _prepare_cuda_graphs() -> None:
-    # Megatron runs in a stream of its own until the end of the first step, and waits for no other.
+    # Megatron uses a separate CUDA stream until the end of the first step, without waiting for
+    # earlier work on the default stream.
     torch.cuda.synchronize()
-    # The managers of the graphs read the random streams when they are made.
+    # The graph managers read the random streams when they are constructed.
     seed_all(torch.initial_seed(), cuda_graphs=True)
 
 
 def _build_chunk(
     chunk: int, arch: Arch, world: World, options: ModelOptions, config: TransformerConfig, engine: bool
 ) -> GPTModel:
-    """Build one pipeline chunk of this rank. It has the embedding, the output layer, or neither."""
+    """Return one pipeline chunk of this rank, with embedding or output layer where they belong."""
     vp_stage = chunk if world.parallel.vpp else None
     is_first = world.is_first_stage and chunk == 0
     is_last = world.is_last_stage and chunk == _chunks(world) - 1
-    # With gradients each FP8 weight would keep its bf16 original.
+    # With gradients enabled each FP8 weight would keep a bf16 copy.
     with torch.no_grad() if config.fp8_param else nullcontext():
         model = GPTModel(
             config=config,
