@@ -1,4 +1,8 @@
-"""Text to micro-batches: sources, documents, tokenizers, samples.
+"""From text to micro-batches: sources, documents, tokenizers, samples.
 
-tokenize_corpus (corpus), load_tokenizer (tokenizer), open_samples and micro_batches (batches).
+sources     the files of the text that a recipe lists
+documents   documents of text files, and the part of each document
+tokenizer   Tokenizer, load_tokenizer
+corpus      tokenize_corpus: text as Megatron indexed datasets
+batches     open_samples, micro_batches
 """
