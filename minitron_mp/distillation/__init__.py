@@ -1,8 +1,15 @@
-"""The teacher: where it runs, and how its signals reach the loss.
+"""The teacher: its placements, and the transport of its signals to the loss.
 
-teacher.py: the Teacher protocol, ColocatedTeacher and RemoteTeacher. last_stage_loss.py: the loss
-call that training, evaluation, ablation and Megatron-Bridge share. teacher_head.py: the
-output layer of a remote teacher. serve.py, stream.py, receiver.py, stream_end.py: a teacher on
-other ranks; stream_layout.py is their pure part. cache.py: signals on disk. hidden_states.py,
-layer_pairs.py, state_capture.py: losses inside the models.
+teacher           the Teacher protocol, ColocatedTeacher, RemoteTeacher
+last_stage_loss   the loss call of training, evaluation, ablation and Megatron-Bridge
+teacher_head      the output layer of a remote teacher
+serve             the forward passes of a remote teacher
+stream            the protocol between teacher and students, and Sender
+receiver          Receiver
+stream_layout     messages between the ranks, as functions of the layouts
+stream_end        early end of a stream
+cache             signals on disk
+hidden_states     losses on hidden states inside the models
+layer_pairs       pairs of hidden states
+state_capture     hooks that store hidden states of a frozen teacher
 """
