@@ -44,7 +44,7 @@ DAMAGE_ERRORS = (
     RuntimeError,
     pickle.UnpicklingError,
 )
-"""Errors of torch and Megatron for a missing, truncated or foreign file in a checkpoint."""
+"""Errors of torch and Megatron for a missing, truncated or unknown file in a checkpoint."""
 
 # Since 0.17 Megatron prefers nvidia-resiliency-ext, which only GPU containers have. All versions
 # include the writers "mcore".
@@ -142,7 +142,7 @@ def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: World) -> ShardedT
 def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fill a sharded state from a checkpoint and return it; reached by all ranks.
 
-    InputError for a damaged or foreign checkpoint.
+    InputError if the checkpoint is damaged or belongs to a different model.
     """
     with _read_errors(folder):
         return dist_checkpointing.load(state, str(folder))

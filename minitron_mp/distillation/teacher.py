@@ -53,7 +53,7 @@ class Teacher(Protocol):
 
     @property
     def model(self) -> ShardedModel | None:
-        """The teacher's model on this rank, or None for a teacher that runs elsewhere."""
+        """The teacher's model on this rank, or None for a teacher that runs on other ranks."""
 
     @property
     def pairs(self) -> LayerPairs | None:

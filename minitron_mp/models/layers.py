@@ -57,7 +57,7 @@ class LayerNorm1p(nn.Module):
 class Attention(nn.Module):
     """Causal scaled-dot-product attention with grouped queries.
 
-    Under context parallelism each rank gathers the keys and values of the whole sequence.
+    Under context parallelism each rank gathers the keys and values of the complete sequence.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 The keys are Megatron-Core's. They do not depend on the parallel layout. Each layer has separate
 keys:
 
-    decoder.layers.7.mlp.linear_fc1.weight      layer 7 of the whole model, counted from 0
+    decoder.layers.7.mlp.linear_fc1.weight      layer 7 of the model, counted from 0
     decoder.final_layernorm.weight              outside the layers
 
 Megatron-Core calls this form non-homogeneous. Layers of one model may then differ in their

@@ -41,7 +41,7 @@ class PerLayerConfig(TransformerConfig):
         self.heterogeneous_block_specs = True
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
-        """Return the configuration of one layer of the whole model; layer_number counts from 1."""
+        """Return the configuration of one layer. layer_number: global number, counted from 1."""
         config = copy.copy(self)
         for name, size in self.blocks[layer_number - 1]:
             setattr(config, name, size)
