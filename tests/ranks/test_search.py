@@ -68,7 +68,7 @@ def test_published_grids_are_among_the_candidates():
     """2407.14679, table 9, parameters within 5 %: 18 candidates for 4B as published; 18 for 8B.
 
     The paper counts 15 for 8B. Its hidden size 4680 is no multiple of 16, the default alignment.
-    docs/search.md uses 4608 of the 4B list instead. As printed, under align 8, there are as many.
+    docs/pruning.md uses 4608 of the 4B list instead. As printed, under align 8, there are as many.
     """
     common = {"num_layers": [29, 30, 31, 32], "mlp_expansion": [2.5, 3, 3.5, 4]}
     four = found(

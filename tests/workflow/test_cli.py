@@ -165,7 +165,7 @@ def stage_states(out: str) -> dict[str, str]:
         ),
         (
             ["model=nowhere", "data.source=nowhere2", "distill.micro_batch_size=3"],
-            ["no folder nowhere", "nowhere2 does not exist", "batch_size 4"],
+            ["nowhere is not a folder", "nowhere2 does not exist", "batch_size 4"],
         ),
         (
             [
