@@ -1,7 +1,7 @@
 """Megatron-Core's sharded checkpoints as artifacts.
 
-A checkpoint is written completely or not at all, and loads at any parallel layout. Each layer has
-its own keys (models/parameters.py).
+A checkpoint is written completely or not at all. It loads with any parallel layout. Each layer has
+separate keys (models/parameters.py).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ DAMAGE_ERRORS = (
     RuntimeError,
     pickle.UnpicklingError,
 )
-"""Errors of torch and Megatron for a missing, truncated or foreign file in a checkpoint."""
+"""Errors of torch and Megatron for a missing, truncated or unknown file in a checkpoint."""
 
-# From 0.17 on Megatron prefers nvidia-resiliency-ext, which only GPU containers have. Its own
-# writers are in all versions.
+# Since 0.17 Megatron prefers nvidia-resiliency-ext, which only GPU containers have. All versions
+# include the writers "mcore".
 HAS_ASYNC_STRATEGY = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 WRITER_OPTIONS = {"async_strategy": "mcore"} if HAS_ASYNC_STRATEGY else {}
 
@@ -56,10 +56,9 @@ EXTRA_STATE = "_extra_state"
 
 
 def model_state(chunks: list[Any], world: World) -> dict[str, Any]:
-    """Return the sharded state of this rank's chunks; its keys do not depend on the layout.
+    """Return the sharded state of this rank's chunks. Its keys do not depend on the layout.
 
-    The extra state is left out. It holds information that the tensors lack under delayed scaling
-    only; see scaling_state().
+    The extra state is left out, because only delayed scaling needs it; see scaling_state().
     """
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
@@ -71,10 +70,10 @@ def model_state(chunks: list[Any], world: World) -> dict[str, Any]:
 
 
 def scaling_state(chunks: list[Any], world: World) -> dict[str, Any]:
-    """Return the histories of largest values behind the scales of delayed FP8; {} without.
+    """Return the histories of largest values for delayed FP8 scaling, {} without delayed scaling.
 
-    They belong to the checkpoints of a run. Their keys do not depend on the layout, and
-    tensor-parallel and data-parallel ranks hold the same values.
+    They are part of the checkpoints of a run. Their keys do not depend on the layout.
+    Tensor-parallel and data-parallel ranks hold the same values.
     """
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
@@ -90,21 +89,21 @@ def scaling_state(chunks: list[Any], world: World) -> dict[str, Any]:
 def _metadata(world: World) -> dict[str, Any]:
     """Return the options of Megatron's sharded_state_dict().
 
-    non_homogeneous_layers gives each layer its own keys, instead of one tensor of all layers.
+    non_homogeneous_layers gives each layer separate keys, instead of one tensor for all layers.
     """
     return {"dp_cp_group": world.groups.dp_cp, "non_homogeneous_layers": True}
 
 
 def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Put a prefix before all checkpoint keys, in place, for a second model in one checkpoint."""
+    """Add a prefix to all checkpoint keys in place, for a second model in one checkpoint."""
     add_prefix_for_sharding(state, prefix)
     return state
 
 
 def load_weights(chunks: list[Any], folder: Path, world: World, prefix: str = "") -> None:
-    """Fill the chunks from a checkpoint of any layout and dtype; reached by all ranks.
+    """Load a checkpoint of any layout and dtype into the chunks; reached by all ranks.
 
-    prefix: beginning of this model's keys in the checkpoint.
+    prefix: prefix of this model's keys in the checkpoint.
     """
     state = prefixed(model_state(chunks, world), prefix)
     for i, chunk in enumerate(chunks):
@@ -121,17 +120,17 @@ def _read_into_new_tensors(state: dict[str, Any]) -> None:
     """Replace FP8 weights in the state by bf16 tensors on the CPU, which the checkpoint fills.
 
     load_state_dict() then quantises each weight once, as one tensor. Megatron-Core 0.19 would write
-    into the weights piece by piece (gate and up of a gated fc1, shards of another layout), and a
-    tensor with one scale would keep the scale of the last piece.
+    the pieces of a weight separately (gate and up of a gated fc1, shards of a different layout),
+    and a tensor with one scale would keep the scale of the last piece.
     """
     for entry in nested_values(state):
         entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype)
 
 
 def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: World) -> ShardedTensor:
-    """Return a rank's rows [v/tp, h] of the output layer for load_checkpoint(), under its key.
+    """Return the sharded tensor of a rank's rows [v/tp, h] of the output layer.
 
-    For ranks of the last pipeline stage.
+    It is the state that load_checkpoint() fills, for ranks of the last pipeline stage.
     """
     key = EMBEDDING if arch.tied else HEAD
     groups = world.groups
@@ -141,7 +140,10 @@ def vocabulary_shard(arch: Arch, tensor: torch.Tensor, world: World) -> ShardedT
 
 
 def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Fill a sharded state from a checkpoint; reached by all ranks. InputError names the folder."""
+    """Fill a sharded state from a checkpoint and return it; reached by all ranks.
+
+    InputError if the checkpoint is damaged or belongs to a different model.
+    """
     with _read_errors(folder):
         return dist_checkpointing.load(state, str(folder))
 
@@ -162,8 +164,8 @@ def _read_errors(folder: Path) -> Iterator[None]:
 def _cause(error: BaseException) -> str:
     """Return the cause of an error on one line.
 
-    torch's CheckpointException is not an Exception. It holds the failures by rank, which Megatron
-    gives to the first rank only.
+    torch's CheckpointException is a BaseException. It holds the failures by rank, but only on the
+    first rank.
     """
     while isinstance(error, CheckpointException):
         if not error.failures:
@@ -173,7 +175,7 @@ def _cause(error: BaseException) -> str:
 
 
 def checkpoint_dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Return checkpoint key -> dtype of every tensor; reads the metadata only, on any process."""
+    """Return checkpoint key -> dtype of every tensor. It reads the metadata only, on any rank."""
     with _read_errors(folder):
         metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {
@@ -188,9 +190,9 @@ def save_checkpoint(
 ) -> None:
     """Write a sharded state as an artifact; reached by all ranks.
 
-    It replaces an older artifact only when it is complete. extra: called on rank 0 with the
-    temporary folder, to add small files. InputError on every rank when the disk lacks space, before
-    anything is written.
+    It replaces an older artifact after all files are written. extra: called on rank 0 with the
+    temporary folder, to add small files. If the disk has too little space, every rank raises
+    InputError before a file is written.
     """
     _prepare(state, folder)
     with _write_errors(folder):
@@ -207,9 +209,9 @@ def save_checkpoint(
 class AsyncCheckpointWriter:
     """Writes checkpoints while training continues, one at a time.
 
-    Forked processes write the state as it was at start(). Until finish() the files lie in the
-    temporary folder (files.aside_path), so a kill leaves no incomplete artifact. All methods but
-    `writing` are reached by all ranks.
+    Forked processes write a copy of the state at start(). Until finish() the files are in the
+    temporary folder (files.aside_path), so a kill leaves no incomplete artifact. All ranks must
+    call the methods. `writing` is a property of this rank alone.
     """
 
     def __init__(self) -> None:
@@ -219,11 +221,11 @@ class AsyncCheckpointWriter:
     def start(
         self, state: dict[str, Any], folder: Path, manifest: Manifest, after: Callable[[], None]
     ) -> None:
-        """Start save_checkpoint() and return when the state is copied.
+        """Start to write an artifact like save_checkpoint(), and return when the state is copied.
 
         after: called on rank 0 when the artifact is complete.
         """
-        self.finish()  # the results of two checkpoints would share the queue
+        self.finish()  # the queue may hold the calls of one checkpoint only
         _prepare(state, folder)
         self.folder = folder
         with _write_errors(folder):
@@ -253,7 +255,7 @@ class AsyncCheckpointWriter:
         )
 
     def finish(self) -> None:
-        """Wait until the checkpoint is complete; InputError on every rank when writing failed."""
+        """Wait until the checkpoint is complete. InputError on every rank if writing failed."""
         with _write_errors(self.folder):
             self.queue.maybe_finalize_async_calls(blocking=True)
 
@@ -273,16 +275,18 @@ def _write_errors(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, RuntimeError, CheckpointException) as error:
-        # A quota or a lost mount, for example. The old artifact is unchanged.
+        # The cause may be a quota or a lost mount. The old artifact is unchanged.
         on_rank_0(lambda: shutil.rmtree(aside_path(folder), ignore_errors=True))
-        raise InputError(f"{folder} could not be written: {_cause(error)}") from error
+        raise InputError(
+            f"{folder} could not be written: {_cause(error)}; check the disk, or set another output"
+        ) from error
 
 
 def check_room(num_bytes: float, folder: Path) -> None:
-    """Raise InputError on every rank when the disk has less space than all ranks will write.
+    """Raise InputError on every rank if the disk has less space than all ranks will write.
 
-    num_bytes: on this rank. A disk that fills up during a save would stop the writer processes of
-    some ranks only.
+    num_bytes: bytes that this rank will write. The check comes before a save, because a full disk
+    would stop the writer processes of some ranks only.
     """
     needed = torch.tensor(float(num_bytes))
     dist.all_reduce(needed)
@@ -298,6 +302,6 @@ def check_room(num_bytes: float, folder: Path) -> None:
 
 
 def _written_bytes(entry: Any) -> int:
-    """Return the bytes that this rank writes of one entry; only one replica is written."""
+    """Return the bytes of an entry that this rank writes, 0 unless it is the main replica."""
     data = getattr(entry, "data", None)
     return data.nbytes if isinstance(data, torch.Tensor) and is_main_replica(entry.replica_id) else 0

@@ -11,11 +11,13 @@ from typing import Any
 from minitron_mp.errors import InputError
 
 SAMPLED_ABOVE_BYTES = 1 << 30
-"""Larger files are not hashed whole."""
+"""Size above which only samples of a file are hashed."""
 
 SAMPLE_BYTES = 1 << 16
+"""Size of a sample."""
 
 SAMPLE_EVERY_BYTES = 1 << 21
+"""Distance between the starts of two samples."""
 
 ASSETS = "assets"
 """Folder inside a checkpoint artifact with the side files of the Hugging Face model."""
@@ -24,7 +26,7 @@ CARD = "README.md"
 
 
 def read_json(path: Path, stage: str) -> Any:
-    """Read a small file that a stage wrote; InputError if it is missing or damaged."""
+    """Return the content of a JSON file that a stage wrote. InputError if missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -34,14 +36,12 @@ def read_json(path: Path, stage: str) -> Any:
 
 
 def aside_path(path: Path) -> Path:
-    """Path that an artifact is written to before it is renamed: in the same folder, so that the
-    rename is atomic.
-    """
+    """Return the temporary path of an artifact, in the same folder for an atomic rename."""
     return hidden_sibling(path, "tmp")
 
 
 def hidden_sibling(path: Path, word: str) -> Path:
-    """Hidden path in the same folder: .NAME.WORD."""
+    """Return the hidden path .NAME.WORD in the same folder."""
     return path.with_name(f".{path.name}.{word}")
 
 
@@ -58,10 +58,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fingerprint_files(paths: list[Path]) -> str:
-    """Hash of names, sizes and contents.
+    """Return a hash of names, sizes and contents.
 
-    Of files over 1 GiB, 64 KiB of every 2 MiB are hashed: a minute for a model of 100 GB. A change
-    inside such a file that keeps its size and touches none of these is not noticed.
+    For files over 1 GiB only 64 KiB of every 2 MiB are hashed, which takes a minute for a model of
+    100 GB. A change outside these samples that keeps the size does not change the hash.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):

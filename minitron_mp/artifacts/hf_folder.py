@@ -1,8 +1,8 @@
-"""Hugging Face folder -> sharded checkpoint, and back.
+"""import_hf and export_hf: Hugging Face folder -> sharded checkpoint, and back.
 
-A checkpoint artifact has a folder ASSETS with the side files of the Hugging Face model that it comes
-from: config.json, tokenizer, model card. Artifacts made from it carry a copy, so that the last one
-can be exported without the original folder.
+A checkpoint artifact has a folder ASSETS with the side files of the original Hugging Face model:
+config.json, tokenizer, model card. Each artifact made from it has a copy, so the student can be
+exported without the original folder.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from minitron_mp.models.parameters import split_key
 from minitron_mp.models.sharded_model import DTYPES
 
 READ_BYTES = 2e9
-"""Bytes of tensors that export_hf holds at a time."""
+"""Bytes of tensors that export_hf holds in memory at a time."""
 
 
 def import_hf(source: str | Path, out: str | Path, manifest: Manifest | None = None) -> Arch:
     """Convert a Hugging Face folder to a checkpoint artifact and return the architecture.
 
-    Keeps the dtype of the weights. Each rank converts every world-size-th layer; reached by all
-    ranks. manifest: default: one with the fingerprint of the folder. InputError when the folder is
-    not a model of a known family.
+    The weights keep their dtype. The ranks share the layers; reached by all ranks. manifest: of the
+    artifact. Default: a manifest with the fingerprint of the folder. InputError when the folder is
+    not a model of a supported family.
     """
     source, out = Path(source), Path(out)
     arch = read_arch(source)
@@ -67,7 +67,7 @@ def import_hf(source: str | Path, out: str | Path, manifest: Manifest | None = N
         (folder / ASSETS).mkdir()
         for path in asset_files(source):
             shutil.copy(path, folder / ASSETS)
-        if (source / CARD).is_file():  # not in the fingerprint: a model card changes no model
+        if (source / CARD).is_file():  # a model card is not part of the fingerprint
             shutil.copy(source / CARD, folder / ASSETS)
 
     save_checkpoint(state, out, manifest.model_copy(update={"arch": arch}), copy_assets)
@@ -86,24 +86,24 @@ def export_hf(
 ) -> None:
     """Write a checkpoint artifact as a Hugging Face folder that transformers loads.
 
-    Rank 0 writes. Reading the sharded checkpoint is collective, so all ranks take part. assets:
-    folder with config.json and tokenizer; default: those in the checkpoint. dtype: "bf16" or
-    "fp32"; default: the checkpoint's. family: another family to write, such as mistral for a llama.
-    model_card: exported architecture -> text of README.md. InputError when transformers would
-    reject the model.
+    Rank 0 writes. Reading the sharded checkpoint is collective, so all ranks must call it. assets:
+    folder with config.json and tokenizer. Default: the assets in the checkpoint. dtype: "bf16" or
+    "fp32". Default: the dtype of the checkpoint. family: family to write, if it differs, such as
+    mistral for a llama. model_card: exported architecture -> text of README.md. InputError when
+    transformers would reject the model.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    found = require_artifact(checkpoint, "distill")
+    source_manifest = require_artifact(checkpoint, "distill")
     assets = assets or checkpoint / ASSETS
-    if found.arch is None or not (assets / "config.json").is_file():
+    if source_manifest.arch is None or not (assets / "config.json").is_file():
         raise InputError(
             f"{checkpoint} has no model or no {ASSETS}/config.json; give a folder that `minitron-mp "
             "import`, `prune` or `distill` wrote, or pass assets=FOLDER with config.json and tokenizer"
         )
-    arch = found.arch
+    arch = source_manifest.arch
     exported = exportable_arch(arch, family)
     if manifest is None:
-        inputs = {"distill": found.fingerprint}
+        inputs = {"distill": source_manifest.fingerprint}
         manifest = Manifest(stage="export", settings={}, inputs=inputs, made_by=f"minitron_mp {__version__}")
     target_dtype = DTYPES[dtype] if dtype else checkpoint_dtypes(checkpoint)[next(iter(arch.shapes()))]
     tensors = read_tensors(checkpoint, arch)
@@ -119,15 +119,15 @@ def export_hf(
     except InputError as error:
         failure = error
     except (OSError, SafetensorError) as error:
-        failure = InputError(f"{out} cannot be written: {error}")
-    # The other ranks, and rank 0 after a failure, read to the end: reading is collective.
+        failure = InputError(f"{out} cannot be written: {error}; check the disk, or set another output")
+    # Reading is collective, so the other ranks, and rank 0 after a failure, read to the end.
     for _ in tensors:
         pass
     raise_on_all_ranks(failure)
 
 
 def read_tensors(folder: Path, arch: Arch) -> Iterator[tuple[str, Tensor]]:
-    """Yield (checkpoint key, canonical tensor on the CPU) on rank 0, nothing on the other ranks.
+    """Yield (checkpoint key, canonical tensor on the CPU) on rank 0; other ranks yield no pair.
 
     The tensors have the dtype of the checkpoint. Reading is collective, so all ranks must iterate
     to the end.

@@ -1,9 +1,8 @@
-"""Artifacts on disk: every stage writes one file or folder with a manifest, completely or not at
-all.
+"""Manifests: every stage writes one file or folder with a manifest, completely or not at all.
 
-A manifest records what an artifact was made from: the stage, the settings that change its content,
-and the fingerprints of its inputs. Its own fingerprint is a hash of these, so one comparison shows
-whether an artifact is the one that a recipe needs. Parallel layout, micro-batch size and logging
+A manifest records the origin of an artifact: the stage, the settings that change its content, and
+the fingerprints of its inputs. The fingerprint of the artifact is a hash of these, so one
+comparison shows whether an artifact fits a recipe. Parallel layout, micro-batch size and logging
 are not among the settings, because they do not change the result.
 """
 
@@ -24,16 +23,16 @@ from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
 
 FORMAT = 2
-"""Version of the artifacts' format; artifacts of another version are made again.
+"""Version of the format of artifacts. Artifacts of a different version must be made again.
 
-1: checkpoints with one tensor for all layers. 2: a key for each layer.
+1: checkpoints with one tensor for all layers. 2: checkpoints with a key for each layer.
 """
 
 MANIFEST = "manifest.json"
 
 
 class Manifest(BaseModel):
-    """What an artifact was made from. inputs: name -> fingerprint."""
+    """The origin of an artifact. inputs: name -> fingerprint of the artifact that was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,7 +42,7 @@ class Manifest(BaseModel):
     arch: Arch | None = None
     format: int = FORMAT
     made_by: str = ""
-    """Version of this library, for people. It does not count while the format is the same."""
+    """Version of this library, for information. It is not part of the fingerprint."""
 
     @property
     def fingerprint(self) -> str:
@@ -52,8 +51,9 @@ class Manifest(BaseModel):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Manifest) -> list[str]:
-        """List 'settings.x: 1, here 2' for each field on which self (on disk) and other (expected)
-        differ.
+        """Return 'settings.x: 1, here 2' for each field that differs.
+
+        self is the manifest on disk, other the expected one.
         """
         rows = differing_fields(
             {"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format}
@@ -73,14 +73,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_manifest(artifact: Path) -> Manifest | None:
-    """Read the manifest of an artifact; None if there is no artifact.
+    """Return the manifest of an artifact, or None if the artifact does not exist.
 
     It is in manifest.json of a folder, under "manifest" in a .json file, or in the metadata of a
-    .safetensors file. If a kill interrupted the replacement of the artifact, the old one is
+    .safetensors file. If a kill interrupted the replacement of the artifact, the old artifact is
     restored. InputError for a damaged artifact, and for a folder that this library did not write.
     """
     if not artifact.exists():
-        with suppress(OSError):  # there is no old one, or another rank was faster
+        with suppress(OSError):  # no old artifact exists, or another rank has restored it
             hidden_sibling(artifact, "old").rename(artifact)
     if artifact.is_dir() and not (artifact / MANIFEST).is_file():
         raise InputError(
@@ -105,7 +105,7 @@ def find_manifest(artifact: Path) -> Manifest | None:
 
 
 def require_artifact(artifact: Path, stage: str, expected: Manifest | None = None) -> Manifest:
-    """Read the manifest of an artifact; InputError if it is missing, or not the expected one."""
+    """Return the manifest of an artifact. InputError if it is missing or not the expected one."""
     manifest = find_manifest(artifact)
     if manifest is None:
         raise InputError(f"{artifact} is missing; run `minitron-mp {stage}` first")
@@ -113,7 +113,7 @@ def require_artifact(artifact: Path, stage: str, expected: Manifest | None = Non
     if expected is not None and manifest.fingerprint != expected.fingerprint:
         refuse(
             f"{artifact} was made from other inputs or settings; run `minitron-mp {stage}` again, or restore "
-            "what differs:",
+            "these:",
             manifest.differences(expected),
         )
     return manifest
@@ -130,12 +130,10 @@ def require_format(artifact: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder to write to; on success it replaces the artifact, with its manifest.
+    """Yield a temporary folder, and on success replace the artifact by it, with its manifest.
 
-    For one process.
-
-    A kill leaves the old artifact or the new one; find_manifest() restores the old one if the kill
-    came between the two renames.
+    One process calls it. A kill leaves the old artifact or the new one. If the kill comes between
+    the two renames, find_manifest() restores the old artifact.
     """
     temporary = prepare_artifact(folder)
     try:
@@ -147,9 +145,7 @@ def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def prepare_artifact(folder: Path) -> Path:
-    """Create the empty folder aside_path(folder); for rank 0, before all ranks write to that
-    folder.
-    """
+    """Create and return the empty folder aside_path(folder). Rank 0 calls it before ranks write."""
     temporary = aside_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -157,9 +153,7 @@ def prepare_artifact(folder: Path) -> Path:
 
 
 def commit_artifact(folder: Path, manifest: Manifest) -> None:
-    """Replace the artifact by aside_path(folder), with its manifest; for rank 0, after all ranks
-    have written.
-    """
+    """Replace the artifact by aside_path(folder) with its manifest. Rank 0 calls it at the end."""
     old = hidden_sibling(folder, "old")
     write_text(aside_path(folder) / MANIFEST, manifest.model_dump_json(indent=1))
     if folder.exists():
@@ -170,7 +164,7 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
 
 
 def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
-    """Delete a finished run's checkpoints, and the folder if it is empty then.
+    """Delete the checkpoints of a finished run, and then the folder if it is empty.
 
     Checkpoints of other runs and other files are kept.
     """
@@ -179,7 +173,7 @@ def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
         if is_partial or _fingerprint_in(path) == manifest.fingerprint:
             shutil.rmtree(path, ignore_errors=True)
     for empty in (folder, folder.parent):
-        with suppress(OSError):  # not there, or not empty
+        with suppress(OSError):  # the folder does not exist, or is not empty
             empty.rmdir()
 
 

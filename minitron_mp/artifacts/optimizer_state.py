@@ -1,14 +1,15 @@
-"""The distributed optimizer's state as global tensors, so that a checkpoint resumes at any layout.
+"""The distributed optimizer's state as global tensors, so that a run resumes with any layout.
 
 Each data-parallel rank holds a flat piece of the float32 weight, exp_avg and exp_avg_sq of some
-parameters. Here the pieces are joined, one tensor at a time, under the parameter's own checkpoint
-key and sharding.
+parameters. This file joins the pieces, one tensor at a time. The joined tensor has the checkpoint
+key and the sharding of the parameter.
 
-Why not Megatron's own "fully_reshardable" format: in 0.16.1 to 0.19.2 it cuts parameters out of
-buffers whose padding between buckets was removed, at offsets that still count it (its source warns
-"param range exceeds unpadded buffer ... can lead to data corruption"). A second bucket exists with
-overlapped reduction, or with tied embeddings under pipeline parallelism. When the size of the first
-one is not a multiple of 128, the saved moments are wrong. Use that format when this is fixed.
+Megatron's format "fully_reshardable" is not used, because it is wrong in 0.16.1 to 0.19.2. It
+removes the padding between buckets from a buffer, and then reads parameters at offsets that include
+the padding (its source warns "param range exceeds unpadded buffer ... can lead to data
+corruption"). A second bucket exists with overlapped reduction, or with tied embeddings under
+pipeline parallelism. If the size of the first bucket is not a multiple of 128, the saved moments
+are wrong. Use that format when this is fixed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ PARTS = ("param", "exp_avg", "exp_avg_sq")
 def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state for save_checkpoint(), float32 on the CPU.
 
-    {} on the other ranks. model: model_state() of the chunks. Needs 12 bytes of host memory per
-    local parameter. Reached by all ranks.
+    Only the first rank of each data-parallel group holds it; the other ranks return {}. It needs 12
+    bytes of host memory per local parameter. model: model_state() of the chunks. Reached by all
+    ranks.
     """
     state: dict[str, Any] = {}
     sharded = _sharded_by_parameter(model)
@@ -52,9 +54,9 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
-    """Return the same tensors on the same ranks, uninitialised, for load_checkpoint().
+    """Return the tensors of optimizer_state(), uninitialised, for load_checkpoint().
 
-    Only the first rank of each data-parallel group reads them and holds 12 bytes per parameter.
+    Only the first rank of each data-parallel group holds them, with 12 bytes per parameter.
     """
     sharded = _sharded_by_parameter(model)
     state: dict[str, Any] = {}
@@ -93,14 +95,14 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
         if piece is not None:
             shards._set_main_param_and_optimizer_states(parameter, pieces)
     for shards in _shards(optimizer):
-        # On a GPU without Apex and TE it is torch's Adam, which counts steps for each parameter.
+        # On a GPU without Apex and TE Megatron uses torch's Adam, with a step per parameter.
         if isinstance(shards.optimizer, torch.optim.Adam):
             for moments in shards.optimizer.state.values():
                 moments["step"] = torch.tensor(float(step))
 
 
 def _sharded_by_parameter(model: dict[str, Any]) -> dict[int, Any]:
-    """Return id of a parameter -> its entry in the sharded state."""
+    """Return id(parameter) -> its entry in the sharded state."""
     return {id(entry.data): entry for entry in nested_values(model)}
 
 
@@ -113,12 +115,12 @@ def _parameters(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
 
 
 def _shards(optimizer: Any) -> list[Any]:
-    """Return the DistributedOptimizers inside."""
+    """Return the DistributedOptimizers of an optimizer, which may be a chain of them."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _piece(shards: Any, parameter: torch.nn.Parameter) -> slice | None:
-    """Return which elements of the flat parameter this rank holds, None when it holds none."""
+    """Return the elements of the flat parameter that this rank holds, or None if it holds none."""
     if parameter not in shards.model_param_gbuf_map:
         return None
     piece = shards._get_model_param_range_map(parameter)["param"]
@@ -130,7 +132,7 @@ def _name(part: str, number: int) -> str:
 
 
 def _like(sharded: Any, part: str, data: Tensor) -> Any:
-    """Return float32 data under a parameter's sharding: a ShardedTensor or a factory of them."""
+    """Return float32 data with a parameter's sharding: a ShardedTensor or a factory of them."""
     key = f"optimizer.{part}.{sharded.key}"
     if isinstance(sharded, ShardedTensor):
         return replace(sharded, key=key, data=data, dtype=torch.float32)

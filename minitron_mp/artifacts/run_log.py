@@ -1,7 +1,7 @@
-"""The run log: stages.jsonl beside the artifacts, with one line per finished stage, for the report.
+"""The run log for the report: stages.jsonl has one line per finished stage.
 
-A manifest records what an artifact was made from, and so whether it must be made again. A record
-adds on which hardware and how long, which does not change the artifact.
+A manifest records the origin of an artifact, which decides whether it must be made again. A record
+has the hardware, software and duration, which do not change the artifact.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transform
 class JobInfo:
     """The job that ran a stage.
 
-    ranks: of all roles. layout: the keys of `parallel` that differ from their defaults. device: of
-    a rank.
+    ranks: number of ranks of all roles. layout: the keys of `parallel` that differ from their
+    defaults. device: name of the device of a rank.
     """
 
     ranks: int = 1
@@ -44,15 +44,15 @@ class JobInfo:
 
 
 class RunRecord(BaseModel):
-    """How an artifact was made; the fields of JobInfo, and the following."""
+    """Record of how an artifact was made: the fields of JobInfo, and the stage that ran."""
 
     stage: str
     fingerprint: str
-    """Of the artifact."""
+    """Fingerprint of the artifact."""
     seconds: float
-    """Wall time of the command that finished it."""
+    """Wall time of the command that finished the stage."""
     ended: str
-    """Local time."""
+    """Local time at the end of the stage."""
     ranks: int
     ranks_per_node: int
     layout: dict[str, Any]
@@ -69,7 +69,7 @@ class RunRecord(BaseModel):
 
     @property
     def launcher(self) -> str:
-        """The beginning of the command line, before the name of the stage."""
+        """The part of the command line before the name of the stage."""
         if self.ranks == 1:
             return "minitron-mp"
         nodes = -(-self.ranks // self.ranks_per_node)
@@ -78,7 +78,7 @@ class RunRecord(BaseModel):
 
 
 def software() -> dict[str, str]:
-    """Return the versions of Python, this package and PACKAGES, as far as they are installed."""
+    """Return the versions of Python, this package and the installed packages of PACKAGES."""
     versions = {"Python": platform.python_version(), "minitron-mp": __version__}
     for name in PACKAGES:
         try:
@@ -89,7 +89,7 @@ def software() -> dict[str, str]:
 
 
 def append_record(root: Path, stage: str, fingerprint: str, seconds: float, job: JobInfo) -> None:
-    """Append the record of a finished stage; called by one process."""
+    """Append the record of a finished stage. Only one process may call it."""
     record = RunRecord(
         stage=stage,
         fingerprint=fingerprint,
@@ -104,20 +104,18 @@ def append_record(root: Path, stage: str, fingerprint: str, seconds: float, job:
     with (root / FILE).open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a kill ended the last line early; do not write into it
+            if file.read() != b"\n":  # a kill interrupted the last line, so begin a new line
                 file.write(b"\n")
         file.write(record.model_dump_json().encode() + b"\n")
 
 
 def records_of(root: Path, paths: Mapping[str, Path]) -> dict[str, RunRecord]:
-    """Return stage -> the record of its present artifact.
+    """Return stage -> record of the artifact that exists now.
 
-    Stages without a readable record are left out.
-
-    paths: stage -> artifact.
+    Stages without a readable record are left out. paths: stage -> artifact.
     """
     manifests = {stage: find_manifest(path) for stage, path in paths.items()}
-    fingerprints = {stage: found.fingerprint for stage, found in manifests.items() if found}
+    fingerprints = {stage: manifest.fingerprint for stage, manifest in manifests.items() if manifest}
     newest = {
         record.stage: record
         for record in _read(root / FILE)
@@ -129,5 +127,5 @@ def records_of(root: Path, paths: Mapping[str, Path]) -> dict[str, RunRecord]:
 def _read(file: Path) -> Iterator[RunRecord]:
     lines = file.read_bytes().splitlines() if file.is_file() else []
     for line in lines:
-        with suppress(ValidationError):  # a line that a kill ended early
+        with suppress(ValidationError):  # a kill may have interrupted the line
             yield RunRecord.model_validate_json(line)

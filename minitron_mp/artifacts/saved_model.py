@@ -31,10 +31,11 @@ def load_model(
     transformer_impl: str = "auto",
     fp8: str | None = None,
 ) -> ShardedModel:
-    """Load the model in an artifact folder, at any parallel layout; reached by all ranks.
+    """Load and return the model in an artifact folder, with any parallel layout.
 
-    The options are those of build_model(). training: the settings of a run that will train the
-    model. InputError when the folder holds no model, or when the layout does not fit it.
+    Reached by all ranks. build_model() documents the options. training: the settings of a run that
+    will train the model. InputError when the folder contains no model, or when the layout does not
+    fit it.
     """
     folder = Path(folder)
     model = build_model(
@@ -53,7 +54,7 @@ def load_model(
 
 
 def saved_arch(folder: Path) -> Arch:
-    """Return the architecture of the model in an artifact folder; InputError when it holds none."""
+    """Return the architecture of the model in an artifact folder. InputError without a model."""
     manifest = find_manifest(folder)
     if manifest is None or manifest.arch is None:
         raise InputError(
@@ -71,12 +72,13 @@ def save_model(
     made_from: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write a model as an artifact folder that load_model() reads; reached by all ranks.
+    """Write a model as an artifact folder that load_model() reads, and return its manifest.
 
-    made_from: artifact folders whose fingerprints the manifest records, such as that of the
-    teacher; default: the one that the model was loaded from. The first one passes on its Hugging
-    Face side files, which export_hf() needs. settings: what else led to these weights. Replaces an
-    older artifact only when the new one is complete.
+    Reached by all ranks. made_from: artifact folders whose fingerprints the manifest records, such
+    as the teacher's. Default: the folder that the model was loaded from. The Hugging Face side
+    files, which export_hf() needs, are copied from the first folder that has them. settings:
+    further values to record, such as those of the training. An older artifact is replaced when the
+    new one is complete.
     """
     if not made_from and model.folder is not None:
         made_from = [model.folder]
@@ -92,9 +94,9 @@ def save_state(
     made_from: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Write a sharded state of a model, such as prune() returns, as an artifact folder.
+    """Write a sharded state, such as the result of prune(), as an artifact folder.
 
-    See save_model().
+    The arguments and the result are those of save_model().
     """
     inputs = on_rank_0(lambda: {str(path): _fingerprint(Path(path)) for path in made_from})
     manifest = Manifest(

@@ -79,7 +79,9 @@ def correction_during_distillation(recipe: Recipe) -> list[str]:
 
 def search_or_target(recipe: Recipe) -> list[str]:
     if recipe.search and recipe.target != TargetConfig(align=recipe.target.align):
-        return ["search and target exclude each other; drop one of the two (target.align may stay)"]
+        return [
+            "search and target exclude each other; drop one of the two (target.align is allowed with search)"
+        ]
     return []
 
 

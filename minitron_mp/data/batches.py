@@ -29,32 +29,32 @@ KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized text, and how it is cut into samples."""
+    """Tokenized text, and the settings of its samples."""
 
     folder: Path
-    """Written by tokenize_corpus()."""
+    """Folder that tokenize_corpus() wrote."""
     tokenizer: Tokenizer
     sequence_length: int
     seed: int
     index_owner: str = ""
-    """Subfolder for index files. Two worlds in one job must not write the same files."""
+    """Subfolder for index files. Worlds of one job use different ones and never share a file."""
 
 
 def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -> Dataset:
     """Open at least num_samples samples of a part as a map-style dataset.
 
-    Called by every rank, with or without torch.distributed. A sample is {tokens, labels,
-    position_ids: int64 [s], loss_mask: float32 [s]}; labels are the tokens shifted by one. The
+    Every rank must call it; it also works without torch.distributed. A sample is {tokens, labels,
+    position_ids: int64 [s], loss_mask: float32 [s]}. labels are the tokens shifted by one. The
     order depends on seed, num_samples and the text. Several prefixes are mixed in proportion to
-    their sizes. With repeat, epochs repeat as Megatron shuffles them; without, InputError if one
-    epoch has fewer samples.
+    their sizes. repeat: allow several epochs, each in Megatron's shuffled order. Without repeat,
+    InputError if one epoch has fewer samples.
     """
     length = corpus.sequence_length
     problems = too_short_problems(corpus.folder, part, length, 0 if repeat else num_samples)
     refuse("there is too little text:", problems)
     prefixes = prefixes_of(corpus.folder, part)
     available = [max(0, tokens_of(prefix)[0] - 1) // length for prefix in prefixes]
-    # Rounded up, but never above what is available unless samples repeat.
+    # The counts are rounded up. Without repeat they never exceed the available samples.
     counts = [-(-num_samples * count // sum(available)) for count in available]
     datasets = []
     for number, (prefix, count) in enumerate(zip(prefixes, counts)):
@@ -64,9 +64,7 @@ def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -
 
 
 def too_short_problems(folder: Path, part: str, sequence_length: int, num_samples: int) -> list[str]:
-    """One sentence for each file of a part without a whole sample, or if one epoch has too few
-    samples.
-    """
+    """Return a sentence for each file that is shorter than a sample, or if samples are too few."""
     tokens = {prefix: tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)}
     problems = [
         f"{part} text: {prefix} has {count} tokens, one sample needs {sequence_length} and a label: lower "
@@ -90,18 +88,16 @@ def too_short_problems(folder: Path, part: str, sequence_length: int, num_sample
 
 
 def _gpt_dataset(corpus: Corpus, prefix: str, num_samples: int, index: Path) -> Dataset:
-    """Megatron's dataset over one prefix.
+    """Return Megatron's dataset over one prefix.
 
-    Rank 0 writes the index; after a barrier the others read it.
-
-    The index is always written again: a kill while it is written leaves a partial file that
-    Megatron would accept.
+    Rank 0 writes the index. After a barrier the other ranks read it. The index is always rewritten,
+    because a kill can leave a partial file that Megatron would accept.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     if dist.is_initialized():
-        dist.barrier()  # no rank is still opening the index of an earlier call
+        dist.barrier()  # wait for ranks that still open the index of an earlier call
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(index, ignore_errors=True)
     config = GPTDatasetConfig(
@@ -119,7 +115,7 @@ def _gpt_dataset(corpus: Corpus, prefix: str, num_samples: int, index: Path) -> 
 
 
 def _interleave(datasets: list[Dataset], counts: list[int]) -> Dataset:
-    """The first counts[i] samples of dataset i, spread evenly: counts [4, 2] give 0 1 0 0 1 0.
+    """Return the first counts[i] samples of dataset i, mixed evenly: [4, 2] gives 0 1 0 0 1 0.
 
     Megatron's BlendedDataset is not used: in 0.16.1 it fails without torch.distributed (fixed in
     0.19).
@@ -140,12 +136,13 @@ def micro_batches(
     dp_size: int,
     limit: int | None = None,
 ) -> list[Batch]:
-    """Micro-batches of this data-parallel rank in a step, counted from 0.
+    """Return the micro-batches of this data-parallel rank in a step. Steps count from 0.
 
-    Each has tokens, labels, position_ids int64 [b, s] and loss_mask float32 [b, s]. The step reads
-    samples [step * gbs, (step + 1) * gbs) in micro-batches of consecutive samples; rank m % dp_size
-    has micro-batch m. Samples from `limit` on are sample 0 with loss_mask 0, so that all ranks have
-    equally many micro-batches of a last, partial batch.
+    Each has tokens, labels, position_ids int64 [b, s] and loss_mask float32 [b, s]. A step reads
+    samples [step * global_batch_size, (step + 1) * global_batch_size). Micro-batches contain
+    consecutive samples, and rank m % dp_size has micro-batch m. limit: number of samples of the
+    last, partial batch. Later samples are replaced by sample 0 with loss_mask 0, so that all ranks
+    have the same number of micro-batches.
     """
     problem = must_divide("global_batch_size", global_batch_size, micro_batch_size, dp_size)
     if problem:

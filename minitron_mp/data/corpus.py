@@ -1,9 +1,9 @@
-"""Text as Megatron indexed datasets: one or more for each part of a run.
+"""Text as Megatron indexed datasets: one or more datasets for each part.
 
 tokenize_corpus() writes <part>.bin, <part>.idx and parts.json, which lists the prefixes of each
-part. Megatron data that the recipe lists for a part stays where it is, and is only listed.
-Megatron data in data.source is divided by document, like text. The module itself imports neither
-torch nor Megatron.
+part. Megatron data that the recipe lists for a part is not copied: parts.json lists its prefix.
+Megatron data in data.source is divided by document, like text. Importing this module imports
+neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PARTS_FILE = "parts.json"
 
 CHECKED_IDS = 1 << 22
-"""Token ids at the start and at the end of Megatron data that are compared with the vocabulary."""
+"""Number of token ids at the start and end of Megatron data that must be in the vocabulary."""
 
 
 def tokenize_corpus(
@@ -43,13 +43,13 @@ def tokenize_corpus(
     held_out: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Write the three parts below output, and return the number of tokens of each. For one process.
+    """Write the three parts into the folder output, and return the number of tokens of each part.
 
-    held_out: write the texts of data.held_out instead. progress: called with the number of finished
-    documents. A document of data.source goes to a part by a hash of seed and its name, the same on
-    every machine. A text begins with bos if the tokenizer itself begins texts so, and ends with
-    eod; Megatron data is not changed. InputError for a missing path, an invalid line, a part
-    without documents, or Megatron data with ids that the tokenizer does not have.
+    One process calls it. held_out: write the texts of data.held_out instead. progress: called with
+    the number of finished documents. The part of a document of data.source depends on a hash of
+    seed and its name, which is the same on every machine. A text begins with bos if the tokenizer
+    adds bos, and ends with eod. Megatron data is not changed. InputError for a missing path, an
+    invalid line, a part without documents, or Megatron data with ids outside the vocabulary.
     """
     sources = find_sources(data, held_out)
     for source in sources.values():
@@ -115,7 +115,7 @@ def _check_not_empty(
     if not empty:
         return
     if data.train:
-        reason = "its documents are blank"
+        reason = "its documents are blank; give text in these parts"
     else:
         reason = (
             f"{', '.join(sources)} has {num_documents} documents that are not blank; give more text, "
@@ -126,15 +126,13 @@ def _check_not_empty(
 
 
 def prefixes_of(folder: Path, part: str) -> list[str]:
-    """Absolute prefixes of a part; absolute ones in parts.json are not changed."""
+    """Return the absolute prefixes of a part. Relative ones in parts.json are inside `folder`."""
     prefixes = read_json(folder / PARTS_FILE, "data --force")[part]
     return [str(folder.resolve() / prefix) for prefix in prefixes]
 
 
 def tokens_of(prefix: str) -> tuple[int, np.dtype]:
-    """Number of tokens and their dtype; InputError if the pair of files is damaged, empty or
-    incomplete.
-    """
+    """Return the number of tokens and their dtype. InputError for damaged or missing files."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
@@ -156,7 +154,7 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
 
 
 def _tokenized_documents(prefix: str) -> Iterator[np.ndarray]:
-    """Token ids of each document of Megatron data."""
+    """Yield the token ids of each document of Megatron data."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(prefix)
@@ -165,9 +163,7 @@ def _tokenized_documents(prefix: str) -> Iterator[np.ndarray]:
 
 
 def _check_ids(prefix: str, vocab_size: int) -> None:
-    """InputError if the first or last CHECKED_IDS tokens have an id that the tokenizer does not
-    have.
-    """
+    """Raise InputError if the first or last CHECKED_IDS token ids are outside the vocabulary."""
     _, dtype = tokens_of(prefix)
     ids = np.memmap(prefix + ".bin", dtype, mode="r")
     largest = max(ids[:CHECKED_IDS].max(), ids[-CHECKED_IDS:].max())

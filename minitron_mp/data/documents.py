@@ -1,6 +1,6 @@
-"""Documents of text files, and the part that each document belongs to.
+"""Documents of text files, and the part of each document.
 
-Imports neither torch nor Megatron.
+This file imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from minitron_mp.data.sources import STDLIB, Source, Sources
 from minitron_mp.errors import InputError
 
 MAX_PIECE = 1 << 20
-"""Characters after which a document is cut."""
+"""Characters after which a document is cut into pieces."""
 
 MIN_PIECE = 4000
 """Characters of the smallest pieces of a source with few documents."""
 
 MIN_HELD_OUT_DOCUMENTS = 10
-"""Expected documents of a held-out part. A source with fewer is divided by pieces of documents."""
+"""Smallest expected number of documents of a held-out part. A source with fewer documents is
+divided by pieces of documents."""
 
 BATCH_CHARACTERS = 1 << 21
-"""Characters that are tokenized together: a tokenizer takes some 150 bytes of memory per character.
-"""
+"""Characters that are tokenized together. A tokenizer needs about 150 bytes of memory for each."""
 
 
 def read_documents(sources: Sources, valid_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """(part, text) of every document that is not blank; all of a document is in one part.
+    """Yield (part, text) of every document that is not blank. A document belongs to one part.
 
-    A source with so few documents that a part might get none is different: there documents are cut
-    into pieces of a thousandth of the source, and the pieces are divided among the parts.
+    If a source has so few documents that a part might be empty, its documents are cut into pieces
+    of a thousandth of the source, and the pieces are divided among the parts.
     """
     for name, source in sources.items():
         by_document = name != "source" or _has_documents(
@@ -53,7 +53,7 @@ def read_documents(sources: Sources, valid_fraction: float, seed: int) -> Iterat
 
 
 def part_of(name: str, valid_fraction: float) -> str:
-    """Part of a document, from a hash of its name: the same on every machine."""
+    """Return the part of a document from a hash of its name. It is the same on every machine."""
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     if share < valid_fraction:
         return "calibration"
@@ -61,7 +61,7 @@ def part_of(name: str, valid_fraction: float) -> str:
 
 
 def next_batch(documents: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The next documents, at least BATCH_CHARACTERS of them; fewer at the end."""
+    """Return the next documents, with at least BATCH_CHARACTERS characters; fewer at the end."""
     batch = []
     length = 0
     for part, text in documents:
@@ -78,7 +78,7 @@ def _small_piece_size(source: Source) -> int:
 
 
 def _has_documents(source: Source, count: int) -> bool:
-    """Whether the source has that many documents; reads no more than needed."""
+    """Return whether the source has at least `count` documents. It reads no more than needed."""
     remaining = count
     for _, path in source.files:
         if path.suffix == ".jsonl":
@@ -93,7 +93,7 @@ def _has_documents(source: Source, count: int) -> bool:
 
 
 def _read_pieces(path: Path, piece_size: int) -> Iterator[tuple[int, str]]:
-    """(number of the document, piece of it) of a file; most documents have one piece.
+    """Yield (number of the document, piece of text) of a file. Most documents have one piece.
 
     Each record of a .jsonl file is a document. A .py file that is not UTF-8 is skipped.
     """
@@ -113,7 +113,7 @@ def _read_pieces(path: Path, piece_size: int) -> Iterator[tuple[int, str]]:
 
 
 def _records(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """The field "text" of each line of a .jsonl file."""
+    """Yield the field "text" of each line of a .jsonl file."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -123,14 +123,15 @@ def _records(lines: Iterable[str], path: Path) -> Iterator[str]:
         if not isinstance(text, str):
             raise InputError(
                 f'{path} line {number} is not a JSON object with a string in the field "text": '
-                f"{line[:80].strip()!r}"
+                f"{line[:80].strip()!r}; correct or delete the line"
             )
         yield text
 
 
 def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
-    """Pieces of at least `size` characters that end at a blank line, or at any line after four
-    times that.
+    """Yield pieces of at least `size` characters that end at a blank line.
+
+    After 4 x `size` characters a piece ends at any line.
     """
     piece: list[str] = []
     length = 0

@@ -1,6 +1,6 @@
-"""Files of the user's text: which files and Megatron data a recipe names, and their fingerprint.
+"""Files of the user's text: the files and Megatron data that a recipe lists, and their fingerprint.
 
-Imports neither torch nor Megatron.
+This file imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Source:
     """Text files and Megatron data of one field of the recipe."""
 
     files: list[tuple[str, Path]] = field(default_factory=list)
-    """(name, path); the name does not depend on where the folder is."""
+    """(name, path) of each file. The name is relative, so it is the same after the folder moves."""
     prefixes: list[str] = field(default_factory=list)
     """Absolute prefixes of Megatron's .bin and .idx files."""
 
 
 Sources = dict[str, Source]
-"""Part, or "source", or "python-stdlib", or name in data.held_out -> its text."""
+"""Name -> its text. A name is a part, "source", "python-stdlib", or a name in data.held_out."""
 
 
 def find_sources(data: DataConfig, held_out: bool = False) -> Sources:
-    """Text of each part if the parts are listed, else of "source" or "python-stdlib".
+    """Return the text of each part if the parts are listed, else of "source" or "python-stdlib".
 
-    held_out: text of each name in data.held_out instead. InputError lists all paths that cannot be
-    used.
+    held_out: return the text of each name in data.held_out instead. InputError lists all paths that
+    cannot be used.
     """
     problems: list[str] = []
     if held_out:
@@ -60,7 +60,7 @@ def find_sources(data: DataConfig, held_out: bool = False) -> Sources:
 
 
 def corpus_problems(data: DataConfig) -> list[str]:
-    """One sentence for each path of the recipe's text that cannot be used."""
+    """Return a sentence for each path of the recipe's text that cannot be used."""
     try:
         find_sources(data)
         find_sources(data, held_out=True)
@@ -70,9 +70,9 @@ def corpus_problems(data: DataConfig) -> list[str]:
 
 
 def corpus_fingerprint(data: DataConfig, held_out: bool = False) -> str:
-    """Identity of the text: of the files, or of the Python whose standard library is read.
+    """Return the fingerprint of the text: of the files, or of the version of the standard library.
 
-    The tokenizer is not part of it. held_out: of data.held_out.
+    The tokenizer is not part of it. held_out: return the fingerprint of data.held_out.
     """
     rows = []
     for name, source in find_sources(data, held_out).items():
@@ -83,8 +83,7 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False) -> str:
             num_bytes = sum(path.stat().st_size for path in paths)
             rows.append(f"{STDLIB} {platform.python_version()}: {len(paths)} files, {num_bytes} bytes")
         else:
-            # The name of a document decides which part it goes to, so names are part of the
-            # identity.
+            # The name of a document decides its part, so the fingerprint contains names.
             names = repr([file_name for file_name, _ in source.files])
             names_hash = hashlib.sha256(names.encode()).hexdigest()[:16]
             rows.append(f"{name} {names_hash} {fingerprint_files(paths)}")
@@ -92,7 +91,7 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False) -> str:
 
 
 def shared_parts(data: DataConfig, part: str, other_part: str) -> list[str]:
-    """Files and Megatron prefixes that two listed parts have in common."""
+    """Return the files and Megatron prefixes that two listed parts have in common."""
     sources = find_sources(data)
     contents = []
     for source in (sources[part], sources[other_part]):
@@ -110,9 +109,9 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 
 def _resolve(entries: list[str], name: str, problems: list[str]) -> Source:
-    """Text of the entries; adds a sentence to problems for each entry that cannot be used.
+    """Return the text of the entries. Add a sentence to problems for each unusable entry.
 
-    name: of the field, for these sentences.
+    name: name of the recipe's field, for these sentences.
     """
     source = Source()
     if not entries:
@@ -136,10 +135,12 @@ def _resolve(entries: list[str], name: str, problems: list[str]) -> Source:
         elif path.suffix in TEXT_SUFFIXES and path.is_file():
             source.files.append((path.name, path))
         elif path.exists():
-            problems.append(f"{name}: {entry} is neither .txt nor .jsonl nor one of a .bin and .idx pair")
+            problems.append(
+                f"{name}: {entry} is neither .txt nor .jsonl nor part of a .bin and .idx pair; convert it"
+            )
         else:
             problems.append(
-                f"{name}: {entry} does not exist, nor do {prefix}.bin and {prefix}.idx; paths are "
+                f"{name}: {entry} does not exist, nor do {prefix}.bin and {prefix}.idx; give a path "
                 f"relative to {Path.cwd()}"
             )
     return source

@@ -1,4 +1,4 @@
-"""Tokenizers: Hugging Face folders and sentencepiece files behind one small interface."""
+"""Tokenizer: one interface for Hugging Face folders and sentencepiece files."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What this library and Megatron's GPTDatasetConfig need of a tokenizer."""
+    """A tokenizer for this library and for Megatron's GPTDatasetConfig."""
 
     encode: Encode
-    """Token ids of each text, without special tokens around them."""
+    """Returns the token ids of each text, without special tokens."""
     vocab_size: int
     """Largest id + 1."""
     eod: int
     """Id that ends a document."""
     bos: int | None = None
-    """Id that the tokenizer itself puts before a text, or None.
+    """Id that the tokenizer adds before a text, or None.
 
-    A model that was trained with it has large activations there (arXiv 2309.17453).
+    A model that was trained with it has large activations at this position (arXiv 2309.17453).
     """
     pad: ClassVar[int] = -1
-    """No text contains it. Megatron masks the loss where a label is the pad id, so a real id would
-    lose its loss."""
+    """Id that no text contains. Megatron masks the loss of labels that equal the pad id, so a real
+    id would be masked."""
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
@@ -39,9 +39,9 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder or of a sentencepiece .model file.
+    """Load and return the tokenizer of a Hugging Face folder or of a sentencepiece .model file.
 
-    InputError if there is none, or if it has no token to end a document with.
+    InputError if the path has no tokenizer, or if the tokenizer has no token that ends a document.
     """
     path = Path(path)
     if not (path.is_dir() or (path.suffix == ".model" and path.is_file())):
@@ -51,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     try:
         parts = _read_hugging_face(path) if path.is_dir() else _read_sentencepiece(path)
-    except Exception as error:  # whatever an invalid file makes transformers or sentencepiece raise
+    except Exception as error:  # transformers and sentencepiece raise many types for invalid files
         raise InputError(
             f"{path} cannot be read as a tokenizer ({error}); give a Hugging Face folder or a sentencepiece "
             ".model file"
@@ -65,21 +65,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def load_hugging_face(folder: Path, vocab_size: int) -> Any:
-    """Load the transformers tokenizer, with its special tokens and chat template.
+    """Load and return the transformers tokenizer, with its special tokens and chat template.
 
-    InputError if there is none, or if the model has no embedding for some of its ids.
+    InputError if the folder has no tokenizer, or if the model has no embedding for some ids.
     """
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not a folder; special tokens and chat templates need a Hugging Face tokenizer: set "
-            "data.tokenizer"
+            f"{folder} is not a folder; special tokens and chat templates need a Hugging Face tokenizer, so "
+            "set data.tokenizer to a folder"
         )
     check_vocabulary(load_tokenizer(folder), vocab_size)
     return _from_folder(folder)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """InputError if the model has no embedding for some ids of the tokenizer."""
+    """Raise InputError if the model has no embedding for some ids of the tokenizer."""
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding has "
@@ -89,7 +89,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class _TokenizerParts:
-    """Fields of a Tokenizer; eod is None if the tokenizer has no token for it."""
+    """Fields of a Tokenizer. eod is None if the tokenizer has no such token."""
 
     encode: Encode
     vocab_size: int

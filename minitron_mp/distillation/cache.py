@@ -1,12 +1,12 @@
-"""Teacher signals on disk: computed once by a teacher, and read by students of any layout.
+"""Teacher signals on disk. A teacher writes them once, and students of any layout read them.
 
 The folder has safetensors files, one set for each rank of the teacher's last stage. Each tensor is
-that rank's part [s', b, n'] of a microbatch, under the microbatch's number. cache.json has the
-shape of the signals and the teacher's layout; the manifest of the artefact has everything that they
-depend on.
+the rank's part [s', b, n'] of a microbatch. Its name is the number of the microbatch. cache.json
+has the shape of the signals and the teacher's layout. The manifest of the artifact has the settings
+and inputs of the signals.
 
-Writer takes the place of stream.Sender, and Reader that of receiver.Receiver. The same messages
-(stream_layout.py) determine which blocks of which tensor a rank needs.
+Writer replaces stream.Sender, and Reader replaces receiver.Receiver. The messages of
+stream_layout.py determine the blocks that a rank needs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from minitron_mp.distillation.stream_layout import Grid, StreamShape, Traffic, m
 from minitron_mp.errors import InputError
 
 SHARD_BYTES = 1e9
-"""A file is written when its tensors reach this size."""
+"""Size of the tensors in memory at which a file is written."""
 
 INDEX = "cache.json"
 
 
 class Writer:
-    """Writes the signals of one rank of the teacher's last stage. rank: in the teacher's grid."""
+    """Writes the signals of one rank of the teacher's last stage.
+
+    rank: number of the rank in the teacher's grid.
+    """
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
@@ -51,7 +54,7 @@ class Writer:
     def end(self, first: int, last: int) -> None: ...
 
     def finish(self) -> None:
-        """Write what has been added since the last file."""
+        """Write the tensors that were added since the last file."""
         if not self.shard:
             return
         first_id = int(next(iter(self.shard)))
@@ -59,12 +62,14 @@ class Writer:
         try:
             save_file(self.shard, path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be written: {error}") from error
+            raise InputError(
+                f"{path} cannot be written: {error}; check the disk, or set another output"
+            ) from error
         self.shard = {}
 
 
 def write_index(folder: Path, shape: StreamShape, teacher: Grid, first: int, last: int) -> None:
-    """Write what a reader needs to know; on one rank. The folder has microbatches [first, last)."""
+    """Write cache.json for a folder with microbatches [first, last). One rank calls it."""
     content = {
         "shape": {**vars(shape), "dtype": str(shape.dtype).removeprefix("torch.")},
         "teacher": {"parallel": teacher.parallel.model_dump(), "dp": teacher.dp},
@@ -123,7 +128,7 @@ class Reader:
     def close(self) -> None: ...
 
     def _tensor(self, source: int, id: int) -> Any:
-        """Return a teacher rank's tensor of a microbatch. Only what is indexed is read."""
+        """Return a teacher rank's tensor of a microbatch. Only indexed parts are read from disk."""
         if source not in self.files:
             paths = self.folder.glob(f"rank{source:05d}_*.safetensors")
             self.files[source] = sorted((int(path.stem.split("_")[1]), path) for path in paths)

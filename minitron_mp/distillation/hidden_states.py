@@ -1,4 +1,4 @@
-"""Losses on hidden states inside the models (2407.14679, tables 17 and 18), on all pipeline stages.
+"""Losses on hidden states inside the models, on all pipeline stages (2407.14679, tables 17 and 18).
 
     L = L_logits + alpha L_is,   L_is = mean over tokens of sum over pairs of d(W x, t)
 
@@ -6,21 +6,20 @@
                     is the output of the final norm
     t [s', b, h_t]  the paired state of the teacher
     d               cosine: 1 - cos; mse: mean over channels of the squared difference
-    W [h_t, h_s]    up-projection, one for all pairs; none where the widths are equal
+    W [h_t, h_s]    up-projection, one for all pairs; no projection if the widths are equal
     alpha           a number, or L_logits / L_is of the step before (1 in the first step). It is
-                    constant within a step, so a step does not depend on how it is split into
-                    microbatches; and the ratio of a microbatch is not known on the stages before
-                    the last
+                    constant within a step. So the split into microbatches does not change a step,
+                    and earlier stages do not need the loss of a microbatch from the last stage
 
-A forward hook on the norm that computes x computes d and its gradient, and passes x through a
-function that adds the gradient in the backward pass. So Megatron's schedules stay as they are.
-Megatron divides the gradients of all weights by the step's number of tokens, so these are sums over
-tokens.
+A forward hook on the norm that outputs x computes d and its gradient. It passes x through a
+function that adds the gradient in the backward pass. So Megatron's schedules need no change.
+Megatron divides the gradients of all weights by the step's number of tokens, so this file uses sums
+over tokens.
 
-W is not part of the model. It is float32, equal on all ranks, and has its own AdamW at the learning
-rate of the step, without clipping. Each rank accumulates its gradient over the tokens and stages
-that it has. One all-reduce in each step makes the update, and so W, bitwise equal on all ranks. W
-is part of the checkpoints of a run and is not exported.
+W is not part of the model. It is float32 and equal on all ranks. A separate AdamW updates it with
+the learning rate of the step and without clipping. Each rank accumulates the gradient of W over its
+tokens and stages. One all-reduce in each step keeps W bitwise equal on all ranks. W is part of the
+checkpoints of a run and is not exported.
 """
 
 from __future__ import annotations
@@ -59,17 +58,17 @@ class _Inputs(NamedTuple):
 class _Site:
     """One pair, at the norm that computes the student's state.
 
-    place: of the pair among those of this stage. recomputed: inputs of microbatches whose layer
+    index: of the pair among the pairs of this stage. recomputed: inputs of microbatches whose layer
     runs again in the backward pass, in order.
     """
 
-    place: int
+    index: int
     recomputed: deque[_Inputs] = field(default_factory=deque)
 
 
 @dataclass
 class _Projection:
-    """W and its optimizer. weight [h_t, h_s] float32; its gradient is accumulated over a step."""
+    """W and its optimizer. weight [h_t, h_s] is float32. A step accumulates its gradient."""
 
     weight: Tensor
     optimizer: torch.optim.AdamW
@@ -109,9 +108,9 @@ class _Projection:
 
 
 class HiddenStatesLoss:
-    """The student's side: hooks on its chunks, L_is of the step, alpha and the projection.
+    """The hidden-state loss on the student: hooks on its chunks, L_is, alpha and the projection.
 
-    Created and used by all ranks.
+    All ranks must create and use it.
     """
 
     def __init__(self, models: list[Any], teacher: Teacher | None, settings: TrainingConfig, world: World):
@@ -126,8 +125,8 @@ class HiddenStatesLoss:
         self.settings = pairs.settings
         blocks = pairs.blocks(world.parallel).get(world.groups.pp.rank(), [])
         pairs_here = [block - 1 for block in blocks if block]
-        # Without sequence parallelism all tensor-parallel ranks have the same tokens, so one
-        # counts.
+        # Without sequence parallelism all tensor-parallel ranks have the same tokens, so only one
+        # of them adds to the sums.
         self.counts = world.parallel.sequence_parallel or world.groups.tp.rank() == 0
         self.current: _Inputs | None = None
         self.sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -136,26 +135,26 @@ class HiddenStatesLoss:
         weight = pairs.first_projection()
         self.projection = None if weight is None else _Projection.create(weight.to(world.device), settings)
         self.handles = []
-        for place, pair in enumerate(pairs_here):
+        for index, pair in enumerate(pairs_here):
             norm = state_norm(models, pairs.settings.layers[pair][0], pairs.student.num_layers)
             assert norm is not None, f"pair {pair} is not on this stage"
-            self.handles.append(norm.register_forward_hook(partial(self._match, _Site(place))))
+            self.handles.append(norm.register_forward_hook(partial(self._match, _Site(index))))
 
     def begin(self, batch: Batch) -> None:
-        """Take the inputs of a microbatch, before a chunk runs it (on_batch of run_schedule())."""
+        """Store the inputs of a microbatch before a chunk runs it (on_batch of run_schedule())."""
         self.current = _Inputs(batch["loss_mask"], self.teacher.hidden_states(signal_of(batch)))
 
     def start_step(self) -> None:
-        """Clear the sums of the step before."""
+        """Clear the sums of the previous step."""
         self.sum.zero_()
         if self.projection is not None:
             self.projection.gradient.zero_()
 
     def end_step(self, logits_loss: Tensor, tokens: Tensor, lr: float) -> None:
-        """Update projection and alpha; called by all ranks.
+        """Update projection and alpha; reached by all ranks.
 
-        logits_loss, tokens: sums over this rank's part of the step, 0 where another rank has the
-            same part.
+        logits_loss, tokens: sums over this rank's part of the step. Only one of several ranks with
+            the same part passes its sums; the others pass 0.
         """
         self.current = None
         if self.projection is None and self.settings.weight != "dynamic":
@@ -184,7 +183,7 @@ class HiddenStatesLoss:
 
     @torch.no_grad()
     def load(self, state: dict[str, Any], step: int) -> None:
-        """Restore what state() returned. step: number of optimizer steps done, for Adam."""
+        """Restore the result of state(). step: number of finished optimizer steps, for Adam."""
         prefix = "states."
         tensors = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         self.alpha = tensors["alpha"].to(self.world.device)
@@ -197,17 +196,17 @@ class HiddenStatesLoss:
             handle.remove()
 
     def _match(self, site: _Site, _: Any, __: Any, x: Tensor) -> Tensor | None:
-        """Return the output of a norm of the student, with the loss's gradient attached (hook)."""
+        """Return the output of a norm with the gradient of the loss attached, as a forward hook."""
         if self.current is None:
             return None
         if not torch.is_grad_enabled():
-            # Recomputation: the layer runs again in the backward pass, in this order of
-            # microbatches.
+            # With recomputation the layer runs again in the backward pass, with the microbatches in
+            # the same order.
             site.recomputed.append(self.current)
             return None
         inputs = site.recomputed.popleft() if site.recomputed else self.current
-        tp, mask, t = self.world.groups.tp, inputs.mask, inputs.states[site.place]
-        if t.shape[0] != x.shape[0]:  # each tensor-parallel rank has received a part
+        tp, mask, t = self.world.groups.tp, inputs.mask, inputs.states[site.index]
+        if t.shape[0] != x.shape[0]:  # each tensor-parallel rank has received a part of the tokens
             gathered = t.new_empty((x.shape[0], *t.shape[1:]))
             dist.all_gather_into_tensor(gathered, t.contiguous(), group=tp)
             t = gathered
@@ -218,27 +217,27 @@ class HiddenStatesLoss:
             leaf = x.detach().float().requires_grad_()
             projected = leaf if weight is None else leaf @ weight.t()
             total = (distance(projected, t.float(), self.settings.kind) * mask).sum()
-            gradient, *of_weight = torch.autograd.grad(
+            gradient, *weight_gradient = torch.autograd.grad(
                 total * self.alpha.float(), [leaf] if weight is None else [leaf, weight]
             )
         if self.counts:
             self.sum += total.detach()
         if self.projection is not None:
-            self.projection.gradient.add_(of_weight[0])
+            self.projection.gradient.add_(weight_gradient[0])
         return _AddGradient.apply(x, gradient.to(x.dtype))
 
 
 def distance(x: Tensor, t: Tensor, kind: str) -> Tensor:
-    """Return the distance of hidden states, [..., h] and [..., h] float32 -> [...]."""
+    """Return the distance [...] of hidden states x and t, float32 [..., h] each."""
     if kind == "mse":
         return (x - t).square().mean(-1)
-    # 1 - cos = |x / |x| - t / |t||^2 / 2. This form is 0 with gradient 0 where both are equal, and
-    # stays accurate close to it.
+    # 1 - cos = |x / |x| - t / |t||^2 / 2. If both are equal, this form and its gradient are 0. It
+    # is also accurate for small distances.
     return (F.normalize(x, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1) / 2
 
 
 class _AddGradient(torch.autograd.Function):
-    """Return x unchanged, and add a given gradient to the one of x in the backward pass."""
+    """Return x unchanged. The backward pass adds a given gradient to the gradient of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:

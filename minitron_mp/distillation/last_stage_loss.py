@@ -25,13 +25,12 @@ from minitron_mp.models.sharded_model import output_weight
 class LastStageLoss:
     """Loss of one microbatch on this rank. All tensor-parallel ranks hold the same values.
 
-    total: float32 scalar, the sum over tokens that is optimised; the only differentiable member.
+    total: float32 scalar, the sum over tokens that is optimised. Only total is differentiable.
     per_token: float32 [3, s/cp, b], (loss, divergence, cross-entropy) times the loss mask, in nats.
     num_tokens: float32 scalar, valid tokens of this rank.
 
-    Nothing is divided by the number of tokens here. Megatron divides the gradient by the global
-    number of valid tokens of the step (calculate_per_token_loss), and whoever reports a mean
-    divides global sums.
+    The values are sums, not means. Megatron divides the gradient by the global number of valid
+    tokens of the step (calculate_per_token_loss). Reports divide global sums.
     """
 
     total: Tensor
@@ -64,12 +63,14 @@ def last_stage_loss(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> LastStageLoss:
-    """Compute the distillation loss of one microbatch; called by all tensor-parallel ranks (group).
+    """Return the distillation loss of one microbatch.
+
+    All ranks of the tensor-parallel group must call it.
 
     hidden [s', b, h]: output of the final norm.
-    weight [v/tp, h]: output layer.
+    weight [v/tp, h]: weight of the output layer.
     batch: a local batch of run_schedule(), with labels and loss_mask [s/cp, b].
-    target: of the teacher. None: cross-entropy alone.
+    target: the teacher's target. None: cross-entropy alone.
 
     The returned statistics are new tensors, so Megatron's schedule may divide them in place.
     """
@@ -81,10 +82,10 @@ def last_stage_loss(
 
 
 def evaluation_objective(hidden: Tensor, *, kl_weight: float) -> Objective:
-    """Return the objective for measuring a model: forward KL and cross-entropy.
+    """Return the objective of evaluation: forward KL and cross-entropy.
 
-    A CPU has no fast matrix product from bf16 to float32, so there the logits keep the dtype of the
-    model, and the KL of a bf16 model is rounded accordingly.
+    A CPU has no fast matrix product from bf16 to float32, so on a CPU the logits have the dtype of
+    the model, and the KL of a bf16 model has the precision of bf16.
     """
     on_cpu = hidden.device.type == "cpu"
     return Objective(kl_weight=kl_weight, logits_dtype=hidden.dtype if on_cpu else torch.float32)
@@ -93,10 +94,10 @@ def evaluation_objective(hidden: Tensor, *, kl_weight: float) -> Objective:
 def mark_head_gradient_ready(wrapper: Any, model: Any, hidden: Tensor) -> None:
     """Let Megatron's data-parallel wrapper reduce the output layer's gradient when it is complete.
 
-    Needed with overlapped gradient reduction: the loss adds the gradient to main_grad itself, so
-    autograd runs no hook on the weight, and the wrapper would wait for its bucket. A tied head on
-    the stage of the embedding is left out, because the embedding's gradient comes later and runs
-    the hook.
+    Overlapped gradient reduction needs it: the loss adds the gradient to main_grad, so autograd
+    runs no hook on the weight, and the wrapper would wait for its bucket. For a tied head on the
+    stage of the embedding the function does nothing, because the later gradient of the embedding
+    runs the hook.
 
     wrapper: DistributedDataParallel around `model`, a GPTModel.
     hidden: output of the model on the last stage.

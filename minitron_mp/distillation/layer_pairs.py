@@ -1,4 +1,4 @@
-"""LayerPairs: which hidden states of student and teacher are compared, and on which stages."""
+"""LayerPairs: the pairs of hidden states of student and teacher that are compared."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from minitron_mp.models.arch import Arch
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """Pairs of hidden states of two models. InputError when a model has no such state.
+    """Pairs of hidden states of two models. InputError if a model does not have a state.
 
-    State j is the input of layer j after its input norm; state num_layers is the output of the
+    State j is the input of layer j after its input norm. State num_layers is the output of the
     final norm.
-    channels [h_s]: the teacher's channels that the student kept. The projection then starts with a
-        one for each of them, otherwise with ones on its diagonal.
+    channels [h_s]: the teacher's channels that the student kept. The initial projection has a one
+        for each of them. Without channels it has ones on its diagonal.
     """
 
     settings: HiddenStatesConfig
@@ -35,16 +35,14 @@ class LayerPairs:
         )
 
     def blocks(self, parallel: ParallelConfig) -> dict[int, list[int]]:
-        """Return {student stage: blocks of the signal that it needs}
-        (HiddenStatesConfig.blocks).
-        """
+        """Return {student stage: blocks of the signal that it needs}, see HiddenStatesConfig."""
         return self.settings.blocks(self.student.num_layers, parallel)
 
     def routes(self, parallel: ParallelConfig, blocks: dict[int, list[int]]) -> list[tuple[int, int, int]]:
         """Return (teacher state, stage that computes it, stage that needs it) of each pair.
 
-        blocks: {stage: blocks that it needs}, as blocks() returns them. Both stages count in
-            `parallel`.
+        blocks: {stage: blocks that it needs}, as blocks() returns them.
+        parallel: layout that both stage numbers refer to.
         """
         needed_on = {block - 1: stage for stage, numbers in blocks.items() for block in numbers}
         num_layers = self.teacher.num_layers

@@ -1,4 +1,4 @@
-"""Receiver: the student's end of a teacher stream. stream.py has the protocol."""
+"""Receiver: the student's end of a teacher stream. stream.py describes the protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minitron_mp.distillation.stream_layout import Grid, Message, Traffic
 
 
 class _Broken(Exception):
-    """A failure in the listening thread: the job rank at the other end, and what it did."""
+    """A failure in the listening thread. rank: job rank at the other end. what: its error."""
 
     def __init__(self, rank: int, what: str):
         super().__init__(rank, what)
@@ -34,16 +34,15 @@ class _Arrival:
 class Receiver:
     """The student's end, on one rank of a stage.
 
-    get(id) and release(id) are called in ascending order of `ids`.
-
-    A thread listens, so that transfers continue while the student computes.
+    Call get(id) and release(id) in ascending order of `ids`. A thread receives the signals, so
+    transfers continue while the student computes.
     """
 
     def __init__(self, link: Link, student: Grid, ids: Sequence[int], device: torch.device):
         self.link, self.student, self.ids, self.device = link, student, ids, device
         self.arrived: dict[int, _Arrival] = {}
         self.credits = dict.fromkeys(range(link.teacher.dp), link.window)
-        """Microbatches that each teacher replica may still put in flight."""
+        """Teacher replica -> number of further microbatches that it may send."""
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
         self.closed = False
@@ -54,7 +53,7 @@ class Receiver:
         """Wait for a microbatch and return this rank's part [s', b, n']."""
         start = time.perf_counter()
         with self.changed:
-            # Ends within the timeout, because the waits of the thread do.
+            # This wait ends within the timeout, because the waits of the thread have it.
             self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
             arrival = self.arrived.pop(id, None)
         self.link.wait_s += time.perf_counter() - start
@@ -62,7 +61,8 @@ class Receiver:
             failure = self.failure
             if not isinstance(failure, _Broken):
                 raise RuntimeError(str(failure)) from failure
-            # Reported only now that this rank itself waits. Its thread has waited ahead of it.
+            # The thread runs ahead of the student, so its failure is raised only when the student
+            # needs the signal.
             raise self.link.error(failure.rank, failure.what, failure.__cause__) from failure
         if arrival.event is not None:
             torch.cuda.current_stream().wait_event(arrival.event)
@@ -70,7 +70,7 @@ class Receiver:
         return arrival.signal
 
     def release(self, id: int) -> None:
-        """Let the teacher send one more microbatch: the signal is used, or kept by the caller."""
+        """Let the teacher send one more microbatch. The caller has used or stored the signal."""
         link, channel = self.link, self.link.channel
         for source in dict.fromkeys(block.source for block in self._blocks(id)):
             try:
@@ -82,7 +82,7 @@ class Receiver:
             self.changed.notify_all()
 
     def traffic(self) -> Traffic:
-        """Return the time that this rank has waited, and the bytes that it has received, so far."""
+        """Return the seconds that this rank has waited and the bytes that it has received."""
         return Traffic(self.link.wait_s, self.link.num_bytes)
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Receiver:
         return [block for block in self.link.messages(id, self.student) if block.target == rank]
 
     def _listen(self) -> None:
-        """Receive all microbatches; the body of the thread."""
+        """Receive all microbatches. It is the function of the thread."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a new thread starts with the first GPU
         try:
@@ -116,9 +116,10 @@ class Receiver:
                 self.changed.notify_all()
 
     def _take_credit(self, replica: int) -> bool:
-        """Wait until a teacher replica may send. Return whether to go on.
+        """Wait until a teacher replica may send. Return False if the receiver is closed.
 
-        So the wait for its announcement is for the teacher alone, however long this side pauses.
+        The timeout of the next announcement then starts after this wait. So a long pause of the
+        student causes no timeout.
         """
         with self.changed:
             self.changed.wait_for(lambda: self.credits[replica] > 0 or self.closed)
@@ -128,7 +129,7 @@ class Receiver:
             return True
 
     def _receive(self, id: int) -> _Arrival | None:
-        """Receive a microbatch; None at the end of the stream."""
+        """Receive a microbatch and return it, or None at the end of the stream."""
         channel, shape, blocks = self.link.channel, self.link.shape, self._blocks(id)
         for source in dict.fromkeys(block.source for block in blocks):
             number = torch.empty(1, dtype=torch.int64)
@@ -141,7 +142,7 @@ class Receiver:
             if number.item() != id:
                 what = f"announced microbatch {number.item()}, but microbatch {id} was due"
                 raise _Broken(source, what)
-        # The buffer is new, so the transfer needs no earlier work.
+        # The buffer is new, so the transfer need not wait for earlier work.
         with channel.transfer_stream(behind_current=False):
             signal = torch.empty(shape.local(self.student.parallel), dtype=shape.dtype, device=self.device)
             parts = []

@@ -1,4 +1,4 @@
-"""The teacher's side: run a frozen teacher over microbatches and send what the students need.
+"""Teacher side of a stream: run a frozen teacher over microbatches and send its signals.
 
 s' is s/cp, or s/cp/tp under sequence parallelism  b microbatch  h hidden  n payload width
 """
@@ -24,7 +24,7 @@ from minitron_mp.models.sharded_model import ShardedModel, logits, output_weight
 
 
 class SignalSender(Protocol):
-    """Where the signals go: stream.Sender, stream.Senders, or cache.Writer."""
+    """Destination of the signals: stream.Sender, stream.Senders, or cache.Writer."""
 
     def make_room(self, count: int = 1) -> None:
         """Wait until `count` more microbatches may be sent."""
@@ -36,17 +36,17 @@ class SignalSender(Protocol):
         """Announce that microbatches [first, last) are not sent."""
 
     def finish(self) -> None:
-        """Wait until everything is consumed or written."""
+        """Wait until all signals are consumed or written."""
 
 
 @dataclass(frozen=True)
 class ServedTeacher:
-    """A frozen teacher, and what it sends for each microbatch.
+    """A frozen teacher, and the settings of its signals.
 
-    window: microbatches that may pass through the pipeline together.
-    top_k, temperature: of the payload "topk".
-    pairs: the hidden states of these pairs are sent behind the output of the final norm.
-    stream_end: read before each block of microbatches, when the stream may end early.
+    window: number of microbatches that may be in the pipeline together.
+    top_k, temperature: settings of the payload "topk".
+    pairs: pairs whose hidden states are sent after the output of the final norm.
+    stream_end: early end of the stream. The teacher checks it before each block of microbatches.
     """
 
     model: ShardedModel
@@ -58,7 +58,7 @@ class ServedTeacher:
     stream_end: StreamEnd | None = None
 
     def capture(self) -> HiddenStateCapture | None:
-        """Return hooks that bring the states of all pairs to the last stage; None without pairs."""
+        """Return hooks that send states of all pairs to the last stage, or None without pairs."""
         if self.pairs is None:
             return None
         world = self.model.world
@@ -67,14 +67,14 @@ class ServedTeacher:
         return HiddenStateCapture(self.model.chunks, world, routes, self.pairs.teacher.num_layers)
 
     def payload(self, hidden: Tensor) -> Tensor:
-        """Return what a rank of the last stage sends, [s', b, n'], from hidden [s', b, h]."""
+        """Return the signal [s', b, n'] of a rank of the last stage for hidden [s', b, h]."""
         world, shape = self.model.world, self.shape
         tp = world.groups.tp
         if shape.payload == "logits":
             return logits(self.model.last_chunk, hidden).to(shape.dtype)
         payload = hidden
         if shape.payload == "topk":
-            # From float32 logits: bf16 logits would change probabilities by percents.
+            # float32 logits are needed, because bf16 logits change probabilities by some percent.
             tokens, b = shape.sequence_length // world.parallel.cp, hidden.shape[1]
             vocab_size, weight = self.model.arch.vocab_size, output_weight(self.model.last_chunk)
             parts = [
@@ -97,15 +97,15 @@ def serve_signals(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Run the teacher over its replica's share of the microbatches and send the signals.
+    """Run the teacher over this replica's microbatches and send the signals.
 
-    Called by all ranks of the teacher. Returns when everything is consumed.
-    sender: on the last stage, None elsewhere.
-    batch_of(id): a microbatch, whole sequences.
-    ids: of the microbatches of all replicas, ascending.
+    Reached by all ranks of the teacher. It returns when all signals are consumed.
+    sender: on the last stage; None on other stages.
+    batch_of(id): returns a microbatch with complete sequences.
+    ids: numbers of the microbatches of all replicas, ascending.
 
-    The teacher runs ahead of the student as far as the sender has room, over optimizer
-    steps as well, because its weights are frozen and the data is known.
+    The teacher runs ahead of the student until the sender's window is full, also across optimizer
+    steps, because its weights are frozen and the data does not depend on the student.
     """
     world = teacher.model.world
     dp = world.groups.dp
@@ -135,10 +135,13 @@ def serve_signals(
 def _signals(
     teacher: ServedTeacher, capture: HiddenStateCapture | None, batches: list[Batch]
 ) -> list[Tensor]:
-    """Return the payload of each microbatch on the last stage, [] elsewhere."""
+    """Return the payload of each microbatch on the last stage, [] on other stages."""
     chunks, world = teacher.model.chunks, teacher.model.world
     if capture is None:
         return run_schedule(chunks, batches, world, lambda hidden, _: teacher.payload(hidden))
     hidden = run_schedule(chunks, batches, world, lambda hidden, _: hidden)
     states = capture.take(batches)
-    return [teacher.payload(torch.cat([output, *of_batch], -1)) for output, of_batch in zip(hidden, states)]
+    return [
+        teacher.payload(torch.cat([output, *batch_states], -1))
+        for output, batch_states in zip(hidden, states)
+    ]

@@ -1,4 +1,4 @@
-"""HiddenStateCapture: hidden states of a frozen teacher, moved to the stages that compare them."""
+"""HiddenStateCapture: store hidden states of a frozen teacher and send them between stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minitron_mp.models.sharded_model import unwrap
 
 
 class HiddenStateCapture:
-    """Forward hooks that keep hidden states of the teacher's microbatches.
+    """Forward hooks that store hidden states of the teacher's microbatches.
 
     routes: (state, stage that computes it, stage that needs it) of each pair, as
         LayerPairs.routes() returns.
@@ -38,16 +38,15 @@ class HiddenStateCapture:
                 norm.register_forward_hook(partial(_keep, self.kept[state]))
 
     def clear(self) -> None:
-        """Drop what has been kept so far."""
+        """Delete the stored states."""
         for kept in self.kept.values():
             kept.clear()
 
     def take(self, batches: Sequence[Batch]) -> list[list[Tensor]]:
-        """Return the states that this stage needs of each microbatch since the last take() or
-        clear().
+        """Return the states that this stage needs, for each microbatch since the last take().
 
-        [s', b, h_t] each, in order of the pairs. Called by all ranks of the pipeline. One message
-        for each pair whose two stages differ.
+        A state is [s', b, h_t]. The states have the order of the pairs. All ranks of the pipeline
+        must call it. It sends one message for each pair with two different stages.
         """
         group, parallel = self.world.groups.pp, self.world.parallel
         b, s = batches[0]["tokens"].shape
@@ -71,14 +70,14 @@ class HiddenStateCapture:
 
 
 def state_norm(chunks: list[Any], state: int, num_layers: int) -> Any:
-    """Return the norm module that computes a hidden state, or None on the other pipeline stages."""
+    """Return the norm that computes a hidden state, or None if it is on a different stage."""
     for chunk in map(unwrap, chunks):
         norms = {layer.layer_number - 1: layer.input_layernorm for layer in chunk.decoder.layers}
         norm = norms.get(state) if state < num_layers else chunk.decoder.final_layernorm
         if isinstance(norm, IdentityOp):
             raise InputError(
-                f"layer {state} has a norm that is fused into a linear layer (Megatron's own Transformer "
-                "Engine spec); hidden-state distillation needs a model of build_model()"
+                f"layer {state} has a norm that is fused into a linear layer (Megatron's Transformer Engine "
+                "spec), and hidden-state distillation needs separate norms; make the model by build_model()"
             )
         if norm is not None:
             return norm

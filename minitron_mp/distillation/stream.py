@@ -1,8 +1,7 @@
 """Transport of teacher signals between the ranks of two roles: the protocol and the sending end.
 
-stream_layout.py has the terms, and which block goes from which rank to which. Hidden-state losses
-inside the student need signals on other stages than the last one, too: each such stage has a link
-of its own.
+stream_layout.py defines the terms, and the source and target rank of each block. Hidden-state
+losses inside the student need signals on further stages. Each such stage has a separate link.
 
     teacher                                   student
     waits until microbatch i - window is consumed
@@ -10,11 +9,12 @@ of its own.
     sends the blocks on `data`           -->  get(i) returns the signal to the loss
                                          <--  release(i): credit on `control`
 
-Both ends walk microbatches in ascending order, so the smallest unfinished one can always complete,
-and no window deadlocks. A receive is posted only after its send, so no NCCL kernel waits on the
-student's GPU beside its collectives. Credits have their own gloo group, because NCCL ignores tags
-and only the order counts. Every wait ends after the timeout of the channel, with the name of the
-rank at fault: a student may wait for a teacher that waits for another student, see Link.error().
+Both ends process microbatches in ascending order, so the smallest unfinished one can always
+complete, and no window causes a deadlock. The student posts a receive only after the send is
+announced, so no NCCL kernel waits on the student's GPU beside its collectives. Announcements and
+credits use a separate gloo group, because NCCL ignores tags and matches messages by order only.
+Every wait has the timeout of the channel, and its error names the rank at fault. That may be a
+third rank: a student may wait for a teacher that waits for a different student, see Link.error().
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ from minitron_mp.distillation.stream_layout import Grid, Message, StreamShape, m
 from minitron_mp.distributed.role_channel import RoleChannel
 
 STREAM_VERSION = 2
-"""Of messages() and of what travels with them. Both ends must have the same version."""
+"""Version of messages() and of their content. Both ends must have the same version."""
 
 ANNOUNCE, CREDIT, DATA = 1, 2, 3
 """Tags. gloo matches messages by them, NCCL ignores them."""
 
 END_OF_STREAM = -1
-"""Announced in place of a microbatch: no further one is sent."""
+"""Value that is announced instead of a microbatch when no further one is sent."""
 
 
 class StreamError(RuntimeError):
-    """The stream broke. The message names the rank at fault."""
+    """Error of a broken stream. Its text names the rank at fault."""
 
 
 @dataclass
 class Link:
-    """What both ends share.
+    """Settings and counters of a connection between the teacher and one stage of its students.
 
-    window: microbatches in flight per teacher replica. stage: of the students, which receives; -1
-    is the last. Two ranks share at most one link, so the order of messages identifies them.
+    window: largest number of microbatches in flight per teacher replica. stage: receiving pipeline
+    stage of the students; -1 is the last. Two ranks share at most one link, so the order of
+    messages identifies them.
     """
 
     channel: RoleChannel
@@ -64,26 +65,28 @@ class Link:
     """Seconds for which the student's host has waited for signals."""
 
     def messages(self, id: int, student: Grid) -> tuple[Message, ...]:
-        """Return the blocks of a microbatch that go to a student."""
+        """Return the messages with the blocks of a microbatch for a student."""
         dp = id % self.teacher.dp, id % student.dp
         return messages(self.shape, self.teacher, student, *dp, self.stage)
 
     def to_stages(self, blocks: Mapping[int, Sequence[int]]) -> dict[int, Link]:
-        """Return {stage: its link}. blocks: {stage: blocks of this link's width that it
-        receives}.
+        """Return {stage: its link}. blocks: {stage: numbers of the blocks that it receives}.
+
+        A block has this link's width.
         """
-        return {
-            stage: replace(self, stage=stage, shape=replace(self.shape, width=len(own) * self.shape.width))
-            for stage, own in blocks.items()
-        }
+        links = {}
+        for stage, numbers in blocks.items():
+            shape = replace(self.shape, width=len(numbers) * self.shape.width)
+            links[stage] = replace(self, stage=stage, shape=shape)
+        return links
 
     def error(self, rank: int, what: str, cause: BaseException | None = None) -> StreamError:
-        """Return the error of this rank's wait for `rank`, which names the root cause.
+        """Return the error of this rank's wait for `rank`. Its text names the root cause.
 
-        what: what that rank did not do.
-        cause: error of the wait; None when the rank sent something wrong.
+        what: action of that rank that is missing or wrong.
+        cause: error of the wait, or None if the rank sent a wrong value.
 
-        When a wait ends, gloo closes all connections, so all waiting ranks come here at about the
+        When a wait ends, gloo closes all connections, so all waiting ranks call this at about the
         same time.
         """
         text = f"{self.describe(rank)} {what}"
@@ -112,7 +115,7 @@ class _Send:
     id: int
     credits: dict[int, tuple[dist.Work, Tensor]]
     works: list[tuple[dist.Work, Tensor]]
-    """With their tensors, which must live until the send is done."""
+    """Sends and their tensors, which must exist until the send is done."""
 
 
 class Sender:
@@ -147,9 +150,9 @@ class Sender:
             if block.source == channel.rank
         ]
         sent = _Send(id, {}, [])
-        # Announced only when the signal is computed. The student then posts its receive, and an
-        # NCCL kernel that waits for this rank's forward pass would take multiprocessors from the
-        # student's work.
+        # Announce a signal only after it is computed. The announcement makes the student post its
+        # receive. An NCCL kernel that waits for this rank's forward pass would take multiprocessors
+        # from the student's work.
         channel.synchronize()
         for target in dict.fromkeys(block.target for block in blocks):
             number = torch.tensor([id])
@@ -165,14 +168,14 @@ class Sender:
         self.in_flight.append(sent)
 
     def finish(self) -> None:
-        """Wait until everything sent is consumed."""
+        """Wait until the students have consumed all microbatches in flight."""
         while self.in_flight:
             self._wait_for_oldest()
 
     def end(self, first: int, last: int) -> None:
         """Send end-of-stream for microbatches [first, last) to each receiver.
 
-        It comes from the rank that would have sent the receiver's next microbatch.
+        The rank that would send the receiver's next microbatch sends it.
         """
         link, channel = self.link, self.link.channel
         for student in link.students:
@@ -183,7 +186,7 @@ class Sender:
                 for target, source in next_source.items():
                     if source == channel.rank:
                         number = torch.tensor([END_OF_STREAM])
-                        # Not waited for: a receiver that is closed does not listen.
+                        # Do not wait for this send, because a closed receiver does not receive it.
                         self.ends.append((channel.control.send([number], target, ANNOUNCE), number))
 
     def _wait_for_oldest(self) -> None:
@@ -203,9 +206,9 @@ class Sender:
 
 
 class Senders:
-    """A sender to several stages of the students.
+    """Sends to several stages of the students. Each stage receives its blocks of the signal.
 
-    Each stage gets its blocks of the signal. width: columns of a block.
+    width: number of columns of a block.
     """
 
     def __init__(self, links: Mapping[int, Link], blocks: Mapping[int, Sequence[int]], width: int):

@@ -1,18 +1,17 @@
-"""Early end of a teacher stream: a preempted student stops in the same step as its teacher.
+"""Early end of a teacher stream: a preempted student and its teacher stop after the same step.
 
-The teacher runs ahead of its students, so it chooses the last step. It may already have sent
-signals beyond a step that a student would choose, and those sends would never be received.
+The teacher chooses the last step, because it runs ahead of its students. If a student chose the
+step, the teacher might already have sent later signals, which no rank would receive.
 
-    student   rank 0 of a student that was asked to stop writes a request to the job's store
-    teacher   rank 0 reads the store before each block of microbatches. The stream then ends at the
-              first step boundary after the block's first microbatch. It writes this step to the
-              store, and broadcasts it to the teacher's ranks, which serve up to there
-    student   all ranks read the store after each step, and stop after the step that is written
-              there
+    student   Rank 0 of a student with a stop request writes it to the job's store.
+    teacher   Rank 0 reads the store before each block of microbatches. After a request, the stream
+              ends at the first step boundary after the first microbatch of the block. Rank 0 writes
+              this step to the store and broadcasts it to the teacher's ranks.
+    student   All ranks read the store after each step, and stop after the step in the store.
 
 When the teacher chooses the last step, no student has finished it, because one of its microbatches
-has not been computed. So no rank can miss it, and all students of one stream stop after the same
-step.
+is not computed yet. So every rank reads the step in time, and all students of a stream stop after
+the same step.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ REQUESTED_KEY, LAST_STEP_KEY = "stream end requested", "stream end step"
 
 @dataclass
 class StreamEnd:
-    """Where a stream of teacher signals ends before its last microbatch.
+    """The step at which a stream of teacher signals ends early.
 
-    microbatches_per_step: over all data-parallel ranks of the student.
-    lead_steps: steps by which the teacher may be ahead of the student.
+    microbatches_per_step: number over all data-parallel ranks of the student.
+    lead_steps: largest number of steps by which the teacher may be ahead of the student.
     """
 
     channel: RoleChannel
@@ -43,13 +42,13 @@ class StreamEnd:
     _last_step: int | None = field(default=None, init=False)
 
     def request(self, reason: str) -> None:
-        """Ask the teacher to end the stream early."""
+        """Request an early end of the stream from the teacher."""
         self.channel.store.set(REQUESTED_KEY, reason)
 
     def last_step(self) -> int | None:
-        """Return the number of steps after which the stream ends, or None while no end is chosen.
+        """Return the number of steps after which the stream ends, or None without a chosen end.
 
-        All ranks of the students get the same answer after the same step.
+        After the same step all ranks of the students get the same result.
         """
         store = self.channel.store
         if self._last_step is None and store.check([LAST_STEP_KEY]):
@@ -57,21 +56,21 @@ class StreamEnd:
         return self._last_step
 
     def reason(self) -> str:
-        """Return the reason that came with the request."""
+        """Return the reason of the request."""
         return self.channel.store.get(REQUESTED_KEY).decode()
 
     def limit(self, first: int, preemption: Preemption | None) -> int | None:
-        """Return the number of the first microbatch that is not sent any more, or None.
+        """Return the number of the first microbatch that is not sent, or None without an early end.
 
-        Called by all ranks of the teacher, before the block that starts with microbatch `first`.
-        The broadcast is a small one on gloo, beside the GPU's work.
+        Reached by all ranks of the teacher, before the block that starts with microbatch `first`.
+        It broadcasts one number on gloo, which does not wait for the GPU.
         """
-        store, box = self.channel.store, torch.tensor([-1])
+        store, chosen_step = self.channel.store, torch.tensor([-1])
         if preemption is not None and preemption.sigterm and not store.check([REQUESTED_KEY]):
             self.request("SIGTERM on a rank of the teacher")
         if dist.get_rank() == 0 and store.check([REQUESTED_KEY]):
-            box[0] = first // self.microbatches_per_step + 1
-            store.set(LAST_STEP_KEY, str(box.item()))
+            chosen_step[0] = first // self.microbatches_per_step + 1
+            store.set(LAST_STEP_KEY, str(chosen_step.item()))
         if dist.get_world_size() > 1:
-            dist.broadcast(box, src=0)
-        return None if box.item() < 0 else int(box.item()) * self.microbatches_per_step
+            dist.broadcast(chosen_step, src=0)
+        return None if chosen_step.item() < 0 else int(chosen_step.item()) * self.microbatches_per_step

@@ -1,13 +1,13 @@
-"""Which rank sends which part of a teacher signal to which rank: pure functions of the layouts.
+"""Messages between the ranks of teacher and student, as pure functions of their layouts.
 
     s  sequence length    b  microbatch
     n  payload width: h for "hidden", padded vocabulary for "logits", 2 k + 1 for "topk"
     s', n'  rows and columns of one rank
 
-A signal is one tensor [s, b, n] per microbatch. It is spread over the last pipeline stage of the
-teacher, and needed, spread in another way, on the last stage of the student. Microbatch i belongs
-to replica i % dp on either side. messages() depends on layouts and replicas only, so both ends know
-every transfer without asking.
+A signal is one tensor [s, b, n] per microbatch. It is sharded over the last pipeline stage of the
+teacher. The last stage of the student needs it with a different sharding. Microbatch i belongs to
+replica i % dp on both sides. messages() depends on layouts and replicas only, so both ends compute
+the same list of transfers without communication.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Payload = Literal["hidden", "logits", "topk"]
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Everything between the streamed hidden states and the logits (scale, soft cap, bias).
+    """The computation between the streamed hidden states and the logits (scale, soft cap, bias).
 
-    Sender and receiver must use the same values. The models of this library apply the final norm
-    before the tap, and use no scale, soft cap or bias after it.
+    Sender and receiver must use the same values. The models of this library stream the output of
+    the final norm, and have no scale, soft cap or bias.
     """
 
     hidden_size: int
     vocab_size: int
     padded_vocab_size: int
     tap: str = "after the final norm"
-    """Where in the model the hidden states are read."""
+    """Position in the model at which the hidden states are read."""
     logit_scale: float = 1.0
     soft_cap: float | None = None
     bias: bool = False
@@ -49,7 +49,7 @@ class HeadSpec:
 
 
 class Traffic(NamedTuple):
-    """What this rank has received from a remote teacher so far."""
+    """Waiting time and received bytes of this rank, from a remote teacher, so far."""
 
     wait_s: float
     """Seconds for which the host waited for signals."""
@@ -70,10 +70,9 @@ class Grid:
         return self.parallel.model_ranks * self.dp
 
     def rank(self, stage: int, dp: int, cp: int, tp: int) -> int:
-        """Return the job rank at these coordinates, in Megatron's order: tp fastest, then cp, dp,
-        pp.
+        """Return the job rank at these coordinates. Megatron's order is tp fastest, cp, dp, pp.
 
-        stage: of the pipeline; -1 is the last one.
+        stage: pipeline stage; -1 is the last one.
         """
         p = self.parallel
         return self.first + ((stage % p.pp * self.dp + dp) * p.cp + cp) * p.tp + tp
@@ -93,7 +92,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class StreamShape:
-    """What the signals of all microbatches have in common. width: n."""
+    """Shape and dtype of the signals of all microbatches. width: n."""
 
     payload: Payload
     sequence_length: int
@@ -102,14 +101,14 @@ class StreamShape:
     dtype: torch.dtype
 
     def local(self, parallel: ParallelConfig) -> tuple[int, int, int]:
-        """Return [s', b, n'] of a rank of the last stage."""
+        """Return the shape [s', b, n'] on a rank of the last stage."""
         num_rows = sum(interval.end - interval.first for interval in rows_of(self, parallel, 0, 0))
         width = self.width // parallel.tp if self.payload == "logits" else self.width
         return num_rows, self.micro_batch_size, width
 
 
 class Rows(NamedTuple):
-    """An interval [first, end) of the sequence, and its first row in the tensor of a rank."""
+    """An interval [first, end) of the sequence. local: its first row in the tensor of a rank."""
 
     first: int
     end: int
@@ -133,9 +132,9 @@ class Message:
 
 
 def splits_sequence(shape: StreamShape, parallel: ParallelConfig) -> bool:
-    """Whether each tensor-parallel rank sends or receives its own part of the tokens.
+    """Return whether each tensor-parallel rank sends or receives a separate part of the tokens.
 
-    Otherwise all of them have all tokens: for logits, and when the tokens do not divide evenly.
+    Otherwise each rank has all tokens: for logits, and if tp does not divide the tokens.
     """
     return shape.payload != "logits" and shape.sequence_length // parallel.cp % parallel.tp == 0
 
@@ -145,21 +144,21 @@ def rows_of(shape: StreamShape, parallel: ParallelConfig, cp: int, tp: int) -> l
     length, n = shape.sequence_length, parallel.cp
     if n == 1:
         intervals = [(0, length)]
-    else:  # Megatron's order: rank cp has the halves cp and 2 n - 1 - cp
+    else:  # in Megatron's order rank cp has the chunks cp and 2 n - 1 - cp of 2 n
         half = length // (2 * n)
         intervals = [(i * half, (i + 1) * half) for i in (cp, 2 * n - 1 - cp)]
     local_length = length // n
     low, high = 0, local_length
     if splits_sequence(shape, parallel):
         low, high = tp * local_length // parallel.tp, (tp + 1) * local_length // parallel.tp
-    found = []
-    offset = 0  # of the interval among the tokens of this context-parallel rank
+    rows = []
+    offset = 0  # start of the interval among the tokens of this context-parallel rank
     for first, end in intervals:
         a, b = max(low, offset), min(high, offset + end - first)
         if a < b:
-            found.append(Rows(first + a - offset, first + b - offset, a - low))
+            rows.append(Rows(first + a - offset, first + b - offset, a - low))
         offset += end - first
-    return found
+    return rows
 
 
 def columns_of(shape: StreamShape, parallel: ParallelConfig, tp: int) -> tuple[int, int]:
@@ -174,16 +173,16 @@ def columns_of(shape: StreamShape, parallel: ParallelConfig, tp: int) -> tuple[i
 def messages(
     shape: StreamShape, teacher: Grid, student: Grid, teacher_dp: int, student_dp: int, stage: int = -1
 ) -> tuple[Message, ...]:
-    """Return the blocks of a microbatch from a teacher replica to one stage of a student replica.
+    """Return the messages of a microbatch from a teacher replica to a stage of a student replica.
 
-    Both ends walk them in this order.
+    Both ends process them in this order.
     """
-    found = []
+    blocks = []
     for (cp_s, tp_s), (cp_t, tp_t) in itertools.product(
         _coordinates(student.parallel), _coordinates(teacher.parallel)
     ):
         if tp_t and shape.payload != "logits" and not splits_sequence(shape, teacher.parallel):
-            continue  # all tensor-parallel ranks have the same tokens, and the first one sends
+            continue  # all tensor-parallel ranks have the same tokens, so only the first one sends
         columns = _overlap(
             columns_of(shape, teacher.parallel, tp_t), columns_of(shape, student.parallel, tp_s)
         )
@@ -198,12 +197,12 @@ def messages(
             if rows is not None:
                 source_rows = _shift(rows[0], rows_t.local)
                 target_rows = _shift(rows[1], rows_s.local)
-                found.append(Message(source, target, source_rows, columns[0], target_rows, columns[1]))
-    return tuple(found)
+                blocks.append(Message(source, target, source_rows, columns[0], target_rows, columns[1]))
+    return tuple(blocks)
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[slice, slice] | None:
-    """Return the common part of two intervals, relative to the start of each, or None."""
+    """Return the overlap of two intervals, relative to the start of each, or None without one."""
     low, high = max(a[0], b[0]), min(a[1], b[1])
     if low >= high:
         return None

@@ -1,14 +1,13 @@
-"""The teacher: what training and evaluation need of one, and the two frozen placements.
+"""Teacher: the interface of a teacher for training and evaluation, and its two frozen forms.
 
-    signals()        microbatches of a step -> a TeacherSignal each; with_signals() puts it into
+    signals()        microbatches of a step -> one TeacherSignal each; with_signals() adds it to
                      the batch
-    target()         TeacherSignal -> TeacherTarget, which the loss on the last stage takes
-    hidden_states()  TeacherSignal -> hidden states, which losses inside the student take
+    target()         TeacherSignal -> TeacherTarget, for the loss on the last stage
+    hidden_states()  TeacherSignal -> hidden states, for losses inside the student
 
-ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher is the
-student's view of a teacher on other ranks (serve.py, stream.py), or of signals on disk (cache.py).
-The third teacher, which is trained at the same time, is
-training.teacher_correction.TrainableTeacher.
+ColocatedTeacher runs on the student's ranks, in the student's layout. RemoteTeacher receives
+signals from a teacher on other ranks (serve.py, stream.py), or reads signals on disk (cache.py). A
+teacher that is trained at the same time is training.teacher_correction.TrainableTeacher.
 
     s' is s/cp, or s/cp/tp under sequence parallelism  b microbatch  h_t hidden size of the teacher
 """
@@ -37,9 +36,10 @@ from minitron_mp.models.sharded_model import ShardedModel, output_weight
 class TeacherSignal:
     """The teacher's part of one microbatch.
 
-    microbatch: its number in the run, under which a remote teacher sends its signal.
-    hidden: [s', b, h_t] after the final norm, on the last stage of a colocated teacher; else None.
-    states: [s', b, h_t] of each hidden state that this stage compares, of a colocated teacher.
+    microbatch: number of the microbatch in the run. A remote teacher sends its signal with it.
+    hidden [s', b, h_t]: output of the final norm, on the last stage of a colocated teacher; else
+        None.
+    states [s', b, h_t] each: hidden states of a colocated teacher that this stage compares.
     """
 
     microbatch: int
@@ -48,17 +48,15 @@ class TeacherSignal:
 
 
 class Teacher(Protocol):
-    """What the training loop and evaluation need of a teacher. All ranks of the student have
-    one.
-    """
+    """Interface of a teacher for the training loop and evaluation. All student ranks have one."""
 
     @property
     def model(self) -> ShardedModel | None:
-        """The teacher's model on this rank, or None for a teacher that runs elsewhere."""
+        """The teacher's model on this rank, or None for a teacher that runs on other ranks."""
 
     @property
     def pairs(self) -> LayerPairs | None:
-        """Pairs of hidden states that this teacher delivers, or None."""
+        """Pairs of hidden states that this teacher provides, or None."""
 
     @property
     def stream_end(self) -> StreamEnd | None:
@@ -68,7 +66,7 @@ class Teacher(Protocol):
         """Return one signal for each microbatch of this data-parallel rank; called by all ranks."""
 
     def target(self, signal: TeacherSignal) -> TeacherTarget:
-        """Return what the loss takes; on the last pipeline stage."""
+        """Return the target of the loss, on the last pipeline stage."""
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
         """Return the teacher's states [s', b, h_t] that this stage compares, in order of the pairs.
@@ -77,17 +75,17 @@ class Teacher(Protocol):
         """
 
     def release(self, signal: TeacherSignal) -> None:
-        """Take back a signal that the loss has used; on the last pipeline stage."""
+        """Free a signal that the loss has used, on the last pipeline stage."""
 
     def traffic(self) -> Traffic | None:
-        """Return what has been received so far, or None where no stream arrives."""
+        """Return the traffic so far, or None on a rank without a stream."""
 
     def close(self) -> None:
         """End the work of the teacher; called by all ranks after the last step."""
 
 
 class SignalReceiver(Protocol):
-    """Where a RemoteTeacher gets its signals: receiver.Receiver, or cache.Reader."""
+    """Source of the signals of a RemoteTeacher: receiver.Receiver, or cache.Reader."""
 
     def get(self, id: int) -> Tensor:
         """Wait for a microbatch and return this rank's part [s', b, n']."""
@@ -96,7 +94,7 @@ class SignalReceiver(Protocol):
         """Let the teacher send one more microbatch."""
 
     def traffic(self) -> Traffic | None:
-        """Return what has been received so far, or None when nothing is streamed."""
+        """Return the traffic so far, or None for signals on disk."""
 
     def close(self) -> None:
         """Stop receiving."""
@@ -105,10 +103,10 @@ class SignalReceiver(Protocol):
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
-    Its forward-only schedule runs the microbatches of a step first. It leaves the hidden states
-    after the final norm on the last stage (2h bytes a token in bf16), and as much for each pair of
-    hidden states on the stage that compares it. The loss applies the teacher's output layer to one
-    chunk of tokens at a time.
+    It runs the microbatches of a step before the student, with a forward-only schedule. The last
+    stage then holds the hidden states after the final norm (2h bytes per token in bf16). Each stage
+    holds as many bytes for each pair of hidden states that it compares. The loss applies the
+    teacher's output layer to one chunk of tokens at a time.
     """
 
     stream_end = None
@@ -125,7 +123,7 @@ class ColocatedTeacher:
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         if self.capture:
-            # What other passes through this model left, such as a measurement of its KL.
+            # Delete states of other forward passes of this model, such as an evaluation of its KL.
             self.capture.clear()
         hidden = self.model.forward(batches, lambda hidden, _: hidden) or [None] * len(batches)
         states = self.capture.take(batches) if self.capture else [[] for _ in batches]
@@ -147,11 +145,12 @@ class ColocatedTeacher:
 
 
 class RemoteTeacher:
-    """The student's view of a teacher on other ranks, or of its signals on disk.
+    """A teacher on other ranks, or a teacher whose signals are on disk.
 
-    receiver: on the last stage, and on stages that compare hidden states; elsewhere None.
-    head: the teacher's output layer [v/tp, h_t] on the last stage, for payload "hidden"
-    (load_head()). stream_end: of a stream that may end early.
+    receiver: on the last stage, and on stages that compare hidden states; else None.
+    head [v/tp, h_t]: weight of the teacher's output layer on the last stage, for payload "hidden",
+        see load_head().
+    stream_end: early end of the stream.
     """
 
     model = None
@@ -172,9 +171,9 @@ class RemoteTeacher:
         self.pairs = pairs
         self.stream_end = stream_end
         self.held: dict[int, Tensor] = {}
-        """With pairs: signals by microbatch that a chunk of this stage has yet to use."""
+        """Microbatch -> signal that a chunk of this stage still needs. Only used with pairs."""
         self.num_uses: Counter[int] = Counter()
-        """Chunks of this stage that have used a held signal."""
+        """Microbatch -> number of chunks of this stage that have used its signal."""
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         return list(map(TeacherSignal, microbatch_numbers(len(batches), step, self.world)))
@@ -191,11 +190,11 @@ class RemoteTeacher:
         return TeacherLogits(received) if self.payload == "logits" else unpack_top_k(received)
 
     def hidden_states(self, signal: TeacherSignal) -> Sequence[Tensor]:
-        """As in Teacher, but under tensor parallelism a state may have only this rank's tokens.
+        """Return the teacher's states that this stage compares, in order of the pairs.
 
-        The signal is released before the first chunk runs: an interleaved schedule runs that chunk
-        on several microbatches before the loss sees the first of them, which would deadlock with a
-        small window.
+        Under tensor parallelism a state may contain only this rank's tokens. The signal is released
+        before the first chunk runs. Otherwise a small window would cause a deadlock, because an
+        interleaved schedule runs the first chunk on several microbatches before the first loss.
         """
         if self.receiver is None or self.pairs is None:
             return []
@@ -209,9 +208,8 @@ class RemoteTeacher:
             del self.num_uses[number]
             if not self.world.is_last_stage:
                 del self.held[number]
-        return (
-            blocks[1:] if self.world.is_last_stage else blocks
-        )  # the last stage's first block is for target()
+        # On the last stage the first block is for target().
+        return blocks[1:] if self.world.is_last_stage else blocks
 
     def release(self, signal: TeacherSignal) -> None:
         assert self.receiver is not None
@@ -227,7 +225,7 @@ class RemoteTeacher:
 
 
 def with_signals(teacher: Teacher | None, batches: Sequence[Batch], step: int = 0) -> list[Batch]:
-    """Return the microbatches with the teacher's signal in each; without a teacher, as they are."""
+    """Return the microbatches with the teacher's signals, or unchanged without a teacher."""
     if teacher is None:
         return list(batches)
     signals = teacher.signals(batches, step)
@@ -235,14 +233,14 @@ def with_signals(teacher: Teacher | None, batches: Sequence[Batch], step: int = 
 
 
 def signal_of(batch: Batch) -> TeacherSignal:
-    """Return the signal that with_signals() put into a batch."""
+    """Return the signal that with_signals() added to a batch."""
     signal = batch["teacher_signal"]
     assert isinstance(signal, TeacherSignal)
     return signal
 
 
 def microbatch_numbers(count: int, step: int, world: World) -> range:
-    """Return the run-wide numbers of this data-parallel rank's `count` microbatches of a step."""
+    """Return the numbers in the run of this data-parallel rank's `count` microbatches of a step."""
     dp = world.groups.dp
     first = step * count * dp.size() + dp.rank()
     return range(first, first + count * dp.size(), dp.size())

@@ -1,4 +1,4 @@
-"""The teacher's output layer alone, for a student whose teacher sends hidden states."""
+"""load_head: the teacher's output layer, for a student whose teacher sends hidden states."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from minitron_mp.models.arch import Arch
 
 
 def load_head(arch: Arch, folder: Path, world: World, dtype: torch.dtype) -> Tensor | None:
-    """Load a teacher's output layer in the student's tensor-parallel layout; called by all ranks.
+    """Return the weight of a teacher's output layer in the student's tensor-parallel layout.
 
-    [v/tp, h_t] on the last stage, None elsewhere.
+    It is [v/tp, h_t] on the last stage and None on other stages. Reached by all ranks.
     """
     state = {}
     if world.is_last_stage:

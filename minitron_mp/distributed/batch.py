@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Batch(TypedDict, total=False):
-    """One microbatch: whole sequences [b, s] on the host, or a rank's part (local_batch())."""
+    """One microbatch: complete sequences [b, s] on the host, or a rank's part (local_batch())."""
 
     tokens: Tensor
     """int64."""

@@ -79,7 +79,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class NullStream:
-    """A CUDA stream or event on a CPU, where everything is synchronous."""
+    """Replacement of a CUDA stream or event on a CPU, where all operations are synchronous."""
 
     def __init__(self, *args: Any, **kwargs: Any): ...
     def wait_stream(self, *args: Any) -> None: ...

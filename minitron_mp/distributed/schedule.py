@@ -16,7 +16,7 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 
 OnOutput = Callable[[Tensor, Batch], Any]
-"""(hidden states after the final norm, local batch) -> anything, on the last stage."""
+"""(hidden states after the final norm, local batch) -> result, on the last stage."""
 
 
 def ignore_batch(batch: Batch) -> None:

@@ -16,17 +16,14 @@ from minitron_mp.models.blocks.dense import block_parameters, dim_sizes
 from minitron_mp.models.parameters import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD, layer_key
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this for every layout.
-
-So global shapes do not depend on tp.
-"""
+"""The vocabulary is padded to a multiple of this, so that global shapes do not depend on tp."""
 
 FP8_MULTIPLE = 16
 """FP8 products need rows of 16 bytes, one byte per element."""
 
 
 class BlockArch(BaseModel):
-    """Sizes of one layer. Layers of one model may differ in them."""
+    """Sizes of one layer. Layers of one model may have different sizes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,10 +43,10 @@ SPLIT_SIZES = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
 
 
 class Arch(BaseModel):
-    """Sizes and switches of one decoder, in Megatron-Core's words; part of every manifest.
+    """Sizes and switches of one decoder, with the names of Megatron-Core. Manifests contain it.
 
-    A model whose layers are alike is one block repeated. It can be built from num_layers and the
-    sizes of that block, Arch(num_layers=32, ffn_hidden_size=9216, ...), and is written so.
+    If all layers have the same sizes, the model is one repeated block. Then Arch accepts num_layers
+    and the sizes of that block, Arch(num_layers=32, ffn_hidden_size=9216, ...), and writes them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,11 +67,11 @@ class Arch(BaseModel):
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
-    """Part of each head's width that is rotated."""
+    """Fraction of each head's width that is rotated."""
     rope_scaling_factor: float | None = None
-    """Factor of Llama 3 frequency scaling, or none.
+    """Factor of Llama 3 frequency scaling, None without it.
 
-    Megatron-Core fixes the other values: low 1, high 4, original context 8192.
+    Megatron-Core fixes the remaining values: low 1, high 4, original context 8192.
     """
 
     @model_validator(mode="before")
@@ -83,8 +80,8 @@ class Arch(BaseModel):
         if not isinstance(value, dict) or "blocks" in value:
             return value
         block = {name: value[name] for name in BLOCK_SIZES if name in value}
-        others = {name: size for name, size in value.items() if name not in (*BLOCK_SIZES, "num_layers")}
-        return {**others, "blocks": (BlockArch(**block),) * value["num_layers"]}
+        fields = {name: size for name, size in value.items() if name not in (*BLOCK_SIZES, "num_layers")}
+        return {**fields, "blocks": (BlockArch(**block),) * value["num_layers"]}
 
     @model_serializer(mode="wrap")
     def _write_one_block(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -106,17 +103,17 @@ class Arch(BaseModel):
 
     @property
     def block(self) -> BlockArch:
-        """The block of a model whose layers are alike; InputError where they differ."""
+        """The block of all layers. InputError if the layers have different sizes."""
         if not self.is_uniform:
             raise InputError(
-                "the layers of this model differ in size, and this step needs layers that are alike; "
+                "the layers of this model differ in size, and this step needs layers of equal size; "
                 "give one size for all layers in the plan or the target"
             )
         return self.blocks[0]
 
     @property
     def ffn_hidden_size(self) -> int:
-        """Size in every layer; InputError where layers differ, as for the next two sizes."""
+        """Size in every layer. InputError if layers differ, also for the next two properties."""
         return self.block.ffn_hidden_size
 
     @property
@@ -129,7 +126,7 @@ class Arch(BaseModel):
 
     def block_counts(self) -> Counter[BlockArch]:
         """Return block -> number of layers that have it."""
-        if self.is_uniform:  # without hashing each layer
+        if self.is_uniform:  # faster, because it does not hash each layer
             return Counter({self.blocks[0]: self.num_layers})
         return Counter(self.blocks)
 
@@ -138,14 +135,14 @@ class Arch(BaseModel):
         return self.model_copy(update={"blocks": (block,) * self.num_layers})
 
     def sizes(self) -> dict[str, int]:
-        """Return name -> size of what pruning may change, of a model whose layers are alike."""
+        """Return name -> size of all sizes that pruning may change. The layers must be equal."""
         return {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **dict(self.block)}
 
     def resized(self, **fields: Any) -> Arch:
-        """Return the architecture with other fields, sizes of its blocks, or num_layers.
+        """Return the architecture with changed fields, sizes of blocks, or num_layers.
 
-        A size of a block applies to all layers. num_layers repeats the block of a model whose
-        layers are alike.
+        A size of a block applies to all layers. num_layers repeats the block, so the layers must be
+        equal.
         """
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
         blocks = tuple(fields.pop("blocks", self.blocks))
@@ -173,10 +170,10 @@ class Arch(BaseModel):
         return self.norm != "rms"
 
     def dim_size(self, dim: str, block: BlockArch | None = None) -> int:
-        """Return the size of a dimension of the tables of parameters.
+        """Return the size of a dimension that the tables of parameters name.
 
-        block: of the layer that has the parameter. Default: the block of all layers; InputError
-        where they differ.
+        block: block of the layer that has the parameter. Default: the block of all layers;
+        InputError if they differ.
         """
         if dim == "hidden":
             return self.hidden_size
@@ -206,7 +203,7 @@ class Arch(BaseModel):
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Return the number of parameters without the padding of the vocabulary.
 
-        Tied embeddings count once. embeddings=False leaves embedding and output layer out.
+        Tied embeddings count once. embeddings=False excludes embedding and output layer.
         """
         total = (2 if self.norm_has_bias else 1) * self.hidden_size
         for block, count in self.block_counts().items():
@@ -217,7 +214,7 @@ class Arch(BaseModel):
 
 
 def layout_problems(arch: Arch, tp: int) -> list[str]:
-    """Reasons why tensor parallelism cannot split this architecture tp ways, one sentence each."""
+    """Return why tensor parallelism cannot split this architecture into tp parts, as sentences."""
     blocks = _named_blocks(arch)
     sizes = [(name, where, getattr(block, name)) for block, where in blocks for name in SPLIT_SIZES]
     sizes.append(("padded vocabulary", "", arch.padded_vocab_size))
@@ -229,10 +226,10 @@ def layout_problems(arch: Arch, tp: int) -> list[str]:
 
 
 def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
-    """Reasons why the linear layers cannot run in FP8, one sentence each.
+    """Return the reasons why the linear layers cannot run in FP8, one sentence each.
 
-    FP8 products need rows of whole 16 bytes in both operands, forward and backward. So each of
-    their sizes must be a multiple of 16. tokens: of one sample, as one rank quantises them.
+    FP8 products need rows of a multiple of 16 bytes in both operands, forward and backward. So each
+    size must be a multiple of 16. tokens: tokens of one sample that one rank quantises.
     """
     sizes = {"hidden_size": arch.hidden_size}
     for block, where in _named_blocks(arch):
@@ -251,7 +248,7 @@ def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
 
 
 def _named_blocks(arch: Arch) -> list[tuple[BlockArch, str]]:
-    """Return each different block, and " in layer 0, 2" where the layers are not alike."""
+    """Return each different block with " in layer 0, 2", or with "" if all layers are equal."""
     if arch.is_uniform:
         return [(arch.block, "")]
     layers: dict[BlockArch, list[int]] = {}

@@ -1,8 +1,8 @@
-"""The prunable axes: which weight rows a unit owns, and where units are scored and masked.
+"""The prunable axes: the weight rows of each unit, and the modules that are scored and masked.
 
-Scores, plans, targets, search, masks, slicing and reports are loops over AXES. A new axis is a new
-row here, and its dimensions in the table of parameters. Depth is no axis: a plan lists the layers
-that stay.
+Scores, plans, targets, search, masks, slicing and reports are loops over AXES. A new axis needs a
+row in this table, and its dimensions in the table of parameters. Depth is not an axis: a plan lists
+the kept layers.
 
     h hidden  f ffn  np heads  ng query groups  hn head width
 
@@ -20,10 +20,10 @@ import numpy as np
 from minitron_mp.models.arch import Arch
 
 NO_LAYER = -1
-"""Stands for the layer where all layers share an axis."""
+"""Layer number of an axis that all layers share."""
 
 SUBLAYERS = ("attention", "MLP")
-"""Of a block, in the order in which it runs them."""
+"""Sublayers of a block, in the order of the forward pass."""
 
 Rows = Callable[[np.ndarray, Arch, int], np.ndarray]
 """(units [k] int64, architecture, layer) -> their weight rows."""
@@ -34,11 +34,11 @@ class Size:
     """A size of the architecture that a target or a search may set."""
 
     field: str
-    """Of Arch or BlockArch; target and search name it alike."""
+    """Field of Arch or BlockArch. The sections target and search use the same name."""
     letter: str
-    """In names of search candidates."""
+    """Abbreviation in names of search candidates."""
     unit: str
-    """What it counts, in the singular."""
+    """Name of the counted unit, in the singular."""
 
     @property
     def units(self) -> str:
@@ -52,14 +52,15 @@ class WeightDim:
     rows: Rows
     """Kept units, ascending -> kept rows of one copy, ascending."""
     copies: Callable[[Arch], int] = lambda arch: 1
-    """How many copies of the axis lie one after the other. Megatron-Core shards each separately."""
+    """Number of copies of the axis in the dimension. Megatron-Core shards each copy separately."""
     merged_rows: Rows | None = None
-    """Units -> rows, in the order given, that take the residual of a pruned unit, if any do."""
+    """Units -> rows that receive the residual of a pruned unit, in the order of the units. None if
+    residuals are not merged."""
 
 
 @dataclass(frozen=True)
 class LinearInput:
-    """The input [s, b, units x width] of a linear layer of a block; split as the axis is."""
+    """The input [s, b, units x width] of a linear layer of a block, split like the axis."""
 
     module: str
 
@@ -68,8 +69,8 @@ class LinearInput:
 class NormOutput:
     """The output [s, b, units] of a norm of a block; sequence parallelism splits s.
 
-    Every reader of the residual stream is a norm. Transformer Engine may keep the norm inside the
-    linear layer behind it: then the module `norm` is an IdentityOp.
+    Only norms read the residual stream. Transformer Engine may fuse the norm into the linear layer
+    that follows. Then the module `norm` is an IdentityOp.
     """
 
     norm: str
@@ -86,37 +87,37 @@ class Axis:
     dims: Mapping[str, WeightDim]
     """Name of a weight dimension in the table of parameters -> its rows."""
     probes: tuple[LinearInput | NormOutput, ...]
-    """What is scored in each block. Scores of several probes are added. Masks apply there, too."""
+    """Tensors of each block that are scored and masked. Scores of several probes are added."""
     per_layer: bool = True
-    """Whether each layer has its own units. Otherwise all share them, and scores are added."""
+    """Whether each layer has separate units. Otherwise layers share them, and scores are added."""
     sublayer: str = ""
     """One of SUBLAYERS, for messages."""
     split_over_tp: bool = True
-    """Whether tensor parallelism splits the units. Kept ones are then exchanged between ranks."""
+    """Whether tensor parallelism splits the units. Then ranks exchange kept units after slicing."""
     aligned: bool = False
-    """Whether a target keeps sizes to multiples of `align` on each rank, and may scale the axis."""
+    """Whether a target rounds the size to multiples of `align` on each rank, and may scale it."""
     group: Size | None = None
-    """Units are ranked inside these groups, and each kept group keeps equally many."""
+    """Groups inside which units are ranked. Each kept group keeps the same number of units."""
     width_field: str | None = None
-    """Field of Arch: channels of a unit in the probed tensor. None: one."""
+    """Field of Arch: channels of a unit in the probed tensor. None: one channel."""
     outer_norms: tuple[str, ...] = ()
-    """Norms of the decoder behind the blocks that read the axis: masked, not scored."""
+    """Norms of the decoder outside the blocks that read the axis. They are masked, not scored."""
 
     def layers(self, arch: Arch) -> list[int]:
-        """The layers that have units of their own, or NO_LAYER alone."""
+        """Return the layers that have separate units, or [NO_LAYER] if layers share the units."""
         return list(range(arch.num_layers)) if self.per_layer else [NO_LAYER]
 
     def num_units(self, arch: Arch, layer: int) -> int:
         return getattr(arch.blocks[layer] if self.per_layer else arch, self.size.field)
 
     def num_groups(self, arch: Arch, layer: int) -> int:
-        """1 without groups."""
+        """Return the number of groups of a layer, 1 without groups."""
         if self.group is None:
             return 1
         return getattr(arch.blocks[layer] if self.per_layer else arch, self.group.field)
 
     def width(self, arch: Arch) -> int:
-        """Channels of a unit in the probed tensor."""
+        """Return the number of channels of a unit in the probed tensor."""
         return 1 if self.width_field is None else getattr(arch, self.width_field)
 
     @property
@@ -126,18 +127,18 @@ class Axis:
 
     @property
     def merges(self) -> bool:
-        """Whether kept units may take the residual of pruned ones of their group."""
+        """Whether kept units may receive the residual of pruned units of their group."""
         return any(dim.merged_rows is not None for dim in self.dims.values())
 
 
 def query_slots(heads: np.ndarray, arch: Arch, layer: int) -> np.ndarray:
-    """Where the queries of these heads lie among the slots of linear_qkv, in the order given."""
+    """Return the slots of linear_qkv that hold the queries of these heads, in the same order."""
     per_group = arch.blocks[layer].heads_per_group
     return heads // per_group * (per_group + 2) + heads % per_group
 
 
 def slot_rows(slots: np.ndarray, arch: Arch) -> np.ndarray:
-    """The hn rows of each slot of one head width, in the order given."""
+    """Return the hn rows of each slot, in the order of the slots."""
     return (slots[:, None] * arch.kv_channels + np.arange(arch.kv_channels)).reshape(-1)
 
 
@@ -154,9 +155,9 @@ def _query_rows(heads: np.ndarray, arch: Arch, layer: int) -> np.ndarray:
 
 
 def _qkv_rows(heads: np.ndarray, arch: Arch, layer: int) -> np.ndarray:
-    """Rows of the kept queries, and of the key and value of each group that keeps a head.
+    """Return the rows of the kept queries, and of key and value of each group with a kept head.
 
-    A group without one goes whole. 8 heads in 2 groups:
+    A group without a kept head is dropped. 8 heads in 2 groups:
     keep [0 3 4 5] -> slots [0 3 4 5 6 7 10 11], keep [4 5 7] -> slots [6 7 9 10 11].
     """
     per_group = arch.blocks[layer].heads_per_group
@@ -167,7 +168,7 @@ def _qkv_rows(heads: np.ndarray, arch: Arch, layer: int) -> np.ndarray:
 
 
 def _gate_and_up(arch: Arch) -> int:
-    """fc1 holds all gate rows, then all up rows; without a gate the up rows alone."""
+    """Return 2 if linear_fc1 holds gate rows and then up rows, 1 if it holds up rows only."""
     return 2 if arch.gated else 1
 
 
@@ -208,4 +209,5 @@ HEADS = Axis(
 AXES: dict[str, Axis] = {axis.name: axis for axis in (HIDDEN, FFN, HEADS)}
 
 AXIS_OF_DIM: dict[str, Axis] = {dim: axis for axis in AXES.values() for dim in axis.dims}
-"""Name of a weight dimension -> its axis. Those without one (vocabulary, head width) stay whole."""
+"""Name of a weight dimension -> its axis. Dimensions without an axis (vocabulary, head width) are
+not pruned."""

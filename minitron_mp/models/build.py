@@ -1,8 +1,8 @@
 """Build a sharded Megatron-Core GPTModel from an architecture.
 
 The output layer is deferred: the last stage returns the hidden states after the final norm, and the
-loss applies the output layer with logits(). So a teacher keeps 2h bytes per token between its
-forward pass and the loss instead of 4v, and the loss can work in chunks.
+loss applies the output layer with logits(). So a teacher stores 2h bytes per token between its
+forward pass and the loss instead of 4v bytes, and the loss can process tokens in chunks.
 
     s sequence  b microbatch  h hidden  v padded vocabulary
     under sequence parallelism s is s/tp, under context parallelism s/cp
@@ -37,12 +37,12 @@ from minitron_mp.models.transformer_config import transformer_config
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is built.
+    """Options of build_model().
 
     sequence_length: tokens of one sample. training: settings of a run that computes gradients, None
-    for forward passes only. random_weights: initialise the weights; otherwise they are
-    uninitialised memory, because a checkpoint fills them. transformer_impl: as in Recipe. fp8: kind
-    of FP8 scaling of a model that is not trained.
+    for forward passes only. random_weights: initialise the weights. Without it they are
+    uninitialised memory, which a checkpoint fills. transformer_impl: see Recipe. fp8: kind of FP8
+    scaling of a model that is not trained.
     """
 
     precision: str
@@ -63,7 +63,7 @@ class ModelOptions:
 
 
 def build_model(arch: Arch, world: World, options: ModelOptions) -> ShardedModel:
-    """Build this rank's part of a model, on its device.
+    """Build this rank's part of a model on its device, and return the sharded model.
 
     InputError when the layout does not divide the sizes, or this machine cannot run the model.
     """
@@ -121,20 +121,21 @@ def _check_machine(world: World, options: ModelOptions, engine: bool) -> None:
 
 
 def _prepare_cuda_graphs() -> None:
-    # Megatron runs in a stream of its own until the end of the first step, and waits for no other.
+    # Megatron uses a separate CUDA stream until the end of the first step, without waiting for
+    # earlier work on the default stream.
     torch.cuda.synchronize()
-    # The managers of the graphs read the random streams when they are made.
+    # The graph managers read the random streams when they are constructed.
     seed_all(torch.initial_seed(), cuda_graphs=True)
 
 
 def _build_chunk(
     chunk: int, arch: Arch, world: World, options: ModelOptions, config: TransformerConfig, engine: bool
 ) -> GPTModel:
-    """Build one pipeline chunk of this rank. It has the embedding, the output layer, or neither."""
+    """Return one pipeline chunk of this rank, with embedding or output layer where they belong."""
     vp_stage = chunk if world.parallel.vpp else None
     is_first = world.is_first_stage and chunk == 0
     is_last = world.is_last_stage and chunk == _chunks(world) - 1
-    # With gradients each FP8 weight would keep its bf16 original.
+    # With gradients enabled each FP8 weight would keep a bf16 copy.
     with torch.no_grad() if config.fp8_param else nullcontext():
         model = GPTModel(
             config=config,

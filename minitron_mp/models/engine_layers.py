@@ -1,4 +1,4 @@
-"""Transformer Engine's modules, imported only where they run: the import needs a GPU build."""
+"""Transformer Engine's modules. The import of this file needs a GPU build of Transformer Engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 
 
 class UnfusedNormProvider(TESpecProvider):
-    """Transformer Engine's modules, with each norm beside its linear layer instead of inside."""
+    """Transformer Engine's modules, with norms as separate modules instead of fused norms."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return False

@@ -1,6 +1,6 @@
 """Floating point operations of a model, per token.
 
-Counted as Megatron-LM and the FP8 papers do: a multiply-add is two operations, and causal
+The count follows Megatron-LM and the FP8 papers: a multiply-add is two operations, and causal
 attention is half of full attention.
 """
 
@@ -12,9 +12,9 @@ from minitron_mp.models.arch import Arch, BlockArch
 
 
 def layer_flops(arch: Arch, sequence_length: int, block: BlockArch | None = None) -> float:
-    """Operations of one layer's forward pass: its matrix products, and attention over the sequence.
+    """Return the operations of one layer's forward pass: matrix products and attention.
 
-    block: sizes of the layer, where the layers are not alike.
+    block: sizes of the layer. Default: the sizes of all layers.
     """
     block = block or arch.block
     weights = matrix_elements(arch, block)
@@ -24,17 +24,17 @@ def layer_flops(arch: Arch, sequence_length: int, block: BlockArch | None = None
 
 
 def matrix_elements(arch: Arch, block: BlockArch) -> int:
-    """Elements of the weight matrices of a layer."""
+    """Return the number of elements of the weight matrices of a layer."""
     return sum(math.prod(shape) for shape in arch.block_shapes(block).values() if len(shape) == 2)
 
 
 def head_flops(arch: Arch) -> float:
-    """Operations of the output layer's forward pass, over the padded vocabulary."""
+    """Return the operations of the output layer's forward pass, over the padded vocabulary."""
     return 2 * arch.hidden_size * arch.padded_vocab_size
 
 
 def forward_flops(arch: Arch, sequence_length: int, *, head: bool = True) -> float:
-    """Operations of the model's forward pass."""
+    """Return the operations of the model's forward pass."""
     layers = 0.0
     for block, count in arch.block_counts().items():
         layers += count * layer_flops(arch, sequence_length, block)
@@ -42,5 +42,5 @@ def forward_flops(arch: Arch, sequence_length: int, *, head: bool = True) -> flo
 
 
 def training_flops(arch: Arch, sequence_length: int) -> float:
-    """Operations of a forward and a backward pass. Recomputation does not count."""
+    """Return the operations of a forward and a backward pass, without recomputation."""
     return 3 * forward_flops(arch, sequence_length)

@@ -1,6 +1,6 @@
-"""Read the config.json of a Hugging Face folder as an architecture, and write one.
+"""Read the config.json of a Hugging Face folder as an architecture, and write a config.json.
 
-Reads JSON and file names only and imports no torch, so it is quick on a laptop.
+This file reads only JSON and file names and does not import torch, so it is fast on a laptop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minitron_mp.models.families import FAMILIES
 from minitron_mp.models.families.family import DEFAULTS, Family
 
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-"""Megatron-Core has these in its code; only the factor is a setting."""
+"""Values that are fixed in the code of Megatron-Core. Only the factor is a setting."""
 
 REQUIRED_SIZES = (
     "hidden_size",
@@ -33,18 +33,18 @@ OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 
 def has_weights(folder: Path) -> bool:
-    """Return whether a folder holds the weights of a model."""
+    """Return whether a folder contains the weights of a model."""
     return bool(weight_files(folder))
 
 
 def read_arch(folder: Path, *, weights: bool = True) -> Arch:
     """Return the architecture of a Hugging Face folder.
 
-    weights: require them too. InputError with every setting that is not supported.
+    weights: require weight files, too. InputError lists every setting that is not supported.
     """
     if not folder.is_dir():
         raise InputError(
-            f"there is no folder {folder}; "
+            f"{folder} is not a folder; "
             "give a Hugging Face model folder: config.json, safetensors weights, tokenizer"
         )
     title = f"{folder} cannot be used:"
@@ -67,16 +67,16 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
 
 
 def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, Any]:
-    """Return config.json with the sizes, family and dtype of the model that is written.
+    """Return the content of config.json with the sizes, family and dtype of the written model.
 
-    config: of the model that it was made from. dtype: such as "bfloat16".
+    config: config.json of the model that it was made from. dtype: for example "bfloat16".
     """
     family = FAMILIES[arch.family]
     written = dict(config)
     if config["model_type"] != arch.family:
-        other = FAMILIES[config["model_type"]].exports_as[arch.family]
-        written = {name: value for name, value in config.items() if name not in other.drop}
-        written |= other.add
+        conversion = FAMILIES[config["model_type"]].exports_as[arch.family]
+        written = {name: value for name, value in config.items() if name not in conversion.drop}
+        written |= conversion.add
     if config.get("layer_types"):
         written["layer_types"] = config["layer_types"][: arch.num_layers]
     written |= {key: getattr(arch, name) for name, key in family.config_fields.items()}
@@ -88,18 +88,18 @@ def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, A
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object; InputError for a damaged one."""
+    """Return the content of a JSON file that contains an object. InputError if it is damaged."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); fetch it again") from error
+        raise InputError(f"{path} is damaged ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not keys and values; fetch it again")
+        raise InputError(f"{path} contains {type(content).__name__}, not keys and values; download it again")
     return content
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, [] when it has none.
+    """Return the safetensors files of a model, or [] if the folder has none.
 
     InputError for a missing shard.
     """
@@ -110,10 +110,10 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} has no weight_map of weight names to files; fetch it again")
+        raise InputError(f"{index} has no weight_map of weight names to files; download it again")
     shards = sorted({folder / name for name in weight_map.values()})
     missing = [f"{path.name} is missing" for path in shards if not path.is_file()]
-    refuse(f"{folder} is incomplete:", missing)
+    refuse(f"{folder} is incomplete; download these files again:", missing)
     return shards
 
 
@@ -153,11 +153,11 @@ def _size_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in REQUIRED_SIZES:
         if not _is_positive(config.get(name)):
-            problems.append(f"{name} is {config.get(name)!r}, not a positive whole number")
+            problems.append(f"{name} is {config.get(name)!r}, not a positive integer")
     for name in OPTIONAL_SIZES:
         size = config.get(name)
         if size is not None and not _is_positive(size):
-            problems.append(f"{name} is {size!r}, not a positive whole number")
+            problems.append(f"{name} is {size!r}, not a positive integer")
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not problems and groups and heads is not None and heads % groups:
         problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
@@ -174,9 +174,11 @@ def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
         for name, value in family.required_settings.items()
         if config.get(name) not in (value, None)
     ]
-    other_types = sorted({*(config.get("layer_types") or [])} - {"full_attention"})
-    if other_types:
-        problems.append(f"layer_types holds {', '.join(other_types)}; only full_attention is supported")
+    unsupported_types = sorted({*(config.get("layer_types") or [])} - {"full_attention"})
+    if unsupported_types:
+        problems.append(
+            f"layer_types contains {', '.join(unsupported_types)}; only full_attention is supported"
+        )
     return [*problems, *family.config_problems(config), *_rope_problems(config, family)]
 
 

@@ -1,12 +1,12 @@
 """Convert between the weights of a Hugging Face folder and canonical tensors.
 
-A canonical tensor is the tensor of one checkpoint key (parameters.py) in Megatron-Core's layout,
-with the vocabulary padded by zero rows. The family (families/) gives the weight names. This module
-imports neither megatron nor transformers: weights are read and written with safetensors.
+A canonical tensor is the tensor of one checkpoint key (parameters.py) in Megatron-Core's layout.
+Its vocabulary is padded by zero rows. The family (families/) defines the weight names. This module
+imports neither megatron nor transformers. It reads and writes weights with safetensors.
 
     h hidden  f ffn  v padded vocabulary  np heads  ng query groups  hn head width  L layers
 
-With 4 heads in 2 groups, each name hn rows:
+Rows with 4 heads in 2 groups. Each name stands for hn rows:
     Hugging Face  q_proj: q0 q1 q2 q3   k_proj: k0 k1   v_proj: v0 v1
     canonical     linear_qkv: q0 q1 k0 v0  q2 q3 k1 v1
 """
@@ -47,13 +47,14 @@ ASSETS = (
     "LICENSE*",
     "NOTICE*",
 )
-"""Files that belong to a model beside its weights."""
+"""Patterns of the files of a model that are not weights."""
 
 
 class HFWeights:
     """The weights of a Hugging Face folder, read tensor by tensor.
 
-    Opening reads the headers only. InputError with every missing, unknown or misshapen tensor.
+    The constructor reads the headers only. InputError lists every tensor that is missing, unknown,
+    or has a wrong shape or dtype.
     """
 
     def __init__(self, folder: Path, arch: Arch) -> None:
@@ -64,7 +65,7 @@ class HFWeights:
                 file = safe_open(path, "pt")
             except SafetensorError as error:
                 raise InputError(
-                    f"{path} is damaged or not a safetensors file ({error}); fetch it again"
+                    f"{path} is damaged or not a safetensors file ({error}); download it again"
                 ) from error
             self.files |= dict.fromkeys(file.keys(), file)
         refuse(f"the weights in {folder} do not fit its config.json:", self._problems())
@@ -80,13 +81,13 @@ class HFWeights:
         return _to_canonical(key, parts, self.arch)
 
     def _check_tied_head(self, embedding: Tensor) -> None:
-        # transformers 4 would use the embedding as output layer, transformers 5 would untie them.
+        # transformers 4 uses the embedding as output layer, transformers 5 unties the two.
         (name,) = hf_names(EMBEDDING, self.arch)
         (head,) = hf_names(HEAD, self.arch)
         if head in self.files and not torch.equal(embedding, self._read(head)):
             raise InputError(
                 f"tie_word_embeddings is true, but {head} differs from {name}; "
-                f"set it to false in config.json if {head} is meant"
+                f"set it to false in config.json to use {head}, or delete that weight"
             )
 
     def _read(self, name: str) -> Tensor:
@@ -94,12 +95,15 @@ class HFWeights:
         # aminmax propagates NaN and reads the tensor once. isfinite of every value would allocate
         # several tensors of the same size.
         if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise InputError(f"{name} contains NaN or infinity; the file is damaged, or training diverged")
+            raise InputError(
+                f"{name} contains NaN or infinity; the file is damaged, or training diverged: download it "
+                "again, or use an earlier checkpoint"
+            )
         return tensor
 
     def _problems(self) -> list[str]:
         expected = hf_shapes(self.arch)
-        ignored = {*hf_names(HEAD, self.arch)}  # stored by some tied models
+        ignored = {*hf_names(HEAD, self.arch)}  # some tied models store it
         problems = [f"{name} is missing" for name in expected if name not in self.files]
         for name, file in self.files.items():
             header = file.get_slice(name)
@@ -115,7 +119,7 @@ class HFWeights:
 
 
 def check_weights(folder: Path, arch: Arch) -> None:
-    """Raise InputError with every missing, unknown or misshapen tensor; reads no data."""
+    """Raise InputError that lists every missing, unknown or wrong tensor. It reads no data."""
     HFWeights(folder, arch)
 
 
@@ -127,7 +131,7 @@ def hf_names(key: str, arch: Arch) -> list[str]:
 
 
 def hf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every weight of the Hugging Face model, without padding."""
+    """Return name -> shape of every Hugging Face weight, without padding of the vocabulary."""
     return {
         name: (rows, *shape[1:])
         for key, shape in arch.shapes().items()
@@ -136,7 +140,7 @@ def hf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf(key: str, tensor: Tensor, arch: Arch) -> dict[str, Tensor]:
-    """Return Hugging Face name -> tensor from a canonical tensor; views of it where possible."""
+    """Return Hugging Face name -> tensor of a canonical tensor, as views if possible."""
     rows = _rows(key, arch)
     parts: Sequence[Tensor]
     if _row_dim(key) == "qkv":
@@ -190,10 +194,7 @@ def _rows(key: str, arch: Arch) -> list[int]:
 
 
 def asset_files(folder: Path) -> list[Path]:
-    """Return the files that belong to a model beside its weights.
-
-    config.json, tokenizer, generation settings and licence.
-    """
+    """Return config.json, tokenizer, generation settings and licence files of a model folder."""
     return sorted({path for pattern in ASSETS for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -210,7 +211,7 @@ def special_tokens(file: Path) -> dict[int, str]:
         return tokens | {added["id"]: added["content"] for added in content.get("added_tokens") or []}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{file} is not a file of the tokenizers library ({error!r}); fetch it again"
+            f"{file} is not a file of the tokenizers library ({error!r}); download it again"
         ) from error
 
 
@@ -223,11 +224,11 @@ def write_folder(
     *,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Write a model that transformers loads. Not atomic, so write to a temporary folder.
+    """Write a model that transformers loads. It is not atomic, so use a temporary folder.
 
     source: folder with the asset_files() of the model that this one was made from. tensors:
-    (checkpoint key, canonical tensor) of each of arch.shapes(), in any order. Holds one shard and
-    one tensor at a time.
+    (checkpoint key, canonical tensor) for each key of arch.shapes(), in any order. Memory holds one
+    shard and one tensor at a time.
     """
     shapes = arch.shapes()
 
@@ -244,7 +245,7 @@ def write_folder(
 
 
 def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> None:
-    """Copy the asset_files() of a source, with another config.json."""
+    """Copy the asset_files() of a source, and write `config` as config.json."""
     for path in asset_files(source) if source else []:
         shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -257,7 +258,7 @@ def write_weights(
     *,
     max_shard_bytes: float = 5e9,
 ) -> set[str]:
-    """Write (Hugging Face name, tensor) as safetensors files with their index; return the names.
+    """Write (Hugging Face name, tensor) pairs as safetensors files with an index; return the names.
 
     The folder must have a config.json.
     """
@@ -278,7 +279,7 @@ def write_weights(
 
 @dataclass(frozen=True)
 class _Shard:
-    """A written file, under a temporary name."""
+    """A written file with a temporary name."""
 
     path: Path
     names: list[str]
@@ -288,7 +289,7 @@ class _Shard:
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: float
 ) -> Iterator[_Shard]:
-    """Write the tensors file by file."""
+    """Write the tensors file by file, and yield each written shard."""
     shard: dict[str, Tensor] = {}
     num_bytes = number = 0
 
@@ -304,7 +305,7 @@ def _write_shards(
         if shard and num_bytes + size > max_bytes:
             yield save()
             shard, num_bytes, number = {}, 0, number + 1
-        # Always a copy: safetensors rejects views that share storage.
+        # copy=True, because safetensors rejects views that share storage.
         shard[name] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         num_bytes += size
     yield save()

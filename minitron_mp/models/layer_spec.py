@@ -1,4 +1,4 @@
-"""Megatron-Core's specification of a layer: which module does what."""
+"""Megatron-Core's layer specification: the class of each module of a layer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from minitron_mp.models.layers import Attention, LayerNorm1p, RMSNorm
 def block_spec(
     config: TransformerConfig, arch: Arch, vp_stage: int | None, pp_rank: int, engine: bool
 ) -> TransformerBlockSubmodules:
-    """Return the layers of one pipeline chunk.
+    """Return the layer specifications of one pipeline chunk.
 
-    Norms are modules of their own with either kind of layers, where Megatron's Transformer Engine
-    spec puts each inside the linear layer behind it. So checkpoint keys, hooks and masks are the
-    same for both. A norm's output is written and read once more, 2 s b h bytes in bf16 either way:
-    under a hundredth of a layer's time at hidden size 4096 on an H100 (computed, not measured).
+    Norms are separate modules for local and Transformer Engine layers. (Megatron's Transformer
+    Engine spec fuses each norm into the next linear layer.) So checkpoint keys, hooks and masks are
+    the same for both. The cost is one more write and one more read of each norm's output, 2 s b h
+    bytes each in bf16: under a hundredth of a layer's time at hidden size 4096 on an H100
+    (computed, not measured).
     """
     layer, norm = _engine_layer(arch) if engine else _local_layer(arch)
     parts = layer.submodules
@@ -35,9 +36,9 @@ def block_spec(
 
 
 def _local_layer(arch: Arch) -> tuple[ModuleSpec, type]:
-    """Return Megatron's local layer with attention and norms that run on any device, and the norm.
+    """Return Megatron's local layer with attention and norms for any device, and the norm class.
 
-    Both support sequence and context parallelism.
+    Attention and norms support sequence and context parallelism.
     """
     layer = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = Attention
@@ -45,7 +46,7 @@ def _local_layer(arch: Arch) -> tuple[ModuleSpec, type]:
 
 
 def _engine_layer(arch: Arch) -> tuple[ModuleSpec, type]:
-    """Return Megatron's layer with Transformer Engine's modules, and the norm."""
+    """Return Megatron's layer with Transformer Engine's modules, and the norm class."""
     from minitron_mp.models.engine_layers import UnfusedNormProvider
 
     engine = UnfusedNormProvider()

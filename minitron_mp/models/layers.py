@@ -22,7 +22,7 @@ from minitron_mp.distributed.collectives import AllGatherSequence
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension.
 
-    Its weight carries Megatron's mark for sequence parallelism.
+    Its weight has Megatron's attribute sequence_parallel.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
@@ -38,7 +38,8 @@ class RMSNorm(nn.Module):
 class LayerNorm1p(nn.Module):
     """Layer norm over the last dimension, with a bias.
 
-    Its weight is stored minus one, so that weight decay pulls it to one (Nemotron).
+    The stored weight is the weight minus one, so that weight decay moves the weight to one
+    (Nemotron).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
@@ -56,7 +57,7 @@ class LayerNorm1p(nn.Module):
 class Attention(nn.Module):
     """Causal scaled-dot-product attention with grouped queries.
 
-    Under context parallelism each rank gathers the keys and values of the whole sequence.
+    Under context parallelism each rank gathers the keys and values of the complete sequence.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """query [s, b, np/tp, hn], key and value [s, b, ng/tp, hn] -> [s, b, np/tp hn].
+        """Return the attention output [s, b, np/tp hn].
 
-        Under context parallelism s is s/cp in zig-zag order.
+        query [s, b, np/tp, hn]. key, value [s, b, ng/tp, hn]. Under context parallelism s is s/cp,
+        in zig-zag order.
         """
         s, b = query.shape[:2]
         mask = None
@@ -97,14 +99,14 @@ class Attention(nn.Module):
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
     def _causal_mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        """Return [s/cp, s]: the keys that each query of this rank may read."""
+        """Return bool [s/cp, s]: whether a query of this rank may attend to a key."""
         size, rank, half = self.cp.size(), self.cp.rank(), num_queries // 2
         rows = torch.arange(half, device=device)
         positions = torch.cat([rank * half + rows, (2 * size - 1 - rank) * half + rows])
         return positions[:, None] >= torch.arange(num_keys, device=device)
 
     def _gather_sequence(self, x: Tensor) -> Tensor:
-        """[s/cp, ...] in zig-zag order -> [s, ...] in order."""
+        """Gather x [s/cp, ...], in zig-zag order, into [s, ...] in sequence order."""
         size = self.cp.size()
         parts = AllGatherSequence.apply(x, self.cp).view(2 * size, -1, *x.shape[1:])
         first_half = [parts[2 * i] for i in range(size)]
@@ -113,9 +115,9 @@ class Attention(nn.Module):
 
 
 class DeferredHead(ColumnParallelLinear):
-    """The output layer, which the loss applies; the model's forward pass returns its input.
+    """Output layer that returns its input in the model's forward pass. The loss calls logits().
 
-    It stays a module of the model. So Megatron handles its checkpoint keys, tied embeddings and
+    It remains a module of the model, so Megatron handles its checkpoint keys, tied embeddings and
     overlapped parameter gathering.
     """
 
@@ -123,7 +125,7 @@ class DeferredHead(ColumnParallelLinear):
     def replacing(
         cls, head: ColumnParallelLinear, config: TransformerConfig, tp_group: ProcessGroup
     ) -> DeferredHead:
-        """Return the same layer around the same weight (none when it is the embedding's)."""
+        """Return a deferred layer with the weight of `head` (None if the embedding holds it)."""
         deferred = cls(
             head.input_size,
             head.output_size,
@@ -142,7 +144,7 @@ class DeferredHead(ColumnParallelLinear):
         return hidden, None
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[s, b, h] -> [s, b, v/tp]; under sequence parallelism hidden is [s/tp, b, h]."""
-        # torch multiplies a tensor that is not contiguous sample by sample. In bf16 on a CPU oneDNN
-        # then fails, and torch stops using it.
+        """Return logits [s, b, v/tp]. hidden: [s, b, h], with sequence parallelism [s/tp, b, h]."""
+        # torch multiplies a non-contiguous tensor sample by sample. In bf16 on a CPU oneDNN then
+        # fails, and torch stops using oneDNN.
         return super().forward(hidden.contiguous(), weight)[0]

@@ -1,4 +1,4 @@
-"""Number formats: bytes per element, and what FP8 needs. Imports no torch."""
+"""Number formats: bytes per element, and requirements of FP8. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 
 class FP8Requirement(NamedTuple):
-    """The oldest hardware and software that has a kind of FP8.
+    """The oldest hardware and software that supports a kind of FP8 scaling.
 
     capability: compute capability of the GPU. engine: first version of Transformer Engine that
-    Megatron-Core 0.16 to 0.19 accept for it. cuda: version that torch was built with.
+    Megatron-Core 0.16 to 0.19 accept. cuda: CUDA version that torch was built with.
     """
 
     capability: tuple[int, int]
@@ -25,4 +25,4 @@ FP8_SUPPORT = {
     "tensorwise": FP8Requirement((8, 9), "2.2", (12, 1)),
     "blockwise": FP8Requirement((9, 0), "2.3", (12, 9)),
 }
-"""Kind of FP8 scaling -> what it needs."""
+"""Kind of FP8 scaling -> its requirements."""

@@ -1,8 +1,9 @@
-"""Checkpoint keys of the parameters, and the dimensions of each.
+"""Checkpoint keys of the parameters, and the dimensions of each parameter.
 
-The keys are Megatron-Core's. They do not depend on the parallel layout, and each layer has its own:
+The keys are Megatron-Core's. They do not depend on the parallel layout. Each layer has separate
+keys:
 
-    decoder.layers.7.mlp.linear_fc1.weight      layer 7 of the whole model, counted from 0
+    decoder.layers.7.mlp.linear_fc1.weight      layer 7 of the model, counted from 0
     decoder.final_layernorm.weight              outside the layers
 
 Megatron-Core calls this form non-homogeneous. Layers of one model may then differ in their

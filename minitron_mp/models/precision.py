@@ -1,7 +1,7 @@
-"""Which layers run, Megatron-Core's local ones or Transformer Engine's, and in which number format.
+"""Choice between Megatron-Core's local layers and Transformer Engine's, and of the number format.
 
-The checks run before a model is built. They reject what would fail, or silently give wrong numbers,
-in the middle of a run. The local layers need nothing of this module and never import Transformer
+The checks run before a model is built. They reject settings that would fail or silently give wrong
+numbers in the middle of a run. The local layers do not use this module and never import Transformer
 Engine.
 """
 
@@ -27,10 +27,10 @@ RECOMPILE_LIMIT = 64
 def uses_engine(
     transformer_impl: str, dtype: torch.dtype, device: torch.device, fp8: str | None = None
 ) -> bool:
-    """Return whether the model has Transformer Engine's layers.
+    """Return whether the model uses Transformer Engine's layers.
 
-    transformer_impl: as in Recipe. "auto" chooses them in bf16 on a GPU where the package is
-    installed. InputError when the layers that were asked for are not available.
+    transformer_impl: see Recipe. "auto" uses them in bf16 on a GPU if the package is installed.
+    InputError when the requested layers are not available.
     """
     if fp8 and transformer_impl == "local":
         raise InputError(
@@ -60,8 +60,8 @@ def hardware_problems(
 ) -> list[str]:
     """Return the reasons why a machine cannot run this kind of FP8, one sentence each.
 
-    capability: compute capability of the GPU, (9, 0) for Hopper. cuda: version that torch was built
-    with. engine: version of Transformer Engine. None: not there.
+    capability: compute capability of the GPU, (9, 0) for Hopper. cuda: CUDA version that torch was
+    built with, None without CUDA. engine: version of Transformer Engine, None if not installed.
     """
     required = FP8_SUPPORT[fp8]
     needed_capability = ".".join(map(str, required.capability))
@@ -95,9 +95,9 @@ def check_hardware(fp8: str, device: torch.device) -> None:
 def check_cuda_graphs() -> None:
     """Raise InputError unless Megatron-Core supports CUDA graphs with fused gradient accumulation.
 
-    Before 0.19 it reads TransformerConfig.gradient_accumulation_fusion, which is off here
-    (fuse_gradient_accumulation), so gradients that Transformer Engine adds to main_grad would count
-    twice.
+    Versions before 0.19 read TransformerConfig.gradient_accumulation_fusion. This library turns it
+    off (see fuse_gradient_accumulation), so gradients that Transformer Engine adds to main_grad
+    would count twice.
     """
     installed = version("megatron-core")
     if Version(installed) < Version("0.19"):
@@ -108,10 +108,10 @@ def check_cuda_graphs() -> None:
 
 
 def release_cuda_graphs(chunks: list[Any]) -> None:
-    """Delete the CUDA graphs of a trained model, with their memory; its layers then run without.
+    """Delete the CUDA graphs of a trained model and free their memory.
 
-    Call it even after a failure. Otherwise the next model of this process could not be recorded,
-    and all work would stay in Megatron's stream.
+    Call it even after a failure. Otherwise the graphs of the next model of this process could not
+    be recorded, and Megatron's stream would remain the current stream.
     """
     from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 
@@ -125,7 +125,7 @@ def release_cuda_graphs(chunks: list[Any]) -> None:
 
 
 def engine_version() -> str | None:
-    """Return the version of Transformer Engine, None where it is not installed."""
+    """Return the version of Transformer Engine, or None if it is not installed."""
     for name in ("transformer_engine", "transformer-engine"):
         try:
             return version(name)
@@ -135,10 +135,10 @@ def engine_version() -> str | None:
 
 
 def fp8_options(fp8: str | None, *, trains: bool) -> dict[str, Any]:
-    """Return the settings of a TransformerConfig for a kind of FP8, {} without.
+    """Return the settings of a TransformerConfig for a kind of FP8, {} without FP8.
 
-    A model that is trained keeps its weights in bf16 beside FP8 copies. Another one keeps them in
-    FP8.
+    A trained model stores bf16 weights and FP8 copies. A model that is not trained stores FP8
+    weights only.
     """
     if fp8 is None:
         return {}
@@ -150,15 +150,16 @@ def fp8_options(fp8: str | None, *, trains: bool) -> dict[str, Any]:
 
 
 def silently_wrong(config: Any, ddp: Any) -> list[str]:
-    """Return the settings that Megatron-Core trains without an error but with wrong numbers.
+    """Return the settings with which Megatron-Core trains without an error but with wrong numbers.
 
-    One sentence each. config: of the model. ddp: DistributedDataParallelConfig.
+    The result has one sentence per setting. config: TransformerConfig. ddp:
+    DistributedDataParallelConfig.
     """
     problems = []
     if getattr(config, "fp8_param", False) and not ddp.fp8_param_gather:
         problems.append(
             "fp8_param needs fp8_param_gather in the data-parallel wrapper; "
-            "without it weights are rounded to FP8 twice a step and learn far more slowly"
+            "without it weights are rounded to FP8 twice a step and train far more slowly"
         )
     if config.virtual_pipeline_model_parallel_size and (config.batch_p2p_comm or not config.overlap_p2p_comm):
         problems.append(
@@ -171,9 +172,9 @@ def silently_wrong(config: Any, ddp: Any) -> list[str]:
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """Make Transformer Engine's linear layers add weight gradients to main_grad in the product.
 
-    TransformerConfig.gradient_accumulation_fusion is not used: with it Megatron's output layer
-    needs an extension of Apex. The loss computes that layer's gradient, and adds it to main_grad
-    too (losses/fused.py).
+    TransformerConfig.gradient_accumulation_fusion is not used, because with it Megatron's output
+    layer needs an extension of Apex. The loss computes the gradient of the output layer and adds it
+    to main_grad, too (losses/fused.py).
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -183,8 +184,8 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 def compile_for_fixed_shapes() -> None:
     """Compile Megatron's small functions for each shape separately, at most RECOMPILE_LIMIT times.
 
-    Teacher and student have two widths. From the second one on torch.compile would make one kernel
-    for any width, which is slower.
+    Teacher and student have different widths. For the second width torch.compile would make one
+    slower kernel for any width.
     """
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)

@@ -21,9 +21,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class ShardedModel:
     """One model as this rank holds it.
 
-    chunks: this rank's pipeline chunks in order of depth, bare or wrapped for data parallelism (one
-    without vpp). arch: sizes of the whole model. world: layout and process groups. sequence_length:
-    tokens of one sample. precision: "bf16" or "fp32", of weights and activations.
+    chunks: this rank's pipeline chunks in order of depth (one chunk without vpp). They may be
+    wrapped for data parallelism. arch: global sizes of the model. world: layout and process groups.
+    sequence_length: tokens of one sample. precision: "bf16" or "fp32", of weights and activations.
     """
 
     chunks: list[Any]
@@ -40,17 +40,17 @@ class ShardedModel:
         return self.chunks[-1]
 
     def with_chunks(self, chunks: list[Any]) -> ShardedModel:
-        """Return the same model with other chunks, such as wrapped ones."""
+        """Return the same model with different chunks, for example wrapped ones."""
         return replace(self, chunks=chunks)
 
     def eval(self) -> ShardedModel:
-        """Switch to evaluation mode; returns the model itself."""
+        """Switch to evaluation mode, and return the model itself."""
         for chunk in self.chunks:
             chunk.eval()
         return self
 
     def freeze(self) -> ShardedModel:
-        """Switch to evaluation mode and turn gradients off; returns the model itself."""
+        """Switch to evaluation mode, turn gradients off, and return the model itself."""
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
         return self
@@ -58,8 +58,8 @@ class ShardedModel:
     def forward(self, batches: Sequence[Batch], on_output: OnOutput | None = None) -> list[Any]:
         """Run micro-batches through the pipeline without gradients; reached by all ranks.
 
-        On the last stage on_output(hidden, local batch) runs for each micro-batch in order, and the
-        list of its results is returned; other stages return []. run_schedule has the shapes.
+        The last stage runs on_output(hidden, local batch) for each micro-batch in order and returns
+        the list of its results. The other stages return []. run_schedule() documents the shapes.
         """
         return run_schedule(self.chunks, batches, self.world, on_output)
 

@@ -1,4 +1,4 @@
-"""Megatron-Core's configuration of a model, also of one whose layers differ in size."""
+"""Megatron-Core's configuration of a model. Its layers may differ in size."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PerLayerConfig(TransformerConfig):
         self.heterogeneous_block_specs = True
 
     def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
-        """Return the configuration of one layer of the whole model; layer_number counts from 1."""
+        """Return the configuration of one layer. layer_number: global number, counted from 1."""
         config = copy.copy(self)
         for name, size in self.blocks[layer_number - 1]:
             setattr(config, name, size)
@@ -49,7 +49,7 @@ class PerLayerConfig(TransformerConfig):
 
 
 def transformer_config(arch: Arch, world: World, options: ModelOptions, engine: bool) -> TransformerConfig:
-    """Return the configuration of the model. engine: with Transformer Engine's layers."""
+    """Return the configuration of the model. engine: the model has Transformer Engine's layers."""
     settings = {
         **_architecture(arch),
         **_layout(arch, world.parallel),
@@ -64,7 +64,7 @@ def transformer_config(arch: Arch, world: World, options: ModelOptions, engine: 
 
 
 def _architecture(arch: Arch) -> dict[str, Any]:
-    first = arch.blocks[0]  # of a model whose layers differ, each layer gets its own sizes
+    first = arch.blocks[0]  # PerLayerConfig replaces these sizes if layers differ
     return {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -93,8 +93,8 @@ def _layout(arch: Arch, p: ParallelConfig) -> dict[str, Any]:
         "sequence_parallel": p.sequence_parallel,
     }
     if arch.num_layers % (p.pp * (p.vpp or 1)):
-        # Megatron needs equal stages unless the layout names the layers of each. The last stages,
-        # which also hold the output layer, get fewer layers.
+        # Megatron needs equal stages unless a layout lists the layers of each stage. The last
+        # stages get fewer layers, because the last one also holds the output layer.
         stages = [["decoder"] * count for count in p.layers_of_chunks(arch.num_layers)]
         stages[0].insert(0, "embedding")
         stages[-1].append("loss")
@@ -119,7 +119,7 @@ def _number_formats(options: ModelOptions) -> dict[str, Any]:
 def _initialisation(world: World, options: ModelOptions) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "use_cpu_initialization": world.device.type == "cpu",
-        # Never skip the initialisation: there Megatron also marks which weights are split over
+        # Never skip the initialisation, because it also marks the weights that are split over
         # tensor-parallel ranks. Without the marks the gradient norm counts them on one rank only.
         "perform_initialization": True,
     }
@@ -131,12 +131,12 @@ def _initialisation(world: World, options: ModelOptions) -> dict[str, Any]:
 
 
 def _leave(weight: Tensor) -> Tensor:
-    """Initialise nothing, for weights that a checkpoint fills."""
+    """Return the weight without initialisation, because a checkpoint fills it."""
     return weight
 
 
 def _kernels(arch: Arch, engine: bool) -> dict[str, Any]:
-    """Fused kernels of Apex, Transformer Engine or torch.compile; the local layers use none."""
+    """Return the settings of fused kernels. The local layers use no fused kernel."""
     return {
         "bias_activation_fusion": engine and arch.gated,
         "bias_dropout_fusion": engine,

@@ -1,6 +1,6 @@
 """The training loop, for distillation and for teacher correction.
 
-With a teacher it is distillation. Without one, and with ce_weight, it is fine-tuning on the text.
+With a teacher it is distillation. Without a teacher, and with ce_weight, it is fine-tuning on text.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def train(
     stop_after: int | None = None,
     profile_folder: Path | None = None,
 ) -> None:
-    """Train the model in place to settings.steps, or resume its newest checkpoint.
+    """Train the model in place to settings.steps. Resume from its newest checkpoint, if any.
 
-    batches_of(step): this data-parallel rank's micro-batches of a step (from 0). stop_after: return
-    after this many steps of this call, with a checkpoint written. profile_folder: for the traces of
-    settings.profile. InputError when the loss is not finite; Preempted when the job has to stop,
-    with a checkpoint written. Reached by all ranks.
+    Reached by all ranks. batches_of(step): returns this data-parallel rank's micro-batches of a
+    step (from 0). stop_after: return after this number of steps of this call, and write a
+    checkpoint. profile_folder: folder for the traces of settings.profile. InputError when the loss
+    is not finite. Preempted when the job must stop, after a checkpoint is written.
     """
     try:
         run = TrainingRun(model, teacher, settings, options)
@@ -47,7 +47,7 @@ def train(
         )
         last = min(settings.steps, run.steps_done + (stop_after or settings.steps))
         train_together([run], teacher, batches_of, last, profiler=profiler)
-    finally:  # also when the run cannot be made: building the model has already set Megatron's stream
+    finally:  # also if TrainingRun() fails, because build_model() has set Megatron's stream
         if settings.cuda_graphs:
             release_cuda_graphs(model.chunks)
 
@@ -63,8 +63,9 @@ def train_together(
 ) -> None:
     """Train all runs to step `last` with one forward pass of the teacher, and finalize them.
 
-    A run that is ahead waits for the others. drop_diverged: a run that diverges ends at its last
-    good step, and the others continue. Preempted when the job has to stop. Reached by all ranks.
+    A run that resumes at a later step waits for the other runs. drop_diverged: a run that diverges
+    ends at its last finite step, and the other runs continue. Preempted when the job must stop.
+    Reached by all ranks.
     """
     active = list(runs)
     stop_request = ""
@@ -102,7 +103,7 @@ def train_together(
 
 
 def take_step(run: TrainingRun, batches: Sequence[Batch], *, is_last: bool = False) -> None:
-    """Take one optimizer step, and log and save when it is time; is_last: in any case."""
+    """Run one optimizer step. Log and save if an interval ends, or if is_last is set."""
     run.seed_step()
     run.forward_backward(batches)
     run.update()
@@ -114,10 +115,10 @@ def take_step(run: TrainingRun, batches: Sequence[Batch], *, is_last: bool = Fal
 
 
 def _agree_to_stop(runs: Sequence[TrainingRun], teacher: Teacher | None, step: int) -> str:
-    """Return why all ranks stop after this step, "" to continue.
+    """Return the reason to stop after this step, or "" to continue.
 
-    All ranks agree on whether it is empty. With a remote teacher the teacher chooses the step,
-    because it runs ahead (distillation/stream_end.py).
+    The result is empty on all ranks or on no rank. A remote teacher chooses the step, because it
+    runs ahead (distillation/stream_end.py).
     """
     request = next((run.stop_request for run in runs if run.stop_request), "")
     stream_end = teacher.stream_end if teacher is not None else None

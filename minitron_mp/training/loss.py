@@ -19,8 +19,9 @@ from minitron_mp.models.sharded_model import DTYPES, ShardedModel, output_weight
 class TrainingLoss:
     """The on_output function of run_schedule() in training.
 
-    model: wrapped for data parallelism. sums: float64 [4], loss, divergence and cross-entropy in
-    nats, and valid tokens, added up over this rank's micro-batches of a step.
+    model: model with chunks that are wrapped for data parallelism. sums: float64 [4], the sums of
+    loss, divergence and cross-entropy in nats, and of valid tokens, over this rank's micro-batches
+    of a step.
     """
 
     def __init__(
@@ -54,6 +55,6 @@ class TrainingLoss:
         if self.teacher is not None:
             self.teacher.release(signal_of(batch))
         self.sums += torch.cat([loss.sums, loss.num_tokens[None]]).double()
-        # Not divided: with calculate_per_token_loss Megatron divides the gradient by the global
-        # number of valid tokens of the step.
+        # Return the sum, because with calculate_per_token_loss Megatron divides the gradient by the
+        # global number of valid tokens of the step.
         return loss.total, loss.num_tokens.to(torch.int32), {}

@@ -20,33 +20,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step.
+    """Metrics of one optimizer step.
 
-    Loss is what was optimised; loss, kl and ce are means over the step's valid tokens, in nats.
+    loss is the optimised value. loss, kl and ce are means over the step's valid tokens, in nats.
     """
 
     step: int
-    """From 1."""
+    """Number of the step, counted from 1."""
     loss: float
     kl: float
     ce: float
     grad_norm: float
-    """Before clipping."""
+    """Global norm before clipping."""
     lr: float
     num_tokens: int
     """Valid tokens over all ranks."""
     step_time_s: float
     tokens_per_s: float
     states: float | None = None
-    """Loss on hidden states (distillation/hidden_states.py), where they are matched."""
+    """Loss on hidden states (distillation/hidden_states.py). None if they are not matched."""
     alpha: float | None = None
-    """Its weight in the loss."""
+    """Weight of `states` in the loss."""
     measured: Throughput = field(default_factory=Throughput, compare=False)
 
     def values(self) -> dict[str, float]:
-        """Return name -> value of every metric that this run has, without nesting."""
-        own = {name: value for name, value in vars(self).items() if name != "measured"}
-        return {name: value for name, value in {**own, **vars(self.measured)}.items() if value is not None}
+        """Return name -> value of every metric that is not None, in one flat dictionary."""
+        metrics = {name: value for name, value in vars(self).items() if name != "measured"}
+        metrics |= vars(self.measured)
+        return {name: value for name, value in metrics.items() if value is not None}
 
     def console_line(self) -> str:
         """Return the metrics that fit on a line of the console."""
@@ -62,12 +63,10 @@ def metrics_line(metrics: StepMetrics) -> str:
 
 
 class MetricsLog:
-    """Writes metrics.jsonl and TensorBoard scalars on rank 0.
+    """Context manager that yields the writer of metrics.jsonl and TensorBoard scalars, on rank 0.
 
-    A context manager that yields the writer.
-
-    name: of the run, prefix of its TensorBoard tags. first_step: from which the run resumes. What
-    was logged after it is removed, because the run repeats these steps.
+    name: name of the run and prefix of its TensorBoard tags. first_step: step from which the run
+    resumes. Metrics of later steps are deleted, because the run repeats these steps.
     """
 
     def __init__(self, path: Path, name: str, first_step: int, world: World):
@@ -86,7 +85,7 @@ class MetricsLog:
         return self._write
 
     def _lines_to_keep(self) -> list[str]:
-        """Return the complete lines of the steps before the one that the run resumes from."""
+        """Return the complete lines of the steps up to first_step."""
         if not self.first_step or not self.path.exists():
             return []
         lines = self.path.read_text().splitlines(keepends=True)
@@ -101,8 +100,8 @@ class MetricsLog:
         for name, value in metrics.values().items():
             if name != "step":
                 self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
-        # Without a flush a kill loses up to two minutes of points, which a resumed run does not
-        # repeat when they are older than its checkpoint.
+        # Without a flush a kill would lose up to two minutes of points. A resumed run does not
+        # repeat points from before its checkpoint.
         self.board.flush()
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""A model wrapped for data parallelism, with distributed optimizer and learning-rate schedule."""
+"""TrainableModel: data-parallel wrapper, distributed optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from minitron_mp.models.sharded_model import ShardedModel, unwrap
 class TrainableModel:
     """A model with gradients, optimizer and learning-rate schedule.
 
-    model: its chunks are wrapped in Megatron's DistributedDataParallel. All methods are reached by
-    all ranks.
+    model: model whose chunks are wrapped in Megatron's DistributedDataParallel. All ranks must call
+    every method.
     """
 
     def __init__(self, model: ShardedModel, settings: TrainingConfig):
@@ -44,10 +44,7 @@ class TrainableModel:
         self.optimizer.zero_grad()
 
     def update(self) -> tuple[float, float]:
-        """Apply the accumulated gradients.
-
-        Returns learning rate and gradient norm before clipping.
-        """
+        """Apply the gradients. Return learning rate and gradient norm before clipping."""
         self.schedule.step(increment=1)
         _, grad_norm, _ = self.optimizer.step()
         return self.optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)
@@ -55,10 +52,10 @@ class TrainableModel:
     def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
         """Return the sharded state of weights and optimizer.
 
-        Empty: tensors to read a checkpoint into.
+        empty: return uninitialised optimizer tensors, to read a checkpoint into.
         """
         chunks = [chunk.module for chunk in self.model.chunks]
-        # With overlap the last all-gather of parameters is still to come.
+        # With overlap the all-gather of the updated parameters has not run yet.
         gather_first = self.overlap and not empty
         if gather_first:
             for chunk in self.model.chunks:
@@ -72,9 +69,9 @@ class TrainableModel:
         return state
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Continue from a state_dict(empty=True) that a checkpoint has filled."""
+        """Restore a state_dict(empty=True) that a checkpoint has filled."""
         # Transformer Engine 2.16 rejects pickled histories of delayed scaling by default. These
-        # come from our own checkpoint.
+        # come from a checkpoint of this run.
         with environment_variable("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
             for i, chunk in enumerate(self.model.chunks):
                 weights = state[f"model{i}"] | state.get(f"scaling{i}", {})
@@ -83,13 +80,13 @@ class TrainableModel:
         self.schedule.step(increment=step)
 
     def finalize(self) -> None:
-        """Finish the pending all-gather of parameters, and drop references so memory can be freed."""
+        """Run the pending all-gather of parameters; delete references that keep memory alive."""
         for chunk in self.model.chunks:
             if self.overlap:
                 chunk.disable_forward_pre_hook(param_sync=True)
-            # The optimizer's shards hold gradient hooks that Python's collector cannot see. Through
-            # them these functions would keep model, optimizer and process groups until the process
-            # ends.
+            # The optimizer's shards hold gradient hooks that Python's garbage collector cannot
+            # trace. With them these functions would keep model, optimizer and process groups in
+            # memory until the process ends.
             config = unwrap(chunk).config
             config.finalize_model_grads_func = None
             config.grad_scale_func = None
@@ -106,7 +103,7 @@ def _wrapped(model: ShardedModel, settings: TrainingConfig) -> ShardedModel:
         overlap_param_gather=settings.overlap,
     )
     refuse("this model would be trained wrongly:", silently_wrong(config, ddp))
-    # Set before wrapping: it also decides how the wrapper scales gradients.
+    # Set it before wrapping, because the wrapper's scaling of gradients depends on it.
     config.calculate_per_token_loss = True
     chunks = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=model.world.groups)
@@ -127,7 +124,7 @@ def _optimizer(chunks: list[Any], settings: TrainingConfig) -> Any:
             weight_decay=settings.weight_decay,
             adam_beta1=settings.adam_beta1,
             adam_beta2=settings.adam_beta2,
-            # At 0 Megatron would not compute the gradient norm, which is logged.
+            # With 0 Megatron would not compute the gradient norm, which the log needs.
             clip_grad=settings.clip_grad or math.inf,
             bf16=config.params_dtype is torch.bfloat16,
             params_dtype=config.params_dtype,
@@ -140,7 +137,7 @@ def _optimizer(chunks: list[Any], settings: TrainingConfig) -> Any:
 
 
 def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> None:
-    """Give Megatron's schedules the functions of wrapper and optimizer that they call."""
+    """Set the functions of wrapper and optimizer that Megatron's schedules call."""
     config = unwrap(chunks[0]).config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -155,7 +152,7 @@ def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> Non
 
 
 def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
-    """Linear warm-up to lr, then a cosine to min_lr at the last step."""
+    """Return the schedule: linear warm-up to lr, then a cosine to min_lr at the last step."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,4 +1,4 @@
-"""RunOptions: what a training run needs beside its model, teacher and hyperparameters."""
+"""RunOptions: checkpoints, seed and callbacks of a training run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from minitron_mp.training.throughput import StepWork
 class Stateful(Protocol):
     """An object with sharded state in the checkpoints of a run.
 
-    Both methods are reached by all ranks.
+    All ranks must call both methods.
     """
 
     def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
-        """Return the sharded state; empty: uninitialised tensors to read a checkpoint into."""
+        """Return the sharded state. empty: uninitialised tensors, to read a checkpoint into."""
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Continue from a state_dict(empty=True) that a checkpoint has filled."""
+        """Restore a state_dict(empty=True) that a checkpoint has filled."""
 
 
 def ignore_metrics(metrics: StepMetrics) -> None:
@@ -31,13 +31,14 @@ def ignore_metrics(metrics: StepMetrics) -> None:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a training run saves and reports.
+    """Options of a training run besides model, teacher and hyperparameters.
 
-    checkpoints: folder of its checkpoints. None: another run saves its state.
-    manifest: of the artefact that the run makes. A checkpoint with another manifest is never
-    resumed. seed: with the step number it gives the random streams of a step.
+    checkpoints: folder of its checkpoints. None: a different run saves its state.
+    manifest: manifest of the artifact that the run makes. A run never resumes from a checkpoint
+        with a different manifest.
+    seed: seed and step number determine the random streams of a step.
     on_step: called on rank 0 for each step, at the end of every log interval.
-    extra_state: a second object whose state is saved and resumed with the run.
+    extra_state: a second object whose state is saved and restored with the run.
     work: FLOPs of a step, for the metrics.
     """
 

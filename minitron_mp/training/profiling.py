@@ -14,11 +14,11 @@ from minitron_mp.errors import InputError
 
 
 class Profiler:
-    """Traces the steps settings.steps (from 1, as they are logged) on the ranks settings.ranks.
+    """Traces the steps settings.steps (from 1, as in the log) on the ranks settings.ranks.
 
-    kind torch: writes a Chrome trace to `folder` after the last of the steps. kind nsys: calls
+    kind torch: writes a Chrome trace to `folder` after the last of these steps. kind nsys: calls
     cudaProfilerStart and cudaProfilerStop, for Nsight Systems with --capture-range=cudaProfilerApi.
-    InputError on all ranks when that is impossible.
+    InputError on all ranks if tracing is not possible.
     """
 
     def __init__(self, settings: ProfileConfig, world: World, folder: Path, name: str):
@@ -35,15 +35,15 @@ class Profiler:
         beyond = [rank for rank in self.settings.ranks if rank >= world.size]
         if beyond:
             return InputError(
-                f"profile.ranks names rank {beyond[0]}, the run has {world.size}: give ranks from 0 to "
+                f"profile.ranks has rank {beyond[0]}, the run has {world.size} ranks; give ranks from 0 to "
                 f"{world.size - 1}"
             )
         if self.settings.kind == "nsys" and not self.uses_cuda:
-            return InputError("profile.kind nsys traces CUDA, this run is on a CPU: set profile.kind: torch")
+            return InputError("profile.kind nsys traces CUDA, this run is on a CPU; set profile.kind: torch")
         if self.settings.kind == "nsys" and self.enabled and not under_nsys():
             command = "nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop torchrun ..."
             return InputError(
-                "profile.kind nsys needs a job that runs under Nsight Systems: start it with "
+                "profile.kind nsys needs a job that runs under Nsight Systems; start it with "
                 f"{command}, or set profile.kind: torch"
             )
         return None
@@ -54,7 +54,7 @@ class Profiler:
             return
         self.active = True
         if self.settings.kind == "nsys":
-            torch.cuda.synchronize()  # work issued before is not part of the step
+            torch.cuda.synchronize()  # exclude earlier work from the trace
             torch.cuda.profiler.start()
             return
         activities = [torch.profiler.ProfilerActivity.CPU]

@@ -1,8 +1,8 @@
 """TrainingRun: one model in training, with its forward and backward passes and optimizer updates.
 
-A step is a pure function of weights, optimizer state and step number: the batches and random
-streams follow from seed and step. So a checkpoint holds weights, optimizer and step, and a resumed
-run is bitwise identical to an uninterrupted run at the same layout.
+A step is a pure function of weights, optimizer state and step number, because seed and step
+determine batches and random streams. So a checkpoint holds weights, optimizer state and step, and a
+resumed run is bitwise identical to an uninterrupted run with the same layout.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ OnOutput = Callable[[torch.Tensor, Batch], Any]
 
 
 class TrainingRun:
-    """One model in training, from the newest checkpoint of this run if there is one.
+    """One model in training. The constructor loads the newest checkpoint of this run, if any.
 
-    model: its chunks are wrapped for data parallelism. steps_done: optimizer steps, including those
-    before a resume. stop_request: why all ranks stop, "" as long as they do not; all ranks agree on
-    whether it is empty. All methods are reached by all ranks.
+    model: model whose chunks are wrapped for data parallelism. steps_done: number of optimizer
+    steps, with those before a resume. stop_request: reason why all ranks stop, or ""; it is empty
+    on all ranks or on no rank. All ranks must call every method.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TrainingRun:
         self.stop_request = ""
         self.traffic = Traffic(0.0, 0)
         self.time_a_checkpoint = False
-        """Whether a checkpoint has to be written now, only to learn how long it takes."""
+        """Whether a checkpoint must be written now to measure its duration."""
         self.checkpoints: RunCheckpoints | None = None
         if options.checkpoints is not None:
             self.checkpoints = RunCheckpoints(options.checkpoints, options, settings, self.world)
@@ -70,21 +70,25 @@ class TrainingRun:
 
     @property
     def log_is_due(self) -> bool:
-        """Whether a log interval ends here."""
+        """Whether a log interval ends after the current step."""
         return self.steps_done % self.settings.log_interval == 0
 
     @property
     def save_is_due(self) -> bool:
-        """Whether a checkpoint interval ends here."""
+        """Whether a checkpoint interval ends after the current step."""
         return self.checkpoints is not None and self.checkpoints.is_due(self.steps_done)
 
     def seed_step(self) -> None:
         """Seed the random streams of the next step."""
-        if not self.settings.cuda_graphs:  # recorded layers keep their random streams, and use none
+        # Recorded layers keep their random streams, but use no random numbers.
+        if not self.settings.cuda_graphs:
             seed_all(self.options.seed + self.steps_done)
 
     def forward_backward(self, batches: Sequence[Batch], on_output: OnOutput | None = None) -> None:
-        """Accumulate the gradients of a step. on_output: instead of self.loss, which it calls."""
+        """Accumulate the gradients of a step.
+
+        on_output: function that replaces self.loss and calls it. Default: self.loss.
+        """
         self.trainable.zero_grad()
         self.loss.sums.zero_()
         if self.hidden_states is None:
@@ -105,7 +109,7 @@ class TrainingRun:
         lr, grad_norm = self.trainable.update()
         sums = self.loss.sums.clone()
         if not (self.world.is_last_stage and self.world.groups.tp.rank() == 0):
-            sums.zero_()  # other stages have no loss, other tensor-parallel ranks have the same one
+            sums.zero_()  # only one tensor-parallel rank of the last stage adds its sums
         if self.hidden_states is None:
             self.step_log.add(FinishedStep(self.steps_done, lr, grad_norm, sums))
         else:
@@ -120,18 +124,18 @@ class TrainingRun:
             gc.collect()
 
     def log(self) -> None:
-        """Report the steps since the last log, and agree with all ranks on what comes next.
+        """Report the steps since the last log, and exchange stop requests with all ranks.
 
-        One collective, after a host synchronisation. Diverged on all ranks when a loss is not
-        finite.
+        It synchronises with the device and calls one collective. It raises Diverged on all ranks if
+        a loss is not finite.
         """
         if not self.step_log.pending:
             return
         seconds = self.step_log.stop_clock()
-        own_request, status = self._status(seconds / len(self.step_log.steps))
+        local_request, status = self._status(seconds / len(self.step_log.steps))
         blocked_s = self.checkpoints.take_blocked_s() if self.checkpoints is not None else None
         job, metrics = self.step_log.report(status, seconds, blocked_s)
-        self.stop_request = (own_request or OTHER_RANK) if job.num_stop_requests else ""
+        self.stop_request = (local_request or OTHER_RANK) if job.num_stop_requests else ""
         self.time_a_checkpoint = job.num_checkpoint_times > 0
         self.step_log.check_and_publish(metrics)
         if self.checkpoints is not None and self.checkpoints.pending and not job.num_writers:
@@ -139,7 +143,7 @@ class TrainingRun:
         self.step_log.start_clock()
 
     def _status(self, step_s: float) -> tuple[str, RankStatus]:
-        """Return why this rank asks to stop, and what it contributes to the log."""
+        """Return this rank's stop request ("" without one) and its status for the log."""
         traffic, received = self.teacher.traffic() if self.teacher is not None else None, None
         if traffic is not None:
             received = Traffic(
@@ -166,16 +170,14 @@ class TrainingRun:
         return request, RankStatus(bool(request), needs_time, checkpoints.writing, received)
 
     def save(self, *, wait: bool = False) -> None:
-        """Write a checkpoint of the steps so far, unless there is one.
+        """Write a checkpoint after the current step, unless it exists or the step is the last one.
 
-        None is needed after the last step.
-
-        wait: return when it is committed, also with async_save.
+        wait: return after it is committed, also with async_save.
         """
         if self.checkpoints is None:
             return
         if self.checkpoints.is_needed(self.steps_done):
-            self.log()  # every step is logged, and so checked, before it is saved
+            self.log()  # log() checks that the loss of every saved step is finite
             self.checkpoints.save(self, self.steps_done)
             self.time_a_checkpoint = False
             self.step_log.start_clock()
@@ -185,20 +187,20 @@ class TrainingRun:
     def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
         """Return the sharded state of weights, optimizer and hidden-state loss.
 
-        empty: uninitialised tensors to read a checkpoint into, for load_state().
+        empty: return uninitialised tensors, to read a checkpoint into for load_state().
         """
         state = self.trainable.state_dict(empty=empty)
         return {**state, **self.hidden_states.state()} if self.hidden_states else state
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Continue from a state_dict(empty=True) that a checkpoint has filled."""
+        """Restore a state_dict(empty=True) that a checkpoint has filled."""
         self.trainable.load_state(state, step)
         if self.hidden_states:
             self.hidden_states.load(state, step)
         self.steps_done = step
 
     def finalize(self) -> None:
-        """End the run: complete its checkpoint and its weights, and let the rest be freed."""
+        """End the run: complete its checkpoint and weights, and release its memory."""
         if self.checkpoints is not None:
             self.checkpoints.finish()
         if self.world.preemption is not None:

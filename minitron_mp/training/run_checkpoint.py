@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: saved between its steps or beside them, and resumed from."""
+"""RunCheckpoints: save the checkpoints of a training run, and resume from the newest one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from minitron_mp.training.options import RunOptions, Stateful
 class RunCheckpoints:
     """The checkpoints of one training run in its folder.
 
-    With settings.async_save a checkpoint is written by other processes while the steps continue.
-    saved_step: step of the newest checkpoint. Methods are reached by all ranks, properties are
-    local.
+    With settings.async_save forked processes write a checkpoint while the steps continue.
+    saved_step: step of the newest checkpoint. All ranks must call the methods. The properties do
+    not communicate.
     """
 
     def __init__(self, folder: Path, options: RunOptions, settings: TrainingConfig, world: World):
@@ -42,20 +42,20 @@ class RunCheckpoints:
         return self.writer is not None and self.writer.writing
 
     def is_due(self, step: int) -> bool:
-        """Return whether checkpoint_interval asks for a checkpoint after a step."""
+        """Return whether a checkpoint interval ends after a step."""
         return step % self.settings.checkpoint_interval == 0
 
     def is_needed(self, step: int) -> bool:
-        """Return whether a save now would write: not twice, and not after the last step."""
+        """Return whether a step needs a checkpoint: it is neither saved nor the last step."""
         return step != self.saved_step and step < self.settings.steps
 
     def take_blocked_s(self) -> float | None:
-        """Return for how long checkpoints have blocked training since the last call."""
+        """Return the seconds that checkpoints blocked training since the last call, or None."""
         seconds, self._blocked_s = self._blocked_s, 0.0
         return seconds or None
 
     def save(self, run: Stateful, step: int) -> None:
-        """Write a checkpoint of a run after a step, or start to write it with async_save."""
+        """Write a checkpoint of a run after a step. With async_save, start to write it."""
         self.finish()
         start = time.perf_counter()
         state = run.state_dict()
@@ -74,7 +74,7 @@ class RunCheckpoints:
             self._record_duration(seconds)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written beside the training, if there is one."""
+        """Wait for the pending asynchronous checkpoint, if any."""
         if self.writer is None or not self.writer.pending:
             return
         start = time.perf_counter()
@@ -83,7 +83,7 @@ class RunCheckpoints:
         self._record_duration(time.perf_counter() - self._save_started)
 
     def resume(self, run: Stateful) -> int:
-        """Load the newest complete checkpoint of this run; returns its step, 0 without one."""
+        """Load the newest complete checkpoint of this run. Return its step, 0 without one."""
         step = resume_step(self.folder, self.manifest)
         if step:
             self._load(run, step)
@@ -98,8 +98,8 @@ class RunCheckpoints:
             state = load_checkpoint(state, path)
         except InputError as error:
             raise InputError(
-                f"{path} cannot be read: delete it, and the run resumes from the checkpoint before it, "
-                f"or starts again ({error})"
+                f"{path} cannot be read ({error}); delete it, and the run resumes from the previous "
+                "checkpoint or from the beginning"
             ) from error
         if self.extra_state is not None:
             self.extra_state.load_state(state.pop("extra_state"), step)
@@ -117,21 +117,21 @@ class RunCheckpoints:
 def resume_step(folder: Path, manifest: Manifest) -> int:
     """Return the step of the newest complete checkpoint, 0 without one; reached by all ranks.
 
-    InputError when the checkpoints in the folder belong to another run, naming the field that
-    differs.
+    InputError when the checkpoints in the folder belong to a different run. It lists the fields
+    that differ.
     """
     return on_rank_0(lambda: _newest_step(folder, manifest))
 
 
 def _newest_step(folder: Path, manifest: Manifest) -> int:
-    # A checkpoint without a manifest does not count: the machine stopped before the disk had it.
+    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
     complete = [path for path in sorted(folder.glob("step_*")) if (path / MANIFEST).is_file()]
     if not complete:
         return 0
-    found = require_artifact(complete[-1], manifest.stage)
+    newest = require_artifact(complete[-1], manifest.stage)
     refuse(
-        f"{folder} holds checkpoints of another run; move or delete it, or go back to these settings:",
-        found.differences(manifest),
+        f"{folder} holds checkpoints of another run; move or delete it, or restore these settings:",
+        newest.differences(manifest),
     )
     return int(complete[-1].name.removeprefix("step_"))
 

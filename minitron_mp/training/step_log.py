@@ -1,4 +1,4 @@
-"""The steps of a run since its last log, added up over the ranks and reported on rank 0."""
+"""StepLog: add up the steps of a log interval over the ranks, and report them on rank 0."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from minitron_mp.training.throughput import Throughput, peak_memory_gib
 
 
 class Diverged(InputError):
-    """A loss or gradient norm is not finite."""
+    """Error for a loss or gradient norm that is not finite."""
 
 
 @dataclass(frozen=True)
 class FinishedStep:
     """One step on this rank.
 
-    sums: float64 [4], loss, divergence and cross-entropy in nats, and valid tokens, over this
-    rank's tokens; [5] with the hidden-state loss. Zero where another rank has the same. alpha:
-    weight of the hidden-state loss.
+    sums: float64 [4], sums of loss, divergence and cross-entropy in nats, and of valid tokens, over
+    this rank's tokens; [5] with the hidden-state loss. If several ranks have the same tokens, all
+    but one have zeros. alpha: weight of the hidden-state loss.
     """
 
     step: int
-    """From 0."""
+    """Number of the step, counted from 0."""
     lr: float
     grad_norm: float
     sums: Tensor
@@ -42,9 +42,9 @@ class FinishedStep:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What one rank contributes to a log beside its sums.
+    """Status of one rank at the end of a log interval.
 
-    traffic: received from the teacher since the last log, None where no stream arrives.
+    traffic: traffic from the teacher since the last log, None on a rank without a stream.
     """
 
     stop_requested: bool = False
@@ -69,7 +69,7 @@ class JobStatus:
 class StepLog:
     """Collects the steps of a run, and reports them at the end of a log interval.
 
-    total_steps: of the whole run. first_step: at which this process starts or resumes.
+    total_steps: number of steps of the run. first_step: step at which this process starts.
     """
 
     def __init__(self, options: RunOptions, world: World, *, total_steps: int, first_step: int):
@@ -80,22 +80,19 @@ class StepLog:
 
     @property
     def pending(self) -> bool:
-        """Whether there are steps to report."""
+        """Whether steps wait for a report."""
         return bool(self.steps)
 
     def add(self, step: FinishedStep) -> None:
-        """Keep a step until the next report."""
+        """Add a step to the next report."""
         self.steps.append(step)
 
     def start_clock(self) -> None:
-        """Start to time the next steps: after a log, a checkpoint, or a pause."""
+        """Start the clock of the next steps. Call it after a log, a checkpoint, or a pause."""
         self.start = time.perf_counter()
 
     def stop_clock(self) -> float:
-        """Wait for the device, whose optimizer kernels belong to the step.
-
-        Returns seconds since start_clock().
-        """
+        """Wait for the kernels of the last step, and return the seconds since start_clock()."""
         if self.world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return time.perf_counter() - self.start
@@ -103,15 +100,16 @@ class StepLog:
     def report(
         self, status: RankStatus, seconds: float, checkpoint_blocked_s: float | None
     ) -> tuple[JobStatus, list[StepMetrics]]:
-        """Add up the collected steps over all ranks, in one collective; reached by all ranks.
+        """Return the status of the job, and the metrics of each step for check_and_publish().
 
-        seconds: from stop_clock(). Returns the metrics of each step, which check_and_publish()
-        reports.
+        It adds up the collected steps over all ranks in one collective; reached by all ranks.
+        seconds: result of stop_clock(). checkpoint_blocked_s: seconds for which checkpoints blocked
+        training.
         """
         rows, job = self._reduce(status)
         num_steps = len(self.steps)
         step_s = seconds / num_steps
-        # Mean over all steps of this process, checkpoints and pauses included.
+        # Mean time over all steps of this process, with checkpoints and pauses.
         pace_s = (time.perf_counter() - self.begin) / max(1, self.steps[-1].step + 1 - self.first_step)
         shared = Throughput(peak_memory_gib=job.peak_memory_gib, save_s=checkpoint_blocked_s)
         if job.num_receivers:
@@ -135,23 +133,23 @@ class StepLog:
     def check_and_publish(self, metrics: Sequence[StepMetrics]) -> None:
         """Call on_step for each step on rank 0.
 
-        Diverged on all ranks at the first one that is not finite.
+        Raise Diverged on all ranks at the first step that is not finite.
         """
-        for one in metrics:
-            if not math.isfinite(one.loss) or not math.isfinite(one.grad_norm):
+        for step in metrics:
+            if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
                 raise Diverged(
-                    f"the loss of step {one.step} is {one.loss}, its gradient norm {one.grad_norm}; "
+                    f"the loss of step {step.step} is {step.loss}, its gradient norm {step.grad_norm}; "
                     "lower lr, raise warmup_steps or set precision: fp32"
                 )
             if self.world.is_main:
-                self.options.on_step(one)
+                self.options.on_step(step)
         self.steps.clear()
 
     def _reduce(self, status: RankStatus) -> tuple[list[list[float]], JobStatus]:
-        """Return the global sums of each step, and of the status."""
+        """Return the global sums of each step, and the status of the job."""
         world = self.world
         sums = torch.stack([finished.sums for finished in self.steps])
-        memory = [0.0] * world.size  # each rank fills its own place, so that the sum holds all of them
+        memory = [0.0] * world.size  # each rank sets one entry, so that the sum holds all entries
         memory[world.rank] = peak_memory_gib(world.device)
         traffic = status.traffic or Traffic(0.0, 0)
         flags = [
@@ -180,7 +178,7 @@ class StepLog:
 
 
 def _metrics(finished: FinishedStep, row: list[float], step_s: float, measured: Throughput) -> StepMetrics:
-    """Turn the global sums of a step into means over its valid tokens."""
+    """Return the metrics of a step: means over its valid tokens, from global sums."""
     loss, divergence, cross_entropy, tokens, *hidden_states = row
     mean_states = alpha = None
     if hidden_states:

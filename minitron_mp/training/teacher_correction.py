@@ -1,11 +1,11 @@
-"""Teacher correction during distillation: the teacher trains on the text as it teaches.
+"""Teacher correction during distillation: the teacher is trained on the text at the same time.
 
-2408.11796, figure 5: pruning the original teacher and distilling from one that is corrected
-meanwhile is as good as correcting it first. In each step the student distils from the teacher's
-weights before the teacher's own update, on the same micro-batches. The teacher's forward pass
-serves both: its hidden states are the signal, and its cross-entropy gives its gradients. The
-student's loss applies the teacher's output layer later, so the teacher's update waits until the
-signals are used.
+2408.11796, figure 5: two orders give equally good students. Either the teacher is corrected first,
+or the original is pruned and corrected during distillation. In each step the student distils from
+the teacher's weights before the teacher's update, on the same micro-batches. One forward pass of
+the teacher gives both results: its hidden states are the signal, and its cross-entropy gives the
+gradients. The student's loss applies the teacher's output layer later, so the teacher's update
+waits until the signals are used.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from minitron_mp.models.sharded_model import output_weight, unwrap
 from minitron_mp.training.run import TrainingRun
 
 PREFIX = "teacher."
-"""Beginning of the teacher's keys in the student's checkpoints."""
+"""Prefix of the teacher's keys in the student's checkpoints."""
 
 
 class TrainableTeacher:
-    """A colocated teacher in training; a Teacher, and the extra state of the student's run.
+    """A colocated teacher in training. It is a Teacher, and the extra state of the student's run.
 
-    run: without checkpoints of its own. After run.settings.steps the teacher stays as it is.
+    run: training run of the teacher, without a checkpoint folder. After run.settings.steps steps
+    the teacher is frozen.
     """
 
     pairs = None
@@ -39,7 +40,7 @@ class TrainableTeacher:
     def __init__(self, run: TrainingRun):
         self.run, self.world, self.model = run, run.world, run.model
         self.update_is_due = False
-        """Whether gradients wait for the optimizer."""
+        """Whether accumulated gradients wait for the optimizer."""
 
     def signals(self, batches: Sequence[Batch], step: int) -> list[TeacherSignal]:
         self._update_if_due()
@@ -71,7 +72,7 @@ class TrainableTeacher:
         return None
 
     def close(self) -> None:
-        """Take the teacher's last step and log it."""
+        """Run the teacher's last update and log it."""
         self._update_if_due()
         self.run.log()
         self.run.finalize()
@@ -82,11 +83,11 @@ class TrainableTeacher:
         Reached by all ranks.
         """
         self._update_if_due()
-        self.run.log()  # every step is logged, and so checked, before it is saved
+        self.run.log()  # log() checks that the loss of every saved step is finite
         return prefixed(self.run.state_dict(empty=empty), PREFIX)
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Continue from the state in a checkpoint of the student after `step`."""
+        """Restore the state in a checkpoint of the student after `step`."""
         self.run.load_state(state, min(step, self.run.settings.steps))
 
     def _update_if_due(self) -> None:

@@ -1,8 +1,8 @@
-"""Throughput of a training step: FLOP rates, memory and waiting times, logged beside the loss.
+"""Throughput of a training step: FLOP rates, memory and waiting times.
 
-FLOPs are those of the models (models/flops.py), not those that run: recomputed activations count
-once. Rates are per rank that does the work: the student's on its ranks, the teacher's on the ranks
-where it runs. When both share ranks they share the time, and their rates add up.
+FLOPs are model FLOPs (models/flops.py): recomputed activations count once. Rates are per rank: the
+student's rate on the ranks of the student, the teacher's rate on the ranks of the teacher. If both
+run on the same ranks, they share the time, and the rates add up.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PEAK_TFLOPS = {
     r"A100|A800": 312.0,
     r"L40S": 362.0,
 }
-"""Pattern of a device name -> dense bf16 TFLOP/s of NVIDIA's data sheet; the first match counts.
-MFU refers to it also where FP8 computes."""
+"""Pattern of a device name -> dense bf16 TFLOP/s of NVIDIA's data sheet. The first match counts.
+MFU is relative to this peak also for FP8."""
 
 
 def peak_tflops(device: str) -> float | None:
-    """Return the peak of a GPU by its name, None for one that is not in the table."""
+    """Return the peak TFLOP/s of a GPU by its name, or None if the table does not have it."""
     for name, peak in PEAK_TFLOPS.items():
         if re.search(rf"\b({name})\b", device):
             return peak
@@ -41,7 +41,7 @@ def peak_tflops(device: str) -> float | None:
 
 
 def no_flops(step: int) -> float:
-    """Return 0: FLOPs of a teacher that does not run."""
+    """Return 0, the FLOPs of a job without a teacher."""
     return 0.0
 
 
@@ -49,10 +49,12 @@ def no_flops(step: int) -> float:
 class StepWork:
     """The computation of one training step.
 
-    tokens: over all data-parallel ranks, padding included.
-    student_flops: per token, of forward and backward pass. student_ranks: that share them.
-    teacher_flops: per token, by step (from 0). teacher_ranks: that share them; 0 without a teacher.
-    peak_tflops: of a rank's device; None: MFU is not reported.
+    tokens: tokens over all data-parallel ranks, with padding.
+    student_flops: FLOPs per token of forward and backward pass.
+    student_ranks: number of ranks that share student_flops.
+    teacher_flops(step): FLOPs per token of the teacher in a step (from 0).
+    teacher_ranks: number of ranks that share teacher_flops; 0 without a teacher.
+    peak_tflops: peak TFLOP/s of a rank's device. None: MFU is not reported.
     """
 
     tokens: int
@@ -77,10 +79,7 @@ class StepWork:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Throughput of one step.
-
-    Means over the steps of a log interval. The documentation has the definitions.
-    """
+    """Throughput of one step: means over a log interval. docs/parallelism.md defines them."""
 
     tokens_per_s_per_gpu: float | None = None
     student_tflops: float | None = None
@@ -117,7 +116,10 @@ def _rate(name: str, tflops: float | None, mfu: float | None) -> str:
 
 
 def training_work(recipe: Recipe, arch: Arch, world: World, *, tokens: int) -> StepWork:
-    """Return the work of a model that is trained alone on this world's ranks; tokens: per step."""
+    """Return the work of a model that is trained alone on this world's ranks.
+
+    tokens: tokens per step.
+    """
     peak = None
     if world.device.type == "cuda" and recipe.precision == "bf16":
         peak = peak_tflops(torch.cuda.get_device_name(world.device))
@@ -126,9 +128,9 @@ def training_work(recipe: Recipe, arch: Arch, world: World, *, tokens: int) -> S
 
 
 def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: World, *, tokens: int) -> StepWork:
-    """Return the work of student and teacher, wherever the teacher runs; tokens: per step.
+    """Return the work of student and teacher, for any placement of the teacher.
 
-    The teacher's output layer counts on the ranks that turn its hidden states into logits.
+    The teacher's output layer counts on the ranks that compute its logits. tokens: tokens per step.
     """
     length = recipe.data.sequence_length
     work = training_work(recipe, student, world, tokens=tokens)
@@ -156,9 +158,9 @@ def distillation_work(recipe: Recipe, student: Arch, teacher: Arch, world: World
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory of this process: GPU tensors, or all of it on a CPU.
+    """Return the peak memory of this process: of GPU tensors, or of the process on a CPU.
 
-    No synchronisation.
+    It does not synchronise with the device.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

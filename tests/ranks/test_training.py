@@ -304,8 +304,8 @@ def test_run_resumes_after_kill_during_checkpoint(results, ranks):
 
 def test_profile_covers_the_chosen_steps_and_ranks(results, ranks):
     beyond, nsys = on_two_ranks(results, ranks, "profiled")[0]
-    assert "profile.ranks names rank 2, the run has 2: give ranks from 0 to 1" in beyond
-    assert "profile.kind nsys traces CUDA, this run is on a CPU: set profile.kind: torch" in nsys
+    assert "profile.ranks has rank 2, the run has 2 ranks; give ranks from 0 to 1" in beyond
+    assert "profile.kind nsys traces CUDA, this run is on a CPU; set profile.kind: torch" in nsys
     (trace,) = results.root.joinpath("profiled").glob("*.json.gz")
     assert trace.name == "distill_steps2-3_rank1.json.gz"
     with gzip.open(trace) as file:

@@ -316,7 +316,7 @@ def test_invalid_parts_are_reported_together(tmp_path, corpus, tokenizer):
             1,
         )
     (tmp_path / "blank.txt").write_text("\n")
-    with pytest.raises(InputError, match="no text for valid: its documents are blank"):
+    with pytest.raises(InputError, match="no text for valid: its documents are blank; give text"):
         tokenize_corpus(
             DataConfig(
                 calibration=[f"{corpus}/valid"],

@@ -97,7 +97,7 @@ def stage_states(out: str) -> dict[str, str]:
         (["distill"], ["an override must be a dotted key and a value", "- distill"]),
         (["seed=-1"], ["seed: Input should be greater than or equal to 0, given -1"]),
         (["output=''"], ["output: String should have at least 1 character"]),
-        (["model=nowhere"], ["there is no folder nowhere; give a Hugging Face model folder"]),
+        (["model=nowhere"], ["nowhere is not a folder; give a Hugging Face model folder"]),
         (
             ["parallel.tp=5"],
             [
@@ -165,7 +165,7 @@ def stage_states(out: str) -> dict[str, str]:
         ),
         (
             ["model=nowhere", "data.source=nowhere2", "distill.micro_batch_size=3"],
-            ["no folder nowhere", "nowhere2 does not exist", "batch_size 4"],
+            ["nowhere is not a folder", "nowhere2 does not exist", "batch_size 4"],
         ),
         (
             [

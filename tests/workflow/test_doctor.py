@@ -111,7 +111,7 @@ def test_doctor_without_a_recipe(here):
     ("words", "said"),
     [
         (["distill.stepz=3"], "did you mean steps"),
-        (["model=nowhere"], "there is no folder nowhere"),
+        (["model=nowhere"], "nowhere is not a folder"),
         (["parallel.pp=4"], "4 pipeline stages"),
         (["distill.keep_checkpoints=1000000000000"], "the remaining stages write about"),
         (["output=RECIPE/out"], "cannot be written"),

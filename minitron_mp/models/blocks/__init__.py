@@ -1,4 +1,4 @@
-"""Kinds of decoder layers, one file each: the parameters that a layer of this kind has.
+"""Kinds of decoder layers. Each file lists the parameters of one kind.
 
 PARAMETERS (dense): attention and a dense MLP.
 """

@@ -1,10 +1,10 @@
-"""A dense decoder layer: attention, then an MLP, each behind a norm.
+"""A dense decoder layer: attention and an MLP. Each of them follows a norm.
 
     h hidden  f ffn  np heads  ng query groups  hn head width
 
 The rows of linear_qkv are interleaved by query group. With 4 heads in 2 groups they are
     q0 q1 k0 v0  q2 q3 k1 v1        each hn rows
-linear_fc1 holds all gate rows, then all up rows: (2f, h). Without a gate: the up rows, (f, h).
+linear_fc1 holds all gate rows, then all up rows: (2f, h). Without a gate it holds up rows: (f, h).
 """
 
 from __future__ import annotations

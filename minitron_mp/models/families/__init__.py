@@ -1,6 +1,6 @@
 """Model families of transformers, one file each.
 
-FAMILIES holds them by their model_type. To add a dense family, write its file, list it below, and
+FAMILIES maps model_type to family. To add a dense family, write its file, add it to FAMILIES, and
 add a case to tests/unit/test_hf.py.
 """
 

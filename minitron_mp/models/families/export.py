@@ -1,4 +1,4 @@
-"""Which models transformers loads, and as which family."""
+"""Checks whether transformers loads a model, and as which family it can be written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from minitron_mp.models.families.family import ExportProblem
 def export_problems(arch: Arch, family: str | None = None) -> list[ExportProblem]:
     """Return the reasons why transformers does not load a model of these sizes.
 
-    family: written as this family; default: its own. Empty for a family that is not in FAMILIES,
-    because Megatron-Bridge exports those.
+    family: family that the model is written as. Default: the family of arch. The result is empty
+    for a family that is not in FAMILIES, because Megatron-Bridge exports those.
     """
     rules = FAMILIES.get(family or arch.family)
     if rules is None:
@@ -27,7 +27,7 @@ def export_problems(arch: Arch, family: str | None = None) -> list[ExportProblem
 
 
 def exportable_arch(student: Arch, family: str | None) -> Arch:
-    """Return the architecture under the family that it is exported as.
+    """Return the architecture with the family that it is exported as.
 
     family: export.family of the recipe. InputError when transformers would not load the model.
     """
@@ -39,12 +39,12 @@ def exportable_arch(student: Arch, family: str | None) -> Arch:
 
 
 def _family_problems(student: Arch, family: str) -> list[str]:
-    """Return the reasons why a model cannot be written as another family."""
-    own = FAMILIES.get(student.family)
-    others = own.exports_as if own else {}
-    if family not in others:
-        possible = " or ".join([student.family, *others])
+    """Return the reasons why a model cannot be written as this family."""
+    student_family = FAMILIES.get(student.family)
+    conversions = student_family.exports_as if student_family else {}
+    if family not in conversions:
+        possible = " or ".join([student.family, *conversions])
         return [
             f"export.family {family}: a model of the family {student.family} is written as {possible} only"
         ]
-    return [f"export.family {family}: {problem}" for problem in others[family].problems(student)]
+    return [f"export.family {family}: {problem}" for problem in conversions[family].problems(student)]

@@ -1,4 +1,4 @@
-"""What the library needs to know about a model family of transformers."""
+"""Family: the description of a model family of transformers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CONFIG_FIELDS = {
     "tied": "tie_word_embeddings",
     "norm_epsilon": "rms_norm_eps",
 }
-"""Field of Arch -> key of config.json, as Llama names them."""
+"""Field of Arch -> key of config.json, with the keys of Llama."""
 
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-"""What transformers assumes for a missing key of config.json, for all families."""
+"""Key of config.json -> default of transformers, for all families."""
 
 REQUIRED_SETTINGS: dict[str, Any] = {
     "attention_bias": False,
@@ -51,8 +51,8 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     FINAL_NORM: ("model.norm.weight",),
     HEAD: ("lm_head.weight",),
 }
-"""Name of a parameter -> the Hugging Face weights that hold its rows, in this order, as Llama
-names them. The weights of a layer are named below model.layers.N.
+"""Name of a parameter -> the Hugging Face weights that hold its rows, in this order, with the names
+of Llama. Names of the weights of a layer have the prefix model.layers.N.
 """
 
 
@@ -60,8 +60,8 @@ names them. The weights of a layer are named below model.layers.N.
 class ExportProblem:
     """A reason why transformers does not load a model.
 
-    text: for one model, with its sizes and what to do. reason: the same without the sizes of one
-    model, so that a search can count it.
+    text: the reason with the sizes of the model, and the remedy. reason: the same without the
+    sizes, so that a search can count equal reasons.
     """
 
     text: str
@@ -70,10 +70,10 @@ class ExportProblem:
 
 @dataclass(frozen=True)
 class ExportAs:
-    """How a model of one family is written as another family that computes the same.
+    """Conversion of a model of one family to another family that computes the same function.
 
-    drop: keys of config.json that the other family lacks. add: keys that it needs. problems: the
-    reasons why a model cannot be written so.
+    drop: keys of config.json that the other family does not have. add: keys that it needs.
+    problems: returns the reasons why a model cannot be converted.
     """
 
     drop: tuple[str, ...]
@@ -85,14 +85,14 @@ class ExportAs:
 class Family:
     """A model family: its names in transformers, its switches, and its rules.
 
-    The defaults describe Llama; a family gives what differs.
+    The defaults describe Llama. A family sets only the fields that differ.
     """
 
     name: str
     """model_type of config.json."""
     transformers_class: str
     defaults: Mapping[str, Any]
-    """What transformers assumes for a missing key of config.json, beside DEFAULTS."""
+    """Key of config.json -> default of transformers, in addition to DEFAULTS."""
     switches: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Arch that are the same for every model of the family."""
     config_fields: Mapping[str, str] = field(default_factory=lambda: CONFIG_FIELDS)
@@ -101,9 +101,9 @@ class Family:
     required_rope: Mapping[str, Any] = field(default_factory=lambda: {"partial_rotary_factor": 1})
     """Rotary setting -> the only supported value."""
     config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
-    """Further reasons why a config.json, with its defaults filled in, is not supported."""
+    """Returns further reasons why a config.json with its defaults is not supported."""
     layers_may_differ: bool = False
-    """Whether transformers has sizes for each layer."""
+    """Whether transformers has separate sizes for each layer."""
     export_problems: Callable[[Arch], list[ExportProblem]] = lambda arch: []
     exports_as: Mapping[str, ExportAs] = field(default_factory=dict)
-    """Name of another family -> how a model of this one is written as that one."""
+    """Name of another family -> the conversion of a model of this family to it."""

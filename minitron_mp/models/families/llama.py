@@ -9,7 +9,10 @@ AS_MISTRAL = "set export.family: mistral (same computation)"
 
 
 def _head_problems(arch: Arch) -> list[ExportProblem]:
-    """LlamaConfig of transformers 5 checks this even if head_dim is given (transformers#46211)."""
+    """Return a problem unless the number of heads divides hidden_size.
+
+    LlamaConfig of transformers 5 checks it even if head_dim is given (transformers#46211).
+    """
     hidden_size, heads = arch.hidden_size, arch.num_attention_heads
     if hidden_size % heads == 0:
         return []
@@ -27,7 +30,10 @@ def _head_problems(arch: Arch) -> list[ExportProblem]:
 def _mistral_problems(arch: Arch) -> list[str]:
     if arch.rope_scaling_factor is None:
         return []
-    return ["this Llama scales its rotary frequencies, and the configuration of Mistral has no key for it"]
+    return [
+        "this Llama scales its rotary frequencies, and the configuration of Mistral has no key for it; "
+        "export it as llama"
+    ]
 
 
 LLAMA = Family(

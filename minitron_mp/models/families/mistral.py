@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window, which is supported only where it covers all positions."""
+"""Mistral: Llama with a sliding window. The window must cover all positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _window_problems(config: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"sliding_window is {window}, below max_position_embeddings {positions}; "
-        "set it to null if all sequences stay within the window"
+        "set it to null if no sequence is longer than the window"
     ]
 
 
