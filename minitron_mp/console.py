@@ -1,4 +1,4 @@
-"""Output for people: tables, a progress bar on a terminal, plain lines in a log file.
+"""Console output: tables, a progress bar on a terminal, plain lines in a log file.
 
 Only rank 0 prints.
 """
@@ -33,14 +33,17 @@ LINE_INTERVAL_S = 10.0
 
 
 def speaks() -> bool:
-    """Whether this process prints: rank 0 of torchrun, or the only one. Needs no torch."""
+    """Return whether this process prints: rank 0, or a process without a launcher.
+
+    It does not import torch.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def launched() -> bool:
-    """Whether torchrun, or another launcher, started this process as a rank of a job.
+    """Return whether torchrun or another launcher started this process as a rank of a job.
 
-    Needs no torch.
+    It does not import torch.
     """
     return "RANK" in os.environ
 
@@ -52,7 +55,7 @@ def say(text: str) -> None:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on rank 0; the first column is aligned left, the others right."""
+    """Print a table on rank 0. The first column is aligned left, all other columns right."""
     if not speaks():
         return
     grid = Table(title=title, title_justify="left")
@@ -66,9 +69,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 class Tracker:
     """Progress of a long operation, with speed and remaining time; a context manager.
 
-    It shows a bar on a terminal, and prints a line every LINE_INTERVAL_S elsewhere. On ranks other
-    than 0 it does nothing. first: units that an earlier run has finished; they do not count for the
-    speed.
+    On a terminal it shows a bar. In a log file it prints a line every LINE_INTERVAL_S. It prints
+    nothing on ranks other than 0. first: units that an earlier run has finished. The speed does not
+    include them.
     """
 
     def __init__(self, title: str, total: int, unit: str, first: int = 0):
@@ -108,7 +111,7 @@ class Tracker:
         )
 
     def advance(self, count: int, note: str = "") -> None:
-        """Count finished units; note: text shown beside them."""
+        """Add finished units to the progress. note: text that is shown after the speed."""
         self.done += count
         if self.bar is not None:
             self.bar.update(self.task, advance=count, note=note)

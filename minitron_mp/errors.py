@@ -7,11 +7,11 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """The user's input is invalid. The text has what was given, what is allowed and what to do."""
+    """Error of the user's input. Its text states what was given, what is allowed and what to do."""
 
 
 def refuse(title: str, problems: Sequence[str]) -> None:
-    """Raise one InputError that lists every problem; do nothing if there is none."""
+    """Raise one InputError that lists every problem. Do nothing if the list is empty."""
     if problems:
         raise InputError("\n".join([title, *(f"  - {problem}" for problem in problems)]))
 
@@ -19,7 +19,8 @@ def refuse(title: str, problems: Sequence[str]) -> None:
 def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleaved: int = 1) -> str | None:
     """Return an error text unless a batch divides evenly into micro-batches and ranks.
 
-    interleaved: pp with vpp, because the interleaved schedule needs multiples of it; otherwise 1.
+    interleaved: pp when vpp is set, because the interleaved schedule needs multiples of pp;
+    otherwise 1.
     """
     unit = micro_batch_size * dp * interleaved
     if size % unit == 0:
@@ -36,7 +37,7 @@ def differing_fields(
 ) -> list[str]:
     """List 'key: x, here y' for every key on which two flat mappings differ, for error messages.
 
-    A key that only one of them has counts as a difference.
+    A key that is missing in one of the mappings counts as a difference.
     """
     rows = []
     for key in sorted({*a, *b}):

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of."""
+"""Section, the base class of all sections of a recipe, and types of fields."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.config import JsonDict
 
 NOT_IN_RESULT: JsonDict = {"result": False}
-"""Mark of a field that does not change the result of a stage: Field(1,
-json_schema_extra=NOT_IN_RESULT).
+"""Mark of a field that does not change the result of a stage.
 
-Every field without this mark is part of the fingerprint of its stage.
+Write it as Field(1, json_schema_extra=NOT_IN_RESULT). Every field without this mark is part of the
+fingerprint of its stage.
 """
 
 
@@ -38,12 +38,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def result_settings(self) -> dict[str, Any]:
-        """Return the settings that change a result: all but marked and empty fields."""
+        """Return the settings that change a result: all fields except marked and empty ones."""
         fields = type(self).model_fields
         marked = {name for name, field in fields.items() if field.json_schema_extra == NOT_IN_RESULT}
         return self.model_dump(exclude=marked, exclude_none=True)
 
     def changed(self, names: list[str]) -> list[str]:
-        """Return the fields among `names` that do not have their default."""
+        """Return the names of those fields among `names` that differ from their default."""
         fields = type(self).model_fields
         return [name for name in names if getattr(self, name) != fields[name].default]

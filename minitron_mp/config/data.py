@@ -17,17 +17,17 @@ class DataConfig(Section):
 
     source: str | list[str] = "python-stdlib"
     """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes. Their
-    documents are split into the three parts; when there are few documents, pieces of documents
+    documents are split into the three parts. If the source has few documents, pieces of documents
     are split instead. The default is the source code of Python's standard library."""
     calibration: Paths = []
-    """Text for calibration, used as it is: .txt, .jsonl or Megatron .bin/.idx prefixes. Replaces
-    `source`, together with `train` and `valid`."""
+    """Text for calibration: .txt, .jsonl or Megatron .bin/.idx prefixes. It is not split.
+    `calibration`, `train` and `valid` together replace `source`."""
     train: Paths = []
-    """Text for training, used as it is."""
+    """Text for training. It is not split."""
     valid: Paths = []
-    """Held-out text, used as it is."""
+    """Held-out text. It is not split."""
     valid_fraction: float = Field(0.03, gt=0, lt=0.5)
-    """Fraction of the documents of `source` that are held out. The calibration part has the same
+    """Fraction of the documents of `source` in the held-out part. The calibration part has the same
     size."""
     sequence_length: int = Field(512, ge=2)
     """Tokens per sample."""
@@ -43,7 +43,7 @@ class DataConfig(Section):
         reserved = {"source", "python-stdlib", *PARTS} & self.held_out.keys()
         if reserved:
             raise ValueError(
-                f"held_out: the name {', '.join(sorted(reserved))} is reserved; use another name"
+                f"held_out: the name {', '.join(sorted(reserved))} is reserved; use a different name"
             )
         for name in self.held_out:
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -58,8 +58,8 @@ class DataConfig(Section):
             )
         if given and self.changed(["source", "valid_fraction"]):
             raise ValueError(
-                "calibration, train and valid replace source and valid_fraction; drop source and "
-                "valid_fraction"
+                "calibration, train and valid replace source and valid_fraction, and both kinds are given; "
+                "drop source and valid_fraction"
             )
         return self
 
@@ -81,9 +81,9 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """The Hugging Face folder of the student."""
 
-    # A name of models/families. The families come after this room, so preflight checks the name.
+    # A name of models/families. This package cannot import models, so preflight checks the name.
     family: str | None = None
-    """Write the student as another family that computes the same. Possible: llama -> mistral.
-    Default: the family of the model."""
+    """Family of the written student, if it differs from the family of the model. Both must compute
+    the same function. Possible: llama -> mistral. Default: the family of the model."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format of the weights. Default: `precision`."""

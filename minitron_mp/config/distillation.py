@@ -1,4 +1,4 @@
-"""The sections distill and teacher: the training of the student, and the teacher beside it."""
+"""The sections distill and teacher: the training of the student, and where the teacher runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from minitron_mp.config.training import TrainingConfig
 
 
 class HiddenStatesConfig(Section):
-    """Hidden states of the student that are matched to the teacher's.
+    """Pairs of hidden states of student and teacher that are matched.
 
     The loss is L_logits + alpha L_is. L_is is the sum over the pairs of states, averaged over
-    tokens. It helps where depth was cut a lot, and not where depth was kept (2407.14679, tables 17
-    and 18).
+    tokens. It helps when many layers were dropped, and does not help when depth was kept
+    (2407.14679, tables 17 and 18).
 
     State j is the input of layer j after its input norm: 0 is the embeddings, num_layers the output
     of the final norm.
@@ -27,15 +27,18 @@ class HiddenStatesConfig(Section):
     kind: Literal["cosine", "mse"] = "cosine"
     """cosine: 1 - cosine similarity. mse: squared difference, averaged over channels."""
     weight: Literal["dynamic"] | float = "dynamic"
-    """alpha. dynamic: L_logits / L_is of the previous step, 1 in the first step. Or a number above
-    0."""
+    """Weight alpha: a number above 0, or dynamic. dynamic: L_logits / L_is of the previous step,
+    and 1 in the first step."""
 
     @field_validator("layers", mode="before")
     @classmethod
     def _as_pairs(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return [[int(state) if str(state).isdecimal() else state, other] for state, other in value.items()]
+        return [
+            [int(student) if str(student).isdecimal() else student, teacher]
+            for student, teacher in value.items()
+        ]
 
     @model_validator(mode="after")
     def _pairs(self) -> HiddenStatesConfig:
@@ -58,10 +61,11 @@ class HiddenStatesConfig(Section):
         return self
 
     def blocks(self, num_layers: int, parallel: ParallelConfig) -> dict[int, list[int]]:
-        """Return pipeline stage -> blocks that it needs of the teacher (num_layers: of the student).
+        """Return pipeline stage of the student -> blocks of the teacher's signal that it needs.
 
-        Block 0 is the hidden states for the logits, block i + 1 the state of pair i; each has the
-        teacher's hidden size. Stages that need none are left out.
+        Block 0 is the hidden states for the logits. Block i + 1 is the state of pair i. Each block
+        has the teacher's hidden size. Stages that need no block are left out. num_layers: depth of
+        the student.
         """
         blocks: dict[int, list[int]] = {parallel.pp - 1: [0]}
         for number, (state, _) in enumerate(self.layers):
@@ -70,11 +74,11 @@ class HiddenStatesConfig(Section):
         return blocks
 
     def problems(self, student_layers: int, teacher_layers: int) -> list[str]:
-        """Return the pairs that do not fit the depths of the models."""
+        """Return one error text for each state that a model does not have."""
         limits = (("student", student_layers), ("teacher", teacher_layers))
         return [
-            f"distill.states.layers names state {state} of the {role}, "
-            f"which has 0 (embeddings) to {last} (after the final norm)"
+            f"distill.states.layers has state {state} of the {role}, "
+            f"whose states are 0 (embeddings) to {last} (after the final norm); use one of those"
             for pair in self.layers
             for state, (role, last) in zip(pair, limits)
             if state > last
@@ -94,7 +98,7 @@ class DistillConfig(TrainingConfig):
     ce_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy with the text. The papers use 0."""
     states: HiddenStatesConfig | None = None
-    """Match hidden states, too. Default: the logits alone."""
+    """Match hidden states, too. Default: match the logits only."""
 
     def _problems(self) -> list[str]:
         problems = []
@@ -111,44 +115,44 @@ class TeacherConfig(Section):
     """Where the teacher runs while the student is distilled, and what it sends."""
 
     model: str | None = None
-    """Hugging Face folder of the teacher of distillation, when it is not the model that is pruned.
-    Both must have the same vocabulary. For iterative compression (2407.14679: 15B -> 8B -> 4B,
-    with the 15B as the teacher)."""
+    """Hugging Face folder of the teacher of distillation, if it is not the model that is pruned.
+    Both must have the same vocabulary. Use it for iterative compression (2407.14679: 15B -> 8B ->
+    4B, with the 15B model as the teacher)."""
     placement: Literal["colocated", "remote", "cached"] = "colocated"
-    """colocated: on the student's ranks, in the student's layout. remote: on separate ranks, the
-    last ones of the job. cached: the stage `cache` runs the teacher first and writes its signals
-    to disk."""
+    """colocated: the teacher runs on the student's ranks, in the student's layout. remote: it runs
+    on separate ranks, the last ranks of the job. cached: the stage `cache` runs the teacher first
+    and writes its signals to disk."""
     ranks: int | None = Field(None, ge=1)
-    """Ranks of a remote teacher. Default: one copy of the model."""
+    """Ranks of a remote teacher. Default: as many as one copy of the model needs."""
     student_ranks: int | None = Field(None, ge=1)
-    """Ranks of the student, for a remote teacher, instead of `ranks`. Copies of the teacher use all
-    other ranks, so a job that restarts with fewer nodes (torchrun --nnodes 3:4 --max-restarts 9)
-    resumes with fewer copies and the same loss."""
+    """Ranks of the student, for a remote teacher. Replaces `ranks`: copies of the teacher use all
+    remaining ranks. So a job that restarts with fewer nodes (torchrun --nnodes 3:4 --max-restarts
+    9) resumes with fewer copies and the same loss."""
     parallel: ParallelConfig = ParallelConfig()
-    """Layout of a remote teacher. It has the keys of the section `parallel`."""
+    """Layout of a remote teacher, with the keys of the section `parallel`."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the teacher. Default: `precision`."""
     fp8: Literal["tensorwise", "blockwise"] | None = None
     """Run the teacher's forward passes in `distill`, `cache` and `search` in FP8, with FP8 weights
-    (half the memory). `evaluate` uses bf16. delayed scaling is not allowed: the teacher's
+    (half the memory). `evaluate` uses bf16. Delayed scaling is not allowed, because the teacher's
     signals would depend on the order of the microbatches."""
     payload: Literal["hidden", "logits", "topk"] = "hidden"
-    """What a remote or cached teacher sends. hidden: hidden states after the final norm; exact and
-    smallest, and the student's last stage holds a copy of the teacher's output layer. logits:
-    all logits. topk: the `top_k` most likely tokens and the probability of the rest (an
-    approximation)."""
+    """Content of the signals of a remote or cached teacher. hidden: hidden states after the final
+    norm. They are exact and the smallest payload, but the student's last stage holds a copy of the
+    teacher's output layer. logits: all logits. topk: the `top_k` most likely tokens and the
+    probability of the rest (an approximation)."""
     top_k: int = Field(256, ge=1)
     """Tokens per position, for payload topk."""
     window: int = Field(3, ge=1)
-    """Microbatches that a copy of a remote teacher may be ahead of the student. Limits memory on
-    both sides."""
+    """Largest number of microbatches by which a copy of a remote teacher may be ahead of the
+    student. It limits memory on both sides."""
     siblings: dict[str, int] = {}
-    """Further students of a remote teacher: recipe -> ranks. `distill` trains them in the same job
-    from the same stream. Their ranks are between the student's and the teacher's. Their recipes
-    must have the same model, text, batches and steps."""
+    """Further students of a remote teacher: path of a recipe -> number of ranks. `distill` trains
+    them in the same job from the same stream. Their ranks come after the student's ranks and
+    before the teacher's. Their recipes must have the same model, text, batches and steps."""
     timeout_s: float = Field(600, gt=0)
-    """Seconds that student and remote teacher wait for each other. Must be above the longest pause
-    of the student, which is a checkpoint."""
+    """Timeout of the waits between student and remote teacher, in seconds. It must be longer than
+    the longest pause of the student, which is usually a checkpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TeacherConfig:
@@ -161,7 +165,10 @@ class TeacherConfig(Section):
         if self.siblings and self.placement != "remote":
             problems.append(f"siblings needs placement remote, given {self.placement}; set placement: remote")
         if self.parallel.vpp:
-            problems.append("parallel.vpp does not speed up forward passes; drop it")
+            problems.append(
+                f"parallel.vpp {self.parallel.vpp} is not supported for a teacher, because it does not speed "
+                "up forward passes; drop it"
+            )
         if self.window < self.parallel.pp:
             problems.append(
                 f"window {self.window} must be at least the teacher's pp {self.parallel.pp}, to fill its "
@@ -185,7 +192,7 @@ class TeacherConfig(Section):
 
     def _rank_problems(self) -> list[str]:
         problems = [
-            f"siblings: {path} has {ranks} ranks, at least 1 is needed"
+            f"siblings: {path} has {ranks} ranks, at least 1 is needed; raise it"
             for path, ranks in self.siblings.items()
             if ranks < 1
         ]
@@ -212,9 +219,9 @@ class TeacherConfig(Section):
         return self.placement == "remote"
 
     def ranks_in(self, job_size: int | None) -> int:
-        """Return the ranks of the teacher in a job of `job_size` ranks.
+        """Return the number of teacher ranks in a job of `job_size` ranks.
 
-        None: the given ranks, or one copy.
+        job_size None: return `ranks`, or the ranks of one copy.
         """
         if not self.is_remote:
             return 0

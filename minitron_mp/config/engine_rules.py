@@ -1,4 +1,4 @@
-"""Rules for FP8 and the other keys of Transformer Engine; rules.py explains what a rule is."""
+"""Rules for FP8 and the other keys of Transformer Engine. rules.py defines what a rule is."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def engine_problems(recipe: Recipe) -> list[str]:
-    """Return the problems of ENGINE_RULES; the layout planner changes these settings."""
+    """Return the problems of ENGINE_RULES alone, for the layout planner."""
     return [problem for rule in ENGINE_RULES for problem in rule(recipe)]
 
 
 def training_sections(recipe: Recipe) -> Iterator[tuple[str, TrainingConfig]]:
-    """Yield (section, settings) of the training runs."""
+    """Yield (section name, settings) of each training run of the recipe."""
     if recipe.correct:
         yield "correct", recipe.correct
     yield "distill", recipe.distill
@@ -98,8 +98,7 @@ def cuda_graphs(recipe: Recipe) -> list[str]:
         if training.fp8 and recipe.parallel.pp > 1:
             problems.append(
                 f"{name}.cuda_graphs with {name}.fp8 and pipeline stages: Megatron-Core 0.19 would replay "
-                "the FP8 "
-                "weights of the second step; set parallel.pp: 1, or drop one of them"
+                "the FP8 weights of the second step; set parallel.pp: 1, or drop one of them"
             )
         if recipe.parallel.vpp:
             problems.append(
@@ -109,15 +108,14 @@ def cuda_graphs(recipe: Recipe) -> list[str]:
 
 
 def one_trained_model(recipe: Recipe) -> list[str]:
-    """Buffers and graphs belong to one trained model."""
+    """Return the settings whose buffers or graphs support one trained model only."""
     correct, distill = recipe.correct, recipe.distill
     problems = []
     if correct and recipe.corrects_during_distillation:
         if distill.fp8 == "delayed" and correct.fp8:
             problems.append(
                 "distill.fp8 delayed keeps a history that the FP8 layers of the trained teacher would "
-                "change; "
-                "set tensorwise"
+                "change; set tensorwise"
             )
         if distill.tp_comm_overlap or correct.tp_comm_overlap:
             problems.append(
@@ -131,9 +129,9 @@ def one_trained_model(recipe: Recipe) -> list[str]:
             )
     if distill.cuda_graphs and recipe.teacher.is_remote:
         problems.append(
-            "distill.cuda_graphs does not support a remote teacher, whose signals arrive in another "
-            "thread while "
-            "graphs are recorded; set teacher.placement: colocated or cached, or drop cuda_graphs"
+            "distill.cuda_graphs does not support a remote teacher, because its signals arrive in another "
+            "thread while graphs are recorded; set teacher.placement: colocated or cached, or drop "
+            "cuda_graphs"
         )
     if recipe.search and distill.cuda_graphs:
         problems.append(

@@ -22,8 +22,8 @@ class ParallelConfig(Section):
     vpp: int | None = Field(None, ge=2)
     """Virtual pipeline size: model chunks per pipeline stage, for the interleaved schedule."""
     sequence_parallel: bool = False
-    """Split the activations between the tensor parallel regions over the tp ranks. Needs tp of at
-    least 2."""
+    """Split the activations outside the tensor parallel regions over the tp ranks. It needs tp of
+    at least 2."""
 
     @model_validator(mode="after")
     def _sensible(self) -> ParallelConfig:
@@ -38,14 +38,14 @@ class ParallelConfig(Section):
 
     @property
     def interleaved(self) -> int:
-        """The microbatches of a step must be a multiple of this: pp with vpp, else 1."""
+        """Divisor that the microbatches of a step must have: pp with vpp, else 1."""
         return self.pp if self.vpp else 1
 
     @property
     def sequence_multiple(self) -> int:
-        """A sequence length must be a multiple of this.
+        """Divisor that a sequence length must have.
 
-        2 cp with context parallelism, times tp with sequence parallelism.
+        It is 2 cp with context parallelism (else 1), times tp with sequence parallelism.
         """
         context_parts = 2 * self.cp if self.cp > 1 else 1
         return context_parts * self.tp if self.sequence_parallel else context_parts
@@ -56,18 +56,19 @@ class ParallelConfig(Section):
         return self.tp * self.pp * self.cp
 
     def layers_of_chunks(self, num_layers: int) -> list[int]:
-        """Return the layers of each model chunk in order of depth.
+        """Return the number of layers of each model chunk, in order of depth.
 
-        Chunk i is on pipeline stage i % pp.
-
-        The first chunks take the remainder.
+        Chunk i is on pipeline stage i % pp. The first chunks take the remainder.
         """
         chunks = self.pp * (self.vpp or 1)
         smallest, remainder = divmod(num_layers, chunks)
         return [smallest + 1 if i < remainder else smallest for i in range(chunks)]
 
     def place_of_state(self, state: int, num_layers: int) -> tuple[int, int]:
-        """Return (pipeline stage, model chunk on it) of layer `state`; num_layers: final norm."""
+        """Return (pipeline stage, number of the chunk on it) that computes a hidden state.
+
+        state: number of a layer, whose input it is; num_layers for the output of the final norm.
+        """
         chunks = self.layers_of_chunks(num_layers)
         last = 0
         for number, count in enumerate(chunks):

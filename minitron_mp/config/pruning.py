@@ -1,4 +1,4 @@
-"""The sections score, target, depth and search: what is measured, and the sizes of the student."""
+"""The sections score, target, depth and search: measurements, and the sizes of the student."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ BUDGETS = ("parameters", "memory_gib", "latency_ms")
 
 
 class ScoreConfig(Section):
-    """Importance by forward passes over calibration text."""
+    """Importance scores, computed by forward passes over calibration text."""
 
     num_samples: int = Field(1024, ge=1)
     """Calibration samples."""
     micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward pass of one data parallel rank."""
     batch_aggregation: Aggregation = "l2"
-    """How scores are combined over samples, after the sequence."""
+    """Aggregation of scores over samples. It follows the aggregation over the sequence."""
     sequence_aggregation: Aggregation = "mean"
-    """How activations are combined over the positions of a sample."""
+    """Aggregation of activations over the positions of a sample."""
 
 
 class TargetConfig(Section):
-    """The student: explicit sizes, a number of parameters, or a fraction of the teacher's."""
+    """Sizes of the student: given one by one, as a number of parameters, or as a fraction."""
 
     num_layers: int | None = Field(None, ge=1)
     """Layers of the student. The section `depth` sets which layers are dropped."""
@@ -39,11 +39,11 @@ class TargetConfig(Section):
     ffn_hidden_size: int | None = Field(None, ge=1)
     """Width of the student's MLPs."""
     num_attention_heads: int | None = Field(None, ge=1)
-    """Query heads of the student, the same number in each query group. Default: the teacher's
+    """Query heads of the student. Each query group has the same number. Default: the teacher's
     number per group."""
     num_query_groups: int | None = Field(None, ge=1)
-    """Query groups (key and value heads) of the student. Whole groups are dropped with their query
-    heads. tp must divide it. The papers keep all groups."""
+    """Query groups (key and value heads) of the student. A dropped group loses all its query heads.
+    tp must divide the number. The papers keep all groups."""
     merge_heads: bool = False
     """Add the residual of a pruned head to the query of a kept head of its group: head + (head -
     pruned) (2407.14679, section 2.3)."""
@@ -52,10 +52,10 @@ class TargetConfig(Section):
     keep: float | None = Field(None, gt=0, le=1)
     """Largest fraction of the teacher's parameters."""
     axes: list[Literal["hidden", "ffn", "layer"]] = Field(["hidden", "ffn"], min_length=1)
-    """What max_parameters and keep may cut: width (hidden and ffn, by the same factor), depth
-    (layer), or both."""
+    """Axes that max_parameters and keep may reduce: width (hidden and ffn, by the same factor),
+    depth (layer), or both."""
     align: int = Field(16, ge=1)
-    """hidden_size and each rank's part of ffn_hidden_size are multiples of this: 16 for FP8, 32 for
+    """Divisor of hidden_size and of each rank's part of ffn_hidden_size: 16 for FP8, 32 for
     MXFP8."""
     _sizes: ClassVar = (
         "num_layers",
@@ -78,12 +78,15 @@ class TargetConfig(Section):
         if [has_sizes, self.max_parameters is not None, self.keep is not None].count(True) > 1:
             raise ValueError("sizes, max_parameters and keep exclude each other; give one of them")
         if has_sizes and self.axes != ["hidden", "ffn"]:
-            raise ValueError("axes is for max_parameters and keep, and sizes are given; drop axes")
+            raise ValueError(
+                f"axes {self.axes} has no effect with explicit sizes; drop axes, or replace the sizes by "
+                "max_parameters or keep"
+            )
         return self
 
     @property
     def searched(self) -> bool:
-        """Whether the sizes are solved for a budget."""
+        """Whether the sizes are computed from max_parameters or keep."""
         return self.max_parameters is not None or self.keep is not None
 
     @property
@@ -93,24 +96,25 @@ class TargetConfig(Section):
 
 
 class DepthConfig(Section):
-    """Which layers are dropped when the student has fewer layers.
+    """Choice of the layers that are dropped when the student has fewer layers.
 
-    The stage `depth` measures all methods but cosine. With metric task the accuracy on a task
+    The stage `depth` measures all methods except cosine. With metric task the accuracy on a task
     replaces the loss, as 2408.11796 does with Winogrande.
     """
 
     method: Literal["cosine", "drop", "block", "greedy"] = "cosine"
-    """cosine: drop the layers that change the hidden states least (scored by the stage `score`).
-    drop: drop the layers without which, one at a time, the loss is smallest (2407.14679, depth).
-    block: drop the contiguous block without which the loss is smallest (2408.11796, depth).
-    greedy: drop one layer after another, each time the one without which the loss is smallest."""
+    """cosine: drop the layers that change the hidden states least (the stage `score` measures it).
+    drop: measure the loss without each single layer, and drop the layers with the smallest loss
+    (2407.14679, depth). block: measure the loss without each contiguous block, and drop the block
+    with the smallest loss (2408.11796, depth). greedy: drop one layer at a time, and measure again
+    after each."""
     protect_first: int = Field(0, ge=0)
     """Layers at the start that are always kept."""
     protect_last: int = Field(0, ge=0)
     """Layers at the end that are always kept."""
     metric: Literal["loss", "task"] = "loss"
-    """loss: cross-entropy on calibration text. task: accuracy by partial scoring; between equal
-    accuracies the higher likelihood of the correct options decides."""
+    """loss: cross-entropy on calibration text. task: accuracy by partial scoring. When accuracies
+    are equal, the higher likelihood of the correct options decides."""
     num_samples: int = Field(32, ge=1)
     """Calibration samples, for metric loss."""
     task: str | None = None
@@ -138,19 +142,19 @@ class DepthConfig(Section):
 
 
 class SearchConfig(Section):
-    """The sizes of the student by search, instead of by `target`.
+    """Search of the sizes of the student. It replaces the sizes in `target`.
 
-    All candidates inside a budget are ranked by their held-out loss after pruning, with masks, so
-    that no weight is copied. The best candidates are distilled for a short time, the better half of
-    them for longer, until one is left (2407.14679: candidates within 5 % of the parameters, ranked
-    after light retraining). Candidates are ranked on the calibration part, so the held-out part is
-    never used for model selection.
+    All candidates inside a budget are ranked by their loss after pruning. Pruning is done with
+    masks, so no weight is copied. The best candidates are distilled for a short time. The better
+    half of them is distilled for longer, and so on, until one candidate is left (2407.14679:
+    candidates within 5 % of the parameters, ranked after light retraining). Candidates are ranked
+    on the calibration part, so the held-out part is never used for model selection.
 
     Give one budget (parameters, memory_gib or latency_ms), and a list for each size that may vary.
     """
 
     parameters: Count | None = Field(None, gt=0)
-    """Number of parameters, within `tolerance`: 8e9 or "8B"."""
+    """Number of parameters, with the relative `tolerance`: 8e9 or "8B"."""
     memory_gib: float | None = Field(None, gt=0)
     """Largest memory in GiB for the weights and the key-value cache of `batch_size` sequences of
     `context` tokens, over all ranks."""
@@ -161,13 +165,14 @@ class SearchConfig(Section):
     """For parameters, the largest relative difference from the budget. For memory_gib and
     latency_ms, candidates use at least 1 - 2 tolerance of the budget."""
     batch_size: int = Field(1, ge=1)
-    """Sequences, for memory_gib and latency_ms."""
+    """Number of sequences, for memory_gib and latency_ms."""
     context: int | None = Field(None, ge=1)
     """Tokens per sequence, for memory_gib and latency_ms. Default: data.sequence_length."""
     num_layers: list[int] = []
     """Numbers of layers to try. Default: from the teacher's number down to nine tenths of it."""
     hidden_size: list[int] = []
-    """Hidden sizes to try. Default: sixteenths of the teacher's, down to half of it."""
+    """Hidden sizes to try. Default: multiples of a sixteenth of the teacher's hidden size, down to
+    half of it."""
     ffn_hidden_size: list[int] = []
     """MLP widths to try. Default: the width that is nearest to the budget."""
     mlp_expansion: list[float] = []
@@ -182,16 +187,16 @@ class SearchConfig(Section):
     micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward pass of the ranking."""
     finalists: int = Field(4, ge=1)
-    """Candidates that are distilled. With 1 none is distilled, and the best pruned candidate is
-    chosen."""
+    """Number of candidates that are distilled. With 1 the best pruned candidate is chosen without
+    distillation."""
     steps: int = Field(100, ge=2)
-    """Optimizer steps of the last two candidates. Candidates that leave one round earlier get half
-    as many, and so on. Learning rate and batches are those of `distill`."""
+    """Optimizer steps of the last two candidates. Candidates that are dropped one round earlier get
+    half as many steps, and so on. Learning rate and batches are those of `distill`."""
     together: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
-    """Students in memory at the same time, which share each forward pass of the teacher. Default:
-    all that are left."""
+    """Number of students in memory at the same time. They share each forward pass of the teacher.
+    Default: all remaining candidates."""
     max_candidates: int = Field(256, ge=1, json_schema_extra=NOT_IN_RESULT)
-    """Largest number of candidates. More are an error."""
+    """Largest number of candidates. A larger number is an error."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> SearchConfig:
@@ -217,7 +222,7 @@ class SearchConfig(Section):
 
     @property
     def budget(self) -> tuple[str, float]:
-        """(name, value) of the budget."""
+        """Name and value of the budget."""
         values = ((name, getattr(self, name)) for name in BUDGETS)
         return next((name, value) for name, value in values if value is not None)
 

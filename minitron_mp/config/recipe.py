@@ -1,4 +1,4 @@
-"""The recipe: one frozen object, from YAML or Python, that every stage reads."""
+"""Recipe: one frozen object, made from YAML or Python, that every stage reads."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ if typing.TYPE_CHECKING:
 
 
 class Recipe(Section):
-    """Everything about one compression run."""
+    """All settings of one compression run."""
 
     model: str = Field(min_length=1)
     """Hugging Face folder of the model to prune: config.json, safetensors, tokenizer."""
     output: str = Field(min_length=1)
     """Folder for all artifacts."""
     seed: int = Field(1234, ge=0, lt=2**32)
-    """Seed of the split and the order of the text."""
+    """Seed for the split of the text into parts and for the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations. Optimizer state and gradients are float32."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto:
-    Transformer Engine's in bf16 on a GPU where it is installed, else local."""
+    """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto: use
+    Transformer Engine in bf16 on a GPU if it is installed, else local."""
     data: DataConfig = DataConfig()
-    """Text."""
+    """Text for calibration, training and evaluation."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the model over the ranks."""
     correct: CorrectionConfig | None = None
     """Teacher correction. Default: the teacher is not corrected."""
     score: ScoreConfig = ScoreConfig()
-    """Importance."""
+    """Importance scores."""
     depth: DepthConfig = DepthConfig()
     """Choice of the layers to drop."""
     target: TargetConfig = TargetConfig()
     """Sizes of the student, or a budget."""
     search: SearchConfig | None = None
-    """Search of the sizes of the student. Replaces sizes or a budget in `target`."""
+    """Search of the sizes of the student. It replaces sizes or a budget in `target`."""
     distill: DistillConfig = DistillConfig()
-    """Distillation."""
+    """Training of the student by distillation."""
     teacher: TeacherConfig = TeacherConfig()
     """The teacher of distillation."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """Evaluation."""
+    """Evaluation of teacher and student."""
     export: ExportConfig = ExportConfig()
     """The Hugging Face folder of the student."""
 
@@ -94,9 +94,9 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply dotted overrides ("distill.steps=10").
+    """Read a YAML recipe, apply dotted overrides ("distill.steps=10") and return the recipe.
 
-    InputError lists all mistakes.
+    It raises one InputError that lists all mistakes.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -117,12 +117,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def make_recipe(values: object, source: str = "recipe") -> Recipe:
-    """Make a recipe from nested dictionaries.
+    """Return the recipe of nested dictionaries.
 
-    InputError lists all mistakes, with the nearest known key.
+    It raises one InputError that lists all mistakes, with the nearest known key.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{source} holds {type(values).__name__}, not keys and values")
+        raise InputError(
+            f"{source} contains {type(values).__name__}, not keys and values; write lines such as model: PATH"
+        )
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -131,14 +133,14 @@ def make_recipe(values: object, source: str = "recipe") -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML, defaults included."""
+    """Write the resolved recipe as YAML, with all defaults."""
     from omegaconf import OmegaConf
 
     OmegaConf.save(OmegaConf.create(recipe.model_dump()), path)
 
 
 def section_type(annotation: Any) -> type[Section] | None:
-    """Return the section in a field's type: CorrectionConfig in `CorrectionConfig | None`."""
+    """Return the section in the type of a field: CorrectionConfig for `CorrectionConfig | None`."""
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, Section):
             return kind
@@ -146,7 +148,7 @@ def section_type(annotation: Any) -> type[Section] | None:
 
 
 def _sentences(error: ErrorDetails) -> list[str]:
-    """Return a validation error as sentences: one for each line that a validator of ours wrote."""
+    """Return a validation error as sentences: one for each line of a validator of this package."""
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         section: type[Section] = Recipe
@@ -158,7 +160,7 @@ def _sentences(error: ErrorDetails) -> list[str]:
             return [f"unknown key {key}; did you mean {nearest[0]}?"]
         return [f"unknown key {key}; known keys: {', '.join(known)}"]
     if error["type"] == "missing":
-        return [f"{key} is missing"]
+        return [f"{key} is missing; add it"]
     text = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] == "value_error" else f", given {error['input']!r}"
     return [f"{key}: {row}{given}" if key else row for row in text.splitlines()]

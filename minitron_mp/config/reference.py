@@ -1,6 +1,6 @@
 """The reference of all recipe keys, in Markdown.
 
-Types, defaults and ranges are from the schemas, descriptions from the docstrings.
+Types, defaults and ranges come from the schemas. Descriptions come from the docstrings.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from minitron_mp.config.recipe import Recipe, section_type
 INTRODUCTION = """# Recipe reference
 
 `minitron-mp reference --output docs/reference.md` writes this page; do not edit it. Every command
-takes a YAML recipe with these keys, and overrides such as `distill.steps=50`. A key with the mark †
-does not change the result of a stage, so changing it reruns nothing.
+accepts a YAML recipe with these keys, and overrides such as `distill.steps=50`. A key with the mark
+† does not change the result of a stage, so a change of it reruns no stage.
 """
 
 LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def recipe_reference() -> str:
-    """Return the reference: one table for each section, in the order of the recipe."""
+    """Return the reference as Markdown: one table for each section, in the order of the recipe."""
     parts = [INTRODUCTION, *_section(Recipe, "")]
     return "\n".join(parts)
 
 
 def _section(section: type[Section], prefix: str) -> list[str]:
-    """Return the Markdown of a section and of the sections inside it. prefix: "distill."."""
+    """Return the Markdown of a section and its subsections. prefix: of its keys, "distill."."""
     title = f"`{prefix[:-1]}`" if prefix else "Top level"
     docs = field_docstrings(section)
     lines = [f"## {title}", "", _wrapped(inspect.getdoc(section) or ""), ""]
@@ -55,7 +55,7 @@ def _section(section: type[Section], prefix: str) -> list[str]:
 
 
 def field_docstrings(section: type[Section]) -> dict[str, str]:
-    """Return field -> the string below its definition, also for inherited fields."""
+    """Return field -> the docstring below its definition, also for inherited fields."""
     docs: dict[str, str] = {}
     for base in reversed(section.__mro__):
         if not (issubclass(base, Section) and base is not Section):
@@ -110,7 +110,7 @@ def _limits(field: FieldInfo) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    """Return the default as YAML; "required" without one, nothing for a section or null."""
+    """Return the default as YAML, "required" if there is none, "" for a section or null."""
     value = field.default
     if value is PydanticUndefined:
         return "required"
@@ -120,7 +120,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _anchor(name: str) -> str:
-    """Return the anchor of the heading of a section: GitHub drops the dots."""
+    """Return the anchor of the heading of a section. GitHub removes the dots."""
     return name.replace(".", "").lower()
 
 

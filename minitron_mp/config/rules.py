@@ -2,9 +2,9 @@
 
 Each rule is a function: recipe -> problems, one sentence each.
 
-RULES holds for every recipe and is checked when a recipe is read. RUN_RULES is checked before
-anything runs, together with the rules that read files (workflow/preflight.py): a recipe for another
-purpose, such as a plan for a cluster, may break them.
+RULES apply to every recipe and are checked when a recipe is read. RUN_RULES are checked before a
+run starts, together with the rules that read files (workflow/preflight.py). A recipe that is not
+run, such as a plan for a cluster, may break RUN_RULES.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def run_rule_problems(recipe: Recipe) -> list[str]:
 def correction_trains_the_pruned_model(recipe: Recipe) -> list[str]:
     if recipe.correct and recipe.teacher.model:
         return [
-            "correct trains the model that is pruned, and teacher.model is another model; "
-            "correct it in a separate run, or drop one of the two"
+            "correct trains the model that is pruned, and teacher.model is a different model; "
+            "correct that model in a separate run, or drop one of the two"
         ]
     return []
 
@@ -69,8 +69,7 @@ def correction_during_distillation(recipe: Recipe) -> list[str]:
     if {"checkpoint_interval", "keep_checkpoints"} & correct.model_fields_set:
         problems.append(
             "correct.checkpoint_interval and keep_checkpoints: with correct.when during the teacher's "
-            "state is "
-            "in the checkpoints of distill; drop them"
+            "state is in the checkpoints of distill; drop them"
         )
     return problems
 
@@ -87,7 +86,7 @@ def search_or_target(recipe: Recipe) -> list[str]:
 def depth_method_or_dropped_layers(recipe: Recipe) -> list[str]:
     if recipe.depth.method != "cosine" and recipe.target.drop_layers is not None:
         return [
-            f"depth.method {recipe.depth.method} has nothing to choose, target.drop_layers names the layers; "
+            f"depth.method {recipe.depth.method} has no effect, because target.drop_layers lists the layers; "
             "drop one of the two"
         ]
     return []

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from minitron_mp.config.base import NOT_IN_RESULT, Section
 
 FP8Scaling = Literal["tensorwise", "delayed", "blockwise"]
-"""How FP8 numbers are scaled. tensorwise: by the largest value of the current tensor. delayed: by
-the largest values of earlier steps; faster, with a slow start. blockwise: by the largest value
-of each block of 128 or 128 x 128; the most exact."""
+"""Scaling of FP8 numbers. tensorwise: by the largest value of the current tensor. delayed: by the
+largest values of earlier steps; it is faster, but the loss falls slowly in the first steps.
+blockwise: by the largest value of each block of 128 or 128 x 128; it is the most exact."""
 
 
 class ProfileConfig(Section):
@@ -23,19 +23,21 @@ class ProfileConfig(Section):
     """Ranks of the training run to trace. The ranks of a remote teacher cannot be traced."""
     kind: Literal["torch", "nsys"] = "torch"
     """torch: write a Chrome trace per rank to OUTPUT/profile. nsys: mark the steps for Nsight
-    Systems, which must start the job."""
+    Systems. Start the job with nsys profile."""
 
     @model_validator(mode="after")
     def _in_order(self) -> ProfileConfig:
         if not 1 <= self.steps[0] <= self.steps[1]:
-            raise ValueError(f"steps {self.steps} must be [first, last], counted from 1")
+            raise ValueError(
+                f"steps {self.steps} must be [first, last], counted from 1; set two such numbers"
+            )
         if min(self.ranks) < 0:
-            raise ValueError(f"ranks {self.ranks} must not be negative")
+            raise ValueError(f"ranks {self.ranks} must not be negative; count ranks from 0")
         return self
 
 
 class TrainingConfig(Section):
-    """A training run: batches, optimizer, checkpoints."""
+    """Settings of a training run: batches, optimizer, checkpoints."""
 
     steps: int = Field(100, ge=1)
     """Optimizer steps."""
@@ -66,19 +68,19 @@ class TrainingConfig(Section):
     recompute: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
     """Recompute the activations of each layer in the backward pass."""
     fp8: FP8Scaling | None = None
-    """Compute the products of the linear layers in FP8; weights, gradients and everything else stay
-    as they are. Needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and sizes that are
-    multiples of 16 (docs/precision.md). Start with tensorwise."""
+    """Compute the products of the linear layers in FP8. Weights, gradients and all remaining
+    tensors keep their precision. It needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and
+    sizes that are multiples of 16 (docs/precision.md). Start with tensorwise."""
     tp_comm_overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
-    """Overlap tensor parallel communication with products, through buffers that the GPUs of one
-    NVLink domain share. Needs Transformer Engine and parallel.sequence_parallel."""
+    """Overlap tensor parallel communication with matrix products, through buffers that the GPUs of
+    one NVLink domain share. It needs Transformer Engine and parallel.sequence_parallel."""
     cuda_graphs: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
     """Record the forward and backward pass of each layer in the first step and replay them. One
-    launch per layer replaces some hundred, which helps at short sequences, where the GPU waits
-    for the host. Needs Transformer Engine and Megatron-Core 0.19."""
+    launch per layer replaces about a hundred. This helps at short sequences, where the GPU waits
+    for the host. It needs Transformer Engine and Megatron-Core 0.19."""
     collect_interval: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
-    """Steps between two garbage collections of Python, at the same step on all ranks. Default: each
-    rank collects when its own counter is full, while the other ranks wait."""
+    """Steps between two garbage collections of Python. All ranks collect at the same step. Default:
+    each rank collects when its counter is full, and the other ranks wait for it."""
     log_interval: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two lines of the log."""
     checkpoint_interval: int = Field(100, ge=1, json_schema_extra=NOT_IN_RESULT)
@@ -86,29 +88,33 @@ class TrainingConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Number of newest checkpoints to keep."""
     async_save: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
-    """Continue training while a checkpoint is written. Until then a copy of the weights and the
-    optimizer state is in host memory."""
+    """Continue training while a checkpoint is written. Meanwhile host memory holds a copy of the
+    weights and the optimizer state."""
     profile: ProfileConfig | None = Field(None, json_schema_extra=NOT_IN_RESULT)
-    """Trace some steps. Default: none."""
+    """Trace of some steps. Default: no trace."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
         problems = []
         if self.warmup_steps >= self.steps:
-            problems.append(f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}")
+            problems.append(
+                f"warmup_steps {self.warmup_steps} must be smaller than steps {self.steps}; lower warmup_steps"
+            )
         if self.min_lr > self.lr:
-            problems.append(f"min_lr {self.min_lr} is above lr {self.lr}")
+            problems.append(f"min_lr {self.min_lr} must not be above lr {self.lr}; lower min_lr or raise lr")
         if self.cuda_graphs and self.recompute:
             problems.append("cuda_graphs and recompute cannot be combined; drop one of them")
         if self.profile and self.profile.steps[1] > self.steps:
-            problems.append(f"profile.steps {self.profile.steps} ends after the last step, {self.steps}")
+            problems.append(
+                f"profile.steps {self.profile.steps} ends after the last step, {self.steps}; lower it"
+            )
         problems += self._problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def _problems(self) -> list[str]:
-        """Return the problems of a subclass."""
+        """Return further problems; a subclass overrides it."""
         return []
 
 
@@ -120,23 +126,22 @@ class CorrectionConfig(TrainingConfig):
     """
 
     when: Literal["before", "during"] = "before"
-    """before: correct the teacher first; score, prune and distil from the corrected teacher.
-    during: correct it while the student is distilled from it, and prune the original
-    (2408.11796, figure 5). In each step both are trained on the same batches, on the student's
-    ranks."""
+    """before: correct the teacher first, then score and prune it and distil from it. during: prune
+    the original teacher, and correct it while the student is distilled from it (2408.11796, figure
+    5). In each step both are trained on the same batches, on the student's ranks."""
     steps: int = Field(1000, ge=1)
-    """Optimizer steps. With `when: during` at most distill.steps; after its last step the teacher
-    is frozen."""
+    """Optimizer steps. With `when: during` at most distill.steps. After the last of these steps the
+    teacher is frozen."""
     lr: float = Field(6e-5, gt=0)
-    """Peak learning rate: a fifth of that of the teacher's pre-training. 6e-5 is for Llama 3.1 8B
-    (3e-4)."""
+    """Peak learning rate. Use a fifth of the peak in the teacher's pre-training. 6e-5 is the value
+    for Llama 3.1 8B, which was trained with 3e-4."""
     min_lr: float = Field(1e-6, ge=0)
     """Learning rate at the last step."""
     warmup_steps: int = Field(120, ge=0)
     """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
     cosine."""
     baseline: str | None = Field(None, json_schema_extra=NOT_IN_RESULT)
-    """Output folder of the same recipe without this section. The report then compares the two
+    """Output folder of a run of the same recipe without this section. The report compares the two
     students."""
     divergence: ClassVar = "forward_kl"
     temperature: ClassVar = 1.0

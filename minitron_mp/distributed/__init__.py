@@ -1,13 +1,15 @@
-"""Ranks: process groups, roles, collectives, and how a job starts and stops.
+"""Ranks: process groups, roles, collectives, and the start and stop of a job.
 
 world           World, join_world: layout and process groups of a rank
-roles           join_roles: several worlds in one job; role_channel joins their ranks
-launcher        what torchrun and Slurm put into the environment
-schedule        run_schedule: microbatches through the pipeline; batch has their type
+roles           join_roles: several worlds in one job
+role_channel    RoleChannel: communication between the ranks of all roles
+launcher        values that torchrun and Slurm set in the environment
+schedule        run_schedule: run microbatches through the pipeline
+batch           Batch: the type of a microbatch
 sync            on_rank_0, raise_on_all_ranks
 preemption      Preemption: stop early near a deadline, for a stop file, after SIGTERM
 collectives     collectives that Megatron-Core does not have
-layout          which layers lie on which stage
+layout          the layers of each pipeline stage
 cpu_backend     Megatron-Core on the CPU
 
 Only world.py and cpu_backend.py use parallel_state. Only launcher.py reads the environment.

@@ -1,4 +1,4 @@
-"""Batch: the type of one microbatch on its way through data, schedules and losses."""
+"""Batch: the type of one microbatch in data loading, schedules and losses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ class Batch(TypedDict, total=False):
     teacher_signal: object
     """distillation.teacher.TeacherSignal; read it with signal_of()."""
     rows: Tensor
-    """int64 [b], numbers of the scored rows (evaluation.log_likelihood)."""
+    """int64 [b], numbers of the scored rows. Only evaluation.log_likelihood sets it."""
     index: int
-    """Position among the microbatches of a step, where a caller needs it."""
+    """Position among the microbatches of a step. Only training.teacher_correction sets it."""

@@ -1,4 +1,4 @@
-"""Collectives that Megatron-Core does not have in this form. Every rank of the group calls them."""
+"""Collectives that Megatron-Core does not have. Every rank of the group must call them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class AllGatherSequence(torch.autograd.Function):
-    """Gather [s/cp, ...] of each rank into [cp, s/cp, ...] on all ranks.
+    """Gather x [s/cp, ...] of each rank into [cp, s/cp, ...] on all ranks.
 
     The backward pass is a reduce-scatter of the gradient.
     """
@@ -29,7 +29,7 @@ class AllGatherSequence(torch.autograd.Function):
 
 
 def context_parallel_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return this rank's part of a sequence: chunks r and 2n-1-r of 2n.
+    """Return this rank's part of a sequence: chunks r and 2n-1-r of 2n, for rank r of n.
 
     This is Megatron's zig-zag order, which balances causal attention over the ranks.
     """
@@ -43,15 +43,15 @@ def context_parallel_slice(x: torch.Tensor, dim: int, group: dist.ProcessGroup) 
 def exchange_kept(
     x: torch.Tensor, dim: int, keep: torch.Tensor, start: int, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Keep some rows of a tensor that is split on a dim, and split them evenly again.
+    """Return this rank's share of the kept rows of a tensor that is split along dim.
 
     x [.., n/tp, ..]: this rank's part, global rows from `start` on.
     keep [k]: kept global rows, ascending, equal on all ranks; tp divides k.
     Returns [.., k/tp, ..]: kept rows r*k/tp to (r+1)*k/tp on rank r.
 
-    Nothing is gathered: each rank sends only kept rows, to the rank that holds them next. Because
-    keep ascends, they arrive in the right order. When every row stays on its rank, no rank
-    communicates.
+    The tensor is not gathered. Each rank sends only kept rows, to the rank that holds them
+    afterwards. They arrive in the right order, because keep is ascending. If no row changes its
+    rank, the function does not communicate.
     """
     size, rank, part = group.size(), group.rank(), x.shape[dim]
     assert keep.numel() % size == 0, (keep.numel(), size)

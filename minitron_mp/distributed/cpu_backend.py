@@ -1,10 +1,10 @@
-"""Makes Megatron-Core run on the CPU with gloo.
+"""Patches that let Megatron-Core run on the CPU with gloo.
 
-The only file that patches anything; does nothing on a GPU. Megatron-Core (0.16 to 0.19) is written
-for one CUDA device per process. Three things prevent it from running on a CPU: explicit "cuda"
-devices, a dozen torch.cuda calls that it makes unconditionally, and checkpoints that assume the
-state layout of Apex's or Transformer Engine's Adam. Each patch below names the code that needs it.
-Remove a line when Megatron takes the device from its caller.
+This is the only file with patches. It does nothing on a GPU. Megatron-Core (0.16 to 0.19) is
+written for one CUDA device per process. Three things prevent it from running on a CPU: explicit
+"cuda" devices, a dozen unconditional torch.cuda calls, and checkpoints that assume the state layout
+of Apex's or Transformer Engine's Adam. A comment at each patch names the code that needs it. Remove
+a patch when Megatron-Core accepts the device as an argument there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 
 @functools.cache
 def install() -> bool:
-    """Apply the patches once per process, before megatron.core builds anything.
+    """Apply the patches once per process, before megatron.core builds groups or models.
 
-    Returns whether this is a CPU.
+    Returns True on a CPU, and False on a GPU, where it applies no patch.
     """
     if torch.cuda.is_available():
         return False
@@ -36,9 +36,9 @@ def install() -> bool:
     engine = torch.autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
-        # Tensor.backward is intercepted as well, and a mode is off inside its own handler.
-        # Activation recomputation runs Megatron code there, so the mode is switched on again where
-        # the engine starts.
+        # torch turns a mode off while its handler runs, and Tensor.backward runs inside the
+        # handler. Activation recomputation runs Megatron code in the backward pass, so the mode is
+        # turned on again here.
         with mode:
             return engine(*args, **kwargs)
 
@@ -51,7 +51,7 @@ def install() -> bool:
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Replaces explicit CUDA devices by the CPU."""
+    """Mode that replaces explicit CUDA devices by the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -147,8 +147,8 @@ def _patches() -> list[tuple[Any, str, Any]]:
         (distrib_optimizer, name, value)
         for name, value in (("Adam", FusedAdam), ("HAVE_APEX_OR_TE", True), ("USING_APEX_OPTIMIZER", True))
     ]
-    # Without Apex and TE each gradient is clipped by a product and a copy. This does the same in
-    # place.
+    # Without Apex and TE Megatron clips each gradient by a product and a copy. This patch does it
+    # in place.
     patches += [(clip_grads, "multi_tensor_scale_impl", _multi_tensor_scale)]
     return [(owner, name, new) for owner, name, new in patches if hasattr(owner, name)]
 

@@ -1,7 +1,7 @@
-"""What the launcher (torchrun, Slurm, Nsight Systems) tells a process through its environment.
+"""Values that the launcher (torchrun, Slurm, Nsight Systems) sets in a process's environment.
 
-No other file of the package reads launch variables. Works for a process without a launcher as well,
-as a job of one rank.
+Except for RANK in console.py, no other file of the package reads launch variables. A process
+without a launcher is a job of one rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class JobRank:
     def with_fresh_keys(self) -> JobRank:
         """Return the same rank with a store whose keys no other world of this job uses.
 
-        All ranks must call it equally often, because they count the calls.
+        The prefix counts the calls, so all ranks must call it the same number of times.
         """
         return replace(self, store=fresh_prefix(self.store))
 
@@ -39,7 +39,7 @@ class JobRank:
 def job_rank() -> JobRank:
     """Return torchrun's rank of this process, or rank 0 of 1 without torchrun.
 
-    Cached: the first call on rank 0 may create the store that the other ranks connect to.
+    The result is cached, because the first call on rank 0 may create the store of the job.
     """
     if "RANK" not in os.environ:
         return JobRank(dist.HashStore(), 0, 1)
@@ -51,12 +51,12 @@ _num_worlds = itertools.count()
 
 
 def fresh_prefix(store: dist.Store) -> dist.Store:
-    """Return the store under a prefix that is new in this process, the same on every rank."""
+    """Return the store under a new prefix, which is the same on every rank."""
     return dist.PrefixStore(f"world{next(_num_worlds)}", store)
 
 
 def num_job_ranks() -> int:
-    """Return the number of ranks of the job, also before it has process groups."""
+    """Return the number of ranks of the job. It also works before process groups exist."""
     return dist.get_world_size() if dist.is_initialized() else job_rank().size
 
 
@@ -69,14 +69,14 @@ def local_device() -> torch.device:
     """Return the device of this rank: the GPU of its local rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # More ranks than GPUs: NCCL rejects two ranks on one GPU unless each has its own NCCL_HOSTID,
-    # as in the tests.
+    # The modulo allows more ranks than GPUs, as in the tests. NCCL rejects two ranks on one GPU
+    # unless each has a different NCCL_HOSTID.
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable in this context, for a library that takes no argument instead."""
+    """Set an environment variable in this context, for a library that has no argument for it."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -89,7 +89,7 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 def job_deadline() -> float | None:
-    """Return the launcher's deadline of the job in seconds since 1970, None when there is none.
+    """Return the launcher's deadline of the job in seconds since 1970, or None without one.
 
     InputError when MINITRON_DEADLINE is not a number.
     """

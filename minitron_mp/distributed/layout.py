@@ -1,4 +1,4 @@
-"""Which ranks hold what: layers of each pipeline stage."""
+"""Layers of each pipeline stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
 
 
 def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
-    """Numbers of the layers on each pipeline stage; with vpp the chunks of a stage follow each other."""
+    """Return the layer numbers of each pipeline stage. With vpp they are listed chunk by chunk."""
     numbers = iter(range(num_layers))
     chunks = [[next(numbers) for _ in range(count)] for count in parallel.layers_of_chunks(num_layers)]
     return [

@@ -1,9 +1,8 @@
 """Preemption: stop early with a checkpoint, near a deadline, for a stop file, or after SIGTERM.
 
-Each rank only records the requests that it receives. The training loop adds them up in the
-collective that it makes anyway at each log interval, so all ranks of a role learn of a request at
-the same step, without extra communication. distillation/stream_end.py stops a remote teacher and
-its students at the same step.
+Each rank records only its local stop requests. The training loop adds them up in the collective of
+each log interval. So all ranks of a role stop after the same step, without extra communication.
+distillation/stream_end.py stops a remote teacher and its students after the same step.
 """
 
 from __future__ import annotations
@@ -24,27 +23,25 @@ import torch.distributed as dist
 from minitron_mp.distributed.launcher import job_deadline
 
 STOP_FILE = "stop"
-"""Name of the file in the output folder that asks the job to stop. The job deletes it when it
-stops.
-"""
+"""Name of a file in the output folder that requests a stop. The job deletes it when it stops."""
 
 OTHER_RANK = "stop requested on another rank"
-"""Reason on a rank that received no stop request itself."""
+"""Reason on a rank without a local stop request."""
 
 
 class Preempted(Exception):
-    """All ranks stop early, and everything is saved.
+    """Raised on all ranks when the job stops early, after its state is saved.
 
-    The text says after which step or stage, and why.
+    The text has the step or stage, and the reason.
     """
 
 
 @dataclass
 class Preemption:
-    """The stop requests of this rank, and the times that decide when to stop for a deadline.
+    """The stop requests of this rank, and measured times for a stop before the deadline.
 
-    output: folder that may contain a stop file. deadline: seconds since 1970 by which the process
-    must end.
+    output: folder that may contain a stop file. deadline: time in seconds since 1970 at which the
+    process must have ended.
     """
 
     output: Path
@@ -53,11 +50,9 @@ class Preemption:
     """Whether this process has received SIGTERM."""
     roles_met: bool = False
     """Whether the roles of the job have exchanged which students run `distill`. A role that stops
-    before must still take part in that exchange."""
+    earlier must still take part in that exchange."""
     checkpoint_s: dict[Path, float] = field(default_factory=dict)
-    """Checkpoint folder of each run in progress -> seconds that its slowest checkpoint took until
-    committed.
-    """
+    """Checkpoint folder of each active run -> seconds of its slowest checkpoint, with commit."""
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=8))
     """Seconds per step in the last logged intervals."""
 
@@ -66,10 +61,10 @@ class Preemption:
         return self.output / STOP_FILE
 
     def stop_request(self, is_main: bool, *, steps: int = 0, checkpoints: int = 1) -> str:
-        """Return why this rank asks to stop, "" when it does not; no communication.
+        """Return the reason to stop on this rank, or "" to continue. It does not communicate.
 
-        Only the main rank looks at stop file and clock. steps: steps until the next chance to stop.
-        checkpoints: checkpoints that have to be written before the process can end.
+        Only the main rank checks the stop file and the deadline. steps: number of steps until the
+        next possible stop. checkpoints: number of checkpoints to write before the process can end.
         """
         if self.sigterm:
             return "SIGTERM"
@@ -88,9 +83,9 @@ class Preemption:
         )
 
     def raise_if_requested(self, where: str, is_main: bool) -> None:
-        """Raise Preempted on all ranks when any of them asks to stop.
+        """Raise Preempted on all ranks when any rank has a stop request.
 
-        Between stages. Reached by all ranks.
+        where: text for the message, such as "before distill". Reached by all ranks, between stages.
         """
         reason = self.stop_request(is_main)
         requests = torch.tensor(float(bool(reason)))
@@ -99,15 +94,15 @@ class Preemption:
             raise Preempted(f"stopped {where} ({reason or OTHER_RANK})")
 
     def needs_checkpoint_time(self, checkpoints: Path) -> bool:
-        """Return whether a checkpoint of this run has to be timed to plan a stop."""
+        """Return whether a deadline exists but the checkpoint time of this run is not known."""
         return self.deadline is not None and checkpoints not in self.checkpoint_s
 
     def record_checkpoint(self, checkpoints: Path, seconds: float) -> None:
-        """Keep the time of a run's slowest checkpoint."""
+        """Record the time of a checkpoint of a run. Only the longest time is kept."""
         self.checkpoint_s[checkpoints] = max(seconds, self.checkpoint_s.get(checkpoints, 0.0))
 
     def end_run(self, checkpoints: Path | None) -> None:
-        """Forget the times of a run that is over."""
+        """Delete the times of a finished run."""
         if checkpoints is not None:
             self.checkpoint_s.pop(checkpoints, None)
         self.step_s.clear()
@@ -115,9 +110,9 @@ class Preemption:
 
 @contextmanager
 def watch_for_preemption(output: Path) -> Iterator[Preemption]:
-    """Yield the Preemption of this process, and record SIGTERM in it while the context lasts.
+    """Yield the Preemption of this process. It records SIGTERM until the context ends.
 
-    Python handles signals in the main thread only; in another thread SIGTERM is not recorded.
+    Python handles signals in the main thread only. In another thread SIGTERM is not recorded.
     """
     preemption = Preemption(output, job_deadline())
     if threading.current_thread() is not threading.main_thread():

@@ -1,10 +1,10 @@
-"""RoleChannel: what joins the ranks of all roles of a job (teacher, students).
+"""RoleChannel: communication between the ranks of all roles of a job (teacher, students).
 
-The channel has two raw process groups over all ranks of the job, and the job's store for small
-messages between roles and for the reason of a failure.
+The channel has two raw process groups over all ranks of the job, and the job's store. The store is
+for small messages between roles and for the reason of a failure.
 
 When a wait times out, gloo closes all connections of the group. So "connection closed" on a rank
-says nothing about the cause, and find_root_cause() collects the reports of all waiting ranks first.
+does not show the cause. find_root_cause() first collects the reports of all waiting ranks.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ FAILURE_KEY = "failed"
 class RoleChannel:
     """The ranks of all roles of a job. Each role is a span of job ranks.
 
-    role: of this rank. job: this rank in the job, and the job's store.
-    data, control: raw process groups over all job ranks. data is NCCL on GPUs; control is gloo, for
-        small messages. They offer only send and recv, with a list of one tensor, a job rank and a
-        tag.
-    timeout: of every wait for another rank.
+    role: role of this rank. job: this rank in the job, and the job's store.
+    data, control: raw process groups over all job ranks. data is NCCL on GPUs. control is gloo, for
+        small messages. They support only send and recv, with a list of one tensor, a job rank and
+        a tag.
+    timeout: timeout of every wait for another rank.
     """
 
     role: str
@@ -61,9 +61,9 @@ class RoleChannel:
         return self.job.store
 
     def transfer_stream(self, *, behind_current: bool = True) -> AbstractContextManager[Any]:
-        """Return the context in which transfers are issued: on a GPU, a CUDA stream of their own.
+        """Return the context in which transfers are issued: on a GPU, a separate CUDA stream.
 
-        behind_current: the transfers start after the work that this thread has issued so far.
+        behind_current: the transfers start after the work that this thread has issued before.
         """
         if self.device.type != "cuda":
             return nullcontext()
@@ -89,7 +89,7 @@ class RoleChannel:
     def abort(self) -> None:
         """Abort transfers and collectives in progress.
 
-        Otherwise a GPU kernel that waits for a dead rank would keep this process from ending.
+        Otherwise the process could not end while a GPU kernel waits for a dead rank.
         """
         if self.device.type == "cuda":
             with suppress(Exception):
@@ -97,14 +97,14 @@ class RoleChannel:
                 dist.distributed_c10d._abort_process_group()
 
     def report_failure(self, reason: str) -> str:
-        """Write why the job fails, unless a rank has done so. Return the reason in the store."""
+        """Write the reason of a failure, unless the store has one; return the stored reason."""
         try:
             return self.store.compare_set(FAILURE_KEY, "", reason).decode()
         except dist.DistError:  # the process that holds the store has ended
             return reason
 
     def failure(self, wait_s: float = 0.0) -> str | None:
-        """Return why the job fails, or None when no rank reports a failure within `wait_s`."""
+        """Return the reason of the failure, or None if no rank reports one within `wait_s`."""
         deadline = time.monotonic() + wait_s
         with suppress(dist.DistError):
             while True:
@@ -116,26 +116,24 @@ class RoleChannel:
         return None
 
     def find_root_cause(self, rank: int, text: str, grace_s: float = 1.0) -> str:
-        """Report that this rank timed out waiting for `rank`; return the message of the root cause.
+        """Report that this rank timed out waiting for `rank`. Return the text of the root cause.
 
-        Each rank writes the rank that it waits for. The chain of waits is followed to its last
-        rank,
-        which waits for a rank that reports nothing: that one is dead or hangs.
-        text: message of this rank's wait.
+        Each rank writes the rank that it waits for. The function follows this chain to a rank that
+        has written nothing: that rank is dead or hangs. text: error text of this rank's wait.
         """
         chain = [self.rank]
         with suppress(dist.DistError):
             self.store.set(f"waits/{self.rank}", json.dumps([rank, text]))
-            self.failure(grace_s)  # time for the other ranks to write their waits, or the reason
+            self.failure(grace_s)  # meanwhile the other ranks write their waits, or the reason
             while rank not in chain and self.store.check([f"waits/{rank}"]):
                 chain.append(rank)
                 rank, text = json.loads(self.store.get(f"waits/{rank}"))
         return text
 
     def barrier(self, topic: str) -> None:
-        """Wait for all ranks of the job, without a timeout: they may have hours of other work.
+        """Wait for all ranks of the job, without a timeout, because a rank may work for hours.
 
-        RuntimeError when a rank fails instead.
+        RuntimeError when a rank fails.
         """
         self.store.add(topic, 1)
         while self.store.add(topic, 0) < self.job.size:
@@ -149,11 +147,11 @@ class RoleChannel:
     ) -> dict[str, Any]:
         """Return {role: its value} of a topic, on every rank. Rank 0 of each role writes its value.
 
-        value: of this rank's role, JSON.
-        roles: that take part; default: all.
-        timeout_s: 0 for that of the channel, None to wait without a timeout (the other roles may
-            have hours of other work).
-        InputError when a rank fails instead, or a role does not write its value in time.
+        value: value of this rank's role, as JSON types.
+        roles: roles that take part. Default: all roles.
+        timeout_s: 0 for the timeout of the channel, None to wait without a timeout (a role may work
+            for hours before it takes part).
+        InputError when a rank fails, or when a role does not write its value in time.
         """
         store = self.store
         limit_s = timeout_s or self.timeout.total_seconds()

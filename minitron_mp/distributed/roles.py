@@ -36,14 +36,15 @@ def join_roles(
     stream_timeout_s: float = 600,
     job: JobRank | None = None,
 ) -> Iterator[World]:
-    """Join the job in the role whose span holds this rank, and yield the world of the role.
+    """Join the job in the role whose span contains this rank, and yield the world of the role.
 
     layouts: role -> (number of ranks, layout), in the order of their job ranks.
-    stream_timeout_s: of each wait on the channel between roles.
-    job: this process in the job; default: torchrun's.
-    InputError when the numbers of ranks do not add up. If a rank fails, all ranks raise its reason.
+    stream_timeout_s: timeout of each wait on the channel between roles.
+    job: this process in the job. Default: torchrun's.
+    InputError when the numbers of ranks do not add up to the job. If a rank fails, all ranks raise
+    an error with its reason.
     """
-    assert not dist.is_initialized(), "join_roles() creates the default process groups; destroy yours before"
+    assert not dist.is_initialized(), "join_roles() creates the default process groups; destroy yours first"
     job = job or launcher.job_rank()
     spans = _spans(layouts, job.size)
     role = next(role for role, span in spans.items() if job.rank in span)
@@ -56,11 +57,12 @@ def join_roles(
     try:
         channel = _open_channel(role, job, spans, device, timedelta(seconds=stream_timeout_s))
         yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, channel=channel)
-        channel.barrier("end")  # no rank destroys groups that another still uses
+        channel.barrier("end")  # no rank may destroy groups that another rank still uses
     except Exception as error:
         if channel is None:
             raise
-        # A collective (RuntimeError) may break before the rank with the reason has reported it.
+        # A RuntimeError may come from a collective that broke because another rank failed. That
+        # rank may not have reported its reason yet.
         channel.failure(REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0)
         channel.abort()
         reason = channel.report_failure(f"{role} rank {role_rank}: {error}")
@@ -74,7 +76,7 @@ def join_roles(
 
 
 def _spans(layouts: Mapping[str, tuple[int, ParallelConfig]], job_size: int) -> dict[str, range]:
-    """Return {role: its job ranks}; InputError when they are not all ranks of the job."""
+    """Return {role: its job ranks}. InputError when the sizes do not add up to the job."""
     sizes = {role: ranks for role, (ranks, _) in layouts.items()}
     if sum(sizes.values()) != job_size or min(sizes.values()) < 1:
         parts = " + ".join(f"{ranks} ({role})" for role, ranks in sizes.items())
@@ -96,8 +98,8 @@ def _open_channel(
     control = dist.ProcessGroupGloo(store, job.rank, job.size, timeout)
     store = dist.PrefixStore("data", job.store)
     if device.type == "cuda":
-        # NCCL's watchdog ends the process at its timeout. Ours is shorter, and names the root
-        # cause.
+        # NCCL's watchdog ends the process at its timeout. The channel's timeout is shorter, and
+        # its error names the root cause.
         data = dist.ProcessGroupNCCL(store, job.rank, job.size, 3 * timeout)
     else:
         data = dist.ProcessGroupGloo(store, job.rank, job.size, timeout)

@@ -32,23 +32,25 @@ def run_schedule(
     train: bool = False,
     on_batch: Callable[[Batch], None] = ignore_batch,
 ) -> list[Any]:
-    """Run microbatches through the chunks; reached by all ranks with equally many batches.
+    """Run microbatches through the chunks and return the results of on_output.
 
-    batches: of this data-parallel rank, whole sequences; tokens, labels and position_ids int64
-    [b, s], loss_mask float32 [b, s].
+    Reached by all ranks, with the same number of batches on each. Without train the result is a
+    list on the last stage, and [] on the other stages.
+
+    batches: microbatches of this data-parallel rank with complete sequences; tokens, labels and
+        position_ids int64 [b, s], loss_mask float32 [b, s].
     on_output(hidden [s', b, h], local batch [s/cp, b]): runs on the last stage for each microbatch
-    in order. s' is s/cp, and s/cp/tp under sequence parallelism.
+        in order. s' is s/cp, or s/cp/tp under sequence parallelism.
     on_batch(local batch): runs on every stage before each chunk's forward pass.
-    train: on_output returns Megatron's (loss sum, number of tokens, report), and gradients are
-    accumulated and finalized. Otherwise the results of on_output are returned as a list on the last
-    stage, [] on other stages.
+    train: on_output must return Megatron's (loss sum, number of tokens, report). Gradients are
+        accumulated and finalized.
     """
     p = world.parallel
     b, s = batches[0]["tokens"].shape
     if p.vpp and len(batches) % p.pp:
         raise InputError(
-            f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches a step and data "
-            f"parallel rank, given {len(batches)}"
+            f"the interleaved schedule (vpp) needs a multiple of pp {p.pp} microbatches per step and data "
+            f"parallel rank, given {len(batches)}; change global_batch_size, or drop vpp"
         )
     forward_backward = get_forward_backward_func()
     with torch.set_grad_enabled(train):
@@ -67,7 +69,7 @@ def run_schedule(
 def local_batch(batch: Batch, world: World) -> Batch:
     """Return this context-parallel rank's part of a batch, on its device.
 
-    labels and loss_mask become sequence first, [s/cp, b]. Extra keys stay as they are.
+    labels and loss_mask are transposed to [s/cp, b]. Further keys are not changed.
     """
     local: dict[str, Any] = {}
     for key, value in cast(dict[str, Any], batch).items():

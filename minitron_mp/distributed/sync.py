@@ -1,4 +1,4 @@
-"""Agreement between ranks: run something on rank 0 only, and fail on all ranks together."""
+"""Run a function on rank 0 only, and raise errors on all ranks together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 def raise_on_all_ranks(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error, so that no rank waits in the next collective.
 
-    error: of this rank, or None. The other ranks raise an InputError that names the failed ranks.
-    Reached by all ranks.
+    error: error of this rank, or None. Ranks without an error raise an InputError that names the
+    failed ranks. Reached by all ranks.
     """
     if dist.get_world_size() == 1 and error is None:
         return
@@ -33,7 +33,7 @@ def raise_on_all_ranks(error: Exception | None) -> None:
 def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
     """Run action on rank 0 and return its result (picklable) on every rank; reached by all ranks.
 
-    When it fails, every rank raises. takes_long: it may take longer than the timeout of a
+    If action fails, every rank raises. takes_long: action may take longer than the timeout of a
     collective (half an hour), for example to tokenize a corpus.
     """
     result: T | None = None
@@ -58,9 +58,9 @@ def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
 
 
 def _wait_for_rank_0() -> None:
-    """Wait without a timeout until rank 0 arrives; reached by all ranks, one call at a time.
+    """Wait without a timeout until rank 0 calls this function; reached by all ranks.
 
-    Through the store, because collectives time out.
+    It uses the store, because collectives have a timeout. Two calls must not overlap.
     """
     store, key = dist.distributed_c10d._get_default_store(), "rank 0 is done"
     if dist.get_rank() == 0:
@@ -69,7 +69,7 @@ def _wait_for_rank_0() -> None:
         try:
             store.wait([key], timedelta(minutes=5))
             break
-        except dist.DistStoreError:  # a timeout; a lost store is another error
+        except dist.DistStoreError:  # a timeout; a lost store raises a different error
             continue
     dist.barrier()
     if dist.get_rank() == 0:

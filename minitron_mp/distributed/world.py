@@ -1,7 +1,7 @@
-"""The world of a rank: parallel layout and process groups.
+"""World: parallel layout and process groups of a rank.
 
-The only user of parallel_state besides cpu_backend. A job has one world, or one for each role
-(teacher, students; see roles.py). Each world uses its own default process group, because
+Only this file and cpu_backend.py use parallel_state. A job has one world, or one world for each
+role (teacher, students; see roles.py). Each world has a separate default process group, because
 Megatron-Core calls collectives on that group in its optimizer and in its checkpoints.
 """
 
@@ -39,7 +39,7 @@ class World:
     device: torch.device
     role: str = "student"
     channel: RoleChannel | None = None
-    """To the ranks of the other roles. None in a job with one role."""
+    """Channel to the ranks of the other roles. None in a job with one role."""
     preemption: Preemption | None = None
     """Stop requests that this process has received. None: the job always runs to its end."""
 
@@ -50,17 +50,17 @@ class World:
 
     @property
     def size(self) -> int:
-        """Ranks of this world."""
+        """Number of ranks of this world."""
         return dist.get_world_size()
 
     @property
     def job_size(self) -> int:
-        """Ranks of all roles."""
+        """Number of ranks of all roles."""
         return self.channel.job.size if self.channel else self.size
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one rank of its role that prints and writes small files."""
+        """Whether this is rank 0 of its role, which prints and writes small files."""
         return dist.get_rank() == 0
 
     @property
@@ -84,8 +84,8 @@ class World:
 def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> Iterator[World]:
     """Join torchrun's job, or a job of one process, and yield the world of this rank.
 
-    Uses a GPU if there is one, else the CPU with gloo. In a process that already has a default
-    process group (a NeMo recipe, a test) that group is used, and stays at the end.
+    It uses a GPU if the machine has one, else the CPU with gloo. If the process already has a
+    default process group (a NeMo recipe, a test), that group is used and is not destroyed.
     """
     owns_group = not dist.is_initialized()
     device = start_job(timeout_minutes) if owns_group else local_device()
@@ -98,39 +98,35 @@ def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 
 
 
 def start_job(timeout_minutes: float = 30) -> torch.device:
-    """Make the default process group of torchrun's job, or of this process alone.
-
-    Returns this rank's device.
-    """
+    """Make the default process group of torchrun's job or of this process; return the device."""
     device = local_device()
     init_default_group(device, launcher.job_rank().with_fresh_keys(), timeout_minutes)
     return device
 
 
-def init_default_group(device: torch.device, place: JobRank, timeout_minutes: float) -> None:
+def init_default_group(device: torch.device, job: JobRank, timeout_minutes: float) -> None:
     """Make the default process group from a rank, a world size and a store."""
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # gloo beside NCCL: small host-side values (free space, errors) are reduced on the CPU
+        # Gloo is needed beside NCCL, because small host values (free space, errors) are reduced on
+        # the CPU.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl",
-            store=place.store,
-            rank=place.rank,
-            world_size=place.size,
+            store=job.store,
+            rank=job.rank,
+            world_size=job.size,
             timeout=timeout,
             device_id=device,
         )
     else:
-        dist.init_process_group(
-            "gloo", store=place.store, rank=place.rank, world_size=place.size, timeout=timeout
-        )
+        dist.init_process_group("gloo", store=job.store, rank=job.rank, world_size=job.size, timeout=timeout)
 
 
 def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> World:
-    """Make Megatron-Core's process groups of a layout from the default group.
+    """Make Megatron-Core's process groups for a layout, and return the world of this rank.
 
-    InputError when the layout does not divide the ranks. Reached by all ranks.
+    InputError when the layout does not divide the number of ranks. Reached by all ranks.
     """
     install()
     size = dist.get_world_size()
@@ -150,8 +146,8 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
         context_parallel_size=parallel.cp,
         create_gloo_process_groups=False,  # a second set of groups on the CPU, which is not used
     )
-    # new_group returns when this rank has connected. A rank that fails or finishes at once would
-    # close its sockets while others still connect, and they would report that instead of the cause.
+    # new_group returns when this rank has connected. A rank that fails or finishes soon after would
+    # close its sockets while other ranks still connect. Those would report that, not the cause.
     dist.barrier()
     seed_all(seed)
     return World(parallel, ProcessGroupCollection.use_mpu_process_groups(), device)
@@ -160,7 +156,7 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
 def leave_groups() -> None:
     """Destroy the groups of build_groups().
 
-    Megatron only forgets them, and their threads and sockets stay.
+    Megatron only deletes its references, so threads and sockets of the groups would remain.
     """
     groups: set[dist.ProcessGroup] = set()
     for value in list(vars(parallel_state).values()):
@@ -173,15 +169,15 @@ def leave_groups() -> None:
         groups |= {member for member in members if isinstance(member, dist.ProcessGroup)}
     parallel_state.destroy_model_parallel()
     for group in groups - {dist.group.WORLD}:
-        with suppress(ValueError):  # already destroyed, by Megatron or under another name of the same group
+        with suppress(ValueError):  # already destroyed, by Megatron or through a second name
             dist.destroy_process_group(group)
 
 
 def seed_all(seed: int, *, cuda_graphs: bool = False) -> None:
-    """Seed torch's and Megatron's random streams. The training loop does so at every step.
+    """Seed torch's and Megatron's random streams.
 
-    Therefore a resume has no random state to restore. cuda_graphs: use streams that a CUDA graph
-    can record.
+    The training loop calls it at every step, so a checkpoint needs no random state. cuda_graphs:
+    use streams that a CUDA graph can record.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -2,8 +2,8 @@
 
 task_files.py describes the files. The score of an option is the sum of log p over the tokens of its
 ending. Its normalised score divides that by the number of characters of the ending (acc and
-acc_norm of lm-evaluation-harness). A last word counts when each of its tokens is the most likely
-one.
+acc_norm of lm-evaluation-harness). A last word is correct if each of its tokens is the most likely
+token.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def score_task(
     micro_batch_size: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, TaskResult]:
-    """Return the result of each model, the same on every rank; reached by all ranks.
+    """Return the result of each model, equal on every rank. All ranks must call this.
 
-    A context that is longer than the model's sequence length loses its beginning.
+    The beginning of a context that is longer than the model's sequence length is cut off.
     """
     results = {}
     for name, model in models.items():
@@ -62,8 +62,8 @@ def score_task(
 def rows_of(items: list[TaskItem], tokenizer: Tokenizer, sequence_length: int) -> list[Row]:
     """Return the tokens of each option, in order.
 
-    They begin with the tokenizer's own first token, if it has one. Rows longer than sequence_length
-    + 1 lose their beginning.
+    They begin with the tokenizer's beginning-of-sequence token, if it has one. The beginning of a
+    row longer than sequence_length + 1 is cut off.
     """
     first = [] if tokenizer.bos is None else [tokenizer.bos]
     options = [option for item in items for option in item.options]

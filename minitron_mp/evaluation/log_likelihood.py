@@ -1,9 +1,9 @@
 """Log-likelihood of rows of tokens on the sharded model, and the most likely next token.
 
 Choice tasks (choice_tasks.py), depth importance by task accuracy (pruning/ablation.py) and the
-adapter of lm-evaluation-harness (integrations/lm_eval.py) use this. Rows are distributed over the
+adapter of lm-evaluation-harness (integrations/lm_eval) use this. Rows are distributed over the
 data-parallel ranks in order of length, so that rows of similar length are padded together, and
-results are added up once at the end. The vocabulary stays sharded: four numbers per position are
+results are summed once at the end. The vocabulary stays sharded: four numbers per position are
 exchanged between tensor-parallel ranks.
 
     s sequence   s' as in run_schedule()   b micro-batch   v padded vocabulary
@@ -27,7 +27,7 @@ from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
 @dataclass(frozen=True)
 class Row:
-    """A row of tokens. Those from index `start` (at least 1) on are scored."""
+    """A row of tokens. The tokens from index `start` (at least 1) on are scored."""
 
     tokens: list[int]
     start: int
@@ -41,10 +41,10 @@ def score_rows(
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Return float64 [rows, 2] on the CPU of every rank.
+    """Return the log-likelihoods of rows, float64 [rows, 2] on the CPU of every rank.
 
     The columns are log p of the scored tokens in nats, and how many of them are not the most likely
-    token. progress: called after each of num_groups() groups. Reached by all ranks with the same
+    token. progress: called after each of num_groups() groups. All ranks call this with the same
     rows.
     """
 
@@ -63,9 +63,9 @@ def next_tokens(
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Return the most likely token after each sequence, the same on every rank.
+    """Return the most likely token after each sequence, equal on every rank.
 
-    Of equally likely tokens the lowest counts. Reached by all ranks with the same sequences.
+    A tie returns the lowest token. All ranks call this with the same sequences.
     """
 
     def measure(hidden: Tensor, batch: Batch) -> Tensor:
@@ -86,7 +86,7 @@ def _sum_rows(
     *,
     shape: tuple[int, int],
 ) -> Tensor:
-    """Add up measure(hidden, batch) [b, columns] of each row over the ranks.
+    """Return the sums over all ranks of measure(hidden, batch) [b, columns], for each row.
 
     Shape: [rows, columns].
     """
@@ -104,7 +104,7 @@ def _sum_rows(
 
 
 def summed(sums: Tensor, world: World) -> Tensor:
-    """Add up in place the sums of all samples; returns them on every rank.
+    """Add the sums of all ranks in place and return them, on every rank.
 
     sums: over this rank's part of the samples, zero except on the last pipeline stage.
     """
@@ -160,7 +160,7 @@ def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod:
 
 
 def span_sums(chunk: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int) -> Tensor:
-    """Return float64 [b, 2] over this context-parallel rank's part of a micro-batch.
+    """Return sums, float64 [b, 2], over this context-parallel rank's part of a micro-batch.
 
     The columns are the sum of log p of the masked labels, and how many of them are not the most
     likely token. chunk: the model's last chunk, on the last stage.
@@ -175,7 +175,7 @@ def _at_labels(
 ) -> tuple[Tensor, Tensor]:
     """Return label log p (float32) and most likely token (int64) at each position, [s/cp, b].
 
-    The same on every tensor-parallel rank.
+    Equal on every tensor-parallel rank.
     """
     labels, tp, weight = batch["labels"], world.groups.tp, output_weight(unwrap(chunk))
     first = tp.rank() * len(weight)  # first token of this rank's vocabulary shard

@@ -1,4 +1,4 @@
-"""Prefill speed of models: timed forward passes in the job's layout.
+"""Prefill speed of models: timed forward passes in the parallel layout of the job.
 
 A small measurement, not a serving benchmark.
 """
@@ -21,14 +21,14 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel
 
 REPEATS = 3
-"""Timed passes of a model and shape, if the time budget allows them; at least one."""
+"""Timed passes of a model and shape. The time budget may reduce them to one."""
 
 
 Kind = tuple[Arch, str]
 """Architecture and precision."""
 
 Shape = tuple[int, int]
-"""Samples of a micro-batch, micro-batches of a pass."""
+"""Samples per micro-batch, micro-batches per pass."""
 
 
 class Prefill(BaseModel):
@@ -41,22 +41,22 @@ class Prefill(BaseModel):
     samples: int
     sequence_length: int
     repeats: int
-    """Timed passes."""
+    """Number of timed passes."""
     seconds: float
-    """Median over the passes of the time on the slowest rank."""
+    """Median over the passes. The time of a pass is the time of the slowest rank."""
     spread: float
-    """(slowest - fastest pass) / seconds: how much other load disturbed the machine; 0 for one
+    """(slowest - fastest pass) / seconds. A large value means other load on the machine. 0 for one
     pass.
     """
     tokens_per_s: float
-    """Over all copies of the model, which work side by side."""
+    """Sum over all copies of the model, which run at the same time."""
 
 
 class Speed(BaseModel):
     """Prefill speed of several models. ranks = tp x pp x cp x copies of the model."""
 
     device: str
-    """Of a rank."""
+    """Device of one rank."""
     ranks: int
     copies: int
     models: dict[str, list[Prefill]]
@@ -64,19 +64,19 @@ class Speed(BaseModel):
 
 
 def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget_s: float) -> Speed:
-    """Measure each model on one sample and on a batch.
+    """Measure the speed of each model on one sample and on a batch.
 
-    The same on every rank, reached by all ranks. A batch is micro_batch_size samples for each
-    pipeline stage. Models of the same architecture and precision run at the same speed: only the
-    first of them is measured, because noise would make them differ. Each model must have run
-    micro-batches of this size just before, so that it is warm; a warm-up pass is made for the other
-    size only. The models take turns, so that a slow phase of the machine affects all of them. No
-    round begins after budget_s seconds.
+    The result is equal on every rank. All ranks must call this. A batch is micro_batch_size samples
+    for each pipeline stage. Models of the same architecture and precision run at the same speed, so
+    only the first of them is measured: noise would make them differ. Each model must have run
+    micro-batches of this size just before, as a warm-up. Only the one-sample shape gets a warm-up
+    pass. The models take turns, so that a slow phase of the machine affects all of them. No round
+    begins after budget_s seconds.
     """
     first_model = next(iter(models.values()))
     world, length = first_model.world, first_model.sequence_length
     parallel = world.parallel
-    # (samples of a micro-batch, micro-batches): the interleaved schedule needs pp of them
+    # (samples per micro-batch, micro-batches): the interleaved schedule needs pp micro-batches
     shapes = list(dict.fromkeys([(1, parallel.interleaved), (micro_batch_size, parallel.pp)]))
     measured: dict[Kind, ShardedModel] = {}
     for model in models.values():
@@ -91,8 +91,8 @@ def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget
     for (kind, shape), passes in batches.items():
         if shape[0] != micro_batch_size:
             spent_s += timed(measured[kind], passes)
-    # Each time is that of the slowest rank, equal on all ranks, so all ranks end the loop after the
-    # same round.
+    # Each time is the time of the slowest rank, equal on all ranks. So all ranks end the loop after
+    # the same round.
     for repeat in range(REPEATS):
         if repeat and spent_s > budget_s:
             break
@@ -125,7 +125,7 @@ def _prefill(shape: Shape, length: int, copies: int, times: list[float]) -> Pref
 
 
 def timed(model: ShardedModel, batches: list[Batch]) -> float:
-    """Run one forward pass and return its seconds on the slowest rank; reached by all ranks."""
+    """Run one forward pass and return its seconds on the slowest rank. All ranks must call this."""
     world = model.world
     _synchronize(world)
     dist.barrier()
@@ -163,7 +163,7 @@ def device_name(world: World) -> str:
         return torch.cuda.get_device_name(world.device)
     threads = torch.get_num_threads()
     unit = "thread" if threads == 1 else "threads"
-    return f"{_cpu_name()}, {threads} {unit} a rank"
+    return f"{_cpu_name()}, {threads} {unit} per rank"
 
 
 def _cpu_name() -> str:

@@ -23,7 +23,7 @@ from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 class Quality(BaseModel):
     """Means over the valid tokens of the held-out text, in nats per token.
 
-    perplexity is exp(loss), kl is KL(teacher || model). kl is None without a teacher, and of the
+    perplexity is exp(loss), kl is KL(teacher || model). kl is None without a teacher, and for the
     teacher.
     """
 
@@ -36,8 +36,8 @@ class Quality(BaseModel):
 def evaluate(model: ShardedModel, batches: Sequence[Batch], teacher: Teacher | None = None) -> Quality:
     """Measure one model on this data-parallel rank's micro-batches.
 
-    The same on every rank, reached by all ranks. All ranks need equally many batches. teacher: for
-    the KL.
+    The result is equal on every rank. All ranks call this with the same number of batches.
+    teacher: for the KL.
     """
     return compare({"model": model}, teacher, [batches])["model"]
 
@@ -51,7 +51,7 @@ def compare(
 ) -> dict[str, Quality]:
     """Measure models of one world and, under "teacher", the teacher.
 
-    The same on every rank, reached by all ranks.
+    The result is equal on every rank. All ranks must call this.
 
     groups: this data-parallel rank's micro-batches, in groups. The teacher's forward pass of a
     group serves all models, and its signals are held for one group at a time. progress: called
@@ -84,7 +84,9 @@ def compare(
             if teacher and world.is_last_stage:
                 for batch in batches:
                     target = teacher.target(signal_of(batch))
-                    assert isinstance(target, TeacherHidden), "the teacher's own loss needs its hidden states"
+                    assert isinstance(target, TeacherHidden), (
+                        "the loss of the teacher needs its hidden states"
+                    )
                     add("teacher", target.hidden, target.weight, None, local_batch(batch, world))
             progress()
     return {
@@ -96,10 +98,10 @@ def compare(
 def _quality(sums: Tensor, world: World, *, has_kl: bool) -> Quality:
     """Turn the sums of cross-entropy, KL and tokens of this rank into global means.
 
-    Reached by all ranks.
+    All ranks must call this.
     """
     dist.all_reduce(sums, group=world.groups.dp_cp)
-    dist.all_reduce(sums, group=world.groups.pp)  # only the last stage has counted
+    dist.all_reduce(sums, group=world.groups.pp)  # only the last stage has nonzero sums
     loss, kl, tokens = sums.tolist()
     loss /= tokens
     return Quality(

@@ -1,7 +1,7 @@
 """Task files of the user: choice tasks and last-word tasks.
 
-Imports no torch, so a recipe is checked quickly. A file is JSON lines, all of one of these kinds.
-Many public data sets convert to one of them:
+This module does not import torch, so a recipe is checked quickly. A file has JSON lines, all of one
+of these kinds. Many public data sets can be converted to one of them:
 
     {"query": "...", "choices": ["...", "..."], "gold": 0}
         PIQA, ARC, COPA, OpenBookQA: one context, several endings
@@ -28,8 +28,8 @@ KINDS = (
 class TaskItem:
     """One item of a task.
 
-    options: (context, ending) of each option. gold: index of the right option. None: the only
-    option, which counts when greedy decoding finds it.
+    options: (context, ending) of each option. gold: index of the correct option. None: there is one
+    option, which is correct if greedy decoding returns it.
     """
 
     options: list[tuple[str, str]]
@@ -55,7 +55,7 @@ def read_task_file(path: Path, limit: int | None = None) -> list[TaskItem]:
                     "be averaged; give them as two tasks"
                 )
     if not items:
-        raise InputError(f"{path} contains no item")
+        raise InputError(f"{path} contains no task item; each line needs {KINDS}")
     return items
 
 
@@ -75,4 +75,4 @@ def _item(line: str, where: str) -> TaskItem:
             return TaskItem(options, gold)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"{where} is not a task item: needs {KINDS}; given {line[:80].strip()!r}")
+    raise InputError(f"{where} is not a task item; it needs {KINDS}; given {line[:80].strip()!r}")

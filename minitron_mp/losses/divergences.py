@@ -9,9 +9,9 @@ p, q: softmax of the teacher's and the student's logits over the temperature t; 
 
 w t is RowValues.kl_weight.
 The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
-(2407.14679, section 3). The formulas here are plain torch, which CPUs run. kernels.py has the same
-per column for GPUs, selected by the same names: a new divergence needs a row here, a branch there,
-and its name in the recipe (config.distillation.DistillConfig.divergence).
+(2407.14679, section 3). The formulas in this file are plain torch, for CPUs. kernels.py has the
+same formulas for GPUs, under the same names. A new divergence needs a row in DIVERGENCES, a branch
+in kernels.py, and its name in the recipe (config.distillation.DistillConfig.divergence).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowS
 
 
 class CentredLogits(NamedTuple):
-    """Logits / temperature minus their maximum on this rank, and what follows from them.
+    """Logits / temperature minus their maximum on this rank, and their exponentials.
 
-    float32 [n, valid] where no other shape is given.
+    Tensors are float32 [n, valid] unless another shape is given.
     """
 
     centred: Tensor
@@ -38,11 +38,11 @@ class CentredLogits(NamedTuple):
     peak: Tensor
     """float32 [n]"""
     sum: Tensor
-    """of the exponentials, float32 [n]"""
+    """sum of the exponentials, float32 [n]"""
 
 
 class DivergenceValue(NamedTuple):
-    """The divergence of each row, and what its gradient takes as RowValues.extra; float32 [n]."""
+    """The divergence of each row, and RowValues.extra for its gradient; float32 [n] each."""
 
     divergence: Tensor
     extra: Tensor
@@ -52,14 +52,14 @@ class DivergenceValue(NamedTuple):
 class Divergence:
     """Formulas of one divergence.
 
-    cross_sum(student, teacher): RowStatistics.cross_sum of this rank, [n]. It may overwrite the
-        centred logits. None: the divergence needs no such sum.
-    value(sums, mixture): the divergence. mixture: reference.mixture_sums() of all ranks, None
-        unless needed.
-    gradient(rows, statistics, exponentials, values, has_ce): gradient of the weighted loss by this
-        rank's logits, float32 [n, valid]. It includes the cross-entropy's probabilities, but not
-        the one of its label.
-    needs_mixture_sums: the value needs reference.mixture_sums(), a second pass over the logits.
+    cross_sum(student, teacher): returns RowStatistics.cross_sum of this rank, [n]. It may overwrite
+        the centred logits. None: the divergence needs no such sum.
+    value(sums, mixture): returns the divergence. mixture: reference.mixture_sums() summed over the
+        ranks; None without needs_mixture_sums.
+    gradient(rows, statistics, exponentials, values, has_ce): returns the gradient of the weighted
+        loss by this rank's logits, float32 [n, valid]. It includes the probabilities of the
+        cross-entropy. write_gradient() subtracts the one of the label.
+    needs_mixture_sums: value() needs reference.mixture_sums(), a second pass over the logits.
     """
 
     cross_sum: Callable[[CentredLogits, CentredLogits], Tensor] | None
@@ -69,7 +69,7 @@ class Divergence:
 
 
 def forward_kl_cross_sum(student: CentredLogits, teacher: CentredLogits) -> Tensor:
-    """sum e^(u - max u) (u - s)"""
+    """Return sum e^(u - max u) (u - s)."""
     shift = (teacher.peak - student.peak) * teacher.sum
     return teacher.centred.sub_(student.centred).mul_(teacher.exponentials).sum(1) + shift
 
@@ -86,10 +86,10 @@ def forward_kl_gradient(
     values: RowValues,
     has_ce: bool,
 ) -> Tensor:
-    """Gradient of forward KL, or of the cross-entropy alone when there is no teacher.
+    """Return the gradient of forward KL, or of the cross-entropy alone without a teacher.
 
-    A factor for each row turns the exponentials into probabilities, in place. At temperature 1 the
-    cross-entropy has the same probabilities.
+    It multiplies the exponentials of each row by a factor, in place, which gives probabilities. At
+    temperature 1 the cross-entropy has the same probabilities.
     """
     shared_softmax = has_ce and rows.temperature == 1
     factor = values.kl_weight * torch.exp(statistics.student_max - values.student_lse)
@@ -97,13 +97,13 @@ def forward_kl_gradient(
         factor = factor + values.ce_weight * torch.exp(statistics.student_max - values.student_lse_t1)
     total = exponentials.student.mul_(factor[:, None])
     if exponentials.teacher is not None:
-        of_teacher = values.kl_weight * torch.exp(statistics.teacher_max - values.teacher_lse)
-        total.addcmul_(exponentials.teacher, of_teacher[:, None], value=-1)
+        teacher_factor = values.kl_weight * torch.exp(statistics.teacher_max - values.teacher_lse)
+        total.addcmul_(exponentials.teacher, teacher_factor[:, None], value=-1)
     return add_cross_entropy(total, rows, values) if has_ce and not shared_softmax else total
 
 
 def reverse_kl_cross_sum(student: CentredLogits, teacher: CentredLogits) -> Tensor:
-    """sum e^(s - max s) (s - u)"""
+    """Return sum e^(s - max s) (s - u)."""
     shift = (student.peak - teacher.peak) * student.sum
     return student.centred.sub_(teacher.centred).mul_(student.exponentials).sum(1) + shift
 

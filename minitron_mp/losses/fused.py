@@ -4,18 +4,18 @@ It is exact, vocabulary-parallel, and fused with the output layers of student an
 
     L = sum_i w_i (kl_weight T^2 D(teacher, student)_i + ce_weight CE(labels)_i)
 
-w_i are the token weights. D is a divergence of divergences.py at temperature T, or that of
-top_k.py.
+w_i are the token weights. D is a divergence of divergences.py at temperature T, or the divergence
+of top_k.py.
 
 The student's logits exist for one tile of tokens at a time. The gradient is computed together with
-the loss, because recomputing the logits in the backward pass would cost half as much again. So
-forward() leaves dX, and adds dW to weight.main_grad when Megatron's data-parallel wrapper has made
-one.
+the loss, because recomputing the logits in the backward pass would add half of the cost. So
+forward() stores dX, and adds dW to weight.main_grad if Megatron's data-parallel wrapper has created
+main_grad.
 
-Each rank holds v/tp columns. Of the others it needs a few sums per row: one all-gather of
-RowStatistics per tile (and a second one for js). The gradient of the logits is local and has no
-factor of tp. Columns of the padded vocabulary take no part. A row with weight zero has gradient
-exactly zero, whatever its logits are.
+Each rank holds v/tp columns. It needs a few sums per row from the other ranks: one all-gather of
+RowStatistics per tile, and a second all-gather for js. The gradient of the logits is local and has
+no factor of tp. Columns of the padded vocabulary are ignored. A row with weight zero has gradient
+exactly zero for any logits, including NaN.
 
 The row functions are in reference.py (plain torch) and kernels.py (Triton, for CUDA).
 """
@@ -53,7 +53,7 @@ from minitron_mp.losses.top_k import TopKRows
 
 
 class RowFunctions(Protocol):
-    """What reference.py and kernels.py both provide."""
+    """The functions that reference.py and kernels.py both provide."""
 
     def statistics(self, rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]: ...
 
@@ -73,7 +73,7 @@ class RowFunctions(Protocol):
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of a call without gradients. main_grad: of the weight, if it has one."""
+    """Arguments of distillation_loss() without gradients. main_grad: weight.main_grad or None."""
 
     labels: Tensor
     token_weights: Tensor
@@ -98,27 +98,30 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, a float32 scalar, and the statistics of each token, float32 [3, s/cp, b].
 
-    The statistics are (loss without token weight, divergence, CE), zero where the token weight is
-    zero. The loss is differentiable in hidden and weight.
+    The statistics are (loss without token weight, divergence, CE). They are zero for tokens with
+    weight zero. The loss is differentiable in hidden and weight.
 
-    hidden [s', b, h]: after the student's final norm. s' is s/cp, or s/cp/tp under sequence
-        parallelism; then it is gathered here.
+    hidden [s', b, h]: output of the student's final norm. s' is s/cp, or s/cp/tp under sequence
+        parallelism. In the second case this function gathers it.
     weight [v/tp, h]: rows [rank v/tp, (rank + 1) v/tp) of the output layer.
     labels int64 [s/cp, b]: below vocab_size.
     token_weights float32 [s/cp, b]: mask, normalisation and loss scale.
-    target: of the teacher. None: cross-entropy alone.
-    group: tensor parallel. All its ranks call, and get equal losses.
+    target: the teacher's target. None: cross-entropy alone.
+    group: tensor-parallel group. All its ranks must call the function. They get equal losses.
 
-    The divergence is returned without T^2, for the log; with a top-k target it is a lower bound.
+    The divergence is returned without T^2, for the log. With a top-k target it is a lower bound.
 
-    When weight has a main_grad, dW is added to it during the forward pass. Autograd then sees no
-    weight (its hooks do not run), and the incoming gradient must be 1: put scales into
-    token_weights.
+    When weight has a main_grad, dW is added to it during the forward pass. Then autograd does not
+    run the hooks of weight, and the incoming gradient must be 1: put scales into token_weights.
     """
     if target is None and objective.kl_weight:
-        raise ValueError("kl_weight is not 0, but there is no teacher: give a target, or set kl_weight to 0")
+        raise ValueError(
+            f"kl_weight is {objective.kl_weight}, but target is None; give a target, or set kl_weight to 0"
+        )
     if isinstance(target, TeacherTopK) and objective.divergence != "forward_kl":
-        raise ValueError(f"a top-k teacher has no {objective.divergence}; use forward_kl")
+        raise ValueError(
+            f"divergence {objective.divergence} is not defined for a top-k target; use forward_kl"
+        )
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     main_grad = getattr(weight, "main_grad", None) if needs_gradient and weight.requires_grad else None
     weight = weight.detach() if main_grad is not None and hidden.requires_grad else weight
@@ -138,7 +141,7 @@ class _Fused(torch.autograd.Function):
             dx = loss.dx.view(call.labels.shape[0], *hidden.shape[1:])
             ctx.dx = reduce_hidden_gradient(dx, hidden.shape[0], call.group)
             ctx.dw = loss.dw if call.main_grad is None else None
-        # Rows without weight may hold anything, NaN included.
+        # Rows without weight may contain NaN.
         statistics = torch.where(loss.has_weight, loss.out, 0.0)
         per_token = statistics.view(3, *call.labels.shape)
         ctx.mark_non_differentiable(per_token)
@@ -157,7 +160,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _TiledLoss:
-    """One call of the loss on this rank, with n = s b rows (s the whole local sequence).
+    """One call of the loss on this rank, with n = s b rows. s is the sequence after the gather.
 
     out float32 [3, n]: loss without token weight, divergence, CE. dx [n, h], dw [v/tp, h]:
         gradients, or None.
@@ -173,7 +176,7 @@ class _TiledLoss:
         self.logits_weight = for_product(self.x, self.weight, self.objective.logits_dtype)
         self.target = _target_rows(call.target, num_tokens, call.group, self.objective.logits_dtype)
         self.first_column = call.group.rank() * columns
-        self.valid = max(0, min(columns, call.vocab_size - self.first_column))  # 0: padding only
+        self.valid = max(0, min(columns, call.vocab_size - self.first_column))  # 0: only padding
         self.labels = call.labels.reshape(-1) - self.first_column
         self.token_weights = call.token_weights.reshape(-1).float()
         self.has_weight = self.token_weights != 0
@@ -186,22 +189,20 @@ class _TiledLoss:
             self.dw = torch.zeros(weight.shape, dtype=torch.float32, device=device)
 
     def run(self) -> None:
-        """Compute out, dx and dw, one block of rows after the other."""
+        """Compute out, dx and dw block by block."""
         sizes = TILE_SIZES[self.x.device.type]
         columns = self.weight.shape[0]
         block = max(1, sizes.weight_gradient_gemm // columns)
         for start, stop in _spans(0, len(self.x), block):
-            # A function, so that the logits of a block are freed before the next block.
+            # This is a separate function, so that the logits of a block are freed before the next.
             self._block(start, stop, block)
 
     def _block(self, start: int, stop: int, block: int) -> None:
-        """Compute rows [start, stop): logits in parts, then the gradient products over the
-        block.
-        """
+        """Compute rows [start, stop): logits part by part, then one gradient product per block."""
         sizes = TILE_SIZES[self.x.device.type]
         columns, dtype = self.weight.shape[0], self.objective.logits_dtype
         part, tile = max(1, sizes.logits_gemm // columns), max(1, sizes.softmax // columns)
-        # Whether the gradient takes the place of the logits.
+        # in_place: the gradient overwrites the logits.
         in_place = part >= block and self.x.dtype == dtype
         dz: Tensor | None = None
         if self.needs_gradient and not in_place:
@@ -212,10 +213,12 @@ class _TiledLoss:
             if self.needs_gradient and in_place:
                 dz = student
             for i, end in _spans(first, last, tile):
-                here = slice(i - first, end - first)
+                tile_rows = slice(i - first, end - first)
                 gradient = None if dz is None else dz[i - start : end - start]
-                self.out[:, i:end] = self._tile(i, end, student[here], _take(teacher, here), gradient)
-            del student, teacher  # before those of the next part are allocated
+                self.out[:, i:end] = self._tile(
+                    i, end, student[tile_rows], _take(teacher, tile_rows), gradient
+                )
+            del student, teacher  # free them before the next part is allocated
         if dz is None or self.dx is None:
             return
         torch.mm(dz, self.weight, out=self.dx[start:stop])
@@ -227,8 +230,7 @@ class _TiledLoss:
     def _tile(
         self, start: int, stop: int, student: Tensor, teacher: Tensor | TeacherTopK | None, out: Tensor | None
     ) -> Tensor:
-        """Return [3, n] (loss, divergence, CE) of rows [start, stop), and write the gradient to
-        `out`.
+        """Return [3, n] (loss, divergence, CE) of rows [start, stop); write the gradient to `out`.
 
         student: logits [n, v/tp]. teacher: logits or top k of the rows. out: [n, v/tp].
         """
@@ -246,22 +248,22 @@ class _TiledLoss:
         zeros = torch.zeros_like(ce)
         teacher_lse = zeros if teacher is None else sums.teacher.lse
         if top is not None:
-            found = top.value(sums)
+            result = top.value(sums)
         elif logits is not None:
-            found = self._divergence(rows, sums)
+            result = self._divergence(rows, sums)
         else:
-            found = DivergenceValue(zeros, zeros)
+            result = DivergenceValue(zeros, zeros)
         if out is not None:
             weights = self.token_weights[start:stop]
             kl_weight, ce_weight = weights * (objective.kl_weight * t), weights * objective.ce_weight
             student_lse, student_lse_t1 = sums.student.lse, sums.student_lse_t1
-            values = RowValues(student_lse, teacher_lse, student_lse_t1, kl_weight, ce_weight, found.extra)
+            values = RowValues(student_lse, teacher_lse, student_lse_t1, kl_weight, ce_weight, result.extra)
             has_ce = objective.ce_weight > 0
             if top is not None:
                 top.gradient(rows, values, has_ce, out)
             else:
                 self.row_functions.gradient(rows, statistics, exponentials, values, name, has_ce, out)
-        divergence = found.divergence
+        divergence = result.divergence
         total = objective.kl_weight * t**2 * divergence + objective.ce_weight * ce
         return torch.stack([total, divergence, ce])
 
@@ -269,8 +271,8 @@ class _TiledLoss:
         formulas = DIVERGENCES[self.objective.divergence]
         mixture = None
         if formulas.needs_mixture_sums:
-            here = self.row_functions.mixture_sums(rows, sums.student.lse, sums.teacher.lse)
-            mixture = gather_statistics(here, self.group).sum(0)
+            rank_sums = self.row_functions.mixture_sums(rows, sums.student.lse, sums.teacher.lse)
+            mixture = gather_statistics(rank_sums, self.group).sum(0)
         return formulas.value(sums, mixture)
 
 
@@ -279,8 +281,8 @@ def float32_logits(
 ) -> Iterator[Tensor]:
     """Yield float32 logits [n, v/tp] of consecutive rows, without gradients.
 
-    hidden [s', b, h]: s' = num_tokens, or a part of it that is gathered over the group. In all
-    there are num_tokens x b rows, in tiles of the loss's size.
+    hidden [s', b, h]: s' is num_tokens, or a part of it that is gathered over the group. The
+    function yields num_tokens x b rows in total, in tiles of TILE_SIZES.logits_gemm elements.
     """
     x = gather_rows(hidden, num_tokens, group)
     tile = max(1, TILE_SIZES[hidden.device.type].logits_gemm // weight.shape[0])
@@ -301,7 +303,7 @@ def _row_functions(x: Tensor) -> RowFunctions:
 def _target_rows(
     target: TeacherTarget | None, num_tokens: int, group: dist.ProcessGroup, dtype: torch.dtype
 ) -> TeacherTarget | None:
-    """Return a target with [n, ...] in place of [s', b, ...], and its weight for product()."""
+    """Return the target with tensors [n, ...] instead of [s', b, ...]; its weight fits product()."""
     if isinstance(target, TeacherHidden):
         hidden = gather_rows(target.hidden, num_tokens, group)
         return TeacherHidden(hidden, for_product(hidden, target.weight.detach(), dtype))
@@ -319,7 +321,7 @@ def _target_rows(
 def _target_part(
     target: TeacherTarget | None, first: int, last: int, dtype: torch.dtype
 ) -> Tensor | TeacherTopK | None:
-    """Return the teacher's logits, or its top k, of some rows."""
+    """Return the teacher's logits, or its top k, of rows [first, last)."""
     if isinstance(target, TeacherHidden):
         return product(target.hidden[first:last], target.weight, dtype)
     return _take(target.logits if isinstance(target, TeacherLogits) else target, slice(first, last))

@@ -2,22 +2,22 @@
 
 They make no float32 copy of the logits.
 
-Arguments and results are those of reference.py. Logits are contiguous within a row, at any stride
-of rows. In the kernels z_s and z_t are the logits of student and teacher, and DIVERGENCE is a name
-of divergences.py.
+Arguments and results are the same as in reference.py. Logits must be contiguous within a row; rows
+may have any stride. In the kernels z_s and z_t are the logits of student and teacher, and
+DIVERGENCE is a name of divergences.py.
 
-A row takes a few operations per byte, so its time is that of reading: z_s and z_t once for the
-statistics (Jensen-Shannon: twice), and once more for the gradient, which is written once and may
-replace z_s. At hidden sizes of 4096 and 5120 this takes a sixth of the time of the matrix products
-around it with float32 logits, and a tenth with bf16 logits (calculated for an H100).
+The kernels are bound by memory bandwidth. They read z_s and z_t once for the statistics (twice for
+Jensen-Shannon) and once for the gradient. They write the gradient once; it may overwrite z_s. At
+hidden sizes of 4096 and 5120 this takes a sixth of the time of the matrix products around it with
+float32 logits, and a tenth with bf16 logits (calculated for an H100).
 
-statistics  one program per row. Each lane keeps a maximum and sums over columns that are BLOCK
-            apart, and rescales them when its maximum grows (online softmax, 1805.02867), so the
+statistics  One program per row. Each lane keeps a maximum and sums over columns that are BLOCK
+            apart, and rescales them when its maximum grows (online softmax, 1805.02867). So the
             loop has no step across lanes. The lanes are combined once, after the loop.
-gradient    one program per BLOCK columns of a row. It reads them before it writes them.
+gradient    One program per BLOCK columns of a row. It reads the columns before it writes them.
 
-No function synchronises with the device. The statistics of a row with NaN are unspecified; its
-gradient is 0 when it has no weight.
+No function synchronises with the device. The statistics of a row with NaN are unspecified. The
+gradient of such a row is 0 when the row has no weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowValues
 
 BLOCK, WARPS = 2048, 8
-"""Eight columns per thread: 16 bytes of bf16 in one load. 64 registers per thread, so a
+"""Each thread has eight columns: 16 bytes of bf16 in one load. It uses 64 registers, so a
 multiprocessor works on four rows at a time (sm_90)."""
 
 LOG_2 = tl.constexpr(math.log(2))
@@ -65,7 +65,7 @@ EXTRA = _row_value("extra")
 
 
 def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]:
-    """As reference.statistics(), without exponentials."""
+    """Return the result of reference.statistics(), with None for the exponentials."""
     student, teacher, t = rows.student, _teacher(rows), rows.temperature
     table = torch.empty(
         (len(student), len(RowStatistics._fields)), dtype=torch.float32, device=student.device
@@ -89,7 +89,7 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
 
 
 def mixture_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """As reference.mixture_sums()."""
+    """Return the result of reference.mixture_sums()."""
     student, teacher = rows.student, _teacher(rows)
     sums = torch.empty((len(student), 2), dtype=torch.float32, device=student.device)
     _mixture_sums[(len(student),)](
@@ -116,7 +116,7 @@ def gradient(
     has_ce: bool,
     out: Tensor,
 ) -> None:
-    """As reference.gradient(). out may be the student's logits."""
+    """Write the result of reference.gradient() into out, which may be the student's logits."""
     student, teacher, block = rows.student, _teacher(rows), _block(out)
     _gradient[(len(out), triton.cdiv(out.shape[1], block))](
         student,
@@ -138,7 +138,7 @@ def gradient(
 
 
 def _teacher(rows: LogitRows) -> Tensor:
-    """Return the teacher's logits, or a tensor in their place that is not read."""
+    """Return the teacher's logits, or without a teacher a tensor that the kernel does not read."""
     return rows.student if rows.teacher is None else rows.teacher
 
 
@@ -149,8 +149,8 @@ def _block(z: Tensor) -> int:
 def _sizes(z_s: Tensor, z_t: Tensor) -> tuple[int, int, int, int]:
     """Return strides and widths of the logits.
 
-    Loads end at the padded width. When it is a multiple of 16, the compiler reads 16 bytes at a
-    time, whatever the size of the vocabulary.
+    Loads are masked at the padded width. When it is a multiple of 16, the compiler reads 16 bytes
+    at a time for any vocabulary size.
     """
     return _stride(z_s), _stride(z_t), z_s.shape[1], z_t.shape[1]
 
@@ -190,11 +190,11 @@ def _statistics(
     sum_t = tl.zeros((BLOCK,), tl.float32)
     cross = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, valid, BLOCK):
-        place = start + lane
-        inside = place < valid
+        column = start + lane
+        inside = column < valid
         s = tl.where(
             inside,
-            tl.load(z_s + place, mask=place < columns_s, other=0.0).to(tl.float32) * inverse_t,
+            tl.load(z_s + column, mask=column < columns_s, other=0.0).to(tl.float32) * inverse_t,
             -float("inf"),
         )
         new_s = tl.maximum(top_s, s)
@@ -207,7 +207,7 @@ def _statistics(
         if TEACHER:
             u = tl.where(
                 inside,
-                tl.load(z_t + place, mask=place < columns_t, other=0.0).to(tl.float32) * inverse_t,
+                tl.load(z_t + column, mask=column < columns_t, other=0.0).to(tl.float32) * inverse_t,
                 -float("inf"),
             )
             new_t = tl.maximum(top_t, u)
@@ -250,7 +250,7 @@ def _statistics(
 
 @triton.jit
 def _finite(peak):
-    """Return a maximum, or 0 where it is one over no column, since inf - inf is NaN."""
+    """Return the maximum, or 0 for the maximum over no column (-inf), because inf - inf is NaN."""
     return tl.where(peak == -float("inf"), 0.0, peak)
 
 
@@ -275,18 +275,18 @@ def _mixture_sums(
     lane = tl.arange(0, BLOCK)
     row_s = tl.load(lse_s + row)
     row_t = tl.load(lse_t + row)
-    of_p = tl.zeros((BLOCK,), tl.float32)
-    of_q = tl.zeros((BLOCK,), tl.float32)
+    kl_p = tl.zeros((BLOCK,), tl.float32)
+    kl_q = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, valid, BLOCK):
-        place = start + lane
-        inside = place < valid
-        log_q = tl.load(z_s + place, mask=place < columns_s, other=0.0).to(tl.float32) * inverse_t - row_s
-        log_p = tl.load(z_t + place, mask=place < columns_t, other=0.0).to(tl.float32) * inverse_t - row_t
+        column = start + lane
+        inside = column < valid
+        log_q = tl.load(z_s + column, mask=column < columns_s, other=0.0).to(tl.float32) * inverse_t - row_s
+        log_p = tl.load(z_t + column, mask=column < columns_t, other=0.0).to(tl.float32) * inverse_t - row_t
         log_m = _log_mean(log_q, log_p)
-        of_p += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
-        of_q += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
-    tl.store(sums + row * 2, tl.sum(of_p, 0))
-    tl.store(sums + row * 2 + 1, tl.sum(of_q, 0))
+        kl_p += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
+        kl_q += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
+    tl.store(sums + row * 2, tl.sum(kl_p, 0))
+    tl.store(sums + row * 2 + 1, tl.sum(kl_q, 0))
 
 
 @triton.jit
@@ -316,21 +316,23 @@ def _gradient(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rows += row * NUM_VALUES
     lse_s = tl.load(rows + STUDENT_LSE)
     lse_t = tl.load(rows + TEACHER_LSE)
     w_kl = tl.load(rows + KL_WEIGHT)
     w_ce = tl.load(rows + CE_WEIGHT)
-    # A row without weight is not read: it may hold NaN.
+    # A row without weight is not read, because it may contain NaN.
     weighted = tl.where(w_kl != 0, 1, tl.where(w_ce != 0, 1, 0))
-    raw = tl.load(z_s + row * stride_s + place, mask=place < columns_s * weighted, other=0.0).to(tl.float32)
+    raw = tl.load(z_s + row * stride_s + column, mask=column < columns_s * weighted, other=0.0).to(tl.float32)
     log_q = raw * inverse_t - lse_s
     q = tl.exp(log_q)
     total = tl.zeros((BLOCK,), tl.float32)
     if TEACHER:
         log_p = (
-            tl.load(z_t + row * stride_t + place, mask=place < columns_t * weighted, other=0.0).to(tl.float32)
+            tl.load(z_t + row * stride_t + column, mask=column < columns_t * weighted, other=0.0).to(
+                tl.float32
+            )
             * inverse_t
             - lse_t
         )
@@ -343,6 +345,6 @@ def _gradient(
     if CE:
         if HOT:
             q = tl.exp(raw - tl.load(rows + STUDENT_LSE_T1))
-        total += w_ce * (q - tl.where(place == tl.load(labels + row), 1.0, 0.0))
-    total = tl.where(place < valid * weighted, total, 0.0)
-    tl.store(out + row * stride_out + place, total.to(out.dtype.element_ty), mask=place < columns_s)
+        total += w_ce * (q - tl.where(column == tl.load(labels + row), 1.0, 0.0))
+    total = tl.where(column < valid * weighted, total, 0.0)
+    tl.store(out + row * stride_out + column, total.to(out.dtype.element_ty), mask=column < columns_s)

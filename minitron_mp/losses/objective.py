@@ -1,4 +1,4 @@
-"""What the distillation loss optimises, and what it takes from a teacher.
+"""The objective of the distillation loss, and the teacher's targets that it accepts.
 
 s sequence  b microbatch  v padded vocabulary  h_t hidden size of the teacher
 s' is s/cp, or s/cp/tp under sequence parallelism
@@ -14,27 +14,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the loss. The user's form of it is config.distillation.DistillConfig."""
+    """Weights of the loss. In a recipe they are fields of config.distillation.DistillConfig."""
 
     divergence: str = "forward_kl"
     """A key of divergences.DIVERGENCES."""
     temperature: float = 1.0
     kl_weight: float = 1.0
-    """Weight of the divergence, times temperature squared."""
+    """Weight of the divergence. The loss also multiplies it by the temperature squared."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy with the labels."""
     logits_dtype: torch.dtype = torch.float32
-    """Of the logits between the matrix product and the sums over a row. With bf16 inputs and 131072
-    columns, bf16 logits make the error of the gradient 10 times that of float32 logits, and are a
-    little faster."""
+    """Dtype of the logits between the matrix product and the sums over a row. With bf16 inputs and
+    131072 columns, bf16 logits are a little faster, but the error of the gradient is 10 times the
+    error with float32 logits."""
 
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """Hidden states and output layer of a teacher; the loss computes its logits tile by tile.
+    """Hidden states and output layer of a teacher. The loss computes the logits tile by tile.
 
-    hidden [s', b, h_t] after the final norm. weight [v_t/tp, h_t], the same columns of the
-    vocabulary as the student's on this rank (the padding may differ).
+    hidden [s', b, h_t]: output of the final norm. weight [v_t/tp, h_t]: the same columns of the
+    vocabulary as the student has on this rank (the padding may differ).
     """
 
     hidden: Tensor
@@ -45,7 +45,8 @@ class TeacherHidden:
 class TeacherLogits:
     """Logits of a teacher.
 
-    [s/cp, b, v_t/tp], the same columns as the student's on this rank (the padding may differ).
+    logits [s/cp, b, v_t/tp]: the same columns of the vocabulary as the student has on this rank
+    (the padding may differ).
     """
 
     logits: Tensor
@@ -55,9 +56,9 @@ class TeacherLogits:
 class TeacherTopK:
     """The k most likely tokens at the temperature of the loss, equal on all tensor-parallel ranks.
 
-    indices int64 [s', b, k] in the whole vocabulary. log_probs float32 [s', b, k]. log_ghost
-    float32
-    [s', b, 1]: log of the probability of all other tokens, -inf when there are none.
+    indices int64 [s', b, k]: ids in the whole vocabulary. log_probs float32 [s', b, k]: their log
+    probabilities. log_ghost float32 [s', b, 1]: log of the probability of all remaining tokens,
+    -inf when k covers the vocabulary.
     """
 
     indices: Tensor

@@ -1,6 +1,4 @@
-"""Row functions of the distillation loss in plain torch, for CPUs and as reference of
-kernels.py.
-"""
+"""Row functions of the distillation loss in plain torch: for CPUs, and to test kernels.py."""
 
 from __future__ import annotations
 
@@ -15,23 +13,25 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
     """Return the statistics of each row, and the exponentials when this rank has valid columns."""
     zeros = rows.student.new_zeros(len(rows.student), dtype=torch.float32)
     if rows.valid == 0:
-        nothing = torch.full_like(zeros, -torch.inf)
-        teacher_max = zeros if rows.teacher is None else nothing
-        return RowStatistics(nothing, zeros, zeros, zeros, teacher_max, zeros, zeros), None
+        no_maximum = torch.full_like(zeros, -torch.inf)
+        teacher_max = zeros if rows.teacher is None else no_maximum
+        return RowStatistics(no_maximum, zeros, zeros, zeros, teacher_max, zeros, zeros), None
     is_here = (rows.labels >= 0) & (rows.labels < rows.valid)
-    places = rows.labels.clamp(0, rows.valid - 1)[:, None]
-    label_logit = torch.where(is_here, rows.student.gather(1, places)[:, 0].float(), 0.0)
+    columns = rows.labels.clamp(0, rows.valid - 1)[:, None]
+    label_logit = torch.where(is_here, rows.student.gather(1, columns)[:, 0].float(), 0.0)
     student = _centre(rows.student, rows)
     t = rows.temperature
     sum_t1 = torch.exp(student.centred * t).sum(1) if t != 1 else student.sum
     if rows.teacher is None:
-        found = RowStatistics(student.peak, student.sum, sum_t1, label_logit, zeros, zeros, zeros)
-        return found, Exponentials(student.exponentials, None)
+        row_statistics = RowStatistics(student.peak, student.sum, sum_t1, label_logit, zeros, zeros, zeros)
+        return row_statistics, Exponentials(student.exponentials, None)
     teacher = _centre(rows.teacher, rows)
     cross_sum = DIVERGENCES[divergence].cross_sum
     cross = zeros if cross_sum is None else cross_sum(student, teacher)
-    found = RowStatistics(student.peak, student.sum, sum_t1, label_logit, teacher.peak, teacher.sum, cross)
-    return found, Exponentials(student.exponentials, teacher.exponentials)
+    row_statistics = RowStatistics(
+        student.peak, student.sum, sum_t1, label_logit, teacher.peak, teacher.sum, cross
+    )
+    return row_statistics, Exponentials(student.exponentials, teacher.exponentials)
 
 
 def mixture_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
@@ -51,11 +51,11 @@ def gradient(
 ) -> None:
     """Write the gradient of the weighted loss by the student's logits into out.
 
-    out: [n, v/tp], any float dtype. It is 0 in the padding and in rows without weight. statistics,
-    exponentials: of statistics(); the exponentials are overwritten. has_ce: whether a row has a
-        weight for the cross-entropy.
+    out: [n, v/tp], any float dtype. It becomes 0 in the padding and in rows without weight.
+    statistics, exponentials: results of statistics(). The exponentials are overwritten.
+    has_ce: whether any row has a weight for the cross-entropy.
     """
-    if exponentials is None:  # padding only
+    if exponentials is None:  # all columns are padding
         out.zero_()
         return
     formulas = DIVERGENCES["forward_kl" if rows.teacher is None else divergence]
@@ -64,9 +64,7 @@ def gradient(
 
 
 def write_gradient(total: Tensor, rows: LogitRows, values: RowValues, has_ce: bool, out: Tensor) -> None:
-    """Subtract the one of the label from the probabilities total [n, valid], and write it to
-    out.
-    """
+    """Subtract one at the label from the probabilities total [n, valid], and write them to out."""
     if has_ce:
         is_here = (rows.labels >= 0) & (rows.labels < rows.valid)
         ones = -values.ce_weight[:, None] * is_here[:, None]
@@ -81,7 +79,7 @@ def _centre(logits: Tensor, rows: LogitRows) -> CentredLogits:
     t = rows.temperature
     logits = logits[:, : rows.valid]
     peak = logits.amax(1, keepdim=True).float()
-    # .float() copies bf16 logits, and would return float32 logits themselves.
+    # .float() copies bf16 logits, but returns a float32 tensor itself, which must not change.
     centred = logits.float() - peak if logits.dtype == torch.float32 else logits.float().sub_(peak)
     if t != 1:
         centred, peak = centred.div_(t), peak / t

@@ -1,4 +1,4 @@
-"""What the row functions of the loss take and return. A row is one token's logits.
+"""Types of the arguments and results of the row functions. A row holds one token's logits.
 
 z  logits of the student    s = z / temperature
 y  logits of the teacher    u = y / temperature
@@ -19,8 +19,8 @@ class LogitRows:
     """Logits of n tokens on this rank.
 
     student, teacher: float32 or bf16 [n, v/tp]. Columns from `valid` on are padding.
-    labels int64 [n], numbered from this rank's first column; a label outside of [0, valid) belongs
-    to another rank.
+    labels int64 [n]: numbered from this rank's first column. A label outside [0, valid) belongs to
+    another rank.
     """
 
     student: Tensor
@@ -33,8 +33,8 @@ class LogitRows:
 class RowStatistics(NamedTuple):
     """Statistics of each row over this rank's columns, float32 [n] each.
 
-    A maximum over no column is -inf, and a sum over none is 0. The last three are 0 without a
-    teacher.
+    The maximum over no column is -inf, and the sum over no column is 0. The last three fields are 0
+    without a teacher.
     """
 
     student_max: Tensor
@@ -50,11 +50,11 @@ class RowStatistics(NamedTuple):
     teacher_sum: Tensor
     """sum e^(u - max u)"""
     cross_sum: Tensor
-    """the divergence's own sum over the columns, see divergences.py"""
+    """sum over the columns that the divergence needs, see divergences.py"""
 
 
 class Exponentials(NamedTuple):
-    """What the gradient in plain torch takes from the statistics, float32 [n, valid].
+    """Exponentials that statistics() passes to the gradient in plain torch, float32 [n, valid].
 
     student: e^(s - max s). teacher: e^(u - max u), None without a teacher.
     """
@@ -64,7 +64,7 @@ class Exponentials(NamedTuple):
 
 
 class RowValues(NamedTuple):
-    """What the gradient of a row needs of the whole vocabulary, float32 [n] each."""
+    """Values over the whole vocabulary that the gradient of a row needs, float32 [n] each."""
 
     student_lse: Tensor
     """log sum e^s"""
@@ -77,11 +77,11 @@ class RowValues(NamedTuple):
     ce_weight: Tensor
     """weight of the cross-entropy in the loss of this token"""
     extra: Tensor
-    """the divergence's own value for the gradient, see divergences.py"""
+    """value that only this divergence needs for its gradient, see divergences.py"""
 
 
 class SoftmaxSum(NamedTuple):
-    """The sum of a softmax over the whole vocabulary, float32 [n].
+    """Maximum, sum and log-sum-exp of a softmax over the whole vocabulary, float32 [n] each.
 
     scale [tp, n]: e^(maximum on the rank - max).
     """
@@ -104,7 +104,7 @@ class SoftmaxSum(NamedTuple):
 class RowSums:
     """Statistics of each row over the whole vocabulary.
 
-    by_rank: the ranks' statistics, [tp, n] each. Everything else is [n].
+    by_rank: the statistics of each rank, [tp, n] each. All other tensors are [n].
     """
 
     by_rank: RowStatistics
@@ -129,6 +129,6 @@ class RowSums:
 
     @property
     def lse_gap(self) -> Tensor:
-        """Teacher's lse - student's lse, without the rounding of a difference of large numbers."""
+        """Teacher's lse - student's lse, computed without a difference of large numbers."""
         teacher, student = self.teacher, self.student
         return (teacher.max - student.max) + (teacher.sum.log() - student.sum.log())

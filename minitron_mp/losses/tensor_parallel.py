@@ -17,7 +17,7 @@ Statistics = TypeVar("Statistics", Tensor, RowStatistics)
 
 
 def gather_rows(x: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
-    """Return [s', b, m] as rows [s b, m], gathered over the group when s' is not num_tokens."""
+    """Return x [s', b, m] as rows [s b, m]; gather it over the group if s' is not num_tokens."""
     x = x.detach()
     if x.shape[0] != num_tokens:
         gathered = x.new_empty((num_tokens, *x.shape[1:]))
@@ -27,7 +27,7 @@ def gather_rows(x: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_statistics(x: Statistics, group: dist.ProcessGroup) -> Statistics:
-    """Return [n, k] as [tp, n, k], or statistics [n] as [tp, n], of all ranks of the group."""
+    """Gather x [n, k] of all ranks into [tp, n, k], or statistics [n] into [tp, n]."""
     if isinstance(x, RowStatistics):
         return RowStatistics(*gather_statistics(torch.stack(x, 1), group).unbind(-1))
     if group.size() == 1:
@@ -38,7 +38,7 @@ def gather_statistics(x: Statistics, group: dist.ProcessGroup) -> Statistics:
 
 
 def reduce_hidden_gradient(dx: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
-    """Sum [s, b, h] over the group; return the rank's part when `length` is s/tp."""
+    """Return the sum of dx [s, b, h] over the group; only this rank's part if `length` is s/tp."""
     if length != dx.shape[0]:
         part = dx.new_empty((length, *dx.shape[1:]))
         dist.reduce_scatter_tensor(part, dx, group=group)
@@ -49,17 +49,17 @@ def reduce_hidden_gradient(dx: Tensor, length: int, group: dist.ProcessGroup) ->
 
 
 def for_product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight as product(x, weight, dtype) takes it, converted once for all rows.
+    """Return the weight in the dtype that product(x, weight, dtype) needs.
 
-    It is converted where no kernel multiplies these dtypes into that one: a GPU multiplies bf16
-    into float32, a CPU does not.
+    A GPU has a matrix product from bf16 inputs to a float32 result. A CPU has none, so there the
+    weight is converted, once for all rows.
     """
-    widens = x.is_cuda and x.dtype == weight.dtype and dtype is torch.float32
-    return weight if widens else weight.to(dtype)
+    has_mixed_product = x.is_cuda and x.dtype == weight.dtype and dtype is torch.float32
+    return weight if has_mixed_product else weight.to(dtype)
 
 
 def product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x weight^T in dtype, accumulated in float32. weight: of for_product()."""
+    """Return x weight^T in dtype, accumulated in float32. weight: result of for_product()."""
     if weight.dtype == dtype:
         return torch.mm(x.to(dtype), weight.t())
     return torch.mm(x, weight.t(), out_dtype=dtype)

@@ -1,4 +1,7 @@
-"""Tile sizes of the distillation loss. Imports no torch, so the memory planner can read them."""
+"""Tile sizes of the distillation loss.
+
+This file does not import torch, so that the memory planner can use it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from typing import NamedTuple
 
 
 class TileSizes(NamedTuple):
-    """How many logits (rows x columns of one rank) the loss handles at once.
+    """Numbers of logits (rows x columns of one rank) that the loss handles at once.
 
     softmax: tile of the row functions, which compute softmax sums, divergences and their gradients.
-    logits_gemm: tile of the matrix product that computes logits; the student's and the teacher's
-        are alive.
-    weight_gradient_gemm: gradients of the logits that are collected for the product with the hidden
-        states.
+    logits_gemm: tile of the matrix product that computes logits. The tiles of student and teacher
+        are in memory at the same time.
+    weight_gradient_gemm: tile of the gradients of the logits that one product multiplies with the
+        hidden states.
     """
 
     softmax: int
@@ -24,9 +27,9 @@ TILE_SIZES = {
     "cpu": TileSizes(softmax=1 << 20, logits_gemm=1 << 26, weight_gradient_gemm=1 << 26),
     "cuda": TileSizes(softmax=1 << 26, logits_gemm=1 << 26, weight_gradient_gemm=1 << 28),
 }
-"""By device type.
+"""Device type -> tile sizes.
 
-CPU: softmax tiles fit into the cache, and the products may be as large as they like. GPU: few
-float32 logits are alive, but four logits tiles share one weight-gradient product, which over few
-rows is bound by the memory traffic of the weight gradient.
+CPU: softmax tiles fit into the cache. The size of the products hardly matters. GPU: a small logits
+tile limits the float32 logits in memory. Four logits tiles share one weight-gradient product,
+because a product over few rows is bound by the memory traffic of the weight gradient.
 """

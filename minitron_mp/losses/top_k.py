@@ -1,11 +1,12 @@
-"""Forward KL to the teacher's k most likely tokens, and a ghost token with the remaining
-probability.
+"""Forward KL to the teacher's k most likely tokens and one ghost token.
+
+The ghost token has the probability of all remaining tokens.
 
     p, q        probabilities of teacher and student at the temperature t
-    gradient    t (q - p) on the k tokens, t q (1 - p_ghost / q_ghost) on all others
+    gradient    t (q - p) on the k tokens, t q (1 - p_ghost / q_ghost) on the remaining tokens
 
-q / q_ghost is the softmax of the other tokens alone. The divergence is a lower bound of the full
-forward KL. TopKRows works in plain torch on every device, because k entries per row are too little
+q / q_ghost is the softmax over the remaining tokens alone. The divergence is a lower bound of the
+full forward KL. TopKRows uses plain torch on every device, because k entries per row are too little
 work for a kernel.
 """
 
@@ -30,45 +31,45 @@ LOWEST = torch.finfo(torch.float32).min
 class TopKRows:
     """The k tokens of n rows.
 
-    places int64 [n, k]: columns on this rank; a token of another rank has the column behind the
+    columns int64 [n, k]: columns on this rank. A token of another rank has the column after the
     last one. log_probs float32 [n, k]. log_ghost float32 [n].
     """
 
-    places: Tensor
+    columns: Tensor
     log_probs: Tensor
     log_ghost: Tensor
 
     @classmethod
     def of(cls, target: TeacherTopK, rows: LogitRows, first_column: int) -> TopKRows:
-        """Prepare a target of these rows. first_column: of this rank, in the whole vocabulary."""
-        columns = rows.student.shape[1]
-        places = target.indices - first_column
-        is_here = (places >= 0) & (places < rows.valid)
-        places = torch.where(is_here, places, columns)
-        return cls(places, target.log_probs, target.log_ghost[:, 0])
+        """Return the target of these rows. first_column: vocabulary id of this rank's column 0."""
+        num_columns = rows.student.shape[1]
+        columns = target.indices - first_column
+        is_here = (columns >= 0) & (columns < rows.valid)
+        columns = torch.where(is_here, columns, num_columns)
+        return cls(columns, target.log_probs, target.log_ghost[:, 0])
 
     def add_statistics(self, rows: LogitRows, statistics: RowStatistics) -> RowStatistics:
-        """Return the statistics of a student with this teacher's in them.
+        """Return the student's statistics with this teacher's fields filled in.
 
-        teacher_max, teacher_sum: the student's softmax sum over all tokens but the k. It is
-        computed, since one minus the k probabilities would cancel. cross_sum: sum of p s over the k
-        tokens.
+        teacher_max, teacher_sum: the student's softmax sum over the remaining tokens. It is summed
+        over them, because one minus the k probabilities would lose precision. cross_sum: sum of p s
+        over the k tokens.
         """
         s = rows.student[:, : rows.valid].float() / rows.temperature
         padding = self._padding(rows)
-        others = F.pad(s, padding, value=-torch.inf).scatter_(1, self.places, -torch.inf)
-        peak = others.amax(1).clamp_min(LOWEST)  # finite when there are no others
+        remaining = F.pad(s, padding, value=-torch.inf).scatter_(1, self.columns, -torch.inf)
+        peak = remaining.amax(1).clamp_min(LOWEST)  # finite also when no token remains
         return statistics._replace(
             teacher_max=peak,
-            teacher_sum=torch.exp(others - peak[:, None]).sum(1),
-            cross_sum=(self.log_probs.exp() * F.pad(s, padding).gather(1, self.places)).sum(1),
+            teacher_sum=torch.exp(remaining - peak[:, None]).sum(1),
+            cross_sum=(self.log_probs.exp() * F.pad(s, padding).gather(1, self.columns)).sum(1),
         )
 
     def value(self, sums: RowSums) -> DivergenceValue:
-        """Return the divergence, and for the gradient the teacher's probability of the ghost."""
-        p, others_lse, student_lse = self.log_probs.exp(), sums.teacher.lse, sums.student.lse
-        has_ghost = (self.log_ghost > -torch.inf) & (others_lse > -torch.inf)
-        ghost_gap = self.log_ghost - others_lse + student_lse
+        """Return the divergence and the teacher's probability of the ghost, for the gradient."""
+        p, remaining_lse, student_lse = self.log_probs.exp(), sums.teacher.lse, sums.student.lse
+        has_ghost = (self.log_ghost > -torch.inf) & (remaining_lse > -torch.inf)
+        ghost_gap = self.log_ghost - remaining_lse + student_lse
         ghost = torch.where(has_ghost, self.log_ghost.exp() * ghost_gap, 0.0)
         entropy = torch.where(p > 0, p * self.log_probs, 0.0).sum(1)
         divergence = entropy - sums.by_rank.cross_sum.sum(0) + p.sum(1) * student_lse + ghost
@@ -77,7 +78,8 @@ class TopKRows:
     def gradient(self, rows: LogitRows, values: RowValues, has_ce: bool, out: Tensor) -> None:
         """Write the gradient of the weighted loss into out [n, v/tp], as reference.gradient() does.
 
-        values.teacher_lse: log sum e^s of all tokens but the k. values.extra: of value().
+        values.teacher_lse: log sum e^s of the remaining tokens. values.extra: second result of
+        value().
         """
         if rows.valid == 0:
             out.zero_()
@@ -85,16 +87,16 @@ class TopKRows:
         s = rows.student[:, : rows.valid].float() / rows.temperature
         padding = self._padding(rows)
         q = F.pad(torch.exp(s - values.student_lse[:, None]), padding)
-        among_others = F.pad(torch.exp(s - values.teacher_lse[:, None]), padding)
-        on_top = q.gather(1, self.places) - self.log_probs.exp()
-        total = (q - among_others * values.extra[:, None]).scatter_(1, self.places, on_top)
+        remaining_softmax = F.pad(torch.exp(s - values.teacher_lse[:, None]), padding)
+        top_gradient = q.gather(1, self.columns) - self.log_probs.exp()
+        total = (q - remaining_softmax * values.extra[:, None]).scatter_(1, self.columns, top_gradient)
         total = total[:, : rows.valid] * values.kl_weight[:, None]
         if has_ce:
             total = add_cross_entropy(total, rows, values)
         write_gradient(total, rows, values, has_ce, out)
 
     def _padding(self, rows: LogitRows) -> tuple[int, int]:
-        """Columns behind the valid ones, up to and including the one for tokens of other ranks."""
+        """Return (0, number of columns after the valid ones, with the column for other ranks)."""
         return 0, rows.student.shape[1] + 1 - rows.valid
 
 
@@ -103,34 +105,34 @@ def top_k_of(
 ) -> TeacherTopK:
     """Return the k most likely tokens and the probability of the rest, from logits [..., v/tp].
 
-    Called by all ranks of the tensor-parallel group, and equal on all of them.
+    All ranks of the tensor-parallel group must call the function. They get the same result.
     """
-    columns = logits.shape[-1]
-    first_column = group.rank() * columns
+    num_columns = logits.shape[-1]
+    first_column = group.rank() * num_columns
     z = logits.float() / temperature
     z[..., max(0, vocab_size - first_column) :] = -torch.inf
-    values, indices = z.topk(min(k, columns), dim=-1)
+    values, indices = z.topk(min(k, num_columns), dim=-1)
     values, order = _gather_last(values, group).topk(k, dim=-1)
     indices = _gather_last(indices + first_column, group).gather(-1, order)
-    # The rest is summed, since one minus the k would cancel. Tokens of other ranks go to an extra
-    # column.
-    places = indices - first_column
-    places = torch.where((places >= 0) & (places < columns), places, columns)
-    rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, places, -torch.inf)
+    # The rest is summed, because one minus the k probabilities would lose precision. Tokens of
+    # other ranks use an extra column.
+    columns = indices - first_column
+    columns = torch.where((columns >= 0) & (columns < num_columns), columns, num_columns)
+    rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, columns, -torch.inf)
     rest = torch.logsumexp(_gather_last(torch.logsumexp(rest, -1, keepdim=True), group), -1, keepdim=True)
     total = torch.logaddexp(torch.logsumexp(values, -1, keepdim=True), rest)
     return TeacherTopK(indices, values - total, rest - total)
 
 
 def pack_top_k(top: TeacherTopK) -> Tensor:
-    """Pack into int32 [s, b, 2k + 1]: the bits of log_probs and log_ghost, then the indices."""
+    """Return int32 [s, b, 2k + 1]: the bits of log_probs and log_ghost, then the indices."""
     return torch.cat(
         [top.log_probs.view(torch.int32), top.log_ghost.view(torch.int32), top.indices.int()], -1
     )
 
 
 def unpack_top_k(packed: Tensor) -> TeacherTopK:
-    """Undo pack_top_k()."""
+    """Return the TeacherTopK that pack_top_k() packed."""
     k = packed.shape[-1] // 2
     log_probs, log_ghost, indices = packed.split([k, 1, k], -1)
     return TeacherTopK(
@@ -139,7 +141,7 @@ def unpack_top_k(packed: Tensor) -> TeacherTopK:
 
 
 def _gather_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gather [..., n] of each rank into [..., tp n]."""
+    """Gather x [..., n] of each rank into [..., tp n]."""
     if group.size() == 1:
         return x
     parts = x.new_empty((group.size(), *x.shape))

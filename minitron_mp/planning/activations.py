@@ -10,11 +10,11 @@ from minitron_mp.models.arch import Arch
 
 @functools.lru_cache(maxsize=4096)
 def layers_in_flight(num_layers: int, parallel: ParallelConfig, num_microbatches: int, stage: int) -> int:
-    """Largest number of (layer, microbatch) pairs of a stage that wait for their backward pass.
+    """Return the largest number of (layer, microbatch) pairs of a stage that wait for backward.
 
     Megatron's schedules run pp - stage - 1 forward passes before the first backward pass
-    (arXiv 2104.04473). The interleaved schedule runs twice as many, and pp more for each model
-    chunk but one; the chunks take turns of pp microbatches.
+    (arXiv 2104.04473). The interleaved schedule runs twice that number, and pp more for each model
+    chunk except one. The chunks take turns of pp microbatches.
     """
     layers = parallel.layers_of_chunks(num_layers)[stage :: parallel.pp]
     if not parallel.vpp:
@@ -39,9 +39,9 @@ def activation_bytes_per_token(
     transformer_engine: bool = False,
     fp8: bool = False,
 ) -> float:
-    """Bytes per token that one layer's forward pass saves for its backward pass on one rank.
+    """Return the bytes per token that one layer's forward pass saves for backward on one rank.
 
-    The layers of arch must be alike; see Arch.with_block().
+    The layers of arch must have equal sizes; see Arch.with_block().
 
     Local layers save the input and output of both norms; q, k and v as one tensor (v is a view of
     it); rotated q and k; the attention output; the first MLP product and, with a gate, the
@@ -63,7 +63,7 @@ def activation_bytes_per_token(
     # With context parallelism the gathered keys and values replace the qkv product. The attention
     # mask of the local layers, [s/cp, s], is not counted.
     attention = 2 * heads + (2 * key * parallel.cp if parallel.cp > 1 else qkv + key)
-    # The q norm copies q, unless a rank has one query group: there q is a view, too.
+    # The q norm copies q, unless a rank has one query group: then q is a view, too.
     if arch.qk_norm and arch.num_query_groups > parallel.tp:
         attention += heads
     inner = attention + (5 if arch.gated else 2) * arch.ffn_hidden_size

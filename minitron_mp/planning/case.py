@@ -1,4 +1,4 @@
-"""What an estimate is about: two models, a recipe and a number of GPUs."""
+"""The input of an estimate: two models, a recipe and a number of GPUs."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ class PlanningCase:
 
     @property
     def teacher_ranks(self) -> int:
-        """Ranks that hold only the teacher; 0 unless the teacher is remote."""
+        """Return the ranks that hold only the teacher; 0 unless the teacher is remote."""
         return self.recipe.teacher.ranks_in(self.world)
 
     @property
     def student_ranks(self) -> int:
-        """Ranks that train this student."""
+        """Return the number of ranks that train this student."""
         return self.world - self.teacher_ranks - sum(self.recipe.teacher.siblings.values())
 
     @property
     def microbatches(self) -> int:
-        """Microbatches of a step on one replica of the student; at least 1."""
+        """Return the microbatches of a step on one replica of the student; at least 1."""
         return microbatches_per_replica(self.recipe.distill, self.recipe.parallel, self.student_ranks)
 
     def with_recipe(self, recipe: Recipe) -> PlanningCase:
-        """The same models and GPUs with another recipe."""
+        """Return the same models and GPUs with another recipe."""
         return replace(self, recipe=recipe)
 
     def with_world(self, world: int) -> PlanningCase:
-        """The same models and recipe on another number of GPUs."""
+        """Return the same models and recipe on another number of GPUs."""
         return replace(self, world=world)
 
 
 def microbatches_per_replica(training: TrainingConfig, parallel: ParallelConfig, ranks: int) -> int:
-    """Microbatches of a step that each data-parallel replica processes on so many ranks; at least
-    1.
+    """Return the microbatches per step of each data-parallel replica; at least 1.
+
+    ranks: number of ranks that train the model.
     """
     replicas = max(1, ranks // parallel.model_ranks)
     return max(1, training.global_batch_size // training.micro_batch_size // replicas)

@@ -56,7 +56,7 @@ class EstimateOptions:
     hardware_file: Path | None = None
     times_file: Path | None = None
     price: float | None = None
-    """Of a GPU-hour."""
+    """Price of a GPU-hour."""
     top: int = 10
     """Layouts to show."""
     json_file: Path | None = None
@@ -75,10 +75,10 @@ class Models:
 
 
 def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
-    """Print what the recipe needs on so many GPUs, and the best layouts; write JSON and a figure on
-    request.
+    """Print the recipe's cost on options.world GPUs and the best layouts.
 
-    InputError if no layout is possible on so many GPUs, or if none fits into their memory.
+    JSON and a figure are written on request. InputError if no layout is possible on this number of
+    GPUs, or if none fits into their memory.
     """
     if options.plot_file and options.plot_file.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise InputError(f"--plot {options.plot_file}: the name must end in .png, .svg or .pdf")
@@ -122,7 +122,7 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
 
 
 def read_models(recipe: Recipe) -> Models:
-    """Architectures of a recipe, from config.json alone.
+    """Read the architectures of a recipe from config.json files.
 
     With a search the student is the largest candidate.
     """
@@ -137,7 +137,7 @@ def read_models(recipe: Recipe) -> Models:
 
 
 def _shown_estimate(case: PlanningCase, search: LayoutSearch, times: Times, problem: str | None) -> Estimate:
-    """The recipe's layout, or the fastest layout if the recipe's is impossible."""
+    """Return the estimate of the recipe's layout, or of the fastest layout if that is impossible."""
     reason = problem
     if problem is None:
         estimate = estimate_distillation(case, times)
@@ -150,7 +150,7 @@ def _shown_estimate(case: PlanningCase, search: LayoutSearch, times: Times, prob
 
 
 def _print_estimate(estimate: Estimate) -> None:
-    """Print where memory and time of one layout go."""
+    """Print memory, time and traffic of one layout by part."""
     table(
         "memory of the fullest GPU (activations, logits and buffers are estimates)",
         ("part", "GiB"),
@@ -166,8 +166,8 @@ def _print_estimate(estimate: Estimate) -> None:
 
 
 def _print_layouts(search: LayoutSearch, top: int) -> None:
-    """Print the fastest layouts, the fastest one with a remote teacher, and why others are
-    impossible.
+    """Print the fastest layouts, the fastest one with a remote teacher, and the reasons against the
+    impossible ones.
     """
     shown = search.possible[:top]
     title = f"fastest {len(shown)} of {len(search.possible):,} layouts that fit (tok/s per GPU)"
@@ -186,7 +186,7 @@ def _print_layouts(search: LayoutSearch, top: int) -> None:
 def _correction_rows(
     base: Arch, recipe: Recipe, options: EstimateOptions, times: Times
 ) -> list[tuple[str, str]]:
-    """Rows (what, value) on a teacher correction that runs before the distillation."""
+    """Return rows (what, value) on a teacher correction that runs before the distillation."""
     correct = recipe.correct
     assert correct is not None
     model_ranks = recipe.parallel.model_ranks
@@ -207,7 +207,7 @@ def _correction_rows(
 
 
 def _nothing_fits(search: LayoutSearch, case: PlanningCase, times: Times) -> str:
-    """Error message: why no layout is possible, and which numbers of GPUs work."""
+    """Return the error text: why no layout is possible, and which numbers of GPUs work."""
     reasons = [f"  - {reason}: {count:,} layouts" for reason, count in search.impossible.most_common()]
     hardware = times.hardware
     if search.least_bytes is None:
@@ -229,7 +229,7 @@ def _nothing_fits(search: LayoutSearch, case: PlanningCase, times: Times) -> str
 
 
 def _nearest_worlds(case: PlanningCase, times: Times) -> list[int]:
-    """Up to three numbers of GPUs near the case's on which some layout fits, nearest first."""
+    """Return up to three numbers of GPUs near the case's on which a layout fits, nearest first."""
     node = times.hardware.gpus_per_node
     unit = node if case.world > 4 * node else 1
     worlds = range(unit, 2 * case.world + 2 * unit, unit)

@@ -24,7 +24,7 @@ Row = tuple[str, str]
 
 
 def dry_run_rows(base: Arch, case: PlanningCase) -> list[Row]:
-    """Rows (what, value) for a recipe whose layout has been checked.
+    """Return rows (what, value) for a recipe whose layout has been checked.
 
     base: the model that is pruned.
     """

@@ -1,4 +1,4 @@
-"""A GPU and its links in a few numbers."""
+"""Specifications of GPUs and their links."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ class Hardware(BaseModel):
     latency_us: float = 20.0
     """Fixed time of a collective of any size. Assumed."""
     host_bf16_ms: float | None = None
-    """Time in which the host issues forward and backward pass of a layer; default: from the layer
-    times.
+    """Time in which the host issues the forward and backward pass of a layer. Default: the value in
+    the layer times.
     """
     host_fp8_ms: float | None = None
-    """The same in FP8."""
+    """The same time in FP8."""
     host_graphs_ms: float = 0.3
-    """The same with distill.cuda_graphs, in either format. Assumed."""
+    """The same time with distill.cuda_graphs, for bf16 and FP8. Assumed."""
     tp_exposed: float = 1.0
     """Share of tensor-parallel communication that computation does not hide."""
     tp_exposed_overlapped: float = 0.3
-    """The same with distill.tp_comm_overlap. Assumed."""
+    """The same share with distill.tp_comm_overlap. Assumed."""
     reserved_gib: float = 4.0
     """CUDA context, NCCL, cuBLAS and fragmentation of the allocator. Assumed."""
     source: str = ""
-    """Where the numbers come from."""
+    """Source of the numbers."""
 
     @property
     def usable_gib(self) -> float:
-        """Memory that a model may take."""
+        """Return the memory that a model may use, in GiB."""
         return self.memory_gib - self.reserved_gib
 
 
@@ -101,8 +101,9 @@ GPUS = {
 
 
 def read_hardware(gpu: str, path: Path | None = None) -> Hardware:
-    """Row of GPUS, overridden by the values of a YAML or JSON file; InputError for unknown names
-    and keys.
+    """Return a row of GPUS, overridden by the values of a YAML or JSON file.
+
+    InputError for unknown names and keys.
     """
     if gpu not in GPUS:
         raise InputError(

@@ -1,6 +1,4 @@
-"""Layouts of a recipe on a number of GPUs: which are possible, why others are not, and which is
-fastest.
-"""
+"""Search over the layouts of a recipe on a number of GPUs: which are possible, and which is fastest."""
 
 from __future__ import annotations
 
@@ -47,13 +45,13 @@ class LayoutSearch:
     impossible: Counter[str]
     """Reason -> number of layouts."""
     least_bytes: float | None
-    """Bytes per GPU of the layout that needs least, whether it fits or not; None if no layout
-    divides.
+    """Bytes per GPU of the layout that needs the least memory, even if it does not fit. None if no
+    layout divides.
     """
 
 
 def layout_problem(case: PlanningCase, times: Times) -> str | None:
-    """Reason why the recipe's layout is impossible, not counting memory; None if possible."""
+    """Return why the recipe's layout is impossible, without regard to memory; None if possible."""
     return _sizes_problem(case, times) or _batch_problem(case)
 
 
@@ -98,7 +96,7 @@ def _batch_problem(case: PlanningCase) -> str | None:
 
 
 def fits(estimate: Estimate, times: Times) -> bool:
-    """Whether the fullest GPU has enough memory."""
+    """Return whether the fullest GPU has enough memory."""
     return estimate.needed_bytes <= times.hardware.usable_gib * GIB
 
 
@@ -106,7 +104,8 @@ def search_layouts(case: PlanningCase, times: Times) -> LayoutSearch:
     """Try tp, pp, cp, vpp, microbatch and recomputation, with a colocated and with a remote
     teacher.
 
-    All other settings are the recipe's. Co-students are left out: each student is planned alone.
+    All other settings are the recipe's. Co-students are ignored, because each student is planned
+    separately.
     """
     divisible, impossible = _divisible_layouts(case, times)
     possible = [estimate for estimate in divisible if fits(estimate, times)]
@@ -116,14 +115,15 @@ def search_layouts(case: PlanningCase, times: Times) -> LayoutSearch:
 
 
 def fastest_layout(case: PlanningCase, times: Times) -> Estimate | None:
-    """The first layout of search_layouts(); None if nothing fits."""
+    """Return the first layout of search_layouts(); None if nothing fits."""
     divisible, _ = _divisible_layouts(case, times)
     return next((estimate for estimate in divisible if fits(estimate, times)), None)
 
 
 def _divisible_layouts(case: PlanningCase, times: Times) -> tuple[list[Estimate], Counter[str]]:
-    """(layouts that divide, fastest first, whether they fit or not; reason -> number of other
-    layouts).
+    """Return (layouts that divide, fastest first; reason -> number of other layouts).
+
+    Memory is not checked.
     """
     recipe = case.recipe
     estimates: list[Estimate] = []
@@ -151,7 +151,7 @@ def _divisible_layouts(case: PlanningCase, times: Times) -> tuple[list[Estimate]
 
 
 def _layouts(world: int) -> list[ParallelConfig]:
-    """Layouts of the student to try on so many GPUs."""
+    """Return the layouts of the student to try on `world` GPUs."""
     sizes = itertools.product(TENSOR_SIZES, PIPELINE_SIZES, CONTEXT_SIZES, VIRTUAL_PIPELINE_SIZES)
     return [
         ParallelConfig(tp=tp, pp=pp, cp=cp, vpp=vpp, sequence_parallel=tp > 1)
@@ -161,7 +161,7 @@ def _layouts(world: int) -> list[ParallelConfig]:
 
 
 def _teachers(case: PlanningCase, times: Times) -> list[TeacherConfig]:
-    """Placements of the teacher to try: colocated, and remote on several numbers of GPUs."""
+    """Return placements of the teacher to try: colocated, and remote on several numbers of GPUs."""
     recipe = case.recipe
     colocated = recipe.teacher.model_copy(
         update={
@@ -179,9 +179,10 @@ def _teachers(case: PlanningCase, times: Times) -> list[TeacherConfig]:
 
 
 def _remote_teachers(case: PlanningCase, times: Times) -> Iterator[TeacherConfig]:
-    """Remote teachers with the smallest tp that fits, on at most half of the GPUs.
+    """Yield remote teachers with the smallest tp that fits, on at most half of the GPUs.
 
-    From 32 GPUs on they take whole nodes, from 512 on multiples of a thirty-second of the world.
+    From four nodes on they use full nodes. In large jobs their size is a multiple of 1/32 of the
+    world, rounded down to full nodes.
     """
     t = case.recipe.teacher
     remote = t.model_copy(
@@ -207,8 +208,9 @@ def _remote_teachers(case: PlanningCase, times: Times) -> Iterator[TeacherConfig
 
 
 def smallest_world(case: PlanningCase, times: Times) -> int | None:
-    """Smallest power of two of GPUs, above the case's world, on which some layout fits; None up to
-    8,192.
+    """Return the smallest power of two of GPUs above the case's world on which a layout fits.
+
+    None if there is none up to 8,192.
     """
     world = 1
     while world <= 8192:
@@ -219,5 +221,5 @@ def smallest_world(case: PlanningCase, times: Times) -> int | None:
 
 
 def scaling(case: PlanningCase, times: Times) -> list[tuple[int, Estimate | None]]:
-    """(GPUs, fastest layout; None if nothing fits) from 8 to 2,048 GPUs."""
+    """Return (GPUs, fastest layout, or None if nothing fits) for 8 to 2,048 GPUs."""
     return [(world, fastest_layout(case.with_world(world), times)) for world in WORLDS]

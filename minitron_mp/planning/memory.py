@@ -1,4 +1,4 @@
-"""Memory per GPU and parameters per rank, from sizes alone.
+"""Memory per GPU and parameters per rank, computed from sizes.
 
 Weights, gradients and optimizer state are exact for this library's layout, and so is the number of
 layers in flight. Activations are counted tensor by tensor (activations.py). Measured peaks are
@@ -33,7 +33,7 @@ SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
 
 
 def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
-    """Parameters on one rank of each pipeline stage, vocabulary padding included.
+    """Return the parameters on one rank of each pipeline stage, with vocabulary padding.
 
     Tied embeddings are stored on the first and on the last stage.
     """
@@ -55,7 +55,7 @@ def _rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:
 
 
 def _layer_parameters(arch: Arch, block: BlockArch, tp: int) -> int:
-    """Parameters of a layer of these sizes on one tensor-parallel rank."""
+    """Return the parameters of a layer of these sizes on one tensor-parallel rank."""
     return sum(
         math.prod(shape) // (tp if SPLIT_OVER_TP & set(PARAMETERS[name]) else 1)
         for name, shape in arch.block_shapes(block).items()
@@ -63,8 +63,9 @@ def _layer_parameters(arch: Arch, block: BlockArch, tp: int) -> int:
 
 
 def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
-    """Bytes per token that a remote teacher sends, over all its ranks; distillation/stream.py
-    counts the same.
+    """Return the bytes per token that a remote teacher sends, over all its ranks.
+
+    distillation/stream.py counts the same bytes.
     """
     element = BYTES[recipe.teacher_precision]
     if recipe.teacher.payload == "logits":
@@ -76,7 +77,7 @@ def payload_bytes_per_token(teacher: Arch, recipe: Recipe) -> int:
 
 
 def uses_transformer_engine(recipe: Recipe) -> bool:
-    """Whether a GPU with Transformer Engine runs its layers; otherwise it runs the local layers."""
+    """Return whether the model has Transformer Engine layers; otherwise it has local layers."""
     if recipe.transformer_impl == "auto":
         return recipe.precision == "bf16"
     return recipe.transformer_impl == "transformer_engine"
@@ -85,9 +86,9 @@ def uses_transformer_engine(recipe: Recipe) -> bool:
 def training_memory(
     arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int, stage: int, precision: str | None = None
 ) -> Parts:
-    """Bytes by part that a model in training takes on a rank of a pipeline stage.
+    """Return the bytes by part of a model in training on a rank of a pipeline stage.
 
-    ranks: how many train this model. precision: of the weights; default: the recipe's.
+    ranks: number of ranks that train this model. precision: of the weights; default: the recipe's.
     """
     precision = precision or recipe.precision
     p = recipe.parallel
@@ -113,7 +114,7 @@ def training_memory(
         saved = layers * mean_over_layers(blocks, layer_bytes)
     if is_last:  # input and output of the final norm
         saved += 2 * size * arch.hidden_size / sequence_split
-    # Backward pass of one layer: gradients around the MLP, and what sequence parallelism gathers.
+    # Backward pass of one layer: gradients around the MLP, and tensors that sequence parallelism gathers.
     gathered = 1 if sequence_split > 1 else 0
     mlp = max(arch.dim_size("gate_up", block) + block.ffn_hidden_size for block in blocks)
     working = mlp / p.tp + (2 + gathered) * arch.hidden_size
@@ -124,7 +125,7 @@ def training_memory(
         "activations (estimate)": tokens * saved,
         "working buffers (estimate)": size * tokens * working,
     }
-    if fp8:  # as they are and transposed
+    if fp8:  # one copy and one transposed copy
         parts["FP8 copies of weights"] = 2 * _matrix_parameters(arch, blocks) / p.tp
     if is_last:
         parts["logits and their gradient"] = _loss_bytes(arch, training, p, tokens, size)
@@ -132,8 +133,9 @@ def training_memory(
 
 
 def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens: int, size: int) -> float:
-    """Bytes of the chunked loss (losses/fused.py): logits of both models, gradients, gathered
-    sequence.
+    """Return the bytes of the chunked loss (losses/fused.py).
+
+    They are the logits of both models, their gradients, and the gathered sequence.
     """
     logits = tokens * arch.padded_vocab_size / p.tp
     tiles = TILE_SIZES["cuda"]
@@ -143,18 +145,19 @@ def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens:
 
 
 def _matrix_parameters(arch: Arch, blocks: Counter[BlockArch]) -> int:
-    """Parameters of the linear layers of the transformer layers of a stage."""
+    """Return the parameters of the linear layers in the transformer layers of a stage."""
     return sum(count * matrix_elements(arch, block) for block, count in blocks.items())
 
 
 def fullest(memories: Sequence[Parts]) -> Parts:
-    """The entry with the largest sum of bytes."""
+    """Return the entry with the largest sum of bytes."""
     return max(memories, key=lambda parts: sum(parts.values()))
 
 
 def hidden_state_memory(case: PlanningCase, stage: int) -> Parts:
-    """Bytes by part that the hidden-state losses take on a rank of a stage; {} without
-    distill.states.
+    """Return the bytes by part of the hidden-state losses on a rank of a stage.
+
+    {} without distill.states.
     """
     recipe = case.recipe
     p = recipe.parallel
@@ -180,7 +183,7 @@ def hidden_state_memory(case: PlanningCase, stage: int) -> Parts:
 
 
 def teacher_memory(case: PlanningCase, stage: int) -> Parts:
-    """Bytes by part that the teacher takes on a rank of this stage of the student."""
+    """Return the bytes by part of the teacher on a rank of this stage of the student."""
     recipe = case.recipe
     p = recipe.parallel
     is_last = stage == p.pp - 1
@@ -203,7 +206,7 @@ def teacher_memory(case: PlanningCase, stage: int) -> Parts:
 
 
 def _signal_memory(case: PlanningCase) -> Parts:
-    """Bytes by part of received teacher signals on a rank of the student's last stage."""
+    """Return the bytes by part of received teacher signals on a rank of the student's last stage."""
     recipe = case.recipe
     p = recipe.parallel
     t = recipe.teacher
@@ -226,9 +229,10 @@ def _signal_memory(case: PlanningCase) -> Parts:
 
 
 def teacher_weights(teacher: Arch, recipe: Recipe, parallel: ParallelConfig, stage: int) -> float:
-    """Bytes of a frozen teacher's weights on a rank of a stage.
+    """Return the bytes of a frozen teacher's weights on a rank of a stage.
 
-    In FP8 the linear layers take one byte per weight: without gradients no transposed copy is kept.
+    In FP8 the linear layers use one byte per weight, because without gradients no transposed copy
+    is kept.
     """
     fp8_parameters: float = 0
     if recipe.teacher.fp8:
@@ -238,8 +242,9 @@ def teacher_weights(teacher: Arch, recipe: Recipe, parallel: ParallelConfig, sta
 
 
 def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> Parts:
-    """Bytes by part on a rank of a remote teacher's stage: no gradients, one layer's forward pass
-    at a time.
+    """Return the bytes by part on a rank of a remote teacher's stage.
+
+    There are no gradients, and activations of one layer at a time.
     """
     p = recipe.teacher.parallel
     size = BYTES[recipe.teacher_precision]
@@ -265,7 +270,7 @@ def remote_teacher_memory(teacher: Arch, recipe: Recipe, stage: int) -> Parts:
 
 
 def distillation_memory(case: PlanningCase) -> list[Parts]:
-    """Bytes by part on a rank of each pipeline stage of the student."""
+    """Return the bytes by part on a rank of each pipeline stage of the student."""
     recipe = case.recipe
     return [
         {
@@ -278,6 +283,6 @@ def distillation_memory(case: PlanningCase) -> list[Parts]:
 
 
 def training_peak(arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int) -> float:
-    """Bytes on the fullest rank while a model is trained without a teacher."""
+    """Return the bytes on the fullest rank while a model is trained without a teacher."""
     stages = range(recipe.parallel.pp)
     return sum(fullest([training_memory(arch, training, recipe, ranks, stage) for stage in stages]).values())

@@ -1,4 +1,4 @@
-"""Time of one microbatch on each pipeline stage of a model, and what a GPU sends for it."""
+"""Time of one microbatch on each pipeline stage of a model, and the bytes that a GPU sends for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOST = "waiting for the host"
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU sends by one kind of transfer. link: "NVLink", "network" or "disk"."""
+    """The bytes of one kind of transfer on one GPU. link: "NVLink", "network" or "disk"."""
 
     link: str
     num_bytes: float
@@ -32,18 +32,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of a microbatch by part on each pipeline stage, and what a GPU of the first stage
-    sends.
+    """Seconds of a microbatch by part on each pipeline stage, and the traffic of a GPU of the first
+    stage.
     """
 
     stages: list[Parts]
     traffic: dict[str, Traffic]
     basis: str
-    """What the times are based on (times.py)."""
+    """Source of the times (times.py)."""
 
     @property
     def slowest_s(self) -> float:
-        """Seconds of a microbatch on the slowest stage."""
+        """Return the seconds of a microbatch on the slowest stage."""
         return max(sum(stage.values()) for stage in self.stages)
 
 
@@ -58,34 +58,34 @@ class ModelPass:
     number_format: str
     """Format of the matrix products: bf16, fp32 or a kind of FP8 scaling."""
     train: bool = False
-    """With a backward pass."""
+    """Whether the microbatch also has a backward pass."""
     recompute: bool = False
     tp_comm_overlap: bool = False
     cuda_graphs: bool = False
 
     @property
     def tokens(self) -> int:
-        """Tokens of the microbatch on a context-parallel rank."""
+        """Return the tokens of the microbatch on a context-parallel rank."""
         return self.sequence_length // self.parallel.cp * self.micro_batch_size
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of one activation value."""
+        """Return the bytes of one activation value."""
         return 4 if self.number_format == "fp32" else 2
 
     @property
     def hidden_state_bytes(self) -> int:
-        """Bytes of the hidden states [s/cp, b, h] of the microbatch."""
+        """Return the bytes of the hidden states [s/cp, b, h] of the microbatch."""
         return self.value_bytes * self.tokens * self.arch.hidden_size
 
     @property
     def num_passes(self) -> int:
-        """Passes over the layers that communicate: forward, backward, recomputed forward."""
+        """Return the number of passes that communicate: forward, backward, recomputed forward."""
         return 1 + (1 if self.train else 0) + (1 if self.recompute else 0)
 
 
 def stage_times(work: ModelPass, times: Times) -> StageTimes:
-    """Time of one microbatch on each stage; the loss and the optimizer are not in it."""
+    """Return the time of one microbatch on each stage, without the loss and the optimizer."""
     layers = {block: _layer_times(work, block, times) for block in work.arch.block_counts()}
     transfer = _transfer_s(work, times)
     stages = []
@@ -100,7 +100,7 @@ def stage_times(work: ModelPass, times: Times) -> StageTimes:
 
 
 def _layer_times(work: ModelPass, block: BlockArch, times: Times) -> tuple[Parts, str]:
-    """(seconds of one layer of these sizes by part, what they are based on)."""
+    """Return (seconds of one layer of these sizes by part, source of the times)."""
     p = work.parallel
     arch = work.arch.with_block(block)
     layer, basis = times.layer(arch, work.tokens, work.sequence_length, p, work.number_format, work.train)
@@ -117,13 +117,13 @@ def _layer_times(work: ModelPass, block: BlockArch, times: Times) -> tuple[Parts
 
 
 def link_name(times: Times, size: int, stride: int) -> str:
-    """Link that limits a collective among `size` ranks that are `stride` apart."""
+    """Return the link that limits a collective among `size` ranks that are `stride` apart."""
     _, num_nodes = times.nodes(size, stride)
     return "network" if num_nodes > 1 else "NVLink"
 
 
 def _key_value_bytes(work: ModelPass, block: BlockArch) -> float:
-    """Bytes of the keys and values that context parallelism gathers for one layer."""
+    """Return the bytes of the keys and values that context parallelism gathers for one layer."""
     key_value_size = work.arch.dim_size("qkv", block) - work.arch.dim_size("heads", block)
     return work.value_bytes * work.tokens * work.parallel.cp * key_value_size / work.parallel.tp
 
@@ -135,9 +135,9 @@ def _pipeline_link(work: ModelPass, times: Times) -> str:
 
 
 def _transfer_s(work: ModelPass, times: Times) -> float:
-    """Seconds in which a stage waits for hidden states from its neighbours, forward and backward.
+    """Return the seconds in which a stage waits for hidden states, forward and backward.
 
-    Interleaved stages send while they compute, so they wait for nothing.
+    Interleaved stages send while they compute, so they do not wait.
     """
     p = work.parallel
     if p.pp == 1 or p.vpp:

@@ -13,7 +13,7 @@ from minitron_mp.models.arch import Arch, BlockArch
 
 @functools.lru_cache(maxsize=4096)
 def stage_blocks(arch: Arch, parallel: ParallelConfig) -> list[Counter[BlockArch]]:
-    """Number of layers of each size on each pipeline stage."""
+    """Return the number of layers of each size on each pipeline stage."""
     if arch.is_uniform:
         counts = stage_layers(arch.num_layers, parallel)
         return [Counter({arch.block: count}) for count in counts]
@@ -22,7 +22,7 @@ def stage_blocks(arch: Arch, parallel: ParallelConfig) -> list[Counter[BlockArch
 
 
 def mean_over_layers(blocks: Counter[BlockArch], values: Mapping[BlockArch, float]) -> float:
-    """Mean over the layers of a stage of a value that depends on the size of a layer."""
+    """Return the mean over the layers of a stage of a value that depends on the layer's size."""
     if len(blocks) == 1:
         return values[next(iter(blocks))]
     return sum(count * values[block] for block, count in blocks.items()) / sum(blocks.values())

@@ -1,7 +1,7 @@
 """Step time and traffic of one layout, in closed form from layer times (times.py).
 
-pipeline   a step of m microbatches takes m x the slowest stage, and the others once:
-           (sum - slowest) / vpp (arXiv 2104.04473)
+pipeline   a step of m microbatches takes m x the slowest stage, plus the other stages once,
+           divided by vpp: (sum - slowest) / vpp (arXiv 2104.04473)
 tensor     per layer and microbatch: 4 all-gathers of [s b h] forward, 4 backward; two all-reduces
            cost the same (arXiv 2205.05198)
 context    keys and values are gathered forward, their gradients are scattered backward
@@ -47,9 +47,9 @@ from minitron_mp.planning.model_pass import (
 from minitron_mp.planning.times import OutputLayers, Times, less_certain
 
 BUCKET = 40_000_000
-"""Parameters whose gradients Megatron reduces together, at least.
+"""Smallest number of parameters whose gradients Megatron reduces together.
 
-A bucket has a million parameters per data-parallel rank where that is more.
+A bucket has a million parameters per data-parallel rank if that is larger.
 """
 
 DP = "data parallel"
@@ -65,9 +65,7 @@ WORK = (STUDENT, TEACHER, LOSS, RECOMPUTE)
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step by part, what a GPU sends in it, and what the times are based on
-    (times.py).
-    """
+    """Seconds of a step by part, the traffic of a GPU, and the source of the times (times.py)."""
 
     seconds: Parts
     traffic: dict[str, Traffic]
@@ -90,7 +88,7 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Return the number of tokens in a step."""
         return self.recipe.distill.global_batch_size * self.recipe.data.sequence_length
 
     @cached_property
@@ -99,12 +97,12 @@ class Estimate:
 
     @cached_property
     def memory(self) -> Parts:
-        """Bytes by part on the fullest GPU of the student."""
+        """Return the bytes by part on the fullest GPU of the student."""
         return fullest(distillation_memory(self.case))
 
     @cached_property
     def teacher_memory(self) -> Parts:
-        """Bytes by part on the fullest GPU of a remote teacher; {} without one."""
+        """Return the bytes by part on the fullest GPU of a remote teacher; {} without one."""
         if not self.recipe.teacher.is_remote:
             return {}
         stages = range(self.recipe.teacher.parallel.pp)
@@ -112,7 +110,7 @@ class Estimate:
 
     @cached_property
     def needed_bytes(self) -> float:
-        """Bytes on the fullest GPU of the job."""
+        """Return the bytes on the fullest GPU of the job."""
         return max(sum(self.memory.values()), sum(self.teacher_memory.values()))
 
     @property
@@ -121,7 +119,7 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Hours of the whole distillation."""
+        """Return the hours of the distillation."""
         return self.step_s * self.recipe.distill.steps / 3600
 
     @property
@@ -130,7 +128,7 @@ class Estimate:
 
     @property
     def largest_overhead(self) -> tuple[str, float]:
-        """(largest part that is not computation, its share of the step)."""
+        """Return (largest part that is not computation, its share of the step)."""
         overheads = [name for name in self.seconds if name not in WORK]
         name = max(overheads, key=lambda name: self.seconds[name])
         return name, self.seconds[name] / self.step_s
@@ -152,13 +150,13 @@ def estimate_distillation(case: PlanningCase, times: Times) -> Estimate:
 
 
 def _signal_bytes(case: PlanningCase) -> int:
-    """Bytes of the teacher's signals for one microbatch."""
+    """Return the bytes of the teacher's signals for one microbatch."""
     tokens = case.recipe.data.sequence_length * case.recipe.distill.micro_batch_size
     return payload_bytes_per_token(case.teacher, case.recipe) * tokens
 
 
 def _teacher_stages(case: PlanningCase, parallel: ParallelConfig, times: Times) -> StageTimes:
-    """Forward pass of the teacher for one microbatch in the given layout."""
+    """Return the times of the teacher's forward pass for one microbatch in the given layout."""
     recipe = case.recipe
     work = ModelPass(
         case.teacher,
@@ -194,7 +192,7 @@ def _add_colocated_teacher(student: StepCost, case: PlanningCase, times: Times) 
 
 
 def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> StepCost:
-    """Add the waits for a teacher on ranks of its own, and for its stream."""
+    """Add the waits for a teacher on separate ranks, and for its stream."""
     p = case.recipe.parallel
     t = case.recipe.teacher
     forward = _teacher_stages(case, t.parallel, times)
@@ -227,7 +225,7 @@ def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> 
 def estimate_training(
     arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None
 ) -> StepCost:
-    """Cost of a training step on so many ranks.
+    """Return the cost of a training step on `ranks` ranks.
 
     teacher: the model whose output layer the loss applies.
     """
@@ -285,7 +283,7 @@ def _data_parallel_s(
     stride: int,
     times: Times,
 ) -> float:
-    """Seconds of gradient scatter and weight gather that computation does not hide."""
+    """Return the seconds of gradient scatter and weight gather that computation does not hide."""
     scatter = times.collective_s(4 * parameters, group, stride)
     gather = times.collective_s(size * parameters, group, stride)
     if training.overlap:
@@ -300,8 +298,8 @@ def _scaled(traffic: dict[str, Traffic], count: int) -> dict[str, Traffic]:
 
 
 def _pipeline(stages: list[Parts], microbatches: int, p: ParallelConfig) -> Parts:
-    """Seconds of a step by part: the mean over the stages, the bubble, and what the slowest stage
-    adds.
+    """Return the seconds of a step by part: the mean over stages, the extra time of the slowest
+    stage, and the bubble.
     """
     sums = [sum(stage.values()) for stage in stages]
     names = dict.fromkeys(name for stage in stages for name in stage)

@@ -19,7 +19,7 @@ SCALING_HEADER = ("GPUs", "layout", "teacher", "step, s", "tok/s", "largest over
 
 
 def layout_text(estimate: Estimate) -> str:
-    """One line: the student's layout, microbatch, recomputation, and where the teacher runs."""
+    """Return one line with the student's layout, microbatch, recomputation and teacher placement."""
     p = estimate.recipe.parallel
     t = estimate.recipe.teacher
     dp = estimate.case.student_ranks // p.model_ranks
@@ -37,7 +37,7 @@ def _sizes_text(p: ParallelConfig) -> str:
 
 
 def summary_rows(estimate: Estimate, times: Times, price: float | None) -> list[tuple[str, str]]:
-    """Rows (what, value) on speed, budget, memory and cost. price: of a GPU-hour."""
+    """Return rows (what, value) on speed, budget, memory and cost. price: of a GPU-hour."""
     d = estimate.recipe.distill
     needed = f"{estimate.needed_bytes / GIB:.1f} GiB needed and {times.hardware.reserved_gib:.1f} reserved"
     rows = [
@@ -60,19 +60,19 @@ def summary_rows(estimate: Estimate, times: Times, price: float | None) -> list[
 
 
 def memory_rows(parts: Parts) -> list[tuple[str, str]]:
-    """Rows (part, GiB), with their sum."""
+    """Return rows (part, GiB), with their sum."""
     rows = [(name, f"{value / GIB:.2f}") for name, value in parts.items() if value]
     return [*rows, ("sum", f"{sum(parts.values()) / GIB:.2f}")]
 
 
 def seconds_rows(estimate: Estimate) -> list[tuple[str, str, str]]:
-    """Rows (part of a step, seconds, share), largest first."""
+    """Return rows (part of a step, seconds, share), largest first."""
     parts = sorted(estimate.seconds.items(), key=lambda part: -part[1])
     return [(name, f"{value:.3f}", f"{value / estimate.step_s:.1%}") for name, value in parts]
 
 
 def traffic_rows(estimate: Estimate) -> list[tuple[str, str, str, str]]:
-    """Rows (transfer, link, GB per step, GB/s)."""
+    """Return rows (transfer, link, GB per step, GB/s)."""
     rows = []
     for name, sent in estimate.traffic.items():
         gigabytes = sent.num_bytes / 1e9
@@ -81,13 +81,13 @@ def traffic_rows(estimate: Estimate) -> list[tuple[str, str, str, str]]:
 
 
 def layout_row(estimate: Estimate) -> tuple[str, ...]:
-    """A row under LAYOUT_HEADER, narrow enough for a terminal of 80 columns."""
+    """Return a row under LAYOUT_HEADER that fits a terminal of 80 columns."""
     layout, teacher, step, speed, overhead = _short_cells(estimate)
     return (layout, teacher, step, speed, f"{estimate.needed_bytes / GIB:.0f}", overhead)
 
 
 def scaling_rows(sweep: Scaling) -> list[tuple[str, ...]]:
-    """Rows under SCALING_HEADER."""
+    """Return rows under SCALING_HEADER."""
     return [
         (f"{world:,}", *(_short_cells(estimate) if estimate else ("does not fit", "", "", "", "")))
         for world, estimate in sweep
@@ -113,7 +113,7 @@ def _short_cells(estimate: Estimate) -> tuple[str, str, str, str, str]:
 
 
 def efficiency_loss(sweep: Scaling) -> str:
-    """Sentence on the number of GPUs at which throughput per GPU first falls by a tenth."""
+    """Return a sentence on the number of GPUs at which throughput per GPU first falls by 10%."""
     fitting = [(world, estimate) for world, estimate in sweep if estimate]
     best = max(estimate.tokens_per_gpu_s for _, estimate in fitting)
     best_world = min(world for world, estimate in fitting if estimate.tokens_per_gpu_s == best)
@@ -128,7 +128,7 @@ def efficiency_loss(sweep: Scaling) -> str:
 
 
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """An estimate in plain numbers: seconds, bytes."""
+    """Return an estimate as plain numbers: seconds and bytes."""
     t = estimate.recipe.teacher
     teacher_ranks = estimate.case.teacher_ranks
     traffic: Mapping[str, Mapping[str, Any]] = {

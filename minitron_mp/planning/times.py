@@ -1,10 +1,10 @@
-"""How long the parts of a model take on a GPU, from measured layer times and a roofline.
+"""Times of the parts of a model on a GPU, from measured layer times and a roofline.
 
 A roofline time is the sum over operations of max(FLOPs / product rate, bytes / memory rate).
 Measured layer times (layer_times.json, written by benchmarks/layers.py) scale it: each measured
 point has a ratio measured / roofline. Between points of one kind the ratio is interpolated linearly
-over the logarithm of FLOPs; beyond them the ratio of the nearest point is used. So the time at a
-measured point is the measured time.
+over the logarithm of FLOPs. Outside their range the ratio of the nearest point is used. So the time
+at a measured point is the measured time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class OutputLayers:
 
     hidden_size: int
     teacher_hidden_size: int
-    """0: a loss without a teacher."""
+    """0 for a loss without a teacher."""
     vocab_size: int
     tokens: int
     tp: int
@@ -53,13 +53,13 @@ class OutputLayers:
 
 
 Kind = tuple[str, str]
-"""(what was timed: train, forward or loss; number format)."""
+"""(timed part: train, forward or loss; number format)."""
 
 
 class Times:
     """Times of layers and losses, from a roofline and measured points.
 
-    same_gpu: the points were measured on this GPU; on another one a time is SCALED at best.
+    same_gpu: whether the points were measured on this GPU. Otherwise no time is MEASURED.
     """
 
     def __init__(self, hardware: Hardware, content: dict[str, Any], *, same_gpu: bool):
@@ -93,7 +93,7 @@ class Times:
     def _layer(
         self, arch: Arch, tokens: int, sequence_length: int, parallel: ParallelConfig, dtype: str, train: bool
     ) -> tuple[float, str]:
-        """(seconds, source of the time) of one layer for a microbatch on one rank.
+        """Return (seconds, source of the time) of one layer for a microbatch on one rank.
 
         tokens: of the microbatch on this rank. train: forward and backward pass.
         """
@@ -102,7 +102,7 @@ class Times:
         return seconds * ratio, basis
 
     def issue_s(self, dtype: str, passes: int, *, cuda_graphs: bool = False) -> float:
-        """Seconds in which the host issues a layer's passes: 1 forward, 3 forward and backward."""
+        """Return the seconds in which the host issues a layer. passes: 1 forward, 3 with backward."""
         if cuda_graphs:
             train_s = self.hardware.host_graphs_ms / 1e3
         else:
@@ -110,7 +110,7 @@ class Times:
         return train_s * passes / 3
 
     def _loss(self, sizes: OutputLayers) -> tuple[float, str]:
-        """(seconds, source of the time) of output layers and loss, forward and backward."""
+        """Return (seconds, source of the time) of output layers and loss, forward and backward."""
         flops, seconds = self._loss_roofline(sizes)
         ratio, basis = self._ratio(("loss", sizes.logits_precision), flops)
         return seconds * ratio, basis
@@ -126,7 +126,7 @@ class Times:
         return ratio, MEASURED if is_measured and self.same_gpu else SCALED
 
     def _roofline_of_point(self, point: dict[str, Any]) -> tuple[Kind, float, float]:
-        """(kind, FLOPs, roofline seconds) of a measured point."""
+        """Return (kind, FLOPs, roofline seconds) of a measured point."""
         if point["what"] == "loss":
             sizes = OutputLayers(
                 point["hidden_size"],
@@ -165,7 +165,7 @@ class Times:
     def _layer_roofline(
         self, arch: Arch, tokens: int, sequence_length: int, parallel: ParallelConfig, dtype: str, train: bool
     ) -> tuple[float, float]:
-        """(FLOPs, seconds) of one layer.
+        """Return (FLOPs, seconds) of one layer.
 
         The backward pass has twice the FLOPs and bytes of the products, and 2.5 times the FLOPs of
         attention, because it recomputes the attention scores.
@@ -198,7 +198,7 @@ class Times:
         return passes * (flops + attention), seconds
 
     def _loss_roofline(self, sizes: OutputLayers) -> tuple[float, float]:
-        """(FLOPs, seconds) of three products of the student's output layer and one of the
+        """Return (FLOPs, seconds) of three products of the student's output layer and one of the
         teacher's.
 
         A logit of both models is written and read twice, and its gradient is written once: 26 bytes
@@ -212,10 +212,10 @@ class Times:
         return flops, flops / rate + num_bytes / self.hbm
 
     def collective_s(self, num_bytes: float, size: int, stride: int) -> float:
-        """Seconds of an all-gather or reduce-scatter among `size` ranks that are `stride` apart.
+        """Return the seconds of an all-gather or reduce-scatter of `size` ranks, `stride` apart.
 
-        num_bytes: of the whole result. An all-reduce takes two of these. The ranks of a node share
-        what arrives over the network, and pass it on over NVLink.
+        num_bytes: of the full result. An all-reduce takes twice this time. Each rank of a node
+        receives a part over the network and forwards it over NVLink.
         """
         if size == 1:
             return 0.0
@@ -225,18 +225,18 @@ class Times:
         return max(network / self.nic, nvlink / self.nvlink) + self.hardware.latency_us / 1e6
 
     def nodes(self, size: int, stride: int) -> tuple[int, int]:
-        """(ranks of a group on one node, nodes of the group)."""
+        """Return (ranks of a group on one node, nodes of the group)."""
         ranks_per_node = max(1, min(size, self.hardware.gpus_per_node // stride))
         return ranks_per_node, math.ceil(size / ranks_per_node)
 
     @property
     def nic(self) -> float:
-        """Network bandwidth of a GPU in bytes per second."""
+        """Return the network bandwidth of a GPU in bytes per second."""
         return 1e9 * self.hardware.nic_gb_s * self.hardware.nic_efficiency
 
     @property
     def nvlink(self) -> float:
-        """NVLink bandwidth of a GPU in bytes per second."""
+        """Return the NVLink bandwidth of a GPU in bytes per second."""
         return 1e9 * self.hardware.nvlink_gb_s * self.hardware.nvlink_efficiency
 
 
@@ -254,5 +254,5 @@ def read_times(gpu: str, hardware: Hardware, path: Path | None = None) -> Times:
 
 
 def less_certain(a: str, b: str) -> str:
-    """The less certain of two sources of times."""
+    """Return the less certain of two sources of times."""
     return max(a, b, key=(MEASURED, SCALED, ROOFLINE).index)

@@ -1,13 +1,13 @@
-"""What a model loses without some of its layers, for many candidates at once.
+"""Loss of a model without some of its layers, for many candidates in one pass.
 
-One walk through the layers of a microbatch serves all candidates. Where a candidate's first gap
-lies, it branches off the base run's hidden states and continues over the layers that it keeps. So
-for blocks of n layers at every start the work is L + (L - n)(L - n + 1)/2 layer forwards per
-microbatch; one by one they would take (L - n + 1)(L - n).
+One pass over the layers of a microbatch evaluates all candidates. At its first missing layer a
+candidate starts from the hidden states of the base run, and continues over the layers that it
+keeps. So for blocks of n layers at every start the work is L + (L - n)(L - n + 1)/2 layer forwards
+per microbatch. Separate passes would need (L - n + 1)(L - n).
 
-A model chunk receives, as one tensor, the base run and the candidates that have branched off before
-it, runs its layers, and sends its results on. Ranks work on microbatches one after the other, so
-pipeline stages work at the same time.
+A model chunk receives one tensor with the hidden states of the base run and of the candidates that
+start before the chunk. It runs its layers and sends the results to the next chunk. Ranks process
+the microbatches in sequence, so pipeline stages work at the same time.
 
     s' as in run_schedule()   b microbatch   h hidden
 """
@@ -29,14 +29,14 @@ from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, s
 from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
 Layers = frozenset[int]
-"""Layers that are left out, from 0."""
+"""Dropped layers, numbered from 0."""
 
 BASE = -1
 """Key of the base run."""
 
 Judge = Callable[[int, Any, Tensor, Batch], None]
-"""Called on the last stage with a run's key, its chunk, its hidden states after the final norm
-[s', b, h], and the local batch."""
+"""Function called on the last stage with the key of a run, the chunk, the hidden states after the
+final norm [s', b, h], and the local batch."""
 
 
 def losses_without(
@@ -47,10 +47,10 @@ def losses_without(
     gone: Layers = frozenset(),
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[float]]:
-    """Mean cross-entropy in nats per token without the layers `gone`, and without each candidate.
+    """Return the mean cross-entropy without the layers `gone`, and without each candidate.
 
-    The same on every rank. Each candidate contains `gone` and more. groups: as for compare().
-    progress: called after each group. Reached by all ranks.
+    In nats per token, equal on every rank. Each candidate contains `gone` and at least one more
+    layer. groups: as for compare(). progress: called after each group. All ranks must call this.
     """
     world = model.world
     sums = torch.zeros((1 + len(candidates), 2), dtype=torch.float64, device=world.device)
@@ -70,8 +70,8 @@ def losses_without(
 
     _walk(model, groups, [gone, *candidates], judge, progress)
     summed(sums, world)
-    base, *others = (sums[:, 0] / sums[:, 1]).tolist()
-    return base, others
+    base, *losses = (sums[:, 0] / sums[:, 1]).tolist()
+    return base, losses
 
 
 def scores_without(
@@ -84,22 +84,22 @@ def scores_without(
     eod: int,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Log-likelihoods as in score_rows() [rows, 2] without `gone`, and without each candidate.
+    """Return the tensors [rows, 2] of score_rows() without `gone`, and without each candidate.
 
-    The same on every rank. Candidates, gone and progress as for losses_without(). Reached by all
-    ranks.
+    Equal on every rank. candidates, gone, progress: as for losses_without(). All ranks must call
+    this.
     """
     world = model.world
-    found = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
+    scores = torch.zeros((1 + len(candidates), len(rows), 2), dtype=torch.float64, device=world.device)
 
     def judge(key: int, chunk: Any, hidden: Tensor, batch: Batch) -> None:
         sums = span_sums(chunk, hidden, batch, world, model.arch.vocab_size)
-        found[key + 1].index_add_(0, batch["rows"].to(world.device), sums)
+        scores[key + 1].index_add_(0, batch["rows"].to(world.device), sums)
 
     groups = row_batches(rows, world, micro_batch_size, eod)
     _walk(model, groups, [gone, *candidates], judge, progress)
-    base, *others = summed(found, world).cpu()
-    return base, others
+    base, *candidate_scores = summed(scores, world).cpu()
+    return base, candidate_scores
 
 
 def _walk(
@@ -109,7 +109,7 @@ def _walk(
     judge: Judge,
     progress: Callable[[], None],
 ) -> None:
-    """judge() every microbatch without each set of layers; the first set is the base run's."""
+    """Call judge() for every microbatch and each set of missing layers; the base run has the first."""
     walk = _Walk(model, missing, judge)
     with torch.no_grad():
         for batches in groups:
@@ -120,7 +120,7 @@ def _walk(
 
 
 class _Walk:
-    """All runs of one microbatch after the other."""
+    """Runs the base model and all candidates, one microbatch after the other."""
 
     def __init__(self, model: ShardedModel, missing: Sequence[Layers], judge: Judge):
         self.chunks = [unwrap(chunk) for chunk in model.chunks]
@@ -129,13 +129,13 @@ class _Walk:
         self.branch = {
             key: min(layers - self.missing[BASE]) for key, layers in self.missing.items() if key != BASE
         }
-        """Layer at which a candidate leaves the base run."""
+        """First layer at which a candidate differs from the base run."""
         self.length = 0
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Prepare for batches as long as these; at a new length that takes one forward pass.
+        """Prepare for batches of this sequence length. A new length needs one forward pass.
 
-        Reached by all ranks.
+        All ranks must call this.
         """
         length = batches[0]["tokens"].shape[1]
         if length != self.length:
@@ -171,7 +171,7 @@ class _Walk:
         )
 
     def _receive(self, first: int, batch: Batch) -> dict[int, Tensor]:
-        """Key -> [s', b, h]: the base run and what has branched off before this chunk."""
+        """Receive key -> [s', b, h] of the base run and the candidates that start before this chunk."""
         pp, p = self.world.groups.pp, self.world.parallel
         config = self.chunks[0].config
         keys = [BASE, *sorted(key for key, branch in self.branch.items() if branch < first)]
@@ -183,17 +183,18 @@ class _Walk:
 
 
 def _arguments_of_layers(chunks: list[Any], world: World, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """What Megatron gives each chunk's layers beside the hidden states (rotary embeddings).
+    """Return the arguments that Megatron passes to the layers of each chunk (rotary embeddings).
 
-    Caught in one forward pass. It depends on the sequence length only.
+    They are recorded in one forward pass, and depend only on the sequence length. The hidden states
+    among them are replaced by the caller.
     """
-    caught: list[dict[str, Any]] = [{} for _ in chunks]
+    recorded: list[dict[str, Any]] = [{} for _ in chunks]
 
-    def catch(number: int) -> Callable:
-        return lambda _, args, kwargs: caught[number].update(kwargs)
+    def record(number: int) -> Callable:
+        return lambda _, args, kwargs: recorded[number].update(kwargs)
 
     handles = [
-        chunk.decoder.layers[0].register_forward_pre_hook(catch(i), with_kwargs=True)
+        chunk.decoder.layers[0].register_forward_pre_hook(record(i), with_kwargs=True)
         for i, chunk in enumerate(chunks)
     ]
     try:
@@ -201,4 +202,4 @@ def _arguments_of_layers(chunks: list[Any], world: World, batches: Sequence[Batc
     finally:
         for handle in handles:
             handle.remove()
-    return caught
+    return recorded

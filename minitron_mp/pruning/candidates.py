@@ -1,4 +1,4 @@
-"""What a search measures of its candidates: names, records, the Pareto front and the table."""
+"""The candidates of a search: names, measurements, the Pareto front and the printed table."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from minitron_mp.pruning.target import SIZE_FIELDS
 
 
 class Trained(BaseModel):
-    """After so many steps of short distillation; inf: the loss was no number."""
+    """The result of `steps` steps of short distillation. A loss that is not finite is inf."""
 
     steps: int
     loss: float
     kl: float
     seconds: float
-    """Of this round by the clock, shared out evenly among the students distilled together.
+    """Wall-clock time of this round, divided evenly among the students distilled together.
 
-    Without what came before a stop.
+    The time before an interruption is not included.
     """
 
 
 class Candidate(BaseModel):
-    """What was measured of one architecture.
+    """The measurements of one architecture.
 
     Losses are means over the held-out text, in nats per token.
     """
@@ -44,47 +44,48 @@ class Candidate(BaseModel):
     latency_s: float | None = None
     pruned_loss: float | None = None
     distilled: list[Trained] = []
-    """One a round."""
+    """One entry per round."""
     chosen: bool = False
 
     @property
     def loss(self) -> float:
-        """The last one measured."""
+        """The loss that was measured last."""
         return self.loss_after(self.distilled[-1].steps if self.distilled else 0)
 
     def loss_after(self, steps: int) -> float:
-        """The loss after so many steps of distillation (0: as cut); inf where there is no number.
+        """Return the loss after `steps` steps of distillation (0: not distilled), or inf without one.
 
-        A round compares what was measured in it, also in a resumed search that has later rounds.
+        So a resumed search compares the losses of one round, even if it has later rounds.
         """
-        found = {0: self.pruned_loss, **{row.steps: row.loss for row in self.distilled}}.get(steps)
-        return math.inf if found is None or math.isnan(found) else found
+        loss = {0: self.pruned_loss, **{row.steps: row.loss for row in self.distilled}}.get(steps)
+        return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def candidate_name(arch: Arch) -> str:
-    """Short and unique among the candidates of one teacher; also the name of a folder."""
+    """Return a short name, unique among the candidates of one teacher, that is also a folder name."""
     sizes = [size for axis in AXES.values() for size in reversed(axis.sizes)]
     widths = [f"{size.letter}{getattr(arch, size.field)}" for size in sizes]
     return "-".join([f"l{arch.num_layers}", *widths])
 
 
 def candidate_target(arch: Arch, align: int) -> TargetConfig:
-    """The target that cuts a candidate."""
+    """Return the target with the sizes of a candidate."""
     return TargetConfig(align=align, **{field: getattr(arch, field) for field in SIZE_FIELDS})
 
 
 def inference_bytes(arch: Arch, precision: str, batch_size: int, context: int) -> int:
-    """Weights, without the vocabulary padding, and key-value cache, over all ranks."""
+    """Return the bytes of weights (without vocabulary padding) and key-value cache over all ranks."""
     key_values = 2 * sum(block.num_query_groups for block in arch.blocks)
     cache = key_values * arch.kv_channels * context * batch_size
     return BYTES[precision] * (arch.num_parameters() + cache)
 
 
 def training(recipe: Recipe) -> DistillConfig:
-    """The settings of the short distillation: those of distill over search.steps.
+    """Return the settings of the short distillation: distill with search.steps steps.
 
-    The warm-up is at most a tenth of them. Without losses on states and without a profile.
-    Checkpoints are saved synchronously: those of several students would wait for each other.
+    The warm-up is at most a tenth of the steps. There are no losses on states and no profile.
+    Checkpoints are saved synchronously, because asynchronous saves of several students would wait
+    for each other.
     """
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
@@ -95,9 +96,9 @@ def training(recipe: Recipe) -> DistillConfig:
 
 
 def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:
-    """Names of the points (name, x, y, ...) that no other one beats.
+    """Return the names of the points (name, x, y, ...) on the Pareto front.
 
-    A point beats another by being less or equal on both axes, and less on one.
+    A point is on it if no other point is less or equal on both axes and less on one.
     """
     best, names = float("inf"), []
     for name, _, y, _ in sorted(points, key=lambda point: point[1:3]):
@@ -108,25 +109,25 @@ def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:
 
 
 def chosen(path: Path) -> Arch:
-    """The architecture that a search chose."""
+    """Read the architecture that a search chose."""
     content = read_json(path, "search --force")
     return next(Candidate.model_validate(row).arch for row in content["candidates"] if row["chosen"])
 
 
-def shown(found: Sequence[Candidate]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """(header, one line per candidate, best first) of a table that fits 80 columns.
+def shown(candidates: Sequence[Candidate]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return (header, one line per candidate, the best first) of a table that fits 80 columns.
 
-    Names contain the sizes. A star marks those on the Pareto front of parameters and loss, among
-    those distilled for as many steps.
+    Names contain the sizes. A star marks the Pareto front of parameters and loss. Each number of
+    distillation rounds has a separate front.
     """
-    ordered = sorted(found, key=lambda c: (-len(c.distilled), c.loss, c.name))
+    ordered = sorted(candidates, key=lambda c: (-len(c.distilled), c.loss, c.name))
     best: set[str] = set()
-    for count in {len(c.distilled) for c in found}:
-        equally_far = [c for c in found if len(c.distilled) == count]
-        best |= set(front([(c.name, c.parameters, c.loss, c.chosen) for c in equally_far]))
+    for count in {len(c.distilled) for c in candidates}:
+        of_count = [c for c in candidates if len(c.distilled) == count]
+        best |= set(front([(c.name, c.parameters, c.loss, c.chosen) for c in of_count]))
     header = ["candidate", "params", "GiB", "pruned", "distilled"]
     lines = [_cells(c, c.name in best) for c in ordered]
-    if any(c.latency_s is not None for c in found):
+    if any(c.latency_s is not None for c in candidates):
         header.insert(3, "ms")
         for c, line in zip(ordered, lines):
             line.insert(3, "" if c.latency_s is None else f"{1000 * c.latency_s:,.1f}")

@@ -1,6 +1,6 @@
-"""Cosine distance of hidden states as a Triton kernel for CUDA, without a float32 copy of them.
+"""A Triton kernel for CUDA: cosine distance of hidden states without a float32 copy of them.
 
-The importance of layers uses it (importance.py).
+importance.py uses it for the scores of layers.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ BLOCK, WARPS = 2048, 8
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return 1 - cosine of each pair of rows, float32 [n]. a, b: [n, h], float32 or bf16,
-    contiguous rows.
+    """Return 1 - cosine of each pair of rows, float32 [n].
 
-    Both are read once. torch would copy them to float32, and read the copies once for each
-    operation.
+    a, b: [n, h], float32 or bf16, contiguous rows. Each is read once. torch would copy them to
+    float32, and read the copies once for each operation.
     """
     assert a.stride(1) == b.stride(1) == 1, "the channels of a row must be contiguous"
     block = min(BLOCK, triton.next_power_of_2(a.shape[1]))
-    found = torch.empty(len(a), dtype=torch.float32, device=a.device)
+    distances = torch.empty(len(a), dtype=torch.float32, device=a.device)
     _cosine_distance[(len(a),)](
-        a, b, found, a.stride(0), b.stride(0), a.shape[1], BLOCK=block, num_warps=WARPS
+        a, b, distances, a.stride(0), b.stride(0), a.shape[1], BLOCK=block, num_warps=WARPS
     )
-    return found
+    return distances
 
 
 @triton.jit
@@ -40,9 +39,9 @@ def _cosine_distance(a, b, out, stride_a, stride_b, columns, BLOCK: tl.constexpr
     square_a = tl.zeros((BLOCK,), tl.float32)
     square_b = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
-        place = start + lane
-        x = tl.load(a + place, mask=place < columns, other=0.0).to(tl.float32)
-        y = tl.load(b + place, mask=place < columns, other=0.0).to(tl.float32)
+        column = start + lane
+        x = tl.load(a + column, mask=column < columns, other=0.0).to(tl.float32)
+        y = tl.load(b + column, mask=column < columns, other=0.0).to(tl.float32)
         product += x * y
         square_a += x * x
         square_b += y * y

@@ -1,4 +1,4 @@
-"""Which layers stay, and the measurements of the stage `depth` that this may need. numpy only."""
+"""Choice of the kept layers, and the measurements of the stage `depth`. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest
@@ -17,30 +17,31 @@ from minitron_mp.pruning.ranking import ROUNDING_NOISE, close_scores, top_indice
 
 
 class Trial(BaseModel):
-    """What was measured without some layers."""
+    """The measurements of the model without some layers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dropped: list[int]
-    """Layers left out, ascending."""
+    """Dropped layers, ascending."""
     loss: float
-    """Cross-entropy on text, in nats per token; with the metric task the mean of -log p of the right
-    options, in nats per item."""
+    """Cross-entropy on text, in nats per token. With the metric task: the mean of -log p of the
+    correct options, in nats per item."""
     accuracy: float | None = None
-    """Share of the items that is right, with the metric task."""
+    """Share of the items with a correct answer, with the metric task."""
     next_best: Trial | None = None
-    """Of a greedy round: the second best of its trials, where it had another."""
+    """The second best trial of a greedy round, if the round had more than one."""
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Sorts trials, the best one first: by accuracy where there is one, then by loss."""
+        """Return the sort key, lowest for the best trial: accuracy if there is one, then loss."""
         return -(self.accuracy or 0.0), self.loss
 
 
 class DepthTrials(BaseModel):
-    """The stage `depth`: the whole model, and the model without some of its layers.
+    """The result of the stage `depth`: the full model, and the model without some of its layers.
 
-    greedy: one trial a round, each with the layers of the one before and one more.
+    With the method greedy there is one trial per round. It drops the layers of the round before and
+    one more.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,7 +50,7 @@ class DepthTrials(BaseModel):
     trials: list[Trial]
 
     def ranked(self) -> list[Trial]:
-        """The trials, the best one first; of two alike the earlier one."""
+        """Return the trials, the best one first. Equal trials keep their order."""
         return sorted(self.trials, key=lambda trial: trial.rank)
 
     def save(self, path: Path, manifest: Manifest) -> None:
@@ -58,18 +59,28 @@ class DepthTrials(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> DepthTrials:
+        """Read the file; InputError if it is missing, damaged, or in the format of another version."""
         content = read_json(path, "depth --force")
-        del content["manifest"]
-        return cls.model_validate(content)
+        if isinstance(content, dict):
+            content.pop("manifest", None)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "content"
+            raise InputError(
+                f"{path} is in another format ({field}: {first['msg']}); this version reads base and "
+                f"trials with {', '.join(Trial.model_fields)}; run `minitron-mp depth --force` again"
+            ) from error
 
 
 def droppable_layers(depth: DepthConfig, num_layers: int, count: int) -> list[int]:
-    """Layers that are not protected; InputError if they are fewer than the `count` to drop."""
+    """Return the layers that are not protected; InputError if they are fewer than `count`."""
     free = list(range(depth.protect_first, num_layers - depth.protect_last))
     if count > len(free):
         raise InputError(
             f"depth.protect_first {depth.protect_first} and protect_last {depth.protect_last} leave "
-            f"{len(free)} of {num_layers} layers that may go, the target drops {count}; "
+            f"{len(free)} of {num_layers} layers to drop from, the target drops {count}; "
             "protect fewer, or keep more layers"
         )
     return free
@@ -78,7 +89,7 @@ def droppable_layers(depth: DepthConfig, num_layers: int, count: int) -> list[in
 def depth_candidates(
     depth: DepthConfig, num_layers: int, count: int, gone: Collection[int] = ()
 ) -> list[frozenset[int]]:
-    """The sets of layers that the stage `depth` leaves out.
+    """Return the sets of layers that the stage `depth` drops, one set per trial.
 
     gone: layers that a greedy search has dropped already.
     """
@@ -91,7 +102,7 @@ def depth_candidates(
 def kept_layers(
     cosine: np.ndarray, keep: int, target: TargetConfig, depth: DepthConfig, trials: DepthTrials | None
 ) -> list[int]:
-    """Layers of the student, ascending; a tie goes to the lower layer. cosine: scores [L]."""
+    """Return the kept layers, ascending. A tie keeps the lower layer. cosine: scores [L]."""
     num_layers = len(cosine)
     count = num_layers - keep
     if target.drop_layers is not None or count == 0:
@@ -113,9 +124,9 @@ def kept_layers(
 def close_depth_cuts(
     cosine: np.ndarray, keep: int, target: TargetConfig, depth: DepthConfig, trials: DepthTrials | None
 ) -> list[str]:
-    """One sentence for each choice of kept_layers() that is nearer than the rounding noise.
+    """Return one sentence for each choice of kept_layers() that is inside the rounding noise.
 
-    A choice is between two scores, or two trials, among the layers that may go.
+    A choice is between two scores, or two trials. Protected layers take no part.
     """
     count = len(cosine) - keep
     if target.drop_layers is not None or count == 0:
@@ -129,7 +140,7 @@ def close_depth_cuts(
 
 
 def _choices(depth: DepthConfig, count: int, trials: DepthTrials) -> list[tuple[Trial, Trial]]:
-    """(last trial that was taken, next best) of each decision."""
+    """Return (last chosen trial, next best trial) of each decision."""
     if depth.method == "greedy":
         return [(trial, trial.next_best) for trial in trials.trials[:count] if trial.next_best is not None]
     ranked = trials.ranked()
@@ -147,5 +158,5 @@ def _close_choice(best: Trial, other: Trial) -> str:
     return (
         f"layers: without {', '.join(map(str, best.dropped))} (chosen) and "
         f"without {', '.join(map(str, other.dropped))} (next best) {accuracy}"
-        f"the losses are {best.loss:.9g} and {other.loss:.9g}, nearer than rounding"
+        f"the losses are {best.loss:.9g} and {other.loss:.9g}, closer than rounding noise"
     )

@@ -1,4 +1,4 @@
-"""Activation importance of a sharded model: forward hooks, and reductions late and small.
+"""Activation importance of a sharded model, by forward hooks and a few small reductions.
 
 Each hook accumulates one vector. Formulas: 2407.14679 section 2.2. For a probed tensor a [s, b, d],
 first over the sequence, then over samples:
@@ -6,15 +6,16 @@ first over the sequence, then over samples:
     m[b, c] = mean_s |a|        (sequence aggregation: mean; or l2 = sqrt(sum_s a^2), or var over s)
     score[c] = sqrt(sum_b m^2)  (batch aggregation: l2; or mean, or var over b)
 
-The table of axes has the probes. A unit of several channels (a head) scores their l2 norm. An axis
-that all layers share (hidden) scores the sum over its probes in all layers. Layers themselves score
-1 - cosine(input, output), mean over tokens.
+The table of axes has the probes. The score of a unit with several channels (a head) is the l2 norm
+of the scores of its channels. The score of a unit of an axis that all layers share (hidden) is the
+sum over the probes in all layers. The score of a layer is 1 - cosine(input, output), the mean over
+tokens.
 
-What is split over ranks decides what is reduced when. The inner aggregation is not linear
-afterwards, so partial sums over a split sequence (context parallel; sequence parallel for the
-norms) are added before it, all hooks of a microbatch in one collective per group. Sums over samples
-are added over data parallel ranks once, at the end. Channels split over tensor parallel ranks stay
-there until the end, when the vectors are put together.
+The parallel layout determines when sums are reduced. The formulas take squares and roots of the
+sums over a sequence, so partial sums over a split sequence (context parallel; sequence parallel for
+the norms) are added before that, with one collective per group for all hooks of a microbatch. Sums
+over samples are added over data parallel ranks once, at the end. Scores of channels that are split
+over tensor parallel ranks are combined once, at the end.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.pruning.scores import Scores
 
 IN_ORDER = sorted(AXES.values(), key=lambda axis: not axis.per_layer)
-"""The order of the axes in every reduction: those of single layers first."""
+"""The order of the axes in every reduction: first the axes that each layer has separately."""
 
 
 @dataclass
 class Site:
-    """One probed tensor of a layer (global number, from 0)."""
+    """The running sums of one probed tensor of a layer (global number, from 0)."""
 
     axis: Axis
     probe: LinearInput | NormOutput
@@ -66,7 +67,7 @@ class Site:
 
 @dataclass
 class Recorder:
-    """Accumulates scores while microbatches run through the hooked chunks; made by recording()."""
+    """Accumulates scores while microbatches run through the hooked chunks. recording() creates it."""
 
     model: ShardedModel
     config: ScoreConfig
@@ -76,7 +77,7 @@ class Recorder:
     num_samples: int = 0
 
     def importance(self) -> Scores:
-        """Scores under global numbering, the same on every rank; reached by all ranks.
+        """Return the scores in global numbering, equal on every rank. All ranks must call this.
 
         InputError names the first layer whose activations were not finite.
         """
@@ -101,9 +102,9 @@ class Recorder:
             site.totals = totals.view(2, -1)
 
     def _units(self, samples: Tensor) -> dict[str, dict[int, Tensor]]:
-        """axis -> layer -> scores [units] float64. samples: their number over all ranks."""
+        """Return axis -> layer -> scores [units] float64. samples: number of samples over all ranks."""
         arch, groups = self.model.arch, self.model.world.groups
-        found = {
+        scores_of_axis = {
             axis.name: {layer: self._zeros(axis.num_units(arch, layer)) for layer in axis.layers(arch)}
             for axis in IN_ORDER
         }
@@ -112,27 +113,27 @@ class Recorder:
             scores = self._over_samples(site.read_totals(), samples)  # [d]
             if axis.width(arch) > 1:
                 scores = scores.view(-1, axis.width(arch)).norm(dim=1)
-            row = found[axis.name][site.layer if axis.per_layer else NO_LAYER]
+            row = scores_of_axis[axis.name][site.layer if axis.per_layer else NO_LAYER]
             if axis.split_over_tp:
                 _part(row, groups.tp).add_(scores)
             else:
                 row.add_(scores / groups.tp.size())  # equal on all tp ranks, summed below
-        rows = [row for by_layer in found.values() for row in by_layer.values()]
-        everything = torch.cat(rows)
-        dist.all_reduce(everything, group=groups.tp)
-        dist.all_reduce(everything, group=groups.pp)
-        for row, whole in zip(rows, everything.split([row.numel() for row in rows])):
-            row.copy_(whole)
-        return found
+        rows = [row for by_layer in scores_of_axis.values() for row in by_layer.values()]
+        flat = torch.cat(rows)
+        dist.all_reduce(flat, group=groups.tp)
+        dist.all_reduce(flat, group=groups.pp)
+        for row, reduced in zip(rows, flat.split([row.numel() for row in rows])):
+            row.copy_(reduced)
+        return scores_of_axis
 
     def _layers(self) -> Tensor:
-        """[L] float64: 1 - cosine of each layer, mean over tokens."""
+        """Return [L] float64: 1 - cosine of each layer, the mean over tokens."""
         groups = self.model.world.groups
         layers = self._zeros(2, self.model.arch.num_layers)
         for layer, pair in self.cosine.items():
             layers[:, layer] = pair
         if not self.model.world.parallel.sequence_parallel:
-            # Equal on all tp ranks; under sequence parallelism each rank saw its own tokens.
+            # Equal on all tp ranks. Under sequence parallelism each rank has different tokens.
             layers /= groups.tp.size()
         for group in (groups.dp_cp, groups.tp, groups.pp):
             dist.all_reduce(layers, group=group)
@@ -164,7 +165,7 @@ class Recorder:
                 )
 
     def start_site(self, axis: Axis, probe: LinearInput | NormOutput, layer: int) -> Callable[[Tensor], None]:
-        """Register a site; returns what its hook calls with the tensor [s, b, d]."""
+        """Register a site and return the function that its hook calls with the tensor [s, b, d]."""
         site = Site(axis, probe, layer)
         self.sites.append(site)
 
@@ -174,7 +175,7 @@ class Recorder:
         return record
 
     def record_cosine(self, layer: int, before: Tensor, after: Tensor) -> None:
-        """Add a layer's tokens; each counts once over all ranks that split the sequence.
+        """Add a layer's cosine distances. Ranks that split the sequence count each token once.
 
         before, after [s, b, h]: the sequence part of this rank.
         """
@@ -184,7 +185,7 @@ class Recorder:
         self.cosine[layer] = self.cosine[layer] + pair if layer in self.cosine else pair
 
     def end_microbatch(self, sites: list[Site], *, counts_samples: bool) -> None:
-        """Close the inner aggregation of one chunk's sites, over the whole sequence."""
+        """Aggregate the sites of one chunk over the full sequence and add them to the totals."""
         world = self.model.world
         if world.parallel.sequence_parallel:
             _add_over([site for site in sites if isinstance(site.probe, NormOutput)], world.groups.tp)
@@ -203,7 +204,7 @@ class Recorder:
 
 @contextmanager
 def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
-    """Hook the model, yield the recorder, take every hook off again.
+    """Register hooks on the model, yield the recorder, and remove every hook on exit.
 
     Run whole microbatches of [b, model.sequence_length] inside.
     """
@@ -213,9 +214,9 @@ def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
             first = len(recorder.sites)
             for block in chunk.decoder.layers:
                 handles += _hook_block(block, recorder)
-            of_chunk = recorder.sites[first:]
+            chunk_sites = recorder.sites[first:]
 
-            def end(*_: Any, sites: list[Site] = of_chunk, is_first: bool = number == 0) -> None:
+            def end(*_: Any, sites: list[Site] = chunk_sites, is_first: bool = number == 0) -> None:
                 recorder.end_microbatch(sites, counts_samples=is_first)
 
             handles.append(chunk.register_forward_hook(end))
@@ -228,16 +229,17 @@ def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
 def score(
     model: ShardedModel, batches: Iterable[Sequence[Batch]], config: ScoreConfig | None = None
 ) -> Scores:
-    """Importance of a model by forward passes over calibration text.
+    """Return a model's importance scores from forward passes over calibration text.
 
-    batches: for each pass of the pipeline, this data parallel rank's microbatches; equally many on
-    every rank. config: default aggregations if None. The same scores on every rank (to rounding:
-    the same at every layout). Reached by all ranks; leaves the model as it was.
+    batches: for each pass of the pipeline, this data parallel rank's microbatches. Every rank needs
+    the same number of them. config: default aggregations if None. The scores are equal on every
+    rank, and equal to rounding for every parallel layout. All ranks must call this. The model is
+    not changed.
     """
     with recording(model, config or ScoreConfig()) as recorder, torch.no_grad():
         for micro_batches in batches:
             run_schedule(model.chunks, micro_batches, model.world, None)
-    return recorder.importance()  # every rank has the same values, and raises alike
+    return recorder.importance()  # every rank has the same values, so all ranks raise or none
 
 
 def _to_numpy(scores: Tensor) -> np.ndarray:
@@ -245,7 +247,7 @@ def _to_numpy(scores: Tensor) -> np.ndarray:
 
 
 def _hook_block(block: Any, recorder: Recorder) -> list[Any]:
-    """Hooks of one TransformerLayer at all probes, and around it for the cosine."""
+    """Register the hooks of one TransformerLayer: at all probes, and around it for the cosine."""
     layer = block.layer_number - 1
     handles = []
     for axis in IN_ORDER:
@@ -256,13 +258,13 @@ def _hook_block(block: Any, recorder: Recorder) -> list[Any]:
             else:
                 norm, linear = (block.get_submodule(path) for path in (probe.norm, probe.linear))
                 handles.append(_hook_norm(norm, linear, record))
-    entering: list[Tensor] = []
+    layer_inputs: list[Tensor] = []
 
     def enter(_: Any, args: Any, kwargs: Any) -> None:
-        entering[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]]
+        layer_inputs[:] = [kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]]
 
     def leave(_: Any, args: Any, output: Any) -> None:
-        recorder.record_cosine(layer, entering.pop(), output[0] if isinstance(output, tuple) else output)
+        recorder.record_cosine(layer, layer_inputs.pop(), output[0] if isinstance(output, tuple) else output)
 
     return [
         *handles,
@@ -278,15 +280,15 @@ def _hook_input(linear: Any, record: Callable[[Tensor], None]) -> Any:
 def _hook_norm(norm: Any, linear: Any, record: Callable[[Tensor], None]) -> Any:
     if not isinstance(norm, IdentityOp):
         return norm.register_forward_hook(lambda _, args, output: record(output))
-    # Transformer Engine's LayerNormLinear does not return its norm's output (in FP8 it is even
-    # rounded), so the norm is computed once more.
+    # Transformer Engine's LayerNormLinear does not return the output of its norm (and rounds it in
+    # FP8), so the norm is recomputed.
     return linear.register_forward_pre_hook(
         lambda module, args: record(_norm_inside(module, args[0].detach()))
     )
 
 
 def _norm_inside(linear: Any, x: Tensor) -> Tensor:
-    """Output [s, b, h] of the norm inside a layer like Transformer Engine's LayerNormLinear."""
+    """Return the output [s, b, h] of the norm inside a Transformer Engine LayerNormLinear."""
     weight = linear.layer_norm_weight + 1 if linear.zero_centered_gamma else linear.layer_norm_weight
     if linear.normalization == "RMSNorm":
         return F.rms_norm(x, weight.shape, weight, linear.eps)
@@ -294,9 +296,10 @@ def _norm_inside(linear: Any, x: Tensor) -> Tensor:
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """[n, h] twice -> [n] float32, computed in float32.
+    """Return 1 - cosine of each pair of rows: a, b [n, h] -> [n] float32, computed in float32.
 
-    Rounded to bf16, 1 - cosine of a layer that changes little would be noise.
+    The float32 precision is needed because in bf16 the result would be rounding noise for a layer
+    whose output is close to its input.
     """
     if not a.is_cuda:
         return 1 - torch.cosine_similarity(a.float(), b.float(), dim=-1)
@@ -306,18 +309,21 @@ def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _sequence_sums(a: Tensor, aggregation: str) -> Tensor:
-    """[s, b, d] in its own dtype -> [statistics, b, d] float32, read once each without a copy."""
+    """Return sums over the sequence: a [s, b, d] in its dtype -> [statistics, b, d] float32.
+
+    Each statistic reads the tensor once, without a float32 copy.
+    """
     if aggregation == "mean":
         if a.is_cuda:
             return torch.linalg.vector_norm(a, 1, dim=0, dtype=torch.float32)[None]
-        # 40 times faster than vector_norm on a CPU, for one copy in a's dtype.
+        # On a CPU 40 times faster than vector_norm, at the cost of one copy in the dtype of a.
         return a.abs().sum(0, dtype=torch.float32)[None]
     squares = torch.linalg.vector_norm(a, 2, dim=0, dtype=torch.float32).square()
     return squares[None] if aggregation == "l2" else torch.stack([a.sum(0, dtype=torch.float32), squares])
 
 
 def _over_sequence(sums: Tensor, tokens: int, aggregation: str) -> Tensor:
-    """[statistics, b, d] over the whole sequence -> [b, d]."""
+    """Return the aggregate of a full sequence: sums [statistics, b, d] -> [b, d]."""
     if aggregation == "mean":
         return sums[0] / tokens
     return (
@@ -326,10 +332,7 @@ def _over_sequence(sums: Tensor, tokens: int, aggregation: str) -> Tensor:
 
 
 def _add_over(sites: list[Site], group: Any) -> None:
-    """Add the partial sums of all sites over a group that splits the sequence.
-
-    One collective for all of them.
-    """
+    """Add the partial sums of all sites over a group that splits the sequence, in one collective."""
     if group.size() == 1 or not sites:
         return
     sums = [site.read_partial() for site in sites]
@@ -340,5 +343,5 @@ def _add_over(sites: list[Site], group: Any) -> None:
 
 
 def _part(row: Tensor, tp: Any) -> Tensor:
-    """This tensor parallel rank's slice of a global vector."""
+    """Return this tensor parallel rank's slice of a global vector."""
     return row.chunk(tp.size())[tp.rank()]

@@ -1,13 +1,13 @@
-"""A teacher that computes what its student would compute, by masks, without copies of weights.
+"""Masks with which a teacher computes what its student would compute, without copies of weights.
 
-Everything that reads the residual stream is a norm, so its channels are masked there, at the input;
-what is written into cut channels is never read. A norm divides by the full width, so its weight and
-epsilon make up for the difference (vectors of h, put back afterwards):
+Every reader of the residual stream is a norm, so its channels are masked at the input of each norm.
+Values that are written into cut channels are never read. A norm divides by the full width, so its
+weight and epsilon are scaled to the student's width (vectors of h, restored afterwards):
 
     RMSNorm      x m -> weight sqrt(k/h), epsilon k/h               m mask of k kept of h channels
-    LayerNorm1p  x m + (1 - m) mean of the kept -> likewise, bias m
+    LayerNorm1p  x m + (1 - m) mean of the kept -> the same scaling, and bias m
 
-Units at the input of a linear layer are masked there. A layer that goes is left out of its block.
+Units at the input of a linear layer are masked there. A dropped layer is removed from the decoder.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from minitron_mp.pruning.plan import PrunePlan
 
 @contextmanager
 def masked(model: ShardedModel, plan: PrunePlan) -> Iterator[None]:
-    """Inside, the teacher computes what a student sliced by the plan computes, to rounding.
+    """Context manager in which the teacher computes what a student sliced by the plan computes.
 
-    Afterwards it is as before. For forward passes without gradients. Each rank masks what it holds;
-    no communication.
+    The two agree to rounding. On exit the model is restored. For forward passes without gradients.
+    Each rank masks its part of the model, without communication.
     """
     if plan.merge:
-        raise InputError("masks do not merge heads; leave target.merge_heads out")
+        raise InputError(
+            "this plan merges heads; masks only work for plans without merged heads, "
+            "so remove target.merge_heads"
+        )
     with ExitStack() as stack:
         for chunk in map(unwrap, model.chunks):
             for axis in AXES.values():
@@ -82,8 +85,8 @@ def _mask_linear(
 def _mask_norm(norm: Any, axis: Axis, layer: int, plan: PrunePlan, stack: ExitStack) -> None:
     if isinstance(norm, IdentityOp):
         raise InputError(
-            "this model has its norms inside its linear layers (Megatron's own Transformer Engine spec); "
-            "search with one of build_model()"
+            "this model has norms inside its linear layers (Megatron's Transformer Engine spec); "
+            "masks need separate norms: load the model with build_model()"
         )
     units, size = plan.units(axis, layer), axis.num_units(plan.teacher, layer)
     mask, share = _flags(units, size, norm), len(units) / size
@@ -120,7 +123,7 @@ def _replace(parameter: Tensor, value: Tensor, stack: ExitStack) -> None:
 
 
 def _flags(keep: np.ndarray, size: int, like: Any) -> Tensor:
-    """[size] of ones and zeros, in the dtype and on the device of a module."""
+    """Return [size] with 1 for kept units and 0 for cut ones, in a module's dtype, on its device."""
     weight = next(like.parameters())
     flags = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     flags[torch.as_tensor(keep, device=weight.device)] = 1

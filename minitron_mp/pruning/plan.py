@@ -1,4 +1,4 @@
-"""The plan: which layers, and which units of every axis, a student keeps. numpy only."""
+"""The prune plan: the layers, and the units of every axis, that a student keeps. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.target import resolve_target
 
 MOST_PROBLEMS = 8
-"""In one message."""
+"""Largest number of problems in one message."""
 
 Kept = dict[int, list[int]]
 """Kept layer (NO_LAYER where all layers share the axis) -> kept units, ascending."""
@@ -32,10 +32,10 @@ Pairs = dict[int, list[tuple[int, int]]]
 
 
 class PrunePlan(BaseModel):
-    """Architecture before and after, and what stays, in the teacher's numbering.
+    """The architectures of teacher and student, and the kept units in the teacher's numbering.
 
-    Equal on every rank. Layers may keep different numbers of units, as the student's blocks say.
-    The query groups that stay are those of the heads that stay.
+    Equal on every rank. Layers may keep different numbers of units; student.blocks has the numbers.
+    The kept query groups are the groups of the kept heads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,14 +45,14 @@ class PrunePlan(BaseModel):
     layers: list[int]
     """Kept layers, ascending."""
     keep: dict[str, Kept]
-    """Of every axis."""
+    """Axis -> kept units. Every axis has an entry."""
     merge: dict[str, Pairs] = {}
-    """Of axes whose units are merged."""
+    """Axis -> merged units. Only axes whose units are merged have an entry."""
     notes: list[str] = []
 
     @model_validator(mode="after")
     def _fits(self) -> PrunePlan:
-        """Check what slicing relies on: a plan may be written by hand."""
+        """Check all that slicing relies on, because a plan may be written by hand."""
         problems = _list_problems("layers", self.layers, self.student.num_layers, self.teacher.num_layers)
         problems += _key_problems("keep", self.keep, list(AXES))
         problems += _key_problems("merge", self.merge, [n for n in self.merge if n in _mergeable()])
@@ -90,8 +90,8 @@ class PrunePlan(BaseModel):
                 )
         if axis.name in self.merge and not _is_pairing(self.merge[axis.name][layer], kept, per_group):
             problems.append(
-                f"{_entry('merge', axis, layer)} is not (kept {axis.size.unit}, pruned {axis.size.unit} "
-                f"of the same group), each kept {axis.size.unit} at most once"
+                f"{_entry('merge', axis, layer)} needs pairs (kept {axis.size.unit}, pruned {axis.size.unit} "
+                f"of the same group), with each kept {axis.size.unit} at most once"
             )
         return problems
 
@@ -106,19 +106,21 @@ class PrunePlan(BaseModel):
         try:
             return cls.model_validate(content)
         except ValueError as error:
-            raise InputError(f"{path} is no plan that can be carried out: {error}") from error
+            raise InputError(
+                f"{path} is not a valid plan: {error}; correct it, or run `minitron-mp plan --force`"
+            ) from error
 
     @property
     def dropped(self) -> list[int]:
-        """Layers that go, ascending."""
+        """Dropped layers, ascending."""
         return sorted(set(range(self.teacher.num_layers)) - set(self.layers))
 
     def units(self, axis: Axis, layer: int = NO_LAYER) -> np.ndarray:
-        """Kept units of an axis in a kept layer of the teacher's numbering; int64, ascending."""
+        """Return the kept units of an axis in a layer (teacher's numbering), int64, ascending."""
         return np.array(self.keep[axis.name][layer if axis.per_layer else NO_LAYER], np.int64)
 
     def summary(self) -> list[tuple[str, str, str, str]]:
-        """Rows (size, teacher, student, kept) for a table. Sizes that differ by layer are means."""
+        """Return table rows (size, teacher, student, kept). A size that differs by layer is a mean."""
         fields = [size.field for axis in AXES.values() for size in reversed(axis.sizes)]
         rows = []
         for name in ("num_layers", *fields, "kv_channels", "vocab_size"):
@@ -131,7 +133,7 @@ class PrunePlan(BaseModel):
 
 
 def _mean_size(arch: Arch, field: str) -> float:
-    """A size of the architecture, rounded where layers differ."""
+    """Return a size of the architecture, or its mean over layers rounded to one decimal."""
     if not hasattr(arch.blocks[0], field):
         return getattr(arch, field)
     sizes = [getattr(block, field) for block in arch.blocks]
@@ -143,28 +145,28 @@ def _mergeable() -> list[str]:
 
 
 def _entry(field: str, axis: Axis, layer: int) -> str:
-    """Where a list stands in the plan, for messages."""
+    """Return the name of a list in the plan, for error messages."""
     return f"{field}.{axis.name}" + ("" if layer == NO_LAYER else f"[{layer}]")
 
 
-def _key_problems(name: str, entries: dict, wanted: Sequence[str | int]) -> list[str]:
-    if sorted(map(str, entries)) == sorted(map(str, wanted)):
+def _key_problems(name: str, entries: dict, needed: Sequence[str | int]) -> list[str]:
+    if sorted(map(str, entries)) == sorted(map(str, needed)):
         return []
-    found = ", ".join(map(str, entries)) or "none"
-    return [f"{name} has {found}, it needs {', '.join(map(str, wanted)) or 'none'}"]
+    given = ", ".join(map(str, entries)) or "none"
+    return [f"{name} has {given}, it needs {', '.join(map(str, needed)) or 'none'}"]
 
 
 def _list_problems(name: str, entries: list[int], size: int, limit: int) -> list[str]:
     problems = []
     if len(entries) != size:
-        problems.append(f"{name} has {len(entries)} entries, the student {size}")
+        problems.append(f"{name} has {len(entries)} entries, the student needs {size}")
     if sorted({i for i in entries if 0 <= i < limit}) != entries:
         problems.append(f"{name} is not strictly ascending from 0 to {limit - 1}")
     return problems
 
 
 def _is_pairing(pairs: list[tuple[int, int]], kept: list[int], per_group: int) -> bool:
-    """Whether each pair is a kept and a pruned unit of one group, each kept unit at most once."""
+    """Return whether each pair is a kept and a pruned unit of one group, and no kept unit repeats."""
     return len({unit for unit, _ in pairs}) == len(pairs) and all(
         unit in kept and pruned not in kept and unit // per_group == pruned // per_group
         for unit, pruned in pairs
@@ -180,12 +182,12 @@ def make_plan(
     depth: DepthConfig | None = None,
     trials: DepthTrials | None = None,
 ) -> PrunePlan:
-    """Rank and keep.
+    """Return the plan that keeps the layers and units with the highest scores.
 
-    tp: the tensor parallel size that the student must run at, for alignment. family: what the
-    student will be exported as, where that limits its sizes. depth, trials: which layers go, where
-    the target does not name them; default: those of the least 1 - cosine. InputError lists every
-    reason why the target cannot be.
+    tp: the tensor parallel size of the student, for alignment. family: the export family, if it
+    limits the sizes. depth, trials: how the dropped layers are chosen if the target does not list
+    them (default: the lowest 1 - cosine). InputError lists every reason why the target is not
+    possible.
     """
     scores.check(teacher)
     student = resolve_target(teacher, target, tp, family)
@@ -201,7 +203,7 @@ def make_plan(
 
 
 def _keep(axis: Axis, scores: Scores, teacher: Arch, student: Arch, layers: list[int]) -> Kept:
-    """The best units of an axis in each kept layer."""
+    """Return the kept units of an axis in each kept layer."""
     kept = {}
     for student_layer, layer in enumerate(layers if axis.per_layer else [NO_LAYER]):
         kept[layer] = kept_units(

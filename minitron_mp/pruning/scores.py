@@ -1,4 +1,4 @@
-"""Importance scores of every axis and layer, and their file."""
+"""Importance scores of every axis and layer, and the file format for them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import AXES, NO_LAYER, Axis
 
 LAYERS = "layers"
-"""Name of the layers' own scores in the file."""
+"""Name of the scores of layers in the file."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance, float32 on the CPU, under global numbering: the same on every rank.
+    """Importance scores, float32 on the CPU, in global numbering, equal on every rank.
 
     units: axis -> layer (NO_LAYER where all layers share the axis) -> scores [units].
     layers [L]: 1 - cosine of a layer's input and output, mean over tokens.
@@ -30,13 +30,13 @@ class Scores:
     layers: np.ndarray
 
     def __getitem__(self, axis: str) -> Mapping[int, np.ndarray]:
-        """layer -> scores [units] of an axis."""
+        """Return layer -> scores [units] of an axis."""
         return self.units[axis]
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Name in the file -> scores.
+        """Return name in the file -> scores.
 
-        An axis of single layers has "axis.layer", one that all layers share "axis".
+        The name is "axis.layer", or "axis" for an axis that all layers share.
         """
         named = {_name(axis, layer): row for axis, rows in self.units.items() for layer, row in rows.items()}
         return {**named, LAYERS: self.layers}
@@ -62,19 +62,19 @@ class Scores:
 
         tensors = load_file(path)
         layers = range(len(tensors.get(LAYERS, ())))
-        wanted = {LAYERS}
+        expected = {LAYERS}
         for axis in AXES.values():
-            wanted |= {_name(axis.name, layer) for layer in (layers if axis.per_layer else [NO_LAYER])}
-        if set(tensors) != wanted:
+            expected |= {_name(axis.name, layer) for layer in (layers if axis.per_layer else [NO_LAYER])}
+        if set(tensors) != expected:
             raise InputError(
                 f"{path} does not hold the scores of every axis and layer "
-                f"(missing: {_some(wanted - set(tensors))}; unknown: {_some(set(tensors) - wanted)}); "
+                f"(missing: {_some(expected - set(tensors))}; unknown: {_some(set(tensors) - expected)}); "
                 "run `minitron-mp score --force` again"
             )
         return cls.from_tensors(tensors)
 
     def check(self, arch: Arch) -> None:
-        """InputError unless the scores fit the architecture and every one is finite."""
+        """Raise an InputError unless the scores fit the architecture and all are finite."""
         problems = [problem for axis in AXES.values() for problem in self._axis_problems(axis, arch)]
         if self.layers.shape != (arch.num_layers,):
             problems.append(f"{LAYERS} has shape {self.layers.shape}, the model needs ({arch.num_layers},)")
@@ -86,20 +86,20 @@ class Scores:
         refuse("these importance scores do not fit the model:", problems)
 
     def _axis_problems(self, axis: Axis, arch: Arch) -> list[str]:
-        """The first problem with the shapes of one axis, if any."""
+        """Return the first problem with the shapes of one axis, if there is one."""
         rows, layers = self.units.get(axis.name, {}), axis.layers(arch)
         if sorted(rows) != layers:
             return [f"{axis.name} has scores of {len(rows)} layers, the model needs {len(layers)}"]
         for layer in layers:
-            want = (axis.num_units(arch, layer),)
-            if rows[layer].shape != want:
+            expected = (axis.num_units(arch, layer),)
+            if rows[layer].shape != expected:
                 name = _name(axis.name, layer)
-                return [f"{name} has shape {rows[layer].shape}, the model needs {want}"]
+                return [f"{name} has shape {rows[layer].shape}, the model needs {expected}"]
         return []
 
 
 def random_scores(arch: Arch, seed: int = 0) -> Scores:
-    """Scores drawn at random: the baseline of importance, and a stand-in where only sizes count."""
+    """Return random scores: a baseline for importance, and a placeholder where only sizes matter."""
     draw = np.random.default_rng(seed)
     units = {
         axis.name: {
@@ -115,6 +115,6 @@ def _name(axis: str, layer: int) -> str:
 
 
 def _some(names: set[str]) -> str:
-    """The first few of many names."""
+    """Return the first three names, joined for an error message."""
     shown = sorted(names)[:3]
     return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") or "none"

@@ -1,7 +1,7 @@
-"""The candidates of a search: combinations of sizes that fit budget, layout and export.
+"""The candidates of a search: combinations of sizes that fit the budget, layout and export.
 
-Runs on a laptop. 2407.14679, search: combinations of layers, heads, MLP expansion and embedding
-size within 5 % of a number of parameters.
+This runs on a laptop. The search of 2407.14679 combines numbers of layers and heads, MLP expansions
+and embedding sizes within 5 % of a number of parameters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from minitron_mp.pruning.target import (
 
 
 def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
-    """How many layers the shallowest student has less that the recipe may come to."""
+    """Return how many layers the shallowest possible student of the recipe drops."""
     if recipe.search is not None:
         fewest = min(arch.num_layers for arch in search_candidates(recipe, teacher))
     else:
@@ -45,33 +45,33 @@ def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
 
 
 def search_candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
-    """All candidates of a recipe with a section search: those of survey_candidates()."""
+    """Return all candidates of a recipe with a section search, as in survey_candidates()."""
     return survey_candidates(recipe, teacher)[0]
 
 
 *STEPPED, SOLVED = (axis for axis in AXES.values() if axis.aligned)
-"""Aligned axes. The last one is solved for the budget where a search lists no sizes for it."""
+"""Aligned axes. The size of the last one is computed from the budget if a search lists none."""
 
 
 @dataclass
 class _Survey:
-    """The combinations of sizes seen so far."""
+    """The combinations of sizes that were checked so far."""
 
     fitting: list[Arch] = field(default_factory=list)
-    """Inside the budget."""
+    """Candidates inside the budget."""
     used: list[float] = field(default_factory=list)
-    """Of the budget, by each that can be cut."""
+    """Budget use of each combination that is possible."""
     possible: int = 0
-    """How many can be cut, run and exported."""
+    """Number of combinations that can be cut, run and exported."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why the others cannot."""
+    """Reason -> number of combinations that are not possible for it."""
 
 
 def survey_candidates(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
-    """(candidates in order of their sizes, a line on the combinations that are left out).
+    """Return (candidates in order of size, one line about excluded combinations).
 
-    The line is empty where only the budget leaves some out. Of a latency budget the candidates are
-    those to be measured. InputError names what leaves none.
+    The line is empty if only the budget excludes combinations. With a latency budget the candidates
+    still have to be measured. InputError names the reason if there is no candidate.
     """
     search = recipe.search
     assert search is not None
@@ -82,19 +82,19 @@ def survey_candidates(recipe: Recipe, teacher: Arch) -> tuple[list[Arch], str]:
     for sizes in itertools.product(*outer.values()):
         base = fill_groups(teacher, teacher.resized(**dict(zip(outer, sizes))), listed)
         for width in _solved_widths(base, teacher, recipe, grid, survey.reasons):
-            _look_at(base.resized(**{SOLVED.size.field: width}), teacher, recipe, survey)
+            _add_combination(base.resized(**{SOLVED.size.field: width}), teacher, recipe, survey)
     left_out = _left_out(survey.reasons, survey.possible)
     _refuse_bad_survey(survey, search, left_out)
     return survey.fitting, left_out
 
 
-def _look_at(arch: Arch, teacher: Arch, recipe: Recipe, survey: _Survey) -> None:
+def _add_combination(arch: Arch, teacher: Arch, recipe: Recipe, survey: _Survey) -> None:
     """Add one combination of sizes to the survey."""
     if arch == teacher:
         return
-    why_not = _why_not(arch, teacher, recipe)
-    if why_not:
-        survey.reasons[why_not] += 1
+    reason = _obstacle(arch, teacher, recipe)
+    if reason:
+        survey.reasons[reason] += 1
         return
     assert recipe.search is not None
     survey.possible += 1
@@ -109,7 +109,7 @@ def _look_at(arch: Arch, teacher: Arch, recipe: Recipe, survey: _Survey) -> None
 
 
 def _used(arch: Arch, recipe: Recipe) -> float:
-    """What an architecture uses of a budget of parameters or memory."""
+    """Return the parameters, or the memory in GiB, that an architecture uses of the budget."""
     search = recipe.search
     assert search is not None
     if search.budget[0] == "parameters":
@@ -121,7 +121,7 @@ def _used(arch: Arch, recipe: Recipe) -> float:
 def _solved_widths(
     base: Arch, teacher: Arch, recipe: Recipe, grid: dict[str, list[int]], reasons: Counter[str]
 ) -> list[int]:
-    """Sizes of the solved axis to try with the other sizes of `base`, falling."""
+    """Return the sizes of the solved axis to try with the sizes of `base`, in descending order."""
     search, name = recipe.search, SOLVED.size.field
     assert search is not None
     largest = getattr(teacher, name)
@@ -134,42 +134,42 @@ def _solved_widths(
         return widths
     if getattr(search, name):
         return grid[name]
-    budget, wanted = search.budget
+    budget, limit = search.budget
 
     def used(width: int) -> float:
         return _used(base.resized(**{name: width}), recipe)
 
-    # The largest inside the budget; of parameters, which may be exceeded, the nearest.
+    # The largest width inside the budget. A parameter budget may be exceeded: the nearest width.
     widths = steps_down(largest, step)
-    inside = min(bisect_left(widths, -wanted, key=lambda width: -used(width)), len(widths) - 1)
+    inside = min(bisect_left(widths, -limit, key=lambda width: -used(width)), len(widths) - 1)
     first = max(0, inside - 1) if budget == "parameters" else inside
-    return [min(widths[first : inside + 1], key=lambda width: abs(used(width) - wanted))]
+    return [min(widths[first : inside + 1], key=lambda width: abs(used(width) - limit))]
 
 
 def _refuse_bad_survey(survey: _Survey, search: SearchConfig, left_out: str) -> None:
-    """InputError for a search without a candidate, or with too many."""
-    (budget, wanted), (least, most) = search.budget, search.bounds
+    """Raise an InputError for a search without candidates, or with too many."""
+    (budget, target), (least, most) = search.budget, search.bounds
     if not survey.fitting and not survey.used:
         why = left_out or "the only one is the teacher; list smaller sizes"
         raise InputError(f"no candidate of search is possible, whatever the budget: {why}")
     if not survey.fitting:
-        near = min(survey.used, key=lambda value: abs(value - wanted))
-        other = f" ({left_out})" if left_out else ""
+        near = min(survey.used, key=lambda value: abs(value - target))
+        note = f" ({left_out})" if left_out else ""
         raise InputError(
             f"no candidate of search has {least:,.4g} to {most:,.4g} ({budget}); "
-            f"the nearest one has {near:,.4g}: change the budget, or list other sizes{other}"
+            f"the nearest one has {near:,.4g}: change the budget, or list other sizes{note}"
         )
     if len(survey.fitting) > search.max_candidates:
         raise InputError(
             f"search has {len(survey.fitting)} candidates, search.max_candidates is "
-            f"{search.max_candidates}: list fewer sizes, or raise it"
+            f"{search.max_candidates}: list fewer sizes, or raise search.max_candidates"
         )
 
 
-def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
-    """What stops a candidate, in words that many share, so that they can be counted.
+def _obstacle(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
+    """Return why a candidate cannot be cut, run and exported, or "" if it can.
 
-    Empty: it can be cut, run and exported.
+    Candidates with the same problem get the same text, so that reasons can be counted.
     """
     p, depth = recipe.parallel, recipe.depth
     free = teacher.num_layers - depth.protect_first - depth.protect_last
@@ -178,7 +178,7 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
         return f"num_layers below the {stages} pipeline stages (pp x vpp)"
     if teacher.num_layers - arch.num_layers > free:
         return (
-            f"depth.protect_first and protect_last leave {max(0, free)} layers that may go; "
+            f"depth.protect_first and protect_last leave {max(0, free)} layers to drop from; "
             "protect fewer, or keep more layers"
         )
     for axis in AXES.values():
@@ -192,8 +192,8 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
         return problems[0]
     if recipe.distill.fp8 and fp8_problems(arch, p.tp, p.tokens_of_sample(recipe.data.sequence_length)):
         return (
-            f"distill.fp8 wants multiples of {FP8_MULTIPLE} of all widths on a rank; "
-            f"target.align: {FP8_MULTIPLE} keeps to them"
+            f"distill.fp8 needs widths that are multiples of {FP8_MULTIPLE} on each rank; "
+            f"set target.align: {FP8_MULTIPLE}"
         )
     if unexportable := export_problems(arch, recipe.export.family):
         return unexportable[0].reason
@@ -201,19 +201,19 @@ def _why_not(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
 
 
 def _left_out(reasons: Counter[str], possible: int) -> str:
-    """The commonest reasons, counted."""
+    """Return one line with the three most common reasons and their counts."""
     count, common = sum(reasons.values()), reasons.most_common(3)
     shown_reasons = [f"{why} ({n:,})" for why, n in common if n]
     rest = count - sum(n for _, n in common)
     if rest:
-        shown_reasons.append(f"others ({rest:,})")
+        shown_reasons.append(f"other reasons ({rest:,})")
     if not shown_reasons:
         return ""
     return f"{count:,} of {count + possible:,} combinations left out: {', '.join(shown_reasons)}"
 
 
 def _grid(teacher: Arch, search: SearchConfig, align: int, tp: int) -> dict[str, list[int]]:
-    """Field of the architecture -> sizes to try, falling; InputError if one cannot be cut."""
+    """Return field of Arch -> sizes to try, descending; InputError if a size is not valid."""
     fewest_layers = math.ceil(0.9 * teacher.num_layers)
     defaults = {name: [getattr(teacher, name)] for name in SIZE_FIELDS}
     defaults["num_layers"] = list(range(teacher.num_layers, fewest_layers - 1, -1))
@@ -235,5 +235,5 @@ def _grid(teacher: Arch, search: SearchConfig, align: int, tp: int) -> dict[str,
                 f"search.{name} {', '.join(map(str, wrong))}: give multiples of {steps[name]} "
                 f"up to the teacher's {largest}"
             )
-    refuse("these sizes cannot be cut:", problems)
+    refuse("these sizes are not possible:", problems)
     return grid

@@ -1,16 +1,15 @@
 """Structured pruning of a sharded model, one weight at a time, by the tables of parameters and axes.
 
-The checkpoint key of a tensor gives its dimensions, and its global offset the part of them that
+The checkpoint key of a tensor gives its dimensions. Its global offset gives the part of them that
 this rank holds. So slicing depends neither on the model's classes nor on its layout:
 
-    axis that is whole on every rank   an index_select
-    axis that is split over tp         kept units are spread unevenly over the ranks: one all-to-all
-                                       evens them out. Heads mostly stay on their rank, as equally
-                                       many go from every query group: then nothing is sent
-    layer                              a kept layer gets its new number in the key; the result is
-                                       written under it, and loading it at any other layout moves
-                                       layers between ranks
-    dimension without an axis          whole
+    axis that is not split             an index_select
+    axis that is split over tp         one all-to-all, because each rank has another number of kept
+                                       units. No data is sent for heads if every query group keeps
+                                       the same number of heads and no group is dropped
+    layer                              a kept layer gets its new number in the key. Loading the
+                                       result in another layout moves layers between ranks
+    dimension without an axis          not sliced
 """
 
 from __future__ import annotations
@@ -33,27 +32,29 @@ from minitron_mp.pruning.plan import PrunePlan
 
 
 def prune(model: ShardedModel, plan: PrunePlan) -> dict[str, ShardedTensor]:
-    """The student's sharded state, for save_checkpoint(); reached by all ranks with the same plan.
+    """Return the student's sharded state, for save_checkpoint(). All ranks call it with one plan.
 
-    Consumes the model: each weight's memory goes as soon as its slice is there. So the peak beyond
-    the model is one weight's slice and the buffers of one exchange; where heads are merged, also a
-    copy of one linear_qkv. InputError names a parameter that the table does not have.
+    The model cannot be used afterwards: the memory of each weight is freed as soon as its slice
+    exists. So the peak memory beyond the model is the slice of one weight and the buffers of one
+    exchange, and with merged heads also a copy of one linear_qkv. InputError names a parameter that
+    the table does not have.
     """
     chunks = [unwrap(chunk) for chunk in model.chunks]
     if any(p.requires_grad and hasattr(p, "main_grad") for chunk in chunks for p in chunk.parameters()):
         raise InputError(
-            "this model has gradient buffers over its weights; prune it before it is wrapped for training"
+            "this model is wrapped for training, so gradient buffers share the memory of its weights; "
+            "prune it before it is wrapped"
         )
     entries = [entry for state in model_state(chunks, model.world).values() for entry in state.values()]
     for entry in entries:
-        # A parameter so far; the entry is to be the only one that holds its memory.
+        # Detached from the parameter, so that only the entry references the memory.
         entry.data = entry.data.detach()
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data = parameter.data.new_empty(0)
     student: dict[str, ShardedTensor] = {}
     entries.reverse()
-    while entries:  # popped one by one, so that only `student` references a weight that is done
+    while entries:  # popped one by one, so that a sliced weight is referenced only by `student`
         entry = entries.pop()
         for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             sliced = slice_tensor(part, plan, model.world)
@@ -65,9 +66,9 @@ def prune(model: ShardedModel, plan: PrunePlan) -> dict[str, ShardedTensor]:
 
 @torch.no_grad()
 def slice_tensor(tensor: ShardedTensor, plan: PrunePlan, world: World) -> ShardedTensor | None:
-    """This rank's part of one parameter of the student, or None when its layer goes.
+    """Return this rank's part of one parameter of the student, or None for a dropped layer.
 
-    It keeps its replica number, and the same fragment of each dimension.
+    The replica number and the fragment of each dimension do not change.
     """
     dims = dims_of(tensor.key)
     if dims is None:
@@ -97,7 +98,7 @@ def _slice_dim(
 ) -> Tensor:
     """Slice one dimension of this rank's part of a weight.
 
-    name: of the dimension in the table of parameters. start: its first global row on this rank.
+    name: the dimension's name in the table of parameters. start: first global row on this rank.
     """
     axis = AXIS_OF_DIM.get(name)
     if axis is None:
@@ -110,7 +111,7 @@ def _slice_dim(
         pairs = plan.merge[axis.name][layer]
         data = merge_rows(data, start, pairs, weight_dim.merged_rows, plan.teacher, layer)
     if weight_dim.copies(plan.teacher) > 1:
-        # Each copy is a tensor of its own under the same key; the second starts where the first ends.
+        # Each copy is a separate tensor under the same key; the second starts where the first ends.
         every_unit = np.arange(axis.num_units(plan.teacher, layer))
         start %= len(weight_dim.rows(every_unit, plan.teacher, layer))
     return exchange_kept(data, dim, torch.from_numpy(rows), start, world.groups.tp)
@@ -119,11 +120,11 @@ def _slice_dim(
 def merge_rows(
     data: Tensor, start: int, pairs: list[tuple[int, int]], rows_of: Rows, teacher: Arch, layer: int
 ) -> Tensor:
-    """data [rows, ...] with the residual of pruned units in kept ones: kept + (kept - pruned).
+    """Return data [rows, ...] with kept units replaced by kept + (kept - pruned).
 
-    2407.14679 section 2.3. pairs: (kept, pruned) of one group each, and so of one rank; data begins
-    at row `start`. The sum is made in float32 and rounded once: in bf16 the difference would be
-    rounded before it is added, too.
+    2407.14679 section 2.3. pairs: (kept, pruned), both of one group and therefore on one rank.
+    start: global row of data[0]. The sum is computed in float32 and rounded once. In bf16 the
+    difference would also be rounded before the addition.
     """
     if not pairs:
         return data

@@ -1,4 +1,4 @@
-"""The student's architecture: sizes that a target gives, or the largest ones inside a budget."""
+"""The student's architecture, from the sizes of a target or the largest sizes within a budget."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from minitron_mp.models.axes import AXES, Axis
 from minitron_mp.models.families.export import export_problems
 
 WIDTH_FIELDS = tuple(size.field for axis in AXES.values() for size in axis.sizes)
-"""Sizes that a target or a search may set, under these names."""
+"""Names of the width sizes that a target or a search may set."""
 
 SIZE_FIELDS = ("num_layers", *WIDTH_FIELDS)
 
 
 def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str | None = None) -> Arch:
-    """The student's architecture; InputError with every problem and the nearest sizes that work."""
+    """Return the student's architecture; InputError with all problems and the nearest valid sizes."""
     if target.max_parameters is not None:
         student = _largest(teacher, target, tp, target.max_parameters, family)
     elif target.keep is not None:
@@ -29,12 +29,12 @@ def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str
         if target.drop_layers:
             given["num_layers"] = teacher.num_layers - len(target.drop_layers)
         student = fill_groups(teacher, teacher.resized(**given), given)
-    refuse("this target cannot be:", _target_problems(teacher, student, target, tp))
+    refuse("this target is not possible:", _target_problems(teacher, student, target, tp))
     return student
 
 
 def fill_groups(teacher: Arch, student: Arch, given: Collection[str]) -> Arch:
-    """Resize the axes with groups whose size is not given: as many per group as the teacher has."""
+    """Return the student with the teacher's units per group, on each axis whose size is not given."""
     for axis in AXES.values():
         if axis.group is not None and axis.size.field not in given:
             size = getattr(student, axis.group.field) * per_group(axis, teacher)
@@ -43,25 +43,25 @@ def fill_groups(teacher: Arch, student: Arch, given: Collection[str]) -> Arch:
 
 
 def per_group(axis: Axis, arch: Arch) -> int:
-    """Units in a group, of a model whose layers are alike."""
+    """Return the number of units in a group, of a model whose layers have equal sizes."""
     assert axis.group is not None
     return getattr(arch, axis.size.field) // getattr(arch, axis.group.field)
 
 
 def size_step(axis: Axis, align: int, tp: int) -> int:
-    """What a smaller size of an axis without groups must be a multiple of."""
+    """Return the number that a smaller size of an axis without groups must be a multiple of."""
     if not axis.aligned:
         return 1
     return align * tp if axis.split_over_tp else align
 
 
 def crowded_groups(axis: Axis, teacher: Arch, student: Arch) -> str:
-    """Says that the student has more units in a group than the teacher; empty where it has not."""
+    """Return an error text if the student has more units in a group than the teacher, else ""."""
     if axis.group is None or per_group(axis, student) <= per_group(axis, teacher):
         return ""
     units, groups = getattr(student, axis.size.field), getattr(student, axis.group.field)
     return (
-        f"{axis.size.field} {units} in {groups} {axis.group.units} are more a group than "
+        f"{axis.size.field} {units} in {groups} {axis.group.units} is more per group than "
         f"the teacher's {per_group(axis, teacher)}"
     )
 
@@ -87,14 +87,15 @@ def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int
         elif target.merge_heads and axis.merges and per_group(axis, student) == per_group(axis, teacher):
             assert axis.group is not None
             problems.append(
-                f"merge_heads: each {axis.group.unit} that stays keeps its {per_group(axis, teacher)} "
-                f"{axis.size.units}, so there is nothing to merge; drop it, or give fewer {axis.size.field}"
+                f"merge_heads: each kept {axis.group.unit} keeps its {per_group(axis, teacher)} "
+                f"{axis.size.units}, so there is nothing to merge; remove merge_heads, "
+                f"or give fewer {axis.size.field}"
             )
     return problems or layout_problems(student, tp)
 
 
 def _axis_problems(axis: Axis, teacher: Arch, student: Arch, align: int, tp: int) -> list[str]:
-    """Sizes of one axis that are too large, or no multiple of what they must be."""
+    """Return the problems of one axis: sizes that are too large or not a valid multiple."""
     if axis.group is None:
         step = size_step(axis, align, tp)
         why = f"align {align} x tp {tp}" if step != align else f"align {align}"
@@ -120,37 +121,37 @@ def _size_problems(
 
 
 def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str | None) -> Arch:
-    """The student of at most budget parameters: the deepest, or the most evenly scaled width.
+    """Return the deepest, or the most evenly scaled, student of at most `budget` parameters.
 
-    Only widths that can be exported as the family (default: the teacher's).
+    All widths can be exported as the family (default: the teacher's).
     """
     if budget > teacher.num_parameters():
         raise InputError(
-            f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}; "
-            "nothing would be cut"
+            f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}, "
+            "so nothing would be cut; give a smaller number"
         )
     if set(target.axes) == {"layer"}:
         candidates = (teacher.resized(num_layers=n) for n in range(teacher.num_layers, 0, -1))
-        found = next((c for c in candidates if c.num_parameters() <= budget), None)
+        student = next((c for c in candidates if c.num_parameters() <= budget), None)
     elif set(target.axes) <= set(AXES):
-        found = _most_even_width(teacher, target, tp, budget, family or teacher.family)
+        student = _most_even_width(teacher, target, tp, budget, family or teacher.family)
     else:
         raise InputError(
             f"target.axes {target.axes} mixes width and depth; "
             "give hidden and ffn, or layer, or explicit sizes for both"
         )
-    if found is None:
+    if student is None:
         raise InputError(
             f"no student along {target.axes} has at most {budget:,.0f} parameters; "
-            "the embeddings alone may be larger: cut hidden too, or ask for more"
+            "the embeddings alone may be larger: cut hidden too, or give a larger budget"
         )
-    return found
+    return student
 
 
 def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str) -> Arch | None:
-    """The aligned axes scaled alike; of two equally even students the larger.
+    """Return the student whose aligned axes are scaled most evenly, or None if all are too large.
 
-    None if no student is small enough.
+    Of two equally even students it is the larger one.
     """
     sizes = {}
     for axis in AXES.values():
@@ -158,7 +159,7 @@ def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float
             size = getattr(teacher, axis.size.field)
             steps = steps_down(size, size_step(axis, target.align, tp))
             sizes[axis.size.field] = steps if axis.name in target.axes else [size]
-    *outer, inner = sizes  # of the inner one, which no export rule limits, the largest that fits
+    *outer, inner = sizes  # no export rule limits the inner size, so the largest that fits is taken
     fitting = []
     for chosen in itertools.product(*(sizes[field] for field in outer)):
         base = teacher.resized(**dict(zip(outer, chosen)))
@@ -178,5 +179,5 @@ def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float
 
 
 def steps_down(size: int, step: int) -> list[int]:
-    """size, then the multiples of step below it, falling."""
+    """Return size and the multiples of step below it, in descending order."""
     return [size, *range((size - 1) // step * step, 0, -step)]

@@ -1,8 +1,8 @@
 """Effect of teacher correction, for the report: on the teacher, and on the student.
 
 The student is compared with the student of a run without correction, in the folder of
-correct.baseline. The comparison is valid only if the two runs differ in nothing else; the manifests
-show whether they do.
+correct.baseline. The comparison is valid only if correction is the only difference between the two
+runs. Their manifests are compared to check this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Losses = Mapping[str, Mapping[str, Any]]
 
 
 def correction_gain(project: Project, evaluation: Mapping[str, Any]) -> list[Part]:
-    """Paragraphs on the teacher's loss before and after correction, and on the student's gain."""
+    """Return paragraphs on the teacher's loss before and after correction and on the student's gain."""
     losses = _losses_by_text(evaluation)
     changes = []
     for text, models in losses.items():
@@ -39,7 +39,7 @@ def correction_gain(project: Project, evaluation: Mapping[str, Any]) -> list[Par
     parts: list[Part] = [f"The teacher was corrected: {'; '.join(changes)}. {use}"]
     if len(losses) == 1:
         parts.append(
-            "How much the teacher has lost on text like its own training data is unknown. "
+            "The change of the teacher's loss on text like its original training data is unknown. "
             "To measure it, add such text to `data.held_out`."
         )
     return [*parts, *_compared_with_baseline(project, losses)]
@@ -51,7 +51,7 @@ def _losses_by_text(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compared_with_baseline(project: Project, losses: Losses) -> list[Part]:
-    """Paragraphs that compare the student with the student of the run without correction."""
+    """Return paragraphs that compare the student with the student of the run without correction."""
     correct = project.recipe.correct
     assert correct is not None
     if correct.baseline is None:
@@ -96,7 +96,7 @@ def _compared_with_baseline(project: Project, losses: Losses) -> list[Part]:
 
 
 def _baseline_differences(baseline: Project, project: Project) -> list[str]:
-    """How the student in the baseline folder differs from the one that its recipe would give now.
+    """Return how the student in the baseline folder differs from the one that its recipe gives now.
 
     Only the stages that cause a difference are listed. A search may also have chosen other sizes.
     """
@@ -111,7 +111,7 @@ def _baseline_differences(baseline: Project, project: Project) -> list[str]:
 
 
 def _manifest_differences(baseline: Project, name: str, ignored_inputs: Collection[str]) -> list[str]:
-    """Differences of a stage's artifact from the recipe, in what changes losses."""
+    """Return how a stage's artifact differs from the recipe, for inputs and settings that change losses."""
     manifest = find_manifest(baseline.paths[name])
     if manifest is None:
         return []
@@ -130,7 +130,7 @@ def _manifest_differences(baseline: Project, name: str, ignored_inputs: Collecti
 
 
 def _common_texts(baseline: Project, project: Project) -> set[str]:
-    """Names in data.held_out on which both projects were evaluated with the same text."""
+    """Return the names in data.held_out whose text is the same in both evaluations."""
     texts = find_manifest(baseline.paths["texts"]) if "texts" in baseline.paths else None
     if texts is None:
         return set()

@@ -26,22 +26,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Text in a box, as it is."""
+    """Preformatted text in a box."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the HTML page; Markdown leaves it out."""
+    """A figure of the HTML page. Markdown output has no figures."""
 
     title: str
     svg: str
     """The <svg> element, without an XML declaration."""
     text: str
-    """What the figure shows, for readers who cannot see it."""
+    """Description of the figure, for readers who cannot see it."""
     wide: bool = False
-    """As wide as the page."""
+    """Whether the figure is as wide as the page."""
 
 
 Part = str | Table | Code | Figure
@@ -96,7 +96,7 @@ def _markdown(part: str | Table | Code) -> str:
 
 
 def html(document: Document) -> str:
-    """Render the document as one HTML file: styles and figures inside, no scripts, no external
+    """Render the document as one HTML file with styles and figures, without scripts or external
     resources.
     """
     from jinja2 import Environment, StrictUndefined

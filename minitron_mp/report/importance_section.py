@@ -1,4 +1,4 @@
-"""Sections of the report on what was pruned, and on the importance scores that decided it."""
+"""Sections of the report on the pruned sizes and on the importance scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minitron_mp.report.figures.importance import (
 
 
 def pruned_section(plan: PrunePlan, scores: Scores) -> Section:
-    """Sizes before and after, kept layers, and the share of the importance that is kept."""
+    """Build the section with sizes before and after, kept layers, and the kept share of importance."""
     shares = {axis.name: _kept_shares(axis, plan, scores) for axis in AXES.values()}
     texts = [_share_text(name, list(by_layer.values())) for name, by_layer in shares.items()]
     per_layer = {name: by_layer for name, by_layer in shares.items() if AXES[name].per_layer}
@@ -35,7 +35,7 @@ def pruned_section(plan: PrunePlan, scores: Scores) -> Section:
 
 
 def _kept_shares(axis: Axis, plan: PrunePlan, scores: Scores) -> dict[int, float]:
-    """Kept layer -> share of its importance score that is kept."""
+    """Return kept layer -> kept share of its importance scores."""
     shares = {}
     for layer, units in plan.keep[axis.name].items():
         row = scores[axis.name][layer]
@@ -49,9 +49,9 @@ def _share_text(name: str, shares: list[float]) -> str:
 
 
 def importance_section(plan: PrunePlan, scores: Scores, trials: DepthTrials | None, method: str) -> Section:
-    """Figures of all scores; the numbers are in importance.safetensors and depth.json.
+    """Build the section with figures of all scores.
 
-    trials, method: of the stage `depth`.
+    The numbers are in importance.safetensors and depth.json. trials, method: of the stage `depth`.
     """
     cosine = dict(enumerate(scores.layers.tolist()))
     parts: list[Part] = [
@@ -66,7 +66,7 @@ def importance_section(plan: PrunePlan, scores: Scores, trials: DepthTrials | No
 
 
 def _curves(axis: Axis, plan: PrunePlan, scores: Scores) -> list[Figure]:
-    """Scores by rank: of the groups, where the axis has any, and of the units inside them."""
+    """Draw scores by rank: of the groups, if the axis has groups, and of the units inside them."""
     teacher, student = plan.teacher, plan.student
     rows = [
         scores[axis.name][layer].reshape(axis.num_groups(teacher, layer), -1)
@@ -90,7 +90,7 @@ def _curves(axis: Axis, plan: PrunePlan, scores: Scores) -> list[Figure]:
 
 
 def _heat_map(axis: Axis, plan: PrunePlan, scores: Scores) -> Figure:
-    """Layers x units: by number where units are few enough to have groups, by rank otherwise."""
+    """Draw layers x units: units by number if the axis has groups, by rank otherwise."""
     rows = [scores[axis.name][layer] for layer in axis.layers(plan.teacher)]
     title = f"{axis.size.units.capitalize()} of each layer"
     if axis.group is not None:
@@ -100,7 +100,7 @@ def _heat_map(axis: Axis, plan: PrunePlan, scores: Scores) -> Figure:
 
 
 def _trials_figure(method: str, trials: DepthTrials, plan: PrunePlan) -> Figure:
-    """Figure of the accuracies if a task chose the layers, otherwise of the losses."""
+    """Draw the accuracies if a task chose the layers, otherwise the losses."""
     if trials.base.accuracy is None:
         losses = [(trial.dropped, trial.loss) for trial in trials.trials]
         return trials_figure(method, trials.base.loss, losses, plan.layers)

@@ -1,6 +1,6 @@
 """The model card of the exported student: README.md with the front matter of the Hugging Face Hub.
 
-The same artifacts give the same card.
+The card depends only on the artifacts.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
 
 
 def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, assets: Path) -> str:
-    """Text of the card.
+    """Return the text of the card.
 
-    manifest: of the export. family: of the exported model. assets: side files of the model that was
-    pruned. Held-out numbers are included if evaluation.json is about this student. InputError if an
-    artifact is damaged.
+    manifest: of the export. family: of the exported model. assets: folder with tokenizer and other
+    small files of the model that was pruned. Held-out numbers are included if evaluation.json is
+    about this student. InputError if an artifact is damaged.
     """
     plan = PrunePlan.load(paths["plan"])
     num_parameters = plan.student.num_parameters()
@@ -95,8 +95,9 @@ def refresh_model_card(project: Project) -> None:
 
 
 def source_card(folder: Path) -> dict[str, Any]:
-    """License and language from the card of the model in the folder; InputError if its front matter
-    is invalid.
+    """Return license and language from the model card in a folder.
+
+    InputError if its front matter is invalid.
     """
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -106,15 +107,16 @@ def source_card(folder: Path) -> dict[str, Any]:
         fields = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError) as error:
         raise InputError(
-            f"the front matter of {path} cannot be read: {error}; correct it, or move the file away"
+            f"the front matter of {path} cannot be read: {error}; correct it, or delete the file"
         ) from error
     keys = ("license", "license_name", "license_link", "language")
     return {key: fields[key] for key in keys if fields.get(key)}
 
 
 def _hub_name(model: str, assets: Path) -> str | None:
-    """owner/name on the Hub, from the folder of the Hub's cache or from config.json; None if
-    unknown.
+    """Return owner/name on the Hub, or None if it is unknown.
+
+    The name comes from the folder of the Hub's cache, or from config.json.
     """
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", str(Path(model).absolute()))
     if cached:
@@ -142,7 +144,7 @@ def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:
     if not dropped:
         layers = "none"
     elif recipe.target.drop_layers is not None:
-        layers = f"{', '.join(map(str, dropped))}; named in the recipe"
+        layers = f"{', '.join(map(str, dropped))}; listed in the recipe"
     else:
         metric = f" ({recipe.depth.metric})" if recipe.depth.method != "cosine" else ""
         layers = f"{', '.join(map(str, dropped))}; chosen by `{recipe.depth.method}`{metric}"
@@ -184,7 +186,7 @@ def _distillation_text(recipe: Recipe, name: str) -> str:
 
 
 def _evaluation_sections(recipe: Recipe, paths: Paths, manifest: Manifest) -> list[Section]:
-    """Held-out numbers and task scores; [] if nothing, or another student, was evaluated."""
+    """Return the section with held-out numbers and task scores; [] if this student was not evaluated."""
     evaluated = find_manifest(paths["evaluate"])
     if evaluated is None or evaluated.inputs.get("distill") != manifest.inputs["distill"]:
         return []
@@ -207,7 +209,7 @@ def _limitations(recipe: Recipe, family: str, assets: Path) -> list[Part]:
     licences = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in assets.glob(pattern))
     parts: list[Part] = [
         "The usage restrictions of the original model apply to this model. It has the biases of the "
-        "original, and pruning adds errors of its own.",
+        "original, and pruning adds further errors.",
         f"It was distilled on sequences of {recipe.data.sequence_length:,} tokens. It had no alignment or "
         "safety training after that.",
     ]

@@ -1,4 +1,4 @@
-"""What a report needs of a finished project; workflow.graph.StageGraph is one."""
+"""The protocol of a finished project that a report reads. workflow.graph.StageGraph implements it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Project(Protocol):
 
     @property
     def paths(self) -> Paths:
-        """Stage -> artifact, in order."""
+        """Return stage -> artifact, in order."""
 
     @property
     def stages(self) -> Collection[str]:
-        """Names of the stages, in order."""
+        """Return the names of the stages, in order."""
 
     def manifest(self, name: str) -> Manifest:
-        """The manifest that the stage's artifact must have."""
+        """Return the manifest that the stage's artifact must have."""
 
     def before(self, name: str) -> list[str]:
-        """All stages that a stage builds on, in order."""
+        """Return all stages that a stage depends on, in order."""
 
     def without_correction(self) -> Project:
-        """The same recipe without its section `correct`, in the folder of correct.baseline."""
+        """Return the same recipe without its section `correct`, in the folder of correct.baseline."""

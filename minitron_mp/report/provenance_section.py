@@ -1,4 +1,4 @@
-"""Section of the report on how the student was made: commands, recipe, versions."""
+"""Section of the report with the commands, recipe and versions that made the student."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from minitron_mp.report.document import Code, Part, Section, Table
 def provenance_section(
     recipe: Recipe, stages: Sequence[str], num_ranks: int | None, run_log: Mapping[str, RunRecord]
 ) -> Section:
-    """Commands, recipe and versions of the stages as they ran, as far as the run log has them.
+    """Build the section with commands, recipe and versions of the stages, from the run log.
 
-    num_ranks: of the student; None: one replica.
+    num_ranks: ranks of the student; None means one replica.
     """
     from omegaconf import OmegaConf
 
@@ -38,7 +38,7 @@ def provenance_section(
 def _commands(
     recipe: Recipe, stages: Sequence[str], num_ranks: int, run_log: Mapping[str, RunRecord]
 ) -> list[str]:
-    """Commands that repeat the run: one for all stages if they ran alike, then one per stage."""
+    """Return commands that repeat the run: one for all stages if they used one launch, then one each."""
     file = recipe.root / "recipe.yaml"
     launches = {
         stage: (record.launcher, record.layout_overrides(recipe))
@@ -58,7 +58,7 @@ def _commands(
 
 
 def _versions(run_log: Mapping[str, RunRecord]) -> list[tuple[str, str]]:
-    """Software and device of the stages; if they differ, with the stages of each."""
+    """Return rows of software and device. Versions that differ are listed with their stages."""
     stages_by_version: dict[str, dict[str, list[str]]] = {}
     for stage, record in run_log.items():
         versions = dict(record.software)

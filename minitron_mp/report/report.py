@@ -1,4 +1,4 @@
-"""report.md and report.html: what was pruned, what it cost, and how good the student is."""
+"""report.md and report.html: the pruned sizes, the cost of the run, and the student's quality."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from minitron_mp.report.training_section import METRICS_FILES, Metrics, cost_sec
 
 
 def write_report(project: Project) -> None:
-    """Write report.md and report.html of a finished project beside its artifacts; one process."""
+    """Write report.md and report.html of a finished project beside its artifacts; for one process."""
     document = build_report(project)
     root = project.recipe.root
     result = next(part for part in document.sections[0].parts if isinstance(part, Table))
@@ -104,7 +104,7 @@ def _files_section(recipe: Recipe, paths: Paths) -> Section:
 
 
 def _read_metrics(recipe: Recipe, paths: Paths) -> Mapping[str, list[Metrics]]:
-    """Stage that trains -> its logged metrics."""
+    """Return training stage -> its logged metrics."""
     metrics = {}
     if recipe.correct:
         # A teacher that is corrected during distillation logs into the folder of `distill`.

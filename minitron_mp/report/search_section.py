@@ -37,7 +37,7 @@ SEARCH_NOTE = (
 
 
 def search_section(candidates: Sequence[Candidate], budget: str) -> Section:
-    """Table of the candidates, best first, and Pareto fronts of size or latency against loss.
+    """Build the section with a table of candidates, best first, and the Pareto fronts.
 
     budget: parameters, memory_gib or latency_ms. Losses after different numbers of steps cannot be
     compared, so there is one front of the candidates distilled longest, and one of all candidates
@@ -53,7 +53,7 @@ def search_section(candidates: Sequence[Candidate], budget: str) -> Section:
 
 
 def last_distillation(candidate: Candidate) -> Mapping[str, Any] | None:
-    """The measurement after the most steps of distillation; None without one."""
+    """Return the measurement after the most steps of distillation, or None."""
     return max(candidate["distilled"], key=lambda measurement: measurement["steps"], default=None)
 
 
@@ -63,7 +63,7 @@ def _order(candidate: Candidate) -> tuple[int, float]:
 
 
 def _row(candidate: Candidate) -> tuple[str, ...]:
-    """Cells under SEARCH_HEADER."""
+    """Return the cells of a row under SEARCH_HEADER."""
     arch = candidate["arch"]
     last = last_distillation(candidate)
     latency_s = candidate["latency_s"]
@@ -82,12 +82,12 @@ def _row(candidate: Candidate) -> tuple[str, ...]:
 
 
 def _size_text(arch: Mapping[str, Any], axis: Axis) -> str:
-    """Units of an axis, and groups where it has any. arch: fields of Arch."""
+    """Return the units of an axis, and its groups if it has any. arch: fields of Arch."""
     return " / ".join(f"{arch[size.field]:,}" for size in reversed(axis.sizes))
 
 
 def _size_axes(candidates: Sequence[Candidate], budget: str) -> list[tuple[str, Value]]:
-    """(label, value of a candidate) of each x axis."""
+    """Return (label, value of a candidate) of each x axis."""
     axes: list[tuple[str, Value]] = [("parameters (millions)", lambda c: c["parameters"] / 1e6)]
     if budget == "memory_gib":
         axes.append(("memory (GiB)", lambda c: c["memory_gib"]))
@@ -97,7 +97,7 @@ def _size_axes(candidates: Sequence[Candidate], budget: str) -> list[tuple[str, 
 
 
 def _loss_groups(candidates: Sequence[Candidate]) -> list[tuple[str, list[Candidate], Value]]:
-    """(when the loss was measured, candidates, loss of a candidate) of each figure."""
+    """Return (time of the measurement, candidates, loss of a candidate) of each figure."""
     finite = [
         candidate
         for candidate in candidates

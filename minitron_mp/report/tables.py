@@ -39,7 +39,7 @@ def load_evaluation(paths: Paths) -> dict[str, Any]:
 
 
 def quality_table(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
-    """Size, loss and KL of every evaluated model, one row each.
+    """Return a table with size, loss and KL of every evaluated model.
 
     The rows are: uncorrected teacher, teacher, unpruned model if it is not the teacher, pruned
     student, distilled student. speed: add measured speeds, if `evaluate` measured them.
@@ -67,7 +67,7 @@ def quality_table(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
 def _quality_cells(
     name: str, arch: Arch, recipe: Recipe, unpruned: Arch, quality: Mapping[str, Any]
 ) -> list[str]:
-    """Cells under QUALITY_HEADER."""
+    """Return the cells of a row under QUALITY_HEADER."""
     count = arch.num_parameters()
     precision = recipe.teacher_precision if name == "teacher" else recipe.precision
     return [
@@ -82,7 +82,7 @@ def _quality_cells(
 
 
 def _speed_columns(evaluation: Evaluation) -> list[tuple[str, dict[str, str]]]:
-    """(header, model -> tokens/s) of each measured shape; [] if speed was not measured."""
+    """Return (header, model -> tokens/s) of each measured shape; [] if speed was not measured."""
     if "speed" not in evaluation:
         return []
     models = evaluation["speed"]["models"]
@@ -96,7 +96,7 @@ def _speed_columns(evaluation: Evaluation) -> list[tuple[str, dict[str, str]]]:
 
 
 def speed_note(evaluation: Evaluation) -> list[str]:
-    """A paragraph on how the speeds were measured; [] if they were not."""
+    """Return a paragraph on the measurement of the speeds; [] if speed was not measured."""
     if "speed" not in evaluation:
         return []
     speed = evaluation["speed"]
@@ -115,13 +115,13 @@ def speed_note(evaluation: Evaluation) -> list[str]:
         "Columns tokens/s, samples x tokens: throughput of one forward pass (prefill) over that many "
         "samples of that length, in this run's layout and without the output layer, which prefill needs "
         f"for one token per sample only. {passes} on {speed['device']}, {ranks}. Models of the same "
-        "architecture share one measurement. There is no serving engine and no decoding here: compare "
-        "rows with each other, not with other programs."
+        "architecture share one measurement. The measurement uses no serving engine and no decoding, so "
+        "compare rows with each other, not with other programs."
     ]
 
 
 def tasks_table(evaluation: Evaluation) -> Table | None:
-    """Task scores with standard errors, one column per model; None without tasks."""
+    """Return task scores with standard errors, one column per model; None without tasks."""
     tasks = evaluation.get("tasks", {})
     if not tasks:
         return None
@@ -142,8 +142,9 @@ HARNESS_HEADER = ("task", "version", "shots", "items", "metric", "value", "stand
 
 
 def harness_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows under HARNESS_HEADER, one per task and metric, of a file written by the command
-    `harness`.
+    """Return rows under HARNESS_HEADER, one per task and metric.
+
+    results: content of a file written by the command `harness`.
     """
     rows: list[tuple[str, ...]] = []
     for task, values in results["results"].items():
@@ -165,9 +166,9 @@ def _number(value: float | int | str) -> str:
 
 
 def harness_table(root: Path, paths: Paths) -> Table | None:
-    """Results of the command `harness` for the models as they are now; None without any.
+    """Return the results of the command `harness` for the current models; None without any.
 
-    Results of a model that has been made again since are left out.
+    Results of a model that was rebuilt later are not included.
     """
     rows: list[tuple[str, ...]] = []
     for path in sorted(root.glob("harness_*.json")):
@@ -185,7 +186,7 @@ def harness_table(root: Path, paths: Paths) -> Table | None:
 
 
 def _are_current(inputs: Mapping[str, str], paths: Paths) -> bool:
-    """Whether the artifacts on disk have these fingerprints. inputs: stage -> fingerprint."""
+    """Return whether the artifacts on disk have these fingerprints. inputs: stage -> fingerprint."""
     current = {}
     for stage in inputs:
         manifest = find_manifest(paths[stage]) if stage in paths else None
@@ -195,7 +196,7 @@ def _are_current(inputs: Mapping[str, str], paths: Paths) -> bool:
 
 
 def texts_table(evaluation: Evaluation) -> Table | None:
-    """Losses on the texts of data.held_out, one column per model; None without such texts."""
+    """Return losses on the texts of data.held_out, one column per model; None without such texts."""
     texts = evaluation.get("texts", {})
     if not texts:
         return None
@@ -208,7 +209,7 @@ def texts_table(evaluation: Evaluation) -> Table | None:
 
 
 def headline(quality: Table, evaluation: Evaluation) -> str:
-    """Two sentences on the student, with the numbers of the quality table."""
+    """Return two sentences on the student with the numbers of the quality table."""
     rows = {row[0]: dict(zip(quality.header, row)) for row in quality.rows}
     student = rows["distilled"]
     return (

@@ -18,10 +18,10 @@ Metrics = Mapping[str, Any]
 """Metrics of one logged step."""
 
 TITLES = {"correct": "Teacher correction", "distill": "Distillation"}
-"""Stage that trains -> title of its section."""
+"""Training stage -> title of its section."""
 
 METRICS_FILES = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Stage that trains -> file of its metrics."""
+"""Training stage -> file of its metrics."""
 
 COLUMNS = {
     "step": ("step", "d"),
@@ -33,14 +33,14 @@ COLUMNS = {
 """Column of the table of steps -> (key of the metrics, format)."""
 
 TABLE_STEPS = 11
-"""Rows of the table of steps: evenly spaced over the run."""
+"""Number of rows in the table of steps, evenly spaced over the run."""
 
 COST_HEADER = ("stage", "steps", "tokens", "tokens/s", "training hours", "total hours", "rank-hours")
 
 COST_NOTE = (
     "Training hours: wall-clock time of the optimizer steps in all commands, without loading and "
-    "saving; those of a search include its pruning, checkpoints and losses. Total hours: wall-clock "
-    "time of the command that finished the stage; time spent before an interruption is not counted. "
+    "saving. The hours of a search include its pruning, checkpoints and evaluation. Total hours: wall-clock "
+    "time of the command that finished the stage, without the time before an interruption. "
     "Rank-hours: total hours times the ranks of the job. A stage without an entry in the run log has no "
     "total hours, and is not in the sums."
 )
@@ -56,7 +56,7 @@ class TrainingCost:
 
 
 def training_section(stage: str, metrics: Sequence[Metrics], before: Sequence[Part]) -> Section:
-    """Summary, curves and a table of steps of a training run. before: parts that come first."""
+    """Build the section with summary, curves and a table of steps. before: parts that come first."""
     title = TITLES[stage]
     if not metrics:
         return Section(title, [*before, "No steps were logged."])
@@ -85,7 +85,7 @@ def cost_section(
     recipe: Recipe,
     run_log: Mapping[str, RunRecord],
 ) -> Section:
-    """Steps, tokens and hours of each stage. candidates: of a search."""
+    """Build the section with steps, tokens and hours of each stage. candidates: of a search."""
     costs = {stage: _training_cost(rows) for stage, rows in metrics.items() if rows}
     search = _search_cost(candidates, recipe)
     if search:
@@ -117,7 +117,7 @@ def cost_section(
 
 
 def _search_cost(candidates: Sequence[Candidate], recipe: Recipe) -> TrainingCost | None:
-    """Cost of distilling the candidates of a search; None if none was distilled."""
+    """Return the cost of distilling the candidates of a search; None if none was distilled."""
     rounds = [measurement for candidate in candidates for measurement in candidate["distilled"]]
     if not rounds:
         return None

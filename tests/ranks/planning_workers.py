@@ -178,7 +178,7 @@ def training_bytes(arch: Arch, cases: list[tuple[ParallelConfig, int, str]]) -> 
                         ),
                         "gradients (float32)": sum(
                             weight.main_grad.nbytes
-                            for model in training.models
+                            for model in training.model.chunks
                             for weight in model.parameters()
                         ),
                         "optimizer state": sum(tensor.nbytes for tensor in state),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 import reference
@@ -129,6 +132,26 @@ def trials_of(*dropped_and_loss, accuracies=None):
     return DepthTrials(base=Trial(dropped=[], loss=1.0, accuracy=0.9 if accuracies else None), trials=trials)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"base": 1.0, "trials": []}, "base: Input should be"),
+        ({"base": {"dropped": [], "loss": 1.0, "nats": 1.0}, "trials": []}, "base.nats: Extra inputs"),
+        ({"base": {"dropped": [], "loss": 1.0}}, "trials: Field required"),
+        ([], "content: Input should be"),
+    ],
+)
+def test_depth_file_of_another_format(tmp_path, content, problem):
+    path = tmp_path / "depth.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as raised:
+        DepthTrials.load(path)
+    text = str(raised.value)
+    assert re.match(rf"{re.escape(str(path))} is in another format \({re.escape(problem)}", text)
+    assert text.endswith("; run `minitron-mp depth --force` again")
+    assert "\n" not in text
+
+
 def singles_of(losses, accuracies=None):
     """One trial for each layer."""
     return trials_of(*(([i], loss) for i, loss in enumerate(losses)), accuracies=accuracies)
@@ -154,7 +177,7 @@ def test_protected_layers_are_kept():
     assert depth_candidates(DepthConfig(method="drop", protect_first=1, protect_last=2), 6, 1) == [
         frozenset({i}) for i in (1, 2, 3)
     ]
-    with pytest.raises(InputError, match="leave 3 of 6 layers that may go, the target drops 4"):
+    with pytest.raises(InputError, match="leave 3 of 6 layers to drop from, the target drops 4"):
         droppable_layers(DepthConfig(protect_first=1, protect_last=2), 6, 4)
 
 
@@ -198,7 +221,7 @@ def test_close_layer_cut_is_reported():
     cosine = [0, 2, 1, 2, 3, 0]
     assert notes(6, 4, DepthConfig(), cosine=cosine) == []
     (note,) = notes(6, 4, DepthConfig(protect_first=1, protect_last=1), cosine=cosine)
-    assert note == "layers: the last kept and first cut score are 2 and 2, nearer than rounding"
+    assert note == "layers: the last kept and first cut score are 2 and 2, closer than rounding noise"
     assert notes(6, 5, DepthConfig(), cosine=cosine) != []  # the two of score 0
     assert notes(6, 5, DepthConfig(protect_first=1), cosine=cosine) == []
     assert (
@@ -218,7 +241,7 @@ def test_trials_closer_than_rounding_are_reported():
     (note,) = notes(5, 3, DepthConfig(method="drop"), singles)
     assert (
         note == "layers: without 1 (chosen) and without 3 (next best) the losses are 1.2 and 1.2000024, "
-        "nearer than rounding"
+        "closer than rounding noise"
     )
     assert [notes(5, keep, DepthConfig(method="drop"), singles) for keep in (4, 2, 1)] == [
         [],
@@ -249,7 +272,7 @@ def test_equal_accuracies_are_close_if_losses_are_close():
     (note,) = notes(4, 2, depth, trials)
     assert note.endswith(
         "without 0 (chosen) and without 2 (next best) the accuracy is 50.0%, "
-        "and the losses are 1.2 and 1.2000024, nearer than rounding"
+        "and the losses are 1.2 and 1.2000024, closer than rounding noise"
     )
     assert [notes(4, keep, depth, trials) for keep in (3, 1)] == [
         [],

@@ -88,7 +88,7 @@ def test_invalid_line_is_named(tmp_path, line):
     (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0]) + "\n\n" + line + "\n")
     with pytest.raises(
         InputError,
-        match=r"task\.jsonl line 3 is not a task item: needs text, or query, choices \(two or more\)",
+        match=r"task\.jsonl line 3 is not a task item; it needs text, or query, choices \(two or more\)",
     ):
         read_task_file(tmp_path / "task.jsonl")
 
@@ -108,6 +108,6 @@ def test_files_without_items_are_rejected(tmp_path, files):
     with pytest.raises(InputError, match="there is no file"):
         read_task_file(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="contains no item"):
+    with pytest.raises(InputError, match="contains no task item"):
         read_task_file(tmp_path / "empty.jsonl")
     assert len(read_task_file(files / "choices.jsonl", limit=2)) == 2

@@ -97,7 +97,7 @@ def test_published_grids_are_among_the_candidates():
         survey_candidates(one, read_arch(CONFIGS / "nemotron_4_15b", weights=False)) for one in (recipe, fp8)
     )
     assert {arch.hidden_size for arch in usual} - {arch.hidden_size for arch in fit} == {4680}
-    assert "distill.fp8 wants multiples of 16 of all widths on a rank" in left_out
+    assert "distill.fp8 needs widths that are multiples of 16 on each rank" in left_out
     assert len(four) == 18
     assert "l32-h3072-f9216-a24-g8" in four  # Minitron 4B
     assert len(eight) == 18
@@ -179,7 +179,7 @@ def test_memory_budget_counts_the_kv_cache():
         ),
         (
             {"parameters": "8B", "max_candidates": 3},
-            "search.max_candidates is 3: list fewer sizes, or raise it",
+            "search.max_candidates is 3: list fewer sizes, or raise search.max_candidates",
         ),
     ],
 )
@@ -207,7 +207,7 @@ def test_invalid_searches_are_rejected(search, words):
         (
             {"num_layers": [20]},
             {"depth": {"protect_first": 12, "protect_last": 12}},
-            "leave 6 layers that may go; protect fewer, or keep more layers (",
+            "leave 6 layers to drop from; protect fewer, or keep more layers (",
         ),
         (
             {"num_layers": [20]},

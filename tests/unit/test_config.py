@@ -107,7 +107,7 @@ def test_parameter_count_suffixes(text, number):
         ),
         (
             {"data": {"train": ["a"], "valid": ["b"], "calibration": ["c"], "valid_fraction": 0.1}},
-            r"data: calibration, train and valid replace source and valid_fraction; drop",
+            r"data: calibration, train and valid replace source and valid_fraction, and both",
         ),
         (
             {"teacher": {"window": 5}},
@@ -119,7 +119,7 @@ def test_parameter_count_suffixes(text, number):
         ),
         ({"data": None}, r"data: .*given None"),
         ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: .*valid list, given 5"),
-        ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
+        ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 must not be above lr 0\.0001"),
         ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),
         ({"modle": "x"}, r"unknown key modle; did you mean model\?"),
         ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),
@@ -192,7 +192,7 @@ def test_missing_file_and_non_mapping(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(InputError, match="no recipe at"):
             load_recipe(path)
-    with pytest.raises(InputError, match="recipe holds list, not keys and values"):
+    with pytest.raises(InputError, match="recipe contains list, not keys and values"):
         make_recipe(["model"])
 
 

@@ -319,7 +319,8 @@ def test_close_cuts_are_reported():
         plans[2, 0].notes == plans[3, 0].notes == plans[3, 1].notes == []
     )  # both stay; of three kept heads only the third takes a residual
     assert plans[2, 1].notes == [
-        "heads of layer 0: two scores whose order decides what is merged are 4 and 4, nearer than rounding"
+        "heads of layer 0: two scores that decide which units are merged are 4 and 4, "
+        "closer than rounding noise"
     ]
 
 
@@ -353,15 +354,15 @@ def test_close_cuts_are_reported():
         (
             {"num_query_groups": 1, "num_attention_heads": 6},
             1,
-            r"num_attention_heads 6 in 1 query groups are more a group than the teacher's 4; at most 4",
+            r"num_attention_heads 6 in 1 query groups is more per group than the teacher's 4; at most 4",
         ),
         (
             {"hidden_size": 32, "merge_heads": True},
             1,
-            r"merge_heads: each query group that stays keeps its 4 heads, .* give fewer num_attention_heads",
+            r"merge_heads: each kept query group keeps its 4 heads, .* give fewer num_attention_heads",
         ),
-        ({"num_query_groups": 1, "merge_heads": True}, 1, r"nothing to merge; drop it"),
-        ({"keep": 0.75, "merge_heads": True}, 1, r"nothing to merge; drop it"),
+        ({"num_query_groups": 1, "merge_heads": True}, 1, r"nothing to merge; remove merge_heads"),
+        ({"keep": 0.75, "merge_heads": True}, 1, r"nothing to merge; remove merge_heads"),
         ({"num_layers": 5}, 1, r"num_layers 5 is larger than the teacher's 4"),
         (
             {"hidden_size": 40, "ffn_hidden_size": 100, "num_layers": 9},
@@ -511,20 +512,20 @@ BY_HAND = {layer: [0, 1, 4, 5] for layer in range(4)}
     [
         ("keep", "heads", {0: [0, 1, 2, 4]}, r"heads\[0\] does not keep 2 heads in each of 2 query groups"),
         ("keep", "heads", {3: [0, 1, 2, 3]}, r"heads\[3\] does not keep 2 heads in each of 2 query groups"),
-        ("keep", "heads", {3: [0, 1, 4]}, r"keep.heads\[3\] has 3 entries, the student 4"),
+        ("keep", "heads", {3: [0, 1, 4]}, r"keep.heads\[3\] has 3 entries, the student needs 4"),
         ("keep", "heads", {3: [0, 1, 5, 4]}, r"heads\[3\] is not strictly ascending from 0 to 7"),
         ("keep", "heads", {4: [0]}, r"keep.heads has 0, 1, 2, 3, 4, it needs 0, 1, 2, 3"),
-        ("keep", "hidden", {NO_LAYER: [1, 0]}, r"keep.hidden has 2 entries, the student 48"),
+        ("keep", "hidden", {NO_LAYER: [1, 0]}, r"keep.hidden has 2 entries, the student needs 48"),
         ("keep", "experts", {0: [0]}, r"keep has hidden, ffn, heads, experts, it needs hidden, ffn, heads"),
         ("merge", "heads", {4: []}, r"merge.heads has 0, 1, 2, 3, 4, it needs 0, 1, 2, 3"),
         (
             "merge",
             "heads",
             {3: [(0, 6)]},
-            r"merge.heads\[3\] is not \(kept head, pruned head of the same group",
+            r"merge.heads\[3\] needs pairs \(kept head, pruned head of the same group",
         ),
-        ("merge", "heads", {0: [(2, 3)]}, r"merge.heads\[0\] is not"),
-        ("merge", "heads", {0: [(0, 1)]}, r"merge.heads\[0\] is not"),
+        ("merge", "heads", {0: [(2, 3)]}, r"merge.heads\[0\] needs pairs"),
+        ("merge", "heads", {0: [(0, 1)]}, r"merge.heads\[0\] needs pairs"),
         ("merge", "heads", {0: [(0, 2), (0, 3)]}, r"each kept head at most once"),
         ("merge", "ffn", {0: []}, r"merge has heads, ffn, it needs heads"),
     ],
@@ -566,5 +567,5 @@ def test_layers_may_keep_different_numbers_of_units():
     assert [plan.units(FFN, layer).size for layer in range(4)] == [32, 96, 96, 96]
     assert {row[0]: row[2] for row in plan.summary()}["num_attention_heads"] == "3.5"
     values["keep"]["ffn"][1] = list(range(32))
-    with pytest.raises(ValueError, match=r"keep.ffn\[1\] has 32 entries, the student 96"):
+    with pytest.raises(ValueError, match=r"keep.ffn\[1\] has 32 entries, the student needs 96"):
         PrunePlan.model_validate(values)

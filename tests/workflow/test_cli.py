@@ -423,7 +423,7 @@ def test_dry_run_of_a_cluster(here, inputs, tmp_path, capsys):
         "[3, 2, 2, 2]",
         "[2, 2, 2, 2]",
         "teacher parameters",
-        f"{STEPS} steps of 4 samples of 32 tokens: {STEPS * 128:,} tokens",
+        f"{STEPS} steps x 4 samples x 32 tokens = {STEPS * 128:,} tokens",
         "memory: optimizer state",
         "memory: sum on the fullest rank",
     ):
@@ -606,7 +606,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     for text in (
         "4 = tp 2 x pp 1 x cp 1 x dp 2",
         "2 = tp 2 x pp 1 x cp 1 x dp 1",
-        "hidden, 256 bytes a token",
+        "hidden: 256 bytes per token",
         "teacher's output layer (a copy)",
     ):
         assert text in out, out
@@ -615,7 +615,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     code, out, err = here("compress", recipe, "--dry-run", "--world", "6", *words, states)
     assert (code, err) == (0, "")
     for text in (
-        "hidden and states, 768 bytes a token",
+        "hidden and states: 768 bytes per token",
         "memory: gradients of states",
         "memory: up-projection of states",
     ):

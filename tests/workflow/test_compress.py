@@ -653,7 +653,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     refused(on_rank("compress", recipe, "correct.stepz=3"), "unknown key correct.stepz; did you mean steps?")
     refused(
         on_rank("compress", recipe, "correct.warmup_steps=20"),
-        "correct: warmup_steps 20 must be smaller than steps 20",
+        "correct: warmup_steps 20 must be smaller than steps 20; lower warmup_steps",
     )
 
 
@@ -804,7 +804,7 @@ def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
     )
     refused(
         on_rank("compress", recipe, "depth.protect_last=2"),
-        "leave 1 of 4 layers that may go, the target drops 2",
+        "leave 1 of 4 layers to drop from, the target drops 2",
     )
 
 

@@ -22,7 +22,7 @@ from minitron_mp.artifacts.run_log import FILE, JobInfo, append_record, records_
 from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.pruning.candidates import front
-from minitron_mp.pruning.depth import DepthTrials
+from minitron_mp.pruning.depth import DepthTrials, Trial
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.report.document import Document, Figure, Table, html, markdown
@@ -297,8 +297,10 @@ def test_optional_stage_files_are_included(whole, tmp_path):
         json.dumps({"manifest": first.manifest("plan").model_dump(mode="json"), "candidates": candidates()})
     )
     (gone,) = {*range(4)} - {*plan.layers}
-    losses = [([layer], 1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
-    DepthTrials(base=1.25, trials=losses).save(project.paths["depth"], project.manifest("depth"))
+    trials = [Trial(dropped=[layer], loss=1.5 if layer == gone else 2.0 + layer) for layer in range(4)]
+    DepthTrials(base=Trial(dropped=[], loss=1.25), trials=trials).save(
+        project.paths["depth"], project.manifest("depth")
+    )
     plain, more = build_report(first), build_report(project)
     assert {s.title for s in more.sections} - {s.title for s in plain.sections} == {"Search"}
     (cost,) = (

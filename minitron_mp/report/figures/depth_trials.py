@@ -12,7 +12,7 @@ from minitron_mp.report.figures.drawing import INK, KEPT, PRUNED, SOFT, drawing
 from minitron_mp.report.figures.importance import layer_bars
 
 Trial = tuple[Sequence[int], float]
-"""(layers left out, loss or accuracy)."""
+"""(dropped layers, loss or accuracy)."""
 
 
 def trials_figure(
@@ -45,7 +45,7 @@ def trials_figure(
             if block_size == 1
             else f"{quantity} without {block_size} layers in a row"
         )
-    # The plan may keep all layers, as a candidate of a search; then no trial is the chosen one.
+    # The plan of a search candidate may keep all layers. Then no trial is the chosen one.
     chosen = next((i for i, (layers, _) in enumerate(trials) if sorted(layers) == dropped), None)
     x = [len(layers) if is_greedy else layers[0] for layers, _ in trials]
     values_by_trial = [value for _, value in trials]

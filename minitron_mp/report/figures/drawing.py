@@ -1,4 +1,4 @@
-"""What all figures share: style, axes of a fixed size, and the conversion to SVG."""
+"""Helpers for all figures: style, axes of a fixed size, and the conversion to SVG."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT = "#0b57a4"
 PRUNED = "#b35900"
 
 HATCHED: dict[str, Any] = {"facecolor": "#f3dfcc", "edgecolor": PRUNED, "hatch": "///"}
-"""Style of an area that stands for something pruned."""
+"""Style of an area that marks pruned units or layers."""
 
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -64,7 +64,7 @@ WIDE = (9.4, 2.6)
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure while it is drawn. text: a sentence that states what it shows."""
+    """A figure while it is drawn. text: a sentence that describes it."""
 
     canvas: Canvas
     axes: Axes
@@ -73,7 +73,7 @@ class Drawing:
     wide: bool
 
     def finish(self) -> Figure:
-        """The figure as SVG."""
+        """Return the figure as SVG."""
         return Figure(self.title, svg_of(self.canvas, f"{self.title}. {self.text}"), self.text, self.wide)
 
 
@@ -84,8 +84,7 @@ def drawing(
     """Yield axes to draw on, under the style of the report."""
     canvas = Canvas(figsize=size)
     width, height = size
-    # The same margins in inches for every figure; a layout engine would draw each figure four
-    # times.
+    # Fixed margins in inches, because a layout engine would draw each figure four times.
     margins = {
         "left": 0.5 / width,
         "right": 1 - 0.12 / width,
@@ -111,7 +110,7 @@ def note_above(ax: Axes, text: str, x: float) -> None:
 
 
 def svg_of(canvas: Canvas, label: str) -> str:
-    """The <svg> element of a canvas, with a label for screen readers."""
+    """Return the <svg> element of a canvas, with a label for screen readers."""
     out = io.StringIO()
     with matplotlib.rc_context(STYLE):
         FigureCanvasSVG(canvas)

@@ -26,10 +26,10 @@ from minitron_mp.report.figures.drawing import (
 )
 
 CURVE_POINTS = 128
-"""Points of a curve: more cannot be seen."""
+"""Number of points of a curve. More points would not be visible."""
 
 LINES = ((KEPT, "o"), ("#3f8f5f", "s"), (SOFT, "^"), (INK, "v"))
-"""(colour, marker) of one axis after the other."""
+"""(colour, marker) of each axis, in order."""
 
 HEAT_MAP_BINS = 64
 """Columns of a heat map over ranks."""
@@ -69,9 +69,9 @@ def kept_layers_figure(num_layers: int, shares: Mapping[str, Mapping[int, float]
 
 
 def score_curves(title: str, rows: Sequence[np.ndarray], keep: Sequence[int], unit: str) -> Figure:
-    """Draw the scores of each row, largest first, and the cut, where it is the same in all rows.
+    """Draw the scores of each row, largest first, and the cut if it is the same in all rows.
 
-    keep: how many units stay in each row, for rows that are kept.
+    keep: number of kept units in each kept row.
     """
     ordered = [-np.sort(-row) for row in rows]
     num_rows = len(rows)
@@ -138,28 +138,29 @@ def layer_bars(
 def rank_heat_map(title: str, rows: Sequence[np.ndarray], keep: Sequence[int], units: str) -> Figure:
     """Draw layers x ranks: scores sorted, averaged over bins, relative to the layer's mean.
 
-    rows: scores of each layer. keep: how many units stay in each kept layer.
+    rows: scores of each layer. keep: number of kept units in each kept layer.
     """
     sizes = [row.size for row in rows]
     num_bins = min(*sizes, HEAT_MAP_BINS)
     relative = np.array([_binned(row, num_bins) / row.mean() for row in rows])
-    n, alike = max(sizes), len(set(sizes)) == 1
-    number = f"{n:,}" if alike else f"{min(sizes):,} to {n:,}"
+    n = max(sizes)
+    is_uniform = len(set(sizes)) == 1
+    number = f"{n:,}" if is_uniform else f"{min(sizes):,} to {n:,}"
     text = f"One row per layer: its {number} {units} sorted by score. {_range_text(relative)}"
     with drawing(title, text, HEAT_MAP) as figure:
         ax = figure.axes
-        _draw_heat_map(ax, relative, (0.5, n + 0.5) if alike else (0.0, 1.0))
-        if alike and len(set(keep)) == 1 and keep[0] < n:
+        _draw_heat_map(ax, relative, (0.5, n + 0.5) if is_uniform else (0.0, 1.0))
+        if is_uniform and len(set(keep)) == 1 and keep[0] < n:
             ax.axvline(keep[0] + 0.5, color="#fff", lw=3)
             ax.axvline(keep[0] + 0.5, color=PRUNED, lw=1.4)
             note_above(ax, f"cut after {keep[0]:,}", keep[0] + 0.5)
-        ranks = "rank in the layer" if alike else "rank / number in the layer"
+        ranks = "rank in the layer" if is_uniform else "rank / number in the layer"
         ax.set(xlabel=f"{units}, by {ranks}", title="layer")
     return figure.finish()
 
 
 def _binned(row: np.ndarray, num_bins: int) -> list[float]:
-    """Means of equal parts of the scores, largest first."""
+    """Return the means of equal parts of the scores, largest first."""
     return [part.mean() for part in np.array_split(-np.sort(-row), num_bins)]
 
 

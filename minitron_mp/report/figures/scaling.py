@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from minitron_mp.report.figures.drawing import KEPT, STYLE
 
 MIN_SHARE = 0.02
-"""Smallest share of a step that gets a band of its own."""
+"""Smallest share of a step that has a separate band."""
 
 HATCHES = ("", "///", "...", "xx", "--", "ooo", "++")
 
@@ -59,9 +59,7 @@ def write_scaling_figure(
 
 
 def _bands(steps: Sequence[Mapping[str, float]], computation: Sequence[str]) -> dict[str, list[float]]:
-    """Share of each band in each step: computation first, then every other part that is large
-    enough.
-    """
+    """Return the share of each band in each step: computation, then the parts above MIN_SHARE."""
     shares = []
     for seconds in steps:
         step_s = sum(seconds.values())
