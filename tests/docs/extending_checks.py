@@ -112,7 +112,7 @@ def check_loss() -> None:
     from minitron_mp.losses.fused import distillation_loss
     from minitron_mp.losses.objective import Objective, TeacherLogits
 
-    name = DistillConfig(divergence="renyi").divergence
+    name = DistillConfig(divergence="hellinger").divergence
     torch.manual_seed(0)
     s, b, h, columns, vocab_size, temperature = 5, 2, 8, 48, 41, 2.0
     hidden = torch.randn(s, b, h, requires_grad=True)
@@ -136,7 +136,7 @@ def check_loss() -> None:
     logits = dense_hidden @ dense_weight[:vocab_size].T
     q = F.softmax(logits / temperature, -1)
     p = F.softmax(teacher[..., :vocab_size].double() / temperature, -1)
-    divergence = -2 * (p * q).sqrt().sum(-1).log()
+    divergence = 2 - 2 * (p * q).sqrt().sum(-1)
     ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(s, b)
     dense_loss = ((temperature**2 * divergence + 0.5 * ce) * token_weights).sum()
     dense_loss.backward()
