@@ -22,14 +22,15 @@ LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_positi
 
 REQUIRED_SIZES = (
     "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
+    "ffn_hidden_size",
+    "num_layers",
     "num_attention_heads",
     "vocab_size",
     "max_position_embeddings",
 )
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-"""Sizes that may be missing or null."""
+"""Fields of Arch that config.json must give, under the family's names."""
+OPTIONAL_SIZES = ("num_query_groups", "kv_channels")
+"""Fields of Arch that may be missing or null."""
 
 
 def has_weights(folder: Path) -> bool:
@@ -62,7 +63,7 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
         refuse(title, [*problems, _family_problem(config)])
     assert family is not None
     config = {**DEFAULTS, **family.defaults, **config}
-    refuse(title, problems + _size_problems(config) + _setting_problems(config, family))
+    refuse(title, problems + _size_problems(config, family) + _setting_problems(config, family))
     return _arch(config, family, title)
 
 
@@ -126,9 +127,12 @@ def _family_problem(config: Mapping[str, Any]) -> str:
 
 
 def _arch(config: dict[str, Any], family: Family, title: str) -> Arch:
-    heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    key_of = family.config_fields
+    heads, groups, width = (
+        key_of[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels")
+    )
+    config[groups] = config.get(groups) or config[heads]
+    config[width] = config.get(width) or config[key_of["hidden_size"]] // config[heads]
     rope = _rope(config)
     fields = {name: config[key] for name, key in family.config_fields.items()}
     try:
@@ -149,18 +153,22 @@ def _arch(config: dict[str, Any], family: Family, title: str) -> Arch:
         raise InputError("\n".join([title, *rows])) from error
 
 
-def _size_problems(config: Mapping[str, Any]) -> list[str]:
+def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    key_of = family.config_fields
     problems = []
-    for name in REQUIRED_SIZES:
-        if not _is_positive(config.get(name)):
-            problems.append(f"{name} is {config.get(name)!r}, not a positive integer")
-    for name in OPTIONAL_SIZES:
-        size = config.get(name)
+    for key in (key_of[name] for name in REQUIRED_SIZES):
+        if not _is_positive(config.get(key)):
+            problems.append(f"{key} is {config.get(key)!r}, not a positive integer")
+    for key in (key_of[name] for name in OPTIONAL_SIZES):
+        size = config.get(key)
         if size is not None and not _is_positive(size):
-            problems.append(f"{name} is {size!r}, not a positive integer")
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+            problems.append(f"{key} is {size!r}, not a positive integer")
+    heads, groups = config.get(key_of["num_attention_heads"]), config.get(key_of["num_query_groups"])
     if not problems and groups and heads is not None and heads % groups:
-        problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        problems.append(
+            f"{key_of['num_attention_heads']} {heads} is not a multiple of "
+            f"{key_of['num_query_groups']} {groups}"
+        )
     return problems
 
 

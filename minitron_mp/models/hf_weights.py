@@ -132,11 +132,12 @@ def hf_names(key: str, arch: Arch) -> list[str]:
 
 def hf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every Hugging Face weight, without padding of the vocabulary."""
-    return {
-        name: (rows, *shape[1:])
-        for key, shape in arch.shapes().items()
-        for name, rows in zip(hf_names(key, arch), _rows(key, arch))
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in arch.shapes().items():
+        names, rows = hf_names(key, arch), _rows(key, arch)
+        assert len(names) == len(rows), f"{arch.family} maps {key} to {names}; it needs {len(rows)} weights"
+        shapes |= {name: (count, *shape[1:]) for name, count in zip(names, rows)}
+    return shapes
 
 
 def to_hf(key: str, tensor: Tensor, arch: Arch) -> dict[str, Tensor]:

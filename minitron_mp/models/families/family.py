@@ -85,7 +85,10 @@ class ExportAs:
 class Family:
     """A model family: its names in transformers, its switches, and its rules.
 
-    The defaults describe Llama. A family sets only the fields that differ.
+    The defaults describe Llama. A family sets only the fields that differ. Supported blocks have a
+    norm before attention and a norm before the MLP; RMSNorm, or LayerNorm whose weight is stored
+    minus one; an optional bias of q, k and v and no other bias; an optional norm of q and k per
+    head; SwiGLU, or squared ReLU without a gate; q, k and v as three weights.
     """
 
     name: str
