@@ -107,7 +107,7 @@ def source_card(folder: Path) -> dict[str, Any]:
         fields = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, YAMLError) as error:
         raise InputError(
-            f"the front matter of {path} cannot be read: {error}; correct it, or delete the file"
+            f"the front matter of {path} cannot be read: {error}; correct it, or rename the file"
         ) from error
     keys = ("license", "license_name", "license_link", "language")
     return {key: fields[key] for key in keys if fields.get(key)}

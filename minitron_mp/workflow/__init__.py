@@ -1,4 +1,4 @@
-"""Stages: artifacts in, one artifact out, resumable.
+"""The stages of a run. Each reads artifacts and writes one, so a run can be resumed.
 
 run              compress, run_stage
 stage, stages    Stage; one module for each stage, in order

@@ -1,4 +1,4 @@
-"""What a stage works with on a rank: its recipe and artifacts, and the rank's world."""
+"""The context of a stage on one rank: its recipe, artifacts and world."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from minitron_mp.workflow.stage_files import StageFiles
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext(StageFiles):
-    """One stage of one recipe on this rank."""
+    """A stage of a recipe on this rank."""
 
     world: World
     students: dict[str, Recipe] = field(default_factory=dict)
@@ -46,9 +46,9 @@ class StageContext(StageFiles):
         fp8: str | None = None,
         random_weights: bool = False,
     ) -> ShardedModel:
-        """Build a model in this recipe's layout.
+        """Build a model in this recipe's layout, without loading weights.
 
-        Precision: default the recipe's. Weights are not loaded.
+        precision: default: the recipe's.
         """
         return build_model(
             arch,
@@ -74,7 +74,7 @@ class StageContext(StageFiles):
     ) -> ColocatedTeacher:
         """Load the teacher of the student onto these ranks.
 
-        pairs: hidden states that it provides. corrected: with the weights after `distill`, if that
+        pairs: hidden states that the teacher provides. corrected: with the weights after `distill`, if that
         stage corrects the teacher. fp8: teacher.fp8 for training, None for evaluation.
         """
         return ColocatedTeacher(self.teacher_model(corrected=corrected, fp8=fp8), pairs=pairs)
@@ -113,7 +113,7 @@ class StageContext(StageFiles):
                 raise InputError(problem)
         unit = micro_batch_size * dp.size() * interleaved
         num_units = -(-num_samples // unit)
-        # up to four rounds of the pipeline per group
+        # A group has up to four rounds of the pipeline.
         most = min(4 * world.parallel.pp, num_units)
         size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         stage = "texts" if part in recipe.data.held_out else "data"
@@ -136,7 +136,7 @@ class StageContext(StageFiles):
 
 
 def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
-    """Return the samples of all steps, the same for every role."""
+    """Return the samples of all steps, equal for every role."""
     corpus = Corpus(
         context.paths["data"],
         context.tokenizer(),

@@ -1,6 +1,6 @@
-"""A dry run: everything that is known about a recipe before it runs.
+"""A dry run: layout, sizes and memory of a recipe, and the state of its stages.
 
-Needs neither a GPU nor torchrun.
+It needs neither a GPU nor torchrun.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     """Print the resolved recipe, layout, sizes, memory per rank and the state of the stages.
 
     num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
-    all. InputError lists everything that would stop the run.
+    all. InputError lists every problem that would stop the run.
     """
     from omegaconf import OmegaConf
 
@@ -47,18 +47,18 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     if weights:
         _show_stages(graph)
     else:
-        say("only config.json is there, no weights: the state of the stages is not known")
+        say("the model folder has config.json but no weights, so the state of the stages is unknown")
 
 
 def _ranks_of_one_copy(recipe: Recipe) -> int:
-    """Return the smallest job: a copy of the student and of a remote teacher, and the siblings."""
+    """Return the ranks of the smallest job: one copy of the student, the teacher and the siblings."""
     teacher = recipe.teacher
     student_ranks = teacher.student_ranks or recipe.parallel.model_ranks
     return student_ranks + teacher.ranks_in(None) + sum(teacher.siblings.values())
 
 
 def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
-    """Return the student, or the candidates of a search and a sentence on those left out."""
+    """Return the student, or the candidates of a search and a line about excluded combinations."""
     from minitron_mp.pruning.search_space import survey_candidates
     from minitron_mp.pruning.target import resolve_target
 
@@ -71,7 +71,7 @@ def _show_candidates(students: Sequence[Arch], left_out: str) -> None:
     from minitron_mp.pruning.candidates import candidate_name
 
     table(
-        "candidates of the search; the layout above is that of the largest",
+        "candidates of the search (the layout above is for the largest one)",
         ("candidate", "parameters"),
         [(candidate_name(arch), f"{arch.num_parameters():,}") for arch in students],
     )

@@ -1,5 +1,4 @@
-"""What FP8 costs the teacher: KL(bf16 teacher || FP8 teacher), logged before a student is distilled
-from it."""
+"""The error of an FP8 teacher: KL(bf16 teacher || FP8 teacher), logged before distillation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The stages of a recipe: which artifacts each one needs, and whether it must run again.
+"""The stages of a recipe: the artifacts that each one needs, and whether it must run again.
 
-A stage is done when its artifact is there and has the manifest that the recipe asks for.
+A stage is done when its artifact exists and has the manifest that the recipe requires.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minitron_mp.workflow.stages import STAGES
 
 
 class StageGraph:
-    """A recipe, its stages and their artifacts. Reads files; needs neither a GPU nor torchrun."""
+    """A recipe, its stages and their artifacts. It reads files, and needs neither a GPU nor torchrun."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -41,22 +41,22 @@ class StageGraph:
     def inputs(self, name: str) -> list[str]:
         """Return the stages whose artifacts a stage reads."""
         stage = self.stages[name]
-        names = [other if isinstance(other, str) else other(self.recipe) for other in stage.inputs]
-        names += [other for other in stage.optional_inputs if other in self.stages]
+        names = [source if isinstance(source, str) else source(self.recipe) for source in stage.inputs]
+        names += [source for source in stage.optional_inputs if source in self.stages]
         return list(dict.fromkeys(names))
 
     def before(self, name: str) -> list[str]:
         """Return all stages that a stage depends on, in order."""
         needed = set(self.inputs(name))
-        for other in reversed(self.stages):
-            if other in needed:
-                needed |= set(self.inputs(other))
-        return [other for other in self.stages if other in needed]
+        for stage in reversed(self.stages):
+            if stage in needed:
+                needed |= set(self.inputs(stage))
+        return [stage for stage in self.stages if stage in needed]
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest that the stage's artifact must have."""
         if name not in self._manifests:
-            fingerprints = {other: self.manifest(other).fingerprint for other in self.inputs(name)}
+            fingerprints = {source: self.manifest(source).fingerprint for source in self.inputs(name)}
             self._manifests[name] = Manifest(
                 stage=name,
                 settings=self.stages[name].settings(self.recipe),
@@ -76,7 +76,7 @@ class StageGraph:
         return StageFiles(self.recipe, self.paths, self.manifest(name))
 
     def why_not_done(self, name: str) -> list[str] | None:
-        """Return None when the stage is done, else what differs; [] when there is no artifact."""
+        """Return None if the stage is done, else the differences; [] if there is no artifact."""
         manifest = find_manifest(self.paths[name])
         if manifest is None:
             return []
@@ -84,9 +84,9 @@ class StageGraph:
 
     def require_inputs(self, name: str) -> None:
         """Raise InputError unless every artifact that the stage needs is up to date."""
-        unrecorded = [other for other in self.stages[name].unrecorded_inputs if other in self.stages]
-        for other in self.before(name) + unrecorded:
-            require_artifact(self.paths[other], other, self.manifest(other))
+        unrecorded = [source for source in self.stages[name].unrecorded_inputs if source in self.stages]
+        for source in self.before(name) + unrecorded:
+            require_artifact(self.paths[source], source, self.manifest(source))
 
     def without_correction(self) -> StageGraph:
         """Return the same recipe without its section correct, in the folder of correct.baseline."""
@@ -100,8 +100,8 @@ class StageGraph:
     def check(self, num_ranks: int | None = None, *, weights: bool = True) -> None:
         """Raise InputError with every problem of the recipe that would stop a later stage.
 
-        num_ranks: ranks of the job, None when unknown. weights: whether to check the files of
-        weights, too.
+        num_ranks: ranks of the job, or None if unknown. weights: whether to also check the weight
+        files.
         """
         problems = recipe_problems(self.recipe, self.paths, num_ranks, weights=weights)
         refuse("this recipe cannot run:", problems)

@@ -1,6 +1,6 @@
-"""Checks before anything runs: every problem of a recipe that would stop a later stage.
+"""Checks before a run: every problem of a recipe that would stop a later stage.
 
-Reads headers of files only.
+Only the headers of weight files are read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def recipe_problems(
 
 
 def _problems_of(check: Callable[[], object]) -> list[str]:
-    """Return the lines of the InputError that check() raises, each with its title, or []."""
+    """Return the lines of the InputError that check() raises, each after the title; [] without one."""
     try:
         check()
     except InputError as error:
@@ -61,9 +61,9 @@ def _read_model(folder: str, archs: dict[str, Arch], weights: bool) -> None:
 
 
 def _check_same_tokens(model: str, teacher: str) -> None:
-    """Raise InputError when an id is one token for the model and another for the teacher.
+    """Raise InputError when model and teacher have different tokens for the same id.
 
-    An id that only one of them has is in no text.
+    An id that only one of them has does not occur in the text.
     """
     from minitron_mp.models.hf_weights import special_tokens
 
@@ -75,7 +75,7 @@ def _check_same_tokens(model: str, teacher: str) -> None:
     if differing:
         first = differing[0]
         raise InputError(
-            f"teacher.model has another tokenizer than model: {len(differing):,} ids differ "
+            f"the tokenizers of teacher.model and model differ in {len(differing):,} ids "
             f"({first} is {of_model[first]!r} in {files[0]}, {of_teacher[first]!r} in {files[1]}); "
             "give a teacher with the same tokenizer"
         )
@@ -111,8 +111,8 @@ def _text_problems(recipe: Recipe) -> list[str]:
     more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
     return [
         f"data.calibration and data.train share {', '.join(shared[:3])}{more}: search ranks students on "
-        "calibration "
-        "text, which their distillation must not use; hold some text out, or give data.source"
+        "calibration text, which their distillation must not use; use other files for "
+        "data.calibration, or give data.source"
     ]
 
 
@@ -142,14 +142,14 @@ def _baseline_problems(recipe: Recipe) -> list[str]:
         ]
     if not (Path(baseline) / "evaluation.json").is_file():
         return [
-            f"correct.baseline: {baseline} holds no evaluation.json; "
+            f"correct.baseline: {baseline} has no evaluation.json; "
             "give the output of a finished run without correction"
         ]
     return []
 
 
 def _student_ranks(recipe: Recipe, num_ranks: int | None) -> int:
-    """Return the ranks of the student in a job of num_ranks; one copy of the model when unknown."""
+    """Return the student's ranks in a job of num_ranks; one copy of the model if it is unknown."""
     teacher = recipe.teacher
     if teacher.student_ranks:
         return teacher.student_ranks
@@ -163,16 +163,16 @@ def _rank_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
     teacher = recipe.teacher
     student_ranks, teacher_ranks = _student_ranks(recipe, num_ranks), teacher.ranks_in(num_ranks)
     siblings = sum(teacher.siblings.values())
-    roles = [("student", student_ranks, recipe.parallel, "teacher", teacher_ranks)]
+    roles = [("student", student_ranks, recipe.parallel, teacher_ranks)]
     if teacher.is_remote:
-        roles.append(("teacher", teacher_ranks, teacher.parallel, "student", student_ranks))
+        roles.append(("teacher", teacher_ranks, teacher.parallel, student_ranks))
     problems = []
-    for role, ranks, parallel, other, other_ranks in roles:
+    for role, ranks, parallel, other_ranks in roles:
         if ranks > 0 and ranks % parallel.model_ranks == 0:
             continue
         share = ""
         if num_ranks and teacher.is_remote:
-            share = f" ({num_ranks} less the {other}'s {other_ranks + siblings})"
+            share = f" ({num_ranks} minus {other_ranks + siblings} for other roles)"
         problems.append(
             f"{ranks} ranks{share} for the {role} must be a multiple of tp x pp x cp = "
             f"{parallel.model_ranks}, above 0"
@@ -199,7 +199,7 @@ def _batch_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
 
 
 def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
-    """Return the problems of the sizes. base: the model that is pruned."""
+    """Return the problems with layouts and model sizes. base: the model that is pruned."""
     problems = _layout_problems(recipe, base) + _teacher_problems(recipe, base, teacher)
     candidates: list[Arch] = []
     problems += _problems_of(partial(_size_students, recipe, base, candidates))
@@ -240,9 +240,8 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     problems = []
     if arch.vocab_size != base.vocab_size:
         problems.append(
-            f"teacher.model has a vocabulary of {arch.vocab_size}, the model that is pruned "
-            f"{base.vocab_size}; "
-            "they must be the same"
+            f"teacher.model has a vocabulary of {arch.vocab_size}, the pruned model has "
+            f"{base.vocab_size}; give a teacher with the same vocabulary"
         )
     if teacher.is_remote:
         problems += [f"teacher: {problem}" for problem in layout_problems(arch, teacher.parallel.tp)]
@@ -253,7 +252,9 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     if teacher.model is None:
         return problems
     if Path(teacher.model).resolve() == Path(recipe.model).resolve():
-        problems.append(f"teacher.model {teacher.model} is the folder of model, so it has no effect; drop it")
+        problems.append(
+            f"teacher.model {teacher.model} is the folder of model, so it has no effect; remove it"
+        )
         return problems
     # evaluate and search load this teacher in the student's layout.
     problems += [f"teacher.model: {problem}" for problem in layout_problems(arch, parallel.tp)]
@@ -299,7 +300,7 @@ def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
 
 
 def _depth_problems(recipe: Recipe, base: Arch, student: Arch) -> list[str]:
-    """Return the problem of a measured method for the choice of layers when there is no choice."""
+    """Return a problem if depth.method must measure layers but there is no layer to choose."""
     if recipe.target.drop_layers is not None:
         reason = "target.drop_layers names the dropped layers"
     elif student.num_layers == base.num_layers:
@@ -307,8 +308,8 @@ def _depth_problems(recipe: Recipe, base: Arch, student: Arch) -> list[str]:
     else:
         return []
     return [
-        f"depth.method {recipe.depth.method} has nothing to choose, {reason}; drop layers, or drop the "
-        "section depth"
+        f"depth.method {recipe.depth.method} has no layer to choose: {reason}; give target.num_layers, or "
+        "remove the section depth"
     ]
 
 

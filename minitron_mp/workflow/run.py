@@ -1,7 +1,7 @@
-"""Run stages on the ranks of a job: one stage, or all that are not done.
+"""Run stages on the ranks of a job: one stage, or all unfinished stages.
 
-A single stage raises InputError when an input is missing or out of date, and names the field that
-differs.
+A single stage raises InputError when an input is missing or out of date. The error names the field
+that differs.
 """
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FINISHED = "finished"
-"""File in the output folder that `compress` writes at its end, for scripts that start it again
-until then."""
+"""File in the output folder that `compress` writes at its end. Launch scripts restart the job until
+it exists."""
 
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     """Run one stage on all ranks of the job and return the path of its artifact.
 
-    Called on all ranks.
-
-    A stage that is done is skipped unless force is given.
+    Called on all ranks. A finished stage is skipped unless force is given.
     """
     graph = StageGraph(recipe)
     graph.require_stage(name)
@@ -59,7 +57,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
 
 
 def compress(recipe: Recipe) -> Path:
-    """Run all stages that are not done, then write the report. Called on all ranks.
+    """Run all unfinished stages, then write the report. Called on all ranks.
 
     Returns the path of the exported student. The report is report.md and report.html.
     """
@@ -89,7 +87,7 @@ def compress(recipe: Recipe) -> Path:
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
-    """Run one stage on all ranks. Rank 0 decides from the files that it sees."""
+    """Run one stage on all ranks. Rank 0 reads the files and decides whether the stage must run."""
     from minitron_mp.workflow.context import StageContext
 
     name, recipe = stage.name, graph.recipe
@@ -134,7 +132,7 @@ def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> Non
 
 
 def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
-    """Return None when the stage is done, else what differs in its artifact.
+    """Return None if the stage is done, else the differences of its artifact.
 
     InputError when an input is missing or out of date.
     """
@@ -151,7 +149,7 @@ def _announce(name: str, differences: list[str]) -> None:
 
 
 def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None = None) -> None:
-    """Append to the run log how the artifact was made; the report reads it."""
+    """Append a record of the artifact to the run log, which the report reads."""
     job = JobInfo()
     if world is not None and stage.needs_ranks:
         from minitron_mp.distributed.launcher import ranks_per_node
@@ -163,23 +161,25 @@ def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None
 
 
 def _on_rank_0(action: Callable[[], T]) -> T:
-    """Return on every rank what action returns on rank 0. Called on all ranks."""
+    """Run an action on rank 0 and return its result on every rank. Called on all ranks."""
     from minitron_mp.distributed.sync import on_rank_0
 
     return on_rank_0(action, takes_long=True)  # fingerprints of large models, figures
 
 
 def _open_output(recipe: Recipe) -> None:
-    """Make the output folder and write the resolved recipe, which the report names, to it."""
+    """Create the output folder and write the resolved recipe to it. The report refers to that file."""
     try:
         recipe.root.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, recipe.root / "recipe.yaml")
     except OSError as error:
-        raise InputError(f"the output folder {recipe.root} cannot be written: {error}") from error
+        raise InputError(
+            f"the output folder {recipe.root} cannot be written: {error}; set another output"
+        ) from error
 
 
 def _remove_finished(graph: StageGraph) -> None:
-    """Remove the mark of a finished run when a stage must run, or cannot run."""
+    """Delete the file `finished` if a stage must run or cannot run."""
     try:
         done = all(graph.why_not_done(name) is None for name in graph.stages)
     except InputError:
@@ -189,24 +189,21 @@ def _remove_finished(graph: StageGraph) -> None:
 
 
 def _discard_checkpoints(graph: StageGraph) -> None:
-    """Delete checkpoints of finished stages: a kill just after the last save leaves them."""
+    """Delete checkpoints of finished stages. They exist if the job was killed after the last save."""
     for name, stage in graph.stages.items():
         if stage.has_checkpoints:
             discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
 
 
 def _write_report(graph: StageGraph) -> None:
-    from minitron_mp.report.report import write_report  # loads the drawing library, which one rank needs
+    from minitron_mp.report.report import write_report  # imports matplotlib, which only one rank needs
 
     write_report(graph)
 
 
 @contextmanager
 def _preemptible(world: World) -> Iterator[None]:
-    """End an early stop with one line, and delete the stop file.
-
-    The other roles of the job are informed.
-    """
+    """On an early stop, print one line, delete the stop file, and inform the other roles."""
     from minitron_mp.distributed.preemption import Preempted
 
     try:
@@ -231,7 +228,7 @@ def _preemption(world: World) -> Preemption:
 def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """Return role -> recipe of all students of a remote teacher.
 
-    All use the teacher section of the first one.
+    All recipes use the teacher section of the first student.
     """
     siblings = {
         f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
@@ -241,7 +238,7 @@ def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = False) -> None:
-    """Wait for the student to reach the stage and take part in it, on the ranks of another role."""
+    """Wait until the student reaches the stage, and take part in it. For ranks of another role."""
     from minitron_mp.workflow.context import StageContext
 
     assert stage.run is not None
@@ -258,7 +255,7 @@ def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = Fals
 def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -> dict[str, Recipe]:
     """Return the students whose stage is not done.
 
-    Called on every rank of the job; some may arrive hours later.
+    Called on every rank of the job. Some ranks may arrive hours later, so there is no timeout.
     """
     assert world.channel is not None
     is_active = world.channel.exchange(stage.name, active, timeout_s=None)
@@ -270,8 +267,7 @@ def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -
 def _join_world(recipe: Recipe) -> Iterator[World]:
     """Join the ranks of the job, or the ranks of the same role when the teacher is remote.
 
-    SIGTERM requests a checkpoint from here on. Before, while the ranks connect, it ends the
-    process.
+    After the ranks have connected, SIGTERM requests a checkpoint. Before that it ends the process.
     """
     from minitron_mp.distributed.launcher import num_job_ranks
     from minitron_mp.distributed.preemption import watch_for_preemption

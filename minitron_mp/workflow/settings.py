@@ -1,6 +1,6 @@
 """Settings and fingerprints that several stages share.
 
-Imports of models and data are inside the functions.
+The functions import models and data, so that this module imports quickly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a stage of the workflow is: its artifact, its inputs, its settings and its work.
+"""The description of a stage: its artifact, its inputs, its settings and its work.
 
-Each stage has one module in stages/, light at the top: it imports the recipe there and everything
-else where the stage runs, so that listing the stages costs no import of torch. The work of a long
-stage is a second file beside it.
+Each stage has one module in stages/. The module imports only the recipe at the top, and other
+modules inside its functions, so that listing the stages does not import torch. The work of a long
+stage is in a second file of the same folder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Stage:
     """One step of the workflow. It reads the artifacts of other stages and writes one."""
 
     name: str
-    """The command that runs it."""
+    """Name of the stage and of the command that runs it."""
     help: str
     artifact: str
     """File or folder below recipe.output."""
     inputs: tuple[Input, ...] = ()
-    """Stages whose artifacts it reads."""
+    """Stages whose artifacts this stage reads."""
     optional_inputs: tuple[str, ...] = ()
-    """Stages whose artifacts it reads when the recipe has these stages."""
+    """Stages whose artifacts this stage reads if the recipe has them."""
     unrecorded_inputs: tuple[str, ...] = ()
     """Optional inputs that do not change the result, such as a cache. They must be up to date, but
     they are not in the manifest."""
@@ -41,11 +41,11 @@ class Stage:
     """The settings that change the result. A change of any other setting does not rerun the stage.
     """
     sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
-    """Fingerprints of the user's files that it reads."""
+    """Fingerprints of the user's files that the stage reads."""
     when: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
     requirement: str = ""
-    """For an error message: the part of a recipe that adds this stage. Empty for a stage of every
+    """The part of a recipe that adds this stage, for error messages. Empty for a stage of every
     recipe."""
     run: Callable[[StageContext], None] | None = None
     """Writes the artifact; called on all ranks of the world. None for a stage with run_on_one_rank.
@@ -53,11 +53,11 @@ class Stage:
     run_on_one_rank: Callable[[StageFiles], None] | None = None
     """Writes the artifact in one process, without process groups. None for a stage with run."""
     check: Callable[[StageFiles], None] | None = None
-    """Raises InputError when the finished artifact would stop a later stage; called by compress."""
+    """Raises InputError when a later stage would fail with the finished artifact. Called by compress."""
     meets_roles: bool = False
     """Whether the ranks of a remote teacher and of further students take part."""
     has_checkpoints: bool = False
-    """Whether it keeps checkpoints below recipe.output while it runs."""
+    """Whether the stage saves checkpoints below recipe.output while it runs."""
 
     def __post_init__(self) -> None:
         assert (self.run is None) != (self.run_on_one_rank is None), self.name

@@ -1,6 +1,6 @@
-"""The artifacts of one stage: where its inputs are, what they are, and where its own goes.
+"""The artifacts of one stage: paths and manifests of its inputs, and the path of its output.
 
-Needs neither torch nor ranks.
+This module needs neither torch nor ranks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class StageFiles:
     paths: dict[str, Path]
     manifest: Manifest
     input_manifests: dict[str, Manifest] = field(default_factory=dict, repr=False)
-    """Manifests read so far; each is read once."""
+    """Cache of the manifests that were read; each is read once."""
 
     @property
     def output(self) -> Path:
-        """The artifact that the stage writes."""
+        """Return the path of the artifact that the stage writes."""
         return self.paths[self.manifest.stage]
 
     def manifest_of(self, stage: str) -> Manifest:
@@ -37,7 +37,7 @@ class StageFiles:
     def arch(self, stage: str) -> Arch:
         """Return the architecture of the model in another stage's artifact."""
         arch = self.manifest_of(stage).arch
-        assert arch is not None, f"{self.paths[stage]} holds no model"
+        assert arch is not None, f"{self.paths[stage]} has no model"
         return arch
 
 

@@ -1,6 +1,6 @@
-"""The teacher of a distillation: on these ranks, on other ranks, or as signals on disk.
+"""The teacher of a distillation: on the student's ranks, on other ranks, or as signals on disk.
 
-Connects a recipe and its artifacts to the teachers, streams and caches of the room distillation.
+This module connects a recipe and its artifacts to the teachers, streams and caches in distillation/.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def _cached_teacher(context: StageContext, first_step: int) -> RemoteTeacher:
     reader = None
     if world.is_last_stage:
         student = Grid("student", recipe.parallel, groups.dp.size())
-        place = (groups.dp.rank(), groups.cp.rank(), groups.tp.rank())
+        coordinates = (groups.dp.rank(), groups.cp.rank(), groups.tp.rank())
         ids = _local_ids(context, first_step)
-        reader = Reader(context.paths["cache"], signal_shape(context), student, place, ids, world.device)
+        reader = Reader(
+            context.paths["cache"], signal_shape(context), student, coordinates, ids, world.device
+        )
     return RemoteTeacher(reader, recipe.teacher.payload, _head(context), world)
 
 
@@ -84,8 +86,7 @@ def _local_ids(context: StageContext, first_step: int) -> list[int]:
 
 
 def _head(context: StageContext) -> Tensor | None:
-    """Return the teacher's output layer, which turns hidden states into logits; None for other
-    payloads.
+    """Return the weight of the teacher's output layer; None if the payload is not hidden states.
 
     Called on all ranks.
     """
@@ -99,9 +100,9 @@ def _head(context: StageContext) -> Tensor | None:
 
 
 def _layer_pairs(context: StageContext) -> LayerPairs | None:
-    """Return the hidden states to match.
+    """Return the pairs of hidden states to match; None without distill.states.
 
-    A student that is cut from this teacher also has the kept channels, for its projection.
+    For a student that is pruned from this teacher they include the kept channels.
     """
     recipe = context.recipe
     if recipe.distill.states is None:

@@ -1,5 +1,5 @@
-"""The stream from a remote teacher to its students, as a recipe describes it: shape, grids, and
-what both ends compare."""
+"""Settings of the stream from a remote teacher to its students: shape, rank grids, and the check
+that sender and receiver agree."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def signal_shape(context: StageContext) -> StreamShape:
 
 
 def role_link(context: StageContext) -> Link:
-    """Return the stream between the roles of this job, the same on all ranks."""
+    """Return the stream between the roles of this job, equal on all ranks."""
     recipe, channel = context.recipe, _channel(context)
 
     def grid(role: str, parallel: ParallelConfig) -> Grid:
@@ -65,7 +65,7 @@ def role_link(context: StageContext) -> Link:
 
 
 def stream_end(context: StageContext, link: Link) -> StreamEnd:
-    """Return the early end of this job's stream."""
+    """Return the object that ends this job's stream at an early stop."""
     recipe = context.recipe
     per_step = len(microbatch_ids(recipe, 0)) // recipe.distill.steps
     ahead = (link.window + min(link.window, recipe.teacher.parallel.pp)) * link.teacher.dp
@@ -109,8 +109,7 @@ def stream_settings(
     fingerprints: dict[str, str],
     tokenizer: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings that both ends of the stream must share. vocab_size: of this role's
-    model."""
+    """Return the settings that sender and receiver must share. vocab_size: of this role's model."""
     return {
         **fingerprints,
         "tokenizer": tokenizer,
@@ -145,9 +144,9 @@ def compare_settings(
     refuse("teacher and student must have the same settings:", problems)
     steps = {role: received[role]["first"] for role in students}
     if len(set(steps.values())) > 1:
-        found = ", ".join(f"{role} at step {step}" for role, step in steps.items())
+        resumed = ", ".join(f"{role} at step {step}" for role, step in steps.items())
         raise InputError(
-            f"all students of one teacher must resume from the same step, found {found}; "
+            f"all students of one teacher must resume from the same step, given {resumed}; "
             f"delete the checkpoints after step {min(steps.values())}"
         )
     return steps[students[0]]

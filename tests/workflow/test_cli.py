@@ -220,7 +220,7 @@ def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     assert here("compress", recipe, *words)[0] == 0
     refused(
         here("compress", recipe, "--dry-run", f"teacher.model={inputs}/text/../model"),
-        "is the folder of model, so it has no effect; drop it",
+        "is the folder of model, so it has no effect; remove it",
     )
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     vocab = {id: token for token, id in tokenizer["model"]["vocab"].items()}
@@ -232,14 +232,14 @@ def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     (model / "tokenizer.json").write_text(json.dumps(content))
     refused(
         here("compress", recipe, *words),
-        f"another tokenizer than model: 2 ids differ (7 is {vocab[8]!r} in ",
+        f"the tokenizers of teacher.model and model differ in 2 ids (7 is {vocab[8]!r} in ",
         "give a teacher with the same tokenizer",
     )
     unigram = [[vocab[id], 0.0] for id in sorted(vocab)]
     (model / "tokenizer.json").write_text(
         json.dumps({"model": {"type": "Unigram", "vocab": unigram}, "added_tokens": None})
     )
-    refused(here("compress", recipe, *words), "2 ids differ (7 is ")
+    refused(here("compress", recipe, *words), "differ in 2 ids (7 is ")
     (model / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
@@ -456,7 +456,7 @@ def test_published_recipes_have_the_published_sizes(here, monkeypatch, name):
     monkeypatch.chdir(ROOT)
     code, out, err = here("compress", f"examples/{name}.yaml", "--dry-run", "--world", "128")
     assert (code, err) == (0, "")
-    assert "only config.json is there, no weights" in out
+    assert "the model folder has config.json but no weights" in out
     student = next(line for line in out.splitlines() if "student parameters" in line)
     found = [int(number.replace(",", "")) / 1e9 for number in re.findall(r"\d+(?:,\d{3})+", student)[:2]]
     for ours, published in zip(found, PUBLISHED[name]):
@@ -624,7 +624,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
         here("compress", recipe, "--dry-run", "distill.states.layers={0: 0, 9: 3}"),
         "has state 9 of the student, whose states are 0",
     )
-    less = "3 ranks (5 less the teacher's 2) for the student must be a multiple of tp x pp x cp = 2"
+    less = "3 ranks (5 minus 2 for other roles) for the student must be a multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "5", *words), less)
     refused(
         here("compress", recipe, "--dry-run", *words, "teacher.parallel.tp=3"),
@@ -645,7 +645,7 @@ def test_dry_run_with_a_remote_teacher(here, recipe):
     assert (code, err) == (0, "")
     for text in ("2 = tp 2 x pp 1 x cp 1 x dp 1", "4 = tp 2 x pp 1 x cp 1 x dp 2"):
         assert text in out, out
-    rest = "0 ranks (2 less the student's 2) for the teacher must be a multiple of tp x pp x cp = 2"
+    rest = "0 ranks (2 minus 2 for other roles) for the teacher must be a multiple of tp x pp x cp = 2"
     refused(here("compress", recipe, "--dry-run", "--world", "2", *words, "teacher.student_ranks=2"), rest)
     refused(
         here("compress", recipe, "--dry-run", *words, "teacher.student_ranks=2", "teacher.ranks=2"),

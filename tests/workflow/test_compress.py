@@ -644,7 +644,7 @@ def test_corrected_teacher_is_pruned_and_distilled_from(whole, inputs, tmp_path,
     )
     refused(
         on_rank("compress", recipe, "correct.baseline=nowhere"),
-        "correct.baseline: nowhere holds no evaluation.json",
+        "correct.baseline: nowhere has no evaluation.json",
     )
     refused(
         on_rank("correct", inputs / "recipe.yaml"),
@@ -763,7 +763,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
     other = make_model(tmp_path / "other", vocab_size=400)
     refused(
         on_rank("compress", recipe, f"teacher.model={other}"),
-        "teacher.model has a vocabulary of 400, the model that is pruned",
+        "teacher.model has a vocabulary of 400, the pruned model",
     )
 
 

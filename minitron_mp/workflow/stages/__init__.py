@@ -1,6 +1,6 @@
-"""The stages in the order in which they run: one module each.
+"""The stages in the order in which they run, one module each.
 
-Importing them imports neither torch nor megatron.
+Their modules import neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -37,4 +37,4 @@ STAGES: tuple[Stage, ...] = (
     EVALUATE,
     EXPORT,
 )
-"""Every stage after those whose artifacts it reads."""
+"""All stages. Each comes after the stages whose artifacts it reads."""

@@ -1,4 +1,4 @@
-"""The stage cache: the teacher's signals for all microbatches of distill go to disk."""
+"""The stage cache: it writes the teacher's signals for all microbatches of distill to disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def cache_teacher(context: StageContext) -> None:
     """Run the teacher over all microbatches, on all ranks in the recipe's layout.
 
-    The last stage writes.
+    The ranks of the last pipeline stage write the signals.
     """
     import shutil
 

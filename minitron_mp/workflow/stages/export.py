@@ -1,4 +1,4 @@
-"""The stage export: the student becomes a Hugging Face folder."""
+"""The stage export: it writes the student as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage texts: the further held-out texts of data.held_out become tokens."""
+"""The stage texts: it tokenizes the further held-out texts of data.held_out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage import: a Hugging Face folder becomes a sharded checkpoint."""
+"""The stage import: it converts a Hugging Face folder to a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def import_folder(context: StageContext, source: Path) -> None:
     from minitron_mp.artifacts.hf_folder import import_hf
     from minitron_mp.report.model_card import source_card
 
-    source_card(source)  # raises for a model card that the export could not read hours later
+    source_card(source)  # InputError now, not in the export hours later, if the model card is invalid
     import_hf(source, context.output, context.manifest)
 
 

@@ -1,4 +1,4 @@
-"""The stage import-teacher: the model of teacher.model becomes a sharded checkpoint."""
+"""The stage import-teacher: it converts teacher.model to a sharded checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage plan: importance and target become the indices to keep."""
+"""The stage plan: it chooses the indices to keep from importance scores and the target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_student(files: StageFiles) -> None:
-    """Choose the indices to keep, with numpy alone, and write plan.json."""
+    """Choose the indices to keep and write plan.json. Needs only numpy."""
     from minitron_mp.console import say, table
     from minitron_mp.models.families.export import exportable_arch
     from minitron_mp.pruning.candidates import candidate_target, chosen
@@ -47,7 +47,7 @@ def plan_student(files: StageFiles) -> None:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the sizes of the student, and how layers are chosen where that is not the default."""
+    """Return the sizes of the student, and the choice of layers if it is not the default."""
     from minitron_mp.config.pruning import DepthConfig
 
     used = {"method", "protect_first", "protect_last"}
@@ -58,9 +58,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _sizes(recipe: Recipe) -> dict[str, Any]:
-    """Return the sizes that the target gives, or that are solved for its budget.
+    """Return the sizes that the target gives, or the sizes that are computed from its budget.
 
-    Solved sizes depend on tp, which must divide them, but seldom change with it.
+    Computed sizes must be divisible by tp, but seldom change with it. So tp is not a setting.
     """
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.target import resolve_target

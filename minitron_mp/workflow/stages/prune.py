@@ -1,4 +1,4 @@
-"""The stage prune: the teacher is sliced by the plan into the student."""
+"""The stage prune: it slices the teacher into the student, as the plan lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage score: the importance of every layer, neuron, head and channel, by forward passes."""
+"""The stage score: it measures the importance of every layer, neuron, head and channel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage data: text becomes tokens, in Megatron indexed datasets."""
+"""The stage data: it tokenizes text into Megatron indexed datasets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from minitron_mp.workflow.stage_files import StageFiles
 
 PROGRESS_DOCUMENTS = 250
-"""Documents between two lines of progress."""
+"""Number of documents between two progress lines."""
 
 
 def run(context: StageContext) -> None:
@@ -23,7 +23,7 @@ def run(context: StageContext) -> None:
 def tokenize_text(context: StageContext, *, held_out: bool) -> None:
     """Write the three parts of the text, or with held_out the texts of data.held_out.
 
-    Rank 0 works, the others wait.
+    Rank 0 writes, and the other ranks wait.
     """
     from minitron_mp.artifacts.manifest import writing_artifact
     from minitron_mp.console import say
@@ -47,8 +47,8 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
         tokenizer = context.tokenizer()
         check_vocabulary(tokenizer, context.arch("import").vocab_size)
         try:
-            # The launch scripts turn the tokenizer's threads off for the processes that fork; here
-            # they are safe.
+            # The launch scripts disable the tokenizer's threads, because they break processes that
+            # are forked later. No process is forked here.
             with (
                 environment_variable("TOKENIZERS_PARALLELISM", "true"),
                 writing_artifact(context.output, context.manifest) as folder,
@@ -57,14 +57,14 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
                     recipe.data, tokenizer, folder, recipe.seed, held_out=held_out, progress=progress
                 )
         except OSError as error:
-            raise InputError(f"{context.output} cannot be written: {error}") from error
+            raise InputError(f"{context.output} cannot be written: {error}; set another output") from error
         say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
 
     on_rank_0(write, takes_long=True)
 
 
 def check(files: StageFiles) -> None:
-    """Raise InputError now when a part is too short for a stage that runs hours later."""
+    """Raise InputError if a part is too short for a stage that would run hours later."""
     recipe = files.recipe
     calibration = [recipe.score.num_samples]
     if "depth" in files.paths and recipe.depth.metric == "loss":

@@ -1,4 +1,4 @@
-"""The stage depth: the teacher is measured without single layers, or without blocks of layers."""
+"""The stage depth: it measures the teacher without single layers, or without blocks of layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of the metric, and the number of dropped layers if it matters."""
     unused = {"num_samples", "task"} if recipe.depth.metric == "task" else {"metric", "task", "task_items"}
     used = {name: value for name, value in recipe.depth.result_settings().items() if name not in unused}
-    # The trials of single layers serve any number of dropped layers.
+    # The trials of single layers are valid for any number of dropped layers.
     count = {} if recipe.depth.method == "drop" else {"layers to drop": num_dropped_layers(recipe)}
     return {**used, **run_settings(recipe), **count}
 

@@ -19,37 +19,41 @@ from minitron_mp.pruning.search_space import layers_to_drop
 from minitron_mp.workflow.context import StageContext
 
 
-def measure_depth(job: StageContext) -> None:
-    """What the teacher loses without single layers or blocks of them, on calibration text or on a task."""
-    settings = job.recipe.depth
-    model = job.build(job.recipe.pruning_base).eval()
-    count = layers_to_drop(job.recipe, model.arch)
-    total, measure = (_task_without if settings.metric == "task" else _text_without)(job, model)
+def measure_depth(context: StageContext) -> None:
+    """Measure the teacher without single layers or blocks of layers and write depth.json.
+
+    The metric is the loss on calibration text, or the accuracy on a task. Called on all ranks.
+    """
+    settings = context.recipe.depth
+    model = context.build(context.recipe.pruning_base).eval()
+    count = layers_to_drop(context.recipe, model.arch)
+    make_measure = _task_measure if settings.metric == "task" else _text_measure
+    num_groups_in_pass, measure = make_measure(context, model)
     if settings.method == "greedy":
-        result = _greedy_rounds(job, model, count, measure)
+        result = _greedy_rounds(context, model, count, measure)
     else:
         candidates = depth_candidates(settings, model.arch.num_layers, count)
-        with Tracker("depth", total, "batches") as tracker:
+        with Tracker("depth", num_groups_in_pass, "batches") as tracker:
             result = measure(candidates, frozenset(), lambda: tracker.advance(1))
-    on_rank_0(lambda: result.save(job.output, job.manifest))
+    on_rank_0(lambda: result.save(context.output, context.manifest))
 
 
 Measure = Callable[[list[frozenset[int]], frozenset[int], Callable[[], None]], DepthTrials]
-"""(candidates, layers that are gone already, progress) -> one trial for each candidate."""
+"""(candidates, layers that are already dropped, progress) -> one trial for each candidate."""
 
 
-def _greedy_rounds(job: StageContext, model: ShardedModel, count: int, measure: Measure) -> DepthTrials:
-    """Drop one layer after the other: in each round the best of all candidates with one more."""
+def _greedy_rounds(context: StageContext, model: ShardedModel, count: int, measure: Measure) -> DepthTrials:
+    """Drop one layer per round. Each round keeps the best candidate with one more dropped layer."""
     gone: frozenset[int] = frozenset()
     rounds: list[Trial] = []
     with Tracker("depth", count, "rounds") as tracker:
         for number in range(count):
-            candidates = depth_candidates(job.recipe.depth, model.arch.num_layers, count, gone)
-            found = _of_rank_0(measure(candidates, gone, lambda: None))
+            candidates = depth_candidates(context.recipe.depth, model.arch.num_layers, count, gone)
+            trials = _from_rank_0(measure(candidates, gone, lambda: None))
             if number == 0:
-                base = found.base
-            best, *others = found.ranked()
-            rounds.append(best.model_copy(update={"next_best": others[0] if others else None}))
+                base = trials.base
+            best, *remaining = trials.ranked()
+            rounds.append(best.model_copy(update={"next_best": remaining[0] if remaining else None}))
             gone = frozenset(best.dropped)
             accuracy = "" if best.accuracy is None else f", accuracy {best.accuracy:.1%}"
             without = ", ".join(map(str, best.dropped))
@@ -57,15 +61,15 @@ def _greedy_rounds(job: StageContext, model: ShardedModel, count: int, measure: 
     return DepthTrials(base=base, trials=rounds)
 
 
-def _of_rank_0(trials: DepthTrials) -> DepthTrials:
-    """Rank 0's trials: what a greedy search goes on from is the same on all ranks, to the last bit."""
+def _from_rank_0(trials: DepthTrials) -> DepthTrials:
+    """Return rank 0's trials on every rank, so that a greedy search continues with equal values."""
     return on_rank_0(lambda: trials)
 
 
-def _text_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]:
-    """How many groups of microbatches of calibration text, and the losses on them."""
-    settings = job.recipe.depth
-    _, first = job.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
+def _text_measure(context: StageContext, model: ShardedModel) -> tuple[int, Measure]:
+    """Return the number of groups of calibration text, and the function that measures losses."""
+    settings = context.recipe.depth
+    _, first = context.groups("calibration", settings.num_samples, settings.micro_batch_size, exact=False)
     groups = list(first)
 
     def measure(
@@ -78,9 +82,9 @@ def _text_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]
     return len(groups), measure
 
 
-def _task_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]:
-    """How many groups of microbatches of the task's options, and accuracies and losses on them."""
-    settings, tokenizer = job.recipe.depth, job.tokenizer()
+def _task_measure(context: StageContext, model: ShardedModel) -> tuple[int, Measure]:
+    """Return the number of groups of task options, and the function that measures accuracies."""
+    settings, tokenizer = context.recipe.depth, context.tokenizer()
     assert settings.task is not None
     items = read_task_file(Path(settings.task), settings.task_items)
     rows = rows_of(items, tokenizer, model.sequence_length)
@@ -101,7 +105,7 @@ def _task_without(job: StageContext, model: ShardedModel) -> tuple[int, Measure]
             eod=tokenizer.eod,
             progress=progress,
         )
-        trials = [trial(dropped, own) for dropped, own in zip(candidates, scores)]
+        trials = [trial(dropped, rows_scores) for dropped, rows_scores in zip(candidates, scores)]
         return DepthTrials(base=trial([], base), trials=trials)
 
-    return num_groups(len(rows), job.world, settings.micro_batch_size), measure
+    return num_groups(len(rows), context.world, settings.micro_batch_size), measure

@@ -1,4 +1,4 @@
-"""The stage distill: the student is trained on the teacher's distribution."""
+"""The stage distill: it trains the student on the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> None:
-    """Train the student; on the ranks of a remote teacher, serve it."""
+    """Train the student. The ranks of a remote teacher serve it."""
     from minitron_mp.workflow.stages.distill.student import distill_student
 
     distill_student(context)
@@ -22,8 +22,8 @@ def run(context: StageContext) -> None:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of the training run and of its teacher.
 
-    The placement and layout of the teacher change its signals by rounding alone. A top-k payload
-    changes the loss.
+    The placement and layout of the teacher are not included, because they change its signals only
+    by rounding. A top-k payload changes the loss.
     """
     teacher = {
         "precision": recipe.teacher.precision,

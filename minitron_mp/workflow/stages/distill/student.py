@@ -1,4 +1,4 @@
-"""The training of the stage distill, and the ranks of a remote teacher."""
+"""The work of the stage distill, on the student's ranks and on the ranks of a remote teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minitron_mp.workflow.teacher_source import open_teacher, serve_students
 def distill_student(context: StageContext) -> None:
     """Train the student on the teacher's distribution.
 
-    On the ranks of a remote teacher, serve it.
+    The ranks of a remote teacher serve the students instead.
     """
     if context.world.role == "teacher":
         serve_students(context)

@@ -21,10 +21,10 @@ from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.workflow.context import StageContext
 
 SPEED_SHARE = 0.04
-"""Share of the stage's time so far that the repetitions of the speed measurement may take."""
+"""Limit for repeated speed measurements, as a share of the stage's time so far."""
 
 SPEED_S = 2.0
-"""Seconds that they may take in any case."""
+"""Limit for repeated speed measurements in seconds, if that is larger."""
 
 Models = dict[str, ShardedModel]
 
@@ -33,7 +33,7 @@ def evaluate_models(context: StageContext) -> None:
     """Measure teacher, uncorrected and unpruned teacher, pruned and distilled student.
 
     Called on all ranks. All models read the held-out text in one pass. The speed changes from run
-    to run, so the manifest does not cover it.
+    to run, so the manifest does not include it.
     """
     settings, start = context.recipe.evaluate, time.monotonic()
     teacher = context.teacher(corrected=True)

@@ -1,4 +1,4 @@
-"""The stage search: candidate sizes are ranked, and the best are distilled for a short time."""
+"""The stage search: it ranks candidate sizes and distills the best ones for a short time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def run(context: StageContext) -> None:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the candidates themselves, and how they are measured.
+    """Return the names of the candidates, and the settings of their measurement.
 
-    The settings that make the candidates are left out: the parallel layout is one of them and
-    seldom changes them.
+    The settings from which the candidates are computed are not included: the parallel layout is one
+    of them, and seldom changes the candidates.
     """
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.candidates import candidate_name, training

@@ -1,11 +1,11 @@
 """The search for the student's sizes: rank candidates by held-out loss, then distill the best ones.
 
     ranking                  loss of each masked candidate, one forward pass over the calibration text
-    rounds of distillation   all remaining students from one forward pass of the teacher; half stay
+    rounds of distillation   one forward pass of the teacher for all remaining students; half stay
     search.json              every candidate with its measurements; `plan` uses the chosen one
 
 A candidate is ranked by its last measurement, never by its size. Progress is saved beside search.json:
-measured candidates are not measured again, and each student resumes from its own checkpoint.
+measured candidates are not measured again, and each student resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ WORK = "search"
 """Folder beside the artifacts for the progress of the search."""
 
 REPEATS = 3
-"""Timed forward passes; the fastest one counts."""
+"""Number of timed forward passes. The fastest time is used."""
 
 
 def search_sizes(context: StageContext) -> None:
     """Measure the candidates of a recipe and choose one. Called on all ranks; rank 0 writes search.json."""
     settings = _settings(context.recipe)
     progress = _Progress(context)
-    _judge_pruned(context, progress)
+    _measure_pruned(context, progress)
     remaining = _ranked(progress.candidates, 0)[: settings.finalists]
     for last_step in settings.rounds(len(remaining)):
         _distill(context, progress, remaining, last_step)
@@ -115,7 +115,7 @@ class _Progress:
             return []
         content = read_json(self.file, "search")
         refuse(
-            f"{self.folder} holds an unfinished search with other settings; move or delete it, "
+            f"{self.folder} has an unfinished search with other settings; move or delete it, "
             "or restore these settings:",
             Manifest.model_validate(content["manifest"]).differences(self.context.manifest),
         )
@@ -143,7 +143,7 @@ class _Progress:
         ]
         return _of_latency(self.context, candidates) if settings.latency_ms else candidates
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Save the measurements and copy rank 0's to every rank. Called on all ranks.
 
         Sums that are reduced over other groups may differ in the last bit.
@@ -178,7 +178,7 @@ class _Progress:
 
 
 def _of_latency(context: StageContext, candidates: list[Candidate]) -> list[Candidate]:
-    """Return the candidates whose forward pass takes as long as the budget allows."""
+    """Return the candidates whose forward pass time is inside the budget."""
     least, most = _settings(context.recipe).bounds
     times_ms: list[float] = []
     with Tracker("search, latency", len(candidates), "candidates") as tracker:
@@ -210,8 +210,8 @@ def latency(model: ShardedModel, recipe: Recipe) -> float:
     return min(times)
 
 
-def _judge_pruned(context: StageContext, progress: _Progress) -> None:
-    """Measure the loss of every candidate right after pruning, with masks."""
+def _measure_pruned(context: StageContext, progress: _Progress) -> None:
+    """Measure the loss of every candidate after pruning and before distillation, with masks."""
     todo = [candidate for candidate in progress.candidates if candidate.pruned_loss is None]
     if not todo:
         return
@@ -222,7 +222,7 @@ def _judge_pruned(context: StageContext, progress: _Progress) -> None:
         for candidate in todo:
             with masked(model, progress.plan(candidate)):
                 candidate.pruned_loss = compare({"": model}, None, groups)[""].loss
-            progress.keep()
+            progress.save()
             tracker.advance(1, f"{candidate.name}: loss {candidate.pruned_loss:.4f}")
 
 
@@ -294,8 +294,8 @@ def _distill_together(
             say(f"search: {candidate.name} is dropped, its loss is not finite")
         seconds = (time.monotonic() - start) / len(part)
         candidate.distilled.append(Trained(steps=last_step, loss=loss, kl=kl, seconds=seconds))
-    progress.keep()
-    # Wrappers and optimizers are garbage in cycles, and as large as the students.
+    progress.save()
+    # Wrappers and optimizers are in reference cycles and as large as the students.
     del teacher, runs, run, models, model
     gc.collect()
 
