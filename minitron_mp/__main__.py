@@ -1,4 +1,7 @@
-"""python -m minitron_mp, also under torchrun. Kept light: checkpoint writers import it again."""
+"""Entry point of `python -m minitron_mp`, also under torchrun.
+
+It imports little at the top, because the processes that write checkpoints import it again.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command line: one command for each stage, and compress for all.
+"""The command line: one command for each stage, and `compress` for all stages.
 
-Parsing imports neither torch nor megatron.
+The parser imports neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ World = Annotated[
     typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
 ]
 
-Force = Annotated[bool, typer.Option("--force", help="run the stage although its artifact is up to date")]
+Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
 
 
 def _add_command(stage: Stage) -> None:
@@ -119,9 +119,11 @@ def harness(
         str,
         typer.Option(help="teacher, pruned or distilled; uncorrected or unpruned if the recipe has them"),
     ] = "distilled",
-    limit: Annotated[int | None, typer.Option(min=1, help="use only the first items of each task")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="number of items of each task; default: all")
+    ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="examples before each item; default: that of the task")
+        int | None, typer.Option(min=0, help="examples before each item; default: the task's number")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="folder with further task files")] = None,
     max_length: Annotated[
@@ -189,11 +191,12 @@ def estimate(
         Path | None, typer.Option(help="YAML or JSON file with other hardware values (docs/planning.md)")
     ] = None,
     times: Annotated[
-        Path | None, typer.Option(help="layer times from benchmarks/layers.py; default: the shipped ones")
+        Path | None,
+        typer.Option(help="layer times from benchmarks/layers.py; default: the file in this package"),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="price of a GPU-hour")] = None,
     top: Annotated[int, typer.Option(min=1, help="number of layouts to show")] = 10,
-    json: Annotated[Path | None, typer.Option(help="write everything to this file")] = None,
+    json: Annotated[Path | None, typer.Option(help="write all results to this JSON file")] = None,
     plot: Annotated[Path | None, typer.Option(help="plot 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Estimate memory, step time and GPU-hours, and find the best layouts on a number of GPUs."""
@@ -215,13 +218,13 @@ def estimate(
 @app.command()
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(help="YAML recipe; its model, tokenizer and folders are checked, too")
+        Path | None, typer.Argument(help="YAML recipe; its model, tokenizer and folders are also checked")
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check versions, GPUs, FP8, links between ranks, clocks, folders and disk space.
 
-    Exit code 0 or 1.
+    The exit code is 1 if a check fails, otherwise 0.
     """
     from minitron_mp.cluster.doctor import doctor as examine
 
@@ -230,7 +233,7 @@ def doctor(
 
 @app.command()
 def reference(
-    output: Annotated[Path | None, typer.Option(help="file to write; default: print")] = None,
+    output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
 ) -> None:
     """Print the reference of all recipe keys in Markdown."""
     from minitron_mp.config.reference import recipe_reference
@@ -246,7 +249,7 @@ def reference(
 def main() -> None:
     """Run the command line.
 
-    An InputError or a failing disk is printed without a traceback; exit code 2.
+    An InputError or an OSError is printed without a traceback, and the exit code is 2.
     """
     # Megatron-Core warns on each rank about every optional package that is missing.
     warnings.filterwarnings("ignore")
@@ -262,6 +265,6 @@ def main() -> None:
             errors.print("[bold red]error:[/] ", end="")
             errors.print(str(error), markup=False, soft_wrap=True)
         else:
-            # torchrun stops all ranks when the first one ends, and rank 0 must print before.
+            # torchrun stops all ranks when the first one exits, so rank 0 must print first.
             time.sleep(3)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Before and around a job: checks of machine and network, and the launch environment.
+"""Checks of the machine and network before a job, and the environment variables of a launch.
 
 doctor           doctor: the command
 checks           CheckResult, and the results of many ranks as one table

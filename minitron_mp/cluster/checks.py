@@ -1,4 +1,4 @@
-"""Results of checks, and how the results of many ranks become one table."""
+"""Results of checks, and the merge of the results of all ranks into one table."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ class CheckResult:
     verdict: Verdict
     detail: str
     advice: str = ""
-    """What to do; empty if nothing is to be done."""
+    """Text for the column "what to do"; empty if there is nothing to do."""
 
 
 def ok(check: str, detail: str) -> CheckResult:
-    """Result of a check that passed."""
+    """Return the result of a check that passed."""
     return CheckResult(check, "ok", detail)
 
 
 def warning(check: str, detail: str, advice: str) -> CheckResult:
-    """Result of a check that may cause trouble."""
+    """Return the result of a check that found a possible problem."""
     return CheckResult(check, "warning", detail, advice)
 
 
 def failed(check: str, detail: str, advice: str = "") -> CheckResult:
-    """Result of a check that stops a job."""
+    """Return the result of a check that found a problem which stops a job."""
     return CheckResult(check, "failed", detail, advice)
 
 
 def merge_results(
     results: Mapping[int, Sequence[CheckResult]], hosts: Sequence[str], must_match: Collection[str]
 ) -> list[CheckResult]:
-    """One list of the results of all ranks: a result of some ranks only has their numbers and
-    hosts.
+    """Return one list with the results of all ranks, without duplicates.
 
-    results: rank -> its results. hosts: of each rank of the job. must_match: checks that fail if
-    the ranks have different results.
+    A result that only some ranks have lists their numbers and hosts. results: rank -> its results.
+    hosts: of each rank of the job. must_match: checks that fail if the ranks have different results.
     """
     ranks_of: dict[CheckResult, list[int]] = {}
-    for rank, own_results in sorted(results.items()):
-        for result in dict.fromkeys(own_results):
+    for rank, results_of_rank in sorted(results.items()):
+        for result in dict.fromkeys(results_of_rank):
             ranks_of.setdefault(result, []).append(rank)
     rows = []
     for result, ranks in ranks_of.items():
@@ -69,7 +68,7 @@ def merge_results(
 
 
 def ranks_text(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Ranks as runs, with up to three of their hosts: 'ranks 0-7 (node1)'."""
+    """Return ranks as ranges, with up to three of their hosts: 'ranks 0-7 (node1)'."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:

@@ -1,9 +1,10 @@
-"""The command `doctor`: whether this machine, and the ranks of this job, can run a recipe.
+"""The command `doctor`: it checks whether this machine, and the ranks of a job, can run a recipe.
 
-It prints one table; each row has advice. A single process checks only itself, and imports torch;
-it imports Megatron-Core and transformers only for a recipe or in a job. Under torchrun all ranks
-check themselves and each other (network.py, file_system.py). They send their results to rank 0
-through the job's store, so that ranks that cannot join a process group are reported as well.
+It prints one table with advice for each problem. A single process checks only its machine. It
+imports torch, but Megatron-Core and transformers only for a recipe or in a job. Under torchrun all
+ranks check their machines and the connections between them (network.py, file_system.py). They send
+their results to rank 0 through the job's store, so that ranks that cannot join a process group are
+reported, too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
 JOIN_MINUTES = 1.0
 
 RESULTS_TIMEOUT_S = 200.0
-"""Rank 0 waits this long for the results of the others: longer than a broken collective takes to
-fail.
-"""
+"""Timeout for the results of all ranks on rank 0. A broken collective fails earlier."""
 
 MUST_MATCH = {*MAIN_PACKAGES, "python", "Transformer Engine", "Apex", "GPU", "CUDA, NCCL"}
 """Checks that must have the same result on all ranks."""
@@ -51,13 +50,14 @@ def doctor(
 ) -> int:
     """Run all checks and print the table; return the exit code: 1 if a check failed, else 0.
 
-    Under torchrun every rank calls it. Rank 0 prints and returns the code, the others return 0.
+    Under torchrun every rank calls this function. Rank 0 prints and returns the code, and all other
+    ranks return 0.
     """
     start = time.monotonic()
     results = [*check_packages(), *check_limits()]
     recipe: Recipe | None = None
     if path is None:
-        results.append(ok("recipe", "none given; model, tokenizer and folders are not checked"))
+        results.append(ok("recipe", "no recipe given; model, tokenizer and folders are not checked"))
     else:
         try:
             recipe = load_recipe(path, overrides)
@@ -74,7 +74,7 @@ def doctor(
 
 
 def _import_problem(recipe: Recipe | None) -> CheckResult | None:
-    """Import torch, and Megatron-Core if it will be used."""
+    """Import torch, and Megatron-Core if a check needs it; return the problem, if there is one."""
     try:
         import torch  # noqa: F401 (whether it can be imported)
 
@@ -91,7 +91,7 @@ def _import_problem(recipe: Recipe | None) -> CheckResult | None:
 
 
 def _this_job() -> RankTable:
-    """This process in the launcher's job, or alone."""
+    """Return the rank of this process in the job, or in a job of one process without a launcher."""
     import torch.distributed as dist
 
     from minitron_mp.cluster.network import RankTable
@@ -100,12 +100,12 @@ def _this_job() -> RankTable:
         return RankTable(dist.HashStore(), host=socket.gethostname())
     from minitron_mp.distributed.launcher import job_rank
 
-    place = job_rank().with_fresh_keys()
-    return RankTable(place.store, place.rank, place.size, socket.gethostname())
+    rank = job_rank().with_fresh_keys()
+    return RankTable(rank.store, rank.rank, rank.size, socket.gethostname())
 
 
 def _check_this_process(recipe: Recipe | None, job: RankTable) -> list[CheckResult]:
-    """Checks of each rank's own machine and of the recipe."""
+    """Check this rank's machine and the recipe."""
     import torch
 
     from minitron_mp.cluster.recipe_checks import check_cuda_graphs, check_recipe, requested_fp8
@@ -124,7 +124,7 @@ def _check_this_process(recipe: Recipe | None, job: RankTable) -> list[CheckResu
 
 
 def _check_job(recipe: Recipe | None, job: RankTable, clock: Callable[[], float]) -> list[CheckResult]:
-    """Checks between the ranks of the job."""
+    """Check the connections and the file system between the ranks of the job."""
     from minitron_mp.cluster.file_system import check_file_system
     from minitron_mp.cluster.network import check_ports
 
@@ -137,9 +137,9 @@ def _check_job(recipe: Recipe | None, job: RankTable, clock: Callable[[], float]
 
 
 def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[CheckResult]:
-    """Checks that need a process group.
+    """Run the checks that need a process group.
 
-    They stop at the first failure: other ranks may have left the group.
+    They end at the first failure, because other ranks may have left the group.
     """
     import torch
     import torch.distributed as dist
@@ -151,7 +151,7 @@ def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[Che
     results: list[CheckResult] = []
     starts_group = not dist.is_initialized()
     say(
-        f"{job.size} ranks join a process group; if nothing follows within {JOIN_MINUTES:.0f} minute, they "
+        f"{job.size} ranks join a process group; if no output follows within {JOIN_MINUTES:.0f} minute, they "
         f"cannot connect: {JOIN_ADVICE}"
     )
     try:
@@ -172,7 +172,7 @@ def _check_process_group(job: RankTable, clock: Callable[[], float]) -> list[Che
 
 
 def _gather(job: RankTable, results: Sequence[CheckResult]) -> list[CheckResult] | None:
-    """Merged results of all ranks, on rank 0; None on the others."""
+    """Return the merged results of all ranks on rank 0, and None on all other ranks."""
     job.store.set(f"results/{job.rank}", json.dumps([asdict(result) for result in results]))
     hosts = job.hosts()
     if job.rank > 0:
@@ -185,8 +185,8 @@ def _gather(job: RankTable, results: Sequence[CheckResult]) -> list[CheckResult]
             by_rank[rank] = [CheckResult(**row) for row in rows]
     table = merge_results(by_rank, hosts, MUST_MATCH)
     if missing:
-        detail = f"{ranks_text(missing, hosts)} did not answer within {RESULTS_TIMEOUT_S:.0f} s"
-        table.append(failed("ranks", detail, "look at the output of these ranks"))
+        detail = f"{ranks_text(missing, hosts)} sent no results within {RESULTS_TIMEOUT_S:.0f} s"
+        table.append(failed("ranks", detail, "read the output of these ranks"))
     return table
 
 

@@ -1,8 +1,8 @@
 """Environment variables that each node needs for a recipe, and the nodes of each role.
 
 launch/env.sh evaluates the output on each node before the ranks start. Variables that the site or
-the user has already set are kept. Nothing here needs torch or a GPU: the first node may be a login
-node.
+the user has already set are kept. This module needs neither torch nor a GPU, because the command
+may run on a login node.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Node:
     """One node of the job."""
 
     ranks: int
-    """Ranks that are started on each node."""
+    """Number of ranks on each node."""
     cores: int
     """CPU cores that this job may use."""
     scratch: Path
@@ -33,8 +33,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable, the reason for it, and its value; None if the recipe does not need
-    it.
+    """An environment variable, the reason for it, and a function that returns its value.
+
+    The value is None if the recipe does not need the variable.
     """
 
     name: str
@@ -112,12 +113,12 @@ VARIABLES = (
 
 
 def this_node(ranks: int) -> Node:
-    """This machine, as far as the process may use it."""
+    """Return the cores and the scratch folder that this process may use on this machine."""
     return Node(ranks, len(os.sched_getaffinity(0)), Path(tempfile.gettempdir()) / f"minitron-{os.getuid()}")
 
 
 def environment_lines(recipe: Recipe, node: Node, num_nodes: int) -> list[str]:
-    """Lines for a shell to evaluate: `export NAME=VALUE  # reason`, and comments on the roles.
+    """Return lines for a shell: `export NAME=VALUE  # reason`, and comments on the roles.
 
     InputError if the roles do not fit the ranks.
     """
@@ -134,11 +135,10 @@ def environment_lines(recipe: Recipe, node: Node, num_nodes: int) -> list[str]:
 
 
 def role_lines(recipe: Recipe, num_nodes: int, ranks_per_node: int) -> list[str]:
-    """One line for each role: its ranks and nodes in torchrun's order; InputError if they do not
-    add up.
+    """Return one line for each role with its ranks and nodes in torchrun's order.
 
-    torchrun numbers the ranks node by node, so a role has whole nodes if its number of ranks is a
-    multiple of the ranks of a node.
+    torchrun numbers the ranks node by node, so a role has full nodes if its number of ranks is a
+    multiple of the ranks per node. InputError if the roles do not fit the number of ranks.
     """
     job_size = num_nodes * ranks_per_node
     sizes = _role_sizes(recipe, job_size)
@@ -163,8 +163,8 @@ def role_lines(recipe: Recipe, num_nodes: int, ranks_per_node: int) -> list[str]
             )
         last = first + count - 1
         line = f"{role}: ranks {first} to {last}, nodes {first // ranks_per_node} to {last // ranks_per_node}"
-        has_whole_nodes = first % ranks_per_node == 0 and (first + count) % ranks_per_node == 0
-        if len(sizes) > 1 and num_nodes > 1 and not has_whole_nodes:
+        has_full_nodes = first % ranks_per_node == 0 and (first + count) % ranks_per_node == 0
+        if len(sizes) > 1 and num_nodes > 1 and not has_full_nodes:
             line += ", shares a node and its network with another role"
         lines.append(line)
         first += count
@@ -173,7 +173,7 @@ def role_lines(recipe: Recipe, num_nodes: int, ranks_per_node: int) -> list[str]
 
 
 def _role_sizes(recipe: Recipe, job_size: int) -> dict[str, int]:
-    """Role -> number of ranks, in the order of the ranks."""
+    """Return role -> number of ranks, in the order of the ranks."""
     t = recipe.teacher
     if not t.is_remote:
         return {"job": t.student_ranks or job_size}
@@ -184,7 +184,7 @@ def _role_sizes(recipe: Recipe, job_size: int) -> dict[str, int]:
 
 
 def _role_layout(recipe: Recipe, role: str) -> ParallelConfig | None:
-    """Layout of a role; None for co-students, whose recipes have it."""
+    """Return the layout of a role; None for co-students, whose layout is in their recipes."""
     if role == "teacher":
         return recipe.teacher.parallel
     return None if role.startswith("sibling") else recipe.parallel

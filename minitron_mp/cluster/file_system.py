@@ -1,4 +1,4 @@
-"""Check of the output folder: one folder for all ranks, with atomic renames."""
+"""Check that the output folder is one folder for all ranks, with atomic renames."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_RENAMES = 30
 FILE_BYTES = 1 << 14
 
 VISIBLE_S = 20.0
-"""Timeout until a rank sees what another wrote; network file systems may delay it by seconds."""
+"""Timeout until a rank sees a file of another rank. Network file systems may delay it by seconds."""
 
 ADVICE = (
     "put output on a file system that all nodes share and that has POSIX renames (Lustre, GPFS, NFS "
@@ -28,13 +28,11 @@ ADVICE = (
 
 
 def check_file_system(folder: Path, job: RankTable) -> list[CheckResult]:
-    """Check that all ranks see one folder, and that a replaced file is seen either old or new.
+    """Check that all ranks see one folder, and see either the old or the new content of a file.
 
-    Called by all ranks.
-
-    Rank 0 replaces a file many times while all ranks read it. Then it renames a folder, as finished
-    artifacts are, and each rank writes a file that rank 0 must see. All files are in a temporary
-    folder; it is deleted, with those of its parents that did not exist before.
+    Called by all ranks. Rank 0 replaces a file many times while all ranks read it. Then it renames
+    a folder, as a finished artifact is renamed, and each rank writes a file that rank 0 must see.
+    All files are in a temporary folder. It is deleted, and so are parents that did not exist before.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     if job.rank == 0:
@@ -67,7 +65,7 @@ def check_file_system(folder: Path, job: RankTable) -> list[CheckResult]:
 
 
 def _rename_problems(scratch: Path, job: RankTable) -> list[str]:
-    """Problems of this rank with a file that rank 0 replaces, and with a folder that it renames."""
+    """Return this rank's problems with a file that rank 0 replaces and a folder that it renames."""
     problems: list[str] = []
     reader = threading.Thread(target=lambda: problems.extend(_read_while_replaced(scratch / "file")))
     reader.start()
@@ -91,7 +89,7 @@ def _rename_problems(scratch: Path, job: RankTable) -> list[str]:
 
 
 def _visibility_problems(scratch: Path, job: RankTable) -> list[str]:
-    """Problems of rank 0 with files that the other ranks write; [] on those."""
+    """Return rank 0's problems with files of all other ranks; [] on those ranks."""
     with suppress(OSError):
         _replace(scratch / f"rank{job.rank}", NUM_RENAMES)
     job.store.set(f"left/{job.rank}", "1")
@@ -108,14 +106,14 @@ def _visibility_problems(scratch: Path, job: RankTable) -> list[str]:
 
 
 def _replace(path: Path, count: int) -> None:
-    """Replace a file as artifacts.files.write_bytes() does."""
+    """Replace a file in the same way as artifacts.files.write_bytes()."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(bytes([count]) * FILE_BYTES)
     os.replace(temporary, path)
 
 
 def _read_while_replaced(path: Path) -> list[str]:
-    """Read until the last replacement; return what must not be seen, [] if all is well."""
+    """Read the file until its last replacement; return the problems."""
     last = 0
     deadline = time.monotonic() + VISIBLE_S
     while last < NUM_RENAMES:
@@ -126,20 +124,20 @@ def _read_while_replaced(path: Path) -> list[str]:
             content = path.read_bytes()
         except FileNotFoundError:
             if last:
-                return ["a file that is being replaced disappears for a moment"]
+                return ["a file disappears for a moment while it is replaced"]
             continue  # another node may see a new folder late
-        except OSError:  # a stale NFS handle: opened again the next time
+        except OSError:  # a stale NFS handle; the next attempt opens the file again
             continue
         if len(content) != FILE_BYTES or len(set(content)) > 1:
-            return ["a file that is being replaced is seen half-written"]
+            return ["a file is half-written while it is replaced"]
         if content[0] < last:
-            return ["a replaced file is seen with its old content"]
+            return ["a replaced file has its old content again"]
         last = content[0]
     return []
 
 
 def _becomes_true(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether a condition holds before the timeout."""
+    """Return whether a condition becomes true before the timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

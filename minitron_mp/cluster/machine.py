@@ -1,6 +1,6 @@
 """Checks of this process's machine: package versions, limits, GPUs, FP8, extensions.
 
-Imports torch only where GPUs are checked, and never Megatron-Core.
+torch is imported only to check GPUs, and Megatron-Core is not imported.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from minitron_mp.cluster.checks import CheckResult, Verdict, failed, ok, warning
 from minitron_mp.models.number_formats import FP8_SUPPORT
 
 MAIN_PACKAGES = ("torch", "megatron-core", "transformers")
-"""Packages with a row of their own."""
+"""Packages with a separate row in the table."""
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """Versions that do not work together although each is in its supported range."""
+    """Versions that do not work together, although each of them is in its supported range."""
 
     versions: dict[str, str]
     verdict: Verdict
@@ -97,8 +97,8 @@ def check_packages(name: str = "minitron-mp") -> list[CheckResult]:
         return [
             warning(
                 "packages",
-                f"{name} runs from a folder without being installed, so the supported ranges are unknown; "
-                f"found {versions}",
+                f"{name} is imported from a folder, not installed, so the supported ranges are unknown; "
+                f"installed: {versions}",
                 "pip install -e . in the checkout (launch/venv.sh does this)",
             )
         ]
@@ -127,7 +127,7 @@ def _check_python(needed: str) -> CheckResult:
 
 
 def _check_requirement(requirement: Requirement, text: str) -> CheckResult | None:
-    """Result for one requirement; None for an optional package that is not installed."""
+    """Return the result of one requirement; None for an optional package that is not installed."""
     version = _version(requirement.name)
     is_optional = "extra" in str(requirement.marker or "")
     if version is None:
@@ -163,8 +163,8 @@ def _version(name: str) -> str | None:
 
 
 def check_limits() -> list[CheckResult]:
-    """Check limits that containers and login shells often set too low: shared memory, open files,
-    pinned memory.
+    """Check shared memory, open files and pinned memory, whose limits are often too low in containers
+    and login shells.
     """
     results = []
     shm = Path("/dev/shm")
@@ -186,7 +186,7 @@ def check_limits() -> list[CheckResult]:
 
 
 def check_gpus(fp8: Mapping[str, str], only: int | None = None) -> list[CheckResult]:
-    """Check whether torch sees GPUs, whether they compute, and whether they support the recipe's
+    """Check whether torch finds GPUs, whether they compute, and whether they support the recipe's
     FP8.
 
     fp8: key of the recipe -> kind of scaling. only: index of the one GPU to check, for a rank of a
@@ -214,7 +214,7 @@ def check_gpus(fp8: Mapping[str, str], only: int | None = None) -> list[CheckRes
 
 def _check_missing_gpu(cuda: str | None) -> CheckResult:
     if not (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
-        return ok("GPU", "none; everything runs on the CPU, with gloo between ranks")
+        return ok("GPU", "no GPU; all stages run on the CPU, with gloo between ranks")
     build = f"torch is built for CUDA {cuda}" if cuda else "torch is a CPU build"
     return failed(
         "GPU",
@@ -253,7 +253,7 @@ def _check_gpu(index: int) -> CheckResult:
 
 
 def _compute_problem(index: int) -> str:
-    """Compare a small product on a GPU with the CPU's; "" if they are equal."""
+    """Compare a small matrix product on a GPU and the CPU; return the problem, or ""."""
     import torch
 
     try:
@@ -267,8 +267,7 @@ def _compute_problem(index: int) -> str:
 def check_fp8(
     requested: Mapping[str, str], capability: tuple[int, ...], engine: str | None, cuda: tuple[int, ...]
 ) -> list[CheckResult]:
-    """Check which kinds of FP8 this hardware and software support, and whether the recipe's are
-    among them.
+    """Check whether hardware and software support the recipe's kinds of FP8.
 
     requested: key of the recipe -> kind. engine: version of Transformer Engine.
     """
@@ -300,8 +299,8 @@ def check_fp8(
 
 
 def check_extensions(on_gpu: bool) -> list[CheckResult]:
-    """Check Transformer Engine and Apex by importing them: a build for another torch fails only
-    then.
+    """Check Transformer Engine and Apex by an import, because a build for another torch fails only
+    there.
     """
     results = []
     for name, extension in EXTENSIONS.items():

@@ -1,9 +1,7 @@
 """Checks between the ranks of a job: ports, collectives and clocks.
 
-Every check ends, whatever is broken.
-
-Before there is a process group, ranks exchange results through the job's store, which the launcher
-has already connected.
+Every check has a timeout. Before a process group exists, ranks exchange results through the job's
+store, to which the launcher has already connected them.
 """
 
 from __future__ import annotations
@@ -21,27 +19,25 @@ import torch.distributed as dist
 from minitron_mp.cluster.checks import CheckResult, failed, ok, warning
 
 STORE_TIMEOUT_S = 20.0
-"""Timeout for another rank that has nothing to compute; network file systems may delay files by
+"""Timeout for a result of another rank that computes nothing. Network file systems may delay files by
 seconds.
 """
 
 LAUNCHER_PORT = 29500
-"""torchrun's default, without --rdzv-endpoint or --standalone."""
+"""Default port of torchrun without --rdzv-endpoint or --standalone."""
 
 CLOCK_WARNING_S = 1.0
 
 CLOCK_FAILED_S = 60.0
-"""Above this, files seem to come from the future, and ranks disagree about the scheduler's
-deadline.
-"""
+"""A larger difference gives files with times in the future, and different deadlines on the ranks."""
 
 MIN_BUS_GB_S = 5.0
-"""Slower collectives on GPUs get a warning: one link of 50 Gbit/s is faster."""
+"""Slower collectives on GPUs cause a warning, because one link of 50 Gbit/s is faster."""
 
 
 @dataclass(frozen=True)
 class RankTable:
-    """This process among all ranks of the job."""
+    """The rank of this process in the job, and the store of the job."""
 
     store: dist.Store
     rank: int = 0
@@ -49,14 +45,14 @@ class RankTable:
     host: str = ""
 
     def wait(self, key: str, timeout_s: float = STORE_TIMEOUT_S) -> str | None:
-        """Value that some rank sets under this key; None after the timeout."""
+        """Wait for the value of a key that any rank sets; return None after the timeout."""
         with suppress(dist.DistError, RuntimeError):
             self.store.wait([key], timedelta(seconds=timeout_s))
             return self.store.get(key).decode()
         return None
 
     def missing_ranks(self, topic: str, timeout_s: float = STORE_TIMEOUT_S) -> list[int]:
-        """Ranks that do not set `topic/RANK` before the timeout."""
+        """Return the ranks that do not set `topic/RANK` before the timeout."""
         deadline = time.monotonic() + timeout_s
         missing = []
         for rank in range(self.size):
@@ -66,9 +62,9 @@ class RankTable:
         return missing
 
     def hosts(self) -> list[str]:
-        """Host of each rank, "" for ranks that do not answer.
+        """Return the host of each rank, or "" for a rank that does not set it before the timeout.
 
-        Called by all ranks; all get the result.
+        Called by all ranks. All ranks return the result.
         """
         self.store.set(f"host/{self.rank}", self.host)
         missing = self.missing_ranks("host")
@@ -80,10 +76,9 @@ class RankTable:
 def check_ports(
     job: RankTable, timeout_s: float = 5.0, launcher_port: int = LAUNCHER_PORT
 ) -> list[CheckResult]:
-    """Check that the next rank's host accepts a connection on a free port, as gloo and NCCL need
-    it.
+    """Check that the next rank's host accepts a connection on a free port.
 
-    Called by all ranks.
+    gloo and NCCL need such connections. Called by all ranks.
     """
     name = socket.gethostname()
     try:
@@ -103,7 +98,9 @@ def check_ports(
         if problem:
             results.append(problem)
         job.store.set(f"reached/{job.rank}", "1")
-        job.wait(f"reached/{(job.rank - 1) % job.size}")  # keep listening until it has connected
+        job.wait(
+            f"reached/{(job.rank - 1) % job.size}"
+        )  # the previous rank has connected, so the listener can close
     if job.size == 1:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", launcher_port)) == 0:
@@ -121,12 +118,12 @@ def check_ports(
 
 
 def _connection_problem(job: RankTable, timeout_s: float) -> CheckResult | None:
-    """Connect to the next rank."""
+    """Connect to the next rank; return the problem, if there is one."""
     peer = (job.rank + 1) % job.size
     peer_address = job.wait(f"port/{peer}")
     try:
         if not peer_address:
-            raise OSError("it reports no port")
+            raise OSError("that rank reports no port")
         host, port = peer_address.split()
         socket.create_connection((host, int(port)), timeout_s).close()
     except OSError as error:
@@ -143,7 +140,7 @@ def _connection_problem(job: RankTable, timeout_s: float) -> CheckResult | None:
 def check_collectives(job: RankTable, device: torch.device) -> list[CheckResult]:
     """Check an all-reduce and a ring of sends on the default process group: results, time, GB/s.
 
-    Called by all ranks; all get the result.
+    Called by all ranks. All ranks return the result.
     """
     if job.size == 1:
         return [ok("all-reduce", "one rank, no communication")]
@@ -174,7 +171,7 @@ def check_collectives(job: RankTable, device: torch.device) -> list[CheckResult]
 
 
 def _check_ring(job: RankTable, values: torch.Tensor, backend: str) -> CheckResult:
-    """Send to the next rank and check what the previous one sends, in the shape of values."""
+    """Send a tensor to the next rank and check the tensor from the previous rank."""
     sent = torch.full_like(values, job.rank)
     received = torch.empty_like(values)
     target = (job.rank + 1) % job.size
@@ -187,7 +184,7 @@ def _check_ring(job: RankTable, values: torch.Tensor, backend: str) -> CheckResu
 
     seconds = _slowest_rank_s(ring, values.device)
     if not torch.equal(received, torch.full_like(received, source)):
-        detail = f"rank {job.rank} received other values than rank {source} sent"
+        detail = f"rank {job.rank} received wrong values from rank {source}"
         return failed("point to point", detail, "look for a broken link or GPU: NCCL_DEBUG=INFO, dcgmi diag")
     speed = values.nbytes / seconds / 1e9
     return ok(
@@ -198,7 +195,7 @@ def _check_ring(job: RankTable, values: torch.Tensor, backend: str) -> CheckResu
 
 
 def _slowest_rank_s(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the slowest rank; the best of three runs."""
+    """Return the seconds of the slowest rank in the best of three runs."""
     best = float("inf")
     for _ in range(3):
         _barrier()
@@ -213,14 +210,14 @@ def _slowest_rank_s(action: Callable[[], object], device: torch.device) -> float
 
 
 def _barrier() -> None:
-    """A barrier on the CPU side of the default group; NCCL's would wait for the GPU."""
+    """Wait for all ranks, on the CPU. A barrier of NCCL would wait for the GPU."""
     dist.all_reduce(torch.zeros(1))
 
 
 def check_clocks(job: RankTable, clock: Callable[[], float] = time.time) -> CheckResult:
-    """Check how far the ranks' clocks differ, to the accuracy of a small all-reduce.
+    """Check how much the ranks' clocks differ, to the accuracy of a small all-reduce.
 
-    Called by all ranks; all get the result.
+    Called by all ranks. All ranks return the result.
     """
     best: list[float] = []
     for _ in range(5):

@@ -16,7 +16,7 @@ from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.memory import payload_bytes_per_token, rank_parameters
 
 MIN_FREE_FILES = 10_000
-"""Fewer free files get a warning."""
+"""A smaller number of free files causes a warning."""
 
 
 def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[CheckResult]:
@@ -67,7 +67,7 @@ def check_cuda_graphs(recipe: Recipe | None) -> list[CheckResult]:
 
 
 def requested_fp8(recipe: Recipe | None) -> dict[str, str]:
-    """Key of the recipe -> kind of FP8 scaling that it requests."""
+    """Return key of the recipe -> requested kind of FP8 scaling."""
     if recipe is None:
         return {}
     kinds = {
@@ -92,7 +92,7 @@ def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
 
 
 def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teacher: Arch) -> CheckResult:
-    """Compare free space and files with what the stages without an artifact will write.
+    """Compare free space and files with the output of the stages that have not run.
 
     paths: stage -> artifact. base: the model that is pruned.
     """
@@ -115,9 +115,7 @@ def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teac
     if largest:
         detail += f" ({', '.join(f'{name} {missing[name] / 1e9:,.1f}' for name in largest)})"
     if needed > free:
-        return failed(
-            "space", detail, "free some space, set another output, or lower distill.keep_checkpoints"
-        )
+        return failed("space", detail, "delete files, set another output, or lower distill.keep_checkpoints")
     if 0 < free_files < MIN_FREE_FILES:
         return warning(
             "space",
@@ -128,9 +126,9 @@ def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teac
 
 
 def artifact_bytes(recipe: Recipe, base: Arch, teacher: Arch) -> dict[str, float]:
-    """Stage -> bytes of its artifact, and of its checkpoints while it trains.
+    """Return stage -> bytes of its artifact and of its training checkpoints.
 
-    Only stages that write models or teacher signals. base: the model that is pruned.
+    It lists only stages that write models or teacher signals. base: the model that is pruned.
     """
     d = recipe.distill
     size = BYTES[recipe.precision]
@@ -165,19 +163,20 @@ def _possible_students(recipe: Recipe, base: Arch) -> list[Arch]:
 
 
 def _num_parameters(arch: Arch, recipe: Recipe) -> int:
-    """Parameters of a whole model, vocabulary padding included."""
+    """Return the parameters of a model over all ranks, with vocabulary padding."""
     one_rank = recipe.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None})
     return rank_parameters(arch, one_rank)[0]
 
 
 def _model_bytes(folder: str, arch: Arch, recipe: Recipe) -> float:
-    """Size of the weight files of a model, or an estimate if there are none."""
+    """Return the size of the weight files of a model, or an estimate if there are none."""
     on_disk = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return on_disk or BYTES[recipe.precision] * _num_parameters(arch, recipe)
 
 
 def _training_bytes(num_parameters: int, size: int, keep_checkpoints: int) -> float:
-    """The model and its checkpoints with float32 weights and moments: those kept, and the one being
-    written.
+    """Return the bytes of the model, the kept checkpoints, and the checkpoint that is being written.
+
+    Checkpoints have float32 weights and moments.
     """
     return size * num_parameters + (size + 12) * num_parameters * (keep_checkpoints + 1)

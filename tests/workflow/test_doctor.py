@@ -104,7 +104,7 @@ def test_valid_recipe_passes_and_leaves_no_files(here, recipe):
 def test_doctor_without_a_recipe(here):
     code, out = here()
     assert code == 0
-    assert "none given" in out
+    assert "no recipe given" in out
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,8 @@ def test_non_atomic_rename_fails(monkeypatch, tmp_path):
     file = tmp_path / "file"
     monkeypatch.setattr(file_system, "VISIBLE_S", 0.05)
     for content, said in (
-        (b"", "seen half-written"),
-        (b"\1" * 99 + b"\2" * (FILE_BYTES - 99), "seen half-written"),
+        (b"", "half-written while it is replaced"),
+        (b"\1" * 99 + b"\2" * (FILE_BYTES - 99), "half-written while it is replaced"),
         (b"\1" * FILE_BYTES, "does not see files of rank 0 within"),
     ):
         file.write_bytes(content)
@@ -349,7 +349,7 @@ def test_missing_rank_times_out(monkeypatch):
     job = RankTable(dist.HashStore(), 0, 2, "here")
     assert verdicts(_check_process_group(job, lambda: 0.0)) == {"ranks": "failed"}
     assert not dist.is_initialized()
-    assert "rank 1 () did not answer" in told(_gather(job, []), "ranks")
+    assert "rank 1 () sent no results" in told(_gather(job, []), "ranks")
 
 
 def test_results_of_many_ranks_become_one_table():
