@@ -253,7 +253,10 @@ def test_command_matches_choice_tasks_on_local_files(ranks, tmp_path):
     assert found["manifest"]["settings"]["tasks"] == ["local_choices", "local_texts"]
     assert re.search(rf"\bacc . +{accuracy:.4f}", done.out)
     said = [
-        (["--model", "best"], "--model best: this recipe has teacher, pruned, distilled"),
+        (
+            ["--model", "best"],
+            "--model best: this recipe has no such model; give one of teacher, pruned, distilled",
+        ),
         (["--model", "distilled"], "student_distilled is missing; run `minitron-mp distill` first"),
         (["--max-length", "256"], "--max-length 256 is above the model's max_position_embeddings 128"),
         (["--include-path", "nowhere"], "--include-path: there is no folder nowhere"),
@@ -305,7 +308,7 @@ def test_ranks_with_different_requests_raise(ranks, tokenizer):
     for said in ranks(
         2, "lm_eval_workers.disagree", layout=BY_NAME["dp2"], arch=ARCH, folder=tokenizer.name_or_path
     ):
-        assert "the harness built other requests on this rank than on rank 0" in said
+        assert "the requests of the harness differ between this rank and rank 0" in said
 
 
 def test_command_without_lm_eval_names_the_package_to_install(monkeypatch):

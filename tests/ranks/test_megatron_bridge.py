@@ -183,7 +183,7 @@ def test_bridge_config_problems_are_collected(four, project):
         "params_dtype torch.float32",
         "FSDP",
         "pp 3 does not divide the student's 4 layers",
-        "seq_length 100 is beyond the teacher's 64",
+        "seq_length 100 is above the teacher's max_position_embeddings 64",
         "dataset.seq_length 16",
         "global_batch_size 7",
         "student: tensor parallel size 3",

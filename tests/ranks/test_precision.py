@@ -322,7 +322,7 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
             True,
             "model.virtual_pipeline_model_parallel_size",
             2,
-            "virtual pipeline stages need a teacher on ranks of its own",
+            "virtual pipeline stages need a teacher on separate ranks",
         ),
         (False, "dist.use_gloo_process_groups", True, r"dist\.use_gloo_process_groups: .*set it to False"),
         (False, "dist.use_torch_fsdp2", True, "FSDP is not supported; use the distributed optimizer"),

@@ -40,12 +40,12 @@ SAVED_RESULTS = (
     "lm_eval_version",
     "transformers_version",
 )
-"""Keys of the harness's results that are written."""
+"""Keys of the harness's results that are written to the file."""
 
 BOOTSTRAP_ITERATIONS = 100_000
-"""Resamplings for standard errors, the harness's default.
+"""Number of resamplings for standard errors, the default of the harness.
 
-Only rank 0 does them, in further processes.
+Only rank 0 computes them, in separate processes.
 """
 
 
@@ -54,16 +54,16 @@ class HarnessOptions:
     """Options of the command `harness`."""
 
     tasks: Sequence[str]
-    """Names, groups, or patterns."""
+    """Names of tasks, names of groups, or patterns."""
     model: str = "distilled"
     """Name of a model, as in evaluation.json."""
     limit: int | None = None
-    """Only the first items of each task."""
+    """Number of items of each task; None for all."""
     num_fewshot: int | None = None
     include_path: Path | None = None
-    """Folder with more tasks. If it has all requested tasks, the harness's own are not read."""
+    """Folder with more tasks. If it has all requested tasks, the harness's task files are not read."""
     max_length: int | None = None
-    """Tokens that the model accepts; default: data.sequence_length."""
+    """Longest input of the model in tokens; default: data.sequence_length."""
     chat_template: bool = False
 
 
@@ -76,7 +76,7 @@ class StoredModel:
     made_from: dict[str, str]
     """Stage -> fingerprint of its artifact."""
     prefix: str
-    """Of the keys in the checkpoint."""
+    """Prefix of the keys in the checkpoint."""
 
 
 def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
@@ -84,7 +84,7 @@ def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
 
     Returns the path of that file. Called by all ranks of the job.
     """
-    # Imported here: it imports the package `datasets`, which takes seconds.
+    # Imported here, because it imports the package `datasets`, which takes seconds.
     from lm_eval.evaluator import simple_evaluate
 
     project = StageGraph(recipe)
@@ -96,7 +96,7 @@ def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
         if options.chat_template and not tokenizer.chat_template:
             raise InputError("--apply-chat-template: the tokenizer has no chat template; remove the option")
         manager, names = _find_tasks(options.tasks, options.include_path)
-        # One rank downloads the data; the others then find it in the cache.
+        # Rank 0 downloads the data, and all other ranks read it from the cache.
         on_rank_0(lambda: _load_tasks(manager, names), takes_long=True)
         model = _load_model(recipe, stored, world, length, is_teacher=options.model == "teacher")
         lm = ShardedLM(model, tokenizer, max_length=length, micro_batch_size=recipe.evaluate.micro_batch_size)
@@ -141,7 +141,7 @@ def _quiet_on_other_ranks() -> Iterator[None]:
 
 
 def _find_model(project: StageGraph, name: str) -> StoredModel:
-    """The checkpoint of a model of the recipe; InputError if it is missing or of another recipe."""
+    """Return the checkpoint of a model; InputError if it is missing or made from another recipe."""
     recipe = project.recipe
     # A teacher that is corrected during distillation is saved beside the student.
     in_distillation = name == "teacher" and recipe.corrects_during_distillation
@@ -155,7 +155,7 @@ def _find_model(project: StageGraph, name: str) -> StoredModel:
     if recipe.distillation_teacher != recipe.pruning_base:
         stages["unpruned"] = recipe.pruning_base
     if name not in stages:
-        raise InputError(f"--model {name}: this recipe has {', '.join(stages)}")
+        raise InputError(f"--model {name}: this recipe has no such model; give one of {', '.join(stages)}")
     require_artifact(project.paths["import"], "import", project.manifest("import"))  # the tokenizer
     stage = stages[name]
     manifest = require_artifact(project.paths[stage], stage, project.manifest(stage))
@@ -177,17 +177,17 @@ def _checked_length(length: int, arch: Arch) -> int:
 
 
 def _find_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, list[str]]:
-    """(the harness's task manager, names of all matching tasks)."""
+    """Return (task manager of the harness, names of all matching tasks)."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
-        raise InputError(f"--include-path: there is no folder {include_path}")
+        raise InputError(f"--include-path: there is no folder {include_path}; give a folder with task files")
     folder = str(include_path) if include_path else None
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not all(manager.match_tasks([name]) for name in tasks):
         manager = TaskManager(include_path=folder)  # reads some ten thousand files
     unknown = [name for name in tasks if not manager.match_tasks([name])]
-    refuse("the harness has no task of this name (`lm-eval ls tasks` lists its own):", unknown)
+    refuse("the harness has no task of this name; `lm-eval ls tasks` lists its tasks:", unknown)
     return manager, manager.match_tasks(list(tasks))
 
 
@@ -231,7 +231,7 @@ def _write_results(path: Path, manifest: Manifest, results: dict[str, Any], num_
     table(title, HARNESS_HEADER, harness_rows(results))
     if num_truncated:
         say(
-            f"{num_truncated} requests were longer than {manifest.settings['max_length']} tokens and lost "
-            "their beginning; --max-length raises the limit"
+            f"the beginning of {num_truncated} requests was cut off, because they were longer than "
+            f"{manifest.settings['max_length']} tokens; --max-length raises the limit"
         )
     say(f"harness: {path}; `minitron-mp report` includes it in a finished report")

@@ -1,14 +1,14 @@
-"""The harness's model interface on a sharded model.
+"""The model interface of lm-evaluation-harness on a sharded model.
 
-All ranks of the job run the harness in the same order. It builds the same requests on each rank,
-our scoring distributes them over data-parallel ranks (evaluation/log_likelihood.py), and every rank
-gets every answer. So the harness runs on each rank as if that rank were the only one.
+All ranks of the job run the harness in the same order, and it builds the same requests on each
+rank. evaluation/log_likelihood.py distributes them over data-parallel ranks and returns all results
+on every rank. So the harness runs on each rank as in a job of one rank.
 
-Texts are split, truncated and joined as the harness does for its own Hugging Face models
-(lm_eval/models/huggingface.py, 0.4.13). Special tokens follow the tokenizer's rule. Context and
-continuation are encoded together, and the continuation starts after as many tokens as the context
-alone has. Long requests lose tokens on the left until max_length + 1 are left; the last of these is
-only predicted.
+Texts are split, truncated and joined as in the Hugging Face models of the harness
+(lm_eval/models/huggingface.py, 0.4.13). The tokenizer adds its special tokens. Context and
+continuation are encoded together. The continuation starts after n tokens, where n is the number of
+tokens of the context without it. The left side of a long request is cut off, so that max_length + 1
+tokens remain. The last of them is only predicted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GENERATION_SETTINGS = {
 """Settings that a task may give. Greedy decoding ignores temperature, top_p and top_k."""
 
 DEFAULT_NEW_TOKENS = 256
-"""Of a generation without max_gen_toks, as in the harness's own models."""
+"""Number of new tokens of a generation without max_gen_toks, as in the models of the harness."""
 
 
 class TokenRequest(NamedTuple):
@@ -66,10 +66,10 @@ class Generation:
 
 
 class ShardedLM(TemplateLM):
-    """A sharded model as the harness's language model. tokenizer: of transformers.
+    """A sharded model as a language model of the harness. tokenizer: of transformers.
 
-    Methods are called by all ranks with the same requests, and return the same on each. The
-    attribute num_truncated counts requests that lost their beginning.
+    All ranks call the methods with the same requests and receive the same results. The attribute
+    num_truncated counts requests whose beginning was cut off.
     """
 
     def __init__(self, model: ShardedModel, tokenizer: Any, *, max_length: int, micro_batch_size: int):
@@ -90,7 +90,7 @@ class ShardedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Token before a text that has no context."""
+        """Return the token before a text that has no context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     @property
@@ -115,16 +115,17 @@ class ShardedLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log p of the continuation in nats, whether it is greedy) of each request (context,
-        continuation).
+        """Return (log p of the continuation in nats, whether it is greedy) of each request.
+
+        A request is (context, continuation).
         """
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """log p of each text in nats.
+        """Return log p of each text in nats.
 
-        A text is split into windows of max_length; each window sees as much of the text before it
-        as fits.
+        A text is split into windows of max_length. The context of a window is the text before it,
+        up to the length limit.
         """
         windows = []
         numbers = []
@@ -166,8 +167,8 @@ class ShardedLM(TemplateLM):
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         if not continuation:
             raise InputError(
-                "a request of this task has a continuation that adds no token to its context; "
-                "the harness cannot score it"
+                "a request of this task has a continuation that adds no token to its context, so the harness "
+                "cannot score it; correct the task"
             )
         if len(continuation) > self.max_length:
             raise InputError(
@@ -180,12 +181,13 @@ class ShardedLM(TemplateLM):
         return Row((context + continuation)[excess:], len(context) - excess)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuation of each context, up to a stop string, an end of text or max_gen_toks.
+        """Return the greedy continuation of each context.
 
-        There is no key-value cache: each new token is a forward pass over its whole text, so n
-        tokens after a context of c take n (c + n/2) token forwards, about c + n/2 times what a
-        cache would take. All requests grow together, in batches of micro_batch_size per
-        data-parallel rank. InputError for sampling and beams.
+        It ends at a stop string, at the end of text, or after max_gen_toks. There is no key-value
+        cache: each new token needs a forward pass over the full text, so n tokens after a context
+        of c tokens take n (c + n/2) token forwards, about c + n/2 times the number with a cache.
+        All requests grow together, in batches of micro_batch_size per data-parallel rank.
+        InputError for sampling and beams.
         """
         plans = [self._generation(*request.args) for request in requests]
         _require_same_on_all_ranks(plans)
@@ -240,15 +242,16 @@ class ShardedLM(TemplateLM):
 
 
 def _require_same_on_all_ranks(requests: Sequence[Any]) -> None:
-    """InputError unless every rank has rank 0's requests, because results are summed by request
-    number.
+    """Raise InputError unless every rank has rank 0's requests.
+
+    Results are summed by request number.
     """
     digest = hashlib.sha256(repr(requests).encode()).hexdigest()
     digest_of_rank_0 = on_rank_0(lambda: digest)
     problem = None
     if digest != digest_of_rank_0:
         problem = InputError(
-            "the harness built other requests on this rank than on rank 0; give all nodes the same tasks "
+            "the requests of the harness differ between this rank and rank 0; give all nodes the same tasks "
             "and data"
         )
     raise_on_all_ranks(problem)

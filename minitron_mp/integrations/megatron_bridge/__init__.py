@@ -1,4 +1,4 @@
-"""Distillation in Megatron-Bridge: our pruned student, teacher and loss in Bridge's pretrain().
+"""Distillation with Megatron-Bridge: pruned student, teacher and loss in Bridge's pretrain().
 
     from minitron_mp.integrations.megatron_bridge import (
         ColocatedTeacher, KDForwardStep, check_config, student_provider,
@@ -9,17 +9,17 @@
     check_config(cfg, step)                    # after all overrides
     pretrain(cfg, step, callbacks=[step])
 
-model.py: the student, models that Bridge built, and what prune() and score() need of them.
+model.py: the student, and models that Bridge built as input of prune() and score().
 teacher.py: the two teachers. forward_step.py: KDForwardStep. checks.py: check_config.
 export.py: export_student.
 
-Only this room imports megatron.bridge, inside the functions that need it. Bridge describes a model
-in two ways, which both end in chunks of Megatron-Core's GPTModel. A hook on these chunks, before
-they are wrapped, is all that is added here:
+Only this folder imports megatron.bridge, inside the functions that need it. Bridge describes a model
+in two ways. Both give chunks of Megatron-Core's GPTModel. This folder adds only hooks on these
+chunks, which run before the chunks are wrapped:
 
     provider   Bridge 0.6: AutoBridge.to_megatron_provider(), hooks by register_pre_wrap_hook()
     config     Bridge's main branch: AutoBridge.get_model_config(), hooks in the list
-               pre_wrap_hooks; Bridge 0.6 trains such a config, too
+               pre_wrap_hooks. Bridge 0.6 can also train such a config
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ FILES = {
     "ColocatedTeacher": "teacher",
     "RemoteTeacher": "teacher",
 }
-"""Public name -> file; the others are in model.py. They are imported when they are used."""
+"""Public name -> file. All other names are in model.py. A name is imported at its first use."""
 
 
 def __getattr__(name: str) -> Any:

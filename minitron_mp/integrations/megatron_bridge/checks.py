@@ -12,14 +12,14 @@ from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher
 from minitron_mp.models.arch import Arch, layout_problems
 
 Checks = list[tuple[bool, str]]
-"""(whether the setting is wrong, the message)."""
+"""(whether the setting is invalid, the error text)."""
 
 
 def check_config(cfg: Any, step: KDForwardStep) -> None:
     """Raise InputError with all problems of a ConfigContainer; call it after all overrides.
 
-    What Bridge checks itself (its own divisibility rules and files) is left to Bridge. No rank
-    communicates.
+    The divisibility rules and files that Bridge checks are not checked here. Ranks do not
+    communicate.
     """
     teacher = step.teacher.arch
     is_colocated = isinstance(step.teacher, ColocatedTeacher)
@@ -44,7 +44,7 @@ def _vocabulary_checks(cfg: Any, step: KDForwardStep) -> Checks:
         (
             model.vocab_size != teacher.padded_vocab_size,
             f"model.vocab_size is {model.vocab_size}, but the teacher's padded vocabulary has "
-            f"{teacher.padded_vocab_size} tokens; take cfg.model from student_provider()",
+            f"{teacher.padded_vocab_size} tokens; create cfg.model with student_provider()",
         ),
         (
             model.should_pad_vocab,
@@ -112,7 +112,7 @@ def _layout_checks(cfg: Any, teacher: Arch, is_colocated: bool) -> Checks:
     return [
         (
             bool(model.virtual_pipeline_model_parallel_size) and is_colocated,
-            "virtual pipeline stages need a teacher on ranks of its own; "
+            "virtual pipeline stages need a teacher on separate ranks; "
             "unset virtual_pipeline_model_parallel_size",
         ),
         (
@@ -142,8 +142,8 @@ def _length_checks(cfg: Any, teacher: Arch) -> Checks:
         ),
         (
             model.seq_length > teacher.max_position_embeddings,
-            f"model.seq_length {model.seq_length} is beyond the teacher's "
-            f"{teacher.max_position_embeddings} positions",
+            f"model.seq_length {model.seq_length} is above the teacher's max_position_embeddings "
+            f"{teacher.max_position_embeddings}; lower it",
         ),
         (
             bool(data_length) and data_length != model.seq_length,
@@ -158,6 +158,6 @@ def _length_checks(cfg: Any, teacher: Arch) -> Checks:
 
 
 def _student_sizes(model: Any, teacher: Arch) -> Arch:
-    """Return the student's sizes, as far as tensor parallelism splits them."""
+    """Return the teacher with the student's sizes that tensor parallelism splits."""
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size")
     return teacher.resized(**{name: getattr(model, name) or model.num_attention_heads for name in names})

@@ -1,4 +1,4 @@
-"""Export of a student through Bridge's weight mapping, for every family that Bridge maps."""
+"""Export of a student with Bridge's weight mapping, for every family that Bridge maps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from minitron_mp.models.hf_weights import copy_assets, write_weights
 def export_student(
     chunks: list[Any], config: dict[str, Any], folder: str | Path, *, source: str | Path | None = None
 ) -> None:
-    """Write model chunks as a Hugging Face folder; called by all ranks, rank 0 writes.
+    """Write model chunks as a Hugging Face folder. Called by all ranks; rank 0 writes.
 
     config: content of this model's config.json (pruned_config()). source: folder with the tokenizer
-    and the other small files that belong to the model.
+    and the other small files of the model.
     """
     bridge, folder = auto_bridge(config), Path(folder)
     inner = [bare_model(chunk) for chunk in chunks]

@@ -34,8 +34,8 @@ class KDForwardStep:
 
     The model returns hidden states, and losses.fused.distillation_loss applies the output layer in
     tiles of tokens, vocabulary-parallel. The model's own cross-entropy does not run. Bridge logs
-    "kd loss" (the optimised loss), "kl" and "lm loss", means over tokens. The teacher is loaded
-    when training starts and dropped after the last evaluation. vocab_size: without padding.
+    "kd loss" (the optimised loss), "kl" and "lm loss", as means over tokens. The teacher is loaded
+    when training starts and freed after the last evaluation. vocab_size: without padding.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class KDForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (loss sum, tokens, {name: [sum, tokens]}) of a microbatch on the last stage.
 
-        Bridge adds the sums over ranks and divides. Without a signal (evaluation beside a remote
+        Bridge sums over the ranks and divides. Without a signal (evaluation beside a remote
         teacher) the loss is the cross-entropy.
         """
         assert self.world is not None
@@ -116,7 +116,7 @@ class KDForwardStep:
 
     # Bridge's callback manager calls the methods with the names of its events.
     def on_train_start(self, context: Any) -> None:
-        # Not in check_config(): Bridge derives these settings from others before it comes here.
+        # check_config() cannot check these settings, because Bridge derives them later.
         problems = [
             text
             for chunk in context.model

@@ -3,7 +3,7 @@
 student_provider                      the student, for cfg.model
 load_pruned, slice_teacher            hooks that fill the student with weights
 defer_head                            hook that leaves the output layer to the loss
-world_of_provider, arch_of            what score() and prune() need of a model that Bridge built
+world_of_provider, arch_of            world and sizes of a model that Bridge built
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.slicing import prune
 
 Hook = Callable[[list[Any]], list[Any]]
-"""Chunks of a bare GPTModel -> the chunks that are wrapped; what Bridge calls a pre-wrap hook."""
+"""Pre-wrap hook of Bridge: chunks of an unwrapped GPTModel -> the chunks that Bridge wraps."""
 
 
 def student_provider(
@@ -43,10 +43,10 @@ def student_provider(
 ) -> Any:
     """Return the cfg.model of a recipe: a pruned or distilled model, which Bridge builds and loads.
 
-    folder: sharded checkpoint of `minitron-mp` or examples/bridge_prune.py, saved at any layout.
+    folder: sharded checkpoint of `minitron-mp` or examples/bridge_prune.py, saved in any layout.
 
-    Set parallel sizes on the result as on any other provider. Hooks that are added to it run after
-    the ones set here. InputError when Bridge is not installed, or does not have this api.
+    Set parallel sizes on the result as on any other provider. Hooks that you add run after the
+    hooks of this function. InputError when Bridge is not installed, or does not have this api.
     """
     arch = saved_arch(Path(folder))
     config = json.loads((Path(folder) / ASSETS / "config.json").read_text())
@@ -62,14 +62,14 @@ def student_provider(
 
 
 def prepare(model: Any, arch: Arch, *, sequence_length: int, precision: str, weights: Hook) -> Any:
-    """Prepare a provider or ModelConfig for our student, with the hook that loads it; return it."""
-    # Padded as in our checkpoints, so that student and teacher have the same columns on a rank.
+    """Set a provider or ModelConfig up for the student, with the hook that loads it; return it."""
+    # Padded as in the checkpoints, so that student and teacher have the same columns on a rank.
     model.vocab_size, model.should_pad_vocab = arch.padded_vocab_size, False
     model.seq_length = sequence_length
     model.params_dtype = model.pipeline_dtype = DTYPES[precision]
     model.bf16, model.fp16 = precision == "bf16", False
-    # The loss adds the head's gradient to main_grad in the forward pass. A later factor would miss
-    # it.
+    # The loss adds the head's gradient to main_grad in the forward pass. A later factor would not
+    # scale it.
     model.calculate_per_token_loss = True
     add_pre_wrap_hook(model, weights)
     add_pre_wrap_hook(model, defer_head)
@@ -101,9 +101,9 @@ def load_pruned(folder: str | Path) -> Hook:
 def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
     """Return a hook that fills the chunks with slices of a teacher, without a checkpoint on disk.
 
-    teacher(): its chunks, unwrapped, in the student's layout; they are consumed.
-    The hook runs on all ranks. InputError when the plan drops layers and pp is above 1: layers
-    would move to other ranks, which needs a checkpoint (pruning.slicing.prune,
+    teacher(): returns the teacher's chunks, unwrapped, in the student's layout. They cannot be used
+    afterwards. The hook runs on all ranks. InputError when the plan drops layers and pp is above 1,
+    because layers would move to other ranks, which needs a checkpoint (pruning.slicing.prune,
     artifacts.checkpoint.save_checkpoint, then load_pruned).
     """
 
@@ -128,7 +128,7 @@ def slice_teacher(teacher: Callable[[], list[Any]], plan: PrunePlan) -> Hook:
 
 
 def defer_head(chunks: list[Any]) -> list[Any]:
-    """Hook: leave the output layer to the loss.
+    """Replace the output layer, so that the loss applies it. This is a hook.
 
     The last stage then returns hidden states [b, s', h] after the final norm. The keys of
     checkpoints stay the same. s' is s/cp, or s/cp/tp under sequence parallelism.
@@ -155,9 +155,9 @@ def world_of_provider(chunks: Sequence[Any]) -> World:
 
 
 def sharded_model(chunks: list[Any], arch: Arch, sequence_length: int | None = None) -> ShardedModel:
-    """Return a model that Bridge built, wrapped or not, as score(), prune() and masked() take it.
+    """Return a model that Bridge built, wrapped or not, as input of score(), prune() and masked().
 
-    sequence_length: tokens of a sample; default: the most that the model takes.
+    sequence_length: tokens of a sample; default: the model's maximum.
     """
     inner = bare_model(chunks[0])
     precision = "bf16" if inner.config.params_dtype == torch.bfloat16 else "fp32"
@@ -173,7 +173,7 @@ def bare_model(model: Any) -> Any:
 
 
 def has_float16_module(model: Any) -> bool:
-    """Whether Float16Module is around the GPTModel. By default it casts the model's output."""
+    """Return whether Float16Module wraps the GPTModel. By default it casts the model's output."""
     while hasattr(model, "module"):
         if hasattr(model, "float16_convertor"):
             return True
@@ -219,7 +219,7 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
 
 
 def auto_bridge(config: dict[str, Any]) -> Any:
-    """Return AutoBridge.from_hf_config() of the content of a config.json."""
+    """Return the AutoBridge of a config.json. config: its content."""
     try:
         from megatron.bridge import AutoBridge
         from megatron.bridge.models.conversion.param_mapping import AutoMapping
@@ -231,18 +231,18 @@ def auto_bridge(config: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     AutoMapping.register_module_type(DeferredHead.__name__, "column")
-    known = {name: value for name, value in config.items() if name != "model_type"}
-    return AutoBridge.from_hf_config(AutoConfig.for_model(config["model_type"], **known))
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    return AutoBridge.from_hf_config(AutoConfig.for_model(config["model_type"], **fields))
 
 
 def pruned_config(config: dict[str, Any], arch: Arch) -> dict[str, Any]:
     """Return config.json with the student's sizes, for families with the field names of Llama.
 
-    For other families change a copy of config.json yourself.
+    For other families edit a copy of config.json yourself.
     """
     sizes = {CONFIG_FIELDS[name]: getattr(arch, name) for name in (*arch.sizes(), "kv_channels")}
     refuse(
-        "this config.json has other field names than Llama's; change a copy of it yourself:",
+        "this config.json does not have the field names of Llama; edit a copy of it yourself:",
         [f"{name} is missing" for name in sizes if name not in config and name != "head_dim"],
     )
     types = config.get("layer_types")

@@ -1,4 +1,4 @@
-"""Teachers of a Megatron-Bridge recipe: on the student's ranks, or on ranks of their own.
+"""Teachers of a Megatron-Bridge recipe: on the student's ranks, or on separate ranks.
 
 s' is s/cp, or s/cp/tp under sequence parallelism  b microbatch  h_t hidden size of the teacher
 """
@@ -23,7 +23,7 @@ from minitron_mp.models.sharded_model import DTYPES, output_weight
 
 
 class BridgeTeacher(Protocol):
-    """What KDForwardStep needs of a teacher.
+    """The protocol of a teacher for KDForwardStep.
 
     Bridge drives the schedule, so the teacher computes one microbatch at a time.
     """
@@ -31,7 +31,7 @@ class BridgeTeacher(Protocol):
     arch: Arch
 
     def start(self, world: World, sequence_length: int) -> None:
-        """Prepare for training; called by all ranks."""
+        """Prepare for training. Called by all ranks."""
 
     def signal(self, batch: Batch, student: Any) -> TeacherSignal | None:
         """Return the teacher's part of a microbatch.
@@ -41,25 +41,25 @@ class BridgeTeacher(Protocol):
         """
 
     def target(self, signal: TeacherSignal) -> TeacherTarget:
-        """Return what the loss takes; on the last stage."""
+        """Return the target of the loss, on the last stage."""
 
     def release(self, signal: TeacherSignal) -> None:
-        """Take back a signal that the loss has used; on the last stage."""
+        """Free a signal that the loss has used, on the last stage."""
 
     def end_step(self) -> None:
-        """Finish what is pending at the end of a step; called by all ranks."""
+        """Wait for pending transfers at the end of a step. Called by all ranks."""
 
     def close(self) -> None:
-        """End the work of the teacher; called by all ranks."""
+        """Free the teacher. Called by all ranks."""
 
 
 class ColocatedTeacher:
     """A frozen teacher on the student's ranks, in the student's layout.
 
     Each stage runs its part of the teacher just before the student's part of a microbatch. The
-    teacher's hidden states travel between stages in a process group of their own: in the student's
-    group NCCL would match them with the student's by order alone. A sent tensor is kept until it is
-    received, for at most pp microbatches.
+    teacher's hidden states are sent between stages in a separate process group, because NCCL would
+    match them with the student's transfers by order in the student's group. A sent tensor is kept
+    until it is received, for at most pp microbatches.
 
     folder: checkpoint of `minitron-mp import`.
     """
@@ -76,9 +76,9 @@ class ColocatedTeacher:
         self.world = world
         model = load_model(self.folder, world, sequence_length=sequence_length, precision=self.precision)
         (self.chunk,) = model.freeze().chunks
-        of_ranks: list[list[int]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, dist.get_process_group_ranks(world.groups.pp))
-        pipelines = sorted({tuple(ranks) for ranks in of_ranks}) if world.parallel.pp > 1 else []
+        pipeline_of_rank: list[list[int]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(pipeline_of_rank, dist.get_process_group_ranks(world.groups.pp))
+        pipelines = sorted({tuple(ranks) for ranks in pipeline_of_rank}) if world.parallel.pp > 1 else []
         for ranks in pipelines:  # every rank has to create all groups
             group = dist.new_group(list(ranks))
             if dist.get_rank() in ranks:
@@ -120,14 +120,14 @@ class ColocatedTeacher:
 
 
 class RemoteTeacher:
-    """A teacher on ranks of its own, in a layout of its own.
+    """A teacher on separate ranks, in a separate layout.
 
-    source: distillation.teacher.RemoteTeacher, which knows the payload. arch: of the teacher.
-    first_microbatch: of this data-parallel rank, when a run is resumed.
+    source: distillation.teacher.RemoteTeacher, which has the payload. arch: of the teacher.
+    first_microbatch: of this data-parallel rank, if the run is resumed.
 
     The job has the roles of distributed.roles.join_roles(), so Bridge's default process group is
-    the student's (docs/megatron_bridge.md). Evaluation inside pretrain() has no teacher then,
-    because its microbatches are not among those that the teacher serves.
+    the student's (docs/megatron_bridge.md). Then evaluation inside pretrain() has no teacher,
+    because the teacher serves only training microbatches.
     """
 
     def __init__(self, source: Teacher, arch: Arch, first_microbatch: int = 0):
