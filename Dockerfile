@@ -12,15 +12,15 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 USER 0:0
 WORKDIR /opt/minitron-mp
 
-# A folder of certificates, for sites whose proxy uses its own.
+# A folder with certificates, for sites whose proxy has private certificates.
 ARG PIP_CERT
 # The constraints file below replaces NVIDIA's (/etc/pip/constraint.txt), which also pins about a hundred
 # packages that do not depend on the GPU.
 ENV PIP_CONSTRAINT="" PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:${PATH}
 
-# Metadata is copied before sources, so that a change of the code keeps these layers. The base's pip installs
-# into the virtual environment. The base's torchrun starts the base's Python, which does not have these
-# packages, so a torchrun is written here.
+# Metadata is copied before sources, so that a change of the code does not rebuild these layers. The base
+# image's pip installs into the virtual environment. Its torchrun would start the Python of the base image,
+# which does not have these packages, so another torchrun is written here.
 COPY setup.py pyproject.toml ./
 COPY constraints constraints
 COPY docker docker
@@ -61,6 +61,6 @@ LABEL org.opencontainers.image.title="minitron-mp" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
 
 HEALTHCHECK --interval=5m --timeout=60s --start-period=30s --retries=2 CMD ["minitron-mp", "doctor"]
-# The base's entrypoint is kept, because NVIDIA's sets up the driver's compatibility libraries. pyxis and
-# enroot use none.
+# The entrypoint of the base image is kept, because it sets up the compatibility libraries of the driver.
+# pyxis and enroot do not run an entrypoint.
 CMD ["minitron-mp", "--help"]

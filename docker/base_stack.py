@@ -3,10 +3,10 @@
     python3 docker/base_stack.py write FOLDER     before pip: write the files below
     python3 docker/base_stack.py check FOLDER     after pip: fail if a package of the base changed
 
-requirements.txt has the core dependencies of setup.py. constraints.txt has the base's versions of
-the GPU packages, and the tested versions of constraints/ for all others. stack.json has versions
-and places of the GPU packages. The base's Python runs this file, so it uses only the standard
-library.
+requirements.txt has the core dependencies of setup.py. constraints.txt has the base image's versions
+of the GPU packages, and the tested versions of constraints/ for all other packages. stack.json has
+the versions and folders of the GPU packages. The base image's Python runs this file, so it imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ STACK = re.compile(
     r"(torch|torchvision|torchao|pytorch-triton|triton|numpy|transformer-engine.*|apex|flash-attn.*"
     r"|nvidia-.*|cuda-.*)"
 )
-"""Packages that are built for the base's CUDA, and numpy.
+"""Packages that are built for the CUDA of the base image, and numpy.
 
-Extensions need numpy's major version.
+numpy is included, because compiled extensions depend on its major version.
 """
 ROOT = Path(__file__).parents[1]
 
 
 def installed() -> dict[str, tuple[str, str]]:
-    """Return name of each GPU package -> (version, folder), as this Python finds it first."""
-    found: dict[str, tuple[str, str]] = {}
+    """Return GPU package -> (version, folder) that this Python imports."""
+    packages: dict[str, tuple[str, str]] = {}
     for distribution in distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if STACK.fullmatch(name):
-            found.setdefault(name, (distribution.version, str(distribution.locate_file(""))))
-    return found
+            packages.setdefault(name, (distribution.version, str(distribution.locate_file(""))))
+    return packages
 
 
 def write(folder: Path) -> None:
+    """Write requirements.txt, constraints.txt and stack.json."""
     folder.mkdir(parents=True, exist_ok=True)
     stack = installed()
     if "torch" not in stack:
@@ -66,14 +67,15 @@ def write(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
+    """Exit with an error if a GPU package has changed since write()."""
     before, now = json.loads((folder / "stack.json").read_text()), installed()
-    changed = [name for name, was in before.items() if tuple(was) != now.get(name)]
+    changed = [name for name, package in before.items() if tuple(package) != now.get(name)]
     if changed:
         rows = [
             f"{name}: {' in '.join(before[name])}, now {' in '.join(now.get(name, ('none', 'nowhere')))}"
             for name in changed
         ]
-        sys.exit("pip has replaced packages of the base image:\n" + "\n".join(rows))
+        sys.exit("pip has replaced packages of the base image; use another BASE_IMAGE:\n" + "\n".join(rows))
     print("unchanged: " + ", ".join(f"{name} {version}" for name, (version, _) in before.items()))
 
 

@@ -35,33 +35,35 @@ def batches(vocab_size: int, rank: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def compress(provider, source: Path, output: Path, target: TargetConfig, w) -> PrunePlan:
-    """Prune a model and write the checkpoint; called by all ranks. provider: of source, with its weights."""
+def compress(provider, source: Path, output: Path, target: TargetConfig, world) -> PrunePlan:
+    """Prune a model and write the checkpoint. Called by all ranks.
+
+    provider: Bridge's provider of the model in `source`, which loads its weights.
+    """
     config = json.loads((source / "config.json").read_text())
     arch = arch_of(provider, config)
     provider.finalize()
     chunks = defer_head(
         provider.provide_distributed_model(
-            wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=w.groups
+            wrap_with_ddp=False, mixed_precision_wrapper=None, pg_collection=world.groups
         )
     )
     model = sharded_model(chunks, arch, 64)
-    own = model.world
     for chunk in chunks:
         chunk.eval()
-    scores = score(model, [batches(arch.vocab_size, own.groups.dp.rank())], ScoreConfig())
-    plan = make_plan(scores, arch, target, tp=own.parallel.tp)
-    smaller = pruned_config(config, plan.student)
+    scores = score(model, [batches(arch.vocab_size, world.groups.dp.rank())], ScoreConfig())
+    plan = make_plan(scores, arch, target, tp=world.parallel.tp)
+    student_config = pruned_config(config, plan.student)
 
     def assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
-        (folder / ASSETS / "config.json").write_text(json.dumps(smaller))
+        (folder / ASSETS / "config.json").write_text(json.dumps(student_config))
         for path in source.glob("tokenizer*"):
             shutil.copy(path, folder / ASSETS)
 
-    made = Manifest(stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student)
-    save_checkpoint(prune(model, plan), output, made, assets)
-    if own.is_main:
+    manifest = Manifest(stage="prune", settings={"target": target.model_dump()}, inputs={}, arch=plan.student)
+    save_checkpoint(prune(model, plan), output, manifest, assets)
+    if world.is_main:
         print(f"{output}: {plan.student.num_parameters():,} of {arch.num_parameters():,} parameters")
     return plan
 
@@ -82,10 +84,10 @@ def main() -> None:
     provider = AutoBridge.from_hf_pretrained(args.model).to_megatron_provider()
     provider.tensor_model_parallel_size, provider.pipeline_model_parallel_size = args.tp, args.pp
     provider.pipeline_dtype = provider.params_dtype
-    # Scores are read at the norms, which Transformer Engine's layers have fused.
+    # Scores are read at the norms, and Transformer Engine's layers have no separate norms.
     provider.transformer_layer_spec = local_layer_spec
-    with join_world(ParallelConfig(tp=args.tp, pp=args.pp), seed=1) as w:
-        compress(provider, args.model, args.pruned, TargetConfig(keep=args.keep), w)
+    with join_world(ParallelConfig(tp=args.tp, pp=args.pp), seed=1) as world:
+        compress(provider, args.model, args.pruned, TargetConfig(keep=args.keep), world)
 
 
 if __name__ == "__main__":

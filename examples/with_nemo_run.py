@@ -2,9 +2,9 @@
 
 python examples/with_nemo_run.py examples/quickstart.yaml compress --nodes 4 --partition batch --account me
 
---form partial sends a Python function with its recipe (run.Partial), --form script a command line
-(run.Script). See docs/cluster.md for the installation of NeMo-Run. The nodes need it for --form
-partial.
+--form partial sends a Python function with its recipe (run.Partial). --form script sends a command
+line (run.Script). See docs/cluster.md for the installation of NeMo-Run. With --form partial the
+nodes need NeMo-Run, too.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 # Set the environment variables of the ranks of one node. Source it: . launch/env.sh RECIPE [key=value...]
 #
 # It reads the site's file (launch/site) first. Then it sets the variables that the recipe needs
-# (minitron-mp environment), unless they are set. On the first node it prints the final values with
-# reasons. It reads ranks_per_node and num_nodes; the default is 1.
-#   . launch/env.sh --site      the site's file only
+# (minitron-mp environment), unless they are already set. On the first node it prints the final values with
+# reasons. It reads the shell variables ranks_per_node and num_nodes, which default to 1.
+#   . launch/env.sh --site      read only the site's file
 
 load_site() {
     local root site
@@ -17,12 +17,12 @@ load_site() {
         . "$site"
         set +a
     elif [[ -n ${MINITRON_SITE:-} ]]; then
-        echo "MINITRON_SITE=$MINITRON_SITE: there is no $site; copy launch/site/example.env" >&2
+        echo "MINITRON_SITE=$MINITRON_SITE: there is no $site; copy launch/site/example.env to it" >&2
         return 2
     fi
 }
 
-# Needs a python with minitron_mp on the PATH.
+# This needs a python with minitron_mp on the PATH.
 load_environment() {
     local lines line name
     lines=$(python -m minitron_mp environment "$@" --ranks "${ranks_per_node:-1}" \
@@ -39,7 +39,7 @@ load_environment() {
     done <<<"$lines"
 }
 
-# shellcheck disable=SC2317 # exit: if this file is executed, not sourced
+# shellcheck disable=SC2317 # exit is reached if this file is executed instead of sourced
 if ! load_site || { [[ ${1:-} != --site ]] && ! load_environment "$@"; }; then
     return 2 2>/dev/null || exit 2
 fi

