@@ -1,10 +1,10 @@
-"""Package metadata. Ranges are here; the versions that were tested together are in constraints/."""
+"""Package metadata with version ranges. constraints/ has the versions that were tested together."""
 
 from setuptools import find_packages, setup
 
 CORE = [
     "torch>=2.11",
-    "megatron-core>=0.16.1,<0.20",  # pip takes 0.16.1 on Python 3.10 and 3.11, 0.19 on 3.12
+    "megatron-core>=0.16.1,<0.20",  # pip installs 0.16.1 on Python 3.10 and 3.11, 0.19 on 3.12
     "numpy",
     "packaging",
     "pydantic>=2.9",
@@ -19,7 +19,7 @@ CORE = [
     "matplotlib>=3.8",
     "jinja2>=3.1",  # torch requires it, too
     "huggingface-hub",  # transformers requires it, too
-    # Megatron-Core 0.16.1 to 0.19.2 do not declare it, and their checkpoint save hangs without it.
+    # Megatron-Core 0.16.1 to 0.19.2 do not declare psutil, and checkpoint saves hang without it.
     "psutil",
 ]
 EXTRAS = {
@@ -28,7 +28,7 @@ EXTRAS = {
     "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot import leptonai 0.47
     "eval": ["lm-eval>=0.4.13"],  # the first version tested
     "quickstart": ["gguf"],
-    # lm-eval for its tests; triton for its interpreter, which runs losses/kernels.py on a CPU.
+    # lm-eval is for the tests of the harness. triton's interpreter runs losses/kernels.py on a CPU.
     "dev": [
         "pytest",
         "pytest-xdist",
