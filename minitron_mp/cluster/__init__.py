@@ -1,7 +1,7 @@
 """Checks of the machine and network before a job, and the environment variables of a launch.
 
 doctor           doctor: the command
-checks           CheckResult, and the results of many ranks as one table
+checks           CheckResult, and the merge of the results of all ranks
 machine          versions, GPUs, FP8
 network          links between ranks, clocks
 file_system      the output folder

@@ -1,10 +1,10 @@
 """The report: one document written as HTML and Markdown, and the model card.
 
 report                                    write_report
-project                                   what a report reads
+project                                   Project: the protocol that a report reads
 importance_section, training_section,
 search_section, provenance_section        sections of the report
-correction_gain                           what teacher correction gained
+correction_gain                           effect of teacher correction
 tables                                    quality_table and other tables of results
 figures                                   plots
 document                                  tables, figures and text as HTML or Markdown

@@ -3,9 +3,9 @@
 run              compress, run_stage
 stage, stages    Stage; one module for each stage, in order
 graph            StageGraph: which stages a recipe has, and which artifacts are current
-context          StageContext: what a stage works with; stage_files: the part without ranks
+context          StageContext: a stage on one rank; stage_files: its artifacts, without ranks
 settings         settings and fingerprints that several stages share
-preflight        checks that open files
+preflight        checks of a recipe before a run
 dry_run          dry_run
 teacher_source   open_teacher: the teacher of a recipe; teacher_stream: its stream;
                  fp8_teacher: its KL to the bf16 teacher
