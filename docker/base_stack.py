@@ -53,9 +53,9 @@ def write(folder: Path) -> None:
         .read_text()
         .splitlines()
     )
-    others = [pin for pin in pins if not pin.startswith("#") and not STACK.fullmatch(pin.split("==")[0])]
+    other_pins = [pin for pin in pins if not pin.startswith("#") and not STACK.fullmatch(pin.split("==")[0])]
     (folder / "constraints.txt").write_text(
-        "\n".join([*(f"{name}=={version}" for name, (version, _) in stack.items()), *others]) + "\n"
+        "\n".join([*(f"{name}=={version}" for name, (version, _) in stack.items()), *other_pins]) + "\n"
     )
     tables = {
         node.targets[0].id: node.value

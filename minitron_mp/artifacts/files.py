@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron_mp.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 SAMPLED_ABOVE_BYTES = 1 << 30
 """Larger files are not hashed whole."""
@@ -31,6 +34,14 @@ def read_json(path: Path, stage: str) -> Any:
         raise InputError(
             f"{path} is missing or damaged ({error}); delete it and run `minitron-mp {stage}` again"
         ) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of a pydantic error as one line: 'field: message'."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
 
 
 def aside_path(path: Path) -> Path:

@@ -47,7 +47,7 @@ def activation_bytes_per_token(
     it); rotated q and k; the attention output; the first MLP product and, with a gate, the
     activation, the other half and their product. Transformer Engine saves no rotated copy of q and
     k, and fuses the gate; in FP8 a tensor that only matrix products read takes one byte per value.
-    Sequence parallelism splits tensors of width h, tensor parallelism splits the others.
+    Sequence parallelism splits tensors of width h, tensor parallelism splits all other tensors.
     """
     sequence_split = parallel.tp if parallel.sequence_parallel else 1
     heads = arch.dim_size("heads")

@@ -60,7 +60,7 @@ WAIT = "waiting for the teacher"
 STREAM = "teacher stream"
 
 WORK = (STUDENT, TEACHER, LOSS, RECOMPUTE)
-"""Parts of a step that are computation; the others are overhead of the layout."""
+"""Parts of a step that are computation. All other parts are overhead of the layout."""
 
 
 @dataclass(frozen=True)

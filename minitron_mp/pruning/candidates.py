@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from minitron_mp.artifacts.files import read_json
+from minitron_mp.artifacts.files import first_problem, read_json
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import AXES
 from minitron_mp.models.number_formats import BYTES
@@ -109,9 +110,15 @@ def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:
 
 
 def chosen(path: Path) -> Arch:
-    """Read the architecture that a search chose."""
+    """Read the architecture that a search chose; InputError for a file in another format."""
     content = read_json(path, "search --force")
-    return next(Candidate.model_validate(row).arch for row in content["candidates"] if row["chosen"])
+    try:
+        return next(Candidate.model_validate(row).arch for row in content["candidates"] if row["chosen"])
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is in another format ({first_problem(error)}); this version reads candidates with "
+            f"{', '.join(Candidate.model_fields)}; run `minitron-mp search --force` again"
+        ) from error
 
 
 def shown(candidates: Sequence[Candidate]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from minitron_mp.artifacts.files import read_json, write_text
+from minitron_mp.artifacts.files import first_problem, read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.pruning import DepthConfig, TargetConfig
 from minitron_mp.errors import InputError
@@ -66,10 +66,8 @@ class DepthTrials(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "content"
             raise InputError(
-                f"{path} is in another format ({field}: {first['msg']}); this version reads base and "
+                f"{path} is in another format ({first_problem(error)}); this version reads base and "
                 f"trials with {', '.join(Trial.model_fields)}; run `minitron-mp depth --force` again"
             ) from error
 

@@ -203,7 +203,7 @@ class Recorder:
 def recording(model: ShardedModel, config: ScoreConfig) -> Iterator[Recorder]:
     """Register hooks on the model, yield the recorder, and remove every hook on exit.
 
-    Run whole microbatches of [b, model.sequence_length] inside.
+    Run full microbatches of [b, model.sequence_length] inside the context.
     """
     recorder, handles = Recorder(model, config), []
     try:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from minitron_mp.artifacts.files import write_text
+from minitron_mp.artifacts.files import first_problem, write_text
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.pruning import DepthConfig, TargetConfig
 from minitron_mp.errors import InputError
@@ -105,9 +105,10 @@ class PrunePlan(BaseModel):
         content.pop("manifest")
         try:
             return cls.model_validate(content)
-        except ValueError as error:
+        except ValidationError as error:
             raise InputError(
-                f"{path} is not a valid plan: {error}; correct it, or run `minitron-mp plan --force`"
+                f"{path} is not a valid plan: {first_problem(error)}; "
+                "correct it, or run `minitron-mp plan --force`"
             ) from error
 
     @property

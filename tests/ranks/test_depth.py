@@ -138,7 +138,7 @@ def trials_of(*dropped_and_loss, accuracies=None):
         ({"base": 1.0, "trials": []}, "base: Input should be"),
         ({"base": {"dropped": [], "loss": 1.0, "nats": 1.0}, "trials": []}, "base.nats: Extra inputs"),
         ({"base": {"dropped": [], "loss": 1.0}}, "trials: Field required"),
-        ([], "content: Input should be"),
+        ([], "Input should be"),
     ],
 )
 def test_depth_file_of_another_format(tmp_path, content, problem):

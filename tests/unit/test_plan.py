@@ -16,6 +16,7 @@ from minitron_mp.models.blocks.dense import ATTENTION, MLP, PARAMETERS
 from minitron_mp.models.families import FAMILIES
 from minitron_mp.models.families.export import export_problems, exportable_arch
 from minitron_mp.models.parameters import FINAL_NORM_BIAS, MODEL_PARAMETERS, dims_of, layer_key, split_key
+from minitron_mp.pruning.candidates import chosen
 from minitron_mp.pruning.plan import PrunePlan, make_plan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores, random_scores
@@ -487,8 +488,18 @@ def test_plan_round_trips_through_disk(tmp_path):
     assert find_manifest(tmp_path / "plan.json") == manifest("plan")
     content = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**content, "extra": 1}))
-    with pytest.raises(InputError, match="extra"):
+    with pytest.raises(
+        InputError, match=r"plan.json is not a valid plan: extra: .*; correct it, or run "
+    ) as bad:
         PrunePlan.load(tmp_path / "plan.json")
+    assert "\n" not in str(bad.value)
+
+
+def test_search_file_of_another_format_is_rejected(tmp_path):
+    (tmp_path / "search.json").write_text('{"candidates": [{"name": "l4", "chosen": true}]}')
+    with pytest.raises(InputError, match=r"search.json is in another format \(arch: Field required\)") as bad:
+        chosen(tmp_path / "search.json")
+    assert str(bad.value).endswith("run `minitron-mp search --force` again")
 
 
 def test_plan_without_merge_field_loads(tmp_path):

@@ -33,7 +33,7 @@ class KDForwardStep:
     """Forward step and callback of pretrain(cfg, step, callbacks=[step]).
 
     The model returns hidden states, and losses.fused.distillation_loss applies the output layer in
-    tiles of tokens, vocabulary-parallel. The model's own cross-entropy does not run. Bridge logs
+    tiles of tokens, vocabulary-parallel. The model's cross-entropy does not run. Bridge logs
     "kd loss" (the optimised loss), "kl" and "lm loss", as means over tokens. The teacher is loaded
     when training starts and freed after the last evaluation. vocab_size: without padding.
     """

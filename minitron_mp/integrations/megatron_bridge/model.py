@@ -131,7 +131,7 @@ def defer_head(chunks: list[Any]) -> list[Any]:
     """Replace the output layer, so that the loss applies it. This is a hook.
 
     The last stage then returns hidden states [b, s', h] after the final norm. The keys of
-    checkpoints stay the same. s' is s/cp, or s/cp/tp under sequence parallelism.
+    checkpoints do not change. s' is s/cp, or s/cp/tp under sequence parallelism.
     """
     chunk = chunks[-1]
     if chunk.post_process:

@@ -26,7 +26,7 @@ HATCHED: dict[str, Any] = {"facecolor": "#f3dfcc", "edgecolor": PRUNED, "hatch":
 """Style of an area that marks pruned units or layers."""
 
 STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # text is not converted to paths
     "svg.hashsalt": "minitron",  # the same numbers give the same file
     "font.family": "sans-serif",
     "font.size": 9,

@@ -35,7 +35,7 @@ from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
 METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Training -> metrics file beside the artifacts. A copy of the complete file goes into the artifact."""
+"""Training -> metrics file beside the artifacts. The artifact has a copy of the complete file."""
 
 PROFILE = "profile"
 """Folder beside the artifacts with the traces of a section `profile`."""

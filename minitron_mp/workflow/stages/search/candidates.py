@@ -1,7 +1,7 @@
 """The search for the student's sizes: rank candidates by held-out loss, then distill the best ones.
 
     ranking                  loss of each masked candidate, one forward pass over the calibration text
-    rounds of distillation   one forward pass of the teacher for all remaining students; half stay
+    rounds of distillation   one forward pass of the teacher for all remaining students; half are kept
     search.json              every candidate with its measurements; `plan` uses the chosen one
 
 A candidate is ranked by its last measurement, never by its size. Progress is saved beside search.json:
