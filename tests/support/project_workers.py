@@ -110,18 +110,18 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
     """
     from minitron_mp.workflow.stages.search.candidates import _Progress
 
-    keep = _Progress.keep
+    save = _Progress.save
     measurements = []
 
     def count(progress: _Progress) -> None:
-        keep(progress)
+        save(progress)
         measurements.append(1)
         if len(measurements) == leave_after:
             (progress.context.recipe.root / "stop").touch()
         if len(measurements) == stop_after:
             raise _Stopped
 
-    with patch.object(_Progress, "keep", count):
+    with patch.object(_Progress, "save", count):
         try:
             return minitron(arguments=arguments)
         except _Stopped:
