@@ -1,13 +1,13 @@
-"""What to cut, and cutting it. All files loop over the table of axes (models/axes.py).
+"""Importance, plan and slicing of a student. All files loop over the table of axes (models/axes.py).
 
-importance      score: activation importance of a sharded model; cosine_kernel: its kernel
-aggregation     how activations become scores
+importance      score: activation importance of a sharded model; cosine_kernel: its CUDA kernel
+aggregation     formulas that turn activations into scores
 scores          Scores: the importance of every unit
 ranking         which units are kept
 depth           which layers are kept; ablation: the loss without some layers
 target          resolve_target: the student's sizes
 plan            PrunePlan, make_plan
 slicing         prune: the student's weights
-masks           masked: the teacher computes what the student would
-search_space    candidates of a search; candidates: what is measured of them
+masks           masked: the teacher computes the outputs of the student
+search_space    sizes of the candidates of a search; candidates: their measurements
 """
