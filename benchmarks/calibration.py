@@ -29,8 +29,8 @@ from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.pruning.importance import recording
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.masks import masked
-from minitron_mp.pruning.plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 
 

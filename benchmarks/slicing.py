@@ -26,7 +26,7 @@ from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.distributed.world import join_world
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
-from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 

@@ -6,7 +6,7 @@ scores          Scores: the importance of every unit
 ranking         which units are kept
 depth           which layers are kept; ablation: the loss without some layers
 target          resolve_target: the student's sizes
-plan            PrunePlan, make_plan
+plan            PrunePlan: what a student keeps; make_plan: from scores and a target
 slicing         prune: the student's weights
 masks           masked: the teacher computes the outputs of the student
 search_space    sizes of the candidates of a search; candidates: their measurements

@@ -12,14 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from minitron_mp.artifacts.files import first_problem, write_text
 from minitron_mp.artifacts.manifest import Manifest
-from minitron_mp.config.pruning import DepthConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import AXES, NO_LAYER, Axis
-from minitron_mp.pruning.depth import DepthTrials, close_depth_cuts, kept_layers
-from minitron_mp.pruning.ranking import close_width_cuts, kept_units, merged_units
-from minitron_mp.pruning.scores import Scores
-from minitron_mp.pruning.target import resolve_target
 
 MOST_PROBLEMS = 8
 """Largest number of problems in one message."""
@@ -55,7 +50,7 @@ class PrunePlan(BaseModel):
         """Check all that slicing relies on, because a plan may be written by hand."""
         problems = _list_problems("layers", self.layers, self.student.num_layers, self.teacher.num_layers)
         problems += _key_problems("keep", self.keep, list(AXES))
-        problems += _key_problems("merge", self.merge, [n for n in self.merge if n in _mergeable()])
+        problems += _key_problems("merge", self.merge, [n for n in self.merge if n in mergeable_axes()])
         if not problems:
             for axis in AXES.values():
                 problems += self._axis_problems(axis)
@@ -141,7 +136,8 @@ def _mean_size(arch: Arch, field: str) -> float:
     return sizes[0] if len(set(sizes)) == 1 else round(sum(sizes) / len(sizes), 1)
 
 
-def _mergeable() -> list[str]:
+def mergeable_axes() -> list[str]:
+    """Return the axes whose kept units may take the residual of pruned ones."""
     return [axis.name for axis in AXES.values() if axis.merges]
 
 
@@ -172,52 +168,3 @@ def _is_pairing(pairs: list[tuple[int, int]], kept: list[int], per_group: int) -
         unit in kept and pruned not in kept and unit // per_group == pruned // per_group
         for unit, pruned in pairs
     )
-
-
-def make_plan(
-    scores: Scores,
-    teacher: Arch,
-    target: TargetConfig,
-    tp: int = 1,
-    family: str | None = None,
-    depth: DepthConfig | None = None,
-    trials: DepthTrials | None = None,
-) -> PrunePlan:
-    """Return the plan that keeps the layers and units with the highest scores.
-
-    tp: the tensor parallel size of the student, for alignment. family: the export family, if it
-    limits the sizes. depth, trials: how the dropped layers are chosen if the target does not list
-    them (default: the lowest 1 - cosine). InputError lists every reason why the target is not
-    possible.
-    """
-    scores.check(teacher)
-    student = resolve_target(teacher, target, tp, family)
-    depth = depth or DepthConfig()
-    layers = kept_layers(scores.layers, student.num_layers, target, depth, trials)
-    notes = close_depth_cuts(scores.layers, student.num_layers, target, depth, trials)
-    notes += close_width_cuts(scores, teacher, student, layers, merge=target.merge_heads)
-    keep = {axis.name: _keep(axis, scores, teacher, student, layers) for axis in AXES.values()}
-    merge = {}
-    if target.merge_heads:
-        merge = {name: _merge(AXES[name], scores, teacher, keep[name]) for name in _mergeable()}
-    return PrunePlan(teacher=teacher, student=student, layers=layers, keep=keep, merge=merge, notes=notes)
-
-
-def _keep(axis: Axis, scores: Scores, teacher: Arch, student: Arch, layers: list[int]) -> Kept:
-    """Return the kept units of an axis in each kept layer."""
-    kept = {}
-    for student_layer, layer in enumerate(layers if axis.per_layer else [NO_LAYER]):
-        kept[layer] = kept_units(
-            scores[axis.name][layer],
-            axis.num_groups(teacher, layer),
-            axis.num_units(student, student_layer),
-            axis.num_groups(student, student_layer),
-        )
-    return kept
-
-
-def _merge(axis: Axis, scores: Scores, teacher: Arch, kept: Kept) -> Pairs:
-    return {
-        layer: merged_units(scores[axis.name][layer], units, axis.num_groups(teacher, layer))
-        for layer, units in kept.items()
-    }

@@ -66,8 +66,8 @@ def check_axis() -> None:
     from minitron_mp.artifacts.checkpoint import save_checkpoint
     from minitron_mp.config.pruning import TargetConfig
     from minitron_mp.models.arch import Arch
+    from minitron_mp.pruning.make_plan import make_plan
     from minitron_mp.pruning.masks import masked
-    from minitron_mp.pruning.plan import make_plan
     from minitron_mp.pruning.slicing import prune
 
     arch = Arch(

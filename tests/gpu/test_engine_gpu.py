@@ -35,8 +35,8 @@ from minitron_mp.models.axes import HIDDEN
 from minitron_mp.models.precision import check_cuda_graphs, communication_buffers
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.masks import masked
-from minitron_mp.pruning.plan import make_plan
 
 TESTS = Path(__file__).parents[1]
 NEEDED = {"model": "m", "output": "o"}

@@ -27,7 +27,7 @@ from minitron_mp.distributed.sync import raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
-from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.slicing import prune, slice_tensor
 
 

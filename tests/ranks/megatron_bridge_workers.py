@@ -61,7 +61,7 @@ from minitron_mp.models.hf_weights import HFWeights, asset_files
 from minitron_mp.models.parameters import split_key
 from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.pruning.importance import score
-from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
 from minitron_mp.training.loop import train

@@ -22,7 +22,7 @@ from cases import (
 )
 
 from minitron_mp.config.pruning import TargetConfig
-from minitron_mp.pruning.plan import make_plan
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores
 

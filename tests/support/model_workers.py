@@ -37,8 +37,9 @@ from minitron_mp.models.axes import AXIS_OF_DIM
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel, logits
 from minitron_mp.pruning.importance import score
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.masks import masked
-from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.slicing import merge_rows, prune
 

@@ -17,7 +17,8 @@ from minitron_mp.models.families import FAMILIES
 from minitron_mp.models.families.export import export_problems, exportable_arch
 from minitron_mp.models.parameters import FINAL_NORM_BIAS, MODEL_PARAMETERS, dims_of, layer_key, split_key
 from minitron_mp.pruning.candidates import chosen
-from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.make_plan import make_plan
+from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.ranking import top_indices
 from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.pruning.target import resolve_target

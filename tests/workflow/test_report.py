@@ -23,7 +23,8 @@ from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.pruning.candidates import front
 from minitron_mp.pruning.depth import DepthTrials, Trial
-from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.make_plan import make_plan
+from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.report.document import Document, Figure, Table, html, markdown
 from minitron_mp.report.figures.depth_trials import trials_figure

@@ -19,7 +19,7 @@ def plan_student(files: StageFiles) -> None:
     from minitron_mp.models.families.export import exportable_arch
     from minitron_mp.pruning.candidates import candidate_target, chosen
     from minitron_mp.pruning.depth import DepthTrials
-    from minitron_mp.pruning.plan import make_plan
+    from minitron_mp.pruning.make_plan import make_plan
     from minitron_mp.pruning.scores import Scores
 
     recipe = files.recipe

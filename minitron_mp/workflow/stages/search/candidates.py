@@ -42,8 +42,9 @@ from minitron_mp.pruning.candidates import (
     training,
 )
 from minitron_mp.pruning.depth import DepthTrials
+from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.masks import masked
-from minitron_mp.pruning.plan import PrunePlan, make_plan
+from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.pruning.scores import Scores
 from minitron_mp.pruning.search_space import survey_candidates
 from minitron_mp.pruning.slicing import prune
