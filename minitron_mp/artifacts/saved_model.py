@@ -98,7 +98,7 @@ def save_state(
 
     The arguments and the result are those of save_model().
     """
-    inputs = on_rank_0(lambda: {str(path): _fingerprint(Path(path)) for path in made_from})
+    inputs = fingerprints(made_from)
     manifest = Manifest(
         stage="model",
         settings=dict(settings or {}),
@@ -110,6 +110,14 @@ def save_state(
     copy_assets = None if with_assets is None else copy_assets_from(with_assets)
     save_checkpoint(state, Path(folder), manifest, copy_assets)
     return manifest
+
+
+def fingerprints(folders: Sequence[str | Path]) -> dict[str, str]:
+    """Return artifact folder -> fingerprint, read by rank 0; reached by all ranks.
+
+    InputError for a folder that is not an artifact.
+    """
+    return on_rank_0(lambda: {str(path): _fingerprint(Path(path)) for path in folders})
 
 
 def _fingerprint(folder: Path) -> str:

@@ -81,7 +81,10 @@ class Arch(BaseModel):
             return value
         block = {name: value[name] for name in BLOCK_SIZES if name in value}
         fields = {name: size for name, size in value.items() if name not in (*BLOCK_SIZES, "num_layers")}
-        return {**fields, "blocks": (BlockArch(**block),) * value["num_layers"]}
+        num_layers = value.get("num_layers")
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers!r}, not a positive integer; or give blocks")
+        return {**fields, "blocks": (BlockArch(**block),) * num_layers}
 
     @model_serializer(mode="wrap")
     def _write_one_block(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -144,6 +147,9 @@ class Arch(BaseModel):
         A size of a block applies to all layers. num_layers repeats the block, so the layers must be
         equal.
         """
+        unknown = fields.keys() - {*type(self).model_fields, *BLOCK_SIZES, "num_layers"}
+        if unknown:
+            raise TypeError(f"Arch has no {', '.join(sorted(unknown))}")
         block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
         blocks = tuple(fields.pop("blocks", self.blocks))
         if "num_layers" in fields:

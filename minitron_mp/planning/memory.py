@@ -17,6 +17,7 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.losses.tile_sizes import TILE_SIZES
 from minitron_mp.models.arch import Arch, BlockArch
+from minitron_mp.models.axes import AXIS_OF_DIM
 from minitron_mp.models.blocks.dense import PARAMETERS
 from minitron_mp.models.flops import matrix_elements
 from minitron_mp.models.number_formats import BYTES
@@ -29,7 +30,8 @@ GIB = 2**30
 Parts = dict[str, float]
 """Bytes, or seconds, by part."""
 
-SPLIT_OVER_TP = {"vocab", "qkv", "heads", "gate_up", "ffn"}
+SPLIT_OVER_TP = {"vocab"} | {dim for dim, axis in AXIS_OF_DIM.items() if axis.split_over_tp}
+"""Dimensions of weights that tensor parallelism splits."""
 
 
 def rank_parameters(arch: Arch, parallel: ParallelConfig) -> list[int]:

@@ -188,6 +188,8 @@ class Recorder:
         if world.parallel.sequence_parallel:
             _add_over([site for site in sites if isinstance(site.probe, NormOutput)], world.groups.tp)
         _add_over(sites, world.groups.cp)
+        if counts_samples and sites:
+            self.num_samples += sites[0].read_partial().shape[1]
         aggregation = SEQUENCE_AGGREGATIONS[self.config.sequence_aggregation]
         for site in sites:
             sums = site.read_partial()
@@ -195,8 +197,6 @@ class Recorder:
             totals = torch.stack([m.sum(0), m.square().sum(0)])
             site.totals = totals if site.totals is None else site.totals + totals
             site.partial = None
-        if counts_samples and sites:
-            self.num_samples += sums.shape[1]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from minitron_mp.artifacts.files import first_problem, write_text
+from minitron_mp.artifacts.files import first_problem, read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
@@ -96,9 +96,11 @@ class PrunePlan(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> PrunePlan:
-        content = json.loads(path.read_text())
-        content.pop("manifest")
+        content = read_json(path, "plan --force")
         try:
+            if not isinstance(content, dict):
+                raise InputError(f"{path} contains no keys and values; run `minitron-mp plan --force`")
+            content.pop("manifest", None)
             return cls.model_validate(content)
         except ValidationError as error:
             raise InputError(

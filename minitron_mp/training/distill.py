@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minitron_mp.artifacts.manifest import Manifest, discard_checkpoints
-from minitron_mp.artifacts.saved_model import save_model
+from minitron_mp.artifacts.saved_model import fingerprints, save_model
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.distributed.batch import Batch
@@ -39,9 +39,12 @@ def distill(
     out = Path(out)
     checkpoints = out.with_name(f"{out.name}_checkpoints")
     recorded = {**settings.result_settings(), "seed": seed}
-    manifest = Manifest(stage="distill", settings=recorded, inputs={}, arch=student.arch)
+    teacher_model = getattr(teacher, "model", None)
+    folders = [model.folder for model in (student, teacher_model) if model is not None and model.folder]
+    inputs = fingerprints(folders)  # checkpoints of another student or teacher are rejected
+    manifest = Manifest(stage="distill", settings=recorded, inputs=inputs, arch=student.arch)
     options = RunOptions(checkpoints, manifest, seed=seed, on_step=on_step)
     train(student, teacher, batches_of, settings, options)
     teacher.close()
-    save_model(student, out, settings=recorded)
+    save_model(student, out, made_from=folders, settings=recorded)
     on_rank_0(lambda: discard_checkpoints(checkpoints, manifest))

@@ -52,7 +52,7 @@ class Run:
         return {name: why for name in STAGES if (why := project.why_not_done(name)) is not None}
 
     def state(self) -> dict[str, tuple[int, int]]:
-        """Size and time of change of each file of an artefact."""
+        """Size and time of change of each file of an artifact."""
         files = (
             path
             for stage in STAGES.values()

@@ -581,3 +581,22 @@ def test_layers_may_keep_different_numbers_of_units():
     values["keep"]["ffn"][1] = list(range(32))
     with pytest.raises(ValueError, match=r"keep.ffn\[1\] has 32 entries, the student needs 96"):
         PrunePlan.model_validate(values)
+
+
+def test_unknown_size_is_rejected():
+    with pytest.raises(TypeError, match="Arch has no hiden_size"):
+        NEMO.resized(hiden_size=3)
+
+
+@pytest.mark.parametrize("num_layers", [0, None, "2"])
+def test_num_layers_must_be_a_positive_integer(num_layers):
+    fields = {**NEMO.model_dump(), "num_layers": num_layers}
+    with pytest.raises(ValueError, match="not a positive integer"):
+        Arch(**fields)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_plan_damaged_by_hand_is_rejected_in_one_line(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(InputError, match=r"plan\.json .*minitron-mp plan --force"):
+        PrunePlan.load(tmp_path / "plan.json")

@@ -85,7 +85,7 @@ def on_rank(ranks):
 
 
 def drop(output: Path, *stages: str) -> None:
-    """Delete the artefacts of stages."""
+    """Delete the artifacts of stages."""
     for name in stages:
         path = output / STAGES[name].artifact
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -462,7 +462,7 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
 
 
 def test_only_rank_0_logs(two_ranks):
-    assert two_ranks.done.stdout.count("import: ") == 2  # progress and artefact
+    assert two_ranks.done.stdout.count("import: ") == 2  # progress and artifact
     assert two_ranks.done.stdout.count("report: ") == 1
 
 
@@ -809,7 +809,7 @@ def test_layers_are_dropped_by_loss(whole, inputs, tmp_path, on_rank, method):
 
 
 def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
-    """Greedily by a task's items; other items are another artefact."""
+    """Greedily by a task's items; other items are another artifact."""
     shutil.copytree(whole.output, tmp_path / "out")
     items = [
         {"query": "the teacher and the", "choices": ["student", "loss"], "gold": gold} for gold in (0, 1, 1)

@@ -210,7 +210,7 @@ def test_finished_results_are_skipped_and_missing_ones_recomputed(toy, ranks):
     assert out.count("seed 7: done") == len(FEW) - 1
     assert (
         out.count("score: done") == 1
-    )  # the shared artefact, which the shuffled scores of the first time have left alone
+    )  # the shared artifact, which the shuffled scores of the first time have left alone
     changing = {"date", "wall_s", "seconds", "tokens_per_s"}
     after = {
         name: {key: value for key, value in own.items() if key not in changing}
