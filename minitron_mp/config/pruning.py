@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from minitron_mp.config.base import NOT_IN_RESULT, Count, Section
 
-Aggregation = Literal["mean", "l2", "var"]
+SequenceAggregation = Literal["mean", "l2", "var"]
+BatchAggregation = Literal["mean", "l2", "var"]
 
 BUDGETS = ("parameters", "memory_gib", "latency_ms")
 
@@ -21,10 +22,10 @@ class ScoreConfig(Section):
     """Calibration samples."""
     micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward pass of one data parallel rank."""
-    batch_aggregation: Aggregation = "l2"
-    """Aggregation of scores over samples. It follows the aggregation over the sequence."""
-    sequence_aggregation: Aggregation = "mean"
-    """Aggregation of activations over the positions of a sample."""
+    batch_aggregation: BatchAggregation = "l2"
+    """Second step: combines the values of all samples into one score."""
+    sequence_aggregation: SequenceAggregation = "mean"
+    """First step: combines the activations at all positions of a sample into one value."""
 
 
 class TargetConfig(Section):

@@ -73,7 +73,7 @@ class RowValues(NamedTuple):
     student_lse_t1: Tensor
     """log sum e^z"""
     kl_weight: Tensor
-    """weight of the divergence in the loss of this token, times one factor of the temperature"""
+    """weight of the divergence in the loss of this token, times the temperature"""
     ce_weight: Tensor
     """weight of the cross-entropy in the loss of this token"""
     extra: Tensor

@@ -4,8 +4,9 @@
     m [b, d]      aggregate of each sample over the sequence
     score [d]     aggregate of m over the samples
 
-A new criterion is a row here, and its name in ScoreConfig (config/pruning.py). A split sequence is
-added up between `partial` and `finish`, so `partial` must be a sum over tokens.
+A new criterion is a row here, and its name in SequenceAggregation or BatchAggregation of
+config/pruning.py. A split sequence is added up between `partial` and `finish`, so `partial` must be
+a sum over tokens. An aggregation over samples has only the sums of m and of m squared.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class SequenceAggregation:
     """One aggregation over the sequence, in two steps.
 
     partial: a [s, b, d] in its dtype -> sums [statistics, b, d] float32 over this rank's tokens. It
-    reads a once per statistic, without a float32 copy. finish: sums over the whole sequence, and its
+    reads the tensor once for each statistic, without a float32 copy. finish: sums over the whole sequence, and its
     number of tokens -> m [b, d].
     """
 

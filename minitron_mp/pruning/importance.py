@@ -55,7 +55,7 @@ class Site:
     partial: Tensor | None = None
     """[statistics, b, d] float32: sums over this rank's part of the sequence of a microbatch."""
     totals: Tensor | None = None
-    """[2, d] float64: sum and sum of squares over samples of the inner aggregation."""
+    """[2, d] float64: sums of m and of m squared over samples (aggregation.py)."""
 
     def read_partial(self) -> Tensor:
         assert self.partial is not None, "no microbatch is in flight"

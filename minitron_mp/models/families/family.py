@@ -24,7 +24,7 @@ CONFIG_FIELDS = {
 """Field of Arch -> key of config.json, with the keys of Llama."""
 
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-"""Key of config.json -> default of transformers, for all families."""
+"""Key of config.json -> default of transformers. A family overrides them in `defaults`."""
 
 REQUIRED_SETTINGS: dict[str, Any] = {
     "attention_bias": False,
@@ -99,6 +99,8 @@ class Family:
     switches: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Arch that are the same for every model of the family."""
     config_fields: Mapping[str, str] = field(default_factory=lambda: CONFIG_FIELDS)
+    """Field of Arch -> key of config.json. Other keys (rotary, activation, biases) have the names of
+    Llama: a family that renames them must reject other values in `config_problems`."""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
     required_settings: Mapping[str, Any] = field(default_factory=lambda: REQUIRED_SETTINGS)
     required_rope: Mapping[str, Any] = field(default_factory=lambda: {"partial_rotary_factor": 1})
