@@ -23,8 +23,8 @@ class SequenceAggregation:
     """One aggregation over the sequence, in two steps.
 
     partial: a [s, b, d] in its dtype -> sums [statistics, b, d] float32 over this rank's tokens. It
-    reads the tensor once for each statistic, without a float32 copy. finish: sums over the whole sequence, and its
-    number of tokens -> m [b, d].
+    reads the tensor once for each statistic, without a float32 copy. finish: sums over the whole
+    sequence, and its number of tokens -> m [b, d].
     """
 
     partial: Callable[[Tensor], Tensor]
