@@ -366,8 +366,8 @@ def test_invalid_configs_are_rejected(states, other, message):
 def test_layers_outside_the_model_are_rejected():
     with pytest.raises(
         InputError,
-        match=r"(?s)names state 7 of the student, which has 0 \(embeddings\) to 6 "
-        r".*names state 9 of the teacher",
+        match=r"(?s)has state 7 of the student, whose states are 0 \(embeddings\) to 6 "
+        r".*has state 9 of the teacher",
     ):
         LayerPairs(HiddenStatesConfig(layers={0: 0, 7: 9}), ARCH, ARCH)
 

@@ -423,7 +423,7 @@ def test_checkpoints_of_another_run_are_rejected(copied, on_rank):
         pass
     refused(
         on_rank("distill", copied.recipe),
-        "checkpoints of another run; move or delete it, or go back",
+        "checkpoints of another run; move or delete it, or restore these settings",
         f"settings.lr: 0.01, here {MAX_LR}",
     )
     assert names(copied.output / "checkpoints" / "distill") == [f"step_{CHECKPOINT_INTERVAL:08d}"]
@@ -759,7 +759,7 @@ def test_iterative_pruning_distills_from_the_first_teacher(whole, inputs, tmp_pa
         on_rank("import-teacher", whole.recipe),
         "the recipe has no stage import-teacher; add teacher.model",
     )
-    refused(on_rank("compress", recipe, "correct.steps=300"), "correct it in a separate run")
+    refused(on_rank("compress", recipe, "correct.steps=300"), "correct that model in a separate run")
     other = make_model(tmp_path / "other", vocab_size=400)
     refused(
         on_rank("compress", recipe, f"teacher.model={other}"),
