@@ -51,8 +51,9 @@ def run(folder: Path, *words: str | Path, text: str | None = None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_section_is_checked():
-    assert list(sections()) == list(CHECKS)
+def test_every_diff_is_checked():
+    """The section on criteria has no diff: it names the tables and the tests."""
+    assert [name for name, text in sections().items() if "```diff" in text] == list(CHECKS)
 
 
 @pytest.mark.parametrize("section", CHECKS)
