@@ -43,8 +43,8 @@ def stdlib_by_package(folder: Path) -> tuple[Path, Path]:
 def last_words(source: Path, output: Path, count: int) -> Path:
     """Write a last-word task: `count` passages whose last word occurs earlier; return output.
 
-    The passages are spread evenly over `source`. The task follows LAMBADA (arXiv 1606.06031). There
-    people have checked that the word can be guessed; here nobody has.
+    The passages are spread evenly over `source`. The task follows LAMBADA (arXiv 1606.06031). In
+    LAMBADA people checked that the word can be guessed. Here nobody checked it.
     """
     passages = [passage for text in documents(source) for passage in _passages(text)]
     if len(passages) < count:
