@@ -73,10 +73,8 @@ class Receiver:
         """Let the teacher send one more microbatch. The caller has used or stored the signal."""
         link, channel = self.link, self.link.channel
         for source in dict.fromkeys(block.source for block in self._blocks(id)):
-            try:
+            with link.naming(source, f"did not take the credit for microbatch {id}"):
                 channel.control.send([torch.tensor([id])], source, CREDIT).wait(channel.timeout)
-            except RuntimeError as error:
-                raise link.error(source, f"did not take the credit for microbatch {id}", error) from error
         with self.changed:
             self.credits[id % link.teacher.dp] += 1
             self.changed.notify_all()
@@ -86,7 +84,10 @@ class Receiver:
         return Traffic(self.link.wait_s, self.link.num_bytes)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening.
+
+        After the last signal of a stream that ends early, it waits for the end of the stream.
+        """
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -123,7 +124,9 @@ class Receiver:
         """
         with self.changed:
             self.changed.wait_for(lambda: self.credits[replica] > 0 or self.closed)
-            if self.closed:
+            # A closed receiver that has consumed all signals has credits, so it still receives the
+            # end of the stream, for which the sender waits.
+            if not self.credits[replica]:
                 return False
             self.credits[replica] -= 1
             return True
@@ -151,7 +154,11 @@ class Receiver:
                 part = view
                 if not view.is_contiguous():
                     part = torch.empty_like(view, memory_format=torch.contiguous_format)
-                parts.append((channel.data.recv([part], block.source, DATA), block, view, part))
+                try:
+                    work = channel.data.recv([part], block.source, DATA)
+                except RuntimeError as error:
+                    raise _Broken(block.source, f"did not send microbatch {id}") from error
+                parts.append((work, block, view, part))
                 self.link.num_bytes += part.nbytes
             for work, block, view, part in parts:
                 try:

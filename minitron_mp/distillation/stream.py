@@ -20,7 +20,8 @@ third rank: a student may wait for a teacher that waits for a different student,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,6 +99,18 @@ class Link:
         root_cause = self.channel.find_root_cause(rank, text)
         return StreamError(self.channel.failure() or self.channel.report_failure(root_cause))
 
+    @contextmanager
+    def naming(self, rank: int, what: str) -> Iterator[None]:
+        """Raise error(rank, what) if a transfer with `rank` fails.
+
+        It also contains the start of a transfer, because gloo refuses to start one with a rank
+        whose connection is closed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.error(rank, what, error) from error
+
     def describe(self, rank: int) -> str:
         """Return role and coordinates of a job rank."""
         grids = (self.teacher, *self.students)
@@ -109,13 +122,13 @@ class Link:
 class _Send:
     """A microbatch in flight.
 
-    credits: {receiver: (receive of its credit, the credit)}. works: sends in progress.
+    credits: {receiver: (receive of its credit, the credit)}.
     """
 
     id: int
     credits: dict[int, tuple[dist.Work, Tensor]]
-    works: list[tuple[dist.Work, Tensor]]
-    """Sends and their tensors, which must exist until the send is done."""
+    works: list[tuple[int, dist.Work, Tensor]]
+    """(Receiver, send, its tensor, which must exist until the send is done)."""
 
 
 class Sender:
@@ -127,8 +140,8 @@ class Sender:
     def __init__(self, link: Link):
         self.link = link
         self.in_flight: deque[_Send] = deque()
-        self.ends: list[tuple[dist.Work, Tensor]] = []
-        """Announcements of the end of the stream."""
+        self.ends: list[tuple[int, dist.Work, Tensor]] = []
+        """Announcements of the end of the stream: (receiver, send, its tensor)."""
 
     def make_room(self, count: int = 1) -> None:
         """Wait until `count` more microbatches may be in flight."""
@@ -155,22 +168,30 @@ class Sender:
         # from the student's work.
         channel.synchronize()
         for target in dict.fromkeys(block.target for block in blocks):
-            number = torch.tensor([id])
-            sent.works.append((channel.control.send([number], target, ANNOUNCE), number))
-            credit = torch.empty(1, dtype=torch.int64)
-            sent.credits[target] = channel.control.recv([credit], target, CREDIT), credit
+            number, credit = torch.tensor([id]), torch.empty(1, dtype=torch.int64)
+            with link.naming(target, f"did not take microbatch {id}"):
+                sent.works.append((target, channel.control.send([number], target, ANNOUNCE), number))
+                sent.credits[target] = channel.control.recv([credit], target, CREDIT), credit
         with channel.transfer_stream():
             channel.record_stream(signal)
             for block in blocks:
                 part = signal[block.source_rows, :, block.source_columns].contiguous()
-                sent.works.append((channel.data.send([part], block.target, DATA), part))
+                with link.naming(block.target, f"did not take microbatch {id}"):
+                    work = channel.data.send([part], block.target, DATA)
+                sent.works.append((block.target, work, part))
                 link.num_bytes += part.nbytes
         self.in_flight.append(sent)
 
     def finish(self) -> None:
-        """Wait until the students have consumed all microbatches in flight."""
+        """Wait until the students have consumed all microbatches in flight, and know of the end.
+
+        gloo drops a message whose receive is not posted yet when its sender lets go of it.
+        """
         while self.in_flight:
             self._wait_for_oldest()
+        for target, work, _ in self.ends:
+            with self.link.naming(target, "did not take the end of the stream"):
+                work.wait(self.link.channel.timeout)
 
     def end(self, first: int, last: int) -> None:
         """Send end-of-stream for microbatches [first, last) to each receiver.
@@ -186,22 +207,22 @@ class Sender:
                 for target, source in next_source.items():
                     if source == channel.rank:
                         number = torch.tensor([END_OF_STREAM])
-                        # Do not wait for this send, because a closed receiver does not receive it.
-                        self.ends.append((channel.control.send([number], target, ANNOUNCE), number))
+                        with link.naming(target, "did not take the end of the stream"):
+                            work = channel.control.send([number], target, ANNOUNCE)
+                        self.ends.append((target, work, number))
 
     def _wait_for_oldest(self) -> None:
         """Wait until all students have consumed the oldest microbatch in flight."""
         link, oldest = self.link, self.in_flight[0]
         for target, (work, credit) in oldest.credits.items():
-            try:
+            with link.naming(target, f"did not consume microbatch {oldest.id}"):
                 work.wait(link.channel.timeout)
-            except RuntimeError as error:
-                raise link.error(target, f"did not consume microbatch {oldest.id}", error) from error
             if credit.item() != oldest.id:
                 what = f"consumed microbatch {credit.item()}, but microbatch {oldest.id} was due"
                 raise link.error(target, what)
-        for work, _ in oldest.works:
-            work.wait(link.channel.timeout)
+        for target, work, _ in oldest.works:
+            with link.naming(target, f"did not take microbatch {oldest.id}"):
+                work.wait(link.channel.timeout)
         self.in_flight.popleft()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pool
 import torch
@@ -223,6 +224,41 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
         receiver.close()
         world.channel.store.delete_key("failed")  # so that the roles part as if nothing had been
         return text
+
+
+def ends_early(roles: Roles, shape: StreamShape, window: int, last: int, late_s: float) -> int:
+    """Number of signals of a stream of 8 that ends before signal `last`.
+
+    Each thread of a student receives `late_s` after it may.
+    """
+
+    def serve() -> None:
+        sender = Sender(link)
+        for id in range(last):
+            sender.make_room()
+            sender.send(id, whole_signal(shape, id))
+        sender.end(last, 8)
+        sender.finish()
+
+    with joined_roles(roles, timeout_s=5.0) as world:
+        link = make_link(world, roles, shape, window)
+        if world.role == "teacher":
+            serve()  # its sender is gone afterwards, but its groups are not
+            return last
+        receive = Receiver._receive
+
+        def late(receiver: Receiver, id: int) -> Any:
+            time.sleep(late_s)
+            return receive(receiver, id)
+
+        with patch.object(Receiver, "_receive", late):
+            receiver = Receiver(link, link.students[0], range(8), world.device)
+            for id in range(last):
+                receiver.get(id)
+                receiver.release(id)
+            receiver.close()
+        assert receiver.failure is None and not receiver.arrived
+        return last
 
 
 def wrong_credit(roles: Roles, shape: StreamShape) -> str:

@@ -161,6 +161,13 @@ def test_one_teacher_serves_several_students(ranks):
     assert found[3]["in flight"] <= 2
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_slow_student_learns_that_the_stream_ends_early(ranks, window):
+    """The teacher must not leave before the student has received the end of the stream."""
+    case = {"roles": roles_of("one-to-one"), "shape": HIDDEN, "window": window, "last": 3, "late_s": 0.3}
+    assert ranks(2, "teacher_stream_workers.ends_early", **case) == [3, 3]
+
+
 @pytest.mark.parametrize(("announced", "due"), [(3, 4), (5, 4)], ids=["duplicate", "out-of-order"])
 def test_out_of_order_microbatch_is_an_error(ranks, announced, due):
     student, _ = ranks(
@@ -351,18 +358,30 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_dead_or_hung_rank_is_named_within_the_timeout(fault):
+@pytest.mark.parametrize(
+    ("fault", "delay_s"),
+    [*((fault, 0.0) for fault in FAULTS), ("student 1 kill after the credit 4", 0.5)],
+)
+def test_dead_or_hung_rank_is_named_within_the_timeout(fault, delay_s):
     """Every other rank raises an error that names the rank.
 
-    The bound is 3 s, plus 3 s in which another rank may report the cause.
+    The bound is 3 s, plus 3 s in which another rank may report the cause. With a delay the teacher
+    sends to a student that is already dead; otherwise it waits for it.
     """
     roles = roles_of("one-to-dp3" if fault.startswith("student") else "dp2-to-one")
     broken, case = Pool(sum(n for n, _ in roles.values())), {"roles": roles, "shape": HIDDEN, "window": 2}
     broken.run("teacher_stream_workers.transport", **case, count=2)
     start = time.monotonic()
     with pytest.raises(RankError) as failure:
-        broken.run("teacher_stream_workers.transport", **case, count=12, die=fault, timeout_s=30, grace_s=5)
+        broken.run(
+            "teacher_stream_workers.transport",
+            **case,
+            count=12,
+            die=fault,
+            delay_s=delay_s,
+            timeout_s=30,
+            grace_s=5,
+        )
     took, said = (
         time.monotonic() - start,
         re.split(r"^rank \d of \d", str(failure.value), flags=re.MULTILINE)[1:],
