@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from minitron_mp.artifacts.files import aside_path, hidden_sibling, write_text
 from minitron_mp.errors import InputError, differing_fields, refuse
@@ -97,10 +97,19 @@ def find_manifest(artifact: Path) -> Manifest | None:
 
             with safe_open(artifact, "numpy") as file:
                 text = file.metadata()["manifest"]
-        return Manifest.model_validate_json(text)
+        content = json.loads(text)
+        return Manifest.model_validate(content)
     except FileNotFoundError:
         return None
-    except Exception as error:  # of json, safetensors, pydantic, or a missing key
+    except ValidationError as error:
+        if isinstance(content, dict):
+            _require_format(artifact, content.get("format"), content.get("stage"))
+        fields = ", ".join(".".join(map(str, row["loc"])) or "manifest" for row in error.errors())
+        raise InputError(
+            f"{artifact} is damaged (missing or unknown in its manifest: {fields}); delete it and run its "
+            "stage again"
+        ) from error
+    except Exception as error:  # of json, safetensors, or a missing key
         raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
 
 
@@ -121,10 +130,14 @@ def require_artifact(artifact: Path, stage: str, expected: Manifest | None = Non
 
 def require_format(artifact: Path, manifest: Manifest) -> None:
     """Raise InputError unless this version of the library reads the format of the artifact."""
-    if manifest.format != FORMAT:
+    _require_format(artifact, manifest.format, manifest.stage)
+
+
+def _require_format(artifact: Path, format: object, stage: object) -> None:
+    if format != FORMAT:
         raise InputError(
-            f"{artifact} has format {manifest.format}, this version reads format {FORMAT}; "
-            f"delete it and run `minitron-mp {manifest.stage}` again"
+            f"{artifact} has format {format}, this version reads format {FORMAT}; "
+            f"delete it and run `minitron-mp {stage}` again"
         )
 
 

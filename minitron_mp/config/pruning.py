@@ -83,6 +83,10 @@ class TargetConfig(Section):
                 f"axes {self.axes} has no effect with explicit sizes; drop axes, or replace the sizes by "
                 "max_parameters or keep"
             )
+        if self.merge_heads and not (self.num_attention_heads or self.num_query_groups):
+            raise ValueError(
+                "merge_heads has no effect without fewer heads; give num_attention_heads, or drop merge_heads"
+            )
         return self
 
     @property

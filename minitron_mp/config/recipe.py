@@ -109,8 +109,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         [text for text in overrides if "=" not in text],
     )
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.load(path)
+        if OmegaConf.is_dict(values):
+            values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(values, resolve=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read: {error}") from error
     return make_recipe(values, source=str(path))
@@ -123,7 +125,8 @@ def make_recipe(values: object, source: str = "recipe") -> Recipe:
     """
     if not isinstance(values, dict):
         raise InputError(
-            f"{source} contains {type(values).__name__}, not keys and values; write lines such as model: PATH"
+            f"{source} contains a {type(values).__name__}, not keys and values; write lines such as "
+            "model: PATH"
         )
     try:
         return Recipe.model_validate(values)
@@ -147,20 +150,67 @@ def section_type(annotation: Any) -> type[Section] | None:
     return None
 
 
+_RULES = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be keys and values",
+    "finite_number": "must be finite",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "int_from_float": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_type": "must be an integer",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be {le} or less",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a section with keys and values",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_short": "must have {min_length} or more values",
+    "tuple_type": "must be a list",
+}
+"""Type of a pydantic error -> the rule in plain English. Other errors keep pydantic's text."""
+
+
 def _sentences(error: ErrorDetails) -> list[str]:
     """Return a validation error as sentences: one for each line of a validator of this package."""
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        section: type[Section] = Recipe
-        for part in error["loc"][:-1]:
-            section = section_type(section.model_fields[str(part)].annotation) or section
-        known = list(section.model_fields)
-        nearest = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
-        if nearest:
-            return [f"unknown key {key}; did you mean {nearest[0]}?"]
-        return [f"unknown key {key}; known keys: {', '.join(known)}"]
+        return [f"unknown key {key}; {_suggestion(error['loc'])}"]
     if error["type"] == "missing":
         return [f"{key} is missing; add it"]
-    text = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] == "value_error" else f", given {error['input']!r}"
-    return [f"{key}: {row}{given}" if key else row for row in text.splitlines()]
+    if error["type"] == "value_error":
+        rows = error["msg"].removeprefix("Value error, ").splitlines()
+        return [f"{key}: {row}" if key else row for row in rows]
+    rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    return [f"{key} {rule}, given {error['input']!r}"]
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """Return what a user may have meant by an unknown key."""
+    section: type[Section] = Recipe
+    name = str(location[-1])
+    for part in location[:-1]:
+        field = section.model_fields.get(str(part))
+        section = (field and section_type(field.annotation)) or section
+    nearest = difflib.get_close_matches(name, section.model_fields, 1, 0.7)
+    if nearest:
+        return f"did you mean {nearest[0]}?"
+    elsewhere = [key for key in _keys(Recipe) if key.split(".")[-1] == name]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known keys: {', '.join(section.model_fields)}"
+
+
+def _keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Return the dotted keys of a section and of the sections inside it."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = section_type(field.annotation)
+        if inner is not None:
+            keys += _keys(inner, f"{prefix}{name}.")
+    return keys

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.config.rules import run_rule_problems
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
@@ -84,6 +84,7 @@ def _check_same_tokens(model: str, teacher: str) -> None:
 def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
     """Return the problems of the user's files other than the models."""
     problems = _text_problems(recipe) + _task_problems(recipe) + _baseline_problems(recipe)
+    problems += _sibling_problems(recipe)
     tokenizer = recipe.data.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():
         problems.append(
@@ -146,6 +147,24 @@ def _baseline_problems(recipe: Recipe) -> list[str]:
             "give the output of a finished run without correction"
         ]
     return []
+
+
+def _sibling_problems(recipe: Recipe) -> list[str]:
+    """Return the recipes of siblings that cannot be read or have the output of another student."""
+    problems: list[str] = []
+    outputs = {recipe.root.resolve(): "this recipe"}
+    for path in recipe.teacher.siblings:
+        siblings: list[Recipe] = []
+        rows = _problems_of(lambda path=path, siblings=siblings: siblings.append(load_recipe(path)))
+        problems += [f"teacher.siblings: {row}" for row in rows]
+        for sibling in siblings:
+            other = outputs.setdefault(sibling.root.resolve(), path)
+            if other != path:
+                problems.append(
+                    f"teacher.siblings: {path} has the output {sibling.output} of {other}; "
+                    "give each student its own output"
+                )
+    return problems
 
 
 def _student_ranks(recipe: Recipe, num_ranks: int | None) -> int:

@@ -1,0 +1,348 @@
+"""A hundred mistakes of users: what is wrong, and how to make it.
+
+test_mistakes.py makes each in a small project and compares the answer with docs/errors.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Change = Callable[[Path], object]
+"""Changes the project in a folder: recipe.yaml, model/, text/."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """words: arguments of the command after the recipe. change: damage of the project.
+
+    command: stage, or another command. recipe: its argument. dry_run: add --dry-run.
+    """
+
+    title: str
+    words: tuple[str, ...] = ()
+    change: Change = lambda project: None
+    command: str = "compress"
+    recipe: str = "recipe.yaml"
+    dry_run: bool = True
+
+    def arguments(self) -> list[str]:
+        return [self.command, self.recipe, *self.words, *(["--dry-run"] if self.dry_run else [])]
+
+
+def overrides(title: str, *words: str) -> Mistake:
+    return Mistake(title, words)
+
+
+def write(path: str, content: str | bytes) -> Change:
+    def change(project: Path) -> None:
+        target = project / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return change
+
+
+def edit_json(path: str, **values: Any) -> Change:
+    """Set keys of a JSON file; a value None removes its key."""
+
+    def change(project: Path) -> None:
+        content = json.loads((project / path).read_text())
+        content |= values
+        kept = {key: value for key, value in content.items() if value is not None}
+        (project / path).write_text(json.dumps(kept))
+
+    return change
+
+
+def edit_recipe(**sections: Any) -> Change:
+    def change(project: Path) -> None:
+        recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+        (project / "recipe.yaml").write_text(yaml.safe_dump(recipe | sections))
+
+    return change
+
+
+def edit_weights(edit: Callable[[dict[str, Any]], object]) -> Change:
+    """edit: changes the dictionary of tensors."""
+
+    def change(project: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = project / "model" / "model.safetensors"
+        tensors = load_file(path)
+        edit(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return change
+
+
+def _remove(path: str) -> Change:
+    return lambda project: (project / path).unlink()
+
+
+def _truncate(path: str, size: int) -> Change:
+    return lambda project: os.truncate(project / path, size)
+
+
+def _in_order(*changes: Change) -> Change:
+    return lambda project: [change(project) for change in changes]
+
+
+def _item(**values: Any) -> str:
+    return json.dumps({"query": "The cat", "choices": [" sat", " ran"], "gold": 0} | values) + "\n"
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+TASK = ("evaluate.tasks={animals: animals.jsonl}",)
+REMOTE = ("teacher.placement=remote",)
+
+MISTAKES: dict[str, list[Mistake]] = {
+    "Command line": [
+        Mistake("The recipe does not exist", recipe="nowhere.yaml"),
+        Mistake("The recipe is a folder", recipe="model"),
+        Mistake("An override without a value", ("distill.steps",)),
+        Mistake("An override with a space before the equals sign", ("distill.steps", "=50")),
+        Mistake("--world without --dry-run", ("--world", "8"), dry_run=False),
+        Mistake("A stage that this recipe does not have", command="correct"),
+        Mistake("A stage whose inputs do not exist yet", command="prune", dry_run=False),
+    ],
+    "Recipe": [
+        Mistake("The file is empty", change=write("recipe.yaml", "")),
+        Mistake("The file contains a list", change=write("recipe.yaml", "- model\n- output\n")),
+        Mistake(
+            "A tab in the indentation", change=write("recipe.yaml", "model: model\ndata:\n\tsource: text\n")
+        ),
+        Mistake("A key that occurs twice", change=write("recipe.yaml", "model: a\nmodel: b\noutput: out\n")),
+        Mistake("A variable that is not defined", ("output=${runs}/one",)),
+        Mistake("Without model and output", change=write("recipe.yaml", "seed: 1\n")),
+        overrides("A key with a typing error", "distill.stepz=50"),
+        overrides("A section with a typing error", "destill.steps=50"),
+        overrides("A key in the wrong section", "distill.sequence_length=64"),
+        overrides("A text instead of a number", "distill.steps=many"),
+        overrides("A fraction of a step", "distill.steps=10.5"),
+        overrides("A negative seed", "seed=-1"),
+        overrides("A precision that does not exist", "precision=fp16"),
+        overrides("A divergence that does not exist", "distill.divergence=kl"),
+        overrides("A section that contains a number", "distill=100"),
+        overrides("A learning rate of 0", "distill.lr=0"),
+        overrides("More warm-up steps than steps", "distill.warmup_steps=60"),
+        overrides("An empty output", "output=''"),
+    ],
+    "Model folder": [
+        overrides("The folder does not exist", "model=nowhere"),
+        overrides("A name on the hub instead of a folder", "model=meta-llama/Llama-3.1-8B"),
+        overrides("A file instead of a folder", "model=model/config.json"),
+        overrides("A folder without a model", "model=text"),
+        Mistake("config.json is cut off", change=_truncate("model/config.json", 100)),
+        Mistake("config.json is a list", change=write("model/config.json", "[]")),
+        Mistake("config.json without model_type", change=edit_json("model/config.json", model_type=None)),
+        Mistake(
+            "A family that is not supported",
+            change=edit_json("model/config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        ),
+        Mistake("config.json without a size", change=edit_json("model/config.json", hidden_size=None)),
+        Mistake("Sizes of another model", change=edit_json("model/config.json", hidden_size=72)),
+        Mistake("More layers than weights", change=edit_json("model/config.json", num_hidden_layers=5)),
+        Mistake("Fewer layers than weights", change=edit_json("model/config.json", num_hidden_layers=3)),
+        Mistake(
+            "An activation that is not supported", change=edit_json("model/config.json", hidden_act="relu6")
+        ),
+        Mistake(
+            "Biases that the weights do not have", change=edit_json("model/config.json", attention_bias=True)
+        ),
+        Mistake(
+            "An untied output layer without weights",
+            change=edit_json("model/config.json", tie_word_embeddings=False),
+        ),
+        Mistake(
+            "Rotary scaling that is not supported",
+            change=edit_json("model/config.json", rope_scaling={"rope_type": "longrope", "factor": 2.0}),
+        ),
+        Mistake(
+            "Quantized weights",
+            change=edit_json("model/config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        ),
+        Mistake("Without weights", change=_remove("model/model.safetensors"), dry_run=False),
+        Mistake("The weights are cut off", change=_truncate("model/model.safetensors", 100_000)),
+        Mistake(
+            "The weights are a Git LFS pointer",
+            change=write(
+                "model/model.safetensors",
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            ),
+        ),
+        Mistake("A tensor is missing", change=edit_weights(lambda tensors: tensors.pop(UP))),
+        Mistake(
+            "A tensor is transposed",
+            change=edit_weights(lambda tensors: tensors.update({UP: tensors[UP].T.contiguous()})),
+        ),
+        Mistake(
+            "A tensor of integers",
+            change=edit_weights(lambda tensors: tensors.update({UP: tensors[UP].char()})),
+        ),
+        Mistake(
+            "A weight is NaN",
+            command="import",
+            dry_run=False,
+            change=edit_weights(lambda t: t[UP][0].fill_(float("nan"))),
+        ),
+        Mistake(
+            "The index names a file that is missing",
+            change=_in_order(
+                _remove("model/model.safetensors"),
+                write(
+                    "model/model.safetensors.index.json",
+                    json.dumps({"weight_map": {UP: "model-00001-of-00002.safetensors"}}),
+                ),
+            ),
+        ),
+    ],
+    "Tokenizer": [
+        Mistake("Without a tokenizer", change=_remove("model/tokenizer.json")),
+        Mistake("tokenizer.json is cut off", change=_truncate("model/tokenizer.json", 500)),
+        overrides("The folder does not exist", "data.tokenizer=nowhere"),
+        overrides("A folder without a tokenizer", "data.tokenizer=text"),
+        Mistake(
+            "A file that is no sentencepiece model",
+            ("data.tokenizer=own.model",),
+            write("own.model", "no model"),
+        ),
+    ],
+    "Text": [
+        overrides("The folder does not exist", "data.source=nowhere"),
+        Mistake("An empty folder", ("data.source=empty",), lambda project: (project / "empty").mkdir()),
+        Mistake("A folder without text", ("data.source=images",), write("images/a.png", b"\x89PNG\r\n")),
+        Mistake("A file of another kind", ("data.source=text.csv",), write("text.csv", "a,b\n")),
+        Mistake("Empty files", ("data.source=empty.txt",), write("empty.txt", "")),
+        Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
+        Mistake(
+            "An .idx file that is none",
+            ("data.source=tokens",),
+            _in_order(write("tokens.bin", b"\0" * 8), write("tokens.idx", b"nothing")),
+        ),
+        Mistake(
+            "data.train without data.valid", ("data.train=[text]",), edit_recipe(data={"sequence_length": 32})
+        ),
+        overrides("data.source together with data.train", "data.train=[text]", "data.valid=[text]"),
+        overrides("Held-out text that does not exist", "data.held_out={news: [nowhere]}"),
+        overrides("Samples longer than the model's positions", "data.sequence_length=256"),
+        overrides("A held-out part of more than half", "data.valid_fraction=0.7"),
+    ],
+    "Tasks": [
+        Mistake("The file does not exist", ("evaluate.tasks={animals: nowhere.jsonl}",)),
+        Mistake("An empty file", TASK, write("animals.jsonl", "")),
+        Mistake("A line that is no JSON", TASK, write("animals.jsonl", _item() + "{'query': 1}\n")),
+        Mistake(
+            "An item without an answer",
+            TASK,
+            write("animals.jsonl", '{"query": "a", "choices": ["b", "c"]}\n'),
+        ),
+        Mistake("An answer beyond the choices", TASK, write("animals.jsonl", _item(gold=2))),
+        Mistake("A single choice", TASK, write("animals.jsonl", _item(choices=[" sat"]))),
+        overrides("Choice of layers by a task without a task", "depth.method=drop", "depth.metric=task"),
+    ],
+    "Layout": [
+        overrides("Tensor parallel size that does not divide the heads", "parallel.tp=3"),
+        overrides("More pipeline stages than layers", "parallel.pp=8"),
+        overrides("Layers that the pipeline stages do not divide", "parallel.pp=2", "parallel.vpp=4"),
+        overrides("Sequence parallelism without tensor parallelism", "parallel.sequence_parallel=true"),
+        overrides("Context parallelism of an odd sequence", "parallel.cp=2", "data.sequence_length=30"),
+        Mistake("A number of ranks that is no multiple", ("parallel.tp=2", "--world", "3")),
+        overrides("A global batch that is no multiple", "distill.micro_batch_size=3"),
+        Mistake("A global batch that is too small for the ranks", ("--world", "8")),
+        overrides("Calibration samples that are no multiple", "score.num_samples=7"),
+    ],
+    "Target": [
+        overrides("A student larger than the teacher", "target.hidden_size=128"),
+        overrides("More layers than the teacher", "target.num_layers=9"),
+        overrides("A width that is not aligned", "target.hidden_size=40"),
+        overrides("Heads that the query groups do not divide", "target.num_attention_heads=5"),
+        overrides("Query groups that tp does not divide", "target.num_query_groups=1", "parallel.tp=2"),
+        overrides(
+            "A layer to drop that does not exist", "target.num_layers=null", "target.drop_layers=[1, 9]"
+        ),
+        overrides("Number of layers and layers to drop", "target.drop_layers=[1]"),
+        overrides("Sizes and a budget", "target.keep=0.5"),
+        Mistake("A budget that is too small", change=edit_recipe(target={"keep": 0.01})),
+        Mistake("A budget that is no number", change=edit_recipe(target={"max_parameters": "8 billion"})),
+        Mistake("An axis that does not exist", change=edit_recipe(target={"keep": 0.5, "axes": ["heads"]})),
+        overrides("All layers are protected", "depth.protect_first=2", "depth.protect_last=2"),
+        Mistake(
+            "Merged heads without fewer heads",
+            change=edit_recipe(target={"hidden_size": 48, "merge_heads": True}),
+        ),
+        overrides("Search with sizes in target", "search.parameters=100000"),
+        Mistake("Search without a budget", ("search.finalists=2",), edit_recipe(target={})),
+        Mistake(
+            "A budget of search that no candidate meets", ("search.parameters=1000",), edit_recipe(target={})
+        ),
+        overrides("An export family that computes another function", "export.family=qwen3"),
+    ],
+    "Distillation": [
+        overrides("Top-k logits of a colocated teacher", "teacher.payload=topk"),
+        overrides(
+            "More top-k tokens than the vocabulary", *REMOTE, "teacher.payload=topk", "teacher.top_k=4000"
+        ),
+        overrides("The teacher is the pruned model", "teacher.model=model"),
+        overrides("The teacher does not exist", "teacher.model=nowhere"),
+        overrides("Ranks of a colocated teacher", "teacher.ranks=2"),
+        overrides("Both ranks and student_ranks", *REMOTE, "teacher.ranks=2", "teacher.student_ranks=2"),
+        overrides("A recipe of a sibling that does not exist", *REMOTE, "teacher.siblings={nowhere.yaml: 1}"),
+        Mistake(
+            "A sibling with the same output",
+            (*REMOTE, "teacher.siblings={other.yaml: 1}"),
+            lambda project: (project / "other.yaml").write_text((project / "recipe.yaml").read_text()),
+        ),
+        overrides("No loss at all", "distill.kl_weight=0"),
+        overrides("A hidden state that does not exist", "distill.states.layers={0: 0, 9: 3}"),
+        overrides("FP8 in an fp32 run", "distill.fp8=tensorwise"),
+        overrides(
+            "FP8 sizes that are no multiple of 16",
+            "precision=bf16",
+            "distill.fp8=tensorwise",
+            "target.ffn_hidden_size=88",
+            "target.align=8",
+        ),
+        overrides("A trace of steps in the wrong order", "distill.profile.steps=[9, 3]"),
+        overrides(
+            "More steps of correction than of distillation",
+            "correct={when: during, steps: 90, warmup_steps: 1}",
+        ),
+    ],
+    "Output": [
+        Mistake("The output is a file", ("output=recipe.yaml",), dry_run=False),
+        Mistake("The output is read-only", ("output=/proc/run",), dry_run=False),
+        Mistake(
+            "A folder of the user where an artifact belongs",
+            change=write("out/student/thesis.txt", "mine"),
+            dry_run=False,
+        ),
+        Mistake("A damaged artifact", change=write("out/teacher/manifest.json", "{"), dry_run=False),
+        Mistake(
+            "An artifact of an old version",
+            change=write("out/teacher/manifest.json", '{"format": 1, "stage": "import"}'),
+            dry_run=False,
+        ),
+        Mistake(
+            "The model lies where an artifact belongs",
+            ("model=out/student_hf",),
+            lambda project: (
+                (project / "out").mkdir() or (project / "model").rename(project / "out" / "student_hf")
+            ),
+        ),
+    ],
+}
+
+
+def all_mistakes() -> Iterator[tuple[str, Mistake]]:
+    """(area, mistake) in the order of the page."""
+    for area, mistakes in MISTAKES.items():
+        for mistake in mistakes:
+            yield area, mistake
