@@ -257,7 +257,8 @@ def ends_early(roles: Roles, shape: StreamShape, window: int, last: int, late_s:
                 receiver.get(id)
                 receiver.release(id)
             receiver.close()
-        assert receiver.failure is None and not receiver.arrived
+        assert receiver.failure is None
+        assert not receiver.arrived
         return last
 
 
