@@ -49,7 +49,8 @@ def test_stages_of_every_recipe_have_no_requirement():
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"correct": {"steps": 1000}}, {"correct": {"steps": 1000, "when": "during"}}]
+    "values",
+    [{}, {"correct": {"steps": 1000}}, {"correct": {"steps": 50, "warmup_steps": 5, "when": "during"}}],
 )
 def test_last_curve_of_a_training_stage_is_its_own(values):
     recipe = make_recipe({**NEEDED, **values})
