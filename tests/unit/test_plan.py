@@ -553,8 +553,11 @@ def test_handwritten_plan_is_validated(field, name, changes, message):
         PrunePlan.model_validate({**values, field: {**values[field], name: changed}})
 
 
-def test_new_axis_is_scored_planned_and_reported_by_its_row(monkeypatch):
-    """Only the table changes. The new axis has as many units as there are neurons."""
+def test_new_axis_is_planned_validated_and_reported_by_its_row(monkeypatch):
+    """Only the table changes. The new axis has as many units as there are neurons.
+
+    ranks/test_importance.py scores one.
+    """
     monkeypatch.setitem(AXES, "twin", dataclasses.replace(FFN, name="twin", dims={}))
     scores = random_scores(SMALL)
     plan = make_plan(scores, SMALL, TargetConfig(ffn_hidden_size=64))
