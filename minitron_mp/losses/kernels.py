@@ -199,7 +199,7 @@ def _statistics(
             sum_1 = sum_1 * tl.exp((top_s - centre_s) * t) + tl.exp((s - centre_s) * t)
         if TEACHER:
             u = tl.where(inside, _load(z_t, column, columns_t) * inverse_t, -float("inf"))
-            new_t, centre_t, old_t, e_t = _with_maximum(top_t, u)
+            new_t, _, old_t, e_t = _with_maximum(top_t, u)
             sum_t = sum_t * old_t + e_t
             if DIVERGENCE == "forward_kl":
                 cross = cross * old_t + tl.where(inside, e_t * (u - s), 0.0)
