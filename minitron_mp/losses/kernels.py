@@ -192,28 +192,14 @@ def _statistics(
     for start in range(0, valid, BLOCK):
         column = start + lane
         inside = column < valid
-        s = tl.where(
-            inside,
-            tl.load(z_s + column, mask=column < columns_s, other=0.0).to(tl.float32) * inverse_t,
-            -float("inf"),
-        )
-        new_s = tl.maximum(top_s, s)
-        centre_s = _finite(new_s)
-        old_s = tl.exp(top_s - centre_s)
-        e_s = tl.exp(s - centre_s)
+        s = tl.where(inside, _load(z_s, column, columns_s) * inverse_t, -float("inf"))
+        new_s, centre_s, old_s, e_s = _with_maximum(top_s, s)
         sum_s = sum_s * old_s + e_s
         if HOT:
             sum_1 = sum_1 * tl.exp((top_s - centre_s) * t) + tl.exp((s - centre_s) * t)
         if TEACHER:
-            u = tl.where(
-                inside,
-                tl.load(z_t + column, mask=column < columns_t, other=0.0).to(tl.float32) * inverse_t,
-                -float("inf"),
-            )
-            new_t = tl.maximum(top_t, u)
-            centre_t = _finite(new_t)
-            old_t = tl.exp(top_t - centre_t)
-            e_t = tl.exp(u - centre_t)
+            u = tl.where(inside, _load(z_t, column, columns_t) * inverse_t, -float("inf"))
+            new_t, _, old_t, e_t = _with_maximum(top_t, u)
             sum_t = sum_t * old_t + e_t
             if DIVERGENCE == "forward_kl":
                 cross = cross * old_t + tl.where(inside, e_t * (u - s), 0.0)
@@ -249,6 +235,24 @@ def _statistics(
 
 
 @triton.jit
+def _load(z, column, columns):
+    """Return logits of a row in float32, 0 from the padded width on."""
+    return tl.load(z + column, mask=column < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _with_maximum(top, z):
+    """Return what one step of the online softmax needs when z follows logits of maximum `top`.
+
+    These are the new maximum, the same maximum or 0 if it is -inf, the factor of earlier sums, and
+    the exponentials of z.
+    """
+    peak = tl.maximum(top, z)
+    centre = _finite(peak)
+    return peak, centre, tl.exp(top - centre), tl.exp(z - centre)
+
+
+@triton.jit
 def _finite(peak):
     """Return the maximum, or 0 for the maximum over no column (-inf), because inf - inf is NaN."""
     return tl.where(peak == -float("inf"), 0.0, peak)
@@ -280,8 +284,8 @@ def _mixture_sums(
     for start in range(0, valid, BLOCK):
         column = start + lane
         inside = column < valid
-        log_q = tl.load(z_s + column, mask=column < columns_s, other=0.0).to(tl.float32) * inverse_t - row_s
-        log_p = tl.load(z_t + column, mask=column < columns_t, other=0.0).to(tl.float32) * inverse_t - row_t
+        log_q = _load(z_s, column, columns_s) * inverse_t - row_s
+        log_p = _load(z_t, column, columns_t) * inverse_t - row_t
         log_m = _log_mean(log_q, log_p)
         kl_p += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
         kl_q += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
@@ -324,18 +328,12 @@ def _gradient(
     w_ce = tl.load(rows + CE_WEIGHT)
     # A row without weight is not read, because it may contain NaN.
     weighted = tl.where(w_kl != 0, 1, tl.where(w_ce != 0, 1, 0))
-    raw = tl.load(z_s + row * stride_s + column, mask=column < columns_s * weighted, other=0.0).to(tl.float32)
+    raw = _load(z_s + row * stride_s, column, columns_s * weighted)
     log_q = raw * inverse_t - lse_s
     q = tl.exp(log_q)
     total = tl.zeros((BLOCK,), tl.float32)
     if TEACHER:
-        log_p = (
-            tl.load(z_t + row * stride_t + column, mask=column < columns_t * weighted, other=0.0).to(
-                tl.float32
-            )
-            * inverse_t
-            - lse_t
-        )
+        log_p = _load(z_t + row * stride_t, column, columns_t * weighted) * inverse_t - lse_t
         if DIVERGENCE == "forward_kl":
             total = w_kl * (q - tl.exp(log_p))
         if DIVERGENCE == "reverse_kl":

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.run_log import RunRecord
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.report.document import Part, Section, Table
@@ -16,12 +17,6 @@ from minitron_mp.report.search_section import Candidate, last_distillation
 
 Metrics = Mapping[str, Any]
 """Metrics of one logged step."""
-
-TITLES = {"correct": "Teacher correction", "distill": "Distillation"}
-"""Training stage -> title of its section."""
-
-METRICS_FILES = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Training stage -> file of its metrics."""
 
 COLUMNS = {
     "step": ("step", "d"),
@@ -55,9 +50,9 @@ class TrainingCost:
     seconds: float
 
 
-def training_section(stage: str, metrics: Sequence[Metrics], before: Sequence[Part]) -> Section:
+def training_section(curve: Curve, metrics: Sequence[Metrics], before: Sequence[Part]) -> Section:
     """Build the section with summary, curves and a table of steps. before: parts that come first."""
-    title = TITLES[stage]
+    title = curve.title
     if not metrics:
         return Section(title, [*before, "No steps were logged."])
     cost = _training_cost(metrics)
@@ -69,7 +64,7 @@ def training_section(stage: str, metrics: Sequence[Metrics], before: Sequence[Pa
     summary = (
         f"{cost.steps} steps, {cost.tokens:,} tokens, {cost.seconds / 60:.1f} minutes, "
         f"{cost.tokens / cost.seconds:,.0f} tokens/s over all ranks. "
-        f"All steps: `{METRICS_FILES[stage]}`, `tensorboard/{stage}`."
+        f"All steps: `{curve.file}`, `tensorboard/{curve.name}`."
     )
     return Section(title, [*before, summary, *training_figures(title, metrics), Table(list(columns), rows)])
 

@@ -19,12 +19,10 @@ from minitron_mp.workflow.preflight import recipe_problems
 
 NEEDED = {"model": "m", "output": "o"}
 ROOT = Path(__file__).parents[2]
-EVEN = ARCHS["llama"].resized(
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=8,
-    num_query_groups=4,
-    kv_channels=16,
+EVEN = (
+    ARCHS["llama"]
+    .resized(hidden_size=64, ffn_hidden_size=128, num_attention_heads=8, num_query_groups=4)
+    .model_copy(update={"kv_channels": 16})
 )
 
 
@@ -182,7 +180,7 @@ def test_missing_hardware_support_is_reported(fp8, machine, words):
 
 def test_fp8_sizes_are_multiples_of_16_on_each_rank():
     assert fp8_problems(EVEN, 1, 64) == fp8_problems(EVEN, 4, 16) == []
-    odd = EVEN.resized(hidden_size=72, ffn_hidden_size=120, kv_channels=12)
+    odd = EVEN.resized(hidden_size=72, ffn_hidden_size=120).model_copy(update={"kv_channels": 12})
     problems = fp8_problems(odd, 2, 24)  # 8 x 12 / 2 = 48 and (8 + 2 x 4) x 12 / 2 = 96 are fine
     for words, problem in zip(
         ("hidden_size is 72; nearest 64", "(120 / 2) is 60; nearest 64", "on a rank is 24; nearest 32"),

@@ -281,7 +281,7 @@ def agreement(
         ("states", {"recipe": {**RECIPE, "distill": {"states": {"layers": {0: 0}}}}}),
         ("head hidden_size", {"arch": ARCHS["qwen3"].resized(hidden_size=48)}),
         ("head vocab_size", {"vocab_size": 149}),
-        ("head padded_vocab_size", {"arch": ARCHS["qwen3"].resized(vocab_size=300)}),
+        ("head padded_vocab_size", {"arch": ARCHS["qwen3"].model_copy(update={"vocab_size": 300})}),
         ("payload", {"shape": replace(HIDDEN, payload="logits")}),
         ("sequence_length", {"shape": replace(HIDDEN, sequence_length=48)}),
         ("micro_batch_size", {"shape": replace(HIDDEN, micro_batch_size=1)}),

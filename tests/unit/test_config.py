@@ -91,7 +91,10 @@ def test_parameter_count_suffixes(text, number):
             r"target: sizes, max_parameters and keep exclude each other",
         ),
         ({"target": {"keep": 0.5, "axes": []}}, r"target\.axes: .*at least 1"),
-        ({"target": {"axes": ["heads"]}}, r"target\.axes\.0: .*'hidden', 'ffn' or 'layer', given 'heads'"),
+        (
+            {"target": {"axes": ["ffn"]}},
+            r"target: axes \['ffn'\] has no effect without max_parameters or keep",
+        ),
         ({"precision": "fp16"}, r"precision: .*'bf16' or 'fp32', given 'fp16'"),
         ({"parallel": {"tp": 0}}, r"parallel\.tp: .*greater than or equal to 1, given 0"),
         ({"parallel": {"vpp": 2}}, r"parallel: vpp 2 needs pp of at least 2, given 1"),

@@ -203,7 +203,7 @@ def test_llama_exported_as_mistral_gives_the_same_logits(folders, tmp_path):
     write_folder(
         tmp_path,
         folders["llama"],
-        arch.resized(family="mistral"),
+        arch.model_copy(update={"family": "mistral"}),
         torch.float32,
         canonical(folders["llama"], arch),
     )
@@ -396,7 +396,7 @@ def test_nonfinite_weight_is_named(llama, value):
 
 def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
     arch, tensors = (
-        read_arch(folders["llama"]).resized(tied=True),
+        read_arch(folders["llama"]).model_copy(update={"tied": True}),
         load_file(llama / "model.safetensors"),
     )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):
