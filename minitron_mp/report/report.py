@@ -69,8 +69,8 @@ def build_report(project: Project) -> Document:
     ]
     if "correct" in metrics:
         gain = correction_gain(project, evaluation)
-        sections.append(training_section("correct", metrics["correct"], gain))
-    sections.append(training_section("distill", metrics["distill"], []))
+        sections.append(training_section("correct", metrics["correct"], gain, recipe.distill.divergence))
+    sections.append(training_section("distill", metrics["distill"], [], recipe.distill.divergence))
     sections.append(cost_section(metrics, candidates, recipe, run_log))
     if recipe.search:
         sections.append(search_section(candidates, recipe.search.budget[0]))

@@ -538,6 +538,10 @@ def test_invalid_objectives_are_rejected():
     case, sizes = make_case(40), {"vocab_size": VOCAB, "group": None}
     with pytest.raises(ValueError, match="but target is None"):
         distillation_loss(*(case | {"teacher": None}).values(), OBJECTIVES["forward_kl"], **sizes)
+    with pytest.raises(ValueError, match="js has no parameter skew; it has no parameters; drop skew"):
+        Objective("js", parameters={"skew": 0.5})
+    with pytest.raises(ValueError, match="skew of skewed_forward_kl is 0; give a number above 0 and below 1"):
+        Objective("skewed_forward_kl", parameters={"skew": 0.0})
     with pytest.raises(ValueError, match="divergence js is not defined for a top-k target; use forward_kl"):
         distillation_loss(*as_top_k(case, OBJECTIVES["js"]).values(), OBJECTIVES["js"], **sizes)
 
