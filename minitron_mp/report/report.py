@@ -73,7 +73,7 @@ def build_report(project: Project) -> Document:
     ]
     for curve, rows in metrics.items():
         before = correction_gain(project, evaluation) if curve == CORRECTION else []
-        sections.append(training_section(curve, rows, before))
+        sections.append(training_section(curve, rows, before, recipe.distill.divergence))
     curves = {curve.name: rows for curve, rows in metrics.items()}
     sections.append(cost_section(curves, candidates, recipe, run_log))
     if recipe.search:

@@ -304,9 +304,7 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
         "train": SimpleNamespace(global_batch_size=4, micro_batch_size=2),
         "peft": None,
     }
-    return SimpleNamespace(**parts), KDForwardStep(
-        teacher, vocab_size=arch.vocab_size, kl_weight=1.0, ce_weight=0.0
-    )
+    return SimpleNamespace(**parts), KDForwardStep(teacher, vocab_size=arch.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +357,7 @@ def test_wrong_bridge_config_is_rejected_at_start(settings, said):
     wrapped = SimpleNamespace(
         config=SimpleNamespace(**{**usual, **settings}), ddp_config=SimpleNamespace(fp8_param_gather=False)
     )
-    step = KDForwardStep(None, vocab_size=1, kl_weight=1.0, ce_weight=0.0)
+    step = KDForwardStep(None, vocab_size=1)
     with pytest.raises(InputError, match=said):
         step.on_train_start(SimpleNamespace(model=[wrapped, wrapped]))
 

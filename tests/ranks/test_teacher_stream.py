@@ -212,7 +212,7 @@ def streamed(results, payload, pair, window):
         results.streamed(payload, BY_NAME[student], TEACHERS[teacher], window),
         results.streamed(payload, BY_NAME[student], None),
     )
-    return [[(m.loss, m.kl, m.ce, m.grad_norm) for m in run] for run in runs]
+    return [[(m.loss, m.divergence, m.ce, m.grad_norm) for m in run] for run in runs]
 
 
 @pytest.mark.parametrize("pair", TRAINED)

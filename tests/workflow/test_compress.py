@@ -121,7 +121,7 @@ def test_metrics_have_one_line_per_step(whole):
     metrics = read_metrics(whole.output)
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert all(
-        m["loss"] == m["kl"] and m["num_tokens"] == 4 * 32 for m in metrics
+        m["loss"] == m["forward_kl"] and m["num_tokens"] == 4 * 32 for m in metrics
     )  # no cross-entropy, nothing masked
     assert max(m["lr"] for m in metrics) == pytest.approx(MAX_LR, rel=0.01)
     assert loss_curve(whole) == pytest.approx({m["step"]: m["loss"] for m in metrics}, rel=1e-6)

@@ -124,7 +124,7 @@ def test_page_has_the_numbers_of_the_artifacts(whole, read):
     steps = next(table for table in read.tables if table[0][0] == "step")
     assert steps[-1] == [
         str(STEPS),
-        *(f"{metrics[-1][k]:.4f}" for k in ("loss", "kl")),
+        *(f"{metrics[-1][k]:.4f}" for k in ("loss", "forward_kl")),
         f"{metrics[-1]['lr']:.2e}",
         f"{metrics[-1]['grad_norm']:.2f}",
     ]

@@ -42,7 +42,7 @@ def test_remote_teacher_gives_the_same_loss_curve(
         assert done.code == 0, done.err
     here, there = read_metrics(tmp_path / "out"), read_metrics(whole.output)
     assert [m["step"] for m in here] == list(range(1, STEPS + 1))
-    for key in ("loss", "kl", "ce", "grad_norm"):
+    for key in ("loss", "forward_kl", "ce", "grad_norm"):
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=tolerance, abs=0), key
     if size == 2:  # 30 steps of 4 x 32 tokens with 64 channels of 4 bytes
         steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -74,7 +74,7 @@ def test_remote_hidden_states_reach_every_stage(whole, inputs, tmp_path, on_rank
             assert done.code == 0, done.err
         curves.append(read_metrics(tmp_path / name))
     assert [m["alpha"] for m in curves[0]] == pytest.approx(
-        [1.0, *(m["kl"] / m["states"] for m in curves[0][:-1])]
+        [1.0, *(m["forward_kl"] / m["states"] for m in curves[0][:-1])]
     )
     for mine, other in zip(*curves, strict=True):
         assert mine["states"] > 0
@@ -114,7 +114,12 @@ def test_cached_teacher_gives_the_same_loss_curve(whole, inputs, tmp_path, on_ra
     assert code == 0, err
     assert "cache: done" in out
     here, there = read_metrics(tmp_path / "out"), read_metrics(whole.output)
-    for key in ("loss", "kl", "ce", "grad_norm"):  # two ranks round the teacher's sums in another order
+    for key in (
+        "loss",
+        "forward_kl",
+        "ce",
+        "grad_norm",
+    ):  # two ranks round the teacher's sums in another order
         assert [m[key] for m in here] == pytest.approx([m[key] for m in there], rel=1e-4, abs=0), key
     refused(
         run("distill", cached, "distill.micro_batch_size=4", "--force"),
