@@ -17,7 +17,7 @@ def refuse(title: str, problems: Sequence[str]) -> None:
 
 
 def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleaved: int = 1) -> str | None:
-    """Return an error text unless a batch divides evenly into micro-batches and ranks.
+    """Return an error text unless a batch divides evenly into microbatches and ranks.
 
     interleaved: pp when vpp is set, because the interleaved schedule needs multiples of pp;
     otherwise 1.

@@ -2,7 +2,7 @@
 
 A manifest records the origin of an artifact: the stage, the settings that change its content, and
 the fingerprints of its inputs. The fingerprint of the artifact is a hash of these, so one
-comparison shows whether an artifact fits a recipe. Parallel layout, micro-batch size and logging
+comparison shows whether an artifact fits a recipe. Parallel layout, microbatch size and logging
 are not among the settings, because they do not change the result.
 """
 

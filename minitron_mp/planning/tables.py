@@ -23,7 +23,7 @@ def layout_text(estimate: Estimate) -> str:
     p = estimate.recipe.parallel
     t = estimate.recipe.teacher
     dp = estimate.case.student_ranks // p.model_ranks
-    text = f"{_sizes_text(p)} dp {dp}, micro-batch {estimate.recipe.distill.micro_batch_size}"
+    text = f"{_sizes_text(p)} dp {dp}, microbatch {estimate.recipe.distill.micro_batch_size}"
     if estimate.recipe.distill.recompute:
         text += ", recompute"
     if estimate.case.teacher_ranks:

@@ -32,7 +32,7 @@ def distill(
     Reached by all ranks.
 
     student: result of load_model(..., training=settings), trained in place. batches_of(step):
-    returns this data-parallel rank's micro-batches of a step (from 0). on_step: called on rank 0
+    returns this data-parallel rank's microbatches of a step (from 0). on_step: called on rank 0
     with the metrics of each step. Checkpoints are in the folder `out` + "_checkpoints" until the
     end. A stopped run resumes from them if it is started again with the same settings and seed.
     """

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import micro_batches
+from cases import microbatches
 from tiny import make_model, make_recipe_file, make_text, read_metrics
 
 from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
@@ -142,7 +142,7 @@ def batches_of(arch: Arch, step: int = 0, count: int = 4, size: int = 1):
         "position_ids": place,
         "loss_mask": torch.ones(count, SEQUENCE),
     }
-    return micro_batches(samples, size, 0, 1)
+    return microbatches(samples, size, 0, 1)
 
 
 def hidden_of(chunks, arch: Arch, world, step: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
+from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, microbatches
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -173,7 +173,7 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
         train(
             model,
             None,
-            lambda step: micro_batches(make_samples(arch, step, 4), 1, 0, 1),
+            lambda step: microbatches(make_samples(arch, step, 4), 1, 0, 1),
             settings,
             RunOptions(checkpoints, manifest("correct"), seed=3, on_step=note),
         )

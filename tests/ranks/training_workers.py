@@ -17,7 +17,7 @@ from unittest.mock import patch
 import psutil
 import torch
 import torch.distributed as dist
-from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
+from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, microbatches, settings
 from model_workers import gather, joined, load, manifest
 from torch import Tensor
 
@@ -61,7 +61,7 @@ def train_everything(
         pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 2 if interleaved else 4})
         size = 1 if interleaved else 2
         steps = [
-            micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
+            microbatches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
             for step in range(2)
         ]
         models = {"student": load(student_arch, student, world), "teacher again": signals.model}
@@ -178,7 +178,7 @@ def correct_meanwhile(
             (parameter for chunk in model.chunks for parameter in chunk.parameters()), once.weights
         ):
             parameter.data.copy_(weight)
-        batches = micro_batches(
+        batches = microbatches(
             make_samples(arch, 1, distil.global_batch_size),
             distil.micro_batch_size,
             world.groups.dp.rank(),
@@ -382,7 +382,7 @@ class Runner:
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
-            return micro_batches(
+            return microbatches(
                 samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size()
             )
 
@@ -415,7 +415,7 @@ def distill_from_python(
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(student_arch, step, chosen.global_batch_size)
-            return micro_batches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
+            return microbatches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
 
         build = {"sequence_length": SEQUENCE_LENGTH, "precision": "fp32"}
         guide = ColocatedTeacher(load_model(teacher, world, **build))

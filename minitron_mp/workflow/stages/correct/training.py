@@ -16,7 +16,7 @@ from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
-from minitron_mp.data.batches import micro_batches
+from minitron_mp.data.batches import microbatches
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
@@ -107,12 +107,12 @@ def run_training(
 def _batches_of(
     context: StageContext, settings: DistillConfig | CorrectionConfig
 ) -> Callable[[int], Sequence[Batch]]:
-    """Return the function from step to this data-parallel rank's micro-batches."""
+    """Return the function from step to this data-parallel rank's microbatches."""
     samples = training_samples(context, settings)
     dp = context.world.groups.dp
 
     def batches_of(step: int) -> Sequence[Batch]:
-        return micro_batches(
+        return microbatches(
             samples,
             step,
             global_batch_size=settings.global_batch_size,

@@ -25,7 +25,7 @@ from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.pruning import SearchConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
-from minitron_mp.data.batches import micro_batches
+from minitron_mp.data.batches import microbatches
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.errors import InputError, refuse
@@ -249,7 +249,7 @@ def _distill_together(
     last_step: int,
     groups: list[list[Batch]],
 ) -> None:
-    """Distill candidates from one forward pass of the teacher per micro-batch, and measure them."""
+    """Distill candidates from one forward pass of the teacher per microbatch, and measure them."""
     recipe, world = context.recipe, context.world
     settings, start = training(recipe), time.monotonic()
     for candidate in part:
@@ -278,7 +278,7 @@ def _distill_together(
     with Tracker(title, last_step, "steps", first) as tracker:
         trackers.append(tracker)
         batches_of = partial(
-            micro_batches,
+            microbatches,
             train_set,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,
