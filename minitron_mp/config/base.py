@@ -10,8 +10,8 @@ from pydantic.config import JsonDict
 NOT_IN_RESULT: JsonDict = {"result": False}
 """Mark of a field that does not change the result of a stage.
 
-Write it as Field(1, json_schema_extra=NOT_IN_RESULT). Every field without this mark is part of the
-fingerprint of its stage.
+Write it as Field(default=1, json_schema_extra=NOT_IN_RESULT). Every field without this mark is part
+of the fingerprint of its stage.
 """
 
 

@@ -91,11 +91,11 @@ class DistillConfig(TrainingConfig):
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher). js:
     Jensen-Shannon."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Temperature of both distributions."""
-    kl_weight: float = Field(1.0, ge=0)
+    kl_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence. The loss also multiplies it by the temperature squared."""
-    ce_weight: float = Field(0.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy with the text. The papers use 0."""
     states: HiddenStatesConfig | None = None
     """Match hidden states, too. Default: match the logits only."""
@@ -122,9 +122,9 @@ class TeacherConfig(Section):
     """colocated: the teacher runs on the student's ranks, in the student's layout. remote: it runs
     on separate ranks, the last ranks of the job. cached: the stage `cache` runs the teacher first
     and writes its signals to disk."""
-    ranks: int | None = Field(None, ge=1)
+    ranks: int | None = Field(default=None, ge=1)
     """Ranks of a remote teacher. Default: as many as one copy of the model needs."""
-    student_ranks: int | None = Field(None, ge=1)
+    student_ranks: int | None = Field(default=None, ge=1)
     """Ranks of the student, for a remote teacher. Replaces `ranks`: copies of the teacher use all
     remaining ranks. So a job that restarts with fewer nodes (torchrun --nnodes 3:4 --max-restarts
     9) resumes with fewer copies and the same loss."""
@@ -141,16 +141,16 @@ class TeacherConfig(Section):
     norm. They are exact and the smallest payload, but the student's last stage holds a copy of the
     teacher's output layer. logits: all logits. topk: the `top_k` most likely tokens and the
     probability of the rest (an approximation)."""
-    top_k: int = Field(256, ge=1)
+    top_k: int = Field(default=256, ge=1)
     """Tokens per position, for payload topk."""
-    window: int = Field(3, ge=1)
+    window: int = Field(default=3, ge=1)
     """Largest number of microbatches by which a copy of a remote teacher may be ahead of the
     student. It limits memory on both sides."""
     siblings: dict[str, int] = {}
     """Further students of a remote teacher: path of a recipe -> number of ranks. `distill` trains
     them in the same job from the same stream. Their ranks come after the student's ranks and
     before the teacher's. Their recipes must have the same model, text, batches and steps."""
-    timeout_s: float = Field(600, gt=0)
+    timeout_s: float = Field(default=600, gt=0)
     """Timeout of the waits between student and remote teacher, in seconds. It must be longer than
     the longest pause of the student, which is usually a checkpoint."""
 

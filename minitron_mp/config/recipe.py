@@ -30,7 +30,7 @@ class Recipe(Section):
     """Hugging Face folder of the model to prune: config.json, safetensors, tokenizer."""
     output: str = Field(min_length=1)
     """Folder for all artifacts."""
-    seed: int = Field(1234, ge=0, lt=2**32)
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed for the split of the text into parts and for the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations. Optimizer state and gradients are float32."""

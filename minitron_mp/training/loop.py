@@ -21,7 +21,7 @@ from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.step_log import Diverged
 
 
-def train(
+def train_one(
     model: ShardedModel,
     teacher: Teacher | None,
     batches_of: Callable[[int], Sequence[Batch]],

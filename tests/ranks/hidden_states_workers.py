@@ -67,7 +67,7 @@ def train_all(
 
 
 class watched:
-    """Keeps the Runs that train() makes."""
+    """Keeps the Runs that train_one() makes."""
 
     def __init__(self, kept: list[Any]):
         self.kept, self.usual = kept, loop.TrainingRun

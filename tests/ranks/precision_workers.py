@@ -22,7 +22,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.precision import silently_wrong
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.options import RunOptions
 
 ONE = Layout("one", 1)
@@ -170,7 +170,7 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
                 random_weights=True,
             ),
         )
-        train(
+        train_one(
             model,
             None,
             lambda step: microbatches(make_samples(arch, step, 4), 1, 0, 1),

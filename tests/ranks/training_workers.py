@@ -33,8 +33,8 @@ from minitron_mp.evaluation.quality import compare, evaluate
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training import optimizer
-from minitron_mp.training.distill import distill
-from minitron_mp.training.loop import train
+from minitron_mp.training.distill import distill, train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
@@ -349,7 +349,7 @@ class Run:
 
 @dataclass
 class Runner:
-    """train() with the batches of these tests."""
+    """train_one() with the batches of these tests."""
 
     world: World
     teacher: Any
@@ -398,7 +398,7 @@ class Runner:
             extra_state=extra_state,
         )
         with suppress(Preempted):
-            train(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)
+            train_one(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)
         return Run(
             metrics,
             [parameter.detach().clone() for chunk in model.chunks for parameter in chunk.parameters()],
@@ -422,6 +422,9 @@ def distill_from_python(
         model = load_model(student, world, training=chosen, **build)
         metrics: list[StepMetrics] = []
         distill(model, guide, batches_of, chosen, out=output, seed=3, on_step=metrics.append)
+        without_artifact: list[StepMetrics] = []
+        other = load_model(student, world, training=chosen, **build)
+        train(other, guide, batches_of, chosen, seed=3, on_step=without_artifact.append)
         saved = load_model(output, world, **build)
         pairs = [
             (mine, theirs)
@@ -430,6 +433,7 @@ def distill_from_python(
         ]
         return {
             "metrics": metrics,
+            "metrics without artifact": without_artifact,
             "saved": all(torch.equal(mine, theirs) for mine, theirs in pairs),
             "arch": saved.arch,
             "quality": evaluate(saved, batches_of(0), guide),

@@ -24,7 +24,7 @@ from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.precision import communication_buffers
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
@@ -95,7 +95,7 @@ def run_training(
             work=_work(context, model.arch, settings, teacher),
         )
         try:
-            train(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
+            train_one(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
         except Preempted:
             _close(teacher)
             raise
