@@ -43,14 +43,16 @@ class HiddenStatesConfig(Section):
     @model_validator(mode="after")
     def _pairs(self) -> HiddenStatesConfig:
         problems = [
-            f"layers: {pair} must be [state of the student, state of the teacher], counted from 0"
+            f"layers: {pair} must be [state of the student, state of the teacher], counted from 0; "
+            "write such a pair"
             for pair in self.layers
             if len(pair) != 2 or min(pair) < 0
         ]
         student_states = [pair[0] for pair in self.layers if pair]
         if student_states != sorted(set(student_states)):
             problems.append(
-                f"layers: the student's states {student_states} must be ascending, without repeats"
+                f"layers: the student's states {student_states} must be ascending, without repeats; "
+                "sort the pairs by them"
             )
         if self.weight != "dynamic" and self.weight <= 0:
             problems.append(
@@ -172,7 +174,7 @@ class TeacherConfig(Section):
         if self.window < self.parallel.pp:
             problems.append(
                 f"window {self.window} must be at least the teacher's pp {self.parallel.pp}, to fill its "
-                "pipeline"
+                "pipeline; raise window, or lower teacher.parallel.pp"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -199,7 +201,7 @@ class TeacherConfig(Section):
         if self.ranks is not None and self.ranks % self.parallel.model_ranks:
             problems.append(
                 f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = "
-                f"{self.parallel.model_ranks}"
+                f"{self.parallel.model_ranks}; change ranks or teacher.parallel"
             )
         if self.ranks is not None and self.student_ranks is not None:
             problems.append(

@@ -75,7 +75,9 @@ class TargetConfig(Section):
         if self.drop_layers is not None and self.drop_layers != sorted(
             {layer for layer in self.drop_layers if layer >= 0}
         ):
-            raise ValueError(f"drop_layers {self.drop_layers} must be ascending from 0, without repeats")
+            raise ValueError(
+                f"drop_layers {self.drop_layers} must be ascending from 0, without repeats; sort the list"
+            )
         if [has_sizes, self.max_parameters is not None, self.keep is not None].count(True) > 1:
             raise ValueError("sizes, max_parameters and keep exclude each other; give one of them")
         if has_sizes and self.axes != ["hidden", "ffn"]:
