@@ -62,8 +62,8 @@ class Manifest(BaseModel):
         return rows + [f"input {row}" for row in differing_fields(self.inputs, other.inputs)]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    rows: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             rows |= _flat(value, f"{prefix}{key}.")

@@ -15,7 +15,7 @@ of the fingerprint of its stage.
 """
 
 
-def _with_suffix(value: Any) -> Any:
+def _with_suffix(value: object) -> object:
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     if isinstance(value, str) and value[-1:].upper() in units:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,7 +32,7 @@ class HiddenStatesConfig(Section):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _as_pairs(cls, value: Any) -> Any:
+    def _as_pairs(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
         return [

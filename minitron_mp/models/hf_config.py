@@ -118,7 +118,7 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _family_problem(config: Mapping[str, Any]) -> str:
+def _family_problem(config: Mapping[str, object]) -> str:
     supported = ", ".join(f"{family.name} ({family.transformers_class})" for family in FAMILIES.values())
     return (
         f"model_type {config.get('model_type', '')!r} with architectures {config.get('architectures')} "
@@ -172,7 +172,7 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     return problems
 
 
-def _is_positive(size: Any) -> bool:
+def _is_positive(size: object) -> bool:
     return isinstance(size, int) and size > 0
 
 

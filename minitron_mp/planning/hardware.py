@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -120,7 +119,7 @@ def read_hardware(gpu: str, path: Path | None = None) -> Hardware:
         raise
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise InputError(f"--hardware: no file at {path}; give a YAML or JSON file (docs/planning.md)")
     import yaml  # JSON is YAML

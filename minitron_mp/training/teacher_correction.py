@@ -48,7 +48,7 @@ class TrainableTeacher:
         numbered: list[Batch] = [{**batch, "index": index} for index, batch in enumerate(batches)]
         trains = self.run.steps_done < self.run.settings.steps
 
-        def on_output(output: Tensor, batch: Batch) -> Any:
+        def on_output(output: Tensor, batch: Batch) -> object:
             hidden[batch["index"]] = output.detach()
             return self.run.loss(output, batch) if trains else None
 

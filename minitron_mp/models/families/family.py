@@ -26,7 +26,7 @@ CONFIG_FIELDS = {
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 """Key of config.json -> default of transformers. A family overrides them in `defaults`."""
 
-REQUIRED_SETTINGS: dict[str, Any] = {
+REQUIRED_SETTINGS: dict[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0,
@@ -77,7 +77,7 @@ class ExportAs:
     """
 
     drop: tuple[str, ...]
-    add: Mapping[str, Any]
+    add: Mapping[str, object]
     problems: Callable[[Arch], list[str]]
 
 
@@ -102,8 +102,8 @@ class Family:
     """Field of Arch -> key of config.json. Other keys (rotary, activation, biases) have the names of
     Llama: a family that renames them must reject other values in `config_problems`."""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
-    required_settings: Mapping[str, Any] = field(default_factory=lambda: REQUIRED_SETTINGS)
-    required_rope: Mapping[str, Any] = field(default_factory=lambda: {"partial_rotary_factor": 1})
+    required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
+    required_rope: Mapping[str, object] = field(default_factory=lambda: {"partial_rotary_factor": 1})
     """Rotary setting -> the only supported value."""
     config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     """Returns further reasons why a config.json with its defaults is not supported."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import run_settings
@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     correct_teacher(context)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run."""
     assert recipe.correct is not None
     return {**recipe.correct.result_settings(), **run_settings(recipe)}

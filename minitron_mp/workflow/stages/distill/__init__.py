@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import fp8_teacher, run_settings
@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     distill_student(context)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run and of its teacher.
 
     The placement and layout of the teacher are not included, because they change its signals only
