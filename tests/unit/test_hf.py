@@ -297,7 +297,7 @@ def test_defaults_match_transformers():
     [
         (
             {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
-            "gpt_oss.*GptOssForCausalLM.*supported: llama",
+            "gpt_oss.*GptOssForCausalLM.*of these families: llama",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
