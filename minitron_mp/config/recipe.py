@@ -30,7 +30,7 @@ class Recipe(Section):
     """Hugging Face folder of the model to prune: config.json, safetensors, tokenizer."""
     output: str = Field(min_length=1)
     """Folder for all artifacts."""
-    seed: int = Field(1234, ge=0, lt=2**32)
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed for the split of the text into parts and for the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations. Optimizer state and gradients are float32."""
@@ -112,7 +112,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} or an override cannot be read: {error}") from error
+        raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
     return make_recipe(values, source=str(path))
 
 
@@ -158,7 +158,7 @@ def _sentences(error: ErrorDetails) -> list[str]:
         nearest = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         if nearest:
             return [f"unknown key {key}; did you mean {nearest[0]}?"]
-        return [f"unknown key {key}; known keys: {', '.join(known)}"]
+        return [f"unknown key {key}; use one of {', '.join(known)}"]
     if error["type"] == "missing":
         return [f"{key} is missing; add it"]
     text = error["msg"].removeprefix("Value error, ")

@@ -150,7 +150,7 @@ class _Fused(torch.autograd.Function):
         return (statistics[0] * loss.token_weights).sum(), per_token
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
         dx, dw, ctx.dx, ctx.dw = ctx.dx, ctx.dw, None, None
         if ctx.in_main_grad:
             torch._assert_async(

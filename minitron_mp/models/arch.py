@@ -76,7 +76,7 @@ class Arch(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _repeat_block(cls, value: Any) -> Any:
+    def _repeat_block(cls, value: object) -> object:
         if not isinstance(value, dict) or "blocks" in value:
             return value
         block = {name: value[name] for name in BLOCK_SIZES if name in value}

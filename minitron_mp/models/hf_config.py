@@ -59,7 +59,7 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
             "write them with save_pretrained of transformers"
         )
     if not (folder / "config.json").is_file():
-        refuse(title, ["no config.json", *problems])
+        refuse(title, ["no config.json; give a Hugging Face model folder", *problems])
     config = read_json(folder / "config.json")
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
@@ -122,11 +122,11 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _family_problem(config: Mapping[str, Any]) -> str:
+def _family_problem(config: Mapping[str, object]) -> str:
     supported = ", ".join(f"{family.name} ({family.transformers_class})" for family in FAMILIES.values())
     return (
         f"model_type {config.get('model_type', '')!r} with architectures {config.get('architectures')} "
-        f"is not supported; supported: {supported}"
+        f"is not supported; give a model of one of these families: {supported}"
     )
 
 
@@ -153,7 +153,7 @@ def _arch(config: dict[str, Any], family: Family, title: str) -> Arch:
         for problem in error.errors():
             name = str(problem["loc"][0])
             key = family.config_fields.get(name, name)
-            rows.append(f"  - {key}: {problem['msg']}, given {problem['input']!r}")
+            rows.append(f"  - {key}: {problem['msg']}, given {problem['input']!r}; correct config.json")
         raise InputError("\n".join([title, *rows])) from error
 
 
@@ -162,21 +162,21 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = []
     for key in (key_of[name] for name in REQUIRED_SIZES):
         if not _is_positive(config.get(key)):
-            problems.append(f"{key} is {config.get(key)!r}, not a positive integer")
+            problems.append(f"{key} is {config.get(key)!r}, not a positive integer; correct config.json")
     for key in (key_of[name] for name in OPTIONAL_SIZES):
         size = config.get(key)
         if size is not None and not _is_positive(size):
-            problems.append(f"{key} is {size!r}, not a positive integer")
+            problems.append(f"{key} is {size!r}, not a positive integer; correct config.json")
     heads, groups = config.get(key_of["num_attention_heads"]), config.get(key_of["num_query_groups"])
     if not problems and groups and heads is not None and heads % groups:
         problems.append(
             f"{key_of['num_attention_heads']} {heads} is not a multiple of "
-            f"{key_of['num_query_groups']} {groups}"
+            f"{key_of['num_query_groups']} {groups}; correct config.json"
         )
     return problems
 
 
-def _is_positive(size: Any) -> bool:
+def _is_positive(size: object) -> bool:
     return isinstance(size, int) and size > 0
 
 
@@ -198,14 +198,15 @@ def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list
 
 def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = [
-        f"{name} is {config[name]!r}; only {value!r} is supported"
+        f"{name} is {config[name]!r}; only {value!r} is supported, so give another model"
         for name, value in family.required_settings.items()
         if config.get(name) not in (value, None)
     ]
     unsupported_types = sorted({*(config.get("layer_types") or [])} - {"full_attention"})
     if unsupported_types:
         problems.append(
-            f"layer_types contains {', '.join(unsupported_types)}; only full_attention is supported"
+            f"layer_types contains {', '.join(unsupported_types)}; only full_attention is supported, so "
+            "give another model"
         )
     return [*problems, *family.config_problems(config), *_rope_problems(config, family)]
 
@@ -216,18 +217,18 @@ def _rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     if rope["rope_type"] not in ("default", "llama3") or is_nested:
         return [
             f"rope settings {rope} are not supported; "
-            "supported: rope_type 'default' or 'llama3', one setting for all layers"
+            "give a model with rope_type 'default' or 'llama3' and one setting for all layers"
         ]
     required = dict(family.required_rope)
     if rope["rope_type"] == "llama3":
         required |= LLAMA3_ROPE
     problems = [
-        f"{name} of the rope settings is {rope.get(name)}; only {value} is supported"
+        f"{name} of the rope settings is {rope.get(name)}; only {value} is supported, so give another model"
         for name, value in required.items()
         if rope.get(name) != value
     ]
     if rope["rope_type"] == "llama3" and not rope.get("factor"):
-        problems.append("the llama3 rope settings have no factor")
+        problems.append("the llama3 rope settings have no factor; add it to config.json")
     unknown = sorted(key for key, value in rope.items() if value and key not in ROPE_KEYS)
     if unknown:
         problems.append(

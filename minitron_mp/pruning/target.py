@@ -68,12 +68,12 @@ def crowded_groups(axis: Axis, teacher: Arch, student: Arch) -> str:
 
 def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int) -> list[str]:
     problems = [
-        f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}"
+        f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}; name those only"
         for n in target.drop_layers or []
         if n >= teacher.num_layers
     ]
     if target.drop_layers and len(target.drop_layers) >= teacher.num_layers:
-        problems.append("drop_layers names every layer")
+        problems.append("drop_layers names every layer; name fewer")
     problems += _size_problems(teacher, student, "num_layers", 1, "")
     for axis in AXES.values():
         problems += _axis_problems(axis, teacher, student, target.align, tp)
@@ -112,7 +112,7 @@ def _size_problems(
 ) -> list[str]:
     before, after = getattr(teacher, field), getattr(student, field)
     if after > before:
-        return [f"{field} {after} is larger than the teacher's {before}"]
+        return [f"{field} {after} is larger than the teacher's {before}; give at most that"]
     if after == before or after % step == 0:
         return []
     near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]

@@ -20,7 +20,7 @@ class TrainingLoss:
     """The on_output function of run_schedule() in training.
 
     model: model with chunks that are wrapped for data parallelism. sums: float64 [4], the sums of
-    loss, divergence and cross-entropy in nats, and of valid tokens, over this rank's micro-batches
+    loss, divergence and cross-entropy in nats, and of valid tokens, over this rank's microbatches
     of a step.
     """
 

@@ -29,7 +29,7 @@ from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import RunCheckpoints
 from minitron_mp.training.step_log import FinishedStep, RankStatus, StepLog
 
-OnOutput = Callable[[torch.Tensor, Batch], Any]
+OnOutput = Callable[[torch.Tensor, Batch], object]
 
 
 class TrainingRun:

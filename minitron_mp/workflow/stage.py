@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import Curve
 from minitron_mp.config.recipe import Recipe
@@ -39,7 +39,7 @@ class Stage:
     unrecorded_inputs: tuple[str, ...] = ()
     """Optional inputs that do not change the result, such as a cache. They must be up to date, but
     they are not in the manifest."""
-    settings: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    settings: Callable[[Recipe], dict[str, object]] = lambda recipe: {}
     """The settings that change the result. A change of any other setting does not rerun the stage.
     """
     sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}

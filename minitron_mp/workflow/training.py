@@ -17,7 +17,7 @@ from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
-from minitron_mp.data.batches import micro_batches
+from minitron_mp.data.batches import microbatches
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
@@ -25,7 +25,7 @@ from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.precision import communication_buffers
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
@@ -88,7 +88,7 @@ def run_training(
             work=_work(context, model.arch, settings, teacher),
         )
         try:
-            train(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
+            train_one(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
         except Preempted:
             _close(teacher)
             raise
@@ -100,12 +100,12 @@ def run_training(
 def _batches_of(
     context: StageContext, settings: DistillConfig | CorrectionConfig
 ) -> Callable[[int], Sequence[Batch]]:
-    """Return the function from step to this data-parallel rank's micro-batches."""
+    """Return the function from step to this data-parallel rank's microbatches."""
     samples = training_samples(context, settings)
     dp = context.world.groups.dp
 
     def batches_of(step: int) -> Sequence[Batch]:
-        return micro_batches(
+        return microbatches(
             samples,
             step,
             global_batch_size=settings.global_batch_size,

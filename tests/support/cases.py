@@ -212,7 +212,7 @@ def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
     }
 
 
-def micro_batches(
+def microbatches(
     samples: dict[str, Tensor], micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[dict[str, Tensor]]:
     """This data parallel rank's part of a global batch: every dp_size-th microbatch."""

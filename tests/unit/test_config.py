@@ -163,7 +163,7 @@ def test_parameter_count_suffixes(text, number):
         ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),
         (
             {"score": {"zzz": 3}},
-            r"unknown key score\.zzz; known keys: num_samples, micro_batch_size, batch_aggregation, "
+            r"unknown key score\.zzz; use one of num_samples, micro_batch_size, batch_aggregation, "
             r"sequence_aggregation",
         ),
     ],

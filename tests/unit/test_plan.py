@@ -437,10 +437,10 @@ def test_llama_export_rule_suggests_mistral():
     with pytest.raises(InputError, match="scales its rotary frequencies"):
         exportable_arch(student.model_copy(update={"rope_scaling_factor": 8.0}), "mistral")
     with pytest.raises(
-        InputError, match=r"export\.family qwen2: .* family llama is written as llama or mistral only"
+        InputError, match=r"export\.family qwen2: .* family llama can be written as llama or mistral only"
     ):
         exportable_arch(student, "qwen2")
-    with pytest.raises(InputError, match=r"export\.family gpt: .* is written as llama or mistral only"):
+    with pytest.raises(InputError, match=r"export\.family gpt: .* can be written as llama or mistral only"):
         exportable_arch(student, "gpt")
 
 
@@ -473,7 +473,7 @@ def test_invalid_scores_are_rejected_with_every_reason():
     importance = random_scores(SMALL)
     importance["ffn"][1][2] = np.nan
     importance.layers[0] = np.inf
-    with pytest.raises(InputError, match=r"(?s)ffn.1 holds a NaN.*layers holds a NaN or an infinity"):
+    with pytest.raises(InputError, match=r"(?s)ffn.1 contains NaN.*layers contains NaN or infinity"):
         make_plan(importance, SMALL, TargetConfig())
     with pytest.raises(
         InputError,

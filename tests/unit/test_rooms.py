@@ -189,10 +189,3 @@ def test_help_is_fast():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     assert "compress" in run("-m", "minitron_mp", "--help")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 2.0
-
-
-def test_public_names_exist():
-    for name in minitron_mp.__all__:
-        assert getattr(minitron_mp, name) is not None
-    with pytest.raises(AttributeError, match=r"no nothing; public names: .*Recipe"):
-        _ = minitron_mp.nothing

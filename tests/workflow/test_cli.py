@@ -332,7 +332,7 @@ def test_folder_that_is_not_a_model(here, recipe, inputs, model):
         here("compress", recipe, f"model={model}"),
         "model_type 'gpt2'",
         "GPT2LMHeadModel",
-        "supported: llama (LlamaForCausalLM)",
+        "give a model of one of these families: llama (LlamaForCausalLM)",
     )
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 72}))
     refused(

@@ -116,7 +116,7 @@ class KDForwardStep:
             if hasattr(chunk, "ddp_config")
             for text in silently_wrong(chunk.config, chunk.ddp_config)
         ]
-        refuse("this model would be trained wrongly:", list(dict.fromkeys(problems)))
+        refuse("this model would be trained wrongly; change its config:", list(dict.fromkeys(problems)))
         self.world = world_of_provider(context.model)
         self.teacher.start(self.world, context.state.cfg.model.seq_length)
 

@@ -45,6 +45,7 @@ def _family_problems(student: Arch, family: str) -> list[str]:
     if family not in conversions:
         possible = " or ".join([student.family, *conversions])
         return [
-            f"export.family {family}: a model of the family {student.family} is written as {possible} only"
+            f"export.family {family}: a model of the family {student.family} can be written as {possible} "
+            "only; set one of those"
         ]
     return [f"export.family {family}: {problem}" for problem in conversions[family].problems(student)]

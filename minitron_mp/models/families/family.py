@@ -26,7 +26,7 @@ CONFIG_FIELDS = {
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 """Key of config.json -> default of transformers. A family overrides them in `defaults`."""
 
-REQUIRED_SETTINGS: dict[str, Any] = {
+REQUIRED_SETTINGS: dict[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0,
@@ -110,7 +110,7 @@ class ExportAs:
     """
 
     drop: tuple[str, ...]
-    add: Mapping[str, Any]
+    add: Mapping[str, object]
     problems: Callable[[Arch], list[str]]
 
 
@@ -134,11 +134,11 @@ class Family:
     config_fields: Mapping[str, str] = field(default_factory=lambda: CONFIG_FIELDS)
     """Field of Arch -> key of config.json. The rotary keys have the names of ROPE_SETTINGS."""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
-    required_settings: Mapping[str, Any] = field(default_factory=lambda: REQUIRED_SETTINGS)
+    required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
     other_settings: tuple[str, ...] = ()
     """Keys of config.json that `config_problems` checks, or that change nothing in supported models.
     Keys that no field lists are rejected if their names have one of COMPUTATION_WORDS."""
-    required_rope: Mapping[str, Any] = field(default_factory=lambda: {"partial_rotary_factor": 1})
+    required_rope: Mapping[str, object] = field(default_factory=lambda: {"partial_rotary_factor": 1})
     """Rotary setting -> the only supported value."""
     config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     """Returns further reasons why a config.json with its defaults is not supported."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import CORRECTION
 from minitron_mp.config.recipe import Recipe
@@ -21,7 +21,7 @@ def run(context: StageContext) -> None:
     run_training(context, "import", context.recipe.correct, [CORRECTION])
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run."""
     assert recipe.correct is not None
     return {**recipe.correct.result_settings(), **run_settings(recipe)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION, Curve
 from minitron_mp.config.recipe import Recipe
@@ -20,7 +20,7 @@ def run(context: StageContext) -> None:
     distill_student(context, curves(context.recipe))
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run and of its teacher.
 
     The placement and layout of the teacher are not included, because they change its signals only

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import run_settings, task_files
@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     evaluate_models(context)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the samples of text, and the items of each task where there are tasks."""
     items = {"task_items": recipe.evaluate.task_items} if recipe.evaluate.tasks else {}
     return {"num_samples": recipe.evaluate.num_samples, **items, **run_settings(recipe)}
