@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.training import TrainingConfig
+from minitron_mp.losses.parameters import complete_parameters
 
 
 class HiddenStatesConfig(Section):
@@ -90,9 +91,13 @@ class HiddenStatesConfig(Section):
 class DistillConfig(TrainingConfig):
     """Training of the student on the teacher's distribution (settings: 2408.11796, table 4)."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher). js:
+    divergence: Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "js"] = "forward_kl"
+    """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher).
+    skewed_forward_kl: KL(teacher || skew teacher + (1 - skew) student), 2402.03898. js:
     Jensen-Shannon."""
+    divergence_parameters: dict[str, float] | None = Field(default=None, validate_default=True)
+    """Parameters of the divergence, by name. skewed_forward_kl: skew, above 0 and below 1, default
+    0.1. The others have none."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of both distributions."""
     kl_weight: float = Field(default=1.0, ge=0)
@@ -101,6 +106,14 @@ class DistillConfig(TrainingConfig):
     """Weight of the cross-entropy with the text. The papers use 0."""
     states: HiddenStatesConfig | None = None
     """Match hidden states, too. Default: match the logits only."""
+
+    @field_validator("divergence_parameters")
+    @classmethod
+    def _complete(cls, given: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
+        """Fill in the defaults of the divergence. None without parameters."""
+        if "divergence" not in info.data:  # it has an error itself
+            return given
+        return complete_parameters(info.data["divergence"], given or {}) or None
 
     def _problems(self) -> list[str]:
         problems = []

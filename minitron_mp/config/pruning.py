@@ -14,6 +14,9 @@ BatchAggregation = Literal["mean", "l2", "var"]
 
 BUDGETS = ("parameters", "memory_gib", "latency_ms")
 
+DEPTH = "layer"
+"""Name of depth in target.axes. The names of widths are in models/axes.py."""
+
 
 class ScoreConfig(Section):
     """Importance scores, computed by forward passes over calibration text."""
@@ -52,9 +55,9 @@ class TargetConfig(Section):
     """Largest number of parameters of the student: 8.4e9, "8.4B" or "102M"."""
     keep: float | None = Field(default=None, gt=0, le=1)
     """Largest fraction of the teacher's parameters."""
-    axes: list[Literal["hidden", "ffn", "layer"]] = Field(default=["hidden", "ffn"], min_length=1)
-    """Axes that max_parameters and keep may reduce: width (hidden and ffn, by the same factor),
-    depth (layer), or both."""
+    axes: list[str] | None = Field(default=None, min_length=1)
+    """Axes that max_parameters and keep may reduce: hidden, ffn, or both by the same factor; or
+    layer alone. Default: hidden and ffn."""
     align: int = Field(default=16, ge=1)
     """Divisor of hidden_size and of each rank's part of ffn_hidden_size: 16 for FP8, 32 for
     MXFP8."""
@@ -80,10 +83,10 @@ class TargetConfig(Section):
             )
         if [has_sizes, self.max_parameters is not None, self.keep is not None].count(True) > 1:
             raise ValueError("sizes, max_parameters and keep exclude each other; give one of them")
-        if has_sizes and self.axes != ["hidden", "ffn"]:
+        if self.axes is not None and not self.searched:
             raise ValueError(
-                f"axes {self.axes} has no effect with explicit sizes; drop axes, or replace the sizes by "
-                "max_parameters or keep"
+                f"axes {self.axes} has no effect without max_parameters or keep; drop axes, or give one "
+                "of them in place of sizes"
             )
         return self
 

@@ -144,6 +144,7 @@ class CorrectionConfig(TrainingConfig):
     """Output folder of a run of the same recipe without this section. The report compares the two
     students."""
     divergence: ClassVar = "forward_kl"
+    divergence_parameters: ClassVar = None
     temperature: ClassVar = 1.0
     kl_weight: ClassVar = 0.0
     ce_weight: ClassVar = 1.0

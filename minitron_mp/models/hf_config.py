@@ -15,10 +15,13 @@ from pydantic import ValidationError
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
-from minitron_mp.models.families.family import DEFAULTS, Family
+from minitron_mp.models.families.family import COMPUTATION_WORDS, DEFAULTS, Family
 
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """Values that are fixed in the code of Megatron-Core. Only the factor is a setting."""
+
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", *LLAMA3_ROPE}
+"""Keys of rope_scaling or rope_parameters."""
 
 REQUIRED_SIZES = (
     "hidden_size",
@@ -62,6 +65,7 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
     if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
         refuse(title, [*problems, _family_problem(config)])
     assert family is not None
+    problems += _unknown_setting_problems(config, family)
     config = {**DEFAULTS, **family.defaults, **config}
     refuse(title, problems + _size_problems(config, family) + _setting_problems(config, family))
     return _arch(config, family, title)
@@ -176,6 +180,22 @@ def _is_positive(size: object) -> bool:
     return isinstance(size, int) and size > 0
 
 
+def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    """Return a problem for each key that may change the computation and that no field reads.
+
+    config: as in the file, without defaults. Transformers ignores keys that its class does not
+    have. But a key of a renamed or new setting must not be lost silently, so the user decides.
+    """
+    return [
+        f"{key} is {value!r}; the family {family.name} does not support this key, "
+        "and by its name it may change the computation; "
+        f"remove it from config.json if {family.transformers_class} ignores it"
+        for key, value in config.items()
+        if value and key not in family.settings and not key.startswith("_")
+        if any(word in key for word in COMPUTATION_WORDS)
+    ]
+
+
 def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = [
         f"{name} is {config[name]!r}; only {value!r} is supported, so give another model"
@@ -209,6 +229,11 @@ def _rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     ]
     if rope["rope_type"] == "llama3" and not rope.get("factor"):
         problems.append("the llama3 rope settings have no factor; add it to config.json")
+    unknown = sorted(key for key, value in rope.items() if value and key not in ROPE_KEYS)
+    if unknown:
+        problems.append(
+            f"the rope settings have {', '.join(unknown)}; supported: {', '.join(sorted(ROPE_KEYS))}"
+        )
     return problems
 
 

@@ -62,30 +62,30 @@ class Hardware(BaseModel):
 
 
 # Peaks without sparsity. Network: DGX systems with eight adapters, one per GPU.
-GPUS = {
-    "h100": Hardware(
-        name="H100 SXM",
-        memory_gib=79.1,
-        bf16_tflops=989,
-        fp8_tflops=1979,
-        fp32_tflops=67,
-        hbm_tb_s=3.35,
-        nvlink_gb_s=450,
-        nic_gb_s=50,
-        source="glennklockwood.com/garden/processors/h100, after NVIDIA's datasheet; 8 x 400 Gb/s",
-    ),
-    "h200": Hardware(
-        name="H200 SXM",
-        memory_gib=140.0,
-        bf16_tflops=989,
-        fp8_tflops=1979,
-        fp32_tflops=67,
-        hbm_tb_s=4.8,
-        nvlink_gb_s=450,
-        nic_gb_s=50,
-        source="glennklockwood.com/garden/processors/h100 (an H100 with 141 GB at 4.8 TB/s); "
+H100 = Hardware(
+    name="H100 SXM",
+    memory_gib=79.1,
+    bf16_tflops=989,
+    fp8_tflops=1979,
+    fp32_tflops=67,
+    hbm_tb_s=3.35,
+    nvlink_gb_s=450,
+    nic_gb_s=50,
+    source="glennklockwood.com/garden/processors/h100, after NVIDIA's datasheet; 8 x 400 Gb/s",
+)
+# An H200 is an H100 with other memory.
+H200 = H100.model_copy(
+    update={
+        "name": "H200 SXM",
+        "memory_gib": 140.0,
+        "hbm_tb_s": 4.8,
+        "source": "glennklockwood.com/garden/processors/h100 (an H100 with 141 GB at 4.8 TB/s); "
         "8 x 400 Gb/s assumed",
-    ),
+    }
+)
+GPUS = {
+    "h100": H100,
+    "h200": H200,
     "a100": Hardware(
         name="A100 80GB SXM",
         memory_gib=79.1,

@@ -34,6 +34,7 @@ class TrainingLoss:
             settings.kl_weight,
             settings.ce_weight,
             DTYPES[settings.logits_precision],
+            settings.divergence_parameters or {},
         )
         self.sums = torch.zeros(4, dtype=torch.float64, device=model.world.device)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minitron_mp.config.pruning import DEPTH
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
 
@@ -31,7 +32,7 @@ def num_dropped_layers(recipe: Recipe) -> int:
     from minitron_mp.pruning.search_space import layers_to_drop
 
     target = recipe.target
-    keeps_depth = target.num_layers is None and "layer" not in target.axes
+    keeps_depth = target.num_layers is None and DEPTH not in (target.axes or ())
     if recipe.search is None and (target.drop_layers is not None or keeps_depth):
         return 0
     return layers_to_drop(recipe, read_arch(Path(recipe.model), weights=False))

@@ -319,7 +319,7 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
                 on_step=lambda metrics: rows.append(
                     {
                         "kd loss": metrics.loss,
-                        "kl": metrics.kl,
+                        "forward_kl": metrics.divergence,
                         "lm loss": metrics.ce,
                         "grad_norm": metrics.grad_norm,
                     }

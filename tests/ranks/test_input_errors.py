@@ -59,7 +59,7 @@ def test_checkpoint_of_another_architecture(ranks, results):
 
 def test_checkpoint_with_missing_weights(ranks, results):
     """The model has biases and an untied output layer; the checkpoint has neither."""
-    other = ARCHS["qwen2"].resized(tied=False)
+    other = ARCHS["qwen2"].model_copy(update={"tied": False})
     for message in refusals(
         ranks, BY_NAME["tp2-pp2-sp"], "checkpoint", arch=other, folder=results.teacher("qwen3")
     ):

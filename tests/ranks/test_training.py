@@ -29,7 +29,7 @@ from cases import (
 
 ROUNDING = 1e-5
 """Relative, of float32 losses and gradient norms: reordered sums of thousands; 2e-6 seen."""
-AXES = ("loss", "kl", "ce", "grad_norm")
+AXES = ("loss", "divergence", "ce", "grad_norm")
 
 
 trained = pytest.mark.parametrize(("arch", "layout"), TRAINED, ids=TRAINED_IDS)
@@ -76,7 +76,7 @@ def test_steps_match_one_rank(results, arch, layout):
 def test_resumed_run_is_bitwise_identical(results, arch, layout):
     by_rank = results.trained(arch, layout)
     unbroken, resumed = (
-        [(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]]
+        [(m.step, m.loss, m.divergence, m.ce, m.grad_norm, m.lr) for m in by_rank[0][name]]
         for name in ("unbroken", "resumed")
     )
     assert len(unbroken) == STEPS
@@ -113,7 +113,7 @@ def test_student_equal_to_teacher_has_zero_loss_and_gradient(results, arch, layo
     """Up to rounding: the weights have other offsets in the gradient buffers, and kernels may add
     in an order that depends on them."""
     same = results.trained(arch, layout)[0]["same"][0]
-    assert abs(same.kl) < 1e-6
+    assert abs(same.divergence) < 1e-6
     assert same.grad_norm < ROUNDING * one_rank(results, arch)[0].grad_norm
 
 
@@ -187,7 +187,7 @@ def test_teacher_correction_matches_plain_autograd(results, layout):
     for mine in metrics:
         run.step(make_samples(ARCHS["qwen3"], mine.step - 1, CORRECT.global_batch_size), mine.lr)
         loss, _, ce, norm = run.history[-1]
-        assert (mine.kl, mine.loss) == (0.0, mine.ce)
+        assert (mine.divergence, mine.loss) == (None, mine.ce)
         assert [mine.loss, mine.ce, mine.grad_norm] == pytest.approx([loss, ce, norm], rel=ROUNDING)
 
 
@@ -245,8 +245,8 @@ def test_concurrent_correction_matches_separate_correction(results, layout):
     assert len(student) == STEPS
     assert_close(again, student, tolerance=0)
     assert all(rank["bitwise"] for rank in results.corrected_meanwhile(BY_NAME[layout]))
-    assert math.isclose(student[1].kl, first["kl to the second"], rel_tol=ROUNDING)
-    assert not math.isclose(student[1].kl, first["kl to the first"], rel_tol=1e-3)
+    assert math.isclose(student[1].divergence, first["kl to the second"], rel_tol=ROUNDING)
+    assert not math.isclose(student[1].divergence, first["kl to the first"], rel_tol=1e-3)
     assert_close(student, results.corrected_meanwhile(BY_NAME["one"])[0]["unbroken"]["student"])
 
 
@@ -263,7 +263,7 @@ def test_bf16_teacher_is_saved_with_its_last_parameters(results):
 
 
 def numbers(metrics):
-    return [(m.step, m.loss, m.kl, m.ce, m.grad_norm, m.lr) for m in metrics]
+    return [(m.step, m.loss, m.divergence, m.ce, m.grad_norm, m.lr) for m in metrics]
 
 
 def on_two_ranks(results, ranks, function):

@@ -94,11 +94,13 @@ ARCHS = {
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
 
-MIXED = ARCHS["qwen3"].resized(
-    blocks=[
-        BlockArch(ffn_hidden_size=112, num_attention_heads=12, num_query_groups=4),
-        BlockArch(ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2),
-    ]
+MIXED = ARCHS["qwen3"].model_copy(
+    update={
+        "blocks": (
+            BlockArch(ffn_hidden_size=112, num_attention_heads=12, num_query_groups=4),
+            BlockArch(ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2),
+        )
+    }
 )
 """Two layers that differ in every size."""
 

@@ -305,7 +305,7 @@ def uneven_plan(plan: PrunePlan) -> PrunePlan:
                 num_query_groups=len(groups),
             )
         blocks.append(block)
-    student = plan.student.resized(blocks=tuple(blocks))
+    student = plan.student.model_copy(update={"blocks": tuple(blocks)})
     return PrunePlan.model_validate({**plan.model_dump(), "student": student, "keep": keep})
 
 

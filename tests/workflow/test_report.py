@@ -124,7 +124,7 @@ def test_page_has_the_numbers_of_the_artifacts(whole, read):
     steps = next(table for table in read.tables if table[0][0] == "step")
     assert steps[-1] == [
         str(STEPS),
-        *(f"{metrics[-1][k]:.4f}" for k in ("loss", "kl")),
+        *(f"{metrics[-1][k]:.4f}" for k in ("loss", "forward_kl")),
         f"{metrics[-1]['lr']:.2e}",
         f"{metrics[-1]['grad_norm']:.2f}",
     ]
@@ -342,7 +342,7 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
         if isinstance(part, Table)
     )
     assert cost.rows[-1] == ("total", "", "", "", "", "3.000", "72.000")
-    section = provenance_section(whole.project().recipe, list(whole.project().stages), None, made)
+    section = provenance_section(whole.project().recipe, whole.project().stages, None, made)
     commands = section.parts[0].text
     assert (
         "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill "

@@ -33,7 +33,7 @@ def exportable_arch(student: Arch, family: str | None) -> Arch:
     """
     if family and family != student.family:
         refuse("the student cannot be exported:", _family_problems(student, family))
-    exported = student.resized(family=family or student.family)
+    exported = student.model_copy(update={"family": family or student.family})
     refuse("the student cannot be exported:", [problem.text for problem in export_problems(exported)])
     return exported
 

@@ -88,4 +88,5 @@ CACHE = Stage(
     when=lambda recipe: recipe.teacher.placement == "cached",
     requirement="teacher.placement: cached",
     run=cache_teacher,
+    disk_bytes=lambda sizes: sizes.teacher_signals,
 )

@@ -25,6 +25,11 @@ def settings(recipe: Recipe) -> dict[str, object]:
     return {"num_samples": recipe.evaluate.num_samples, **items, **run_settings(recipe)}
 
 
+def adds_results(name: str) -> bool:
+    """Return whether an input or setting adds texts or tasks. Other losses do not depend on it."""
+    return name in ("texts", "task_items") or name.startswith("task ")
+
+
 EVALUATE = Stage(
     name="evaluate",
     help="Measure held-out loss, perplexity and KL of the teacher, the pruned and the distilled student.",
@@ -34,4 +39,5 @@ EVALUATE = Stage(
     settings=settings,
     sources=lambda recipe: task_files({f"task {name}": path for name, path in recipe.evaluate.tasks.items()}),
     run=run,
+    adds_results=adds_results,
 )
