@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -26,6 +27,10 @@ from cases import (
     TRAINED_IDS,
     make_samples,
 )
+
+from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.config.training import CorrectionConfig
+from minitron_mp.training.loss import TrainingLoss
 
 ROUNDING = 1e-5
 """Relative, of float32 losses and gradient norms: reordered sums of thousands; 2e-6 seen."""
@@ -50,7 +55,7 @@ def assert_close(ours, want, tolerance=ROUNDING):
         assert (mine.num_tokens, mine.lr) == (other.num_tokens, other.lr)
         for name in AXES:
             value, expected = getattr(mine, name), getattr(other, name)
-            assert math.isclose(value, expected, rel_tol=tolerance), (
+            assert value is expected or math.isclose(value, expected, rel_tol=tolerance), (
                 f"step {mine.step}: {name} {value:.9g}, expected {expected:.9g}"
             )
 
@@ -327,3 +332,11 @@ def test_distill_function_equals_the_recipe_run(results, ranks):
     assert first["arch"] == results.student("qwen3", "all")[0]
     assert first["quality"].kl > 0
     assert first["checkpoints"] == []
+
+
+def test_divergence_parameters_of_the_recipe_reach_the_loss():
+    model = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")))
+    settings = DistillConfig(divergence="skewed_forward_kl", divergence_parameters={"skew": 0.3})
+    objective = TrainingLoss(model, None, settings).objective
+    assert (objective.divergence, objective.parameters) == ("skewed_forward_kl", {"skew": 0.3})
+    assert TrainingLoss(model, None, CorrectionConfig()).objective.parameters == {}
