@@ -49,7 +49,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["minitron_mp*"]),
-    package_data={"minitron_mp.report": ["report.html.j2"], "minitron_mp.planning": ["layer_times.json"]},
+    package_data={
+        "minitron_mp": ["py.typed"],
+        "minitron_mp.report": ["report.html.j2"],
+        "minitron_mp.planning": ["layer_times.json"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minitron-mp = minitron_mp.cli:main"]},

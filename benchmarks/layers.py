@@ -144,7 +144,7 @@ def time_layers(
     arch: Arch, what: str, dtype: str, where: dict[str, int], world: World, recipe: Recipe, repeats: int
 ) -> dict[str, Any]:
     """A point of the file."""
-    small = arch.resized(num_layers=where["num_layers"], vocab_size=128, tied=False)
+    small = arch.resized(num_layers=where["num_layers"]).model_copy(update={"vocab_size": 128, "tied": False})
     precision = dtype if dtype in DTYPES else "bf16"
     training = (
         TrainingConfig().model_copy(update={"fp8": None if dtype in DTYPES else dtype})
@@ -250,7 +250,7 @@ def time_loss(
 def ceilings(arch: Arch, repeats: int) -> tuple[dict[str, float], float]:
     """(TFLOP/s of a large product by kind of number, TB/s read and written by a copy)."""
     rows, inner, columns = (
-        (8192, arch.hidden_size, arch.dim_size("gate_up")) if DEVICE.type == "cuda" else (512, 512, 512)
+        (8192, arch.hidden_size, arch.widths().fc1) if DEVICE.type == "cuda" else (512, 512, 512)
     )
     found = {}
     for name, dtype in DTYPES.items():

@@ -60,9 +60,8 @@ SMALL = {
     "ffn_hidden_size": 256,
     "num_attention_heads": 4,
     "num_query_groups": 2,
-    "kv_channels": 32,
-    "vocab_size": 1024,
 }
+SMALL_HEADS = {"kv_channels": 32, "vocab_size": 1024}
 GIB = 2**30
 LOSSES = ("naive", "ours", "ours, bf16 logits")
 
@@ -157,7 +156,7 @@ def make_case(args: argparse.Namespace, on_gpu: bool) -> Case:
     teacher = read_arch(CONFIGS / "mistral_nemo_12b", weights=False).resized(num_layers=args.layers)
     student_sizes = {"hidden_size": 4096, "ffn_hidden_size": 11520}
     if not on_gpu:
-        teacher = teacher.resized(**SMALL)
+        teacher = teacher.resized(**SMALL).model_copy(update=SMALL_HEADS)
         student_sizes = {"hidden_size": 96, "ffn_hidden_size": 192}
     sequence_length = args.sequence_length or (8192 if on_gpu else 64)
     return Case(teacher, teacher.resized(**student_sizes), sequence_length, args.repeats)

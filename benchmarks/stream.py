@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--payload", choices=("hidden", "logits", "topk"), default="hidden")
     parser.add_argument("--top-k", type=int, default=1024)
     parser.add_argument("--window", type=int, default=3)
-    parser.add_argument("--micro-batches", type=int, default=16, help="in a step")
+    parser.add_argument("--microbatches", type=int, default=16, help="in a step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
         "--student-ms", type=float, default=119.0, help="forward and backward of a microbatch"
@@ -69,7 +69,7 @@ def main() -> None:
             link = Link(
                 world.channel, shape, Grid("teacher", one, 1, 1), [Grid("student", one, 1, 0)], args.window
             )
-            count = args.steps * args.micro_batches
+            count = args.steps * args.microbatches
             if world.role == "teacher":
                 serve(link, count, teacher_s, world.device)
             else:
@@ -95,16 +95,16 @@ def consume(
 
     The first step starts with an empty window.
     """
-    receiver = Receiver(link, link.students[0], range(args.steps * args.micro_batches), device)
+    receiver = Receiver(link, link.students[0], range(args.steps * args.microbatches), device)
     steps, waits = [], []
     for step in range(args.steps):
         start, waited = time.perf_counter(), 0.0
-        for i in range(args.micro_batches):
+        for i in range(args.microbatches):
             before = time.perf_counter()
-            receiver.get(step * args.micro_batches + i)
+            receiver.get(step * args.microbatches + i)
             waited += time.perf_counter() - before
             work(student_s, device)
-            receiver.release(step * args.micro_batches + i)
+            receiver.release(step * args.microbatches + i)
         work(pause_s, device)
         steps.append(time.perf_counter() - start)
         waits.append(waited)
@@ -126,7 +126,7 @@ def work(seconds: float, device: torch.device) -> None:
 
 
 def report(title: str, args: argparse.Namespace, link: Link, steps: list[float], waits: list[float]) -> None:
-    tokens = args.tokens * args.micro_batches
+    tokens = args.tokens * args.microbatches
     step, wait = statistics.median(steps), statistics.median(waits)
     counted = link.num_bytes / (tokens * args.steps)
     per_token = link.shape.width * link.shape.dtype.itemsize

@@ -18,6 +18,7 @@ from minitron_mp.integrations.megatron_bridge import (
     check_config,
     student_provider,
 )
+from minitron_mp.losses.objective import Objective
 
 SEQUENCE_LENGTH = 2048
 
@@ -88,8 +89,7 @@ def recipe(
     return cfg, KDForwardStep(
         ColocatedTeacher(teacher, precision=precision),
         vocab_size=vocab_size,
-        kl_weight=1.0,
-        ce_weight=0.0,
+        objective=Objective(kl_weight=1.0, ce_weight=0.0),
     )
 
 

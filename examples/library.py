@@ -15,11 +15,11 @@ import minitron_mp as mm
 LENGTH, STEPS = 128, 4
 
 
-def batches(step: int) -> list[dict[str, torch.Tensor]]:
-    """Return this data-parallel rank's micro-batches [b, s] of a step; replace them with your text."""
+def batches(step: int) -> list[mm.Batch]:
+    """Return this data-parallel rank's microbatches [b, s] of a step; replace them with your text."""
     tokens = torch.randint(0, 200, (2, 2, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     positions = torch.arange(LENGTH).expand(2, LENGTH).contiguous()
-    rest = {"loss_mask": torch.ones(2, LENGTH), "position_ids": positions}
+    rest: mm.Batch = {"loss_mask": torch.ones(2, LENGTH), "position_ids": positions}
     return [{"tokens": t[:, :-1], "labels": t[:, 1:], **rest} for t in tokens]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 
 class InputError(ValueError):
@@ -17,7 +16,7 @@ def refuse(title: str, problems: Sequence[str]) -> None:
 
 
 def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleaved: int = 1) -> str | None:
-    """Return an error text unless a batch divides evenly into micro-batches and ranks.
+    """Return an error text unless a batch divides evenly into microbatches and ranks.
 
     interleaved: pp when vpp is set, because the interleaved schedule needs multiples of pp;
     otherwise 1.
@@ -33,7 +32,7 @@ def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleave
 
 
 def differing_fields(
-    a: Mapping[str, Any], b: Mapping[str, Any], name_of_a: str = "", name_of_b: str = "here"
+    a: Mapping[str, object], b: Mapping[str, object], name_of_a: str = "", name_of_b: str = "here"
 ) -> list[str]:
     """List 'key: x, here y' for every key on which two flat mappings differ, for error messages.
 

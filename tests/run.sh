@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Lint, check types and run tests in the pinned environment, which launch/venv.sh makes at the first run.
-# Other arguments are passed to pytest.
+# Other arguments are passed to pytest. With them, lint and types are not checked: only the tests run.
 #
 #   bash tests/run.sh                       lint, and all tests except the slow ones
 #   bash tests/run.sh --all                 lint, and all tests
-#   bash tests/run.sh tests/unit            one folder or file
+#   bash tests/run.sh tests/unit            one folder or file, without lint
+#   bash tests/run.sh FILE -k tp2           some tests of a file, without lint
+#   bash tests/run.sh --all FILE            a file with its slow tests, without lint
 #   bash tests/run.sh --lint                ruff, mypy, shellcheck, hadolint
 #   bash tests/run.sh --suite               the tests without lint
 #   bash tests/run.sh --py312               layouts, checkpoints and Hugging Face folders on Python 3.12
@@ -134,8 +136,12 @@ case ${1:-} in
         export MINITRON_SMOLLM2=$PWD/out/quickstart/teacher_hf
     fi
     pinned
-    lint
-    if (($# > 1)); then python -m pytest --durations=10 "${@:2}"; else run_tests; fi
+    if (($# > 1)); then
+        python -m pytest --durations=10 "${@:2}"
+    else
+        lint
+        run_tests
+    fi
     ;;
 "")
     pinned
@@ -144,7 +150,6 @@ case ${1:-} in
     ;;
 *)
     pinned
-    lint
     python -m pytest --durations=10 -m "not slow" "$@"
     ;;
 esac

@@ -19,7 +19,7 @@ from minitron_mp.artifacts.hf_folder import read_tensors
 from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.console import Tracker
-from minitron_mp.data.batches import Corpus, micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, microbatches, open_samples
 from minitron_mp.data.tokenizer import load_tokenizer
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.families.export import exportable_arch
@@ -138,7 +138,7 @@ def batches(
     dataset: Any, step: int, global_batch_size: int, micro_batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
     sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
-    return micro_batches(dataset, step, **sizes, dp_rank=0, dp_size=1)
+    return microbatches(dataset, step, **sizes, dp_rank=0, dp_size=1)
 
 
 def write_hf(project: StageGraph, stage: str, folder: Path, world: World) -> None:

@@ -24,7 +24,7 @@ from minitron_mp.distributed.world import join_world
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.sharded_model import DTYPES
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions
 
@@ -91,7 +91,7 @@ def in_turn(recipe: Recipe, student: dict[str, Any], teacher: Path, *, pairs: in
             seed=recipe.seed,
             on_step=on_step,
         )
-        train(model, ours, batches_of, settings, options)
+        train_one(model, ours, batches_of, settings, options)
     measured = {name: seconds[WARM_UP:] for name, seconds in times.items()}
     tokens = settings.global_batch_size * recipe.data.sequence_length
     speeds = {name: tokens / statistics.median(seconds) for name, seconds in measured.items()}

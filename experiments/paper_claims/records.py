@@ -61,7 +61,7 @@ def outcome(project: StageGraph) -> dict[str, Any]:
     curve, tokens = [], 0
     for step in steps:
         tokens += step["num_tokens"]
-        curve.append([tokens, step["loss"], step["kl"], step["ce"]])
+        curve.append([tokens, step["loss"], step["forward_kl"], step["ce"]])
     return {
         **evaluation,
         "parameters": {"teacher": plan.teacher.num_parameters(), "student": plan.student.num_parameters()},

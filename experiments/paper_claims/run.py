@@ -61,20 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, required=True, help="the recipe SIZE.yaml beside this file")
     parser.add_argument("--model", help="Hugging Face folder of the teacher; default: the recipe's")
     parser.add_argument("--output", type=Path, help="default: the recipe's")
-    parser.add_argument(
-        "--text",
-        nargs=2,
-        type=Path,
-        metavar=("TRAIN", "VALID"),
-        help=".txt or .jsonl files or folders; default: Python's standard library",
-    )
-    parser.add_argument(
-        "--shift-text",
-        nargs=2,
-        type=Path,
-        metavar=("TRAIN", "VALID"),
-        help="text far from the teacher's training, for `correction`",
-    )
+    texts = {
+        "--text": ".txt or .jsonl files or folders; default: Python's standard library",
+        "--shift-text": "text far from the teacher's training, for `correction`",
+    }
+    for option, text in texts.items():
+        parser.add_argument(option, nargs=2, type=Path, metavar=("TRAIN", "VALID"), help=text)
     parser.add_argument(
         "--search",
         type=Path,

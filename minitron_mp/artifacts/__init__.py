@@ -6,5 +6,6 @@ saved_model       load_model, save_model, save_state
 hf_folder         import_hf, export_hf: Hugging Face folder to checkpoint and back
 optimizer_state   the distributed optimizer's state at any layout
 run_log           append_record, records_of
+curves            CORRECTION, DISTILLATION: metrics files of training runs
 files             atomic writes, fingerprints
 """

@@ -2,7 +2,7 @@
 
 A manifest records the origin of an artifact: the stage, the settings that change its content, and
 the fingerprints of its inputs. The fingerprint of the artifact is a hash of these, so one
-comparison shows whether an artifact fits a recipe. Parallel layout, micro-batch size and logging
+comparison shows whether an artifact fits a recipe. Parallel layout, microbatch size and logging
 are not among the settings, because they do not change the result.
 """
 
@@ -62,8 +62,8 @@ class Manifest(BaseModel):
         return rows + [f"input {row}" for row in differing_fields(self.inputs, other.inputs)]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    rows: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             rows |= _flat(value, f"{prefix}{key}.")

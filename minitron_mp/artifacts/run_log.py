@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -39,7 +38,7 @@ class JobInfo:
 
     ranks: int = 1
     ranks_per_node: int = 1
-    layout: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, object] = field(default_factory=dict)
     device: str = ""
 
 
@@ -55,7 +54,7 @@ class RunRecord(BaseModel):
     """Local time at the end of the stage."""
     ranks: int
     ranks_per_node: int
-    layout: dict[str, Any]
+    layout: dict[str, object]
     device: str
     software: dict[str, str]
     """Package -> version."""

@@ -70,7 +70,7 @@ def save_model(
     folder: str | Path,
     *,
     made_from: Sequence[str | Path] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write a model as an artifact folder that load_model() reads, and return its manifest.
 
@@ -92,7 +92,7 @@ def save_state(
     folder: str | Path,
     *,
     made_from: Sequence[str | Path] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write a sharded state, such as the result of prune(), as an artifact folder.
 

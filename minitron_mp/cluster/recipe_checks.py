@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_mp.cluster.checks import CheckResult, failed, ok, warning
 from minitron_mp.cluster.network import RankTable
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.number_formats import BYTES
-from minitron_mp.planning.memory import payload_bytes_per_token, rank_parameters
+
+if TYPE_CHECKING:
+    from minitron_mp.workflow.graph import StageGraph
 
 MIN_FREE_FILES = 10_000
 """A smaller number of free files causes a warning."""
@@ -46,7 +47,7 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
         base = read_arch(models[0], weights=False)
         teacher = read_arch(models[-1], weights=False)
         results.append(check_tokenizer(recipe, base))
-        results.append(check_disk_space(recipe, project.paths, base, teacher))
+        results.append(check_disk_space(project, base, teacher))
     return results
 
 
@@ -91,19 +92,19 @@ def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
     return ok("tokenizer", f"{folder}: {tokenizer.vocab_size:,} tokens, end-of-document id {tokenizer.eod}")
 
 
-def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teacher: Arch) -> CheckResult:
+def check_disk_space(project: StageGraph, base: Arch, teacher: Arch) -> CheckResult:
     """Compare free space and files with the output of the stages that have not run.
 
-    paths: stage -> artifact. base: the model that is pruned.
+    base: the model that is pruned. teacher: the teacher of distillation.
     """
     from minitron_mp.artifacts.checkpoint import FREE_SPACE_MARGIN
 
     missing = {
         name: size
-        for name, size in artifact_bytes(recipe, base, teacher).items()
-        if name in paths and not paths[name].exists()
+        for name, size in artifact_bytes(project, base, teacher).items()
+        if not project.paths[name].exists()
     }
-    root = recipe.root.absolute()
+    root = project.recipe.root.absolute()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     free_files = os.statvfs(existing).f_favail
@@ -125,58 +126,14 @@ def check_disk_space(recipe: Recipe, paths: Mapping[str, Path], base: Arch, teac
     return ok("space", detail)
 
 
-def artifact_bytes(recipe: Recipe, base: Arch, teacher: Arch) -> dict[str, float]:
+def artifact_bytes(project: StageGraph, base: Arch, teacher: Arch) -> dict[str, float]:
     """Return stage -> bytes of its artifact and of its training checkpoints.
 
-    It lists only stages that write models or teacher signals. base: the model that is pruned.
+    It lists only stages that write models or teacher signals. base, teacher: as in
+    check_disk_space().
     """
-    d = recipe.distill
-    size = BYTES[recipe.precision]
-    num_base = _num_parameters(base, recipe)
-    num_student = max(_num_parameters(arch, recipe) for arch in _possible_students(recipe, base))
-    model = _model_bytes(recipe.model, base, recipe)
-    correction = 0.0
-    if recipe.correct:
-        correction = _training_bytes(num_base, size, recipe.correct.keep_checkpoints)
-    distillation = _training_bytes(num_student, size, d.keep_checkpoints)
-    if recipe.corrects_during_distillation:
-        distillation += correction
-    num_tokens = d.steps * d.global_batch_size * recipe.data.sequence_length
-    return {
-        "import": model,
-        "import-teacher": _model_bytes(recipe.teacher.model or recipe.model, teacher, recipe),
-        "correct": correction,
-        "prune": model * num_student / num_base,
-        "cache": num_tokens * payload_bytes_per_token(teacher, recipe),
-        "distill": distillation,
-        "export": BYTES[recipe.export.dtype or recipe.precision] * num_student,
-    }
+    from minitron_mp.workflow.disk_sizes import DiskSizes
 
-
-def _possible_students(recipe: Recipe, base: Arch) -> list[Arch]:
-    from minitron_mp.pruning.search_space import search_candidates
-    from minitron_mp.pruning.target import resolve_target
-
-    if recipe.search:
-        return list(search_candidates(recipe, base))
-    return [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
-
-
-def _num_parameters(arch: Arch, recipe: Recipe) -> int:
-    """Return the parameters of a model over all ranks, with vocabulary padding."""
-    one_rank = recipe.parallel.model_copy(update={"tp": 1, "pp": 1, "vpp": None})
-    return rank_parameters(arch, one_rank)[0]
-
-
-def _model_bytes(folder: str, arch: Arch, recipe: Recipe) -> float:
-    """Return the size of the weight files of a model, or an estimate if there are none."""
-    on_disk = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    return on_disk or BYTES[recipe.precision] * _num_parameters(arch, recipe)
-
-
-def _training_bytes(num_parameters: int, size: int, keep_checkpoints: int) -> float:
-    """Return the bytes of the model, the kept checkpoints, and the checkpoint that is being written.
-
-    Checkpoints have float32 weights and moments.
-    """
-    return size * num_parameters + (size + 12) * num_parameters * (keep_checkpoints + 1)
+    sizes = DiskSizes(project.recipe, base, teacher)
+    num_bytes = {name: stage.disk_bytes(sizes) for name, stage in project.stages.items()}
+    return {name: size for name, size in num_bytes.items() if size}

@@ -10,12 +10,12 @@ from pydantic.config import JsonDict
 NOT_IN_RESULT: JsonDict = {"result": False}
 """Mark of a field that does not change the result of a stage.
 
-Write it as Field(1, json_schema_extra=NOT_IN_RESULT). Every field without this mark is part of the
-fingerprint of its stage.
+Write it as Field(default=1, json_schema_extra=NOT_IN_RESULT). Every field without this mark is part
+of the fingerprint of its stage.
 """
 
 
-def _with_suffix(value: Any) -> Any:
+def _with_suffix(value: object) -> object:
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
     if isinstance(value, str) and value[-1:].upper() in units:
         try:

@@ -26,10 +26,10 @@ class DataConfig(Section):
     """Text for training. It is not split."""
     valid: Paths = []
     """Held-out text. It is not split."""
-    valid_fraction: float = Field(0.03, gt=0, lt=0.5)
+    valid_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Fraction of the documents of `source` in the held-out part. The calibration part has the same
     size."""
-    sequence_length: int = Field(512, ge=2)
+    sequence_length: int = Field(default=512, ge=2)
     """Tokens per sample."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
@@ -67,14 +67,14 @@ class DataConfig(Section):
 class EvaluateConfig(Section):
     """Loss, perplexity and KL to the teacher on held-out text, and accuracy in tasks."""
 
-    num_samples: int = Field(64, ge=1)
+    num_samples: int = Field(default=64, ge=1)
     """Samples of held-out text."""
-    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    micro_batch_size: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples, or options of a task, per forward pass."""
     tasks: dict[str, str] = {}
     """Name -> .jsonl file of multiple-choice or last-word items. docs/evaluation.md describes the
     format. Example: {piqa: tasks/piqa.jsonl}."""
-    task_items: int | None = Field(None, ge=1)
+    task_items: int | None = Field(default=None, ge=1)
     """Use only the first items of each task. Default: all."""
 
 

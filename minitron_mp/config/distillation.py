@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.training import TrainingConfig
+from minitron_mp.losses.parameters import complete_parameters
 
 
 class HiddenStatesConfig(Section):
@@ -32,7 +33,7 @@ class HiddenStatesConfig(Section):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _as_pairs(cls, value: Any) -> Any:
+    def _as_pairs(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
         return [
@@ -43,14 +44,16 @@ class HiddenStatesConfig(Section):
     @model_validator(mode="after")
     def _pairs(self) -> HiddenStatesConfig:
         problems = [
-            f"layers: {pair} must be [state of the student, state of the teacher], counted from 0"
+            f"layers: {pair} must be [state of the student, state of the teacher], counted from 0; "
+            "write such a pair"
             for pair in self.layers
             if len(pair) != 2 or min(pair) < 0
         ]
         student_states = [pair[0] for pair in self.layers if pair]
         if student_states != sorted(set(student_states)):
             problems.append(
-                f"layers: the student's states {student_states} must be ascending, without repeats"
+                f"layers: the student's states {student_states} must be ascending, without repeats; "
+                "sort the pairs by them"
             )
         if self.weight != "dynamic" and self.weight <= 0:
             problems.append(
@@ -88,17 +91,29 @@ class HiddenStatesConfig(Section):
 class DistillConfig(TrainingConfig):
     """Training of the student on the teacher's distribution (settings: 2408.11796, table 4)."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
-    """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher). js:
+    divergence: Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "js"] = "forward_kl"
+    """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher).
+    skewed_forward_kl: KL(teacher || skew teacher + (1 - skew) student), 2402.03898. js:
     Jensen-Shannon."""
-    temperature: float = Field(1.0, gt=0)
+    divergence_parameters: dict[str, float] | None = Field(default=None, validate_default=True)
+    """Parameters of the divergence, by name. skewed_forward_kl: skew, above 0 and below 1, default
+    0.1. The others have none."""
+    temperature: float = Field(default=1.0, gt=0)
     """Temperature of both distributions."""
-    kl_weight: float = Field(1.0, ge=0)
+    kl_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence. The loss also multiplies it by the temperature squared."""
-    ce_weight: float = Field(0.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy with the text. The papers use 0."""
     states: HiddenStatesConfig | None = None
     """Match hidden states, too. Default: match the logits only."""
+
+    @field_validator("divergence_parameters")
+    @classmethod
+    def _complete(cls, given: dict[str, float] | None, info: ValidationInfo) -> dict[str, float] | None:
+        """Fill in the defaults of the divergence. None without parameters."""
+        if "divergence" not in info.data:  # it has an error itself
+            return given
+        return complete_parameters(info.data["divergence"], given or {}) or None
 
     def _problems(self) -> list[str]:
         problems = []
@@ -122,9 +137,9 @@ class TeacherConfig(Section):
     """colocated: the teacher runs on the student's ranks, in the student's layout. remote: it runs
     on separate ranks, the last ranks of the job. cached: the stage `cache` runs the teacher first
     and writes its signals to disk."""
-    ranks: int | None = Field(None, ge=1)
+    ranks: int | None = Field(default=None, ge=1)
     """Ranks of a remote teacher. Default: as many as one copy of the model needs."""
-    student_ranks: int | None = Field(None, ge=1)
+    student_ranks: int | None = Field(default=None, ge=1)
     """Ranks of the student, for a remote teacher. Replaces `ranks`: copies of the teacher use all
     remaining ranks. So a job that restarts with fewer nodes (torchrun --nnodes 3:4 --max-restarts
     9) resumes with fewer copies and the same loss."""
@@ -141,16 +156,16 @@ class TeacherConfig(Section):
     norm. They are exact and the smallest payload, but the student's last stage holds a copy of the
     teacher's output layer. logits: all logits. topk: the `top_k` most likely tokens and the
     probability of the rest (an approximation)."""
-    top_k: int = Field(256, ge=1)
+    top_k: int = Field(default=256, ge=1)
     """Tokens per position, for payload topk."""
-    window: int = Field(3, ge=1)
+    window: int = Field(default=3, ge=1)
     """Largest number of microbatches by which a copy of a remote teacher may be ahead of the
     student. It limits memory on both sides."""
     siblings: dict[str, int] = {}
     """Further students of a remote teacher: path of a recipe -> number of ranks. `distill` trains
     them in the same job from the same stream. Their ranks come after the student's ranks and
     before the teacher's. Their recipes must have the same model, text, batches and steps."""
-    timeout_s: float = Field(600, gt=0)
+    timeout_s: float = Field(default=600, gt=0)
     """Timeout of the waits between student and remote teacher, in seconds. It must be longer than
     the longest pause of the student, which is usually a checkpoint."""
 
@@ -172,7 +187,7 @@ class TeacherConfig(Section):
         if self.window < self.parallel.pp:
             problems.append(
                 f"window {self.window} must be at least the teacher's pp {self.parallel.pp}, to fill its "
-                "pipeline"
+                "pipeline; raise window, or lower teacher.parallel.pp"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -199,7 +214,7 @@ class TeacherConfig(Section):
         if self.ranks is not None and self.ranks % self.parallel.model_ranks:
             problems.append(
                 f"ranks {self.ranks} must be a multiple of the teacher's tp x pp x cp = "
-                f"{self.parallel.model_ranks}"
+                f"{self.parallel.model_ranks}; change ranks or teacher.parallel"
             )
         if self.ranks is not None and self.student_ranks is not None:
             problems.append(

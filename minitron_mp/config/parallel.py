@@ -13,13 +13,13 @@ class ParallelConfig(Section):
     Data parallelism uses the remaining factor of the world size.
     """
 
-    tp: int = Field(1, ge=1)
+    tp: int = Field(default=1, ge=1)
     """Tensor parallel size."""
-    pp: int = Field(1, ge=1)
+    pp: int = Field(default=1, ge=1)
     """Pipeline parallel size."""
-    cp: int = Field(1, ge=1)
+    cp: int = Field(default=1, ge=1)
     """Context parallel size: ranks that share one sequence."""
-    vpp: int | None = Field(None, ge=2)
+    vpp: int | None = Field(default=None, ge=2)
     """Virtual pipeline size: model chunks per pipeline stage, for the interleaved schedule."""
     sequence_parallel: bool = False
     """Split the activations outside the tensor parallel regions over the tp ranks. It needs tp of

@@ -14,13 +14,16 @@ BatchAggregation = Literal["mean", "l2", "var"]
 
 BUDGETS = ("parameters", "memory_gib", "latency_ms")
 
+DEPTH = "layer"
+"""Name of depth in target.axes. The names of widths are in models/axes.py."""
+
 
 class ScoreConfig(Section):
     """Importance scores, computed by forward passes over calibration text."""
 
-    num_samples: int = Field(1024, ge=1)
+    num_samples: int = Field(default=1024, ge=1)
     """Calibration samples."""
-    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    micro_batch_size: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward pass of one data parallel rank."""
     batch_aggregation: BatchAggregation = "l2"
     """Second step: combines the values of all samples into one score."""
@@ -31,31 +34,31 @@ class ScoreConfig(Section):
 class TargetConfig(Section):
     """Sizes of the student: given one by one, as a number of parameters, or as a fraction."""
 
-    num_layers: int | None = Field(None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
     """Layers of the student. The section `depth` sets which layers are dropped."""
     drop_layers: list[int] | None = None
     """Layers to drop, counted from 0. Replaces num_layers."""
-    hidden_size: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1)
     """Hidden size of the student."""
-    ffn_hidden_size: int | None = Field(None, ge=1)
+    ffn_hidden_size: int | None = Field(default=None, ge=1)
     """Width of the student's MLPs."""
-    num_attention_heads: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(default=None, ge=1)
     """Query heads of the student. Each query group has the same number. Default: the teacher's
     number per group."""
-    num_query_groups: int | None = Field(None, ge=1)
+    num_query_groups: int | None = Field(default=None, ge=1)
     """Query groups (key and value heads) of the student. A dropped group loses all its query heads.
     tp must divide the number. The papers keep all groups."""
     merge_heads: bool = False
     """Add the residual of a pruned head to the query of a kept head of its group: head + (head -
     pruned) (2407.14679, section 2.3)."""
-    max_parameters: Count | None = Field(None, gt=0)
+    max_parameters: Count | None = Field(default=None, gt=0)
     """Largest number of parameters of the student: 8.4e9, "8.4B" or "102M"."""
-    keep: float | None = Field(None, gt=0, le=1)
+    keep: float | None = Field(default=None, gt=0, le=1)
     """Largest fraction of the teacher's parameters."""
-    axes: list[Literal["hidden", "ffn", "layer"]] = Field(["hidden", "ffn"], min_length=1)
-    """Axes that max_parameters and keep may reduce: width (hidden and ffn, by the same factor),
-    depth (layer), or both."""
-    align: int = Field(16, ge=1)
+    axes: list[str] | None = Field(default=None, min_length=1)
+    """Axes that max_parameters and keep may reduce: hidden, ffn, or both by the same factor; or
+    layer alone. Default: hidden and ffn."""
+    align: int = Field(default=16, ge=1)
     """Divisor of hidden_size and of each rank's part of ffn_hidden_size: 16 for FP8, 32 for
     MXFP8."""
     _sizes: ClassVar = (
@@ -75,13 +78,15 @@ class TargetConfig(Section):
         if self.drop_layers is not None and self.drop_layers != sorted(
             {layer for layer in self.drop_layers if layer >= 0}
         ):
-            raise ValueError(f"drop_layers {self.drop_layers} must be ascending from 0, without repeats")
+            raise ValueError(
+                f"drop_layers {self.drop_layers} must be ascending from 0, without repeats; sort the list"
+            )
         if [has_sizes, self.max_parameters is not None, self.keep is not None].count(True) > 1:
             raise ValueError("sizes, max_parameters and keep exclude each other; give one of them")
-        if has_sizes and self.axes != ["hidden", "ffn"]:
+        if self.axes is not None and not self.searched:
             raise ValueError(
-                f"axes {self.axes} has no effect with explicit sizes; drop axes, or replace the sizes by "
-                "max_parameters or keep"
+                f"axes {self.axes} has no effect without max_parameters or keep; drop axes, or give one "
+                "of them in place of sizes"
             )
         if self.merge_heads and not (self.num_attention_heads or self.num_query_groups):
             raise ValueError(
@@ -113,20 +118,20 @@ class DepthConfig(Section):
     (2407.14679, depth). block: measure the loss without each contiguous block, and drop the block
     with the smallest loss (2408.11796, depth). greedy: drop one layer at a time, and measure again
     after each."""
-    protect_first: int = Field(0, ge=0)
+    protect_first: int = Field(default=0, ge=0)
     """Layers at the start that are always kept."""
-    protect_last: int = Field(0, ge=0)
+    protect_last: int = Field(default=0, ge=0)
     """Layers at the end that are always kept."""
     metric: Literal["loss", "task"] = "loss"
     """loss: cross-entropy on calibration text. task: accuracy by partial scoring. When accuracies
     are equal, the higher likelihood of the correct options decides."""
-    num_samples: int = Field(32, ge=1)
+    num_samples: int = Field(default=32, ge=1)
     """Calibration samples, for metric loss."""
     task: str | None = None
     """File of items (.jsonl), for metric task. It has the format of evaluate.tasks."""
-    task_items: int | None = Field(None, ge=1)
+    task_items: int | None = Field(default=None, ge=1)
     """Use only the first items of the task. Default: all."""
-    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    micro_batch_size: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples, or options of a task, per forward pass."""
 
     @model_validator(mode="after")
@@ -158,20 +163,20 @@ class SearchConfig(Section):
     Give one budget (parameters, memory_gib or latency_ms), and a list for each size that may vary.
     """
 
-    parameters: Count | None = Field(None, gt=0)
+    parameters: Count | None = Field(default=None, gt=0)
     """Number of parameters, with the relative `tolerance`: 8e9 or "8B"."""
-    memory_gib: float | None = Field(None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0)
     """Largest memory in GiB for the weights and the key-value cache of `batch_size` sequences of
     `context` tokens, over all ranks."""
-    latency_ms: float | None = Field(None, gt=0)
+    latency_ms: float | None = Field(default=None, gt=0)
     """Longest forward pass in milliseconds over `batch_size` sequences of `context` tokens,
     measured on the ranks of the job."""
-    tolerance: float = Field(0.05, gt=0, lt=0.5)
+    tolerance: float = Field(default=0.05, gt=0, lt=0.5)
     """For parameters, the largest relative difference from the budget. For memory_gib and
     latency_ms, candidates use at least 1 - 2 tolerance of the budget."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(default=1, ge=1)
     """Number of sequences, for memory_gib and latency_ms."""
-    context: int | None = Field(None, ge=1)
+    context: int | None = Field(default=None, ge=1)
     """Tokens per sequence, for memory_gib and latency_ms. Default: data.sequence_length."""
     num_layers: list[int] = []
     """Numbers of layers to try. Default: from the teacher's number down to nine tenths of it."""
@@ -187,20 +192,20 @@ class SearchConfig(Section):
     """Numbers of query groups to try. Default: the teacher's."""
     num_attention_heads: list[int] = []
     """Numbers of query heads to try. Default: the teacher's number per query group."""
-    num_samples: int = Field(64, ge=1)
+    num_samples: int = Field(default=64, ge=1)
     """Calibration samples on which candidates are ranked."""
-    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    micro_batch_size: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward pass of the ranking."""
-    finalists: int = Field(4, ge=1)
+    finalists: int = Field(default=4, ge=1)
     """Number of candidates that are distilled. With 1 the best pruned candidate is chosen without
     distillation."""
-    steps: int = Field(100, ge=2)
+    steps: int = Field(default=100, ge=2)
     """Optimizer steps of the last two candidates. Candidates that are dropped one round earlier get
     half as many steps, and so on. Learning rate and batches are those of `distill`."""
-    together: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
+    together: int | None = Field(default=None, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Number of students in memory at the same time. They share each forward pass of the teacher.
     Default: all remaining candidates."""
-    max_candidates: int = Field(256, ge=1, json_schema_extra=NOT_IN_RESULT)
+    max_candidates: int = Field(default=256, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Largest number of candidates. A larger number is an error."""
 
     @model_validator(mode="after")

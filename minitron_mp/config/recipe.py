@@ -30,7 +30,7 @@ class Recipe(Section):
     """Hugging Face folder of the model to prune: config.json, safetensors, tokenizer."""
     output: str = Field(min_length=1)
     """Folder for all artifacts."""
-    seed: int = Field(1234, ge=0, lt=2**32)
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed for the split of the text into parts and for the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations. Optimizer state and gradients are float32."""
@@ -114,7 +114,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(values, resolve=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} or an override cannot be read: {error}") from error
+        raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
     return make_recipe(values, source=str(path))
 
 
@@ -202,7 +202,7 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
     elsewhere = [key for key in _keys(Recipe) if key.split(".")[-1] == name]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    return f"known keys: {', '.join(section.model_fields)}"
+    return f"use one of {', '.join(section.model_fields)}"
 
 
 def _keys(section: type[Section], prefix: str = "") -> list[str]:

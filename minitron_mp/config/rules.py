@@ -16,6 +16,7 @@ from minitron_mp.config.engine_rules import ENGINE_RULES, training_sections
 from minitron_mp.config.pruning import TargetConfig
 
 if TYPE_CHECKING:
+    from minitron_mp.config.parallel import ParallelConfig
     from minitron_mp.config.recipe import Recipe
 
 Rule = Callable[["Recipe"], list[str]]
@@ -58,13 +59,13 @@ def correction_during_distillation(recipe: Recipe) -> list[str]:
     if correct.steps > distill.steps:
         problems.append(
             f"correct.steps {correct.steps} is above distill.steps {distill.steps}; "
-            "with correct.when during the teacher trains one step per step of the student"
+            "with correct.when during the teacher trains one step per step of the student, so lower it"
         )
     for name in ("global_batch_size", "micro_batch_size"):
         if getattr(correct, name) != getattr(distill, name):
             problems.append(
                 f"correct.{name} {getattr(correct, name)} is not distill.{name} {getattr(distill, name)}; "
-                "with correct.when during both train on the same batches"
+                "with correct.when during both train on the same batches, so set the same value"
             )
     if {"checkpoint_interval", "keep_checkpoints"} & correct.model_fields_set:
         problems.append(
@@ -182,19 +183,20 @@ def sequence_length_divides(recipe: Recipe) -> list[str]:
     problems = []
     search = recipe.search
     if search and search.latency_ms and search.context and search.context % recipe.parallel.sequence_multiple:
-        problems.append(
-            f"search.context {search.context} must be a multiple of {recipe.parallel.sequence_multiple} "
-            "(2 cp x tp under context and sequence parallelism)"
-        )
+        problems.append(_must_be_multiple("search.context", search.context, "parallel", recipe.parallel))
     for name, parallel in layouts.items():
-        multiple = parallel.sequence_multiple
-        if length % multiple:
-            nearest = max(1, round(length / multiple)) * multiple
-            problems.append(
-                f"data.sequence_length {length} must be a multiple of {multiple} "
-                f"({name}: 2 cp x tp under context and sequence parallelism); nearest {nearest}"
-            )
+        if length % parallel.sequence_multiple:
+            problems.append(_must_be_multiple("data.sequence_length", length, name, parallel))
     return problems
+
+
+def _must_be_multiple(key: str, length: int, section: str, parallel: ParallelConfig) -> str:
+    multiple = parallel.sequence_multiple
+    nearest = max(1, round(length / multiple)) * multiple
+    return (
+        f"{key} {length} must be a multiple of {multiple} "
+        f"({section}: 2 cp x tp under context and sequence parallelism); nearest {nearest}"
+    )
 
 
 RULES: tuple[Rule, ...] = (

@@ -19,7 +19,7 @@ class ProfileConfig(Section):
 
     steps: list[int] = Field(min_length=2, max_length=2)
     """[first, last] step, counted from 1 as in the log."""
-    ranks: list[int] = Field([0], min_length=1)
+    ranks: list[int] = Field(default=[0], min_length=1)
     """Ranks of the training run to trace. The ranks of a remote teacher cannot be traced."""
     kind: Literal["torch", "nsys"] = "torch"
     """torch: write a Chrome trace per rank to OUTPUT/profile. nsys: mark the steps for Nsight
@@ -39,58 +39,58 @@ class ProfileConfig(Section):
 class TrainingConfig(Section):
     """Settings of a training run: batches, optimizer, checkpoints."""
 
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Optimizer steps."""
-    global_batch_size: int = Field(8, ge=1)
+    global_batch_size: int = Field(default=8, ge=1)
     """Samples per optimizer step, over all data parallel ranks."""
-    micro_batch_size: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    micro_batch_size: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples per forward and backward pass of one data parallel rank."""
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
-    min_lr: float = Field(1e-5, ge=0)
+    min_lr: float = Field(default=1e-5, ge=0)
     """Learning rate at the last step."""
-    warmup_steps: int = Field(40, ge=0)
+    warmup_steps: int = Field(default=40, ge=0)
     """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
     cosine."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of AdamW."""
-    clip_grad: float = Field(1.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm. 0 turns clipping off."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment of Adam."""
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment of Adam."""
     logits_precision: Literal["bf16", "fp32"] = "fp32"
     """Precision of the logits inside the loss. In a bf16 model bf16 logits add 2 to 5 % error to
     the gradient at 131072 columns."""
-    overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    overlap: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
-    recompute: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    recompute: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Recompute the activations of each layer in the backward pass."""
     fp8: FP8Scaling | None = None
     """Compute the products of the linear layers in FP8. Weights, gradients and all remaining
     tensors keep their precision. It needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and
     sizes that are multiples of 16 (docs/precision.md). Start with tensorwise."""
-    tp_comm_overlap: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    tp_comm_overlap: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Overlap tensor parallel communication with matrix products, through buffers that the GPUs of
     one NVLink domain share. It needs Transformer Engine and parallel.sequence_parallel."""
-    cuda_graphs: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    cuda_graphs: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Record the forward and backward pass of each layer in the first step and replay them. One
     launch per layer replaces about a hundred. This helps at short sequences, where the GPU waits
     for the host. It needs Transformer Engine and Megatron-Core 0.19."""
-    collect_interval: int | None = Field(None, ge=1, json_schema_extra=NOT_IN_RESULT)
+    collect_interval: int | None = Field(default=None, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two garbage collections of Python. All ranks collect at the same step. Default:
     each rank collects when its counter is full, and the other ranks wait for it."""
-    log_interval: int = Field(1, ge=1, json_schema_extra=NOT_IN_RESULT)
+    log_interval: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two lines of the log."""
-    checkpoint_interval: int = Field(100, ge=1, json_schema_extra=NOT_IN_RESULT)
+    checkpoint_interval: int = Field(default=100, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=NOT_IN_RESULT)
+    keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Number of newest checkpoints to keep."""
-    async_save: bool = Field(False, json_schema_extra=NOT_IN_RESULT)
+    async_save: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Continue training while a checkpoint is written. Meanwhile host memory holds a copy of the
     weights and the optimizer state."""
-    profile: ProfileConfig | None = Field(None, json_schema_extra=NOT_IN_RESULT)
+    profile: ProfileConfig | None = Field(default=None, json_schema_extra=NOT_IN_RESULT)
     """Trace of some steps. Default: no trace."""
 
     @model_validator(mode="after")
@@ -129,21 +129,22 @@ class CorrectionConfig(TrainingConfig):
     """before: correct the teacher first, then score and prune it and distil from it. during: prune
     the original teacher, and correct it while the student is distilled from it (2408.11796, figure
     5). In each step both are trained on the same batches, on the student's ranks."""
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Optimizer steps. With `when: during` at most distill.steps. After the last of these steps the
     teacher is frozen."""
-    lr: float = Field(6e-5, gt=0)
+    lr: float = Field(default=6e-5, gt=0)
     """Peak learning rate. Use a fifth of the peak in the teacher's pre-training. 6e-5 is the value
     for Llama 3.1 8B, which was trained with 3e-4."""
-    min_lr: float = Field(1e-6, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0)
     """Learning rate at the last step."""
-    warmup_steps: int = Field(120, ge=0)
+    warmup_steps: int = Field(default=120, ge=0)
     """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
     cosine."""
-    baseline: str | None = Field(None, json_schema_extra=NOT_IN_RESULT)
+    baseline: str | None = Field(default=None, json_schema_extra=NOT_IN_RESULT)
     """Output folder of a run of the same recipe without this section. The report compares the two
     students."""
     divergence: ClassVar = "forward_kl"
+    divergence_parameters: ClassVar = None
     temperature: ClassVar = 1.0
     kl_weight: ClassVar = 0.0
     ce_weight: ClassVar = 1.0

@@ -1,8 +1,8 @@
-"""Samples of a part of the text, and the micro-batches that each rank reads.
+"""Samples of a part of the text, and the microbatches that each rank reads.
 
     s sequence_length  b micro_batch_size
 
-open_samples() opens a part (corpus.py) with Megatron's GPTDataset. micro_batches() is a pure
+open_samples() opens a part (corpus.py) with Megatron's GPTDataset. microbatches() is a pure
 function of the step, so an exact resume needs only the step.
 """
 
@@ -126,7 +126,7 @@ def _interleave(datasets: list[Dataset], counts: list[int]) -> Dataset:
     return Subset(ConcatDataset(datasets), ids[np.argsort(positions, kind="stable")])
 
 
-def micro_batches(
+def microbatches(
     dataset: Dataset,
     step: int,
     *,
@@ -136,23 +136,23 @@ def micro_batches(
     dp_size: int,
     limit: int | None = None,
 ) -> list[Batch]:
-    """Return the micro-batches of this data-parallel rank in a step. Steps count from 0.
+    """Return the microbatches of this data-parallel rank in a step. Steps count from 0.
 
     Each has tokens, labels, position_ids int64 [b, s] and loss_mask float32 [b, s]. A step reads
-    samples [step * global_batch_size, (step + 1) * global_batch_size). Micro-batches contain
-    consecutive samples, and rank m % dp_size has micro-batch m. limit: number of samples of the
+    samples [step * global_batch_size, (step + 1) * global_batch_size). Microbatches contain
+    consecutive samples, and rank m % dp_size has microbatch m. limit: number of samples of the
     last, partial batch. Later samples are replaced by sample 0 with loss_mask 0, so that all ranks
-    have the same number of micro-batches.
+    have the same number of microbatches.
     """
     problem = must_divide("global_batch_size", global_batch_size, micro_batch_size, dp_size)
     if problem:
         raise InputError(problem)
     first = step * global_batch_size + dp_rank * micro_batch_size
     starts = range(first, (step + 1) * global_batch_size, micro_batch_size * dp_size)
-    return [_micro_batch(dataset, range(start, start + micro_batch_size), limit) for start in starts]
+    return [_microbatch(dataset, range(start, start + micro_batch_size), limit) for start in starts]
 
 
-def _micro_batch(dataset: Dataset, ids: range, limit: int | None) -> Batch:
+def _microbatch(dataset: Dataset, ids: range, limit: int | None) -> Batch:
     is_real = [limit is None or i < limit for i in ids]
     rows = [dataset[i if real else 0] for i, real in zip(ids, is_real)]
     batch = {key: torch.stack([row[key] for row in rows]) for key in KEYS}

@@ -33,7 +33,7 @@ class Tokenizer:
     id would be masked."""
 
     @property
-    def unique_identifiers(self) -> OrderedDict[str, Any]:
+    def unique_identifiers(self) -> OrderedDict[str, object]:
         """Part of the identity of Megatron's dataset index."""
         return OrderedDict({"class": "Tokenizer", "vocab_size": self.vocab_size, "eod": self.eod})
 

@@ -195,7 +195,7 @@ class HiddenStatesLoss:
         for handle in self.handles:
             handle.remove()
 
-    def _match(self, site: _Site, _: Any, __: Any, x: Tensor) -> Tensor | None:
+    def _match(self, site: _Site, _: object, __: object, x: Tensor) -> Tensor | None:
         """Return the output of a norm with the gradient of the loss attached, as a forward hook."""
         if self.current is None:
             return None

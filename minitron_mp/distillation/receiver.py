@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class _Arrival:
     """A received signal. event: the end of its transfer on a GPU."""
 
     signal: Tensor
-    event: Any = None
+    event: torch.cuda.Event | None = None
 
 
 class Receiver:

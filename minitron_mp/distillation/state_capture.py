@@ -84,5 +84,5 @@ def state_norm(chunks: list[Any], state: int, num_layers: int) -> Any:
     return None
 
 
-def _keep(kept: list[Tensor], _: Any, __: Any, output: Tensor) -> None:
+def _keep(kept: list[Tensor], _: object, __: object, output: Tensor) -> None:
     kept.append(output)

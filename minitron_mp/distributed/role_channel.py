@@ -60,7 +60,7 @@ class RoleChannel:
         """Store of the job."""
         return self.job.store
 
-    def transfer_stream(self, *, behind_current: bool = True) -> AbstractContextManager[Any]:
+    def transfer_stream(self, *, behind_current: bool = True) -> AbstractContextManager[object]:
         """Return the context in which transfers are issued: on a GPU, a separate CUDA stream.
 
         behind_current: the transfers start after the work that this thread has issued before.
@@ -143,7 +143,7 @@ class RoleChannel:
             time.sleep(POLL_S)
 
     def exchange(
-        self, topic: str, value: Any, *, timeout_s: float | None = 0, roles: Sequence[str] = ()
+        self, topic: str, value: object, *, timeout_s: float | None = 0, roles: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Return {role: its value} of a topic, on every rank. Rank 0 of each role writes its value.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from minitron_mp.distributed.collectives import context_parallel_slice
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 
-OnOutput = Callable[[Tensor, Batch], Any]
+OnOutput = Callable[[Tensor, Batch], object]
 """(hidden states after the final norm, local batch) -> result, on the last stage."""
 
 
@@ -80,13 +80,13 @@ def local_batch(batch: Batch, world: World) -> Batch:
 
 
 def _forward_step(
-    iterator: Any, model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable
+    iterator: Iterator[Batch], model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable
 ) -> tuple[Tensor, Callable]:
     batch = local_batch(next(iterator), world)
     on_batch(batch)
     output = model(batch["tokens"], batch["position_ids"], None)
 
-    def finish(output: Tensor, non_loss_data: bool = False) -> Any:
+    def finish(output: Tensor, non_loss_data: bool = False) -> object:
         return on_output(output.transpose(0, 1), batch) if on_output else None
 
     return output, finish

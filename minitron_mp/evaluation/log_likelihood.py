@@ -6,7 +6,7 @@ data-parallel ranks in order of length, so that rows of similar length are padde
 results are summed once at the end. The vocabulary stays sharded: four numbers per position are
 exchanged between tensor-parallel ranks.
 
-    s sequence   s' as in run_schedule()   b micro-batch   v padded vocabulary
+    s sequence   s' as in run_schedule()   b microbatch   v padded vocabulary
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def _rows_per_group(world: World, micro_batch_size: int) -> int:
 
 
 def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: int) -> Iterator[list[Batch]]:
-    """Yield this data-parallel rank's micro-batches in groups that fill the pipeline.
+    """Yield this data-parallel rank's microbatches in groups that fill the pipeline.
 
-    All micro-batches of a group are as long as its longest row. loss_mask marks the positions that
+    All microbatches of a group are as long as its longest row. loss_mask marks the positions that
     predict scored tokens, and "rows" [b] holds the numbers of the rows.
     """
     dp, rows_per_group = world.groups.dp, _rows_per_group(world, micro_batch_size)
@@ -143,7 +143,7 @@ def row_batches(rows: Sequence[Row], world: World, micro_batch_size: int, eod: i
 
 
 def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod: int) -> Batch:
-    """Return rows as a micro-batch, padded with eod to `length`, with empty rows to `size`."""
+    """Return rows as a microbatch, padded with eod to `length`, with empty rows to `size`."""
     tokens, mask = torch.full((size, length + 1), eod), torch.zeros((size, length))
     for i, number in enumerate(numbers):
         row = rows[number]
@@ -160,7 +160,7 @@ def _batch(rows: Sequence[Row], numbers: list[int], size: int, length: int, eod:
 
 
 def span_sums(chunk: Any, hidden: Tensor, batch: Batch, world: World, vocab_size: int) -> Tensor:
-    """Return sums, float64 [b, 2], over this context-parallel rank's part of a micro-batch.
+    """Return sums, float64 [b, 2], over this context-parallel rank's part of a microbatch.
 
     The columns are the sum of log p of the masked labels, and how many of them are not the most
     likely token. chunk: the model's last chunk, on the last stage.

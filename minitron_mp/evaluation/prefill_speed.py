@@ -28,7 +28,7 @@ Kind = tuple[Arch, str]
 """Architecture and precision."""
 
 Shape = tuple[int, int]
-"""Samples per micro-batch, micro-batches per pass."""
+"""Samples per microbatch, microbatches per pass."""
 
 
 class Prefill(BaseModel):
@@ -69,14 +69,14 @@ def measure(models: Mapping[str, ShardedModel], *, micro_batch_size: int, budget
     The result is equal on every rank. All ranks must call this. A batch is micro_batch_size samples
     for each pipeline stage. Models of the same architecture and precision run at the same speed, so
     only the first of them is measured: noise would make them differ. Each model must have run
-    micro-batches of this size just before, as a warm-up. Only the one-sample shape gets a warm-up
+    microbatches of this size just before, as a warm-up. Only the one-sample shape gets a warm-up
     pass. The models take turns, so that a slow phase of the machine affects all of them. No round
     begins after budget_s seconds.
     """
     first_model = next(iter(models.values()))
     world, length = first_model.world, first_model.sequence_length
     parallel = world.parallel
-    # (samples per micro-batch, micro-batches): the interleaved schedule needs pp micro-batches
+    # (samples per microbatch, microbatches): the interleaved schedule needs pp microbatches
     shapes = list(dict.fromkeys([(1, parallel.interleaved), (micro_batch_size, parallel.pp)]))
     measured: dict[Kind, ShardedModel] = {}
     for model in models.values():
@@ -147,7 +147,7 @@ def _slowest(seconds: float, world: World) -> float:
 
 
 def batch_of(size: int, length: int, vocab_size: int) -> Batch:
-    """Return a micro-batch of arbitrary tokens, which do not change the time."""
+    """Return a microbatch of arbitrary tokens, which do not change the time."""
     tokens = torch.arange(size * length).view(size, length) % vocab_size
     return {
         "tokens": tokens,

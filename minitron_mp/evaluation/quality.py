@@ -34,7 +34,7 @@ class Quality(BaseModel):
 
 
 def evaluate(model: ShardedModel, batches: Sequence[Batch], teacher: Teacher | None = None) -> Quality:
-    """Measure one model on this data-parallel rank's micro-batches.
+    """Measure one model on this data-parallel rank's microbatches.
 
     The result is equal on every rank. All ranks call this with the same number of batches.
     teacher: for the KL.
@@ -53,7 +53,7 @@ def compare(
 
     The result is equal on every rank. All ranks must call this.
 
-    groups: this data-parallel rank's micro-batches, in groups. The teacher's forward pass of a
+    groups: this data-parallel rank's microbatches, in groups. The teacher's forward pass of a
     group serves all models, and its signals are held for one group at a time. progress: called
     after each group.
     """

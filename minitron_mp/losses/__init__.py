@@ -3,6 +3,7 @@
 fused             distillation_loss: hidden states to loss and gradients, in tiles of tokens
 objective         Objective, TeacherHidden, TeacherLogits, TeacherTopK: what is compared
 divergences       DIVERGENCES: name -> statistics, value and gradient
+parameters        parameters of the divergences; imports no torch
 top_k             KL to a teacher of which only the top-k probabilities are known
 rows              what the row functions take and return
 reference         row functions in plain torch

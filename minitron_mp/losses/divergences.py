@@ -1,17 +1,24 @@
 """The divergences of the distillation loss: one table, name -> formulas.
 
-p, q: softmax of the teacher's and the student's logits over the temperature t; m = (p + q) / 2.
+p, q: softmax of the teacher's and the student's logits over the temperature t.
 
-    name        divergence                               gradient by the student's logit z
-    forward_kl  KL(teacher || student)  sum p log(p/q)   w t (q - p)
-    reverse_kl  KL(student || teacher)  sum q log(q/p)   w t q (log(q/p) - divergence)
-    js          (KL(p || m) + KL(q || m)) / 2            w t q (log(q/m) - KL(q || m)) / 2
+    name               divergence                                  gradient by the student's logit z
+    forward_kl         KL(teacher || student)  sum p log(p/q)      w t (q - p)
+    reverse_kl         KL(student || teacher)  sum q log(q/p)      w t q (log(q/p) - divergence)
+    skewed_forward_kl  KL(p || m)  m = skew p + (1 - skew) q       w t (q sum r - r)
+                                                                   r = (1 - skew) p q / m
+    js                 (KL(p || m) + KL(q || m)) / 2               w t q (log(q/m) - KL(q || m)) / 2
+                       m = (p + q) / 2
 
 w t is RowValues.kl_weight.
 The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
-(2407.14679, section 3). The formulas in this file are plain torch, for CPUs. kernels.py has the
-same formulas for GPUs, under the same names. A new divergence needs a row in DIVERGENCES, a branch
-in kernels.py, and its name in the recipe (config.distillation.DistillConfig.divergence).
+(2407.14679, section 3). Skewed forward KL is a loss of DistiLLM (2402.03898); it is at most
+-log(skew).
+
+The formulas in this file are plain torch, for CPUs. kernels.py has the same formulas for GPUs,
+under the same names. A new divergence needs a row in DIVERGENCES, a branch in kernels.py, and its
+name in the recipe (config.distillation.DistillConfig.divergence). Parameters such as `skew` are
+declared in parameters.py, which the recipe reads, and arrive in LogitRows.parameters.
 """
 
 from __future__ import annotations
@@ -52,29 +59,31 @@ class DivergenceValue(NamedTuple):
 class Divergence:
     """Formulas of one divergence.
 
-    cross_sum(student, teacher): returns RowStatistics.cross_sum of this rank, [n]. It may overwrite
-        the centred logits. None: the divergence needs no such sum.
-    value(sums, mixture): returns the divergence. mixture: reference.mixture_sums() summed over the
-        ranks; None without needs_mixture_sums.
+    cross_sum(rows, student, teacher): returns RowStatistics.cross_sum of this rank, [n]. It may
+        overwrite the centred logits. None: the divergence needs no such sum.
+    value(rows, sums, second): returns the divergence. second: second_sums() summed over the ranks;
+        None without second_sums.
     gradient(rows, statistics, exponentials, values, has_ce): returns the gradient of the weighted
         loss by this rank's logits, float32 [n, valid]. It includes the probabilities of the
         cross-entropy. write_gradient() subtracts the one of the label.
-    needs_mixture_sums: value() needs reference.mixture_sums(), a second pass over the logits.
+    second_sums(rows, student_lse, teacher_lse): returns this rank's part of two sums, float32
+        [n, 2], that need the log-sum-exp over the whole vocabulary. They cost a second pass over
+        the logits and a second all-gather. None: the divergence needs no such sums.
     """
 
-    cross_sum: Callable[[CentredLogits, CentredLogits], Tensor] | None
-    value: Callable[[RowSums, Tensor | None], DivergenceValue]
+    cross_sum: Callable[[LogitRows, CentredLogits, CentredLogits], Tensor] | None
+    value: Callable[[LogitRows, RowSums, Tensor | None], DivergenceValue]
     gradient: Callable[[LogitRows, RowStatistics, Exponentials, RowValues, bool], Tensor]
-    needs_mixture_sums: bool = False
+    second_sums: Callable[[LogitRows, Tensor, Tensor], Tensor] | None = None
 
 
-def forward_kl_cross_sum(student: CentredLogits, teacher: CentredLogits) -> Tensor:
+def forward_kl_cross_sum(rows: LogitRows, student: CentredLogits, teacher: CentredLogits) -> Tensor:
     """Return sum e^(u - max u) (u - s)."""
     shift = (teacher.peak - student.peak) * teacher.sum
     return teacher.centred.sub_(student.centred).mul_(teacher.exponentials).sum(1) + shift
 
 
-def forward_kl_value(sums: RowSums, mixture: Tensor | None) -> DivergenceValue:
+def forward_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
     mean = (sums.by_rank.cross_sum * sums.teacher.scale).sum(0) / sums.teacher.sum
     return DivergenceValue(mean - sums.lse_gap, torch.zeros_like(mean))
 
@@ -102,13 +111,13 @@ def forward_kl_gradient(
     return add_cross_entropy(total, rows, values) if has_ce and not shared_softmax else total
 
 
-def reverse_kl_cross_sum(student: CentredLogits, teacher: CentredLogits) -> Tensor:
+def reverse_kl_cross_sum(rows: LogitRows, student: CentredLogits, teacher: CentredLogits) -> Tensor:
     """Return sum e^(s - max s) (s - u)."""
     shift = (student.peak - teacher.peak) * student.sum
     return student.centred.sub_(teacher.centred).mul_(student.exponentials).sum(1) + shift
 
 
-def reverse_kl_value(sums: RowSums, mixture: Tensor | None) -> DivergenceValue:
+def reverse_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
     mean = (sums.by_rank.cross_sum * sums.student.scale).sum(0) / sums.student.sum
     divergence = mean + sums.lse_gap
     return DivergenceValue(divergence, divergence)
@@ -124,9 +133,43 @@ def reverse_kl_gradient(
     return add_cross_entropy(total, rows, values) if has_ce else total
 
 
-def js_value(sums: RowSums, mixture: Tensor | None) -> DivergenceValue:
-    assert mixture is not None
-    return DivergenceValue(mixture.mean(1), mixture[:, 1])
+def skewed_forward_kl_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
+    """Return this rank's part of the divergence and of sum r.
+
+    The term (1 - skew) (q - p) = m - p sums to 0 over the vocabulary. With it no summand is
+    negative, and equal rounding errors of all log p or log q in a row cancel to first order.
+    """
+    log_q, log_p, log_m = log_skewed_mixture(rows, student_lse, teacher_lse)
+    student_share = 1 - rows.parameters["skew"]
+    p = log_p.exp()
+    divergence = p * (log_p - log_m) + student_share * (log_q.exp() - p)
+    r = student_share * (log_p + log_q - log_m).exp()
+    return torch.stack([divergence.sum(1), r.sum(1)], 1)
+
+
+def skewed_forward_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+    assert second is not None
+    return DivergenceValue(second[:, 0], second[:, 1])
+
+
+def skewed_forward_kl_gradient(
+    rows: LogitRows, statistics: RowStatistics, exponentials: Exponentials, values: RowValues, has_ce: bool
+) -> Tensor:
+    log_q, log_p, log_m = log_skewed_mixture(rows, values.student_lse, values.teacher_lse)
+    r = (1 - rows.parameters["skew"]) * (log_p + log_q - log_m).exp()
+    total = (log_q.exp() * values.extra[:, None] - r) * values.kl_weight[:, None]
+    return add_cross_entropy(total, rows, values) if has_ce else total
+
+
+def js_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
+    """Return this rank's part of KL(p || m) and KL(q || m)."""
+    log_q, log_p, log_m = log_mixture(rows, student_lse, teacher_lse)
+    return torch.stack([(log_p.exp() * (log_p - log_m)).sum(1), (log_q.exp() * (log_q - log_m)).sum(1)], 1)
+
+
+def js_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+    assert second is not None
+    return DivergenceValue(second.mean(1), second[:, 1])
 
 
 def js_gradient(
@@ -140,12 +183,26 @@ def js_gradient(
 DIVERGENCES = {
     "forward_kl": Divergence(forward_kl_cross_sum, forward_kl_value, forward_kl_gradient),
     "reverse_kl": Divergence(reverse_kl_cross_sum, reverse_kl_value, reverse_kl_gradient),
-    "js": Divergence(None, js_value, js_gradient, needs_mixture_sums=True),
+    "skewed_forward_kl": Divergence(
+        None, skewed_forward_kl_value, skewed_forward_kl_gradient, skewed_forward_kl_second_sums
+    ),
+    "js": Divergence(None, js_value, js_gradient, js_second_sums),
 }
 
 
+def log_skewed_mixture(
+    rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log q, log p and log m with m = skew p + (1 - skew) q, float32 [n, valid]."""
+    assert rows.teacher is not None
+    skew = rows.parameters["skew"]
+    log_q = log_probs(rows.student, student_lse, rows)
+    log_p = log_probs(rows.teacher, teacher_lse, rows)
+    return log_q, log_p, torch.logaddexp(log_q + math.log1p(-skew), log_p + math.log(skew))
+
+
 def log_mixture(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log q, log p and log m, float32 [n, valid]."""
+    """Return log q, log p and log m with m = (p + q) / 2, float32 [n, valid]."""
     assert rows.teacher is not None
     log_q = log_probs(rows.student, student_lse, rows)
     log_p = log_probs(rows.teacher, teacher_lse, rows)

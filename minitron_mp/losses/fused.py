@@ -13,9 +13,9 @@ forward() stores dX, and adds dW to weight.main_grad if Megatron's data-parallel
 main_grad.
 
 Each rank holds v/tp columns. It needs a few sums per row from the other ranks: one all-gather of
-RowStatistics per tile, and a second all-gather for js. The gradient of the logits is local and has
-no factor of tp. Columns of the padded vocabulary are ignored. A row with weight zero has gradient
-exactly zero for any logits, including NaN.
+RowStatistics per tile, and a second all-gather for a divergence with second_sums. The gradient of
+the logits is local and has no factor of tp. Columns of the padded vocabulary are ignored. A row
+with weight zero has gradient exactly zero for any logits, including NaN.
 
 The row functions are in reference.py (plain torch) and kernels.py (Triton, for CUDA).
 """
@@ -57,7 +57,9 @@ class RowFunctions(Protocol):
 
     def statistics(self, rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]: ...
 
-    def mixture_sums(self, rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor: ...
+    def second_sums(
+        self, rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor
+    ) -> Tensor: ...
 
     def gradient(
         self,
@@ -148,7 +150,7 @@ class _Fused(torch.autograd.Function):
         return (statistics[0] * loss.token_weights).sum(), per_token
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
         dx, dw, ctx.dx, ctx.dw = ctx.dx, ctx.dw, None, None
         if ctx.in_main_grad:
             torch._assert_async(
@@ -237,7 +239,7 @@ class _TiledLoss:
         objective = self.objective
         t, name = objective.temperature, objective.divergence
         logits = teacher if isinstance(teacher, Tensor) else None
-        rows = LogitRows(student, logits, self.labels[start:stop], self.valid, t)
+        rows = LogitRows(student, logits, self.labels[start:stop], self.valid, t, objective.parameters)
         statistics, exponentials = self.row_functions.statistics(rows, name)
         top = None
         if isinstance(teacher, TeacherTopK):
@@ -268,12 +270,13 @@ class _TiledLoss:
         return torch.stack([total, divergence, ce])
 
     def _divergence(self, rows: LogitRows, sums: RowSums) -> DivergenceValue:
-        formulas = DIVERGENCES[self.objective.divergence]
-        mixture = None
-        if formulas.needs_mixture_sums:
-            rank_sums = self.row_functions.mixture_sums(rows, sums.student.lse, sums.teacher.lse)
-            mixture = gather_statistics(rank_sums, self.group).sum(0)
-        return formulas.value(sums, mixture)
+        name = self.objective.divergence
+        formulas = DIVERGENCES[name]
+        second = None
+        if formulas.second_sums is not None:
+            rank_sums = self.row_functions.second_sums(rows, name, sums.student.lse, sums.teacher.lse)
+            second = gather_statistics(rank_sums, self.group).sum(0)
+        return formulas.value(rows, sums, second)
 
 
 def float32_logits(

@@ -6,10 +6,10 @@ Arguments and results are the same as in reference.py. Logits must be contiguous
 may have any stride. In the kernels z_s and z_t are the logits of student and teacher, and
 DIVERGENCE is a name of divergences.py.
 
-The kernels are bound by memory bandwidth. They read z_s and z_t once for the statistics (twice for
-Jensen-Shannon) and once for the gradient. They write the gradient once; it may overwrite z_s. At
-hidden sizes of 4096 and 5120 this takes a sixth of the time of the matrix products around it with
-float32 logits, and a tenth with bf16 logits (calculated for an H100).
+The kernels are bound by memory bandwidth. They read z_s and z_t once for the statistics, once for
+the second sums of a divergence that has them, and once for the gradient. They write the gradient
+once; it may overwrite z_s. At hidden sizes of 4096 and 5120 this takes a sixth of the time of the
+matrix products around it with float32 logits, and a tenth with bf16 logits (calculated for an H100).
 
 statistics  One program per row. Each lane keeps a maximum and sums over columns that are BLOCK
             apart, and rescales them when its maximum grows (online softmax, 1805.02867). So the
@@ -88,11 +88,11 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
     return RowStatistics(*table.unbind(1)), None
 
 
-def mixture_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return the result of reference.mixture_sums()."""
+def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
+    """Return the result of reference.second_sums()."""
     student, teacher = rows.student, _teacher(rows)
     sums = torch.empty((len(student), 2), dtype=torch.float32, device=student.device)
-    _mixture_sums[(len(student),)](
+    _second_sums[(len(student),)](
         student,
         teacher,
         student_lse.contiguous(),
@@ -101,6 +101,8 @@ def mixture_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> T
         *_sizes(student, teacher),
         rows.valid,
         1 / rows.temperature,
+        _skew(rows),
+        DIVERGENCE=divergence,
         BLOCK=_block(student),
         num_warps=WARPS,
     )
@@ -128,6 +130,7 @@ def gradient(
         _stride(out),
         rows.valid,
         1 / rows.temperature,
+        _skew(rows),
         HOT=rows.temperature != 1,
         TEACHER=rows.teacher is not None,
         CE=has_ce,
@@ -140,6 +143,11 @@ def gradient(
 def _teacher(rows: LogitRows) -> Tensor:
     """Return the teacher's logits, or without a teacher a tensor that the kernel does not read."""
     return rows.student if rows.teacher is None else rows.teacher
+
+
+def _skew(rows: LogitRows) -> float:
+    """Return the parameter skew, or for other divergences a number that the kernel does not read."""
+    return rows.parameters.get("skew", 0.0)
 
 
 def _block(z: Tensor) -> int:
@@ -192,28 +200,14 @@ def _statistics(
     for start in range(0, valid, BLOCK):
         column = start + lane
         inside = column < valid
-        s = tl.where(
-            inside,
-            tl.load(z_s + column, mask=column < columns_s, other=0.0).to(tl.float32) * inverse_t,
-            -float("inf"),
-        )
-        new_s = tl.maximum(top_s, s)
-        centre_s = _finite(new_s)
-        old_s = tl.exp(top_s - centre_s)
-        e_s = tl.exp(s - centre_s)
+        s = tl.where(inside, _load(z_s, column, columns_s) * inverse_t, -float("inf"))
+        new_s, centre_s, old_s, e_s = _with_maximum(top_s, s)
         sum_s = sum_s * old_s + e_s
         if HOT:
             sum_1 = sum_1 * tl.exp((top_s - centre_s) * t) + tl.exp((s - centre_s) * t)
         if TEACHER:
-            u = tl.where(
-                inside,
-                tl.load(z_t + column, mask=column < columns_t, other=0.0).to(tl.float32) * inverse_t,
-                -float("inf"),
-            )
-            new_t = tl.maximum(top_t, u)
-            centre_t = _finite(new_t)
-            old_t = tl.exp(top_t - centre_t)
-            e_t = tl.exp(u - centre_t)
+            u = tl.where(inside, _load(z_t, column, columns_t) * inverse_t, -float("inf"))
+            new_t, _, old_t, e_t = _with_maximum(top_t, u)
             sum_t = sum_t * old_t + e_t
             if DIVERGENCE == "forward_kl":
                 cross = cross * old_t + tl.where(inside, e_t * (u - s), 0.0)
@@ -249,13 +243,31 @@ def _statistics(
 
 
 @triton.jit
+def _load(z, column, columns):
+    """Return logits of a row in float32, 0 from the padded width on."""
+    return tl.load(z + column, mask=column < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _with_maximum(top, z):
+    """Return what one step of the online softmax needs when z follows logits of maximum `top`.
+
+    These are the new maximum, the same maximum or 0 if it is -inf, the factor of earlier sums, and
+    the exponentials of z.
+    """
+    peak = tl.maximum(top, z)
+    centre = _finite(peak)
+    return peak, centre, tl.exp(top - centre), tl.exp(z - centre)
+
+
+@triton.jit
 def _finite(peak):
     """Return the maximum, or 0 for the maximum over no column (-inf), because inf - inf is NaN."""
     return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
-def _mixture_sums(
+def _second_sums(
     z_s,
     z_t,
     lse_s,
@@ -267,6 +279,8 @@ def _mixture_sums(
     columns_t,
     valid,
     inverse_t,
+    skew,
+    DIVERGENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -275,24 +289,43 @@ def _mixture_sums(
     lane = tl.arange(0, BLOCK)
     row_s = tl.load(lse_s + row)
     row_t = tl.load(lse_t + row)
-    kl_p = tl.zeros((BLOCK,), tl.float32)
-    kl_q = tl.zeros((BLOCK,), tl.float32)
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, valid, BLOCK):
         column = start + lane
         inside = column < valid
-        log_q = tl.load(z_s + column, mask=column < columns_s, other=0.0).to(tl.float32) * inverse_t - row_s
-        log_p = tl.load(z_t + column, mask=column < columns_t, other=0.0).to(tl.float32) * inverse_t - row_t
-        log_m = _log_mean(log_q, log_p)
-        kl_p += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
-        kl_q += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
-    tl.store(sums + row * 2, tl.sum(kl_p, 0))
-    tl.store(sums + row * 2 + 1, tl.sum(kl_q, 0))
+        log_q = _load(z_s, column, columns_s) * inverse_t - row_s
+        log_p = _load(z_t, column, columns_t) * inverse_t - row_t
+        if DIVERGENCE == "skewed_forward_kl":
+            log_m = _log_skewed(log_p, log_q, skew)
+            p = tl.exp(log_p)
+            divergence = p * (log_p - log_m) + (1.0 - skew) * (tl.exp(log_q) - p)
+            first += tl.where(inside, divergence, 0.0)
+            second += tl.where(inside, (1.0 - skew) * tl.exp(log_p + log_q - log_m), 0.0)
+        if DIVERGENCE == "js":
+            log_m = _log_mean(log_q, log_p)
+            first += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
+            second += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
+    tl.store(sums + row * 2, tl.sum(first, 0))
+    tl.store(sums + row * 2 + 1, tl.sum(second, 0))
 
 
 @triton.jit
 def _log_mean(a, b):
     """Return log((e^a + e^b) / 2)."""
-    return tl.maximum(a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b))) - LOG_2
+    return _log_add(a, b) - LOG_2
+
+
+@triton.jit
+def _log_skewed(a, b, skew):
+    """Return log(skew e^a + (1 - skew) e^b)."""
+    return _log_add(a + tl.log(skew), b + tl.log(1.0 - skew))
+
+
+@triton.jit
+def _log_add(a, b):
+    """Return log(e^a + e^b)."""
+    return tl.maximum(a, b) + tl.log(1.0 + tl.exp(-tl.abs(a - b)))
 
 
 @triton.jit
@@ -309,6 +342,7 @@ def _gradient(
     stride_out,
     valid,
     inverse_t,
+    skew,
     HOT: tl.constexpr,
     TEACHER: tl.constexpr,
     CE: tl.constexpr,
@@ -324,22 +358,19 @@ def _gradient(
     w_ce = tl.load(rows + CE_WEIGHT)
     # A row without weight is not read, because it may contain NaN.
     weighted = tl.where(w_kl != 0, 1, tl.where(w_ce != 0, 1, 0))
-    raw = tl.load(z_s + row * stride_s + column, mask=column < columns_s * weighted, other=0.0).to(tl.float32)
+    raw = _load(z_s + row * stride_s, column, columns_s * weighted)
     log_q = raw * inverse_t - lse_s
     q = tl.exp(log_q)
     total = tl.zeros((BLOCK,), tl.float32)
     if TEACHER:
-        log_p = (
-            tl.load(z_t + row * stride_t + column, mask=column < columns_t * weighted, other=0.0).to(
-                tl.float32
-            )
-            * inverse_t
-            - lse_t
-        )
+        log_p = _load(z_t + row * stride_t, column, columns_t * weighted) * inverse_t - lse_t
         if DIVERGENCE == "forward_kl":
             total = w_kl * (q - tl.exp(log_p))
         if DIVERGENCE == "reverse_kl":
             total = w_kl * (q * (log_q - log_p - tl.load(rows + EXTRA)))
+        if DIVERGENCE == "skewed_forward_kl":
+            r = (1.0 - skew) * tl.exp(log_p + log_q - _log_skewed(log_p, log_q, skew))
+            total = w_kl * (q * tl.load(rows + EXTRA) - r)
         if DIVERGENCE == "js":
             total = 0.5 * w_kl * (q * (log_q - _log_mean(log_q, log_p) - tl.load(rows + EXTRA)))
     if CE:

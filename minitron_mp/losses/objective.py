@@ -6,10 +6,13 @@ s' is s/cp, or s/cp/tp under sequence parallelism
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from minitron_mp.losses.parameters import complete_parameters
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class Objective:
     """Dtype of the logits between the matrix product and the sums over a row. With bf16 inputs and
     131072 columns, bf16 logits are a little faster, but the error of the gradient is 10 times the
     error with float32 logits."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Parameters of the divergence by name, see parameters.PARAMETERS. Missing ones get their
+    defaults."""
+
+    def __post_init__(self) -> None:
+        """Complete the parameters. ValueError if the divergence does not allow the given ones."""
+        object.__setattr__(self, "parameters", complete_parameters(self.divergence, self.parameters))
 
 
 @dataclass(frozen=True)

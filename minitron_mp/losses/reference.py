@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_mp.losses.divergences import DIVERGENCES, CentredLogits, log_mixture
+from minitron_mp.losses.divergences import DIVERGENCES, CentredLogits
 from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowValues
 
 
@@ -27,17 +27,18 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
         return row_statistics, Exponentials(student.exponentials, None)
     teacher = _centre(rows.teacher, rows)
     cross_sum = DIVERGENCES[divergence].cross_sum
-    cross = zeros if cross_sum is None else cross_sum(student, teacher)
+    cross = zeros if cross_sum is None else cross_sum(rows, student, teacher)
     row_statistics = RowStatistics(
         student.peak, student.sum, sum_t1, label_logit, teacher.peak, teacher.sum, cross
     )
     return row_statistics, Exponentials(student.exponentials, teacher.exponentials)
 
 
-def mixture_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return this rank's part of KL(p || m) and KL(q || m), float32 [n, 2]."""
-    log_q, log_p, log_m = log_mixture(rows, student_lse, teacher_lse)
-    return torch.stack([(log_p.exp() * (log_p - log_m)).sum(1), (log_q.exp() * (log_q - log_m)).sum(1)], 1)
+def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
+    """Return Divergence.second_sums of this rank, float32 [n, 2]."""
+    sums = DIVERGENCES[divergence].second_sums
+    assert sums is not None
+    return sums(rows, student_lse, teacher_lse)
 
 
 def gradient(

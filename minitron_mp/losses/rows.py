@@ -7,7 +7,8 @@ n rows  v padded vocabulary, of which this rank holds v/tp columns
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class LogitRows:
 
     student, teacher: float32 or bf16 [n, v/tp]. Columns from `valid` on are padding.
     labels int64 [n]: numbered from this rank's first column. A label outside [0, valid) belongs to
-    another rank.
+    another rank. parameters: of the divergence, by name (Objective.parameters).
     """
 
     student: Tensor
@@ -28,6 +29,7 @@ class LogitRows:
     labels: Tensor
     valid: int
     temperature: float
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 class RowStatistics(NamedTuple):

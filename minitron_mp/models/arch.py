@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from minitron_mp.errors import InputError
-from minitron_mp.models.blocks.dense import block_parameters, dim_sizes
+from minitron_mp.models.blocks.dense import LayerWidths, block_parameters, dim_sizes, layer_widths
 from minitron_mp.models.parameters import EMBEDDING, FINAL_NORM, FINAL_NORM_BIAS, HEAD, layer_key
 
 VOCAB_MULTIPLE = 128
@@ -76,7 +76,7 @@ class Arch(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _repeat_block(cls, value: Any) -> Any:
+    def _repeat_block(cls, value: object) -> object:
         if not isinstance(value, dict) or "blocks" in value:
             return value
         block = {name: value[name] for name in BLOCK_SIZES if name in value}
@@ -141,23 +141,32 @@ class Arch(BaseModel):
         """Return name -> size of all sizes that pruning may change. The layers must be equal."""
         return {"num_layers": self.num_layers, "hidden_size": self.hidden_size, **dict(self.block)}
 
-    def resized(self, **fields: Any) -> Arch:
-        """Return the architecture with changed fields, sizes of blocks, or num_layers.
+    def resized(
+        self,
+        *,
+        num_layers: int | None = None,
+        hidden_size: int | None = None,
+        ffn_hidden_size: int | None = None,
+        num_attention_heads: int | None = None,
+        num_query_groups: int | None = None,
+    ) -> Arch:
+        """Return the architecture with other sizes. Default: the present sizes.
 
         A size of a block applies to all layers. num_layers repeats the block, so the layers must be
         equal.
         """
-        unknown = fields.keys() - {*type(self).model_fields, *BLOCK_SIZES, "num_layers"}
-        if unknown:
-            raise TypeError(f"Arch has no {', '.join(sorted(unknown))}")
-        block = {name: fields.pop(name) for name in BLOCK_SIZES if name in fields}
-        blocks = tuple(fields.pop("blocks", self.blocks))
-        if "num_layers" in fields:
-            blocks = (self.block,) * fields.pop("num_layers")
-        if block:  # copy a repeated block once
-            changed = {id(each): each.model_copy(update=block) for each in blocks}
-            blocks = tuple(changed[id(each)] for each in blocks)
-        return self.model_copy(update={**fields, "blocks": blocks})
+        blocks = self.blocks if num_layers is None else (self.block,) * num_layers
+        sizes = {
+            "ffn_hidden_size": ffn_hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "num_query_groups": num_query_groups,
+        }
+        given = {name: size for name, size in sizes.items() if size is not None}
+        if given:  # copy a repeated block once
+            changed = {id(block): block.model_copy(update=given) for block in blocks}
+            blocks = tuple(changed[id(block)] for block in blocks)
+        width = self.hidden_size if hidden_size is None else hidden_size
+        return self.model_copy(update={"hidden_size": width, "blocks": blocks})
 
     @property
     def padded_vocab_size(self) -> int:
@@ -186,6 +195,10 @@ class Arch(BaseModel):
         if dim == "vocab":
             return self.padded_vocab_size
         return dim_sizes(self, block or self.block)[dim]
+
+    def widths(self, block: BlockArch | None = None) -> LayerWidths:
+        """Return the widths of the activations inside a layer; block as for dim_size()."""
+        return layer_widths(self, block or self.block)
 
     def block_shapes(self, block: BlockArch) -> dict[str, tuple[int, ...]]:
         """Return name inside the layer -> global shape, for a layer of these sizes."""
@@ -239,12 +252,12 @@ def fp8_problems(arch: Arch, tp: int, tokens: int) -> list[str]:
     """
     sizes = {"hidden_size": arch.hidden_size}
     for block, where in _named_blocks(arch):
-        dims = dim_sizes(arch, block)
+        widths = layer_widths(arch, block)
         ffn = block.ffn_hidden_size
         sizes[f"ffn_hidden_size / tp ({ffn} / {tp}){where}"] = ffn // tp
-        sizes[f"num_attention_heads x kv_channels / tp{where}"] = dims["heads"] // tp
+        sizes[f"num_attention_heads x kv_channels / tp{where}"] = widths.query // tp
         qkv = "(num_attention_heads + 2 num_query_groups) x kv_channels / tp"
-        sizes[f"{qkv}{where}"] = dims["qkv"] // tp
+        sizes[f"{qkv}{where}"] = widths.qkv // tp
     sizes["the tokens of a sample on a rank"] = tokens
     return [
         f"FP8 needs multiples of {FP8_MULTIPLE}, {name} is {size}; nearest {_nearest_multiple(size)}"

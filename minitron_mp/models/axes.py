@@ -208,6 +208,10 @@ HEADS = Axis(
 
 AXES: dict[str, Axis] = {axis.name: axis for axis in (HIDDEN, FFN, HEADS)}
 
+*STEPPED, SOLVED = (axis for axis in AXES.values() if axis.aligned)
+"""The axes that a budget reduces, in the order of the table. Sizes of all but the last are tried in
+steps. No export rule limits the last one, so its size is computed from the budget."""
+
 AXIS_OF_DIM: dict[str, Axis] = {dim: axis for axis in AXES.values() for dim in axis.dims}
 """Name of a weight dimension -> its axis. Dimensions without an axis (vocabulary, head width) are
 not pruned."""

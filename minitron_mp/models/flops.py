@@ -19,7 +19,7 @@ def layer_flops(arch: Arch, sequence_length: int, block: BlockArch | None = None
     block = block or arch.block
     weights = matrix_elements(arch, block)
     # Scores and values: 2 x 2 x the heads' width x half of the sequence.
-    attention = 2 * sequence_length * arch.dim_size("heads", block)
+    attention = 2 * sequence_length * arch.widths(block).query
     return 2 * weights + attention
 
 

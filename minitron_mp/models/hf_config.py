@@ -15,10 +15,13 @@ from pydantic import ValidationError
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
-from minitron_mp.models.families.family import DEFAULTS, Family
+from minitron_mp.models.families.family import COMPUTATION_WORDS, DEFAULTS, Family
 
 LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 """Values that are fixed in the code of Megatron-Core. Only the factor is a setting."""
+
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", *LLAMA3_ROPE}
+"""Keys of rope_scaling or rope_parameters."""
 
 REQUIRED_SIZES = (
     "hidden_size",
@@ -56,12 +59,13 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
             "write them with save_pretrained of transformers"
         )
     if not (folder / "config.json").is_file():
-        refuse(title, ["no config.json", *problems])
+        refuse(title, ["no config.json; give a Hugging Face model folder", *problems])
     config = read_json(folder / "config.json")
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
         refuse(title, [*problems, _family_problem(config)])
     assert family is not None
+    problems += _unknown_setting_problems(config, family)
     config = {**DEFAULTS, **family.defaults, **config}
     refuse(title, problems + _size_problems(config, family) + _setting_problems(config, family))
     return _arch(config, family, title)
@@ -118,11 +122,11 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _family_problem(config: Mapping[str, Any]) -> str:
+def _family_problem(config: Mapping[str, object]) -> str:
     supported = ", ".join(f"{family.name} ({family.transformers_class})" for family in FAMILIES.values())
     return (
         f"model_type {config.get('model_type', '')!r} with architectures {config.get('architectures')} "
-        f"is not supported; supported: {supported}"
+        f"is not supported; give a model of one of these families: {supported}"
     )
 
 
@@ -149,7 +153,7 @@ def _arch(config: dict[str, Any], family: Family, title: str) -> Arch:
         for problem in error.errors():
             name = str(problem["loc"][0])
             key = family.config_fields.get(name, name)
-            rows.append(f"  - {key}: {problem['msg']}, given {problem['input']!r}")
+            rows.append(f"  - {key}: {problem['msg']}, given {problem['input']!r}; correct config.json")
         raise InputError("\n".join([title, *rows])) from error
 
 
@@ -158,34 +162,51 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = []
     for key in (key_of[name] for name in REQUIRED_SIZES):
         if not _is_positive(config.get(key)):
-            problems.append(f"{key} is {config.get(key)!r}, not a positive integer")
+            problems.append(f"{key} is {config.get(key)!r}, not a positive integer; correct config.json")
     for key in (key_of[name] for name in OPTIONAL_SIZES):
         size = config.get(key)
         if size is not None and not _is_positive(size):
-            problems.append(f"{key} is {size!r}, not a positive integer")
+            problems.append(f"{key} is {size!r}, not a positive integer; correct config.json")
     heads, groups = config.get(key_of["num_attention_heads"]), config.get(key_of["num_query_groups"])
     if not problems and groups and heads is not None and heads % groups:
         problems.append(
             f"{key_of['num_attention_heads']} {heads} is not a multiple of "
-            f"{key_of['num_query_groups']} {groups}"
+            f"{key_of['num_query_groups']} {groups}; correct config.json"
         )
     return problems
 
 
-def _is_positive(size: Any) -> bool:
+def _is_positive(size: object) -> bool:
     return isinstance(size, int) and size > 0
+
+
+def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    """Return a problem for each key that may change the computation and that no field reads.
+
+    config: as in the file, without defaults. Transformers ignores keys that its class does not
+    have. But a key of a renamed or new setting must not be lost silently, so the user decides.
+    """
+    return [
+        f"{key} is {value!r}; the family {family.name} does not support this key, "
+        "and by its name it may change the computation; "
+        f"remove it from config.json if {family.transformers_class} ignores it"
+        for key, value in config.items()
+        if value and key not in family.settings and not key.startswith("_")
+        if any(word in key for word in COMPUTATION_WORDS)
+    ]
 
 
 def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = [
-        f"{name} is {config[name]!r}; only {value!r} is supported"
+        f"{name} is {config[name]!r}; only {value!r} is supported, so give another model"
         for name, value in family.required_settings.items()
         if config.get(name) not in (value, None)
     ]
     unsupported_types = sorted({*(config.get("layer_types") or [])} - {"full_attention"})
     if unsupported_types:
         problems.append(
-            f"layer_types contains {', '.join(unsupported_types)}; only full_attention is supported"
+            f"layer_types contains {', '.join(unsupported_types)}; only full_attention is supported, so "
+            "give another model"
         )
     return [*problems, *family.config_problems(config), *_rope_problems(config, family)]
 
@@ -196,18 +217,23 @@ def _rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     if rope["rope_type"] not in ("default", "llama3") or is_nested:
         return [
             f"rope settings {rope} are not supported; "
-            "supported: rope_type 'default' or 'llama3', one setting for all layers"
+            "give a model with rope_type 'default' or 'llama3' and one setting for all layers"
         ]
     required = dict(family.required_rope)
     if rope["rope_type"] == "llama3":
         required |= LLAMA3_ROPE
     problems = [
-        f"{name} of the rope settings is {rope.get(name)}; only {value} is supported"
+        f"{name} of the rope settings is {rope.get(name)}; only {value} is supported, so give another model"
         for name, value in required.items()
         if rope.get(name) != value
     ]
     if rope["rope_type"] == "llama3" and not rope.get("factor"):
-        problems.append("the llama3 rope settings have no factor")
+        problems.append("the llama3 rope settings have no factor; add it to config.json")
+    unknown = sorted(key for key, value in rope.items() if value and key not in ROPE_KEYS)
+    if unknown:
+        problems.append(
+            f"the rope settings have {', '.join(unknown)}; supported: {', '.join(sorted(ROPE_KEYS))}"
+        )
     return problems
 
 

@@ -68,7 +68,10 @@ class HFWeights:
                     f"{path} is damaged or not a safetensors file ({error}); download it again"
                 ) from error
             self.files |= dict.fromkeys(file.keys(), file)
-        refuse(f"the weights in {folder} do not fit its config.json:", self._problems())
+        refuse(
+            f"the weights in {folder} do not fit its config.json; give the one that was saved with them:",
+            self._problems(),
+        )
 
     def tensor(self, key: str) -> Tensor:
         """Return a canonical tensor on the CPU, in the dtype of the file.

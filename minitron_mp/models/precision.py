@@ -89,7 +89,7 @@ def check_hardware(fp8: str, device: torch.device) -> None:
     """Raise InputError unless this rank's machine can run this kind of FP8."""
     capability = torch.cuda.get_device_capability(device)
     problems = hardware_problems(fp8, capability, torch.version.cuda, engine_version())
-    refuse("FP8 is not available here:", problems)
+    refuse("FP8 is not available here; drop fp8, or change the environment:", problems)
 
 
 def check_cuda_graphs() -> None:

@@ -56,9 +56,9 @@ class ShardedModel:
         return self
 
     def forward(self, batches: Sequence[Batch], on_output: OnOutput | None = None) -> list[Any]:
-        """Run micro-batches through the pipeline without gradients; reached by all ranks.
+        """Run microbatches through the pipeline without gradients; reached by all ranks.
 
-        The last stage runs on_output(hidden, local batch) for each micro-batch in order and returns
+        The last stage runs on_output(hidden, local batch) for each microbatch in order and returns
         the list of its results. The other stages return []. run_schedule() documents the shapes.
         """
         return run_schedule(self.chunks, batches, self.world, on_output)

@@ -4,7 +4,7 @@ case              PlanningCase: student, teacher, recipe and number of ranks
 command           run_estimate: the command `estimate`
 dry_run           dry_run_rows: layout and memory in a dry run
 memory            training_memory; activations: memory of a layer; stages: layers per stage
-step_time         estimate_distillation; model_pass: one micro-batch; times: parts of a model
+step_time         estimate_distillation; model_pass: one microbatch; times: parts of a model
 hardware          GPU data
 layouts           search_layouts
 tables            estimates as tables, sentences and JSON

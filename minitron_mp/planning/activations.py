@@ -50,21 +50,20 @@ def activation_bytes_per_token(
     Sequence parallelism splits tensors of width h, tensor parallelism splits all other tensors.
     """
     sequence_split = parallel.tp if parallel.sequence_parallel else 1
-    heads = arch.dim_size("heads")
-    qkv = arch.dim_size("qkv")
-    key = (qkv - heads) // 2
+    widths = arch.widths()
     softmax_statistics = 4 * arch.num_attention_heads / parallel.tp
     if transformer_engine:
         product_bytes = 1 if fp8 else value_bytes
-        inner = value_bytes * (qkv + heads + arch.dim_size("gate_up"))
-        inner += product_bytes * arch.ffn_hidden_size + (heads if fp8 else 0)
+        inner = value_bytes * (widths.qkv + widths.query + widths.fc1)
+        inner += product_bytes * widths.fc2 + (widths.query if fp8 else 0)
         norms = 2 * arch.hidden_size * (value_bytes + product_bytes) / sequence_split
         return norms + inner / parallel.tp + softmax_statistics
     # With context parallelism the gathered keys and values replace the qkv product. The attention
     # mask of the local layers, [s/cp, s], is not counted.
-    attention = 2 * heads + (2 * key * parallel.cp if parallel.cp > 1 else qkv + key)
+    keys_and_values = 2 * widths.key * parallel.cp if parallel.cp > 1 else widths.qkv + widths.key
+    attention = 2 * widths.query + keys_and_values
     # The q norm copies q, unless a rank has one query group: then q is a view, too.
     if arch.qk_norm and arch.num_query_groups > parallel.tp:
-        attention += heads
-    inner = attention + (5 if arch.gated else 2) * arch.ffn_hidden_size
+        attention += widths.query
+    inner = attention + (5 if arch.gated else 2) * widths.fc2
     return value_bytes * (4 * arch.hidden_size / sequence_split + inner / parallel.tp) + softmax_statistics

@@ -6,7 +6,6 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.config.recipe import Recipe
@@ -239,7 +238,7 @@ def _nearest_worlds(case: PlanningCase, times: Times) -> list[int]:
     )
 
 
-def _scaling_json(world: int, estimate: Estimate | None) -> dict[str, Any]:
+def _scaling_json(world: int, estimate: Estimate | None) -> dict[str, object]:
     return {"world": world, **(estimate_json(estimate) if estimate else {})}
 
 

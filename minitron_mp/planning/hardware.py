@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -63,30 +62,30 @@ class Hardware(BaseModel):
 
 
 # Peaks without sparsity. Network: DGX systems with eight adapters, one per GPU.
-GPUS = {
-    "h100": Hardware(
-        name="H100 SXM",
-        memory_gib=79.1,
-        bf16_tflops=989,
-        fp8_tflops=1979,
-        fp32_tflops=67,
-        hbm_tb_s=3.35,
-        nvlink_gb_s=450,
-        nic_gb_s=50,
-        source="glennklockwood.com/garden/processors/h100, after NVIDIA's datasheet; 8 x 400 Gb/s",
-    ),
-    "h200": Hardware(
-        name="H200 SXM",
-        memory_gib=140.0,
-        bf16_tflops=989,
-        fp8_tflops=1979,
-        fp32_tflops=67,
-        hbm_tb_s=4.8,
-        nvlink_gb_s=450,
-        nic_gb_s=50,
-        source="glennklockwood.com/garden/processors/h100 (an H100 with 141 GB at 4.8 TB/s); "
+H100 = Hardware(
+    name="H100 SXM",
+    memory_gib=79.1,
+    bf16_tflops=989,
+    fp8_tflops=1979,
+    fp32_tflops=67,
+    hbm_tb_s=3.35,
+    nvlink_gb_s=450,
+    nic_gb_s=50,
+    source="glennklockwood.com/garden/processors/h100, after NVIDIA's datasheet; 8 x 400 Gb/s",
+)
+# An H200 is an H100 with other memory.
+H200 = H100.model_copy(
+    update={
+        "name": "H200 SXM",
+        "memory_gib": 140.0,
+        "hbm_tb_s": 4.8,
+        "source": "glennklockwood.com/garden/processors/h100 (an H100 with 141 GB at 4.8 TB/s); "
         "8 x 400 Gb/s assumed",
-    ),
+    }
+)
+GPUS = {
+    "h100": H100,
+    "h200": H200,
     "a100": Hardware(
         name="A100 80GB SXM",
         memory_gib=79.1,
@@ -107,28 +106,31 @@ def read_hardware(gpu: str, path: Path | None = None) -> Hardware:
     """
     if gpu not in GPUS:
         raise InputError(
-            f"--gpu {gpu} is unknown; known: {', '.join(GPUS)}. For another GPU, give --hardware FILE "
-            "with all keys (docs/planning.md)"
+            f"--gpu {gpu} is unknown; give one of {', '.join(GPUS)}. For another GPU, give --hardware "
+            "FILE with all keys (docs/planning.md)"
         )
     given = _read(path) if path else {}
     try:
         return Hardware.model_validate(GPUS[gpu].model_dump() | given)
     except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         known = ", ".join(Hardware.model_fields)
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}; known: {known}" for e in error.errors()]
-        refuse(f"{path} cannot be used:", problems)
+        refuse(f"{path} cannot be used; correct or remove these keys (known keys: {known}):", problems)
         raise
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     if not path.is_file():
-        raise InputError(f"--hardware: no file at {path}")
+        raise InputError(f"--hardware: no file at {path}; give a YAML or JSON file (docs/planning.md)")
     import yaml  # JSON is YAML
 
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is neither YAML nor JSON: {error}") from error
+        raise InputError(f"{path} is neither YAML nor JSON ({error}); correct it") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}; give keys and values")
+        raise InputError(
+            f"{path} contains {type(content).__name__}, not keys and values; "
+            "write lines such as memory_gib: 80"
+        )
     return content

@@ -32,7 +32,7 @@ DEPTH = "more pipeline stages than layers"
 SEQUENCE = "sequence length is not a multiple of 2 cp x tp"
 FP8_SIZES = "FP8 needs multiples of 16 on each rank"
 ENGINE = "cuda_graphs or tp_comm_overlap do not support the layout or placement"
-BATCH = "global batch is not a multiple of micro batch x dp (x pp with vpp)"
+BATCH = "global batch is not a multiple of microbatch x dp (x pp with vpp)"
 MEMORY = "needs more memory than the GPU has"
 
 

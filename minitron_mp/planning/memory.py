@@ -118,7 +118,7 @@ def training_memory(
         saved += 2 * size * arch.hidden_size / sequence_split
     # Backward pass of one layer: gradients around the MLP, and tensors that sequence parallelism gathers.
     gathered = 1 if sequence_split > 1 else 0
-    mlp = max(arch.dim_size("gate_up", block) + block.ffn_hidden_size for block in blocks)
+    mlp = max(arch.widths(block).fc1 + arch.widths(block).fc2 for block in blocks)
     working = mlp / p.tp + (2 + gathered) * arch.hidden_size
     parts = {
         "weights": size * parameters,

@@ -124,8 +124,8 @@ def link_name(times: Times, size: int, stride: int) -> str:
 
 def _key_value_bytes(work: ModelPass, block: BlockArch) -> float:
     """Return the bytes of the keys and values that context parallelism gathers for one layer."""
-    key_value_size = work.arch.dim_size("qkv", block) - work.arch.dim_size("heads", block)
-    return work.value_bytes * work.tokens * work.parallel.cp * key_value_size / work.parallel.tp
+    keys_and_values = 2 * work.arch.widths(block).key
+    return work.value_bytes * work.tokens * work.parallel.cp * keys_and_values / work.parallel.tp
 
 
 def _pipeline_link(work: ModelPass, times: Times) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.planning.memory import GIB, Parts, uses_transformer_engine
@@ -23,7 +22,7 @@ def layout_text(estimate: Estimate) -> str:
     p = estimate.recipe.parallel
     t = estimate.recipe.teacher
     dp = estimate.case.student_ranks // p.model_ranks
-    text = f"{_sizes_text(p)} dp {dp}, micro-batch {estimate.recipe.distill.micro_batch_size}"
+    text = f"{_sizes_text(p)} dp {dp}, microbatch {estimate.recipe.distill.micro_batch_size}"
     if estimate.recipe.distill.recompute:
         text += ", recompute"
     if estimate.case.teacher_ranks:
@@ -127,11 +126,11 @@ def efficiency_loss(sweep: Scaling) -> str:
     return "throughput per GPU stays within 10% of its best up to 2,048 GPUs"
 
 
-def estimate_json(estimate: Estimate) -> dict[str, Any]:
+def estimate_json(estimate: Estimate) -> dict[str, object]:
     """Return an estimate as plain numbers: seconds and bytes."""
     t = estimate.recipe.teacher
     teacher_ranks = estimate.case.teacher_ranks
-    traffic: Mapping[str, Mapping[str, Any]] = {
+    traffic: Mapping[str, Mapping[str, object]] = {
         name: {"link": sent.link, "bytes": sent.num_bytes} for name, sent in estimate.traffic.items()
     }
     return {

@@ -173,24 +173,25 @@ class Times:
         tp = parallel.tp
         sequence_split = tp if parallel.sequence_parallel else 1
         h = arch.hidden_size
-        heads = arch.dim_size("heads")
-        qkv = arch.dim_size("qkv")
-        gate_up = arch.dim_size("gate_up")
-        ffn = arch.dim_size("ffn")
+        widths = arch.widths()
+        query = widths.query // tp
+        qkv = widths.qkv // tp
+        fc1 = widths.fc1 // tp
+        fc2 = widths.fc2 // tp
         rate = self.rates["fp8" if dtype not in ("bf16", "fp32") else dtype]
         size = 4 if dtype == "fp32" else 2
         flops = 0.0
         products_s = 0.0
-        for rows, columns in ((qkv // tp, h), (h, heads // tp), (gate_up // tp, h), (h, ffn // tp)):
+        for rows, columns in ((qkv, h), (h, query), (fc1, h), (h, fc2)):
             product = 2 * tokens * rows * columns
             num_bytes = size * (tokens * (rows + columns) + rows * columns)
             flops += product
             products_s += max(product / rate, num_bytes / self.hbm)
-        attention = 2 * tokens * sequence_length * heads / tp
+        attention = 2 * tokens * sequence_length * widths.query / tp
         attention_s = attention / self.rates["fp32" if dtype == "fp32" else "bf16"]
         # Memory traffic outside products and attention: two norms and residuals, the gate, rotated
         # q and k.
-        elements = tokens * (10 * h / sequence_split + (gate_up + ffn + 2 * qkv) / tp)
+        elements = tokens * (10 * h / sequence_split + (widths.fc1 + widths.fc2 + 2 * widths.qkv) / tp)
         elementwise_s = size * elements / self.hbm
         passes = 3 if train else 1
         attention_passes = 3.5 if train else 1

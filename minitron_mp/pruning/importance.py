@@ -234,8 +234,8 @@ def score(
     not changed.
     """
     with recording(model, config or ScoreConfig()) as recorder, torch.no_grad():
-        for micro_batches in batches:
-            run_schedule(model.chunks, micro_batches, model.world, None)
+        for microbatches in batches:
+            run_schedule(model.chunks, microbatches, model.world, None)
     return recorder.importance()  # every rank has the same values, so all ranks raise or none
 
 

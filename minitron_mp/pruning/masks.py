@@ -91,7 +91,7 @@ def _mask_norm(norm: Any, axis: Axis, layer: int, plan: PrunePlan, stack: ExitSt
     units, size = plan.units(axis, layer), axis.num_units(plan.teacher, layer)
     mask, share = _flags(units, size, norm), len(units) / size
 
-    def fill_with_mean(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    def fill_with_mean(_: object, args: tuple[Tensor]) -> tuple[Tensor]:
         mean = (args[0] * mask).sum(-1, keepdim=True, dtype=torch.float32) / len(units)
         return (torch.where(mask.bool(), args[0], mean.to(args[0].dtype)),)
 

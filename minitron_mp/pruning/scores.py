@@ -79,11 +79,11 @@ class Scores:
         if self.layers.shape != (arch.num_layers,):
             problems.append(f"{LAYERS} has shape {self.layers.shape}, the model needs ({arch.num_layers},)")
         problems += [
-            f"{name} holds a NaN or an infinity"
+            f"{name} contains NaN or infinity"
             for name, row in self.tensors().items()
             if not np.isfinite(row).all()
         ]
-        refuse("these importance scores do not fit the model:", problems)
+        refuse("these scores do not fit the model; run `minitron-mp score --force` again:", problems)
 
     def _axis_problems(self, axis: Axis, arch: Arch) -> list[str]:
         """Return the first problem with the shapes of one axis, if there is one."""

@@ -21,7 +21,7 @@ from minitron_mp.models.arch import (
     fp8_problems,
     layout_problems,
 )
-from minitron_mp.models.axes import AXES
+from minitron_mp.models.axes import AXES, SOLVED, STEPPED
 from minitron_mp.models.families.export import export_problems
 from minitron_mp.pruning.candidates import inference_bytes
 from minitron_mp.pruning.target import (
@@ -47,10 +47,6 @@ def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
 def search_candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
     """Return all candidates of a recipe with a section search, as in survey_candidates()."""
     return survey_candidates(recipe, teacher)[0]
-
-
-*STEPPED, SOLVED = (axis for axis in AXES.values() if axis.aligned)
-"""Aligned axes. The size of the last one is computed from the budget if a search lists none."""
 
 
 @dataclass

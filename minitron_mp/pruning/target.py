@@ -6,10 +6,10 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Collection
 
-from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.config.pruning import DEPTH, TargetConfig
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch, layout_problems
-from minitron_mp.models.axes import AXES, Axis
+from minitron_mp.models.axes import AXES, SOLVED, STEPPED, Axis
 from minitron_mp.models.families.export import export_problems
 
 WIDTH_FIELDS = tuple(size.field for axis in AXES.values() for size in axis.sizes)
@@ -68,12 +68,12 @@ def crowded_groups(axis: Axis, teacher: Arch, student: Arch) -> str:
 
 def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int) -> list[str]:
     problems = [
-        f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}"
+        f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}; name those only"
         for n in target.drop_layers or []
         if n >= teacher.num_layers
     ]
     if target.drop_layers and len(target.drop_layers) >= teacher.num_layers:
-        problems.append("drop_layers names every layer")
+        problems.append("drop_layers names every layer; name fewer")
     problems += _size_problems(teacher, student, "num_layers", 1, "")
     for axis in AXES.values():
         problems += _axis_problems(axis, teacher, student, target.align, tp)
@@ -112,7 +112,7 @@ def _size_problems(
 ) -> list[str]:
     before, after = getattr(teacher, field), getattr(student, field)
     if after > before:
-        return [f"{field} {after} is larger than the teacher's {before}"]
+        return [f"{field} {after} is larger than the teacher's {before}; give at most that"]
     if after == before or after % step == 0:
         return []
     near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
@@ -130,49 +130,58 @@ def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family
             f"target.max_parameters {budget:,.0f} is more than the teacher's {teacher.num_parameters():,}, "
             "so nothing would be cut; give a smaller number"
         )
-    if set(target.axes) == {"layer"}:
+    all_widths = [axis.name for axis in (*STEPPED, SOLVED)]
+    axes = target.axes or all_widths
+    widths = ", ".join(all_widths)
+    unknown = [name for name in axes if name not in (*all_widths, DEPTH)]
+    if unknown:
+        raise InputError(f"target.axes {', '.join(unknown)}: unknown; give some of {widths}, or {DEPTH}")
+    if set(axes) == {DEPTH}:
         candidates = (teacher.resized(num_layers=n) for n in range(teacher.num_layers, 0, -1))
         student = next((c for c in candidates if c.num_parameters() <= budget), None)
-    elif set(target.axes) <= set(AXES):
-        student = _most_even_width(teacher, target, tp, budget, family or teacher.family)
+    elif DEPTH not in axes:
+        student = _most_even_width(teacher, axes, target.align, tp, budget, family or teacher.family)
     else:
         raise InputError(
-            f"target.axes {target.axes} mixes width and depth; "
-            "give hidden and ffn, or layer, or explicit sizes for both"
+            f"target.axes {axes} mixes width and depth; "
+            f"give some of {widths}, or {DEPTH}, or explicit sizes for both"
         )
     if student is None:
         raise InputError(
-            f"no student along {target.axes} has at most {budget:,.0f} parameters; "
-            "the embeddings alone may be larger: cut hidden too, or give a larger budget"
+            f"no student along {axes} has at most {budget:,.0f} parameters; the embeddings alone may "
+            f"be larger: reduce all of {widths}, or give a larger budget"
         )
     return student
 
 
-def _most_even_width(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str) -> Arch | None:
-    """Return the student whose aligned axes are scaled most evenly, or None if all are too large.
+def _most_even_width(
+    teacher: Arch, axes: Collection[str], align: int, tp: int, budget: float, family: str
+) -> Arch | None:
+    """Return the student whose axes are scaled most evenly, or None if all are too large.
 
     Of two equally even students it is the larger one.
     """
-    sizes = {}
-    for axis in AXES.values():
-        if axis.aligned:
-            size = getattr(teacher, axis.size.field)
-            steps = steps_down(size, size_step(axis, target.align, tp))
-            sizes[axis.size.field] = steps if axis.name in target.axes else [size]
-    *outer, inner = sizes  # no export rule limits the inner size, so the largest that fits is taken
+
+    def sizes_of(axis: Axis) -> list[int]:
+        size = getattr(teacher, axis.size.field)
+        return steps_down(size, size_step(axis, align, tp)) if axis.name in axes else [size]
+
+    solved = SOLVED.size.field
+    solved_sizes = sizes_of(SOLVED)
     fitting = []
-    for chosen in itertools.product(*(sizes[field] for field in outer)):
-        base = teacher.resized(**dict(zip(outer, chosen)))
+    for chosen in itertools.product(*(sizes_of(axis) for axis in STEPPED)):
+        base = teacher.resized(**{axis.size.field: size for axis, size in zip(STEPPED, chosen)})
 
         def negative_count(size: int, base: Arch = base) -> int:
-            return -base.resized(**{inner: size}).num_parameters()
+            return -base.resized(**{solved: size}).num_parameters()
 
         if not export_problems(base, family):
-            first = bisect_left(sizes[inner], -budget, key=negative_count)
-            fitting += [base.resized(**{inner: size}) for size in sizes[inner][first : first + 1]]
+            first = bisect_left(solved_sizes, -budget, key=negative_count)
+            fitting += [base.resized(**{solved: size}) for size in solved_sizes[first : first + 1]]
 
     def unevenness(student: Arch) -> float:
-        shares = [getattr(student, field) / getattr(teacher, field) for field in sizes]
+        fields = [axis.size.field for axis in (*STEPPED, SOLVED)]
+        shares = [getattr(student, field) / getattr(teacher, field) for field in fields]
         return max(shares) - min(shares)
 
     return min(fitting, key=lambda s: (unevenness(s), -s.num_parameters()), default=None)

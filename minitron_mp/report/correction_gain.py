@@ -100,10 +100,15 @@ def _baseline_differences(baseline: Project, project: Project) -> list[str]:
 
     Only the stages that cause a difference are listed. A search may also have chosen other sizes.
     """
-    overall = _manifest_differences(baseline, "evaluate", {"texts"})
+    overall = _manifest_differences(baseline, "evaluate", ())
     if overall:
-        stages = [name for name in [*baseline.before("evaluate"), "evaluate"] if name != "texts"]
-        causes = [row for name in stages for row in _manifest_differences(baseline, name, baseline.stages)]
+        adds_results = baseline.stages["evaluate"].adds_results
+        before = [name for name in baseline.before("evaluate") if not adds_results(name)]
+        causes = [
+            row
+            for name in (*before, "evaluate")
+            for row in _manifest_differences(baseline, name, baseline.stages)
+        ]
         return causes or overall
     plans = [require_artifact(each.paths["plan"], "plan").arch for each in (baseline, project)]
     baseline_sizes, sizes = (arch.model_dump() if arch else {} for arch in plans)
@@ -115,15 +120,15 @@ def _manifest_differences(baseline: Project, name: str, ignored_inputs: Collecti
     manifest = find_manifest(baseline.paths[name])
     if manifest is None:
         return []
-    ignored_settings = {"task_items"} if name == "evaluate" else set()
+    adds_results = baseline.stages[name].adds_results
 
     def relevant(manifest: Manifest) -> Manifest:
         inputs = {
             key: fingerprint
             for key, fingerprint in manifest.inputs.items()
-            if key not in ignored_inputs and not key.startswith("task ")
+            if key not in ignored_inputs and not adds_results(key)
         }
-        settings = {key: value for key, value in manifest.settings.items() if key not in ignored_settings}
+        settings = {key: value for key, value in manifest.settings.items() if not adds_results(key)}
         return manifest.model_copy(update={"inputs": inputs, "settings": settings})
 
     return [f"{name} {row}" for row in relevant(manifest).differences(relevant(baseline.manifest(name)))]

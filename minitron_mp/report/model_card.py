@@ -172,7 +172,10 @@ def _distillation_text(recipe: Recipe, name: str) -> str:
         )
     losses = []
     if d.kl_weight:
-        losses.append(f"{d.kl_weight:g} x {d.divergence}")
+        parameters = "".join(
+            f" ({name} {value:g})" for name, value in (d.divergence_parameters or {}).items()
+        )
+        losses.append(f"{d.kl_weight:g} x {d.divergence}{parameters}")
     if d.ce_weight:
         losses.append(f"{d.ce_weight:g} x cross-entropy")
     if d.states:

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.config.recipe import Recipe
 
 Paths = Mapping[str, Path]
 """Stage -> artifact."""
+
+
+class ProjectStage(Protocol):
+    """What a report reads of a stage. workflow.stage.Stage implements it."""
+
+    @property
+    def needs_ranks(self) -> bool:
+        """Return whether the stage runs on the ranks of a job, not in one process."""
+
+    @property
+    def meets_roles(self) -> bool:
+        """Return whether the ranks of a remote teacher and of further students take part."""
+
+    @property
+    def curves(self) -> Callable[[Recipe], Sequence[Curve]]:
+        """Return the function from recipe to the curves of the stage's training runs."""
+
+    @property
+    def adds_results(self) -> Callable[[str], bool]:
+        """Return the predicate for inputs and settings that add results and change no others."""
 
 
 class Project(Protocol):
@@ -23,8 +44,8 @@ class Project(Protocol):
         """Return stage -> artifact, in order."""
 
     @property
-    def stages(self) -> Collection[str]:
-        """Return the names of the stages, in order."""
+    def stages(self) -> Mapping[str, ProjectStage]:
+        """Return name -> stage, in order."""
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest that the stage's artifact must have."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from minitron_mp.artifacts.run_log import FILE, RunRecord, software
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.report.document import Code, Part, Section, Table
+from minitron_mp.report.project import ProjectStage
 
 
 def provenance_section(
-    recipe: Recipe, stages: Sequence[str], num_ranks: int | None, run_log: Mapping[str, RunRecord]
+    recipe: Recipe,
+    stages: Mapping[str, ProjectStage],
+    num_ranks: int | None,
+    run_log: Mapping[str, RunRecord],
 ) -> Section:
     """Build the section with commands, recipe and versions of the stages, from the run log.
 
@@ -36,24 +40,25 @@ def provenance_section(
 
 
 def _commands(
-    recipe: Recipe, stages: Sequence[str], num_ranks: int, run_log: Mapping[str, RunRecord]
+    recipe: Recipe, stages: Mapping[str, ProjectStage], num_ranks: int, run_log: Mapping[str, RunRecord]
 ) -> list[str]:
     """Return commands that repeat the run: one for all stages if they used one launch, then one each."""
     file = recipe.root / "recipe.yaml"
     launches = {
-        stage: (record.launcher, record.layout_overrides(recipe))
-        for stage, record in run_log.items()
-        if stage != "plan"
+        name: (record.launcher, record.layout_overrides(recipe))
+        for name, record in run_log.items()
+        if stages[name].needs_ranks
     }
     job_size = num_ranks + recipe.teacher.ranks_in(None) + sum(recipe.teacher.siblings.values())
     launcher = f"torchrun --nproc-per-node {job_size} -m minitron_mp" if job_size > 1 else "minitron-mp"
-    usual = launches.get("distill", (launcher, ""))
+    whole_job = [launch for name, launch in launches.items() if stages[name].meets_roles]
+    usual = whole_job[0] if whole_job else (launcher, "")
     lines = []
     if len(set(launches.values())) < 2:
         lines += [f"{usual[0]} compress {file}{usual[1]}", "", "# or stage by stage"]
-    for stage in stages:
-        start, layout = ("minitron-mp", "") if stage == "plan" else launches.get(stage, usual)
-        lines.append(f"{start} {stage} {file}{layout}")
+    for name, stage in stages.items():
+        start, layout = launches.get(name, usual) if stage.needs_ranks else ("minitron-mp", "")
+        lines.append(f"{start} {name} {file}{layout}")
     return [*lines, f"minitron-mp report {file}"]
 
 

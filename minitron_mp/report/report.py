@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
+from minitron_mp.artifacts.curves import CORRECTION
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.run_log import records_of
 from minitron_mp.config.recipe import Recipe
@@ -32,7 +32,7 @@ from minitron_mp.report.tables import (
     tasks_table,
     texts_table,
 )
-from minitron_mp.report.training_section import METRICS_FILES, Metrics, cost_section, training_section
+from minitron_mp.report.training_section import Metrics, cost_section, training_section
 
 
 def write_report(project: Project) -> None:
@@ -58,7 +58,11 @@ def build_report(project: Project) -> Document:
     candidates: list[Candidate] = []
     if "search" in paths:
         candidates = read_json(paths["search"], "search --force")["candidates"]
-    metrics = _read_metrics(recipe, paths)
+    metrics = {
+        curve: _read_jsonl(paths[name] / curve.file)
+        for name, stage in project.stages.items()
+        for curve in stage.curves(recipe)
+    }
     run_log = records_of(recipe.root, paths)
     quality = quality_table(recipe, paths)
 
@@ -67,16 +71,16 @@ def build_report(project: Project) -> Document:
         pruned_section(plan, scores),
         importance_section(plan, scores, trials, recipe.depth.method),
     ]
-    if "correct" in metrics:
-        gain = correction_gain(project, evaluation)
-        sections.append(training_section("correct", metrics["correct"], gain))
-    sections.append(training_section("distill", metrics["distill"], []))
-    sections.append(cost_section(metrics, candidates, recipe, run_log))
+    for curve, rows in metrics.items():
+        before = correction_gain(project, evaluation) if curve == CORRECTION else []
+        sections.append(training_section(curve, rows, before, recipe.distill.divergence))
+    curves = {curve.name: rows for curve, rows in metrics.items()}
+    sections.append(cost_section(curves, candidates, recipe, run_log))
     if recipe.search:
         sections.append(search_section(candidates, recipe.search.budget[0]))
     sections.append(_files_section(recipe, paths))
     num_ranks = evaluation["speed"]["ranks"] if "speed" in evaluation else None
-    sections.append(provenance_section(recipe, list(project.stages), num_ranks, run_log))
+    sections.append(provenance_section(recipe, project.stages, num_ranks, run_log))
     title = f"{recipe.model} compressed to {quality.rows[-1][2]}"
     return Document(title, headline(quality, evaluation), sections)
 
@@ -101,17 +105,6 @@ def _files_section(recipe: Recipe, paths: Paths) -> Section:
     rows = [(stage, f"`{path.relative_to(recipe.root)}`") for stage, path in paths.items()]
     rows.append(("this report, with figures", "`report.html`"))
     return Section("Files", [Table(("stage", "file or folder"), rows, "left")])
-
-
-def _read_metrics(recipe: Recipe, paths: Paths) -> Mapping[str, list[Metrics]]:
-    """Return training stage -> its logged metrics."""
-    metrics = {}
-    if recipe.correct:
-        # A teacher that is corrected during distillation logs into the folder of `distill`.
-        folder = paths["distill" if recipe.corrects_during_distillation else "correct"]
-        metrics["correct"] = _read_jsonl(folder / METRICS_FILES["correct"])
-    metrics["distill"] = _read_jsonl(paths["distill"] / METRICS_FILES["distill"])
-    return metrics
 
 
 def _read_jsonl(path: Path) -> list[Metrics]:

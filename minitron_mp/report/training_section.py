@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.run_log import RunRecord
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.report.document import Part, Section, Table
@@ -17,20 +18,6 @@ from minitron_mp.report.search_section import Candidate, last_distillation
 Metrics = Mapping[str, Any]
 """Metrics of one logged step."""
 
-TITLES = {"correct": "Teacher correction", "distill": "Distillation"}
-"""Training stage -> title of its section."""
-
-METRICS_FILES = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Training stage -> file of its metrics."""
-
-COLUMNS = {
-    "step": ("step", "d"),
-    "loss": ("loss", ".4f"),
-    "KL": ("kl", ".4f"),
-    "learning rate": ("lr", ".2e"),
-    "gradient norm": ("grad_norm", ".2f"),
-}
-"""Column of the table of steps -> (key of the metrics, format)."""
 
 TABLE_STEPS = 11
 """Number of rows in the table of steps, evenly spaced over the run."""
@@ -55,23 +42,37 @@ class TrainingCost:
     seconds: float
 
 
-def training_section(stage: str, metrics: Sequence[Metrics], before: Sequence[Part]) -> Section:
-    """Build the section with summary, curves and a table of steps. before: parts that come first."""
-    title = TITLES[stage]
+def training_section(
+    curve: Curve, metrics: Sequence[Metrics], before: Sequence[Part], divergence: str
+) -> Section:
+    """Build the section with summary, curves and a table of steps.
+
+    before: parts that come first. divergence: name of the trained divergence, which is its key in
+    the metrics. A run without a teacher has no such key.
+    """
+    title = curve.title
     if not metrics:
         return Section(title, [*before, "No steps were logged."])
     cost = _training_cost(metrics)
-    columns = dict(COLUMNS)
-    if not any(row["kl"] for row in metrics):  # a run without a teacher
-        del columns["KL"]
+    logged = divergence if all(divergence in row for row in metrics) else None
+    columns = _columns(logged)
     numbers = sorted({round(x) for x in np.linspace(0, len(metrics) - 1, TABLE_STEPS)})
     rows = [[format(metrics[i][key], form) for key, form in columns.values()] for i in numbers]
     summary = (
         f"{cost.steps} steps, {cost.tokens:,} tokens, {cost.seconds / 60:.1f} minutes, "
         f"{cost.tokens / cost.seconds:,.0f} tokens/s over all ranks. "
-        f"All steps: `{METRICS_FILES[stage]}`, `tensorboard/{stage}`."
+        f"All steps: `{curve.file}`, `tensorboard/{curve.name}`."
     )
-    return Section(title, [*before, summary, *training_figures(title, metrics), Table(list(columns), rows)])
+    figures = training_figures(title, metrics, logged)
+    return Section(title, [*before, summary, *figures, Table(list(columns), rows)])
+
+
+def _columns(divergence: str | None) -> dict[str, tuple[str, str]]:
+    """Return column of the table of steps -> (key of the metrics, format)."""
+    columns = {"step": ("step", "d"), "loss": ("loss", ".4f")}
+    if divergence is not None:
+        columns[divergence] = (divergence, ".4f")
+    return {**columns, "learning rate": ("lr", ".2e"), "gradient norm": ("grad_norm", ".2f")}
 
 
 def _training_cost(metrics: Sequence[Metrics]) -> TrainingCost:

@@ -1,6 +1,6 @@
 """The training loop, for distillation and for teacher correction.
 
-loop                 train, train_together: the training algorithm
+loop                 train_one, train_together: the training algorithm
 run                  TrainingRun: forward and backward pass, update, log, save
 optimizer            TrainableModel: data-parallel wrapper, optimizer, learning-rate schedule
 loss                 TrainingLoss: the loss function that run_schedule calls on the last stage
@@ -9,6 +9,6 @@ run_checkpoint       RunCheckpoints: save and resume
 step_log             StepLog: sums of a log interval over the ranks
 metrics, throughput  StepMetrics, MetricsLog, Throughput
 teacher_correction   TrainableTeacher: a teacher that is trained during distillation
-distill              distill: distillation from Python, without a recipe
+distill              distill, train: from Python, without a recipe
 profiling            Profiler: traces of chosen steps
 """

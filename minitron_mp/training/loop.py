@@ -21,7 +21,7 @@ from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.step_log import Diverged
 
 
-def train(
+def train_one(
     model: ShardedModel,
     teacher: Teacher | None,
     batches_of: Callable[[int], Sequence[Batch]],
@@ -33,7 +33,7 @@ def train(
 ) -> None:
     """Train the model in place to settings.steps. Resume from its newest checkpoint, if any.
 
-    Reached by all ranks. batches_of(step): returns this data-parallel rank's micro-batches of a
+    Reached by all ranks. batches_of(step): returns this data-parallel rank's microbatches of a
     step (from 0). stop_after: return after this number of steps of this call, and write a
     checkpoint. profile_folder: folder for the traces of settings.profile. InputError when the loss
     is not finite. Preempted when the job must stop, after a checkpoint is written.

@@ -20,7 +20,7 @@ class TrainingLoss:
     """The on_output function of run_schedule() in training.
 
     model: model with chunks that are wrapped for data parallelism. sums: float64 [4], the sums of
-    loss, divergence and cross-entropy in nats, and of valid tokens, over this rank's micro-batches
+    loss, divergence and cross-entropy in nats, and of valid tokens, over this rank's microbatches
     of a step.
     """
 
@@ -34,6 +34,7 @@ class TrainingLoss:
             settings.kl_weight,
             settings.ce_weight,
             DTYPES[settings.logits_precision],
+            settings.divergence_parameters or {},
         )
         self.sums = torch.zeros(4, dtype=torch.float64, device=model.world.device)
 

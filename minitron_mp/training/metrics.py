@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 class StepMetrics:
     """Metrics of one optimizer step.
 
-    loss is the optimised value. loss, kl and ce are means over the step's valid tokens, in nats.
+    loss is the optimised value. loss, divergence and ce are means over the step's valid tokens, in
+    nats.
     """
 
     step: int
     """Number of the step, counted from 1."""
     loss: float
-    kl: float
+    divergence: float | None
+    """Divergence of the loss between teacher and student, without weight and temperature squared.
+    None without a teacher."""
     ce: float
     grad_norm: float
     """Global norm before clipping."""
@@ -41,11 +44,21 @@ class StepMetrics:
     """Loss on hidden states (distillation/hidden_states.py). None if they are not matched."""
     alpha: float | None = None
     """Weight of `states` in the loss."""
+    divergence_name: str = ""
+    """Name of the divergence: config.distillation.DistillConfig.divergence. "" without a teacher."""
     measured: Throughput = field(default_factory=Throughput, compare=False)
 
     def values(self) -> dict[str, float]:
-        """Return name -> value of every metric that is not None, in one flat dictionary."""
-        metrics = {name: value for name, value in vars(self).items() if name != "measured"}
+        """Return name -> value of every metric that is not None, in one flat dictionary.
+
+        The divergence has its own name: "forward_kl", "js". So curves of different divergences do
+        not get one name, and none is mistaken for the KL of an evaluation.
+        """
+        metrics = {
+            self.divergence_name if name == "divergence" else name: value
+            for name, value in vars(self).items()
+            if name not in ("divergence_name", "measured")
+        }
         metrics |= vars(self.measured)
         return {name: value for name, value in metrics.items() if value is not None}
 

@@ -102,7 +102,7 @@ def _wrapped(model: ShardedModel, settings: TrainingConfig) -> ShardedModel:
         overlap_grad_reduce=settings.overlap,
         overlap_param_gather=settings.overlap,
     )
-    refuse("this model would be trained wrongly:", silently_wrong(config, ddp))
+    refuse("this model would be trained wrongly; change its config:", silently_wrong(config, ddp))
     # Set it before wrapping, because the wrapper's scaling of gradients depends on it.
     config.calculate_per_token_loss = True
     chunks = [

@@ -29,7 +29,7 @@ from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import RunCheckpoints
 from minitron_mp.training.step_log import FinishedStep, RankStatus, StepLog
 
-OnOutput = Callable[[torch.Tensor, Batch], Any]
+OnOutput = Callable[[torch.Tensor, Batch], object]
 
 
 class TrainingRun:
@@ -66,7 +66,13 @@ class TrainingRun:
             self.checkpoints.resume(self)
         if settings.collect_interval:
             gc.disable()
-        self.step_log = StepLog(options, self.world, total_steps=settings.steps, first_step=self.steps_done)
+        self.step_log = StepLog(
+            options,
+            self.world,
+            divergence=settings.divergence if teacher is not None else None,
+            total_steps=settings.steps,
+            first_step=self.steps_done,
+        )
 
     @property
     def log_is_due(self) -> bool:

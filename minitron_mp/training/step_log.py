@@ -69,11 +69,21 @@ class JobStatus:
 class StepLog:
     """Collects the steps of a run, and reports them at the end of a log interval.
 
+    divergence: name of the divergence between teacher and student; None without a teacher.
     total_steps: number of steps of the run. first_step: step at which this process starts.
     """
 
-    def __init__(self, options: RunOptions, world: World, *, total_steps: int, first_step: int):
-        self.options, self.world, self.total_steps, self.first_step = options, world, total_steps, first_step
+    def __init__(
+        self,
+        options: RunOptions,
+        world: World,
+        *,
+        divergence: str | None,
+        total_steps: int,
+        first_step: int,
+    ):
+        self.options, self.world, self.divergence = options, world, divergence
+        self.total_steps, self.first_step = total_steps, first_step
         self.steps: list[FinishedStep] = []
         self.begin = time.perf_counter()
         self.start_clock()
@@ -127,7 +137,7 @@ class StepLog:
                 eta_s=pace_s * (self.total_steps - finished.step - 1),
                 tokens_per_s_per_gpu=row[3] / step_s / self.world.job_size,
             )
-            metrics.append(_metrics(finished, row, step_s, measured))
+            metrics.append(_metrics(finished, row, step_s, self.divergence, measured))
         return job, metrics
 
     def check_and_publish(self, metrics: Sequence[StepMetrics]) -> None:
@@ -177,7 +187,13 @@ class StepLog:
         )
 
 
-def _metrics(finished: FinishedStep, row: list[float], step_s: float, measured: Throughput) -> StepMetrics:
+def _metrics(
+    finished: FinishedStep,
+    row: list[float],
+    step_s: float,
+    divergence_name: str | None,
+    measured: Throughput,
+) -> StepMetrics:
     """Return the metrics of a step: means over its valid tokens, from global sums."""
     loss, divergence, cross_entropy, tokens, *hidden_states = row
     mean_states = alpha = None
@@ -189,7 +205,7 @@ def _metrics(finished: FinishedStep, row: list[float], step_s: float, measured: 
     return StepMetrics(
         step=finished.step + 1,
         loss=loss / tokens,
-        kl=divergence / tokens,
+        divergence=None if divergence_name is None else divergence / tokens,
         ce=cross_entropy / tokens,
         grad_norm=finished.grad_norm,
         lr=finished.lr,
@@ -198,5 +214,6 @@ def _metrics(finished: FinishedStep, row: list[float], step_s: float, measured: 
         tokens_per_s=tokens / step_s,
         states=mean_states,
         alpha=alpha,
+        divergence_name=divergence_name or "",
         measured=measured,
     )

@@ -2,7 +2,7 @@
 
 2408.11796, figure 5: two orders give equally good students. Either the teacher is corrected first,
 or the original is pruned and corrected during distillation. In each step the student distils from
-the teacher's weights before the teacher's update, on the same micro-batches. One forward pass of
+the teacher's weights before the teacher's update, on the same microbatches. One forward pass of
 the teacher gives both results: its hidden states are the signal, and its cross-entropy gives the
 gradients. The student's loss applies the teacher's output layer later, so the teacher's update
 waits until the signals are used.
@@ -48,7 +48,7 @@ class TrainableTeacher:
         numbered: list[Batch] = [{**batch, "index": index} for index, batch in enumerate(batches)]
         trains = self.run.steps_done < self.run.settings.steps
 
-        def on_output(output: Tensor, batch: Batch) -> Any:
+        def on_output(output: Tensor, batch: Batch) -> object:
             hidden[batch["index"]] = output.detach()
             return self.run.loss(output, batch) if trains else None
 

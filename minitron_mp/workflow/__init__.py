@@ -7,6 +7,8 @@ context          StageContext: a stage on one rank; stage_files: its artifacts, 
 settings         settings and fingerprints that several stages share
 preflight        checks of a recipe before a run
 dry_run          dry_run
+disk_sizes       DiskSizes: estimated sizes of artifacts
+training         run_training: the training of the stages correct and distill
 teacher_source   open_teacher: the teacher of a recipe; teacher_stream: its stream;
                  fp8_teacher: its KL to the bf16 teacher
 """

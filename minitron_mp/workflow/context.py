@@ -11,7 +11,7 @@ from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
-from minitron_mp.data.batches import Corpus, micro_batches, open_samples
+from minitron_mp.data.batches import Corpus, microbatches, open_samples
 from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
@@ -99,7 +99,7 @@ class StageContext(StageFiles):
     def groups(
         self, part: str, num_samples: int, micro_batch_size: int, *, exact: bool
     ) -> tuple[int, Iterator[list[Batch]]]:
-        """Return the number of groups, and this data-parallel rank's groups of micro-batches.
+        """Return the number of groups, and this data-parallel rank's groups of microbatches.
 
         A group fills the pipeline. part: "calibration", "valid", or a name of data.held_out. exact:
         InputError unless the samples divide; otherwise the last group is padded with samples of
@@ -121,7 +121,7 @@ class StageContext(StageFiles):
         samples = open_samples(corpus, part, num_samples, repeat=False)
 
         def group(number: int) -> list[Batch]:
-            return micro_batches(
+            return microbatches(
                 samples,
                 number,
                 global_batch_size=size,

@@ -106,8 +106,7 @@ class StageGraph:
         problems = recipe_problems(self.recipe, self.paths, num_ranks, weights=weights)
         refuse("this recipe cannot run:", problems)
 
-    def check_artifact(self, name: str) -> None:
-        """Raise InputError when the finished artifact of a stage would stop a later stage."""
-        check = self.stages[name].check
-        if check is not None:
-            check(self.files(name))
+    def artifact_problems(self, name: str) -> list[str]:
+        """Return why the finished artifact of a stage would stop a later stage, as sentences."""
+        problems = self.stages[name].problems
+        return [] if problems is None else problems(self.files(name))

@@ -182,11 +182,11 @@ def _rank_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
     teacher = recipe.teacher
     student_ranks, teacher_ranks = _student_ranks(recipe, num_ranks), teacher.ranks_in(num_ranks)
     siblings = sum(teacher.siblings.values())
-    roles = [("student", student_ranks, recipe.parallel, teacher_ranks)]
+    roles = [("student", "parallel", student_ranks, recipe.parallel, teacher_ranks)]
     if teacher.is_remote:
-        roles.append(("teacher", teacher_ranks, teacher.parallel, student_ranks))
+        roles.append(("teacher", "teacher.parallel", teacher_ranks, teacher.parallel, student_ranks))
     problems = []
-    for role, ranks, parallel, other_ranks in roles:
+    for role, section, ranks, parallel, other_ranks in roles:
         if ranks > 0 and ranks % parallel.model_ranks == 0:
             continue
         share = ""
@@ -194,7 +194,7 @@ def _rank_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
             share = f" ({num_ranks} minus {other_ranks + siblings} for other roles)"
         problems.append(
             f"{ranks} ranks{share} for the {role} must be a multiple of tp x pp x cp = "
-            f"{parallel.model_ranks}, above 0"
+            f"{parallel.model_ranks}, above 0; start another number of ranks, or change {section}"
         )
     return problems
 
@@ -243,12 +243,13 @@ def _layout_problems(recipe: Recipe, base: Arch) -> list[str]:
     if recipe.data.sequence_length > longest:
         problems.append(
             f"data.sequence_length {recipe.data.sequence_length} is above the model's "
-            f"max_position_embeddings {longest}"
+            f"max_position_embeddings {longest}; give at most that"
         )
     search = recipe.search
     if search and search.context and search.latency_ms and search.context > longest:
         problems.append(
-            f"search.context {search.context} is above the model's max_position_embeddings {longest}"
+            f"search.context {search.context} is above the model's max_position_embeddings {longest}; "
+            "give at most that"
         )
     return problems
 
@@ -265,9 +266,14 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     if teacher.is_remote:
         problems += [f"teacher: {problem}" for problem in layout_problems(arch, teacher.parallel.tp)]
         if teacher.parallel.pp > arch.num_layers:
-            problems.append(f"teacher: {teacher.parallel.pp} pipeline stages for {arch.num_layers} layers")
+            problems.append(
+                f"teacher: {teacher.parallel.pp} pipeline stages for {arch.num_layers} layers; "
+                "lower teacher.parallel.pp"
+            )
     if teacher.payload == "topk" and teacher.top_k > base.vocab_size:
-        problems.append(f"teacher.top_k {teacher.top_k} is above the vocabulary of {base.vocab_size}")
+        problems.append(
+            f"teacher.top_k {teacher.top_k} is above the vocabulary of {base.vocab_size}; lower it"
+        )
     if teacher.model is None:
         return problems
     if Path(teacher.model).resolve() == Path(recipe.model).resolve():
@@ -280,13 +286,13 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     if recipe.data.sequence_length > arch.max_position_embeddings:
         problems.append(
             f"data.sequence_length {recipe.data.sequence_length} is above max_position_embeddings "
-            f"{arch.max_position_embeddings} of teacher.model"
+            f"{arch.max_position_embeddings} of teacher.model; give at most that"
         )
     stages = parallel.pp * (parallel.vpp or 1)
     if stages > arch.num_layers:
         problems.append(
             f"teacher.model: {stages} pipeline stages (pp x vpp) for {arch.num_layers} layers; "
-            "evaluate loads it in the student's layout"
+            "evaluate loads it in the student's layout, so lower pp or vpp"
         )
     return problems
 

@@ -7,7 +7,7 @@ that differs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,11 +19,10 @@ from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe, load_recipe, save_recipe
 from minitron_mp.console import say, speaks
-from minitron_mp.errors import InputError
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import checkpoint_folder
-from minitron_mp.workflow.stages import STAGES
 
 if TYPE_CHECKING:
     from minitron_mp.distributed.preemption import Preemption
@@ -48,7 +47,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
         if speaks():  # one process does the work, also under torchrun
             _run_in_this_process(stage, graph, force=force)
         return graph.paths[name]
-    with _join_world(recipe) as world, _preemptible(world):
+    with _join_world(recipe) as world, _preemptible(world, [stage]):
         if world.role == "student":
             _run(stage, graph, world, force=force)
         elif stage.meets_roles:
@@ -63,7 +62,7 @@ def compress(recipe: Recipe) -> Path:
     """
     graph = StageGraph(recipe)
     graph.check()
-    with _join_world(recipe) as world, _preemptible(world):
+    with _join_world(recipe) as world, _preemptible(world, graph.stages.values()):
         if world.role != "student":
             for stage in graph.stages.values():
                 if stage.meets_roles:
@@ -76,14 +75,26 @@ def compress(recipe: Recipe) -> Path:
             f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
             "finished stage and checkpoint"
         )
-        for name, stage in graph.stages.items():
-            _run(stage, graph, world, force=False)
-            if stage.check is not None:
-                _on_rank_0(partial(graph.check_artifact, name))
+        _run_unfinished(graph, world)
         _on_rank_0(lambda: _discard_checkpoints(graph))
         _on_rank_0(lambda: _write_report(graph))
         _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
     return graph.paths["export"]
+
+
+def _run_unfinished(graph: StageGraph, world: World) -> None:
+    """Run all unfinished stages on all ranks.
+
+    Problems of finished artifacts are collected over consecutive stages that check them, and raised
+    before the next stage that does not.
+    """
+    problems: list[str] = []
+    for name, stage in graph.stages.items():
+        if stage.problems is None and problems:
+            _on_rank_0(partial(refuse, "a later stage would fail with these artifacts:", problems))
+        _run(stage, graph, world, force=False)
+        if stage.problems is not None:
+            problems += _on_rank_0(partial(graph.artifact_problems, name))
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
@@ -202,8 +213,11 @@ def _write_report(graph: StageGraph) -> None:
 
 
 @contextmanager
-def _preemptible(world: World) -> Iterator[None]:
-    """On an early stop, print one line, delete the stop file, and inform the other roles."""
+def _preemptible(world: World, stages: Iterable[Stage]) -> Iterator[None]:
+    """On an early stop, print one line, delete the stop file, and inform the other roles.
+
+    stages: the stages that the command runs.
+    """
     from minitron_mp.distributed.preemption import Preempted
 
     try:
@@ -211,7 +225,7 @@ def _preemptible(world: World) -> Iterator[None]:
     except Preempted as stop:
         preemption = _preemption(world)
         if world.channel is not None and not preemption.roles_met:
-            for stage in STAGES:
+            for stage in stages:
                 if stage.meets_roles:
                     world.channel.exchange(stage.name, False, timeout_s=None)
         if world.is_main:

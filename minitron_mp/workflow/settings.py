@@ -6,13 +6,13 @@ The functions import models and data, so that this module imports quickly.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from minitron_mp.config.pruning import DEPTH
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
 
 
-def run_settings(recipe: Recipe) -> dict[str, Any]:
+def run_settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings that change the result of every stage with a forward pass."""
     return {
         "precision": recipe.precision,
@@ -21,7 +21,7 @@ def run_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def fp8_teacher(recipe: Recipe) -> dict[str, Any]:
+def fp8_teacher(recipe: Recipe) -> dict[str, object]:
     """Return the FP8 setting of the teacher; empty without FP8."""
     return {"fp8": recipe.teacher.fp8} if recipe.teacher.fp8 else {}
 
@@ -32,7 +32,7 @@ def num_dropped_layers(recipe: Recipe) -> int:
     from minitron_mp.pruning.search_space import layers_to_drop
 
     target = recipe.target
-    keeps_depth = target.num_layers is None and "layer" not in target.axes
+    keeps_depth = target.num_layers is None and DEPTH not in (target.axes or ())
     if recipe.search is None and (target.drop_layers is not None or keeps_depth):
         return 0
     return layers_to_drop(recipe, read_arch(Path(recipe.model), weights=False))

@@ -7,14 +7,16 @@ stage is in a second file of the same folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from minitron_mp.artifacts.curves import Curve
 from minitron_mp.config.recipe import Recipe
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
+    from minitron_mp.workflow.disk_sizes import DiskSizes
     from minitron_mp.workflow.stage_files import StageFiles
 
 Input = str | Callable[[Recipe], str]
@@ -37,7 +39,7 @@ class Stage:
     unrecorded_inputs: tuple[str, ...] = ()
     """Optional inputs that do not change the result, such as a cache. They must be up to date, but
     they are not in the manifest."""
-    settings: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    settings: Callable[[Recipe], dict[str, object]] = lambda recipe: {}
     """The settings that change the result. A change of any other setting does not rerun the stage.
     """
     sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
@@ -52,10 +54,17 @@ class Stage:
     """
     run_on_one_rank: Callable[[StageFiles], None] | None = None
     """Writes the artifact in one process, without process groups. None for a stage with run."""
-    check: Callable[[StageFiles], None] | None = None
-    """Raises InputError when a later stage would fail with the finished artifact. Called by compress."""
+    problems: Callable[[StageFiles], list[str]] | None = None
+    """Returns why a later stage would fail with the finished artifact, as sentences. Called by
+    compress, which reports the problems of consecutive stages together."""
     meets_roles: bool = False
     """Whether the ranks of a remote teacher and of further students take part."""
+    curves: Callable[[Recipe], Sequence[Curve]] = lambda recipe: ()
+    """Curves of the training runs of the stage. The curve of the stage's model is the last one."""
+    disk_bytes: Callable[[DiskSizes], float] = lambda sizes: 0.0
+    """Estimated bytes of the artifact and of the checkpoints, for a stage that writes a model."""
+    adds_results: Callable[[str], bool] = lambda name: False
+    """Whether an input or setting of the manifest adds results without changing the others."""
     has_checkpoints: bool = False
     """Whether the stage saves checkpoints below recipe.output while it runs."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from minitron_mp.console import say
-from minitron_mp.data.batches import micro_batches
+from minitron_mp.data.batches import microbatches
 from minitron_mp.distillation.cache import Reader
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.receiver import Receiver
@@ -163,7 +163,7 @@ def serve(
     per_step = settings.global_batch_size // settings.micro_batch_size
 
     def batch_of(id: int) -> Batch:
-        (batch,) = micro_batches(
+        (batch,) = microbatches(
             samples,
             id // per_step,
             global_batch_size=settings.global_batch_size,

@@ -4,7 +4,6 @@ that sender and receiver agree."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -107,8 +106,8 @@ def stream_settings(
     *,
     vocab_size: int,
     fingerprints: dict[str, str],
-    tokenizer: dict[str, Any],
-) -> dict[str, Any]:
+    tokenizer: dict[str, object],
+) -> dict[str, object]:
     """Return the settings that sender and receiver must share. vocab_size: of this role's model."""
     return {
         **fingerprints,
@@ -129,7 +128,7 @@ def stream_settings(
 
 
 def compare_settings(
-    channel: RoleChannel, students: Sequence[str], settings: dict[str, Any], first_step: int
+    channel: RoleChannel, students: Sequence[str], settings: dict[str, object], first_step: int
 ) -> int:
     """Return the first step of the students; InputError on all ranks when the roles differ."""
     sent = {"first": first_step, "settings": settings}

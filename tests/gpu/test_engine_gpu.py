@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import micro_batches
+from cases import microbatches
 from tiny import make_model, make_recipe_file, make_text, read_metrics
 
 from minitron_mp.artifacts.checkpoint import load_weights, model_state, save_checkpoint
@@ -142,7 +142,7 @@ def batches_of(arch: Arch, step: int = 0, count: int = 4, size: int = 1):
         "position_ids": place,
         "loss_mask": torch.ones(count, SEQUENCE),
     }
-    return micro_batches(samples, size, 0, 1)
+    return microbatches(samples, size, 0, 1)
 
 
 def hidden_of(chunks, arch: Arch, world, step: int = 0) -> torch.Tensor:
@@ -260,7 +260,7 @@ def losses_of(
 ) -> list[float]:
     """Cross-entropy of STEPS steps on 8 samples over and over, from the same random weights."""
     from minitron_mp.models.build import ModelOptions, build_model
-    from minitron_mp.training.loop import train
+    from minitron_mp.training.loop import train_one
     from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(
@@ -297,7 +297,7 @@ def losses_of(
 
     manifest = Manifest(stage="correct", settings={"fp8": fp8}, inputs={})
     options = RunOptions(checkpoints, manifest, seed=3, on_step=on_step)
-    train(model, None, lambda step: batches_of(arch, 0, 8, 2), settings, options, stop_after=stop_after)
+    train_one(model, None, lambda step: batches_of(arch, 0, 8, 2), settings, options, stop_after=stop_after)
     if settings.cuda_graphs:
         assert len(recorded[1]) >= len(chunks[0].decoder.layers)
         assert all(recorded[1])
@@ -472,7 +472,7 @@ def test_fp8_teacher_loads_at_another_tp(models, world, tmp_path, kind):
 def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) -> list[float]:
     """Cross-entropy of a few steps from a checkpoint."""
     from minitron_mp.models.build import ModelOptions, build_model
-    from minitron_mp.training.loop import train
+    from minitron_mp.training.loop import train_one
     from minitron_mp.training.options import RunOptions
 
     settings = CorrectionConfig(steps=8, warmup_steps=0, global_batch_size=4, lr=3e-4, min_lr=1e-4, **more)
@@ -489,7 +489,7 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
     )
     with communication_buffers(settings, model):
         own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
-        train(model, None, lambda step: own, settings, options)
+        train_one(model, None, lambda step: own, settings, options)
     return found
 
 

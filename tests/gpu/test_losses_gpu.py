@@ -16,6 +16,7 @@ import torch
 from test_losses import CROSS_ENTROPY, OBJECTIVES, as_top_k, check, dense
 
 from minitron_mp.losses import reference
+from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherHidden
 
@@ -76,7 +77,7 @@ def run(case, objective, *, main_grad=False):
     }
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_match_reference(dtype, t, divergence):
@@ -152,7 +153,7 @@ def test_bf16_inputs(logits_dtype, gradient, loss):
     )
 
 
-@pytest.mark.parametrize("name", ["forward_kl-ce", "reverse_kl-hot", "js", "top_k"])
+@pytest.mark.parametrize("name", ["forward_kl-ce", "reverse_kl-hot", "js", "skewed_forward_kl", "top_k"])
 @pytest.mark.parametrize("main_grad", [True, False])
 def test_loss_never_synchronizes_with_the_device(name, main_grad):
     objective = OBJECTIVES[name.replace("top_k", "forward_kl-hot")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
+from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, microbatches
 from model_workers import count_hooks, joined, load
 from teacher_stream_workers import joined_roles, make_link
 from torch import Tensor
@@ -53,7 +53,7 @@ def train_all(
             if stopped:
                 copy_once(stopped, output / name)
             signals.model.forward(
-                micro_batches(make_samples(arch, 9, 2), 1, 0, 1)
+                microbatches(make_samples(arch, 9, 2), 1, 0, 1)
             )  # somebody measures the teacher first
             kept: list[Any] = []
             with watched(kept):
@@ -67,7 +67,7 @@ def train_all(
 
 
 class watched:
-    """Keeps the Runs that train() makes."""
+    """Keeps the Runs that train_one() makes."""
 
     def __init__(self, kept: list[Any]):
         self.kept, self.usual = kept, loop.TrainingRun
@@ -105,7 +105,7 @@ def train_remote(
 
     def batch_of(id: int) -> dict[str, Tensor]:
         samples = make_samples(arch, id // per_step, settings.global_batch_size)
-        return micro_batches(samples, settings.micro_batch_size, id % per_step, per_step)[0]
+        return microbatches(samples, settings.micro_batch_size, id % per_step, per_step)[0]
 
     with joined_roles(roles) as world:
         if world is None:

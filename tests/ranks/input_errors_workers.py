@@ -13,7 +13,7 @@ from cases import (
     SEQUENCE_LENGTH,
     Layout,
     make_samples,
-    micro_batches,
+    microbatches,
     settings,
     targets,
 )
@@ -62,10 +62,10 @@ def checkpoint(layout: Layout, arch: Arch, folder: Path) -> str:
         return refusal(lambda: load(arch, folder, world))
 
 
-def microbatches(layout: Layout, arch: Arch, teacher: Path) -> str:
+def too_few_microbatches(layout: Layout, arch: Arch, teacher: Path) -> str:
     with joined(layout) as world:
         model = load(arch, teacher, world)
-        return refusal(lambda: model.forward(micro_batches(make_samples(arch, 0, 3), 1, 0, 1)))
+        return refusal(lambda: model.forward(microbatches(make_samples(arch, 0, 3), 1, 0, 1)))
 
 
 def parameter(layout: Layout, arch: Arch, teacher: Path) -> str:

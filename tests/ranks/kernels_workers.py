@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minitron_mp.losses import fused, reference
 from minitron_mp.losses.divergences import DIVERGENCES
+from minitron_mp.losses.parameters import complete_parameters
 from minitron_mp.losses.rows import LogitRows, RowValues
 
 
@@ -48,11 +49,12 @@ def run(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """dtype: of the gradient; None: it takes the place of z_s."""
-    logits = LogitRows(z_s, z_t, labels, valid, t)
+    logits = LogitRows(z_s, z_t, labels, valid, t, complete_parameters(divergence, {}))
     statistics, exponentials = module.statistics(logits, divergence)
     found = {"statistics": torch.stack(statistics, 1)}
-    if DIVERGENCES[divergence].needs_mixture_sums:
-        found["mixture_sums"] = module.mixture_sums(logits, values.student_lse, values.teacher_lse)
+    if DIVERGENCES[divergence].second_sums is not None:
+        lse = (values.student_lse, values.teacher_lse)
+        found["second_sums"] = module.second_sums(logits, divergence, *lse)
     out = z_s if dtype is None else _apart(torch.full_like(z_s, torch.nan, dtype=dtype))
     module.gradient(logits, statistics, exponentials, values, divergence, ce, out)
     return found | {"gradient": out.clone()}
@@ -120,7 +122,7 @@ def compile_for(architecture: int) -> dict[str, int]:
     from minitron_mp.losses import kernels
     from minitron_mp.pruning import cosine_kernel
 
-    numbers = {"t": "fp32", "inverse_t": "fp32", "labels": "*i64", "out": "*bf16"}
+    numbers = {"t": "fp32", "inverse_t": "fp32", "skew": "fp32", "labels": "*i64", "out": "*bf16"}
     tensors = dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32")
     found = {}
 
@@ -141,7 +143,7 @@ def compile_for(architecture: int) -> dict[str, int]:
             {"a": logits, "b": logits, "out": "*fp32"},
             {"BLOCK": kernels.BLOCK},
         )
-        for hot, divergence in ((True, "forward_kl"), (False, "js")):
+        for hot, divergence in ((True, "forward_kl"), (False, "js"), (True, "skewed_forward_kl")):
             options = {
                 "HOT": hot,
                 "TEACHER": True,
@@ -149,7 +151,7 @@ def compile_for(architecture: int) -> dict[str, int]:
                 "DIVERGENCE": divergence,
                 "BLOCK": kernels.BLOCK,
             }
-            for kernel in (kernels._statistics, kernels._mixture_sums, kernels._gradient):
+            for kernel in (kernels._statistics, kernels._second_sums, kernels._gradient):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}
                 types = numbers | tensors | {"z_s": logits, "z_t": logits}
                 found[f"{kernel.fn.__name__} {logits} {hot} {divergence}"] = build(kernel, types, constants)

@@ -54,7 +54,9 @@ from minitron_mp.integrations.megatron_bridge import (
     slice_teacher,
     student_provider,
 )
-from minitron_mp.integrations.megatron_bridge import RemoteTeacher as BridgeRemoteTeacher
+from minitron_mp.integrations.megatron_bridge import (
+    RemoteTeacher as BridgeRemoteTeacher,
+)
 from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import HFWeights, asset_files
@@ -64,7 +66,7 @@ from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.make_plan import make_plan
 from minitron_mp.pruning.scores import random_scores
 from minitron_mp.pruning.slicing import prune
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.options import RunOptions
 
 SEQUENCE_LENGTH = 16
@@ -305,7 +307,7 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
             load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
         )
         settings = DistillConfig(**same, global_batch_size=per_step, micro_batch_size=1)
-        train(
+        train_one(
             model,
             teacher,
             lambda step: batches[step * per_step : (step + 1) * per_step],
@@ -317,7 +319,7 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
                 on_step=lambda metrics: rows.append(
                     {
                         "kd loss": metrics.loss,
-                        "kl": metrics.kl,
+                        "forward_kl": metrics.divergence,
                         "lm loss": metrics.ce,
                         "grad_norm": metrics.grad_norm,
                     }

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, micro_batches
+from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, microbatches
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,7 +22,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.precision import silently_wrong
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.options import RunOptions
 
 ONE = Layout("one", 1)
@@ -170,10 +170,10 @@ def collected(arch: Arch, checkpoints: Path, interval: int | None) -> tuple[list
                 random_weights=True,
             ),
         )
-        train(
+        train_one(
             model,
             None,
-            lambda step: micro_batches(make_samples(arch, step, 4), 1, 0, 1),
+            lambda step: microbatches(make_samples(arch, step, 4), 1, 0, 1),
             settings,
             RunOptions(checkpoints, manifest("correct"), seed=3, on_step=note),
         )

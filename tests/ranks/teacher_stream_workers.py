@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pool
 import torch
 import torch.distributed as dist
-from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
+from cases import RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, microbatches, settings
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from model_workers import joined, load
 from torch import Tensor
@@ -257,7 +257,8 @@ def ends_early(roles: Roles, shape: StreamShape, window: int, last: int, late_s:
                 receiver.get(id)
                 receiver.release(id)
             receiver.close()
-        assert receiver.failure is None and not receiver.arrived
+        assert receiver.failure is None
+        assert not receiver.arrived
         return last
 
 
@@ -328,7 +329,7 @@ def train_with(
 
     def batch_of(id: int) -> dict[str, Tensor]:
         samples = make_samples(arch, id // per_step, chosen.global_batch_size)
-        return micro_batches(samples, chosen.micro_batch_size, id % per_step, per_step)[0]
+        return microbatches(samples, chosen.micro_batch_size, id % per_step, per_step)[0]
 
     with joined_roles(roles) as world:
         if world is None:

@@ -155,7 +155,7 @@ def plain(results, axis, states, steps):
 
 
 def numbers(metrics):
-    return [(m.loss, m.kl, m.ce, m.grad_norm, m.states, m.alpha) for m in metrics]
+    return [(m.loss, m.divergence, m.ce, m.grad_norm, m.states, m.alpha) for m in metrics]
 
 
 def assert_close(metrics, history):

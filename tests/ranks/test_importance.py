@@ -95,6 +95,26 @@ def test_failed_scoring_removes_its_hooks(results, ranks, layout):
         assert (text, left) == ("stopped by the test", 0)
 
 
+@pytest.mark.parametrize("layout", ["one", "tp2-sp"])
+def test_new_axis_is_scored_by_its_row(results, ranks, layout):
+    """Only the table changes. The scores of the other axes stay bitwise."""
+    case = BY_NAME[layout]
+    by_rank = ranks(
+        case.ranks,
+        "importance_workers.score_with_a_new_axis",
+        layout=case,
+        arch=ARCHS["qwen3"],
+        teacher=results.teacher("qwen3"),
+    )
+    before = results.pruned("qwen3", case)[0]["scores"][DEFAULT_PAIR]
+    for scores in by_rank:
+        twin = {name: scores.pop(name) for name in list(scores) if name.startswith("twin.")}
+        assert len(twin) == ARCHS["qwen3"].num_layers
+        assert all(np.array_equal(row, scores[name.replace("twin", "ffn")]) for name, row in twin.items())
+        assert scores.keys() == before.keys()
+        assert all(np.array_equal(scores[name], before[name]) for name in before)
+
+
 def test_bf16_scores_are_close_to_float32(results, ranks):
     layout = BY_NAME["tp2-sp"]
     want = results.pruned("qwen3", BY_NAME["one"])[0]["scores"][DEFAULT_PAIR]

@@ -59,7 +59,7 @@ def test_checkpoint_of_another_architecture(ranks, results):
 
 def test_checkpoint_with_missing_weights(ranks, results):
     """The model has biases and an untied output layer; the checkpoint has neither."""
-    other = ARCHS["qwen2"].resized(tied=False)
+    other = ARCHS["qwen2"].model_copy(update={"tied": False})
     for message in refusals(
         ranks, BY_NAME["tp2-pp2-sp"], "checkpoint", arch=other, folder=results.teacher("qwen3")
     ):
@@ -76,7 +76,11 @@ def test_folder_that_is_not_a_checkpoint(ranks, tmp_path):
 
 def test_too_few_microbatches_for_interleaved_schedule(ranks, results):
     for message in refusals(
-        ranks, BY_NAME["pp2-vpp2"], "microbatches", arch=ARCHS["qwen3"], teacher=results.teacher("qwen3")
+        ranks,
+        BY_NAME["pp2-vpp2"],
+        "too_few_microbatches",
+        arch=ARCHS["qwen3"],
+        teacher=results.teacher("qwen3"),
     ):
         assert "multiple of pp 2 microbatches" in message
         assert "given 3" in message

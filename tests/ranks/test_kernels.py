@@ -107,7 +107,14 @@ def test_large_logits(interpreted):
 @dtypes
 def test_loss_with_kernels_matches_dense_float64(interpreted, dtype):
     """The whole path that a GPU takes, but for the matrix products."""
-    chosen = ("forward_kl-ce", "reverse_kl-hot", "js-hot-ce", "top_k-hot-ce", "ce")
+    chosen = (
+        "forward_kl-ce",
+        "reverse_kl-hot",
+        "js-hot-ce",
+        "skewed_forward_kl-0.7-hot-ce",
+        "top_k-hot-ce",
+        "ce",
+    )
     calls = {name: call for name, call in variants(make_case(40, dtype=dtype)).items() if name in chosen}
     keywords = {
         name: {"vocab_size": VOCAB, "objective": objective, **case}

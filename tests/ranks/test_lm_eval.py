@@ -268,7 +268,7 @@ def test_command_matches_choice_tasks_on_local_files(ranks, tmp_path):
     (tmp_path / "items.jsonl").unlink()
     refused(
         ranks(2, "project_workers.minitron", arguments=words)[0],
-        "the tasks local_choices, local_texts cannot be loaded: FileNotFoundError",
+        "the tasks local_choices, local_texts cannot be loaded (FileNotFoundError",
     )
 
 

@@ -342,7 +342,8 @@ def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: 
         BATCH,
     )
     refused(
-        here("estimate", TWELVE_TO_EIGHT, "--gpu", "b100"), "--gpu b100 is unknown; known: h100, h200, a100"
+        here("estimate", TWELVE_TO_EIGHT, "--gpu", "b100"),
+        "--gpu b100 is unknown; give one of h100, h200, a100",
     )
     refused(here("estimate", TWELVE_TO_EIGHT, f"model={tmp_path}"), "no config.json")
     refused(here("estimate", TWELVE_TO_EIGHT, "--plot", "a.jpeg"), "must end in .png, .svg or .pdf")
@@ -350,7 +351,7 @@ def test_estimate_rejects_invalid_arguments(here, examples, tmp_path):  # noqa: 
     refused(
         here("estimate", TWELVE_TO_EIGHT, "--hardware", tmp_path / "mine.yaml"),
         "nic_gbs",
-        "known: name, memory_gib",
+        "known keys: name, memory_gib",
     )
     refused(here("estimate", TWELVE_TO_EIGHT, "--times", tmp_path / "mine.yaml"), "holds no layer times")
 

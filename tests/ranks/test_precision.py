@@ -19,12 +19,10 @@ from minitron_mp.workflow.preflight import recipe_problems
 
 NEEDED = {"model": "m", "output": "o"}
 ROOT = Path(__file__).parents[2]
-EVEN = ARCHS["llama"].resized(
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=8,
-    num_query_groups=4,
-    kv_channels=16,
+EVEN = (
+    ARCHS["llama"]
+    .resized(hidden_size=64, ffn_hidden_size=128, num_attention_heads=8, num_query_groups=4)
+    .model_copy(update={"kv_channels": 16})
 )
 
 
@@ -182,7 +180,7 @@ def test_missing_hardware_support_is_reported(fp8, machine, words):
 
 def test_fp8_sizes_are_multiples_of_16_on_each_rank():
     assert fp8_problems(EVEN, 1, 64) == fp8_problems(EVEN, 4, 16) == []
-    odd = EVEN.resized(hidden_size=72, ffn_hidden_size=120, kv_channels=12)
+    odd = EVEN.resized(hidden_size=72, ffn_hidden_size=120).model_copy(update={"kv_channels": 12})
     problems = fp8_problems(odd, 2, 24)  # 8 x 12 / 2 = 48 and (8 + 2 x 4) x 12 / 2 = 96 are fine
     for words, problem in zip(
         ("hidden_size is 72; nearest 64", "(120 / 2) is 60; nearest 64", "on a rank is 24; nearest 32"),
@@ -306,9 +304,7 @@ def of_bridge(own: bool) -> tuple[SimpleNamespace, KDForwardStep]:
         "train": SimpleNamespace(global_batch_size=4, micro_batch_size=2),
         "peft": None,
     }
-    return SimpleNamespace(**parts), KDForwardStep(
-        teacher, vocab_size=arch.vocab_size, kl_weight=1.0, ce_weight=0.0
-    )
+    return SimpleNamespace(**parts), KDForwardStep(teacher, vocab_size=arch.vocab_size)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +357,7 @@ def test_wrong_bridge_config_is_rejected_at_start(settings, said):
     wrapped = SimpleNamespace(
         config=SimpleNamespace(**{**usual, **settings}), ddp_config=SimpleNamespace(fp8_param_gather=False)
     )
-    step = KDForwardStep(None, vocab_size=1, kl_weight=1.0, ce_weight=0.0)
+    step = KDForwardStep(None, vocab_size=1)
     with pytest.raises(InputError, match=said):
         step.on_train_start(SimpleNamespace(model=[wrapped, wrapped]))
 

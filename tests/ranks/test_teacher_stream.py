@@ -212,7 +212,7 @@ def streamed(results, payload, pair, window):
         results.streamed(payload, BY_NAME[student], TEACHERS[teacher], window),
         results.streamed(payload, BY_NAME[student], None),
     )
-    return [[(m.loss, m.kl, m.ce, m.grad_norm) for m in run] for run in runs]
+    return [[(m.loss, m.divergence, m.ce, m.grad_norm) for m in run] for run in runs]
 
 
 @pytest.mark.parametrize("pair", TRAINED)
@@ -281,7 +281,7 @@ def agreement(
         ("states", {"recipe": {**RECIPE, "distill": {"states": {"layers": {0: 0}}}}}),
         ("head hidden_size", {"arch": ARCHS["qwen3"].resized(hidden_size=48)}),
         ("head vocab_size", {"vocab_size": 149}),
-        ("head padded_vocab_size", {"arch": ARCHS["qwen3"].resized(vocab_size=300)}),
+        ("head padded_vocab_size", {"arch": ARCHS["qwen3"].model_copy(update={"vocab_size": 300})}),
         ("payload", {"shape": replace(HIDDEN, payload="logits")}),
         ("sequence_length", {"shape": replace(HIDDEN, sequence_length=48)}),
         ("micro_batch_size", {"shape": replace(HIDDEN, micro_batch_size=1)}),

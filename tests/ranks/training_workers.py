@@ -17,7 +17,7 @@ from unittest.mock import patch
 import psutil
 import torch
 import torch.distributed as dist
-from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, settings
+from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, microbatches, settings
 from model_workers import gather, joined, load, manifest
 from torch import Tensor
 
@@ -33,8 +33,8 @@ from minitron_mp.evaluation.quality import compare, evaluate
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training import optimizer
-from minitron_mp.training.distill import distill
-from minitron_mp.training.loop import train
+from minitron_mp.training.distill import distill, train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
@@ -61,7 +61,7 @@ def train_everything(
         pure = ONE_STEP.model_copy(update={"ce_weight": 0.0, "micro_batch_size": 2 if interleaved else 4})
         size = 1 if interleaved else 2
         steps = [
-            micro_batches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
+            microbatches(make_samples(arch, step, 4), size, world.groups.dp.rank(), world.groups.dp.size())
             for step in range(2)
         ]
         models = {"student": load(student_arch, student, world), "teacher again": signals.model}
@@ -178,7 +178,7 @@ def correct_meanwhile(
             (parameter for chunk in model.chunks for parameter in chunk.parameters()), once.weights
         ):
             parameter.data.copy_(weight)
-        batches = micro_batches(
+        batches = microbatches(
             make_samples(arch, 1, distil.global_batch_size),
             distil.micro_batch_size,
             world.groups.dp.rank(),
@@ -349,7 +349,7 @@ class Run:
 
 @dataclass
 class Runner:
-    """train() with the batches of these tests."""
+    """train_one() with the batches of these tests."""
 
     world: World
     teacher: Any
@@ -382,7 +382,7 @@ class Runner:
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(arch, batch_of_step(step), chosen.global_batch_size)
-            return micro_batches(
+            return microbatches(
                 samples, chosen.micro_batch_size, world.groups.dp.rank(), world.groups.dp.size()
             )
 
@@ -398,7 +398,7 @@ class Runner:
             extra_state=extra_state,
         )
         with suppress(Preempted):
-            train(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)
+            train_one(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)
         return Run(
             metrics,
             [parameter.detach().clone() for chunk in model.chunks for parameter in chunk.parameters()],
@@ -415,13 +415,16 @@ def distill_from_python(
 
         def batches_of(step: int) -> list[dict[str, Tensor]]:
             samples = make_samples(student_arch, step, chosen.global_batch_size)
-            return micro_batches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
+            return microbatches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
 
         build = {"sequence_length": SEQUENCE_LENGTH, "precision": "fp32"}
         guide = ColocatedTeacher(load_model(teacher, world, **build))
         model = load_model(student, world, training=chosen, **build)
         metrics: list[StepMetrics] = []
         distill(model, guide, batches_of, chosen, out=output, seed=3, on_step=metrics.append)
+        without_artifact: list[StepMetrics] = []
+        other = load_model(student, world, training=chosen, **build)
+        train(other, guide, batches_of, chosen, seed=3, on_step=without_artifact.append)
         saved = load_model(output, world, **build)
         pairs = [
             (mine, theirs)
@@ -430,6 +433,7 @@ def distill_from_python(
         ]
         return {
             "metrics": metrics,
+            "metrics without artifact": without_artifact,
             "saved": all(torch.equal(mine, theirs) for mine, theirs in pairs),
             "arch": saved.arch,
             "quality": evaluate(saved, batches_of(0), guide),

@@ -94,11 +94,13 @@ ARCHS = {
 }
 """qwen3 has an epsilon large enough that a mask that forgets it shows."""
 
-MIXED = ARCHS["qwen3"].resized(
-    blocks=[
-        BlockArch(ffn_hidden_size=112, num_attention_heads=12, num_query_groups=4),
-        BlockArch(ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2),
-    ]
+MIXED = ARCHS["qwen3"].model_copy(
+    update={
+        "blocks": (
+            BlockArch(ffn_hidden_size=112, num_attention_heads=12, num_query_groups=4),
+            BlockArch(ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2),
+        )
+    }
 )
 """Two layers that differ in every size."""
 
@@ -210,7 +212,7 @@ def make_samples(arch: Arch, step: int, count: int) -> dict[str, Tensor]:
     }
 
 
-def micro_batches(
+def microbatches(
     samples: dict[str, Tensor], micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[dict[str, Tensor]]:
     """This data parallel rank's part of a global batch: every dp_size-th microbatch."""

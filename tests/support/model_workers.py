@@ -18,7 +18,7 @@ from unittest import mock
 import pool
 import torch
 import torch.distributed as dist
-from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, micro_batches, targets
+from cases import DEFAULT_PAIR, SEQUENCE_LENGTH, Layout, make_samples, microbatches, targets
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -153,7 +153,7 @@ def judge_everything(
         model = load(arch, teacher, world).eval()
         interleaved = layout.dp > 1 and "vpp" in layout.parallel
         batch_slice = (1 if interleaved else 2, world.groups.dp.rank(), world.groups.dp.size())
-        steps = [micro_batches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
+        steps = [microbatches(make_samples(arch, step, 4), *batch_slice) for step in range(2)]
         results["losses"] = {}
         for already, without in missing.items():
             base, losses = losses_without(model, steps, without, gone=already)
@@ -203,7 +203,7 @@ def global_logits(model: ShardedModel, samples: dict[str, Tensor]) -> Tensor | N
     )  # two microbatches: the interleaved schedule wants as many as pipeline stages
     world = model.world
     local = model.forward(
-        micro_batches(samples, half, 0, 1), lambda hidden, _: logits(model.last_chunk, hidden)
+        microbatches(samples, half, 0, 1), lambda hidden, _: logits(model.last_chunk, hidden)
     )
     if not world.is_last_stage:
         return None
@@ -222,7 +222,7 @@ def gather(x: Tensor, dim: int, group: Any) -> Tensor:
 def score_samples(model: ShardedModel, samples: dict[str, Tensor], pair: tuple[str, str]) -> Scores:
     groups = model.world.groups
     config = ScoreConfig(batch_aggregation=pair[0], sequence_aggregation=pair[1])
-    local_batches = micro_batches(samples, 2, groups.dp.rank(), groups.dp.size())
+    local_batches = microbatches(samples, 2, groups.dp.rank(), groups.dp.size())
     return score(model, [local_batches], config)
 
 
@@ -305,7 +305,7 @@ def uneven_plan(plan: PrunePlan) -> PrunePlan:
                 num_query_groups=len(groups),
             )
         blocks.append(block)
-    student = plan.student.resized(blocks=tuple(blocks))
+    student = plan.student.model_copy(update={"blocks": tuple(blocks)})
     return PrunePlan.model_validate({**plan.model_dump(), "student": student, "keep": keep})
 
 
@@ -354,7 +354,7 @@ def fail_while_scoring(layout: Layout, arch: Arch, teacher: Path) -> tuple[str, 
         hooks = count_hooks(chunks)
 
         def batches() -> Iterator[list[dict[str, Tensor]]]:
-            yield micro_batches(make_samples(arch, 0, 4), 2, 0, 1)
+            yield microbatches(make_samples(arch, 0, 4), 2, 0, 1)
             raise ValueError("stopped by the test")
 
         try:

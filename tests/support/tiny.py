@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -33,6 +34,21 @@ SIZES = {
 }
 """Of a model that cuts on each axis and still divides by two tensor parallel ranks."""
 STEPS, CHECKPOINT_INTERVAL, MAX_LR = 30, 6, 5e-3
+OUTPUT = [
+    "data",
+    "evaluation.json",
+    "finished",
+    "importance.safetensors",
+    "metrics.jsonl",
+    "plan.json",
+    "recipe.yaml",
+    "report.html",
+    "report.md",
+]
+OUTPUT += ["stages.jsonl", "student", "student_distilled", "student_hf", "teacher", "tensorboard"]
+"""Names in the output folder of a finished project, in order."""
+TWO_RANKS = ("parallel.tp=2", "parallel.sequence_parallel=true")
+REMOTE = ("teacher.placement=remote", "teacher.window=2")
 
 
 @dataclass(frozen=True)
@@ -203,11 +219,34 @@ def minitron(*words: str | Path, ranks: int = 1, timeout_s: float = 600) -> subp
     )
 
 
+def drop(output: Path, *stages: str) -> None:
+    """Delete the artifacts of stages."""
+    for name in stages:
+        path = output / STAGES[name].artifact
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names in a folder, in order."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what a clock says."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     clock = {"time", "step_time_s", "tokens_per_s"} | {field.name for field in fields(Throughput)}
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+def loss_curve(run: Run) -> dict[int, float]:
+    """Step -> loss, as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.output / "tensorboard" / "distill"))
+    board.Reload()
+    points = board.Scalars("distill/loss")
+    assert len({point.step for point in points}) == len(points)
+    return {point.step: point.value for point in points}
 
 
 def refused(done: tuple[int, str, str], *words: str) -> None:

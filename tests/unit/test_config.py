@@ -1,13 +1,17 @@
 """The recipe: what is read, what is refused, and whether the message helps."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
 from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
+from minitron_mp.losses.divergences import DIVERGENCES
+from minitron_mp.losses.parameters import PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"model": "m", "output": "o"}
@@ -46,6 +50,37 @@ def test_yaml_and_overrides(recipe_file):
         recipe_file, ["data.held_out.old=old.txt", "data.train=a.txt", "data.calibration=c", "data.valid=[d]"]
     ).data
     assert (data.held_out, data.train, data.calibration) == ({"old": ["old.txt"]}, ["a.txt"], ["c"])
+
+
+def test_divergence_parameters_are_completed_and_checked(recipe_file, tmp_path):
+    """A recipe without parameters stays without them, so its fingerprint does not change."""
+    assert load_recipe(recipe_file).distill.divergence_parameters is None
+    skewed = "distill.divergence=skewed_forward_kl"
+    assert load_recipe(recipe_file, [skewed]).distill.divergence_parameters == {"skew": 0.1}
+    recipe = load_recipe(recipe_file, [skewed, "distill.divergence_parameters.skew=0.3"])
+    assert recipe.distill.divergence_parameters == {"skew": 0.3}
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+    for overrides, message in (
+        (
+            [skewed, "distill.divergence_parameters={skew: 1, beta: 2}"],
+            "above 0 and below 1\n.*no parameter beta",
+        ),
+        (
+            ["distill.divergence_parameters.skew=0.3"],
+            "forward_kl has no parameter skew; it has no parameters",
+        ),
+        (["distill.divergence=kl", "distill.divergence_parameters.skew=0.3"], "given 'kl'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_recipe(recipe_file, overrides)
+
+
+def test_recipe_has_every_divergence():
+    choices = get_args(DistillConfig.model_fields["divergence"].annotation)
+    assert set(choices) == set(DIVERGENCES)
+    assert set(PARAMETERS) <= set(DIVERGENCES)
+    assert PARAMETERS["skewed_forward_kl"]["skew"].default == 0.1  # the value in the docs
 
 
 def test_resolved_recipe_round_trips_through_yaml(recipe_file, tmp_path):
@@ -91,7 +126,10 @@ def test_parameter_count_suffixes(text, number):
             r"target: sizes, max_parameters and keep exclude each other",
         ),
         ({"target": {"keep": 0.5, "axes": []}}, r"target\.axes: .*at least 1"),
-        ({"target": {"axes": ["heads"]}}, r"target\.axes\.0: .*'hidden', 'ffn' or 'layer', given 'heads'"),
+        (
+            {"target": {"axes": ["ffn"]}},
+            r"target: axes \['ffn'\] has no effect without max_parameters or keep",
+        ),
         ({"precision": "fp16"}, r"precision: .*'bf16' or 'fp32', given 'fp16'"),
         ({"parallel": {"tp": 0}}, r"parallel\.tp: .*greater than or equal to 1, given 0"),
         ({"parallel": {"vpp": 2}}, r"parallel: vpp 2 needs pp of at least 2, given 1"),
@@ -125,7 +163,7 @@ def test_parameter_count_suffixes(text, number):
         ({"distill": {"stepz": 3}}, r"unknown key distill\.stepz; did you mean steps\?"),
         (
             {"score": {"zzz": 3}},
-            r"unknown key score\.zzz; known keys: num_samples, micro_batch_size, batch_aggregation, "
+            r"unknown key score\.zzz; use one of num_samples, micro_batch_size, batch_aggregation, "
             r"sequence_aggregation",
         ),
     ],

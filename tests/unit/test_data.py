@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.batches import Corpus, micro_batches, open_samples, too_short_problems
+from minitron_mp.data.batches import Corpus, microbatches, open_samples, too_short_problems
 from minitron_mp.data.corpus import tokenize_corpus
 from minitron_mp.data.sources import PARTS, corpus_fingerprint
 from minitron_mp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -493,11 +493,11 @@ def test_megatron_data_as_source_is_split_by_document(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, micro_batch_size):
+def test_microbatches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, micro_batch_size):
     dataset = open_samples(Corpus(corpus, tokenizer, S, 1), "train", 24, repeat=True)
     sizes = {"global_batch_size": 8, "micro_batch_size": micro_batch_size, "dp_size": dp_size}
     for step in (0, 2):
-        ranks = [micro_batches(dataset, step, dp_rank=rank, **sizes) for rank in range(dp_size)]
+        ranks = [microbatches(dataset, step, dp_rank=rank, **sizes) for rank in range(dp_size)]
         in_order = [batch for m in zip(*ranks) for batch in m]
         for key, dtype in (
             ("tokens", torch.int64),
@@ -514,11 +514,11 @@ def test_micro_batches_cover_a_step_once_in_order(corpus, tokenizer, dp_size, mi
             )
 
 
-def test_micro_batches_pad_beyond_the_limit(corpus, tokenizer):
+def test_microbatches_pad_beyond_the_limit(corpus, tokenizer):
     dataset = open_samples(Corpus(corpus, tokenizer, S, 1), "valid", 5, repeat=False)
     sizes = {"global_batch_size": 4, "micro_batch_size": 2, "dp_size": 2, "limit": 5}
     masks = [
-        torch.cat([b["loss_mask"] for b in micro_batches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist()
+        torch.cat([b["loss_mask"] for b in microbatches(dataset, 1, dp_rank=rank, **sizes)]).sum(1).tolist()
         for rank in range(2)
     ]
     assert masks == [[S, 0], [0, 0]]
@@ -530,6 +530,6 @@ def test_indivisible_batch_sizes_are_rejected():
         match=r"global_batch_size 10 must be a multiple of 4 "
         r"\(micro_batch_size 2 x data parallel size 2\); nearest 8",
     ):
-        micro_batches([], 0, global_batch_size=10, micro_batch_size=2, dp_rank=0, dp_size=2)
+        microbatches([], 0, global_batch_size=10, micro_batch_size=2, dp_rank=0, dp_size=2)
     with pytest.raises(InputError, match="nearest 4"):
-        micro_batches([], 0, global_batch_size=1, micro_batch_size=2, dp_rank=0, dp_size=2)
+        microbatches([], 0, global_batch_size=1, micro_batch_size=2, dp_rank=0, dp_size=2)

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.models import families
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
-from minitron_mp.models.families.family import DEFAULTS
+from minitron_mp.models.families.family import CONFIG_FIELDS, DEFAULTS, Family
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.models.hf_weights import (
     HFWeights,
@@ -203,7 +205,7 @@ def test_llama_exported_as_mistral_gives_the_same_logits(folders, tmp_path):
     write_folder(
         tmp_path,
         folders["llama"],
-        arch.resized(family="mistral"),
+        arch.model_copy(update={"family": "mistral"}),
         torch.float32,
         canonical(folders["llama"], arch),
     )
@@ -278,18 +280,59 @@ def test_defaults_match_transformers():
     from transformers import AutoConfig
 
     for family in FAMILIES.values():
-        config = AutoConfig.for_model(family.name)
-        assumed = {**DEFAULTS, **family.defaults}
-        assert {name: getattr(config, name, assumed[name]) for name in DEFAULTS} == {
-            name: assumed[name] for name in DEFAULTS
-        }
-        assert type(config).model_type == family.name
-        assert config.rope_parameters["rope_theta"] == 10000.0
-        given = {
-            **config.to_dict(),
-            "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
-        }
-        assert {name: given[name] for name in family.defaults} == family.defaults, family.name
+        check_defaults(family, AutoConfig.for_model(family.name))
+
+
+def check_defaults(family: Family, config) -> None:
+    """Each default of a key that the family reads is that of transformers' class.
+
+    The names are those of the file, because transformers also accepts aliases as attributes.
+    """
+    assert type(config).model_type == family.name
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    written = {
+        **config.to_dict(),
+        "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor"),
+    }
+    optional = [family.config_fields[name] for name in ("tied", "norm_epsilon")]
+    assumed = {**DEFAULTS, **family.defaults}
+    for key in {*optional, *family.defaults}:
+        assert (key, written[key]) == (key, assumed.get(key)), family.name
+
+
+def test_defaults_of_a_family_with_other_names():
+    """The key of the epsilon is norm_eps, and the class has rms_norm_eps as an alias, as LFM3."""
+    from transformers import NemotronConfig
+
+    class Aliased(NemotronConfig):
+        attribute_map: ClassVar = {"rms_norm_eps": "norm_eps"}
+
+    nemotron = FAMILIES["nemotron"]
+    config = Aliased()
+    assert config.rms_norm_eps == config.norm_eps == 1e-5
+    check_defaults(nemotron, config)
+    with pytest.raises(KeyError, match="rms_norm_eps"):  # no key of the file
+        check_defaults(replace(nemotron, config_fields=CONFIG_FIELDS), config)
+    with pytest.raises(AssertionError, match="norm_eps"):  # no default
+        check_defaults(replace(nemotron, defaults={}), config)
+
+
+def test_every_setting_of_transformers_is_supported_or_listed():
+    """A new family cannot forget a key of its class: it has a field, or no effect on the logits.
+
+    A required setting may be missing in the file if transformers' default is the required value, or
+    if the family has that default, which is then rejected.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    no_effect = {"initializer_range", "pretraining_tp", "use_cache"}
+    no_effect |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    for family in FAMILIES.values():
+        written = AutoConfig.for_model(family.name).to_dict()
+        own = written.keys() - PretrainedConfig().to_dict().keys()
+        assert own - family.settings - no_effect == set(), family.name
+        for key in (own & family.required_settings.keys()) - family.defaults.keys():
+            assert (key, written[key]) == (key, family.required_settings[key]), family.name
 
 
 @pytest.mark.parametrize(
@@ -297,7 +340,7 @@ def test_defaults_match_transformers():
     [
         (
             {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
-            "gpt_oss.*GptOssForCausalLM.*supported: llama",
+            "gpt_oss.*GptOssForCausalLM.*of these families: llama",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
@@ -325,6 +368,16 @@ def test_defaults_match_transformers():
             {"model_type": "mistral", "architectures": None, "max_position_embeddings": 8192},
             "sliding_window is 4096",
         ),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; the family llama does not support"),
+        ({"use_bias": True}, "use_bias is True"),
+        ({"rotary_emb_base": 5e5}, "rotary_emb_base is 500000.0.*LlamaForCausalLM ignores it"),
+        ({"norm_eps": 1e-5}, "norm_eps"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
+        ({"sliding_window": 128}, "sliding_window is 128"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1]}},
+            "the rope settings have mrope_section; supported: factor,",
+        ),
         ({"hidden_size": ...}, "hidden_size is None"),
         ({"max_position_embeddings": None}, "max_position_embeddings is None"),
         ({"num_key_value_heads": 2}, "num_attention_heads 9 is not a multiple of num_key_value_heads 2"),
@@ -333,6 +386,12 @@ def test_defaults_match_transformers():
 def test_unsupported_config_is_rejected(llama, changes, said):
     with pytest.raises(InputError, match=said):
         read_arch(edit(llama, **changes))
+
+
+def test_other_keys_are_ignored(llama):
+    arch = read_arch(llama)
+    harmless = {"use_bias": False, "final_logit_softcapping": None, "pretraining_tp": 2, "_attn": "eager"}
+    assert read_arch(edit(llama, **harmless)) == arch
 
 
 def test_all_problems_are_reported_together(llama, tmp_path):
@@ -355,7 +414,7 @@ def test_all_problems_are_reported_together(llama, tmp_path):
     with pytest.raises(InputError, match=r"config.json is damaged"):
         read_arch(llama)
     (llama / "config.json").unlink()
-    with pytest.raises(InputError, match=r"no config.json\n.*no model.safetensors"):
+    with pytest.raises(InputError, match=r"no config.json.*\n.*no model.safetensors"):
         read_arch(llama)
     with pytest.raises(InputError, match=r"nowhere is not a folder"):
         read_arch(tmp_path / "nowhere")
@@ -396,7 +455,7 @@ def test_nonfinite_weight_is_named(llama, value):
 
 def test_tied_model_may_store_a_head_equal_to_the_embedding(folders, llama):
     arch, tensors = (
-        read_arch(folders["llama"]).resized(tied=True),
+        read_arch(folders["llama"]).model_copy(update={"tied": True}),
         load_file(llama / "model.safetensors"),
     )
     with pytest.raises(InputError, match=r"tie_word_embeddings is true, but lm_head.weight differs"):

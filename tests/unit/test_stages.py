@@ -48,6 +48,18 @@ def test_stages_of_every_recipe_have_no_requirement():
     assert stage_names({}) == [stage.name for stage in STAGES if not stage.requirement]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"correct": {"steps": 1000}}, {"correct": {"steps": 50, "warmup_steps": 5, "when": "during"}}],
+)
+def test_last_curve_of_a_training_stage_is_its_own(values):
+    recipe = make_recipe({**NEEDED, **values})
+    curves = {name: stage.curves(recipe) for name, stage in StageGraph(recipe).stages.items()}
+    trained = {name: [curve.name for curve in of_stage] for name, of_stage in curves.items() if of_stage}
+    assert all(names[-1] == stage for stage, names in trained.items())
+    assert sum(map(len, trained.values())) == (2 if values else 1)  # one for each section
+
+
 def test_unknown_stage_is_rejected():
     with pytest.raises(InputError, match=r"there is no stage prun; the stages are import, .*export"):
         run_stage("prun", Recipe(model="m", output="o"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -121,8 +122,22 @@ def test_teacher_flops_count_on_the_ranks_that_run_it():
 
 def test_metrics_are_flat_and_omit_missing_values():
     metrics = StepMetrics(
-        1, 2.0, 2.0, 3.0, 0.5, 1e-3, 96, 0.5, 192.0, measured=Throughput(eta_s=7.0, student_tflops=1.5)
+        1,
+        2.0,
+        2.5,
+        3.0,
+        0.5,
+        1e-3,
+        96,
+        0.5,
+        192.0,
+        divergence_name="js",
+        measured=Throughput(eta_s=7.0, student_tflops=1.5),
     )
+    assert metrics.values()["js"] == 2.5
+    assert not {"divergence", "divergence_name", "kl"} & metrics.values().keys()
+    without_teacher = replace(metrics, divergence=None, divergence_name="")
+    assert metrics.values().keys() - without_teacher.values().keys() == {"js"}
     assert metrics.values()["eta_s"] == 7.0
     assert "measured" not in metrics.values()
     assert "teacher_wait_s" not in metrics.values()

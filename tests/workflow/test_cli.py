@@ -332,7 +332,7 @@ def test_folder_that_is_not_a_model(here, recipe, inputs, model):
         here("compress", recipe, f"model={model}"),
         "model_type 'gpt2'",
         "GPT2LMHeadModel",
-        "supported: llama (LlamaForCausalLM)",
+        "give a model of one of these families: llama (LlamaForCausalLM)",
     )
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 72}))
     refused(
@@ -357,12 +357,16 @@ def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, 
     largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
     refused(done, f"the tokenizer has ids up to {largest}, but the model's embedding has 300 rows")
-    done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
-    refused(
+    (tmp_path / "old.txt").write_text("An old text. " * 30)
+    too_many = ["score.num_samples=4096", "evaluate.num_samples=4096"]
+    held_out = f"data.held_out.old=[{tmp_path / 'old.txt'}]"
+    done = on_ranks(1, "compress", recipe, output, held_out, *too_many)[0]
+    refused(  # the problems of the stages data and texts, in one list
         done,
         "4096 are needed: lower num_samples of score, depth and search to at most",
         "valid text has",
         "lower evaluate.num_samples to at most",
+        "old text has",
     )
     samples = int(re.search(r"calibration text has (\d+) samples of 32 tokens", done.err)[1])
     assert not (tmp_path / "out" / "importance.safetensors").exists()

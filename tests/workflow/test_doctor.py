@@ -143,7 +143,7 @@ def test_estimated_disk_space_matches_the_artifacts(whole):
     """The estimate matches a finished run, without its checkpoints, manifests and tokenizers."""
     project = whole.project()
     arch = read_arch(Path(project.recipe.model))
-    expected = artifact_bytes(project.recipe, arch, arch)
+    expected = artifact_bytes(project, arch, arch)
     (student,) = rank_parameters(read_arch(project.paths["export"]), project.recipe.parallel)
     expected["distill"] -= (
         16 * student * (project.recipe.distill.keep_checkpoints + 1)
@@ -155,7 +155,7 @@ def test_estimated_disk_space_matches_the_artifacts(whole):
             if p.suffix in (".distcp", ".safetensors")
         )
         assert written == pytest.approx(expected[name], rel=0.2), name  # here headers are a part of it
-    assert check_disk_space(project.recipe, project.paths, arch, arch).detail.endswith("write about 0.0 GB")
+    assert check_disk_space(project, arch, arch).detail.endswith("write about 0.0 GB")
 
 
 def test_versions_are_checked_against_the_metadata(install):

@@ -34,7 +34,7 @@ from minitron_mp.report.provenance_section import provenance_section
 from minitron_mp.report.report import build_report
 from minitron_mp.report.search_section import search_section
 from minitron_mp.report.tables import quality_table
-from minitron_mp.report.training_section import cost_section
+from minitron_mp.report.training_section import cost_section, training_section
 from minitron_mp.workflow.graph import StageGraph
 
 WIDTHS = (400, 1400)
@@ -124,7 +124,7 @@ def test_page_has_the_numbers_of_the_artifacts(whole, read):
     steps = next(table for table in read.tables if table[0][0] == "step")
     assert steps[-1] == [
         str(STEPS),
-        *(f"{metrics[-1][k]:.4f}" for k in ("loss", "kl")),
+        *(f"{metrics[-1][k]:.4f}" for k in ("loss", "forward_kl")),
         f"{metrics[-1]['lr']:.2e}",
         f"{metrics[-1]['grad_norm']:.2f}",
     ]
@@ -342,7 +342,7 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
         if isinstance(part, Table)
     )
     assert cost.rows[-1] == ("total", "", "", "", "", "3.000", "72.000")
-    section = provenance_section(whole.project().recipe, list(whole.project().stages), None, made)
+    section = provenance_section(whole.project().recipe, whole.project().stages, None, made)
     commands = section.parts[0].text
     assert (
         "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill "
@@ -504,3 +504,15 @@ def test_speed_of_a_project(whole):
         f"Median of 3 passes, which differed by up to {spread:.0%}, on {speed['device']}"
         in (whole.output / "report.md").read_text()
     )
+
+
+@pytest.mark.parametrize("divergence", ["js", "forward_kl"])
+def test_divergence_has_its_own_name_in_table_and_figure(divergence):
+    row = {"loss": 3.0, "lr": 1e-4, "grad_norm": 1.0, "num_tokens": 10, "step_time_s": 1.0}
+    logged = [{**row, "step": step, divergence: 2.0} for step in (1, 2)]
+    *_, loss_figure, _, _, table = training_section("distill", logged, [], divergence).parts
+    assert table.header == ["step", "loss", divergence, "learning rate", "gradient norm"]
+    assert f"{divergence} from 2 to 2" in loss_figure.text
+    without_teacher = [{**row, "step": step} for step in (1, 2)]
+    table = training_section("correct", without_teacher, [], divergence).parts[-1]
+    assert table.header == ["step", "loss", "learning rate", "gradient norm"]

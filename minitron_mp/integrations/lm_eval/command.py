@@ -187,7 +187,7 @@ def _find_tasks(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, l
     if not all(manager.match_tasks([name]) for name in tasks):
         manager = TaskManager(include_path=folder)  # reads some ten thousand files
     unknown = [name for name in tasks if not manager.match_tasks([name])]
-    refuse("the harness has no task of this name; `lm-eval ls tasks` lists its tasks:", unknown)
+    refuse("the harness has no task of this name; give names that `lm-eval ls tasks` lists:", unknown)
     return manager, manager.match_tasks(list(tasks))
 
 
@@ -196,7 +196,8 @@ def _load_tasks(manager: Any, names: list[str]) -> None:
         manager.load(names)
     except Exception as error:  # whatever a task's file, its data set or the network raises
         raise InputError(
-            f"the tasks {', '.join(names)} cannot be loaded: {type(error).__name__}: {error}"
+            f"the tasks {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}); correct "
+            "their files, or download their data sets where the network is available"
         ) from error
 
 

@@ -107,7 +107,7 @@ class ShardedLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         if add_special_tokens is None:
@@ -147,7 +147,7 @@ class ShardedLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         _require_same_on_all_ranks(rows)
@@ -210,7 +210,7 @@ class ShardedLM(TemplateLM):
                 active = remaining
         return [postprocess_generated_text(text, plan.stops, None) for text, plan in zip(texts, plans)]
 
-    def _generation(self, context: str, settings: dict[str, Any]) -> Generation:
+    def _generation(self, context: str, settings: dict[str, object]) -> Generation:
         values: dict[str, Any] = dict(normalize_gen_kwargs(settings, default_max_gen_toks=DEFAULT_NEW_TOKENS))
         if values["do_sample"] or values.get("num_beams", 1) != 1:
             raise InputError(
@@ -241,7 +241,7 @@ class ShardedLM(TemplateLM):
         return any(stop in text for stop in plan.stops if stop)
 
 
-def _require_same_on_all_ranks(requests: Sequence[Any]) -> None:
+def _require_same_on_all_ranks(requests: Sequence[object]) -> None:
     """Raise InputError unless every rank has rank 0's requests.
 
     Results are summed by request number.

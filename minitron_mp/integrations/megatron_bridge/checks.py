@@ -54,7 +54,7 @@ def _vocabulary_checks(cfg: Any, step: KDForwardStep) -> Checks:
         (
             step.vocab_size != teacher.vocab_size,
             f"vocab_size of KDForwardStep is {step.vocab_size}, but the teacher's is {teacher.vocab_size}; "
-            "student and teacher need the same tokenizer",
+            "give both the same tokenizer",
         ),
         (
             getattr(cfg.tokenizer, "use_tokenizer_vocab_size", False),
@@ -78,7 +78,7 @@ def _loss_checks(cfg: Any) -> Checks:
         (
             model.bf16 != (model.params_dtype is torch.bfloat16),
             f"model.bf16 is {model.bf16} with params_dtype {model.params_dtype}; "
-            "cfg.mixed_precision and student_provider(precision=...) must agree",
+            "set cfg.mixed_precision and student_provider(precision=...) to the same precision",
         ),
     ]
 
@@ -92,7 +92,7 @@ def _feature_checks(cfg: Any) -> Checks:
         ),
         (
             bool(getattr(model, "num_moe_experts", None)),
-            "model.num_moe_experts: only dense decoders are supported",
+            "model.num_moe_experts: only dense decoders are supported; give another student",
         ),
         (
             cfg.dist.use_megatron_fsdp or cfg.dist.use_torch_fsdp2,
@@ -138,7 +138,8 @@ def _length_checks(cfg: Any, teacher: Arch) -> Checks:
     return [
         (
             model.seq_length % (2 * cp if cp > 1 else 1) != 0,
-            f"model.seq_length {model.seq_length} must be a multiple of 2 x context_parallel_size {cp}",
+            f"model.seq_length {model.seq_length} must be a multiple of 2 x context_parallel_size {cp}; "
+            "change one of them",
         ),
         (
             model.seq_length > teacher.max_position_embeddings,
@@ -147,12 +148,13 @@ def _length_checks(cfg: Any, teacher: Arch) -> Checks:
         ),
         (
             bool(data_length) and data_length != model.seq_length,
-            f"dataset.seq_length {data_length} must equal model.seq_length {model.seq_length}",
+            f"dataset.seq_length {data_length} must equal model.seq_length {model.seq_length}; set "
+            "both to the same number",
         ),
         (
             train.global_batch_size % train.micro_batch_size != 0,
             f"train.global_batch_size {train.global_batch_size} must be a multiple of "
-            f"micro_batch_size {train.micro_batch_size}",
+            f"micro_batch_size {train.micro_batch_size}; change one of them",
         ),
     ]
 

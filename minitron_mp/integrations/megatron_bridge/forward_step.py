@@ -26,7 +26,7 @@ from minitron_mp.integrations.megatron_bridge.model import (
 from minitron_mp.integrations.megatron_bridge.teacher import BridgeTeacher
 from minitron_mp.losses.objective import Objective
 from minitron_mp.models.precision import silently_wrong
-from minitron_mp.models.sharded_model import DTYPES, output_weight
+from minitron_mp.models.sharded_model import output_weight
 
 
 class KDForwardStep:
@@ -34,23 +34,16 @@ class KDForwardStep:
 
     The model returns hidden states, and losses.fused.distillation_loss applies the output layer in
     tiles of tokens, vocabulary-parallel. The model's cross-entropy does not run. Bridge logs
-    "kd loss" (the optimised loss), "kl" and "lm loss", as means over tokens. The teacher is loaded
-    when training starts and freed after the last evaluation. vocab_size: without padding.
+    "kd loss" (the optimised loss), the divergence under its own name ("forward_kl") and "lm loss",
+    as means over tokens. The teacher is loaded when training starts and freed after the last
+    evaluation.
+
+    vocab_size: without padding. objective: default Objective(), forward KL alone.
     """
 
-    def __init__(
-        self,
-        teacher: BridgeTeacher,
-        *,
-        vocab_size: int,
-        divergence: str = "forward_kl",
-        temperature: float = 1.0,
-        kl_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        logits_precision: str = "fp32",
-    ):
+    def __init__(self, teacher: BridgeTeacher, *, vocab_size: int, objective: Objective | None = None):
         self.teacher, self.vocab_size = teacher, vocab_size
-        self.objective = Objective(divergence, temperature, kl_weight, ce_weight, DTYPES[logits_precision])
+        self.objective = objective or Objective()
         self.world: World | None = None
         self.trained = False
 
@@ -107,7 +100,7 @@ class KDForwardStep:
                 f"the loss is {loss.total.item()} on {self.world.coordinates}; "
                 "lower the learning rate, or use params_dtype float32"
             )
-        sums = dict(zip(("kd loss", "kl", "lm loss"), loss.sums))
+        sums = dict(zip(("kd loss", objective.divergence, "lm loss"), loss.sums))
         if signal is None:
             sums = {"lm loss": sums["lm loss"]}
         tokens = loss.num_tokens
@@ -123,7 +116,7 @@ class KDForwardStep:
             if hasattr(chunk, "ddp_config")
             for text in silently_wrong(chunk.config, chunk.ddp_config)
         ]
-        refuse("this model would be trained wrongly:", list(dict.fromkeys(problems)))
+        refuse("this model would be trained wrongly; change its config:", list(dict.fromkeys(problems)))
         self.world = world_of_provider(context.model)
         self.teacher.start(self.world, context.state.cfg.model.seq_length)
 

@@ -196,7 +196,7 @@ def arch_of(model: Any, config: dict[str, Any]) -> Arch:
     norms = {name: norm for norm, name in NORMALIZATION.items()}
     if model.normalization not in norms:
         problems.append(f"normalization is {model.normalization}; supported: {', '.join(norms)}")
-    refuse("only dense decoders are pruned:", problems)
+    refuse("only dense decoders can be pruned; give another model:", problems)
     block = BlockArch(
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,

@@ -9,6 +9,7 @@ linear_fc1 holds all gate rows, then all up rows: (2f, h). Without a gate it hol
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,13 +46,42 @@ def block_parameters(arch: Arch) -> dict[str, tuple[str, ...]]:
     return {name: dims for name, dims in PARAMETERS.items() if name not in absent}
 
 
+@dataclass(frozen=True)
+class LayerWidths:
+    """Channels of the activations inside a layer. Tensor parallelism splits all of them."""
+
+    query: int
+    """np hn: the queries, and the output of attention."""
+    key: int
+    """ng hn: the keys, or the values."""
+    fc1: int
+    """Output of linear_fc1: gate and up, or up without a gate."""
+    fc2: int
+    """Input of linear_fc2."""
+
+    @property
+    def qkv(self) -> int:
+        """Output of linear_qkv."""
+        return self.query + 2 * self.key
+
+
+def layer_widths(arch: Arch, block: BlockArch) -> LayerWidths:
+    """Return the widths of the activations inside a layer of these sizes."""
+    return LayerWidths(
+        query=block.num_attention_heads * arch.kv_channels,
+        key=block.num_query_groups * arch.kv_channels,
+        fc1=(2 if arch.gated else 1) * block.ffn_hidden_size,
+        fc2=block.ffn_hidden_size,
+    )
+
+
 def dim_sizes(arch: Arch, block: BlockArch) -> dict[str, int]:
     """Return dimension -> size, for the dimensions that depend on the sizes of the layer."""
-    heads, groups = block.num_attention_heads, block.num_query_groups
+    widths = layer_widths(arch, block)
     return {
-        "ffn": block.ffn_hidden_size,
-        "gate_up": (2 if arch.gated else 1) * block.ffn_hidden_size,
-        "heads": heads * arch.kv_channels,
-        "qkv": (heads + 2 * groups) * arch.kv_channels,
+        "ffn": widths.fc2,
+        "gate_up": widths.fc1,
+        "heads": widths.query,
+        "qkv": widths.qkv,
         "head_width": arch.kv_channels,
     }

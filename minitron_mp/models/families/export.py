@@ -33,7 +33,7 @@ def exportable_arch(student: Arch, family: str | None) -> Arch:
     """
     if family and family != student.family:
         refuse("the student cannot be exported:", _family_problems(student, family))
-    exported = student.resized(family=family or student.family)
+    exported = student.model_copy(update={"family": family or student.family})
     refuse("the student cannot be exported:", [problem.text for problem in export_problems(exported)])
     return exported
 
@@ -45,6 +45,7 @@ def _family_problems(student: Arch, family: str) -> list[str]:
     if family not in conversions:
         possible = " or ".join([student.family, *conversions])
         return [
-            f"export.family {family}: a model of the family {student.family} is written as {possible} only"
+            f"export.family {family}: a model of the family {student.family} can be written as {possible} "
+            "only; set one of those"
         ]
     return [f"export.family {family}: {problem}" for problem in conversions[family].problems(student)]

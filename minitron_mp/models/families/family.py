@@ -26,7 +26,7 @@ CONFIG_FIELDS = {
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 """Key of config.json -> default of transformers. A family overrides them in `defaults`."""
 
-REQUIRED_SETTINGS: dict[str, Any] = {
+REQUIRED_SETTINGS: dict[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0,
@@ -35,6 +35,39 @@ REQUIRED_SETTINGS: dict[str, Any] = {
     "hidden_act": "silu",
 }
 """Key of config.json that changes the computation -> the only supported value."""
+
+ROPE_SETTINGS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+"""Keys of config.json with the rotary settings."""
+
+COMPUTATION_WORDS = (
+    "rope",
+    "rotary",
+    "theta",
+    "position",
+    "activation",
+    "_act",
+    "act_fn",
+    "bias",
+    "norm",
+    "_eps",
+    "epsilon",
+    "scal",
+    "multiplier",
+    "logit",
+    "cap",
+    "clip",
+    "window",
+    "attn",
+    "attention",
+    "qk",
+    "residual",
+    "parallel",
+    "expert",
+    "moe",
+    "router",
+    "drop",
+)
+"""Parts of the names of keys that change the computation."""
 
 WEIGHTS: dict[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens.weight",),
@@ -77,7 +110,7 @@ class ExportAs:
     """
 
     drop: tuple[str, ...]
-    add: Mapping[str, Any]
+    add: Mapping[str, object]
     problems: Callable[[Arch], list[str]]
 
 
@@ -99,11 +132,13 @@ class Family:
     switches: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Arch that are the same for every model of the family."""
     config_fields: Mapping[str, str] = field(default_factory=lambda: CONFIG_FIELDS)
-    """Field of Arch -> key of config.json. Other keys (rotary, activation, biases) have the names of
-    Llama: a family that renames them must reject other values in `config_problems`."""
+    """Field of Arch -> key of config.json. The rotary keys have the names of ROPE_SETTINGS."""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
-    required_settings: Mapping[str, Any] = field(default_factory=lambda: REQUIRED_SETTINGS)
-    required_rope: Mapping[str, Any] = field(default_factory=lambda: {"partial_rotary_factor": 1})
+    required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
+    other_settings: tuple[str, ...] = ()
+    """Keys of config.json that `config_problems` checks, or that change nothing in supported models.
+    Keys that no field lists are rejected if their names have one of COMPUTATION_WORDS."""
+    required_rope: Mapping[str, object] = field(default_factory=lambda: {"partial_rotary_factor": 1})
     """Rotary setting -> the only supported value."""
     config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     """Returns further reasons why a config.json with its defaults is not supported."""
@@ -112,3 +147,14 @@ class Family:
     export_problems: Callable[[Arch], list[ExportProblem]] = lambda arch: []
     exports_as: Mapping[str, ExportAs] = field(default_factory=dict)
     """Name of another family -> the conversion of a model of this family to it."""
+
+    @property
+    def settings(self) -> set[str]:
+        """Keys of config.json that are read or checked."""
+        return {
+            *self.config_fields.values(),
+            *self.required_settings,
+            *self.other_settings,
+            *ROPE_SETTINGS,
+            "layer_types",
+        }

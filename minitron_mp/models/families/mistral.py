@@ -22,5 +22,6 @@ MISTRAL = Family(
     name="mistral",
     transformers_class="MistralForCausalLM",
     defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    other_settings=("sliding_window",),
     config_problems=_window_problems,
 )

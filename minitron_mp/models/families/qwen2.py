@@ -17,4 +17,5 @@ QWEN2 = Family(
             "self_attn.v_proj.bias",
         ),
     },
+    other_settings=("sliding_window", "max_window_layers"),  # without effect: use_sliding_window is False
 )

@@ -14,4 +14,5 @@ QWEN3 = Family(
         "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
         "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     },
+    other_settings=("sliding_window", "max_window_layers"),  # without effect: use_sliding_window is False
 )

@@ -11,15 +11,21 @@ from minitron_mp.report.document import Figure
 from minitron_mp.report.figures.drawing import KEPT, PRUNED, drawing
 
 
-def training_figures(name: str, metrics: Sequence[Mapping[str, float]]) -> list[Figure]:
-    """Draw loss and KL, learning rate, and gradient norm. metrics: one entry per logged step."""
+def training_figures(
+    name: str, metrics: Sequence[Mapping[str, float]], divergence: str | None
+) -> list[Figure]:
+    """Draw loss and divergence, learning rate, and gradient norm.
+
+    metrics: one entry per logged step. divergence: its key in the metrics; None if it is not
+    logged.
+    """
     steps = [row["step"] for row in metrics]
-    if all(row["loss"] == row["kl"] for row in metrics):
-        losses = {"loss = KL to the teacher": "loss"}
-    elif any(row["kl"] for row in metrics):
-        losses = {"loss": "loss", "KL to the teacher": "kl"}
-    else:
+    if divergence is None:
         losses = {"loss": "loss"}
+    elif all(row["loss"] == row[divergence] for row in metrics):
+        losses = {f"loss = {divergence}": "loss"}
+    else:
+        losses = {"loss": "loss", divergence: divergence}
 
     def curves(keys: Mapping[str, str]) -> dict[str, list[float]]:
         return {label: [row[key] for row in metrics] for label, key in keys.items()}

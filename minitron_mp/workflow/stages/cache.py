@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import fp8_teacher, run_settings
@@ -65,7 +65,7 @@ def cache_teacher(context: StageContext) -> None:
     on_rank_0(finish)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the microbatches, the teacher's precision and the payload."""
     result = {
         **recipe.distill.model_dump(include={"steps", "global_batch_size", "micro_batch_size"}),
@@ -88,4 +88,5 @@ CACHE = Stage(
     when=lambda recipe: recipe.teacher.placement == "cached",
     requirement="teacher.placement: cached",
     run=cache_teacher,
+    disk_bytes=lambda sizes: sizes.teacher_signals,
 )

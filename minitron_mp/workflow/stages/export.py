@@ -36,4 +36,5 @@ EXPORT = Stage(
     inputs=("import", "distill"),
     settings=lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision},
     run=export_student,
+    disk_bytes=lambda sizes: sizes.exported_student,
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.workflow.settings import text_files
 from minitron_mp.workflow.stage import Stage
-from minitron_mp.workflow.stages.tokenize import require_samples, tokenize_text
+from minitron_mp.workflow.stages.tokenize import short_texts, tokenize_text
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
@@ -18,9 +18,9 @@ def run(context: StageContext) -> None:
     tokenize_text(context, held_out=True)
 
 
-def check(files: StageFiles) -> None:
-    """Raise InputError when a text is too short for evaluate."""
-    require_samples(files, dict.fromkeys(files.recipe.data.held_out, files.recipe.evaluate.num_samples))
+def problems(files: StageFiles) -> list[str]:
+    """Return the texts that are too short for evaluate."""
+    return short_texts(files, dict.fromkeys(files.recipe.data.held_out, files.recipe.evaluate.num_samples))
 
 
 HELD_OUT = Stage(
@@ -32,5 +32,5 @@ HELD_OUT = Stage(
     when=lambda recipe: bool(recipe.data.held_out),
     requirement="data.held_out",
     run=run,
-    check=check,
+    problems=problems,
 )

@@ -32,4 +32,5 @@ IMPORT = Stage(
     artifact="teacher",
     sources=lambda recipe: model_files(recipe.model),
     run=run,
+    disk_bytes=lambda sizes: sizes.imported_base,
 )

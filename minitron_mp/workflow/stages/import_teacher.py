@@ -32,4 +32,5 @@ IMPORT_TEACHER = Stage(
     when=lambda recipe: recipe.teacher.model is not None,
     requirement="teacher.model",
     run=run,
+    disk_bytes=lambda sizes: sizes.imported_teacher,
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import num_dropped_layers
@@ -46,7 +47,7 @@ def plan_student(files: StageFiles) -> None:
         say(f"note: {note}")
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the sizes of the student, and the choice of layers if it is not the default."""
     from minitron_mp.config.pruning import DepthConfig
 
@@ -57,7 +58,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {**_sizes(recipe), **depth}
 
 
-def _sizes(recipe: Recipe) -> dict[str, Any]:
+def _sizes(recipe: Recipe) -> Mapping[str, object]:
     """Return the sizes that the target gives, or the sizes that are computed from its budget.
 
     Computed sizes must be divisible by tp, but seldom change with it. So tp is not a setting.

@@ -42,4 +42,5 @@ PRUNE = Stage(
     artifact="student",
     inputs=(pruning_base, "plan"),
     run=prune_teacher,
+    disk_bytes=lambda sizes: sizes.pruned_student,
 )

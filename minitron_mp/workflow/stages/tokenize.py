@@ -63,28 +63,28 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
     on_rank_0(write, takes_long=True)
 
 
-def check(files: StageFiles) -> None:
-    """Raise InputError if a part is too short for a stage that would run hours later."""
+def problems(files: StageFiles) -> list[str]:
+    """Return the parts that are too short for a stage that would run hours later."""
     recipe = files.recipe
     calibration = [recipe.score.num_samples]
     if "depth" in files.paths and recipe.depth.metric == "loss":
         calibration.append(recipe.depth.num_samples)
     if recipe.search:
         calibration.append(recipe.search.num_samples)
-    require_samples(
-        files, {"calibration": max(calibration), "train": 0, "valid": recipe.evaluate.num_samples}
-    )
+    num_samples = {"calibration": max(calibration), "train": 0, "valid": recipe.evaluate.num_samples}
+    return short_texts(files, num_samples)
 
 
-def require_samples(files: StageFiles, num_samples: dict[str, int]) -> None:
-    """Raise InputError unless each text has its number of samples."""
+def short_texts(files: StageFiles, num_samples: dict[str, int]) -> list[str]:
+    """Return a sentence for each text without its number of samples."""
     from minitron_mp.data.batches import too_short_problems
-    from minitron_mp.errors import refuse
 
-    problems: list[str] = []
-    for text, count in num_samples.items():
-        problems += too_short_problems(files.output, text, files.recipe.data.sequence_length, count)
-    refuse("there is too little text:", problems)
+    length = files.recipe.data.sequence_length
+    return [
+        problem
+        for text, count in num_samples.items()
+        for problem in too_short_problems(files.output, text, length, count)
+    ]
 
 
 TOKENIZE = Stage(
@@ -95,5 +95,5 @@ TOKENIZE = Stage(
     settings=lambda recipe: {"valid_fraction": recipe.data.valid_fraction, "seed": recipe.seed},
     sources=lambda recipe: text_files(recipe, held_out=False),
     run=run,
-    check=check,
+    problems=problems,
 )

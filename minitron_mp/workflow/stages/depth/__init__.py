@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import drops_layers, num_dropped_layers, run_settings, task_files
@@ -19,7 +19,7 @@ def run(context: StageContext) -> None:
     measure_depth(context)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the metric, and the number of dropped layers if it matters."""
     unused = {"num_samples", "task"} if recipe.depth.metric == "task" else {"metric", "task", "task_items"}
     used = {name: value for name, value in recipe.depth.result_settings().items() if name not in unused}

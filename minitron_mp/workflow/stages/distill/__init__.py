@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION, Curve
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import fp8_teacher, run_settings
 from minitron_mp.workflow.stage import Stage, distillation_teacher
@@ -16,10 +17,10 @@ def run(context: StageContext) -> None:
     """Train the student. The ranks of a remote teacher serve it."""
     from minitron_mp.workflow.stages.distill.student import distill_student
 
-    distill_student(context)
+    distill_student(context, curves(context.recipe))
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run and of its teacher.
 
     The placement and layout of the teacher are not included, because they change its signals only
@@ -36,6 +37,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return result
 
 
+def curves(recipe: Recipe) -> tuple[Curve, ...]:
+    """Return the student's curve, after that of a teacher that is corrected at the same time."""
+    return (CORRECTION, DISTILLATION) if recipe.corrects_during_distillation else (DISTILLATION,)
+
+
 DISTILL = Stage(
     name="distill",
     help="Train the student on the teacher's distribution.",
@@ -45,5 +51,7 @@ DISTILL = Stage(
     settings=settings,
     run=run,
     meets_roles=True,
+    curves=curves,
+    disk_bytes=lambda sizes: sizes.distillation,
     has_checkpoints=True,
 )

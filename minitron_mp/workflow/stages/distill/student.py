@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from minitron_mp.artifacts.curves import Curve
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 from minitron_mp.workflow.context import StageContext
-from minitron_mp.workflow.stages.correct.training import OnStep, run_training
 from minitron_mp.workflow.teacher_source import open_teacher, serve_students
+from minitron_mp.workflow.training import OnStep, run_training
 
 
-def distill_student(context: StageContext) -> None:
+def distill_student(context: StageContext, curves: Sequence[Curve]) -> None:
     """Train the student on the teacher's distribution.
 
-    The ranks of a remote teacher serve the students instead.
+    The ranks of a remote teacher serve the students instead. curves: Stage.curves of `distill`.
     """
     if context.world.role == "teacher":
         serve_students(context)
@@ -25,7 +28,7 @@ def distill_student(context: StageContext) -> None:
             return _trainable_teacher(context, on_teacher_step)
         return open_teacher(context, first_step)
 
-    run_training(context, "prune", context.recipe.distill, make_teacher)
+    run_training(context, "prune", context.recipe.distill, curves, make_teacher)
 
 
 def _trainable_teacher(context: StageContext, on_step: OnStep) -> TrainableTeacher:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import run_settings, task_files
@@ -19,10 +19,15 @@ def run(context: StageContext) -> None:
     evaluate_models(context)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the samples of text, and the items of each task where there are tasks."""
     items = {"task_items": recipe.evaluate.task_items} if recipe.evaluate.tasks else {}
     return {"num_samples": recipe.evaluate.num_samples, **items, **run_settings(recipe)}
+
+
+def adds_results(name: str) -> bool:
+    """Return whether an input or setting adds texts or tasks. Other losses do not depend on it."""
+    return name in ("texts", "task_items") or name.startswith("task ")
 
 
 EVALUATE = Stage(
@@ -34,4 +39,5 @@ EVALUATE = Stage(
     settings=settings,
     sources=lambda recipe: task_files({f"task {name}": path for name, path in recipe.evaluate.tasks.items()}),
     run=run,
+    adds_results=adds_results,
 )

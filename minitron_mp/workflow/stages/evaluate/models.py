@@ -6,7 +6,6 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.console import Tracker
@@ -79,11 +78,11 @@ def _quality(
         return compare(models, teacher, groups, progress=partial(tracker.advance, 1))
 
 
-def _dumped(quality: dict[str, Quality]) -> dict[str, Any]:
+def _dumped(quality: dict[str, Quality]) -> dict[str, object]:
     return {model: values.model_dump() for model, values in quality.items()}
 
 
-def _task_results(context: StageContext, task: str, path: Path, models: Models) -> dict[str, Any]:
+def _task_results(context: StageContext, task: str, path: Path, models: Models) -> dict[str, object]:
     """Return the result of each model on one task."""
     settings = context.recipe.evaluate
     items = read_task_file(path, settings.task_items)

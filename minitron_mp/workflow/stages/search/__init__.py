@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import fp8_teacher, run_settings
@@ -20,7 +20,7 @@ def run(context: StageContext) -> None:
     search_sizes(context)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the names of the candidates, and the settings of their measurement.
 
     The settings from which the candidates are computed are not included: the parallel layout is one

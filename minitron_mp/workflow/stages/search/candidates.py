@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from minitron_mp.artifacts.checkpoint import load_weights, save_checkpoint
 from minitron_mp.artifacts.files import read_json, write_text
@@ -25,7 +24,7 @@ from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.pruning import SearchConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
-from minitron_mp.data.batches import micro_batches
+from minitron_mp.data.batches import microbatches
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.errors import InputError, refuse
@@ -110,7 +109,7 @@ class _Progress:
         rows = on_rank_0(self._read)
         self.candidates = [Candidate.model_validate(row) for row in rows] if rows else self._start()
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> list[dict[str, object]]:
         """Return the candidates of an interrupted search; InputError when its settings differ."""
         if not self.file.exists():
             return []
@@ -120,7 +119,7 @@ class _Progress:
             "or restore these settings:",
             Manifest.model_validate(content["manifest"]).differences(self.context.manifest),
         )
-        rows: list[dict[str, Any]] = content["candidates"]
+        rows: list[dict[str, object]] = content["candidates"]
         num_measured = len([row for row in rows if row["pruned_loss"] is not None])
         say(f"search: resuming, {num_measured} candidates are measured")
         return rows
@@ -150,7 +149,7 @@ class _Progress:
         Sums that are reduced over other groups may differ in the last bit.
         """
 
-        def write() -> list[dict[str, Any]]:
+        def write() -> list[dict[str, object]]:
             rows = [candidate.model_dump() for candidate in self.candidates]
             content = {"manifest": self.context.manifest.model_dump(mode="json"), "candidates": rows}
             write_text(self.file, json.dumps(content))
@@ -249,7 +248,7 @@ def _distill_together(
     last_step: int,
     groups: list[list[Batch]],
 ) -> None:
-    """Distill candidates from one forward pass of the teacher per micro-batch, and measure them."""
+    """Distill candidates from one forward pass of the teacher per microbatch, and measure them."""
     recipe, world = context.recipe, context.world
     settings, start = training(recipe), time.monotonic()
     for candidate in part:
@@ -278,7 +277,7 @@ def _distill_together(
     with Tracker(title, last_step, "steps", first) as tracker:
         trackers.append(tracker)
         batches_of = partial(
-            micro_batches,
+            microbatches,
             train_set,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,

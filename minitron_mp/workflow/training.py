@@ -11,12 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import model_state, prefixed, save_checkpoint
+from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.hf_folder import copy_assets_from
 from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
-from minitron_mp.data.batches import micro_batches
+from minitron_mp.data.batches import microbatches
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
@@ -24,7 +25,7 @@ from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.precision import communication_buffers
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
-from minitron_mp.training.loop import train
+from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
@@ -34,33 +35,26 @@ from minitron_mp.workflow.context import StageContext, training_samples
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
-METRICS = {"correct": "metrics_correct.jsonl", "distill": "metrics.jsonl"}
-"""Training -> metrics file beside the artifacts. The artifact has a copy of the complete file."""
-
 PROFILE = "profile"
 """Folder beside the artifacts with the traces of a section `profile`."""
 
 OnStep = Callable[[StepMetrics], None]
 
-TeacherFactory = Callable[[int, OnStep], Teacher | None]
-"""(first step, callback for the metrics of a trained teacher) -> teacher, None without one."""
-
-
-def correct_teacher(context: StageContext) -> None:
-    """Train the teacher on the distillation text by cross-entropy (2408.11796)."""
-    assert context.recipe.correct is not None
-    run_training(context, "import", context.recipe.correct, lambda first_step, on_teacher_step: None)
+TeacherFactory = Callable[[int, OnStep], Teacher]
+"""(first step, callback for the metrics of a trained teacher) -> teacher."""
 
 
 def run_training(
     context: StageContext,
     start: str,
     settings: DistillConfig | CorrectionConfig,
-    make_teacher: TeacherFactory,
+    curves: Sequence[Curve],
+    make_teacher: TeacherFactory | None = None,
 ) -> None:
     """Train the model that the stage `start` wrote, and write the artifact.
 
-    Called on all ranks.
+    Called on all ranks. curves: that of the model last, before it that of a teacher that is trained
+    at the same time. make_teacher: None for training without a teacher.
     """
     recipe, world, name = context.recipe, context.world, context.manifest.stage
     batches_of = _batches_of(context, settings)
@@ -70,20 +64,19 @@ def run_training(
     first_step = resume_step(checkpoints, context.manifest)
     if first_step:
         say(f"{name}: resuming from step {first_step}")
-    curves = {name: recipe.root / METRICS[name]}
-    if name == "distill" and recipe.corrects_during_distillation:
-        curves["correct"] = recipe.root / METRICS["correct"]
+    files = [recipe.root / curve.file for curve in curves]
     with Tracker(name, settings.steps, "steps", first_step) as tracker, ExitStack() as stack:
-        logs = {
-            curve: stack.enter_context(MetricsLog(path, curve, first_step, world))
-            for curve, path in curves.items()
-        }
+        logs = [
+            stack.enter_context(MetricsLog(path, curve.name, first_step, world))
+            for curve, path in zip(curves, files)
+        ]
 
         def on_step(metrics: StepMetrics) -> None:
-            logs[name](metrics)
+            logs[-1](metrics)
             tracker.advance(1, metrics.console_line())
 
-        teacher = make_teacher(first_step, logs.get("correct", on_step))
+        # The first log is that of a trained teacher. Other teachers have no metrics.
+        teacher = make_teacher(first_step, logs[0]) if make_teacher else None
         log_fp8_teacher_kl(context, None if teacher is None else teacher.model)
         stack.enter_context(communication_buffers(settings, model))
         options = RunOptions(
@@ -95,24 +88,24 @@ def run_training(
             work=_work(context, model.arch, settings, teacher),
         )
         try:
-            train(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
+            train_one(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
         except Preempted:
             _close(teacher)
             raise
         _close(teacher)
-    _write_artifact(context, model, teacher, list(curves.values()))
+    _write_artifact(context, model, teacher, files)
     on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest))
 
 
 def _batches_of(
     context: StageContext, settings: DistillConfig | CorrectionConfig
 ) -> Callable[[int], Sequence[Batch]]:
-    """Return the function from step to this data-parallel rank's micro-batches."""
+    """Return the function from step to this data-parallel rank's microbatches."""
     samples = training_samples(context, settings)
     dp = context.world.groups.dp
 
     def batches_of(step: int) -> Sequence[Batch]:
-        return micro_batches(
+        return microbatches(
             samples,
             step,
             global_batch_size=settings.global_batch_size,
@@ -130,7 +123,7 @@ def _close(teacher: Teacher | None) -> None:
 
 
 def _write_artifact(
-    context: StageContext, model: ShardedModel, teacher: Teacher | None, curves: Sequence[Path]
+    context: StageContext, model: ShardedModel, teacher: Teacher | None, metrics_files: Sequence[Path]
 ) -> None:
     """Write the trained model, the teacher if it was trained too, metrics and assets."""
     state = model_state(model.chunks, context.world)
@@ -140,7 +133,7 @@ def _write_artifact(
 
     def add_files(folder: Path) -> None:
         copy_assets_from(context.paths["import"])(folder)
-        for path in curves:
+        for path in metrics_files:
             shutil.copy(path, folder / path.name)
 
     save_checkpoint(

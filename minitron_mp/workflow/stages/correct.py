@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from minitron_mp.artifacts.curves import CORRECTION
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import run_settings
 from minitron_mp.workflow.stage import Stage
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
 
 
 def run(context: StageContext) -> None:
-    """Train the teacher."""
-    from minitron_mp.workflow.stages.correct.training import correct_teacher
+    """Train the teacher on the distillation text by cross-entropy (2408.11796)."""
+    from minitron_mp.workflow.training import run_training
 
-    correct_teacher(context)
+    assert context.recipe.correct is not None
+    run_training(context, "import", context.recipe.correct, [CORRECTION])
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run."""
     assert recipe.correct is not None
     return {**recipe.correct.result_settings(), **run_settings(recipe)}
@@ -34,5 +36,7 @@ CORRECT = Stage(
     when=lambda recipe: recipe.pruning_base == "correct",
     requirement="a section correct whose `when` is before, for example correct: {steps: 1000}",
     run=run,
+    curves=lambda recipe: (CORRECTION,),
+    disk_bytes=lambda sizes: sizes.correction,
     has_checkpoints=True,
 )

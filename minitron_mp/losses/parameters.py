@@ -1,0 +1,46 @@
+"""Parameters of the divergences: name, default and limits.
+
+This file does not import torch, so that the schema of the recipe can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number between two limits, which are not allowed themselves."""
+
+    default: float
+    above: float
+    below: float
+
+
+PARAMETERS: dict[str, dict[str, Parameter]] = {
+    "skewed_forward_kl": {"skew": Parameter(0.1, above=0, below=1)},
+}
+"""Divergence -> its parameters by name. Divergences that are not listed have none."""
+
+
+def complete_parameters(divergence: str, given: Mapping[str, float]) -> dict[str, float]:
+    """Return all parameters of a divergence: the given values, and defaults for the others.
+
+    ValueError for a name that the divergence does not have, or a value outside of the limits.
+    """
+    declared = PARAMETERS.get(divergence, {})
+    problems = []
+    for name, value in given.items():
+        if name not in declared:
+            allowed = f"its parameters: {', '.join(declared)}" if declared else "it has no parameters"
+            problems.append(f"{divergence} has no parameter {name}; {allowed}; drop {name}")
+        elif not declared[name].above < value < declared[name].below:
+            limits = declared[name]
+            problems.append(
+                f"{name} of {divergence} is {value:g}; "
+                f"give a number above {limits.above:g} and below {limits.below:g}"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
+    return {name: float(given.get(name, parameter.default)) for name, parameter in declared.items()}
