@@ -102,8 +102,8 @@ def find_manifest(artifact: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        if isinstance(content, dict):
-            _require_format(artifact, content.get("format"), content.get("stage"))
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and "stage" in content:
+            _require_format(artifact, content["format"], content["stage"])
         fields = ", ".join(".".join(map(str, row["loc"])) or "manifest" for row in error.errors())
         raise InputError(
             f"{artifact} is damaged (missing or unknown in its manifest: {fields}); delete it and run its "

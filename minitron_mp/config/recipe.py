@@ -98,7 +98,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     It raises one InputError that lists all mistakes.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -109,10 +109,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         [text for text in overrides if "=" not in text],
     )
     try:
-        values = OmegaConf.load(path)
-        if OmegaConf.is_dict(values):
-            values = OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(values, resolve=True)
+        loaded: Any = OmegaConf.load(path)
+        if isinstance(loaded, DictConfig):
+            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(loaded, resolve=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
     return make_recipe(values, source=str(path))
@@ -186,7 +186,7 @@ def _sentences(error: ErrorDetails) -> list[str]:
         rows = error["msg"].removeprefix("Value error, ").splitlines()
         return [f"{key}: {row}" if key else row for row in rows]
     rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-    return [f"{key} {rule}, given {error['input']!r}"]
+    return [f"{key}: {rule}, given {error['input']!r}"]
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -154,16 +154,17 @@ def _sibling_problems(recipe: Recipe) -> list[str]:
     problems: list[str] = []
     outputs = {recipe.root.resolve(): "this recipe"}
     for path in recipe.teacher.siblings:
-        siblings: list[Recipe] = []
-        rows = _problems_of(lambda path=path, siblings=siblings: siblings.append(load_recipe(path)))
-        problems += [f"teacher.siblings: {row}" for row in rows]
-        for sibling in siblings:
-            other = outputs.setdefault(sibling.root.resolve(), path)
-            if other != path:
-                problems.append(
-                    f"teacher.siblings: {path} has the output {sibling.output} of {other}; "
-                    "give each student its own output"
-                )
+        try:
+            sibling = load_recipe(path)
+        except InputError as error:
+            problems.append(f"teacher.siblings: {error}")
+            continue
+        other = outputs.setdefault(sibling.root.resolve(), path)
+        if other != path:
+            problems.append(
+                f"teacher.siblings: {path} has the output {sibling.output} of {other}; "
+                "give each student its own output"
+            )
     return problems
 
 

@@ -119,19 +119,19 @@ def test_parameter_count_suffixes(text, number):
             r"target\.max_parameters: 'eightB' is not a number of parameters; write 8\.4e9, 8\.4B or 102M",
         ),
         ({"target": {"max_parameters": "8.4T"}}, r"target\.max_parameters: .*given '8\.4T'"),
-        ({"target": {"max_parameters": "-1B"}}, r"target\.max_parameters: .*greater than 0"),
-        ({"target": {"keep": 1.5}}, r"target\.keep: .*less than or equal to 1, given 1\.5"),
+        ({"target": {"max_parameters": "-1B"}}, r"target\.max_parameters: must be above 0"),
+        ({"target": {"keep": 1.5}}, r"target\.keep: must be 1.* or less, given 1\.5"),
         (
             {"target": {"keep": 0.5, "hidden_size": 16}},
             r"target: sizes, max_parameters and keep exclude each other",
         ),
-        ({"target": {"keep": 0.5, "axes": []}}, r"target\.axes: .*at least 1"),
+        ({"target": {"keep": 0.5, "axes": []}}, r"target\.axes: must have 1 or more"),
         (
             {"target": {"axes": ["ffn"]}},
             r"target: axes \['ffn'\] has no effect without max_parameters or keep",
         ),
         ({"precision": "fp16"}, r"precision: .*'bf16' or 'fp32', given 'fp16'"),
-        ({"parallel": {"tp": 0}}, r"parallel\.tp: .*greater than or equal to 1, given 0"),
+        ({"parallel": {"tp": 0}}, r"parallel\.tp: must be 1 or more, given 0"),
         ({"parallel": {"vpp": 2}}, r"parallel: vpp 2 needs pp of at least 2, given 1"),
         ({"parallel": {"sequence_parallel": True}}, r"parallel: sequence_parallel .*raise tp"),
         (
@@ -156,7 +156,7 @@ def test_parameter_count_suffixes(text, number):
             r"parallel, top_k: no effect with placement cached",
         ),
         ({"data": None}, r"data: .*given None"),
-        ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: .*valid list, given 5"),
+        ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: must be a list, given 5"),
         ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
         ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),
         ({"modle": "x"}, r"unknown key modle; did you mean model\?"),
@@ -206,7 +206,7 @@ def test_errors_are_reported_together():
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [
-        (b"- a\n", [], "cannot be read"),
+        (b"- a\n", [], "contains a list, not keys and values"),
         (b"model: [a\n", [], "cannot be read"),
         (b"model: a\nmodel: b\n", [], "duplicate key model"),
         (b"\xff\xfe\x00", [], "cannot be read"),
@@ -230,7 +230,7 @@ def test_missing_file_and_non_mapping(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(InputError, match="no recipe at"):
             load_recipe(path)
-    with pytest.raises(InputError, match="recipe contains list, not keys and values"):
+    with pytest.raises(InputError, match="recipe contains a list, not keys and values"):
         make_recipe(["model"])
 
 

@@ -95,8 +95,8 @@ def stage_states(out: str) -> dict[str, str]:
     [
         (["distill.stepz=3"], ["unknown key distill.stepz; did you mean steps?"]),
         (["distill"], ["an override must be a dotted key and a value", "- distill"]),
-        (["seed=-1"], ["seed must be 0 or more, given -1"]),
-        (["output=''"], ["output must not be empty"]),
+        (["seed=-1"], ["seed: must be 0 or more, given -1"]),
+        (["output=''"], ["output: must not be empty"]),
         (["model=nowhere"], ["nowhere is not a folder; give a Hugging Face model folder"]),
         (
             ["parallel.tp=5"],
