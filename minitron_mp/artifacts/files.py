@@ -22,6 +22,8 @@ SAMPLE_BYTES = 1 << 16
 SAMPLE_EVERY_BYTES = 1 << 21
 """Distance between the starts of two samples."""
 
+RUN_LOG = "stages.jsonl"
+"""The run log in the output folder (run_log.py)."""
 ASSETS = "assets"
 """Folder inside a checkpoint artifact with the side files of the Hugging Face model."""
 CARD = "README.md"

@@ -109,7 +109,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         [text for text in overrides if "=" not in text],
     )
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        with open(path, "rb") as file:  # YAML recognises UTF-8 and UTF-16 by their byte order marks
+            loaded = OmegaConf.load(file)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read: {error}") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from minitron_mp.artifacts.run_log import FILE, RunRecord, software
+from minitron_mp.artifacts.files import RUN_LOG
+from minitron_mp.artifacts.run_log import RunRecord, software
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.report.document import Code, Part, Section, Table
 
@@ -23,7 +24,7 @@ def provenance_section(
     missing = [name for name in stages if name not in run_log]
     if missing:
         parts.append(
-            f"The run log (`{FILE}`) has no entry for: {', '.join(missing)}. "
+            f"The run log (`{RUN_LOG}`) has no entry for: {', '.join(missing)}. "
             "Their commands above use the recipe's layout."
         )
     versions = _versions(run_log) or list(software().items())
