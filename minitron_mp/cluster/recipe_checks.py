@@ -80,12 +80,11 @@ def requested_fp8(recipe: Recipe | None) -> dict[str, str]:
 
 def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
     """Check that the tokenizer loads, and that the model has an embedding for each of its ids."""
-    from minitron_mp.data.tokenizer import check_vocabulary, load_tokenizer
+    from minitron_mp.data.tokenizer import for_model, load_tokenizer
 
     folder = recipe.data.tokenizer or recipe.model
     try:
-        tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, arch.vocab_size)
+        tokenizer = for_model(load_tokenizer(folder), arch.vocab_size)
     except InputError as error:
         return failed("tokenizer", str(error))
     return ok("tokenizer", f"{folder}: {tokenizer.vocab_size:,} tokens, end-of-document id {tokenizer.eod}")

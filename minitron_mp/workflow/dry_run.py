@@ -45,6 +45,7 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     if recipe.search:
         _show_candidates(students, left_out)
     if weights:
+        _show_unused_text(recipe)
         _show_stages(graph)
     else:
         say("the model folder has config.json but no weights, so the state of the stages is unknown")
@@ -77,6 +78,16 @@ def _show_candidates(students: Sequence[Arch], left_out: str) -> None:
     )
     if left_out:
         say(left_out)
+
+
+def _show_unused_text(recipe: Recipe) -> None:
+    """Print the files and folders of the text that are not read."""
+    from minitron_mp.data.sources import find_sources, unused_text
+
+    not_used = unused_text(find_sources(recipe.data, output=recipe.root))
+    not_used.update(unused_text(find_sources(recipe.data, held_out=True, output=recipe.root)))
+    if not_used.tallies:
+        say(f"text that is not used: {not_used.summary()}")
 
 
 def _show_stages(graph: StageGraph) -> None:
