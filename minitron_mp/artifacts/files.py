@@ -79,7 +79,7 @@ def fingerprint_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
+        digest.update(f"{path.name}:{size};".encode(errors="surrogateescape"))
         is_sampled = size > SAMPLED_ABOVE_BYTES
         with path.open("rb") as file:
             while part := file.read(SAMPLE_BYTES if is_sampled else SAMPLE_EVERY_BYTES):

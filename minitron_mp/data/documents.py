@@ -106,7 +106,7 @@ def read_documents(
 
 def part_of(name: str, valid_fraction: float) -> str:
     """Return the part of a document from a hash of its name. It is the same on every machine."""
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    share = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
     if share < valid_fraction:
         return "calibration"
     return "valid" if share < 2 * valid_fraction else "train"

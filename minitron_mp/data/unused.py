@@ -46,7 +46,8 @@ class UnusedText:
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, reason: str, name: str) -> None:
-        """Count a case."""
+        """Count a case. Bytes of a file name that are not UTF-8 are written as \\udc80 to \\udcff."""
+        name = name.encode(errors="backslashreplace").decode()
         tally = self.tallies.setdefault(reason, Tally())
         tally.count += 1
         if len(tally.names) < MAX_NAMES:
@@ -61,9 +62,11 @@ class UnusedText:
 
     def summary(self) -> str:
         """Return all cases in one line; "" if there are none."""
-        return "; ".join(
-            f"{reason}: {tally.count:,} ({_first_names(tally)})" for reason, tally in self.tallies.items()
-        )
+        return "; ".join(f"{reason}: {count} ({names})" for reason, count, names in self.rows())
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return (reason, number of cases, first names) of each reason."""
+        return [(reason, f"{tally.count:,}", _first_names(tally)) for reason, tally in self.tallies.items()]
 
     def save(self, folder: Path) -> None:
         """Write the cases into a folder of tokenized text."""

@@ -343,7 +343,7 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
         if isinstance(part, Table)
     )
     assert cost.rows[-1] == ("total", "", "", "", "", "3.000", "72.000")
-    section = provenance_section(whole.project().recipe, list(whole.project().stages), None, made)
+    section = provenance_section(whole.project().recipe, whole.project().paths, None, made)
     commands = section.parts[0].text
     assert (
         "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill "
