@@ -24,6 +24,7 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
 
     job_size: number of ranks; None without a launcher.
     """
+    from minitron_mp.data.sources import find_all_sources, unused_text
     from minitron_mp.models.hf_config import has_weights, read_arch
     from minitron_mp.workflow.graph import StageGraph
     from minitron_mp.workflow.preflight import recipe_problems
@@ -39,6 +40,9 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     if problems:
         return [failed("recipe", problem) for problem in problems]
     results = [ok("recipe", f"valid; models: {', '.join(map(str, models))}")]
+    not_used = unused_text(find_all_sources(recipe.data, recipe.root)).summary() if weights else ""
+    if not_used:
+        results.append(warning("text", f"not used: {not_used}", "convert or unpack what is text"))
     if not weights:
         detail = "the folder has config.json but no weights"
         results.append(warning("model", detail, "download model.safetensors before a run"))

@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from minitron_mp.config.data import DataConfig
+from minitron_mp.data.corpus import check_ids
 from minitron_mp.data.documents import MIN_PIECE, Document, read_pieces
 from minitron_mp.data.sources import STDLIB, Sources, find_sources
 from minitron_mp.data.tokenizer import Tokenizer
@@ -14,6 +15,9 @@ from minitron_mp.errors import InputError
 
 CHECKED_FILES = 500
 """Number of files whose beginning is read. They are spread evenly over the text."""
+
+CHECKED_STDLIB_FILES = 10
+"""Number of files of the standard library whose beginning is read."""
 
 SHOWN_PROBLEMS = 5
 """Number of problems that are shown of one text."""
@@ -39,15 +43,24 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
     """Return a sentence for each file whose beginning cannot be used, SHOWN_PROBLEMS at most."""
     problems = []
     for name, source in sources.items():
-        paths = [] if name == STDLIB else [path for _, path in source.files]
-        for path in paths[:: 1 + len(paths) // CHECKED_FILES]:
-            problem = _problem(path, field, tokenizer)
-            if problem:
-                problems.append(problem)
+        paths = [path for _, path in source.files]
+        step = 1 + len(paths) // (CHECKED_STDLIB_FILES if name == STDLIB else CHECKED_FILES)
+        found = [_problem(path, field, tokenizer) for path in paths[::step]]
+        if tokenizer is not None:
+            found += [_prefix_problem(prefix, tokenizer) for prefix in source.prefixes]
+        problems += [problem for problem in found if problem]
     if len(problems) > SHOWN_PROBLEMS:
         more = len(problems) - SHOWN_PROBLEMS
         problems = [*problems[:SHOWN_PROBLEMS], f"{more:,} more files have such problems"]
     return problems
+
+
+def _prefix_problem(prefix: str, tokenizer: Tokenizer) -> str | None:
+    try:
+        check_ids(prefix, tokenizer)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _problem(path: Path, field: str, tokenizer: Tokenizer | None) -> str | None:

@@ -57,7 +57,7 @@ def tokenize_corpus(
     not_used = unused_text(sources)
     for source in sources.values():
         for prefix in source.prefixes:
-            _check_ids(prefix, tokenizer)
+            check_ids(prefix, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     writer = _PartWriter(folder, tokenizer.vocab_size)
     documents = read_documents(sources, data.valid_fraction, seed, field=data.text_field, not_used=not_used)
@@ -176,7 +176,7 @@ def _tokenized_documents(prefix: str) -> Iterator[np.ndarray]:
         yield np.concatenate([dataset[i] for i in range(first, last)])
 
 
-def _check_ids(prefix: str, tokenizer: Tokenizer) -> None:
+def check_ids(prefix: str, tokenizer: Tokenizer) -> None:
     """Raise InputError if the first or last CHECKED_IDS token ids are outside the vocabulary."""
     _, dtype = tokens_of(prefix)
     ids = np.memmap(prefix + ".bin", dtype, mode="r")

@@ -259,20 +259,22 @@ def _small_piece_size(source: Source, field: str) -> int:
 def _num_characters(path: Path, field: str, limit: int) -> int:
     """Return about the number of characters of a file. Packed files are read up to the limit."""
     if format_of(path.name) == "table":
-        total = 0
-        for record in read_records(path, "table", field):
-            total += len(record.text)
-            if total >= limit:
-                break
-        return total
-    if unpacked_name(path.name) == path.name:
-        return path.stat().st_size
+        sizes = (len(record.text) for record in read_records(path, "table", field))
+        return _sum_to(limit, sizes)
+    with reading(path):
+        if unpacked_name(path.name) == path.name:
+            return path.stat().st_size
+        with open_bytes(path) as file:
+            return _sum_to(limit, map(len, iter(partial(file.read, CHUNK_BYTES), b"")))
+
+
+def _sum_to(limit: int, sizes: Iterable[int]) -> int:
+    """Return the sum of sizes, without those after it has reached the limit."""
     total = 0
-    with reading(path), open_bytes(path) as file:
-        for chunk in iter(partial(file.read, CHUNK_BYTES), b""):
-            total += len(chunk)
-            if total >= limit:
-                break
+    for size in sizes:
+        total += size
+        if total >= limit:
+            break
     return total
 
 

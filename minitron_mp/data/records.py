@@ -16,6 +16,9 @@ DEFAULT_FIELD = "text"
 MAX_RECORD = 1 << 28
 """Characters of the longest line or record. Its memory is about ten bytes for each."""
 
+MAX_FIRST_RECORD = 1 << 24
+"""Characters that are read to find out whether a .json file is text."""
+
 CHUNK_CHARACTERS = 1 << 20
 
 TABLE_ROWS = 64
@@ -42,16 +45,23 @@ def read_records(path: Path, file_format: Format, field: str) -> Iterator[Record
         if file_format == "lines":
             yield from _line_records(file, path, field)
         else:
-            for line, value in _json_values(file, path):
+            for line, value in _json_values(file, path, MAX_RECORD):
                 yield Record(line, text_of(value, field, f"{path} line {line}"))
 
 
 def has_text(path: Path, field: str) -> bool:
-    """Return whether a .json file is text: its first record has a string in the field."""
+    """Return whether a .json file is text: its first record has a string in the field.
+
+    It is not if the first record is longer than MAX_FIRST_RECORD, as in many files of settings.
+    """
     try:
-        return next(read_records(path, "json", field), None) is not None
+        with open_text(path) as file:
+            for line, value in _json_values(file, path, MAX_FIRST_RECORD):
+                text_of(value, field, f"{path} line {line}")
+                return True
     except InputError:
         return False
+    return False
 
 
 def text_of(record: object, field: str, place: str) -> str:
@@ -111,7 +121,7 @@ def _values_of_line(line: str, place: str) -> list[Any]:
     return values
 
 
-def _json_values(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
+def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each element of an array, or of each value of a file.
 
     The memory is that of the longest element.
@@ -139,7 +149,7 @@ def _json_values(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
                 raise InputError(_not_json(text[position:], f"{path} line {line}", error)) from None
             text = text[position:] + more
             position = 0
-            if len(text) > MAX_RECORD:
+            if len(text) > longest:
                 raise InputError(_too_long(path, line)) from None
             continue
         yield line, value

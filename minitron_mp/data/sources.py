@@ -66,6 +66,11 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
     return sources
 
 
+def find_all_sources(data: DataConfig, output: Path) -> Sources:
+    """Return the text of find_sources() with that of data.held_out."""
+    return find_sources(data, output=output) | find_sources(data, held_out=True, output=output)
+
+
 def unused_text(sources: Sources) -> UnusedText:
     """Return the files and folders of all sources that are not read."""
     total = UnusedText()

@@ -49,6 +49,8 @@ MARKS = (
 )
 """Byte order marks and their encodings."""
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 OTHER_CONTENTS = (
     (b"\x1f\x8b", "gzip data: add .gz to its name"),
     (b"BZh", "bzip2 data: add .bz2 to its name"),
@@ -57,7 +59,6 @@ OTHER_CONTENTS = (
     (b"PAR1", "a parquet file: name it .parquet"),
     (b"PK\x03\x04", "a zip archive: unpack it"),
     (b"%PDF", "a PDF document: convert it to text"),
-    (b"version https://git-lfs.github.com/spec/", "a git-lfs pointer: run `git lfs pull`"),
 )
 """First bytes of files that are not text in spite of their name."""
 
@@ -170,11 +171,17 @@ def _skip_mark(file: io.BufferedReader, path: Path) -> tuple[bytes, str]:
 
 
 def _refuse_other_content(head: bytes, path: Path) -> None:
+    """Raise InputError if the first bytes of a file without a mark are not text."""
+    if head.startswith(LFS_POINTER):
+        raise InputError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`")
+    has_many_nul = head.count(0) > MAX_NUL_SHARE * len(head)
+    if not has_many_nul and _is_utf8(head):
+        return
     for beginning, content in OTHER_CONTENTS:
         if head.startswith(beginning):
             raise InputError(f"{path} is not text but {content}")
-    if head.count(0) <= MAX_NUL_SHARE * len(head):
-        return
+    if not has_many_nul:
+        return  # the reader names the invalid byte
     for first, encoding in ((0, "UTF-16BE"), (1, "UTF-16LE")):
         if head[first::2].count(0) > 0.5 * len(head[first::2]) > head[1 - first :: 2].count(0):
             raise InputError(
@@ -182,6 +189,15 @@ def _refuse_other_content(head: bytes, path: Path) -> None:
                 f"iconv -f {encoding} -t UTF-8"
             )
     raise InputError(f"{path} begins with {head.count(0):,} NUL bytes, so it is not text; replace the file")
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Return whether bytes are the beginning of UTF-8 text."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _encoding_problem(path: Path, encoding: str, mark_bytes: int) -> str:

@@ -82,12 +82,11 @@ def _show_candidates(students: Sequence[Arch], left_out: str) -> None:
 
 def _show_unused_text(recipe: Recipe) -> None:
     """Print the files and folders of the text that are not read."""
-    from minitron_mp.data.sources import find_sources, unused_text
+    from minitron_mp.data.sources import find_all_sources, unused_text
 
-    not_used = unused_text(find_sources(recipe.data, output=recipe.root))
-    not_used.update(unused_text(find_sources(recipe.data, held_out=True, output=recipe.root)))
-    if not_used.tallies:
-        say(f"text that is not used: {not_used.summary()}")
+    not_used = unused_text(find_all_sources(recipe.data, recipe.root)).summary()
+    if not_used:
+        say(f"text that is not used: {not_used}")
 
 
 def _show_stages(graph: StageGraph) -> None:

@@ -178,12 +178,12 @@ def test_surrogates_and_nul_characters_are_counted(tmp_path):
         ("a.txt", "text".encode("utf-16-be"), "seems to be UTF-16BE without a byte order mark; convert it"),
         ("a.txt", bytes(5000), r"begins with 4,096 NUL bytes"),
         ("a.txt", gzip.compress(b"text"), r"is not text but gzip data: add \.gz"),
-        ("a.jsonl", b"PAR1...", r"is not text but a parquet file"),
-        ("a.txt", b"%PDF-1.7", "a PDF document: convert it"),
+        ("a.jsonl", b"PAR1\x15\x00\xff", r"is not text but a parquet file"),
+        ("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "a PDF document: convert it"),
         (
             "a.jsonl",
             b"version https://git-lfs.github.com/spec/v1\noid",
-            "git-lfs pointer: run `git lfs pull`",
+            "git-lfs pointer, not the file itself; run",
         ),
         ("a.jsonl.gz", gzip.compress(JSONL.encode())[:-12], r"damaged or cut off \(Compressed file ended"),
         ("a.jsonl.gz", JSONL, r"damaged or cut off \(Not a gzipped file"),
@@ -233,6 +233,20 @@ def test_invalid_json_files_are_named(tmp_path, content, message):
     write(tmp_path / "a.json", content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / "a.json")
+
+
+def test_text_may_begin_like_another_kind_of_file(tmp_path):
+    for text in ("%PDF is the beginning of a PDF", "PAR1 is a gene", "BZh"):
+        assert read(write(tmp_path / "a.txt", text)) == ([text], {})
+
+
+def test_large_json_files_in_a_folder_are_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_FIRST_RECORD", 1000)
+    monkeypatch.setattr(records, "CHUNK_CHARACTERS", 100)
+    write(tmp_path / "a.txt", "text")
+    write(tmp_path / "vocabulary.json", json.dumps({"text": "x" * 2000}))
+    assert read(tmp_path) == (["text"], {unused.OTHER_KIND: 1})
+    assert read(tmp_path / "vocabulary.json") == (["x" * 2000], {})
 
 
 def test_text_field_may_be_nested_or_have_a_dot(tmp_path):

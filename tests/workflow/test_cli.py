@@ -254,6 +254,50 @@ def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     )
 
 
+def test_text_is_checked_before_anything_runs(here, recipe, model, inputs, tmp_path):
+    from transformers import AutoTokenizer
+
+    data = shutil.copytree(inputs / "text", tmp_path / "data")
+    (data / "README.md").write_text("not text")
+    (data / "out").mkdir()
+    words = [
+        "compress",
+        recipe,
+        "--dry-run",
+        f"data.source={data}",
+        f"output={data / 'out'}",
+        f"model={model}",
+    ]
+    code, out, err = here(*words)
+    assert (code, err) == (0, "")
+    assert f"text that is not used: files of other kinds: 1 ({data}/README.md); output folders of " in out
+    (data / "more.jsonl").write_text('{"body": "a <pad> token"}\n')
+    refused(
+        here(*words), f'{data}/more.jsonl line 1 has no field "text" (its fields: body); set data.text_field'
+    )
+    words.append("data.text_field=body")
+    assert here(*words)[0] == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(model)
+    unknown = "has the token '<pad>' with id 300, but the model's embedding has 300 rows; remove the token"
+    refused(here(*words), f"{data}/more.jsonl line 1 {unknown}")
+    (data / "more.jsonl").unlink()
+    assert here(*words)[0] == 0
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"query": "a <pad> b", "choices": ["a", "b"], "gold": 0}\n')
+    refused(here(*words, f"evaluate.tasks.mine={task}"), f"evaluate.tasks.mine: {task} line 1 {unknown}")
+    tokenizer.eos_token = "<pad>"
+    tokenizer.save_pretrained(model)
+    refused(
+        here(*words), "the tokenizer's end-of-document token '<pad>' has id 300, but the model's embedding"
+    )
+    (model / "tokenizer.json").write_text("{")
+    refused(here(*words), f"{model} cannot be read as a tokenizer")
+    assert list((data / "out").iterdir()) == []
+
+
 SEARCH = (
     "search={parameters: 100K, tolerance: 0.2, num_layers: [3, 4], hidden_size: [64, 48], "
     "num_attention_heads: [7, 8]}"
