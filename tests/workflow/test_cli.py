@@ -398,9 +398,10 @@ def test_nan_weight_is_named_on_every_rank(recipe, model, on_ranks, tmp_path):
 
 def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, tmp_path):
     output = f"output={tmp_path / 'out'}"
-    largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
+    make_tokenizer(tmp_path / "tokenizer", 340)
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
-    refused(done, f"the tokenizer has ids up to {largest}, but the model's embedding has 300 rows")
+    refused(done, "00.txt line 1 has the token", "but the model's embedding has 300 rows; remove the token")
+    assert not (tmp_path / "out").exists()
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
     refused(
         done,
