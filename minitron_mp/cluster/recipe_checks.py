@@ -83,7 +83,7 @@ def requested_fp8(recipe: Recipe | None) -> dict[str, str]:
 
 
 def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
-    """Check that the tokenizer loads, and that the model has an embedding for each of its ids."""
+    """Check that the tokenizer loads, and whether the model has an embedding for each of its ids."""
     from minitron_mp.data.tokenizer import for_model, load_tokenizer
 
     folder = recipe.data.tokenizer or recipe.model
@@ -91,6 +91,13 @@ def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
         tokenizer = for_model(load_tokenizer(folder), arch.vocab_size)
     except InputError as error:
         return failed("tokenizer", str(error))
+    if tokenizer.num_embeddings is not None:
+        return warning(
+            "tokenizer",
+            f"{folder}: ids up to {tokenizer.vocab_size - 1}, the model's embedding has {arch.vocab_size} "
+            "rows; a text with a larger id is rejected",
+            "set data.tokenizer, unless the larger ids are added tokens that no text contains",
+        )
     return ok("tokenizer", f"{folder}: {tokenizer.vocab_size:,} tokens, end-of-document id {tokenizer.eod}")
 
 

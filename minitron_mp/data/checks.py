@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.corpus import check_ids
-from minitron_mp.data.documents import MIN_PIECE, Document, read_pieces
+from minitron_mp.data.documents import MIN_PIECE, Document, Piece, read_pieces
 from minitron_mp.data.sources import STDLIB, Sources, find_sources
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.data.unused import UnusedText
@@ -18,6 +18,9 @@ CHECKED_FILES = 500
 
 CHECKED_STDLIB_FILES = 10
 """Number of files of the standard library whose beginning is read."""
+
+CHECKED_CHARACTERS = 20_000
+"""Characters of a file that are tokenized if the model has no embedding for some ids."""
 
 SHOWN_PROBLEMS = 5
 """Number of problems that are shown of one text."""
@@ -45,35 +48,41 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
     for name, source in sources.items():
         paths = [path for _, path in source.files]
         step = 1 + len(paths) // (CHECKED_STDLIB_FILES if name == STDLIB else CHECKED_FILES)
-        found = [_problem(path, field, tokenizer) for path in paths[::step]]
+        pieces = []
+        for path in paths[::step]:
+            try:
+                piece = _first_piece(path, field)
+            except InputError as error:
+                problems.append(str(error))
+            else:
+                pieces += [(path, piece)] if piece else []
         if tokenizer is not None:
-            found += [_prefix_problem(prefix, tokenizer) for prefix in source.prefixes]
-        problems += [problem for problem in found if problem]
+            problems += _token_problems(pieces, source.prefixes, tokenizer)
     if len(problems) > SHOWN_PROBLEMS:
         more = len(problems) - SHOWN_PROBLEMS
         problems = [*problems[:SHOWN_PROBLEMS], f"{more:,} more files have such problems"]
     return problems
 
 
-def _prefix_problem(prefix: str, tokenizer: Tokenizer) -> str | None:
-    try:
-        check_ids(prefix, tokenizer)
-    except InputError as error:
-        return str(error)
-    return None
+def _first_piece(path: Path, field: str) -> Piece | None:
+    with closing(read_pieces(path, MIN_PIECE, field, UnusedText())) as pieces:
+        return next(pieces, None)
 
 
-def _problem(path: Path, field: str, tokenizer: Tokenizer | None) -> str | None:
-    try:
-        with closing(read_pieces(path, MIN_PIECE, field, UnusedText())) as pieces:
-            piece = next(pieces, None)
-    except InputError as error:
-        return str(error)
-    if piece is None or tokenizer is None or tokenizer.num_embeddings is None:
-        return None
-    (ids,) = tokenizer.encode([piece.text])
-    unknown = tokenizer.id_without_embedding(ids)
-    if unknown is None:
-        return None
-    document = Document("", piece.text, path, piece.line)
-    return f"{document.place_of(tokenizer.token_of(unknown))} {tokenizer.no_embedding(unknown)}"
+def _token_problems(pieces: list[tuple[Path, Piece]], prefixes: list[str], tokenizer: Tokenizer) -> list[str]:
+    """Return sentences about Megatron data with unknown ids, and the first text with such an id."""
+    problems = []
+    for prefix in prefixes:
+        try:
+            check_ids(prefix, tokenizer)
+        except InputError as error:
+            problems.append(str(error))
+    if tokenizer.num_embeddings is None:
+        return problems
+    for path, piece in pieces:
+        (ids,) = tokenizer.encode([piece.text[:CHECKED_CHARACTERS]])
+        unknown = tokenizer.id_without_embedding(ids)
+        if unknown is not None:
+            place = Document("", piece.text, path, piece.line).place_of(tokenizer.token_of(unknown))
+            return [*problems, f"{place} {tokenizer.no_embedding(unknown)}"]
+    return problems

@@ -400,7 +400,10 @@ def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, 
     output = f"output={tmp_path / 'out'}"
     make_tokenizer(tmp_path / "tokenizer", 340)
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
-    refused(done, "00.txt line 1 has the token", "but the model's embedding has 300 rows; remove the token")
+    refused(
+        done,
+        "00.txt line 2 has the token 'token' with id 326, but the model's embedding has 300 rows; remove",
+    )
     assert not (tmp_path / "out").exists()
     done = on_ranks(1, "compress", recipe, output, "score.num_samples=4096", "evaluate.num_samples=4096")[0]
     refused(
