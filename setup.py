@@ -28,6 +28,7 @@ EXTRAS = {
     "nemo-run": ["nemo-run", "leptonai<0.47"],  # nemo-run 0.11.1 cannot import leptonai 0.47
     "eval": ["lm-eval>=0.4.13"],  # the first version tested
     "quickstart": ["gguf"],
+    "formats": ["pyarrow>=14"],  # text in .parquet and .zst
     # lm-eval is for the tests of the harness. triton's interpreter runs losses/kernels.py on a CPU.
     "dev": [
         "pytest",

@@ -5,6 +5,7 @@ The parser imports neither torch nor megatron.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -251,6 +252,9 @@ def main() -> None:
 
     An InputError or an OSError is printed without a traceback, and the exit code is 2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names and texts may have any characters
+            stream.reconfigure(errors="backslashreplace")
     # Megatron-Core warns on each rank about every optional package that is missing.
     warnings.filterwarnings("ignore")
     # This logger prints the traceback of errors that are reported below on one line.

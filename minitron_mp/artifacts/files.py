@@ -22,6 +22,8 @@ SAMPLE_BYTES = 1 << 16
 SAMPLE_EVERY_BYTES = 1 << 21
 """Distance between the starts of two samples."""
 
+RUN_LOG = "stages.jsonl"
+"""The run log in the output folder (run_log.py)."""
 ASSETS = "assets"
 """Folder inside a checkpoint artifact with the side files of the Hugging Face model."""
 CARD = "README.md"
@@ -77,7 +79,7 @@ def fingerprint_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
+        digest.update(f"{path.name}:{size};".encode(errors="surrogateescape"))
         is_sampled = size > SAMPLED_ABOVE_BYTES
         with path.open("rb") as file:
             while part := file.read(SAMPLE_BYTES if is_sampled else SAMPLE_EVERY_BYTES):

@@ -19,11 +19,10 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from minitron_mp import __version__
+from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-
-FILE = "stages.jsonl"
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy")
 
@@ -100,7 +99,7 @@ def append_record(root: Path, stage: str, fingerprint: str, seconds: float, job:
         device=job.device,
         software=software(),
     )
-    with (root / FILE).open("ab+") as file:
+    with (root / RUN_LOG).open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":  # a kill interrupted the last line, so begin a new line
@@ -117,7 +116,7 @@ def records_of(root: Path, paths: Mapping[str, Path]) -> dict[str, RunRecord]:
     fingerprints = {stage: manifest.fingerprint for stage, manifest in manifests.items() if manifest}
     newest = {
         record.stage: record
-        for record in _read(root / FILE)
+        for record in _read(root / RUN_LOG)
         if fingerprints.get(record.stage) == record.fingerprint
     }
     return {stage: newest[stage] for stage in paths if stage in newest}

@@ -25,6 +25,7 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
 
     job_size: number of ranks; None without a launcher.
     """
+    from minitron_mp.data.sources import find_all_sources, unused_text
     from minitron_mp.models.hf_config import has_weights, read_arch
     from minitron_mp.workflow.graph import StageGraph
     from minitron_mp.workflow.preflight import recipe_problems
@@ -40,6 +41,9 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     if problems:
         return [failed("recipe", problem) for problem in problems]
     results = [ok("recipe", f"valid; models: {', '.join(map(str, models))}")]
+    not_used = unused_text(find_all_sources(recipe.data, recipe.root)).summary() if weights else ""
+    if not_used:
+        results.append(warning("text", f"not used: {not_used}", "convert or unpack what is text"))
     if not weights:
         detail = "the folder has config.json but no weights"
         results.append(warning("model", detail, "download model.safetensors before a run"))
@@ -80,15 +84,21 @@ def requested_fp8(recipe: Recipe | None) -> dict[str, str]:
 
 
 def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
-    """Check that the tokenizer loads, and that the model has an embedding for each of its ids."""
-    from minitron_mp.data.tokenizer import check_vocabulary, load_tokenizer
+    """Check that the tokenizer loads, and whether the model has an embedding for each of its ids."""
+    from minitron_mp.data.tokenizer import for_model, load_tokenizer
 
     folder = recipe.data.tokenizer or recipe.model
     try:
-        tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, arch.vocab_size)
+        tokenizer = for_model(load_tokenizer(folder), arch.vocab_size)
     except InputError as error:
         return failed("tokenizer", str(error))
+    if tokenizer.num_embeddings is not None:
+        return warning(
+            "tokenizer",
+            f"{folder}: ids up to {tokenizer.vocab_size - 1}, the model's embedding has {arch.vocab_size} "
+            "rows; a text with a larger id is rejected",
+            "set data.tokenizer, unless the larger ids are added tokens that no text contains",
+        )
     return ok("tokenizer", f"{folder}: {tokenizer.vocab_size:,} tokens, end-of-document id {tokenizer.eod}")
 
 

@@ -16,16 +16,20 @@ class DataConfig(Section):
     """Text for calibration, training and held-out evaluation."""
 
     source: str | list[str] = "python-stdlib"
-    """Files or folders of .txt and .jsonl (field "text"), or Megatron .bin/.idx prefixes. Their
-    documents are split into the three parts. If the source has few documents, pieces of documents
-    are split instead. The default is the source code of Python's standard library."""
+    """Files or folders of .txt, .jsonl, .json and .parquet (docs/text.md), or Megatron .bin/.idx
+    prefixes. Their documents are split into the three parts. If the source has few documents,
+    pieces of documents are split instead. The default is the source code of Python's standard
+    library."""
     calibration: Paths = []
-    """Text for calibration: .txt, .jsonl or Megatron .bin/.idx prefixes. It is not split.
-    `calibration`, `train` and `valid` together replace `source`."""
+    """Text for calibration, as for `source`. It is not split. `calibration`, `train` and `valid`
+    together replace `source`."""
     train: Paths = []
     """Text for training. It is not split."""
     valid: Paths = []
     """Held-out text. It is not split."""
+    text_field: str = Field(default="text", min_length=1)
+    """Field of the text in the records of .jsonl, .json and .parquet. a.b is the field b of the
+    object a."""
     valid_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Fraction of the documents of `source` in the held-out part. The calibration part has the same
     size."""

@@ -109,7 +109,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         [text for text in overrides if "=" not in text],
     )
     try:
-        loaded: Any = OmegaConf.load(path)
+        with open(path, "rb") as file:  # YAML recognises UTF-8 and UTF-16 by their byte order marks
+            loaded: Any = OmegaConf.load(file)
         if isinstance(loaded, DictConfig):
             loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(loaded, resolve=True)

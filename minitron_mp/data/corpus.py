@@ -1,9 +1,9 @@
 """Text as Megatron indexed datasets: one or more datasets for each part.
 
-tokenize_corpus() writes <part>.bin, <part>.idx and parts.json, which lists the prefixes of each
-part. Megatron data that the recipe lists for a part is not copied: parts.json lists its prefix.
-Megatron data in data.source is divided by document, like text. Importing this module imports
-neither torch nor Megatron.
+tokenize_corpus() writes <part>.bin, <part>.idx, text.json (unused.py), and parts.json, which lists
+the prefixes of each part. Megatron data that the recipe lists for a part is not copied: parts.json
+lists its prefix. Megatron data in data.source is divided by document, like text. Importing this
+module imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.documents import next_batch, part_of, read_documents
-from minitron_mp.data.sources import PARTS, Sources, find_sources
+from minitron_mp.data.documents import Document, next_batch, part_of, read_documents
+from minitron_mp.data.sources import PARTS, Sources, find_sources, unused_text
 from minitron_mp.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,41 +37,43 @@ CHECKED_IDS = 1 << 22
 def tokenize_corpus(
     data: DataConfig,
     tokenizer: Tokenizer,
-    output: Path,
+    folder: Path,
     seed: int,
     *,
     held_out: bool = False,
+    output: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Write the three parts into the folder output, and return the number of tokens of each part.
+    """Write the three parts into a folder, and return the number of tokens of each part.
 
-    One process calls it. held_out: write the texts of data.held_out instead. progress: called with
-    the number of finished documents. The part of a document of data.source depends on a hash of
-    seed and its name, which is the same on every machine. A text begins with bos if the tokenizer
-    adds bos, and ends with eod. Megatron data is not changed. InputError for a missing path, an
-    invalid line, a part without documents, or Megatron data with ids outside the vocabulary.
+    One process calls it. held_out: write the texts of data.held_out instead. output: output folder
+    of the run, which is not read if a folder of text contains it. progress: called with the number
+    of finished documents. The part of a document of data.source depends on a hash of seed and its
+    name, which is the same on every machine. A text begins with bos if the tokenizer adds bos, and
+    ends with eod. Megatron data is not changed. InputError for a missing path, an invalid line, a
+    part without documents, or an id without embedding.
     """
-    sources = find_sources(data, held_out)
+    sources = find_sources(data, held_out, output)
+    not_used = unused_text(sources)
     for source in sources.values():
         for prefix in source.prefixes:
-            _check_ids(prefix, tokenizer.vocab_size)
-    output.mkdir(parents=True, exist_ok=True)
-    writer = _PartWriter(output, tokenizer.vocab_size)
-    documents = read_documents(sources, data.valid_fraction, seed)
+            check_ids(prefix, tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = _PartWriter(folder, tokenizer.vocab_size)
+    documents = read_documents(sources, data.valid_fraction, seed, field=data.text_field, not_used=not_used)
     num_documents = 0
-    beginning = [] if tokenizer.bos is None else [tokenizer.bos]
     batch = next_batch(documents)
     while batch:
-        for (part, _), ids in zip(batch, tokenizer.encode([text for _, text in batch])):
-            writer.add(part, np.array([*beginning, *ids, tokenizer.eod]))
+        for document, ids in zip(batch, _encode(tokenizer, batch)):
+            writer.add(document.part, ids)
         num_documents += len(batch)
         if progress:
             progress(num_documents)
         batch = next_batch(documents)
     for prefix in sources["source"].prefixes if "source" in sources else []:
-        for number, document in enumerate(_tokenized_documents(prefix)):
+        for number, ids in enumerate(_tokenized_documents(prefix)):
             part = part_of(f"{seed}:{Path(prefix).name}:{number}", data.valid_fraction)
-            writer.add(part, document)
+            writer.add(part, ids)
             num_documents += 1
     writer.finish()
 
@@ -80,8 +82,20 @@ def tokenize_corpus(
         written = [part] if part in writer.builders else []
         parts[part] = written + (sources[part].prefixes if part in sources else [])
     _check_not_empty(parts, data, sources, num_documents)
-    write_text(output / PARTS_FILE, json.dumps(parts, indent=1))
-    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(output, part)) for part in parts}
+    write_text(folder / PARTS_FILE, json.dumps(parts, indent=1))
+    not_used.save(folder)
+    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)) for part in parts}
+
+
+def _encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[np.ndarray]:
+    """Yield the token ids of each document, with bos and eod. InputError for an id without embedding."""
+    beginning = [] if tokenizer.bos is None else [tokenizer.bos]
+    for document, ids in zip(batch, tokenizer.encode([document.text for document in batch])):
+        unknown = tokenizer.id_without_embedding(ids)
+        if unknown is not None:
+            place = document.place_of(tokenizer.token_of(unknown))
+            raise InputError(f"{place} {tokenizer.no_embedding(unknown)}")
+        yield np.array([*beginning, *ids, tokenizer.eod])
 
 
 class _PartWriter:
@@ -162,13 +176,15 @@ def _tokenized_documents(prefix: str) -> Iterator[np.ndarray]:
         yield np.concatenate([dataset[i] for i in range(first, last)])
 
 
-def _check_ids(prefix: str, vocab_size: int) -> None:
+def check_ids(prefix: str, tokenizer: Tokenizer) -> None:
     """Raise InputError if the first or last CHECKED_IDS token ids are outside the vocabulary."""
     _, dtype = tokens_of(prefix)
     ids = np.memmap(prefix + ".bin", dtype, mode="r")
-    largest = max(ids[:CHECKED_IDS].max(), ids[-CHECKED_IDS:].max())
-    if largest >= vocab_size:
+    largest = int(max(ids[:CHECKED_IDS].max(), ids[-CHECKED_IDS:].max()))
+    if largest >= tokenizer.vocab_size:
         raise InputError(
-            f"{prefix} has token id {largest}, but the tokenizer has ids up to {vocab_size - 1}; "
+            f"{prefix} has token id {largest}, but the tokenizer has ids up to {tokenizer.vocab_size - 1}; "
             "tokenize the text again, or set data.tokenizer"
         )
+    if tokenizer.id_without_embedding([largest]) is not None:
+        raise InputError(f"{prefix} {tokenizer.no_embedding(largest)}")

@@ -6,21 +6,37 @@ This file imports neither torch nor Megatron.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+import unicodedata
+from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+from minitron_mp.data import unused
+from minitron_mp.data.records import read_records
 from minitron_mp.data.sources import STDLIB, Source, Sources
-from minitron_mp.errors import InputError
+from minitron_mp.data.text_files import (
+    CHUNK_BYTES,
+    NotText,
+    format_of,
+    open_bytes,
+    open_text,
+    reading,
+    unpacked_name,
+)
+from minitron_mp.data.unused import UnusedText
 
 MAX_PIECE = 1 << 20
 """Characters after which a document is cut into pieces."""
 
 MIN_PIECE = 4000
 """Characters of the smallest pieces of a source with few documents."""
+
+LONG_LINE = 4
+"""A piece ends at a blank line after its size, at any line end after LONG_LINE times its size, and
+within a line that is longer than this."""
 
 MIN_HELD_OUT_DOCUMENTS = 10
 """Smallest expected number of documents of a held-out part. A source with fewer documents is
@@ -29,117 +45,248 @@ divided by pieces of documents."""
 BATCH_CHARACTERS = 1 << 21
 """Characters that are tokenized together. A tokenizer needs about 150 bytes of memory for each."""
 
+JOINERS = "\u200d\ufe0e\ufe0f"
+"""Characters that join their neighbours: zero-width joiner and variation selectors."""
 
-def read_documents(sources: Sources, valid_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (part, text) of every document that is not blank. A document belongs to one part.
+
+class Document(NamedTuple):
+    """A document, or a piece of one, with the part of the text that it belongs to."""
+
+    part: str
+    text: str
+    path: Path
+    line: int
+    """Number of its first line (of its row in a table), from 1."""
+
+    def place_of(self, words: str) -> str:
+        """Return the file and line of words in the text, or of the document."""
+        file_format = format_of(self.path.name) or "text"
+        if file_format == "table":
+            return f"{self.path} row {self.line}"
+        line = self.line
+        if file_format == "text":
+            line += self.text.count("\n", 0, max(0, self.text.find(words)))
+        return f"{self.path} line {line}"
+
+
+class Piece(NamedTuple):
+    """A piece of a document. Most documents have one piece."""
+
+    document: int
+    """Number of the document in its file, from 0."""
+    line: int
+    text: str
+
+
+def read_documents(
+    sources: Sources, valid_fraction: float, seed: int, *, field: str, not_used: UnusedText
+) -> Iterator[Document]:
+    """Yield every document that is not blank. A document belongs to one part.
 
     If a source has so few documents that a part might be empty, its documents are cut into pieces
-    of a thousandth of the source, and the pieces are divided among the parts.
+    of a thousandth of the source, and the pieces are divided among the parts. field: field of the
+    text in records. Text that is skipped or changed is added to not_used.
     """
     for name, source in sources.items():
         by_document = name != "source" or _has_documents(
-            source, math.ceil(MIN_HELD_OUT_DOCUMENTS / valid_fraction)
+            source, math.ceil(MIN_HELD_OUT_DOCUMENTS / valid_fraction), field
         )
-        piece_size = MAX_PIECE if by_document else _small_piece_size(source)
+        piece_size = MAX_PIECE if by_document else _small_piece_size(source, field)
         for file_name, path in source.files:
-            for piece, (document, text) in enumerate(_read_pieces(path, piece_size)):
-                if not text.strip():
+            for number, piece in enumerate(read_pieces(path, piece_size, field, not_used)):
+                if not piece.text.strip():
                     continue
                 if name in ("source", STDLIB):
-                    number = document if by_document else piece
-                    yield part_of(f"{seed}:{file_name}:{number}", valid_fraction), text
+                    index = piece.document if by_document else number
+                    part = part_of(f"{seed}:{file_name}:{index}", valid_fraction)
                 else:
-                    yield name, text
+                    part = name
+                yield Document(part, piece.text, path, piece.line)
 
 
 def part_of(name: str, valid_fraction: float) -> str:
     """Return the part of a document from a hash of its name. It is the same on every machine."""
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    share = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
     if share < valid_fraction:
         return "calibration"
     return "valid" if share < 2 * valid_fraction else "train"
 
 
-def next_batch(documents: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
+def next_batch(documents: Iterator[Document]) -> list[Document]:
     """Return the next documents, with at least BATCH_CHARACTERS characters; fewer at the end."""
     batch = []
     length = 0
-    for part, text in documents:
-        batch.append((part, text))
-        length += len(text)
+    for document in documents:
+        batch.append(document)
+        length += len(document.text)
         if length >= BATCH_CHARACTERS:
             break
     return batch
 
 
-def _small_piece_size(source: Source) -> int:
-    num_bytes = sum(path.stat().st_size for _, path in source.files)
-    return min(max(MIN_PIECE, num_bytes // 1000), MAX_PIECE)
+def read_pieces(
+    path: Path, piece_size: int, field: str, not_used: UnusedText
+) -> Generator[Piece, None, None]:
+    """Yield the pieces of a file. Each record of a file of records is a document.
 
-
-def _has_documents(source: Source, count: int) -> bool:
-    """Return whether the source has at least `count` documents. It reads no more than needed."""
-    remaining = count
-    for _, path in source.files:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as file:
-                records = (line for line in file if line.strip())
-                remaining -= sum(1 for _ in islice(records, remaining))
-        else:
-            remaining -= 1
-        if remaining <= 0:
-            return True
-    return False
-
-
-def _read_pieces(path: Path, piece_size: int) -> Iterator[tuple[int, str]]:
-    """Yield (number of the document, piece of text) of a file. Most documents have one piece.
-
-    Each record of a .jsonl file is a document. A .py file that is not UTF-8 is skipped.
+    A .py file that is not UTF-8 is skipped.
     """
+    file_format = format_of(path.name) or "text"
+    number = -1
+    if file_format == "text":
+        try:
+            yield from _text_pieces(path, piece_size, not_used)
+        except NotText:
+            if path.suffix != ".py":
+                raise
+            not_used.add(unused.NOT_UTF8, str(path))
+    else:
+        for number, (line, record) in enumerate(read_records(path, file_format, field)):
+            text = _checked(record, f"{path} line {line}", not_used)
+            if len(text) < piece_size:
+                yield Piece(number, line, text)
+                continue
+            for piece_text in _pieces(text.splitlines(keepends=True), piece_size):
+                yield Piece(number, line, piece_text)
+        if number < 0:
+            not_used.add(unused.EMPTY, str(path))
+
+
+def _text_pieces(path: Path, piece_size: int, not_used: UnusedText) -> Iterator[Piece]:
+    """Yield the pieces of a text file, which is one document."""
+    line = 1
+    length = 0
+    is_blank = True
+    with open_text(path) as file:
+        # A longer line comes in several parts, so the memory does not depend on the file.
+        for text in _pieces(iter(partial(file.readline, LONG_LINE * piece_size + 1), ""), piece_size):
+            length += len(text)
+            is_blank = is_blank and not text.strip()
+            if "\0" in text:
+                not_used.add(unused.NUL, f"{path} line {line}")
+            yield Piece(0, line, text)
+            line += text.count("\n")
+    if length == 0:
+        not_used.add(unused.EMPTY, str(path))
+    elif is_blank:
+        not_used.add(unused.BLANK, str(path))
+
+
+def _checked(text: str, place: str, not_used: UnusedText) -> str:
+    """Return the text of a record as valid Unicode, and count blank texts and NUL characters."""
+    if not text or text.isspace():
+        not_used.add(unused.BLANK, place)
+    if "\0" in text:
+        not_used.add(unused.NUL, place)
+    if text.isascii():
+        return text
     try:
-        with path.open(encoding="utf-8") as file:
-            documents: Iterable[Iterable[str]] = [file]
-            if path.suffix == ".jsonl":
-                documents = (record.splitlines(keepends=True) for record in _records(file, path))
-            for number, lines in enumerate(documents):
-                for piece in _pieces(lines, piece_size):
-                    yield number, piece
-    except UnicodeDecodeError as error:
-        if path.suffix != ".py":
-            raise InputError(
-                f"{path} is not UTF-8 text ({error.reason}); convert it, for example with iconv"
-            ) from error
-
-
-def _records(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """Yield the field "text" of each line of a .jsonl file."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        text = None
-        with suppress(ValueError, KeyError, TypeError):
-            text = json.loads(line)["text"]
-        if not isinstance(text, str):
-            raise InputError(
-                f'{path} line {number} is not a JSON object with a string in the field "text": '
-                f"{line[:80].strip()!r}; correct or delete the line"
-            )
-        yield text
+        text.encode()
+    except UnicodeEncodeError:
+        not_used.add(unused.SURROGATE, place)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
     """Yield pieces of at least `size` characters that end at a blank line.
 
-    After 4 x `size` characters a piece ends at any line.
+    After LONG_LINE x `size` characters a piece ends at any line.
     """
     piece: list[str] = []
     length = 0
-    for line in lines:
+    for line in _cut_long_lines(lines, size):
         piece.append(line)
         length += len(line)
-        if length >= (4 * size if line.strip() else size):
+        if length >= (LONG_LINE * size if line.strip() else size):
             yield "".join(piece)
             piece = []
             length = 0
     yield "".join(piece)
+
+
+def _cut_long_lines(lines: Iterable[str], size: int) -> Iterator[str]:
+    """Yield lines, and lines of more than LONG_LINE x `size` characters in parts of about `size`.
+
+    A line of `lines` that has one character more than this and no line end is continued by the
+    next one.
+    """
+    longest = LONG_LINE * size
+    rest = ""
+    for line in lines:
+        if not rest and len(line) <= longest:
+            yield line
+            continue
+        is_continued = len(line) == longest + 1 and not line.endswith("\n")
+        rest += line
+        while len(rest) > size:
+            end = _end_of_part(rest, size)
+            yield rest[:end]
+            rest = rest[end:]
+        if not is_continued:
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
+
+
+def _end_of_part(line: str, size: int) -> int:
+    """Return where to cut a line: before white space near `size`, so that words and tokens stay whole.
+
+    Without white space, a character and the marks on it are not separated.
+    """
+    for end in range(size, size // 2, -1):
+        if line[end].isspace() and not line[end - 1].isspace():
+            return end
+    for end in range(size, size // 2, -1):
+        joined = line[end] in JOINERS or line[end - 1] in JOINERS
+        if not joined and not unicodedata.combining(line[end]):
+            return end
+    return size
+
+
+def _small_piece_size(source: Source, field: str) -> int:
+    """Return a thousandth of the characters of the source, within the limits of a piece."""
+    limit = 1000 * MAX_PIECE
+    total = 0
+    for _, path in source.files:
+        total += _num_characters(path, field, limit - total)
+        if total >= limit:
+            break
+    return min(max(MIN_PIECE, total // 1000), MAX_PIECE)
+
+
+def _num_characters(path: Path, field: str, limit: int) -> int:
+    """Return about the number of characters of a file. Packed files are read up to the limit."""
+    if format_of(path.name) == "table":
+        sizes = (len(record.text) for record in read_records(path, "table", field))
+        return _sum_to(limit, sizes)
+    with reading(path):
+        if unpacked_name(path.name) == path.name:
+            return path.stat().st_size
+        with open_bytes(path) as file:
+            return _sum_to(limit, map(len, iter(partial(file.read, CHUNK_BYTES), b"")))
+
+
+def _sum_to(limit: int, sizes: Iterable[int]) -> int:
+    """Return the sum of sizes, without those after it has reached the limit."""
+    total = 0
+    for size in sizes:
+        total += size
+        if total >= limit:
+            break
+    return total
+
+
+def _has_documents(source: Source, count: int, field: str) -> bool:
+    """Return whether the source has at least `count` documents. It reads no more than needed."""
+    remaining = count
+    for _, path in source.files:
+        file_format = format_of(path.name) or "text"
+        if file_format == "text":
+            remaining -= 1
+        else:
+            remaining -= sum(1 for _ in islice(read_records(path, file_format, field), remaining))
+        if remaining <= 0:
+            return True
+    return False

@@ -6,6 +6,7 @@ This file imports neither torch nor Megatron.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from dataclasses import dataclass, field
@@ -13,13 +14,15 @@ from pathlib import Path
 
 from minitron_mp.artifacts.files import fingerprint_files
 from minitron_mp.config.data import DataConfig
-from minitron_mp.errors import InputError, refuse
+from minitron_mp.data import unused
+from minitron_mp.data.folders import FileLister, is_output
+from minitron_mp.data.text_files import FORMATS_NOTE, format_of
+from minitron_mp.data.unused import UnusedText
+from minitron_mp.errors import refuse
 
 STDLIB = "python-stdlib"
 
 PARTS = ("calibration", "train", "valid")
-
-TEXT_SUFFIXES = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -30,52 +33,60 @@ class Source:
     """(name, path) of each file. The name is relative, so it is the same after the folder moves."""
     prefixes: list[str] = field(default_factory=list)
     """Absolute prefixes of Megatron's .bin and .idx files."""
+    unused: UnusedText = field(default_factory=UnusedText)
+    """Files and folders that are not read."""
 
 
 Sources = dict[str, Source]
 """Name -> its text. A name is a part, "source", "python-stdlib", or a name in data.held_out."""
 
 
-def find_sources(data: DataConfig, held_out: bool = False) -> Sources:
+def find_sources(data: DataConfig, held_out: bool = False, output: Path | None = None) -> Sources:
     """Return the text of each part if the parts are listed, else of "source" or "python-stdlib".
 
-    held_out: return the text of each name in data.held_out instead. InputError lists all paths that
-    cannot be used.
+    held_out: return the text of each name in data.held_out instead. output: output folder of the
+    run, which is not read if a folder of text contains it. InputError lists all paths that cannot
+    be used.
     """
     problems: list[str] = []
+
+    def resolve(entries: list[str], name: str) -> Source:
+        return _resolve(entries, FileLister(name, data.text_field, output, problems))
+
     if held_out:
-        sources = {
-            name: _resolve(entries, f"data.held_out.{name}", problems)
-            for name, entries in data.held_out.items()
-        }
+        sources = {name: resolve(entries, f"data.held_out.{name}") for name, entries in data.held_out.items()}
     elif data.train:
-        sources = {part: _resolve(getattr(data, part), f"data.{part}", problems) for part in PARTS}
+        sources = {part: resolve(getattr(data, part), f"data.{part}") for part in PARTS}
     elif data.source in (STDLIB, [STDLIB]):
         sources = {STDLIB: Source(_stdlib_files())}
     else:
         entries = [data.source] if isinstance(data.source, str) else data.source
-        sources = {"source": _resolve(entries, "data.source", problems)}
+        sources = {"source": resolve(entries, "data.source")}
     refuse("text that cannot be used:", problems)
     return sources
 
 
-def corpus_problems(data: DataConfig) -> list[str]:
-    """Return a sentence for each path of the recipe's text that cannot be used."""
-    try:
-        find_sources(data)
-        find_sources(data, held_out=True)
-    except InputError as error:
-        return [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
-    return []
+def find_all_sources(data: DataConfig, output: Path) -> Sources:
+    """Return the text of find_sources() with that of data.held_out."""
+    return find_sources(data, output=output) | find_sources(data, held_out=True, output=output)
 
 
-def corpus_fingerprint(data: DataConfig, held_out: bool = False) -> str:
+def unused_text(sources: Sources) -> UnusedText:
+    """Return the files and folders of all sources that are not read."""
+    total = UnusedText()
+    for source in sources.values():
+        total.update(source.unused)
+    return total
+
+
+def corpus_fingerprint(data: DataConfig, held_out: bool = False, output: Path | None = None) -> str:
     """Return the fingerprint of the text: of the files, or of the version of the standard library.
 
-    The tokenizer is not part of it. held_out: return the fingerprint of data.held_out.
+    The tokenizer is not part of it. held_out: return the fingerprint of data.held_out. output: as
+    in find_sources().
     """
     rows = []
-    for name, source in find_sources(data, held_out).items():
+    for name, source in find_sources(data, held_out, output).items():
         paths = [path for _, path in source.files]
         for prefix in source.prefixes:
             paths += [Path(prefix + ".bin"), Path(prefix + ".idx")]
@@ -90,9 +101,8 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False) -> str:
     return ", ".join(rows)
 
 
-def shared_parts(data: DataConfig, part: str, other_part: str) -> list[str]:
+def shared_parts(sources: Sources, part: str, other_part: str) -> list[str]:
     """Return the files and Megatron prefixes that two listed parts have in common."""
-    sources = find_sources(data)
     contents = []
     for source in (sources[part], sources[other_part]):
         files = {str(path.resolve()) for _, path in source.files}
@@ -108,35 +118,37 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     return [(name, root / name) for name in names]
 
 
-def _resolve(entries: list[str], name: str, problems: list[str]) -> Source:
-    """Return the text of the entries. Add a sentence to problems for each unusable entry.
-
-    name: name of the recipe's field, for these sentences.
-    """
-    source = Source()
-    if not entries:
-        problems.append(f"{name} is empty; give files or folders of .txt and .jsonl")
-    for entry in entries:
+def _resolve(entries: list[str], lister: FileLister) -> Source:
+    """Return the text of the entries. Add a sentence to lister.problems for each unusable entry."""
+    source = Source(unused=lister.unused)
+    name, problems = lister.name, lister.problems
+    if not all(entries) or not entries:
+        problems.append(f"{name} is empty; give files or folders of text ({FORMATS_NOTE})")
+    for entry in filter(None, entries):
         path = Path(entry)
         prefix = entry.removesuffix(".bin").removesuffix(".idx")
         # Checked before folders: Megatron creates a folder <prefix>/cache.
         if Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file():
-            source.prefixes.append(str(Path(prefix).resolve()))
+            prefix = str(Path(prefix).resolve())
+            if prefix in source.prefixes:
+                lister.unused.add(unused.REPEATED, entry)
+            else:
+                source.prefixes.append(prefix)
         elif path.is_dir():
-            names = sorted(
-                file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES
-            )
-            source.files.extend((file_name, path / file_name) for file_name in names)
-            if not names:
-                problems.append(
-                    f"{name}: {entry} is a folder without .txt and .jsonl files; for Megatron data, give "
-                    "its prefix"
-                )
-        elif path.suffix in TEXT_SUFFIXES and path.is_file():
-            source.files.append((path.name, path))
+            _add_folder(source, entry, lister)
+        elif format_of(path.name) and path.is_file():
+            files = lister.file(path)
+            source.files.extend(files)
+            if not files:
+                lister.unused.add(unused.REPEATED, entry)
         elif path.exists():
             problems.append(
-                f"{name}: {entry} is neither .txt nor .jsonl nor part of a .bin and .idx pair; convert it"
+                f"{name}: {entry} is neither a text file ({FORMATS_NOTE}) nor part of a .bin and .idx pair; "
+                "convert it"
+            )
+        elif path.is_symlink():
+            problems.append(
+                f"{name}: {entry} is a link to {os.readlink(path)}, which cannot be read; correct the link"
             )
         else:
             problems.append(
@@ -144,3 +156,23 @@ def _resolve(entries: list[str], name: str, problems: list[str]) -> Source:
                 f"relative to {Path.cwd()}"
             )
     return source
+
+
+def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
+    if is_output(Path(entry), lister.output):
+        lister.problems.append(
+            f"{lister.name}: {entry} is an output folder of minitron-mp, whose files are not text; give a "
+            "folder of text, or set another output"
+        )
+        return
+    num_problems = len(lister.problems)
+    files = lister.folder(Path(entry))
+    source.files.extend(files)
+    if files or len(lister.problems) > num_problems:
+        return
+    content = lister.unused.summary()
+    lister.problems.append(
+        f"{lister.name}: {entry} is a folder without text files ({FORMATS_NOTE})"
+        + (f"; it has {content}" if content else "")
+        + "; for Megatron data, give its prefix"
+    )

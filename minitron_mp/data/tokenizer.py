@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,10 @@ class Tokenizer:
 
     A model that was trained with it has large activations at this position (arXiv 2309.17453).
     """
+    num_embeddings: int | None = None
+    """Rows of the model's embedding, if it has none for the largest ids. Otherwise None."""
+    token_of: Callable[[int], str] = str
+    """Returns the token of an id, for messages."""
     pad: ClassVar[int] = -1
     """Id that no text contains. Megatron masks the loss of labels that equal the pad id, so a real
     id would be masked."""
@@ -36,6 +40,21 @@ class Tokenizer:
     def unique_identifiers(self) -> OrderedDict[str, object]:
         """Part of the identity of Megatron's dataset index."""
         return OrderedDict({"class": "Tokenizer", "vocab_size": self.vocab_size, "eod": self.eod})
+
+    def id_without_embedding(self, ids: list[int]) -> int | None:
+        """Return the largest of the ids if the model has no embedding for it, else None."""
+        if self.num_embeddings is None or not ids:
+            return None
+        largest = max(ids)
+        return largest if largest >= self.num_embeddings else None
+
+    def no_embedding(self, id: int) -> str:
+        """Return the end of a message about a text with an id that has no embedding."""
+        return (
+            f"has the token {self.token_of(id)!r} with id {id}, but the model's embedding has "
+            f"{self.num_embeddings} rows; remove the token from the text, or set data.tokenizer to the "
+            "tokenizer that the model was trained with"
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -61,30 +80,42 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"the tokenizer in {path} has no end-of-sequence (eos) or separator (sep) token to end documents "
             "with; set eos_token"
         )
-    return Tokenizer(parts.encode, parts.vocab_size, parts.eod, parts.bos)
+    return Tokenizer(parts.encode, parts.vocab_size, parts.eod, parts.bos, token_of=parts.token_of)
 
 
 def load_hugging_face(folder: Path, vocab_size: int) -> Any:
     """Load and return the transformers tokenizer, with its special tokens and chat template.
 
-    InputError if the folder has no tokenizer, or if the model has no embedding for some ids.
+    InputError if the folder has no tokenizer, or if the model has no embedding for its special
+    tokens.
     """
     if not folder.is_dir():
         raise InputError(
             f"{folder} is not a folder; special tokens and chat templates need a Hugging Face tokenizer, so "
             "set data.tokenizer to a folder"
         )
-    check_vocabulary(load_tokenizer(folder), vocab_size)
+    for_model(load_tokenizer(folder), vocab_size)
     return _from_folder(folder)
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise InputError if the model has no embedding for some ids of the tokenizer."""
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's embedding has "
-            f"{vocab_size} rows; set data.tokenizer to the tokenizer that the model was trained with"
-        )
+def for_model(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer for a model with vocab_size embeddings.
+
+    The tokenizer may have ids without embedding, such as an added padding token, which no text
+    contains. A text with such an id is rejected. InputError if eod or bos is such an id, because
+    each text has them.
+    """
+    names = {"end-of-document": tokenizer.eod, "beginning-of-sequence": tokenizer.bos}
+    for name, id in names.items():
+        if id is not None and id >= vocab_size:
+            raise InputError(
+                f"the tokenizer's {name} token {tokenizer.token_of(id)!r} has id {id}, but the model's "
+                f"embedding has {vocab_size} rows; set data.tokenizer to the tokenizer that the model was "
+                "trained with"
+            )
+    if tokenizer.vocab_size <= vocab_size:
+        return tokenizer
+    return replace(tokenizer, num_embeddings=vocab_size)
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,7 @@ class _TokenizerParts:
     vocab_size: int
     eod: int | None
     bos: int | None
+    token_of: Callable[[int], str]
 
 
 def _from_folder(folder: Path) -> Any:
@@ -118,7 +150,8 @@ def _read_hugging_face(folder: Path) -> _TokenizerParts:
     eod = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     first = tokenizer("a")["input_ids"][:1]
     bos = None if first == encode(["a"])[0][:1] else first[0]
-    return _TokenizerParts(encode, max(tokenizer.get_vocab().values()) + 1, eod, bos)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    return _TokenizerParts(encode, vocab_size, eod, bos, tokenizer.convert_ids_to_tokens)
 
 
 def _read_sentencepiece(file: Path) -> _TokenizerParts:
@@ -126,4 +159,4 @@ def _read_sentencepiece(file: Path) -> _TokenizerParts:
 
     model = SentencePieceProcessor(model_file=str(file))
     eod = model.eos_id() if model.eos_id() >= 0 else None
-    return _TokenizerParts(model.encode, model.vocab_size(), eod, None)
+    return _TokenizerParts(model.encode, model.vocab_size(), eod, None, model.id_to_piece)

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from minitron_mp.errors import InputError
 from minitron_mp.evaluation.log_likelihood import Row, score_rows
 from minitron_mp.evaluation.task_files import TaskItem
 from minitron_mp.models.sharded_model import ShardedModel
@@ -71,6 +72,9 @@ def rows_of(items: list[TaskItem], tokenizer: Tokenizer, sequence_length: int) -
     contexts = tokenizer.encode([context.rstrip() for context, _ in options])
     rows = []
     for text, context in zip(texts, contexts):
+        unknown = tokenizer.id_without_embedding(text)
+        if unknown is not None:
+            raise InputError(f"an item of a task {tokenizer.no_embedding(unknown)}")
         tokens = first + text
         # The first token has no context, so it cannot be scored.
         start = min(max(len(first + context), 1), len(tokens) - 1)

@@ -14,10 +14,16 @@ of these kinds. Many public data sets can be converted to one of them:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from minitron_mp.data.records import read_lines
+from minitron_mp.data.text_files import open_text
 from minitron_mp.errors import InputError
+
+if TYPE_CHECKING:
+    from minitron_mp.data.tokenizer import Tokenizer
 
 KINDS = (
     "text, or query, choices (two or more) and gold, or context_options (two or more), continuation and gold"
@@ -29,11 +35,12 @@ class TaskItem:
     """One item of a task.
 
     options: (context, ending) of each option. gold: index of the correct option. None: there is one
-    option, which is correct if greedy decoding returns it.
+    option, which is correct if greedy decoding returns it. line: number of its line in the file.
     """
 
     options: list[tuple[str, str]]
     gold: int | None
+    line: int = field(default=0, compare=False)
 
 
 def read_task_file(path: Path, limit: int | None = None) -> list[TaskItem]:
@@ -44,11 +51,13 @@ def read_task_file(path: Path, limit: int | None = None) -> list[TaskItem]:
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a .jsonl file of items (docs/evaluation.md)")
     items: list[TaskItem] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip() or (limit is not None and len(items) >= limit):
+    with open_text(path) as file:
+        for number, line in enumerate(read_lines(file, path), 1):
+            if line.isspace():
                 continue
-            items.append(_item(line, f"{path} line {number}"))
+            if limit is not None and len(items) >= limit:
+                break
+            items.append(_item(line, f"{path} line {number}", number))
             if (items[-1].gold is None) != (items[0].gold is None):
                 raise InputError(
                     f"{path} line {number} mixes last-word items and choice items, whose accuracies cannot "
@@ -59,20 +68,53 @@ def read_task_file(path: Path, limit: int | None = None) -> list[TaskItem]:
     return items
 
 
-def _item(line: str, where: str) -> TaskItem:
+def check_tokens(items: list[TaskItem], tokenizer: Tokenizer, path: Path) -> None:
+    """Raise InputError with the line of the first item with a token that has no embedding."""
+    if tokenizer.num_embeddings is None:
+        return
+    for item in items:
+        for ids in tokenizer.encode([f"{context} {ending}" for context, ending in item.options]):
+            unknown = tokenizer.id_without_embedding(ids)
+            if unknown is not None:
+                raise InputError(f"{path} line {item.line} {tokenizer.no_embedding(unknown)}")
+
+
+def _item(line: str, place: str, number: int) -> TaskItem:
     try:
-        given = json.loads(line)
-        if "text" in given:
-            context, word = given["text"].rstrip().rsplit(maxsplit=1)
-            return TaskItem([(context, word)], None)
-        if "choices" in given:
-            options = [(given["query"], choice) for choice in given["choices"]]
-        else:
-            options = [(context, given["continuation"]) for context in given["context_options"]]
-        gold = given["gold"]
-        has_text = all(isinstance(part, str) and part.strip() for option in options for part in option)
-        if isinstance(gold, int) and 0 <= gold < len(options) > 1 and has_text:
-            return TaskItem(options, gold)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f"{where} is not a task item; it needs {KINDS}; given {line[:80].strip()!r}")
+        item = _parsed(json.loads(line.lstrip("\ufeff")), number)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        item = None
+    if item is None:
+        raise InputError(f"{place} is not a task item; it needs {KINDS}; given {line[:80].strip()!r}")
+    for option in item.options:
+        for text in option:
+            _require_unicode(text, place)
+    return item
+
+
+def _parsed(given: Any, number: int) -> TaskItem | None:
+    """Return the item of a line, or None if it is not one. Errors for missing and other fields."""
+    if "text" in given:
+        context, word = given["text"].rstrip().rsplit(maxsplit=1)
+        return TaskItem([(context, word)], None, number)
+    if "choices" in given:
+        options = [(given["query"], choice) for choice in given["choices"]]
+    else:
+        options = [(context, given["continuation"]) for context in given["context_options"]]
+    gold = given["gold"]
+    has_text = all(isinstance(part, str) and part.strip() for option in options for part in option)
+    if isinstance(gold, int) and 0 <= gold < len(options) > 1 and has_text:
+        return TaskItem(options, gold, number)
+    return None
+
+
+def _require_unicode(text: str, place: str) -> None:
+    """Raise InputError if a text has half of a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place} has half of a surrogate pair (\\u{ord(text[error.start]):04x}) in "
+            f"{text[max(0, error.start - 20) : error.start + 20]!r}; write the character in full, or "
+            "delete it"
+        ) from None

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from minitron_mp.artifacts.run_log import FILE, RunRecord, software
+from minitron_mp.artifacts.files import RUN_LOG
+from minitron_mp.artifacts.run_log import RunRecord, software
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.data.unused import load_unused
 from minitron_mp.report.document import Code, Part, Section, Table
-from minitron_mp.report.project import ProjectStage
+from minitron_mp.report.project import Project, ProjectStage
 
 
-def provenance_section(
-    recipe: Recipe,
-    stages: Mapping[str, ProjectStage],
-    num_ranks: int | None,
-    run_log: Mapping[str, RunRecord],
-) -> Section:
+def provenance_section(project: Project, num_ranks: int | None, run_log: Mapping[str, RunRecord]) -> Section:
     """Build the section with commands, recipe and versions of the stages, from the run log.
 
     num_ranks: ranks of the student; None means one replica.
     """
     from omegaconf import OmegaConf
 
+    recipe, stages = project.recipe, project.stages
     commands = _commands(recipe, stages, num_ranks or recipe.parallel.model_ranks, run_log)
     parts: list[Part] = [Code("\n".join(commands))]
     missing = [name for name in stages if name not in run_log]
     if missing:
         parts.append(
-            f"The run log (`{FILE}`) has no entry for: {', '.join(missing)}. "
+            f"The run log (`{RUN_LOG}`) has no entry for: {', '.join(missing)}. "
             "Their commands above use the recipe's layout."
         )
+    parts += _unused_text(project.paths)
     versions = _versions(run_log) or list(software().items())
     parts += [
         "The recipe with all defaults:",
@@ -60,6 +60,18 @@ def _commands(
         start, layout = launches.get(name, usual) if stage.needs_ranks else ("minitron-mp", "")
         lines.append(f"{start} {name} {file}{layout}")
     return [*lines, f"minitron-mp report {file}"]
+
+
+def _unused_text(paths: Mapping[str, Path]) -> list[Part]:
+    """Return a table of the text that is not used, or not as it is; [] if there is none."""
+    rows = []
+    for stage in ("data", "texts"):
+        if stage in paths:
+            rows += [(stage, *row) for row in load_unused(paths[stage]).rows()]
+    if not rows:
+        return []
+    table = Table(("stage", "what", "number", "first names"), rows, "left")
+    return ["Text that is not used, or not as it is:", table]
 
 
 def _versions(run_log: Mapping[str, RunRecord]) -> list[tuple[str, str]]:

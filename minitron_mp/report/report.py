@@ -80,7 +80,7 @@ def build_report(project: Project) -> Document:
         sections.append(search_section(candidates, recipe.search.budget[0]))
     sections.append(_files_section(recipe, paths))
     num_ranks = evaluation["speed"]["ranks"] if "speed" in evaluation else None
-    sections.append(provenance_section(recipe, project.stages, num_ranks, run_log))
+    sections.append(provenance_section(project, num_ranks, run_log))
     title = f"{recipe.model} compressed to {quality.rows[-1][2]}"
     return Document(title, headline(quality, evaluation), sections)
 

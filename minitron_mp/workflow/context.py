@@ -12,7 +12,7 @@ from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
-from minitron_mp.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mp.data.tokenizer import Tokenizer, for_model, load_tokenizer
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.batch import Batch
@@ -35,7 +35,8 @@ class StageContext(StageFiles):
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of data.tokenizer, or the model's."""
-        return load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
+        tokenizer = load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
+        return for_model(tokenizer, self.arch("import").vocab_size)
 
     def empty_model(
         self,

@@ -45,6 +45,7 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     if recipe.search:
         _show_candidates(students, left_out)
     if weights:
+        _show_unused_text(recipe)
         _show_stages(graph)
     else:
         say("the model folder has config.json but no weights, so the state of the stages is unknown")
@@ -77,6 +78,15 @@ def _show_candidates(students: Sequence[Arch], left_out: str) -> None:
     )
     if left_out:
         say(left_out)
+
+
+def _show_unused_text(recipe: Recipe) -> None:
+    """Print the files and folders of the text that are not read."""
+    from minitron_mp.data.sources import find_all_sources, unused_text
+
+    not_used = unused_text(find_all_sources(recipe.data, recipe.root)).summary()
+    if not_used:
+        say(f"text that is not used: {not_used}")
 
 
 def _show_stages(graph: StageGraph) -> None:

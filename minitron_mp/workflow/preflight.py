@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.config.rules import run_rule_problems
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
+
+if TYPE_CHECKING:
+    from minitron_mp.data.tokenizer import Tokenizer
 
 
 def recipe_problems(
@@ -31,7 +35,7 @@ def recipe_problems(
         problems += _problems_of(partial(_read_model, folder, archs, weights))
     problems += _problems_of(partial(_check_same_tokens, recipe.model, teacher))
     if weights:
-        problems += _file_problems(recipe, paths)
+        problems += _file_problems(recipe, paths, archs.get(recipe.model))
     problems += run_rule_problems(recipe)
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
@@ -81,16 +85,16 @@ def _check_same_tokens(model: str, teacher: str) -> None:
         )
 
 
-def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
-    """Return the problems of the user's files other than the models."""
-    problems = _text_problems(recipe) + _task_problems(recipe) + _baseline_problems(recipe)
-    problems += _sibling_problems(recipe)
-    tokenizer = recipe.data.tokenizer
-    if tokenizer is not None and not Path(tokenizer).exists():
-        problems.append(
-            f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
-            ".model file"
-        )
+def _file_problems(recipe: Recipe, paths: Mapping[str, Path], arch: Arch | None) -> list[str]:
+    """Return the problems of the user's files other than the models.
+
+    arch: architecture of the model; None if its folder cannot be used.
+    """
+    tokenizers: list[Tokenizer] = []
+    problems = [] if arch is None else _problems_of(partial(_load_tokenizer, recipe, arch, tokenizers))
+    tokenizer = tokenizers[0] if tokenizers else None
+    problems += _text_problems(recipe, tokenizer) + _task_problems(recipe, tokenizer)
+    problems += _baseline_problems(recipe) + _sibling_problems(recipe)
     model = Path(recipe.model).resolve()
     problems += [
         f"model: {recipe.model} would be overwritten by the stage {name}; set another output"
@@ -100,13 +104,27 @@ def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
     return problems
 
 
-def _text_problems(recipe: Recipe) -> list[str]:
-    from minitron_mp.data.sources import corpus_problems, shared_parts
+def _load_tokenizer(recipe: Recipe, arch: Arch, tokenizers: list[Tokenizer]) -> None:
+    """Add the tokenizer of the text to tokenizers."""
+    from minitron_mp.data.tokenizer import for_model, load_tokenizer
 
-    problems = corpus_problems(recipe.data)
+    given = recipe.data.tokenizer
+    if given is not None and not Path(given).exists():
+        raise InputError(
+            f"data.tokenizer: {given} does not exist; give a Hugging Face folder or a sentencepiece "
+            ".model file"
+        )
+    tokenizers.append(for_model(load_tokenizer(given or recipe.model), arch.vocab_size))
+
+
+def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
+    from minitron_mp.data.checks import corpus_problems
+    from minitron_mp.data.sources import find_sources, shared_parts
+
+    problems = corpus_problems(recipe.data, recipe.root, tokenizer)
     if recipe.search is None or not recipe.data.train or problems:
         return problems
-    shared = shared_parts(recipe.data, "calibration", "train")
+    shared = shared_parts(find_sources(recipe.data, output=recipe.root), "calibration", "train")
     if not shared:
         return []
     more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
@@ -117,8 +135,13 @@ def _text_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def _task_problems(recipe: Recipe) -> list[str]:
-    from minitron_mp.evaluation.task_files import read_task_file
+def _task_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
+    from minitron_mp.evaluation.task_files import check_tokens, read_task_file
+
+    def check(path: Path, limit: int | None) -> None:
+        items = read_task_file(path, limit)
+        if tokenizer is not None:
+            check_tokens(items, tokenizer, path)
 
     tasks = {
         f"evaluate.tasks.{name}": (path, recipe.evaluate.task_items)
@@ -128,7 +151,7 @@ def _task_problems(recipe: Recipe) -> list[str]:
         tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
     problems = []
     for name, (path, limit) in tasks.items():
-        problems += [f"{name}: {row}" for row in _problems_of(partial(read_task_file, Path(path), limit))]
+        problems += [f"{name}: {row}" for row in _problems_of(partial(check, Path(path), limit))]
     return problems
 
 

@@ -63,13 +63,19 @@ def model_files(model: str) -> dict[str, str]:
     return {"model": fingerprint_files([*asset_files(folder), *folder.glob("*.safetensors")])}
 
 
+def text_settings(recipe: Recipe) -> dict[str, object]:
+    """Return the settings of how text is read; empty for the default."""
+    is_default = not recipe.data.changed(["text_field"])
+    return {} if is_default else {"text_field": recipe.data.text_field}
+
+
 def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, str]:
     """Return fingerprints of the text, or of data.held_out, and of data.tokenizer."""
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.data.sources import corpus_fingerprint
     from minitron_mp.models.hf_weights import asset_files
 
-    fingerprints = {"text": corpus_fingerprint(recipe.data, held_out)}
+    fingerprints = {"text": corpus_fingerprint(recipe.data, held_out, recipe.root)}
     if recipe.data.tokenizer:
         path = Path(recipe.data.tokenizer)
         fingerprints["tokenizer"] = fingerprint_files([path] if path.is_file() else asset_files(path))

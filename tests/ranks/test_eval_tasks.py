@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
@@ -14,7 +15,7 @@ from cases import ARCHS, CHOICES, LAYOUTS, SEQUENCE_LENGTH, WORDS
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.errors import InputError
 from minitron_mp.evaluation.choice_tasks import rows_of
-from minitron_mp.evaluation.task_files import read_task_file
+from minitron_mp.evaluation.task_files import check_tokens, read_task_file
 
 ARCH = ARCHS["qwen3"]
 
@@ -91,6 +92,61 @@ def test_invalid_line_is_named(tmp_path, line):
         match=r"task\.jsonl line 3 is not a task item; it needs text, or query, choices \(two or more\)",
     ):
         read_task_file(tmp_path / "task.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**CHOICES[0], "query": "half \ud83d a pair"},
+        {**CHOICES[0], "choices": ["a", "\ude00"]},
+        {"context_options": ["a \ud800", "b"], "continuation": "c", "gold": 0},
+        {"text": "words \udfff last"},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named(tmp_path, row):
+    """Items are not repaired, because a changed item is another measurement."""
+    (tmp_path / "task.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=r"task\.jsonl line 2 has half of a surrogate pair \(\\u[d-f]"):
+        read_task_file(tmp_path / "task.jsonl")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\ufeff"])
+def test_marks_and_line_ends_of_task_files(tmp_path, encoding, end):
+    text = end.join(json.dumps(row) for row in CHOICES)
+    (tmp_path / "task.jsonl").write_bytes(text.encode(encoding))
+    (tmp_path / "task.jsonl.gz").write_bytes(gzip.compress(text.encode(encoding)))
+    items = read_task_file(tmp_path / "task.jsonl")
+    assert [item.gold for item in items] == [row["gold"] for row in CHOICES]
+    assert read_task_file(tmp_path / "task.jsonl.gz") == items
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a b"}\n{"text": "caf\xe9"}', r"is not UTF-8 text: line 2, byte 0xe9 at offset 29"),
+        (b'{"text": "a b"}\n' + b"[" * 5000, r"line 2 is not a task item"),
+        ('{"text": "a b"}'.encode("utf-16-le"), r"seems to be UTF-16LE without a byte order mark"),
+    ],
+)
+def test_invalid_bytes_of_task_files_are_named(tmp_path, content, message):
+    (tmp_path / "task.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=rf"task\.jsonl {message}"):
+        read_task_file(tmp_path / "task.jsonl")
+
+
+def test_item_with_a_token_without_embedding_is_named(tmp_path, files):
+    path = files / "words.jsonl"
+    items = read_task_file(path)
+    largest = max(max(ids) for ids in encode([" ".join(option) for item in items for option in item.options]))
+    check_tokens(items, Tokenizer(encode, 128, 0, num_embeddings=largest + 1), path)
+    small = Tokenizer(encode, 128, 0, num_embeddings=largest)
+    with pytest.raises(
+        InputError, match=rf"words\.jsonl line \d has the token '{largest}' .* {largest} rows"
+    ):
+        check_tokens(items, small, path)
+    with pytest.raises(InputError, match=r"an item of a task has the token"):
+        rows_of(items, small, 100)
 
 
 def test_last_word_and_choice_items_do_not_mix(tmp_path):

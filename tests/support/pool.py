@@ -53,6 +53,7 @@ PRELOADED = [
     "minitron_mp.artifacts.hf_folder",
     "minitron_mp.workflow.stages.search.candidates",
     "minitron_mp.pruning.importance",
+    "transformers.models.auto.tokenization_auto",
 ]
 """The modules that a stage imports when it runs; the ranks are forked with them."""
 

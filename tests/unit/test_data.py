@@ -11,9 +11,10 @@ import torch
 
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.batches import Corpus, microbatches, open_samples, too_short_problems
+from minitron_mp.data.checks import corpus_problems
 from minitron_mp.data.corpus import tokenize_corpus
 from minitron_mp.data.sources import PARTS, corpus_fingerprint
-from minitron_mp.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from minitron_mp.data.tokenizer import Tokenizer, for_model, load_tokenizer
 from minitron_mp.errors import InputError
 
 LINES = [
@@ -146,9 +147,32 @@ def test_invalid_tokenizers_are_rejected(tmp_path, folder, tokenizer):
     )
     with pytest.raises(InputError, match="no end-of-sequence"):
         load_tokenizer(tmp_path)
-    check_vocabulary(tokenizer, 320)
-    with pytest.raises(InputError, match=r"up to 319, .* has 319 rows"):
-        check_vocabulary(tokenizer, 319)
+
+
+def test_tokenizer_may_have_ids_without_embedding(tmp_path, folder):
+    """A text with such an id is rejected, with the line. eod and bos need an embedding."""
+    from transformers import AutoTokenizer
+
+    padded = AutoTokenizer.from_pretrained(folder)
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer = for_model(load_tokenizer(tmp_path / "padded"), 320)
+    assert (tokenizer.vocab_size, tokenizer.num_embeddings) == (321, 320)
+    data = lists(tmp_path, calibration=8, train=40, valid=12)
+    tokenize_corpus(data, tokenizer, tmp_path / "data", 1)
+    text = tmp_path / "valid.txt"
+    text.write_text("".join(LINES[:5]) + "a <pad> token\n" + LINES[5])
+    with pytest.raises(
+        InputError, match=r"valid\.txt line 6 has the token '<pad>' with id 320, but .* 320 rows"
+    ):
+        tokenize_corpus(data, tokenizer, tmp_path / "data", 1)
+    problems = corpus_problems(data, tmp_path / "out", tokenizer)
+    assert len(problems) == 1
+    assert "valid.txt line 6 has the token" in problems[0]
+    text.write_text("".join(LINES[:5]))
+    assert corpus_problems(data, tmp_path / "out", tokenizer) == []
+    with pytest.raises(InputError, match=r"end-of-document token '</s>' has id 1, .* has 1 rows"):
+        for_model(tokenizer, 1)
 
 
 def test_stdlib_split_is_disjoint_and_deterministic(tmp_path, monkeypatch, tokenizer, decode):
@@ -271,7 +295,12 @@ def test_parts_accept_files_folders_and_megatron_data(tmp_path, corpus, tokenize
         "fourth</s>",
     ]
     assert json.loads((tmp_path / "new/parts.json").read_text())["train"] == ["train", f"{corpus}/train"]
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"train.bin", "train.idx", "parts.json"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "train.bin",
+        "train.idx",
+        "parts.json",
+        "text.json",
+    }
     assert counts["train"] == len(stream(tmp_path / "new/train")) + len(stream(corpus / "train"))
     before = corpus_fingerprint(data)
     (tmp_path / "more/a.txt").write_text("First")
@@ -283,8 +312,8 @@ def test_parts_accept_files_folders_and_megatron_data(tmp_path, corpus, tokenize
     [
         ({}, "nowhere", r"data\.source: .*nowhere does not exist"),
         ({}, [], r"data\.source is empty"),
-        ({"x.csv": "a"}, "x.csv", r"x\.csv is neither \.txt nor \.jsonl"),
-        ({"x.csv": "a"}, ".", "folder without .txt and .jsonl"),
+        ({"x.csv": "a"}, "x.csv", r"x\.csv is neither a text file \(\.txt, \.jsonl"),
+        ({"x.csv": "a"}, ".", r"folder without text files \(.*it has files of other kinds: 1 \(x\.csv\)"),
         (
             {"a.txt": "one"},
             "a.txt",
@@ -294,8 +323,8 @@ def test_parts_accept_files_folders_and_megatron_data(tmp_path, corpus, tokenize
         ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, "a.jsonl", r"a\.jsonl line 2 is not a JSON object"),
         ({"a.jsonl": '{"content": "x"}\n'}, "a.jsonl", r'a\.jsonl line 1 .*"text"'),
         ({"a.jsonl": '["text"]\n'}, "a.jsonl", r"a\.jsonl line 1 is not a"),
-        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", r"a\.jsonl line 1 is not a"),
-        ({"a.txt": b"caf\xe9"}, "a.txt", r"a\.txt is not UTF-8"),
+        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", r"a\.jsonl line 1 has a number in the field"),
+        ({"a.txt": b"caf\xe9"}, "a.txt", r"a\.txt is not UTF-8 text: line 1, byte 0xe9 at offset 3"),
         ({"a.bin": "", "a.idx": ""}, "a", r"a.bin and .idx are not a Megatron indexed dataset"),
     ],
 )

@@ -42,6 +42,7 @@ ONLY_IN = {
     "megatron.bridge": {"integrations/megatron_bridge"},
     "transformer_engine": {"models/precision"},
     "transformers": {"data/tokenizer", "integrations/megatron_bridge"},
+    "pyarrow": {"data/text_files", "data/records"},
     "triton": {"losses/kernels", "pruning/cosine_kernel"},
     "lm_eval": {"integrations/lm_eval"},
     "matplotlib": {"report/figures"},

@@ -254,6 +254,50 @@ def test_incompatible_teachers_are_rejected(here, recipe, inputs, model):
     )
 
 
+def test_text_is_checked_before_anything_runs(here, recipe, model, inputs, tmp_path):
+    from transformers import AutoTokenizer
+
+    data = shutil.copytree(inputs / "text", tmp_path / "data")
+    (data / "README.md").write_text("not text")
+    (data / "out").mkdir()
+    words = [
+        "compress",
+        recipe,
+        "--dry-run",
+        f"data.source={data}",
+        f"output={data / 'out'}",
+        f"model={model}",
+    ]
+    code, out, err = here(*words)
+    assert (code, err) == (0, "")
+    assert f"text that is not used: files of other kinds: 1 ({data}/README.md); output folders of " in out
+    (data / "more.jsonl").write_text('{"body": "a <pad> token"}\n')
+    refused(
+        here(*words), f'{data}/more.jsonl line 1 has no field "text" (its fields: body); set data.text_field'
+    )
+    words.append("data.text_field=body")
+    assert here(*words)[0] == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(model)
+    unknown = "has the token '<pad>' with id 300, but the model's embedding has 300 rows; remove the token"
+    refused(here(*words), f"{data}/more.jsonl line 1 {unknown}")
+    (data / "more.jsonl").unlink()
+    assert here(*words)[0] == 0
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"query": "a <pad> b", "choices": ["a", "b"], "gold": 0}\n')
+    refused(here(*words, f"evaluate.tasks.mine={task}"), f"evaluate.tasks.mine: {task} line 1 {unknown}")
+    tokenizer.eos_token = "<pad>"
+    tokenizer.save_pretrained(model)
+    refused(
+        here(*words), "the tokenizer's end-of-document token '<pad>' has id 300, but the model's embedding"
+    )
+    (model / "tokenizer.json").write_text("{")
+    refused(here(*words), f"{model} cannot be read as a tokenizer")
+    assert list((data / "out").iterdir()) == []
+
+
 SEARCH = (
     "search={parameters: 100K, tolerance: 0.2, num_layers: [3, 4], hidden_size: [64, 48], "
     "num_attention_heads: [7, 8]}"
@@ -354,9 +398,13 @@ def test_nan_weight_is_named_on_every_rank(recipe, model, on_ranks, tmp_path):
 
 def test_text_and_tokenizer_are_checked_before_the_model_runs(recipe, on_ranks, tmp_path):
     output = f"output={tmp_path / 'out'}"
-    largest = make_tokenizer(tmp_path / "tokenizer", 340) - 1
+    make_tokenizer(tmp_path / "tokenizer", 340)
     done = on_ranks(1, "compress", recipe, output, f"data.tokenizer={tmp_path / 'tokenizer'}")[0]
-    refused(done, f"the tokenizer has ids up to {largest}, but the model's embedding has 300 rows")
+    refused(
+        done,
+        "00.txt line 2 has the token 'token' with id 326, but the model's embedding has 300 rows; remove",
+    )
+    assert not (tmp_path / "out").exists()
     (tmp_path / "old.txt").write_text("An old text. " * 30)
     too_many = ["score.num_samples=4096", "evaluate.num_samples=4096"]
     held_out = f"data.held_out.old=[{tmp_path / 'old.txt'}]"

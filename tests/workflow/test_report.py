@@ -18,7 +18,8 @@ from PIL import Image
 from tiny import STAGES, STEPS, read_metrics
 
 from minitron_mp.artifacts import run_log as records
-from minitron_mp.artifacts.run_log import FILE, JobInfo, append_record, records_of
+from minitron_mp.artifacts.files import RUN_LOG
+from minitron_mp.artifacts.run_log import JobInfo, append_record, records_of
 from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
 from minitron_mp.errors import InputError
 from minitron_mp.pruning.candidates import front
@@ -329,7 +330,7 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
     marks = {name: whole.project().manifest(name).fingerprint for name in paths}
     layout = {"tp": 4, "sequence_parallel": True}
     append_record(tmp_path / "out", "distill", "of an older artifact", 9e9, JobInfo(1, 8, layout, "a GPU"))
-    with (tmp_path / "out" / FILE).open("ab") as file:
+    with (tmp_path / "out" / RUN_LOG).open("ab") as file:
         file.write(b'{"stage": "distill", "fing\xff')  # a kill, which does not take the next line with it
     append_record(tmp_path / "out", "distill", marks["distill"], 7200.0, JobInfo(32, 8, layout, "a GPU"))
     with patch.object(records, "software", lambda: {"torch": "9.9"}):
@@ -342,7 +343,7 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
         if isinstance(part, Table)
     )
     assert cost.rows[-1] == ("total", "", "", "", "", "3.000", "72.000")
-    section = provenance_section(whole.project().recipe, whole.project().stages, None, made)
+    section = provenance_section(whole.project(), None, made)
     commands = section.parts[0].text
     assert (
         "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m minitron_mp distill "

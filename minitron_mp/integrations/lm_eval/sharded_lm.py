@@ -111,8 +111,17 @@ class ShardedLM(TemplateLM):
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         if add_special_tokens is None:
-            return self.tokenizer.encode(string)
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+            ids = self.tokenizer.encode(string)
+        else:
+            ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        num_embeddings = self.model.arch.vocab_size
+        if ids and max(ids) >= num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"a text of this task has the token {token!r} with id {max(ids)}, but the model's embedding "
+                f"has {num_embeddings} rows; use a different task, or set data.tokenizer"
+            )
+        return ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return (log p of the continuation in nats, whether it is greedy) of each request.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minitron_mp.workflow.settings import text_files
+from minitron_mp.workflow.settings import text_files, text_settings
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages.tokenize import short_texts, tokenize_text
 
@@ -28,6 +28,7 @@ HELD_OUT = Stage(
     help="Tokenize further held-out texts.",
     artifact="held_out",
     inputs=("import",),
+    settings=text_settings,
     sources=lambda recipe: text_files(recipe, held_out=True),
     when=lambda recipe: bool(recipe.data.held_out),
     requirement="data.held_out",

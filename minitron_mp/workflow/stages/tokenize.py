@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minitron_mp.workflow.settings import text_files
+from minitron_mp.workflow.settings import text_files, text_settings
 from minitron_mp.workflow.stage import Stage
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
     from minitron_mp.artifacts.manifest import writing_artifact
     from minitron_mp.console import say
     from minitron_mp.data.corpus import tokenize_corpus
-    from minitron_mp.data.tokenizer import check_vocabulary
+    from minitron_mp.data.unused import load_unused
     from minitron_mp.distributed.launcher import environment_variable
     from minitron_mp.distributed.sync import on_rank_0
     from minitron_mp.errors import InputError
@@ -45,7 +45,6 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
 
     def write() -> None:
         tokenizer = context.tokenizer()
-        check_vocabulary(tokenizer, context.arch("import").vocab_size)
         try:
             # The launch scripts disable the tokenizer's threads, because they break processes that
             # are forked later. No process is forked here.
@@ -54,11 +53,20 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
                 writing_artifact(context.output, context.manifest) as folder,
             ):
                 tokens = tokenize_corpus(
-                    recipe.data, tokenizer, folder, recipe.seed, held_out=held_out, progress=progress
+                    recipe.data,
+                    tokenizer,
+                    folder,
+                    recipe.seed,
+                    held_out=held_out,
+                    output=recipe.root,
+                    progress=progress,
                 )
         except OSError as error:
             raise InputError(f"{context.output} cannot be written: {error}; set another output") from error
         say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+        not_used = load_unused(context.output).summary()
+        if not_used:
+            say(f"{stage}: text that is not used, or not as it is: {not_used}")
 
     on_rank_0(write, takes_long=True)
 
@@ -92,7 +100,11 @@ TOKENIZE = Stage(
     help="Tokenize the text into calibration, training and held-out parts.",
     artifact="data",
     inputs=("import",),
-    settings=lambda recipe: {"valid_fraction": recipe.data.valid_fraction, "seed": recipe.seed},
+    settings=lambda recipe: {
+        "valid_fraction": recipe.data.valid_fraction,
+        "seed": recipe.seed,
+        **text_settings(recipe),
+    },
     sources=lambda recipe: text_files(recipe, held_out=False),
     run=run,
     problems=problems,

@@ -1,0 +1,88 @@
+"""Checks of the text before a run: its paths, and the beginning of its files."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from minitron_mp.config.data import DataConfig
+from minitron_mp.data.corpus import check_ids
+from minitron_mp.data.documents import MIN_PIECE, Document, Piece, read_pieces
+from minitron_mp.data.sources import STDLIB, Sources, find_sources
+from minitron_mp.data.tokenizer import Tokenizer
+from minitron_mp.data.unused import UnusedText
+from minitron_mp.errors import InputError
+
+CHECKED_FILES = 500
+"""Number of files whose beginning is read. They are spread evenly over the text."""
+
+CHECKED_STDLIB_FILES = 10
+"""Number of files of the standard library whose beginning is read."""
+
+CHECKED_CHARACTERS = 20_000
+"""Characters of a file that are tokenized if the model has no embedding for some ids."""
+
+SHOWN_PROBLEMS = 5
+"""Number of problems that are shown of one text."""
+
+
+def corpus_problems(data: DataConfig, output: Path, tokenizer: Tokenizer | None) -> list[str]:
+    """Return a sentence for each path or file of the recipe's text that cannot be used.
+
+    output: as in find_sources(). tokenizer: None if it cannot be loaded.
+    """
+    problems = []
+    for held_out in (False, True):
+        try:
+            sources = find_sources(data, held_out, output)
+        except InputError as error:
+            problems += [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
+        else:
+            problems += _file_problems(sources, data.text_field, tokenizer)
+    return problems
+
+
+def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) -> list[str]:
+    """Return a sentence for each file whose beginning cannot be used, SHOWN_PROBLEMS at most."""
+    problems = []
+    for name, source in sources.items():
+        paths = [path for _, path in source.files]
+        step = 1 + len(paths) // (CHECKED_STDLIB_FILES if name == STDLIB else CHECKED_FILES)
+        pieces = []
+        for path in paths[::step]:
+            try:
+                piece = _first_piece(path, field)
+            except InputError as error:
+                problems.append(str(error))
+            else:
+                pieces += [(path, piece)] if piece else []
+        if tokenizer is not None:
+            problems += _token_problems(pieces, source.prefixes, tokenizer)
+    if len(problems) > SHOWN_PROBLEMS:
+        more = len(problems) - SHOWN_PROBLEMS
+        problems = [*problems[:SHOWN_PROBLEMS], f"{more:,} more files have such problems"]
+    return problems
+
+
+def _first_piece(path: Path, field: str) -> Piece | None:
+    with closing(read_pieces(path, MIN_PIECE, field, UnusedText())) as pieces:
+        return next(pieces, None)
+
+
+def _token_problems(pieces: list[tuple[Path, Piece]], prefixes: list[str], tokenizer: Tokenizer) -> list[str]:
+    """Return sentences about Megatron data with unknown ids, and the first text with such an id."""
+    problems = []
+    for prefix in prefixes:
+        try:
+            check_ids(prefix, tokenizer)
+        except InputError as error:
+            problems.append(str(error))
+    if tokenizer.num_embeddings is None:
+        return problems
+    for path, piece in pieces:
+        (ids,) = tokenizer.encode([piece.text[:CHECKED_CHARACTERS]])
+        unknown = tokenizer.id_without_embedding(ids)
+        if unknown is not None:
+            place = Document("", piece.text, path, piece.line).place_of(tokenizer.token_of(unknown))
+            return [*problems, f"{place} {tokenizer.no_embedding(unknown)}"]
+    return problems

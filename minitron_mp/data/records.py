@@ -1,0 +1,240 @@
+"""Texts of files of records: JSON lines, JSON arrays, and parquet tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from minitron_mp.data.text_files import INSTALL_PYARROW, Format, open_text, reading
+from minitron_mp.errors import InputError
+
+DEFAULT_FIELD = "text"
+
+MAX_RECORD = 1 << 28
+"""Characters of the longest line or record. Its memory is about ten bytes for each."""
+
+MAX_FIRST_RECORD = 1 << 24
+"""Characters that are read to find out whether a .json file is text."""
+
+CHUNK_CHARACTERS = 1 << 20
+
+TABLE_ROWS = 64
+"""Rows of a parquet file that are read together."""
+
+
+class Record(NamedTuple):
+    """The text of a record, and the number of its line (of its row in a table), from 1."""
+
+    line: int
+    text: str
+
+
+def read_records(path: Path, file_format: Format, field: str) -> Iterator[Record]:
+    """Yield the text of each record of a file.
+
+    field: name of the field with the text; a.b is the field b in the object a. InputError names
+    the first line without a string in this field.
+    """
+    if file_format == "table":
+        yield from _table_records(path, field)
+        return
+    with open_text(path) as file:
+        if file_format == "lines":
+            yield from _line_records(file, path, field)
+        else:
+            for line, value in _json_values(file, path, MAX_RECORD):
+                yield Record(line, text_of(value, field, f"{path} line {line}"))
+
+
+def has_text(path: Path, field: str) -> bool:
+    """Return whether a .json file is text: its first record has a string in the field.
+
+    It is not if the first record is longer than MAX_FIRST_RECORD, as in many files of settings.
+    """
+    try:
+        with open_text(path) as file:
+            for line, value in _json_values(file, path, MAX_FIRST_RECORD):
+                text_of(value, field, f"{path} line {line}")
+                return True
+    except InputError:
+        return False
+    return False
+
+
+def text_of(record: object, field: str, place: str) -> str:
+    """Return the text of a record. InputError with the place if it has no string in the field."""
+    try:
+        value = _field(record, field)
+    except KeyError:
+        raise InputError(_no_field(record, field, place)) from None
+    if not isinstance(value, str):
+        raise InputError(
+            f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
+            "data.text_field"
+        )
+    return value
+
+
+def read_lines(file: TextIO, path: Path) -> Iterator[str]:
+    """Yield the lines of a file of records. InputError for a line of more than MAX_RECORD characters."""
+    for number, line in enumerate(iter(partial(file.readline, MAX_RECORD), ""), 1):
+        if len(line) >= MAX_RECORD:
+            raise InputError(_too_long(path, number))
+        yield line
+
+
+def _line_records(file: TextIO, path: Path, field: str) -> Iterator[Record]:
+    for number, line in enumerate(read_lines(file, path), 1):
+        if line.isspace():
+            continue
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if isinstance(text, str):
+            yield Record(number, text)
+            continue
+        place = f"{path} line {number}"
+        for value in _values_of_line(line, place):
+            yield Record(number, text_of(value, field, place))
+
+
+def _values_of_line(line: str, place: str) -> list[Any]:
+    """Return the JSON values of a line that is not one object with the text in its field.
+
+    A line has several values if files were joined without a line end, or with another line end
+    than \\n and \\r. It begins with a byte order mark where a file with a mark was appended.
+    """
+    decoder = json.JSONDecoder()
+    values = []
+    rest = line.strip("\ufeff \t\r\n\x85\u2028\u2029")
+    while rest:
+        try:
+            value, end = decoder.raw_decode(rest)
+        except (ValueError, RecursionError) as error:
+            raise InputError(_not_json(line, place, error)) from None
+        values.append(value)
+        rest = rest[end:].lstrip("\ufeff \t\r\n\x85\u2028\u2029")
+    return values
+
+
+def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, Any]]:
+    """Yield (line, value) of each element of an array, or of each value of a file.
+
+    The memory is that of the longest element.
+    """
+    decoder = json.JSONDecoder()
+    separators = " \t\n\ufeff"
+    text = file.read(CHUNK_CHARACTERS)
+    if text.lstrip(separators).startswith("["):
+        text = text.replace("[", " ", 1)
+        separators += ",]"
+    position = 0
+    line = 1
+    while True:
+        while text[position : position + 1] in separators and position < len(text):
+            line += text[position] == "\n"
+            position += 1
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            # The value is invalid, or its end is not yet read.
+            more = file.read(max(CHUNK_CHARACTERS, len(text) - position))
+            if not more and position == len(text):
+                return
+            if not more:
+                raise InputError(_not_json(text[position:], f"{path} line {line}", error)) from None
+            text = text[position:] + more
+            position = 0
+            if len(text) > longest:
+                raise InputError(_too_long(path, line)) from None
+            continue
+        yield line, value
+        line += text.count("\n", position, end)
+        position = end
+
+
+def _table_records(path: Path, field: str) -> Iterator[Record]:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InputError(
+            f"{path} needs pyarrow to be read, which cannot be imported ({error}); {INSTALL_PYARROW}"
+        ) from error
+    number = 0
+    with reading(path):
+        try:
+            # Without buffers the file is read by column and row group, which may be gigabytes.
+            with ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_CHARACTERS) as table:
+                names = table.schema_arrow.names
+                column = field if field in names else field.partition(".")[0]
+                if column not in names:
+                    raise InputError(_no_field(dict.fromkeys(names), field, str(path)))
+                for batch in table.iter_batches(TABLE_ROWS, columns=[column]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield Record(number, text_of({column: value}, field, f"{path} row {number}"))
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} cannot be read as a parquet file after row {number} ({str(error).strip()}); create "
+                "or copy it again"
+            ) from error
+
+
+def _field(record: object, field: str) -> Any:
+    """Return a field; a.b is the key "a.b", or b in the object a. KeyError if there is none."""
+    if not isinstance(record, dict):
+        raise KeyError(field)
+    if field in record:
+        return record[field]
+    first, _, rest = field.partition(".")
+    if not rest:
+        raise KeyError(field)
+    return _field(record[first], rest)
+
+
+def _no_field(record: object, field: str, place: str) -> str:
+    if not isinstance(record, dict):
+        advice = "name the file .json" if isinstance(record, list) else "correct or delete it"
+        return f"{place} is not a JSON object but {_kind(record)}; {advice}"
+    names = [name for name in _names(record) if isinstance(name, str)]
+    fields = ", ".join(names[:12]) or "none"
+    return (
+        f'{place} has no field "{field}" (its fields: {fields}); set data.text_field to the field with the '
+        "text, or delete it"
+    )
+
+
+def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the fields of a record, with the fields of objects in it."""
+    for name, value in record.items():
+        if isinstance(value, dict) and value:
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string", bytes: "bytes"}
+    return kinds.get(type(value), "a number")
+
+
+def _not_json(text: str, place: str, error: Exception) -> str:
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    advice = "correct or delete it"
+    if text.strip()[:1] in ("[", "{") and len(text.strip()) == 1:
+        advice = "write one record on each line, or name the file .json"
+    return f"{place} is not a JSON object: {text[:80].strip()!r} ({reason}); {advice}"
+
+
+def _too_long(path: Path, number: int) -> str:
+    return (
+        f"{path} line {number} has more than {MAX_RECORD:,} characters; divide it into several records, or "
+        "write the text as .txt"
+    )
