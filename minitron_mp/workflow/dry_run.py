@@ -22,7 +22,8 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     """
     from omegaconf import OmegaConf
 
-    from minitron_mp.models.hf_config import has_weights, read_arch
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.model_folder import has_weights
     from minitron_mp.planning.case import PlanningCase
     from minitron_mp.planning.dry_run import dry_run_rows
 

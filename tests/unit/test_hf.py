@@ -16,14 +16,9 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
 from minitron_mp.models.families.family import DEFAULTS
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import (
-    HFWeights,
-    asset_files,
-    check_weights,
-    hf_shapes,
-    to_hf,
-    write_folder,
-)
+from minitron_mp.models.hf_weights import HFWeights, check_weights, hf_shapes, to_hf
+from minitron_mp.models.hf_writer import write_folder
+from minitron_mp.models.model_folder import asset_files
 from minitron_mp.models.parameters import dims_of, layer_key
 
 QKV = "self_attention.linear_qkv.weight"
@@ -390,7 +385,9 @@ def test_nonfinite_weight_is_named(llama, value):
     save_file(tensors, llama / "model.safetensors")
     weights = HFWeights(llama, arch)
     weights.tensor(layer_key(0, QKV))
-    with pytest.raises(InputError, match=r"model.layers.1.self_attn.k_proj.weight contains NaN"):
+    with pytest.raises(
+        InputError, match=r"model.layers.1.self_attn.k_proj.weight has 1 values of 864 that are NaN"
+    ):
         weights.tensor(layer_key(1, QKV))
 
 
