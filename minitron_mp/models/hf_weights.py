@@ -234,13 +234,14 @@ def _rows(key: str, arch: Arch) -> list[int]:
 
 def _open(path: Path) -> Any:
     try:
+        path.open("rb").close()  # safetensors reports a file without permission as missing
         return safe_open(path, "pt")
     except SafetensorError as error:
         raise InputError(
             f"{path} is damaged or not a safetensors file ({error}); download it again"
         ) from error
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}); check that you may read it") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}); check that you may read it") from error
 
 
 def _prefix_problem(names: Collection[str], expected: Collection[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,10 @@ def unknown_tokens(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any
 def require_folder(folder: Path) -> None:
     """Raise InputError if there is no such folder. A name on the Hub gets the download command."""
     if folder.is_dir():
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise InputError(
+                f"{folder} cannot be read (Permission denied); check that you may open the folder"
+            )
         return
     needed = "a Hugging Face model folder: config.json, safetensors weights, tokenizer"
     if folder.exists():

@@ -17,6 +17,8 @@ from minitron_mp.artifacts.files import CARD, read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.families.export import reader_rows
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.document import Code, Document, Part, Section, Table, markdown
 from minitron_mp.report.project import Paths, Project
@@ -69,7 +71,7 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
         *_evaluation_sections(recipe, paths, manifest),
         Section(
             "Usage",
-            ["In the folder of this file:", Code(USAGE.strip()), "vLLM can load the folder as well."],
+            ["In the folder of this file:", Code(USAGE.strip()), *_readers(plan.student, family)],
         ),
         Section("Limitations", _limitations(recipe, family, assets)),
     ]
@@ -80,6 +82,15 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     title = f"{name}, {num_parameters / num_teacher_parameters:.1%} of its parameters"
     document = Document(title, lead, sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
+
+
+def _readers(student: Arch, family: str) -> list[Part]:
+    """Return the table of programs that read the model."""
+    rows = reader_rows(student.resized(family=family))
+    if not rows:
+        return []
+    cells = [(reader, "yes" if not reason else f"no: {reason}") for reader, reason in rows]
+    return ["Programs that read this folder:", Table(("program", "works"), cells)]
 
 
 def refresh_model_card(project: Project) -> None:

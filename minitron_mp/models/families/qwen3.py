@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_mp.models.families.family import WEIGHTS, Family
+from minitron_mp.models.families.readers import READS_HEAD_DIM
 
 QWEN3 = Family(
     name="qwen3",
@@ -14,4 +15,5 @@ QWEN3 = Family(
         "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
         "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     },
+    readers=READS_HEAD_DIM,
 )
