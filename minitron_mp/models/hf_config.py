@@ -36,6 +36,9 @@ REQUIRED_SIZES = (
     "max_position_embeddings",
 )
 """Fields of Arch that config.json must give, under the family's names."""
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
+"""Largest values that are taken for sizes and not for damage."""
+
 OPTIONAL_SIZES = ("num_query_groups", "kv_channels")
 """Fields of Arch that may be missing or null."""
 
@@ -152,6 +155,10 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
         size = config.get(key)
         if size is not None and not _is_positive(size):
             problems.append(f"{key} is {size!r}, not a positive integer")
+    for name in (*REQUIRED_SIZES, *OPTIONAL_SIZES):
+        size, largest = config.get(key_of[name]), MAX_LAYERS if name == "num_layers" else MAX_SIZE
+        if isinstance(size, int) and size > largest:
+            problems.append(f"{key_of[name]} is {size}; at most {largest:,} is possible")
     heads, groups = config.get(key_of["num_attention_heads"]), config.get(key_of["num_query_groups"])
     if not problems and groups and heads is not None and heads % groups:
         problems.append(

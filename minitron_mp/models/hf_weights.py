@@ -283,5 +283,5 @@ def _header_problems(name: str, header: Any, expected: tuple[int, ...]) -> list[
             hint = "; an empty tensor is what DeepSpeed ZeRO-3 saves unless it gathers the weights"
         return [f"{name} has shape {shape}, config.json requires {expected}{hint}"]
     if dtype not in DTYPES:
-        return [f"{name} has dtype {dtype}; supported: {', '.join(DTYPES)}"]
+        return [f"{name} has dtype {dtype}; supported: {', '.join(DTYPES)}; convert the model"]
     return []

@@ -195,7 +195,7 @@ def asset_problems(folder: Path) -> list[str]:
         if path.suffix != ".json" or path.name == "config.json":  # config.json was read before
             continue
         try:
-            parse_json(path)
+            read_json(path)
         except InputError as error:
             problems.append(str(error))
     return problems
@@ -220,13 +220,13 @@ def special_tokens(file: Path) -> dict[int, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file that contains an object. InputError if it is damaged."""
-    content = parse_json(path)
+    content = _parse_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} contains {type(content).__name__}, not keys and values; download it again")
     return content
 
 
-def parse_json(path: Path) -> Any:
+def _parse_json(path: Path) -> Any:
     """Return the content of a JSON file in UTF-8. InputError if it cannot be read."""
     try:
         content = path.read_bytes()

@@ -369,7 +369,7 @@ def test_mismatched_weights_are_named(llama):
         check_weights(llama, arch)
     assert str(told.value).splitlines()[1:] == [
         "  - model.norm.weight is missing",
-        "  - model.layers.0.mlp.gate_proj.weight has dtype I8; supported: F32, BF16, F16",
+        "  - model.layers.0.mlp.gate_proj.weight has dtype I8; supported: F32, BF16, F16; convert the model",
         "  - model.layers.0.mlp.up_proj.weight has shape (3, 5), config.json requires (40, 36)",
         "  - model.layers.7.mlp.up_proj.weight is not a weight of a llama with this config.json",
     ]

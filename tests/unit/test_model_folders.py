@@ -240,6 +240,7 @@ def test_unreadable_config(llama, content, said, weights):
     ("file", "content", "said"),
     [
         ("tokenizer.json", b"\xef\xbb\xbf{}", "tokenizer.json begins with a byte order mark"),
+        ("generation_config.json", b"[1]", "generation_config.json contains list"),
         ("generation_config.json", b"{", "generation_config.json is damaged"),
         ("tokenizer_config.json", "{}".encode("utf-16"), "tokenizer_config.json is UTF-16 text"),
     ],
@@ -315,6 +316,8 @@ def test_templates_in_a_folder_reach_the_export(llama, tmp_path):
         ({"num_hidden_layers": True}, "num_hidden_layers is True, not a positive integer"),
         ({"hidden_size": 36.0}, "hidden_size is 36.0, not a positive integer"),
         ({"hidden_size": "36"}, "hidden_size is '36', not a positive integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 10,000"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; at most 2,147,483,647"),
         ({"head_dim": -8}, "head_dim is -8, not a positive integer"),
         ({"tie_word_embeddings": "perhaps"}, "tie_word_embeddings: Input should be a valid boolean"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; give a finite number"),
