@@ -13,6 +13,8 @@
 #                                           and Megatron-Core 0.19
 #   bash tests/run.sh --cluster             Slurm on this machine (needs root and apt)
 #   bash tests/run.sh --docker              the Dockerfile on a stand-in base (needs root and apt)
+#   bash tests/run.sh --readers [FOLDER]    exported students in transformers 4, llama.cpp and CTranslate2;
+#                                           FOLDER: an exported student, default the quick start's
 #   VENV=/path/to/env bash tests/run.sh     use another environment; for --py312: VENV312, and PYTHON312
 #                                           for its Python
 #
@@ -82,6 +84,34 @@ with_nemo_run() {
     export MINITRON_NEMO_PYTHON=$dir/bin/python
 }
 
+# Make an environment with the programs that read exported folders, on top of the pinned one, because they
+# need an older transformers. Building llama.cpp takes 5 to 30 minutes on 2 cores.
+with_readers() {
+    local dir=${VENV_READERS:-$venv-readers} purelib log requirements=tests/readers/requirements.txt source
+    source=$(grep ^llama-cpp-python "$requirements")
+    if [[ ! -e $dir/minitron-mp.stamp ]]; then
+        need cmake cmake
+        need g++ g++
+        rm -rf "$dir"
+        "$venv/bin/python" -m venv "$dir"
+        purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+        "$venv/bin/python" -c "$purelib" >"$("$dir/bin/python" -c "$purelib")/pinned.pth"
+        log=$dir/install.log
+        mkdir "$dir/llama_cpp"
+        # The converter is in the source of the Python package only.
+        {
+            timeout 300 "$dir/bin/pip" download -q --no-deps --no-binary llama-cpp-python -d "$dir" "$source" &&
+                tar -xzf "$dir"/llama_cpp_python-*.tar.gz -C "$dir/llama_cpp" --strip-components 1 &&
+                CMAKE_BUILD_PARALLEL_LEVEL=${READERS_JOBS:-2} \
+                    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF" \
+                    timeout 3000 "$dir/bin/pip" install -q -r "$requirements"
+        } >"$log" 2>&1 || skip "pip cannot install the programs: $(tail -1 "$log")"
+        touch "$dir/minitron-mp.stamp"
+    fi
+    export MINITRON_READERS_PYTHON=$dir/bin/python
+    export MINITRON_LLAMA_CPP_CONVERTER=$dir/llama_cpp/vendor/llama.cpp/convert_hf_to_gguf.py
+}
+
 py312() {
     local candidate python=
     for candidate in "${PYTHON312:-}" python3.12 "$HOME"/.pyenv/versions/3.12.*/bin/python3.12 \
@@ -129,6 +159,18 @@ case ${1:-} in
     need debootstrap debootstrap
     pinned
     python -m pytest -rs --durations=5 tests/docker "${@:2}"
+    ;;
+--readers)
+    pinned
+    with_readers
+    model=${2:-out/quickstart/student_hf}
+    if [[ -f $model/config.json ]]; then
+        export MINITRON_READERS_MODEL=$model
+    elif (($# > 1)); then
+        echo "$model has no config.json; give the folder of an exported student" >&2
+        exit 2
+    fi
+    python -m pytest -rs tests/readers
     ;;
 --all)
     # Use the real model if the quickstart has downloaded it.

@@ -23,7 +23,7 @@ from minitron_mp.data.batches import Corpus, microbatches, open_samples
 from minitron_mp.data.tokenizer import load_tokenizer
 from minitron_mp.distributed.world import World, join_world
 from minitron_mp.models.families.export import exportable_arch
-from minitron_mp.models.hf_weights import write_folder
+from minitron_mp.models.hf_writer import write_folder
 from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.workflow.graph import StageGraph
 

@@ -21,13 +21,15 @@ from minitron_mp import __version__
 from minitron_mp.artifacts.checkpoint import check_room, checkpoint_dtypes, load_checkpoint, save_checkpoint
 from minitron_mp.artifacts.files import ASSETS, CARD, fingerprint_files
 from minitron_mp.artifacts.manifest import Manifest, require_artifact, writing_artifact
-from minitron_mp.console import Tracker
+from minitron_mp.console import Tracker, say
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.export import exportable_arch
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import HFWeights, asset_files, write_folder
+from minitron_mp.models.hf_weights import HFWeights
+from minitron_mp.models.hf_writer import write_folder
+from minitron_mp.models.model_folder import copy_asset_files, folder_notes, model_files
 from minitron_mp.models.parameters import split_key
 from minitron_mp.models.sharded_model import DTYPES
 
@@ -38,17 +40,19 @@ READ_BYTES = 2e9
 def import_hf(source: str | Path, out: str | Path, manifest: Manifest | None = None) -> Arch:
     """Convert a Hugging Face folder to a checkpoint artifact and return the architecture.
 
-    The weights keep their dtype. The ranks share the layers; reached by all ranks. manifest: of the
-    artifact. Default: a manifest with the fingerprint of the folder. InputError when the folder is
-    not a model of a supported family.
+    All weights are stored in the widest dtype of the folder, so that no value changes. The ranks
+    share the layers; reached by all ranks. manifest: of the artifact. Default: a manifest with the
+    fingerprint of the folder. InputError when the folder is not a model of a supported family.
     """
     source, out = Path(source), Path(out)
     arch = read_arch(source)
     if manifest is None:
-        files = [*asset_files(source), *source.glob("*.safetensors")]
+        files = model_files(source)
         inputs = on_rank_0(lambda: {"model": fingerprint_files(files)})
         manifest = Manifest(stage="import", settings={}, inputs=inputs, made_by=f"minitron_mp {__version__}")
     weights = HFWeights(source, arch)
+    for note in [*weights.notes, *folder_notes(source, arch.vocab_size)]:
+        say(f"{source}: {note}")
     keys = [
         key for key in arch.shapes() if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank()
     ]
@@ -65,8 +69,7 @@ def import_hf(source: str | Path, out: str | Path, manifest: Manifest | None = N
 
     def copy_assets(folder: Path) -> None:
         (folder / ASSETS).mkdir()
-        for path in asset_files(source):
-            shutil.copy(path, folder / ASSETS)
+        copy_asset_files(source, folder / ASSETS)
         if (source / CARD).is_file():  # a model card is not part of the fingerprint
             shutil.copy(source / CARD, folder / ASSETS)
 

@@ -26,7 +26,8 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     job_size: number of ranks; None without a launcher.
     """
     from minitron_mp.data.sources import find_all_sources, unused_text
-    from minitron_mp.models.hf_config import has_weights, read_arch
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.model_folder import has_weights
     from minitron_mp.workflow.graph import StageGraph
     from minitron_mp.workflow.preflight import recipe_problems
 

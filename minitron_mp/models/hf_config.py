@@ -5,7 +5,7 @@ This file reads only JSON and file names and does not import torch, so it is fas
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
 from minitron_mp.models.families.family import COMPUTATION_WORDS, DEFAULTS, Family
-
-LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-"""Values that are fixed in the code of Megatron-Core. Only the factor is a setting."""
-
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", *LLAMA3_ROPE}
-"""Keys of rope_scaling or rope_parameters."""
+from minitron_mp.models.model_folder import (
+    asset_problems,
+    missing_config_problem,
+    missing_weights_problem,
+    read_json,
+    require_folder,
+    unknown_tokens,
+    weight_files,
+)
+from minitron_mp.models.rope import read_rope, rope_contradictions, rope_keys, rope_problems
 
 REQUIRED_SIZES = (
     "hidden_size",
@@ -32,13 +36,28 @@ REQUIRED_SIZES = (
     "max_position_embeddings",
 )
 """Fields of Arch that config.json must give, under the family's names."""
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
+"""Largest values that are taken for sizes and not for damage."""
+
 OPTIONAL_SIZES = ("num_query_groups", "kv_channels")
 """Fields of Arch that may be missing or null."""
 
+STALE_KEYS = (
+    "auto_map",
+    "custom_pipelines",
+    "quantization_config",
+    "_name_or_path",
+    "_commit_hash",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "pruned_heads",
+)
+"""Keys of config.json that describe the source and not the written model: Python files that the export
+does not contain, names and commits of the Hub, and choices of the process that saved it.
 
-def has_weights(folder: Path) -> bool:
-    """Return whether a folder contains the weights of a model."""
-    return bool(weight_files(folder))
+transformers_version stays. transformers reads it as the version that wrote the tokenizer's files, and
+those are copied.
+"""
 
 
 def read_arch(folder: Path, *, weights: bool = True) -> Arch:
@@ -46,26 +65,21 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
 
     weights: require weight files, too. InputError lists every setting that is not supported.
     """
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is not a folder; "
-            "give a Hugging Face model folder: config.json, safetensors weights, tokenizer"
-        )
+    require_folder(folder)
     title = f"{folder} cannot be used:"
     problems = []
-    if weights and not weight_files(folder):
-        problems.append(
-            "no model.safetensors or model.safetensors.index.json; "
-            "write them with save_pretrained of transformers"
-        )
+    if weights:
+        if not weight_files(folder).paths:
+            problems.append(missing_weights_problem(folder))
+        problems += asset_problems(folder)
     if not (folder / "config.json").is_file():
-        refuse(title, ["no config.json; give a Hugging Face model folder", *problems])
+        refuse(title, [missing_config_problem(folder), *problems])
     config = read_json(folder / "config.json")
-    family = FAMILIES.get(config.get("model_type", ""))
+    family = FAMILIES.get(str(config.get("model_type", "")))
     if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
         refuse(title, [*problems, _family_problem(config)])
     assert family is not None
-    problems += _unknown_setting_problems(config, family)
+    problems += _unknown_setting_problems(config, family) + rope_contradictions(config)
     config = {**DEFAULTS, **family.defaults, **config}
     refuse(title, problems + _size_problems(config, family) + _setting_problems(config, family))
     return _arch(config, family, title)
@@ -82,44 +96,18 @@ def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, A
         conversion = FAMILIES[config["model_type"]].exports_as[arch.family]
         written = {name: value for name, value in config.items() if name not in conversion.drop}
         written |= conversion.add
+    for key in STALE_KEYS:
+        written.pop(key, None)
     if config.get("layer_types"):
         written["layer_types"] = config["layer_types"][: arch.num_layers]
     written |= {key: getattr(arch, name) for name, key in family.config_fields.items()}
+    written |= rope_keys(arch, family)
+    written |= unknown_tokens(config, arch.vocab_size)
     written["architectures"] = [family.transformers_class]
     written["model_type"] = arch.family
     written["dtype"] = dtype
     written["torch_dtype"] = dtype  # for transformers before 4.56
     return written
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that contains an object. InputError if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} contains {type(content).__name__}, not keys and values; download it again")
-    return content
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model, or [] if the folder has none.
-
-    InputError for a missing shard.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index} has no weight_map of weight names to files; download it again")
-    shards = sorted({folder / name for name in weight_map.values()})
-    missing = [f"{path.name} is missing" for path in shards if not path.is_file()]
-    refuse(f"{folder} is incomplete; download these files again:", missing)
-    return shards
 
 
 def _family_problem(config: Mapping[str, object]) -> str:
@@ -137,7 +125,7 @@ def _arch(config: dict[str, Any], family: Family, title: str) -> Arch:
     )
     config[groups] = config.get(groups) or config[heads]
     config[width] = config.get(width) or config[key_of["hidden_size"]] // config[heads]
-    rope = _rope(config)
+    rope = read_rope(config)
     fields = {name: config[key] for name, key in family.config_fields.items()}
     try:
         return Arch(
@@ -167,6 +155,10 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
         size = config.get(key)
         if size is not None and not _is_positive(size):
             problems.append(f"{key} is {size!r}, not a positive integer; correct config.json")
+    for name in (*REQUIRED_SIZES, *OPTIONAL_SIZES):
+        size, largest = config.get(key_of[name]), MAX_LAYERS if name == "num_layers" else MAX_SIZE
+        if isinstance(size, int) and size > largest:
+            problems.append(f"{key_of[name]} is {size}; at most {largest:,} is possible; correct config.json")
     heads, groups = config.get(key_of["num_attention_heads"]), config.get(key_of["num_query_groups"])
     if not problems and groups and heads is not None and heads % groups:
         problems.append(
@@ -177,7 +169,7 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
 
 
 def _is_positive(size: object) -> bool:
-    return isinstance(size, int) and size > 0
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
 
 def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
@@ -202,52 +194,28 @@ def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
         for name, value in family.required_settings.items()
         if config.get(name) not in (value, None)
     ]
-    unsupported_types = sorted({*(config.get("layer_types") or [])} - {"full_attention"})
+    layer_types = config.get("layer_types") or []
+    unsupported_types = sorted({*map(str, layer_types)} - {"full_attention"})
     if unsupported_types:
         problems.append(
             f"layer_types contains {', '.join(unsupported_types)}; only full_attention is supported, so "
             "give another model"
         )
-    return [*problems, *family.config_problems(config), *_rope_problems(config, family)]
-
-
-def _rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
-    rope = _rope(config)
-    is_nested = any(isinstance(value, dict) for value in rope.values())
-    if rope["rope_type"] not in ("default", "llama3") or is_nested:
-        return [
-            f"rope settings {rope} are not supported; "
-            "give a model with rope_type 'default' or 'llama3' and one setting for all layers"
-        ]
-    required = dict(family.required_rope)
-    if rope["rope_type"] == "llama3":
-        required |= LLAMA3_ROPE
-    problems = [
-        f"{name} of the rope settings is {rope.get(name)}; only {value} is supported, so give another model"
-        for name, value in required.items()
-        if rope.get(name) != value
+    problems += [
+        f"{name} is {value}; give a finite number"
+        for name, value in config.items()
+        if isinstance(value, float) and not math.isfinite(value)
     ]
-    if rope["rope_type"] == "llama3" and not rope.get("factor"):
-        problems.append("the llama3 rope settings have no factor; add it to config.json")
-    unknown = sorted(key for key, value in rope.items() if value and key not in ROPE_KEYS)
-    if unknown:
-        problems.append(
-            f"the rope settings have {', '.join(unknown)}; supported: {', '.join(sorted(ROPE_KEYS))}"
-        )
-    return problems
+    problems += _pad_problems(config)
+    return [*problems, *family.config_problems(config), *rope_problems(config, family)]
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings.
-
-    They are in rope_parameters (transformers 5) or in rope_theta and rope_scaling (transformers 4).
-    """
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        given = {"rope_type": given}
-    return {
-        "rope_type": given.get("type", "default"),
-        "rope_theta": config.get("rope_theta") or 10000.0,
-        "partial_rotary_factor": config.get("partial_rotary_factor") or 1,
-        **given,
-    }
+def _pad_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return a problem if transformers cannot build the embedding because of the pad token."""
+    pad, vocab_size = config.get("pad_token_id"), config.get("vocab_size")
+    if not isinstance(pad, int) or not isinstance(vocab_size, int) or pad < vocab_size:
+        return []
+    return [
+        f"pad_token_id is {pad}, above the last id {vocab_size - 1} of vocab_size {vocab_size}, so that "
+        "transformers cannot load the model; set it to null, or to the id of the end of text"
+    ]

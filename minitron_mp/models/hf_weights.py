@@ -13,75 +13,84 @@ Rows with 4 heads in 2 groups. Each name stands for hn rows:
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.families import FAMILIES
-from minitron_mp.models.hf_config import new_config, read_json, weight_files
+from minitron_mp.models.model_folder import INDEX, SINGLE_FILE, shortened, weight_files
 from minitron_mp.models.parameters import EMBEDDING, HEAD, dims_of, split_key
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtype in a safetensors header -> dtype of torch."""
 
-ASSETS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "tekken.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Patterns of the files of a model that are not weights."""
+IGNORED = "rotary_emb.inv_freq"
+"""End of the names of tensors that follow from config.json. Old models store them."""
+
+PREFIXES = {
+    "_orig_mod.": "torch.compile adds it; save the model that was compiled (model._orig_mod)",
+    "module.": "DistributedDataParallel and DeepSpeed add it; save the inner model (model.module)",
+    "base_model.model.": "peft adds it; save the result of merge_and_unload()",
+}
+"""Prefix of all weight names -> where it comes from, and how to save the model without it."""
 
 
 class HFWeights:
     """The weights of a Hugging Face folder, read tensor by tensor.
 
-    The constructor reads the headers only. InputError lists every tensor that is missing, unknown,
-    or has a wrong shape or dtype.
+    The constructor reads the headers only. InputError lists the tensors that are missing, unknown,
+    or have a wrong shape or dtype.
     """
 
     def __init__(self, folder: Path, arch: Arch) -> None:
+        self.folder = folder
         self.arch = arch
-        self.files: dict[str, Any] = {}
-        for path in weight_files(folder):
-            try:
-                file = safe_open(path, "pt")
-            except SafetensorError as error:
-                raise InputError(
-                    f"{path} is damaged or not a safetensors file ({error}); download it again"
-                ) from error
-            self.files |= dict.fromkeys(file.keys(), file)
+        self.files: dict[str, list[Any]] = {}
+        """Name -> the open files that have the tensor. The first one is read."""
+        weights = weight_files(folder)
+        for path in weights.paths:
+            file = _open(path)
+            for name in list(file.keys()):
+                copies = self.files.setdefault(name, [])
+                copies.insert(0 if weights.named.get(name) == path.name else len(copies), file)
         refuse(
             f"the weights in {folder} do not fit its config.json; give the one that was saved with them:",
-            self._problems(),
+            shortened(self._problems()),
         )
+        dtypes = self._dtypes()
+        self.dtype: torch.dtype = reduce(torch.promote_types, (DTYPES[name] for name in dtypes))
+        """Dtype of the canonical tensors: the widest of the folder. So no value changes."""
+        self.notes = self._notes(dtypes)
+        """Sentences about what was converted or ignored, for the log."""
 
     def tensor(self, key: str) -> Tensor:
-        """Return a canonical tensor on the CPU, in the dtype of the file.
+        """Return a canonical tensor on the CPU in `dtype`.
 
-        InputError when a value is not finite.
+        InputError when a value is not finite, or when two files have different values for it.
         """
-        parts = [self._read(name) for name in hf_names(key, self.arch)]
+        parts = [self._read(self._stored_name(name)) for name in hf_names(key, self.arch)]
         if key == EMBEDDING and self.arch.tied:
             self._check_tied_head(parts[0])
-        return _to_canonical(key, parts, self.arch)
+        return _to_canonical(key, parts, self.arch).to(self.dtype)
+
+    def _stored_name(self, name: str) -> str:
+        """Return the name of the tensor in the files.
+
+        A tied model may store its embedding under the name of the output layer only, as
+        safetensors.torch.save_model does.
+        """
+        (embedding,) = hf_names(EMBEDDING, self.arch)
+        (head,) = hf_names(HEAD, self.arch)
+        is_under_head = self.arch.tied and name == embedding and name not in self.files
+        return head if is_under_head and head in self.files else name
 
     def _check_tied_head(self, embedding: Tensor) -> None:
         # transformers 4 uses the embedding as output layer, transformers 5 unties the two.
@@ -94,31 +103,60 @@ class HFWeights:
             )
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.files[name].get_tensor(name)
+        tensor, *copies = (file.get_tensor(name) for file in self.files[name])
         # aminmax propagates NaN and reads the tensor once. isfinite of every value would allocate
         # several tensors of the same size.
         if not torch.stack(tensor.aminmax()).isfinite().all():
+            count = tensor.numel() - int(tensor.isfinite().sum())
             raise InputError(
-                f"{name} contains NaN or infinity; the file is damaged, or training diverged: download it "
-                "again, or use an earlier checkpoint"
+                f"{name} has {count:,} values of {tensor.numel():,} that are NaN or infinity; the file is "
+                "damaged, or training diverged: download it again, or use an earlier checkpoint"
+            )
+        if not all(torch.equal(tensor, copy) for copy in copies):
+            raise InputError(
+                f"{name} is in {len(copies) + 1} files of {self.folder} with different values; "
+                "delete the files that do not belong to the model, or download it again"
             )
         return tensor
 
     def _problems(self) -> list[str]:
         expected = hf_shapes(self.arch)
-        ignored = {*hf_names(HEAD, self.arch)}  # some tied models store it
-        problems = [f"{name} is missing" for name in expected if name not in self.files]
-        for name, file in self.files.items():
-            header = file.get_slice(name)
-            shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if prefix_problem := _prefix_problem(self.files.keys(), expected.keys()):
+            return [prefix_problem]
+        (head,) = hf_names(HEAD, self.arch)
+        problems = [
+            _missing_problem(name, head, tied=self.arch.tied)
+            for name in expected
+            if self._stored_name(name) not in self.files
+        ]
+        if self.arch.tied:
+            expected[head] = expected[hf_names(EMBEDDING, self.arch)[0]]  # some tied models store it
+        for name, files in self.files.items():
             if name not in expected:
-                if name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+                if not name.endswith(IGNORED):
                     problems.append(f"{name} is not a weight of a {self.arch.family} with this config.json")
-            elif shape != expected[name]:
-                problems.append(f"{name} has shape {shape}, config.json requires {expected[name]}")
-            elif dtype not in DTYPES:
-                problems.append(f"{name} has dtype {dtype}; supported: {', '.join(DTYPES)}")
+                continue
+            for file in files:
+                problems += _header_problems(name, file.get_slice(name), expected[name])
         return problems
+
+    def _dtypes(self) -> Counter[str]:
+        """Return dtype -> number of the used tensors that have it."""
+        names = {self._stored_name(name) for name in hf_shapes(self.arch)}
+        return Counter(self.files[name][0].get_slice(name).get_dtype() for name in sorted(names))
+
+    def _notes(self, dtypes: Counter[str]) -> list[str]:
+        notes = []
+        if len(dtypes) > 1:
+            counts = ", ".join(f"{count:,} of {name}" for name, count in sorted(dtypes.items()))
+            widest = str(self.dtype).removeprefix("torch.")
+            notes.append(
+                f"the tensors have different dtypes ({counts}); all are stored as {widest}, which changes no "
+                "value"
+            )
+        if (self.folder / SINGLE_FILE).is_file() and (self.folder / INDEX).is_file():
+            notes.append(f"{INDEX} is ignored, because {SINGLE_FILE} exists")
+        return notes
 
 
 def check_weights(folder: Path, arch: Arch) -> None:
@@ -197,119 +235,56 @@ def _rows(key: str, arch: Arch) -> list[int]:
     return [arch.dim_size(dim, block)]
 
 
-def asset_files(folder: Path) -> list[Path]:
-    """Return config.json, tokenizer, generation settings and licence files of a model folder."""
-    return sorted({path for pattern in ASSETS for path in folder.glob(pattern) if path.is_file()})
-
-
-def special_tokens(file: Path) -> dict[int, str]:
-    """Return id -> token of a tokenizer.json, added tokens included."""
-    content = read_json(file)
+def _open(path: Path) -> Any:
     try:
-        # token -> id, or of a unigram model [token, score] in the order of the ids
-        vocab = content["model"]["vocab"]
-        if isinstance(vocab, dict):
-            tokens = {id: token for token, id in vocab.items()}
-        else:
-            tokens = {id: token for id, (token, _) in enumerate(vocab)}
-        return tokens | {added["id"]: added["content"] for added in content.get("added_tokens") or []}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        path.open("rb").close()  # safetensors reports a file without permission as missing
+        return safe_open(path, "pt")
+    except SafetensorError as error:
         raise InputError(
-            f"{file} is not a file of the tokenizers library ({error!r}); download it again"
+            f"{path} is damaged or not a safetensors file ({error}); download it again"
         ) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check that you may read it") from error
 
 
-def write_folder(
-    folder: Path,
-    source: Path,
-    arch: Arch,
-    dtype: torch.dtype,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    max_shard_bytes: float = 5e9,
-) -> None:
-    """Write a model that transformers loads. It is not atomic, so use a temporary folder.
-
-    source: folder with the asset_files() of the model that this one was made from. tensors:
-    (checkpoint key, canonical tensor) for each key of arch.shapes(), in any order. Memory holds one
-    shard and one tensor at a time.
-    """
-    shapes = arch.shapes()
-
-    def hf_tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in tensors:
-            assert tensor.shape == shapes[key], (key, tensor.shape)
-            yield from to_hf(key, tensor, arch).items()
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = new_config(read_json(source / "config.json"), arch, str(dtype).removeprefix("torch."))
-    copy_assets(source, folder, config)
-    written = write_weights(folder, hf_tensors(), dtype, max_shard_bytes=max_shard_bytes)
-    assert written == hf_shapes(arch).keys(), written ^ hf_shapes(arch).keys()
+def _prefix_problem(names: Collection[str], expected: Collection[str]) -> str:
+    """Return one problem if the names have a prefix too many or too few, else ""."""
+    anchor = max(expected, key=len)  # a name of a layer, which no other name contains
+    found = [name for name in names if name.endswith(anchor)]
+    if len(found) == 1 and found[0] != anchor:
+        prefix = found[0].removesuffix(anchor)
+        count = sum(name.startswith(prefix) for name in names)
+        advice = PREFIXES.get(prefix, "rename the tensors, or save the model inside without it")
+        return (
+            f"{count:,} of {len(names):,} weight names begin with {prefix!r} (for example {found[0]}), which "
+            f"is not part of this family's names: {advice} with save_pretrained()"
+        )
+    short = anchor.removeprefix("model.")
+    if short in names and anchor not in names:
+        return (
+            f"the weight names lack the prefix 'model.' (for example {short}): the folder has the decoder "
+            "without its output layer; save the complete model, such as AutoModelForCausalLM, with "
+            "save_pretrained()"
+        )
+    return ""
 
 
-def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> None:
-    """Copy the asset_files() of a source, and write `config` as config.json."""
-    for path in asset_files(source) if source else []:
-        shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def _missing_problem(name: str, head: str, *, tied: bool) -> str:
+    if name == head and not tied:
+        return (
+            f"{name} is missing; if the output layer shares the embedding, set tie_word_embeddings to true "
+            "in config.json"
+        )
+    return f"{name} is missing"
 
 
-def write_weights(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    *,
-    max_shard_bytes: float = 5e9,
-) -> set[str]:
-    """Write (Hugging Face name, tensor) pairs as safetensors files with an index; return the names.
-
-    The folder must have a config.json.
-    """
-    shards = list(_write_shards(folder, tensors, dtype, max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard.path.rename(folder / file)
-        weight_map |= dict.fromkeys(shard.names, file)
-    if len(shards) > 1:
-        total_size = sum(shard.num_bytes for shard in shards)
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return set(weight_map)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A written file with a temporary name."""
-
-    path: Path
-    names: list[str]
-    num_bytes: int
-
-
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_bytes: float
-) -> Iterator[_Shard]:
-    """Write the tensors file by file, and yield each written shard."""
-    shard: dict[str, Tensor] = {}
-    num_bytes = number = 0
-
-    def save() -> _Shard:
-        path = folder / f".shard-{number}"
-        save_file(shard, path, metadata={"format": "pt"})
-        # safetensors makes the file readable for the owner only.
-        shutil.copymode(folder / "config.json", path)
-        return _Shard(path, list(shard), num_bytes)
-
-    for name, tensor in tensors:
-        size = tensor.numel() * dtype.itemsize
-        if shard and num_bytes + size > max_bytes:
-            yield save()
-            shard, num_bytes, number = {}, 0, number + 1
-        # copy=True, because safetensors rejects views that share storage.
-        shard[name] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-        num_bytes += size
-    yield save()
+def _header_problems(name: str, header: Any, expected: tuple[int, ...]) -> list[str]:
+    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    if shape != expected:
+        hint = ""
+        if 0 in shape:
+            hint = "; an empty tensor is what DeepSpeed ZeRO-3 saves unless it gathers the weights"
+        return [f"{name} has shape {shape}, config.json requires {expected}{hint}"]
+    if dtype not in DTYPES:
+        return [f"{name} has dtype {dtype}; supported: {', '.join(DTYPES)}; convert the model"]
+    return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed.layout import stage_layers
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.families.export import reader_rows
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.case import PlanningCase
 from minitron_mp.planning.hardware import read_hardware
@@ -33,6 +34,7 @@ def dry_run_rows(base: Arch, case: PlanningCase) -> list[Row]:
         *_model_rows(base, case),
         *_memory_rows(base, case),
         *_time_rows(case),
+        *_reader_rows(case),
     ]
 
 
@@ -122,3 +124,14 @@ def _time_rows(case: PlanningCase) -> list[Row]:
         f"{estimate.gpu_hours:,.0f} GPU-hours; details: minitron-mp estimate"
     )
     return [("distillation on H100 SXM (estimate)", text)]
+
+
+def _reader_rows(case: PlanningCase) -> list[Row]:
+    """Return which programs read the exported student; with a search, the largest candidate."""
+    exported = case.student.model_copy(update={"family": case.recipe.export.family or case.student.family})
+    rows = reader_rows(exported)
+    accepting = ", ".join(reader for reader, reason in rows if not reason)
+    return [
+        *([("the export works with", accepting)] if accepting else []),
+        *((f"the export does not work with {reader}", reason) for reader, reason in rows if reason),
+    ]

@@ -5,18 +5,20 @@ The card depends only on the artifacts.
 
 from __future__ import annotations
 
+import codecs
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.files import CARD, read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
+from minitron_mp.models.arch import Arch
+from minitron_mp.models.families.export import reader_rows
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.document import Code, Document, Part, Section, Table, markdown
 from minitron_mp.report.project import Paths, Project
@@ -28,6 +30,9 @@ from minitron_mp.report.tables import (
     quality_table,
     tasks_table,
 )
+
+SOURCE_KEYS = ("license", "license_name", "license_link", "language")
+"""Front matter that the student's card has from the card of the original."""
 
 TAGS = ["minitron", "pruning", "knowledge-distillation"]
 
@@ -66,7 +71,7 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
         *_evaluation_sections(recipe, paths, manifest),
         Section(
             "Usage",
-            ["In the folder of this file:", Code(USAGE.strip()), "vLLM can load the folder as well."],
+            ["In the folder of this file:", Code(USAGE.strip()), *_readers(plan.student, family)],
         ),
         Section("Limitations", _limitations(recipe, family, assets)),
     ]
@@ -77,6 +82,15 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     title = f"{name}, {num_parameters / num_teacher_parameters:.1%} of its parameters"
     document = Document(title, lead, sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
+
+
+def _readers(student: Arch, family: str) -> list[Part]:
+    """Return the table of programs that read the model."""
+    rows = reader_rows(student.model_copy(update={"family": family}))
+    if not rows:
+        return []
+    cells = [(reader, "yes" if not reason else f"no: {reason}") for reader, reason in rows]
+    return ["Programs that read this folder:", Table(("program", "works"), cells)]
 
 
 def refresh_model_card(project: Project) -> None:
@@ -90,27 +104,51 @@ def refresh_model_card(project: Project) -> None:
     assets = paths["import"] / "assets"
     text = model_card(project.recipe, paths, manifest, manifest.arch.family, assets)
     card = paths["export"] / CARD
-    if not card.is_file() or card.read_text(encoding="utf-8") != text:
+    if not card.is_file() or card.read_bytes() != text.encode():
         write_text(card, text)
 
 
 def source_card(folder: Path) -> dict[str, Any]:
-    """Return license and language from the model card in a folder.
-
-    InputError if its front matter is invalid.
-    """
-    path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if not text.startswith("---"):
-        return {}
+    """Return license and language from the model card in a folder; {} if it cannot be read."""
     try:
+        return _front_matter(folder / CARD)
+    except InputError:
+        return {}
+
+
+def source_card_problem(folder: Path) -> str:
+    """Return why license and language cannot be read from the model card in a folder, or ""."""
+    try:
+        _front_matter(folder / CARD)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+        text = _decoded(content).replace("\r\n", "\n")
+        if not text.startswith("---"):
+            return {}
         fields = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, YAMLError) as error:
+    except Exception as error:  # huggingface_hub raises many types for invalid front matter
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"the front matter of {path} cannot be read: {error}; correct it, or rename the file"
+            f"the front matter of {path} cannot be read ({reason}), so the student's card has no license and "
+            "no language; correct that file and repeat the import, or add them to the student's README.md"
         ) from error
-    keys = ("license", "license_name", "license_link", "language")
-    return {key: fields[key] for key in keys if fields.get(key)}
+    return {key: fields[key] for key in SOURCE_KEYS if fields.get(key)}
+
+
+def _decoded(content: bytes) -> str:
+    """Return the text of a card in UTF-8, in UTF-16 with a mark, or in a code page of Windows."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
 
 
 def _hub_name(model: str, assets: Path) -> str | None:

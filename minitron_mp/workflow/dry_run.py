@@ -22,7 +22,8 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     """
     from omegaconf import OmegaConf
 
-    from minitron_mp.models.hf_config import has_weights, read_arch
+    from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.model_folder import has_weights
     from minitron_mp.planning.case import PlanningCase
     from minitron_mp.planning.dry_run import dry_run_rows
 
@@ -43,7 +44,7 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
         dry_run_rows(base, PlanningCase(student, teacher, recipe, ranks)),
     )
     if recipe.search:
-        _show_candidates(students, left_out)
+        _show_candidates(students, left_out, recipe.export.family)
     if weights:
         _show_unused_text(recipe)
         _show_stages(graph)
@@ -68,13 +69,19 @@ def _students(recipe: Recipe, base: Arch) -> tuple[Sequence[Arch], str]:
     return [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)], ""
 
 
-def _show_candidates(students: Sequence[Arch], left_out: str) -> None:
+def _show_candidates(students: Sequence[Arch], left_out: str, family: str | None) -> None:
+    """Print the candidates. family: the one that the student is exported as, if it differs."""
+    from minitron_mp.models.families.export import reader_rows
     from minitron_mp.pruning.candidates import candidate_name
+
+    def rejecting(arch: Arch) -> str:
+        exported = arch.model_copy(update={"family": family or arch.family})
+        return ", ".join(reader for reader, reason in reader_rows(exported) if reason) or "-"
 
     table(
         "candidates of the search (the layout above is for the largest one)",
-        ("candidate", "parameters"),
-        [(candidate_name(arch), f"{arch.num_parameters():,}") for arch in students],
+        ("candidate", "parameters", "export not readable by"),
+        [(candidate_name(arch), f"{arch.num_parameters():,}", rejecting(arch)) for arch in students],
     )
     if left_out:
         say(left_out)

@@ -69,7 +69,7 @@ def _check_same_tokens(model: str, teacher: str) -> None:
 
     An id that only one of them has does not occur in the text.
     """
-    from minitron_mp.models.hf_weights import special_tokens
+    from minitron_mp.models.model_folder import special_tokens
 
     files = [Path(folder) / "tokenizer.json" for folder in (model, teacher)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():

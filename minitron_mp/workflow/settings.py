@@ -56,11 +56,11 @@ def model_files(model: str) -> dict[str, str]:
     """
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import asset_files
+    from minitron_mp.models.model_folder import model_files as files_of
 
     folder = Path(model)
     read_arch(folder)
-    return {"model": fingerprint_files([*asset_files(folder), *folder.glob("*.safetensors")])}
+    return {"model": fingerprint_files(files_of(folder))}
 
 
 def text_settings(recipe: Recipe) -> dict[str, object]:
@@ -73,7 +73,7 @@ def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, str]:
     """Return fingerprints of the text, or of data.held_out, and of data.tokenizer."""
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.data.sources import corpus_fingerprint
-    from minitron_mp.models.hf_weights import asset_files
+    from minitron_mp.models.model_folder import asset_files
 
     fingerprints = {"text": corpus_fingerprint(recipe.data, held_out, recipe.root)}
     if recipe.data.tokenizer:

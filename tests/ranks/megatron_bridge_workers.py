@@ -59,7 +59,8 @@ from minitron_mp.integrations.megatron_bridge import (
 )
 from minitron_mp.integrations.megatron_bridge.model import prepare as prepare_model
 from minitron_mp.models.hf_config import read_arch
-from minitron_mp.models.hf_weights import HFWeights, asset_files
+from minitron_mp.models.hf_weights import HFWeights
+from minitron_mp.models.model_folder import asset_files
 from minitron_mp.models.parameters import split_key
 from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.pruning.importance import score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shutil
@@ -21,7 +22,6 @@ from minitron_mp.artifacts import run_log as records
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.artifacts.run_log import JobInfo, append_record, records_of
 from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
-from minitron_mp.errors import InputError
 from minitron_mp.pruning.candidates import front
 from minitron_mp.pruning.depth import DepthTrials, Trial
 from minitron_mp.pruning.make_plan import make_plan
@@ -30,7 +30,7 @@ from minitron_mp.pruning.scores import Scores, random_scores
 from minitron_mp.report.document import Document, Figure, Table, html, markdown
 from minitron_mp.report.figures.depth_trials import trials_figure
 from minitron_mp.report.importance_section import importance_section
-from minitron_mp.report.model_card import TAGS, model_card, source_card
+from minitron_mp.report.model_card import TAGS, model_card, source_card, source_card_problem
 from minitron_mp.report.provenance_section import provenance_section
 from minitron_mp.report.report import build_report
 from minitron_mp.report.search_section import search_section
@@ -460,8 +460,36 @@ def test_card_keeps_the_source_license_and_tags(whole, tmp_path):
     cached = project.recipe.model_copy(update={"model": "/cache/models--owner--other-2/snapshots/abc"})
     assert front(cached)["base_model"] == "owner/other-2"
     (assets / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(InputError, match=r"front matter of .*README.md cannot be read"):
-        source_card(assets)
+    assert "license" not in front()
+    assert re.search(r"front matter of .*README.md cannot be read", source_card_problem(assets))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "cp1252"])
+def test_card_of_the_source_may_have_any_encoding(tmp_path, encoding):
+    text = "---\r\nlicense: mit\r\nlanguage: [fr]\r\n---\r\n# Modèle\r\n"
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "README.md").write_bytes(mark + text.encode(encoding))
+    assert source_card(tmp_path) == {"license": "mit", "language": ["fr"]}
+    assert source_card_problem(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nlicense: [\n---\n",
+        b"---\n- a\n- list\n---\n",
+        b"---\nlicense: mit\n",
+        b"---\nmodel-index: 3\nlicense: mit\n---\n",
+        b"---\n---\n",
+        b"---",
+        b"\x00\xff\xfe",
+        b"",
+    ],
+)
+def test_broken_card_of_the_source_is_no_error(tmp_path, card):
+    (tmp_path / "README.md").write_bytes(card)
+    assert isinstance(source_card(tmp_path), dict)
+    assert "Traceback" not in source_card_problem(tmp_path)
 
 
 @pytest.mark.parametrize(

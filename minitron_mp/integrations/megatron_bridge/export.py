@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.integrations.megatron_bridge.model import auto_bridge, bare_model
-from minitron_mp.models.hf_weights import copy_assets, write_weights
+from minitron_mp.models.hf_writer import copy_assets, write_weights
 
 
 def export_student(

@@ -26,6 +26,29 @@ def export_problems(arch: Arch, family: str | None = None) -> list[ExportProblem
     return rules.export_problems(arch)
 
 
+def reader_rows(arch: Arch) -> list[tuple[str, str]]:
+    """Return (reader, reason why it does not accept the exported model, or "") for each known reader.
+
+    arch: with the family that it is exported as. [] for a family that is not in FAMILIES, and for
+    layers of different sizes.
+    """
+    rules = FAMILIES.get(arch.family)
+    if rules is None or not arch.is_uniform:
+        return []
+    return [(reader, rule(arch)) for reader, rule in rules.readers.items()]
+
+
+def reader_lines(arch: Arch) -> list[str]:
+    """Return sentences about which programs read the exported model, and why others do not."""
+    rows = reader_rows(arch)
+    accepting = [reader for reader, reason in rows if not reason]
+    lines = [f"the exported folder works with {', '.join(accepting)}"] if accepting else []
+    for reason in dict.fromkeys(reason for _, reason in rows if reason):
+        rejecting = ", ".join(reader for reader, given in rows if given == reason)
+        lines.append(f"the exported folder does not work with {rejecting}: {reason}")
+    return lines
+
+
 def exportable_arch(student: Arch, family: str | None) -> Arch:
     """Return the architecture with the family that it is exported as.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.families.readers import ReaderRule
 from minitron_mp.models.parameters import EMBEDDING, FINAL_NORM, HEAD
 
 CONFIG_FIELDS = {
@@ -147,6 +148,9 @@ class Family:
     export_problems: Callable[[Arch], list[ExportProblem]] = lambda arch: []
     exports_as: Mapping[str, ExportAs] = field(default_factory=dict)
     """Name of another family -> the conversion of a model of this family to it."""
+    readers: Mapping[str, ReaderRule] = field(default_factory=dict)
+    """Name of a reader of exported folders -> which sizes it accepts. Readers that are not listed have
+    not been tried."""
 
     @property
     def settings(self) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.family import ExportAs, ExportProblem, Family
+from minitron_mp.models.families.readers import READS_HEAD_DIM, heads_times_head_dim, multiple_of_heads
 
 AS_MISTRAL = "set export.family: mistral (same computation)"
 
@@ -27,6 +28,13 @@ def _head_problems(arch: Arch) -> list[ExportProblem]:
     ]
 
 
+def _ctranslate2(arch: Arch) -> str:
+    """CTranslate2 4.8 computes head_dim from hidden_size, and the frequencies without scaling."""
+    if arch.rope_scaling_factor is not None:
+        return "it computes the rotary frequencies without the scaling of Llama 3"
+    return heads_times_head_dim(arch)
+
+
 def _mistral_problems(arch: Arch) -> list[str]:
     if arch.rope_scaling_factor is None:
         return []
@@ -41,6 +49,12 @@ LLAMA = Family(
     transformers_class="LlamaForCausalLM",
     defaults={"max_position_embeddings": 2048},
     export_problems=_head_problems,
+    readers={
+        **READS_HEAD_DIM,
+        "transformers 5": multiple_of_heads,
+        "vLLM": multiple_of_heads,  # it reads config.json with transformers
+        "CTranslate2": _ctranslate2,
+    },
     exports_as={
         "mistral": ExportAs(
             drop=("pretraining_tp", "attention_bias", "mlp_bias"),

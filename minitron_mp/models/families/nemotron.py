@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.family import CONFIG_FIELDS, REQUIRED_SETTINGS, WEIGHTS, Family
+from minitron_mp.models.families.readers import READS_HEAD_DIM, heads_times_head_dim, not_supported
 from minitron_mp.models.parameters import FINAL_NORM_BIAS
+
+
+def _llama_cpp(arch: Arch) -> str:
+    """llama.cpp computes head_dim from hidden_size, and requires an output layer."""
+    if arch.tied:
+        return "it needs an output layer of its own, and this model shares the embedding"
+    return heads_times_head_dim(arch)
+
 
 NEMOTRON = Family(
     name="nemotron",
@@ -25,4 +35,5 @@ NEMOTRON = Family(
     },
     required_settings={**REQUIRED_SETTINGS, "hidden_act": "relu2"},
     required_rope={},
+    readers={**READS_HEAD_DIM, "llama.cpp": _llama_cpp, "CTranslate2": not_supported},
 )

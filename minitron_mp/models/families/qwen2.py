@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_mp.models.families.family import WEIGHTS, Family
+from minitron_mp.models.families.readers import READS_HEAD_DIM, heads_times_head_dim
 
 QWEN2 = Family(
     name="qwen2",
@@ -18,4 +19,10 @@ QWEN2 = Family(
         ),
     },
     other_settings=("sliding_window", "max_window_layers"),  # without effect: use_sliding_window is False
+    readers={
+        **READS_HEAD_DIM,
+        "vLLM": heads_times_head_dim,
+        "llama.cpp": heads_times_head_dim,
+        "CTranslate2": heads_times_head_dim,
+    },
 )

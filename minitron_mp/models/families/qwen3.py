@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_mp.models.families.family import WEIGHTS, Family
+from minitron_mp.models.families.readers import READS_HEAD_DIM
 
 QWEN3 = Family(
     name="qwen3",
@@ -15,4 +16,5 @@ QWEN3 = Family(
         "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     },
     other_settings=("sliding_window", "max_window_layers"),  # without effect: use_sliding_window is False
+    readers=READS_HEAD_DIM,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minitron_mp.console import say
 from minitron_mp.workflow.settings import model_files
 from minitron_mp.workflow.stage import Stage
 
@@ -20,9 +21,10 @@ def run(context: StageContext) -> None:
 def import_folder(context: StageContext, source: Path) -> None:
     """Convert a Hugging Face folder, in the dtype of its weights."""
     from minitron_mp.artifacts.hf_folder import import_hf
-    from minitron_mp.report.model_card import source_card
+    from minitron_mp.report.model_card import source_card_problem
 
-    source_card(source)  # InputError now, not in the export hours later, if the model card is invalid
+    if problem := source_card_problem(source):
+        say(f"note: {problem}")
     import_hf(source, context.output, context.manifest)
 
 

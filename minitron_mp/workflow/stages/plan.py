@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plan_student(files: StageFiles) -> None:
     """Choose the indices to keep and write plan.json. Needs only numpy."""
     from minitron_mp.console import say, table
-    from minitron_mp.models.families.export import exportable_arch
+    from minitron_mp.models.families.export import exportable_arch, reader_lines
     from minitron_mp.pruning.candidates import candidate_target, chosen
     from minitron_mp.pruning.depth import DepthTrials
     from minitron_mp.pruning.make_plan import make_plan
@@ -38,12 +38,12 @@ def plan_student(files: StageFiles) -> None:
         recipe.depth,
         trials,
     )
-    exportable_arch(plan.student, recipe.export.family)
+    exported = exportable_arch(plan.student, recipe.export.family)
     plan.save(files.output, files.manifest.model_copy(update={"arch": plan.student}))
     table("plan", ("size", "teacher", "student", "kept"), plan.summary())
     if plan.dropped:
         say(f"dropped layers (counted from 0): {', '.join(map(str, plan.dropped))}")
-    for note in plan.notes:
+    for note in [*plan.notes, *reader_lines(exported)]:
         say(f"note: {note}")
 
 
