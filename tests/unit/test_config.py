@@ -64,7 +64,7 @@ def test_divergence_parameters_are_completed_and_checked(recipe_file, tmp_path):
     for overrides, message in (
         (
             [skewed, "distill.divergence_parameters={skew: 1, beta: 2}"],
-            "above 0 and below 1\n.*no parameter beta",
+            "above 0 and at most 0.99\n.*no parameter beta",
         ),
         (
             ["distill.divergence_parameters.skew=0.3"],

@@ -299,7 +299,7 @@ def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
 def test_correction_does_not_wait_for_a_remote_fp8_teacher(whole, inputs, tmp_path, ranks):
     """The ranks of the teacher take part in `distill` only."""
     shutil.copytree(whole.output, tmp_path / "out")
-    correct = {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2}
+    correct = {"steps": 2, "warmup_steps": 1, "global_batch_size": 4, "micro_batch_size": 2}
     recipe = make_recipe_file(
         tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", correct=correct
     )
