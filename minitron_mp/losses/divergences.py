@@ -69,8 +69,8 @@ class Divergence:
     gradient(rows, statistics, exponentials, values, has_ce): returns the gradient of the weighted
         loss by this rank's logits, float32 [n, valid]. It includes the probabilities of the
         cross-entropy. write_gradient() subtracts the one of the label.
-    second_sums(rows, student_lse, teacher_lse): returns this rank's part of two sums, float32
-        [n, 2], that need the log-sum-exp over the whole vocabulary. They cost a second pass over
+    second_sums(rows, student_lse, teacher_lse): returns this rank's part of up to three sums,
+        float32 [n, 3], that need the log-sum-exp over the whole vocabulary. They cost a second pass over
         the logits and a second all-gather. None: the divergence needs no such sums.
     """
 
@@ -137,7 +137,7 @@ def reverse_kl_gradient(
 
 
 def skewed_forward_kl_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return this rank's part of the divergence and of sum r.
+    """Return this rank's part of the divergence, of sum r, and of sum q.
 
     The term (1 - skew) (q - p) = m - p sums to 0 over the vocabulary. With it no summand is
     negative, and equal rounding errors of all log p or log q in a row cancel to first order.
@@ -147,12 +147,16 @@ def skewed_forward_kl_second_sums(rows: LogitRows, student_lse: Tensor, teacher_
     p, q = log_p.exp(), log_q.exp()
     divergence = p * (log_p - log_m) + student_share * (q - p)
     r = student_share**2 * q * ((log_p - log_m).exp() - (log_q - log_m).exp())
-    return torch.stack([divergence.sum(1), r.sum(1)], 1)
+    return torch.stack([divergence.sum(1), r.sum(1), q.sum(1)], 1)
 
 
 def skewed_forward_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+    """Return the divergence and sum r / sum q.
+
+    sum q is 1 but for the rounding of the log-sum-exp. With it the gradient of a row sums to 0.
+    """
     assert second is not None
-    return DivergenceValue(second[:, 0], second[:, 1])
+    return DivergenceValue(second[:, 0], second[:, 1] / second[:, 2])
 
 
 def skewed_forward_kl_gradient(
@@ -168,12 +172,14 @@ def skewed_forward_kl_gradient(
 def js_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
     """Return this rank's part of KL(p || m) and KL(q || m)."""
     log_q, log_p, log_m = log_mixture(rows, student_lse, teacher_lse)
-    return torch.stack([(log_p.exp() * (log_p - log_m)).sum(1), (log_q.exp() * (log_q - log_m)).sum(1)], 1)
+    of_p = (log_p.exp() * (log_p - log_m)).sum(1)
+    of_q = (log_q.exp() * (log_q - log_m)).sum(1)
+    return torch.stack([of_p, of_q, torch.zeros_like(of_p)], 1)
 
 
 def js_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
     assert second is not None
-    return DivergenceValue(second.mean(1), second[:, 1])
+    return DivergenceValue(second[:, :2].mean(1), second[:, 1])
 
 
 def js_gradient(

@@ -45,7 +45,7 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
 def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
     """Return the result of reference.second_sums()."""
     student, teacher = rows.student, _teacher(rows)
-    sums = torch.empty((len(student), 2), dtype=torch.float32, device=student.device)
+    sums = torch.empty((len(student), 3), dtype=torch.float32, device=student.device)
     kernels._second_sums[(len(student),)](
         student,
         teacher,

@@ -180,6 +180,7 @@ def _second_sums(
     row_t = tl.load(lse_t + row)
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
+    third = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, valid, BLOCK):
         column = start + lane
         inside = column < valid
@@ -193,12 +194,14 @@ def _second_sums(
             ratio = tl.exp(log_p - log_m) - tl.exp(log_q - log_m)
             first += tl.where(inside, divergence, 0.0)
             second += tl.where(inside, (1.0 - skew) * (1.0 - skew) * q * ratio, 0.0)
+            third += tl.where(inside, q, 0.0)
         if DIVERGENCE == "js":
             log_m = _log_mean(log_q, log_p)
             first += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
             second += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
-    tl.store(sums + row * 2, tl.sum(first, 0))
-    tl.store(sums + row * 2 + 1, tl.sum(second, 0))
+    tl.store(sums + row * 3, tl.sum(first, 0))
+    tl.store(sums + row * 3 + 1, tl.sum(second, 0))
+    tl.store(sums + row * 3 + 2, tl.sum(third, 0))
 
 
 @triton.jit

@@ -1,6 +1,6 @@
-"""Parameters of the divergences: name, default and limits.
+"""Parameters of the divergences: name, default and limits. Also which divergences need two passes.
 
-This file does not import torch, so that the schema of the recipe can use it.
+This file does not import torch, so that the schema of the recipe and the planner can use it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
 skew: the divergence is proportional to (1 - skew)^2 when teacher and student are close. Above 0.99
 it has the size of its rounding errors in float32.
 """
+
+
+SECOND_PASS = {"skewed_forward_kl", "js"}
+"""Divergences with Divergence.second_sums: they read the logits once more."""
 
 
 def complete_parameters(divergence: str, given: Mapping[str, float]) -> dict[str, float]:

@@ -569,7 +569,7 @@ def test_skewed_gradient_of_equal_models_is_zero(skew):
     lse = logits.logsumexp(1)
     sums = reference.second_sums(rows, "skewed_forward_kl", lse, lse)
     ones, zeros = torch.ones(4), torch.zeros(4)
-    values = RowValues(lse, lse, lse, ones, zeros, sums[:, 1])
+    values = RowValues(lse, lse, lse, ones, zeros, sums[:, 1] / sums[:, 2])
     statistics, exponentials = reference.statistics(rows, "skewed_forward_kl")
     gradient = torch.empty_like(logits)
     reference.gradient(rows, statistics, exponentials, values, "skewed_forward_kl", False, gradient)

@@ -11,7 +11,7 @@ from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_rec
 from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
 from minitron_mp.losses.divergences import DIVERGENCES
-from minitron_mp.losses.parameters import PARAMETERS
+from minitron_mp.losses.parameters import PARAMETERS, SECOND_PASS
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"model": "m", "output": "o"}
@@ -80,6 +80,7 @@ def test_recipe_has_every_divergence():
     choices = get_args(DistillConfig.model_fields["divergence"].annotation)
     assert set(choices) == set(DIVERGENCES)
     assert set(PARAMETERS) <= set(DIVERGENCES)
+    assert {name for name, row in DIVERGENCES.items() if row.second_sums} == SECOND_PASS
     assert PARAMETERS["skewed_forward_kl"]["skew"].default == 0.1  # the value in the docs
 
 

@@ -542,6 +542,10 @@ def test_divergence_has_its_own_name_in_table_and_figure(divergence):
     *_, loss_figure, _, _, table = training_section("distill", logged, [], divergence).parts
     assert table.header == ["step", "loss", divergence, "learning rate", "gradient norm"]
     assert f"{divergence} from 2 to 2" in loss_figure.text
+    older = [{**row, "step": 0}, *logged, {**row, "step": 3}]
+    *_, loss_figure, _, _, table = training_section("distill", older, [], divergence).parts
+    assert [cells[2] for cells in table.rows] == ["", "2.0000", "2.0000", ""]
+    assert f"{divergence} from 2 to 2" in loss_figure.text
     without_teacher = [{**row, "step": step} for step in (1, 2)]
     table = training_section("correct", without_teacher, [], divergence).parts[-1]
     assert table.header == ["step", "loss", "learning rate", "gradient norm"]
