@@ -18,9 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.config.training import TrainingConfig
+from minitron_mp.config.training import CorrectionConfig, TrainingConfig
 from minitron_mp.losses.parameters import SECOND_PASS
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
@@ -227,7 +228,12 @@ def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> 
 
 
 def estimate_training(
-    arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None
+    arch: Arch,
+    training: DistillConfig | CorrectionConfig,
+    recipe: Recipe,
+    ranks: int,
+    times: Times,
+    teacher: Arch | None,
 ) -> StepCost:
     """Return the cost of a training step on `ranks` ranks.
 
@@ -258,7 +264,7 @@ def estimate_training(
         p.tp,
         training.logits_precision,
         recipe.precision,
-        second_pass=teacher is not None and training.divergence in SECOND_PASS,
+        second_pass=training.kl_weight > 0 and training.divergence in SECOND_PASS,
     )
     loss, loss_basis = times.loss(output_layers)
     passes.stages[-1][LOSS] = loss

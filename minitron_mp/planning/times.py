@@ -210,9 +210,9 @@ class Times:
         logits = sizes.tokens * sizes.vocab_size / sizes.tp
         flops = logits * (6 * sizes.hidden_size + 2 * sizes.teacher_hidden_size)
         bytes_per_logit = 26 if sizes.logits_precision == "fp32" else 14
-        if sizes.second_pass:
-            bytes_per_logit += 8 if sizes.logits_precision == "fp32" else 4
         num_bytes = logits * bytes_per_logit * (1 if sizes.teacher_hidden_size else 0.5)
+        if sizes.second_pass:
+            num_bytes += logits * (8 if sizes.logits_precision == "fp32" else 4)
         rate = self.rates["fp32" if sizes.precision == "fp32" else "bf16"]
         return flops, flops / rate + num_bytes / self.hbm
 
