@@ -340,8 +340,8 @@ def test_settings_of_train_and_distill_are_checked_or_used(results, ranks):
     assert found[1]["errors"] == errors
     assert "kl_weight is 1 without a teacher; give a teacher, or" in errors["no teacher"]
     assert "checkpoints is None; give a folder, or drop profile" in errors["profile"]
-    assert "data-parallel ranks have 4 samples, global_batch_size is 16 over 2 ranks" in errors["global"]
-    assert "microbatches have 2 samples, micro_batch_size is 3" in errors["micro"]
+    assert "data-parallel ranks have 2 samples, global_batch_size is 8 over 2 ranks" in errors["global"]
+    assert "microbatches have 1 samples, micro_batch_size is 3" in errors["micro"]
     assert found[0]["buffers"] == 1
     assert found[0]["traces"] == ["distill_steps1-1_rank0.json.gz"]
 
