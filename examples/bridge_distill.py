@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 from minitron_mp import InputError
-from minitron_mp.artifacts.files import ASSETS
-from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.integrations.megatron_bridge import (
     ColocatedTeacher,
     KDForwardStep,
+    Objective,
     check_config,
     student_provider,
 )
-from minitron_mp.losses.objective import Objective
 
 SEQUENCE_LENGTH = 2048
 
@@ -78,17 +76,17 @@ def recipe(
             num_dataset_builder_threads=1,
         ),
         tokenizer=TokenizerConfig(
-            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(Path(pruned) / ASSETS)
+            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(Path(pruned) / "assets")
         ),
         checkpoint=CheckpointConfig(save=None, ckpt_format="torch_dist"),
         logger=LoggerConfig(log_interval=1),
         rng=RNGConfig(seed=1234),
         mixed_precision=None,  # student_provider() sets the dtype
     )
-    vocab_size = find_manifest(Path(teacher)).arch.vocab_size
+    colocated = ColocatedTeacher(teacher, precision=precision)
     return cfg, KDForwardStep(
-        ColocatedTeacher(teacher, precision=precision),
-        vocab_size=vocab_size,
+        colocated,
+        vocab_size=colocated.arch.vocab_size,
         objective=Objective(kl_weight=1.0, ce_weight=0.0),
     )
 

@@ -5,8 +5,9 @@
 Layout     join_world, World, ParallelConfig
 Models     import_hf, load_model, save_model, save_state, export_hf, ShardedModel, Arch, AXES
 Pruning    score, Scores, ScoreConfig, make_plan, PrunePlan, TargetConfig, prune, masked
-Training   Batch, ColocatedTeacher, RemoteTeacher, distillation_loss, distill, train, evaluate,
-           DistillConfig, CorrectionConfig, StepMetrics
+Training   Batch, ColocatedTeacher, distill, train, evaluate, DistillConfig, CorrectionConfig,
+           StepMetrics
+Loss       distillation_loss, Objective, TeacherHidden, TeacherLogits, TeacherTopK
 Workflow   Recipe, load_recipe, make_recipe, compress, run_stage
 Errors     InputError
 
@@ -31,12 +32,13 @@ _PUBLIC = {
     "distributed.batch": ("Batch",),
     "distributed.world": ("World", "join_world"),
     "losses.fused": ("distillation_loss",),
+    "losses.objective": ("Objective", "TeacherHidden", "TeacherLogits", "TeacherTopK"),
     "models.arch": ("Arch",),
     "models.axes": ("AXES",),
     "models.sharded_model": ("ShardedModel",),
     "artifacts.hf_folder": ("import_hf", "export_hf"),
     "artifacts.saved_model": ("load_model", "save_model", "save_state"),
-    "distillation.teacher": ("ColocatedTeacher", "RemoteTeacher"),
+    "distillation.teacher": ("ColocatedTeacher",),
     "training.distill": ("distill", "train"),
     "training.metrics": ("StepMetrics",),
     "evaluation.quality": ("evaluate",),
@@ -80,15 +82,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from minitron_mp.distillation.teacher import (
         ColocatedTeacher as ColocatedTeacher,
     )
-    from minitron_mp.distillation.teacher import (
-        RemoteTeacher as RemoteTeacher,
-    )
     from minitron_mp.distributed.batch import Batch as Batch
     from minitron_mp.distributed.world import World as World
     from minitron_mp.distributed.world import join_world as join_world
     from minitron_mp.errors import InputError as InputError
     from minitron_mp.evaluation.quality import evaluate as evaluate
     from minitron_mp.losses.fused import distillation_loss as distillation_loss
+    from minitron_mp.losses.objective import Objective as Objective
+    from minitron_mp.losses.objective import TeacherHidden as TeacherHidden
+    from minitron_mp.losses.objective import TeacherLogits as TeacherLogits
+    from minitron_mp.losses.objective import TeacherTopK as TeacherTopK
     from minitron_mp.models.arch import Arch as Arch
     from minitron_mp.models.axes import AXES as AXES
     from minitron_mp.models.sharded_model import ShardedModel as ShardedModel

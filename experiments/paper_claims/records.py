@@ -19,6 +19,9 @@ from minitron_mp import InputError
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.graph import StageGraph
 
+COLUMNS = ("num_tokens", "loss", "forward_kl", "ce", "step_time_s", "tokens_per_s")
+"""Columns of metrics.jsonl that a result needs."""
+
 
 def result_of(output: Path, name: str, seed: int) -> Path:
     return output / "results" / f"{slug(name, seed)}.json"
@@ -55,9 +58,7 @@ def outcome(project: StageGraph) -> dict[str, Any]:
     evaluation = json.loads(project.paths["evaluate"].read_text())
     for name in ("manifest", "speed", "texts"):
         evaluation.pop(name)
-    steps = [
-        json.loads(line) for line in (project.paths["distill"] / "metrics.jsonl").read_text().splitlines()
-    ]
+    steps = logged_steps(project.paths["distill"] / "metrics.jsonl")
     curve, tokens = [], 0
     for step in steps:
         tokens += step["num_tokens"]
@@ -73,6 +74,18 @@ def outcome(project: StageGraph) -> dict[str, Any]:
         "curve": rounded(curve),
         "config": json.loads((project.paths["export"] / "config.json").read_text()),
     }
+
+
+def logged_steps(path: Path) -> list[dict[str, Any]]:
+    """Read the metrics of all steps. InputError if another version wrote them, with other columns."""
+    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    missing = sorted({name for step in steps for name in COLUMNS if name not in step})
+    if missing:
+        raise InputError(
+            f"{path} has no {', '.join(missing)} in some steps, because another version of the library "
+            "wrote it; delete the output folder of this variant and run it again"
+        )
+    return steps
 
 
 def environment(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_mp.distillation.stream import ANNOUNCE, CREDIT, DATA, END_OF_STREAM, Link
+from minitron_mp.distillation.stream import ANNOUNCE, CREDIT, DATA, END_OF_STREAM, Link, StreamError
 from minitron_mp.distillation.stream_layout import Grid, Message, Traffic
+
+
+class _Ended(Exception):
+    """The teacher has ended the stream. It is an error only if the student needs a later signal."""
 
 
 class _Broken(Exception):
@@ -52,12 +56,15 @@ class Receiver:
         """Wait for a microbatch and return this rank's part [s', b, n']."""
         start = time.perf_counter()
         with self.changed:
-            # This wait ends within the timeout, because the waits of the thread have it.
+            # This wait ends: the waits of the thread have the timeout, and the thread sets `failure`
+            # when it ends early.
             self.changed.wait_for(lambda: id in self.arrived or self.failure is not None)
             arrival = self.arrived.pop(id, None)
         self.link.wait_s += time.perf_counter() - start
         if arrival is None:
             failure = self.failure
+            if isinstance(failure, _Ended):
+                raise StreamError(f"the teacher ended the stream before microbatch {id}")
             if not isinstance(failure, _Broken):
                 raise RuntimeError(str(failure)) from failure
             # The thread runs ahead of the student, so its failure is raised only when the student
@@ -106,14 +113,18 @@ class Receiver:
                     return
                 arrival = self._receive(id)
                 if arrival is None:
+                    self._fail(_Ended())
                     return
                 with self.changed:
                     self.arrived[id] = arrival
                     self.changed.notify_all()
         except BaseException as error:
-            with self.changed:
-                self.failure = error
-                self.changed.notify_all()
+            self._fail(error)
+
+    def _fail(self, failure: BaseException) -> None:
+        with self.changed:
+            self.failure = failure
+            self.changed.notify_all()
 
     def _take_credit(self, replica: int) -> bool:
         """Wait until a teacher replica may send. Return False if the receiver is closed.

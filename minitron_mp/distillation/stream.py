@@ -15,6 +15,9 @@ announced, so no NCCL kernel waits on the student's GPU beside its collectives. 
 credits use a separate gloo group, because NCCL ignores tags and matches messages by order only.
 Every wait has the timeout of the channel, and its error names the rank at fault. That may be a
 third rank: a student may wait for a teacher that waits for a different student, see Link.error().
+
+A teacher may end the stream early. It then announces END_OF_STREAM to each receiver. The student
+must not call get() for a later microbatch: that raises StreamError. close() raises no error.
 """
 
 from __future__ import annotations

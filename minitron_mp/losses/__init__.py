@@ -7,9 +7,10 @@ parameters        parameters of the divergences; imports no torch
 top_k             KL to a teacher of which only the top-k probabilities are known
 rows              what the row functions take and return
 reference         row functions in plain torch
-kernels           row functions in Triton
+kernel_calls      row functions for CUDA, which start the kernels
+kernels           the Triton kernels
 tensor_parallel   matrix products and their communication
 tile_sizes        rows per tile; imports no torch
 
-This room imports nothing of the others.
+This room imports no other room, except the errors.
 """

@@ -6,11 +6,14 @@ p, q: softmax of the teacher's and the student's logits over the temperature t.
     forward_kl         KL(teacher || student)  sum p log(p/q)      w t (q - p)
     reverse_kl         KL(student || teacher)  sum q log(q/p)      w t q (log(q/p) - divergence)
     skewed_forward_kl  KL(p || m)  m = skew p + (1 - skew) q       w t (q sum r - r)
-                                                                   r = (1 - skew) p q / m
+                                                                   r = (1 - skew)^2 q (p - q) / m
     js                 (KL(p || m) + KL(q || m)) / 2               w t q (log(q/m) - KL(q || m)) / 2
                        m = (p + q) / 2
 
-w t is RowValues.kl_weight.
+w t is RowValues.kl_weight. In skewed_forward_kl the derivative gives (1 - skew) p q / m for r. The
+gradient does not change when a multiple of q is subtracted from r. Here it is (1 - skew) q, so that
+r, its sum and the gradient are 0 for p = q.
+
 The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
 (2407.14679, section 3). Skewed forward KL is a loss of DistiLLM (2402.03898); it is at most
 -log(skew).
@@ -66,8 +69,8 @@ class Divergence:
     gradient(rows, statistics, exponentials, values, has_ce): returns the gradient of the weighted
         loss by this rank's logits, float32 [n, valid]. It includes the probabilities of the
         cross-entropy. write_gradient() subtracts the one of the label.
-    second_sums(rows, student_lse, teacher_lse): returns this rank's part of two sums, float32
-        [n, 2], that need the log-sum-exp over the whole vocabulary. They cost a second pass over
+    second_sums(rows, student_lse, teacher_lse): returns this rank's part of up to three sums,
+        float32 [n, 3], that need the log-sum-exp over the whole vocabulary. They cost a second pass over
         the logits and a second all-gather. None: the divergence needs no such sums.
     """
 
@@ -134,42 +137,49 @@ def reverse_kl_gradient(
 
 
 def skewed_forward_kl_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return this rank's part of the divergence and of sum r.
+    """Return this rank's part of the divergence, of sum r, and of sum q.
 
     The term (1 - skew) (q - p) = m - p sums to 0 over the vocabulary. With it no summand is
     negative, and equal rounding errors of all log p or log q in a row cancel to first order.
     """
     log_q, log_p, log_m = log_skewed_mixture(rows, student_lse, teacher_lse)
     student_share = 1 - rows.parameters["skew"]
-    p = log_p.exp()
-    divergence = p * (log_p - log_m) + student_share * (log_q.exp() - p)
-    r = student_share * (log_p + log_q - log_m).exp()
-    return torch.stack([divergence.sum(1), r.sum(1)], 1)
+    p, q = log_p.exp(), log_q.exp()
+    divergence = p * (log_p - log_m) + student_share * (q - p)
+    r = student_share**2 * q * ((log_p - log_m).exp() - (log_q - log_m).exp())
+    return torch.stack([divergence.sum(1), r.sum(1), q.sum(1)], 1)
 
 
 def skewed_forward_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+    """Return the divergence and sum r / sum q.
+
+    sum q is 1 but for the rounding of the log-sum-exp. With it the gradient of a row sums to 0.
+    """
     assert second is not None
-    return DivergenceValue(second[:, 0], second[:, 1])
+    return DivergenceValue(second[:, 0], second[:, 1] / second[:, 2])
 
 
 def skewed_forward_kl_gradient(
     rows: LogitRows, statistics: RowStatistics, exponentials: Exponentials, values: RowValues, has_ce: bool
 ) -> Tensor:
     log_q, log_p, log_m = log_skewed_mixture(rows, values.student_lse, values.teacher_lse)
-    r = (1 - rows.parameters["skew"]) * (log_p + log_q - log_m).exp()
-    total = (log_q.exp() * values.extra[:, None] - r) * values.kl_weight[:, None]
+    ratio = (log_p - log_m).exp() - (log_q - log_m).exp()
+    r = (1 - rows.parameters["skew"]) ** 2 * ratio
+    total = log_q.exp() * (values.extra[:, None] - r) * values.kl_weight[:, None]
     return add_cross_entropy(total, rows, values) if has_ce else total
 
 
 def js_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
     """Return this rank's part of KL(p || m) and KL(q || m)."""
     log_q, log_p, log_m = log_mixture(rows, student_lse, teacher_lse)
-    return torch.stack([(log_p.exp() * (log_p - log_m)).sum(1), (log_q.exp() * (log_q - log_m)).sum(1)], 1)
+    of_p = (log_p.exp() * (log_p - log_m)).sum(1)
+    of_q = (log_q.exp() * (log_q - log_m)).sum(1)
+    return torch.stack([of_p, of_q, torch.zeros_like(of_p)], 1)
 
 
 def js_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
     assert second is not None
-    return DivergenceValue(second.mean(1), second[:, 1])
+    return DivergenceValue(second[:, :2].mean(1), second[:, 1])
 
 
 def js_gradient(

@@ -17,7 +17,7 @@ RowStatistics per tile, and a second all-gather for a divergence with second_sum
 the logits is local and has no factor of tp. Columns of the padded vocabulary are ignored. A row
 with weight zero has gradient exactly zero for any logits, including NaN.
 
-The row functions are in reference.py (plain torch) and kernels.py (Triton, for CUDA).
+The row functions are in reference.py (plain torch) and kernel_calls.py (Triton, for CUDA).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from minitron_mp.losses.top_k import TopKRows
 
 
 class RowFunctions(Protocol):
-    """The functions that reference.py and kernels.py both provide."""
+    """The functions that reference.py and kernel_calls.py both provide."""
 
     def statistics(self, rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]: ...
 
@@ -298,9 +298,9 @@ def _row_functions(x: Tensor) -> RowFunctions:
     """Return the module with the row functions for this device."""
     if not x.is_cuda:
         return reference
-    from minitron_mp.losses import kernels
+    from minitron_mp.losses import kernel_calls
 
-    return kernels
+    return kernel_calls
 
 
 def _target_rows(

@@ -1,10 +1,9 @@
-"""Row functions of the distillation loss as Triton kernels for CUDA.
+"""Triton kernels of the distillation loss for CUDA. kernel_calls.py starts them.
 
 They make no float32 copy of the logits.
 
-Arguments and results are the same as in reference.py. Logits must be contiguous within a row; rows
-may have any stride. In the kernels z_s and z_t are the logits of student and teacher, and
-DIVERGENCE is a name of divergences.py.
+In the kernels z_s and z_t are the logits of student and teacher, and DIVERGENCE is a name of
+divergences.py.
 
 The kernels are bound by memory bandwidth. They read z_s and z_t once for the statistics, once for
 the second sums of a divergence that has them, and once for the gradient. They write the gradient
@@ -16,24 +15,18 @@ statistics  One program per row. Each lane keeps a maximum and sums over columns
             loop has no step across lanes. The lanes are combined once, after the loop.
 gradient    One program per BLOCK columns of a row. It reads the columns before it writes them.
 
-No function synchronises with the device. The statistics of a row with NaN are unspecified. The
-gradient of such a row is 0 when the row has no weight.
+The statistics of a row with NaN are unspecified. The gradient of such a row is 0 when the row has no
+weight.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowValues
-
-BLOCK, WARPS = 2048, 8
-"""Each thread has eight columns: 16 bytes of bf16 in one load. It uses 64 registers, so a
-multiprocessor works on four rows at a time (sm_90)."""
+from minitron_mp.losses.rows import RowStatistics, RowValues
 
 LOG_2 = tl.constexpr(math.log(2))
 
@@ -62,110 +55,6 @@ STUDENT_LSE_T1 = _row_value("student_lse_t1")
 KL_WEIGHT = _row_value("kl_weight")
 CE_WEIGHT = _row_value("ce_weight")
 EXTRA = _row_value("extra")
-
-
-def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]:
-    """Return the result of reference.statistics(), with None for the exponentials."""
-    student, teacher, t = rows.student, _teacher(rows), rows.temperature
-    table = torch.empty(
-        (len(student), len(RowStatistics._fields)), dtype=torch.float32, device=student.device
-    )
-    _statistics[(len(student),)](
-        student,
-        teacher,
-        rows.labels.contiguous(),
-        table,
-        *_sizes(student, teacher),
-        rows.valid,
-        t,
-        1 / t,
-        HOT=t != 1,
-        TEACHER=rows.teacher is not None,
-        DIVERGENCE=divergence,
-        BLOCK=_block(student),
-        num_warps=WARPS,
-    )
-    return RowStatistics(*table.unbind(1)), None
-
-
-def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return the result of reference.second_sums()."""
-    student, teacher = rows.student, _teacher(rows)
-    sums = torch.empty((len(student), 2), dtype=torch.float32, device=student.device)
-    _second_sums[(len(student),)](
-        student,
-        teacher,
-        student_lse.contiguous(),
-        teacher_lse.contiguous(),
-        sums,
-        *_sizes(student, teacher),
-        rows.valid,
-        1 / rows.temperature,
-        _skew(rows),
-        DIVERGENCE=divergence,
-        BLOCK=_block(student),
-        num_warps=WARPS,
-    )
-    return sums
-
-
-def gradient(
-    rows: LogitRows,
-    statistics: RowStatistics,
-    exponentials: Exponentials | None,
-    values: RowValues,
-    divergence: str,
-    has_ce: bool,
-    out: Tensor,
-) -> None:
-    """Write the result of reference.gradient() into out, which may be the student's logits."""
-    student, teacher, block = rows.student, _teacher(rows), _block(out)
-    _gradient[(len(out), triton.cdiv(out.shape[1], block))](
-        student,
-        teacher,
-        out,
-        torch.stack(values, 1),
-        rows.labels.contiguous(),
-        *_sizes(student, teacher),
-        _stride(out),
-        rows.valid,
-        1 / rows.temperature,
-        _skew(rows),
-        HOT=rows.temperature != 1,
-        TEACHER=rows.teacher is not None,
-        CE=has_ce,
-        DIVERGENCE=divergence,
-        BLOCK=block,
-        num_warps=WARPS,
-    )
-
-
-def _teacher(rows: LogitRows) -> Tensor:
-    """Return the teacher's logits, or without a teacher a tensor that the kernel does not read."""
-    return rows.student if rows.teacher is None else rows.teacher
-
-
-def _skew(rows: LogitRows) -> float:
-    """Return the parameter skew, or for other divergences a number that the kernel does not read."""
-    return rows.parameters.get("skew", 0.0)
-
-
-def _block(z: Tensor) -> int:
-    return min(BLOCK, triton.next_power_of_2(z.shape[1]))
-
-
-def _sizes(z_s: Tensor, z_t: Tensor) -> tuple[int, int, int, int]:
-    """Return strides and widths of the logits.
-
-    Loads are masked at the padded width. When it is a multiple of 16, the compiler reads 16 bytes
-    at a time for any vocabulary size.
-    """
-    return _stride(z_s), _stride(z_t), z_s.shape[1], z_t.shape[1]
-
-
-def _stride(z: Tensor) -> int:
-    assert z.stride(1) == 1, "the columns of a row must be contiguous"
-    return z.stride(0)
 
 
 @triton.jit
@@ -291,6 +180,7 @@ def _second_sums(
     row_t = tl.load(lse_t + row)
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
+    third = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, valid, BLOCK):
         column = start + lane
         inside = column < valid
@@ -299,15 +189,19 @@ def _second_sums(
         if DIVERGENCE == "skewed_forward_kl":
             log_m = _log_skewed(log_p, log_q, skew)
             p = tl.exp(log_p)
-            divergence = p * (log_p - log_m) + (1.0 - skew) * (tl.exp(log_q) - p)
+            q = tl.exp(log_q)
+            divergence = p * (log_p - log_m) + (1.0 - skew) * (q - p)
+            ratio = tl.exp(log_p - log_m) - tl.exp(log_q - log_m)
             first += tl.where(inside, divergence, 0.0)
-            second += tl.where(inside, (1.0 - skew) * tl.exp(log_p + log_q - log_m), 0.0)
+            second += tl.where(inside, (1.0 - skew) * (1.0 - skew) * q * ratio, 0.0)
+            third += tl.where(inside, q, 0.0)
         if DIVERGENCE == "js":
             log_m = _log_mean(log_q, log_p)
             first += tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0)
             second += tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0)
-    tl.store(sums + row * 2, tl.sum(first, 0))
-    tl.store(sums + row * 2 + 1, tl.sum(second, 0))
+    tl.store(sums + row * 3, tl.sum(first, 0))
+    tl.store(sums + row * 3 + 1, tl.sum(second, 0))
+    tl.store(sums + row * 3 + 2, tl.sum(third, 0))
 
 
 @triton.jit
@@ -369,8 +263,9 @@ def _gradient(
         if DIVERGENCE == "reverse_kl":
             total = w_kl * (q * (log_q - log_p - tl.load(rows + EXTRA)))
         if DIVERGENCE == "skewed_forward_kl":
-            r = (1.0 - skew) * tl.exp(log_p + log_q - _log_skewed(log_p, log_q, skew))
-            total = w_kl * (q * tl.load(rows + EXTRA) - r)
+            log_m = _log_skewed(log_p, log_q, skew)
+            ratio = tl.exp(log_p - log_m) - tl.exp(log_q - log_m)
+            total = w_kl * (q * (tl.load(rows + EXTRA) - (1.0 - skew) * (1.0 - skew) * ratio))
         if DIVERGENCE == "js":
             total = 0.5 * w_kl * (q * (log_q - _log_mean(log_q, log_p) - tl.load(rows + EXTRA)))
     if CE:

@@ -6,18 +6,24 @@ s' is s/cp, or s/cp/tp under sequence parallelism
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from minitron_mp.errors import refuse
+from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.parameters import complete_parameters
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the loss. In a recipe they are fields of config.distillation.DistillConfig."""
+    """Weights of the loss. In a recipe they are fields of config.distillation.DistillConfig.
+
+    Both weights may be 0, for an evaluation that needs the statistics of the tokens only.
+    """
 
     divergence: str = "forward_kl"
     """A key of divergences.DIVERGENCES."""
@@ -35,8 +41,24 @@ class Objective:
     defaults."""
 
     def __post_init__(self) -> None:
-        """Complete the parameters. ValueError if the divergence does not allow the given ones."""
-        object.__setattr__(self, "parameters", complete_parameters(self.divergence, self.parameters))
+        """Complete the parameters. InputError lists every value that is not allowed."""
+        problems = []
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            problems.append(f"temperature is {self.temperature:g}; give a number above 0")
+        for name in ("kl_weight", "ce_weight"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                problems.append(f"{name} is {weight:g}; give a number of at least 0")
+        if self.divergence not in DIVERGENCES:
+            problems.append(f"divergence is {self.divergence!r}; give one of {', '.join(DIVERGENCES)}")
+        else:
+            try:
+                parameters = complete_parameters(self.divergence, self.parameters)
+            except ValueError as error:
+                problems += str(error).split("\n")
+            else:
+                object.__setattr__(self, "parameters", parameters)
+        refuse("the objective cannot be used:", problems)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Parameters of the divergences: name, default and limits.
+"""Parameters of the divergences: name, default and limits. Also which divergences need two passes.
 
-This file does not import torch, so that the schema of the recipe can use it.
+This file does not import torch, so that the schema of the recipe and the planner can use it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number between two limits, which are not allowed themselves."""
+    """A number above one limit and at most the other."""
 
     default: float
     above: float
-    below: float
+    at_most: float
 
 
 PARAMETERS: dict[str, dict[str, Parameter]] = {
-    "skewed_forward_kl": {"skew": Parameter(0.1, above=0, below=1)},
+    "skewed_forward_kl": {"skew": Parameter(0.1, above=0, at_most=0.99)},
 }
-"""Divergence -> its parameters by name. Divergences that are not listed have none."""
+"""Divergence -> its parameters by name. Divergences that are not listed have none.
+
+skew: the divergence is proportional to (1 - skew)^2 when teacher and student are close. Above 0.99
+it has the size of its rounding errors in float32.
+"""
+
+
+SECOND_PASS = {"skewed_forward_kl", "js"}
+"""Divergences with Divergence.second_sums: they read the logits once more."""
 
 
 def complete_parameters(divergence: str, given: Mapping[str, float]) -> dict[str, float]:
@@ -35,11 +43,11 @@ def complete_parameters(divergence: str, given: Mapping[str, float]) -> dict[str
         if name not in declared:
             allowed = f"its parameters: {', '.join(declared)}" if declared else "it has no parameters"
             problems.append(f"{divergence} has no parameter {name}; {allowed}; drop {name}")
-        elif not declared[name].above < value < declared[name].below:
+        elif not declared[name].above < value <= declared[name].at_most:
             limits = declared[name]
             problems.append(
                 f"{name} of {divergence} is {value:g}; "
-                f"give a number above {limits.above:g} and below {limits.below:g}"
+                f"give a number above {limits.above:g} and at most {limits.at_most:g}"
             )
     if problems:
         raise ValueError("\n".join(problems))

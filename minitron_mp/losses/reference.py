@@ -35,7 +35,7 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
 
 
 def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return Divergence.second_sums of this rank, float32 [n, 2]."""
+    """Return Divergence.second_sums of this rank, float32 [n, 3]."""
     sums = DIVERGENCES[divergence].second_sums
     assert sums is not None
     return sums(rows, student_lse, teacher_lse)

@@ -15,7 +15,13 @@ from pydantic import ValidationError
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
-from minitron_mp.models.families.family import COMPUTATION_WORDS, DEFAULTS, Family
+from minitron_mp.models.families.family import (
+    COMPUTATION_WORDS,
+    DEFAULTS,
+    KERNEL_SETTINGS,
+    ON_BY_DEFAULT,
+    Family,
+)
 from minitron_mp.models.model_folder import (
     asset_problems,
     missing_config_problem,
@@ -48,6 +54,7 @@ STALE_KEYS = (
     "quantization_config",
     "_name_or_path",
     "_commit_hash",
+    "attn_implementation",
     "_attn_implementation",
     "_attn_implementation_autoset",
     "pruned_heads",
@@ -173,19 +180,30 @@ def _is_positive(size: object) -> bool:
 
 
 def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Return a problem for each key that may change the computation and that no field reads.
+    """Return a problem for each unread key that may change the computation, judged by its name.
 
     config: as in the file, without defaults. Transformers ignores keys that its class does not
-    have. But a key of a renamed or new setting must not be lost silently, so the user decides.
+    have. But a renamed or new setting must not be lost silently, so the user decides. A key without
+    one of COMPUTATION_WORDS in its name is not found.
     """
     return [
         f"{key} is {value!r}; the family {family.name} does not support this key, "
         "and by its name it may change the computation; "
         f"remove it from config.json if {family.transformers_class} ignores it"
         for key, value in config.items()
-        if value and key not in family.settings and not key.startswith("_")
-        if any(word in key for word in COMPUTATION_WORDS)
+        if key not in family.settings and not key.startswith(("_", *KERNEL_SETTINGS))
+        if _may_change_computation(key, value)
     ]
+
+
+def _may_change_computation(key: str, value: object) -> bool:
+    """Return whether a setting with this name and value may change the computation.
+
+    A missing or empty value does not. False and 0 do if they switch off what all families do.
+    """
+    if isinstance(value, (bool, int, float)) and not value:
+        return key in ("rope", "rotary") or any(word in key for word in ON_BY_DEFAULT)
+    return bool(value) and any(word in key for word in COMPUTATION_WORDS)
 
 
 def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:

@@ -18,7 +18,9 @@ from minitron_mp.models.families.family import Family
 
 DEFAULT_THETA = 10000.0
 
-LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+ORIGINAL_POSITIONS = "original_max_position_embeddings"
+
+LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, ORIGINAL_POSITIONS: 8192}
 """Values that are fixed in the code of Megatron-Core. Only the factor is a setting."""
 
 KNOWN = {"rope_type", "rope_theta", "partial_rotary_factor", "factor", *LLAMA3_ROPE}
@@ -58,6 +60,20 @@ def rope_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     ]
     if rope["rope_type"] == "llama3" and not rope.get("factor"):
         problems.append("the llama3 rope settings have no factor; add it to config.json")
+    problems += [
+        f"{name} is {config[name]}, and partial_rotary_factor is {rope['partial_rotary_factor']}, which "
+        f"{family.transformers_class} uses; set partial_rotary_factor in config.json to the value that the "
+        f"model was trained with, and remove {name}"
+        for name in family.rope_aliases
+        if config.get(name) not in (None, rope["partial_rotary_factor"])
+    ]
+    original = config.get(ORIGINAL_POSITIONS)
+    # Without scaling it has no effect.
+    if rope["rope_type"] == "llama3" and original not in (None, rope.get(ORIGINAL_POSITIONS)):
+        problems.append(
+            f"{ORIGINAL_POSITIONS} is {original} in config.json and {rope.get(ORIGINAL_POSITIONS)} in its "
+            "rope settings; remove the first one"
+        )
     unknown = sorted(key for key, value in rope.items() if value and key not in KNOWN)
     if unknown:
         problems.append(f"the rope settings have {', '.join(unknown)}; supported: {', '.join(sorted(KNOWN))}")
@@ -98,7 +114,7 @@ def rope_keys(arch: Arch, family: Family) -> dict[str, Any]:
             "rope_type": "llama3",
             "factor": arch.rope_scaling_factor,
             **{name: float(value) for name, value in LLAMA3_ROPE.items()},
-            "original_max_position_embeddings": LLAMA3_ROPE["original_max_position_embeddings"],
+            ORIGINAL_POSITIONS: LLAMA3_ROPE[ORIGINAL_POSITIONS],
         }
     top: dict[str, Any] = {"rope_theta": arch.rotary_base}
     if arch.rotary_percent != 1 or "partial_rotary_factor" in family.defaults:

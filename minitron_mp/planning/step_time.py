@@ -18,9 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.config.training import TrainingConfig
+from minitron_mp.config.training import CorrectionConfig, TrainingConfig
+from minitron_mp.losses.parameters import SECOND_PASS
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.case import PlanningCase
@@ -45,6 +47,9 @@ from minitron_mp.planning.model_pass import (
     stage_times,
 )
 from minitron_mp.planning.times import OutputLayers, Times, less_certain
+
+SECOND_SUMS_BYTES = 12
+"""Bytes per token and rank of the all-gather of a divergence with a second pass: three float32."""
 
 BUCKET = 40_000_000
 """Smallest number of parameters whose gradients Megatron reduces together.
@@ -223,7 +228,12 @@ def _add_remote_teacher(student: StepCost, case: PlanningCase, times: Times) -> 
 
 
 def estimate_training(
-    arch: Arch, training: TrainingConfig, recipe: Recipe, ranks: int, times: Times, teacher: Arch | None
+    arch: Arch,
+    training: DistillConfig | CorrectionConfig,
+    recipe: Recipe,
+    ranks: int,
+    times: Times,
+    teacher: Arch | None,
 ) -> StepCost:
     """Return the cost of a training step on `ranks` ranks.
 
@@ -254,10 +264,13 @@ def estimate_training(
         p.tp,
         training.logits_precision,
         recipe.precision,
+        second_pass=training.kl_weight > 0 and training.divergence in SECOND_PASS,
     )
     loss, loss_basis = times.loss(output_layers)
     passes.stages[-1][LOSS] = loss
     gathered = size * work.tokens * (2 * arch.hidden_size + teacher_hidden_size)
+    if output_layers.second_pass:
+        gathered += SECOND_SUMS_BYTES * work.tokens * p.tp
     passes.stages[-1][TP] += times.collective_s(gathered, p.tp, 1)
     seconds = _pipeline(passes.stages, microbatches, p)
     traffic = _scaled(passes.traffic, microbatches)

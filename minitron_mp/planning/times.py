@@ -50,6 +50,8 @@ class OutputLayers:
     tp: int
     logits_precision: str
     precision: str = "bf16"
+    second_pass: bool = False
+    """Whether the divergence reads the logits once more, see losses.parameters.SECOND_PASS."""
 
 
 Kind = tuple[str, str]
@@ -203,12 +205,14 @@ class Times:
         teacher's.
 
         A logit of both models is written and read twice, and its gradient is written once: 26 bytes
-        with float32 logits, 14 with bf16.
+        with float32 logits, 14 with bf16. A second pass reads the logits of both models once more.
         """
         logits = sizes.tokens * sizes.vocab_size / sizes.tp
         flops = logits * (6 * sizes.hidden_size + 2 * sizes.teacher_hidden_size)
         bytes_per_logit = 26 if sizes.logits_precision == "fp32" else 14
         num_bytes = logits * bytes_per_logit * (1 if sizes.teacher_hidden_size else 0.5)
+        if sizes.second_pass:
+            num_bytes += logits * (8 if sizes.logits_precision == "fp32" else 4)
         rate = self.rates["fp32" if sizes.precision == "fp32" else "bf16"]
         return flops, flops / rate + num_bytes / self.hbm
 

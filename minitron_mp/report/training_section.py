@@ -48,16 +48,17 @@ def training_section(
     """Build the section with summary, curves and a table of steps.
 
     before: parts that come first. divergence: name of the trained divergence, which is its key in
-    the metrics. A run without a teacher has no such key.
+    the metrics. A run without a teacher has no such key, and other rows without it have an empty
+    cell.
     """
     title = curve.title
     if not metrics:
         return Section(title, [*before, "No steps were logged."])
     cost = _training_cost(metrics)
-    logged = divergence if all(divergence in row for row in metrics) else None
+    logged = divergence if any(divergence in row for row in metrics) else None
     columns = _columns(logged)
     numbers = sorted({round(x) for x in np.linspace(0, len(metrics) - 1, TABLE_STEPS)})
-    rows = [[format(metrics[i][key], form) for key, form in columns.values()] for i in numbers]
+    rows = [[_cell(metrics[i].get(key), form) for key, form in columns.values()] for i in numbers]
     summary = (
         f"{cost.steps} steps, {cost.tokens:,} tokens, {cost.seconds / 60:.1f} minutes, "
         f"{cost.tokens / cost.seconds:,.0f} tokens/s over all ranks. "
@@ -73,6 +74,10 @@ def _columns(divergence: str | None) -> dict[str, tuple[str, str]]:
     if divergence is not None:
         columns[divergence] = (divergence, ".4f")
     return {**columns, "learning rate": ("lr", ".2e"), "gradient norm": ("grad_norm", ".2f")}
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _training_cost(metrics: Sequence[Metrics]) -> TrainingCost:

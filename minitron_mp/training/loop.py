@@ -13,7 +13,7 @@ from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.distillation.teacher import Teacher, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
-from minitron_mp.models.precision import release_cuda_graphs
+from minitron_mp.models.precision import communication_buffers, release_cuda_graphs
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.profiling import Profiler
@@ -39,14 +39,15 @@ def train_one(
     is not finite. Preempted when the job must stop, after a checkpoint is written.
     """
     try:
-        run = TrainingRun(model, teacher, settings, options)
-        profiler = (
-            Profiler(settings.profile, model.world, profile_folder, options.manifest.stage)
-            if settings.profile and profile_folder
-            else None
-        )
-        last = min(settings.steps, run.steps_done + (stop_after or settings.steps))
-        train_together([run], teacher, batches_of, last, profiler=profiler)
+        with communication_buffers(settings, model):
+            run = TrainingRun(model, teacher, settings, options)
+            profiler = (
+                Profiler(settings.profile, model.world, profile_folder, options.manifest.stage)
+                if settings.profile and profile_folder
+                else None
+            )
+            last = min(settings.steps, run.steps_done + (stop_after or settings.steps))
+            train_together([run], teacher, batches_of, last, profiler=profiler)
     finally:  # also if TrainingRun() fails, because build_model() has set Megatron's stream
         if settings.cuda_graphs:
             release_cuda_graphs(model.chunks)

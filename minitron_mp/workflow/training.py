@@ -23,7 +23,6 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.models.arch import Arch
-from minitron_mp.models.precision import communication_buffers
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
@@ -32,7 +31,6 @@ from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
 from minitron_mp.workflow.context import StageContext, training_samples
-from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
 PROFILE = "profile"
@@ -77,8 +75,6 @@ def run_training(
 
         # The first log is that of a trained teacher. Other teachers have no metrics.
         teacher = make_teacher(first_step, logs[0]) if make_teacher else None
-        log_fp8_teacher_kl(context, None if teacher is None else teacher.model)
-        stack.enter_context(communication_buffers(settings, model))
         options = RunOptions(
             checkpoints,
             context.manifest,

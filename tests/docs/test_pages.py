@@ -93,6 +93,21 @@ def test_imports_exist(page):
 
 
 @pages
+def test_named_functions_are_in_the_named_file(page):
+    """`name` in `path.py`, also with several names before one path: each is defined in that file."""
+    name = r"`\w+(?:\([^`]*\))?`"
+    listed = rf"({name}(?:(?:,| and|, and| or)\s+{name})*)\s+(?:is\s+|are\s+)?(?:in|of)\s+`([\w/]+\.py)`"
+    wrong = []
+    for names, path in re.findall(listed, text_of(page)):
+        (file,) = (root / path for root in (ROOT, ROOT / "minitron_mp") if (root / path).is_file())
+        source = file.read_text(encoding="utf-8")
+        for found in re.findall(r"`(\w+)", names):
+            if not re.search(rf"^\s*(?:def|class) {found}\b|^{found}\b.* = ", source, re.M):
+                wrong.append((found, path))
+    assert wrong == []
+
+
+@pages
 def test_recipe_keys_exist(page):
     """Keys written as section.key are keys of the recipe."""
     if page.name == "errors.md":

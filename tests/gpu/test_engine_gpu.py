@@ -32,7 +32,7 @@ from minitron_mp.distributed.world import join_world, seed_all
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.axes import HIDDEN
-from minitron_mp.models.precision import check_cuda_graphs, communication_buffers
+from minitron_mp.models.precision import check_cuda_graphs
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.pruning.importance import score
 from minitron_mp.pruning.make_plan import make_plan
@@ -487,9 +487,8 @@ def losses_from(arch: Arch, world, folder: Path, checkpoints: Path, more: dict) 
         seed=3,
         on_step=lambda metrics: found.append(metrics.loss),
     )
-    with communication_buffers(settings, model):
-        own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
-        train_one(model, None, lambda step: own, settings, options)
+    own = batches_of(arch)[world.groups.dp.rank() :: world.groups.dp.size()]
+    train_one(model, None, lambda step: own, settings, options)
     return found
 
 

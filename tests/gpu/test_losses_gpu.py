@@ -81,7 +81,7 @@ def run(case, objective, *, main_grad=False):
 @pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_match_reference(dtype, t, divergence):
-    from minitron_mp.losses import kernels as kernels
+    from minitron_mp.losses import kernel_calls
 
     generator = torch.Generator(DEVICE).manual_seed(0)
     z_s, z_t = (
@@ -96,7 +96,7 @@ def test_kernels_match_reference(dtype, t, divergence):
         for out in (torch.float32, torch.bfloat16, None):
             got, want = (
                 kernels_workers.run(module, z_s.clone(), z_t, labels, values, VOCAB, t, divergence, ce, out)
-                for module in (kernels, reference)
+                for module in (kernel_calls, reference)
             )
             assert not got["gradient"][3].any()
             counts = torch.arange(64, device=DEVICE) != 3

@@ -26,10 +26,10 @@ def both(
     z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
 ) -> dict[str, dict[str, Tensor]]:
     """Return {"rows", "kernels"} -> results of both from the same row values."""
-    from minitron_mp.losses import kernels
+    from minitron_mp.losses import kernel_calls
 
     found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
-    for name, module in (("rows", reference), ("kernels", kernels)):
+    for name, module in (("rows", reference), ("kernels", kernel_calls)):
         found[name] = run(
             module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how
         )
@@ -97,10 +97,10 @@ def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """losses_workers.fused_all with the kernels in it."""
     import losses_workers
 
-    from minitron_mp.losses import kernels
+    from minitron_mp.losses import kernel_calls
 
     usual = fused._row_functions
-    fused._row_functions = lambda _: kernels
+    fused._row_functions = lambda _: kernel_calls
     try:
         return losses_workers.fused_all(calls)
     finally:
@@ -119,7 +119,7 @@ def compile_for(architecture: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from minitron_mp.losses import kernels
+    from minitron_mp.losses import kernel_calls, kernels
     from minitron_mp.pruning import cosine_kernel
 
     numbers = {"t": "fp32", "inverse_t": "fp32", "skew": "fp32", "labels": "*i64", "out": "*bf16"}
@@ -133,7 +133,7 @@ def compile_for(architecture: int) -> dict[str, int]:
         source = ASTSource(kernel, signature, constexprs=constants)
         return len(
             triton.compile(
-                source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernels.WARPS}
+                source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernel_calls.WARPS}
             ).asm["cubin"]
         )
 
@@ -141,7 +141,7 @@ def compile_for(architecture: int) -> dict[str, int]:
         found[f"_cosine_distance {logits}"] = build(
             cosine_kernel._cosine_distance,
             {"a": logits, "b": logits, "out": "*fp32"},
-            {"BLOCK": kernels.BLOCK},
+            {"BLOCK": kernel_calls.BLOCK},
         )
         for hot, divergence in ((True, "forward_kl"), (False, "js"), (True, "skewed_forward_kl")):
             options = {
@@ -149,7 +149,7 @@ def compile_for(architecture: int) -> dict[str, int]:
                 "TEACHER": True,
                 "CE": True,
                 "DIVERGENCE": divergence,
-                "BLOCK": kernels.BLOCK,
+                "BLOCK": kernel_calls.BLOCK,
             }
             for kernel in (kernels._statistics, kernels._second_sums, kernels._gradient):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}

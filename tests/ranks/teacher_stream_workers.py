@@ -22,9 +22,9 @@ from torch import Tensor
 from training_workers import Runner
 
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.distillation.receiver import Receiver
+from minitron_mp.distillation.receiver import Receiver, _Ended
 from minitron_mp.distillation.serve import ServedTeacher, serve_signals
-from minitron_mp.distillation.stream import Link, Sender
+from minitron_mp.distillation.stream import Link, Sender, StreamError
 from minitron_mp.distillation.stream_layout import Grid, StreamShape, columns_of, rows_of
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher
 from minitron_mp.distillation.teacher_head import load_head
@@ -226,10 +226,13 @@ def disordered(roles: Roles, shape: StreamShape, announced: int, due: int) -> st
         return text
 
 
-def ends_early(roles: Roles, shape: StreamShape, window: int, last: int, late_s: float) -> int:
+def ends_early(
+    roles: Roles, shape: StreamShape, window: int, last: int, late_s: float, *, read_on: bool = False
+) -> int | str:
     """Number of signals of a stream of 8 that ends before signal `last`.
 
-    Each thread of a student receives `late_s` after it may.
+    Each thread of a student receives `late_s` after it may. read_on: the student calls get() for
+    signal `last`; return its error.
     """
 
     def serve() -> None:
@@ -256,8 +259,16 @@ def ends_early(roles: Roles, shape: StreamShape, window: int, last: int, late_s:
             for id in range(last):
                 receiver.get(id)
                 receiver.release(id)
+            if read_on:
+                text = ""
+                try:
+                    receiver.get(last)
+                except StreamError as error:
+                    text = str(error)
             receiver.close()
-        assert receiver.failure is None
+        if read_on:
+            return text
+        assert isinstance(receiver.failure, _Ended)
         assert not receiver.arrived
         return last
 

@@ -16,9 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minitron_mp.errors import InputError
+from minitron_mp.losses import reference
 from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss, float32_logits
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTopK
+from minitron_mp.losses.rows import LogitRows, RowValues
 from minitron_mp.losses.top_k import top_k_of
 
 VOCAB, HIDDEN, TEACHER_HIDDEN, TOP = 37, 11, 13, 5
@@ -540,10 +543,37 @@ def test_invalid_objectives_are_rejected():
         distillation_loss(*(case | {"teacher": None}).values(), OBJECTIVES["forward_kl"], **sizes)
     with pytest.raises(ValueError, match="js has no parameter skew; it has no parameters; drop skew"):
         Objective("js", parameters={"skew": 0.5})
-    with pytest.raises(ValueError, match="skew of skewed_forward_kl is 0; give a number above 0 and below 1"):
+    with pytest.raises(ValueError, match="skew of skewed_forward_kl is 0; give a number above 0 and at most"):
         Objective("skewed_forward_kl", parameters={"skew": 0.0})
+    Objective("skewed_forward_kl", parameters={"skew": 0.99})
+    with pytest.raises(ValueError, match=r"skew of skewed_forward_kl is 0\.995; .* at most 0\.99"):
+        Objective("skewed_forward_kl", parameters={"skew": 0.995})
+    with pytest.raises(InputError) as raised:
+        Objective("kl", temperature=0.0, kl_weight=math.nan, ce_weight=-0.5)
+    assert str(raised.value).splitlines()[1:] == [
+        "  - temperature is 0; give a number above 0",
+        "  - kl_weight is nan; give a number of at least 0",
+        "  - ce_weight is -0.5; give a number of at least 0",
+        "  - divergence is 'kl'; give one of forward_kl, reverse_kl, skewed_forward_kl, js",
+    ]
     with pytest.raises(ValueError, match="divergence js is not defined for a top-k target; use forward_kl"):
         distillation_loss(*as_top_k(case, OBJECTIVES["js"]).values(), OBJECTIVES["js"], **sizes)
+
+
+@pytest.mark.parametrize("skew", [0.1, 0.99])
+def test_skewed_gradient_of_equal_models_is_zero(skew):
+    """The rounding errors of log m must not leave a gradient of (1 - skew) q."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn((4, 997), generator=generator)
+    rows = LogitRows(logits, logits.clone(), torch.full((4,), -1), 997, 1.0, {"skew": skew})
+    lse = logits.logsumexp(1)
+    sums = reference.second_sums(rows, "skewed_forward_kl", lse, lse)
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    values = RowValues(lse, lse, lse, ones, zeros, sums[:, 1] / sums[:, 2])
+    statistics, exponentials = reference.statistics(rows, "skewed_forward_kl")
+    gradient = torch.empty_like(logits)
+    reference.gradient(rows, statistics, exponentials, values, "skewed_forward_kl", False, gradient)
+    assert gradient.abs().max() == 0  # log p and log q are bitwise equal
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from minitron_mp.planning.command import read_models
 from minitron_mp.planning.hardware import GPUS, read_hardware
 from minitron_mp.planning.layouts import BATCH, ENGINE, fastest_layout, search_layouts
 from minitron_mp.planning.memory import rank_parameters, training_memory
-from minitron_mp.planning.step_time import estimate_distillation, estimate_training
+from minitron_mp.planning.step_time import TP, estimate_distillation, estimate_training
 from minitron_mp.planning.times import MEASURED, SCALED, SHIPPED, OutputLayers, Times, read_times
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.stem != "quickstart")
@@ -220,6 +221,24 @@ def test_distillation_step_is_the_sum_of_its_parts(dtype, measured_ms):
         + times.loss(OutputLayers(4096, 5120, 131072, 8192, 1, "bf16"))[0]
     )
     assert step * 1e3 == pytest.approx(measured_ms, rel=0.02)
+
+
+def test_second_pass_of_a_divergence_costs_memory_traffic_and_a_gather(examples):
+    times = shipped()
+    costs = {
+        name: estimate_distillation(
+            case_of("parallel.tp=2", f"distill.divergence={name}", world=256), times
+        ).seconds
+        for name in ("forward_kl", "js", "skewed_forward_kl")
+    }
+    sizes = OutputLayers(4096, 5120, 131072, 8192, 2, "fp32")
+    further = times.loss(replace(sizes, second_pass=True))[0] - times.loss(sizes)[0]
+    read = 8 * 8192 * 131072 / 2 / times.hbm
+    assert further == pytest.approx(read, rel=0.3)  # times the ratio measured / roofline
+    assert costs["js"] == costs["skewed_forward_kl"]
+    assert sum(costs["js"].values()) > sum(costs["forward_kl"].values())
+    gathered = costs["js"][TP] - costs["forward_kl"][TP]
+    assert 0 < gathered < 0.01 * costs["forward_kl"][TP]
 
 
 def test_parts_of_a_step_add_up(examples):

@@ -168,6 +168,12 @@ def test_slow_student_learns_that_the_stream_ends_early(ranks, window):
     assert ranks(2, "teacher_stream_workers.ends_early", **case) == [3, 3]
 
 
+def test_signal_after_the_end_of_the_stream_is_an_error(ranks):
+    case = {"roles": roles_of("one-to-one"), "shape": HIDDEN, "window": 3, "last": 3, "late_s": 0.0}
+    student, _ = ranks(2, "teacher_stream_workers.ends_early", **case, read_on=True, timeout_s=60)
+    assert student == "the teacher ended the stream before microbatch 3"
+
+
 @pytest.mark.parametrize(("announced", "due"), [(3, 4), (5, 4)], ids=["duplicate", "out-of-order"])
 def test_out_of_order_microbatch_is_an_error(ranks, announced, due):
     student, _ = ranks(

@@ -334,6 +334,18 @@ def test_distill_function_equals_the_recipe_run(results, ranks):
     assert first["checkpoints"] == []
 
 
+def test_settings_of_train_and_distill_are_checked_or_used(results, ranks):
+    found = on_two_ranks(results, ranks, "wrong_arguments_from_python")
+    errors = found[0]["errors"]
+    assert found[1]["errors"] == errors
+    assert "kl_weight is 1 without a teacher; give a teacher, or" in errors["no teacher"]
+    assert "checkpoints is None; give a folder, or drop profile" in errors["profile"]
+    assert "data-parallel ranks have 2 samples, global_batch_size is 8 over 2 ranks" in errors["global"]
+    assert "microbatches have 1 samples, micro_batch_size is 3" in errors["micro"]
+    assert found[0]["buffers"] == 1
+    assert found[0]["traces"] == ["distill_steps1-1_rank0.json.gz"]
+
+
 def test_divergence_parameters_of_the_recipe_reach_the_loss():
     model = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")))
     settings = DistillConfig(divergence="skewed_forward_kl", divergence_parameters={"skew": 0.3})

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import psutil
+import pytest
 import torch
 import torch.distributed as dist
 from cases import ONE_STEP, RESUME_AT, SEQUENCE_LENGTH, Layout, make_samples, microbatches, settings
@@ -32,7 +33,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.evaluation.quality import compare, evaluate
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
-from minitron_mp.training import optimizer
+from minitron_mp.training import loop, optimizer
 from minitron_mp.training.distill import distill, train
 from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import StepMetrics
@@ -439,6 +440,49 @@ def distill_from_python(
             "quality": evaluate(saved, batches_of(0), guide),
             "checkpoints": sorted(path.name for path in output.parent.glob("*_checkpoints*")),
         }
+
+
+def wrong_arguments_from_python(
+    layout: Layout, arch: Arch, teacher: Path, student_arch: Arch, student: Path, output: Path
+) -> dict[str, Any]:
+    """Errors of train() by mistake, traces of its profile, and entered communication buffers."""
+    chosen = settings(layout)
+    found: dict[str, Any] = {}
+    with joined(layout) as world:
+        dp = world.groups.dp
+        build = {"sequence_length": SEQUENCE_LENGTH, "precision": "fp32"}
+        guide = ColocatedTeacher(load_model(teacher, world, **build))
+        model = load_model(student, world, training=chosen, **build)
+
+        def batches_of(step: int) -> list[dict[str, Tensor]]:
+            samples = make_samples(student_arch, step, chosen.global_batch_size)
+            return microbatches(samples, chosen.micro_batch_size, dp.rank(), dp.size())
+
+        def error(teacher: ColocatedTeacher | None, **changes: Any) -> str:
+            with pytest.raises(InputError) as raised:
+                train(model, teacher, batches_of, chosen.model_copy(update=changes))
+            return str(raised.value)
+
+        profile = ProfileConfig(steps=[1, 1], ranks=[0])
+        found["errors"] = {
+            "no teacher": error(None),
+            "profile": error(guide, profile=profile),
+            "global": error(guide, global_batch_size=2 * chosen.global_batch_size),
+            "micro": error(guide, micro_batch_size=3),
+        }
+        entered = []
+
+        @contextmanager
+        def buffers(training: Any, model: Any) -> Iterator[None]:
+            entered.append(training)
+            yield
+
+        short = chosen.model_copy(update={"steps": 1, "warmup_steps": 0, "profile": profile})
+        with patch.object(loop, "communication_buffers", buffers):
+            distill(model, guide, batches_of, short, out=output)
+        found["buffers"] = len(entered)
+        found["traces"] = sorted(path.name for path in output.with_name(f"{output.name}_profile").iterdir())
+        return found
 
 
 def train_in_bf16(

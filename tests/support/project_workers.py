@@ -8,6 +8,7 @@ import io
 import shutil
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.training.metrics import MetricsLog
+from minitron_mp.workflow import training
 from minitron_mp.workflow.context import StageContext
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.graph import StageGraph
@@ -96,6 +98,19 @@ def drift(*, recipe: str) -> tuple[str | None, str | None]:
         same = log_fp8_teacher_kl(context, model)
         model.chunks[0].decoder.final_layernorm.weight[::2] *= 1.5
         return same, log_fp8_teacher_kl(context, model)
+
+
+def correct_beside_fp8_teacher(*, arguments: list[str]) -> Done:
+    """Run minitron() with a stage `correct` that sees teacher.fp8, which CPUs do not support."""
+
+    def with_fp8(context: StageContext, *more: Any) -> None:
+        teacher = context.recipe.teacher.model_copy(update={"fp8": "tensorwise"})
+        recipe = context.recipe.model_copy(update={"teacher": teacher})
+        run_training(replace(context, recipe=recipe), *more)
+
+    run_training = training.run_training
+    with patch.object(training, "run_training", with_fp8):
+        return minitron(arguments=arguments, own_job=True)
 
 
 class _Stopped(BaseException):

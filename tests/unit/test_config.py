@@ -11,7 +11,7 @@ from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_rec
 from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
 from minitron_mp.losses.divergences import DIVERGENCES
-from minitron_mp.losses.parameters import PARAMETERS
+from minitron_mp.losses.parameters import PARAMETERS, SECOND_PASS
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"model": "m", "output": "o"}
@@ -64,7 +64,7 @@ def test_divergence_parameters_are_completed_and_checked(recipe_file, tmp_path):
     for overrides, message in (
         (
             [skewed, "distill.divergence_parameters={skew: 1, beta: 2}"],
-            "above 0 and below 1\n.*no parameter beta",
+            "above 0 and at most 0.99\n.*no parameter beta",
         ),
         (
             ["distill.divergence_parameters.skew=0.3"],
@@ -80,6 +80,7 @@ def test_recipe_has_every_divergence():
     choices = get_args(DistillConfig.model_fields["divergence"].annotation)
     assert set(choices) == set(DIVERGENCES)
     assert set(PARAMETERS) <= set(DIVERGENCES)
+    assert {name for name, row in DIVERGENCES.items() if row.second_sums} == SECOND_PASS
     assert PARAMETERS["skewed_forward_kl"]["skew"].default == 0.1  # the value in the docs
 
 

@@ -310,9 +310,9 @@ def test_templates_in_a_folder_reach_the_export(llama, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": ["llama"]}, r"model_type \['llama'\].*supported: llama"),
-        ({"model_type": None}, "model_type None.*supported: llama"),
-        ({"architectures": ["OurForCausalLM"]}, "OurForCausalLM.*supported: llama"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\].*of these families: llama"),
+        ({"model_type": None}, "model_type None.*of these families: llama"),
+        ({"architectures": ["OurForCausalLM"]}, "OurForCausalLM.*of these families: llama"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True, not a positive integer"),
         ({"hidden_size": 36.0}, "hidden_size is 36.0, not a positive integer"),
         ({"hidden_size": "36"}, "hidden_size is '36', not a positive integer"),
@@ -335,6 +335,161 @@ def test_templates_in_a_folder_reach_the_export(llama, tmp_path):
 def test_unusable_setting_is_named(llama, changes, said):
     with pytest.raises(InputError, match=said):
         read_arch(edit(llama, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rope": False},
+        {"rope": False},
+        {"rotary_dim": 0},
+        {"scale_attn_weights": False},
+        {"is_causal": False},
+        {"alibi": True},
+        {"softmax_temp": 2.0},
+        {"mlp_type": "geglu"},
+        {"logit_scale": 0.5},
+        {"rope_percent": 1.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_unread_setting_of_the_computation_is_rejected(llama, changes):
+    (key,) = changes
+    with pytest.raises(InputError, match=f"{key} is .* by its name it may change the computation"):
+        read_arch(edit(llama, **changes))
+
+
+def test_setting_without_effect_is_accepted(llama):
+    arch = read_arch(llama)
+    harmless = {
+        "attn_implementation": "flash_attention_2",
+        "use_flash_attn": True,
+        "use_flash_attention": True,
+        "flash_attn_version": 2,
+        "original_max_position_embeddings": 64,
+        "alibi": False,
+        "use_mrope": False,
+        "rope_interleaved": False,
+        "hidden_dropout": 0.0,
+        "output_attentions": False,
+    }
+    assert read_arch(edit(llama, **harmless)) == arch
+
+
+def test_repeated_original_positions_must_agree(llama):
+    scaled = {"rope_parameters": ..., "rope_scaling": LLAMA3, "original_max_position_embeddings": 8192}
+    read_arch(edit(llama, **scaled))
+    with pytest.raises(InputError, match=r"original_max_position_embeddings is 64 in config\.json and 8192"):
+        read_arch(edit(llama, original_max_position_embeddings=64))
+
+
+@pytest.mark.parametrize("name", ["rope_percent", "rope_percentage"])
+def test_rope_percent_of_nemotron_must_be_the_used_factor(tmp_path, name):
+    folder = make_folder(tmp_path / "nemotron", "nemotron")
+    used = read_arch(folder).rotary_percent
+    assert read_arch(edit(folder, **{name: used})).rotary_percent == used
+    with pytest.raises(InputError, match=f"{name} is 0.125, and partial_rotary_factor is {used}"):
+        read_arch(edit(folder, **{name: 0.125}))
+
+
+LLAMA_31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA_KEYS = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "use_cache": True,
+}
+QWEN_KEYS = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_window_layers": 28,
+    "rms_norm_eps": 1e-06,
+    "use_cache": True,
+    "use_sliding_window": False,
+}
+PUBLISHED = {
+    "Llama 3.1 8B": ("llama", {**LLAMA_KEYS, "rope_theta": 500000.0, "rope_scaling": LLAMA_31}),
+    "Llama 3.2 1B": (
+        "llama",
+        {**LLAMA_KEYS, "rope_theta": 500000.0, "rope_scaling": {**LLAMA_31, "factor": 32.0}},
+    ),
+    "Mistral NeMo": (
+        "mistral",
+        {
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+        },
+    ),
+    "Qwen2.5": ("qwen2", {**QWEN_KEYS, "rope_theta": 1000000.0, "sliding_window": 131072}),
+    "DeepSeek-R1-Distill-Qwen": (
+        "qwen2",
+        {**QWEN_KEYS, "rope_theta": 10000, "sliding_window": 4096, "use_mrope": False},
+    ),
+    "DeepSeek-R1-Distill-Llama": (
+        "llama",
+        {**LLAMA_KEYS, "rope_theta": 500000.0, "rope_scaling": LLAMA_31},
+    ),
+    "Qwen3": (
+        "qwen3",
+        {
+            **QWEN_KEYS,
+            "attention_bias": False,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+        },
+    ),
+    "Minitron": (
+        "nemotron",
+        {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "relu2",
+            "initializer_range": 0.0134,
+            "mlp_bias": False,
+            "norm_eps": 1e-05,
+            "partial_rotary_factor": 0.5,
+            "rope_percent": 0.5,
+            "rope_theta": 10000,
+            "use_cache": True,
+        },
+    ),
+    "SmolLM2": (
+        "llama",
+        {
+            **LLAMA_KEYS,
+            "is_llama_config": True,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 130000,
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+        },
+    ),
+    "TinyLlama": ("llama", {**LLAMA_KEYS, "rope_scaling": None, "rope_theta": 10000.0}),
+    "Yi": ("llama", {**LLAMA_KEYS, "rope_scaling": None, "rope_theta": 5000000.0, "pad_token_id": 0}),
+}
+"""Model -> family and the keys of its published config.json, without sizes and tokens."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_of_published_models_are_accepted(tmp_path, name):
+    family, keys = PUBLISHED[name]
+    folder = make_folder(tmp_path / family, family)
+    read_arch(edit(folder, rope_parameters=..., **keys))
 
 
 def test_optional_sizes(llama):

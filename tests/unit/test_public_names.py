@@ -9,6 +9,7 @@ import pytest
 from tiny import ROOT
 
 import minitron_mp
+from minitron_mp.integrations import megatron_bridge
 
 PROGRAM = """
 from pathlib import Path
@@ -29,6 +30,7 @@ with mm.join_world(mm.ParallelConfig(tp=2), seed=1) as world:
     student = mm.load_model(Path("student"), world, sequence_length=128, training=settings)
     mm.train(teacher, None, batches, correction, checkpoints="checkpoints", on_step=on_step)
     mm.distill(student, mm.ColocatedTeacher(teacher), batches, settings, out="distilled")
+    objective = mm.Objective("js", ce_weight=0.5)
     reveal_type(plan)
     reveal_type(mm.evaluate(student, batches(0)))
     mm.load_model("teacher", "world", sequence_length=128)
@@ -54,6 +56,20 @@ def test_public_names_exist():
         assert getattr(minitron_mp, name) is not None
     with pytest.raises(AttributeError, match=r"no nothing; public names: .*Recipe"):
         _ = minitron_mp.nothing
+
+
+def test_bridge_names_exist():
+    """Also without Megatron-Bridge, which each function imports itself."""
+    for name in megatron_bridge.__all__:
+        assert getattr(megatron_bridge, name) is not None
+    assert megatron_bridge.Objective is minitron_mp.Objective
+    with pytest.raises(AttributeError, match=r"has no nothing; public names: .*Objective"):
+        _ = megatron_bridge.nothing
+
+
+def test_objective_and_targets_of_the_loss_are_public():
+    assert {"Objective", "TeacherHidden", "TeacherLogits", "TeacherTopK"} <= {*minitron_mp.__all__}
+    assert "RemoteTeacher" not in minitron_mp.__all__  # its parts are not public
 
 
 def test_type_checkers_see_every_public_name():

@@ -43,7 +43,7 @@ ONLY_IN = {
     "transformer_engine": {"models/precision"},
     "transformers": {"data/tokenizer", "integrations/megatron_bridge"},
     "pyarrow": {"data/text_files", "data/records"},
-    "triton": {"losses/kernels", "pruning/cosine_kernel"},
+    "triton": {"losses/kernels", "losses/kernel_calls", "pruning/cosine_kernel"},
     "lm_eval": {"integrations/lm_eval"},
     "matplotlib": {"report/figures"},
     "jinja2": {"report/document"},

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from tiny import MAX_LR, STAGES, STEPS, make_model, make_recipe_file, refused
+from tiny import MAX_LR, REMOTE, STAGES, STEPS, make_model, make_recipe_file, refused
 
 from minitron_mp import load_recipe
 from minitron_mp.artifacts.manifest import require_artifact
@@ -294,3 +294,15 @@ def test_layers_are_dropped_by_accuracy(whole, inputs, tmp_path, on_rank):
     refused(
         on_rank("compress", recipe, "depth.task=nowhere.jsonl"), "depth.task: there is no file nowhere.jsonl"
     )
+
+
+def test_correction_does_not_wait_for_a_remote_fp8_teacher(whole, inputs, tmp_path, ranks):
+    """The ranks of the teacher take part in `distill` only."""
+    shutil.copytree(whole.output, tmp_path / "out")
+    correct = {"steps": 2, "warmup_steps": 1, "global_batch_size": 4, "micro_batch_size": 2}
+    recipe = make_recipe_file(
+        tmp_path / "recipe.yaml", inputs / "model", inputs / "text", tmp_path / "out", correct=correct
+    )
+    words = ["correct", str(recipe), *REMOTE]
+    for done in ranks(2, "project_workers.correct_beside_fp8_teacher", arguments=words, timeout_s=90):
+        assert done.code == 0, done.err

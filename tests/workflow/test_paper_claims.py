@@ -24,7 +24,7 @@ sys.path.insert(0, str(FOLDER))
 import report  # noqa: E402
 from claims import CLAIMS, tokens_factor  # noqa: E402
 from recipes import base_mark  # noqa: E402
-from records import made_by  # noqa: E402
+from records import COLUMNS, logged_steps, made_by  # noqa: E402
 from texts import documents, last_words, stdlib_by_package  # noqa: E402
 from variants import LONGER, VARIANTS, searched  # noqa: E402
 
@@ -459,6 +459,17 @@ def test_result_without_a_requested_plain_loop_is_incomplete(tmp_path):
 
 def curve(*kl: float) -> list[list[float]]:
     return [[10 * (i + 1), 0, value, 0] for i, value in enumerate(kl)]
+
+
+def test_metrics_of_another_version_are_rejected(tmp_path):
+    new, old = dict.fromkeys(COLUMNS, 1.0), {**dict.fromkeys(COLUMNS, 1.0), "kl": 1.0}
+    del old["forward_kl"], old["num_tokens"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(new))
+    assert logged_steps(path) == [new]
+    path.write_text(f"{json.dumps(old)}\n{json.dumps(new)}")
+    with pytest.raises(InputError, match=r"metrics\.jsonl has no forward_kl, num_tokens in some .*delete"):
+        logged_steps(path)
 
 
 def test_tokens_factor():

@@ -19,6 +19,7 @@ from PIL import Image
 from tiny import STAGES, STEPS, read_metrics
 
 from minitron_mp.artifacts import run_log as records
+from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.artifacts.run_log import JobInfo, append_record, records_of
 from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
@@ -539,9 +540,13 @@ def test_speed_of_a_project(whole):
 def test_divergence_has_its_own_name_in_table_and_figure(divergence):
     row = {"loss": 3.0, "lr": 1e-4, "grad_norm": 1.0, "num_tokens": 10, "step_time_s": 1.0}
     logged = [{**row, "step": step, divergence: 2.0} for step in (1, 2)]
-    *_, loss_figure, _, _, table = training_section("distill", logged, [], divergence).parts
+    *_, loss_figure, _, _, table = training_section(DISTILLATION, logged, [], divergence).parts
     assert table.header == ["step", "loss", divergence, "learning rate", "gradient norm"]
     assert f"{divergence} from 2 to 2" in loss_figure.text
+    older = [{**row, "step": 0}, *logged, {**row, "step": 3}]
+    *_, loss_figure, _, _, table = training_section(DISTILLATION, older, [], divergence).parts
+    assert [cells[2] for cells in table.rows] == ["", "2.0000", "2.0000", ""]
+    assert f"{divergence} from 2 to 2" in loss_figure.text
     without_teacher = [{**row, "step": step} for step in (1, 2)]
-    table = training_section("correct", without_teacher, [], divergence).parts[-1]
+    table = training_section(CORRECTION, without_teacher, [], divergence).parts[-1]
     assert table.header == ["step", "loss", "learning rate", "gradient norm"]

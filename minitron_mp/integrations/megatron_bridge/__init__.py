@@ -1,11 +1,12 @@
 """Distillation with Megatron-Bridge: pruned student, teacher and loss in Bridge's pretrain().
 
     from minitron_mp.integrations.megatron_bridge import (
-        ColocatedTeacher, KDForwardStep, check_config, student_provider,
+        ColocatedTeacher, KDForwardStep, Objective, check_config, student_provider,
     )
 
     cfg.model = student_provider("out/student", sequence_length=4096)
-    step = KDForwardStep(ColocatedTeacher("out/teacher"), vocab_size=128256)
+    objective = Objective("forward_kl", kl_weight=1.0)
+    step = KDForwardStep(ColocatedTeacher("out/teacher"), vocab_size=128256, objective=objective)
     check_config(cfg, step)                    # after all overrides
     pretrain(cfg, step, callbacks=[step])
 
@@ -42,10 +43,12 @@ if TYPE_CHECKING:
         world_of_provider,
     )
     from minitron_mp.integrations.megatron_bridge.teacher import ColocatedTeacher, RemoteTeacher
+    from minitron_mp.losses.objective import Objective
 
 __all__ = [
     "ColocatedTeacher",
     "KDForwardStep",
+    "Objective",
     "RemoteTeacher",
     "arch_of",
     "check_config",
@@ -59,17 +62,18 @@ __all__ = [
     "world_of_provider",
 ]
 
-FILES = {
-    "check_config": "checks",
-    "export_student": "export",
-    "KDForwardStep": "forward_step",
-    "ColocatedTeacher": "teacher",
-    "RemoteTeacher": "teacher",
+MODULES = {
+    "check_config": f"{__name__}.checks",
+    "export_student": f"{__name__}.export",
+    "KDForwardStep": f"{__name__}.forward_step",
+    "ColocatedTeacher": f"{__name__}.teacher",
+    "RemoteTeacher": f"{__name__}.teacher",
+    "Objective": "minitron_mp.losses.objective",
 }
-"""Public name -> file. All other names are in model.py. A name is imported at its first use."""
+"""Public name -> module. All other names are in model.py. A name is imported at its first use."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"{__name__} has no {name}; public names: {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{FILES.get(name, 'model')}"), name)
+    return getattr(import_module(MODULES.get(name, f"{__name__}.model")), name)

@@ -44,6 +44,8 @@ class KDForwardStep:
     def __init__(self, teacher: BridgeTeacher, *, vocab_size: int, objective: Objective | None = None):
         self.teacher, self.vocab_size = teacher, vocab_size
         self.objective = objective or Objective()
+        if not self.objective.kl_weight and not self.objective.ce_weight:
+            raise InputError("kl_weight and ce_weight of the objective are both 0; set one of them above 0")
         self.world: World | None = None
         self.trained = False
 

@@ -67,8 +67,40 @@ COMPUTATION_WORDS = (
     "moe",
     "router",
     "drop",
+    "alibi",
+    "softmax",
+    "causal",
+    "glu",
+    "gated",
+    "mlp_type",
+    "ffn_type",
+    "block_type",
 )
-"""Parts of the names of keys that change the computation."""
+"""Parts of the names of keys that usually change the computation. The list is not complete."""
+
+ON_BY_DEFAULT = (
+    "use_rope",
+    "apply_rope",
+    "use_rotary",
+    "apply_rotary",
+    "rotary_emb",
+    "rotary_dim",
+    "rotary_pct",
+    "rotary_percent",
+    "rope_percent",
+    "use_rms",
+    "use_norm",
+    "apply_norm",
+    "scale_attn",
+    "scale_attention",
+    "causal",
+    "gated",
+    "glu",
+)
+"""Parts of the names of keys that switch on what all families do, so that false or 0 changes it."""
+
+KERNEL_SETTINGS = ("attn_implementation", "use_flash_attn", "use_flash_attention", "flash_attn")
+"""Starts of the names of keys that choose a kernel of attention, and not what it computes."""
 
 WEIGHTS: dict[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens.weight",),
@@ -138,7 +170,11 @@ class Family:
     required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
     other_settings: tuple[str, ...] = ()
     """Keys of config.json that `config_problems` checks, or that change nothing in supported models.
-    Keys that no field lists are rejected if their names have one of COMPUTATION_WORDS."""
+    Keys that no field lists are rejected if their names have one of COMPUTATION_WORDS, unless their
+    value switches nothing on or off."""
+    rope_aliases: tuple[str, ...] = ()
+    """Keys of config.json that must have the value of partial_rotary_factor if they are present.
+    Transformers does not read them."""
     required_rope: Mapping[str, object] = field(default_factory=lambda: {"partial_rotary_factor": 1})
     """Rotary setting -> the only supported value."""
     config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
@@ -160,5 +196,7 @@ class Family:
             *self.required_settings,
             *self.other_settings,
             *ROPE_SETTINGS,
+            *self.rope_aliases,
+            "original_max_position_embeddings",
             "layer_types",
         }

@@ -35,5 +35,6 @@ NEMOTRON = Family(
     },
     required_settings={**REQUIRED_SETTINGS, "hidden_act": "relu2"},
     required_rope={},
+    rope_aliases=("rope_percent", "rope_percentage"),
     readers={**READS_HEAD_DIM, "llama.cpp": _llama_cpp, "CTranslate2": not_supported},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,18 +18,18 @@ def training_figures(
     """Draw loss and divergence, learning rate, and gradient norm.
 
     metrics: one entry per logged step. divergence: its key in the metrics; None if it is not
-    logged.
+    logged. Its line has a gap at steps without it.
     """
     steps = [row["step"] for row in metrics]
     if divergence is None:
         losses = {"loss": "loss"}
-    elif all(row["loss"] == row[divergence] for row in metrics):
+    elif all(row["loss"] == row.get(divergence) for row in metrics):
         losses = {f"loss = {divergence}": "loss"}
     else:
         losses = {"loss": "loss", divergence: divergence}
 
     def curves(keys: Mapping[str, str]) -> dict[str, list[float]]:
-        return {label: [row[key] for row in metrics] for label, key in keys.items()}
+        return {label: [row.get(key, math.nan) for row in metrics] for label, key in keys.items()}
 
     return [
         _lines(f"{name}: loss", steps, curves(losses), "nats per token"),
@@ -44,8 +45,9 @@ def training_figures(
 
 def _lines(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float]], unit: str) -> Figure:
     """Draw one line per series. series: label -> value of each step."""
-    ends = "; ".join(f"{label} from {values[0]:.4g} to {values[-1]:.4g}" for label, values in series.items())
-    top = max(max(values) for values in series.values())
+    given = {label: [x for x in values if not math.isnan(x)] for label, values in series.items()}
+    ends = "; ".join(f"{label} from {values[0]:.4g} to {values[-1]:.4g}" for label, values in given.items())
+    top = max(max(values) for values in given.values())
     exponent = int(np.floor(np.log10(top))) if 0 < top < 0.01 else 0  # keeps tick labels short
     with drawing(title, f"Over {len(steps)} steps: {ends}.") as figure:
         ax = figure.axes

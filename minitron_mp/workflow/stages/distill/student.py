@@ -10,6 +10,7 @@ from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.training.teacher_correction import TrainableTeacher
 from minitron_mp.workflow.context import StageContext
+from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
 from minitron_mp.workflow.teacher_source import open_teacher, serve_students
 from minitron_mp.workflow.training import OnStep, run_training
 
@@ -24,9 +25,14 @@ def distill_student(context: StageContext, curves: Sequence[Curve]) -> None:
         return
 
     def make_teacher(first_step: int, on_teacher_step: OnStep) -> Teacher:
+        teacher: Teacher
         if context.recipe.corrects_during_distillation:
-            return _trainable_teacher(context, on_teacher_step)
-        return open_teacher(context, first_step)
+            teacher = _trainable_teacher(context, on_teacher_step)
+        else:
+            teacher = open_teacher(context, first_step)
+        # The ranks of a remote teacher call it, too, and only in this stage.
+        log_fp8_teacher_kl(context, teacher.model)
+        return teacher
 
     run_training(context, "prune", context.recipe.distill, curves, make_teacher)
 
