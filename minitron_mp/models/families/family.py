@@ -30,7 +30,6 @@ DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 REQUIRED_SETTINGS: dict[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
-    "attention_dropout": 0,
     "use_sliding_window": False,
     "quantization_config": None,
     "hidden_act": "silu",
@@ -69,6 +68,10 @@ COMPUTATION_WORDS = (
     "drop",
 )
 """Parts of the names of keys that change the computation."""
+
+DROPOUT_WORDS = ("dropout", "pdrop")
+"""Parts of the names of keys that set a dropout. This package trains without dropout, and dropout
+does not change the logits, so these keys are accepted with every value and not used."""
 
 WEIGHTS: dict[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens.weight",),
@@ -120,9 +123,10 @@ class Family:
     """A model family: its names in transformers, its switches, and its rules.
 
     The defaults describe Llama. A family sets only the fields that differ. Supported blocks have a
-    norm before attention and a norm before the MLP; RMSNorm, or LayerNorm whose weight is stored
-    minus one; an optional bias of q, k and v and no other bias; an optional norm of q and k per
-    head; SwiGLU, or squared ReLU without a gate; q, k and v as three weights.
+    norm before attention and a norm before the MLP: RMSNorm, or LayerNorm whose Hugging Face weight
+    is stored minus one (Nemotron). Plain LayerNorm is not supported. They have an optional bias of
+    q, k and v and no other bias; an optional norm of q and k per head; SwiGLU, or squared ReLU
+    without a gate; q, k and v as three weights.
     """
 
     name: str
@@ -137,8 +141,9 @@ class Family:
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
     required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
     other_settings: tuple[str, ...] = ()
-    """Keys of config.json that `config_problems` checks, or that change nothing in supported models.
-    Keys that no field lists are rejected if their names have one of COMPUTATION_WORDS."""
+    """Keys of config.json that `config_problems` checks, or that do not change the logits of supported
+    models. Keys of a dropout need no entry, see DROPOUT_WORDS. Any other key that no field lists is
+    rejected if its name has one of COMPUTATION_WORDS."""
     required_rope: Mapping[str, object] = field(default_factory=lambda: {"partial_rotary_factor": 1})
     """Rotary setting -> the only supported value."""
     config_problems: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
