@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number between two limits, which are not allowed themselves."""
+    """A number with above < value < below."""
 
     default: float
     above: float
