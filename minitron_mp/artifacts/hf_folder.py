@@ -26,7 +26,7 @@ from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.export import exportable_arch
-from minitron_mp.models.hf_config import read_arch
+from minitron_mp.models.hf_config import read_arch, unused_setting_notes
 from minitron_mp.models.hf_weights import HFWeights
 from minitron_mp.models.hf_writer import write_folder
 from minitron_mp.models.model_folder import copy_asset_files, folder_notes, model_files
@@ -51,7 +51,7 @@ def import_hf(source: str | Path, out: str | Path, manifest: Manifest | None = N
         inputs = on_rank_0(lambda: {"model": fingerprint_files(files)})
         manifest = Manifest(stage="import", settings={}, inputs=inputs, made_by=f"minitron_mp {__version__}")
     weights = HFWeights(source, arch)
-    for note in [*weights.notes, *folder_notes(source, arch.vocab_size)]:
+    for note in [*weights.notes, *folder_notes(source, arch.vocab_size), *unused_setting_notes(source)]:
         say(f"{source}: {note}")
     keys = [
         key for key in arch.shapes() if (split_key(key)[0] or 0) % dist.get_world_size() == dist.get_rank()

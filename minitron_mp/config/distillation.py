@@ -91,10 +91,16 @@ class HiddenStatesConfig(Section):
 class DistillConfig(TrainingConfig):
     """Training of the student on the teacher's distribution (settings: 2408.11796, table 4)."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "skewed_forward_kl", "js"] = "forward_kl"
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "skewed_forward_kl",
+        "js",
+    ] = "forward_kl"
     """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher).
     skewed_forward_kl: KL(teacher || skew teacher + (1 - skew) student), 2402.03898. js:
-    Jensen-Shannon."""
+    Jensen-Shannon.
+    Formulas: docs/distillation.md."""
     divergence_parameters: dict[str, float] | None = Field(default=None, validate_default=True)
     """Parameters of the divergence, by name. skewed_forward_kl: skew, above 0 and at most
     0.99, default 0.1. The others have none."""

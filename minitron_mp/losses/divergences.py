@@ -10,9 +10,10 @@ p, q: softmax of the teacher's and the student's logits over the temperature t.
     js                 (KL(p || m) + KL(q || m)) / 2               w t q (log(q/m) - KL(q || m)) / 2
                        m = (p + q) / 2
 
-w t is RowValues.kl_weight. In skewed_forward_kl the derivative gives (1 - skew) p q / m for r. The
-gradient does not change when a multiple of q is subtracted from r. Here it is (1 - skew) q, so that
-r, its sum and the gradient are 0 for p = q.
+w t is RowValues.kl_weight = token weight x kl_weight x t: the loss has t², and d/dz brings 1/t.
+In skewed_forward_kl the derivative gives (1 - skew) p q / m for r. The gradient does not change
+when a multiple of q is subtracted from r. Here it is (1 - skew) q, so that r, its sum and the
+gradient are 0 for p = q.
 
 The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
 (2407.14679, section 3). Skewed forward KL is a loss of DistiLLM (2402.03898); it is at most
@@ -67,8 +68,8 @@ class Divergence:
     value(rows, sums, second): returns the divergence. second: second_sums() summed over the ranks;
         None without second_sums.
     gradient(rows, statistics, exponentials, values, has_ce): returns the gradient of the weighted
-        loss by this rank's logits, float32 [n, valid]. It includes the probabilities of the
-        cross-entropy. write_gradient() subtracts the one of the label.
+        loss by this rank's logits, float32 [n, valid]. It includes the softmax term of the
+        cross-entropy. write_gradient() subtracts 1 (times its weight) at the label.
     second_sums(rows, student_lse, teacher_lse): returns this rank's part of up to three sums,
         float32 [n, 3], that need the log-sum-exp over the whole vocabulary. They cost a second pass over
         the logits and a second all-gather. None: the divergence needs no such sums.

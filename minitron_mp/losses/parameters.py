@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number above one limit and at most the other."""
+    """A number with above < value <= at_most."""
 
     default: float
     above: float

@@ -75,7 +75,8 @@ class RowValues(NamedTuple):
     student_lse_t1: Tensor
     """log sum e^z"""
     kl_weight: Tensor
-    """weight of the divergence in the loss of this token, times the temperature"""
+    """token weight x kl_weight x temperature: the loss has the temperature squared, and the derivative
+    by a logit brings 1 / temperature"""
     ce_weight: Tensor
     """weight of the cross-entropy in the loss of this token"""
     extra: Tensor

@@ -18,6 +18,7 @@ from minitron_mp.models.families import FAMILIES
 from minitron_mp.models.families.family import (
     COMPUTATION_WORDS,
     DEFAULTS,
+    DROPOUT_WORDS,
     KERNEL_SETTINGS,
     ON_BY_DEFAULT,
     Family,
@@ -90,6 +91,15 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
     config = {**DEFAULTS, **family.defaults, **config}
     refuse(title, problems + _size_problems(config, family) + _setting_problems(config, family))
     return _arch(config, family, title)
+
+
+def unused_setting_notes(folder: Path) -> list[str]:
+    """Return a sentence about the keys of config.json that set a dropout; empty if there are none."""
+    config = read_json(folder / "config.json")
+    unused = [f"{key} {value}" for key, value in config.items() if value and _is_dropout(key)]
+    if not unused:
+        return []
+    return [f"config.json has {', '.join(unused)}; not used, because this package trains without dropout"]
 
 
 def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, Any]:
@@ -188,19 +198,27 @@ def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list
     """
     return [
         f"{key} is {value!r}; the family {family.name} does not support this key, "
-        "and by its name it may change the computation; "
-        f"remove it from config.json if {family.transformers_class} ignores it"
+        "and by its name it may change the computation. "
+        f"If {family.transformers_class} does not read this key, remove it from config.json; otherwise "
+        "this model is not supported"
         for key, value in config.items()
         if key not in family.settings and not key.startswith(("_", *KERNEL_SETTINGS))
         if _may_change_computation(key, value)
     ]
 
 
+def _is_dropout(key: str) -> bool:
+    return any(word in key for word in DROPOUT_WORDS)
+
+
 def _may_change_computation(key: str, value: object) -> bool:
     """Return whether a setting with this name and value may change the computation.
 
-    A missing or empty value does not. False and 0 do if they switch off what all families do.
+    A missing or empty value does not, nor does a dropout. False and 0 do if they switch off what
+    all families do.
     """
+    if _is_dropout(key):
+        return False
     if isinstance(value, (bool, int, float)) and not value:
         return key in ("rope", "rotary") or any(word in key for word in ON_BY_DEFAULT)
     return bool(value) and any(word in key for word in COMPUTATION_WORDS)
@@ -208,7 +226,7 @@ def _may_change_computation(key: str, value: object) -> bool:
 
 def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = [
-        f"{name} is {config[name]!r}; only {value!r} is supported, so give another model"
+        f"{name} is {config[name]!r}; this package supports only {value!r}, so give another model"
         for name, value in family.required_settings.items()
         if config.get(name) not in (value, None)
     ]

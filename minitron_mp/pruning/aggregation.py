@@ -5,8 +5,10 @@
     score [d]     aggregate of m over the samples
 
 A new criterion is a row here, and its name in SequenceAggregation or BatchAggregation of
-config/pruning.py. A split sequence is added up between `partial` and `finish`, so `partial` must be
-a sum over tokens. An aggregation over samples has only the sums of m and of m squared.
+config/pruning.py. Ranks that split a sequence add their `partial` results before `finish`. So
+`partial` returns sums over tokens; with another reduce_op it returns what that operation combines,
+for example maxima. An aggregation over samples gets only sum m and sum m²; it never sees single
+samples.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class SequenceAggregation:
 
     partial: a [s, b, d] in its dtype -> sums [statistics, b, d] float32 over this rank's tokens. It
     reads the tensor once for each statistic, without a float32 copy. finish: sums over the whole
-    sequence, and its number of tokens -> m [b, d].
+    sequence, and its number of tokens -> m [b, d]. reduce_op: combines the results of `partial` of
+    ranks that split a sequence. With ReduceOp.MAX, `partial` returns maxima over tokens.
     """
 
     partial: Callable[[Tensor], Tensor]
     finish: Callable[[Tensor, int], Tensor]
+    reduce_op: ReduceOp.RedOpType = ReduceOp.SUM
 
 
 def _absolute_sums(a: Tensor) -> Tensor:

@@ -185,12 +185,13 @@ class Recorder:
     def end_microbatch(self, sites: list[Site], *, counts_samples: bool) -> None:
         """Aggregate the sites of one chunk over the full sequence and add them to the totals."""
         world = self.model.world
+        aggregation = SEQUENCE_AGGREGATIONS[self.config.sequence_aggregation]
         if world.parallel.sequence_parallel:
-            _add_over([site for site in sites if isinstance(site.probe, NormOutput)], world.groups.tp)
-        _add_over(sites, world.groups.cp)
+            norms = [site for site in sites if isinstance(site.probe, NormOutput)]
+            _reduce_over(norms, world.groups.tp, aggregation.reduce_op)
+        _reduce_over(sites, world.groups.cp, aggregation.reduce_op)
         if counts_samples and sites:
             self.num_samples += sites[0].read_partial().shape[1]
-        aggregation = SEQUENCE_AGGREGATIONS[self.config.sequence_aggregation]
         for site in sites:
             sums = site.read_partial()
             m = aggregation.finish(sums, self.model.sequence_length).double()  # [b, d]
@@ -305,13 +306,13 @@ def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return cosine_distance(a, b)
 
 
-def _add_over(sites: list[Site], group: Any) -> None:
-    """Add the partial sums of all sites over a group that splits the sequence, in one collective."""
+def _reduce_over(sites: list[Site], group: Any, reduce_op: dist.ReduceOp.RedOpType) -> None:
+    """Combine the partial sums of all sites over a group that splits the sequence, in one collective."""
     if group.size() == 1 or not sites:
         return
     sums = [site.read_partial() for site in sites]
     flat = torch.cat([each.reshape(-1) for each in sums])
-    dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat, op=reduce_op, group=group)
     for site, each, part in zip(sites, sums, flat.split([each.numel() for each in sums])):
         site.partial = part.view(each.shape)
 

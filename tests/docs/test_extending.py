@@ -56,6 +56,15 @@ def test_every_diff_is_checked():
     assert [name for name, text in sections().items() if "```diff" in text] == list(CHECKS)
 
 
+def test_loss_diff_applies_after_another_divergence(tmp_path):
+    copy_repository(tmp_path)
+    diff = diff_of("loss")
+    for text in (diff.replace("hellinger", "other"), diff):
+        run(tmp_path, "git", "apply", "-", text=text)
+    table = (tmp_path / "minitron_mp" / "losses" / "divergences.py").read_text(encoding="utf-8")
+    assert re.findall(r'^    "(\w+)": Divergence\(', table, re.M)[-2:] == ["other", "hellinger"]
+
+
 @pytest.mark.parametrize("section", CHECKS)
 def test_diff_applies_and_its_addition_works(section, tmp_path):
     copy_repository(tmp_path)

@@ -12,6 +12,8 @@ from tiny import ROOT
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.losses.divergences import DIVERGENCES
+from minitron_mp.models.families import FAMILIES
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.throughput import Throughput
 
@@ -158,6 +160,27 @@ def test_prose_has_at_most_100_columns(page):
 def test_index_lists_every_page():
     linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_pages_list_every_family():
+    listed = {
+        "README.md": r"^\* Dense decoders of these families: (.*?)\.",
+        "docs/concepts.md": r"^\| family \| a kind of model: (.*?) \|$",
+    }
+    for page, pattern in listed.items():
+        (names,) = re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+        assert [name.lower().replace("-", "_") for name in re.split(r",\s+", names)] == [*FAMILIES], page
+
+
+def test_pages_list_every_divergence():
+    listed = {
+        "docs/concepts.md": r"^\| divergence \| (.*?) between",
+        "docs/distillation.md": r"^\| divergence \| formula \|\n\| --- \| --- \|\n(.*?)\n\n",
+        "docs/parallelism.md": r"has the name of `distill\.divergence`: (.*?)\.",
+    }
+    for page, pattern in listed.items():
+        (text,) = re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+        assert re.findall(r"(?:^\| |^|, |,\n| or )`(\w+)`", text, re.M) == [*DIVERGENCES], page
 
 
 def test_metrics_page_lists_every_column():

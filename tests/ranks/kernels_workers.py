@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitron_mp.losses import fused, reference
 from minitron_mp.losses.divergences import DIVERGENCES
-from minitron_mp.losses.parameters import complete_parameters
+from minitron_mp.losses.parameters import PARAMETERS, complete_parameters
 from minitron_mp.losses.rows import LogitRows, RowValues
 
 
@@ -113,6 +113,19 @@ def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [cosine_distance(a, b) for a, b in pairs]
 
 
+def argument_types(logits: str) -> dict[str, str]:
+    """Return name -> type of the kernels' arguments. logits: type of the pointers to logits."""
+    floats = {"t", "inverse_t"} | {name for declared in PARAMETERS.values() for name in declared}
+    return {
+        **dict.fromkeys(("z_s", "z_t", "a", "b"), logits),
+        **dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32"),
+        **{"labels": "*i64", "out": "*bf16"},
+        **dict.fromkeys(("stride_s", "stride_t", "stride_out", "stride_a", "stride_b"), "i32"),
+        **dict.fromkeys(("columns_s", "columns_t", "valid", "columns"), "i32"),
+        **dict.fromkeys(floats, "fp32"),
+    }
+
+
 def compile_for(architecture: int) -> dict[str, int]:
     """{kernel and options: bytes of machine code} for CUDA, without a device."""
     import triton
@@ -122,14 +135,12 @@ def compile_for(architecture: int) -> dict[str, int]:
     from minitron_mp.losses import kernel_calls, kernels
     from minitron_mp.pruning import cosine_kernel
 
-    numbers = {"t": "fp32", "inverse_t": "fp32", "skew": "fp32", "labels": "*i64", "out": "*bf16"}
-    tensors = dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32")
     found = {}
 
     def build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> int:
-        signature = {
-            name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names
-        }
+        unknown = set(kernel.arg_names) - types.keys() - constants.keys()
+        assert not unknown, f"add the type of {', '.join(sorted(unknown))} to argument_types()"
+        signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
         source = ASTSource(kernel, signature, constexprs=constants)
         return len(
             triton.compile(
@@ -140,10 +151,11 @@ def compile_for(architecture: int) -> dict[str, int]:
     for logits in ("*fp32", "*bf16"):
         found[f"_cosine_distance {logits}"] = build(
             cosine_kernel._cosine_distance,
-            {"a": logits, "b": logits, "out": "*fp32"},
+            argument_types(logits) | {"out": "*fp32"},
             {"BLOCK": kernel_calls.BLOCK},
         )
-        for hot, divergence in ((True, "forward_kl"), (False, "js"), (True, "skewed_forward_kl")):
+        for number, divergence in enumerate(DIVERGENCES):
+            hot = number % 2 == 0
             options = {
                 "HOT": hot,
                 "TEACHER": True,
@@ -153,6 +165,6 @@ def compile_for(architecture: int) -> dict[str, int]:
             }
             for kernel in (kernels._statistics, kernels._second_sums, kernels._gradient):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}
-                types = numbers | tensors | {"z_s": logits, "z_t": logits}
-                found[f"{kernel.fn.__name__} {logits} {hot} {divergence}"] = build(kernel, types, constants)
+                name = f"{kernel.fn.__name__} {logits} {hot} {divergence}"
+                found[name] = build(kernel, argument_types(logits), constants)
     return found

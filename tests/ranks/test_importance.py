@@ -115,6 +115,23 @@ def test_new_axis_is_scored_by_its_row(results, ranks, layout):
         assert all(np.array_equal(scores[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("layout", ["cp2", "tp2-sp"])
+def test_maximum_over_a_split_sequence(results, ranks, layout):
+    """A row whose ranks are combined by the maximum has the same scores for every layout."""
+    one, split = (
+        ranks(
+            BY_NAME[name].ranks,
+            "importance_workers.score_by_maximum",
+            layout=BY_NAME[name],
+            arch=ARCHS["qwen3"],
+            teacher=results.teacher("qwen3"),
+        )
+        for name in ("one", layout)
+    )
+    for scores in split:
+        assert_close(scores, one[0], ROUNDING)
+
+
 def test_bf16_scores_are_close_to_float32(results, ranks):
     layout = BY_NAME["tp2-sp"]
     want = results.pruned("qwen3", BY_NAME["one"])[0]["scores"][DEFAULT_PAIR]
@@ -129,9 +146,6 @@ def test_bf16_scores_are_close_to_float32(results, ranks):
         # bf16 has 8 bits: each of the 2 x 6 sublayers adds a relative error of about 2^-9, and
         # means over tokens cancel a part of it.
         assert_close(scores, want, 0.03)
-
-
-PLAIN_PAIRS = [DEFAULT_PAIR, ("mean", "l2"), ("var", "var")]
 
 
 @pytest.fixture(scope="module")
@@ -170,14 +184,14 @@ def plain(tmp_path_factory, ranks):
         arch=arch,
         folder=folder / "teacher",
         samples=samples,
-        pairs=PLAIN_PAIRS,
+        pairs=ALL_PAIRS,
     )[0]
     return arch, reference.PlainImportance(model.double(), samples["tokens"]), ours
 
 
-@pytest.mark.parametrize("pair", PLAIN_PAIRS, ids="-".join)
+@pytest.mark.parametrize("pair", ALL_PAIRS, ids="-".join)
 def test_scores_match_plain_implementation_on_transformers(plain, pair):
-    """2407.14679 section 2.2, and the same kept indices."""
+    """2407.14679 section 2.2, and the same kept indices. pair: (batch, sequence)."""
     arch, reference_scores, ours = plain
     want = reference_scores.scores(*pair)
     assert_close(ours[pair], want, 1e-4, pair)  # ours ran in float32, the reference in float64

@@ -21,6 +21,7 @@ from minitron_mp.losses import reference
 from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss, float32_logits
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTopK
+from minitron_mp.losses.parameters import PARAMETERS
 from minitron_mp.losses.rows import LogitRows, RowValues
 from minitron_mp.losses.top_k import top_k_of
 
@@ -38,9 +39,21 @@ OBJECTIVES = {
     for temperature in (1.0, 2.0)
     for ce in (0.0, 0.3)
 }
-OBJECTIVES["skewed_forward_kl-0.7-hot-ce"] = Objective(
-    "skewed_forward_kl", 2.0, 0.7, 0.3, parameters={"skew": 0.7}
-)
+
+
+def other_value(parameter):
+    """Return an allowed value that is not the default. Limits are finite: skew 0.1 of (0, 1) -> 0.7."""
+    return parameter.above + 0.7 * (parameter.below - parameter.above)
+
+
+PARAMETER_VARIANTS = {
+    f"{name}-{'-'.join(f'{other_value(parameter):g}' for parameter in declared.values())}-hot-ce": Objective(
+        name, 2.0, 0.7, 0.3, parameters={key: other_value(value) for key, value in declared.items()}
+    )
+    for name, declared in PARAMETERS.items()
+}
+"""Each divergence that has parameters, with other values than the defaults."""
+OBJECTIVES |= PARAMETER_VARIANTS
 CROSS_ENTROPY = Objective(temperature=2.0, kl_weight=0.0, ce_weight=1.0)
 
 # Relative to the norm. float32 sums of about ten products of order one. Logits, their exponentials
@@ -165,7 +178,10 @@ def dense(case, objective, vocab_size=VOCAB):
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         forward, reverse = (log_p.exp() * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
         js = ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
-        values = {"forward_kl": forward, "reverse_kl": reverse, "js": js}
+        values = {}
+        values["forward_kl"] = forward
+        values["reverse_kl"] = reverse
+        values["js"] = js
         if "skew" in objective.parameters:
             skew = objective.parameters["skew"]
             mixture = torch.logaddexp(log_p + math.log(skew), log_q + math.log(1 - skew))
@@ -294,7 +310,7 @@ def test_equal_distributions_have_zero_loss_and_gradient(ranks, tp):
     calls = {
         name: (case, objective, {"teacher_padding": 2})
         for name, objective in OBJECTIVES.items()
-        if "ce" not in name
+        if not objective.ce_weight
     }
     for name, got in run_all(ranks, tp, calls).items():
         # The teacher's product has another number of columns, so its logits of size 10 may differ
@@ -390,7 +406,7 @@ def test_loss_is_independent_of_chunk_size(ranks, tp):
 @widths
 def test_top_k_of_full_vocabulary_equals_full_loss(ranks, tp):
     case = make_case(40)
-    full = {name: objective for name, objective in OBJECTIVES.items() if name.startswith("forward")}
+    full = {name: objective for name, objective in OBJECTIVES.items() if objective.divergence == "forward_kl"}
     found = run_all(
         ranks,
         tp,

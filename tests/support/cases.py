@@ -5,6 +5,7 @@ This module does not import megatron.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from minitron_mp.config.pruning import TargetConfig
 from minitron_mp.config.training import CorrectionConfig, TrainingConfig
 from minitron_mp.models.arch import Arch, BlockArch
 from minitron_mp.models.parameters import EMBEDDING, MODEL_PARAMETERS, dims_of, layer_key, split_key
+from minitron_mp.pruning.aggregation import BATCH_AGGREGATIONS, SEQUENCE_AGGREGATIONS
 
 SEQUENCE_LENGTH = 24
 """Divides by 8: 2 cp x tp under context and sequence parallelism."""
@@ -266,16 +268,17 @@ GONE = frozenset({3})
 GONE_LAYOUTS = ("one", "tp2-pp2-vpp2-sp")
 TASK_CANDIDATES = [GONE | more for more in ({4}, {0, 5}, {1, 2})]
 
-AGGREGATIONS = ("l2", "mean", "var")
 DEFAULT_PAIR = ("l2", "mean")
-ALL_PAIRS = [DEFAULT_PAIR, *((b, s) for b in AGGREGATIONS for s in AGGREGATIONS if (b, s) != DEFAULT_PAIR)]
-"""(batch, sequence)"""
+ALL_PAIRS = sorted(
+    itertools.product(BATCH_AGGREGATIONS, SEQUENCE_AGGREGATIONS), key=lambda pair: pair != DEFAULT_PAIR
+)
+"""(aggregation over samples, aggregation over the sequence), the default first."""
 LAYOUTS_OF_ALL_PAIRS = ("dp2", "cp2", "tp2-pp2-vpp2-sp")
 """Each kind of split once: the samples, the sequence in two ways, the layers."""
 
 
 def pairs(arch: str, layout: Layout) -> list[tuple[str, str]]:
-    """Aggregations to score with; the first one makes the plans."""
+    """Return pairs (batch, sequence) of aggregations to score with. The first one makes the plans."""
     return ALL_PAIRS if arch == "qwen3" and layout.name in ("one", *LAYOUTS_OF_ALL_PAIRS) else [DEFAULT_PAIR]
 
 

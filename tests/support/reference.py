@@ -256,7 +256,11 @@ class PlainImportance:
         self.seen.setdefault(at, []).append((value[0] if isinstance(value, tuple) else value)[0])  # [s, d]
 
     def scores(self, batch: str, sequence: str) -> dict[str, np.ndarray]:
-        """Name in the file of scores -> scores: "ffn.0" [f], "heads.0" [np], ..., hidden [h], layers [L]."""
+        """Return the scores by their names in the file of scores.
+
+        batch, sequence: keys of AGGREGATE, in the order of the pairs of cases.py.
+        "ffn.0" [f], "heads.0" [np], ..., hidden [h], layers [L]
+        """
 
         def channels(name: str, layer: int) -> Tensor:
             per_sample = torch.stack([AGGREGATE[sequence](a, 0) for a in self.seen[name, layer]])

@@ -437,11 +437,14 @@ def test_llama_export_rule_suggests_mistral():
     with pytest.raises(InputError, match="scales its rotary frequencies"):
         exportable_arch(student.model_copy(update={"rope_scaling_factor": 8.0}), "mistral")
     with pytest.raises(
-        InputError, match=r"export\.family qwen2: .* family llama can be written as llama or mistral only"
+        InputError,
+        match=r"export\.family qwen2: .* family llama can be written only as llama or mistral; set one",
     ):
         exportable_arch(student, "qwen2")
-    with pytest.raises(InputError, match=r"export\.family gpt: .* can be written as llama or mistral only"):
+    with pytest.raises(InputError, match=r"export\.family gpt: .* can be written only as llama or mistral"):
         exportable_arch(student, "gpt")
+    with pytest.raises(InputError, match=r"export\.family llama: .* only as qwen3; drop export\.family$"):
+        exportable_arch(student.model_copy(update={"family": "qwen3"}), "llama")
 
 
 def test_model_whose_layers_differ_cannot_be_exported():

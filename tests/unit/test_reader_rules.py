@@ -50,9 +50,11 @@ def test_page_lists_every_family_and_reader():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_page_agrees_with_the_family(family, width):
-    order = [*WIDTHS]
-    for reader, reason in reader_rows(student(family, width)):
-        word = table_of_the_page()[family][reader]
+    order, words = [*WIDTHS], table_of_the_page()[family]
+    rows = reader_rows(student(family, width))
+    assert [reader for reader in READERS if words[reader] != "not tried"] == [reader for reader, _ in rows]
+    for reader, reason in rows:
+        word = words[reader]
         accepted = word != "no" and order.index(word) >= order.index(width)
         assert (reason == "") == accepted, (family, reader, width, reason)
 

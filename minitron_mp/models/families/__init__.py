@@ -10,6 +10,7 @@ from minitron_mp.models.families.mistral import MISTRAL
 from minitron_mp.models.families.nemotron import NEMOTRON
 from minitron_mp.models.families.qwen2 import QWEN2
 from minitron_mp.models.families.qwen3 import QWEN3
+from minitron_mp.models.families.seed_oss import SEED_OSS
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -19,6 +20,7 @@ FAMILIES: dict[str, Family] = {
         QWEN2,
         QWEN3,
         NEMOTRON,
+        SEED_OSS,
     )
 }
 """model_type of config.json -> family."""

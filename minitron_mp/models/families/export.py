@@ -67,8 +67,9 @@ def _family_problems(student: Arch, family: str) -> list[str]:
     conversions = student_family.exports_as if student_family else {}
     if family not in conversions:
         possible = " or ".join([student.family, *conversions])
+        remedy = "set one of these, or drop export.family" if conversions else "drop export.family"
         return [
-            f"export.family {family}: a model of the family {student.family} can be written as {possible} "
-            "only; set one of those"
+            f"export.family {family}: a model of the family {student.family} can be written only as "
+            f"{possible}; {remedy}"
         ]
     return [f"export.family {family}: {problem}" for problem in conversions[family].problems(student)]

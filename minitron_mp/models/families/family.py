@@ -30,7 +30,6 @@ DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6}
 REQUIRED_SETTINGS: dict[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
-    "attention_dropout": 0,
     "use_sliding_window": False,
     "quantization_config": None,
     "hidden_act": "silu",
@@ -102,6 +101,10 @@ ON_BY_DEFAULT = (
 KERNEL_SETTINGS = ("attn_implementation", "use_flash_attn", "use_flash_attention", "flash_attn")
 """Starts of the names of keys that choose a kernel of attention, and not what it computes."""
 
+DROPOUT_WORDS = ("dropout", "pdrop")
+"""Parts of the names of keys that set a dropout. This package trains without dropout, and dropout
+does not change the logits, so these keys are accepted with every value and not used."""
+
 WEIGHTS: dict[str, tuple[str, ...]] = {
     EMBEDDING: ("model.embed_tokens.weight",),
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
@@ -152,9 +155,10 @@ class Family:
     """A model family: its names in transformers, its switches, and its rules.
 
     The defaults describe Llama. A family sets only the fields that differ. Supported blocks have a
-    norm before attention and a norm before the MLP; RMSNorm, or LayerNorm whose weight is stored
-    minus one; an optional bias of q, k and v and no other bias; an optional norm of q and k per
-    head; SwiGLU, or squared ReLU without a gate; q, k and v as three weights.
+    norm before attention and a norm before the MLP: RMSNorm, or LayerNorm whose Hugging Face weight
+    is stored minus one (Nemotron). Plain LayerNorm is not supported. They have an optional bias of
+    q, k and v and no other bias; an optional norm of q and k per head; SwiGLU, or squared ReLU
+    without a gate; q, k and v as three weights.
     """
 
     name: str
@@ -169,9 +173,9 @@ class Family:
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
     required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
     other_settings: tuple[str, ...] = ()
-    """Keys of config.json that `config_problems` checks, or that change nothing in supported models.
-    Keys that no field lists are rejected if their names have one of COMPUTATION_WORDS, unless their
-    value switches nothing on or off."""
+    """Keys of config.json that `config_problems` checks, or that do not change the logits of supported
+    models. Keys of a dropout need no entry, see DROPOUT_WORDS. Any other key that no field lists is
+    rejected if its name has one of COMPUTATION_WORDS, unless its value switches nothing on or off."""
     rope_aliases: tuple[str, ...] = ()
     """Keys of config.json that must have the value of partial_rotary_factor if they are present.
     Transformers does not read them."""
