@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from minitron_mp.artifacts.run_log import FILE, RunRecord, software
-from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.recipe import RESOLVED_RECIPE, Recipe, recipe_yaml
 from minitron_mp.report.document import Code, Part, Section, Table
 
 
@@ -16,8 +17,6 @@ def provenance_section(
 
     num_ranks: ranks of the student; None means one replica.
     """
-    from omegaconf import OmegaConf
-
     commands = _commands(recipe, stages, num_ranks or recipe.parallel.model_ranks, run_log)
     parts: list[Part] = [Code("\n".join(commands))]
     missing = [name for name in stages if name not in run_log]
@@ -29,7 +28,7 @@ def provenance_section(
     versions = _versions(run_log) or list(software().items())
     parts += [
         "The recipe with all defaults:",
-        Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))),
+        Code(recipe_yaml(recipe)),
         Table(("component", "version"), versions, "left"),
     ]
     return Section("How it was made", parts)
@@ -39,7 +38,7 @@ def _commands(
     recipe: Recipe, stages: Sequence[str], num_ranks: int, run_log: Mapping[str, RunRecord]
 ) -> list[str]:
     """Return commands that repeat the run: one for all stages if they used one launch, then one each."""
-    file = recipe.root / "recipe.yaml"
+    file = shlex.quote(str(recipe.root / RESOLVED_RECIPE))
     launches = {
         stage: (record.launcher, record.layout_overrides(recipe))
         for stage, record in run_log.items()

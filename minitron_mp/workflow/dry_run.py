@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.recipe import Recipe, recipe_yaml
 from minitron_mp.console import say, table
 from minitron_mp.models.arch import Arch
 from minitron_mp.workflow.graph import StageGraph
@@ -20,8 +20,6 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
     all. InputError lists every problem that would stop the run.
     """
-    from omegaconf import OmegaConf
-
     from minitron_mp.models.hf_config import has_weights, read_arch
     from minitron_mp.planning.case import PlanningCase
     from minitron_mp.planning.dry_run import dry_run_rows
@@ -36,7 +34,7 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     base, teacher = (read_arch(folder, weights=weights) for folder in models)
     students, left_out = _students(recipe, base)
     student = max(students, key=lambda arch: arch.num_parameters())
-    say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
+    say(recipe_yaml(recipe))
     table(
         "layout and memory",
         ("what", "value"),

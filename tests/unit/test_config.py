@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
+from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, recipe_yaml
 from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
 
@@ -50,7 +50,7 @@ def test_yaml_and_overrides(recipe_file):
 
 def test_resolved_recipe_round_trips_through_yaml(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["target.max_parameters=8.4B", "export.family=mistral"])
-    save_recipe(recipe, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     assert (
         yaml.safe_load((tmp_path / "resolved.yaml").read_text())["score"]["num_samples"] == 1024
