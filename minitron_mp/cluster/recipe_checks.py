@@ -26,6 +26,7 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     """
     from minitron_mp.models.hf_config import has_weights, read_arch
     from minitron_mp.workflow.graph import StageGraph
+    from minitron_mp.workflow.output_folder import output_problems
     from minitron_mp.workflow.preflight import recipe_problems
 
     teacher_folder = recipe.teacher.model or recipe.model
@@ -33,7 +34,8 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     try:
         project = StageGraph(recipe)
         weights = all(has_weights(folder) for folder in models if folder.is_dir())
-        problems = recipe_problems(recipe, project.paths, job_size, weights=weights)
+        problems = output_problems(recipe, project.paths, report=True)
+        problems += recipe_problems(recipe, job_size, weights=weights)
     except InputError as error:
         return [failed("recipe", str(error))]
     if problems:

@@ -11,6 +11,7 @@ from minitron_mp import __version__
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.workflow.output_folder import output_problems
 from minitron_mp.workflow.preflight import recipe_problems
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import StageFiles
@@ -103,8 +104,16 @@ class StageGraph:
         num_ranks: ranks of the job, or None if unknown. weights: whether to also check the weight
         files.
         """
-        problems = recipe_problems(self.recipe, self.paths, num_ranks, weights=weights)
+        problems = output_problems(self.recipe, self.paths, report=True)
+        problems += recipe_problems(self.recipe, num_ranks, weights=weights)
         refuse("this recipe cannot run:", problems)
+
+    def check_output(self, *, report: bool) -> None:
+        """Raise InputError when a run would overwrite or delete the user's files.
+
+        report: whether the run writes the report.
+        """
+        refuse("this recipe cannot run:", output_problems(self.recipe, self.paths, report=report))
 
     def check_artifact(self, name: str) -> None:
         """Raise InputError when the finished artifact of a stage would stop a later stage."""

@@ -5,7 +5,7 @@ Only the headers of weight files are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +16,10 @@ from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
 
 
-def recipe_problems(
-    recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None, *, weights: bool = True
-) -> list[str]:
+def recipe_problems(recipe: Recipe, num_ranks: int | None = None, *, weights: bool = True) -> list[str]:
     """Return one sentence for each problem.
 
-    paths: stage -> artifact. num_ranks: ranks of the job; None assumes one copy of the model.
+    num_ranks: ranks of the job; None assumes one copy of the model.
     weights: False checks only the config.json of the models.
     """
     archs: dict[str, Arch] = {}
@@ -31,7 +29,7 @@ def recipe_problems(
         problems += _problems_of(partial(_read_model, folder, archs, weights))
     problems += _problems_of(partial(_check_same_tokens, recipe.model, teacher))
     if weights:
-        problems += _file_problems(recipe, paths)
+        problems += _file_problems(recipe)
     problems += run_rule_problems(recipe)
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
@@ -81,7 +79,7 @@ def _check_same_tokens(model: str, teacher: str) -> None:
         )
 
 
-def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
+def _file_problems(recipe: Recipe) -> list[str]:
     """Return the problems of the user's files other than the models."""
     problems = _text_problems(recipe) + _task_problems(recipe) + _baseline_problems(recipe)
     tokenizer = recipe.data.tokenizer
@@ -90,12 +88,6 @@ def _file_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
             f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
             ".model file"
         )
-    model = Path(recipe.model).resolve()
-    problems += [
-        f"model: {recipe.model} would be overwritten by the stage {name}; set another output"
-        for name, path in paths.items()
-        if path.resolve() == model
-    ]
     return problems
 
 

@@ -202,7 +202,6 @@ def test_preflight_checks_fp8_sizes(monkeypatch):
                 "examples/mn_minitron_8b.yaml",
                 ["distill.fp8=tensorwise", "teacher.fp8=blockwise", *overrides],
             ),
-            {},
             weights=False,
         )
 

@@ -210,7 +210,7 @@ def test_model_is_never_overwritten(here, recipe, inputs, tmp_path):
     words = [f"model={tmp_path / 'out' / 'student_hf'}", f"output={tmp_path / 'out'}"]
     refused(
         here("compress", recipe, *words),
-        "student_hf would be overwritten by the stage export; set another output",
+        "student_hf, which the stage export replaces; copy it out of the output folder",
     )
 
 
