@@ -158,14 +158,18 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write report.md and report.html again from the artifacts."""
     resolved = load_recipe(recipe, overrides or [])
     from minitron_mp.artifacts.manifest import require_artifact
+    from minitron_mp.distributed.job import sigterm_exits
     from minitron_mp.report.report import write_report
     from minitron_mp.workflow.graph import StageGraph
+    from minitron_mp.workflow.output_folder import locked_output
 
     graph = StageGraph(resolved)
+    graph.check_output(report=True)
     for name in ("evaluate", "export"):
         graph.require_inputs(name)
         require_artifact(graph.paths[name], name, graph.manifest(name))
-    write_report(graph)
+    with sigterm_exits(), locked_output(resolved.root):
+        write_report(graph)
 
 
 @app.command()

@@ -5,6 +5,7 @@ checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpoin
 saved_model       load_model, save_model, save_state
 hf_folder         import_hf, export_hf: Hugging Face folder to checkpoint and back
 optimizer_state   the distributed optimizer's state at any layout
+output_lock       locked: one job at a time in an output folder
 run_log           append_record, records_of
 files             atomic writes, fingerprints
 """

@@ -20,10 +20,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from minitron_mp.distributed.job import STOP_FILE
 from minitron_mp.distributed.launcher import job_deadline
-
-STOP_FILE = "stop"
-"""Name of a file in the output folder that requests a stop. The job deletes it when it stops."""
 
 OTHER_RANK = "stop requested on another rank"
 """Reason on a rank without a local stop request."""
