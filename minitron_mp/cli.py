@@ -5,6 +5,7 @@ The parser imports neither torch nor megatron.
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -16,8 +17,8 @@ import typer
 from rich.console import Console
 
 from minitron_mp.config.recipe import Recipe, load_recipe
-from minitron_mp.console import say, speaks
-from minitron_mp.errors import InputError
+from minitron_mp.console import rank_name, say, speaks
+from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages import STAGES
 
@@ -261,14 +262,20 @@ def main() -> None:
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
     # Megatron-Core 0.19 warns at each model that GPTModel will be removed.
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or log file in another encoding: characters that it lacks are escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (InputError, OSError) as error:
-        if speaks():
-            errors = Console(stderr=True, highlight=False)
-            errors.print("[bold red]error:[/] ", end="")
-            errors.print(str(error), markup=False, soft_wrap=True)
-        else:
-            # torchrun stops all ranks when the first one exits, so rank 0 must print first.
+        text = os_error_text(error) if isinstance(error, OSError) else str(error)
+        if not speaks():
+            # torchrun stops all ranks when the first one exits, so rank 0 must print first. After
+            # this pause only an error that rank 0 does not have is left.
             time.sleep(3)
+            text = f"{rank_name()}: {text}"
+        errors = Console(stderr=True, highlight=False)
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(text, markup=False, soft_wrap=True)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 manifest          Manifest, find_manifest, require_artifact, writing_artifact
 checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpointWriter
+writer_processes  the processes that write a checkpoint end with their parent
 saved_model       load_model, save_model, save_state
 hf_folder         import_hf, export_hf: Hugging Face folder to checkpoint and back
 optimizer_state   the distributed optimizer's state at any layout

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.cluster.checks import CheckResult, failed, ok, warning
 from minitron_mp.cluster.network import RankTable
 from minitron_mp.config.recipe import Recipe
@@ -27,15 +28,16 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     from minitron_mp.models.hf_config import has_weights, read_arch
     from minitron_mp.workflow.graph import StageGraph
     from minitron_mp.workflow.output_folder import output_problems
-    from minitron_mp.workflow.preflight import recipe_problems
+    from minitron_mp.workflow.preflight import artifact_arch, recipe_problems
 
     teacher_folder = recipe.teacher.model or recipe.model
     models = [Path(folder) for folder in dict.fromkeys([recipe.model, teacher_folder])]
     try:
         project = StageGraph(recipe)
-        weights = all(has_weights(folder) for folder in models if folder.is_dir())
+        deleted = project.deleted_sources()
+        weights = bool(deleted) or all(has_weights(folder) for folder in models if folder.is_dir())
         problems = output_problems(recipe, project.paths, report=True)
-        problems += recipe_problems(recipe, job_size, weights=weights)
+        problems += recipe_problems(recipe, job_size, weights=weights, deleted=set(deleted))
     except InputError as error:
         return [failed("recipe", str(error))]
     if problems:
@@ -45,8 +47,11 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
         detail = "the folder has config.json but no weights"
         results.append(warning("model", detail, "download model.safetensors before a run"))
     if job.rank == 0:
-        base = read_arch(models[0], weights=False)
-        teacher = read_arch(models[-1], weights=False)
+        teacher_stage = "import-teacher" if recipe.teacher.model else "import"
+        base, teacher = (
+            artifact_arch(recipe, stage) if stage in deleted else read_arch(folder, weights=False)
+            for folder, stage in ((models[0], "import"), (models[-1], teacher_stage))
+        )
         results.append(check_tokenizer(recipe, base))
         results.append(check_disk_space(recipe, project.paths, base, teacher))
     return results
@@ -85,6 +90,9 @@ def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
     from minitron_mp.data.tokenizer import check_vocabulary, load_tokenizer
 
     folder = recipe.data.tokenizer or recipe.model
+    imported = recipe.root / "teacher" / ASSETS
+    if not recipe.data.tokenizer and not Path(folder).exists() and imported.exists():
+        folder = str(imported)
     try:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, arch.vocab_size)

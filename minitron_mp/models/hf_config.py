@@ -91,7 +91,7 @@ def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, A
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file that contains an object. InputError if it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from error
     if not isinstance(content, dict):

@@ -249,7 +249,7 @@ def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> No
     """Copy the asset_files() of a source, and write `config` as config.json."""
     for path in asset_files(source) if source else []:
         shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(
@@ -274,7 +274,9 @@ def write_weights(
     if len(shards) > 1:
         total_size = sum(shard.num_bytes for shard in shards)
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
     return set(weight_map)
 
 

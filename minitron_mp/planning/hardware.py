@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml  # JSON is YAML
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, dict):

@@ -115,4 +115,4 @@ def _read_metrics(recipe: Recipe, paths: Paths) -> Mapping[str, list[Metrics]]:
 
 
 def _read_jsonl(path: Path) -> list[Metrics]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -12,6 +12,7 @@ from minitron_mp.config.recipe import Recipe, recipe_yaml
 from minitron_mp.console import say, table
 from minitron_mp.models.arch import Arch
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.preflight import artifact_arch
 
 
 def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
@@ -29,9 +30,18 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
         graph.require_stage(stage)
     ranks = num_ranks or _ranks_of_one_copy(recipe)
     models = [Path(recipe.model), Path(recipe.teacher.model or recipe.model)]
-    weights = all(has_weights(folder) for folder in models if folder.is_dir())
+    deleted = graph.deleted_sources()
+    imports = ["import", "import-teacher" if recipe.teacher.model else "import"]
+    weights = all(
+        has_weights(folder)
+        for folder, name in zip(models, imports)
+        if folder.is_dir() and name not in deleted
+    )
     graph.check(ranks, weights=weights)
-    base, teacher = (read_arch(folder, weights=weights) for folder in models)
+    base, teacher = (
+        artifact_arch(recipe, name) if name in deleted else read_arch(folder, weights=weights)
+        for folder, name in zip(models, imports)
+    )
     students, left_out = _students(recipe, base)
     student = max(students, key=lambda arch: arch.num_parameters())
     say(recipe_yaml(recipe))
@@ -42,6 +52,8 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     )
     if recipe.search:
         _show_candidates(students, left_out)
+    for line in graph.deleted_source_lines():
+        say(line)
     if weights:
         _show_stages(graph)
     else:

@@ -5,37 +5,58 @@ Only the headers of weight files are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
+from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.rules import run_rule_problems
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
+from minitron_mp.workflow.settings import IMPORTED_MODELS
 
 
-def recipe_problems(recipe: Recipe, num_ranks: int | None = None, *, weights: bool = True) -> list[str]:
+def recipe_problems(
+    recipe: Recipe,
+    num_ranks: int | None = None,
+    *,
+    weights: bool = True,
+    deleted: Collection[str] = (),
+) -> list[str]:
     """Return one sentence for each problem.
 
     num_ranks: ranks of the job; None assumes one copy of the model.
-    weights: False checks only the config.json of the models.
+    weights: False checks only the config.json of the models. deleted: finished stages whose files
+    were deleted since; these files are not checked.
     """
     archs: dict[str, Arch] = {}
     teacher = recipe.teacher.model or recipe.model
     problems = []
     for folder in dict.fromkeys([recipe.model, teacher]):
-        problems += _problems_of(partial(_read_model, folder, archs, weights))
+        stage = "import" if folder == recipe.model else "import-teacher"
+        if stage in deleted:
+            archs[folder] = artifact_arch(recipe, stage)
+        else:
+            problems += _problems_of(partial(_read_model, folder, archs, weights))
     problems += _problems_of(partial(_check_same_tokens, recipe.model, teacher))
     if weights:
-        problems += _file_problems(recipe)
+        problems += _file_problems(recipe, deleted)
     problems += run_rule_problems(recipe)
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
     if recipe.model in archs and teacher in archs:
         problems += _model_problems(recipe, archs[recipe.model], archs[teacher])
     return problems
+
+
+def artifact_arch(recipe: Recipe, stage: str) -> Arch:
+    """Return the architecture of an imported model, whose folder may have been deleted."""
+    artifact = recipe.root / IMPORTED_MODELS[stage]
+    arch = require_artifact(artifact, stage).arch
+    assert arch is not None
+    return arch
 
 
 def _problems_of(check: Callable[[], object]) -> list[str]:
@@ -79,9 +100,9 @@ def _check_same_tokens(model: str, teacher: str) -> None:
         )
 
 
-def _file_problems(recipe: Recipe) -> list[str]:
+def _file_problems(recipe: Recipe, deleted: Collection[str]) -> list[str]:
     """Return the problems of the user's files other than the models."""
-    problems = _text_problems(recipe) + _task_problems(recipe) + _baseline_problems(recipe)
+    problems = _text_problems(recipe, deleted) + _task_problems(recipe, deleted) + _baseline_problems(recipe)
     tokenizer = recipe.data.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():
         problems.append(
@@ -91,11 +112,15 @@ def _file_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _text_problems(recipe: Recipe) -> list[str]:
+def _text_problems(recipe: Recipe, deleted: Collection[str]) -> list[str]:
     from minitron_mp.data.sources import corpus_problems, shared_parts
 
-    problems = corpus_problems(recipe.data)
-    if recipe.search is None or not recipe.data.train or problems:
+    problems = [
+        problem
+        for problem in corpus_problems(recipe.data)
+        if ("texts" if problem.startswith("data.held_out") else "data") not in deleted
+    ]
+    if recipe.search is None or not recipe.data.train or problems or "data" in deleted:
         return problems
     shared = shared_parts(recipe.data, "calibration", "train")
     if not shared:
@@ -108,7 +133,7 @@ def _text_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def _task_problems(recipe: Recipe) -> list[str]:
+def _task_problems(recipe: Recipe, deleted: Collection[str]) -> list[str]:
     from minitron_mp.evaluation.task_files import read_task_file
 
     tasks = {
@@ -119,6 +144,8 @@ def _task_problems(recipe: Recipe) -> list[str]:
         tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
     problems = []
     for name, (path, limit) in tasks.items():
+        if name.split(".")[0] in deleted and not Path(path).exists():
+            continue
         problems += [f"{name}: {row}" for row in _problems_of(partial(read_task_file, Path(path), limit))]
     return problems
 

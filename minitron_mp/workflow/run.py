@@ -52,6 +52,7 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     with _join_world(recipe) as world, _preemptible(world):
         if world.role == "student":
             with _locked(recipe, world):
+                _on_rank_0(lambda: _say_deleted_sources(graph))
                 _run(stage, graph, world, force=force)
         elif stage.meets_roles:
             _take_part(stage, recipe, world, force=force)
@@ -82,6 +83,7 @@ def _run_all(graph: StageGraph, world: World) -> None:
     recipe = graph.recipe
     _on_rank_0(lambda: graph.check(world.job_size))
     _on_rank_0(lambda: write_resolved_recipe(recipe))
+    _on_rank_0(lambda: _say_deleted_sources(graph))
     _on_rank_0(lambda: _remove_finished(graph))
     say(
         f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
@@ -151,6 +153,11 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
         return None
     graph.require_inputs(name)
     return differences or []
+
+
+def _say_deleted_sources(graph: StageGraph) -> None:
+    for line in graph.deleted_source_lines():
+        say(line)
 
 
 def _announce(name: str, differences: list[str]) -> None:
