@@ -32,10 +32,10 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-import psutil
-from pool import ENVIRONMENT, PRELOADED
-from tiny import make_model, make_recipe_file, make_text, read_metrics
+if __name__ != "__mp_main__":  # helper processes import the main module again, and must start quickly
+    import psutil
+    from pool import PRELOADED
+    from tiny import make_model, make_recipe_file, make_text, read_metrics
 
 RANKS = 2
 LAYOUT = ("parallel.tp=2", "parallel.sequence_parallel=true", "distill.async_save=true")
@@ -81,7 +81,9 @@ def rank_main(rank: int, port: int, arguments: list[str], log: str, file_limit: 
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(
-        ENVIRONMENT,
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONWARNINGS="ignore",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(RANKS),
@@ -196,7 +198,9 @@ class Campaign:
         job = self._start(self.root / "undisturbed")
         last = time.monotonic()
         for stage in STAGES:
-            job.wait(lambda stage=stage: f"\n{stage}: {self.root / 'undisturbed'}/" in "\n" + job.log.read_text())
+            job.wait(
+                lambda stage=stage: f"\n{stage}: {self.root / 'undisturbed'}/" in "\n" + job.log.read_text()
+            )
             self.durations[stage] = time.monotonic() - last
             last = time.monotonic()
         code = job.end()
@@ -211,8 +215,11 @@ class Campaign:
         }
         return {"curve": read_metrics(output / "student_distilled"), "weights": hashes}
 
-    def run(self, output: Path, faults: list[Fault], full_disk: Callable[[], contextlib.AbstractContextManager]) -> None:
-        """Run one project with faults, restart it after each, and compare it at the end."""
+    def run(self, output: Path, faults: list[Fault], disk: Path) -> None:
+        """Run one project with faults, restart it after each, and compare it at the end.
+
+        disk: file system of the output, which a fault fills up.
+        """
         for fault in faults:
             start = time.monotonic()
             job = self._start(output)
@@ -221,7 +228,9 @@ class Campaign:
                 os.kill(self.chance.choice(job.ranks).pid, signal.SIGKILL)
                 fault.exit_code = job.end()
             elif fault.hit:
-                with full_disk():
+                with filled(
+                    disk, self.chance.choice([0, 0, *map(self.chance.randrange, (1 << 16, 1 << 19))])
+                ):
                     fault.exit_code = job.end()
                 fault.hit = fault.exit_code != 0
             else:
@@ -239,17 +248,19 @@ class Campaign:
 
     def _wait_for(self, job: Job, output: Path, fault: Fault) -> bool:
         """Wait for the moment of a fault. Return False if the job ends before."""
-        if fault.target == "save":
-            begins = lambda: any(output.glob("checkpoints/distill/.step_*.tmp")) or (  # noqa: E731
-                output / ".student_distilled.tmp"
-            ).exists()
-        else:
-            before = STAGES[STAGES.index(fault.target) - 1] if fault.target != "import" else "the run can be"
-            begins = lambda: f"{before}: " in job.log.read_text() or before in job.log.read_text()  # noqa: E731
-        if not job.wait(begins):
+        if not job.wait(lambda: self._has_begun(job, output, fault.target)):
             return False
         time.sleep(fault.after_s)
         return job.running
+
+    def _has_begun(self, job: Job, output: Path, target: str) -> bool:
+        if target == "save":
+            checkpoints = output.glob("checkpoints/distill/.step_*.tmp")
+            return any(checkpoints) or (output / ".student_distilled.tmp").exists()
+        number = STAGES.index(target)
+        before = f"{STAGES[number - 1]}: {output}" if number else "the run can be stopped"
+        text = job.log.read_text()
+        return before in text or f"{STAGES[number - 1]}: done" in text
 
     def _check_end(self, job: Job, fault: Fault | None) -> None:
         text = job.log.read_text()
@@ -284,8 +295,10 @@ def tmpfs(folder: Path) -> Iterator[bool]:
     """Mount a small file system at the folder. Yield False if this user may not do that."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, check=False
-    )  # fmt: skip
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
     try:
         yield mounted.returncode == 0
     finally:
@@ -324,17 +337,15 @@ def run_campaign(root: Path, *, kills: int, full_disks: int, seed: int = 1) -> R
                 missing = count - campaign.result.count(kind)
                 targets = sorted(chance.sample(TARGETS, min(len(TARGETS), missing)), key=TARGETS.index)
                 output = disk / f"run{number}"
-                campaign.run(
-                    output,
-                    campaign.random_faults(kind, targets),
-                    lambda: filled(disk, chance.choice([0, 0, chance.randrange(1 << 16), chance.randrange(1 << 19)])),
-                )
+                campaign.run(output, campaign.random_faults(kind, targets), disk)
                 shutil.rmtree(output, ignore_errors=True)
     return campaign.result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--full-disks", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
