@@ -6,7 +6,9 @@ The parser imports neither torch nor megatron.
 from __future__ import annotations
 
 import io
+import locale
 import logging
+import os
 import sys
 import time
 import warnings
@@ -251,11 +253,22 @@ def reference(
         say(f"reference: {output}")
 
 
+def _require_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if the locale has another encoding.
+
+    torch and other libraries read their own files in the encoding of the locale, and fail.
+    """
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "").replace("_", "")
+    if encoding != "utf8" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """Run the command line.
 
     An InputError or an OSError is printed without a traceback, and the exit code is 2.
     """
+    _require_utf8()
     # Megatron-Core warns on each rank about every optional package that is missing.
     warnings.filterwarnings("ignore")
     # This logger prints the traceback of errors that are reported below on one line.

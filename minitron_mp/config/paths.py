@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from minitron_mp.errors import refuse
 
-VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 """$NAME or ${NAME}."""
 
 BRACED = re.compile(r"(?<!\\)\$\{([A-Za-z_]\w*)\}", re.ASCII)

@@ -103,7 +103,7 @@ class _Written:
 
 
 def _inputs(recipe: Recipe) -> dict[str, Iterator[Path]]:
-    """Return key of the recipe -> its path, and the files and links that are read through it."""
+    """Return key of the recipe -> its paths, and the links in these folders."""
     data = recipe.data
     inputs: dict[str, Iterator[Path]] = {"model": _folder_inputs(recipe.model)}
     if recipe.teacher.model:
@@ -126,7 +126,7 @@ def _inputs(recipe: Recipe) -> dict[str, Iterator[Path]]:
 def _folder_inputs(entry: str) -> Iterator[Path]:
     yield Path(entry)
     with suppress(OSError):
-        yield from Path(entry).iterdir()
+        yield from (path for path in Path(entry).iterdir() if path.is_symlink())
 
 
 def _text_inputs(entry: str) -> Iterator[Path]:
