@@ -13,13 +13,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from minitron_mp.config.recipe import Recipe, load_recipe
-from minitron_mp.console import rank_name, say, speaks
+from minitron_mp.console import launched, rank_name, say, speaks
 from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages import STAGES
@@ -282,13 +282,31 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        text = os_error_text(error) if isinstance(error, OSError) else str(error)
-        if not speaks():
-            # torchrun stops all ranks when the first one exits, so rank 0 must print first. After
-            # this pause only an error that rank 0 does not have is left.
-            time.sleep(3)
-            text = f"{rank_name()}: {text}"
-        errors = Console(stderr=True, highlight=False)
-        errors.print("[bold red]error:[/] ", end="")
-        errors.print(text, markup=False, soft_wrap=True)
-        sys.exit(2)
+        _exit_with(os_error_text(error) if isinstance(error, OSError) else str(error))
+    except RuntimeError as error:
+        if not (launched() and _is_lost_connection(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        _exit_with(
+            f"another rank has ended or cannot be reached ({reason}); see the output of the rank that ended "
+            "first. The same command resumes"
+        )
+
+
+def _exit_with(text: str) -> NoReturn:
+    """Print an error and exit with code 2."""
+    if not speaks():
+        # torchrun stops all ranks when the first one exits, so rank 0 must print first. After this
+        # pause only an error that rank 0 does not have is left.
+        time.sleep(3)
+        text = f"{rank_name()}: {text}"
+    errors = Console(stderr=True, highlight=False)
+    errors.print("[bold red]error:[/] ", end="")
+    errors.print(text, markup=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether gloo, NCCL or the store of the job has lost a rank."""
+    is_of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return is_of_torch or "by peer" in str(error) or "Broken pipe" in str(error)

@@ -45,6 +45,8 @@ TARGETS = ("import", "score", "prune", "distill", "save", "export")
 LEFT_BEHIND_S = 10.0
 """Time after which no process of a killed rank may be alive."""
 RUN_S = 180.0
+SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
+"""Kinds of faults that end a job in an orderly way."""
 DISK_BYTES = 64 << 20
 
 
@@ -227,6 +229,11 @@ class Campaign:
             if fault.hit and fault.kind == "kill":
                 os.kill(self.chance.choice(job.ranks).pid, signal.SIGKILL)
                 fault.exit_code = job.end()
+            elif fault.hit and fault.kind in SIGNALS:
+                for rank in job.ranks:  # a terminal sends Ctrl-C, and Slurm SIGTERM, to all processes
+                    os.kill(rank.pid, SIGNALS[fault.kind])
+                fault.exit_code = job.end()
+                self._check_stopped(output, fault)
             elif fault.hit:
                 with filled(
                     disk, self.chance.choice([0, 0, *map(self.chance.randrange, (1 << 16, 1 << 19))])
@@ -262,12 +269,18 @@ class Campaign:
         text = job.log.read_text()
         return before in text or f"{STAGES[number - 1]}: done" in text
 
+    def _check_stopped(self, output: Path, fault: Fault) -> None:
+        """After an interrupt or SIGTERM there is neither a lock nor half an artifact."""
+        half = [path.name for path in output.rglob(".*") if path.name not in (".metadata",)]
+        if half:
+            self.result.problems.append(f"{fault}: left on disk: {half}")
+
     def _check_end(self, job: Job, fault: Fault | None) -> None:
         text = job.log.read_text()
         left = job.left_behind()
         if left:
             self.result.problems.append(f"{fault}: processes are left behind: {left}")
-        if "Traceback" in text and (fault is None or fault.kind == "full disk"):
+        if "Traceback" in text:
             self.result.problems.append(f"{fault}: a traceback: {text[-1500:]}")
         if fault and fault.kind == "full disk" and fault.hit and "error: " not in text:
             self.result.problems.append(f"{fault}: no error message: {text[-1500:]}")
@@ -320,11 +333,11 @@ def filled(folder: Path, free_bytes: int) -> Iterator[None]:
         filler.unlink()
 
 
-def run_campaign(root: Path, *, kills: int, full_disks: int, seed: int = 1) -> Result:
-    """Run a campaign in a folder."""
+def run_campaign(root: Path, counts: dict[str, int], seed: int = 1) -> Result:
+    """Run a campaign in a folder. counts: kind of fault -> number."""
     campaign = Campaign(root, seed)
     chance, number = campaign.chance, 0
-    for kind, count in (("kill", kills), ("full disk", full_disks)):
+    for kind, count in counts.items():
         with contextlib.ExitStack() as stack:
             disk = root
             if kind == "full disk" and count:
@@ -332,7 +345,7 @@ def run_campaign(root: Path, *, kills: int, full_disks: int, seed: int = 1) -> R
                 if not stack.enter_context(tmpfs(disk)):
                     campaign.result.problems.append("full disks need the right to mount a tmpfs")
                     break
-            while campaign.result.count(kind) < count and number < 4 * (kills + full_disks):
+            while campaign.result.count(kind) < count and number < 4 * sum(counts.values()):
                 number += 1
                 missing = count - campaign.result.count(kind)
                 targets = sorted(chance.sample(TARGETS, min(len(TARGETS), missing)), key=TARGETS.index)
@@ -348,20 +361,27 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--full-disks", type=int, default=10)
+    parser.add_argument("--interrupts", type=int, default=0)
+    parser.add_argument("--terminations", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
-        result = run_campaign(
-            Path(folder), kills=options.kills, full_disks=options.full_disks, seed=options.seed
-        )
+        counts = {
+            "kill": options.kills,
+            "full disk": options.full_disks,
+            "interrupt": options.interrupts,
+            "terminate": options.terminations,
+        }
+        result = run_campaign(Path(folder), counts, seed=options.seed)
     for fault in result.faults:
         print(
             f"{fault.kind:10} {fault.target:8} after {fault.after_s:6.3f} s: "
             f"{'hit' if fault.hit else 'missed'}, exit code {fault.exit_code}, {fault.seconds:.1f} s"
         )
+    reached = ", ".join(f"{result.count(kind)} x {kind}" for kind in counts)
     print(
-        f"{result.count('kill')} kills, {result.count('full disk')} full disks, {result.missed} missed, "
+        f"{reached}; {result.missed} missed, "
         f"{len(result.problems)} problems, {time.monotonic() - start:.0f} s"
     )
     for problem in result.problems:
