@@ -13,41 +13,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 if __name__ != "__mp_main__":  # helper processes import the main module again, and must start quickly
-    import psutil
-    from pool import PRELOADED
+    from forked_job import Job, filled, tmpfs
     from tiny import make_model, make_recipe_file, make_text, read_metrics
 
-RANKS = 2
 LAYOUT = ("parallel.tp=2", "parallel.sequence_parallel=true", "distill.async_save=true")
 STAGES = ("import", "data", "score", "plan", "prune", "distill", "evaluate", "export")
 TARGETS = ("import", "score", "prune", "distill", "save", "export")
 """Moments of a fault. "save": while a checkpoint or the student is written."""
-LEFT_BEHIND_S = 10.0
-"""Time after which no process of a killed rank may be alive."""
-RUN_S = 180.0
 SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 """Kinds of faults that end a job in an orderly way."""
-DISK_BYTES = 64 << 20
 
 
 @dataclass
@@ -74,108 +62,6 @@ class Result:
         return sum(1 for fault in self.faults if fault.kind == kind and fault.hit)
 
 
-def rank_main(rank: int, port: int, arguments: list[str], log: str, file_limit: int | None) -> None:
-    """Main function of a rank: the command line with torchrun's environment."""
-    os.setsid()
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        CUDA_VISIBLE_DEVICES="",
-        PYTHONWARNINGS="ignore",
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        COLUMNS="160",
-    )
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    import torch
-
-    torch.set_num_threads(1)
-    from minitron_mp.cli import main
-
-    sys.argv = ["minitron-mp", *arguments]
-    main()
-
-
-class Job:
-    """A running job of RANKS ranks."""
-
-    def __init__(self, arguments: list[str], log: Path, file_limit: int | None = None):
-        self.log = log
-        log.write_text("")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("forkserver")
-        forkserver.set_forkserver_preload(PRELOADED)
-        self.ranks = [
-            context.Process(target=rank_main, args=(rank, port, arguments, str(log), file_limit))
-            for rank in range(RANKS)
-        ]
-        for rank in self.ranks:
-            rank.start()
-        self.sessions = [rank.pid for rank in self.ranks]
-
-    @property
-    def running(self) -> bool:
-        return all(rank.is_alive() for rank in self.ranks)
-
-    def wait(self, condition: Callable[[], bool], timeout_s: float = RUN_S) -> bool:
-        """Wait until the condition is true. Return False if the job ends before."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if not self.running or time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        return True
-
-    def end(self) -> int:
-        """Wait for the ranks as torchrun does: after the first failure it stops all others."""
-        deadline = time.monotonic() + RUN_S
-        while self.running and time.monotonic() < deadline:
-            time.sleep(0.01)
-        codes = [rank.exitcode for rank in self.ranks]
-        if any(codes):
-            for number, wait_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
-                for rank in self.ranks:
-                    if rank.is_alive():
-                        os.kill(rank.pid, number)
-                for rank in self.ranks:
-                    rank.join(wait_s)
-        for rank in self.ranks:
-            rank.join(max(0.1, deadline - time.monotonic()))
-        return next((code for code in codes if code), 0)
-
-    def processes(self) -> list[psutil.Process]:
-        """Return all living processes of the sessions of the ranks."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(OSError, psutil.Error):
-                if os.getsid(process.pid) in self.sessions and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def left_behind(self) -> list[str]:
-        """Return the processes that are alive LEFT_BEHIND_S after the ranks have ended."""
-        deadline = time.monotonic() + LEFT_BEHIND_S
-        while (found := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        names = []
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                names.append(" ".join(process.cmdline())[:100])
-                process.kill()
-        return names
-
-
 class Campaign:
     """The undisturbed run, and runs of the same recipe with faults."""
 
@@ -192,9 +78,9 @@ class Campaign:
             distill={"steps": 12, "checkpoint_interval": 3},
         )  # fmt: skip
 
-    def _start(self, output: Path, file_limit: int | None = None) -> Job:
+    def _start(self, output: Path) -> Job:
         arguments = ["compress", str(self._recipe(output)), *LAYOUT]
-        return Job(arguments, self.root / f"{output.name}.log", file_limit)
+        return Job(arguments, self.root / f"{output.name}.log")
 
     def _undisturbed(self) -> dict[str, Any]:
         job = self._start(self.root / "undisturbed")
@@ -294,64 +180,38 @@ class Campaign:
         if hidden or (output / "checkpoints").exists():
             self.result.problems.append(f"{output.name}: left on disk: {hidden or ['checkpoints']}")
 
-    def random_faults(self, kind: str, targets: list[str]) -> list[Fault]:
-        """Return one fault for each target, in the order of the stages, at random delays."""
+    def random_faults(self, kinds: list[str]) -> list[Fault]:
+        """Return a fault of each kind at different moments, in the order of the stages."""
+        targets = sorted(self.chance.sample(TARGETS, len(kinds)), key=TARGETS.index)
         faults = []
-        for target in targets:
+        for kind, target in zip(kinds, targets):
             longest = 0.05 if target == "save" else self.durations[target]
             faults.append(Fault(kind, target, self.chance.uniform(0, longest)))
         return faults
 
 
-@contextlib.contextmanager
-def tmpfs(folder: Path) -> Iterator[bool]:
-    """Mount a small file system at the folder. Yield False if this user may not do that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    try:
-        yield mounted.returncode == 0
-    finally:
-        if mounted.returncode == 0:
-            subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
-@contextlib.contextmanager
-def filled(folder: Path, free_bytes: int) -> Iterator[None]:
-    """Fill a file system up to a number of free bytes, in this context."""
-    filler = folder / "filler"
-    with filler.open("wb") as file:
-        room = max(0, shutil.disk_usage(folder).free - free_bytes)
-        with contextlib.suppress(OSError):
-            os.posix_fallocate(file.fileno(), 0, max(1, room))
-    try:
-        yield
-    finally:
-        filler.unlink()
-
-
 def run_campaign(root: Path, counts: dict[str, int], seed: int = 1) -> Result:
-    """Run a campaign in a folder. counts: kind of fault -> number."""
+    """Run a campaign in a folder. counts: kind of fault -> number that must be hit.
+
+    A project has up to one fault of each of TARGETS. A fault whose moment had passed is repeated.
+    """
     campaign = Campaign(root, seed)
-    chance, number = campaign.chance, 0
-    for kind, count in counts.items():
-        with contextlib.ExitStack() as stack:
-            disk = root
-            if kind == "full disk" and count:
-                disk = root / "disk"
-                if not stack.enter_context(tmpfs(disk)):
-                    campaign.result.problems.append("full disks need the right to mount a tmpfs")
-                    break
-            while campaign.result.count(kind) < count and number < 4 * sum(counts.values()):
-                number += 1
-                missing = count - campaign.result.count(kind)
-                targets = sorted(chance.sample(TARGETS, min(len(TARGETS), missing)), key=TARGETS.index)
-                output = disk / f"run{number}"
-                campaign.run(output, campaign.random_faults(kind, targets), disk)
-                shutil.rmtree(output, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        disk = root / "disk"
+        if counts.get("full disk") and not stack.enter_context(tmpfs(disk)):
+            raise PermissionError("full disks need the right to mount a tmpfs")
+        disk.mkdir(exist_ok=True)
+        pending = [kind for kind, count in counts.items() for _ in range(count)]
+        for number in range(4 + len(pending)):
+            if not pending:
+                break
+            kinds = campaign.chance.sample(pending, min(len(pending), len(TARGETS)))
+            faults = campaign.random_faults(kinds)
+            campaign.run(disk / f"run{number}", faults, disk)
+            for fault in faults:
+                if fault.hit:
+                    pending.remove(fault.kind)
+            shutil.rmtree(disk / f"run{number}", ignore_errors=True)
     return campaign.result
 
 
