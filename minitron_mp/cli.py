@@ -289,12 +289,13 @@ def main() -> None:
         reason = str(error).splitlines()[0]
         _exit_with(
             f"another rank has ended or cannot be reached ({reason}); see the output of the rank that ended "
-            "first. The same command resumes"
+            "first. The same command resumes",
+            code=1,
         )
 
 
-def _exit_with(text: str) -> NoReturn:
-    """Print an error and exit with code 2."""
+def _exit_with(text: str, code: int = 2) -> NoReturn:
+    """Print an error and exit."""
     if not speaks():
         # torchrun stops all ranks when the first one exits, so rank 0 must print first. After this
         # pause only an error that rank 0 does not have is left.
@@ -303,7 +304,7 @@ def _exit_with(text: str) -> NoReturn:
     errors = Console(stderr=True, highlight=False)
     errors.print("[bold red]error:[/] ", end="")
     errors.print(text, markup=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -382,7 +382,7 @@ def test_fewer_ranks_than_the_layout_needs(recipe, on_ranks):
 def test_output_that_cannot_be_a_folder(recipe, on_ranks):
     refused(
         on_ranks(1, "compress", recipe, f"output={recipe}")[0],
-        f"the output folder {recipe} cannot be written",
+        f"output: {recipe} is a file, not a folder; move it, or set another output",
     )
     assert recipe.is_file()
 
