@@ -174,10 +174,17 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
     """Replace the artifact by aside_path(folder) with its manifest. Rank 0 calls it at the end."""
     old = hidden_sibling(folder, "old")
     write_text(aside_path(folder) / MANIFEST, manifest.model_dump_json(indent=1))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside_path(folder).rename(folder)
+    while True:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        try:
+            aside_path(folder).rename(folder)
+            break
+        except OSError:
+            # Another command, such as a dry run, has restored the old artifact between the renames.
+            if not folder.exists():
+                raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -104,7 +104,7 @@ def _file_problems(recipe: Recipe, deleted: Collection[str]) -> list[str]:
     """Return the problems of the user's files other than the models."""
     problems = _text_problems(recipe, deleted) + _task_problems(recipe, deleted) + _baseline_problems(recipe)
     tokenizer = recipe.data.tokenizer
-    if tokenizer is not None and not Path(tokenizer).exists():
+    if tokenizer is not None and not Path(tokenizer).exists() and "data" not in deleted:
         problems.append(
             f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
             ".model file"

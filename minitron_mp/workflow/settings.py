@@ -109,16 +109,29 @@ def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, UserFiles]:
 
 
 def _tokenizer_files(tokenizer: str) -> UserFiles:
-    """Return data.tokenizer. Later stages read it, too, so it must not be deleted."""
+    """Return data.tokenizer. The artifact of the stage data has a copy for later stages."""
     from minitron_mp.artifacts.files import fingerprint_files
-    from minitron_mp.models.hf_weights import asset_files
 
     path = Path(tokenizer)
+
+    def fingerprint() -> str:
+        if not path.exists():
+            raise InputError(
+                f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
+                ".model file"
+            )
+        return fingerprint_files(tokenizer_paths(path))
+
     return UserFiles(
-        paths=[tokenizer],
-        fingerprint=lambda: fingerprint_files([path] if path.is_file() else asset_files(path)),
-        missing=lambda: [],
+        paths=[tokenizer], fingerprint=fingerprint, missing=lambda: [] if path.exists() else [tokenizer]
     )
+
+
+def tokenizer_paths(path: Path) -> list[Path]:
+    """Return the files of data.tokenizer: one file, or the side files of a Hugging Face folder."""
+    from minitron_mp.models.hf_weights import asset_files
+
+    return [path] if path.is_file() else asset_files(path)
 
 
 def _text_entries(recipe: Recipe, held_out: bool) -> list[list[str]]:

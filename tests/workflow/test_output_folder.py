@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import environment, make_model, make_recipe_file, make_text, refused
+from tiny import environment, make_model, make_recipe_file, make_text, make_tokenizer, refused
 
 from minitron_mp import load_recipe
 from minitron_mp.config.recipe import RESOLVED_RECIPE, make_recipe
@@ -184,8 +184,14 @@ def project(tmp_path_factory) -> Path:
     root.mkdir()
     make_model(root / "model")
     make_text(root / "text")
+    make_tokenizer(root / "tokenizer")
     recipe = make_recipe_file(
-        root / "recipe.yaml", Path("../model"), Path("../text"), Path("."), distill={"steps": 6}
+        root / "recipe.yaml",
+        Path("../model"),
+        Path("../text"),
+        Path("."),
+        distill={"steps": 6},
+        data={"tokenizer": "../tokenizer"},
     )
     (root / "out").mkdir()
     done = subprocess.run(
@@ -224,14 +230,16 @@ def test_odd_paths_and_locales(project):
 
 
 def test_finished_artifacts_replace_deleted_inputs(project):
-    """The text and the model are deleted; the run goes on with the artifacts, and says so."""
-    for name in ("text", "model"):
+    """Text, tokenizer and model are deleted; the run goes on with the artifacts, and says so."""
+    inputs = ("text", "tokenizer", "model")
+    for name in inputs:
         (project / name).rename(project / f"{name} elsewhere")
     try:
         code, out, err = run(project, "distill", "distill.steps=8")
         assert code == 0, err
         assert (
-            "data: ../text does not exist any more; the run goes on with data, which was made from it" in out
+            "data: ../text, ../tokenizer does not exist any more; the run goes on with data, which was made"
+            in out
         )
         assert "import: ../model does not exist any more; the run goes on with teacher" in out
         assert out.count("does not exist any more") == 2
@@ -246,7 +254,7 @@ def test_finished_artifacts_replace_deleted_inputs(project):
         refused(run(project, "compress", "model=../other"), "../other is not a folder")
         refused(run(project, "import", "--force"), "../model is not a folder")
     finally:
-        for name in ("text", "model"):
+        for name in inputs:
             (project / f"{name} elsewhere").rename(project / name)
     with (project / "text/00.txt").open("a") as file:
         file.write("One sentence more.\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron_mp.workflow.settings import text_files
+from minitron_mp.workflow.settings import text_files, tokenizer_paths
 from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.stage_files import TOKENIZER
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
@@ -56,11 +59,22 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
                 tokens = tokenize_corpus(
                     recipe.data, tokenizer, folder, recipe.seed, held_out=held_out, progress=progress
                 )
+                if recipe.data.tokenizer:
+                    _copy_tokenizer(Path(recipe.data.tokenizer), folder / TOKENIZER)
         except OSError as error:
             raise InputError(f"{context.output} cannot be written: {error}; set another output") from error
         say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
 
     on_rank_0(write, takes_long=True)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy data.tokenizer, because later stages read it, and the user may delete it."""
+    if not source.exists():  # the copy in the artifact of the stage data is in use
+        return
+    target.mkdir()
+    for path in tokenizer_paths(source):
+        shutil.copy(path, target)
 
 
 def check(files: StageFiles) -> None:
