@@ -135,11 +135,17 @@ def _text_inputs(entry: str) -> Iterator[Path]:
     prefix = entry.removesuffix(".bin").removesuffix(".idx")
     yield Path(prefix + ".bin")
     yield Path(prefix + ".idx")
-    for folder, folders, files in os.walk(entry):
-        for name in (*folders, *files):
-            path = Path(folder, name)
-            if path.is_symlink():
-                yield path
+    yield from _links_in(entry)
+
+
+def _links_in(folder: str) -> Iterator[Path]:
+    """Yield the links in a folder and its subfolders. It needs no stat() of each file."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry.path)
+            elif entry.is_dir():
+                yield from _links_in(entry.path)
 
 
 def _find_written(path: Path, written: Sequence[_Written]) -> _Written | None:

@@ -47,9 +47,9 @@ OUTPUT = [
     "importance.safetensors",
     "metrics.jsonl",
     "plan.json",
-    "resolved_recipe.yaml",
     "report.html",
     "report.md",
+    "resolved_recipe.yaml",
 ]
 OUTPUT += ["stages.jsonl", "student", "student_distilled", "student_hf", "teacher", "tensorboard"]
 SMALLER = "target.ffn_hidden_size=64"
