@@ -195,7 +195,7 @@ def project(tmp_path_factory) -> Path:
     )
     (root / "out").mkdir()
     done = subprocess.run(
-        [*minitron_words(), "compress", str(recipe)],
+        [sys.executable, "-m", "minitron_mp", "compress", str(recipe)],
         cwd=root / "out",
         env={**environment(), "LC_ALL": "POSIX", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,
@@ -207,35 +207,34 @@ def project(tmp_path_factory) -> Path:
     return root
 
 
-def minitron_words() -> list[str]:
-    return [sys.executable, "-m", "minitron_mp"]
+@pytest.fixture
+def run(ranks):
+    """run(words...) runs the command line in the output folder; exit code, output, error output."""
+
+    def run(command: str, *words: str) -> tuple[int, str, str]:
+        arguments = [command, str(project / "recipe.yaml"), *words]
+        return ranks(1, "output_workers.minitron_in", folder=str(project / "out"), arguments=arguments)[0]
+
+    return run
 
 
-def run(project: Path, *words: str) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [*minitron_words(), words[0], str(project / "recipe.yaml"), *words[1:]],
-        cwd=project / "out", env=environment(), capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_odd_paths_and_locales(project):
+def test_odd_paths_and_locales(project, run):
     """Quotes, a line break, other scripts; output `.`; relative inputs; an ASCII locale."""
     assert (project / "out/student_hf/model.safetensors").exists()
     assert (project / "out/report.md").exists()
     assert not (project / "out/.minitron_mp.lock").exists()
-    code, out, err = run(project, "compress")
+    code, out, err = run("compress")
     assert code == 0, err
     assert out.count(": done, ") == 8
 
 
-def test_finished_artifacts_replace_deleted_inputs(project):
+def test_finished_artifacts_replace_deleted_inputs(project, run):
     """Text, tokenizer and model are deleted; the run goes on with the artifacts, and says so."""
     inputs = ("text", "tokenizer", "model")
     for name in inputs:
         (project / name).rename(project / f"{name} elsewhere")
     try:
-        code, out, err = run(project, "distill", "distill.steps=8")
+        code, out, err = run("distill", "distill.steps=8")
         assert code == 0, err
         assert (
             "data: ../text, ../tokenizer does not exist any more; the run goes on with data, which was made"
@@ -243,23 +242,23 @@ def test_finished_artifacts_replace_deleted_inputs(project):
         )
         assert "import: ../model does not exist any more; the run goes on with teacher" in out
         assert out.count("does not exist any more") == 2
-        code, out, err = run(project, "compress", "distill.steps=8", "--dry-run")
+        code, out, err = run("compress", "distill.steps=8", "--dry-run")
         assert code == 0, err
         assert "import: ../model does not exist any more" in out
-        code, out, err = run(project, "compress", "distill.steps=8")
+        code, out, err = run("compress", "distill.steps=8")
         assert code == 0, err
-        refused(run(project, "compress", "data.valid_fraction=0.2"), "data.source: ../text does not exist")
-        refused(run(project, "compress", "data.source=../typo"), "data.source: ../typo does not exist")
-        refused(run(project, "distill", "data.source=../typo"), "data.source: ../typo does not exist")
-        refused(run(project, "compress", "model=../other"), "../other is not a folder")
-        refused(run(project, "import", "--force"), "../model is not a folder")
+        refused(run("compress", "data.valid_fraction=0.2"), "data.source: ../text does not exist")
+        refused(run("compress", "data.source=../typo"), "data.source: ../typo does not exist")
+        refused(run("distill", "data.source=../typo"), "data.source: ../typo does not exist")
+        refused(run("compress", "model=../other"), "../other is not a folder")
+        refused(run("import", "--force"), "../model is not a folder")
     finally:
         for name in inputs:
             (project / f"{name} elsewhere").rename(project / name)
     with (project / "text/00.txt").open("a") as file:
         file.write("One sentence more.\n")
     refused(
-        run(project, "distill", "distill.steps=8"),
+        run("distill", "distill.steps=8"),
         "data was made from other inputs or settings",
         f"({os.path.abspath(project / 'text')} has changed since)",
     )
