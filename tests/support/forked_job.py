@@ -7,6 +7,7 @@ that torchrun would give them. Each is a real process in its own session, as und
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -35,6 +36,7 @@ def rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(
@@ -74,6 +76,7 @@ class Job:
         ]
         for rank in self.ranks:
             rank.start()
+        self.hangs = False
         self.sessions = [rank.pid for rank in self.ranks]
 
     @property
@@ -94,8 +97,11 @@ class Job:
         deadline = time.monotonic() + RUN_S
         while self.running and time.monotonic() < deadline:
             time.sleep(0.01)
+        self.hangs = self.running
+        if self.hangs:
+            self._dump_stacks()
         codes = [rank.exitcode for rank in self.ranks]
-        if any(codes):
+        if any(codes) or self.hangs:
             for number, wait_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
                 for rank in self.ranks:
                     if rank.is_alive():
@@ -105,6 +111,12 @@ class Job:
         for rank in self.ranks:
             rank.join(max(0.1, deadline - time.monotonic()))
         return next((code for code in codes if code), 0)
+
+    def _dump_stacks(self) -> None:
+        """Make each rank write the stack of each of its threads to the log."""
+        for rank in self.ranks:
+            os.kill(rank.pid, signal.SIGUSR1)
+        time.sleep(1)
 
     def processes(self) -> list[psutil.Process]:
         """Return all living processes of the sessions of the ranks."""

@@ -166,6 +166,8 @@ class Campaign:
         left = job.left_behind()
         if left:
             self.result.problems.append(f"{fault}: processes are left behind: {left}")
+        if job.hangs:
+            self.result.problems.append(f"{fault}: the job hangs: {text[-6000:]}")
         if "Traceback" in text:
             self.result.problems.append(f"{fault}: a traceback: {text[-1500:]}")
         if fault and fault.kind == "full disk" and fault.hit and "error: " not in text:

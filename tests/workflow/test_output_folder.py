@@ -208,7 +208,7 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(ranks):
+def run(project, ranks):
     """run(words...) runs the command line in the output folder; exit code, output, error output."""
 
     def run(command: str, *words: str) -> tuple[int, str, str]:
