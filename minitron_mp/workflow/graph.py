@@ -98,7 +98,7 @@ class StageGraph:
             if any(files.missing() for files in stage.sources(self.recipe).values()):
                 try:
                     is_done = self.why_not_done(name) is None
-                except InputError:  # a file that no artifact replaces is missing, too
+                except (InputError, OSError):  # a file that no artifact replaces is missing, too
                     continue
                 if is_done and self._missing[name]:
                     deleted[name] = self._missing[name]
