@@ -6,6 +6,7 @@ that differs.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -231,6 +232,8 @@ def _preemptible(world: World) -> Iterator[None]:
         if world.is_main:
             preemption.stop_file.unlink(missing_ok=True)
         say(f"{stop}; the same command resumes from there")
+        if _preemption(world).interrupted:
+            raise SystemExit(128 + signal.SIGINT) from None  # a script does not go on with its next command
 
 
 def _preemption(world: World) -> Preemption:
