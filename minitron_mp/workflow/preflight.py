@@ -5,43 +5,65 @@ Only the headers of weight files are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.config.rules import run_rule_problems
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
+from minitron_mp.workflow.stage_files import tokenizer_path
 
 if TYPE_CHECKING:
     from minitron_mp.data.tokenizer import Tokenizer
 
 
 def recipe_problems(
-    recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None, *, weights: bool = True
+    recipe: Recipe,
+    paths: Mapping[str, Path],
+    num_ranks: int | None = None,
+    *,
+    weights: bool = True,
+    deleted: Collection[str] = (),
 ) -> list[str]:
     """Return one sentence for each problem.
 
     paths: stage -> artifact. num_ranks: ranks of the job; None assumes one copy of the model.
-    weights: False checks only the config.json of the models.
+    weights: False checks only the config.json of the models. deleted: finished stages whose files
+    were deleted since; these files are not checked.
     """
     archs: dict[str, Arch] = {}
     teacher = recipe.teacher.model or recipe.model
     problems = []
     for folder in dict.fromkeys([recipe.model, teacher]):
-        problems += _problems_of(partial(_read_model, folder, archs, weights))
+        stage = "import" if folder == recipe.model else "import-teacher"
+        if stage in deleted:
+            archs[folder] = artifact_arch(paths, stage)
+        else:
+            problems += _problems_of(partial(_read_model, folder, archs, weights))
     problems += _problems_of(partial(_check_same_tokens, recipe.model, teacher))
     if weights:
-        problems += _file_problems(recipe, paths, archs.get(recipe.model))
+        problems += _file_problems(recipe, paths, archs.get(recipe.model), deleted)
     problems += run_rule_problems(recipe)
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
     if recipe.model in archs and teacher in archs:
         problems += _model_problems(recipe, archs[recipe.model], archs[teacher])
     return problems
+
+
+def artifact_arch(paths: Mapping[str, Path], stage: str) -> Arch:
+    """Return the architecture of an imported model, whose folder may have been deleted.
+
+    paths: stage -> artifact.
+    """
+    arch = require_artifact(paths[stage], stage).arch
+    assert arch is not None
+    return arch
 
 
 def _problems_of(check: Callable[[], object]) -> list[str]:
@@ -85,44 +107,59 @@ def _check_same_tokens(model: str, teacher: str) -> None:
         )
 
 
-def _file_problems(recipe: Recipe, paths: Mapping[str, Path], arch: Arch | None) -> list[str]:
+def _file_problems(
+    recipe: Recipe, paths: Mapping[str, Path], arch: Arch | None, deleted: Collection[str]
+) -> list[str]:
     """Return the problems of the user's files other than the models.
 
-    arch: architecture of the model; None if its folder cannot be used.
+    arch: architecture of the model; None if its folder cannot be used. paths, deleted: as in
+    recipe_problems().
     """
     tokenizers: list[Tokenizer] = []
-    problems = [] if arch is None else _problems_of(partial(_load_tokenizer, recipe, arch, tokenizers))
+    problems = []
+    if arch is not None:
+        folder = available_tokenizer(recipe, paths, deleted)
+        problems += _problems_of(partial(_load_tokenizer, folder, arch, tokenizers))
     tokenizer = tokenizers[0] if tokenizers else None
-    problems += _text_problems(recipe, tokenizer) + _task_problems(recipe, tokenizer)
+    problems += _text_problems(recipe, tokenizer, deleted) + _task_problems(recipe, tokenizer, deleted)
     problems += _baseline_problems(recipe) + _sibling_problems(recipe)
-    model = Path(recipe.model).resolve()
-    problems += [
-        f"model: {recipe.model} would be overwritten by the stage {name}; set another output"
-        for name, path in paths.items()
-        if path.resolve() == model
-    ]
     return problems
 
 
-def _load_tokenizer(recipe: Recipe, arch: Arch, tokenizers: list[Tokenizer]) -> None:
+def available_tokenizer(recipe: Recipe, paths: Mapping[str, Path], deleted: Collection[str]) -> Path:
+    """Return the tokenizer of a recipe before a run: the user's, or its copy if that was deleted.
+
+    paths, deleted: as in recipe_problems().
+    """
+    if recipe.data.tokenizer is None and "import" not in deleted:
+        return Path(recipe.model)
+    return tokenizer_path(recipe, paths)
+
+
+def _load_tokenizer(path: Path, arch: Arch, tokenizers: list[Tokenizer]) -> None:
     """Add the tokenizer of the text to tokenizers."""
     from minitron_mp.data.tokenizer import for_model, load_tokenizer
 
-    given = recipe.data.tokenizer
-    if given is not None and not Path(given).exists():
+    if not path.exists():
         raise InputError(
-            f"data.tokenizer: {given} does not exist; give a Hugging Face folder or a sentencepiece "
+            f"data.tokenizer: {path} does not exist; give a Hugging Face folder or a sentencepiece "
             ".model file"
         )
-    tokenizers.append(for_model(load_tokenizer(given or recipe.model), arch.vocab_size))
+    tokenizers.append(for_model(load_tokenizer(path), arch.vocab_size))
 
 
-def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
+def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collection[str]) -> list[str]:
     from minitron_mp.data.checks import corpus_problems
     from minitron_mp.data.sources import find_sources, shared_parts
 
-    problems = corpus_problems(recipe.data, recipe.root, tokenizer)
-    if recipe.search is None or not recipe.data.train or problems:
+    problems = corpus_problems(
+        recipe.data,
+        recipe.root,
+        tokenizer,
+        parts="data" not in deleted,
+        held_out="texts" not in deleted,
+    )
+    if recipe.search is None or not recipe.data.train or problems or "data" in deleted:
         return problems
     shared = shared_parts(find_sources(recipe.data, output=recipe.root), "calibration", "train")
     if not shared:
@@ -135,7 +172,7 @@ def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
     ]
 
 
-def _task_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
+def _task_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collection[str]) -> list[str]:
     from minitron_mp.evaluation.task_files import check_tokens, read_task_file
 
     def check(path: Path, limit: int | None) -> None:
@@ -151,6 +188,8 @@ def _task_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
         tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
     problems = []
     for name, (path, limit) in tasks.items():
+        if name.split(".")[0] in deleted and not Path(path).exists():
+            continue
         problems += [f"{name}: {row}" for row in _problems_of(partial(check, Path(path), limit))]
     return problems
 

@@ -210,7 +210,7 @@ def test_model_is_never_overwritten(here, recipe, inputs, tmp_path):
     words = [f"model={tmp_path / 'out' / 'student_hf'}", f"output={tmp_path / 'out'}"]
     refused(
         here("compress", recipe, *words),
-        "student_hf would be overwritten by the stage export; set another output",
+        "student_hf, which the stage export replaces; copy it out of the output folder",
     )
 
 
@@ -434,7 +434,7 @@ def test_fewer_ranks_than_the_layout_needs(recipe, on_ranks):
 def test_output_that_cannot_be_a_folder(recipe, on_ranks):
     refused(
         on_ranks(1, "compress", recipe, f"output={recipe}")[0],
-        f"the output folder {recipe} cannot be written",
+        f"output: {recipe} is a file, not a folder; move it, or set another output",
     )
     assert recipe.is_file()
 
