@@ -28,9 +28,10 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     from minitron_mp.data.sources import find_all_sources, unused_text
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.model_folder import has_weights
+    from minitron_mp.workflow.file_checks import available_tokenizer
     from minitron_mp.workflow.graph import StageGraph
     from minitron_mp.workflow.output_folder import output_problems
-    from minitron_mp.workflow.preflight import artifact_arch, available_tokenizer, recipe_problems
+    from minitron_mp.workflow.preflight import artifact_arch, recipe_problems
 
     teacher_folder = recipe.teacher.model or recipe.model
     models = [Path(folder) for folder in dict.fromkeys([recipe.model, teacher_folder])]

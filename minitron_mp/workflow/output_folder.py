@@ -113,7 +113,7 @@ def _inputs(recipe: Recipe) -> dict[str, Iterator[Path]]:
     texts |= {f"data.{part}": getattr(data, part) for part in ("calibration", "train", "valid")}
     texts |= {f"data.held_out.{name}": entries for name, entries in data.held_out.items()}
     for key, entries in texts.items():
-        inputs[key] = (path for entry in entries for path in _text_inputs(entry))
+        inputs[key] = (path for entry in entries for path in _text_inputs(entry, recipe.root))
     tasks = {f"evaluate.tasks.{name}": path for name, path in recipe.evaluate.tasks.items()}
     if recipe.depth.task:
         tasks["depth.task"] = recipe.depth.task
@@ -128,23 +128,28 @@ def _folder_inputs(entry: str) -> Iterator[Path]:
         yield from (path for path in Path(entry).iterdir() if path.is_symlink())
 
 
-def _text_inputs(entry: str) -> Iterator[Path]:
+def _text_inputs(entry: str, output: Path) -> Iterator[Path]:
     """Yield a text path, the two files of Megatron data with this prefix, and the links in a folder."""
     yield Path(entry)
     prefix = entry.removesuffix(".bin").removesuffix(".idx")
     yield Path(prefix + ".bin")
     yield Path(prefix + ".idx")
-    yield from _links_in(entry)
+    yield from _links_in(entry, output)
 
 
-def _links_in(folder: str) -> Iterator[Path]:
-    """Yield the links in a folder and its subfolders. It needs no stat() of each file."""
+def _links_in(folder: str, output: Path) -> Iterator[Path]:
+    """Yield the links in a folder and its subfolders. It needs no stat() of each file.
+
+    Output folders in it are left out, as in the text (data/folders.py).
+    """
+    from minitron_mp.data.folders import is_output
+
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():
                 yield Path(entry.path)
-            elif entry.is_dir():
-                yield from _links_in(entry.path)
+            elif entry.is_dir() and not is_output(Path(entry.path), output):
+                yield from _links_in(entry.path, output)
 
 
 def _find_written(path: Path, written: Sequence[_Written]) -> _Written | None:
