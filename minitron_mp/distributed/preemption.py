@@ -140,10 +140,10 @@ def watch_for_preemption(output: Path) -> Iterator[Preemption]:
         if speaks():  # print() may be interrupted in the middle of a line
             os.write(2, b"Ctrl-C: stops at the next step or stage; once more: stops at once\n")
 
-    previous = {
-        number: signal.signal(number, handler)
-        for number, handler in ((signal.SIGTERM, record), (signal.SIGINT, interrupt))
-    }
+    handlers = {signal.SIGTERM: record}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a background job of a shell ignores it
+        handlers[signal.SIGINT] = interrupt
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield preemption
     finally:
