@@ -167,6 +167,8 @@ def _table_records(path: Path, field: str) -> Iterator[Record]:
         ) from error
     number = 0
     with reading(path):
+        if path.stat().st_size == 0:
+            return
         try:
             # Without buffers the file is read by column and row group, which may be gigabytes.
             with ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_CHARACTERS) as table:

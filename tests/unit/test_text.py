@@ -260,11 +260,11 @@ def test_text_field_may_be_nested_or_have_a_dot(tmp_path):
 
 
 def test_empty_files_and_blank_records_are_counted(tmp_path):
-    for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.txt.bz2"):
+    for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.jsonl.zst", "e.txt.bz2", "h.parquet"):
         write(tmp_path / name, "")
     write(tmp_path / "f.txt", "\n \n")
     write(tmp_path / "g.jsonl", '{"text": ""}\n\n{"text": " \\n"}\n{"text": "word"}\n')
-    assert read(tmp_path) == (["word"], {unused.EMPTY: 5, unused.BLANK: 3})
+    assert read(tmp_path) == (["word"], {unused.EMPTY: 6, unused.BLANK: 3})
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
