@@ -65,7 +65,9 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
             except InputError as error:
                 problems.append(str(error))
             else:
-                pieces += [(path, piece)] if piece else []
+                pieces += [(path, piece)] if piece and piece.text.strip() else []
+        if step == 1 and not pieces and not source.prefixes and not problems:
+            problems.append(f"all files of {name} are empty ({paths[0]}); give files with text")
         if tokenizer is not None:
             problems += _token_problems(pieces, source.prefixes, tokenizer)
     if len(problems) > SHOWN_PROBLEMS:

@@ -95,6 +95,8 @@ def test_imports_exist(page):
 @pages
 def test_recipe_keys_exist(page):
     """Keys written as section.key are keys of the recipe."""
+    if page.name == "errors.md":
+        pytest.skip("it shows mistakes")
     text = re.sub(r"^```python\n.*?^```", "", text_of(page), flags=re.M | re.S)
     found = re.findall(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})(?:\.\w+)+)(?![\w(/])", text)
     keys = {key for key in found if key.split(".")[-1] not in FILE_SUFFIXES}

@@ -220,7 +220,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("An empty folder", ("data.source=empty",), lambda project: (project / "empty").mkdir()),
         Mistake("A folder without text", ("data.source=images",), write("images/a.png", b"\x89PNG\r\n")),
         Mistake("A file of another kind", ("data.source=text.csv",), write("text.csv", "a,b\n")),
-        Mistake("Empty files", ("data.source=empty.txt",), write("empty.txt", "")),
+        Mistake("An empty file", ("data.source=empty.txt",), write("empty.txt", "")),
         Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
         Mistake(
             "An .idx file that is none",
