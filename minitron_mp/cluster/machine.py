@@ -9,7 +9,6 @@ import os
 import platform
 import resource
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -21,17 +20,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from minitron_mp.cluster.checks import CheckResult, Verdict, failed, ok, warning
+from minitron_mp.cluster.temporary_folder import check_temporary_folder
 from minitron_mp.models.number_formats import FP8_SUPPORT
 
 MAIN_PACKAGES = ("torch", "megatron-core", "transformers")
 """Packages with a separate row in the table."""
-
-
-MIN_TEMPORARY_BYTES = 100 << 20
-"""Free space in TMPDIR below which there is a warning."""
-
-MAX_TEMPORARY_PATH = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""Longest TMPDIR in which Python's multiprocessing can make a socket."""
 
 
 @dataclass(frozen=True)
@@ -193,37 +186,6 @@ def check_limits() -> list[CheckResult]:
         results.append(warning("pinned memory", detail, "docker run --ulimit memlock=-1"))
     results += check_temporary_folder(os.path.expandvars("$TMPDIR"))
     return results or [ok("limits", "shared memory, open files, pinned memory and TMPDIR are sufficient")]
-
-
-def check_temporary_folder(folder: str) -> list[CheckResult]:
-    """Check that a temporary folder exists, can be written, has space and a short path.
-
-    folder: value of TMPDIR; "$TMPDIR" if it is not set. Without a usable TMPDIR, Python uses /tmp.
-    """
-    if folder in ("$TMPDIR", ""):
-        folder = "/tmp"
-    advice = "set TMPDIR to an existing local folder, for example /tmp"
-    if not Path(folder).is_dir():
-        return [warning("temporary folder", f"TMPDIR {folder} is no folder; /tmp is used", advice)]
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        detail = f"TMPDIR {folder} cannot be written ({error.strerror}); /tmp is used"
-        return [warning("temporary folder", detail, advice)]
-    results = []
-    free = shutil.disk_usage(folder).free
-    if free < MIN_TEMPORARY_BYTES:
-        detail = f"TMPDIR {folder} has {free >> 20} MiB free"
-        results.append(warning("temporary folder", detail, "free some space, or " + advice))
-    length = len(os.fsencode(folder))
-    if length > MAX_TEMPORARY_PATH:
-        detail = (
-            f"TMPDIR has a path of {length} bytes; sockets that libraries make below it may have 107 bytes "
-            "with their names"
-        )
-        results.append(warning("temporary folder", detail, "set TMPDIR to a shorter path, for example /tmp"))
-    return results
 
 
 def check_gpus(fp8: Mapping[str, str], only: int | None = None) -> list[CheckResult]:

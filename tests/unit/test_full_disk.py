@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from minitron_mp.artifacts.files import write_text
-from minitron_mp.cluster import machine
-from minitron_mp.cluster.machine import check_temporary_folder
+from minitron_mp.cluster import temporary_folder
+from minitron_mp.cluster.temporary_folder import check_temporary_folder
 from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 
@@ -51,8 +51,8 @@ def test_metrics_on_a_full_disk(tmp_path):
 
 
 def test_temporary_folder_without_problems(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "MIN_TEMPORARY_BYTES", 0)
-    monkeypatch.setattr(machine, "MAX_TEMPORARY_PATH", 4096)
+    monkeypatch.setattr(temporary_folder, "MIN_TEMPORARY_BYTES", 0)
+    monkeypatch.setattr(temporary_folder, "MAX_TEMPORARY_PATH", 4096)
     assert check_temporary_folder(str(tmp_path)) == []
     assert check_temporary_folder("$TMPDIR") == []
 
@@ -77,11 +77,11 @@ def test_doctor_warns_of_a_temporary_folder(tmp_path, monkeypatch, case, detail)
         monkeypatch.setattr(tempfile, "TemporaryFile", full)
     if case == "full":
         disk = namedtuple("disk", "total used free")(1 << 30, 0, 3 << 20)
-        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: disk)
+        monkeypatch.setattr(temporary_folder.shutil, "disk_usage", lambda path: disk)
     if case != "long":
-        monkeypatch.setattr(machine, "MAX_TEMPORARY_PATH", 4096)
+        monkeypatch.setattr(temporary_folder, "MAX_TEMPORARY_PATH", 4096)
     if case != "full":
-        monkeypatch.setattr(machine, "MIN_TEMPORARY_BYTES", 0)
+        monkeypatch.setattr(temporary_folder, "MIN_TEMPORARY_BYTES", 0)
     (result,) = check_temporary_folder(str(folder))
     assert (result.check, result.verdict) == ("temporary folder", "warning")
     assert detail in result.detail
