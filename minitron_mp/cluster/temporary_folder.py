@@ -1,4 +1,4 @@
-"""Check of the folder for temporary files, TMPDIR."""
+"""Check of TMPDIR."""
 
 from __future__ import annotations
 
