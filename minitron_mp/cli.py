@@ -6,19 +6,21 @@ The parser imports neither torch nor megatron.
 from __future__ import annotations
 
 import io
+import locale
 import logging
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from minitron_mp.config.recipe import Recipe, load_recipe
-from minitron_mp.console import say, speaks
-from minitron_mp.errors import InputError
+from minitron_mp.console import launched, rank_name, say, speaks
+from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages import STAGES
 
@@ -159,14 +161,18 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Write report.md and report.html again from the artifacts."""
     resolved = load_recipe(recipe, overrides or [])
     from minitron_mp.artifacts.manifest import require_artifact
+    from minitron_mp.distributed.job import sigterm_exits
     from minitron_mp.report.report import write_report
     from minitron_mp.workflow.graph import StageGraph
+    from minitron_mp.workflow.output_folder import locked_output
 
     graph = StageGraph(resolved)
+    graph.check_output(report=True)
     for name in ("evaluate", "export"):
         graph.require_inputs(name)
         require_artifact(graph.paths[name], name, graph.manifest(name))
-    write_report(graph)
+    with sigterm_exits(), locked_output(resolved.root):
+        write_report(graph)
 
 
 @app.command()
@@ -247,11 +253,22 @@ def reference(
         say(f"reference: {output}")
 
 
+def _require_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if the locale has another encoding.
+
+    torch and other libraries read their own files in the encoding of the locale, and fail.
+    """
+    encoding = locale.getpreferredencoding(False).lower().replace("-", "").replace("_", "")
+    if encoding != "utf8" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """Run the command line.
 
     An InputError or an OSError is printed without a traceback, and the exit code is 2.
     """
+    _require_utf8()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # file names and texts may have any characters
             stream.reconfigure(errors="backslashreplace")
@@ -264,11 +281,32 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        if speaks():
-            errors = Console(stderr=True, highlight=False)
-            errors.print("[bold red]error:[/] ", end="")
-            errors.print(str(error), markup=False, soft_wrap=True)
-        else:
-            # torchrun stops all ranks when the first one exits, so rank 0 must print first.
-            time.sleep(3)
-        sys.exit(2)
+        _exit_with(os_error_text(error) if isinstance(error, OSError) else str(error))
+    except RuntimeError as error:
+        if not (launched() and _is_lost_connection(error)):
+            raise
+        reason = str(error).splitlines()[0]
+        _exit_with(
+            f"another rank has ended or cannot be reached ({reason}); see the output of the rank that ended "
+            "first. The same command resumes",
+            code=1,
+        )
+
+
+def _exit_with(text: str, code: int = 2) -> NoReturn:
+    """Print an error and exit."""
+    if not speaks():
+        # torchrun stops all ranks when the first one exits, so rank 0 must print first. After this
+        # pause only an error that rank 0 does not have is left.
+        time.sleep(3)
+        text = f"{rank_name()}: {text}"
+    errors = Console(stderr=True, highlight=False)
+    errors.print("[bold red]error:[/] ", end="")
+    errors.print(text, markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether gloo, NCCL or the store of the job has lost a rank."""
+    is_of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return is_of_torch or "by peer" in str(error) or "Broken pipe" in str(error)

@@ -48,6 +48,11 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
+def rank_name() -> str:
+    """Return "rank N" for messages of ranks other than 0."""
+    return f"rank {os.environ.get('RANK', '0')}"
+
+
 def say(text: str) -> None:
     """Print a line on rank 0."""
     if speaks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 
 
@@ -13,6 +14,19 @@ def refuse(title: str, problems: Sequence[str]) -> None:
     """Raise one InputError that lists every problem. Do nothing if the list is empty."""
     if problems:
         raise InputError("\n".join([title, *(f"  - {problem}" for problem in problems)]))
+
+
+def os_error_text(error: OSError) -> str:
+    """Return the text of an OSError, with what to do where that is known."""
+    advice = {
+        errno.ENOSPC: "free some space or set another output; the same command resumes",
+        errno.EDQUOT: "the quota is used up: free some space or set another output; the same command resumes",
+        errno.EFBIG: "the file is above the limit of the file system or of `ulimit -f`",
+        errno.EROFS: "set another output",
+        errno.EACCES: "change the permissions, or set another output",
+    }
+    text = str(error)
+    return f"{text}; {advice[error.errno]}" if error.errno in advice else text
 
 
 def must_divide(name: str, size: int, micro_batch_size: int, dp: int, interleaved: int = 1) -> str | None:

@@ -2,9 +2,11 @@
 
 manifest          Manifest, find_manifest, require_artifact, writing_artifact
 checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpointWriter
+writer_processes  the processes that write a checkpoint end with their parent
 saved_model       load_model, save_model, save_state
 hf_folder         import_hf, export_hf: Hugging Face folder to checkpoint and back
 optimizer_state   the distributed optimizer's state at any layout
+output_lock       locked: one job at a time in an output folder
 run_log           append_record, records_of
 curves            CORRECTION, DISTILLATION: metrics files of training runs
 files             atomic writes, fingerprints

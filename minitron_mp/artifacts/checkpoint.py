@@ -11,6 +11,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import ProcessError
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 
 from minitron_mp.artifacts.files import aside_path
 from minitron_mp.artifacts.manifest import Manifest, commit_artifact, prepare_artifact
+from minitron_mp.artifacts.writer_processes import forked_writers
 from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
@@ -195,15 +197,16 @@ def save_checkpoint(
     InputError before a file is written.
     """
     _prepare(state, folder)
-    with _write_errors(folder):
-        dist_checkpointing.save(state, str(aside_path(folder)))
 
     def finish() -> None:
         if extra is not None:
             extra(aside_path(folder))
         commit_artifact(folder, manifest)
 
-    on_rank_0(finish)
+    with _write_errors(folder):
+        with forked_writers():
+            dist_checkpointing.save(state, str(aside_path(folder)))
+        on_rank_0(finish)
 
 
 class AsyncCheckpointWriter:
@@ -228,7 +231,7 @@ class AsyncCheckpointWriter:
         self.finish()  # the queue may hold the calls of one checkpoint only
         _prepare(state, folder)
         self.folder = folder
-        with _write_errors(folder):
+        with _write_errors(folder), forked_writers():
             request = dist_checkpointing.save(
                 state, str(aside_path(folder)), async_sharded_save=True, **WRITER_OPTIONS
             )
@@ -259,6 +262,15 @@ class AsyncCheckpointWriter:
         with _write_errors(self.folder):
             self.queue.maybe_finalize_async_calls(blocking=True)
 
+    def abandon(self) -> None:
+        """Stop this rank's writers after an error or an interrupt, and delete their files."""
+        if not self.pending:
+            return
+        for call in self.queue.async_calls:
+            call.async_caller.close(abort=True)
+        self.queue.async_calls.clear()
+        _discard(self.folder)
+
 
 def _prepare(state: dict[str, Any], folder: Path) -> None:
     """Check the free space and make the temporary folder."""
@@ -270,16 +282,39 @@ def _prepare(state: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
+    """Convert the errors of a save to InputError, and delete the incomplete files.
+
+    It does not communicate, because an error may be on one rank only, while the other ranks wait in
+    a collective of Megatron.
+    """
     try:
         yield
-    except InputError:
-        raise
+    except (EOFError, ConnectionError, ProcessError) as error:
+        _discard(folder)
+        raise InputError(
+            f"{folder} could not be written: the helper process of the checkpoint writers has ended "
+            f"({_cause(error)}). It may have been killed, for example for lack of memory; run the same "
+            "command again"
+        ) from error
     except (OSError, RuntimeError, CheckpointException) as error:
         # The cause may be a quota or a lost mount. The old artifact is unchanged.
-        on_rank_0(lambda: shutil.rmtree(aside_path(folder), ignore_errors=True))
+        _discard(folder)
+        if isinstance(error, dist.DistError) or "closed by peer" in str(error):
+            raise InputError(
+                f"another rank has ended while {folder} was written ({_cause(error)}); see its error"
+            ) from error
         raise InputError(
             f"{folder} could not be written: {_cause(error)}; check the disk, or set another output"
         ) from error
+    except BaseException:  # of `extra`, or an interrupt
+        _discard(folder)
+        raise
+
+
+def _discard(folder: Path) -> None:
+    """Delete the temporary folder of an artifact, on rank 0."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside_path(folder), ignore_errors=True)
 
 
 def check_room(num_bytes: float, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ CARD = "README.md"
 def read_json(path: Path, stage: str) -> Any:
     """Return the content of a JSON file that a stage wrote. InputError if missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is missing or damaged ({error}); delete it and run `minitron-mp {stage}` again"
@@ -59,15 +60,23 @@ def hidden_sibling(path: Path, word: str) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file atomically."""
+    """Write a small file atomically. After an error, such as a full disk, the old file is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside_path(path).write_bytes(content)
-    os.replace(aside_path(path), path)
+    temporary = aside_path(path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not name its file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def fingerprint_files(paths: list[Path]) -> str:
@@ -79,7 +88,8 @@ def fingerprint_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
         size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode(errors="surrogateescape"))
+        # The bytes of a name are the same in every locale, also if they are not UTF-8.
+        digest.update(os.fsencode(path.name) + f":{size};".encode())
         is_sampled = size > SAMPLED_ABOVE_BYTES
         with path.open("rb") as file:
             while part := file.read(SAMPLE_BYTES if is_sampled else SAMPLE_EVERY_BYTES):

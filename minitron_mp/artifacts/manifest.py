@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,9 @@ FORMAT = 2
 
 MANIFEST = "manifest.json"
 
+CHECKPOINT_NAME = re.compile(r"step_\d{8}|\.step_\d{8}\.(tmp|old)")
+"""Name of a checkpoint folder after a step, or of its temporary siblings."""
+
 
 class Manifest(BaseModel):
     """The origin of an artifact. inputs: name -> fingerprint of the artifact that was read."""
@@ -41,6 +45,9 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     arch: Arch | None = None
     format: int = FORMAT
+    sources: dict[str, list[str]] = {}
+    """Name in `inputs` of the user's files -> their absolute paths. They are not part of the
+    fingerprint. An artifact stays valid when the files at these paths are deleted."""
     made_by: str = ""
     """Version of this library, for information. It is not part of the fingerprint."""
 
@@ -59,7 +66,18 @@ class Manifest(BaseModel):
             {"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format}
         )
         rows += [f"settings.{row}" for row in differing_fields(_flat(self.settings), _flat(other.settings))]
-        return rows + [f"input {row}" for row in differing_fields(self.inputs, other.inputs)]
+        for row in differing_fields(self.inputs, other.inputs):
+            rows.append(f"input {row}{self._changed_files(row.partition(':')[0], other)}")
+        return rows
+
+    def _changed_files(self, name: str, other: Manifest) -> str:
+        """Return the paths of the user's files that differ; "" for an artifact."""
+        before, now = self.sources.get(name), other.sources.get(name)
+        if not before or not now:
+            return ""
+        if before == now:
+            return f" ({', '.join(now)} has changed since)"
+        return f" (from {', '.join(before)}, here {', '.join(now)})"
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -89,9 +107,9 @@ def find_manifest(artifact: Path) -> Manifest | None:
         )
     try:
         if artifact.is_dir():
-            text = (artifact / MANIFEST).read_text()
+            text = (artifact / MANIFEST).read_text(encoding="utf-8")
         elif artifact.suffix == ".json":
-            text = json.dumps(json.loads(artifact.read_text())["manifest"])
+            text = json.dumps(json.loads(artifact.read_text(encoding="utf-8"))["manifest"])
         else:
             from safetensors import safe_open
 
@@ -169,10 +187,17 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
     """Replace the artifact by aside_path(folder) with its manifest. Rank 0 calls it at the end."""
     old = hidden_sibling(folder, "old")
     write_text(aside_path(folder) / MANIFEST, manifest.model_dump_json(indent=1))
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside_path(folder).rename(folder)
+    while True:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        try:
+            aside_path(folder).rename(folder)
+            break
+        except OSError:
+            # Another command, such as a dry run, has restored the old artifact between the renames.
+            if not folder.exists():
+                raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -181,7 +206,9 @@ def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
 
     Checkpoints of other runs and other files are kept.
     """
-    for path in folder.glob("*step_*"):
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if not CHECKPOINT_NAME.fullmatch(path.name):
+            continue
         is_partial = path.name.startswith(".") or not (path / MANIFEST).is_file()
         if is_partial or _fingerprint_in(path) == manifest.fingerprint:
             shutil.rmtree(path, ignore_errors=True)
@@ -191,4 +218,4 @@ def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
 
 
 def _fingerprint_in(folder: Path) -> str:
-    return Manifest.model_validate_json((folder / MANIFEST).read_text()).fingerprint
+    return Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8")).fingerprint

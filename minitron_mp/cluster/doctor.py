@@ -27,6 +27,7 @@ from minitron_mp.cluster.machine import (
 )
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import console, launched, say, speaks
+from minitron_mp.distributed.job import require_launcher
 from minitron_mp.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def doctor(
     """
     start = time.monotonic()
     results = [*check_packages(), *check_limits()]
+    try:
+        require_launcher()
+    except InputError as error:
+        results.append(failed("launcher", str(error)))
     recipe: Recipe | None = None
     if path is None:
         results.append(ok("recipe", "no recipe given; model, tokenizer and folders are not checked"))

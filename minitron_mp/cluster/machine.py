@@ -5,6 +5,7 @@ torch is imported only to check GPUs, and Megatron-Core is not imported.
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import shutil
@@ -19,6 +20,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from minitron_mp.cluster.checks import CheckResult, Verdict, failed, ok, warning
+from minitron_mp.cluster.temporary_folder import check_temporary_folder
 from minitron_mp.models.number_formats import FP8_SUPPORT
 
 MAIN_PACKAGES = ("torch", "megatron-core", "transformers")
@@ -182,7 +184,8 @@ def check_limits() -> list[CheckResult]:
     if has_infiniband and pinned != resource.RLIM_INFINITY:
         detail = f"limit is {pinned >> 10} KiB; InfiniBand pins all buffers that it sends"
         results.append(warning("pinned memory", detail, "docker run --ulimit memlock=-1"))
-    return results or [ok("limits", "shared memory, open files and pinned memory are sufficient")]
+    results += check_temporary_folder(os.path.expandvars("$TMPDIR"))
+    return results or [ok("limits", "shared memory, open files, pinned memory and TMPDIR are sufficient")]
 
 
 def check_gpus(fp8: Mapping[str, str], only: int | None = None) -> list[CheckResult]:

@@ -28,30 +28,42 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
     from minitron_mp.data.sources import find_all_sources, unused_text
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.model_folder import has_weights
+    from minitron_mp.workflow.file_checks import available_tokenizer
     from minitron_mp.workflow.graph import StageGraph
-    from minitron_mp.workflow.preflight import recipe_problems
+    from minitron_mp.workflow.output_folder import output_problems
+    from minitron_mp.workflow.preflight import artifact_arch, recipe_problems
 
     teacher_folder = recipe.teacher.model or recipe.model
     models = [Path(folder) for folder in dict.fromkeys([recipe.model, teacher_folder])]
     try:
         project = StageGraph(recipe)
-        weights = all(has_weights(folder) for folder in models if folder.is_dir())
-        problems = recipe_problems(recipe, project.paths, job_size, weights=weights)
+        deleted = project.deleted_sources()
+        weights = bool(deleted) or all(has_weights(folder) for folder in models if folder.is_dir())
+        problems = output_problems(recipe, project.paths, report=True)
+        problems += recipe_problems(recipe, project.paths, job_size, weights=weights, deleted=set(deleted))
     except InputError as error:
         return [failed("recipe", str(error))]
     if problems:
         return [failed("recipe", problem) for problem in problems]
     results = [ok("recipe", f"valid; models: {', '.join(map(str, models))}")]
-    not_used = unused_text(find_all_sources(recipe.data, recipe.root)).summary() if weights else ""
+    not_used = ""
+    if weights:
+        sources = find_all_sources(
+            recipe.data, recipe.root, parts="data" not in deleted, held_out="texts" not in deleted
+        )
+        not_used = unused_text(sources).summary()
     if not_used:
         results.append(warning("text", f"not used: {not_used}", "convert or unpack what is text"))
     if not weights:
         detail = "the folder has config.json but no weights"
         results.append(warning("model", detail, "download model.safetensors before a run"))
     if job.rank == 0:
-        base = read_arch(models[0], weights=False)
-        teacher = read_arch(models[-1], weights=False)
-        results.append(check_tokenizer(recipe, base))
+        teacher_stage = "import-teacher" if recipe.teacher.model else "import"
+        base, teacher = (
+            artifact_arch(project.paths, stage) if stage in deleted else read_arch(folder, weights=False)
+            for folder, stage in ((models[0], "import"), (models[-1], teacher_stage))
+        )
+        results.append(check_tokenizer(available_tokenizer(recipe, project.paths, deleted), base))
         results.append(check_disk_space(project, base, teacher))
     return results
 
@@ -84,11 +96,10 @@ def requested_fp8(recipe: Recipe | None) -> dict[str, str]:
     return {key: kind for key, kind in kinds.items() if kind}
 
 
-def check_tokenizer(recipe: Recipe, arch: Arch) -> CheckResult:
+def check_tokenizer(folder: Path, arch: Arch) -> CheckResult:
     """Check that the tokenizer loads, and whether the model has an embedding for each of its ids."""
     from minitron_mp.data.tokenizer import for_model, load_tokenizer
 
-    folder = recipe.data.tokenizer or recipe.model
     try:
         tokenizer = for_model(load_tokenizer(folder), arch.vocab_size)
     except InputError as error:

@@ -1,7 +1,8 @@
 """What a recipe may contain: frozen schemas, the rules between them, and YAML.
 
-recipe         Recipe, load_recipe, make_recipe, save_recipe
+recipe         Recipe, load_recipe, make_recipe, recipe_yaml
 base           Section, the base class of all sections
+paths          UserPath: ~ and environment variables in paths
 data           DataConfig, EvaluateConfig, ExportConfig
 parallel       ParallelConfig
 pruning        ScoreConfig, TargetConfig, DepthConfig, SearchConfig

@@ -28,9 +28,6 @@ def _with_suffix(value: object) -> object:
 Count = Annotated[float, BeforeValidator(_with_suffix)]
 """A number, or a number with the suffix K, M or B."""
 
-Paths = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""A list of paths. A single path may be given without brackets."""
-
 
 class Section(BaseModel):
     """A frozen part of a recipe. Unknown keys are errors."""

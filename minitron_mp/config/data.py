@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from minitron_mp.config.base import NOT_IN_RESULT, Paths, Section
+from minitron_mp.config.base import NOT_IN_RESULT, Section
+from minitron_mp.config.paths import UserPath, UserPathOrPaths, UserPaths
 
 PARTS = ("calibration", "train", "valid")
 
@@ -15,17 +16,17 @@ PARTS = ("calibration", "train", "valid")
 class DataConfig(Section):
     """Text for calibration, training and held-out evaluation."""
 
-    source: str | list[str] = "python-stdlib"
+    source: UserPathOrPaths = "python-stdlib"
     """Files or folders of .txt, .jsonl, .json and .parquet (docs/text.md), or Megatron .bin/.idx
     prefixes. Their documents are split into the three parts. If the source has few documents,
     pieces of documents are split instead. The default is the source code of Python's standard
     library."""
-    calibration: Paths = []
+    calibration: UserPaths = []
     """Text for calibration, as for `source`. It is not split. `calibration`, `train` and `valid`
     together replace `source`."""
-    train: Paths = []
+    train: UserPaths = []
     """Text for training. It is not split."""
-    valid: Paths = []
+    valid: UserPaths = []
     """Held-out text. It is not split."""
     text_field: str = Field(default="text", min_length=1)
     """Field of the text in the records of .jsonl, .json and .parquet. a.b is the field b of the
@@ -35,10 +36,10 @@ class DataConfig(Section):
     size."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sample."""
-    tokenizer: str | None = None
+    tokenizer: UserPath | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
     model."""
-    held_out: dict[str, Paths] = {}
+    held_out: dict[str, UserPaths] = {}
     """Further texts for `evaluate`: name -> files or folders, as for `source`. Example:
     {pretraining: [old/]}."""
 
@@ -75,7 +76,7 @@ class EvaluateConfig(Section):
     """Samples of held-out text."""
     micro_batch_size: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Samples, or options of a task, per forward pass."""
-    tasks: dict[str, str] = {}
+    tasks: dict[str, UserPath] = {}
     """Name -> .jsonl file of multiple-choice or last-word items. docs/evaluation.md describes the
     format. Example: {piqa: tasks/piqa.jsonl}."""
     task_items: int | None = Field(default=None, ge=1)

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.paths import UserPath
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.losses.parameters import complete_parameters
 
@@ -135,7 +136,7 @@ class DistillConfig(TrainingConfig):
 class TeacherConfig(Section):
     """Where the teacher runs while the student is distilled, and what it sends."""
 
-    model: str | None = None
+    model: UserPath | None = None
     """Hugging Face folder of the teacher of distillation, if it is not the model that is pruned.
     Both must have the same vocabulary. Use it for iterative compression (2407.14679: 15B -> 8B ->
     4B, with the 15B model as the teacher)."""
@@ -167,7 +168,7 @@ class TeacherConfig(Section):
     window: int = Field(default=3, ge=1)
     """Largest number of microbatches by which a copy of a remote teacher may be ahead of the
     student. It limits memory on both sides."""
-    siblings: dict[str, int] = {}
+    siblings: dict[UserPath, int] = {}
     """Further students of a remote teacher: path of a recipe -> number of ranks. `distill` trains
     them in the same job from the same stream. Their ranks come after the student's ranks and
     before the teacher's. Their recipes must have the same model, text, batches and steps."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from minitron_mp.config.base import NOT_IN_RESULT, Count, Section
+from minitron_mp.config.paths import UserPath
 
 SequenceAggregation = Literal["mean", "l2", "var"]
 BatchAggregation = Literal["mean", "l2", "var"]
@@ -127,7 +128,7 @@ class DepthConfig(Section):
     are equal, the higher likelihood of the correct options decides."""
     num_samples: int = Field(default=32, ge=1)
     """Calibration samples, for metric loss."""
-    task: str | None = None
+    task: UserPath | None = None
     """File of items (.jsonl), for metric task. It has the format of evaluate.tasks."""
     task_items: int | None = Field(default=None, ge=1)
     """Use only the first items of the task. Default: all."""

@@ -14,6 +14,7 @@ from minitron_mp.config.base import Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
 from minitron_mp.config.distillation import DistillConfig, TeacherConfig
 from minitron_mp.config.parallel import ParallelConfig
+from minitron_mp.config.paths import UserPath, variables_for_omegaconf
 from minitron_mp.config.pruning import DepthConfig, ScoreConfig, SearchConfig, TargetConfig
 from minitron_mp.config.rules import rule_problems
 from minitron_mp.config.training import CorrectionConfig
@@ -23,12 +24,16 @@ if typing.TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 
+RESOLVED_RECIPE = "resolved_recipe.yaml"
+"""File in the output folder with the recipe of the last command, with all defaults."""
+
+
 class Recipe(Section):
     """All settings of one compression run."""
 
-    model: str = Field(min_length=1)
+    model: UserPath = Field(min_length=1)
     """Hugging Face folder of the model to prune: config.json, safetensors, tokenizer."""
-    output: str = Field(min_length=1)
+    output: UserPath = Field(min_length=1)
     """Folder for all artifacts."""
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed for the split of the text into parts and for the order of the samples."""
@@ -113,7 +118,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             loaded: Any = OmegaConf.load(file)
         if isinstance(loaded, DictConfig):
             loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(loaded, resolve=True)
+        values = OmegaConf.to_container(loaded, resolve=False)
+        if isinstance(values, dict):
+            values = variables_for_omegaconf(values, Recipe.model_fields, str(path))
+            values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except InputError:
+        raise
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
     return make_recipe(values, source=str(path))
@@ -136,11 +146,20 @@ def make_recipe(values: object, source: str = "recipe") -> Recipe:
         raise
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML, with all defaults."""
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, with all defaults. load_recipe() reads it."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.create(recipe.model_dump()), path)
+    return OmegaConf.to_yaml(OmegaConf.create(_without_references(recipe.model_dump())))
+
+
+def _without_references(value: Any) -> Any:
+    """Return the values with ${ escaped, because OmegaConf would read it as a reference."""
+    if isinstance(value, dict):
+        return {key: _without_references(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_references(part) for part in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def section_type(annotation: Any) -> type[Section] | None:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from minitron_mp.config.base import NOT_IN_RESULT, Section
+from minitron_mp.config.paths import UserPath
 
 FP8Scaling = Literal["tensorwise", "delayed", "blockwise"]
 """Scaling of FP8 numbers. tensorwise: by the largest value of the current tensor. delayed: by the
@@ -140,7 +141,7 @@ class CorrectionConfig(TrainingConfig):
     warmup_steps: int = Field(default=120, ge=0)
     """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
     cosine."""
-    baseline: str | None = Field(default=None, json_schema_extra=NOT_IN_RESULT)
+    baseline: UserPath | None = Field(default=None, json_schema_extra=NOT_IN_RESULT)
     """Output folder of a run of the same recipe without this section. The report compares the two
     students."""
     divergence: ClassVar = "forward_kl"

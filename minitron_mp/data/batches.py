@@ -22,7 +22,7 @@ from minitron_mp.data.corpus import prefixes_of, tokens_of
 from minitron_mp.data.sources import PARTS
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.distributed.batch import Batch
-from minitron_mp.errors import InputError, must_divide, refuse
+from minitron_mp.errors import InputError, must_divide, os_error_text, refuse
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -111,7 +111,17 @@ def _gpt_dataset(corpus: Corpus, prefix: str, num_samples: int, index: Path) -> 
         reset_position_ids=False,
         eod_mask_loss=False,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
+    try:
+        return builder.build()[0]
+    except Exception as error:
+        # Megatron replaces an OSError, such as a full disk, by a plain Exception on rank 0.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(
+            f"{index}, the order of the samples, cannot be written: {os_error_text(cause)}; check the disk"
+        ) from error
 
 
 def _interleave(datasets: list[Dataset], counts: list[int]) -> Dataset:

@@ -26,15 +26,25 @@ SHOWN_PROBLEMS = 5
 """Number of problems that are shown of one text."""
 
 
-def corpus_problems(data: DataConfig, output: Path, tokenizer: Tokenizer | None) -> list[str]:
+def corpus_problems(
+    data: DataConfig,
+    output: Path,
+    tokenizer: Tokenizer | None,
+    *,
+    parts: bool = True,
+    held_out: bool = True,
+) -> list[str]:
     """Return a sentence for each path or file of the recipe's text that cannot be used.
 
-    output: as in find_sources(). tokenizer: None if it cannot be loaded.
+    output: as in find_sources(). tokenizer: None if it cannot be loaded. parts, held_out: as in
+    find_all_sources().
     """
     problems = []
-    for held_out in (False, True):
+    for is_held_out, is_wanted in ((False, parts), (True, held_out)):
+        if not is_wanted:
+            continue
         try:
-            sources = find_sources(data, held_out, output)
+            sources = find_sources(data, is_held_out, output)
         except InputError as error:
             problems += [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
         else:

@@ -66,9 +66,13 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
     return sources
 
 
-def find_all_sources(data: DataConfig, output: Path) -> Sources:
-    """Return the text of find_sources() with that of data.held_out."""
-    return find_sources(data, output=output) | find_sources(data, held_out=True, output=output)
+def find_all_sources(data: DataConfig, output: Path, *, parts: bool = True, held_out: bool = True) -> Sources:
+    """Return the text of the parts and of data.held_out.
+
+    output: as in find_sources(). parts, held_out: False leaves out this text.
+    """
+    sources: Sources = find_sources(data, output=output) if parts else {}
+    return sources | (find_sources(data, held_out=True, output=output) if held_out else {})
 
 
 def unused_text(sources: Sources) -> UnusedText:

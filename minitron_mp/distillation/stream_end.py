@@ -66,7 +66,7 @@ class StreamEnd:
         It broadcasts one number on gloo, which does not wait for the GPU.
         """
         store, chosen_step = self.channel.store, torch.tensor([-1])
-        if preemption is not None and preemption.sigterm and not store.check([REQUESTED_KEY]):
+        if preemption is not None and preemption.was_signalled and not store.check([REQUESTED_KEY]):
             self.request("SIGTERM on a rank of the teacher")
         if dist.get_rank() == 0 and store.check([REQUESTED_KEY]):
             chosen_step[0] = first // self.microbatches_per_step + 1

@@ -3,6 +3,7 @@
 world           World, join_world: layout and process groups of a rank
 roles           join_roles: several worlds in one job
 role_channel    RoleChannel: communication between the ranks of all roles
+job             identity of this process; require_launcher
 launcher        values that torchrun and Slurm set in the environment
 schedule        run_schedule: run microbatches through the pipeline
 batch           Batch: the type of a microbatch
@@ -12,5 +13,6 @@ collectives     collectives that Megatron-Core does not have
 layout          the layers of each pipeline stage
 cpu_backend     Megatron-Core on the CPU
 
-Only world.py and cpu_backend.py use parallel_state. Only launcher.py reads the environment.
+Only world.py and cpu_backend.py use parallel_state. Only
+launcher.py and job.py read the environment.
 """

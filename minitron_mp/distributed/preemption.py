@@ -7,6 +7,7 @@ distillation/stream_end.py stops a remote teacher and its students after the sam
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -20,10 +21,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from minitron_mp.console import speaks
+from minitron_mp.distributed.job import STOP_FILE
 from minitron_mp.distributed.launcher import job_deadline
-
-STOP_FILE = "stop"
-"""Name of a file in the output folder that requests a stop. The job deletes it when it stops."""
 
 OTHER_RANK = "stop requested on another rank"
 """Reason on a rank without a local stop request."""
@@ -48,6 +48,8 @@ class Preemption:
     deadline: float | None = None
     sigterm: bool = False
     """Whether this process has received SIGTERM."""
+    interrupted: bool = False
+    """Whether this process has received SIGINT (Ctrl-C)."""
     roles_met: bool = False
     """Whether the roles of the job have exchanged which students run `distill`. A role that stops
     earlier must still take part in that exchange."""
@@ -55,6 +57,11 @@ class Preemption:
     """Checkpoint folder of each active run -> seconds of its slowest checkpoint, with commit."""
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=8))
     """Seconds per step in the last logged intervals."""
+
+    @property
+    def was_signalled(self) -> bool:
+        """Whether this process has received SIGTERM or Ctrl-C."""
+        return self.sigterm or self.interrupted
 
     @property
     def stop_file(self) -> Path:
@@ -68,6 +75,8 @@ class Preemption:
         """
         if self.sigterm:
             return "SIGTERM"
+        if self.interrupted:
+            return "Ctrl-C"
         if not is_main:
             return ""
         if self.stop_file.exists():
@@ -110,9 +119,11 @@ class Preemption:
 
 @contextmanager
 def watch_for_preemption(output: Path) -> Iterator[Preemption]:
-    """Yield the Preemption of this process. It records SIGTERM until the context ends.
+    """Yield the Preemption of this process. It records SIGTERM and Ctrl-C until the context ends.
 
-    Python handles signals in the main thread only. In another thread SIGTERM is not recorded.
+    The second Ctrl-C raises KeyboardInterrupt. The first one does not, because Python drops an
+    exception that a signal raises while a process is forked, and then one rank would go on alone.
+    Python handles signals in the main thread only. In another thread they are not recorded.
     """
     preemption = Preemption(output, job_deadline())
     if threading.current_thread() is not threading.main_thread():
@@ -122,8 +133,19 @@ def watch_for_preemption(output: Path) -> Iterator[Preemption]:
     def record(number: int, frame: FrameType | None) -> None:
         preemption.sigterm = True
 
-    previous = signal.signal(signal.SIGTERM, record)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if preemption.interrupted:
+            raise KeyboardInterrupt
+        preemption.interrupted = True
+        if speaks():  # print() may be interrupted in the middle of a line
+            os.write(2, b"Ctrl-C: stops at the next step or stage; once more: stops at once\n")
+
+    handlers = {signal.SIGTERM: record}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a background job of a shell ignores it
+        handlers[signal.SIGINT] = interrupt
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield preemption
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

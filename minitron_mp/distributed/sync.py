@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from minitron_mp.errors import InputError
+from minitron_mp.errors import InputError, os_error_text
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
         try:
             result = action()
         except OSError as error:  # a full disk, a folder without write permission
-            failure = InputError(str(error))
+            failure = InputError(os_error_text(error))
             failure.__cause__ = error
         except Exception as error:
             failure = error

@@ -56,7 +56,7 @@ def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> No
         settings = folder / "generation_config.json"
         if settings.is_file() and "vocab_size" in config:
             _rewrite(settings, unknown_tokens(read_json(settings), config["vocab_size"]))
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _rewrite(file: Path, changes: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ def write_weights(
     if len(shards) > 1:
         total_size = sum(shard.num_bytes for shard in shards)
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return set(weight_map)
 
 

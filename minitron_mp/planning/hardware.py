@@ -125,7 +125,7 @@ def _read(path: Path) -> dict[str, object]:
     import yaml  # JSON is YAML
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is neither YAML nor JSON ({error}); correct it") from error
     if not isinstance(content, dict):

@@ -249,7 +249,7 @@ def read_times(gpu: str, hardware: Hardware, path: Path | None = None) -> Times:
     """Read the layer times of a file written by benchmarks/layers.py; default: the shipped file."""
     path = path or SHIPPED
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return Times(hardware, content, same_gpu=content["gpu"] == gpu)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

@@ -76,7 +76,7 @@ def markdown(document: Document) -> str:
     for section in document.sections:
         shown = [_markdown(part) for part in section.parts if not isinstance(part, Figure)]
         blocks += [f"## {section.title}", *shown] if shown else []
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, "<!-- written by minitron-mp -->"]) + "\n"
 
 
 def markdown_table(table: Table) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.artifacts.run_log import RunRecord, software
-from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.recipe import RESOLVED_RECIPE, Recipe, recipe_yaml
 from minitron_mp.data.unused import load_unused
 from minitron_mp.report.document import Code, Part, Section, Table
 from minitron_mp.report.project import Project, ProjectStage
@@ -18,8 +19,6 @@ def provenance_section(project: Project, num_ranks: int | None, run_log: Mapping
 
     num_ranks: ranks of the student; None means one replica.
     """
-    from omegaconf import OmegaConf
-
     recipe, stages = project.recipe, project.stages
     commands = _commands(recipe, stages, num_ranks or recipe.parallel.model_ranks, run_log)
     parts: list[Part] = [Code("\n".join(commands))]
@@ -33,7 +32,7 @@ def provenance_section(project: Project, num_ranks: int | None, run_log: Mapping
     versions = _versions(run_log) or list(software().items())
     parts += [
         "The recipe with all defaults:",
-        Code(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))),
+        Code(recipe_yaml(recipe)),
         Table(("component", "version"), versions, "left"),
     ]
     return Section("How it was made", parts)
@@ -43,7 +42,7 @@ def _commands(
     recipe: Recipe, stages: Mapping[str, ProjectStage], num_ranks: int, run_log: Mapping[str, RunRecord]
 ) -> list[str]:
     """Return commands that repeat the run: one for all stages if they used one launch, then one each."""
-    file = recipe.root / "recipe.yaml"
+    file = shlex.quote(str(recipe.root / RESOLVED_RECIPE))
     launches = {
         name: (record.launcher, record.layout_overrides(recipe))
         for name, record in run_log.items()

@@ -108,4 +108,4 @@ def _files_section(recipe: Recipe, paths: Paths) -> Section:
 
 
 def _read_jsonl(path: Path) -> list[Metrics]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

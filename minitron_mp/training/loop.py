@@ -38,6 +38,7 @@ def train_one(
     checkpoint. profile_folder: folder for the traces of settings.profile. InputError when the loss
     is not finite. Preempted when the job must stop, after a checkpoint is written.
     """
+    run: TrainingRun | None = None
     try:
         with communication_buffers(settings, model):
             run = TrainingRun(model, teacher, settings, options)
@@ -48,6 +49,10 @@ def train_one(
             )
             last = min(settings.steps, run.steps_done + (stop_after or settings.steps))
             train_together([run], teacher, batches_of, last, profiler=profiler)
+    except BaseException:
+        if run is not None and run.checkpoints is not None:
+            run.checkpoints.abandon()
+        raise
     finally:  # also if TrainingRun() fails, because build_model() has set Megatron's stream
         if settings.cuda_graphs:
             release_cuda_graphs(model.chunks)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, name: str, first_step: int, world: World):
         self.path, self.name, self.first_step, self.enabled = path, name, first_step, world.is_main
+        self.board_folder = path.with_name("tensorboard") / name
         self.file: TextIO | None = None
         self.board: SummaryWriter | None = None
 
@@ -92,16 +94,15 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             write_text(self.path, "".join(self._lines_to_keep()))
-            self.file = self.path.open("a", buffering=1)
-            folder = self.path.with_name("tensorboard") / self.name
-            self.board = SummaryWriter(str(folder), purge_step=self.first_step + 1)
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
+            self.board = SummaryWriter(str(self.board_folder), purge_step=self.first_step + 1)
         return self._write
 
     def _lines_to_keep(self) -> list[str]:
         """Return the complete lines of the steps up to first_step."""
         if not self.first_step or not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines(keepends=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [
             line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.first_step
         ]
@@ -109,17 +110,27 @@ class MetricsLog:
     def _write(self, metrics: StepMetrics) -> None:
         assert self.file is not None
         assert self.board is not None
-        self.file.write(metrics_line(metrics) + "\n")
-        for name, value in metrics.values().items():
-            if name != "step":
-                self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
-        # Without a flush a kill would lose up to two minutes of points. A resumed run does not
-        # repeat points from before its checkpoint.
-        self.board.flush()
+        try:
+            self.file.write(metrics_line(metrics) + "\n")
+            for name, value in metrics.values().items():
+                if name != "step":
+                    self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)
+            # Without a flush a kill would lose up to two minutes of points. A resumed run does not
+            # repeat points from before its checkpoint.
+            self.board.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path} or {self.board_folder} cannot be written: {os_error_text(error)}"
+            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.file is not None and self.board is not None:
+        if self.file is None or self.board is None:
+            return
+        try:
             self.file.close()
             self.board.close()
+        except OSError as failure:
+            if error is None:  # otherwise this is a consequence of that error
+                raise InputError(f"{self.path} cannot be written: {os_error_text(failure)}") from failure

@@ -14,6 +14,9 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.training.options import RunOptions, Stateful
 
+STEPS = "step_" + "[0-9]" * 8
+"""Pattern of the names of step_folder()."""
+
 
 class RunCheckpoints:
     """The checkpoints of one training run in its folder.
@@ -82,6 +85,11 @@ class RunCheckpoints:
         self._blocked_s += time.perf_counter() - start
         self._record_duration(time.perf_counter() - self._save_started)
 
+    def abandon(self) -> None:
+        """Stop writing the pending checkpoint after an error or an interrupt."""
+        if self.writer is not None:
+            self.writer.abandon()
+
     def resume(self, run: Stateful) -> int:
         """Load the newest complete checkpoint of this run. Return its step, 0 without one."""
         step = resume_step(self.folder, self.manifest)
@@ -106,7 +114,7 @@ class RunCheckpoints:
         run.load_state(state, step)
 
     def _delete_old(self) -> None:
-        for old in sorted(self.folder.glob("step_*"))[: -self.settings.keep_checkpoints]:
+        for old in sorted(self.folder.glob(STEPS))[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old)
 
     def _record_duration(self, seconds: float) -> None:
@@ -125,7 +133,7 @@ def resume_step(folder: Path, manifest: Manifest) -> int:
 
 def _newest_step(folder: Path, manifest: Manifest) -> int:
     # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
-    complete = [path for path in sorted(folder.glob("step_*")) if (path / MANIFEST).is_file()]
+    complete = [path for path in sorted(folder.glob(STEPS)) if (path / MANIFEST).is_file()]
     if not complete:
         return 0
     newest = require_artifact(complete[-1], manifest.stage)

@@ -5,7 +5,8 @@ stage, stages    Stage; one module for each stage, in order
 graph            StageGraph: which stages a recipe has, and which artifacts are current
 context          StageContext: a stage on one rank; stage_files: its artifacts, without ranks
 settings         settings and fingerprints that several stages share
-preflight        checks of a recipe before a run
+output_folder    what a run writes, and the user files that it keeps
+preflight        checks of a recipe before a run; file_checks: of the user's files
 dry_run          dry_run
 disk_sizes       DiskSizes: estimated sizes of artifacts
 training         run_training: the training of the stages correct and distill

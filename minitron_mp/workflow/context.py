@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from torch.utils.data import Dataset
 
 from minitron_mp.artifacts.checkpoint import load_weights
-from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
@@ -22,7 +21,7 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
-from minitron_mp.workflow.stage_files import StageFiles
+from minitron_mp.workflow.stage_files import StageFiles, tokenizer_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class StageContext(StageFiles):
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of data.tokenizer, or the model's."""
-        tokenizer = load_tokenizer(self.recipe.data.tokenizer or self.paths["import"] / ASSETS)
+        tokenizer = load_tokenizer(tokenizer_path(self.recipe, self.paths))
         return for_model(tokenizer, self.arch("import").vocab_size)
 
     def empty_model(

@@ -5,13 +5,14 @@ It needs neither a GPU nor torchrun.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.recipe import Recipe, recipe_yaml
 from minitron_mp.console import say, table
 from minitron_mp.models.arch import Arch
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.preflight import artifact_arch
 
 
 def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
@@ -20,8 +21,6 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
     all. InputError lists every problem that would stop the run.
     """
-    from omegaconf import OmegaConf
-
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.model_folder import has_weights
     from minitron_mp.planning.case import PlanningCase
@@ -32,12 +31,21 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
         graph.require_stage(stage)
     ranks = num_ranks or _ranks_of_one_copy(recipe)
     models = [Path(recipe.model), Path(recipe.teacher.model or recipe.model)]
-    weights = all(has_weights(folder) for folder in models if folder.is_dir())
+    deleted = graph.deleted_sources()
+    imports = ["import", "import-teacher" if recipe.teacher.model else "import"]
+    weights = all(
+        has_weights(folder)
+        for folder, name in zip(models, imports)
+        if folder.is_dir() and name not in deleted
+    )
     graph.check(ranks, weights=weights)
-    base, teacher = (read_arch(folder, weights=weights) for folder in models)
+    base, teacher = (
+        artifact_arch(graph.paths, name) if name in deleted else read_arch(folder, weights=weights)
+        for folder, name in zip(models, imports)
+    )
     students, left_out = _students(recipe, base)
     student = max(students, key=lambda arch: arch.num_parameters())
-    say(OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump())))
+    say(recipe_yaml(recipe))
     table(
         "layout and memory",
         ("what", "value"),
@@ -45,8 +53,10 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
     )
     if recipe.search:
         _show_candidates(students, left_out, recipe.export.family)
+    for line in graph.deleted_source_lines():
+        say(line)
     if weights:
-        _show_unused_text(recipe)
+        _show_unused_text(recipe, deleted)
         _show_stages(graph)
     else:
         say("the model folder has config.json but no weights, so the state of the stages is unknown")
@@ -87,11 +97,17 @@ def _show_candidates(students: Sequence[Arch], left_out: str, family: str | None
         say(left_out)
 
 
-def _show_unused_text(recipe: Recipe) -> None:
-    """Print the files and folders of the text that are not read."""
+def _show_unused_text(recipe: Recipe, deleted: Collection[str]) -> None:
+    """Print the files and folders of the text that are not read.
+
+    deleted: finished stages whose text was deleted since.
+    """
     from minitron_mp.data.sources import find_all_sources, unused_text
 
-    not_used = unused_text(find_all_sources(recipe.data, recipe.root)).summary()
+    sources = find_all_sources(
+        recipe.data, recipe.root, parts="data" not in deleted, held_out="texts" not in deleted
+    )
+    not_used = unused_text(sources).summary()
     if not_used:
         say(f"text that is not used: {not_used}")
 

@@ -11,6 +11,7 @@ from minitron_mp import __version__
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.workflow.output_folder import output_problems
 from minitron_mp.workflow.preflight import recipe_problems
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import StageFiles
@@ -28,6 +29,7 @@ class StageGraph:
         }
         self._manifests: dict[str, Manifest] = {}
         self._sources: dict[str, dict[str, str]] = {}
+        self._missing: dict[str, list[str]] = {}
 
     def require_stage(self, name: str) -> None:
         """Raise InputError unless the recipe has the stage."""
@@ -61,15 +63,54 @@ class StageGraph:
                 stage=name,
                 settings=self.stages[name].settings(self.recipe),
                 inputs=fingerprints | self._fingerprints(name),
+                sources={
+                    key: files.absolute_paths
+                    for key, files in self.stages[name].sources(self.recipe).items()
+                    if files.paths
+                },
                 made_by=f"minitron_mp {__version__}",
             )
         return self._manifests[name]
 
     def _fingerprints(self, name: str) -> dict[str, str]:
-        """Return the fingerprints of the user's files of a stage; each file is read once."""
-        if name not in self._sources:
-            self._sources[name] = self.stages[name].sources(self.recipe)
-        return self._sources[name]
+        """Return the fingerprints of the user's files of a stage; each file is read once.
+
+        Files that were deleted after the artifact was made have the fingerprint in its manifest.
+        """
+        if name in self._sources:
+            return self._sources[name]
+        fingerprints, gone = {}, []
+        for key, files in self.stages[name].sources(self.recipe).items():
+            missing = files.missing()
+            recorded = find_manifest(self.paths[name]) if missing else None
+            if recorded and recorded.sources.get(key) == files.absolute_paths and key in recorded.inputs:
+                fingerprints[key] = recorded.inputs[key]
+                gone += missing
+            else:
+                fingerprints[key] = files.fingerprint()
+        self._sources[name], self._missing[name] = fingerprints, gone
+        return fingerprints
+
+    def deleted_sources(self) -> dict[str, list[str]]:
+        """Return stage -> the deleted files of the user that its finished artifact replaces."""
+        deleted = {}
+        for name, stage in self.stages.items():
+            if any(files.missing() for files in stage.sources(self.recipe).values()):
+                try:
+                    is_done = self.why_not_done(name) is None
+                except (InputError, OSError):  # a file that no artifact replaces is missing, too
+                    continue
+                if is_done and self._missing[name]:
+                    deleted[name] = self._missing[name]
+        return deleted
+
+    def deleted_source_lines(self) -> list[str]:
+        """Return a line for each finished stage whose files of the user were deleted."""
+        return [
+            f"{name}: {', '.join(missing)} does not exist any more; the run goes on with {self.paths[name]}, "
+            "which was made from it"
+            for name, missing in self.deleted_sources().items()
+        ]
 
     def files(self, name: str) -> StageFiles:
         """Return the artifacts of a stage."""
@@ -103,8 +144,18 @@ class StageGraph:
         num_ranks: ranks of the job, or None if unknown. weights: whether to also check the weight
         files.
         """
-        problems = recipe_problems(self.recipe, self.paths, num_ranks, weights=weights)
+        problems = output_problems(self.recipe, self.paths, report=True)
+        problems += recipe_problems(
+            self.recipe, self.paths, num_ranks, weights=weights, deleted=set(self.deleted_sources())
+        )
         refuse("this recipe cannot run:", problems)
+
+    def check_output(self, *, report: bool) -> None:
+        """Raise InputError when a run would overwrite or delete the user's files.
+
+        report: whether the run writes the report.
+        """
+        refuse("this recipe cannot run:", output_problems(self.recipe, self.paths, report=report))
 
     def artifact_problems(self, name: str) -> list[str]:
         """Return why the finished artifact of a stage would stop a later stage, as sentences."""

@@ -1,41 +1,49 @@
 """Checks before a run: every problem of a recipe that would stop a later stage.
 
-Only the headers of weight files are read.
+file_checks.py checks the user's files. Only the headers of weight files are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.config.parallel import ParallelConfig
-from minitron_mp.config.recipe import Recipe, load_recipe
+from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.rules import run_rule_problems
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
-
-if TYPE_CHECKING:
-    from minitron_mp.data.tokenizer import Tokenizer
+from minitron_mp.workflow.file_checks import check_same_tokens, file_problems, problems_of, read_model
 
 
 def recipe_problems(
-    recipe: Recipe, paths: Mapping[str, Path], num_ranks: int | None = None, *, weights: bool = True
+    recipe: Recipe,
+    paths: Mapping[str, Path],
+    num_ranks: int | None = None,
+    *,
+    weights: bool = True,
+    deleted: Collection[str] = (),
 ) -> list[str]:
     """Return one sentence for each problem.
 
     paths: stage -> artifact. num_ranks: ranks of the job; None assumes one copy of the model.
-    weights: False checks only the config.json of the models.
+    weights: False checks only the config.json of the models. deleted: finished stages whose files
+    were deleted since; these files are not checked.
     """
     archs: dict[str, Arch] = {}
     teacher = recipe.teacher.model or recipe.model
     problems = []
     for folder in dict.fromkeys([recipe.model, teacher]):
-        problems += _problems_of(partial(_read_model, folder, archs, weights))
-    problems += _problems_of(partial(_check_same_tokens, recipe.model, teacher))
+        stage = "import" if folder == recipe.model else "import-teacher"
+        if stage in deleted:
+            archs[folder] = artifact_arch(paths, stage)
+        else:
+            problems += problems_of(partial(read_model, folder, archs, weights))
+    problems += problems_of(partial(check_same_tokens, recipe.model, teacher))
     if weights:
-        problems += _file_problems(recipe, paths, archs.get(recipe.model))
+        problems += file_problems(recipe, paths, archs.get(recipe.model), deleted)
     problems += run_rule_problems(recipe)
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
@@ -44,151 +52,14 @@ def recipe_problems(
     return problems
 
 
-def _problems_of(check: Callable[[], object]) -> list[str]:
-    """Return the lines of the InputError that check() raises, each after the title; [] without one."""
-    try:
-        check()
-    except InputError as error:
-        title, *rows = str(error).splitlines()
-        return [f"{title} {row.removeprefix('  - ')}" for row in rows] or [title]
-    return []
+def artifact_arch(paths: Mapping[str, Path], stage: str) -> Arch:
+    """Return the architecture of an imported model, whose folder may have been deleted.
 
-
-def _read_model(folder: str, archs: dict[str, Arch], weights: bool) -> None:
-    """Add the architecture of a folder to archs, and check the headers of its weights."""
-    from minitron_mp.models.hf_config import read_arch
-    from minitron_mp.models.hf_weights import check_weights
-
-    archs[folder] = read_arch(Path(folder), weights=weights)
-    if weights:
-        check_weights(Path(folder), archs[folder])
-
-
-def _check_same_tokens(model: str, teacher: str) -> None:
-    """Raise InputError when model and teacher have different tokens for the same id.
-
-    An id that only one of them has does not occur in the text.
+    paths: stage -> artifact.
     """
-    from minitron_mp.models.model_folder import special_tokens
-
-    files = [Path(folder) / "tokenizer.json" for folder in (model, teacher)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
-        return
-    of_model, of_teacher = (special_tokens(file) for file in files)
-    differing = sorted(id for id in of_model.keys() & of_teacher.keys() if of_model[id] != of_teacher[id])
-    if differing:
-        first = differing[0]
-        raise InputError(
-            f"the tokenizers of teacher.model and model differ in {len(differing):,} ids "
-            f"({first} is {of_model[first]!r} in {files[0]}, {of_teacher[first]!r} in {files[1]}); "
-            "give a teacher with the same tokenizer"
-        )
-
-
-def _file_problems(recipe: Recipe, paths: Mapping[str, Path], arch: Arch | None) -> list[str]:
-    """Return the problems of the user's files other than the models.
-
-    arch: architecture of the model; None if its folder cannot be used.
-    """
-    tokenizers: list[Tokenizer] = []
-    problems = [] if arch is None else _problems_of(partial(_load_tokenizer, recipe, arch, tokenizers))
-    tokenizer = tokenizers[0] if tokenizers else None
-    problems += _text_problems(recipe, tokenizer) + _task_problems(recipe, tokenizer)
-    problems += _baseline_problems(recipe) + _sibling_problems(recipe)
-    model = Path(recipe.model).resolve()
-    problems += [
-        f"model: {recipe.model} would be overwritten by the stage {name}; set another output"
-        for name, path in paths.items()
-        if path.resolve() == model
-    ]
-    return problems
-
-
-def _load_tokenizer(recipe: Recipe, arch: Arch, tokenizers: list[Tokenizer]) -> None:
-    """Add the tokenizer of the text to tokenizers."""
-    from minitron_mp.data.tokenizer import for_model, load_tokenizer
-
-    given = recipe.data.tokenizer
-    if given is not None and not Path(given).exists():
-        raise InputError(
-            f"data.tokenizer: {given} does not exist; give a Hugging Face folder or a sentencepiece "
-            ".model file"
-        )
-    tokenizers.append(for_model(load_tokenizer(given or recipe.model), arch.vocab_size))
-
-
-def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
-    from minitron_mp.data.checks import corpus_problems
-    from minitron_mp.data.sources import find_sources, shared_parts
-
-    problems = corpus_problems(recipe.data, recipe.root, tokenizer)
-    if recipe.search is None or not recipe.data.train or problems:
-        return problems
-    shared = shared_parts(find_sources(recipe.data, output=recipe.root), "calibration", "train")
-    if not shared:
-        return []
-    more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-    return [
-        f"data.calibration and data.train share {', '.join(shared[:3])}{more}: search ranks students on "
-        "calibration text, which their distillation must not use; use other files for "
-        "data.calibration, or give data.source"
-    ]
-
-
-def _task_problems(recipe: Recipe, tokenizer: Tokenizer | None) -> list[str]:
-    from minitron_mp.evaluation.task_files import check_tokens, read_task_file
-
-    def check(path: Path, limit: int | None) -> None:
-        items = read_task_file(path, limit)
-        if tokenizer is not None:
-            check_tokens(items, tokenizer, path)
-
-    tasks = {
-        f"evaluate.tasks.{name}": (path, recipe.evaluate.task_items)
-        for name, path in recipe.evaluate.tasks.items()
-    }
-    if recipe.depth.task:
-        tasks["depth.task"] = recipe.depth.task, recipe.depth.task_items
-    problems = []
-    for name, (path, limit) in tasks.items():
-        problems += [f"{name}: {row}" for row in _problems_of(partial(check, Path(path), limit))]
-    return problems
-
-
-def _baseline_problems(recipe: Recipe) -> list[str]:
-    baseline = recipe.correct.baseline if recipe.correct else None
-    if baseline is None:
-        return []
-    if Path(baseline).resolve() == recipe.root.resolve():
-        return [
-            f"correct.baseline: {baseline} is the output of this recipe; "
-            "give the output of a finished run without correction"
-        ]
-    if not (Path(baseline) / "evaluation.json").is_file():
-        return [
-            f"correct.baseline: {baseline} has no evaluation.json; "
-            "give the output of a finished run without correction"
-        ]
-    return []
-
-
-def _sibling_problems(recipe: Recipe) -> list[str]:
-    """Return the recipes of siblings that cannot be read or have the output of another student."""
-    problems: list[str] = []
-    outputs = {recipe.root.resolve(): "this recipe"}
-    for path in recipe.teacher.siblings:
-        try:
-            sibling = load_recipe(path)
-        except InputError as error:
-            problems.append(f"teacher.siblings: {error}")
-            continue
-        other = outputs.setdefault(sibling.root.resolve(), path)
-        if other != path:
-            problems.append(
-                f"teacher.siblings: {path} has the output {sibling.output} of {other}; "
-                "give each student its own output"
-            )
-    return problems
+    arch = require_artifact(paths[stage], stage).arch
+    assert arch is not None
+    return arch
 
 
 def _student_ranks(recipe: Recipe, num_ranks: int | None) -> int:
@@ -245,7 +116,7 @@ def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
     """Return the problems with layouts and model sizes. base: the model that is pruned."""
     problems = _layout_problems(recipe, base) + _teacher_problems(recipe, base, teacher)
     candidates: list[Arch] = []
-    problems += _problems_of(partial(_size_students, recipe, base, candidates))
+    problems += problems_of(partial(_size_students, recipe, base, candidates))
     smallest = candidates[-1] if candidates else base
     if recipe.depth.method != "cosine" and candidates:
         problems += _depth_problems(recipe, base, smallest)

@@ -6,9 +6,10 @@ that differs.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, TypeVar
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import discard_checkpoints
 from minitron_mp.artifacts.run_log import JobInfo, append_record
-from minitron_mp.config.recipe import Recipe, load_recipe, save_recipe
+from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import say, speaks
+from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
@@ -30,26 +33,27 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FINISHED = "finished"
-"""File in the output folder that `compress` writes at its end. Launch scripts restart the job until
-it exists."""
-
 
 def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
     """Run one stage on all ranks of the job and return the path of its artifact.
 
     Called on all ranks. A finished stage is skipped unless force is given.
     """
+    require_launcher()
     graph = StageGraph(recipe)
     graph.require_stage(name)
+    graph.check_output(report=False)
     stage = graph.stages[name]
     if not stage.needs_ranks:
         if speaks():  # one process does the work, also under torchrun
-            _run_in_this_process(stage, graph, force=force)
+            with sigterm_exits(), locked_output(recipe.root):
+                _run_in_this_process(stage, graph, force=force)
         return graph.paths[name]
     with _join_world(recipe) as world, _preemptible(world, [stage]):
         if world.role == "student":
-            _run(stage, graph, world, force=force)
+            with _locked(recipe, world):
+                _on_rank_0(lambda: _say_deleted_sources(graph))
+                _run(stage, graph, world, force=force)
         elif stage.meets_roles:
             _take_part(stage, recipe, world, force=force)
     return graph.paths[name]
@@ -60,26 +64,35 @@ def compress(recipe: Recipe) -> Path:
 
     Returns the path of the exported student. The report is report.md and report.html.
     """
+    require_launcher()
     graph = StageGraph(recipe)
     graph.check()
     with _join_world(recipe) as world, _preemptible(world, graph.stages.values()):
-        if world.role != "student":
+        if world.role == "student":
+            with _locked(recipe, world):
+                _run_all(graph, world)
+        else:
             for stage in graph.stages.values():
                 if stage.meets_roles:
                     _take_part(stage, recipe, world)
-            return graph.paths["export"]
-        _on_rank_0(lambda: graph.check(world.job_size))
-        _on_rank_0(lambda: _open_output(recipe))
-        _on_rank_0(lambda: _remove_finished(graph))
-        say(
-            f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
-            "finished stage and checkpoint"
-        )
-        _run_unfinished(graph, world)
-        _on_rank_0(lambda: _discard_checkpoints(graph))
-        _on_rank_0(lambda: _write_report(graph))
-        _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
     return graph.paths["export"]
+
+
+def _run_all(graph: StageGraph, world: World) -> None:
+    """Run all unfinished stages and write the report. Called on all ranks of the student."""
+    recipe = graph.recipe
+    _on_rank_0(lambda: graph.check(world.job_size))
+    _on_rank_0(lambda: write_resolved_recipe(recipe))
+    _on_rank_0(lambda: _say_deleted_sources(graph))
+    _on_rank_0(lambda: _remove_finished(graph))
+    say(
+        f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
+        "finished stage and checkpoint"
+    )
+    _run_unfinished(graph, world)
+    _on_rank_0(lambda: _discard_checkpoints(graph))
+    _on_rank_0(lambda: _write_report(graph))
+    _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
 
 
 def _run_unfinished(graph: StageGraph, world: World) -> None:
@@ -112,7 +125,7 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
         say(f"{name}: done, {graph.paths[name]}")
         return
     _announce(name, differences)
-    _on_rank_0(lambda: _open_output(recipe))
+    _on_rank_0(lambda: write_resolved_recipe(recipe))
     start = time.monotonic()
     if stage.run is not None:
         manifest = _on_rank_0(lambda: graph.manifest(name))
@@ -133,7 +146,7 @@ def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> Non
         say(f"{name}: done, {graph.paths[name]}")
         return
     _announce(name, differences)
-    _open_output(graph.recipe)
+    write_resolved_recipe(graph.recipe)
     start = time.monotonic()
     assert stage.run_on_one_rank is not None
     stage.run_on_one_rank(graph.files(name))
@@ -152,6 +165,11 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
         return None
     graph.require_inputs(name)
     return differences or []
+
+
+def _say_deleted_sources(graph: StageGraph) -> None:
+    for line in graph.deleted_source_lines():
+        say(line)
 
 
 def _announce(name: str, differences: list[str]) -> None:
@@ -178,15 +196,12 @@ def _on_rank_0(action: Callable[[], T]) -> T:
     return on_rank_0(action, takes_long=True)  # fingerprints of large models, figures
 
 
-def _open_output(recipe: Recipe) -> None:
-    """Create the output folder and write the resolved recipe to it. The report refers to that file."""
-    try:
-        recipe.root.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, recipe.root / "recipe.yaml")
-    except OSError as error:
-        raise InputError(
-            f"the output folder {recipe.root} cannot be written: {error}; set another output"
-        ) from error
+@contextmanager
+def _locked(recipe: Recipe, world: World) -> Iterator[None]:
+    """Hold the lock of the output folder on rank 0, in this context. Called on all ranks."""
+    with ExitStack() as stack:
+        _on_rank_0(lambda: stack.enter_context(locked_output(recipe.root)))
+        yield
 
 
 def _remove_finished(graph: StageGraph) -> None:
@@ -231,6 +246,8 @@ def _preemptible(world: World, stages: Iterable[Stage]) -> Iterator[None]:
         if world.is_main:
             preemption.stop_file.unlink(missing_ok=True)
         say(f"{stop}; the same command resumes from there")
+        if _preemption(world).interrupted:
+            raise SystemExit(128 + signal.SIGINT) from None  # a script does not go on with its next command
 
 
 def _preemption(world: World) -> Preemption:
@@ -257,7 +274,9 @@ def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = Fals
 
     assert stage.run is not None
     if world.role != "teacher":
-        _run(stage, StageGraph(co_student_recipes(recipe)[world.role]), world, force=force)
+        sibling = co_student_recipes(recipe)[world.role]
+        with _locked(sibling, world):
+            _run(stage, StageGraph(sibling), world, force=force)
         return
     students = _active_students(stage, recipe, world, True)
     if students:

@@ -5,11 +5,18 @@ The functions import models and data, so that this module imports quickly.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.config.pruning import DEPTH
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError
+from minitron_mp.models.arch import Arch
+from minitron_mp.workflow.stage import UserFiles
+
+IMPORTED_MODELS = {"import": "teacher", "import-teacher": "distilling_teacher"}
+"""Stage -> its artifact, a model in Megatron-Core's form."""
 
 
 def run_settings(recipe: Recipe) -> dict[str, object]:
@@ -26,16 +33,30 @@ def fp8_teacher(recipe: Recipe) -> dict[str, object]:
     return {"fp8": recipe.teacher.fp8} if recipe.teacher.fp8 else {}
 
 
+def base_arch(recipe: Recipe) -> Arch:
+    """Return the architecture of the model that is pruned.
+
+    It is read from the artifact of the stage import if the model folder has been deleted since.
+    """
+    from minitron_mp.models.hf_config import read_arch
+
+    folder = Path(recipe.model)
+    if not (folder / "config.json").is_file():
+        manifest = find_manifest(recipe.root / IMPORTED_MODELS["import"])
+        if manifest and manifest.arch and manifest.sources.get("model") == [os.path.abspath(folder)]:
+            return manifest.arch
+    return read_arch(folder, weights=False)
+
+
 def num_dropped_layers(recipe: Recipe) -> int:
     """Return how many layers are dropped by importance; 0 when the target names them."""
-    from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.search_space import layers_to_drop
 
     target = recipe.target
     keeps_depth = target.num_layers is None and DEPTH not in (target.axes or ())
     if recipe.search is None and (target.drop_layers is not None or keeps_depth):
         return 0
-    return layers_to_drop(recipe, read_arch(Path(recipe.model), weights=False))
+    return layers_to_drop(recipe, base_arch(recipe))
 
 
 def drops_layers(recipe: Recipe) -> bool:
@@ -49,18 +70,24 @@ def drops_layers(recipe: Recipe) -> bool:
         return True
 
 
-def model_files(model: str) -> dict[str, str]:
-    """Return the fingerprint of a Hugging Face model folder.
-
-    InputError when the folder is not a model.
-    """
+def model_files(model: str) -> dict[str, UserFiles]:
+    """Return a Hugging Face model folder. Its fingerprint raises InputError if it is not a model."""
     from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.models.hf_config import read_arch
+    from minitron_mp.models.model_folder import INDEX, SINGLE_FILE
     from minitron_mp.models.model_folder import model_files as files_of
 
     folder = Path(model)
-    read_arch(folder)
-    return {"model": fingerprint_files(files_of(folder))}
+
+    def fingerprint() -> str:
+        read_arch(folder)
+        return fingerprint_files(files_of(folder))
+
+    def missing() -> list[str]:
+        has_weights = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX))
+        return [] if (folder / "config.json").is_file() and has_weights else [model]
+
+    return {"model": UserFiles(paths=[model], fingerprint=fingerprint, missing=missing)}
 
 
 def text_settings(recipe: Recipe) -> dict[str, object]:
@@ -69,21 +96,75 @@ def text_settings(recipe: Recipe) -> dict[str, object]:
     return {} if is_default else {"text_field": recipe.data.text_field}
 
 
-def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, str]:
-    """Return fingerprints of the text, or of data.held_out, and of data.tokenizer."""
-    from minitron_mp.artifacts.files import fingerprint_files
+def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, UserFiles]:
+    """Return the files of the text, or of data.held_out, and of data.tokenizer."""
     from minitron_mp.data.sources import corpus_fingerprint
+
+    paths = [path for entries in _text_entries(recipe, held_out) for path in entries]
+    files = {
+        "text": UserFiles(
+            paths=paths,
+            fingerprint=lambda: corpus_fingerprint(recipe.data, held_out, recipe.root),
+            missing=lambda: [path for path in paths if not _text_exists(path)],
+        )
+    }
+    if recipe.data.tokenizer:
+        files["tokenizer"] = _tokenizer_files(recipe.data.tokenizer)
+    return files
+
+
+def _tokenizer_files(tokenizer: str) -> UserFiles:
+    """Return data.tokenizer. The artifact of the stage data has a copy for later stages."""
+    from minitron_mp.artifacts.files import fingerprint_files
     from minitron_mp.models.model_folder import asset_files
 
-    fingerprints = {"text": corpus_fingerprint(recipe.data, held_out, recipe.root)}
-    if recipe.data.tokenizer:
-        path = Path(recipe.data.tokenizer)
-        fingerprints["tokenizer"] = fingerprint_files([path] if path.is_file() else asset_files(path))
-    return fingerprints
+    path = Path(tokenizer)
+
+    def fingerprint() -> str:
+        if not path.exists():
+            raise InputError(
+                f"data.tokenizer: {tokenizer} does not exist; give a Hugging Face folder or a sentencepiece "
+                ".model file"
+            )
+        return fingerprint_files([path] if path.is_file() else asset_files(path))
+
+    return UserFiles(
+        paths=[tokenizer], fingerprint=fingerprint, missing=lambda: [] if path.exists() else [tokenizer]
+    )
 
 
-def task_files(tasks: dict[str, str]) -> dict[str, str]:
-    """Return the fingerprint of each task file. tasks: name in the manifest -> path."""
+def _text_entries(recipe: Recipe, held_out: bool) -> list[list[str]]:
+    """Return the paths of the text, or of data.held_out. The standard library has none."""
+    from minitron_mp.data.sources import STDLIB
+
+    data = recipe.data
+    if held_out:
+        return list(data.held_out.values())
+    if data.train:
+        return [data.calibration, data.train, data.valid]
+    source = [data.source] if isinstance(data.source, str) else data.source
+    return [] if source == [STDLIB] else [source]
+
+
+def _text_exists(entry: str) -> bool:
+    """Return whether a file, a folder that is not empty, or Megatron data exists."""
+    path = Path(entry)
+    if path.is_dir() and any(path.iterdir()):
+        return True
+    prefix = entry.removesuffix(".bin").removesuffix(".idx")
+    return path.is_file() or (Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file())
+
+
+def task_files(tasks: dict[str, str]) -> dict[str, UserFiles]:
+    """Return task files. tasks: name in the manifest -> path."""
+    return {name: _task_file(path) for name, path in tasks.items()}
+
+
+def _task_file(path: str) -> UserFiles:
     from minitron_mp.artifacts.files import fingerprint_files
 
-    return {name: fingerprint_files([Path(path)]) for name, path in tasks.items()}
+    return UserFiles(
+        paths=[path],
+        fingerprint=lambda: fingerprint_files([Path(path)]),
+        missing=lambda: [] if Path(path).is_file() else [path],
+    )

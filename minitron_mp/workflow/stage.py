@@ -7,6 +7,7 @@ stage is in a second file of the same folder.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
 
 Input = str | Callable[[Recipe], str]
 """The name of a stage, or a function of the recipe that returns it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserFiles:
+    """Files of the user that a stage reads."""
+
+    paths: list[str]
+    """Paths in the recipe."""
+    fingerprint: Callable[[], str]
+    """Returns a hash of the files. InputError if they cannot be used."""
+    missing: Callable[[], list[str]]
+    """Returns the paths at which there is nothing any more. It reads no file."""
+
+    @property
+    def absolute_paths(self) -> list[str]:
+        """The paths from the root of the file system, links not resolved."""
+        return [os.path.abspath(path) for path in self.paths]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +60,9 @@ class Stage:
     settings: Callable[[Recipe], dict[str, object]] = lambda recipe: {}
     """The settings that change the result. A change of any other setting does not rerun the stage.
     """
-    sources: Callable[[Recipe], dict[str, str]] = lambda recipe: {}
-    """Fingerprints of the user's files that the stage reads."""
+    sources: Callable[[Recipe], dict[str, UserFiles]] = lambda recipe: {}
+    """The user's files that the stage reads, by their name in the manifest. Later stages do not read
+    them, so they may be deleted when the stage is done."""
     when: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
     requirement: str = ""

@@ -5,12 +5,17 @@ This module needs neither torch nor ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import Arch
+
+TOKENIZER = "tokenizer"
+"""Folder in the artifact of the stage data with a copy of data.tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,20 @@ class StageFiles:
         arch = self.manifest_of(stage).arch
         assert arch is not None, f"{self.paths[stage]} has no model"
         return arch
+
+
+def tokenizer_path(recipe: Recipe, paths: Mapping[str, Path]) -> Path:
+    """Return the tokenizer of a recipe: data.tokenizer, or the model's.
+
+    If data.tokenizer was deleted, its copy in the artifact of the stage data is used. paths: stage ->
+    artifact.
+    """
+    if recipe.data.tokenizer is None:
+        return paths["import"] / ASSETS
+    path, copy = Path(recipe.data.tokenizer), paths["data"] / TOKENIZER
+    if path.exists() or not copy.is_dir():
+        return path
+    return copy / path.name if (copy / path.name).is_file() else copy
 
 
 def checkpoint_folder(recipe: Recipe, stage: str) -> Path:

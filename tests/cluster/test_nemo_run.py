@@ -75,7 +75,15 @@ def test_partial_and_script_match_slurm_sbatch(nemo, unbroken, project):
     _, whole = unbroken
     output, later = (
         project / "nemo",
-        ("student_*", "evaluation.json", "report.*", "metrics*", "tensorboard", "finished", "recipe.yaml"),
+        (
+            "student_*",
+            "evaluation.json",
+            "report.*",
+            "metrics*",
+            "tensorboard",
+            "finished",
+            "resolved_recipe.yaml",
+        ),
     )
     shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*later))
     file = recipe(project, "nemo")

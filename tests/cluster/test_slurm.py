@@ -19,7 +19,7 @@ AFTER_PRUNING = (
     "metrics*",
     "tensorboard",
     "finished",
-    "recipe.yaml",
+    "resolved_recipe.yaml",
 )
 """Files that a copy of an output folder leaves out, so that it distils again."""
 

@@ -41,9 +41,9 @@ OUTPUT = [
     "importance.safetensors",
     "metrics.jsonl",
     "plan.json",
-    "recipe.yaml",
     "report.html",
     "report.md",
+    "resolved_recipe.yaml",
 ]
 OUTPUT += ["stages.jsonl", "student", "student_distilled", "student_hf", "teacher", "tensorboard"]
 """Names in the output folder of a finished project, in order."""

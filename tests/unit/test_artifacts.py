@@ -183,15 +183,15 @@ def test_only_checkpoints_of_the_finished_run_are_deleted(tmp_path):
     """And what a kill left of a save; not another run's, nor somebody else's files."""
     mine, other = (Manifest(stage="distill", settings={"steps": steps}, inputs={}) for steps in (1, 2))
     folder = tmp_path / "checkpoints" / "distill"
-    for name, manifest in (("step_01", mine), ("step_02", other)):
+    for name, manifest in (("step_00000001", mine), ("step_00000002", other)):
         with writing_artifact(folder / name, manifest):
             pass
-    (folder / ".step_03.tmp").mkdir()
-    (folder / "step_04").mkdir()
-    (folder / "my_notes").mkdir()
+    (folder / ".step_00000003.tmp").mkdir()
+    (folder / "step_00000004").mkdir()
+    (folder / "my_step_notes").mkdir()
     discard_checkpoints(folder, mine)
-    assert sorted(path.name for path in folder.iterdir()) == ["my_notes", "step_02"]
-    (folder / "my_notes").rmdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["my_step_notes", "step_00000002"]
+    (folder / "my_step_notes").rmdir()
     discard_checkpoints(folder, other)
     discard_checkpoints(folder, other)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from minitron_mp.config.distillation import DistillConfig
-from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, save_recipe
+from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, recipe_yaml
 from minitron_mp.config.reference import recipe_reference
 from minitron_mp.errors import InputError
 from minitron_mp.losses.divergences import DIVERGENCES
@@ -59,7 +59,7 @@ def test_divergence_parameters_are_completed_and_checked(recipe_file, tmp_path):
     assert load_recipe(recipe_file, [skewed]).distill.divergence_parameters == {"skew": 0.1}
     recipe = load_recipe(recipe_file, [skewed, "distill.divergence_parameters.skew=0.3"])
     assert recipe.distill.divergence_parameters == {"skew": 0.3}
-    save_recipe(recipe, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     for overrides, message in (
         (
@@ -86,7 +86,7 @@ def test_recipe_has_every_divergence():
 
 def test_resolved_recipe_round_trips_through_yaml(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["target.max_parameters=8.4B", "export.family=mistral"])
-    save_recipe(recipe, tmp_path / "resolved.yaml")
+    (tmp_path / "resolved.yaml").write_text(recipe_yaml(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     assert (
         yaml.safe_load((tmp_path / "resolved.yaml").read_text())["score"]["num_samples"] == 1024

@@ -310,9 +310,9 @@ def test_templates_in_a_folder_reach_the_export(llama, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": ["llama"]}, r"model_type \['llama'\].*of these families: llama"),
-        ({"model_type": None}, "model_type None.*of these families: llama"),
-        ({"architectures": ["OurForCausalLM"]}, "OurForCausalLM.*of these families: llama"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\].*these families: llama"),
+        ({"model_type": None}, "model_type None.*these families: llama"),
+        ({"architectures": ["OurForCausalLM"]}, "OurForCausalLM.*these families: llama"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True, not a positive integer"),
         ({"hidden_size": 36.0}, "hidden_size is 36.0, not a positive integer"),
         ({"hidden_size": "36"}, "hidden_size is '36', not a positive integer"),

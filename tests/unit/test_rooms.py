@@ -48,7 +48,7 @@ ONLY_IN = {
     "matplotlib": {"report/figures"},
     "jinja2": {"report/document"},
     "huggingface_hub": {"report/model_card"},
-    "os.environ": {"distributed/launcher", "console"},  # the console reads RANK before torch is imported
+    "os.environ": {"distributed/launcher", "distributed/job", "console"},  # the last two import no torch
     "os.getenv": set(),
 }
 NO_MEGATRON = {"errors", "console", "losses", "config", "report", "planning", "cli"}

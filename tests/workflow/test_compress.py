@@ -40,7 +40,7 @@ def test_compress_writes_every_artifact(whole):
     assert "Traceback" not in whole.done.stderr
     assert names(whole.output) == OUTPUT  # and nothing written aside, no checkpoints
     assert whole.to_repeat() == {}
-    assert load_recipe(whole.output / "recipe.yaml") == load_recipe(whole.recipe)
+    assert load_recipe(whole.output / "resolved_recipe.yaml") == load_recipe(whole.recipe)
     for name in STAGES:
         assert f"{name}: {whole.output / STAGES[name].artifact} in " in whole.done.stdout
 
@@ -173,7 +173,7 @@ def test_two_ranks_make_the_same_student(whole, two_ranks, on_rank):
     assert on_rank("report", two_ranks.recipe).code == 0
     commands, own = (
         (two_ranks.output / "report.md").read_text(),
-        two_ranks.output / "recipe.yaml",
+        two_ranks.output / "resolved_recipe.yaml",
     )  # which the last command wrote
     assert f"torchrun --nproc-per-node 2 -m minitron_mp distill {own} {' '.join(TWO_RANKS)}\n" in commands
     assert f"\nminitron-mp evaluate {own}\n" in commands

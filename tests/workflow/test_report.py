@@ -134,8 +134,10 @@ def test_page_has_the_numbers_of_the_artifacts(whole, read):
     costs = {row[0]: row[1:] for row in cost[1:]}
     assert list(costs) == [*STAGES, "total"]
     assert costs["distill"][:2] == [str(STEPS), f"{STEPS * 4 * 32:,}"]
-    assert yaml.safe_load(read.boxes[1]) == yaml.safe_load((whole.output / "recipe.yaml").read_text())
-    assert f"minitron-mp compress {whole.output / 'recipe.yaml'}" in read.boxes[0].splitlines()
+    assert yaml.safe_load(read.boxes[1]) == yaml.safe_load(
+        (whole.output / "resolved_recipe.yaml").read_text()
+    )
+    assert f"minitron-mp compress {whole.output / 'resolved_recipe.yaml'}" in read.boxes[0].splitlines()
 
 
 def test_html_and_markdown_reports_agree(whole, text, read):
@@ -353,7 +355,10 @@ def test_provenance_matches_the_run_records(whole, tmp_path):
     assert (
         "recipe.yaml parallel.tp=4 parallel.sequence_parallel=true\n" in commands
     )  # recipe.yaml is of the last command
-    assert f"torchrun --nproc-per-node 8 -m minitron_mp evaluate {whole.output / 'recipe.yaml'}\n" in commands
+    assert (
+        f"torchrun --nproc-per-node 8 -m minitron_mp evaluate {whole.output / 'resolved_recipe.yaml'}\n"
+        in commands
+    )
     assert " compress " not in commands  # no one command made all of it
     assert "has no entry for: import, data" in section.parts[1]
     versions = dict(section.parts[-1].rows)

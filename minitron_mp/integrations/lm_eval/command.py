@@ -12,7 +12,7 @@ from typing import Any
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.checkpoint import load_weights
-from minitron_mp.artifacts.files import ASSETS, write_text
+from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks, table
@@ -27,6 +27,7 @@ from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.report.tables import HARNESS_HEADER, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.stage_files import tokenizer_path
 
 SAVED_RESULTS = (
     "results",
@@ -91,7 +92,7 @@ def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
     with join_world(recipe.parallel, seed=recipe.seed) as world, _quiet_on_other_ranks():
         stored = on_rank_0(lambda: _find_model(project, options.model))
         length = _checked_length(options.max_length or recipe.data.sequence_length, stored.arch)
-        folder = Path(recipe.data.tokenizer or project.paths["import"] / ASSETS)
+        folder = tokenizer_path(recipe, project.paths)
         tokenizer = load_hugging_face(folder, stored.arch.vocab_size)
         if options.chat_template and not tokenizer.chat_template:
             raise InputError("--apply-chat-template: the tokenizer has no chat template; remove the option")

@@ -49,7 +49,7 @@ def student_provider(
     hooks of this function. InputError when Bridge is not installed, or does not have this api.
     """
     arch = saved_arch(Path(folder))
-    config = json.loads((Path(folder) / ASSETS / "config.json").read_text())
+    config = json.loads((Path(folder) / ASSETS / "config.json").read_text(encoding="utf-8"))
     bridge = auto_bridge(pruned_config(config, arch))
     if api == "config" and not hasattr(bridge, "get_model_config"):
         raise InputError(

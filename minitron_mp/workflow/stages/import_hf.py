@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.console import say
-from minitron_mp.workflow.settings import model_files
+from minitron_mp.workflow.settings import IMPORTED_MODELS, model_files
 from minitron_mp.workflow.stage import Stage
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def import_folder(context: StageContext, source: Path) -> None:
 IMPORT = Stage(
     name="import",
     help="Convert a Hugging Face folder to a sharded checkpoint.",
-    artifact="teacher",
+    artifact=IMPORTED_MODELS["import"],
     sources=lambda recipe: model_files(recipe.model),
     run=run,
     disk_bytes=lambda sizes: sizes.imported_base,

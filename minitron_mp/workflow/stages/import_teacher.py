@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import model_files
+from minitron_mp.workflow.settings import IMPORTED_MODELS, model_files
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages.import_hf import import_folder
 
@@ -27,7 +27,7 @@ def _folder(recipe: Recipe) -> Path:
 IMPORT_TEACHER = Stage(
     name="import-teacher",
     help="Convert a separate teacher of distillation to a sharded checkpoint.",
-    artifact="distilling_teacher",
+    artifact=IMPORTED_MODELS["import-teacher"],
     sources=lambda recipe: model_files(str(_folder(recipe))),
     when=lambda recipe: recipe.teacher.model is not None,
     requirement="teacher.model",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import num_dropped_layers
+from minitron_mp.workflow.settings import base_arch, num_dropped_layers
 from minitron_mp.workflow.stage import Stage
 
 if TYPE_CHECKING:
@@ -63,15 +62,13 @@ def _sizes(recipe: Recipe) -> Mapping[str, object]:
 
     Computed sizes must be divisible by tp, but seldom change with it. So tp is not a setting.
     """
-    from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.target import resolve_target
 
     if recipe.search is not None:
         return {}  # the artifact of the search is an input
     if not recipe.target.searched:
         return recipe.target.model_dump(exclude_defaults=True, exclude={"axes", "align"})
-    teacher = read_arch(Path(recipe.model), weights=False)
-    student = resolve_target(teacher, recipe.target, recipe.parallel.tp, recipe.export.family)
+    student = resolve_target(base_arch(recipe), recipe.target, recipe.parallel.tp, recipe.export.family)
     return student.sizes()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.workflow.settings import text_files, text_settings
 from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.stage_files import TOKENIZER, tokenizer_path
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
@@ -61,6 +64,8 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
                     output=recipe.root,
                     progress=progress,
                 )
+                if recipe.data.tokenizer and not held_out:
+                    _copy_tokenizer(tokenizer_path(recipe, context.paths), folder / TOKENIZER)
         except OSError as error:
             raise InputError(f"{context.output} cannot be written: {error}; set another output") from error
         say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
@@ -69,6 +74,20 @@ def tokenize_text(context: StageContext, *, held_out: bool) -> None:
             say(f"{stage}: text that is not used, or not as it is: {not_used}")
 
     on_rank_0(write, takes_long=True)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy data.tokenizer, because later stages read it, and the user may delete it.
+
+    source: data.tokenizer, or its copy in the artifact that is replaced.
+    """
+    from minitron_mp.models.model_folder import copy_asset_files
+
+    target.mkdir()
+    if source.is_file():
+        shutil.copy(source, target)
+    else:
+        copy_asset_files(source, target)
 
 
 def problems(files: StageFiles) -> list[str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import fp8_teacher, run_settings
+from minitron_mp.workflow.settings import base_arch, fp8_teacher, run_settings
 from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
 
 if TYPE_CHECKING:
@@ -26,12 +25,11 @@ def settings(recipe: Recipe) -> dict[str, object]:
     The settings from which the candidates are computed are not included: the parallel layout is one
     of them, and seldom changes the candidates.
     """
-    from minitron_mp.models.hf_config import read_arch
     from minitron_mp.pruning.candidates import candidate_name, training
     from minitron_mp.pruning.search_space import search_candidates
 
     assert recipe.search is not None
-    candidates = search_candidates(recipe, read_arch(Path(recipe.model), weights=False))
+    candidates = search_candidates(recipe, base_arch(recipe))
     measured = recipe.search.model_dump(include={"num_samples", "finalists", "steps"})
     if recipe.search.latency_ms:  # which candidates are fast enough depends on these ranks
         measured |= recipe.search.model_dump(include={"latency_ms", "tolerance", "batch_size", "context"})

@@ -1,0 +1,218 @@
+"""Lock of an output folder: one job at a time works in it.
+
+The lock is a file that names its owner. It does not use flock(), which some network file systems
+ignore or keep per host. A hard link creates it, because that is atomic on NFS, Lustre and GPFS. The
+owner renews the file's time while it lives. A lock is stale if its owner is dead: on the same host
+by process id and start time, elsewhere if its time is old.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_mp.console import say
+from minitron_mp.distributed.job import ProcessIdentity, is_alive, this_process
+from minitron_mp.errors import InputError
+
+LOCK = ".minitron_mp.lock"
+"""Name of the lock in the output folder."""
+
+HEARTBEAT_S = 15.0
+"""Interval in which the owner renews the time of its lock."""
+
+STALE_S = 180.0
+"""Age after which the lock of an owner on another host is stale: 12 heartbeats."""
+
+EXIT_CODE = 3
+"""Exit code of a process whose lock another process has taken."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The owner of a lock. token: unique text of this lock. since: local time of its creation."""
+
+    process: ProcessIdentity
+    token: str
+    since: str
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an existing folder in this context; for one process of a job.
+
+    InputError while another job holds it. It waits until a lock that a dead process on another host
+    may have left is old enough.
+    """
+    lock = folder / LOCK
+    owner = Owner(this_process(), uuid.uuid4().hex, time.strftime("%Y-%m-%d %H:%M:%S"))
+    _acquire(lock, owner)
+    stop = threading.Event()
+    thread = threading.Thread(target=_heartbeat, args=(lock, owner, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        current = read_owner(lock)
+        if current is not None and current.token == owner.token:
+            lock.unlink(missing_ok=True)
+
+
+def read_owner(lock: Path) -> Owner | None:
+    """Return the owner of a lock; None if there is no lock, or its file is damaged."""
+    try:
+        content = json.loads(lock.read_text(encoding="utf-8"))
+        return Owner(ProcessIdentity(**content["process"]), content["token"], content["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _acquire(lock: Path, owner: Owner) -> None:
+    """Create the lock, or raise InputError if its owner lives."""
+    waited = False
+    first_seen: tuple[str, float] | None = None
+    while not _create(lock, owner):
+        current, age_s = read_owner(lock), _age_s(lock)
+        if age_s is None:
+            continue  # it was released in the meantime
+        alive = None if current is None else is_alive(current.process)
+        seen = ("" if current is None else current.token, lock_time(lock))
+        if first_seen is None or first_seen[0] != seen[0]:
+            first_seen = seen
+        is_renewed = seen[1] > first_seen[1]
+        if alive or (alive is None and is_renewed):
+            raise InputError(_refusal(lock, current))
+        if alive is False or age_s > STALE_S:
+            _remove_stale(lock, current)
+            say(f"{lock}: the lock of {_name(current)} was removed, because that process has ended")
+            first_seen = None
+            continue
+        if not waited:
+            say(
+                f"{lock}: {_name(current)} holds this folder, last heartbeat {age_s:.0f} s ago; waiting for "
+                f"the next one, up to {STALE_S - age_s:.0f} s"
+            )
+            waited = True
+        time.sleep(min(1.0, HEARTBEAT_S / 4))
+
+
+def _refusal(lock: Path, owner: Owner | None) -> str:
+    since = f" since {owner.since}" if owner else ""
+    stop = ""
+    if owner and owner.process.job:
+        stop = f"cancel it (scancel {owner.process.job.split()[-1]})"
+    elif owner:
+        stop = f"stop it (kill {owner.process.pid} on {owner.process.host})"
+    return (
+        f"the output folder {lock.parent} is in use: {_name(owner)} has been running in it{since}; wait "
+        f"for its end, {stop or 'stop it'}, or set another output. If no such process exists, delete {lock}"
+    )
+
+
+def _name(owner: Owner | None) -> str:
+    return "another process" if owner is None else str(owner.process)
+
+
+def _create(lock: Path, owner: Owner) -> bool:
+    """Create the lock atomically. Return False if it exists."""
+    temporary = lock.with_name(f"{lock.name}.{owner.token}")
+    content = {"process": owner.process.values(), "token": owner.token, "since": owner.since}
+    try:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            os.link(temporary, lock)
+        except FileExistsError:
+            # NFS may repeat a request whose answer was lost. The count of links shows the truth.
+            return temporary.stat().st_nlink == 2
+        except OSError:  # a file system without hard links
+            return _create_exclusively(lock, json.dumps(content))
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_exclusively(lock: Path, content: str) -> bool:
+    try:
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove_stale(lock: Path, stale: Owner | None) -> None:
+    """Remove a stale lock, but no lock that another process has created meanwhile.
+
+    Only the process that creates the second file may remove the lock.
+    """
+    guard = lock.with_name(f"{lock.name}.takeover")
+    try:
+        guard.touch(exist_ok=False)
+    except FileExistsError:
+        age_s = _age_s(guard)
+        if age_s is not None and age_s > STALE_S:  # a takeover lasts milliseconds; this one was killed
+            guard.unlink(missing_ok=True)
+        time.sleep(0.05)
+        return
+    try:
+        if read_owner(lock) == stale:
+            lock.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
+
+
+def lock_time(lock: Path) -> float:
+    """Return the time at which a lock was last renewed, 0 without a lock."""
+    try:
+        return lock.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _age_s(lock: Path) -> float | None:
+    """Return the age of a file in seconds by the clock of its file system; None if it is missing."""
+    probe = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return max(0.0, probe.stat().st_mtime - lock.stat().st_mtime)
+    except FileNotFoundError:
+        return None
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _heartbeat(lock: Path, owner: Owner, stop: threading.Event) -> None:
+    """Renew the lock until stop is set. End the process if another process has taken the lock.
+
+    That happens when this process was suspended for longer than STALE_S.
+    """
+    while not stop.wait(HEARTBEAT_S):
+        try:
+            current = read_owner(lock)
+            if current is not None and current.token == owner.token:
+                os.utime(lock)
+                continue
+            if _create(lock, owner):  # someone has deleted it
+                continue
+            current = read_owner(lock)
+        except OSError:  # the file system does not answer for a while
+            continue
+        if current is not None and current.token != owner.token and not stop.is_set():
+            with suppress(OSError):
+                sys.stderr.write(
+                    f"error: {_name(current)} has taken the lock {lock} of this process, which was "
+                    "suspended or could not write for a long time; this process ends, so that two jobs do "
+                    "not write into one folder\n"
+                )
+                sys.stderr.flush()
+            os._exit(EXIT_CODE)

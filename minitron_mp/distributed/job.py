@@ -1,0 +1,143 @@
+"""Identity of this process and of its job, and processes that no launcher made ranks of.
+
+It imports neither torch nor Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from minitron_mp.console import launched
+from minitron_mp.errors import InputError
+
+STOP_FILE = "stop"
+"""Name of a file in the output folder that requests a stop. The job deletes it when it stops."""
+
+TASKS = (
+    ("Slurm", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
+    ("Open MPI", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
+    ("MPI", "PMI_RANK", ("PMI_SIZE",)),
+    ("Flux", "FLUX_TASK_RANK", ("FLUX_JOB_SIZE",)),
+)
+"""Launchers of plain processes: name, variable of the task number, variables of the number of
+tasks. The first of these variables that is set counts."""
+
+
+def require_launcher() -> None:
+    """Raise InputError in one of several tasks of srun or mpirun that are not ranks of torchrun.
+
+    Each of them would run the whole command in the same output folder. A shell that salloc started
+    has no task number.
+    """
+    if launched():
+        return
+    for launcher, number, sizes in TASKS:
+        size = next((os.environ[name] for name in sizes if name in os.environ), "1")
+        if number in os.environ and size.isdigit() and int(size) > 1:
+            raise InputError(
+                f"this process is task {os.environ[number]} of {size} of {launcher}, but no rank: RANK is "
+                "not set, so each task would run the whole command in one output folder; start torchrun once "
+                "per node (launch/slurm.sbatch and launch/run.sh do), or start one task (srun --ntasks=1)"
+            )
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """In this context SIGTERM raises SystemExit in the main thread, so that clean-up code runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process that other hosts and later processes can recognise.
+
+    start_ticks: start of the process in the kernel's clock, because process ids are reused.
+    kernel, namespace: identity of the table of processes that contains pid; "" if unknown.
+    restart: number of times that the scheduler has restarted the job.
+    """
+
+    host: str
+    pid: int
+    start_ticks: str = ""
+    kernel: str = ""
+    namespace: str = ""
+    job: str = ""
+    restart: int = 0
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        job = f" of {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def this_process() -> ProcessIdentity:
+    """Return the identity of this process."""
+    job_id = os.environ.get("SLURM_JOB_ID", "")
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    kernel, namespace = _process_table()
+    return ProcessIdentity(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        start_ticks=_start_ticks(os.getpid()) or "",
+        kernel=kernel,
+        namespace=namespace,
+        job=f"Slurm job {job_id}" if job_id else "",
+        restart=int(restart) if restart.isdigit() else 0,
+    )
+
+
+def is_alive(process: ProcessIdentity) -> bool | None:
+    """Return whether a process is alive; None if this process cannot find out.
+
+    The answer is certain in the same table of processes: same kernel and same namespace. A job that
+    the scheduler has restarted has no older processes.
+    """
+    me = this_process()
+    if process.job and process.job == me.job and process.restart < me.restart:
+        return False
+    if not process.kernel or (process.kernel, process.namespace) != (me.kernel, me.namespace):
+        return None
+    return _start_ticks(process.pid) == process.start_ticks
+
+
+def _process_table() -> tuple[str, str]:
+    """Return the identity of the running kernel and of this process's namespace of process ids."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return kernel, os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "", ""
+
+
+def _start_ticks(pid: int) -> str | None:
+    """Return the start time of a process in clock ticks; None for a zombie or a missing process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain spaces
+    state, start = fields[0], fields[19]
+    return None if state in "ZX" else start
