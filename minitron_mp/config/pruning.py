@@ -89,10 +89,6 @@ class TargetConfig(Section):
                 f"axes {self.axes} has no effect without max_parameters or keep; drop axes, or give one "
                 "of them in place of sizes"
             )
-        if self.merge_heads and not (self.num_attention_heads or self.num_query_groups):
-            raise ValueError(
-                "merge_heads has no effect without fewer heads; give num_attention_heads, or drop merge_heads"
-            )
         return self
 
     @property
