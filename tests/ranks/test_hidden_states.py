@@ -322,7 +322,7 @@ def test_planner_counts_hidden_state_bytes():
 @pytest.mark.parametrize(
     ("states", "other", "message"),
     [
-        ({"layers": {}}, {}, r"distill\.states\.layers: .*at least 1"),
+        ({"layers": {}}, {}, r"distill\.states\.layers: must have 1 or more"),
         ({"layers": {3: 1, 2: 2}}, {}, r"the student's states \[3, 2\] must be ascending, without repeats"),
         ({"layers": [[0, 0], [0, 1]]}, {}, r"must be ascending, without repeats"),
         ({"layers": [[0, 1, 2]]}, {}, r"\[0, 1, 2\] must be \[state of the student"),

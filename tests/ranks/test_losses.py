@@ -43,7 +43,7 @@ OBJECTIVES = {
 
 def other_value(parameter):
     """Return an allowed value that is not the default. Limits are finite: skew 0.1 of (0, 1) -> 0.7."""
-    return parameter.above + 0.7 * (parameter.below - parameter.above)
+    return parameter.above + 0.7 * (parameter.at_most - parameter.above)
 
 
 PARAMETER_VARIANTS = {

@@ -11,7 +11,15 @@ from minitron_mp.distributed.job import sigterm_exits
 from minitron_mp.distributed.preemption import watch_for_preemption
 
 
-def test_first_interrupt_requests_a_stop_and_the_second_one_raises(tmp_path, capfd):
+@pytest.fixture
+def not_ignored():
+    """A background job of a shell starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_first_interrupt_requests_a_stop_and_the_second_one_raises(tmp_path, capfd, not_ignored):
     before = signal.getsignal(signal.SIGINT)
     with watch_for_preemption(tmp_path) as preemption:
         assert preemption.stop_request(True) == ""
