@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic.config import JsonDict
 
 NOT_IN_RESULT: JsonDict = {"result": False}
@@ -33,6 +33,15 @@ class Section(BaseModel):
     """A frozen part of a recipe. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_sections(cls, values: object) -> object:
+        """Read a section without keys as its defaults. In YAML it is null."""
+        if not isinstance(values, dict):
+            return values
+        sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
+        return {key: value for key, value in values.items() if value is not None or key not in sections}
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change a result: all fields except marked and empty ones."""

@@ -106,6 +106,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
+    from yaml.reader import ReaderError
 
     if not Path(path).is_file():
         raise InputError(f"no recipe at {path}; give a YAML file such as examples/quickstart.yaml")
@@ -124,6 +125,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except InputError:
         raise
+    except ReaderError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
     return make_recipe(values, source=str(path))
@@ -206,7 +209,10 @@ def _sentences(error: ErrorDetails) -> list[str]:
         rows = error["msg"].removeprefix("Value error, ").splitlines()
         return [f"{key}: {row}" if key else row for row in rows]
     rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-    return [f"{key}: {rule}, given {error['input']!r}"]
+    given = (
+        "nothing (an empty value and ~ are null in YAML)" if error["input"] is None else repr(error["input"])
+    )
+    return [f"{key}: {rule}, given {given}"]
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -156,7 +156,7 @@ def test_parameter_count_suffixes(text, number):
             {"teacher": {"placement": "cached", "parallel": {"tp": 2}, "top_k": 7}},
             r"parallel, top_k: no effect with placement cached",
         ),
-        ({"data": None}, r"data: .*given None"),
+        ({"model": None}, r"model: must be text, given nothing \(an empty value and ~ are null in YAML\)"),
         ({"data": {"held_out": {"old": 5}}}, r"data\.held_out\.old: must be a list, given 5"),
         ({"distill": {"min_lr": 1}}, r"distill: min_lr 1\.0 is above lr 0\.0001"),
         ({"seed": {"x": 5}}, r"seed: .*given \{'x': 5\}"),
@@ -172,6 +172,11 @@ def test_parameter_count_suffixes(text, number):
 def test_errors_state_given_and_allowed_values(values, message):
     with pytest.raises(InputError, match=message):
         make_recipe({**NEEDED, **values})
+
+
+def test_section_without_keys_has_its_defaults():
+    assert make_recipe({**NEEDED, "data": None, "teacher": {"parallel": None}}) == make_recipe(NEEDED)
+    assert make_recipe({**NEEDED, "correct": None}).correct is None
 
 
 def test_errors_are_reported_together():
@@ -210,7 +215,7 @@ def test_errors_are_reported_together():
         (b"- a\n", [], "contains a list, not keys and values"),
         (b"model: [a\n", [], "cannot be read"),
         (b"model: a\nmodel: b\n", [], "duplicate key model"),
-        (b"\xff\xfe\x00", [], "cannot be read"),
+        (b"\xff\xfe\x00", [], "is not UTF-8 text"),
         (b"model: ${nowhere}\noutput: o\n", [], "nowhere"),
         (b"", [], r"(?s)model is missing.*output is missing"),
         (

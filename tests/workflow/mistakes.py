@@ -120,6 +120,7 @@ MISTAKES: dict[str, list[Mistake]] = {
             "A tab in the indentation", change=write("recipe.yaml", "model: model\ndata:\n\tsource: text\n")
         ),
         Mistake("A key that occurs twice", change=write("recipe.yaml", "model: a\nmodel: b\noutput: out\n")),
+        Mistake("Latin-1 text", change=write("recipe.yaml", b"model: caf\xe9\noutput: out\n")),
         Mistake("A variable that is not defined", ("output=${runs}/one",)),
         Mistake("Without model and output", change=write("recipe.yaml", "seed: 1\n")),
         overrides("A key with a typing error", "distill.stepz=50"),
