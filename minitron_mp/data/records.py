@@ -21,8 +21,19 @@ MAX_FIRST_RECORD = 1 << 24
 
 CHUNK_CHARACTERS = 1 << 20
 
+LONGEST_WORD = 16
+"""Characters of the longest JSON literal or escape sequence, and some more."""
+
 TABLE_ROWS = 64
 """Rows of a parquet file that are read together."""
+
+
+class NoField(InputError):
+    """A record has no field with the name of the text's field."""
+
+
+class TooLong(InputError):
+    """A line or record has too many characters."""
 
 
 class Record(NamedTuple):
@@ -49,19 +60,16 @@ def read_records(path: Path, file_format: Format, field: str) -> Iterator[Record
                 yield Record(line, text_of(value, field, f"{path} line {line}"))
 
 
-def has_text(path: Path, field: str) -> bool:
-    """Return whether a .json file is text: its first record has a string in the field.
+def check_first_record(path: Path, field: str) -> None:
+    """Raise InputError if the first record of a .json file has no string in the field.
 
-    It is not if the first record is longer than MAX_FIRST_RECORD, as in many files of settings.
+    NoField and TooLong (more than MAX_FIRST_RECORD) mean that the file is not text: many .json
+    files are settings. Other errors mean that it may be text which cannot be read.
     """
-    try:
-        with open_text(path) as file:
-            for line, value in _json_values(file, path, MAX_FIRST_RECORD):
-                text_of(value, field, f"{path} line {line}")
-                return True
-    except InputError:
-        return False
-    return False
+    with open_text(path) as file:
+        for line, value in _json_values(file, path, MAX_FIRST_RECORD):
+            text_of(value, field, f"{path} line {line}")
+            return
 
 
 def text_of(record: object, field: str, place: str) -> str:
@@ -69,7 +77,8 @@ def text_of(record: object, field: str, place: str) -> str:
     try:
         value = _field(record, field)
     except KeyError:
-        raise InputError(_no_field(record, field, place)) from None
+        message = _no_field(record, field, place)
+        raise (InputError(message) if record is None else NoField(message)) from None
     if not isinstance(value, str):
         raise InputError(
             f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
@@ -82,7 +91,7 @@ def read_lines(file: TextIO, path: Path) -> Iterator[str]:
     """Yield the lines of a file of records. InputError for a line of more than MAX_RECORD characters."""
     for number, line in enumerate(iter(partial(file.readline, MAX_RECORD), ""), 1):
         if len(line) >= MAX_RECORD:
-            raise InputError(_too_long(path, number))
+            raise TooLong(_too_long(path, number))
         yield line
 
 
@@ -142,19 +151,28 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             # The value is invalid, or its end is not yet read.
-            more = file.read(max(CHUNK_CHARACTERS, len(text) - position))
-            if not more and position == len(text):
-                return
+            more = ""
+            if _may_be_cut(error, text):
+                more = file.read(max(CHUNK_CHARACTERS, len(text) - position))
+                if not more and position == len(text):
+                    return
             if not more:
                 raise InputError(_not_json(text[position:], f"{path} line {line}", error)) from None
             text = text[position:] + more
             position = 0
             if len(text) > longest:
-                raise InputError(_too_long(path, line)) from None
+                raise TooLong(_too_long(path, line)) from None
             continue
         yield line, value
         line += text.count("\n", position, end)
         position = end
+
+
+def _may_be_cut(error: Exception, text: str) -> bool:
+    """Return whether a JSON value may be valid with more characters after the end of the text."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos + LONGEST_WORD > len(text)
 
 
 def _table_records(path: Path, field: str) -> Iterator[Record]:

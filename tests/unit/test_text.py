@@ -243,6 +243,49 @@ def test_invalid_json_files_are_named(tmp_path, content, message):
         read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "caf\xe9"}]', r"is not UTF-8 text: line 1, byte 0xe9 at offset 14"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", r"is a git-lfs pointer"),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())[:-12], r"is damaged or cut off"),
+        ("a.json", json.dumps([None, *ROWS]), r"line 1 is not a JSON object but null"),
+        ("a.json", '[\n{"text": null}]', r'line 2 has null in the field "text", not a string'),
+        ("a.json", '[{"text": 3}]', r'line 1 has a number in the field "text"'),
+        ("a.json", '{"text', r"line 1 is not a JSON object: .*Unterminated string"),
+        ("a.json", '[{"text": tru, "id": 1}' + 600 * " " + '{"text": "a"}]', r"line 1 is not a JSON object"),
+        ("a.json", "[" * 5000, r"line 1 is not a JSON object"),
+    ],
+)
+def test_json_files_that_cannot_be_read_are_rejected_also_in_a_folder(
+    tmp_path, monkeypatch, name, content, message
+):
+    monkeypatch.setattr(records, "MAX_FIRST_RECORD", 500)
+    monkeypatch.setattr(records, "CHUNK_CHARACTERS", 100 if "tru" in str(content) else 1 << 20)
+    data = texts_folder(tmp_path / "data", "fine.txt")
+    write(data / name, content)
+    for source in (data / name, data):
+        with pytest.raises(InputError, match=rf"{name} {message}"):
+            read(source)
+
+
+def test_many_json_files_that_cannot_be_read_are_counted(tmp_path):
+    for i in range(9):
+        write(tmp_path / f"{i}.json", "version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(
+        InputError, match=r"(?s)/4\.json is a git-lfs .*: 4 more \.json files have such"
+    ) as error:
+        read(tmp_path)
+    assert "5.json" not in str(error.value)
+
+
+def test_empty_json_files_are_counted(tmp_path):
+    write(tmp_path / "a.txt", "word")
+    write(tmp_path / "b.json", "")
+    write(tmp_path / "c.json", "[]")
+    assert read(tmp_path) == (["word"], {unused.EMPTY: 2})
+
+
 def test_text_may_begin_like_another_kind_of_file(tmp_path):
     for text in ("%PDF is the beginning of a PDF", "PAR1 is a gene", "BZh"):
         assert read(write(tmp_path / "a.txt", text)) == ([text], {})
@@ -414,7 +457,7 @@ def test_files_that_are_not_read_are_counted(tmp_path):
     )
     texts_folder(data, ".hidden.txt", ".cache/x.txt", "__MACOSX/._a.txt")
     write(data / "config.json", '{"architectures": ["x"]}')
-    write(data / "broken.json", '{"text')
+    write(data / "numbers.json", "[1, 2]")
     write(data / "more.json", json.dumps({"text": "more"}))
     write(data / "both.jsonl", '{"text": "both"}')
     write(data / "both.jsonl.gz", gzip.compress(b'{"text": "both"}', mtime=0))
