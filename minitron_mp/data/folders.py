@@ -32,6 +32,8 @@ class FileLister:
     problems: list[str]
     """Sentences about files that cannot be read are added to this list."""
     unused: UnusedText = field(default_factory=UnusedText)
+    other_fields: dict[str, str] = field(default_factory=dict)
+    """Path -> fields of the first record: .json files of the last folder without the field."""
     _seen_files: set[object] = field(default_factory=set)
     _seen_folders: set[str] = field(default_factory=set)
     _found: list[tuple[str, Path]] = field(default_factory=list)
@@ -48,6 +50,7 @@ class FileLister:
         self._found = []
         self._links = []
         self._invalid = []
+        self.other_fields = {}
         self._scan("", folder)
         while self._links:
             self._links.sort(reverse=True)
@@ -134,7 +137,11 @@ class FileLister:
         if file_format == "json":
             try:
                 check_first_record(path, self.text_field)
-            except (NoField, TooLong):
+            except NoField as error:
+                self.unused.add(unused.no_field(self.text_field), str(path))
+                self.other_fields.setdefault(str(path), error.fields)
+                return False
+            except TooLong:
                 file_format = None
             except InputError as error:
                 self._invalid.append(str(error))

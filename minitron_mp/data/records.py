@@ -29,7 +29,14 @@ TABLE_ROWS = 64
 
 
 class NoField(InputError):
-    """A record has no field with the name of the text's field."""
+    """A record has no field with the name of the text's field.
+
+    fields: names of its fields, separated by commas.
+    """
+
+    def __init__(self, message: str, fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class TooLong(InputError):
@@ -78,7 +85,7 @@ def text_of(record: object, field: str, place: str) -> str:
         value = _field(record, field)
     except KeyError:
         message = _no_field(record, field, place)
-        raise (InputError(message) if record is None else NoField(message)) from None
+        raise (InputError(message) if record is None else NoField(message, _fields(record))) from None
     if not isinstance(value, str):
         raise InputError(
             f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
@@ -221,12 +228,16 @@ def _no_field(record: object, field: str, place: str) -> str:
     if not isinstance(record, dict):
         advice = "name the file .json" if isinstance(record, list) else "correct or delete it"
         return f"{place} is not a JSON object but {_kind(record)}; {advice}"
-    names = [name for name in _names(record) if isinstance(name, str)]
-    fields = ", ".join(names[:12]) or "none"
     return (
-        f'{place} has no field "{field}" (its fields: {fields}); set data.text_field to the field with the '
-        "text, or delete it"
+        f'{place} has no field "{field}" (its fields: {_fields(record)}); set data.text_field to the '
+        "field with the text, or delete it"
     )
+
+
+def _fields(record: object) -> str:
+    """Return the names of the first fields of a record."""
+    names = _names(record) if isinstance(record, dict) else []
+    return ", ".join([name for name in names if isinstance(name, str)][:12]) or "none"
 
 
 def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:

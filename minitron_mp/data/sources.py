@@ -178,5 +178,14 @@ def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
     lister.problems.append(
         f"{lister.name}: {entry} is a folder without text files ({FORMATS_NOTE})"
         + (f"; it has {content}" if content else "")
+        + _field_advice(lister.other_fields)
         + "; for Megatron data, give its prefix"
     )
+
+
+def _field_advice(other_fields: dict[str, str]) -> str:
+    """Return what to do if a folder has .json files with other fields."""
+    if not other_fields:
+        return ""
+    path, fields = next(iter(other_fields.items()))
+    return f"; set data.text_field to the field with the text ({path}, its fields: {fields})"

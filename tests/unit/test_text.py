@@ -286,6 +286,22 @@ def test_empty_json_files_are_counted(tmp_path):
     assert read(tmp_path) == (["word"], {unused.EMPTY: 2})
 
 
+def test_json_files_with_another_field_are_named_with_their_fields(tmp_path):
+    for name in ("a.json", "b.json.gz"):
+        content = json.dumps([{"content": "word", "meta": {"id": 1}}]).encode()
+        write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert (
+        f'; it has .json files whose first record has no field "text": 2 ({tmp_path}/a.json, '
+        f"{tmp_path}/b.json.gz); set data.text_field to the field with the text ({tmp_path}/a.json, its "
+        "fields: content, meta.id); for Megatron data, give its prefix"
+    ) in str(error.value)
+    assert read(tmp_path, text_field="content") == (["word", "word"], {})
+    write(tmp_path / "c.txt", "text")
+    assert read(tmp_path) == (["text"], {'.json files whose first record has no field "text"': 2})
+
+
 def test_text_may_begin_like_another_kind_of_file(tmp_path):
     for text in ("%PDF is the beginning of a PDF", "PAR1 is a gene", "BZh"):
         assert read(write(tmp_path / "a.txt", text)) == ([text], {})
@@ -467,14 +483,20 @@ def test_files_that_are_not_read_are_counted(tmp_path):
         server.bind("s.txt")
     texts, counts = read(data)
     assert texts == ["text of data/a.txt", "both", "more"]
-    assert counts == {unused.OTHER_KIND: 8, unused.HIDDEN: 3, unused.PACKED: 1, unused.SPECIAL: 2}
+    assert counts == {
+        unused.OTHER_KIND: 6,
+        unused.no_field("text"): 2,
+        unused.HIDDEN: 3,
+        unused.PACKED: 1,
+        unused.SPECIAL: 2,
+    }
     summary = unused_text(find_sources(DataConfig(source=str(data)))).summary()
-    assert f"files of other kinds: 8 ({data}/LICENSE, {data}/README.md, " in summary
+    assert f"files of other kinds: 6 ({data}/LICENSE, {data}/README.md, " in summary
     assert f"their unpacked form, which is read: 1 ({data}/both.jsonl.gz)" in summary
     for path in (data / "a.txt", data / "both.jsonl", data / "both.jsonl.gz", data / "more.json"):
         path.unlink()
     with pytest.raises(
-        InputError, match=r"folder without text files .*it has hidden .*files of other kinds: 8 "
+        InputError, match=r"folder without text files .*it has hidden .*files of other kinds: 6 "
     ):
         read(data)
 
