@@ -140,12 +140,13 @@ def _values_of_line(line: str, place: str) -> list[Any]:
 def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each element of an array, or of each value of a file.
 
-    The memory is that of the longest element.
+    The memory is that of the longest element. InputError for an array without its end.
     """
     decoder = json.JSONDecoder()
     separators = " \t\n\ufeff"
     text = file.read(CHUNK_CHARACTERS)
-    if text.lstrip(separators).startswith("["):
+    is_open = text.lstrip(separators).startswith("[")
+    if is_open:
         text = text.replace("[", " ", 1)
         separators += ",]"
     position = 0
@@ -153,6 +154,7 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
     while True:
         while text[position : position + 1] in separators and position < len(text):
             line += text[position] == "\n"
+            is_open = is_open and text[position] != "]"
             position += 1
         try:
             value, end = decoder.raw_decode(text, position)
@@ -162,6 +164,8 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
             if _may_be_cut(error, text):
                 more = file.read(max(CHUNK_CHARACTERS, len(text) - position))
                 if not more and position == len(text):
+                    if is_open:
+                        raise InputError(_no_end(path, line)) from None
                     return
             if not more:
                 raise InputError(_not_json(text[position:], f"{path} line {line}", error)) from None
@@ -262,6 +266,10 @@ def _not_json(text: str, place: str, error: Exception) -> str:
     if text.strip()[:1] in ("[", "{") and len(text.strip()) == 1:
         advice = "write one record on each line, or name the file .json"
     return f"{place} is not a JSON object: {text[:80].strip()!r} ({reason}); {advice}"
+
+
+def _no_end(path: Path, number: int) -> str:
+    return f"{path} is cut off: no closing ] at the end of the file (line {number}); create or copy it again"
 
 
 def _too_long(path: Path, number: int) -> str:

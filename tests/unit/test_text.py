@@ -235,6 +235,10 @@ def test_records_without_text_are_named_with_their_line(tmp_path, line, message)
         ('[\n{"text": "a"},\n{"text": tru}]', r"a\.json line 3 is not a JSON object"),
         ('[{"text": "a"}, 3]', r"a\.json line 1 is not a JSON object but a number"),
         ('{"data": [{"text": "a"}]}', r"its fields: data"),
+        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is cut off: no closing \] at the end of .* \(line 2\)"),
+        ('[{"text": "a"},\n{"text": "b"},\n', r"a\.json is cut off: no closing \]"),
+        ('[{"text": "]"}', r"a\.json is cut off: no closing \]"),
+        ("[", r"a\.json is cut off: no closing \]"),
     ],
 )
 def test_invalid_json_files_are_named(tmp_path, content, message):
