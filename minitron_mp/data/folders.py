@@ -174,10 +174,15 @@ class FileLister:
 
 def is_output(folder: Path, output: Path | None) -> bool:
     """Return whether a folder is `output`, or the output folder of another run."""
-    if output is not None and os.path.realpath(folder) == os.path.realpath(output):
+    if is_same(folder, output):
         return True
     try:
         with (folder / RUN_LOG).open("rb") as file:
             return file.read(len(RUN_LOG_BEGINNING)) == RUN_LOG_BEGINNING
     except OSError:
         return False
+
+
+def is_same(folder: Path, output: Path | None) -> bool:
+    """Return whether a folder is `output`, also through links."""
+    return output is not None and os.path.realpath(folder) == os.path.realpath(output)

@@ -15,7 +15,7 @@ from pathlib import Path
 from minitron_mp.artifacts.files import fingerprint_files
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data import unused
-from minitron_mp.data.folders import FileLister, is_output
+from minitron_mp.data.folders import FileLister, is_output, is_same
 from minitron_mp.data.text_files import FORMATS_NOTE, format_of
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import refuse
@@ -163,6 +163,12 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
 
 
 def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
+    if is_same(Path(entry), lister.output):
+        lister.problems.append(
+            f"{lister.name} and output are the same folder ({entry}); set another output, or give the folder "
+            "of the text"
+        )
+        return
     if is_output(Path(entry), lister.output):
         lister.problems.append(
             f"{lister.name}: {entry} is an output folder of minitron-mp, whose files are not text; give a "

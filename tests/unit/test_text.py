@@ -522,9 +522,12 @@ def test_output_in_the_text_folder_is_not_read(tmp_path):
     before = corpus_fingerprint(data, output=output)
     write(output / "report.txt", "new")
     assert corpus_fingerprint(data, output=output) == before
-    for folder in (output, proj / "earlier"):
-        with pytest.raises(InputError, match="is an output folder of minitron-mp"):
-            read(folder, output=output)
+    with pytest.raises(InputError, match="earlier is an output folder of minitron-mp, whose files are not"):
+        read(proj / "earlier", output=output)
+    (tmp_path / "link").symlink_to(proj)
+    for folder in (proj, tmp_path / "link"):
+        with pytest.raises(InputError, match=r"data\.source and output are the same folder \(.*set another"):
+            read(folder, output=proj)
     assert names_of(proj / "deep", tmp_path) == ["b.txt"]  # the text may lie in the output folder
 
 
