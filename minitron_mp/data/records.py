@@ -86,12 +86,24 @@ def text_of(record: object, field: str, place: str) -> str:
     except KeyError:
         message = _no_field(record, field, place)
         raise (InputError(message) if record is None else NoField(message, _fields(record))) from None
+    if isinstance(value, bytes):  # of parquet: some programs write text without its type
+        return _decoded(value, field, place)
     if not isinstance(value, str):
         raise InputError(
             f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
             "data.text_field"
         )
     return value
+
+
+def _decoded(value: bytes, field: str, place: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f'{place} has bytes in the field "{field}" that are not UTF-8: byte 0x{value[error.start]:02x} '
+            f"at offset {error.start:,} ({error.reason}); correct or delete it, or set data.text_field"
+        ) from None
 
 
 def read_lines(file: TextIO, path: Path) -> Iterator[str]:
@@ -256,7 +268,7 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string", bytes: "bytes"}
+    kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string"}
     return kinds.get(type(value), "a number")
 
 

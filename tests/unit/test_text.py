@@ -111,6 +111,15 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r'a\.parquet row 2 has null in the field "text"'):
         read(tmp_path)
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        column = pyarrow.array([b"caf\xc3\xa9", b"b"], kind)
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        assert read(tmp_path) == (["caf\u00e9", "b"], {})
+    parquet.write_table(pyarrow.table({"text": [b"a", b"caf\xe9"]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        InputError, match=r'a\.parquet row 2 has bytes in the field "text" that are not UTF-8: byte 0xe9 at'
+    ):
+        read(tmp_path)
     write(tmp_path / "a.parquet", b"PAR1" + bytes(500) + b"PAR1")
     with pytest.raises(InputError, match=r"a\.parquet cannot be read as a parquet file"):
         read(tmp_path)
