@@ -27,6 +27,9 @@ LONGEST_WORD = 16
 TABLE_ROWS = 64
 """Rows of a parquet file that are read together."""
 
+DECODER = json.JSONDecoder(parse_int=float)
+"""Unlike int(), float() reads any number of digits. Numbers are not used."""
+
 
 class NoField(InputError):
     """A record has no field with the name of the text's field.
@@ -136,12 +139,11 @@ def _values_of_line(line: str, place: str) -> list[Any]:
     A line has several values if files were joined without a line end, or with another line end
     than \\n and \\r. It begins with a byte order mark where a file with a mark was appended.
     """
-    decoder = json.JSONDecoder()
     values = []
     rest = line.strip("\ufeff \t\r\n\x85\u2028\u2029")
     while rest:
         try:
-            value, end = decoder.raw_decode(rest)
+            value, end = DECODER.raw_decode(rest)
         except (ValueError, RecursionError) as error:
             raise InputError(_not_json(line, place, error)) from None
         values.append(value)
@@ -154,7 +156,6 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
 
     The memory is that of the longest element. InputError for an array without its end.
     """
-    decoder = json.JSONDecoder()
     separators = " \t\n\ufeff"
     text = file.read(CHUNK_CHARACTERS)
     is_open = text.lstrip(separators).startswith("[")
@@ -169,7 +170,7 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
             is_open = is_open and text[position] != "]"
             position += 1
         try:
-            value, end = decoder.raw_decode(text, position)
+            value, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             # The value is invalid, or its end is not yet read.
             more = ""

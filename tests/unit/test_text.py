@@ -155,6 +155,17 @@ def test_records_without_a_line_end_between_them(tmp_path, joint):
     assert read(path) == (TEXTS, {})
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_of_many_digits_are_read(tmp_path, name):
+    """Python limits int() to 4,300 digits."""
+    digits = "9" * 5000
+    path = write(tmp_path / name, f'{{"n": {digits}, "text": "a"}}\n{{"n": -{digits}, "text": "b"}}\n')
+    assert read(path) == (["a", "b"], {})
+    write(path, f'{{"text": {digits}}}')
+    with pytest.raises(InputError, match=r'line 1 has a number in the field "text"'):
+        read(path)
+
+
 def test_line_separators_in_a_text_do_not_end_a_record(tmp_path):
     text = "one\u2028two\x85three\x0bfour\r\nfive"
     path = write(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n")
