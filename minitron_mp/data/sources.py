@@ -22,6 +22,8 @@ from minitron_mp.errors import refuse
 
 STDLIB = "python-stdlib"
 
+WILDCARDS = frozenset("*?[")
+
 PARTS = ("calibration", "train", "valid")
 
 
@@ -153,6 +155,11 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
         elif path.is_symlink():
             problems.append(
                 f"{name}: {entry} is a link to {os.readlink(path)}, which cannot be read; correct the link"
+            )
+        elif WILDCARDS.intersection(entry):
+            parent = next(parent for parent in path.parents if not WILDCARDS.intersection(str(parent)))
+            problems.append(
+                f"{name}: {entry} does not exist, and wildcards are not expanded; give the folder {parent}"
             )
         else:
             problems.append(

@@ -579,6 +579,21 @@ def test_empty_entries_are_rejected(tmp_path, monkeypatch):
             find_sources(DataConfig(source=source))
 
 
+@pytest.mark.parametrize(
+    ("source", "folder"), [("t/*.txt", "t"), ("*.txt", r"\."), ("t/*/a?.txt", "t"), ("/t/[ab].txt", "/t")]
+)
+def test_wildcards_are_rejected_with_the_folder(tmp_path, monkeypatch, source, folder):
+    monkeypatch.chdir(texts_folder(tmp_path, "t/a.txt").parent)
+    with pytest.raises(
+        InputError, match=rf"txt does not exist, and wildcards are not .* the folder {folder}$"
+    ):
+        read(source)
+
+
+def test_names_may_have_wildcards(tmp_path):
+    assert read(write(tmp_path / "a[1]*.txt", "text")) == (["text"], {})
+
+
 def test_beginnings_of_files_are_checked_before_a_run(tmp_path):
     data = tmp_path / "data"
     for i in range(9):
