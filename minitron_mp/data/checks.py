@@ -8,6 +8,7 @@ from pathlib import Path
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.corpus import check_ids
 from minitron_mp.data.documents import MIN_PIECE, Document, Piece, read_pieces
+from minitron_mp.data.folders import SHOWN_PROBLEMS
 from minitron_mp.data.sources import STDLIB, Sources, find_sources
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.data.unused import UnusedText
@@ -21,9 +22,6 @@ CHECKED_STDLIB_FILES = 10
 
 CHECKED_CHARACTERS = 20_000
 """Characters of a file that are tokenized if the model has no embedding for some ids."""
-
-SHOWN_PROBLEMS = 5
-"""Number of problems that are shown of one text."""
 
 
 def corpus_problems(

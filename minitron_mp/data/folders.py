@@ -8,11 +8,15 @@ from pathlib import Path
 
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.data import unused
-from minitron_mp.data.records import has_text
+from minitron_mp.data.records import NoField, TooLong, check_first_record
 from minitron_mp.data.text_files import format_of, unpacked_name
 from minitron_mp.data.unused import UnusedText
+from minitron_mp.errors import InputError
 
 RUN_LOG_BEGINNING = b'{"stage":"'
+
+SHOWN_PROBLEMS = 5
+"""Number of files with problems that are shown of one text."""
 
 
 @dataclass
@@ -28,10 +32,13 @@ class FileLister:
     problems: list[str]
     """Sentences about files that cannot be read are added to this list."""
     unused: UnusedText = field(default_factory=UnusedText)
+    other_fields: dict[str, str] = field(default_factory=dict)
+    """Path -> fields of the first record: .json files of the last folder without the field."""
     _seen_files: set[object] = field(default_factory=set)
     _seen_folders: set[str] = field(default_factory=set)
     _found: list[tuple[str, Path]] = field(default_factory=list)
     _links: list[tuple[str, Path]] = field(default_factory=list)
+    _invalid: list[str] = field(default_factory=list)
 
     def folder(self, folder: Path) -> list[tuple[str, Path]]:
         """Return (relative name, path) of each text file of a folder, sorted by name.
@@ -42,10 +49,16 @@ class FileLister:
         """
         self._found = []
         self._links = []
+        self._invalid = []
+        self.other_fields = {}
         self._scan("", folder)
         while self._links:
             self._links.sort(reverse=True)
             self._follow(*self._links.pop())
+        self.problems += [f"{self.name}: {problem}" for problem in self._invalid[:SHOWN_PROBLEMS]]
+        if len(self._invalid) > SHOWN_PROBLEMS:
+            more = len(self._invalid) - SHOWN_PROBLEMS
+            self.problems.append(f"{self.name}: {more:,} more .json files have such problems")
         return self._without_packed_copies()
 
     def file(self, path: Path) -> list[tuple[str, Path]]:
@@ -108,13 +121,34 @@ class FileLister:
             self._subfolder(relative, path)
 
     def _file(self, relative: str, path: Path, real_path: str) -> None:
-        file_format = format_of(path.name)
-        if file_format is None or (file_format == "json" and not has_text(path, self.text_field)):
-            self.unused.add(unused.OTHER_KIND, str(path))
-        elif self._is_new(path, real_path):
+        if not self._is_text(path):
+            return
+        if self._is_new(path, real_path):
             self._found.append((relative, path))
         else:
             self.unused.add(unused.REPEATED, str(path))
+
+    def _is_text(self, path: Path) -> bool:
+        """Return whether a file is text, by its name and, for .json, by its first record.
+
+        A file that is not text is counted. A .json file that cannot be read is a problem.
+        """
+        file_format = format_of(path.name)
+        if file_format == "json":
+            try:
+                check_first_record(path, self.text_field)
+            except NoField as error:
+                self.unused.add(unused.no_field(self.text_field), str(path))
+                self.other_fields.setdefault(str(path), error.fields)
+                return False
+            except TooLong:
+                file_format = None
+            except InputError as error:
+                self._invalid.append(str(error))
+                return False
+        if file_format is None:
+            self.unused.add(unused.OTHER_KIND, str(path))
+        return file_format is not None
 
     def _is_new(self, path: Path, real_path: str) -> bool:
         """Return whether a file was not listed before, and remember it."""
@@ -140,10 +174,15 @@ class FileLister:
 
 def is_output(folder: Path, output: Path | None) -> bool:
     """Return whether a folder is `output`, or the output folder of another run."""
-    if output is not None and os.path.realpath(folder) == os.path.realpath(output):
+    if is_same(folder, output):
         return True
     try:
         with (folder / RUN_LOG).open("rb") as file:
             return file.read(len(RUN_LOG_BEGINNING)) == RUN_LOG_BEGINNING
     except OSError:
         return False
+
+
+def is_same(folder: Path, output: Path | None) -> bool:
+    """Return whether a folder is `output`, also through links."""
+    return output is not None and os.path.realpath(folder) == os.path.realpath(output)

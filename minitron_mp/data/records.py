@@ -21,8 +21,29 @@ MAX_FIRST_RECORD = 1 << 24
 
 CHUNK_CHARACTERS = 1 << 20
 
+LONGEST_WORD = 16
+"""Characters of the longest JSON literal or escape sequence, and some more."""
+
 TABLE_ROWS = 64
 """Rows of a parquet file that are read together."""
+
+DECODER = json.JSONDecoder(parse_int=float)
+"""Unlike int(), float() reads any number of digits. Numbers are not used."""
+
+
+class NoField(InputError):
+    """A record has no field with the name of the text's field.
+
+    fields: names of its fields, separated by commas.
+    """
+
+    def __init__(self, message: str, fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
+class TooLong(InputError):
+    """A line or record has too many characters."""
 
 
 class Record(NamedTuple):
@@ -49,19 +70,16 @@ def read_records(path: Path, file_format: Format, field: str) -> Iterator[Record
                 yield Record(line, text_of(value, field, f"{path} line {line}"))
 
 
-def has_text(path: Path, field: str) -> bool:
-    """Return whether a .json file is text: its first record has a string in the field.
+def check_first_record(path: Path, field: str) -> None:
+    """Raise InputError if the first record of a .json file has no string in the field.
 
-    It is not if the first record is longer than MAX_FIRST_RECORD, as in many files of settings.
+    NoField and TooLong (more than MAX_FIRST_RECORD) mean that the file is not text: many .json
+    files are settings. Other errors mean that it may be text which cannot be read.
     """
-    try:
-        with open_text(path) as file:
-            for line, value in _json_values(file, path, MAX_FIRST_RECORD):
-                text_of(value, field, f"{path} line {line}")
-                return True
-    except InputError:
-        return False
-    return False
+    with open_text(path) as file:
+        for line, value in _json_values(file, path, MAX_FIRST_RECORD):
+            text_of(value, field, f"{path} line {line}")
+            return
 
 
 def text_of(record: object, field: str, place: str) -> str:
@@ -69,7 +87,10 @@ def text_of(record: object, field: str, place: str) -> str:
     try:
         value = _field(record, field)
     except KeyError:
-        raise InputError(_no_field(record, field, place)) from None
+        message = _no_field(record, field, place)
+        raise (InputError(message) if record is None else NoField(message, _fields(record))) from None
+    if isinstance(value, bytes):  # of parquet: some programs write text without its type
+        return _decoded(value, field, place)
     if not isinstance(value, str):
         raise InputError(
             f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
@@ -78,11 +99,21 @@ def text_of(record: object, field: str, place: str) -> str:
     return value
 
 
+def _decoded(value: bytes, field: str, place: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f'{place} has bytes in the field "{field}" that are not UTF-8: byte 0x{value[error.start]:02x} '
+            f"at offset {error.start:,} ({error.reason}); correct or delete it, or set data.text_field"
+        ) from None
+
+
 def read_lines(file: TextIO, path: Path) -> Iterator[str]:
     """Yield the lines of a file of records. InputError for a line of more than MAX_RECORD characters."""
     for number, line in enumerate(iter(partial(file.readline, MAX_RECORD), ""), 1):
         if len(line) >= MAX_RECORD:
-            raise InputError(_too_long(path, number))
+            raise TooLong(_too_long(path, number))
         yield line
 
 
@@ -108,12 +139,11 @@ def _values_of_line(line: str, place: str) -> list[Any]:
     A line has several values if files were joined without a line end, or with another line end
     than \\n and \\r. It begins with a byte order mark where a file with a mark was appended.
     """
-    decoder = json.JSONDecoder()
     values = []
     rest = line.strip("\ufeff \t\r\n\x85\u2028\u2029")
     while rest:
         try:
-            value, end = decoder.raw_decode(rest)
+            value, end = DECODER.raw_decode(rest)
         except (ValueError, RecursionError) as error:
             raise InputError(_not_json(line, place, error)) from None
         values.append(value)
@@ -124,12 +154,12 @@ def _values_of_line(line: str, place: str) -> list[Any]:
 def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each element of an array, or of each value of a file.
 
-    The memory is that of the longest element.
+    The memory is that of the longest element. InputError for an array without its end.
     """
-    decoder = json.JSONDecoder()
     separators = " \t\n\ufeff"
     text = file.read(CHUNK_CHARACTERS)
-    if text.lstrip(separators).startswith("["):
+    is_open = text.lstrip(separators).startswith("[")
+    if is_open:
         text = text.replace("[", " ", 1)
         separators += ",]"
     position = 0
@@ -137,24 +167,36 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
     while True:
         while text[position : position + 1] in separators and position < len(text):
             line += text[position] == "\n"
+            is_open = is_open and text[position] != "]"
             position += 1
         try:
-            value, end = decoder.raw_decode(text, position)
+            value, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             # The value is invalid, or its end is not yet read.
-            more = file.read(max(CHUNK_CHARACTERS, len(text) - position))
-            if not more and position == len(text):
-                return
+            more = ""
+            if _may_be_cut(error, text):
+                more = file.read(max(CHUNK_CHARACTERS, len(text) - position))
+                if not more and position == len(text):
+                    if is_open:
+                        raise InputError(_no_end(path, line)) from None
+                    return
             if not more:
                 raise InputError(_not_json(text[position:], f"{path} line {line}", error)) from None
             text = text[position:] + more
             position = 0
             if len(text) > longest:
-                raise InputError(_too_long(path, line)) from None
+                raise TooLong(_too_long(path, line)) from None
             continue
         yield line, value
         line += text.count("\n", position, end)
         position = end
+
+
+def _may_be_cut(error: Exception, text: str) -> bool:
+    """Return whether a JSON value may be valid with more characters after the end of the text."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos + LONGEST_WORD > len(text)
 
 
 def _table_records(path: Path, field: str) -> Iterator[Record]:
@@ -203,12 +245,16 @@ def _no_field(record: object, field: str, place: str) -> str:
     if not isinstance(record, dict):
         advice = "name the file .json" if isinstance(record, list) else "correct or delete it"
         return f"{place} is not a JSON object but {_kind(record)}; {advice}"
-    names = [name for name in _names(record) if isinstance(name, str)]
-    fields = ", ".join(names[:12]) or "none"
     return (
-        f'{place} has no field "{field}" (its fields: {fields}); set data.text_field to the field with the '
-        "text, or delete it"
+        f'{place} has no field "{field}" (its fields: {_fields(record)}); set data.text_field to the '
+        "field with the text, or delete it"
     )
+
+
+def _fields(record: object) -> str:
+    """Return the names of the first fields of a record."""
+    names = _names(record) if isinstance(record, dict) else []
+    return ", ".join([name for name in names if isinstance(name, str)][:12]) or "none"
 
 
 def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -223,7 +269,7 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string", bytes: "bytes"}
+    kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string"}
     return kinds.get(type(value), "a number")
 
 
@@ -233,6 +279,10 @@ def _not_json(text: str, place: str, error: Exception) -> str:
     if text.strip()[:1] in ("[", "{") and len(text.strip()) == 1:
         advice = "write one record on each line, or name the file .json"
     return f"{place} is not a JSON object: {text[:80].strip()!r} ({reason}); {advice}"
+
+
+def _no_end(path: Path, number: int) -> str:
+    return f"{path} is cut off: no closing ] at the end of the file (line {number}); create or copy it again"
 
 
 def _too_long(path: Path, number: int) -> str:

@@ -15,12 +15,14 @@ from pathlib import Path
 from minitron_mp.artifacts.files import fingerprint_files
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data import unused
-from minitron_mp.data.folders import FileLister, is_output
+from minitron_mp.data.folders import FileLister, is_output, is_same
 from minitron_mp.data.text_files import FORMATS_NOTE, format_of
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import refuse
 
 STDLIB = "python-stdlib"
+
+WILDCARDS = frozenset("*?[")
 
 PARTS = ("calibration", "train", "valid")
 
@@ -154,6 +156,11 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
             problems.append(
                 f"{name}: {entry} is a link to {os.readlink(path)}, which cannot be read; correct the link"
             )
+        elif WILDCARDS.intersection(entry):
+            parent = next(parent for parent in path.parents if not WILDCARDS.intersection(str(parent)))
+            problems.append(
+                f"{name}: {entry} does not exist, and wildcards are not expanded; give the folder {parent}"
+            )
         else:
             problems.append(
                 f"{name}: {entry} does not exist, nor do {prefix}.bin and {prefix}.idx; give a path "
@@ -163,6 +170,12 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
 
 
 def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
+    if is_same(Path(entry), lister.output):
+        lister.problems.append(
+            f"{lister.name} and output are the same folder ({entry}); set another output, or give the folder "
+            "of the text"
+        )
+        return
     if is_output(Path(entry), lister.output):
         lister.problems.append(
             f"{lister.name}: {entry} is an output folder of minitron-mp, whose files are not text; give a "
@@ -178,5 +191,14 @@ def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
     lister.problems.append(
         f"{lister.name}: {entry} is a folder without text files ({FORMATS_NOTE})"
         + (f"; it has {content}" if content else "")
+        + _field_advice(lister.other_fields)
         + "; for Megatron data, give its prefix"
     )
+
+
+def _field_advice(other_fields: dict[str, str]) -> str:
+    """Return what to do if a folder has .json files with other fields."""
+    if not other_fields:
+        return ""
+    path, fields = next(iter(other_fields.items()))
+    return f"; set data.text_field to the field with the text ({path}, its fields: {fields})"

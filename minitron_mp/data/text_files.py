@@ -49,6 +49,17 @@ MARKS = (
 )
 """Byte order marks and their encodings."""
 
+PACKED_BEGINNINGS: dict[str, tuple[str, tuple[bytes, ...]]] = {
+    ".gz": ("gzip", (b"\x1f\x8b",)),
+    ".bz2": ("bzip2", (b"BZh",)),
+    ".xz": ("xz", (b"\xfd7zXZ\x00", b"\x5d\x00\x00")),  # also its old format, lzma
+    ".zst": (
+        "zstd",
+        (b"\x28\xb5\x2f\xfd", *(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))),
+    ),
+}
+"""Suffix -> name of the packing, and the first bytes of its files."""
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 OTHER_CONTENTS = (
@@ -150,6 +161,17 @@ def _open_zstd(path: Path) -> io.RawIOBase:
 
 
 def _damage(path: Path, error: Exception) -> str:
+    suffix = path.suffix.lower()
+    if suffix in PACKED_BEGINNINGS:
+        packing, beginnings = PACKED_BEGINNINGS[suffix]
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if head.startswith(LFS_POINTER):
+            return _lfs_pointer(path)
+        if not any(head.startswith(beginning[: len(head)]) for beginning in beginnings):
+            return (
+                f"{path} is not {packing} data; if it is already unpacked, remove {path.suffix} from its name"
+            )
     advice = "create or copy it again"
     if "too much memory" in str(error):  # of zstd, for frames with a long window
         advice = "unpack it with `zstd -d --long=31`"
@@ -173,7 +195,7 @@ def _skip_mark(file: io.BufferedReader, path: Path) -> tuple[bytes, str]:
 def _refuse_other_content(head: bytes, path: Path) -> None:
     """Raise InputError if the first bytes of a file without a mark are not text."""
     if head.startswith(LFS_POINTER):
-        raise InputError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`")
+        raise InputError(_lfs_pointer(path))
     has_many_nul = head.count(0) > MAX_NUL_SHARE * len(head)
     if not has_many_nul and _is_utf8(head):
         return
@@ -189,6 +211,10 @@ def _refuse_other_content(head: bytes, path: Path) -> None:
                 f"iconv -f {encoding} -t UTF-8"
             )
     raise InputError(f"{path} begins with {head.count(0):,} NUL bytes, so it is not text; replace the file")
+
+
+def _lfs_pointer(path: Path) -> str:
+    return f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`"
 
 
 def _is_utf8(head: bytes) -> bool:

@@ -31,6 +31,11 @@ SURROGATE = "documents with half of a surrogate pair, which is replaced by U+FFF
 NUL = "documents with NUL characters, which are kept"
 
 
+def no_field(field: str) -> str:
+    """Return the reason for .json files without the field of the text."""
+    return f'.json files whose first record has no field "{field}"'
+
+
 @dataclass
 class Tally:
     """Number of cases of one reason, and the first names."""
@@ -41,7 +46,7 @@ class Tally:
 
 @dataclass
 class UnusedText:
-    """Reason -> its cases. The reasons are the constants of this file."""
+    """Reason -> its cases. The reasons are the constants of this file, and no_field()."""
 
     tallies: dict[str, Tally] = field(default_factory=dict)
 

@@ -111,6 +111,15 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r'a\.parquet row 2 has null in the field "text"'):
         read(tmp_path)
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        column = pyarrow.array([b"caf\xc3\xa9", b"b"], kind)
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        assert read(tmp_path) == (["caf\u00e9", "b"], {})
+    parquet.write_table(pyarrow.table({"text": [b"a", b"caf\xe9"]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        InputError, match=r'a\.parquet row 2 has bytes in the field "text" that are not UTF-8: byte 0xe9 at'
+    ):
+        read(tmp_path)
     write(tmp_path / "a.parquet", b"PAR1" + bytes(500) + b"PAR1")
     with pytest.raises(InputError, match=r"a\.parquet cannot be read as a parquet file"):
         read(tmp_path)
@@ -144,6 +153,17 @@ def test_records_without_a_line_end_between_them(tmp_path, joint):
     """Files that were joined without a line end, with the mark of the second, or with other line ends."""
     path = write(tmp_path / "a.jsonl", joint.join(json.dumps(row) for row in ROWS))
     assert read(path) == (TEXTS, {})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_of_many_digits_are_read(tmp_path, name):
+    """Python limits int() to 4,300 digits."""
+    digits = "9" * 5000
+    path = write(tmp_path / name, f'{{"n": {digits}, "text": "a"}}\n{{"n": -{digits}, "text": "b"}}\n')
+    assert read(path) == (["a", "b"], {})
+    write(path, f'{{"text": {digits}}}')
+    with pytest.raises(InputError, match=r'line 1 has a number in the field "text"'):
+        read(path)
 
 
 def test_line_separators_in_a_text_do_not_end_a_record(tmp_path):
@@ -194,8 +214,13 @@ def test_surrogates_and_nul_characters_are_counted(tmp_path):
             gzip.compress(JSONL.encode(), mtime=0)[:-12],
             r"damaged or cut off \(Compressed file ended",
         ),
-        ("a.jsonl.gz", JSONL, r"damaged or cut off \(Not a gzipped file"),
-        ("a.jsonl.bz2", JSONL, r"damaged or cut off \(Invalid data stream"),
+        ("a.jsonl.gz", JSONL, r"not gzip data; if it is already unpacked, remove \.gz from its name"),
+        ("a.jsonl.bz2", JSONL, r"not bzip2 data; .* remove \.bz2 from its name"),
+        ("a.txt.XZ", "text", r"not xz data; .* remove \.XZ from its name"),
+        ("a.json.zst", json.dumps(ROWS), r"not zstd data; .* remove \.zst from its name"),
+        ("a.txt.gz", b"\x1f", r"damaged or cut off"),
+        ("a.txt.gz", b"version https://git-lfs.github.com/spec/v1\noid", "is a git-lfs pointer"),
+        ("a.txt.bz2", bz2.compress(b"text")[:-4], r"damaged or cut off"),
         ("a.jsonl.xz", lzma.compress(JSONL.encode())[:-20], r"damaged or cut off"),
     ],
 )
@@ -235,12 +260,75 @@ def test_records_without_text_are_named_with_their_line(tmp_path, line, message)
         ('[\n{"text": "a"},\n{"text": tru}]', r"a\.json line 3 is not a JSON object"),
         ('[{"text": "a"}, 3]', r"a\.json line 1 is not a JSON object but a number"),
         ('{"data": [{"text": "a"}]}', r"its fields: data"),
+        ('[{"text": "a"},\n{"text": "b"}', r"a\.json is cut off: no closing \] at the end of .* \(line 2\)"),
+        ('[{"text": "a"},\n{"text": "b"},\n', r"a\.json is cut off: no closing \]"),
+        ('[{"text": "]"}', r"a\.json is cut off: no closing \]"),
+        ("[", r"a\.json is cut off: no closing \]"),
     ],
 )
 def test_invalid_json_files_are_named(tmp_path, content, message):
     write(tmp_path / "a.json", content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "caf\xe9"}]', r"is not UTF-8 text: line 1, byte 0xe9 at offset 14"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", r"is a git-lfs pointer"),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())[:-12], r"is damaged or cut off"),
+        ("a.json", json.dumps([None, *ROWS]), r"line 1 is not a JSON object but null"),
+        ("a.json", '[\n{"text": null}]', r'line 2 has null in the field "text", not a string'),
+        ("a.json", '[{"text": 3}]', r'line 1 has a number in the field "text"'),
+        ("a.json", '{"text', r"line 1 is not a JSON object: .*Unterminated string"),
+        ("a.json", '[{"text": tru, "id": 1}' + 600 * " " + '{"text": "a"}]', r"line 1 is not a JSON object"),
+        ("a.json", "[" * 5000, r"line 1 is not a JSON object"),
+    ],
+)
+def test_json_files_that_cannot_be_read_are_rejected_also_in_a_folder(
+    tmp_path, monkeypatch, name, content, message
+):
+    monkeypatch.setattr(records, "MAX_FIRST_RECORD", 500)
+    monkeypatch.setattr(records, "CHUNK_CHARACTERS", 100 if "tru" in str(content) else 1 << 20)
+    data = texts_folder(tmp_path / "data", "fine.txt")
+    write(data / name, content)
+    for source in (data / name, data):
+        with pytest.raises(InputError, match=rf"{name} {message}"):
+            read(source)
+
+
+def test_many_json_files_that_cannot_be_read_are_counted(tmp_path):
+    for i in range(9):
+        write(tmp_path / f"{i}.json", "version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(
+        InputError, match=r"(?s)/4\.json is a git-lfs .*: 4 more \.json files have such"
+    ) as error:
+        read(tmp_path)
+    assert "5.json" not in str(error.value)
+
+
+def test_empty_json_files_are_counted(tmp_path):
+    write(tmp_path / "a.txt", "word")
+    write(tmp_path / "b.json", "")
+    write(tmp_path / "c.json", "[]")
+    assert read(tmp_path) == (["word"], {unused.EMPTY: 2})
+
+
+def test_json_files_with_another_field_are_named_with_their_fields(tmp_path):
+    for name in ("a.json", "b.json.gz"):
+        content = json.dumps([{"content": "word", "meta": {"id": 1}}]).encode()
+        write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert (
+        f'; it has .json files whose first record has no field "text": 2 ({tmp_path}/a.json, '
+        f"{tmp_path}/b.json.gz); set data.text_field to the field with the text ({tmp_path}/a.json, its "
+        "fields: content, meta.id); for Megatron data, give its prefix"
+    ) in str(error.value)
+    assert read(tmp_path, text_field="content") == (["word", "word"], {})
+    write(tmp_path / "c.txt", "text")
+    assert read(tmp_path) == (["text"], {'.json files whose first record has no field "text"': 2})
 
 
 def test_text_may_begin_like_another_kind_of_file(tmp_path):
@@ -414,7 +502,7 @@ def test_files_that_are_not_read_are_counted(tmp_path):
     )
     texts_folder(data, ".hidden.txt", ".cache/x.txt", "__MACOSX/._a.txt")
     write(data / "config.json", '{"architectures": ["x"]}')
-    write(data / "broken.json", '{"text')
+    write(data / "numbers.json", "[1, 2]")
     write(data / "more.json", json.dumps({"text": "more"}))
     write(data / "both.jsonl", '{"text": "both"}')
     write(data / "both.jsonl.gz", gzip.compress(b'{"text": "both"}', mtime=0))
@@ -424,14 +512,20 @@ def test_files_that_are_not_read_are_counted(tmp_path):
         server.bind("s.txt")
     texts, counts = read(data)
     assert texts == ["text of data/a.txt", "both", "more"]
-    assert counts == {unused.OTHER_KIND: 8, unused.HIDDEN: 3, unused.PACKED: 1, unused.SPECIAL: 2}
+    assert counts == {
+        unused.OTHER_KIND: 6,
+        unused.no_field("text"): 2,
+        unused.HIDDEN: 3,
+        unused.PACKED: 1,
+        unused.SPECIAL: 2,
+    }
     summary = unused_text(find_sources(DataConfig(source=str(data)))).summary()
-    assert f"files of other kinds: 8 ({data}/LICENSE, {data}/README.md, " in summary
+    assert f"files of other kinds: 6 ({data}/LICENSE, {data}/README.md, " in summary
     assert f"their unpacked form, which is read: 1 ({data}/both.jsonl.gz)" in summary
     for path in (data / "a.txt", data / "both.jsonl", data / "both.jsonl.gz", data / "more.json"):
         path.unlink()
     with pytest.raises(
-        InputError, match=r"folder without text files .*it has hidden .*files of other kinds: 8 "
+        InputError, match=r"folder without text files .*it has hidden .*files of other kinds: 6 "
     ):
         read(data)
 
@@ -448,9 +542,12 @@ def test_output_in_the_text_folder_is_not_read(tmp_path):
     before = corpus_fingerprint(data, output=output)
     write(output / "report.txt", "new")
     assert corpus_fingerprint(data, output=output) == before
-    for folder in (output, proj / "earlier"):
-        with pytest.raises(InputError, match="is an output folder of minitron-mp"):
-            read(folder, output=output)
+    with pytest.raises(InputError, match="earlier is an output folder of minitron-mp, whose files are not"):
+        read(proj / "earlier", output=output)
+    (tmp_path / "link").symlink_to(proj)
+    for folder in (proj, tmp_path / "link"):
+        with pytest.raises(InputError, match=r"data\.source and output are the same folder \(.*set another"):
+            read(folder, output=proj)
     assert names_of(proj / "deep", tmp_path) == ["b.txt"]  # the text may lie in the output folder
 
 
@@ -480,6 +577,21 @@ def test_empty_entries_are_rejected(tmp_path, monkeypatch):
     for source in ("", [""], ["a.txt", ""]):
         with pytest.raises(InputError, match=r"data\.source is empty"):
             find_sources(DataConfig(source=source))
+
+
+@pytest.mark.parametrize(
+    ("source", "folder"), [("t/*.txt", "t"), ("*.txt", r"\."), ("t/*/a?.txt", "t"), ("/t/[ab].txt", "/t")]
+)
+def test_wildcards_are_rejected_with_the_folder(tmp_path, monkeypatch, source, folder):
+    monkeypatch.chdir(texts_folder(tmp_path, "t/a.txt").parent)
+    with pytest.raises(
+        InputError, match=rf"txt does not exist, and wildcards are not .* the folder {folder}$"
+    ):
+        read(source)
+
+
+def test_names_may_have_wildcards(tmp_path):
+    assert read(write(tmp_path / "a[1]*.txt", "text")) == (["text"], {})
 
 
 def test_beginnings_of_files_are_checked_before_a_run(tmp_path):
