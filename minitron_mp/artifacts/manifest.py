@@ -31,6 +31,9 @@ FORMAT = 2
 
 MANIFEST = "manifest.json"
 
+STEPS = "step_" + "[0-9]" * 8
+"""Pattern of the names of the checkpoints of a training run."""
+
 CHECKPOINT_NAME = re.compile(r"step_\d{8}|\.step_\d{8}\.(tmp|old)")
 """Name of a checkpoint folder after a step, or of its temporary siblings."""
 
@@ -65,9 +68,26 @@ class Manifest(BaseModel):
         rows = differing_fields(
             {"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format}
         )
-        rows += [f"settings.{row}" for row in differing_fields(_flat(self.settings), _flat(other.settings))]
+        rows += [f"settings.{row}" for row in self.changed_settings(other)]
         for row in differing_fields(self.inputs, other.inputs):
             rows.append(f"input {row}{self._changed_files(row.partition(':')[0], other)}")
+        return rows
+
+    def changed_settings(self, other: Manifest) -> list[str]:
+        """Return 'x: 1, here 2' for each setting that differs."""
+        return differing_fields(_flat(self.settings), _flat(other.settings))
+
+    def changed_sources(self, other: Manifest) -> list[str]:
+        """Return which of the user's files differ, by their paths."""
+        rows = []
+        for name in sorted({*self.sources, *other.sources}):
+            before, now = self.sources.get(name, []), other.sources.get(name, [])
+            if self.inputs.get(name) == other.inputs.get(name):
+                continue
+            if before == now:
+                rows.append(f"{', '.join(now)} has changed since")
+            else:
+                rows.append(f"{name}: {', '.join(before) or 'nothing'}, here {', '.join(now) or 'nothing'}")
         return rows
 
     def _changed_files(self, name: str, other: Manifest) -> str:
@@ -199,6 +219,13 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
             if not folder.exists():
                 raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in the folder of a training run; None without one."""
+    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
+    complete = [path for path in folder.glob(STEPS) if (path / MANIFEST).is_file()]
+    return max(complete, default=None)
 
 
 def discard_checkpoints(folder: Path, manifest: Manifest) -> None:

@@ -66,7 +66,7 @@ def compress(recipe: Recipe) -> Path:
     """
     require_launcher()
     graph = StageGraph(recipe)
-    graph.check()
+    graph.check(saved_progress=False)  # rank 0 checks it, because it reads the model and the text
     with _join_world(recipe) as world, _preemptible(world, graph.stages.values()):
         if world.role == "student":
             with _locked(recipe, world):
@@ -164,6 +164,7 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
     if differences is None and not force:
         return None
     graph.require_inputs(name)
+    graph.check_saved_progress(name)
     return differences or []
 
 
