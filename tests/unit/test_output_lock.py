@@ -115,6 +115,32 @@ def test_lock_of_another_host_is_refused_when_its_heartbeat_goes_on(tmp_path):
     assert read_owner(tmp_path / LOCK) == owner
 
 
+@pytest.mark.parametrize("suffix", ["", ".takeover"])
+def test_lock_with_a_future_time_is_stale_after_it_did_not_change(tmp_path, monkeypatch, suffix):
+    """Clocks differ, or the folder was copied: the file's age never grows."""
+    monkeypatch.setattr(output_lock, "STALE_S", 0.6)
+    monkeypatch.setattr(output_lock, "HEARTBEAT_S", 0.4)
+    leave_lock(tmp_path, age_s=0 if suffix else -86400, host="node7", kernel="another")
+    if suffix:
+        (tmp_path / (LOCK + suffix)).touch()
+        os.utime(tmp_path / (LOCK + suffix), (time.time() + 86400, time.time() + 86400))
+    start = time.monotonic()
+    with locked(tmp_path):
+        assert read_owner(tmp_path / LOCK).process == this_process()
+    assert 0.6 < time.monotonic() - start < 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_owner_with_another_clock_is_refused_when_its_heartbeat_goes_on(tmp_path, monkeypatch):
+    """Its heartbeats replace a time in the future by earlier ones."""
+    monkeypatch.setattr(output_lock, "HEARTBEAT_S", 0.4)
+    leave_lock(tmp_path, age_s=-86400, host="node7", kernel="another")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (time.sleep(0.5), os.utime(tmp_path / LOCK)))
+        with pytest.raises(InputError, match="is in use"), locked(tmp_path):
+            pass
+
+
 def test_lock_of_the_same_job_before_its_restart_is_stale(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     leave_lock(tmp_path, host="node7", kernel="another")
