@@ -92,6 +92,27 @@ def test_zombie_and_reused_process_id_are_dead(tmp_path):
     first.wait()
 
 
+@pytest.mark.parametrize(
+    ("kill_error", "alive"), [(PermissionError, True), (ProcessLookupError, False), (None, True)]
+)
+def test_process_that_proc_hides_is_dead_only_if_no_such_process_exists(monkeypatch, kill_error, alive):
+    """With hidepid=2 the files of another user's processes cannot be read."""
+    owner = this_process()
+
+    def hidden(pid: int) -> str:
+        raise FileNotFoundError(pid)
+
+    def kill(pid: int, number: int) -> None:
+        assert (pid, number) == (owner.pid, 0)
+        if kill_error:
+            raise kill_error
+
+    monkeypatch.setattr(job, "_read_stat", hidden)
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(job, "this_process", lambda: owner)
+    assert is_alive(owner) is alive
+
+
 def test_lock_of_another_host_is_taken_over_when_its_heartbeat_is_old(tmp_path, capsys):
     leave_lock(tmp_path, age_s=STALE_S + 5, host="node7", kernel="another")
     with locked(tmp_path):
