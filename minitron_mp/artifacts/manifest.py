@@ -115,28 +115,22 @@ def find_manifest(artifact: Path) -> Manifest | None:
 
     It is in manifest.json of a folder, under "manifest" in a .json file, or in the metadata of a
     .safetensors file. If a kill interrupted the replacement of the artifact, the old artifact is
-    restored. InputError for a damaged artifact, and for a folder that this library did not write.
+    restored. InputError for a damaged artifact, and for one that this library did not write.
     """
     if not artifact.exists():
         with suppress(OSError):  # no old artifact exists, or another rank has restored it
             hidden_sibling(artifact, "old").rename(artifact)
     if artifact.is_dir() and not (artifact / MANIFEST).is_file():
-        raise InputError(
-            f"{artifact} has no {MANIFEST}: minitron-mp did not write it and will not replace it; move "
-            "it, or set another output"
-        )
+        raise _not_ours(artifact, MANIFEST)
+    is_folder = artifact.is_dir()
     try:
-        if artifact.is_dir():
-            text = (artifact / MANIFEST).read_text(encoding="utf-8")
-        elif artifact.suffix == ".json":
-            text = json.dumps(json.loads(artifact.read_text(encoding="utf-8"))["manifest"])
-        else:
-            from safetensors import safe_open
-
-            with safe_open(artifact, "numpy") as file:
-                text = file.metadata()["manifest"]
+        text = (artifact / MANIFEST).read_text(encoding="utf-8") if is_folder else _manifest_in(artifact)
+        if text is None:
+            raise _not_ours(artifact, "manifest")
         content = json.loads(text)
         return Manifest.model_validate(content)
+    except InputError:
+        raise
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -147,8 +141,33 @@ def find_manifest(artifact: Path) -> Manifest | None:
             f"{artifact} is damaged (missing or unknown in its manifest: {fields}); delete it and run its "
             "stage again"
         ) from error
-    except Exception as error:  # of json, safetensors, or a missing key
-        raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
+    except Exception as error:  # of json or safetensors
+        if is_folder:
+            raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
+        raise InputError(
+            f"{artifact} cannot be read ({error}): minitron-mp did not write it, or it is damaged; move it "
+            "and run its stage again, or set another output"
+        ) from error
+
+
+def _manifest_in(file: Path) -> str | None:
+    """Return the manifest in a .json or .safetensors file as JSON; None if it has none."""
+    if file.suffix == ".json":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        has_manifest = isinstance(content, dict) and "manifest" in content
+        return json.dumps(content["manifest"]) if has_manifest else None
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as tensors:
+        text: str | None = (tensors.metadata() or {}).get("manifest")
+    return text
+
+
+def _not_ours(artifact: Path, missing: str) -> InputError:
+    return InputError(
+        f"{artifact} has no {missing}: minitron-mp did not write it and will not replace it; move it, or "
+        "set another output"
+    )
 
 
 def require_artifact(artifact: Path, stage: str, expected: Manifest | None = None) -> Manifest:
