@@ -244,9 +244,10 @@ def _preemptible(world: World, stages: Iterable[Stage]) -> Iterator[None]:
             for stage in stages:
                 if stage.meets_roles:
                     world.channel.exchange(stage.name, False, timeout_s=None)
-        if world.is_main:
-            preemption.stop_file.unlink(missing_ok=True)
         say(f"{stop}; the same command resumes from there")
+        if world.is_main and preemption.stop_file.exists():
+            preemption.stop_file.unlink(missing_ok=True)
+            say(f"{preemption.stop_file} was deleted, so that the next run does not stop")
         if _preemption(world).interrupted:
             raise SystemExit(128 + signal.SIGINT) from None  # a script does not go on with its next command
 

@@ -70,7 +70,10 @@ def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
 def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     drop(copied.output, "export")
     (copied.output / "stop").touch()
+    dry = on_rank("compress", copied.recipe, "--dry-run")
+    assert f"{copied.output / 'stop'} exists: a run stops before its next stage and deletes" in dry.out
     done = on_rank("compress", copied.recipe)
+    assert f"{copied.output / 'stop'} was deleted" in done.out
     assert done.code == 0, done
     reason = f"stop file {copied.output / 'stop'} exists"
     assert f"stopped before export ({reason}); the same command resumes from there" in done.out
