@@ -31,6 +31,9 @@ FORMAT = 2
 
 MANIFEST = "manifest.json"
 
+STEPS = "step_" + "[0-9]" * 8
+"""Pattern of the names of the checkpoints of a training run."""
+
 CHECKPOINT_NAME = re.compile(r"step_\d{8}|\.step_\d{8}\.(tmp|old)")
 """Name of a checkpoint folder after a step, or of its temporary siblings."""
 
@@ -65,9 +68,26 @@ class Manifest(BaseModel):
         rows = differing_fields(
             {"stage": self.stage, "format": self.format}, {"stage": other.stage, "format": other.format}
         )
-        rows += [f"settings.{row}" for row in differing_fields(_flat(self.settings), _flat(other.settings))]
+        rows += [f"settings.{row}" for row in self.changed_settings(other)]
         for row in differing_fields(self.inputs, other.inputs):
             rows.append(f"input {row}{self._changed_files(row.partition(':')[0], other)}")
+        return rows
+
+    def changed_settings(self, other: Manifest) -> list[str]:
+        """Return 'x: 1, here 2' for each setting that differs."""
+        return differing_fields(_flat(self.settings), _flat(other.settings))
+
+    def changed_sources(self, other: Manifest) -> list[str]:
+        """Return which of the user's files differ, by their paths."""
+        rows = []
+        for name in sorted({*self.sources, *other.sources}):
+            before, now = self.sources.get(name, []), other.sources.get(name, [])
+            if self.inputs.get(name) == other.inputs.get(name):
+                continue
+            if before == now:
+                rows.append(f"{', '.join(now)} has changed since")
+            else:
+                rows.append(f"{name}: {', '.join(before) or 'nothing'}, here {', '.join(now) or 'nothing'}")
         return rows
 
     def _changed_files(self, name: str, other: Manifest) -> str:
@@ -95,28 +115,22 @@ def find_manifest(artifact: Path) -> Manifest | None:
 
     It is in manifest.json of a folder, under "manifest" in a .json file, or in the metadata of a
     .safetensors file. If a kill interrupted the replacement of the artifact, the old artifact is
-    restored. InputError for a damaged artifact, and for a folder that this library did not write.
+    restored. InputError for a damaged artifact, and for one that this library did not write.
     """
     if not artifact.exists():
         with suppress(OSError):  # no old artifact exists, or another rank has restored it
             hidden_sibling(artifact, "old").rename(artifact)
     if artifact.is_dir() and not (artifact / MANIFEST).is_file():
-        raise InputError(
-            f"{artifact} has no {MANIFEST}: minitron-mp did not write it and will not replace it; move "
-            "it, or set another output"
-        )
+        raise _not_ours(artifact, MANIFEST)
+    is_folder = artifact.is_dir()
     try:
-        if artifact.is_dir():
-            text = (artifact / MANIFEST).read_text(encoding="utf-8")
-        elif artifact.suffix == ".json":
-            text = json.dumps(json.loads(artifact.read_text(encoding="utf-8"))["manifest"])
-        else:
-            from safetensors import safe_open
-
-            with safe_open(artifact, "numpy") as file:
-                text = file.metadata()["manifest"]
+        text = (artifact / MANIFEST).read_text(encoding="utf-8") if is_folder else _manifest_in(artifact)
+        if text is None:
+            raise _not_ours(artifact, "manifest")
         content = json.loads(text)
         return Manifest.model_validate(content)
+    except InputError:
+        raise
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -127,8 +141,33 @@ def find_manifest(artifact: Path) -> Manifest | None:
             f"{artifact} is damaged (missing or unknown in its manifest: {fields}); delete it and run its "
             "stage again"
         ) from error
-    except Exception as error:  # of json, safetensors, or a missing key
-        raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
+    except Exception as error:  # of json or safetensors
+        if is_folder:
+            raise InputError(f"{artifact} is damaged ({error}); delete it and run its stage again") from error
+        raise InputError(
+            f"{artifact} cannot be read ({error}): minitron-mp did not write it, or it is damaged; move it "
+            "and run its stage again, or set another output"
+        ) from error
+
+
+def _manifest_in(file: Path) -> str | None:
+    """Return the manifest in a .json or .safetensors file as JSON; None if it has none."""
+    if file.suffix == ".json":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        has_manifest = isinstance(content, dict) and "manifest" in content
+        return json.dumps(content["manifest"]) if has_manifest else None
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as tensors:
+        text: str | None = (tensors.metadata() or {}).get("manifest")
+    return text
+
+
+def _not_ours(artifact: Path, missing: str) -> InputError:
+    return InputError(
+        f"{artifact} has no {missing}: minitron-mp did not write it and will not replace it; move it, or "
+        "set another output"
+    )
 
 
 def require_artifact(artifact: Path, stage: str, expected: Manifest | None = None) -> Manifest:
@@ -199,6 +238,13 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
             if not folder.exists():
                 raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in the folder of a training run; None without one."""
+    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
+    complete = [path for path in folder.glob(STEPS) if (path / MANIFEST).is_file()]
+    return max(complete, default=None)
 
 
 def discard_checkpoints(folder: Path, manifest: Manifest) -> None:

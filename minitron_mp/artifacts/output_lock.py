@@ -3,7 +3,8 @@
 The lock is a file that names its owner. It does not use flock(), which some network file systems
 ignore or keep per host. A hard link creates it, because that is atomic on NFS, Lustre and GPFS. The
 owner renews the file's time while it lives. A lock is stale if its owner is dead: on the same host
-by process id and start time, elsewhere if its time is old.
+by process id and start time, elsewhere if its time is old, or has not changed for as long while
+this process watched it. Its time may lie in the future, if clocks differ or the folder was copied.
 """
 
 from __future__ import annotations
@@ -80,22 +81,19 @@ def read_owner(lock: Path) -> Owner | None:
 def _acquire(lock: Path, owner: Owner) -> None:
     """Create the lock, or raise InputError if its owner lives."""
     waited = False
-    first_seen: tuple[str, float] | None = None
+    watched, guard = _Watch(), _Watch()
     while not _create(lock, owner):
-        current, age_s = read_owner(lock), _age_s(lock)
-        if age_s is None:
+        current, age_s, renewed_at = read_owner(lock), _age_s(lock), lock_time(lock)
+        if age_s is None or not renewed_at:
             continue  # it was released in the meantime
         alive = None if current is None else is_alive(current.process)
-        seen = ("" if current is None else current.token, lock_time(lock))
-        if first_seen is None or first_seen[0] != seen[0]:
-            first_seen = seen
-        is_renewed = seen[1] > first_seen[1]
+        is_renewed = watched.see("" if current is None else current.token, renewed_at)
         if alive or (alive is None and is_renewed):
             raise InputError(_refusal(lock, current))
-        if alive is False or age_s > STALE_S:
-            _remove_stale(lock, current)
-            say(f"{lock}: the lock of {_name(current)} was removed, because that process has ended")
-            first_seen = None
+        if alive is False or max(age_s, watched.unchanged_s) > STALE_S:
+            if _remove_stale(lock, current, guard):
+                say(f"{lock}: the lock of {_name(current)} was removed, because that process has ended")
+                watched = _Watch()
             continue
         if not waited:
             say(
@@ -104,6 +102,29 @@ def _acquire(lock: Path, owner: Owner) -> None:
             )
             waited = True
         time.sleep(min(1.0, HEARTBEAT_S / 4))
+
+
+class _Watch:
+    """Changes of a file that this process has seen, and the time since then by its own clock."""
+
+    def __init__(self) -> None:
+        self._first: tuple[str, float] | None = None
+        self._last: tuple[str, float] | None = None
+        self._since = time.monotonic()
+
+    def see(self, token: str, file_time: float) -> bool:
+        """Record a look at the file. Return whether its time has changed since its token was new."""
+        seen = (token, file_time)
+        if self._first is None or self._first[0] != token:
+            self._first = seen
+        if seen != self._last:
+            self._last, self._since = seen, time.monotonic()
+        return seen != self._first
+
+    @property
+    def unchanged_s(self) -> float:
+        """Seconds since the last change."""
+        return time.monotonic() - self._since
 
 
 def _refusal(lock: Path, owner: Owner | None) -> str:
@@ -150,23 +171,28 @@ def _create_exclusively(lock: Path, content: str) -> bool:
     return True
 
 
-def _remove_stale(lock: Path, stale: Owner | None) -> None:
+def _remove_stale(lock: Path, stale: Owner | None, watched: _Watch) -> bool:
     """Remove a stale lock, but no lock that another process has created meanwhile.
 
-    Only the process that creates the second file may remove the lock.
+    Only the process that creates the second file, the guard, may remove the lock. Return whether this
+    process did. watched: how long the guard of another process has been seen.
     """
     guard = lock.with_name(f"{lock.name}.takeover")
     try:
         guard.touch(exist_ok=False)
     except FileExistsError:
         age_s = _age_s(guard)
-        if age_s is not None and age_s > STALE_S:  # a takeover lasts milliseconds; this one was killed
+        watched.see("", lock_time(guard))
+        # A takeover lasts milliseconds; an older one was killed.
+        if age_s is not None and max(age_s, watched.unchanged_s) > STALE_S:
             guard.unlink(missing_ok=True)
         time.sleep(0.05)
-        return
+        return False
     try:
-        if read_owner(lock) == stale:
-            lock.unlink(missing_ok=True)
+        if read_owner(lock) != stale:
+            return False
+        lock.unlink(missing_ok=True)
+        return True
     finally:
         guard.unlink(missing_ok=True)
 

@@ -101,7 +101,7 @@ def this_process() -> ProcessIdentity:
     return ProcessIdentity(
         host=socket.gethostname(),
         pid=os.getpid(),
-        start_ticks=_start_ticks(os.getpid()) or "",
+        start_ticks=_own_start_ticks(),
         kernel=kernel,
         namespace=namespace,
         job=f"Slurm job {job_id}" if job_id else "",
@@ -120,7 +120,11 @@ def is_alive(process: ProcessIdentity) -> bool | None:
         return False
     if not process.kernel or (process.kernel, process.namespace) != (me.kernel, me.namespace):
         return None
-    return _start_ticks(process.pid) == process.start_ticks
+    try:
+        stat = _read_stat(process.pid)
+    except OSError:  # no such process, or /proc hides those of other users (hidepid)
+        return _exists(process.pid)
+    return _start_ticks(stat) == process.start_ticks
 
 
 def _process_table() -> tuple[str, str]:
@@ -132,12 +136,32 @@ def _process_table() -> tuple[str, str]:
         return "", ""
 
 
-def _start_ticks(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks; None for a zombie or a missing process."""
+def _own_start_ticks() -> str:
+    """Return the start time of this process in clock ticks; "" if it is unknown."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return _start_ticks(_read_stat(os.getpid())) or ""
     except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may contain spaces
+        return ""
+
+
+def _read_stat(pid: int) -> str:
+    """Return the kernel's line about a process. OSError if there is none, or it is hidden."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+
+
+def _exists(pid: int) -> bool:
+    """Return whether a process exists, also one of another user."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it belongs to another user
+        pass
+    return True
+
+
+def _start_ticks(stat: str) -> str | None:
+    """Return the start time of a process in clock ticks from its line; None for a zombie."""
+    fields = stat.rpartition(")")[2].split()  # the name in parentheses may contain spaces
     state, start = fields[0], fields[19]
     return None if state in "ZX" else start

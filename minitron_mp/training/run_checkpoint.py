@@ -7,15 +7,12 @@ import time
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_checkpoint, save_checkpoint
-from minitron_mp.artifacts.manifest import MANIFEST, Manifest, require_artifact
+from minitron_mp.artifacts.manifest import STEPS, Manifest, newest_checkpoint, require_artifact
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.training.options import RunOptions, Stateful
-
-STEPS = "step_" + "[0-9]" * 8
-"""Pattern of the names of step_folder()."""
 
 
 class RunCheckpoints:
@@ -132,16 +129,15 @@ def resume_step(folder: Path, manifest: Manifest) -> int:
 
 
 def _newest_step(folder: Path, manifest: Manifest) -> int:
-    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
-    complete = [path for path in sorted(folder.glob(STEPS)) if (path / MANIFEST).is_file()]
-    if not complete:
+    path = newest_checkpoint(folder)
+    if path is None:
         return 0
-    newest = require_artifact(complete[-1], manifest.stage)
+    newest = require_artifact(path, manifest.stage)
     refuse(
         f"{folder} holds checkpoints of another run; move or delete it, or restore these settings:",
         newest.differences(manifest),
     )
-    return int(complete[-1].name.removeprefix("step_"))
+    return int(path.name.removeprefix("step_"))
 
 
 def step_folder(folder: Path, step: int) -> Path:

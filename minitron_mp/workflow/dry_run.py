@@ -12,6 +12,7 @@ from minitron_mp.config.recipe import Recipe, recipe_yaml
 from minitron_mp.console import say, table
 from minitron_mp.models.arch import Arch
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.output_folder import stop_file_line
 from minitron_mp.workflow.preflight import artifact_arch
 
 
@@ -55,6 +56,8 @@ def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
         _show_candidates(students, left_out, recipe.export.family)
     for line in graph.deleted_source_lines():
         say(line)
+    if stop_file_line(recipe.root):
+        say(stop_file_line(recipe.root))
     if weights:
         _show_unused_text(recipe, deleted)
         _show_stages(graph)

@@ -13,6 +13,7 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.output_folder import output_problems
 from minitron_mp.workflow.preflight import recipe_problems
+from minitron_mp.workflow.saved_progress import saved_progress_problems
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import StageFiles
 from minitron_mp.workflow.stages import STAGES
@@ -138,17 +139,26 @@ class StageGraph:
         plain._sources = self._sources  # the user's files are the same
         return plain
 
-    def check(self, num_ranks: int | None = None, *, weights: bool = True) -> None:
+    def check(
+        self, num_ranks: int | None = None, *, weights: bool = True, saved_progress: bool = True
+    ) -> None:
         """Raise InputError with every problem of the recipe that would stop a later stage.
 
         num_ranks: ranks of the job, or None if unknown. weights: whether to also check the weight
-        files.
+        files. saved_progress: whether to also check that checkpoints fit, which reads the user's
+        files; it needs the weights.
         """
         problems = output_problems(self.recipe, self.paths, report=True)
         problems += recipe_problems(
             self.recipe, self.paths, num_ranks, weights=weights, deleted=set(self.deleted_sources())
         )
+        if saved_progress and weights:
+            problems += saved_progress_problems(self)
         refuse("this recipe cannot run:", problems)
+
+    def check_saved_progress(self, stage: str) -> None:
+        """Raise InputError when checkpoints do not fit the recipe and the stage would orphan them."""
+        refuse("this recipe cannot run:", saved_progress_problems(self, stage))
 
     def check_output(self, *, report: bool) -> None:
         """Raise InputError when a run would overwrite or delete the user's files.

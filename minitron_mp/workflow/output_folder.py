@@ -176,6 +176,7 @@ def _foreign_files(root: Path, *, report: bool) -> list[str]:
         RESOLVED_RECIPE: _is_resolved_recipe,
         RUN_LOG: lambda text: _is_log(text, "stage"),
         FINISHED: lambda text: re.match(r"\d{4}-\d\d-\d\d ", text) is not None,
+        STOP_FILE: lambda text: not text.strip(),  # made by `touch`
         **{name: lambda text: _is_log(text, "step") for name in METRICS},
     }
     if report:
@@ -190,11 +191,20 @@ def _foreign_files(root: Path, *, report: bool) -> list[str]:
         except OSError:  # a folder, a dangling link
             text = None
         if text is None or (text and not is_ours(text)):
+            change = "deleted" if name == STOP_FILE else "replaced"
             problems.append(
-                f"output: {path} would be replaced, but minitron-mp did not write it, or it was edited; "
+                f"output: {path} would be {change}, but minitron-mp did not write it, or it was edited; "
                 "rename it, or set another output"
             )
     return problems
+
+
+def stop_file_line(root: Path) -> str:
+    """Return a line about a stop file that exists before the run; "" without one."""
+    path = root / STOP_FILE
+    if not path.exists():
+        return ""
+    return f"{path} exists: a run stops before its next stage and deletes that file; delete it to run"
 
 
 def _is_log(text: str, key: str) -> bool:

@@ -66,7 +66,7 @@ def compress(recipe: Recipe) -> Path:
     """
     require_launcher()
     graph = StageGraph(recipe)
-    graph.check()
+    graph.check(saved_progress=False)  # rank 0 checks it, because it reads the model and the text
     with _join_world(recipe) as world, _preemptible(world, graph.stages.values()):
         if world.role == "student":
             with _locked(recipe, world):
@@ -164,6 +164,7 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
     if differences is None and not force:
         return None
     graph.require_inputs(name)
+    graph.check_saved_progress(name)
     return differences or []
 
 
@@ -243,9 +244,10 @@ def _preemptible(world: World, stages: Iterable[Stage]) -> Iterator[None]:
             for stage in stages:
                 if stage.meets_roles:
                     world.channel.exchange(stage.name, False, timeout_s=None)
-        if world.is_main:
-            preemption.stop_file.unlink(missing_ok=True)
         say(f"{stop}; the same command resumes from there")
+        if world.is_main and preemption.stop_file.exists():
+            preemption.stop_file.unlink(missing_ok=True)
+            say(f"{preemption.stop_file} was deleted, so that the next run does not stop")
         if _preemption(world).interrupted:
             raise SystemExit(128 + signal.SIGINT) from None  # a script does not go on with its next command
 

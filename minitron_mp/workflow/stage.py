@@ -86,6 +86,9 @@ class Stage:
     """Whether an input or setting of the manifest adds results without changing the others."""
     has_checkpoints: bool = False
     """Whether the stage saves checkpoints below recipe.output while it runs."""
+    progress: str = ""
+    """File with a manifest below recipe.output in which the stage saves other progress; "" for none.
+    """
 
     def __post_init__(self) -> None:
         assert (self.run is None) != (self.run_on_one_rank is None), self.name

@@ -131,8 +131,13 @@ def test_missing_damaged_and_foreign_artifacts_are_rejected(folder, tmp_path):
     (tmp_path / "plan.json").write_text('{"layers": []}')
     (tmp_path / "scores.safetensors").write_bytes(b"junk")
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "foreign.safetensors")
-    for name in ("plan.json", "scores.safetensors", "foreign.safetensors"):
-        with pytest.raises(InputError, match=f"{name} is damaged"):
+    (tmp_path / "notes.json").write_text("my notes")
+    (tmp_path / "list.json").write_text("[]")
+    for name in ("plan.json", "list.json", "foreign.safetensors"):
+        with pytest.raises(InputError, match=f"{name} has no manifest: minitron-mp did not write it .* move"):
+            find_manifest(tmp_path / name)
+    for name in ("notes.json", "scores.safetensors"):
+        with pytest.raises(InputError, match=f"{name} cannot be read .* did not write it, or .*; move it"):
             find_manifest(tmp_path / name)
 
     (tmp_path / "data").mkdir()

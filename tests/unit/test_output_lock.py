@@ -92,6 +92,27 @@ def test_zombie_and_reused_process_id_are_dead(tmp_path):
     first.wait()
 
 
+@pytest.mark.parametrize(
+    ("kill_error", "alive"), [(PermissionError, True), (ProcessLookupError, False), (None, True)]
+)
+def test_process_that_proc_hides_is_dead_only_if_no_such_process_exists(monkeypatch, kill_error, alive):
+    """With hidepid=2 the files of another user's processes cannot be read."""
+    owner = this_process()
+
+    def hidden(pid: int) -> str:
+        raise FileNotFoundError(pid)
+
+    def kill(pid: int, number: int) -> None:
+        assert (pid, number) == (owner.pid, 0)
+        if kill_error:
+            raise kill_error
+
+    monkeypatch.setattr(job, "_read_stat", hidden)
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(job, "this_process", lambda: owner)
+    assert is_alive(owner) is alive
+
+
 def test_lock_of_another_host_is_taken_over_when_its_heartbeat_is_old(tmp_path, capsys):
     leave_lock(tmp_path, age_s=STALE_S + 5, host="node7", kernel="another")
     with locked(tmp_path):
@@ -113,6 +134,32 @@ def test_lock_of_another_host_is_refused_when_its_heartbeat_goes_on(tmp_path):
         with refused, locked(tmp_path):
             pass
     assert read_owner(tmp_path / LOCK) == owner
+
+
+@pytest.mark.parametrize("suffix", ["", ".takeover"])
+def test_lock_with_a_future_time_is_stale_after_it_did_not_change(tmp_path, monkeypatch, suffix):
+    """Clocks differ, or the folder was copied: the file's age never grows."""
+    monkeypatch.setattr(output_lock, "STALE_S", 0.6)
+    monkeypatch.setattr(output_lock, "HEARTBEAT_S", 0.4)
+    leave_lock(tmp_path, age_s=0 if suffix else -86400, host="node7", kernel="another")
+    if suffix:
+        (tmp_path / (LOCK + suffix)).touch()
+        os.utime(tmp_path / (LOCK + suffix), (time.time() + 86400, time.time() + 86400))
+    start = time.monotonic()
+    with locked(tmp_path):
+        assert read_owner(tmp_path / LOCK).process == this_process()
+    assert 0.6 < time.monotonic() - start < 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_owner_with_another_clock_is_refused_when_its_heartbeat_goes_on(tmp_path, monkeypatch):
+    """Its heartbeats replace a time in the future by earlier ones."""
+    monkeypatch.setattr(output_lock, "HEARTBEAT_S", 0.4)
+    leave_lock(tmp_path, age_s=-86400, host="node7", kernel="another")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (time.sleep(0.5), os.utime(tmp_path / LOCK)))
+        with pytest.raises(InputError, match="is in use"), locked(tmp_path):
+            pass
 
 
 def test_lock_of_the_same_job_before_its_restart_is_stale(tmp_path, monkeypatch):

@@ -128,13 +128,15 @@ def test_bind_mount_is_recognised(output, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["report.md", "report.html", "metrics.jsonl", "stages.jsonl", "finished", RESOLVED_RECIPE]
+    "name",
+    ["report.md", "report.html", "metrics.jsonl", "stages.jsonl", "finished", "stop", RESOLVED_RECIPE],
 )
 def test_user_file_of_the_same_name_is_not_replaced(output, name):
     (output / name).write_text("# my own notes\n")
     (row,) = problems(output)
+    change = "deleted" if name == "stop" else "replaced"
     assert row == (
-        f"output: {output / name} would be replaced, but minitron-mp did not write it, or it was edited; "
+        f"output: {output / name} would be {change}, but minitron-mp did not write it, or it was edited; "
         "rename it, or set another output"
     )
     assert bool(problems(output, report=False)) == (not name.startswith("report."))

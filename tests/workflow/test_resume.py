@@ -70,7 +70,10 @@ def test_killed_run_resumes_bitwise(copied, whole, on_rank, ranks):
 def test_stop_between_stages_writes_no_finished_marker(copied, on_rank):
     drop(copied.output, "export")
     (copied.output / "stop").touch()
+    dry = on_rank("compress", copied.recipe, "--dry-run")
+    assert f"{copied.output / 'stop'} exists: a run stops before its next stage and deletes" in dry.out
     done = on_rank("compress", copied.recipe)
+    assert f"{copied.output / 'stop'} was deleted" in done.out
     assert done.code == 0, done
     reason = f"stop file {copied.output / 'stop'} exists"
     assert f"stopped before export ({reason}); the same command resumes from there" in done.out
@@ -104,10 +107,40 @@ def test_checkpoints_of_another_run_are_rejected(copied, on_rank):
         pass
     refused(
         on_rank("distill", copied.recipe),
-        "checkpoints of another run; move or delete it, or restore these settings",
-        f"settings.lr: 0.01, here {MAX_LR}",
+        "distill has checkpoints of another run, so it cannot resume",
+        f"distill lr: 0.01, here {MAX_LR}. Restore the settings",
     )
     assert names(copied.output / "checkpoints" / "distill") == [f"step_{CHECKPOINT_INTERVAL:08d}"]
+
+
+def test_run_that_would_orphan_its_checkpoints_is_refused_before_the_first_stage(copied, inputs, on_rank):
+    """The artifacts that the checkpoints were made from stay, in a run and in one stage."""
+    drop(copied.output, "distill")
+    folder = copied.output / "checkpoints" / "distill"
+    with writing_artifact(folder / f"step_{CHECKPOINT_INTERVAL:08d}", copied.project().manifest("distill")):
+        pass
+    before = copied.state()
+    advice = f"set another output, or delete {folder} to start distill again"
+    assert on_rank("compress", copied.recipe, "--dry-run").code == 0
+    text = inputs / "text" / "00.txt"
+    text.rename(copied.output.parent / "gone.txt")
+    try:
+        for words in (("compress", "--dry-run"), ("compress",), ("data",)):
+            refused(
+                on_rank(words[0], copied.recipe, *words[1:]),
+                f"cannot resume: {text.parent} has changed since. Put the files back, {advice}",
+            )
+    finally:
+        (copied.output.parent / "gone.txt").rename(text)
+    for words in (("compress", "--dry-run"), ("compress",), ("score",)):
+        refused(
+            on_rank(words[0], copied.recipe, *words[1:], "score.num_samples=8"),
+            f"cannot resume: score num_samples: 16, here 8. Restore the settings, {advice}",
+        )
+    assert copied.state() == before
+    assert names(folder) == [f"step_{CHECKPOINT_INTERVAL:08d}"]
+    assert on_rank("score", copied.recipe, "--force").code == 0
+    assert on_rank("compress", copied.recipe, "--dry-run").code == 0
 
 
 @pytest.mark.parametrize(

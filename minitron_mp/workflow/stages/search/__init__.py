@@ -11,6 +11,9 @@ from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
 
+PROGRESS = "search/progress.json"
+"""File with the progress of the search. The checkpoints of the candidates are in its folder."""
+
 
 def run(context: StageContext) -> None:
     """Measure the candidates and choose one."""
@@ -54,5 +57,6 @@ SEARCH = Stage(
     settings=settings,
     when=lambda recipe: recipe.search is not None,
     requirement="a section search, for example search: {parameters: 8B}",
+    progress=PROGRESS,
     run=run,
 )

@@ -52,9 +52,7 @@ from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions, ignore_metrics
 from minitron_mp.training.run import TrainingRun
 from minitron_mp.workflow.context import StageContext, training_samples
-
-WORK = "search"
-"""Folder beside the artifacts for the progress of the search."""
+from minitron_mp.workflow.stages.search import PROGRESS
 
 REPEATS = 3
 """Number of timed forward passes. The fastest time is used."""
@@ -104,8 +102,8 @@ class _Progress:
 
     def __init__(self, context: StageContext):
         self.context = context
-        self.folder = context.recipe.root / WORK
-        self.file = self.folder / "progress.json"
+        self.file = context.recipe.root / PROGRESS
+        self.folder = self.file.parent
         rows = on_rank_0(self._read)
         self.candidates = [Candidate.model_validate(row) for row in rows] if rows else self._start()
 
