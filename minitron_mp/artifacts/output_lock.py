@@ -172,7 +172,7 @@ def _create_exclusively(lock: Path, content: str) -> bool:
 
 
 def _remove_stale(lock: Path, stale: Owner | None, watched: _Watch) -> bool:
-    """Remove a stale lock, but no lock that another process has created meanwhile.
+    """Remove a stale lock. Keep a lock that another process has created in the meantime.
 
     Only the process that creates the second file, the guard, may remove the lock. Return whether this
     process did. watched: how long the guard of another process has been seen.

@@ -116,7 +116,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of the file into an InputError with its name; refuse a file that changes meanwhile."""
+    """Raise errors of the file as InputError with its name. A file that changes in the block is one."""
     try:
         before = os.stat(path)
         yield

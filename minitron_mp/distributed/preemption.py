@@ -122,7 +122,7 @@ def watch_for_preemption(output: Path) -> Iterator[Preemption]:
     """Yield the Preemption of this process. It records SIGTERM and Ctrl-C until the context ends.
 
     The second Ctrl-C raises KeyboardInterrupt. The first one does not, because Python drops an
-    exception that a signal raises while a process is forked, and then one rank would go on alone.
+    exception that a signal raises while a process is forked, and then one rank would continue alone.
     Python handles signals in the main thread only. In another thread they are not recorded.
     """
     preemption = Preemption(output, job_deadline())

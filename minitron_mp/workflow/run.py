@@ -249,7 +249,7 @@ def _preemptible(world: World, stages: Iterable[Stage]) -> Iterator[None]:
             preemption.stop_file.unlink(missing_ok=True)
             say(f"{preemption.stop_file} was deleted, so that the next run does not stop")
         if _preemption(world).interrupted:
-            raise SystemExit(128 + signal.SIGINT) from None  # a script does not go on with its next command
+            raise SystemExit(128 + signal.SIGINT) from None  # a script does not start its next command
 
 
 def _preemption(world: World) -> Preemption:

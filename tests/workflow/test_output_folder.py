@@ -231,7 +231,7 @@ def test_odd_paths_and_locales(project, run):
 
 
 def test_finished_artifacts_replace_deleted_inputs(project, run):
-    """Text, tokenizer and model are deleted; the run goes on with the artifacts, and says so."""
+    """Text, tokenizer and model are deleted; the run continues with the artifacts, and says so."""
     inputs = ("text", "tokenizer", "model")
     for name in inputs:
         (project / name).rename(project / f"{name} elsewhere")
@@ -239,10 +239,10 @@ def test_finished_artifacts_replace_deleted_inputs(project, run):
         code, out, err = run("distill", "distill.steps=8")
         assert code == 0, err
         assert (
-            "data: ../text, ../tokenizer does not exist any more; the run goes on with data, which was made"
+            "data: ../text, ../tokenizer does not exist any more; the run continues with data, which was made"
             in out
         )
-        assert "import: ../model does not exist any more; the run goes on with teacher" in out
+        assert "import: ../model does not exist any more; the run continues with teacher" in out
         assert out.count("does not exist any more") == 2
         code, out, err = run("compress", "distill.steps=8", "--dry-run")
         assert code == 0, err

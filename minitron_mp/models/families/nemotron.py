@@ -11,7 +11,7 @@ from minitron_mp.models.parameters import FINAL_NORM_BIAS
 def _llama_cpp(arch: Arch) -> str:
     """llama.cpp computes head_dim from hidden_size, and requires an output layer."""
     if arch.tied:
-        return "it needs an output layer of its own, and this model shares the embedding"
+        return "it needs a separate output layer, and in this model the embedding is the output layer"
     return heads_times_head_dim(arch)
 
 
