@@ -108,7 +108,7 @@ class StageGraph:
     def deleted_source_lines(self) -> list[str]:
         """Return a line for each finished stage whose files of the user were deleted."""
         return [
-            f"{name}: {', '.join(missing)} does not exist any more; the run continues with {self.paths[name]}, "
+            f"{name}: {', '.join(missing)} does not exist; the run continues with {self.paths[name]}, "
             "which was made from it"
             for name, missing in self.deleted_sources().items()
         ]
