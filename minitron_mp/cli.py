@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from minitron_mp.config.recipe import Recipe, load_recipe
-from minitron_mp.console import launched, rank_name, say, speaks
+from minitron_mp.console import launched, rank_name, say, speaks, standard_output
 from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages import STAGES
@@ -185,7 +185,9 @@ def environment(
     """Print the environment variables of the ranks with reasons, as shell lines (launch/env.sh)."""
     from minitron_mp.cluster.environment import environment_lines, this_node
 
-    print(*environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes), sep="\n")
+    lines = environment_lines(load_recipe(recipe, overrides or []), this_node(ranks), nodes)
+    with standard_output():
+        print(*lines, sep="\n", flush=True)
 
 
 @app.command()
@@ -247,7 +249,8 @@ def reference(
 
     text = recipe_reference()
     if output is None:
-        print(text, end="")
+        with standard_output():
+            print(text, end="", flush=True)
     else:
         output.write_text(text, encoding="utf-8")
         say(f"reference: {output}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 
@@ -53,10 +54,20 @@ def rank_name() -> str:
     return f"rank {os.environ.get('RANK', '0')}"
 
 
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Add the name of the output to an OSError of printing, such as of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
 def say(text: str) -> None:
     """Print a line on rank 0."""
     if speaks():
-        console.print(text, soft_wrap=True, markup=False)
+        with standard_output():
+            console.print(text, soft_wrap=True, markup=False)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -68,7 +79,8 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         grid.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         grid.add_row(*row)
-    console.print(grid)
+    with standard_output():
+        console.print(grid)
 
 
 class Tracker:
@@ -131,13 +143,8 @@ class Tracker:
         finished = self.done - self.first
         remaining_s = seconds / finished * max(0, self.total - self.done)
         speed = f"{finished / seconds:,.1f} {self.unit}/s" if seconds > 0 else ""
-        console.print(
-            (
-                f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(remaining_s)} "
-                f"left  {note}"
-            ),
-            soft_wrap=True,
-            markup=False,
+        say(
+            f"{self.title}: {self.done}/{self.total} {self.unit}, {speed}, {_clock(remaining_s)} left  {note}"
         )
 
     def __exit__(

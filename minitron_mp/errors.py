@@ -23,6 +23,7 @@ def os_error_text(error: OSError) -> str:
         errno.EDQUOT: "the quota is used up: free some space or set another output; the same command resumes",
         errno.EFBIG: "the file is above the limit of the file system or of `ulimit -f`",
         errno.EROFS: "set another output",
+        errno.ENAMETOOLONG: "the file system allows 255 bytes in a name; give a shorter one",
         errno.EACCES: "change the permissions, or set another output",
     }
     text = str(error)

@@ -66,6 +66,7 @@ class HFWeights:
             shortened(self._problems()),
         )
         dtypes = self._dtypes()
+        refuse(f"the weights in {folder} have a dtype that cannot be read:", self._dtype_problems(dtypes))
         self.dtype: torch.dtype = reduce(torch.promote_types, (DTYPES[name] for name in dtypes))
         """Dtype of the canonical tensors: the widest of the folder. So no value changes."""
         self.notes = self._notes(dtypes)
@@ -144,6 +145,20 @@ class HFWeights:
         """Return dtype -> number of the used tensors that have it."""
         names = {self._stored_name(name) for name in hf_shapes(self.arch)}
         return Counter(self.files[name][0].get_slice(name).get_dtype() for name in sorted(names))
+
+    def _dtype_problems(self, dtypes: Counter[str]) -> list[str]:
+        return [
+            f"{count:,} of {dtypes.total():,} tensors are {name}, for example {self._example(name)}; "
+            f"supported: {', '.join(DTYPES)}; load the model with transformers as one of these, and save it "
+            "again"
+            for name, count in sorted(dtypes.items())
+            if name not in DTYPES
+        ]
+
+    def _example(self, dtype: str) -> str:
+        """Return the name of a used tensor that has a dtype."""
+        names = sorted(self._stored_name(name) for name in hf_shapes(self.arch))
+        return next(name for name in names if self.files[name][0].get_slice(name).get_dtype() == dtype)
 
     def _notes(self, dtypes: Counter[str]) -> list[str]:
         notes = []
@@ -279,12 +294,10 @@ def _missing_problem(name: str, head: str, *, tied: bool) -> str:
 
 
 def _header_problems(name: str, header: Any, expected: tuple[int, ...]) -> list[str]:
-    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    shape = tuple(header.get_shape())
     if shape != expected:
         hint = ""
         if 0 in shape:
             hint = "; an empty tensor is what DeepSpeed ZeRO-3 saves unless it gathers the weights"
         return [f"{name} has shape {shape}, config.json requires {expected}{hint}"]
-    if dtype not in DTYPES:
-        return [f"{name} has dtype {dtype}; supported: {', '.join(DTYPES)}; convert the model"]
     return []

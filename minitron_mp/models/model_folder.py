@@ -119,8 +119,8 @@ def folder_notes(folder: Path, vocab_size: int) -> list[str]:
         content = read_json(folder / name) if (folder / name).is_file() else {}
         unknown = unknown_tokens(content, vocab_size)
         notes += [
-            f"{key} of {name} is {content[key]}, beyond the vocabulary of {vocab_size}; the exported student "
-            "will not have the ids beyond it"
+            f"{key} of {name} is {content[key]}, but the ids are 0 to {vocab_size - 1}; the exported student "
+            "will not have the other ids"
             for key in unknown
         ]
         if content.get("auto_map"):
@@ -137,7 +137,7 @@ def unknown_tokens(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any
     for key in TOKEN_KEYS:
         value = content.get(key)
         ids = value if isinstance(value, list) else [value]
-        known = [id for id in ids if not isinstance(id, int) or id < vocab_size]
+        known = [id for id in ids if not isinstance(id, int) or 0 <= id < vocab_size]
         if len(known) < len(ids):
             changed[key] = known if isinstance(value, list) and known else None
     return changed

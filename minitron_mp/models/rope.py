@@ -37,6 +37,8 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": DEFAULT_THETA, "partial_rotary_factor": 1}
     for _, settings in _forms(config):
         rope |= {name: value for name, value in settings.items() if value is not None}
+    if rope["rope_type"] == "linear" and rope.get("factor") == 1:  # positions divided by 1
+        rope["rope_type"] = "default"
     return rope
 
 

@@ -61,6 +61,12 @@ def _folder_problems(root: Path) -> list[str]:
             f"output: {existing} cannot be written by this user; change its permissions, or set another "
             "output"
         ]
+    most = os.pathconf(existing, "PC_NAME_MAX")
+    longest = max((len(os.fsencode(part)) for part in root.absolute().relative_to(existing).parts), default=0)
+    if longest > most:
+        return [
+            f"output: a name in {root} has {longest} bytes; the file system allows {most}; set a shorter name"
+        ]
     return []
 
 

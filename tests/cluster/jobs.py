@@ -10,6 +10,17 @@ from tiny import ROOT, make_recipe_file
 LAYOUT = {"tp": 2}
 STEPS, INTERVAL = 48, 16
 
+AFTER_PRUNING = (
+    "student_*",
+    "evaluation.json",
+    "report.*",
+    "metrics*",
+    "tensorboard",
+    "finished",
+    "resolved_recipe.yaml",
+)
+"""Files that a copy of an output folder leaves out, so that it distils again."""
+
 
 def recipe(project: Path, output: str) -> Path:
     """Write a recipe of the project with its own output folder."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import recipe
+from jobs import AFTER_PRUNING, recipe
 from tiny import ROOT, read_metrics
 
 PYTHON = os.environ.get("MINITRON_NEMO_PYTHON", sys.executable)
@@ -73,19 +73,8 @@ def test_partial_and_script_match_slurm_sbatch(nemo, unbroken, project):
     Curve and figures are those of launch/slurm.sbatch.
     """
     _, whole = unbroken
-    output, later = (
-        project / "nemo",
-        (
-            "student_*",
-            "evaluation.json",
-            "report.*",
-            "metrics*",
-            "tensorboard",
-            "finished",
-            "resolved_recipe.yaml",
-        ),
-    )
-    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*later))
+    output = project / "nemo"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*AFTER_PRUNING))
     file = recipe(project, "nemo")
     nemo("partial", "distill", file)
     assert read_metrics(output) == read_metrics(whole)

@@ -9,19 +9,8 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from jobs import STEPS, recipe, submit
+from jobs import AFTER_PRUNING, STEPS, recipe, submit
 from tiny import ROOT, read_metrics
-
-AFTER_PRUNING = (
-    "student_*",
-    "evaluation.json",
-    "report.*",
-    "metrics*",
-    "tensorboard",
-    "finished",
-    "resolved_recipe.yaml",
-)
-"""Files that a copy of an output folder leaves out, so that it distils again."""
 
 
 def steps(output: Path) -> int:

@@ -13,6 +13,7 @@ import pytest
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.cluster import temporary_folder
 from minitron_mp.cluster.temporary_folder import check_temporary_folder
+from minitron_mp.console import console, say
 from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 
@@ -31,9 +32,18 @@ def test_small_file_keeps_its_old_content(tmp_path, monkeypatch):
     assert (tmp_path / "plan.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG]
+)
 def test_each_error_of_a_disk_has_advice(number):
     assert "; " in os_error_text(OSError(number, "text", "file"))
+
+
+def test_error_of_printing_names_the_output(monkeypatch):
+    stream = SimpleNamespace(write=full, flush=full, isatty=lambda: False, encoding="utf-8")
+    monkeypatch.setattr(console, "file", stream)
+    with pytest.raises(OSError, match=r"No space left on device.*standard output"):
+        say("text")
 
 
 def test_metrics_on_a_full_disk(tmp_path):

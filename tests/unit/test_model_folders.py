@@ -159,7 +159,11 @@ def test_wrong_names_give_one_short_message(llama, change, said):
             torch.zeros(0),
             "has shape (0,), config.json requires (40, 36); an empty tensor is what DeepSpeed",
         ),
-        (UP, torch.zeros(40, 36, dtype=torch.int8), "has dtype I8; supported: F32, BF16, F16"),
+        (
+            UP,
+            torch.zeros(40, 36, dtype=torch.int8),
+            f"tensors are I8, for example {UP}; supported: F32, BF16, F16; load the model",
+        ),
         (UP, torch.full((40, 36), torch.nan), "up_proj.weight has 1,440 values of 1,440 that are NaN"),
         ("model.layers.0.self_attn.q_proj.bias", torch.zeros(72), "q_proj.bias is not a weight of a llama"),
         ("model.layers.0.mlp.empty", torch.zeros(0), "mlp.empty is not a weight of a llama"),
@@ -553,14 +557,18 @@ def test_stale_keys_of_the_source_are_dropped(llama, tmp_path):
 def test_ids_beyond_the_vocabulary_are_not_exported(llama, tmp_path):
     settings = {"eos_token_id": [2, 131], "pad_token_id": 200, "bos_token_id": 1, "temperature": 0.5}
     (llama / "generation_config.json").write_text(json.dumps(settings))
-    edit(llama, eos_token_id=131, bos_token_id=1)
+    edit(llama, eos_token_id=131, bos_token_id=1, pad_token_id=-1)
     notes = folder_notes(llama, 131)
-    assert len(notes) == 3
-    assert "eos_token_id of generation_config.json is [2, 131], beyond the vocabulary of 131" in notes[1]
+    assert len(notes) == 4
+    assert "eos_token_id of generation_config.json is [2, 131], but the ids are 0 to 130" in notes[2]
     out = exported(llama, tmp_path / "out")
     written = json.loads((out / "generation_config.json").read_text())
     assert written == {"eos_token_id": [2], "pad_token_id": None, "bos_token_id": 1, "temperature": 0.5}
-    assert (config_of(out)["eos_token_id"], config_of(out)["bos_token_id"]) == (None, 1)
+    assert [config_of(out)[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id")] == [
+        None,
+        1,
+        None,
+    ]
     assert torch.equal(logits(out, TOKENS), logits(llama, TOKENS))
 
 

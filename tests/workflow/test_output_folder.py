@@ -179,6 +179,11 @@ def test_output_without_permission(tmp_path, monkeypatch):
     assert row.startswith(f"output: {tmp_path} cannot be written by this user; change its permissions")
 
 
+def test_too_long_name_is_refused(tmp_path):
+    (row,) = problems(tmp_path / ("x" * 300))
+    assert row.endswith("has 300 bytes; the file system allows 255; set a shorter name")
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A finished project in a folder with an odd name, made from another working folder."""
