@@ -11,12 +11,13 @@
 #   bash tests/run.sh --suite               the tests without lint
 #   bash tests/run.sh --py312               layouts, checkpoints and Hugging Face folders on Python 3.12
 #                                           and Megatron-Core 0.19
+#   bash tests/run.sh --bridge              inside Megatron-Bridge, on Python 3.12
 #   bash tests/run.sh --cluster             Slurm on this machine (needs root and apt)
 #   bash tests/run.sh --docker              the Dockerfile on a stand-in base (needs root and apt)
 #   bash tests/run.sh --readers [FOLDER]    exported students in transformers 4, llama.cpp and CTranslate2;
 #                                           FOLDER: an exported student, default the quick start's
-#   VENV=/path/to/env bash tests/run.sh     use another environment; for --py312: VENV312, and PYTHON312
-#                                           for its Python
+#   VENV=/path/to/env bash tests/run.sh     use another environment; for --py312 and --bridge: VENV312, and
+#                                           PYTHON312 for its Python
 #
 # A part that cannot run on this machine prints the reason and exits with code 77.
 set -euo pipefail
@@ -112,7 +113,8 @@ with_readers() {
     export MINITRON_LLAMA_CPP_CONVERTER=$dir/llama_cpp/vendor/llama.cpp/convert_hf_to_gguf.py
 }
 
-py312() {
+# Make the environment for Python 3.12 and put it on the PATH.
+with_py312() {
     local candidate python=
     for candidate in "${PYTHON312:-}" python3.12 "$HOME"/.pyenv/versions/3.12.*/bin/python3.12 \
         "$(uv python find 3.12 2>/dev/null || true)"; do
@@ -122,11 +124,11 @@ py312() {
         fi
     done
     [[ -n $python ]] || skip "no Python 3.12 on the PATH, in pyenv or in uv; set PYTHON312=/path/to/python"
-    local dir=${VENV312:-$PWD/.venv312}
-    if [[ ! -s $dir/minitron-mp.stamp ]]; then
+    venv=${VENV312:-$PWD/.venv312}
+    if [[ ! -s $venv/minitron-mp.stamp ]]; then
         # PyPI's torch for 3.12 includes CUDA: 5.5 GB on disk.
         local free
-        free=$(df --output=avail -B1G "$(dirname "$dir")" | tail -1)
+        free=$(df --output=avail -B1G "$(dirname "$venv")" | tail -1)
         ((free >= 12)) ||
             skip "an environment with PyTorch's CUDA build needs 12 GB to install; $free GB are free"
         local cpu_index=https://download.pytorch.org/whl/cpu
@@ -134,9 +136,30 @@ py312() {
             export PIP_EXTRA_INDEX_URL=$cpu_index
         fi
     fi
-    PYTHON=$python timeout 900 bash launch/venv.sh "$dir" ||
+    PYTHON=$python timeout 900 bash launch/venv.sh "$venv" ||
         skip "launch/venv.sh made no environment for Python 3.12 within 15 minutes"
-    PATH=$dir/bin:$PATH run_tests -m "not slow" "${on_py312[@]}" "$@"
+    export PATH=$venv/bin:$PATH
+}
+
+# Make an environment with Megatron-Bridge on top of the one for Python 3.12. Bridge pins versions that pip
+# cannot resolve together, so it is installed without its dependencies, and those that it imports follow.
+with_bridge() {
+    local dir=${VENV_BRIDGE:-$PWD/.venv-bridge} pins=constraints/bridge.txt purelib log
+    purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    if ! cmp -s "$pins" "$dir/minitron-mp.stamp"; then
+        rm -rf "$dir"
+        "$venv/bin/python" -m venv "$dir"
+        "$venv/bin/python" -c "$purelib" >"$("$dir/bin/python" -c "$purelib")/py312.pth"
+        log=$dir/install.log
+        {
+            # nvidia-resiliency-ext has wheels for newer systems only; none of its binaries is used here.
+            timeout 900 "$dir/bin/pip" install -q --no-deps -r "$pins" &&
+                timeout 300 "$dir/bin/pip" install -q --no-deps --platform manylinux_2_39_x86_64 \
+                    --only-binary=:all: --target "$("$dir/bin/python" -c "$purelib")" nvidia-resiliency-ext==0.6.0
+        } >"$log" 2>&1 || skip "pip cannot install Megatron-Bridge: $(tail -1 "$log")"
+        cp "$pins" "$dir/minitron-mp.stamp"
+    fi
+    export PATH=$dir/bin:$PATH
 }
 
 case ${1:-} in
@@ -148,7 +171,15 @@ case ${1:-} in
     pinned
     run_tests -m "not slow" "${@:2}"
     ;;
---py312) py312 "${@:2}" ;;
+--py312)
+    with_py312
+    run_tests -m "not slow" "${on_py312[@]}" "${@:2}"
+    ;;
+--bridge)
+    with_py312
+    with_bridge
+    python -m pytest -rs --durations=5 tests/ranks/test_megatron_bridge.py "${@:2}"
+    ;;
 --cluster)
     pinned
     [[ -n ${MINITRON_NEMO_PYTHON:-} ]] || with_nemo_run

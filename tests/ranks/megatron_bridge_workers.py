@@ -331,24 +331,25 @@ def train_by_hand(*, folder: Path, batches: list[dict[str, Any]], steps: int) ->
 
 
 def pretrain_beside_teacher(
-    *, folder: Path, batches: list[dict[str, Any]], overrides: list[str]
+    *, folder: Path, batches: list[dict[str, Any]], overrides: list[str], first_microbatch: int = 0
 ) -> list[dict[str, float]]:
     """Run Bridge's pretrain() on four ranks in two worlds: a student of pp 2, a teacher of tp 2.
 
-    Rank 1, the student's last stage, returns what Bridge would log.
+    Rank 1, the student's last stage, returns what Bridge would log. first_microbatch: of the data
+    parallel rank, when the overrides load a checkpoint of the student.
     """
     arch = saved_arch(folder / "teacher")
     roles = {"student": (2, {"pp": 2}), "teacher": (2, {"tp": 2})}
     shape = StreamShape("hidden", SEQUENCE_LENGTH, 1, arch.hidden_size, torch.float32)
     with joined_roles(roles) as world:
-        link, ids = make_link(world, roles, shape, 2), range(len(batches))
+        link, ids = make_link(world, roles, shape, 2), range(first_microbatch, len(batches))
         if world.role == "teacher":
             model = load_model(folder / "teacher", world, sequence_length=SEQUENCE_LENGTH, precision="fp32")
             serve_signals(ServedTeacher(model.freeze(), shape, 1), Sender(link), lambda id: batches[id], ids)
             return []
         head = load_head(arch, folder / "teacher", world, torch.float32)
         receiver = Receiver(link, link.students[0], ids, world.device) if world.is_last_stage else None
-        streamed = BridgeRemoteTeacher(RemoteTeacher(receiver, "hidden", head, world), arch)
+        streamed = BridgeRemoteTeacher(RemoteTeacher(receiver, "hidden", head, world), arch, first_microbatch)
         return pretrain(
             folder=folder,
             tp=1,

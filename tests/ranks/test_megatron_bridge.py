@@ -162,6 +162,23 @@ def test_pretrain_with_remote_teacher(four, project, by_hand):
     )
 
 
+def test_pretrain_with_remote_teacher_resumes(four, project, by_hand, tmp_path):
+    """Bridge saves the student after step 2. A new job loads it, and a new teacher serves step 3."""
+    seen, rows = by_hand
+    options = {"folder": project, "batches": seen}
+    saved = [*CONSTANT, f"checkpoint.save={tmp_path}", "checkpoint.save_interval=2"]
+    whole = four.run("megatron_bridge_workers.pretrain_beside_teacher", overrides=saved, **options)[1]
+    same_as(rows, whole)
+    assert len(seen) % 3 == 0
+    resumed = four.run(
+        "megatron_bridge_workers.pretrain_beside_teacher",
+        overrides=[*CONSTANT, f"checkpoint.load={tmp_path}", "checkpoint.ckpt_step=2"],
+        first_microbatch=len(seen) // 3 * 2,
+        **options,
+    )[1]
+    assert resumed == whole[2:]
+
+
 def same_as(rows, found, rel=1e-4):
     """rel: of sums in another order over three steps; 1e-6 seen."""
     assert len(found) == len(rows)
