@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from minitron_mp.config.base import NOT_IN_RESULT, Section
+from minitron_mp.config.blend import Share, UserTexts, shares_of
 from minitron_mp.config.paths import UserPath, UserPathOrPaths, UserPaths
 
 PARTS = ("calibration", "train", "valid")
@@ -21,12 +22,13 @@ class DataConfig(Section):
     prefixes. Their documents are split into the three parts. If the source has few documents,
     pieces of documents are split instead. The default is the source code of Python's standard
     library."""
-    calibration: UserPaths = []
+    calibration: UserTexts = []
     """Text for calibration, as for `source`. It is not split. `calibration`, `train` and `valid`
     together replace `source`."""
-    train: UserPaths = []
-    """Text for training. It is not split."""
-    valid: UserPaths = []
+    train: UserTexts = []
+    """Text for training. It is not split. A map from texts to shares is a blend (docs/text.md):
+    {web/: 3, code: 1, math: 2 epochs, wiki: 5B tokens}. A list is mixed in proportion to size."""
+    valid: UserTexts = []
     """Held-out text. It is not split."""
     text_field: str = Field(default="text", min_length=1)
     """Field of the text in the records of .jsonl, .json and .parquet. a.b is the field b of the
@@ -42,6 +44,10 @@ class DataConfig(Section):
     held_out: dict[str, UserPaths] = {}
     """Further texts for `evaluate`: name -> files or folders, as for `source`. Example:
     {pretraining: [old/]}."""
+
+    def shares(self, part: str) -> tuple[Share, ...] | None:
+        """Return the shares of the texts of a part, or None if it is not a blend."""
+        return shares_of(getattr(self, part)) if part in PARTS else None
 
     @model_validator(mode="after")
     def _all_parts(self) -> DataConfig:
