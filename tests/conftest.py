@@ -84,6 +84,16 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
         pool.close()
 
 
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """This process is the only rank of a gloo group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def results(ranks, tmp_path_factory) -> Results:
     return Results(ranks, tmp_path_factory.mktemp("results"))

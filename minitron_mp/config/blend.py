@@ -41,7 +41,7 @@ def read_share(value: object) -> Share:
         share = Share(_number(match[1]), "epochs")
     if share is None or not 0 < share.amount < float("inf"):
         raise ValueError(
-            f"{value!r} is not the share of a text; give a weight above 0, or text such as 2 epochs or 5B tokens"
+            f"{value!r} is not the share of a text; give a weight above 0, 2 epochs, or 5B tokens"
         )
     return share
 

@@ -27,7 +27,8 @@ class DataConfig(Section):
     together replace `source`."""
     train: UserTexts = []
     """Text for training. It is not split. A map from texts to shares is a blend (docs/text.md):
-    {web/: 3, code: 1, math: 2 epochs, wiki: 5B tokens}. A list is mixed in proportion to size."""
+    {web/: 3, code: 1, math: 2 epochs, wiki: 5B tokens}. Epochs and tokens are those of the run of
+    distill. A list is mixed in proportion to size."""
     valid: UserTexts = []
     """Held-out text. It is not split."""
     text_field: str = Field(default="text", min_length=1)
@@ -67,6 +68,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source"
             )
+        for part in ("calibration", "valid"):
+            if any(share.unit != "weight" for share in self.shares(part) or ()):
+                raise ValueError(
+                    f"{part} has a share in epochs or tokens, which only train may have; give weights"
+                )
         if given and self.changed(["source", "valid_fraction"]):
             raise ValueError(
                 "calibration, train and valid replace source and valid_fraction, and both kinds are given; "

@@ -44,11 +44,17 @@ class Corpus:
     index_owner: str = ""
     """Subfolder for index files. Worlds of one job use different ones and never share a file."""
     data: DataConfig | None = None
-    """Recipe with the shares of blends. A blend is mixed in proportion to size without it."""
+    """Section of the recipe with the shares of blends. Without it, size decides."""
+    run_samples: int | None = None
+    """Samples of the run for which `data` gives epochs and tokens. Default: those that are opened."""
 
     def blend(self, part: str) -> list[BlendedText] | None:
         """Return the texts of a blend, or None if the part is not a blend."""
         return None if self.data is None else blend_of(self.folder, self.data, part)
+
+    def text_weights(self, blend: Sequence[BlendedText], num_samples: int) -> list[float]:
+        """Return a weight for each text of a blend of which num_samples samples are opened."""
+        return blend_samples(blend, self.run_samples or num_samples, self.sequence_length)
 
 
 def blend_of(folder: Path, data: DataConfig, part: str) -> list[BlendedText] | None:
@@ -77,10 +83,10 @@ def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -
     problems = too_short_problems(corpus.folder, part, length, 0 if repeat else num_samples)
     blend = corpus.blend(part)
     if blend and not problems:
-        problems = blend_problems(part, blend, num_samples, length, repeat=repeat)
+        problems = blend_problems(part, blend, corpus.run_samples or num_samples, length, repeat=repeat)
     refuse("there is too little text:" if not blend else "the text cannot be blended:", problems)
     prefixes = prefixes_of(corpus.folder, part)
-    if len(prefixes) == 1 or not repeat and not blend:
+    if len(prefixes) == 1 or not (repeat or blend):
         weights = None  # one epoch of each prefix, in proportion to its size
     else:
         weights = _prefix_weights(corpus, part, blend, num_samples)
@@ -140,10 +146,10 @@ def _prefix_weights(
     """Return the weight of each prefix: its size, or its part of the samples of its text."""
     weights: list[float] = []
     texts = texts_of(corpus.folder, part)
-    samples = blend_samples(blend, num_samples, corpus.sequence_length) if blend else None
+    of_texts = corpus.text_weights(blend, num_samples) if blend else None
     for number, prefixes in enumerate(texts):
         sizes = [_epoch_samples(prefix, corpus.sequence_length) for prefix in prefixes]
-        scale = 1.0 if samples is None else samples[number] / sum(sizes)
+        scale = 1.0 if of_texts is None else of_texts[number] / sum(sizes)
         weights += [size * scale for size in sizes]
     return weights
 

@@ -61,13 +61,15 @@ def blend_problem(
     return None
 
 
-def blend_rows(texts: Sequence[BlendedText], num_samples: int, sequence_length: int) -> list[str]:
-    """Return a line for each text: its share, tokens and epochs in a run."""
-    samples = blend_samples(texts, num_samples, sequence_length)
+def blend_rows(
+    texts: Sequence[BlendedText], weights: Sequence[float], num_samples: int, sequence_length: int
+) -> list[str]:
+    """Return a line for each text: its share, tokens and epochs in a run of num_samples samples."""
+    shares = [weight / sum(weights) for weight in weights]
     return [
-        f"{text.name}: {count / num_samples:.2%} of the samples, {count * sequence_length:,.0f} tokens, "
-        f"{count / text.epoch_samples:.3g} epochs"
-        for text, count in zip(texts, samples)
+        f"{text.name}: {share:.2%} of the samples, {share * num_samples * sequence_length:,.0f} tokens, "
+        f"{share * num_samples / text.epoch_samples:.3g} epochs"
+        for text, share in zip(texts, shares)
     ]
 
 

@@ -2,8 +2,8 @@
 
 tokenize_corpus() writes <part>.bin, <part>.idx, text.json (unused.py), and parts.json, which lists
 the prefixes of each part, and of each text of a blend. Megatron data that the recipe lists for a
-part is not copied: parts.json lists its prefix. Megatron data in data.source is divided by document, like text. Importing this
-module imports neither torch nor Megatron.
+part is not copied: parts.json lists its prefix. Megatron data in data.source is divided by document,
+like text. Importing this module imports neither torch nor Megatron.
 """
 
 from __future__ import annotations

@@ -28,6 +28,22 @@ def run_settings(recipe: Recipe) -> dict[str, object]:
     }
 
 
+def blend_settings(recipe: Recipe, *parts: str) -> dict[str, object]:
+    """Return the shares of the texts of these parts; empty for parts that are not blends.
+
+    The stage data does not depend on them. Epochs and tokens are shares of the samples of distill.
+    """
+    settings: dict[str, object] = {}
+    for part in parts:
+        shares = recipe.data.shares(part)
+        if shares is None:
+            continue
+        settings[f"{part} shares"] = list(getattr(recipe.data, part).values())
+        if any(share.unit != "weight" for share in shares):
+            settings["samples of distill"] = recipe.distill.num_samples
+    return settings
+
+
 def fp8_teacher(recipe: Recipe) -> dict[str, object]:
     """Return the FP8 setting of the teacher; empty without FP8."""
     return {"fp8": recipe.teacher.fp8} if recipe.teacher.fp8 else {}
