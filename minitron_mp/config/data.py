@@ -37,6 +37,9 @@ class DataConfig(Section):
     valid_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Fraction of the documents of `source` in the held-out part. The calibration part has the same
     size."""
+    valid_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in the held-out part, and as many in the calibration part. `valid_fraction` must give at
+    least this many; the other documents go to the training part. Default: no limit."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sample."""
     tokenizer: UserPath | None = None
@@ -73,10 +76,10 @@ class DataConfig(Section):
                 raise ValueError(
                     f"{part} has a share in epochs or tokens, which only train may have; give weights"
                 )
-        if given and self.changed(["source", "valid_fraction"]):
+        if given and self.changed(["source", "valid_fraction", "valid_tokens"]):
             raise ValueError(
-                "calibration, train and valid replace source and valid_fraction, and both kinds are given; "
-                "drop source and valid_fraction"
+                "calibration, train and valid replace source, valid_fraction and valid_tokens, and both "
+                "kinds are given; drop one kind"
             )
         return self
 

@@ -8,6 +8,7 @@ documents       documents of a text file, and their parts
 unused          counts of text that is not used
 checks          problems of the text before a run
 corpus          tokenize_corpus: documents to Megatron's indexed datasets
+held_out        held-out parts of a fixed number of tokens
 tokenizer       load_tokenizer: Hugging Face or sentencepiece
 blend           samples of each text of a blend
 batches         open_samples, microbatches

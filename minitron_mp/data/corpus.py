@@ -20,6 +20,7 @@ import numpy as np
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.documents import Document, next_batch, part_of, read_documents
+from minitron_mp.data.held_out import limit_held_out
 from minitron_mp.data.sources import PARTS, Sources, find_sources, set_names, unused_text
 from minitron_mp.errors import InputError
 
@@ -84,6 +85,8 @@ def tokenize_corpus(
             written = [name] if name in writer.builders else []
             parts[part].append(written + (sources[name].prefixes if name in sources else []))
     _check_not_empty(parts, data, sources, num_documents)
+    if data.valid_tokens is not None and not held_out:
+        limit_held_out(folder, {part: texts[0] for part, texts in parts.items()}, data.valid_tokens, seed)
     content = {part: texts[0] if data.shares(part) is None else texts for part, texts in parts.items()}
     write_text(folder / PARTS_FILE, json.dumps(content, indent=1))
     not_used.save(folder)

@@ -40,7 +40,7 @@ def map_file(path: str | Path) -> np.ndarray:
         raise OSError(error, os.strerror(error), str(path))
     buffer = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(buffer, _LIBC.munmap, address, size)
-    array = np.frombuffer(buffer, np.uint8)
+    array = np.frombuffer(memoryview(buffer), np.uint8)
     array.flags.writeable = False
     return array
 
@@ -70,6 +70,10 @@ class MappedText:
 
 class MappedSamples(GPTDataset):
     """Megatron's samples of one prefix, in Megatron's order."""
+
+    document_index: np.ndarray
+    sample_index: np.ndarray
+    shuffle_index: np.ndarray
 
     def __init__(self, *arguments: object):
         super().__init__(*arguments)

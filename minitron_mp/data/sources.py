@@ -67,11 +67,9 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
     elif data.train:
         sources = {}
         for part in PARTS:
-            texts, names = getattr(data, part), set_names(data, part)
-            entries = [[entry] for entry in texts] if isinstance(texts, dict) else [texts]
-            parts = {name: resolve(listed, f"data.{part}") for name, listed in zip(names, entries)}
-            problems += _repeated_in(parts, f"data.{part}")
-            sources |= parts
+            texts = {name: resolve(entries, f"data.{part}") for name, entries in _entries(data, part)}
+            problems += _repeated_in(texts, f"data.{part}")
+            sources |= texts
     elif data.source in (STDLIB, [STDLIB]):
         sources = {STDLIB: Source(_stdlib_files())}
     else:
@@ -79,6 +77,14 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
         sources = {"source": resolve(entries, "data.source")}
     refuse("text that cannot be used:", problems)
     return sources
+
+
+def _entries(data: DataConfig, part: str) -> list[tuple[str, list[str]]]:
+    """Return (name, paths) of each text of a part."""
+    texts: list[str] | dict[str, float | str] = getattr(data, part)
+    if isinstance(texts, list):
+        return [(part, texts)]
+    return [(name, [path]) for name, path in zip(set_names(data, part), texts)]
 
 
 def find_all_sources(data: DataConfig, output: Path, *, parts: bool = True, held_out: bool = True) -> Sources:

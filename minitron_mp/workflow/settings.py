@@ -157,7 +157,7 @@ def _text_entries(recipe: Recipe, held_out: bool) -> list[list[str]]:
     if held_out:
         return list(data.held_out.values())
     if data.train:
-        return [data.calibration, data.train, data.valid]
+        return [list(data.calibration), list(data.train), list(data.valid)]
     source = [data.source] if isinstance(data.source, str) else data.source
     return [] if source == [STDLIB] else [source]
 

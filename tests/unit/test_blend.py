@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,37 @@ def test_soft_limit_of_open_files_is_raised():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_held_out_parts_have_a_size_in_tokens(tmp_path, one_rank):
+    """No document is lost, in two parts, or divided. The choice depends on the seed alone."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    lines = [json.dumps({"text": chr(300 + i) * (1 + i % 50)}) for i in range(500)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    data = {"source": str(tmp_path / "text.jsonl"), "valid_fraction": 0.2, "sequence_length": S}
+
+    def documents(name: str, **values: int) -> dict[str, list[tuple[int, ...]]]:
+        folder = tmp_path / name
+        tokenize_corpus(DataConfig(**data, **values), TOKENIZER, folder, 7)
+        found = {}
+        for part in ("calibration", "train", "valid"):
+            datasets = [IndexedDataset(prefix) for prefix in texts_of(folder, part)[0]]
+            found[part] = [tuple(d[i].tolist()) for d in datasets for i in range(len(d))]
+        return found
+
+    whole, limited = documents("whole"), documents("limited", valid_tokens=300)
+    assert limited == documents("again", valid_tokens=300)
+    for part in ("calibration", "valid"):
+        sizes = [len(ids) for ids in limited[part]]
+        assert 300 <= sum(sizes) < 300 + 52
+        assert set(limited[part]) < set(whole[part])
+    assert sorted(chain(*limited.values())) == sorted(chain(*whole.values()))
+    assert [Path(prefix).name for prefix in texts_of(tmp_path / "limited", "train")[0]] == [
+        "train",
+        "train_surplus",
+    ]
+    samples = open_samples(Corpus(tmp_path / "limited", TOKENIZER, S, 1), "train", 400, repeat=True)
+    assert len(samples) >= 400
+    with pytest.raises(InputError, match=r"calibration part has .* tokens, and data.valid_tokens is 90,000"):
+        documents("large", valid_tokens=90_000)

@@ -134,6 +134,7 @@ TOKENIZE = Stage(
     inputs=("import",),
     settings=lambda recipe: {
         "valid_fraction": recipe.data.valid_fraction,
+        **({} if recipe.data.valid_tokens is None else {"valid_tokens": recipe.data.valid_tokens}),
         "seed": recipe.seed,
         **text_settings(recipe),
     },
