@@ -42,6 +42,9 @@ class DataConfig(Section):
     least this many; the other documents go to the training part. Default: no limit."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sample."""
+    eod_mask_loss: bool = False
+    """Leave the token after the end of a document out of all losses: the model cannot predict how the
+    next document begins."""
     tokenizer: UserPath | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
     model."""

@@ -8,6 +8,8 @@ function of the step, so an exact resume needs only the step.
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +46,7 @@ class Corpus:
     index_owner: str = ""
     """Subfolder for index files. Worlds of one job use different ones and never share a file."""
     data: DataConfig | None = None
-    """Section of the recipe with the shares of blends. Without it, size decides."""
+    """Section of the recipe with the shares of blends and the loss mask. Without it, size decides."""
     run_samples: int | None = None
     """Samples of the run for which `data` gives epochs and tokens. Default: those that are opened."""
 
@@ -114,7 +116,7 @@ def blend_problems(
 
 def too_short_problems(folder: Path, part: str, sequence_length: int, num_samples: int) -> list[str]:
     """Return a sentence for each file that is shorter than a sample, or if samples are too few."""
-    tokens = {prefix: tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)}
+    tokens = {prefix: _num_tokens(prefix) for prefix in prefixes_of(folder, part)}
     problems = [
         f"{part} text: {prefix} has {count} tokens, one sample needs {sequence_length} and a label: lower "
         "data.sequence_length or give more text"
@@ -137,7 +139,21 @@ def too_short_problems(folder: Path, part: str, sequence_length: int, num_sample
 
 
 def _epoch_samples(prefix: str, sequence_length: int) -> int:
-    return max(0, tokens_of(prefix)[0] - 1) // sequence_length
+    return max(0, _num_tokens(prefix) - 1) // sequence_length
+
+
+def _num_tokens(prefix: str) -> int:
+    """Return the number of tokens of a prefix. Its index is read once, unless the files change."""
+    try:
+        stats = [os.stat(prefix + suffix) for suffix in (".bin", ".idx")]
+    except OSError:
+        return tokens_of(prefix)[0]  # raises InputError
+    return _tokens_of_files(prefix, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_of_files(prefix: str, *stamps: tuple[int, int]) -> int:
+    return tokens_of(prefix)[0]
 
 
 def _prefix_weights(
@@ -185,7 +201,7 @@ def _blended_dataset(
         create_attention_mask=False,
         reset_attention_mask=False,
         reset_position_ids=False,
-        eod_mask_loss=False,
+        eod_mask_loss=corpus.data is not None and corpus.data.eod_mask_loss,
         num_dataset_builder_threads=min(BUILDER_THREADS, len(prefixes)),
         # Megatron rounds the samples of each prefix up, so its blend has up to one more sample per
         # prefix. With this surplus no prefix has too few samples for it.

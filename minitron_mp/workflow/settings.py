@@ -28,6 +28,11 @@ def run_settings(recipe: Recipe) -> dict[str, object]:
     }
 
 
+def loss_settings(recipe: Recipe) -> dict[str, object]:
+    """Return the settings of the loss mask; empty for the default."""
+    return {"eod_mask_loss": True} if recipe.data.eod_mask_loss else {}
+
+
 def blend_settings(recipe: Recipe, *parts: str) -> dict[str, object]:
     """Return the shares of the texts of these parts; empty for parts that are not blends.
 

@@ -128,8 +128,28 @@ def test_shares_belong_to_the_stages_that_read_samples():
         assert {name for name in plain if changed[name] != plain[name]} == names
         for name in names:
             assert changed[name] == {**plain[name], f"{part} shares": [3.0, 1.0]}
+    masked = settings(eod_mask_loss=True)
+    assert {name for name in plain if masked[name] != plain[name]} == {"correct", "distill", "evaluate"}
     budget = settings(train={"b": "2 epochs", "d": 1})["correct"]
     assert (budget["train shares"], budget["samples of distill"]) == (["2 epochs", 1.0], 400)
+
+
+def test_end_of_document_can_be_left_out_of_the_loss(tmp_path, one_rank):
+    """The loss of a position whose token is eod would be that of the next document's first token."""
+    (tmp_path / "text.jsonl").write_text('{"text": "abcdefghij"}\n' * 50)
+    data = {part: [str(tmp_path / "text.jsonl")] for part in ("calibration", "train", "valid")}
+    masks = []
+    for eod_mask_loss in (False, True):
+        config = DataConfig(**data, sequence_length=S, eod_mask_loss=eod_mask_loss)
+        tokenize_corpus(config, TOKENIZER, tmp_path / "data", 1)
+        samples = open_samples(
+            Corpus(tmp_path / "data", TOKENIZER, S, 1, data=config), "train", 40, repeat=True
+        )
+        for sample in (samples[i] for i in range(40)):
+            is_end = sample["tokens"] == TOKENIZER.eod
+            assert sample["loss_mask"].tolist() == (~is_end if eod_mask_loss else is_end | True).tolist()
+            masks.append(sample["loss_mask"].sum())
+    assert sum(masks[40:]) < sum(masks[:40]) == 40 * S
 
 
 def test_held_out_blend_never_repeats(tmp_path, one_rank):

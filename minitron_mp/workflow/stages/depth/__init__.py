@@ -8,6 +8,7 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import (
     blend_settings,
     drops_layers,
+    loss_settings,
     num_dropped_layers,
     run_settings,
     task_files,
@@ -31,8 +32,10 @@ def settings(recipe: Recipe) -> dict[str, object]:
     used = {name: value for name, value in recipe.depth.result_settings().items() if name not in unused}
     # The trials of single layers are valid for any number of dropped layers.
     count = {} if recipe.depth.method == "drop" else {"layers to drop": num_dropped_layers(recipe)}
-    blend = blend_settings(recipe, "calibration") if recipe.depth.metric == "loss" else {}
-    return {**used, **run_settings(recipe), **blend, **count}
+    text: dict[str, object] = {}
+    if recipe.depth.metric == "loss":
+        text = {**loss_settings(recipe), **blend_settings(recipe, "calibration")}
+    return {**used, **run_settings(recipe), **text, **count}
 
 
 DEPTH = Stage(

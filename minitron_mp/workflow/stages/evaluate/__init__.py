@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import blend_settings, run_settings, task_files
+from minitron_mp.workflow.settings import blend_settings, loss_settings, run_settings, task_files
 from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def settings(recipe: Recipe) -> dict[str, object]:
         "num_samples": recipe.evaluate.num_samples,
         **items,
         **run_settings(recipe),
+        **loss_settings(recipe),
         **blend_settings(recipe, "valid"),
     }
 
