@@ -41,6 +41,7 @@ TOGETHER = {
     "test_resume": "projects",
     "test_optional_stages": "projects",
     "test_teacher_placement": "projects",
+    "test_blend_runs": "projects",
     "test_report": "projects",
     "test_doctor": "projects",
     "test_depth": "judged",
@@ -82,6 +83,16 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     yield lambda size, function, **kwargs: pools.setdefault(size, Pool(size)).run(function, **kwargs)
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """This process is the only rank of a gloo group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

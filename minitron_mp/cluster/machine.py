@@ -175,9 +175,9 @@ def check_limits() -> list[CheckResult]:
         if free < 1 << 30:
             detail = f"/dev/shm has {free >> 20} MiB free; NCCL between GPUs of a host needs more"
             results.append(warning("shared memory", detail, "docker run --shm-size=16g"))
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # a job raises the soft limit to the hard one
     if files != resource.RLIM_INFINITY and files < 1024:
-        results.append(warning("open files", f"limit is {files}", "ulimit -n 65536"))
+        results.append(warning("open files", f"hard limit is {files}", "ulimit -n 65536"))
     pinned, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     infiniband = Path("/sys/class/infiniband")
     has_infiniband = infiniband.is_dir() and any(infiniband.iterdir())

@@ -2,6 +2,7 @@
 
 recipe         Recipe, load_recipe, make_recipe, recipe_yaml
 base           Section, the base class of all sections
+blend          UserTexts, Share: texts of a part, and their shares
 paths          UserPath: ~ and environment variables in paths
 data           DataConfig, EvaluateConfig, ExportConfig
 parallel       ParallelConfig

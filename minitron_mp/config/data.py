@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from minitron_mp.config.base import NOT_IN_RESULT, Section
+from minitron_mp.config.blend import Share, UserTexts, shares_of
 from minitron_mp.config.paths import UserPath, UserPathOrPaths, UserPaths
 
 PARTS = ("calibration", "train", "valid")
@@ -21,12 +22,14 @@ class DataConfig(Section):
     prefixes. Their documents are split into the three parts. If the source has few documents,
     pieces of documents are split instead. The default is the source code of Python's standard
     library."""
-    calibration: UserPaths = []
+    calibration: UserTexts = []
     """Text for calibration, as for `source`. It is not split. `calibration`, `train` and `valid`
     together replace `source`."""
-    train: UserPaths = []
-    """Text for training. It is not split."""
-    valid: UserPaths = []
+    train: UserTexts = []
+    """Text for training. It is not split. A map from texts to shares is a blend (docs/text.md):
+    {web/: 3, code: 1, math: 2 epochs, wiki: 5B tokens}. Epochs and tokens are those of the run of
+    distill. A list is mixed in proportion to size."""
+    valid: UserTexts = []
     """Held-out text. It is not split."""
     text_field: str = Field(default="text", min_length=1)
     """Field of the text in the records of .jsonl, .json and .parquet. a.b is the field b of the
@@ -34,14 +37,24 @@ class DataConfig(Section):
     valid_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Fraction of the documents of `source` in the held-out part. The calibration part has the same
     size."""
+    valid_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in the held-out part, and as many in the calibration part. `valid_fraction` must give at
+    least this many; the other documents go to the training part. Default: no limit."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sample."""
+    eod_mask_loss: bool = False
+    """Leave the token after the end of a document out of all losses: the model cannot predict how the
+    next document begins."""
     tokenizer: UserPath | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
     model."""
     held_out: dict[str, UserPaths] = {}
     """Further texts for `evaluate`: name -> files or folders, as for `source`. Example:
     {pretraining: [old/]}."""
+
+    def shares(self, part: str) -> tuple[Share, ...] | None:
+        """Return the shares of the texts of a part, or None if it is not a blend."""
+        return shares_of(getattr(self, part)) if part in PARTS else None
 
     @model_validator(mode="after")
     def _all_parts(self) -> DataConfig:
@@ -61,10 +74,15 @@ class DataConfig(Section):
             raise ValueError(
                 f"{', '.join(given)} given without {', '.join(missing)}; give all three, or only source"
             )
-        if given and self.changed(["source", "valid_fraction"]):
+        for part in ("calibration", "valid"):
+            if any(share.unit != "weight" for share in self.shares(part) or ()):
+                raise ValueError(
+                    f"{part} has a share in epochs or tokens, which only train may have; give weights"
+                )
+        if given and self.changed(["source", "valid_fraction", "valid_tokens"]):
             raise ValueError(
-                "calibration, train and valid replace source and valid_fraction, and both kinds are given; "
-                "drop source and valid_fraction"
+                "calibration, train and valid replace source, valid_fraction and valid_tokens, and both "
+                "kinds are given; drop one kind"
             )
         return self
 

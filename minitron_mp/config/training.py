@@ -114,6 +114,11 @@ class TrainingConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of the run."""
+        return self.steps * self.global_batch_size
+
     def _problems(self) -> list[str]:
         """Return further problems; a subclass overrides it."""
         return []

@@ -8,23 +8,30 @@ function of the step, so an exact resume needs only the step.
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import Dataset
 
-from minitron_mp.data.corpus import prefixes_of, tokens_of
+from minitron_mp.config.data import DataConfig
+from minitron_mp.data.blend import BlendedText, blend_problem, blend_samples
+from minitron_mp.data.corpus import prefixes_of, texts_of, tokens_of
 from minitron_mp.data.sources import PARTS
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.errors import InputError, must_divide, os_error_text, refuse
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+BUILDER_THREADS = 8
+"""Threads of a rank that open prefixes."""
 
 
 @dataclass(frozen=True)
@@ -38,34 +45,78 @@ class Corpus:
     seed: int
     index_owner: str = ""
     """Subfolder for index files. Worlds of one job use different ones and never share a file."""
+    data: DataConfig | None = None
+    """Section of the recipe with the shares of blends and the loss mask. Without it, size decides."""
+    run_samples: int | None = None
+    """Samples of the run for which `data` gives epochs and tokens. Default: those that are opened."""
+
+    def blend(self, part: str) -> list[BlendedText] | None:
+        """Return the texts of a blend, or None if the part is not a blend."""
+        return None if self.data is None else blend_of(self.folder, self.data, part)
+
+    def text_weights(self, blend: Sequence[BlendedText], num_samples: int) -> list[float]:
+        """Return a weight for each text of a blend of which num_samples samples are opened."""
+        return blend_samples(blend, self.run_samples or num_samples, self.sequence_length)
+
+
+def blend_of(folder: Path, data: DataConfig, part: str) -> list[BlendedText] | None:
+    """Return the texts of a blend with their samples per epoch, or None if the part is not a blend."""
+    shares = data.shares(part)
+    if shares is None:
+        return None
+    return [
+        BlendedText(name, share, sum(_epoch_samples(prefix, data.sequence_length) for prefix in prefixes))
+        for name, share, prefixes in zip(getattr(data, part), shares, texts_of(folder, part))
+    ]
 
 
 def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -> Dataset:
     """Open at least num_samples samples of a part as a map-style dataset.
 
-    Every rank must call it; it also works without torch.distributed. A sample is {tokens, labels,
-    position_ids: int64 [s], loss_mask: float32 [s]}. labels are the tokens shifted by one. The
-    order depends on seed, num_samples and the text. Several prefixes are mixed in proportion to
-    their sizes. repeat: allow several epochs, each in Megatron's shuffled order. Without repeat,
-    InputError if one epoch has fewer samples.
+    Every rank must call it. A part of one prefix also works without torch.distributed. A sample is
+    {tokens, labels, position_ids: int64 [s], loss_mask: float32 [s]}. labels are the tokens shifted
+    by one. The order depends on seed, num_samples, the text and the shares. Several prefixes are
+    mixed evenly: in proportion to their sizes, or to the shares of the texts of a blend, whose
+    prefixes are mixed in proportion to their sizes. repeat: allow several epochs, each in Megatron's
+    shuffled order. Without repeat, InputError if one epoch has fewer samples. InputError for shares
+    that do not fit num_samples.
     """
     length = corpus.sequence_length
     problems = too_short_problems(corpus.folder, part, length, 0 if repeat else num_samples)
-    refuse("there is too little text:", problems)
+    blend = corpus.blend(part)
+    if blend and not problems:
+        problems = blend_problems(part, blend, corpus.run_samples or num_samples, length, repeat=repeat)
+    refuse("there is too little text:" if not blend else "the text cannot be blended:", problems)
     prefixes = prefixes_of(corpus.folder, part)
-    available = [max(0, tokens_of(prefix)[0] - 1) // length for prefix in prefixes]
-    # The counts are rounded up. Without repeat they never exceed the available samples.
-    counts = [-(-num_samples * count // sum(available)) for count in available]
-    datasets = []
-    for number, (prefix, count) in enumerate(zip(prefixes, counts)):
-        index = corpus.folder / "index" / corpus.index_owner / f"{part}_{number}"
-        datasets.append(_gpt_dataset(corpus, prefix, count, index))
-    return datasets[0] if len(datasets) == 1 else _interleave(datasets, counts)
+    if len(prefixes) == 1 or not (repeat or blend):
+        weights = None  # one epoch of each prefix, in proportion to its size
+    else:
+        weights = _prefix_weights(corpus, part, blend, num_samples)
+    index = corpus.folder / "index" / corpus.index_owner / part
+    return _blended_dataset(corpus, prefixes, weights, num_samples, index)
+
+
+def blend_problems(
+    part: str, blend: Sequence[BlendedText], num_samples: int, sequence_length: int, *, repeat: bool
+) -> list[str]:
+    """Return a sentence if the shares do not fit the samples; without repeat also for short texts."""
+    problem = blend_problem(part, blend, num_samples, sequence_length)
+    if problem:
+        return [problem]
+    if repeat:
+        return []
+    samples = blend_samples(blend, num_samples, sequence_length)
+    return [
+        f"data.{part}: {text.name} has {text.epoch_samples:,} samples of {sequence_length} tokens, its share "
+        f"of {num_samples:,} samples is {count:,.0f}: lower its share, or give more text"
+        for text, count in zip(blend, samples)
+        if count > text.epoch_samples
+    ]
 
 
 def too_short_problems(folder: Path, part: str, sequence_length: int, num_samples: int) -> list[str]:
     """Return a sentence for each file that is shorter than a sample, or if samples are too few."""
-    tokens = {prefix: tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)}
+    tokens = {prefix: _num_tokens(prefix) for prefix in prefixes_of(folder, part)}
     problems = [
         f"{part} text: {prefix} has {count} tokens, one sample needs {sequence_length} and a label: lower "
         "data.sequence_length or give more text"
@@ -87,31 +138,76 @@ def too_short_problems(folder: Path, part: str, sequence_length: int, num_sample
     ]
 
 
-def _gpt_dataset(corpus: Corpus, prefix: str, num_samples: int, index: Path) -> Dataset:
-    """Return Megatron's dataset over one prefix.
+def _epoch_samples(prefix: str, sequence_length: int) -> int:
+    return max(0, _num_tokens(prefix) - 1) // sequence_length
+
+
+def _num_tokens(prefix: str) -> int:
+    """Return the number of tokens of a prefix. Its index is read once, unless the files change."""
+    try:
+        stats = [os.stat(prefix + suffix) for suffix in (".bin", ".idx")]
+    except OSError:
+        return tokens_of(prefix)[0]  # raises InputError
+    return _tokens_of_files(prefix, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_of_files(prefix: str, *stamps: tuple[int, int]) -> int:
+    return tokens_of(prefix)[0]
+
+
+def _prefix_weights(
+    corpus: Corpus, part: str, blend: Sequence[BlendedText] | None, num_samples: int
+) -> list[float]:
+    """Return the weight of each prefix: its size, or its part of the samples of its text."""
+    weights: list[float] = []
+    texts = texts_of(corpus.folder, part)
+    of_texts = corpus.text_weights(blend, num_samples) if blend else None
+    for number, prefixes in enumerate(texts):
+        sizes = [_epoch_samples(prefix, corpus.sequence_length) for prefix in prefixes]
+        scale = 1.0 if of_texts is None else of_texts[number] / sum(sizes)
+        weights += [size * scale for size in sizes]
+    return weights
+
+
+def _blended_dataset(
+    corpus: Corpus, prefixes: list[str], weights: list[float] | None, num_samples: int, index: Path
+) -> Dataset:
+    """Return Megatron's dataset over the prefixes.
 
     Rank 0 writes the index. After a barrier the other ranks read it. The index is always rewritten,
     because a kill can leave a partial file that Megatron would accept.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from minitron_mp.data.mapped_samples import MappedSamples
 
     if dist.is_initialized():
         dist.barrier()  # wait for ranks that still open the index of an earlier call
+    elif len(prefixes) > 1:  # fixed in Megatron-Core 0.19
+        raise InputError(
+            f"{index.name} text has {len(prefixes)} prefixes, which Megatron-Core mixes in a job of ranks "
+            "only; call it inside join_world()"
+        )
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(index, ignore_errors=True)
     config = GPTDatasetConfig(
         random_seed=corpus.seed,
         sequence_length=corpus.sequence_length,
-        blend_per_split=[([prefix], None), None, None],
+        blend_per_split=[(prefixes, weights), None, None],
         path_to_cache=str(index),
         tokenizer=corpus.tokenizer,
         create_attention_mask=False,
         reset_attention_mask=False,
         reset_position_ids=False,
-        eod_mask_loss=False,
+        eod_mask_loss=corpus.data is not None and corpus.data.eod_mask_loss,
+        num_dataset_builder_threads=min(BUILDER_THREADS, len(prefixes)),
+        # Megatron rounds the samples of each prefix up, so its blend has up to one more sample per
+        # prefix. With this surplus no prefix has too few samples for it.
+        mid_level_dataset_surplus=len(prefixes) / num_samples,
     )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config)
+    builder = BlendedMegatronDatasetBuilder(MappedSamples, [num_samples, 0, 0], lambda: True, config)
     try:
         return builder.build()[0]
     except Exception as error:
@@ -122,18 +218,6 @@ def _gpt_dataset(corpus: Corpus, prefix: str, num_samples: int, index: Path) -> 
         raise InputError(
             f"{index}, the order of the samples, cannot be written: {os_error_text(cause)}; check the disk"
         ) from error
-
-
-def _interleave(datasets: list[Dataset], counts: list[int]) -> Dataset:
-    """Return the first counts[i] samples of dataset i, mixed evenly: [4, 2] gives 0 1 0 0 1 0.
-
-    Megatron's BlendedDataset is not used: in 0.16.1 it fails without torch.distributed (fixed in
-    0.19).
-    """
-    starts = np.cumsum([0, *map(len, datasets)])
-    ids = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts)])
-    positions = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    return Subset(ConcatDataset(datasets), ids[np.argsort(positions, kind="stable")])
 
 
 def microbatches(

@@ -1,9 +1,9 @@
 """Text as Megatron indexed datasets: one or more datasets for each part.
 
 tokenize_corpus() writes <part>.bin, <part>.idx, text.json (unused.py), and parts.json, which lists
-the prefixes of each part. Megatron data that the recipe lists for a part is not copied: parts.json
-lists its prefix. Megatron data in data.source is divided by document, like text. Importing this
-module imports neither torch nor Megatron.
+the prefixes of each part, and of each text of a blend. Megatron data that the recipe lists for a
+part is not copied: parts.json lists its prefix. Megatron data in data.source is divided by document,
+like text. Importing this module imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.documents import Document, next_batch, part_of, read_documents
-from minitron_mp.data.sources import PARTS, Sources, find_sources, unused_text
+from minitron_mp.data.held_out import limit_held_out
+from minitron_mp.data.sources import PARTS, Sources, find_sources, set_names, unused_text
 from minitron_mp.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,12 +78,17 @@ def tokenize_corpus(
             num_documents += 1
     writer.finish()
 
-    parts = {}
+    parts: dict[str, list[list[str]]] = {}
     for part in data.held_out if held_out else PARTS:
-        written = [part] if part in writer.builders else []
-        parts[part] = written + (sources[part].prefixes if part in sources else [])
+        parts[part] = []
+        for name in [part] if held_out else set_names(data, part):
+            written = [name] if name in writer.builders else []
+            parts[part].append(written + (sources[name].prefixes if name in sources else []))
     _check_not_empty(parts, data, sources, num_documents)
-    write_text(folder / PARTS_FILE, json.dumps(parts, indent=1))
+    if data.valid_tokens is not None and not held_out:
+        limit_held_out(folder, {part: texts[0] for part, texts in parts.items()}, data.valid_tokens, seed)
+    content = {part: texts[0] if data.shares(part) is None else texts for part, texts in parts.items()}
+    write_text(folder / PARTS_FILE, json.dumps(content, indent=1))
     not_used.save(folder)
     return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)) for part in parts}
 
@@ -123,9 +129,9 @@ class _PartWriter:
 
 
 def _check_not_empty(
-    parts: dict[str, list[str]], data: DataConfig, sources: Sources, num_documents: int
+    parts: dict[str, list[list[str]]], data: DataConfig, sources: Sources, num_documents: int
 ) -> None:
-    empty = [part for part, prefixes in parts.items() if not prefixes]
+    empty = [part for part, texts in parts.items() if not all(texts)]
     if not empty:
         return
     if data.train:
@@ -140,9 +146,18 @@ def _check_not_empty(
 
 
 def prefixes_of(folder: Path, part: str) -> list[str]:
-    """Return the absolute prefixes of a part. Relative ones in parts.json are inside `folder`."""
-    prefixes = read_json(folder / PARTS_FILE, "data --force")[part]
-    return [str(folder.resolve() / prefix) for prefix in prefixes]
+    """Return the absolute prefixes of a part."""
+    return [prefix for text in texts_of(folder, part) for prefix in text]
+
+
+def texts_of(folder: Path, part: str) -> list[list[str]]:
+    """Return the absolute prefixes of each text of a blend; of one text if the part is no blend.
+
+    Relative prefixes in parts.json are inside `folder`.
+    """
+    content = read_json(folder / PARTS_FILE, "data --force")[part]
+    texts = [content] if isinstance(content[0], str) else content
+    return [[str(folder.resolve() / prefix) for prefix in prefixes] for prefixes in texts]
 
 
 def tokens_of(prefix: str) -> tuple[int, np.dtype]:

@@ -40,7 +40,14 @@ class Source:
 
 
 Sources = dict[str, Source]
-"""Name -> its text. A name is a part, "source", "python-stdlib", or a name in data.held_out."""
+"""Name -> its text. A name is a part, a text of a blend (set_names()), "source", "python-stdlib", or
+a name in data.held_out."""
+
+
+def set_names(data: DataConfig, part: str) -> list[str]:
+    """Return the names of the texts of a part: those of its blend, or the part itself."""
+    shares = data.shares(part)
+    return [part] if shares is None else [f"{part}_{number}" for number in range(len(shares))]
 
 
 def find_sources(data: DataConfig, held_out: bool = False, output: Path | None = None) -> Sources:
@@ -58,7 +65,11 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
     if held_out:
         sources = {name: resolve(entries, f"data.held_out.{name}") for name, entries in data.held_out.items()}
     elif data.train:
-        sources = {part: resolve(getattr(data, part), f"data.{part}") for part in PARTS}
+        sources = {}
+        for part in PARTS:
+            texts = {name: resolve(entries, f"data.{part}") for name, entries in _entries(data, part)}
+            problems += _repeated_in(texts, f"data.{part}")
+            sources |= texts
     elif data.source in (STDLIB, [STDLIB]):
         sources = {STDLIB: Source(_stdlib_files())}
     else:
@@ -66,6 +77,14 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
         sources = {"source": resolve(entries, "data.source")}
     refuse("text that cannot be used:", problems)
     return sources
+
+
+def _entries(data: DataConfig, part: str) -> list[tuple[str, list[str]]]:
+    """Return (name, paths) of each text of a part."""
+    texts: list[str] | dict[str, float | str] = getattr(data, part)
+    if isinstance(texts, list):
+        return [(part, texts)]
+    return [(name, [path]) for name, path in zip(set_names(data, part), texts)]
 
 
 def find_all_sources(data: DataConfig, output: Path, *, parts: bool = True, held_out: bool = True) -> Sources:
@@ -107,13 +126,30 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False, output: Path | 
     return ", ".join(rows)
 
 
-def shared_parts(sources: Sources, part: str, other_part: str) -> list[str]:
+def shared_parts(sources: Sources, data: DataConfig, part: str, other_part: str) -> list[str]:
     """Return the files and Megatron prefixes that two listed parts have in common."""
-    contents = []
-    for source in (sources[part], sources[other_part]):
-        files = {str(path.resolve()) for _, path in source.files}
-        contents.append(files | set(source.prefixes))
+    contents = [
+        set().union(*(_content(sources[name]) for name in set_names(data, listed)))
+        for listed in (part, other_part)
+    ]
     return sorted(contents[0] & contents[1])
+
+
+def _content(source: Source) -> set[str]:
+    return {str(path.resolve()) for _, path in source.files} | set(source.prefixes)
+
+
+def _repeated_in(blend: Sources, key: str) -> list[str]:
+    """Return a sentence for the first file of each text of a blend that an earlier text has too."""
+    problems = []
+    seen: set[str] = set()
+    for source in blend.values():
+        content = _content(source)
+        repeated = sorted(content & seen)
+        if repeated:
+            problems.append(f"{key}: two texts of the blend have {repeated[0]}; give each text once")
+        seen |= content
+    return problems
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

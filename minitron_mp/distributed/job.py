@@ -6,11 +6,12 @@ It imports neither torch nor Megatron-Core.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,17 @@ def require_launcher() -> None:
                 "not set, so each task would run the whole command in one output folder; start torchrun once "
                 "per node (launch/slurm.sbatch and launch/run.sh do), or start one task (srun --ntasks=1)"
             )
+
+
+def raise_open_file_limit() -> None:
+    """Raise this process's soft limit of open files to its hard limit.
+
+    The usual soft limit of 1024 is too low for gloo, which opens a socket for each other rank.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # some systems limit it to less than they report
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

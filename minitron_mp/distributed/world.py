@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.cpu_backend import install
+from minitron_mp.distributed.job import raise_open_file_limit
 from minitron_mp.distributed.launcher import JobRank, local_device
 from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.distributed.role_channel import RoleChannel
@@ -106,6 +107,7 @@ def start_job(timeout_minutes: float = 30) -> torch.device:
 
 def init_default_group(device: torch.device, job: JobRank, timeout_minutes: float) -> None:
     """Make the default process group from a rank, a world size and a store."""
+    raise_open_file_limit()
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)

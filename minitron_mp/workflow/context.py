@@ -10,7 +10,9 @@ from torch.utils.data import Dataset
 from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
+from minitron_mp.console import say
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
+from minitron_mp.data.blend import blend_rows
 from minitron_mp.data.tokenizer import Tokenizer, for_model, load_tokenizer
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
@@ -117,7 +119,9 @@ class StageContext(StageFiles):
         most = min(4 * world.parallel.pp, num_units)
         size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         stage = "texts" if part in recipe.data.held_out else "data"
-        corpus = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
+        corpus = Corpus(
+            self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed, data=recipe.data
+        )
         samples = open_samples(corpus, part, num_samples, repeat=False)
 
         def group(number: int) -> list[Batch]:
@@ -143,5 +147,14 @@ def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset
         context.recipe.data.sequence_length,
         context.recipe.seed,
         index_owner="teacher" if context.world.role == "teacher" else "",
+        data=context.recipe.data,
+        run_samples=context.recipe.distill.num_samples,
     )
-    return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)
+    num_samples = settings.num_samples
+    samples = open_samples(corpus, "train", num_samples, repeat=True)
+    blend = corpus.blend("train")
+    if blend and context.world.role != "teacher":
+        weights = corpus.text_weights(blend, num_samples)
+        for row in blend_rows(blend, weights, num_samples, corpus.sequence_length):
+            say(f"{context.manifest.stage}: {row}")
+    return samples

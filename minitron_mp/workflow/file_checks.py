@@ -103,7 +103,7 @@ def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collect
     )
     if recipe.search is None or not recipe.data.train or problems or "data" in deleted:
         return problems
-    shared = shared_parts(find_sources(recipe.data, output=recipe.root), "calibration", "train")
+    shared = shared_parts(find_sources(recipe.data, output=recipe.root), recipe.data, "calibration", "train")
     if not shared:
         return []
     more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""

@@ -28,6 +28,27 @@ def run_settings(recipe: Recipe) -> dict[str, object]:
     }
 
 
+def loss_settings(recipe: Recipe) -> dict[str, object]:
+    """Return the settings of the loss mask; empty for the default."""
+    return {"eod_mask_loss": True} if recipe.data.eod_mask_loss else {}
+
+
+def blend_settings(recipe: Recipe, *parts: str) -> dict[str, object]:
+    """Return the shares of the texts of these parts; empty for parts that are not blends.
+
+    The stage data does not depend on them. Epochs and tokens are shares of the samples of distill.
+    """
+    settings: dict[str, object] = {}
+    for part in parts:
+        shares = recipe.data.shares(part)
+        if shares is None:
+            continue
+        settings[f"{part} shares"] = list(getattr(recipe.data, part).values())
+        if any(share.unit != "weight" for share in shares):
+            settings["samples of distill"] = recipe.distill.num_samples
+    return settings
+
+
 def fp8_teacher(recipe: Recipe) -> dict[str, object]:
     """Return the FP8 setting of the teacher; empty without FP8."""
     return {"fp8": recipe.teacher.fp8} if recipe.teacher.fp8 else {}
@@ -141,7 +162,7 @@ def _text_entries(recipe: Recipe, held_out: bool) -> list[list[str]]:
     if held_out:
         return list(data.held_out.values())
     if data.train:
-        return [data.calibration, data.train, data.valid]
+        return [list(data.calibration), list(data.train), list(data.valid)]
     source = [data.source] if isinstance(data.source, str) else data.source
     return [] if source == [STDLIB] else [source]
 

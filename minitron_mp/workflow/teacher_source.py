@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minitron_mp.console import say
 from minitron_mp.data.batches import microbatches
+from minitron_mp.data.prefetch import Prefetch
 from minitron_mp.distillation.cache import Reader
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.receiver import Receiver
@@ -184,4 +185,6 @@ def serve(
         pairs=pairs,
         stream_end=stream_end,
     )
-    serve_signals(teacher, sender, batch_of, microbatch_ids(recipe, first_step), progress=progress)
+    ids, num_replicas = microbatch_ids(recipe, first_step), model.world.groups.dp.size()
+    with Prefetch(batch_of, ids.stop, stride=num_replicas, depth=window) as batch_ahead:
+        serve_signals(teacher, sender, batch_ahead, ids, progress=progress)

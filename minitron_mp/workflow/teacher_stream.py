@@ -17,6 +17,7 @@ from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.workflow.context import StageContext
+from minitron_mp.workflow.settings import blend_settings
 
 
 def microbatch_ids(recipe: Recipe, first_step: int) -> range:
@@ -122,6 +123,7 @@ def stream_settings(
         "teacher ranks": str(link.teacher),
         **{name: str(value) for name, value in vars(link.shape).items()},
         "window": link.window,
+        **blend_settings(recipe, "train"),
         "context parallel order": "zig-zag",
         "stream version": STREAM_VERSION,
     }

@@ -18,6 +18,7 @@ from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import microbatches
+from minitron_mp.data.prefetch import Prefetch
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
@@ -83,8 +84,9 @@ def run_training(
             extra_state=teacher if isinstance(teacher, TrainableTeacher) else None,
             work=_work(context, model.arch, settings, teacher),
         )
+        batches_ahead = stack.enter_context(Prefetch(batches_of, settings.steps))
         try:
-            train_one(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
+            train_one(model, teacher, batches_ahead, settings, options, profile_folder=recipe.root / PROFILE)
         except Preempted:
             _close(teacher)
             raise

@@ -8,11 +8,13 @@ import shlex
 import sys
 
 import pytest
+import yaml
 from tiny import ROOT
 
 from minitron_mp.artifacts.saved_model import saved_arch
 from minitron_mp.cli import main
 from minitron_mp.config.pruning import TargetConfig
+from minitron_mp.config.recipe import make_recipe
 from minitron_mp.pruning.target import resolve_target
 
 RECIPES = sorted([path for folder in ("examples", "experiments") for path in (ROOT / folder).rglob("*.yaml")])
@@ -35,6 +37,20 @@ def test_first_line_of_recipe_runs(path, monkeypatch, capsys):
     assert (end.value.code or 0, err) == (0, "")
     assert "student parameters" in out
     assert "memory: sum on the fullest rank" in out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_shows_a_blend(path):
+    """In comments, which are valid keys: no published blend is public."""
+    values = yaml.safe_load(path.read_text())
+    lines = [line.removeprefix("  # ") for line in path.read_text().splitlines()]
+    blend = yaml.safe_load(
+        "\n".join(line for line in lines if line.startswith(("calib", "valid:", "train:")))
+    )
+    length = values["data"]["sequence_length"]
+    recipe = make_recipe({**values, "data": {**blend, "sequence_length": length}})
+    units = [share.unit for share in recipe.data.shares("train")]
+    assert units == ["weight", "weight", "epochs", "tokens"]
 
 
 def test_library_example_runs(inputs, ranks, tmp_path):

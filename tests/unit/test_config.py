@@ -146,7 +146,7 @@ def test_parameter_count_suffixes(text, number):
         ),
         (
             {"data": {"train": ["a"], "valid": ["b"], "calibration": ["c"], "valid_fraction": 0.1}},
-            r"data: calibration, train and valid replace source and valid_fraction, and both",
+            r"data: calibration, train and valid replace source, valid_fraction and valid_tokens, and both",
         ),
         (
             {"teacher": {"window": 5}},

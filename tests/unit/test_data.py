@@ -471,7 +471,7 @@ def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
         open_samples(Corpus(tmp_path / "data", tokenizer, S, 1), "valid", 1, repeat=False)
 
 
-def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer):
+def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer, one_rank):
     both = [f"{corpus}/train", f"{corpus}/valid"]
     tokenize_corpus(DataConfig(calibration=both, train=both, valid=both), tokenizer, tmp_path / "mix", 1)
     large, small = windows(corpus / "train"), windows(corpus / "valid")

@@ -232,6 +232,16 @@ MISTAKES: dict[str, list[Mistake]] = {
             "data.train without data.valid", ("data.train=[text]",), edit_recipe(data={"sequence_length": 32})
         ),
         overrides("data.source together with data.train", "data.train=[text]", "data.valid=[text]"),
+        Mistake(
+            "A blend with a share that is not a number",
+            ("data.calibration=[text]", "data.train={text: most}", "data.valid=[text]"),
+            edit_recipe(data={"sequence_length": 32}),
+        ),
+        Mistake(
+            "A blend that lists a text twice",
+            ("data.calibration=[text]", "data.train={text: 3, ./text: 1}", "data.valid=[text]"),
+            edit_recipe(data={"sequence_length": 32}),
+        ),
         overrides("Held-out text that does not exist", "data.held_out={news: [nowhere]}"),
         overrides("Samples longer than the model's positions", "data.sequence_length=256"),
         overrides("A held-out part of more than half", "data.valid_fraction=0.7"),

@@ -260,13 +260,14 @@ def test_broken_extensions_fail(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_low_open_file_limit():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
-    try:
-        assert verdicts(check_limits())["open files"] == "warning"
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+@pytest.mark.parametrize(("limits", "warns"), [((500, 500), True), ((500, 4096), False)])
+def test_low_open_file_limit(monkeypatch, limits, warns):
+    """A job raises the soft limit to the hard one."""
+    limit_of = resource.getrlimit
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: limits if kind == resource.RLIMIT_NOFILE else limit_of(kind)
+    )
+    assert (verdicts(check_limits()).get("open files") == "warning") == warns
 
 
 def test_ports(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import fp8_teacher, run_settings
+from minitron_mp.workflow.settings import blend_settings, fp8_teacher, run_settings
 from minitron_mp.workflow.stage import Stage, distillation_teacher
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def settings(recipe: Recipe) -> dict[str, object]:
     result = {
         **recipe.distill.model_dump(include={"steps", "global_batch_size", "micro_batch_size"}),
         **run_settings(recipe),
+        **blend_settings(recipe, "train"),
         "precision": recipe.teacher_precision,
         "payload": recipe.teacher.payload,
         **fp8_teacher(recipe),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import CORRECTION
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import run_settings
+from minitron_mp.workflow.settings import blend_settings, loss_settings, run_settings
 from minitron_mp.workflow.stage import Stage
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ def run(context: StageContext) -> None:
 def settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of the training run."""
     assert recipe.correct is not None
-    return {**recipe.correct.result_settings(), **run_settings(recipe)}
+    return {
+        **recipe.correct.result_settings(),
+        **run_settings(recipe),
+        **loss_settings(recipe),
+        **blend_settings(recipe, "train"),
+    }
 
 
 CORRECT = Stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from minitron_mp.workflow.settings import run_settings
+from minitron_mp.workflow.settings import blend_settings, run_settings
 from minitron_mp.workflow.stage import Stage, pruning_base
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ SCORE = Stage(
     help="Score every layer, neuron, head and channel by forward passes over calibration text.",
     artifact="importance.safetensors",
     inputs=(pruning_base, "data"),
-    settings=lambda recipe: {**recipe.score.result_settings(), **run_settings(recipe)},
+    settings=lambda recipe: {
+        **recipe.score.result_settings(),
+        **run_settings(recipe),
+        **blend_settings(recipe, "calibration"),
+    },
     run=score_teacher,
 )

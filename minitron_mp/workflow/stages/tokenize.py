@@ -99,7 +99,20 @@ def problems(files: StageFiles) -> list[str]:
     if recipe.search:
         calibration.append(recipe.search.num_samples)
     num_samples = {"calibration": max(calibration), "train": 0, "valid": recipe.evaluate.num_samples}
-    return short_texts(files, num_samples)
+    return short_texts(files, num_samples) or _blend_problems(files)
+
+
+def _blend_problems(files: StageFiles) -> list[str]:
+    """Return a sentence if the samples of distill do not fit the shares of data.train."""
+    from minitron_mp.data.batches import blend_of
+    from minitron_mp.data.blend import blend_problem
+
+    recipe = files.recipe
+    blend = blend_of(files.output, recipe.data, "train")
+    if not blend:
+        return []
+    problem = blend_problem("train", blend, recipe.distill.num_samples, recipe.data.sequence_length)
+    return [problem] if problem else []
 
 
 def short_texts(files: StageFiles, num_samples: dict[str, int]) -> list[str]:
@@ -121,6 +134,7 @@ TOKENIZE = Stage(
     inputs=("import",),
     settings=lambda recipe: {
         "valid_fraction": recipe.data.valid_fraction,
+        **({} if recipe.data.valid_tokens is None else {"valid_tokens": recipe.data.valid_tokens}),
         "seed": recipe.seed,
         **text_settings(recipe),
     },

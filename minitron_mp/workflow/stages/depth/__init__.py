@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import drops_layers, num_dropped_layers, run_settings, task_files
+from minitron_mp.workflow.settings import (
+    blend_settings,
+    drops_layers,
+    loss_settings,
+    num_dropped_layers,
+    run_settings,
+    task_files,
+)
 from minitron_mp.workflow.stage import Stage, pruning_base
 
 if TYPE_CHECKING:
@@ -25,7 +32,10 @@ def settings(recipe: Recipe) -> dict[str, object]:
     used = {name: value for name, value in recipe.depth.result_settings().items() if name not in unused}
     # The trials of single layers are valid for any number of dropped layers.
     count = {} if recipe.depth.method == "drop" else {"layers to drop": num_dropped_layers(recipe)}
-    return {**used, **run_settings(recipe), **count}
+    text: dict[str, object] = {}
+    if recipe.depth.metric == "loss":
+        text = {**loss_settings(recipe), **blend_settings(recipe, "calibration")}
+    return {**used, **run_settings(recipe), **text, **count}
 
 
 DEPTH = Stage(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION, Curve
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import fp8_teacher, run_settings
+from minitron_mp.workflow.settings import blend_settings, fp8_teacher, loss_settings, run_settings
 from minitron_mp.workflow.stage import Stage, distillation_teacher
 
 if TYPE_CHECKING:
@@ -31,7 +31,13 @@ def settings(recipe: Recipe) -> dict[str, object]:
         "top_k": recipe.teacher.top_k if recipe.teacher.payload == "topk" else None,
         **fp8_teacher(recipe),
     }
-    result = {**recipe.distill.result_settings(), **run_settings(recipe), "teacher": teacher}
+    result = {
+        **recipe.distill.result_settings(),
+        **run_settings(recipe),
+        **loss_settings(recipe),
+        **blend_settings(recipe, "train"),
+        "teacher": teacher,
+    }
     if recipe.correct and recipe.corrects_during_distillation:
         result["correct"] = recipe.correct.result_settings()
     return result

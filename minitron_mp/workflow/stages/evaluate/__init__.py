@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import run_settings, task_files
+from minitron_mp.workflow.settings import blend_settings, loss_settings, run_settings, task_files
 from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
 
 if TYPE_CHECKING:
@@ -22,7 +22,13 @@ def run(context: StageContext) -> None:
 def settings(recipe: Recipe) -> dict[str, object]:
     """Return the samples of text, and the items of each task where there are tasks."""
     items = {"task_items": recipe.evaluate.task_items} if recipe.evaluate.tasks else {}
-    return {"num_samples": recipe.evaluate.num_samples, **items, **run_settings(recipe)}
+    return {
+        "num_samples": recipe.evaluate.num_samples,
+        **items,
+        **run_settings(recipe),
+        **loss_settings(recipe),
+        **blend_settings(recipe, "valid"),
+    }
 
 
 def adds_results(name: str) -> bool:

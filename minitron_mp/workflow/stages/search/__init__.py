@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import base_arch, fp8_teacher, run_settings
+from minitron_mp.workflow.settings import base_arch, blend_settings, fp8_teacher, loss_settings, run_settings
 from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def settings(recipe: Recipe) -> dict[str, object]:
     return {
         **measured,
         **run_settings(recipe),
+        **loss_settings(recipe),
+        **blend_settings(recipe, "calibration", "train"),
         "candidates": sorted(map(candidate_name, candidates)),
         "depth": recipe.depth.model_dump(include={"method", "protect_first", "protect_last"}),
         "distill": training(recipe).result_settings(),

@@ -25,6 +25,7 @@ from minitron_mp.config.pruning import SearchConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import Tracker, say, table
 from minitron_mp.data.batches import microbatches
+from minitron_mp.data.prefetch import Prefetch
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.errors import InputError, refuse
@@ -282,7 +283,8 @@ def _distill_together(
             dp_rank=world.groups.dp.rank(),
             dp_size=world.groups.dp.size(),
         )
-        train_together(runs, teacher, batches_of, last_step, drop_diverged=True)
+        with Prefetch(batches_of, last_step) as batches_ahead:
+            train_together(runs, teacher, batches_ahead, last_step, drop_diverged=True)
     quality = compare(models, teacher, groups)
     for candidate, run in zip(part, runs):
         measured = quality[candidate.name]
