@@ -57,6 +57,9 @@ class TrainingConfig(Section):
     """Weight decay of AdamW."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm. 0 turns clipping off."""
+    max_skipped: int = Field(default=10, ge=0, json_schema_extra=NOT_IN_RESULT)
+    """Most steps in a row without an update. A step has no update if its gradient or loss is not
+    finite. One more such step ends the run."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment of Adam."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)

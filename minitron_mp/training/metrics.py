@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,12 +46,15 @@ class StepMetrics:
     """Loss on hidden states (distillation/hidden_states.py). None if they are not matched."""
     alpha: float | None = None
     """Weight of `states` in the loss."""
+    num_skipped: int | None = None
+    """Steps without an update so far, because their gradient or loss was not finite. None: no such
+    step."""
     divergence_name: str = ""
     """Name of the divergence: config.distillation.DistillConfig.divergence. "" without a teacher."""
     measured: Throughput = field(default_factory=Throughput, compare=False)
 
     def values(self) -> dict[str, float]:
-        """Return name -> value of every metric that is not None, in one flat dictionary.
+        """Return name -> value of every metric that is finite, in one flat dictionary.
 
         The divergence has its own name: "forward_kl", "js". So curves of different divergences do
         not get one name, and none is mistaken for the KL of an evaluation.
@@ -61,7 +65,7 @@ class StepMetrics:
             if name not in ("divergence_name", "measured")
         }
         metrics |= vars(self.measured)
-        return {name: value for name, value in metrics.items() if value is not None}
+        return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
     def console_line(self) -> str:
         """Return the metrics that fit on a line of the console."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from minitron_mp.training.throughput import Throughput, peak_memory_gib
 
 
 class Diverged(InputError):
-    """Error for a loss or gradient norm that is not finite."""
+    """Error for a run with too many steps whose gradient or loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class FinishedStep:
     grad_norm: float
     sums: Tensor
     alpha: Tensor | None = None
+    num_skipped: int = 0
+    """Steps without an update up to this step."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class StepLog:
     def report(
         self, status: RankStatus, seconds: float, checkpoint_blocked_s: float | None
     ) -> tuple[JobStatus, list[StepMetrics]]:
-        """Return the status of the job, and the metrics of each step for check_and_publish().
+        """Return the status of the job, and the metrics of each step for publish().
 
         It adds up the collected steps over all ranks in one collective; reached by all ranks.
         seconds: result of stop_clock(). checkpoint_blocked_s: seconds for which checkpoints blocked
@@ -140,18 +141,10 @@ class StepLog:
             metrics.append(_metrics(finished, row, step_s, self.divergence, measured))
         return job, metrics
 
-    def check_and_publish(self, metrics: Sequence[StepMetrics]) -> None:
-        """Call on_step for each step on rank 0.
-
-        Raise Diverged on all ranks at the first step that is not finite.
-        """
-        for step in metrics:
-            if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
-                raise Diverged(
-                    f"the loss of step {step.step} is {step.loss}, its gradient norm {step.grad_norm}; "
-                    "lower lr, raise warmup_steps or set precision: fp32"
-                )
-            if self.world.is_main:
+    def publish(self, metrics: Sequence[StepMetrics]) -> None:
+        """Call on_step for each step on rank 0."""
+        if self.world.is_main:
+            for step in metrics:
                 self.options.on_step(step)
         self.steps.clear()
 
@@ -214,6 +207,7 @@ def _metrics(
         tokens_per_s=tokens / step_s,
         states=mean_states,
         alpha=alpha,
+        num_skipped=finished.num_skipped or None,
         divergence_name=divergence_name or "",
         measured=measured,
     )

@@ -23,7 +23,7 @@ def training_figures(
     steps = [row["step"] for row in metrics]
     if divergence is None:
         losses = {"loss": "loss"}
-    elif all(row["loss"] == row.get(divergence) for row in metrics):
+    elif all(row.get("loss") == row.get(divergence) for row in metrics):
         losses = {f"loss = {divergence}": "loss"}
     else:
         losses = {"loss": "loss", divergence: divergence}
