@@ -46,6 +46,10 @@ class StepMetrics:
     """Loss on hidden states (distillation/hidden_states.py). None if they are not matched."""
     alpha: float | None = None
     """Weight of `states` in the loss."""
+    valid_loss: float | None = None
+    """Cross-entropy on held-out text. None: the step was not validated."""
+    valid_kl: float | None = None
+    """KL(teacher || model) on held-out text. None also without a teacher on these ranks."""
     num_skipped: int | None = None
     """Steps without an update so far, because their gradient or loss was not finite. None: no such
     step."""

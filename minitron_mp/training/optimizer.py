@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,19 +88,31 @@ class TrainableModel:
         empty: return uninitialised optimizer tensors, to read a checkpoint into.
         """
         chunks = [chunk.module for chunk in self.model.chunks]
-        # With overlap the all-gather of the updated parameters has not run yet.
-        gather_first = self.overlap and not empty
-        if gather_first:
-            for chunk in self.model.chunks:
-                chunk.disable_forward_pre_hook(param_sync=True)
-        weights = model_state(chunks, self.model.world)
-        make_state = empty_optimizer_state if empty else optimizer_state
-        state = {**weights, **make_state(self.optimizer, weights), **scaling_state(chunks, self.model.world)}
-        state["num_updates"] = self.num_updates
-        if gather_first:
-            for chunk in self.model.chunks:
-                chunk.enable_forward_pre_hook()
+        with nullcontext() if empty else self.gathered():
+            weights = model_state(chunks, self.model.world)
+            make_state = empty_optimizer_state if empty else optimizer_state
+            state = {**weights, **make_state(self.optimizer, weights)}
+            state |= scaling_state(chunks, self.model.world)
+            state["num_updates"] = self.num_updates
         return state
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Context between two steps in which every rank has the updated parameters.
+
+        With overlap the all-gather of the updated parameters runs only in the next step.
+        """
+        if not self.overlap:
+            yield
+            return
+        config = unwrap(self.model.chunks[0]).config
+        start_gather, config.param_sync_func = config.param_sync_func, None
+        for chunk in self.model.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in self.model.chunks:
+            chunk.enable_forward_pre_hook()
+        config.param_sync_func = start_gather
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Restore a state_dict(empty=True) that a checkpoint has filled."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minitron_mp.artifacts.manifest import Validation
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import say
@@ -25,13 +26,14 @@ from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import OTHER_RANK
 from minitron_mp.distributed.schedule import run_schedule
 from minitron_mp.distributed.world import seed_all
-from minitron_mp.models.sharded_model import ShardedModel
+from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.training.loss import TrainingLoss
 from minitron_mp.training.non_finite import LOSSES, describe
 from minitron_mp.training.optimizer import TrainableModel
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import RunCheckpoints
 from minitron_mp.training.step_log import Diverged, FinishedStep, RankStatus, StepLog
+from minitron_mp.training.validation import Validator
 
 OnOutput = Callable[[torch.Tensor, Batch], object]
 
@@ -66,6 +68,9 @@ class TrainingRun:
         self.traffic = Traffic(0.0, 0)
         self.time_a_checkpoint = False
         """Whether a checkpoint must be written now to measure its duration."""
+        self.validator: Validator | None = None
+        if options.measure is not None and settings.valid_interval:
+            self.validator = Validator(settings, options.measure)
         self.checkpoints: RunCheckpoints | None = None
         if options.checkpoints is not None:
             self.checkpoints = RunCheckpoints(options.checkpoints, options, settings, self.world)
@@ -84,6 +89,17 @@ class TrainingRun:
     def log_is_due(self) -> bool:
         """Whether a log interval ends after the current step."""
         return self.steps_done % self.settings.log_interval == 0
+
+    @property
+    def validation(self) -> Validation | None:
+        """The validation of the current step, or None."""
+        newest = self.validator.newest if self.validator is not None else None
+        return newest if newest is not None and newest.step == self.steps_done else None
+
+    @property
+    def early_stop(self) -> str:
+        """Reason why the run ends at the current step, or "". It is equal on all ranks."""
+        return self.validator.stop_reason if self.validator is not None and self.validation else ""
 
     @property
     def save_is_due(self) -> bool:
@@ -191,6 +207,24 @@ class TrainingRun:
             "max_skipped"
         )
 
+    def validate(self) -> None:
+        """Measure the model on held-out text if a validation is due."""
+        if self.validator is None or not self.validator.is_due(self.steps_done):
+            return
+        seconds = self.step_log.stop_clock()
+        with self.trainable.gathered():
+            chunks = [unwrap(chunk) for chunk in self.model.chunks]
+            validation = self.validator.validate(self.model.with_chunks(chunks), self.steps_done)
+        for chunk in self.model.chunks:
+            chunk.train()
+        self.step_log.validations[self.steps_done] = validation
+        self.step_log.resume_clock(seconds)
+        kl = "" if validation.kl is None else f", KL {validation.kl:.4f}"
+        best = self.validator.best
+        lowest = "" if best is None else f", lowest {best.loss:.4f} at step {best.step}"
+        stage = self.options.manifest.stage
+        say(f"{stage}: held-out loss {validation.loss:.4f}{kl} after step {self.steps_done}{lowest}")
+
     def log(self) -> None:
         """Report the steps since the last log, and exchange stop requests with all ranks.
 
@@ -245,7 +279,7 @@ class TrainingRun:
             return
         if self.checkpoints.is_needed(self.steps_done):
             self.log()
-            self.checkpoints.save(self, self.steps_done)
+            self.checkpoints.save(self, self.steps_done, self.validation)
             self.time_a_checkpoint = False
             self.step_log.start_clock()
         if wait:
@@ -258,6 +292,8 @@ class TrainingRun:
         """
         state = self.trainable.state_dict(empty=empty)
         state["num_skipped_in_a_row"] = self.num_skipped_in_a_row
+        if self.validator is not None:
+            state["validation"] = self.validator.state()
         return {**state, **self.hidden_states.state()} if self.hidden_states else state
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
@@ -266,6 +302,8 @@ class TrainingRun:
         self.num_skipped_in_a_row = state.get("num_skipped_in_a_row", 0)
         if self.hidden_states:
             self.hidden_states.load(state, self.trainable.num_updates)
+        if self.validator is not None and "validation" in state:
+            self.validator.load(state["validation"])
         self.steps_done = step
 
     def finalize(self) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_mp.artifacts.manifest import Validation
 from minitron_mp.distillation.stream_layout import Traffic
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
@@ -86,6 +87,8 @@ class StepLog:
         self.options, self.world, self.divergence = options, world, divergence
         self.total_steps, self.first_step = total_steps, first_step
         self.steps: list[FinishedStep] = []
+        self.validations: dict[int, Validation] = {}
+        """Number of a step, counted from 1 -> its validation, until the step is reported."""
         self.begin = time.perf_counter()
         self.start_clock()
 
@@ -101,6 +104,10 @@ class StepLog:
     def start_clock(self) -> None:
         """Start the clock of the next steps. Call it after a log, a checkpoint, or a pause."""
         self.start = time.perf_counter()
+
+    def resume_clock(self, seconds: float) -> None:
+        """Start the clock with the result of stop_clock(), so that it leaves out a pause."""
+        self.start = time.perf_counter() - seconds
 
     def stop_clock(self) -> float:
         """Wait for the kernels of the last step, and return the seconds since start_clock()."""
@@ -138,7 +145,11 @@ class StepLog:
                 eta_s=pace_s * (self.total_steps - finished.step - 1),
                 tokens_per_s_per_gpu=row[3] / step_s / self.world.job_size,
             )
-            metrics.append(_metrics(finished, row, step_s, self.divergence, measured))
+            step = _metrics(finished, row, step_s, self.divergence, measured)
+            validation = self.validations.pop(step.step, None)
+            if validation is not None:
+                step = replace(step, valid_loss=validation.loss, valid_kl=validation.kl)
+            metrics.append(step)
         return job, metrics
 
     def publish(self, metrics: Sequence[StepMetrics]) -> None:

@@ -13,15 +13,16 @@ from pathlib import Path
 from minitron_mp.artifacts.checkpoint import model_state, prefixed, save_checkpoint
 from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.hf_folder import copy_assets_from
-from minitron_mp.artifacts.manifest import discard_checkpoints
+from minitron_mp.artifacts.manifest import Validation, discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import microbatches
-from minitron_mp.distillation.teacher import Teacher
+from minitron_mp.distillation.teacher import ColocatedTeacher, Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.evaluation.quality import Quality, compare
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.training.loop import train_one
@@ -30,6 +31,7 @@ from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
+from minitron_mp.training.validation import Measure
 from minitron_mp.workflow.context import StageContext, training_samples
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
@@ -77,20 +79,41 @@ def run_training(
         teacher = make_teacher(first_step, logs[0]) if make_teacher else None
         options = RunOptions(
             checkpoints,
-            context.manifest,
+            context.manifest.model_copy(update={"arch": model.arch}),
             seed=recipe.seed,
             on_step=on_step,
             extra_state=teacher if isinstance(teacher, TrainableTeacher) else None,
             work=_work(context, model.arch, settings, teacher),
+            measure=_measure(context, settings, teacher) if settings.valid_interval else None,
         )
+        traces = recipe.root / PROFILE
         try:
-            train_one(model, teacher, batches_of, settings, options, profile_folder=recipe.root / PROFILE)
+            validation = train_one(model, teacher, batches_of, settings, options, profile_folder=traces)
         except Preempted:
             _close(teacher)
             raise
         _close(teacher)
-    _write_artifact(context, model, teacher, files)
-    on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest))
+    _write_artifact(context, model, teacher, files, validation)
+    on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest, settings.keep_every, validation))
+
+
+def _measure(
+    context: StageContext, settings: DistillConfig | CorrectionConfig, teacher: Teacher | None
+) -> Measure:
+    """Return the function that measures a model on the held-out text.
+
+    The KL needs the teacher's signals for this text, so it is measured with a frozen teacher on the
+    same ranks.
+    """
+    num_samples = settings.valid_batches * settings.global_batch_size
+    _, groups = context.groups("valid", num_samples, settings.micro_batch_size, exact=False)
+    held_out = list(groups)
+    frozen = teacher if isinstance(teacher, ColocatedTeacher) else None
+
+    def measure(model: ShardedModel) -> Quality:
+        return compare({"model": model}, frozen, held_out)["model"]
+
+    return measure
 
 
 def _batches_of(
@@ -119,7 +142,11 @@ def _close(teacher: Teacher | None) -> None:
 
 
 def _write_artifact(
-    context: StageContext, model: ShardedModel, teacher: Teacher | None, metrics_files: Sequence[Path]
+    context: StageContext,
+    model: ShardedModel,
+    teacher: Teacher | None,
+    metrics_files: Sequence[Path],
+    validation: Validation | None,
 ) -> None:
     """Write the trained model, the teacher if it was trained too, metrics and assets."""
     state = model_state(model.chunks, context.world)
@@ -132,9 +159,8 @@ def _write_artifact(
         for path in metrics_files:
             shutil.copy(path, folder / path.name)
 
-    save_checkpoint(
-        state, context.output, context.manifest.model_copy(update={"arch": model.arch}), add_files
-    )
+    manifest = context.manifest.model_copy(update={"arch": model.arch, "validation": validation})
+    save_checkpoint(state, context.output, manifest, add_files)
 
 
 def _work(

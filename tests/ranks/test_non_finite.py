@@ -70,9 +70,8 @@ def test_run_resumes_bitwise_after_a_skipped_step(case):
 def test_run_ends_after_max_skipped_steps_in_a_row(case):
     name, place, by_rank = case
     for rank in by_rank:
-        assert "2 steps in a row have a gradient or loss that is not finite, max_skipped allows 1: step 3 " in (
-            rank["ended"]
-        )
+        assert "2 steps in a row have a gradient or loss that is not finite" in rank["ended"]
+        assert "max_skipped allows 1: step 3 has gradient norm nan; " in rank["ended"]
         assert f"{name} on {place}" in rank["ended"]
 
 
