@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from minitron_mp.artifacts.files import write_text
+from minitron_mp.console import say
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, os_error_text
+from minitron_mp.training.spikes import WINDOW, SpikeWatch
 from minitron_mp.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -79,9 +81,10 @@ class StepMetrics:
         )
 
 
-def metrics_line(metrics: StepMetrics) -> str:
-    """Return one line of metrics.jsonl."""
-    return json.dumps({**metrics.values(), "time": time.time()})
+def metrics_line(metrics: StepMetrics, spike_over: float | None = None) -> str:
+    """Return one line of metrics.jsonl. spike_over: median of the steps before a loss spike."""
+    spike = {} if spike_over is None else {"spike_over": spike_over}
+    return json.dumps({**metrics.values(), **spike, "time": time.time()})
 
 
 class MetricsLog:
@@ -96,12 +99,15 @@ class MetricsLog:
         self.board_folder = path.with_name("tensorboard") / name
         self.file: TextIO | None = None
         self.board: SummaryWriter | None = None
+        self.spikes = SpikeWatch()
 
     def __enter__(self) -> Callable[[StepMetrics], None]:
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            write_text(self.path, "".join(self._lines_to_keep()))
+            kept = self._lines_to_keep()
+            self.spikes = SpikeWatch(json.loads(line).get("loss", math.nan) for line in kept)
+            write_text(self.path, "".join(kept))
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
             self.board = SummaryWriter(str(self.board_folder), purge_step=self.first_step + 1)
         return self._write
@@ -118,8 +124,14 @@ class MetricsLog:
     def _write(self, metrics: StepMetrics) -> None:
         assert self.file is not None
         assert self.board is not None
+        spike_over = self.spikes.add(metrics.loss)
+        if spike_over is not None:
+            say(
+                f"{self.name}: loss spike: {metrics.loss:.4f} at step {metrics.step}, the median of the last "
+                f"{WINDOW} steps is {spike_over:.4f}"
+            )
         try:
-            self.file.write(metrics_line(metrics) + "\n")
+            self.file.write(metrics_line(metrics, spike_over) + "\n")
             for name, value in metrics.values().items():
                 if name != "step":
                     self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)

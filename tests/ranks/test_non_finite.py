@@ -11,7 +11,6 @@ FC2 = "decoder.layers.{}.mlp.linear_fc2.weight"
 CASES = {
     "one": (FC2.format(0), 0, "rank 0 (dp 0, pp 0, cp 0, tp 0)", {}),
     "dp2": (FC2.format(1), 1, "rank 1 (dp 1, pp 0, cp 0, tp 0)", {"overlap": True}),
-    "pp2-dp2": (FC2.format(0), 1, "rank 1 (dp 1, pp 0, cp 0, tp 0)", {}),
     "tp2-pp2-sp": (FC2.format(3), 3, "rank 3 (dp 0, pp 1, cp 0, tp 1)", {}),
     "cp2-dp2": (FC2.format(2), 2, "rank 2 (dp 1, pp 0, cp 0, tp 0)", {}),
     "pp2-vpp2": ("decoder.layers.0.self_attention.linear_qkv.weight", 0, "rank 0 (dp 0, pp 0", {}),

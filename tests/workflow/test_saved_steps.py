@@ -1,0 +1,53 @@
+"""Validation in a recipe, and --step of evaluate and export."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from tiny import STEPS, drop, names, read_metrics, refused
+
+VALIDATION = (
+    "distill.valid_interval=6",
+    "distill.valid_batches=4",  # 16 samples, as in evaluate
+    "distill.keep_every=12",
+    "distill.keep_checkpoints=1",
+)
+
+
+def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank):
+    drop(copied.output, "distill")
+    refused(on_rank("evaluate", copied.recipe, *VALIDATION, "--step", "best"), "no saved step in")
+    done = on_rank("distill", copied.recipe, *VALIDATION)
+    assert done.code == 0, done
+    assert "distill: held-out loss " in done.out
+    metrics = read_metrics(copied.output)
+    unvalidated = [{key: row[key] for key in row if not key.startswith("valid_")} for row in metrics]
+    assert unvalidated == read_metrics(whole.output)
+    held_out = {row["step"]: (row["valid_loss"], row["valid_kl"]) for row in metrics if "valid_loss" in row}
+    assert list(held_out) == [6, 12, 18, 24, 30]
+    assert {"step_00000012", "step_00000024"} <= set(names(copied.output / "checkpoints" / "distill"))
+
+    assert on_rank("evaluate", copied.recipe, *VALIDATION, "--step", "12").code == 0
+    student = json.loads((copied.output / "evaluation_step_12.json").read_text())["distilled"]
+    assert math.isclose(student["loss"], held_out[12][0], rel_tol=1e-5)
+    assert math.isclose(student["kl"], held_out[12][1], rel_tol=1e-4)
+    best = min(held_out, key=lambda step: held_out[step][0])
+    for _ in range(2):  # the second time it is done
+        done = on_rank("export", copied.recipe, *VALIDATION, "--step", "best")
+        assert done.code == 0, done
+    assert "export: done, " in done.out
+    folder = copied.output / f"student_hf_step_{best}"
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["step"] == best
+    assert f"{STEPS:,} steps" not in (folder / "README.md").read_text() or best == STEPS
+    refused(
+        on_rank("export", copied.recipe, *VALIDATION, "--step", "13"),
+        "--step 13: this is not a saved step of distill; give best or a saved step: 12, 24, 30",
+    )
+    assert copied.to_repeat(*VALIDATION).keys() <= {"evaluate", "export"}
+
+
+def test_too_little_held_out_text_for_the_validations_is_found_before_training(copied, on_rank):
+    drop(copied.output, "distill")
+    done = on_rank("compress", copied.recipe, "distill.valid_interval=6", "distill.valid_batches=1000")
+    refused(done, "valid text has", "lower distill.valid_batches x global_batch_size to at most")
