@@ -82,7 +82,9 @@ def train_together(
     stop_request = ""
     for run in active:
         run.step_log.start_clock()
-    for step in range(min(run.steps_done for run in runs), last):
+    first = min(run.steps_done for run in runs)
+    early_stop = _early_stop(active)
+    for step in range(first, first if early_stop else last):
         is_last = step + 1 == last
         if profiler:
             profiler.before(step)
@@ -97,14 +99,14 @@ def train_together(
                 active.remove(run)
         if not is_last:
             stop_request = _agree_to_stop(active, teacher, step + 1)
-        early_stop = "" if is_last else next((run.early_stop for run in active if run.early_stop), "")
+        early_stop = "" if is_last else _early_stop(active)
         if profiler:
             profiler.after(step, is_last=is_last or bool(stop_request or early_stop))
-        if early_stop:
-            say(f"{runs[0].options.manifest.stage}: early stop after step {step + 1}: {early_stop}")
-            stop_request = ""
         if stop_request or early_stop or not active:
             break
+    if early_stop:
+        stop_request = ""
+        say(f"{runs[0].options.manifest.stage}: early stop after step {runs[0].steps_done}: {early_stop}")
     if stop_request:
         for run in active:
             run.save(wait=True)
@@ -116,6 +118,11 @@ def train_together(
             f"{runs[0].options.manifest.stage}: stopped after step {step + 1} ({stop_request}); "
             "checkpoint saved"
         )
+
+
+def _early_stop(runs: Sequence[TrainingRun]) -> str:
+    """Return the reason of an early stop of a run, "" without one; equal on all ranks."""
+    return next((run.early_stop for run in runs if run.early_stop), "")
 
 
 def take_step(run: TrainingRun, batches: Sequence[Batch], *, is_last: bool = False) -> None:

@@ -92,14 +92,16 @@ class TrainingRun:
 
     @property
     def validation(self) -> Validation | None:
-        """The validation of the current step, or None."""
+        """The validation of the current step, or None. Its loss is finite."""
         newest = self.validator.newest if self.validator is not None else None
-        return newest if newest is not None and newest.step == self.steps_done else None
+        if newest is None or newest.step != self.steps_done or not math.isfinite(newest.loss):
+            return None
+        return newest
 
     @property
     def early_stop(self) -> str:
         """Reason why the run ends at the current step, or "". It is equal on all ranks."""
-        return self.validator.stop_reason if self.validator is not None and self.validation else ""
+        return self.validator.stop_reason if self.validator is not None else ""
 
     @property
     def save_is_due(self) -> bool:

@@ -61,9 +61,14 @@ class Validator:
 
     def state(self) -> dict[str, Any]:
         """Return the state for checkpoints."""
-        return {"best": self.best and self.best.model_dump(), "num_worse": self.num_worse}
+        return {
+            "newest": self.newest and self.newest.model_dump(),
+            "best": self.best and self.best.model_dump(),
+            "num_worse": self.num_worse,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the result of state()."""
+        self.newest = Validation(**state["newest"]) if state["newest"] else None
         self.best = Validation(**state["best"]) if state["best"] else None
         self.num_worse = state["num_worse"]

@@ -117,8 +117,8 @@ class StageContext(StageFiles):
         most = min(4 * world.parallel.pp, num_units)
         size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         stage = "texts" if part in recipe.data.held_out else "data"
-        corpus = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
-        samples = open_samples(corpus, part, num_samples, repeat=False)
+        text = Corpus(self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed)
+        samples = open_samples(text, part, num_samples, repeat=False)
 
         def group(number: int) -> list[Batch]:
             return microbatches(
@@ -135,13 +135,17 @@ class StageContext(StageFiles):
         return count, (group(number) for number in range(count))
 
 
-def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
-    """Return the samples of all steps, equal for every role."""
-    corpus = Corpus(
+def corpus(context: StageContext) -> Corpus:
+    """Return the text of the stage data, equal for every role."""
+    return Corpus(
         context.paths["data"],
         context.tokenizer(),
         context.recipe.data.sequence_length,
         context.recipe.seed,
         index_owner="teacher" if context.world.role == "teacher" else "",
     )
-    return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)
+
+
+def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
+    """Return the samples of all steps, equal for every role."""
+    return open_samples(corpus(context), "train", settings.steps * settings.global_batch_size, repeat=True)

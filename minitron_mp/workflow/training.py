@@ -18,7 +18,7 @@ from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import microbatches
-from minitron_mp.distillation.teacher import ColocatedTeacher, Teacher
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
@@ -33,6 +33,7 @@ from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
 from minitron_mp.training.validation import Measure
 from minitron_mp.workflow.context import StageContext, training_samples
+from minitron_mp.workflow.held_out_signals import HeldOutText
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
 PROFILE = "profile"
@@ -102,16 +103,16 @@ def _measure(
 ) -> Measure:
     """Return the function that measures a model on the held-out text.
 
-    The KL needs the teacher's signals for this text, so it is measured with a frozen teacher on the
-    same ranks.
+    The KL needs the signals of a frozen teacher for this text. A cache does not hold them.
     """
-    num_samples = settings.valid_batches * settings.global_batch_size
-    _, groups = context.groups("valid", num_samples, settings.micro_batch_size, exact=False)
-    held_out = list(groups)
-    frozen = teacher if isinstance(teacher, ColocatedTeacher) else None
+    text, dp = HeldOutText.open(context, settings), context.world.groups.dp
+    batches = [text.batches(number, dp.rank(), dp.size()) for number in range(settings.valid_batches)]
+    frozen: Teacher | None = teacher if isinstance(teacher, ColocatedTeacher) else None
+    if isinstance(teacher, RemoteTeacher):
+        frozen = teacher.held_out
 
     def measure(model: ShardedModel) -> Quality:
-        return compare({"model": model}, frozen, held_out)["model"]
+        return compare({"model": model}, frozen, batches, measure_teacher=False)["model"]
 
     return measure
 

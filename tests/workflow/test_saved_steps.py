@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from tiny import STEPS, drop, names, read_metrics, refused
+from tiny import REMOTE, drop, names, read_metrics, refused
 
 VALIDATION = (
     "distill.valid_interval=6",
@@ -39,7 +39,6 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
     assert "export: done, " in done.out
     folder = copied.output / f"student_hf_step_{best}"
     assert json.loads((folder / "manifest.json").read_text())["settings"]["step"] == best
-    assert f"{STEPS:,} steps" not in (folder / "README.md").read_text() or best == STEPS
     refused(
         on_rank("export", copied.recipe, *VALIDATION, "--step", "13"),
         "--step 13: this is not a saved step of distill; give best or a saved step: 12, 24, 30",
@@ -51,3 +50,22 @@ def test_too_little_held_out_text_for_the_validations_is_found_before_training(c
     drop(copied.output, "distill")
     done = on_rank("compress", copied.recipe, "distill.valid_interval=6", "distill.valid_batches=1000")
     refused(done, "valid text has", "lower distill.valid_batches x global_batch_size to at most")
+
+
+def test_remote_teacher_gives_the_same_held_out_losses(copied, on_rank, in_job):
+    """The signals of the held-out text arrive once, also after a resume."""
+    validation = ("distill.steps=12", "distill.valid_interval=6", "distill.valid_batches=2")
+    curves = []
+    for placement in ((), REMOTE, (*REMOTE, "teacher.payload=logits")):
+        drop(copied.output, "distill")
+        if placement:
+            done = in_job(2, "distill", copied.recipe, *validation, *placement)[0]
+        else:
+            done = on_rank("distill", copied.recipe, *validation)
+        assert done.code == 0, done
+        rows = [row for row in read_metrics(copied.output) if "valid_loss" in row]
+        curves.append([(row["step"], row["valid_loss"], row["valid_kl"]) for row in rows])
+    for curve in curves[1:]:
+        assert [row[0] for row in curve] == [6, 12]
+        for row, expected in zip(curve, curves[0]):
+            assert all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(row, expected)), (row, expected)
