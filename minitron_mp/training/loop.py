@@ -74,8 +74,8 @@ def train_together(
 ) -> None:
     """Train all runs to step `last` with one forward pass of the teacher, and finalize them.
 
-    A run that resumes at a later step waits for the other runs. drop_diverged: a run that diverges
-    ends at its last finite step, and the other runs continue. Preempted when the job must stop.
+    A run that resumes at a later step waits for the other runs. drop_diverged: a run with too
+    many steps without an update ends, and the other runs continue. Preempted when the job must stop.
     Reached by all ranks.
     """
     active = list(runs)

@@ -17,6 +17,7 @@ from training_workers import Runner, small_buckets
 from minitron_mp.artifacts.checkpoint import model_state
 from minitron_mp.artifacts.optimizer_state import sharded_by_parameter
 from minitron_mp.config.distillation import DistillConfig
+from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
@@ -163,3 +164,43 @@ def teacher_is_not_finite(
         with patch.object(run, "say", lines.append), patch.object(signals, "signals", spoiled):
             Runner(world, signals, settings(layout))(student_arch, student, output)
         return lines
+
+
+def skipped_step_with_hidden_states(
+    layout: Layout,
+    arch: Arch,
+    teacher: Path,
+    student_arch: Arch,
+    student: Path,
+    channels: list[int],
+    chosen: DistillConfig,
+    output: Path,
+) -> dict[str, Any]:
+    """Match hidden states with a NaN in step 2: uninterrupted, and stopped after each step.
+
+    Returns whether both runs are equal, and alpha and the projection after each step.
+    """
+    chosen = chosen.model_copy(update={"checkpoint_interval": 1})
+    with joined(layout) as world:
+        pairs = LayerPairs(chosen.states, student_arch, arch, tuple(channels))
+        signals = ColocatedTeacher(load(arch, teacher, world), pairs=pairs)
+        runs: list[TrainingRun] = []
+        spoiled = spoil("decoder.layers.0.mlp.linear_fc2.weight", 0, [1])
+
+        def prepare(made: TrainingRun) -> None:
+            runs.append(made)
+            spoiled(made)
+
+        runner = Runner(world, signals, chosen)
+        with on_new_run(prepare):
+            whole = runner(student_arch, student, output / "whole")
+            parts = [
+                runner(student_arch, student if number == 0 else None, output / "parts", stop_after=1)
+                for number in range(chosen.steps)
+            ]
+        states = [(made.hidden_states.alpha.item(), made.hidden_states.projection.weight) for made in runs]
+        return {
+            "bitwise": all(map(torch.equal, whole.weights, parts[-1].weights)),
+            "alpha": [alpha for alpha, _ in states],
+            "projection": [weight.detach().clone() for _, weight in states],
+        }

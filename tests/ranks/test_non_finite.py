@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from cases import BY_NAME, STEPS
+import torch
+from cases import BY_NAME, STEPS, settings
+
+from minitron_mp.config.distillation import HiddenStatesConfig
+from minitron_mp.models.axes import HIDDEN
 
 FC2 = "decoder.layers.{}.mlp.linear_fc2.weight"
 CASES = {
@@ -87,3 +91,24 @@ def test_teacher_that_is_not_finite_is_named(results, ranks, layout):
     for lines in by_rank:
         assert f"the divergence of the student is nan on rank {rank} (" in lines[0]
         assert "its cross-entropy is finite, so check the teacher" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["one", "pp2"])
+def test_skipped_step_keeps_alpha_and_projection(results, ranks, name):
+    """And the run resumes bitwise before and after it."""
+    layout = BY_NAME[name]
+    states = HiddenStatesConfig(layers={0: 0, 2: 3, 3: 2, 5: 6})
+    for rank in ranks(
+        layout.ranks,
+        "non_finite_workers.skipped_step_with_hidden_states",
+        channels=results.plan("qwen3", "all").units(HIDDEN).tolist(),
+        chosen=settings(layout).model_copy(update={"states": states, "steps": 3}),
+        output=results.root / "non_finite_states" / name,
+        **results._training("qwen3", layout),
+    ):
+        assert rank["bitwise"]
+        whole, first, second, third = zip(rank["alpha"], rank["projection"])
+        assert first[0] == second[0] != third[0] == whole[0]
+        assert torch.equal(first[1], second[1])
+        assert not torch.equal(second[1], third[1])
+        assert torch.equal(third[1], whole[1])

@@ -39,6 +39,7 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
     assert "export: done, " in done.out
     folder = copied.output / f"student_hf_step_{best}"
     assert json.loads((folder / "manifest.json").read_text())["settings"]["step"] == best
+    assert f"Distillation: {best} steps of" in (folder / "README.md").read_text()
     refused(
         on_rank("export", copied.recipe, *VALIDATION, "--step", "13"),
         "--step 13: this is not a saved step of distill; give best or a saved step: 12, 24, 30",
