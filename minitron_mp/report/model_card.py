@@ -206,7 +206,7 @@ def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:
     return text
 
 
-def _distillation_text(recipe: Recipe, name: str) -> str:
+def _distillation_text(recipe: Recipe, name: str, num_steps: int) -> str:
     d = recipe.distill
     length = recipe.data.sequence_length
     is_stdlib = recipe.data.source == "python-stdlib" and not recipe.data.train
