@@ -182,7 +182,7 @@ def _method(recipe: Recipe, plan: PrunePlan, name: str, num_steps: int) -> list[
     return [
         *parts,
         _pruning_text(recipe, plan),
-        _distillation_text(recipe, name),
+        _distillation_text(recipe, name, num_steps),
         f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",
     ]
 
