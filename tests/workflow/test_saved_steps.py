@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+import yaml
 from tiny import REMOTE, drop, names, read_metrics, refused
+
+from minitron_mp.report.tables import harness_table
 
 VALIDATION = (
     "distill.valid_interval=6",
@@ -45,6 +49,35 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
         "--step 13: this is not a saved step of distill; give best or a saved step: 12, 24, 30",
     )
     assert copied.to_repeat(*VALIDATION).keys() <= {"evaluate", "export"}
+
+
+def test_harness_reads_a_saved_step(copied, on_rank, tmp_path):
+    """The table of the report shows the step beside the model."""
+    pytest.importorskip("lm_eval")
+    drop(copied.output, "distill")
+    kept = ("distill.steps=12", "distill.keep_every=6")
+    assert on_rank("distill", copied.recipe, *kept).code == 0
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "items.jsonl").write_text(json.dumps({"query": "the teacher and the student"}) + "\n")
+    task = {
+        "task": "local_texts",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "items.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{query}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    (tmp_path / "tasks" / "local_texts.yaml").write_text(yaml.safe_dump(task))
+    words = ("--tasks", "local_texts", "--include-path", tmp_path / "tasks", "--step", "6")
+    done = on_rank("harness", copied.recipe, *kept, *words)
+    assert done.code == 0, done
+    rows = harness_table(copied.output, copied.project(*kept).paths).rows
+    assert {row[0] for row in rows} == {"distilled, step 6"}
 
 
 def test_too_little_held_out_text_for_the_validations_is_found_before_training(copied, on_rank):

@@ -125,7 +125,7 @@ def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
                 "num_fewshot": options.num_fewshot,
                 "max_length": length,
                 "chat_template": options.chat_template,
-                **({"step": project.paths["distill"].name} if options.step else {}),
+                **({"step": project.manifest("evaluate").settings["step"]} if options.step else {}),
             },
             inputs=stored.made_from,
             arch=stored.arch,
