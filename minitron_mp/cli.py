@@ -52,19 +52,26 @@ World = Annotated[
     typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
 ]
 
+Step = Annotated[
+    str,
+    typer.Option(
+        "--step", help="saved step of distill, or best: the one with the lowest held-out loss", metavar="N"
+    ),
+]
+
 Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
 
 
 def _add_command(stage: Stage) -> None:
     help_text = stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
 
-    @app.command(stage.name, help=help_text)
-    def command(
+    def command_with_step(
         recipe: RecipeFile,
         overrides: Overrides = None,
         dry_run: DryRun = False,
         world: World = None,
         force: Force = False,
+        step: Step = "",
     ) -> None:
         resolved = load_recipe(recipe, overrides or [])
         if dry_run:
@@ -73,7 +80,18 @@ def _add_command(stage: Stage) -> None:
         _refuse_world(world)
         from minitron_mp.workflow.run import run_stage
 
-        run_stage(stage.name, resolved, force=force)
+        run_stage(stage.name, resolved, force=force, step=step)
+
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        world: World = None,
+        force: Force = False,
+    ) -> None:
+        command_with_step(recipe, overrides, dry_run, world, force)
+
+    app.command(stage.name, help=help_text)(command_with_step if stage.reads_saved_steps else command)
 
 
 for _stage in STAGES:
@@ -129,6 +147,7 @@ def harness(
         int | None, typer.Option(min=0, help="examples before each item; default: the task's number")
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="folder with further task files")] = None,
+    step: Step = "",
     max_length: Annotated[
         int | None,
         typer.Option(min=2, help="longest input of the model in tokens; default: data.sequence_length"),
@@ -152,6 +171,7 @@ def harness(
         include_path=include_path,
         max_length=max_length,
         chat_template=apply_chat_template,
+        step=step,
     )
     run_harness(resolved, options)
 

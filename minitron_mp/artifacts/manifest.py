@@ -38,6 +38,16 @@ CHECKPOINT_NAME = re.compile(r"step_\d{8}|\.step_\d{8}\.(tmp|old)")
 """Name of a checkpoint folder after a step, or of its temporary siblings."""
 
 
+class Validation(BaseModel):
+    """Loss on held-out text after a step: means over valid tokens in nats. kl: None without a teacher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    loss: float
+    kl: float | None = None
+
+
 class Manifest(BaseModel):
     """The origin of an artifact. inputs: name -> fingerprint of the artifact that was read."""
 
@@ -53,6 +63,9 @@ class Manifest(BaseModel):
     fingerprint. An artifact stays valid when the files at these paths are deleted."""
     made_by: str = ""
     """Version of this library, for information. It is not part of the fingerprint."""
+
+    validation: Validation | None = None
+    """Validation of a model in training. It is not part of the fingerprint."""
 
     @property
     def fingerprint(self) -> str:
@@ -240,28 +253,67 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in the folder of a training run, in the order of their steps."""
+    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
+    return sorted(path for path in folder.glob(STEPS) if (path / MANIFEST).is_file())
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest complete checkpoint in the folder of a training run; None without one."""
-    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
-    complete = [path for path in folder.glob(STEPS) if (path / MANIFEST).is_file()]
-    return max(complete, default=None)
+    return max(complete_checkpoints(folder), default=None)
 
 
-def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(path.name.removeprefix("step_"))
+
+
+def best_checkpoint(folder: Path, final: Validation | None = None) -> Path | None:
+    """Return the checkpoint with the lowest loss on held-out text.
+
+    None if no checkpoint was validated, or if the loss of the final model is at least as low.
+    """
+    losses = {}
+    for path in complete_checkpoints(folder):
+        validation = _manifest_of(path).validation
+        if validation is not None and (final is None or validation.loss < final.loss):
+            losses[path] = validation.loss
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def lasting_checkpoints(folder: Path, keep_every: int, final: Validation | None = None) -> list[Path]:
+    """Return the best checkpoint and those of every keep_every steps (0: none).
+
+    final: validation of the final model, None before the end.
+    """
+    steps = [
+        path
+        for path in complete_checkpoints(folder)
+        if keep_every and checkpoint_step(path) % keep_every == 0
+    ]
+    best = best_checkpoint(folder, final)
+    return steps if best is None else [*steps, best]
+
+
+def discard_checkpoints(
+    folder: Path, manifest: Manifest, keep_every: int = 0, final: Validation | None = None
+) -> None:
     """Delete the checkpoints of a finished run, and then the folder if it is empty.
 
-    Checkpoints of other runs and other files are kept.
+    lasting_checkpoints(), checkpoints of other runs, and other files are kept.
     """
+    lasting = lasting_checkpoints(folder, keep_every, final)
     for path in folder.iterdir() if folder.is_dir() else []:
-        if not CHECKPOINT_NAME.fullmatch(path.name):
+        if not CHECKPOINT_NAME.fullmatch(path.name) or path in lasting:
             continue
         is_partial = path.name.startswith(".") or not (path / MANIFEST).is_file()
-        if is_partial or _fingerprint_in(path) == manifest.fingerprint:
+        if is_partial or _manifest_of(path).fingerprint == manifest.fingerprint:
             shutil.rmtree(path, ignore_errors=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # the folder does not exist, or is not empty
             empty.rmdir()
 
 
-def _fingerprint_in(folder: Path) -> str:
-    return Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8")).fingerprint
+def _manifest_of(checkpoint: Path) -> Manifest:
+    return Manifest.model_validate_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))

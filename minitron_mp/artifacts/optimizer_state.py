@@ -36,10 +36,11 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
     ranks.
     """
     state: dict[str, Any] = {}
-    sharded = _sharded_by_parameter(model)
-    for number, (shards, parameter) in enumerate(_parameters(optimizer)):
+    sharded = sharded_by_parameter(model)
+    _create_moments(optimizer)
+    for number, (shards, parameter) in enumerate(parameters_of(optimizer)):
         group = shards.data_parallel_group
-        piece = _piece(shards, parameter)
+        piece = local_piece(shards, parameter)
         local = shards._get_main_param_and_optimizer_states(parameter) if piece is not None else {}
         for part in PARTS:
             joined = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
@@ -58,9 +59,9 @@ def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, An
 
     Only the first rank of each data-parallel group holds them, with 12 bytes per parameter.
     """
-    sharded = _sharded_by_parameter(model)
+    sharded = sharded_by_parameter(model)
     state: dict[str, Any] = {}
-    for number, (shards, parameter) in enumerate(_parameters(optimizer)):
+    for number, (shards, parameter) in enumerate(parameters_of(optimizer)):
         if shards.data_parallel_group.rank() != 0:
             continue
         for part in PARTS:
@@ -70,18 +71,16 @@ def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, An
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> None:
+def load_optimizer_state(optimizer: Any, state: dict[str, Any], num_updates: int) -> None:
     """Fill every rank's pieces from the tensors that the first data-parallel rank has loaded.
 
-    step: optimizer steps done, for Adam's bias correction. Reached by all ranks.
+    num_updates: updates done, for Adam's bias correction. Reached by all ranks.
     """
-    for shards in _shards(optimizer):
+    for shards in optimizer_parts(optimizer):
         shards.init_state_fn(shards.optimizer, shards.config)
-        for group in shards.optimizer.param_groups:
-            group["step"] = step
-    for number, (shards, parameter) in enumerate(_parameters(optimizer)):
+    for number, (shards, parameter) in enumerate(parameters_of(optimizer)):
         group = shards.data_parallel_group
-        piece = _piece(shards, parameter)
+        piece = local_piece(shards, parameter)
         pieces: dict[str, Tensor] = {}
         for part in PARTS:
             if group.rank() == 0:
@@ -94,32 +93,46 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
                 pieces[part] = joined[piece].clone()
         if piece is not None:
             shards._set_main_param_and_optimizer_states(parameter, pieces)
-    for shards in _shards(optimizer):
-        # On a GPU without Apex and TE Megatron uses torch's Adam, with a step per parameter.
-        if isinstance(shards.optimizer, torch.optim.Adam):
-            for moments in shards.optimizer.state.values():
-                moments["step"] = torch.tensor(float(step))
+    for shards in optimizer_parts(optimizer):
+        _set_num_updates(shards.optimizer, num_updates)
 
 
-def _sharded_by_parameter(model: dict[str, Any]) -> dict[int, Any]:
+def _create_moments(optimizer: Any) -> None:
+    """Create the moments before the first update, for a checkpoint after skipped steps only."""
+    for shards in optimizer_parts(optimizer):
+        if not shards.optimizer.state:
+            shards.init_state_fn(shards.optimizer, shards.config)
+            _set_num_updates(shards.optimizer, 0)
+
+
+def _set_num_updates(adam: Any, num_updates: int) -> None:
+    for group in adam.param_groups:
+        group["step"] = num_updates
+    # On a GPU without Apex and TE Megatron uses torch's Adam, with a step per parameter.
+    if isinstance(adam, torch.optim.Adam):
+        for moments in adam.state.values():
+            moments["step"] = torch.tensor(float(num_updates))
+
+
+def sharded_by_parameter(model: dict[str, Any]) -> dict[int, Any]:
     """Return id(parameter) -> its entry in the sharded state."""
     return {id(entry.data): entry for entry in nested_values(model)}
 
 
-def _parameters(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
+def parameters_of(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
     """Yield (distributed optimizer, parameter), in the same order on all data-parallel ranks."""
-    for shards in _shards(optimizer):
+    for shards in optimizer_parts(optimizer):
         for buffer in shards.buffers:
             for parameter in buffer.param_index_map:
                 yield shards, parameter
 
 
-def _shards(optimizer: Any) -> list[Any]:
+def optimizer_parts(optimizer: Any) -> list[Any]:
     """Return the DistributedOptimizers of an optimizer, which may be a chain of them."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _piece(shards: Any, parameter: torch.nn.Parameter) -> slice | None:
+def local_piece(shards: Any, parameter: torch.nn.Parameter) -> slice | None:
     """Return the elements of the flat parameter that this rank holds, or None if it holds none."""
     if parameter not in shards.model_param_gbuf_map:
         return None

@@ -72,6 +72,11 @@ def correction_during_distillation(recipe: Recipe) -> list[str]:
             "correct.checkpoint_interval and keep_checkpoints: with correct.when during the teacher's "
             "state is in the checkpoints of distill; drop them"
         )
+    if correct.valid_interval or correct.keep_every:
+        problems.append(
+            "correct.valid_interval and keep_every have no effect with correct.when during, because the "
+            "checkpoints are those of the student; drop them, or set them in distill"
+        )
     return problems
 
 
@@ -172,6 +177,15 @@ def divergence_of_top_k(recipe: Recipe) -> list[str]:
     return []
 
 
+def early_stop_of_a_stream(recipe: Recipe) -> list[str]:
+    if recipe.teacher.is_remote and recipe.distill.patience is not None:
+        return [
+            "distill.patience ends the run early, but a remote teacher has sent signals for later steps; "
+            "set teacher.placement: colocated or cached, or drop patience"
+        ]
+    return []
+
+
 # Layout
 
 
@@ -207,6 +221,7 @@ RULES: tuple[Rule, ...] = (
     search_of_one_depth,
     logits_of_float32,
     hidden_states,
+    early_stop_of_a_stream,
     *ENGINE_RULES,
     sequence_length_divides,
 )

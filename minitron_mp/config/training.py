@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,9 @@ class TrainingConfig(Section):
     """Weight decay of AdamW."""
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm. 0 turns clipping off."""
+    max_skipped: int = Field(default=10, ge=0, json_schema_extra=NOT_IN_RESULT)
+    """Most steps in a row without an update. A step has no update if its gradient or loss is not
+    finite. One more such step ends the run."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment of Adam."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -88,6 +91,17 @@ class TrainingConfig(Section):
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Number of newest checkpoints to keep."""
+    keep_every: int = Field(default=0, ge=0, json_schema_extra=NOT_IN_RESULT)
+    """Also keep the checkpoint of every step that is a multiple of this, after the end of the run,
+    too. 0: none."""
+    valid_interval: int = Field(default=0, ge=0, json_schema_extra=NOT_IN_RESULT)
+    """Steps between two validations on the held-out text of `data`. The checkpoint with the lowest
+    held-out loss is kept. 0: no validation."""
+    valid_batches: int = Field(default=4, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Held-out batches of `global_batch_size` samples in a validation."""
+    patience: int | None = Field(default=None, ge=1)
+    """Validations in a row without a lower held-out loss that end the run early. Default: no early
+    stop. The result is the model of the last step. --step best exports the best one."""
     async_save: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Continue training while a checkpoint is written. Meanwhile host memory holds a copy of the
     weights and the optimizer state."""
@@ -109,7 +123,7 @@ class TrainingConfig(Section):
             problems.append(
                 f"profile.steps {self.profile.steps} ends after the last step, {self.steps}; lower it"
             )
-        problems += self._problems()
+        problems += self._validation_problems() + self._problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -118,6 +132,33 @@ class TrainingConfig(Section):
     def num_samples(self) -> int:
         """Samples of the run."""
         return self.steps * self.global_batch_size
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that change the result. An early stop depends on the validations."""
+        names = {"valid_interval", "valid_batches"} if self.patience is not None else set()
+        return super().result_settings() | self.model_dump(include=names)
+
+    def _validation_problems(self) -> list[str]:
+        problems = []
+        interval, checkpoints = self.valid_interval, self.checkpoint_interval
+        if self.keep_every % checkpoints:
+            problems.append(
+                f"keep_every {self.keep_every} must be a multiple of checkpoint_interval {checkpoints}; "
+                "change one of them"
+            )
+        if self.patience is not None and not interval:
+            problems.append("patience needs validations; set valid_interval, or drop patience")
+        if interval and interval % checkpoints and checkpoints % interval:
+            problems.append(
+                f"valid_interval {interval} must divide checkpoint_interval {checkpoints} or be a multiple "
+                "of it, so that the best step has a checkpoint; change one of them"
+            )
+        if interval and self.fp8 == "delayed":
+            problems.append(
+                "valid_interval and fp8 delayed cannot be combined, because a validation would change the "
+                "scales of the next step; set fp8: tensorwise, or drop valid_interval"
+            )
+        return problems
 
     def _problems(self) -> list[str]:
         """Return further problems; a subclass overrides it."""

@@ -114,8 +114,13 @@ def blend_problems(
     ]
 
 
-def too_short_problems(folder: Path, part: str, sequence_length: int, num_samples: int) -> list[str]:
-    """Return a sentence for each file that is shorter than a sample, or if samples are too few."""
+def too_short_problems(
+    folder: Path, part: str, sequence_length: int, num_samples: int, *, setting: str = ""
+) -> list[str]:
+    """Return a sentence for each file that is shorter than a sample, or if samples are too few.
+
+    setting: the setting with the number of samples, for the advice. Default: that of the part.
+    """
     tokens = {prefix: _num_tokens(prefix) for prefix in prefixes_of(folder, part)}
     problems = [
         f"{part} text: {prefix} has {count} tokens, one sample needs {sequence_length} and a label: lower "
@@ -131,7 +136,7 @@ def too_short_problems(folder: Path, part: str, sequence_length: int, num_sample
     else:
         advice = f"a longer data.held_out.{part}"
     settings = {"calibration": "num_samples of score, depth and search", "train": "the number of samples"}
-    setting = settings.get(part, "evaluate.num_samples")
+    setting = setting or settings.get(part, "evaluate.num_samples")
     return [
         f"{part} text has {available} samples of {sequence_length} tokens, {num_samples} are needed: lower "
         f"{setting} to at most {available}, lower data.sequence_length, or give more text ({advice})"

@@ -101,10 +101,10 @@ class _Projection:
             **{name: moments[name] if moments else torch.zeros_like(self.weight) for name in MOMENTS},
         }
 
-    def load(self, state: dict[str, Tensor], step: int) -> None:
+    def load(self, state: dict[str, Tensor], num_updates: int) -> None:
         self.weight.copy_(state["projection"])
         moments = {name: state[name].to(self.weight.device) for name in MOMENTS}
-        self.optimizer.state[self.weight] = {"step": torch.tensor(float(step)), **moments}
+        self.optimizer.state[self.weight] = {"step": torch.tensor(float(num_updates)), **moments}
 
 
 class HiddenStatesLoss:
@@ -150,6 +150,17 @@ class HiddenStatesLoss:
         if self.projection is not None:
             self.projection.gradient.zero_()
 
+    def is_finite(self) -> Tensor:
+        """Return whether the loss of the step and the gradient of W are finite on this rank."""
+        finite = self.sum.isfinite()
+        if self.projection is not None:
+            finite = finite & self.projection.gradient.isfinite().all()
+        return finite
+
+    def skip_step(self) -> None:
+        """End a step without an update of projection and alpha."""
+        self.current = None
+
     def end_step(self, logits_loss: Tensor, tokens: Tensor, lr: float) -> None:
         """Update projection and alpha; reached by all ranks.
 
@@ -182,13 +193,13 @@ class HiddenStatesLoss:
         }
 
     @torch.no_grad()
-    def load(self, state: dict[str, Any], step: int) -> None:
-        """Restore the result of state(). step: number of finished optimizer steps, for Adam."""
+    def load(self, state: dict[str, Any], num_updates: int) -> None:
+        """Restore the result of state(). num_updates: updates done, for Adam."""
         prefix = "states."
         tensors = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         self.alpha = tensors["alpha"].to(self.world.device)
         if self.projection is not None:
-            self.projection.load(tensors, step)
+            self.projection.load(tensors, num_updates)
 
     def remove(self) -> None:
         """Remove the hooks."""

@@ -151,6 +151,8 @@ class RemoteTeacher:
     head [v/tp, h_t]: weight of the teacher's output layer on the last stage, for payload "hidden",
         see load_head().
     stream_end: early end of the stream.
+    held_out: teacher with the signals of the held-out text of validations. Its batches are numbered
+        separately, from 0.
     """
 
     model = None
@@ -163,7 +165,9 @@ class RemoteTeacher:
         world: World,
         pairs: LayerPairs | None = None,
         stream_end: StreamEnd | None = None,
+        held_out: RemoteTeacher | None = None,
     ):
+        self.held_out = held_out
         self.receiver = receiver
         self.payload = payload
         self.head = head

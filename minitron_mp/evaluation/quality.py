@@ -48,6 +48,7 @@ def compare(
     groups: Iterable[Sequence[Batch]],
     *,
     progress: Callable[[], None] = lambda: None,
+    measure_teacher: bool = True,
 ) -> dict[str, Quality]:
     """Measure models of one world and, under "teacher", the teacher.
 
@@ -55,11 +56,12 @@ def compare(
 
     groups: this data-parallel rank's microbatches, in groups. The teacher's forward pass of a
     group serves all models, and its signals are held for one group at a time. progress: called
-    after each group.
+    after each group. measure_teacher: whether to measure the teacher, too. It needs the teacher's
+    hidden states on these ranks.
     """
     first = next(iter(models.values()))
     world, vocab_size = first.world, first.arch.vocab_size
-    names = ["teacher", *models] if teacher else [*models]
+    names = ["teacher", *models] if teacher and measure_teacher else [*models]
     sums = {name: torch.zeros(3, dtype=torch.float64, device=world.device) for name in names}
     for model in models.values():
         model.eval()
@@ -77,11 +79,11 @@ def compare(
         add(name, hidden, output_weight(unwrap(models[name].last_chunk)), target, batch)
 
     with torch.no_grad():
-        for group in groups:
-            batches = with_signals(teacher, group)
+        for number, group in enumerate(groups):
+            batches = with_signals(teacher, group, number)
             for name, model in models.items():
                 model.forward(batches, partial(measure, name))
-            if teacher and world.is_last_stage:
+            if teacher and measure_teacher and world.is_last_stage:
                 for batch in batches:
                     target = teacher.target(signal_of(batch))
                     assert isinstance(target, TeacherHidden), (

@@ -67,7 +67,7 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     )
     sections = [
         Section("Sizes", [Table(("size", "before", "this model", "kept"), plan.summary())]),
-        Section("How it was made", _method(recipe, plan, name)),
+        Section("How it was made", _method(recipe, plan, name, _num_steps(recipe, paths, manifest))),
         *_evaluation_sections(recipe, paths, manifest),
         Section(
             "Usage",
@@ -82,6 +82,16 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     title = f"{name}, {num_parameters / num_teacher_parameters:.1%} of its parameters"
     document = Document(title, lead, sections)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
+
+
+def _num_steps(recipe: Recipe, paths: Paths, manifest: Manifest) -> int:
+    """Return the steps of distillation: up to a saved step, or up to an early stop."""
+    if "step" in manifest.settings:
+        return int(manifest.settings["step"])
+    distilled = find_manifest(paths["distill"])
+    if distilled is not None and distilled.validation is not None:
+        return distilled.validation.step
+    return recipe.distill.steps
 
 
 def _readers(student: Arch, family: str) -> list[Part]:
@@ -165,14 +175,14 @@ def _hub_name(model: str, assets: Path) -> str | None:
     return name if is_hub_name else None
 
 
-def _method(recipe: Recipe, plan: PrunePlan, name: str) -> list[Part]:
+def _method(recipe: Recipe, plan: PrunePlan, name: str, num_steps: int) -> list[Part]:
     parts: list[Part] = []
     if recipe.search:
         parts.append("The sizes were chosen by an architecture search.")
     return [
         *parts,
         _pruning_text(recipe, plan),
-        _distillation_text(recipe, name),
+        _distillation_text(recipe, name, num_steps),
         f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",
     ]
 
@@ -196,7 +206,7 @@ def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:
     return text
 
 
-def _distillation_text(recipe: Recipe, name: str) -> str:
+def _distillation_text(recipe: Recipe, name: str, num_steps: int) -> str:
     d = recipe.distill
     length = recipe.data.sequence_length
     is_stdlib = recipe.data.source == "python-stdlib" and not recipe.data.train
@@ -218,9 +228,9 @@ def _distillation_text(recipe: Recipe, name: str) -> str:
         losses.append(f"{d.ce_weight:g} x cross-entropy")
     if d.states:
         losses.append(f"{d.states.kind} of {len(d.states.layers)} hidden states")
-    tokens = d.steps * d.global_batch_size * length
+    tokens = num_steps * d.global_batch_size * length
     return (
-        f"Distillation: {d.steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, "
+        f"Distillation: {num_steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, "
         f"{tokens:,} tokens of {text}; teacher: {teacher}. Loss: {' + '.join(losses)}, temperature "
         f"{d.temperature:g}. Learning rate: {d.lr:g} to {d.min_lr:g}."
     )

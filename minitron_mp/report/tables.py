@@ -177,7 +177,8 @@ def harness_table(root: Path, paths: Paths) -> Table | None:
         if not _are_current(results["manifest"]["inputs"], paths):
             continue
         limit = f"first {settings['limit']} items" if settings["limit"] else ""
-        model = (settings["model"], f"{settings['max_length']:,}", limit)
+        name = f"{settings['model']}, step {settings['step']:,}" if "step" in settings else settings["model"]
+        model = (name, f"{settings['max_length']:,}", limit)
         rows += [(*model, *row) for row in harness_rows(results)]
     if not rows:
         return None

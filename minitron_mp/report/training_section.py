@@ -62,10 +62,26 @@ def training_section(
     summary = (
         f"{cost.steps} steps, {cost.tokens:,} tokens, {cost.seconds / 60:.1f} minutes, "
         f"{cost.tokens / cost.seconds:,.0f} tokens/s over all ranks. "
-        f"All steps: `{curve.file}`, `tensorboard/{curve.name}`."
+        f"All steps: `{curve.file}`, `tensorboard/{curve.name}`.{_events(metrics)}"
     )
     figures = training_figures(title, metrics, logged)
     return Section(title, [*before, summary, *figures, Table(list(columns), rows)])
+
+
+def _events(metrics: Sequence[Metrics]) -> str:
+    """Return sentences about steps without an update, loss spikes and the best validation."""
+    text = ""
+    num_skipped = metrics[-1].get("num_skipped", 0)
+    if num_skipped:
+        text += f" Steps without an update, because gradient or loss was not finite: {num_skipped}."
+    num_spikes = sum("spike_over" in row for row in metrics)
+    if num_spikes:
+        text += f" Loss spikes: {num_spikes}."
+    validated = [row for row in metrics if "valid_loss" in row]
+    if validated:
+        best = min(validated, key=lambda row: row["valid_loss"])
+        text += f" Lowest held-out loss: {best['valid_loss']:.4f} at step {best['step']}."
+    return text
 
 
 def _columns(divergence: str | None) -> dict[str, tuple[str, str]]:

@@ -10,5 +10,7 @@ step_log             StepLog: sums of a log interval over the ranks
 metrics, throughput  StepMetrics, MetricsLog, Throughput
 teacher_correction   TrainableTeacher: a teacher that is trained during distillation
 distill              distill, train: from Python, without a recipe
+non_finite           first rank and parameter of a gradient that is not finite
+validation, spikes   loss on held-out text and early stop; spikes of the training loss
 profiling            Profiler: traces of chosen steps
 """

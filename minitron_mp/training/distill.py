@@ -43,6 +43,7 @@ def distill(
     Traces of settings.profile are in the folder `out` + "_profile". InputError when the batches do
     not have the sizes of the settings.
     """
+    refuse("distill() cannot use these settings:", _validation_problems(settings))
     out = Path(out)
     checkpoints = out.with_name(f"{out.name}_checkpoints")
     manifest = _manifest("distill", student, teacher, settings, seed)
@@ -52,7 +53,7 @@ def distill(
     train_one(student, teacher, batches_of, settings, options, profile_folder=traces)
     teacher.close()
     save_model(student, out, made_from=_folders(student, teacher), settings=manifest.settings)
-    on_rank_0(lambda: discard_checkpoints(checkpoints, manifest))
+    on_rank_0(lambda: discard_checkpoints(checkpoints, manifest, settings.keep_every))
 
 
 def train(
@@ -89,7 +90,7 @@ def train(
 def _check_arguments(
     teacher: Teacher | None, settings: DistillConfig | CorrectionConfig, checkpoints: str | Path | None
 ) -> None:
-    problems = []
+    problems = _validation_problems(settings)
     if teacher is None and settings.kl_weight:
         problems.append(
             f"kl_weight is {settings.kl_weight:g} without a teacher; give a teacher, or settings for the "
@@ -101,6 +102,12 @@ def _check_arguments(
             "profile"
         )
     refuse("train() cannot use these arguments:", problems)
+
+
+def _validation_problems(settings: DistillConfig | CorrectionConfig) -> list[str]:
+    if not settings.valid_interval:
+        return []
+    return ["valid_interval needs the held-out text of a recipe; set 0, or run a recipe"]
 
 
 def _with_checked_sizes(

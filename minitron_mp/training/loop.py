@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from minitron_mp.artifacts.manifest import Validation
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
+from minitron_mp.console import say
 from minitron_mp.distillation.teacher import Teacher, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
@@ -30,13 +32,15 @@ def train_one(
     *,
     stop_after: int | None = None,
     profile_folder: Path | None = None,
-) -> None:
+) -> Validation | None:
     """Train the model in place to settings.steps. Resume from its newest checkpoint, if any.
 
+    Return the validation of the last step, or None if it was not validated.
     Reached by all ranks. batches_of(step): returns this data-parallel rank's microbatches of a
     step (from 0). stop_after: return after this number of steps of this call, and write a
-    checkpoint. profile_folder: folder for the traces of settings.profile. InputError when the loss
-    is not finite. Preempted when the job must stop, after a checkpoint is written.
+    checkpoint. profile_folder: folder for the traces of settings.profile. InputError when gradients
+    or losses are not finite in too many steps. Preempted when the job must stop, after a checkpoint
+    is written.
     """
     run: TrainingRun | None = None
     try:
@@ -49,6 +53,7 @@ def train_one(
             )
             last = min(settings.steps, run.steps_done + (stop_after or settings.steps))
             train_together([run], teacher, batches_of, last, profiler=profiler)
+            return run.validation
     except BaseException:
         if run is not None and run.checkpoints is not None:
             run.checkpoints.abandon()
@@ -69,15 +74,17 @@ def train_together(
 ) -> None:
     """Train all runs to step `last` with one forward pass of the teacher, and finalize them.
 
-    A run that resumes at a later step waits for the other runs. drop_diverged: a run that diverges
-    ends at its last finite step, and the other runs continue. Preempted when the job must stop.
+    A run that resumes at a later step waits for the other runs. drop_diverged: a run with too
+    many steps without an update ends, and the other runs continue. Preempted when the job must stop.
     Reached by all ranks.
     """
     active = list(runs)
     stop_request = ""
     for run in active:
         run.step_log.start_clock()
-    for step in range(min(run.steps_done for run in runs), last):
+    first = min(run.steps_done for run in runs)
+    early_stop = _early_stop(active)
+    for step in range(first, first if early_stop else last):
         is_last = step + 1 == last
         if profiler:
             profiler.before(step)
@@ -92,14 +99,19 @@ def train_together(
                 active.remove(run)
         if not is_last:
             stop_request = _agree_to_stop(active, teacher, step + 1)
+        early_stop = "" if is_last else _early_stop(active)
         if profiler:
-            profiler.after(step, is_last=is_last or bool(stop_request))
-        if stop_request or not active:
+            profiler.after(step, is_last=is_last or bool(stop_request or early_stop))
+        if stop_request or early_stop or not active:
             break
+    if early_stop:
+        stop_request = ""
+        say(f"{runs[0].options.manifest.stage}: early stop after step {runs[0].steps_done}: {early_stop}")
     if stop_request:
         for run in active:
             run.save(wait=True)
     for run in runs:
+        run.log()
         run.finalize()
     if stop_request:
         raise Preempted(
@@ -108,11 +120,17 @@ def train_together(
         )
 
 
+def _early_stop(runs: Sequence[TrainingRun]) -> str:
+    """Return the reason of an early stop of a run, "" without one; equal on all ranks."""
+    return next((run.early_stop for run in runs if run.early_stop), "")
+
+
 def take_step(run: TrainingRun, batches: Sequence[Batch], *, is_last: bool = False) -> None:
     """Run one optimizer step. Log and save if an interval ends, or if is_last is set."""
     run.seed_step()
     run.forward_backward(batches)
     run.update()
+    run.validate()
     save = is_last or run.save_is_due
     if save or run.log_is_due:
         run.log()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from minitron_mp.artifacts.files import write_text
+from minitron_mp.console import say
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError, os_error_text
+from minitron_mp.training.spikes import WINDOW, SpikeWatch
 from minitron_mp.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -45,12 +48,19 @@ class StepMetrics:
     """Loss on hidden states (distillation/hidden_states.py). None if they are not matched."""
     alpha: float | None = None
     """Weight of `states` in the loss."""
+    valid_loss: float | None = None
+    """Cross-entropy on held-out text. None: the step was not validated."""
+    valid_kl: float | None = None
+    """KL(teacher || model) on held-out text. None also without a teacher on these ranks."""
+    num_skipped: int | None = None
+    """Steps without an update so far, because their gradient or loss was not finite. None: no such
+    step."""
     divergence_name: str = ""
     """Name of the divergence: config.distillation.DistillConfig.divergence. "" without a teacher."""
     measured: Throughput = field(default_factory=Throughput, compare=False)
 
     def values(self) -> dict[str, float]:
-        """Return name -> value of every metric that is not None, in one flat dictionary.
+        """Return name -> value of every metric that is finite, in one flat dictionary.
 
         The divergence has its own name: "forward_kl", "js". So curves of different divergences do
         not get one name, and none is mistaken for the KL of an evaluation.
@@ -61,7 +71,7 @@ class StepMetrics:
             if name not in ("divergence_name", "measured")
         }
         metrics |= vars(self.measured)
-        return {name: value for name, value in metrics.items() if value is not None}
+        return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
     def console_line(self) -> str:
         """Return the metrics that fit on a line of the console."""
@@ -71,9 +81,10 @@ class StepMetrics:
         )
 
 
-def metrics_line(metrics: StepMetrics) -> str:
-    """Return one line of metrics.jsonl."""
-    return json.dumps({**metrics.values(), "time": time.time()})
+def metrics_line(metrics: StepMetrics, spike_over: float | None = None) -> str:
+    """Return one line of metrics.jsonl. spike_over: median of the steps before a loss spike."""
+    spike = {} if spike_over is None else {"spike_over": spike_over}
+    return json.dumps({**metrics.values(), **spike, "time": time.time()})
 
 
 class MetricsLog:
@@ -88,12 +99,15 @@ class MetricsLog:
         self.board_folder = path.with_name("tensorboard") / name
         self.file: TextIO | None = None
         self.board: SummaryWriter | None = None
+        self.spikes = SpikeWatch()
 
     def __enter__(self) -> Callable[[StepMetrics], None]:
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            write_text(self.path, "".join(self._lines_to_keep()))
+            kept = self._lines_to_keep()
+            self.spikes = SpikeWatch(json.loads(line).get("loss", math.nan) for line in kept)
+            write_text(self.path, "".join(kept))
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
             self.board = SummaryWriter(str(self.board_folder), purge_step=self.first_step + 1)
         return self._write
@@ -110,8 +124,14 @@ class MetricsLog:
     def _write(self, metrics: StepMetrics) -> None:
         assert self.file is not None
         assert self.board is not None
+        spike_over = self.spikes.add(metrics.loss)
+        if spike_over is not None:
+            say(
+                f"{self.name}: loss spike: {metrics.loss:.4f} at step {metrics.step}, the median of the last "
+                f"{WINDOW} steps is {spike_over:.4f}"
+            )
         try:
-            self.file.write(metrics_line(metrics) + "\n")
+            self.file.write(metrics_line(metrics, spike_over) + "\n")
             for name, value in metrics.values().items():
                 if name != "step":
                     self.board.add_scalar(f"{self.name}/{name}", value, metrics.step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +14,16 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mp.artifacts.checkpoint import model_state, scaling_state
-from minitron_mp.artifacts.optimizer_state import empty_optimizer_state, load_optimizer_state, optimizer_state
+from minitron_mp.artifacts.optimizer_state import (
+    empty_optimizer_state,
+    load_optimizer_state,
+    optimizer_parts,
+    optimizer_state,
+)
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.launcher import environment_variable
 from minitron_mp.errors import refuse
@@ -26,8 +34,9 @@ from minitron_mp.models.sharded_model import ShardedModel, unwrap
 class TrainableModel:
     """A model with gradients, optimizer and learning-rate schedule.
 
-    model: model whose chunks are wrapped in Megatron's DistributedDataParallel. All ranks must call
-    every method.
+    model: model whose chunks are wrapped in Megatron's DistributedDataParallel. num_updates: steps
+    whose gradients were applied; a step with a non-finite gradient has no update. All ranks must
+    call every method.
     """
 
     def __init__(self, model: ShardedModel, settings: TrainingConfig):
@@ -35,6 +44,7 @@ class TrainableModel:
         self.model = _wrapped(model, settings)
         self.optimizer = _optimizer(self.model.chunks, settings)
         self.schedule = _schedule(self.optimizer, settings)
+        self.num_updates = 0
         _connect(self.model.chunks, self.optimizer, settings)
 
     def zero_grad(self) -> None:
@@ -43,11 +53,34 @@ class TrainableModel:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def update(self) -> tuple[float, float]:
-        """Apply the gradients. Return learning rate and gradient norm before clipping."""
+    def next_lr(self) -> float:
+        """Set the learning rate of the step and return it."""
         self.schedule.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        return self.optimizer.param_groups[0]["lr"], float(grad_norm or 0.0)
+        lr: float = self.optimizer.param_groups[0]["lr"]
+        return lr
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the gradients before clipping, equal on all ranks.
+
+        It copies the gradients to the main gradients, which apply() uses.
+        """
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def apply(self, gradient_norm: float) -> None:
+        """Clip the gradients and update weights and moments.
+
+        gradient_norm() and apply() are the parts of Megatron's optimizer.step(). They are separate
+        because Megatron would apply a gradient that is not finite.
+        """
+        for part in optimizer_parts(self.optimizer):
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(
+                    parameters, max_norm=part.config.clip_grad, total_norm=gradient_norm
+                )
+        self.optimizer.step_with_ready_grads()
+        self.num_updates += 1
 
     def state_dict(self, *, empty: bool = False) -> dict[str, Any]:
         """Return the sharded state of weights and optimizer.
@@ -55,28 +88,42 @@ class TrainableModel:
         empty: return uninitialised optimizer tensors, to read a checkpoint into.
         """
         chunks = [chunk.module for chunk in self.model.chunks]
-        # With overlap the all-gather of the updated parameters has not run yet.
-        gather_first = self.overlap and not empty
-        if gather_first:
-            for chunk in self.model.chunks:
-                chunk.disable_forward_pre_hook(param_sync=True)
-        weights = model_state(chunks, self.model.world)
-        make_state = empty_optimizer_state if empty else optimizer_state
-        state = {**weights, **make_state(self.optimizer, weights), **scaling_state(chunks, self.model.world)}
-        if gather_first:
-            for chunk in self.model.chunks:
-                chunk.enable_forward_pre_hook()
+        with nullcontext() if empty else self.gathered():
+            weights = model_state(chunks, self.model.world)
+            make_state = empty_optimizer_state if empty else optimizer_state
+            state = {**weights, **make_state(self.optimizer, weights)}
+            state |= scaling_state(chunks, self.model.world)
+            state["num_updates"] = self.num_updates
         return state
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Context between two steps in which every rank has the updated parameters.
+
+        With overlap the all-gather of the updated parameters runs only in the next step.
+        """
+        if not self.overlap:
+            yield
+            return
+        config = unwrap(self.model.chunks[0]).config
+        start_gather, config.param_sync_func = config.param_sync_func, None
+        for chunk in self.model.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in self.model.chunks:
+            chunk.enable_forward_pre_hook()
+        config.param_sync_func = start_gather
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Restore a state_dict(empty=True) that a checkpoint has filled."""
+        self.num_updates = state.get("num_updates", step)  # older checkpoints: no step was skipped
         # Transformer Engine 2.16 rejects pickled histories of delayed scaling by default. These
         # come from a checkpoint of this run.
         with environment_variable("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1"):
             for i, chunk in enumerate(self.model.chunks):
                 weights = state[f"model{i}"] | state.get(f"scaling{i}", {})
                 chunk.module.load_state_dict(weights, strict=False)
-        load_optimizer_state(self.optimizer, state, step=step)
+        load_optimizer_state(self.optimizer, state, num_updates=self.num_updates)
         self.schedule.step(increment=step)
 
     def finalize(self) -> None:

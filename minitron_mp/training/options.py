@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from minitron_mp.artifacts.manifest import Manifest
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.throughput import StepWork
+from minitron_mp.training.validation import Measure
 
 
 class Stateful(Protocol):
@@ -40,6 +41,8 @@ class RunOptions:
     on_step: called on rank 0 for each step, at the end of every log interval.
     extra_state: a second object whose state is saved and restored with the run.
     work: FLOPs of a step, for the metrics.
+    measure: measures the model on held-out text every settings.valid_interval steps. None: no
+        validation.
     """
 
     checkpoints: Path | None
@@ -48,3 +51,4 @@ class RunOptions:
     on_step: Callable[[StepMetrics], None] = ignore_metrics
     extra_state: Stateful | None = None
     work: StepWork | None = None
+    measure: Measure | None = None

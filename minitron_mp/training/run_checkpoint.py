@@ -7,7 +7,15 @@ import time
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_checkpoint, save_checkpoint
-from minitron_mp.artifacts.manifest import STEPS, Manifest, newest_checkpoint, require_artifact
+from minitron_mp.artifacts.manifest import (
+    STEPS,
+    Manifest,
+    Validation,
+    checkpoint_step,
+    lasting_checkpoints,
+    newest_checkpoint,
+    require_artifact,
+)
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
@@ -54,18 +62,22 @@ class RunCheckpoints:
         seconds, self._blocked_s = self._blocked_s, 0.0
         return seconds or None
 
-    def save(self, run: Stateful, step: int) -> None:
-        """Write a checkpoint of a run after a step. With async_save, start to write it."""
+    def save(self, run: Stateful, step: int, validation: Validation | None = None) -> None:
+        """Write a checkpoint of a run after a step. With async_save, start to write it.
+
+        validation: of this step.
+        """
         self.finish()
         start = time.perf_counter()
         state = run.state_dict()
         if self.extra_state is not None:
             state["extra_state"] = self.extra_state.state_dict()
         target = step_folder(self.folder, step)
+        manifest = self.manifest.model_copy(update={"validation": validation})
         if self.writer is not None:
-            self.writer.start(state, target, self.manifest, self._delete_old)
+            self.writer.start(state, target, manifest, self._delete_old)
         else:
-            save_checkpoint(state, target, self.manifest)
+            save_checkpoint(state, target, manifest)
             on_rank_0(self._delete_old)
         self.saved_step, self._save_started = step, start
         seconds = time.perf_counter() - start
@@ -111,8 +123,10 @@ class RunCheckpoints:
         run.load_state(state, step)
 
     def _delete_old(self) -> None:
+        lasting = lasting_checkpoints(self.folder, self.settings.keep_every)
         for old in sorted(self.folder.glob(STEPS))[: -self.settings.keep_checkpoints]:
-            shutil.rmtree(old)
+            if old not in lasting:
+                shutil.rmtree(old)
 
     def _record_duration(self, seconds: float) -> None:
         if self.world.preemption is not None:
@@ -137,7 +151,7 @@ def _newest_step(folder: Path, manifest: Manifest) -> int:
         f"{folder} holds checkpoints of another run; move or delete it, or restore these settings:",
         newest.differences(manifest),
     )
-    return int(path.name.removeprefix("step_"))
+    return checkpoint_step(path)
 
 
 def step_folder(folder: Path, step: int) -> Path:

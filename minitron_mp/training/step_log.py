@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_mp.artifacts.manifest import Validation
 from minitron_mp.distillation.stream_layout import Traffic
 from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
@@ -20,7 +20,7 @@ from minitron_mp.training.throughput import Throughput, peak_memory_gib
 
 
 class Diverged(InputError):
-    """Error for a loss or gradient norm that is not finite."""
+    """Error for a run with too many steps whose gradient or loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class FinishedStep:
     grad_norm: float
     sums: Tensor
     alpha: Tensor | None = None
+    num_skipped: int = 0
+    """Steps without an update up to this step."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class StepLog:
         self.options, self.world, self.divergence = options, world, divergence
         self.total_steps, self.first_step = total_steps, first_step
         self.steps: list[FinishedStep] = []
+        self.validations: dict[int, Validation] = {}
+        """Number of a step, counted from 1 -> its validation, until the step is reported."""
         self.begin = time.perf_counter()
         self.start_clock()
 
@@ -101,6 +105,10 @@ class StepLog:
         """Start the clock of the next steps. Call it after a log, a checkpoint, or a pause."""
         self.start = time.perf_counter()
 
+    def resume_clock(self, seconds: float) -> None:
+        """Start the clock with the result of stop_clock(), so that it leaves out a pause."""
+        self.start = time.perf_counter() - seconds
+
     def stop_clock(self) -> float:
         """Wait for the kernels of the last step, and return the seconds since start_clock()."""
         if self.world.device.type == "cuda":
@@ -110,7 +118,7 @@ class StepLog:
     def report(
         self, status: RankStatus, seconds: float, checkpoint_blocked_s: float | None
     ) -> tuple[JobStatus, list[StepMetrics]]:
-        """Return the status of the job, and the metrics of each step for check_and_publish().
+        """Return the status of the job, and the metrics of each step for publish().
 
         It adds up the collected steps over all ranks in one collective; reached by all ranks.
         seconds: result of stop_clock(). checkpoint_blocked_s: seconds for which checkpoints blocked
@@ -137,21 +145,17 @@ class StepLog:
                 eta_s=pace_s * (self.total_steps - finished.step - 1),
                 tokens_per_s_per_gpu=row[3] / step_s / self.world.job_size,
             )
-            metrics.append(_metrics(finished, row, step_s, self.divergence, measured))
+            step = _metrics(finished, row, step_s, self.divergence, measured)
+            validation = self.validations.pop(step.step, None)
+            if validation is not None:
+                step = replace(step, valid_loss=validation.loss, valid_kl=validation.kl)
+            metrics.append(step)
         return job, metrics
 
-    def check_and_publish(self, metrics: Sequence[StepMetrics]) -> None:
-        """Call on_step for each step on rank 0.
-
-        Raise Diverged on all ranks at the first step that is not finite.
-        """
-        for step in metrics:
-            if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
-                raise Diverged(
-                    f"the loss of step {step.step} is {step.loss}, its gradient norm {step.grad_norm}; "
-                    "lower lr, raise warmup_steps or set precision: fp32"
-                )
-            if self.world.is_main:
+    def publish(self, metrics: Sequence[StepMetrics]) -> None:
+        """Call on_step for each step on rank 0."""
+        if self.world.is_main:
+            for step in metrics:
                 self.options.on_step(step)
         self.steps.clear()
 
@@ -214,6 +218,7 @@ def _metrics(
         tokens_per_s=tokens / step_s,
         states=mean_states,
         alpha=alpha,
+        num_skipped=finished.num_skipped or None,
         divergence_name=divergence_name or "",
         measured=measured,
     )

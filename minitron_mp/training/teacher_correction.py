@@ -83,7 +83,7 @@ class TrainableTeacher:
         Reached by all ranks.
         """
         self._update_if_due()
-        self.run.log()  # log() checks that the loss of every saved step is finite
+        self.run.log()
         return prefixed(self.run.state_dict(empty=empty), PREFIX)
 
     def load_state(self, state: dict[str, Any], step: int) -> None:

@@ -7,10 +7,12 @@ context          StageContext: a stage on one rank; stage_files: its artifacts, 
 settings         settings and fingerprints that several stages share
 output_folder    what a run writes, and the user files that it keeps
 preflight        checks of a recipe before a run; file_checks: of the user's files
+saved_steps      --step: the model of a saved step of distill
 saved_progress   whether checkpoints fit the recipe
 dry_run          dry_run
 disk_sizes       DiskSizes: estimated sizes of artifacts
 training         run_training: the training of the stages correct and distill
 teacher_source   open_teacher: the teacher of a recipe; teacher_stream: its stream;
-                 fp8_teacher: its KL to the bf16 teacher
+                 fp8_teacher: its KL to the bf16 teacher;
+                 held_out_signals: its signals for the validations
 """

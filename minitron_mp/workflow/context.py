@@ -119,10 +119,10 @@ class StageContext(StageFiles):
         most = min(4 * world.parallel.pp, num_units)
         size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         stage = "texts" if part in recipe.data.held_out else "data"
-        corpus = Corpus(
+        text = Corpus(
             self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed, data=recipe.data
         )
-        samples = open_samples(corpus, part, num_samples, repeat=False)
+        samples = open_samples(text, part, num_samples, repeat=False)
 
         def group(number: int) -> list[Batch]:
             return microbatches(
@@ -139,9 +139,9 @@ class StageContext(StageFiles):
         return count, (group(number) for number in range(count))
 
 
-def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
-    """Return the samples of all steps, equal for every role."""
-    corpus = Corpus(
+def corpus(context: StageContext) -> Corpus:
+    """Return the text of the stage data, equal for every role."""
+    return Corpus(
         context.paths["data"],
         context.tokenizer(),
         context.recipe.data.sequence_length,
@@ -150,11 +150,15 @@ def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset
         data=context.recipe.data,
         run_samples=context.recipe.distill.num_samples,
     )
-    num_samples = settings.num_samples
-    samples = open_samples(corpus, "train", num_samples, repeat=True)
-    blend = corpus.blend("train")
+
+
+def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
+    """Return the samples of all steps, equal for every role."""
+    text, num_samples = corpus(context), settings.num_samples
+    samples = open_samples(text, "train", num_samples, repeat=True)
+    blend = text.blend("train")
     if blend and context.world.role != "teacher":
-        weights = corpus.text_weights(blend, num_samples)
-        for row in blend_rows(blend, weights, num_samples, corpus.sequence_length):
+        weights = text.text_weights(blend, num_samples)
+        for row in blend_rows(blend, weights, num_samples, text.sequence_length):
             say(f"{context.manifest.stage}: {row}")
     return samples

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.training import TrainingConfig
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.memory import payload_bytes_per_token, rank_parameters
@@ -50,12 +51,12 @@ class DiskSizes:
         settings = self.recipe.correct
         if settings is None:
             return 0.0
-        return self._training(self._num_parameters(self.base), settings.keep_checkpoints)
+        return self._training(self._num_parameters(self.base), settings)
 
     @cached_property
     def distillation(self) -> float:
         """The distilled student, its checkpoints, and a teacher that is corrected at the same time."""
-        student = self._training(self._num_student, self.recipe.distill.keep_checkpoints)
+        student = self._training(self._num_student, self.recipe.distill)
         return student + (self.correction if self.recipe.corrects_during_distillation else 0.0)
 
     @cached_property
@@ -86,10 +87,15 @@ class DiskSizes:
         on_disk = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         return on_disk or BYTES[self.recipe.precision] * self._num_parameters(arch)
 
-    def _training(self, num_parameters: int, keep_checkpoints: int) -> float:
+    def _training(self, num_parameters: int, settings: TrainingConfig) -> float:
         """Return the bytes of the model, the kept checkpoints, and the one that is being written.
 
         Checkpoints have float32 weights and moments.
         """
         size = BYTES[self.recipe.precision]
-        return size * num_parameters + (size + 12) * num_parameters * (keep_checkpoints + 1)
+        num_checkpoints = settings.keep_checkpoints + 1
+        if settings.valid_interval:
+            num_checkpoints += 1  # the best one
+        if settings.keep_every:
+            num_checkpoints += settings.steps // settings.keep_every
+        return size * num_parameters + (size + 12) * num_parameters * num_checkpoints

@@ -73,6 +73,12 @@ class StageGraph:
             )
         return self._manifests[name]
 
+    def add_settings(self, name: str, settings: dict[str, object]) -> None:
+        """Add settings to the manifest that the stage's artifact must have."""
+        manifest = self.manifest(name)
+        update = {"settings": {**manifest.settings, **settings}}
+        self._manifests[name] = manifest.model_copy(update=update)
+
     def _fingerprints(self, name: str) -> dict[str, str]:
         """Return the fingerprints of the user's files of a stage; each file is read once.
 

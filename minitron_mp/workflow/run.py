@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minitron_mp.artifacts.files import write_text
-from minitron_mp.artifacts.manifest import discard_checkpoints
+from minitron_mp.artifacts.manifest import discard_checkpoints, find_manifest
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import say, speaks
@@ -24,6 +24,7 @@ from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
+from minitron_mp.workflow.saved_steps import at_saved_step
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
@@ -34,14 +35,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
+def run_stage(name: str, recipe: Recipe, *, force: bool = False, step: str = "") -> Path:
     """Run one stage on all ranks of the job and return the path of its artifact.
 
-    Called on all ranks. A finished stage is skipped unless force is given.
+    Called on all ranks. A finished stage is skipped unless force is given. step: for evaluate and
+    export, a saved step of distill, or "best"; see saved_steps.py.
     """
     require_launcher()
     graph = StageGraph(recipe)
     graph.require_stage(name)
+    if step:
+        graph = at_saved_step(graph, step)
     graph.check_output(report=False)
     stage = graph.stages[name]
     if not stage.needs_ranks:
@@ -219,7 +223,12 @@ def _discard_checkpoints(graph: StageGraph) -> None:
     """Delete checkpoints of finished stages. They exist if the job was killed after the last save."""
     for name, stage in graph.stages.items():
         if stage.has_checkpoints:
-            discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
+            settings = graph.recipe.correct if name == "correct" else graph.recipe.distill
+            keep_every = settings.keep_every if settings else 0
+            written = find_manifest(graph.paths[name])
+            final = written.validation if written else None
+            folder = checkpoint_folder(graph.recipe, name)
+            discard_checkpoints(folder, graph.manifest(name), keep_every, final)
 
 
 def _write_report(graph: StageGraph) -> None:

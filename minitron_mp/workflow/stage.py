@@ -86,6 +86,8 @@ class Stage:
     """Whether an input or setting of the manifest adds results without changing the others."""
     has_checkpoints: bool = False
     """Whether the stage saves checkpoints below recipe.output while it runs."""
+    reads_saved_steps: bool = False
+    """Whether the command has --step, for the model of a saved step of distill."""
     progress: str = ""
     """File with a manifest below recipe.output in which the stage saves other progress; "" for none.
     """

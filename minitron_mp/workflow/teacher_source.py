@@ -27,6 +27,7 @@ from minitron_mp.models.sharded_model import DTYPES
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.context import StageContext, training_samples
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
+from minitron_mp.workflow.held_out_signals import receive_held_out, serve_held_out
 from minitron_mp.workflow.teacher_stream import (
     handshake,
     microbatch_ids,
@@ -71,12 +72,13 @@ def _streamed_teacher(context: StageContext, first_step: int, pairs: LayerPairs 
     say(f"distill: {copies} of the teacher, from job rank {link.teacher.first} on")
     blocks = pairs.blocks(recipe.parallel) if pairs else {recipe.parallel.pp - 1: [0]}
     stage_link = link.to_stages(blocks).get(world.groups.pp.rank())
-    receiver = None
+    receiver, head = None, _head(context)
+    held_out = receive_held_out(context, link, head)
     if stage_link is not None:
         ids = _local_ids(context, first_step)
         receiver = Receiver(stage_link, link.students[0], ids, world.device)
     return RemoteTeacher(
-        receiver, recipe.teacher.payload, _head(context), world, pairs, stream_end(context, link)
+        receiver, recipe.teacher.payload, head, world, pairs, stream_end(context, link), held_out
     )
 
 
@@ -134,29 +136,42 @@ def serve_students(context: StageContext) -> None:
             sender = Sender(link)
         else:
             sender = Senders(link.to_stages(blocks), blocks, link.shape.width)
-    serve(
-        context,
-        sender,
-        first_step,
-        window=link.window,
+    teacher = load_served_teacher(context, link.window, pairs, stream_end(context, link))
+    serve_held_out(context, teacher, link)
+    log_fp8_teacher_kl(context, teacher.model)
+    serve(context, teacher, sender, first_step)
+
+
+def load_served_teacher(
+    context: StageContext,
+    window: int,
+    pairs: LayerPairs | None = None,
+    stream_end: StreamEnd | None = None,
+) -> ServedTeacher:
+    """Load the teacher that serves signals. window: microbatches in the pipeline at once."""
+    recipe = context.recipe
+    return ServedTeacher(
+        context.teacher_model(fp8=recipe.teacher.fp8).freeze(),
+        signal_shape(context),
+        window,
+        top_k=recipe.teacher.top_k,
+        temperature=recipe.distill.temperature,
         pairs=pairs,
-        stream_end=stream_end(context, link),
+        stream_end=stream_end,
     )
 
 
 def serve(
     context: StageContext,
+    teacher: ServedTeacher,
     sender: SignalSender | None,
     first_step: int,
     *,
-    window: int,
     progress: Callable[[int], None] = lambda count: None,
-    pairs: LayerPairs | None = None,
-    stream_end: StreamEnd | None = None,
 ) -> None:
     """Run the teacher over all microbatches of distill from `first_step` on, and send its signals.
 
-    Called on all ranks that hold the teacher. window: microbatches in the pipeline at once.
+    Called on all ranks that hold the teacher.
     """
     recipe = context.recipe
     settings = recipe.distill
@@ -174,17 +189,6 @@ def serve(
         )
         return batch
 
-    model = context.teacher_model(fp8=recipe.teacher.fp8).freeze()
-    log_fp8_teacher_kl(context, model)
-    teacher = ServedTeacher(
-        model,
-        signal_shape(context),
-        window,
-        top_k=recipe.teacher.top_k,
-        temperature=settings.temperature,
-        pairs=pairs,
-        stream_end=stream_end,
-    )
-    ids, num_replicas = microbatch_ids(recipe, first_step), model.world.groups.dp.size()
-    with Prefetch(batch_of, ids.stop, stride=num_replicas, depth=window) as batch_ahead:
+    ids, num_replicas = microbatch_ids(recipe, first_step), teacher.model.world.groups.dp.size()
+    with Prefetch(batch_of, ids.stop, stride=num_replicas, depth=teacher.window) as batch_ahead:
         serve_signals(teacher, sender, batch_ahead, ids, progress=progress)

@@ -115,6 +115,7 @@ def stream_settings(
         "tokenizer": tokenizer,
         "seed": recipe.seed,
         "steps": recipe.distill.steps,
+        "valid_batches": recipe.distill.valid_batches if recipe.distill.valid_interval else 0,
         "global_batch_size": recipe.distill.global_batch_size,
         "temperature": recipe.distill.temperature,
         "states": recipe.distill.states and recipe.distill.states.model_dump(),

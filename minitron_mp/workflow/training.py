@@ -13,16 +13,17 @@ from pathlib import Path
 from minitron_mp.artifacts.checkpoint import model_state, prefixed, save_checkpoint
 from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.hf_folder import copy_assets_from
-from minitron_mp.artifacts.manifest import discard_checkpoints
+from minitron_mp.artifacts.manifest import Validation, discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import microbatches
 from minitron_mp.data.prefetch import Prefetch
-from minitron_mp.distillation.teacher import Teacher
+from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.evaluation.quality import Quality, compare
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.training.loop import train_one
@@ -31,7 +32,9 @@ from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import resume_step
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
+from minitron_mp.training.validation import Measure
 from minitron_mp.workflow.context import StageContext, training_samples
+from minitron_mp.workflow.held_out_signals import HeldOutText
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
 PROFILE = "profile"
@@ -78,21 +81,42 @@ def run_training(
         teacher = make_teacher(first_step, logs[0]) if make_teacher else None
         options = RunOptions(
             checkpoints,
-            context.manifest,
+            context.manifest.model_copy(update={"arch": model.arch}),
             seed=recipe.seed,
             on_step=on_step,
             extra_state=teacher if isinstance(teacher, TrainableTeacher) else None,
             work=_work(context, model.arch, settings, teacher),
+            measure=_measure(context, settings, teacher) if settings.valid_interval else None,
         )
         batches_ahead = stack.enter_context(Prefetch(batches_of, settings.steps))
+        traces = recipe.root / PROFILE
         try:
-            train_one(model, teacher, batches_ahead, settings, options, profile_folder=recipe.root / PROFILE)
+            validation = train_one(model, teacher, batches_ahead, settings, options, profile_folder=traces)
         except Preempted:
             _close(teacher)
             raise
         _close(teacher)
-    _write_artifact(context, model, teacher, files)
-    on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest))
+    _write_artifact(context, model, teacher, files, validation)
+    on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest, settings.keep_every, validation))
+
+
+def _measure(
+    context: StageContext, settings: DistillConfig | CorrectionConfig, teacher: Teacher | None
+) -> Measure:
+    """Return the function that measures a model on the held-out text.
+
+    The KL needs the signals of a frozen teacher for this text. A cache does not hold them.
+    """
+    text, dp = HeldOutText.open(context, settings), context.world.groups.dp
+    batches = [text.batches(number, dp.rank(), dp.size()) for number in range(settings.valid_batches)]
+    frozen: Teacher | None = teacher if isinstance(teacher, ColocatedTeacher) else None
+    if isinstance(teacher, RemoteTeacher):
+        frozen = teacher.held_out
+
+    def measure(model: ShardedModel) -> Quality:
+        return compare({"model": model}, frozen, batches, measure_teacher=False)["model"]
+
+    return measure
 
 
 def _batches_of(
@@ -121,7 +145,11 @@ def _close(teacher: Teacher | None) -> None:
 
 
 def _write_artifact(
-    context: StageContext, model: ShardedModel, teacher: Teacher | None, metrics_files: Sequence[Path]
+    context: StageContext,
+    model: ShardedModel,
+    teacher: Teacher | None,
+    metrics_files: Sequence[Path],
+    validation: Validation | None,
 ) -> None:
     """Write the trained model, the teacher if it was trained too, metrics and assets."""
     state = model_state(model.chunks, context.world)
@@ -134,9 +162,8 @@ def _write_artifact(
         for path in metrics_files:
             shutil.copy(path, folder / path.name)
 
-    save_checkpoint(
-        state, context.output, context.manifest.model_copy(update={"arch": model.arch}), add_files
-    )
+    manifest = context.manifest.model_copy(update={"arch": model.arch, "validation": validation})
+    save_checkpoint(state, context.output, manifest, add_files)
 
 
 def _work(

@@ -190,7 +190,7 @@ def test_metrics_page_lists_every_column():
     columns = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     logged = {field.name for kind in (StepMetrics, Throughput) for field in fields(kind)}
     logged -= {"measured", "divergence", "divergence_name"}
-    assert sorted(columns) == sorted({*logged, "time", "forward_kl"})
+    assert sorted(columns) == sorted({*logged, "time", "spike_over", "forward_kl"})
 
 
 def test_contributing_lists_rooms_in_import_order():

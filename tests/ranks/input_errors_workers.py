@@ -107,7 +107,8 @@ def loss(layout: Layout, arch: Arch, teacher: Path, checkpoints: Path) -> str:
         signals = ColocatedTeacher(load(arch, teacher, world))
         if world.is_last_stage:
             signals.model.last_chunk.decoder.final_layernorm.weight.fill_(torch.nan)
-        return refusal(lambda: Runner(world, signals, settings(layout))(arch, teacher, checkpoints))
+        chosen = settings(layout).model_copy(update={"max_skipped": 0})
+        return refusal(lambda: Runner(world, signals, chosen)(arch, teacher, checkpoints))
 
 
 def by_one(layout: Layout) -> str:

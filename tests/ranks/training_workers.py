@@ -358,6 +358,8 @@ class Runner:
     precision: str = "fp32"
     lr_in_manifest: int = 0
     """Something by which two runs can differ."""
+    measure: Any = None
+    """RunOptions.measure."""
 
     def __call__(
         self,
@@ -397,6 +399,7 @@ class Runner:
             seed=3,
             on_step=note,
             extra_state=extra_state,
+            measure=self.measure,
         )
         with suppress(Preempted):
             train_one(model, self.teacher, batches_of, chosen, options, stop_after=stop_after, **more)

@@ -322,6 +322,14 @@ MISTAKES: dict[str, list[Mistake]] = {
             "target.align=8",
         ),
         overrides("A trace of steps in the wrong order", "distill.profile.steps=[9, 3]"),
+        overrides("Validations between the checkpoints", "distill.valid_interval=4"),
+        overrides("Patience without validations", "distill.patience=3"),
+        overrides(
+            "Early stop with a remote teacher", *REMOTE, "distill.valid_interval=6", "distill.patience=3"
+        ),
+        overrides("Kept steps that have no checkpoint", "distill.keep_every=10"),
+        Mistake("A step that was not saved", ("--step", "12"), command="export", dry_run=False),
+        Mistake("The best step without validations", ("--step", "best"), command="evaluate", dry_run=False),
         overrides(
             "More steps of correction than of distillation",
             "correct={when: during, steps: 90, warmup_steps: 1}",

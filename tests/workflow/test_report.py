@@ -555,3 +555,28 @@ def test_divergence_has_its_own_name_in_table_and_figure(divergence):
     without_teacher = [{**row, "step": step} for step in (1, 2)]
     table = training_section(CORRECTION, without_teacher, [], divergence).parts[-1]
     assert table.header == ["step", "loss", "learning rate", "gradient norm"]
+
+
+def test_section_of_a_run_names_skipped_steps_spikes_and_validations():
+    """A skipped step has no loss and no gradient norm."""
+    row = {"lr": 1e-3, "num_tokens": 8, "step_time_s": 1.0, "tokens_per_s": 8.0}
+    logged = [
+        {"step": 1, "loss": 3.0, "grad_norm": 1.0, "valid_loss": 2.5, "valid_kl": 1.0, **row},
+        {"step": 2, "num_skipped": 1, **row},
+        {"step": 3, "loss": 9.0, "grad_norm": 1.0, "num_skipped": 1, "spike_over": 3.0, **row},
+        {
+            "step": 4,
+            "loss": 2.0,
+            "grad_norm": 1.0,
+            "num_skipped": 1,
+            "valid_loss": 2.6,
+            "valid_kl": 0.9,
+            **row,
+        },
+    ]
+    parts = training_section(DISTILLATION, logged, [], "forward_kl").parts
+    summary, loss_figure, held_out_figure, *_ = parts
+    assert "Steps without an update, because gradient or loss was not finite: 1. Loss spikes: 1." in summary
+    assert "Lowest held-out loss: 2.5000 at step 1." in summary
+    assert "loss from 3 to 2" in loss_figure.text
+    assert "loss from 2.5 to 2.6; KL to the teacher from 1 to 0.9" in held_out_figure.text

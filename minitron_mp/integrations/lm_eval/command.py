@@ -27,6 +27,7 @@ from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.report.tables import HARNESS_HEADER, harness_rows
 from minitron_mp.training.teacher_correction import PREFIX
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.saved_steps import at_saved_step
 from minitron_mp.workflow.stage_files import tokenizer_path
 
 SAVED_RESULTS = (
@@ -66,6 +67,8 @@ class HarnessOptions:
     max_length: int | None = None
     """Longest input of the model in tokens; default: data.sequence_length."""
     chat_template: bool = False
+    step: str = ""
+    """Saved step of distill, or "best"; "" for the final student."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
     from lm_eval.evaluator import simple_evaluate
 
     project = StageGraph(recipe)
+    if options.step:
+        project = at_saved_step(project, options.step)
     with join_world(recipe.parallel, seed=recipe.seed) as world, _quiet_on_other_ranks():
         stored = on_rank_0(lambda: _find_model(project, options.model))
         length = _checked_length(options.max_length or recipe.data.sequence_length, stored.arch)
@@ -120,6 +125,7 @@ def run_harness(recipe: Recipe, options: HarnessOptions) -> Path:
                 "num_fewshot": options.num_fewshot,
                 "max_length": length,
                 "chat_template": options.chat_template,
+                **({"step": project.manifest("evaluate").settings["step"]} if options.step else {}),
             },
             inputs=stored.made_from,
             arch=stored.arch,

@@ -15,7 +15,7 @@ from minitron_mp.report.figures.drawing import KEPT, PRUNED, drawing
 def training_figures(
     name: str, metrics: Sequence[Mapping[str, float]], divergence: str | None
 ) -> list[Figure]:
-    """Draw loss and divergence, learning rate, and gradient norm.
+    """Draw loss and divergence, loss on held-out text, learning rate, and gradient norm.
 
     metrics: one entry per logged step. divergence: its key in the metrics; None if it is not
     logged. Its line has a gap at steps without it.
@@ -23,7 +23,7 @@ def training_figures(
     steps = [row["step"] for row in metrics]
     if divergence is None:
         losses = {"loss": "loss"}
-    elif all(row["loss"] == row.get(divergence) for row in metrics):
+    elif all(row.get("loss") == row.get(divergence) for row in metrics):
         losses = {f"loss = {divergence}": "loss"}
     else:
         losses = {"loss": "loss", divergence: divergence}
@@ -33,6 +33,7 @@ def training_figures(
 
     return [
         _lines(f"{name}: loss", steps, curves(losses), "nats per token"),
+        *_held_out_figures(name, metrics),
         _lines(f"{name}: learning rate", steps, curves({"learning rate": "lr"}), "learning rate"),
         _lines(
             f"{name}: gradient norm",
@@ -41,6 +42,17 @@ def training_figures(
             "global norm before clipping",
         ),
     ]
+
+
+def _held_out_figures(name: str, metrics: Sequence[Mapping[str, float]]) -> list[Figure]:
+    """Draw the validations of a run; [] without validations."""
+    rows = [row for row in metrics if "valid_loss" in row]
+    if not rows:
+        return []
+    series = {"loss": [row["valid_loss"] for row in rows]}
+    if all("valid_kl" in row for row in rows):
+        series["KL to the teacher"] = [row["valid_kl"] for row in rows]
+    return [_lines(f"{name}: held-out loss", [row["step"] for row in rows], series, "nats per token")]
 
 
 def _lines(title: str, steps: Sequence[float], series: Mapping[str, Sequence[float]], unit: str) -> Figure:

@@ -28,7 +28,8 @@ def cache_teacher(context: StageContext) -> None:
     from minitron_mp.distillation.cache import Writer, write_index
     from minitron_mp.distillation.stream_layout import Grid
     from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
-    from minitron_mp.workflow.teacher_source import serve
+    from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
+    from minitron_mp.workflow.teacher_source import load_served_teacher, serve
     from minitron_mp.workflow.teacher_stream import microbatch_ids, signal_shape
 
     recipe, world = context.recipe, context.world
@@ -47,13 +48,9 @@ def cache_teacher(context: StageContext) -> None:
     failure: Exception | None = None
     with Tracker("cache", num_microbatches, "microbatches") as tracker:
         try:
-            serve(
-                context,
-                writer,
-                0,
-                window=recipe.parallel.pp,
-                progress=lambda count: tracker.advance(count * teacher.dp),
-            )
+            served = load_served_teacher(context, window=recipe.parallel.pp)
+            log_fp8_teacher_kl(context, served.model)
+            serve(context, served, writer, 0, progress=lambda count: tracker.advance(count * teacher.dp))
         except Exception as error:
             failure = error
     raise_on_all_ranks(failure)

@@ -36,5 +36,6 @@ EXPORT = Stage(
     inputs=("import", "distill"),
     settings=lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision},
     run=export_student,
+    reads_saved_steps=True,
     disk_bytes=lambda sizes: sizes.exported_student,
 )

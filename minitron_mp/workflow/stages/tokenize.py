@@ -99,7 +99,7 @@ def problems(files: StageFiles) -> list[str]:
     if recipe.search:
         calibration.append(recipe.search.num_samples)
     num_samples = {"calibration": max(calibration), "train": 0, "valid": recipe.evaluate.num_samples}
-    return short_texts(files, num_samples) or _blend_problems(files)
+    return short_texts(files, num_samples) or _blend_problems(files) or _short_validations(files)
 
 
 def _blend_problems(files: StageFiles) -> list[str]:
@@ -113,6 +113,23 @@ def _blend_problems(files: StageFiles) -> list[str]:
         return []
     problem = blend_problem("train", blend, recipe.distill.num_samples, recipe.data.sequence_length)
     return [problem] if problem else []
+
+
+def _short_validations(files: StageFiles) -> list[str]:
+    """Return a sentence for each training run whose validations need more held-out text."""
+    from minitron_mp.data.batches import too_short_problems
+
+    recipe = files.recipe
+    problems = []
+    for name, training in (("correct", recipe.correct), ("distill", recipe.distill)):
+        if training is None or not training.valid_interval:
+            continue
+        num_samples = training.valid_batches * training.global_batch_size
+        setting = f"{name}.valid_batches x global_batch_size"
+        problems += too_short_problems(
+            files.output, "valid", recipe.data.sequence_length, num_samples, setting=setting
+        )
+    return problems
 
 
 def short_texts(files: StageFiles, num_samples: dict[str, int]) -> list[str]:

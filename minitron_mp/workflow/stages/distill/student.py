@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minitron_mp.artifacts.curves import Curve
+from minitron_mp.artifacts.curves import CORRECTION, Curve
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
@@ -40,5 +40,7 @@ def distill_student(context: StageContext, curves: Sequence[Curve]) -> None:
 def _trainable_teacher(context: StageContext, on_step: OnStep) -> TrainableTeacher:
     settings = context.recipe.correct
     assert settings is not None
-    options = RunOptions(None, context.manifest, seed=context.recipe.seed, on_step=on_step)
+    # Without checkpoints the manifest only names the run in the log.
+    manifest = context.manifest.model_copy(update={"stage": CORRECTION.name})
+    options = RunOptions(None, manifest, seed=context.recipe.seed, on_step=on_step)
     return TrainableTeacher(TrainingRun(context.teacher_model(training=settings), None, settings, options))

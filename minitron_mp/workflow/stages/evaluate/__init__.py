@@ -45,5 +45,6 @@ EVALUATE = Stage(
     settings=settings,
     sources=lambda recipe: task_files({f"task {name}": path for name, path in recipe.evaluate.tasks.items()}),
     run=run,
+    reads_saved_steps=True,
     adds_results=adds_results,
 )
