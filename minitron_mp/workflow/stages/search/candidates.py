@@ -289,7 +289,9 @@ def _distill_together(
     for candidate, run in zip(part, runs):
         measured = quality[candidate.name]
         loss, kl = measured.loss, measured.kl
-        if run.steps_done < last_step or not math.isfinite(loss):
+        # After a divergence no step has an update, and the last weights may have a finite loss.
+        has_diverged = run.steps_done < last_step or run.num_skipped_in_a_row > 0
+        if has_diverged or not math.isfinite(loss):
             loss = kl = math.inf
             say(f"search: {candidate.name} is dropped, its loss is not finite")
         seconds = (time.monotonic() - start) / len(part)
