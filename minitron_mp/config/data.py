@@ -45,6 +45,8 @@ class DataConfig(Section):
     eod_mask_loss: bool = False
     """Leave the token after the end of a document out of all losses: the model cannot predict how the
     next document begins."""
+    document_mask: bool = False
+    """Tokens attend only to tokens of the same document. It needs `transformer_impl: local`."""
     tokenizer: UserPath | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
     model."""

@@ -213,6 +213,15 @@ def _must_be_multiple(key: str, length: int, section: str, parallel: ParallelCon
     )
 
 
+def document_mask_of_local_layers(recipe: Recipe) -> list[str]:
+    if not recipe.data.document_mask or recipe.transformer_impl == "local":
+        return []
+    return [
+        f"data.document_mask needs the local layers, transformer_impl is {recipe.transformer_impl}: those of "
+        "Transformer Engine need packed sequences; set transformer_impl: local, or drop document_mask"
+    ]
+
+
 RULES: tuple[Rule, ...] = (
     correction_trains_the_pruned_model,
     correction_during_distillation,
@@ -224,6 +233,7 @@ RULES: tuple[Rule, ...] = (
     early_stop_of_a_stream,
     *ENGINE_RULES,
     sequence_length_divides,
+    document_mask_of_local_layers,
 )
 
 RUN_RULES: tuple[Rule, ...] = (sizes_are_given, cosine_measures_nothing, divergence_of_top_k)

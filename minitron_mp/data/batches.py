@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -46,7 +46,7 @@ class Corpus:
     index_owner: str = ""
     """Subfolder for index files. Worlds of one job use different ones and never share a file."""
     data: DataConfig | None = None
-    """Section of the recipe with the shares of blends and the loss mask. Without it, size decides."""
+    """Section of the recipe with the shares of blends and the masks. Without it, size decides."""
     run_samples: int | None = None
     """Samples of the run for which `data` gives epochs and tokens. Default: those that are opened."""
 
@@ -74,12 +74,14 @@ def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -
     """Open at least num_samples samples of a part as a map-style dataset.
 
     Every rank must call it. A part of one prefix also works without torch.distributed. A sample is
-    {tokens, labels, position_ids: int64 [s], loss_mask: float32 [s]}. labels are the tokens shifted
-    by one. The order depends on seed, num_samples, the text and the shares. Several prefixes are
-    mixed evenly: in proportion to their sizes, or to the shares of the texts of a blend, whose
-    prefixes are mixed in proportion to their sizes. repeat: allow several epochs, each in Megatron's
-    shuffled order. Without repeat, InputError if one epoch has fewer samples. InputError for shares
-    that do not fit num_samples.
+    {tokens, labels, position_ids: int64 [s], loss_mask: float32 [s]}, with data.document_mask also
+    documents: int64 [s]. labels are the tokens shifted by one. The order depends on seed,
+    num_samples, the text and the shares.
+
+    Several prefixes are mixed evenly: in proportion to their sizes, or to the shares of the texts of
+    a blend, whose prefixes are mixed in proportion to their sizes. repeat: allow several epochs, each
+    in Megatron's shuffled order. Without repeat, InputError if one epoch has fewer samples.
+    InputError for shares that do not fit num_samples.
     """
     length = corpus.sequence_length
     problems = too_short_problems(corpus.folder, part, length, 0 if repeat else num_samples)
@@ -213,8 +215,10 @@ def _blended_dataset(
         mid_level_dataset_surplus=len(prefixes) / num_samples,
     )
     builder = BlendedMegatronDatasetBuilder(MappedSamples, [num_samples, 0, 0], lambda: True, config)
+    has_documents = corpus.data is not None and corpus.data.document_mask
     try:
-        return builder.build()[0]
+        samples = builder.build()[0]
+        return _WithDocuments(samples, corpus.tokenizer.eod) if has_documents else samples
     except Exception as error:
         # Megatron replaces an OSError, such as a full disk, by a plain Exception on rank 0.
         cause = error if isinstance(error, OSError) else error.__cause__
@@ -223,6 +227,21 @@ def _blended_dataset(
         raise InputError(
             f"{index}, the order of the samples, cannot be written: {os_error_text(cause)}; check the disk"
         ) from error
+
+
+class _WithDocuments(Dataset):
+    """Samples with the number of the document of each token."""
+
+    def __init__(self, samples: Dataset, eod: int):
+        self.samples, self.eod = samples, eod
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.samples))
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        sample = self.samples[number]
+        is_end = sample["tokens"] == self.eod
+        return {**sample, "documents": is_end.cumsum(0) - is_end.long()}
 
 
 def microbatches(
@@ -237,7 +256,8 @@ def microbatches(
 ) -> list[Batch]:
     """Return the microbatches of this data-parallel rank in a step. Steps count from 0.
 
-    Each has tokens, labels, position_ids int64 [b, s] and loss_mask float32 [b, s]. A step reads
+    Each has tokens, labels, position_ids int64 [b, s] and loss_mask float32 [b, s], and documents if
+    the samples have them. A step reads
     samples [step * global_batch_size, (step + 1) * global_batch_size). Microbatches contain
     consecutive samples, and rank m % dp_size has microbatch m. limit: number of samples of the
     last, partial batch. Later samples are replaced by sample 0 with loss_mask 0, so that all ranks
@@ -254,6 +274,7 @@ def microbatches(
 def _microbatch(dataset: Dataset, ids: range, limit: int | None) -> Batch:
     is_real = [limit is None or i < limit for i in ids]
     rows = [dataset[i if real else 0] for i, real in zip(ids, is_real)]
-    batch = {key: torch.stack([row[key] for row in rows]) for key in KEYS}
+    keys = [*KEYS, "documents"] if "documents" in rows[0] else KEYS
+    batch = {key: torch.stack([row[key] for row in rows]) for key in keys}
     batch["loss_mask"] *= torch.tensor(is_real)[:, None]
     return cast(Batch, batch)

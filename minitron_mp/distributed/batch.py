@@ -18,6 +18,9 @@ class Batch(TypedDict, total=False):
     """int64."""
     loss_mask: Tensor
     """float32, 1 for valid tokens."""
+    documents: Tensor
+    """int64, number of the document of each token. All ranks have complete sequences. Tokens attend
+    only to their document. Without it they attend to all earlier tokens."""
     teacher_signal: object
     """distillation.teacher.TeacherSignal; read it with signal_of()."""
     rows: Tensor

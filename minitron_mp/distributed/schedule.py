@@ -69,12 +69,15 @@ def run_schedule(
 def local_batch(batch: Batch, world: World) -> Batch:
     """Return this context-parallel rank's part of a batch, on its device.
 
-    labels and loss_mask are transposed to [s/cp, b]. Further keys are not changed.
+    labels and loss_mask are transposed to [s/cp, b]. documents stay complete. Further keys are not
+    changed.
     """
     local: dict[str, Any] = {}
     for key, value in cast(dict[str, Any], batch).items():
         if key in ("tokens", "labels", "position_ids", "loss_mask"):
             value = context_parallel_slice(value.to(world.device, non_blocking=True), 1, world.groups.cp)
+        elif key == "documents":
+            value = value.to(world.device, non_blocking=True)
         local[key] = value.transpose(0, 1) if key in ("labels", "loss_mask") else value
     return cast(Batch, local)
 
@@ -84,7 +87,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable]:
     batch = local_batch(next(iterator), world)
     on_batch(batch)
-    output = model(batch["tokens"], batch["position_ids"], None)
+    output = model(batch["tokens"], batch["position_ids"], batch.get("documents"))
 
     def finish(output: Tensor, non_loss_data: bool = False) -> object:
         return on_output(output.transpose(0, 1), batch) if on_output else None

@@ -78,14 +78,15 @@ class Attention(nn.Module):
         """Return the attention output [s, b, np/tp hn].
 
         query [s, b, np/tp, hn]. key, value [s, b, ng/tp, hn]. Under context parallelism s is s/cp,
-        in zig-zag order.
+        in zig-zag order. attention_mask: `documents` of the batch, [b, s], or None.
         """
         s, b = query.shape[:2]
         mask = None
         if self.cp.size() > 1:
             key = self._gather_sequence(key)
             value = self._gather_sequence(value)
-            mask = self._causal_mask(s, key.shape[0], query.device)
+        if self.cp.size() > 1 or attention_mask is not None:
+            mask = self._mask(s, key.shape[0], query.device, attention_mask)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q,
@@ -98,12 +99,27 @@ class Attention(nn.Module):
         )
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
-    def _causal_mask(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-        """Return bool [s/cp, s]: whether a query of this rank may attend to a key."""
-        size, rank, half = self.cp.size(), self.cp.rank(), num_queries // 2
+    def _mask(
+        self, num_queries: int, num_keys: int, device: torch.device, documents: Tensor | None
+    ) -> Tensor:
+        """Return bool [s/cp, s], or [b, 1, s/cp, s] for documents: whether a query of this rank may
+        attend to a key.
+        """
+        positions = self._positions(num_queries, device)
+        causal = positions[:, None] >= torch.arange(num_keys, device=device)
+        if documents is None:
+            return causal
+        same_document = documents[:, positions, None] == documents[:, None, :]
+        return (same_document & causal)[:, None]
+
+    def _positions(self, num_queries: int, device: torch.device) -> Tensor:
+        """Return the positions in the sequence of this rank's queries."""
+        size, rank = self.cp.size(), self.cp.rank()
+        if size == 1:
+            return torch.arange(num_queries, device=device)
+        half = num_queries // 2
         rows = torch.arange(half, device=device)
-        positions = torch.cat([rank * half + rows, (2 * size - 1 - rank) * half + rows])
-        return positions[:, None] >= torch.arange(num_keys, device=device)
+        return torch.cat([rank * half + rows, (2 * size - 1 - rank) * half + rows])
 
     def _gather_sequence(self, x: Tensor) -> Tensor:
         """Gather x [s/cp, ...], in zig-zag order, into [s, ...] in sequence order."""

@@ -154,7 +154,8 @@ class _Walk:
             for layer, block in layers.items():
                 runs |= {key: runs[BASE] for key, branch in self.branch.items() if branch == layer}
                 for key in [key for key in runs if layer not in self.missing[key]]:
-                    output = block(**self.arguments[number] | {"hidden_states": runs[key]})
+                    replaced = {"hidden_states": runs[key], "attention_mask": batch.get("documents")}
+                    output = block(**self.arguments[number] | replaced)
                     runs[key] = output[0] if isinstance(output, tuple) else output
             if chunk.post_process:
                 for key, x in runs.items():
@@ -186,7 +187,7 @@ def _arguments_of_layers(chunks: list[Any], world: World, batches: Sequence[Batc
     """Return the arguments that Megatron passes to the layers of each chunk (rotary embeddings).
 
     They are recorded in one forward pass, and depend only on the sequence length. The hidden states
-    among them are replaced by the caller.
+    and the mask among them are replaced by the caller.
     """
     recorded: list[dict[str, Any]] = [{} for _ in chunks]
 

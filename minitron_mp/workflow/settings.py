@@ -25,6 +25,7 @@ def run_settings(recipe: Recipe) -> dict[str, object]:
         "precision": recipe.precision,
         "seed": recipe.seed,
         "sequence_length": recipe.data.sequence_length,
+        **({"document_mask": True} if recipe.data.document_mask else {}),
     }
 
 

@@ -124,6 +124,7 @@ def stream_settings(
         "teacher ranks": str(link.teacher),
         **{name: str(value) for name, value in vars(link.shape).items()},
         "window": link.window,
+        "document_mask": recipe.data.document_mask,
         **blend_settings(recipe, "train"),
         "context parallel order": "zig-zag",
         "stream version": STREAM_VERSION,

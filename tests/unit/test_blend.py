@@ -114,7 +114,15 @@ def test_shares_belong_to_the_stages_that_read_samples():
 
     def settings(**texts: object) -> dict[str, dict[str, object]]:
         data = {"calibration": ["a"], "train": ["b"], "valid": ["c"], **texts}
-        recipe = make_recipe({**values, "data": data, "correct": {}, "teacher": {"placement": "cached"}})
+        recipe = make_recipe(
+            {
+                **values,
+                "data": data,
+                "correct": {},
+                "teacher": {"placement": "cached"},
+                "transformer_impl": "local",
+            }
+        )
         stages = (TOKENIZE, CORRECT, SCORE, CACHE, DISTILL, EVALUATE)
         return {stage.name: stage.settings(recipe) for stage in stages}
 
@@ -130,6 +138,8 @@ def test_shares_belong_to_the_stages_that_read_samples():
             assert changed[name] == {**plain[name], f"{part} shares": [3.0, 1.0]}
     masked = settings(eod_mask_loss=True)
     assert {name for name in plain if masked[name] != plain[name]} == {"correct", "distill", "evaluate"}
+    masked = settings(document_mask=True)
+    assert {name for name in plain if masked[name] == plain[name]} == {"data"}
     budget = settings(train={"b": "2 epochs", "d": 1})["correct"]
     assert (budget["train shares"], budget["samples of distill"]) == (["2 epochs", 1.0], 400)
 
@@ -150,6 +160,19 @@ def test_end_of_document_can_be_left_out_of_the_loss(tmp_path, one_rank):
             assert sample["loss_mask"].tolist() == (~is_end if eod_mask_loss else is_end | True).tolist()
             masks.append(sample["loss_mask"].sum())
     assert sum(masks[40:]) < sum(masks[:40]) == 40 * S
+
+
+def test_documents_of_a_sample_are_numbered(tmp_path, one_rank):
+    (tmp_path / "text.jsonl").write_text('{"text": "abcde"}\n' * 50)
+    texts = {part: [str(tmp_path / "text.jsonl")] for part in ("calibration", "train", "valid")}
+    data = DataConfig(**texts, sequence_length=S, document_mask=True)
+    tokenize_corpus(data, TOKENIZER, tmp_path / "data", 1)
+    samples = open_samples(Corpus(tmp_path / "data", TOKENIZER, S, 1, data=data), "train", 8, repeat=True)
+    sizes = {"global_batch_size": 8, "micro_batch_size": 4, "dp_rank": 0, "dp_size": 1}
+    for batch in microbatches(samples, 0, **sizes):
+        for tokens, documents in zip(batch["tokens"].tolist(), batch["documents"].tolist()):
+            ends = [0, *(int(token == TOKENIZER.eod) for token in tokens[:-1])]
+            assert documents == np.cumsum(ends).tolist()
 
 
 def test_held_out_blend_never_repeats(tmp_path, one_rank):

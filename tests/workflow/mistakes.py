@@ -242,6 +242,7 @@ MISTAKES: dict[str, list[Mistake]] = {
             ("data.calibration=[text]", "data.train={text: 3, ./text: 1}", "data.valid=[text]"),
             edit_recipe(data={"sequence_length": 32}),
         ),
+        overrides("A document mask without the local layers", "data.document_mask=true"),
         overrides("Held-out text that does not exist", "data.held_out={news: [nowhere]}"),
         overrides("Samples longer than the model's positions", "data.sequence_length=256"),
         overrides("A held-out part of more than half", "data.valid_fraction=0.7"),
