@@ -55,8 +55,22 @@ World = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
 
 
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="make only this share of the shards, for job arrays: 1/16 to 16/16; without it the command "
+        "makes missing shards and puts all together",
+    ),
+]
+
+
 def _add_command(stage: Stage) -> None:
     help_text = stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
+    if stage.run_share is not None:
+        _add_shared_command(stage, help_text)
+        return
 
     @app.command(stage.name, help=help_text)
     def command(
@@ -66,14 +80,37 @@ def _add_command(stage: Stage) -> None:
         world: World = None,
         force: Force = False,
     ) -> None:
+        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force)
+
+
+def _add_shared_command(stage: Stage, help_text: str) -> None:
+    @app.command(stage.name, help=help_text)
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        world: World = None,
+        force: Force = False,
+        shard: ShardOption = None,
+    ) -> None:
         resolved = load_recipe(recipe, overrides or [])
-        if dry_run:
-            _dry_run(resolved, world, stage.name)
+        if shard is None or dry_run:
+            _run_stage(stage.name, resolved, dry_run, world, force)
             return
         _refuse_world(world)
-        from minitron_mp.workflow.run import run_stage
+        from minitron_mp.workflow.shares import run_share
 
-        run_stage(stage.name, resolved, force=force)
+        run_share(stage.name, resolved, shard, force=force)
+
+
+def _run_stage(name: str, recipe: Recipe, dry_run: bool, world: int | None, force: bool) -> None:
+    if dry_run:
+        _dry_run(recipe, world, name)
+        return
+    _refuse_world(world)
+    from minitron_mp.workflow.run import run_stage
+
+    run_stage(name, recipe, force=force)
 
 
 for _stage in STAGES:

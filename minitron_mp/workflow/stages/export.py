@@ -36,5 +36,6 @@ EXPORT = Stage(
     inputs=("import", "distill"),
     settings=lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision},
     run=export_student,
+    any_ranks=True,
     disk_bytes=lambda sizes: sizes.exported_student,
 )
