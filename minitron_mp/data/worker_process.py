@@ -11,20 +11,31 @@ import os
 import pickle
 import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from minitron_mp.artifacts.writer_processes import end_with_parent
 from minitron_mp.errors import InputError, os_error_text
 
+STOP_SIGNAL = signal.SIGUSR2
+"""Signal with which the parent ends a worker. The worker deletes its unfinished shard and its lock."""
+
 
 def main() -> None:
     """Make shards until the parent closes the standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C does
-    end_with_parent(int(sys.argv[1]))
+    # Ctrl-C and Slurm signal all processes of a job. The parent decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(STOP_SIGNAL, _leave)
+    end_with_parent(int(sys.argv[1]), at_once=True)
     replies = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not mix with the replies
 
     def reply(**content: object) -> None:
-        os.write(replies, json.dumps(content).encode() + b"\n")
+        try:
+            os.write(replies, json.dumps(content).encode() + b"\n")
+        except BrokenPipeError:  # the parent has ended
+            raise SystemExit(1) from None
 
     store = pickle.load(sys.stdin.buffer)
     while True:
@@ -39,6 +50,10 @@ def main() -> None:
         except InputError as error:
             return reply(error=str(error))
         reply(done=shard.number)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

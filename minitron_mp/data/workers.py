@@ -22,6 +22,7 @@ from minitron_mp.console import say
 from minitron_mp.data.documents import BATCH_CHARACTERS
 from minitron_mp.data.shards import Shard, ShardStore
 from minitron_mp.data.tokenize import Progress
+from minitron_mp.data.worker_process import STOP_SIGNAL
 from minitron_mp.distributed.job import num_cpus, worker_environment
 from minitron_mp.errors import InputError
 
@@ -29,6 +30,9 @@ CHARACTERS_PER_THREAD = 1 << 19
 """Characters of a batch for each thread of a worker. Less memory than one large batch needs."""
 
 REPLY_BYTES = 1 << 16
+
+STOP_S = 10.0
+"""Time in which a worker deletes its unfinished shard and ends."""
 
 
 def make_shards(
@@ -47,7 +51,7 @@ def make_shards(
     num_threads = max(1, num_cpus() // num_workers)
     characters = min(BATCH_CHARACTERS, CHARACTERS_PER_THREAD * num_threads)
     content = pickle.dumps(replace(store, job=replace(store.job, batch_characters=characters)))
-    say(f"{len(shards)} shards, {num_workers} workers with {num_threads} threads each")
+    say(f"workers: {num_workers}, threads of each: {num_threads}, shards to make: {len(shards)}")
     workers: list[_Worker] = []
     try:
         remaining = deque(shards)
@@ -57,7 +61,9 @@ def make_shards(
         _serve(workers, remaining, progress)
     finally:
         for worker in workers:
-            worker.stop()
+            worker.process.send_signal(STOP_SIGNAL)
+        for worker in workers:
+            worker.wait()
 
 
 def _serve(workers: list[_Worker], remaining: deque[Shard], progress: Progress | None) -> None:
@@ -117,12 +123,15 @@ class _Worker:
                 raise InputError(reply["error"])
         return replies
 
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
+    def wait(self) -> None:
+        """Wait until the process has ended after STOP_SIGNAL, and kill it if it does not end."""
         with suppress(OSError):  # the pipe is broken
             self.requests.close()
-        self.process.wait()
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
 

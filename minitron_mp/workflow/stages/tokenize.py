@@ -80,7 +80,8 @@ def tokenize_share(files: StageFiles, share: Share, *, held_out: bool) -> None:
     hashes = FileHashes(files.recipe.root)
     missing = [shard for shard in own if not store.is_done(shard, hashes)]
     stage = files.manifest.stage
-    say(f"{stage}: {len(shards)} shards, {len(own)} in share {share}, {len(own) - len(missing)} of them done")
+    done = len(own) - len(missing)
+    say(f"{stage}: share {share} has {len(own)} of {len(shards)} shards, of which {done} are done")
     make_shards(store, missing, files.recipe.data.workers, _Progress(files, len(missing)))
     say(f"{stage}: share {share} is done; `minitron-mp {stage}` puts all shards together")
 
