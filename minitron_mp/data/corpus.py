@@ -19,6 +19,7 @@ import numpy as np
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.documents import TextSettings
+from minitron_mp.data.indexed_files import lengths_of
 from minitron_mp.data.sources import PARTS, Sources, TextFile, find_sources, unused_text
 from minitron_mp.data.tokenize import (
     Progress,
@@ -107,7 +108,12 @@ def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[
     not_used = unused_text(text.sources)
     not_used.update(written.not_used)
     not_used.save(folder)
-    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)) for part in parts}
+    counts = {}
+    for part in parts:
+        # Written datasets are not opened by Megatron, whose import takes longer than a small text.
+        counts[part] = int(lengths_of(folder / part).sum(dtype=np.int64)) if part in written.parts else 0
+        counts[part] += sum(tokens_of(prefix)[0] for prefix in parts[part] if prefix != part)
+    return counts
 
 
 def _check_not_empty(
