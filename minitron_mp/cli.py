@@ -62,26 +62,30 @@ Step = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
 
 
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="make only this share of the shards, for job arrays: 1/16 to 16/16; without it the command "
+        "makes missing shards and puts all together",
+    ),
+]
+
+
 def _add_command(stage: Stage) -> None:
+    """Add the command of a stage, with --shard or --step if the stage has them."""
     help_text = stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
+    if stage.run_share is not None:
+        _add_command_with_shard(stage, help_text)
+    elif stage.reads_saved_steps:
+        _add_command_with_step(stage, help_text)
+    else:
+        _add_plain_command(stage, help_text)
 
-    def command_with_step(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        dry_run: DryRun = False,
-        world: World = None,
-        force: Force = False,
-        step: Step = "",
-    ) -> None:
-        resolved = load_recipe(recipe, overrides or [])
-        if dry_run:
-            _dry_run(resolved, world, stage.name)
-            return
-        _refuse_world(world)
-        from minitron_mp.workflow.run import run_stage
 
-        run_stage(stage.name, resolved, force=force, step=step)
-
+def _add_plain_command(stage: Stage, help_text: str) -> None:
+    @app.command(stage.name, help=help_text)
     def command(
         recipe: RecipeFile,
         overrides: Overrides = None,
@@ -89,9 +93,52 @@ def _add_command(stage: Stage) -> None:
         world: World = None,
         force: Force = False,
     ) -> None:
-        command_with_step(recipe, overrides, dry_run, world, force)
+        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force)
 
-    app.command(stage.name, help=help_text)(command_with_step if stage.reads_saved_steps else command)
+
+def _add_command_with_step(stage: Stage, help_text: str) -> None:
+    @app.command(stage.name, help=help_text)
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        world: World = None,
+        force: Force = False,
+        step: Step = "",
+    ) -> None:
+        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force, step)
+
+
+def _add_command_with_shard(stage: Stage, help_text: str) -> None:
+    @app.command(stage.name, help=help_text)
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        world: World = None,
+        force: Force = False,
+        shard: ShardOption = None,
+    ) -> None:
+        resolved = load_recipe(recipe, overrides or [])
+        if shard is None or dry_run:
+            _run_stage(stage.name, resolved, dry_run, world, force)
+            return
+        _refuse_world(world)
+        from minitron_mp.workflow.shares import run_share
+
+        run_share(stage.name, resolved, shard, force=force)
+
+
+def _run_stage(
+    name: str, recipe: Recipe, dry_run: bool, world: int | None, force: bool, step: str = ""
+) -> None:
+    if dry_run:
+        _dry_run(recipe, world, name)
+        return
+    _refuse_world(world)
+    from minitron_mp.workflow.run import run_stage
+
+    run_stage(name, recipe, force=force, step=step)
 
 
 for _stage in STAGES:

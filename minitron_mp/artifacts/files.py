@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,24 @@ def fingerprint_files(paths: list[Path]) -> str:
         size = path.stat().st_size
         # The bytes of a name are the same in every locale, also if they are not UTF-8.
         digest.update(os.fsencode(path.name) + f":{size};".encode())
-        is_sampled = size > SAMPLED_ABOVE_BYTES
-        with path.open("rb") as file:
-            while part := file.read(SAMPLE_BYTES if is_sampled else SAMPLE_EVERY_BYTES):
-                digest.update(part)
-                if is_sampled:
-                    file.seek(SAMPLE_EVERY_BYTES - SAMPLE_BYTES, os.SEEK_CUR)
+        for part in _hashed_parts(path, size):
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def hash_content(path: Path) -> str:
+    """Return a hash of the content of a file, of samples if it is over 1 GiB."""
+    digest = hashlib.sha256()
+    for part in _hashed_parts(path, path.stat().st_size):
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _hashed_parts(path: Path, size: int) -> Iterator[bytes]:
+    """Yield the content of a file, or 64 KiB of every 2 MiB of a file over 1 GiB."""
+    is_sampled = size > SAMPLED_ABOVE_BYTES
+    with path.open("rb") as file:
+        while part := file.read(SAMPLE_BYTES if is_sampled else SAMPLE_EVERY_BYTES):
+            yield part
+            if is_sampled:
+                file.seek(SAMPLE_EVERY_BYTES - SAMPLE_BYTES, os.SEEK_CUR)

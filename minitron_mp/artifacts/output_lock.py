@@ -46,14 +46,20 @@ class Owner:
     since: str
 
 
+def holds_lock(folder: Path) -> bool:
+    """Return whether this process holds the lock of a folder."""
+    owner = read_owner(folder / LOCK)
+    return owner is not None and owner.process == this_process()
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Hold the lock of an existing folder in this context; for one process of a job.
 
-    InputError while another job holds it. It waits until a lock that a dead process on another host
-    may have left is old enough.
+    name: file name of the lock, for a folder with several locks. InputError while another job holds
+    it. It waits until a lock that a dead process on another host may have left is old enough.
     """
-    lock = folder / LOCK
+    lock = folder / name
     owner = Owner(this_process(), uuid.uuid4().hex, time.strftime("%Y-%m-%d %H:%M:%S"))
     _acquire(lock, owner)
     stop = threading.Event()
@@ -134,8 +140,11 @@ def _refusal(lock: Path, owner: Owner | None) -> str:
         stop = f"cancel it (scancel {owner.process.job.split()[-1]})"
     elif owner:
         stop = f"stop it (kill {owner.process.pid} on {owner.process.host})"
+    folder = f"the output folder {lock.parent}"
+    if lock.name != LOCK:
+        folder = f"{lock.with_name(lock.stem.removeprefix('.'))}"
     return (
-        f"the output folder {lock.parent} is in use: {_name(owner)} has been running in it{since}; wait "
+        f"{folder} is in use: {_name(owner)} has been running in it{since}; wait "
         f"for its end, {stop or 'stop it'}, or set another output. If no such process exists, delete {lock}"
     )
 

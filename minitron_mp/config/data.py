@@ -50,6 +50,9 @@ class DataConfig(Section):
     tokenizer: UserPath | None = None
     """Hugging Face tokenizer folder or sentencepiece .model file. Default: the tokenizer of the
     model."""
+    workers: int | None = Field(default=None, ge=1, json_schema_extra=NOT_IN_RESULT)
+    """Processes that tokenize a text of more than 256 MiB. Default: one for each CPU of the process,
+    but at most one for each shard. The result does not depend on it."""
     held_out: dict[str, UserPaths] = {}
     """Further texts for `evaluate`: name -> files or folders, as for `source`. Example:
     {pretraining: [old/]}."""

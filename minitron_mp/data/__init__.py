@@ -7,7 +7,13 @@ records         texts of JSON lines, JSON arrays and parquet tables
 documents       documents of a text file, and their parts
 unused          counts of text that is not used
 checks          problems of the text before a run
-corpus          tokenize_corpus: documents to Megatron's indexed datasets
+file_hashes     hashes of text files, remembered between starts
+tokenize        write_parts: documents to token ids, in one process
+indexed_files   Megatron's indexed datasets: write and put together
+shards          shards of a large text: divide, make, put together
+workers         processes that make shards
+worker_process  the program of such a process
+corpus          tokenize_corpus: text to Megatron's indexed datasets
 held_out        held-out parts of a fixed number of tokens
 tokenizer       load_tokenizer: Hugging Face or sentencepiece
 blend           samples of each text of a blend

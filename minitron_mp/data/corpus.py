@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,14 +18,21 @@ import numpy as np
 
 from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.documents import Document, next_batch, part_of, read_documents
+from minitron_mp.data.documents import TextSettings
 from minitron_mp.data.held_out import limit_held_out
-from minitron_mp.data.sources import PARTS, Sources, find_sources, set_names, unused_text
+from minitron_mp.data.indexed_files import lengths_of
+from minitron_mp.data.sources import PARTS, Sources, TextFile, find_sources, set_names, unused_text
+from minitron_mp.data.tokenize import (
+    Progress,
+    TextJob,
+    WrittenText,
+    files_to_tokenize,
+    text_job,
+    write_parts,
+)
 from minitron_mp.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     from minitron_mp.data.tokenizer import Tokenizer
 
 PARTS_FILE = "parts.json"
@@ -43,89 +49,85 @@ def tokenize_corpus(
     *,
     held_out: bool = False,
     output: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, int]:
     """Write the three parts into a folder, and return the number of tokens of each part.
 
     One process calls it. held_out: write the texts of data.held_out instead. output: output folder
     of the run, which is not read if a folder of text contains it. progress: called with the number
-    of finished documents. The part of a document of data.source depends on a hash of seed and its
-    name, which is the same on every machine. A text begins with bos if the tokenizer adds bos, and
-    ends with eod. Megatron data is not changed. InputError for a missing path, an invalid line, a
-    part without documents, or an id without embedding.
+    of documents of each batch. Megatron data of a part is not copied. InputError for a missing
+    path, an invalid line, a part without documents, or an id without embedding.
     """
+    text = open_text_of(data, tokenizer, seed, held_out=held_out, output=output)
+    folder.mkdir(parents=True, exist_ok=True)
+    return finish_corpus(text, write_parts(text.files, text.job, folder, progress), folder)
+
+
+@dataclass(frozen=True)
+class CorpusText:
+    """The text of a recipe before it is tokenized."""
+
+    data: DataConfig
+    held_out: bool
+    sources: Sources
+    job: TextJob
+
+    @property
+    def files(self) -> list[TextFile]:
+        """All files that are tokenized or divided, in order."""
+        return files_to_tokenize(self.sources)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts, or the names in data.held_out."""
+        return tuple(self.data.held_out) if self.held_out else PARTS
+
+
+def open_text_of(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, *, held_out: bool = False, output: Path | None = None
+) -> CorpusText:
+    """Return the text of a recipe, as for tokenize_corpus(). InputError for text that cannot be used."""
     sources = find_sources(data, held_out, output)
-    not_used = unused_text(sources)
     for source in sources.values():
         for prefix in source.prefixes:
             check_ids(prefix, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = _PartWriter(folder, tokenizer.vocab_size)
-    documents = read_documents(sources, data.valid_fraction, seed, field=data.text_field, not_used=not_used)
-    num_documents = 0
-    batch = next_batch(documents)
-    while batch:
-        for document, ids in zip(batch, _encode(tokenizer, batch)):
-            writer.add(document.part, ids)
-        num_documents += len(batch)
-        if progress:
-            progress(num_documents)
-        batch = next_batch(documents)
-    for prefix in sources["source"].prefixes if "source" in sources else []:
-        for number, ids in enumerate(_tokenized_documents(prefix)):
-            part = part_of(f"{seed}:{Path(prefix).name}:{number}", data.valid_fraction)
-            writer.add(part, ids)
-            num_documents += 1
-    writer.finish()
+    settings = TextSettings(data.valid_fraction, seed, data.text_field)
+    return CorpusText(data, held_out, sources, text_job(sources, tokenizer, settings))
 
+
+def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[str, int]:
+    """Write parts.json and text.json beside the datasets, and return the tokens of each part.
+
+    written: what write_parts() wrote into the folder.
+    """
+    data = text.data
     parts: dict[str, list[list[str]]] = {}
-    for part in data.held_out if held_out else PARTS:
+    for part in text.parts:
         parts[part] = []
-        for name in [part] if held_out else set_names(data, part):
-            written = [name] if name in writer.builders else []
-            parts[part].append(written + (sources[name].prefixes if name in sources else []))
-    _check_not_empty(parts, data, sources, num_documents)
-    if data.valid_tokens is not None and not held_out:
+        for name in [part] if text.held_out else set_names(data, part):
+            datasets = [name] if name in written.parts else []
+            parts[part].append(datasets + (text.sources[name].prefixes if name in text.sources else []))
+    _check_not_empty(parts, data, text.sources, written.num_documents)
+    if data.valid_tokens is not None and not text.held_out:
+        seed = text.job.settings.seed
         limit_held_out(folder, {part: texts[0] for part, texts in parts.items()}, data.valid_tokens, seed)
     content = {part: texts[0] if data.shares(part) is None else texts for part, texts in parts.items()}
     write_text(folder / PARTS_FILE, json.dumps(content, indent=1))
+    not_used = unused_text(text.sources)
+    not_used.update(written.not_used)
     not_used.save(folder)
-    return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)) for part in parts}
+    return {
+        part: sum(_num_tokens(folder, prefix) for texts_of_part in texts for prefix in texts_of_part)
+        for part, texts in parts.items()
+    }
 
 
-def _encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[np.ndarray]:
-    """Yield the token ids of each document, with bos and eod. InputError for an id without embedding."""
-    beginning = [] if tokenizer.bos is None else [tokenizer.bos]
-    for document, ids in zip(batch, tokenizer.encode([document.text for document in batch])):
-        unknown = tokenizer.id_without_embedding(ids)
-        if unknown is not None:
-            place = document.place_of(tokenizer.token_of(unknown))
-            raise InputError(f"{place} {tokenizer.no_embedding(unknown)}")
-        yield np.array([*beginning, *ids, tokenizer.eod])
-
-
-class _PartWriter:
-    """Writes documents of several parts, each as an indexed dataset."""
-
-    def __init__(self, output: Path, vocab_size: int):
-        self.output = output
-        self.vocab_size = vocab_size
-        self.builders: dict[str, IndexedDatasetBuilder] = {}
-
-    def add(self, part: str, ids: np.ndarray) -> None:
-        """Append a document."""
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        if part not in self.builders:
-            self.builders[part] = IndexedDatasetBuilder(
-                str(self.output / f"{part}.bin"), dtype=DType.optimal_dtype(self.vocab_size)
-            )
-        self.builders[part].add_document(ids, [len(ids)])
-
-    def finish(self) -> None:
-        """Write the indices."""
-        for part, builder in self.builders.items():
-            builder.finalize(str(self.output / f"{part}.idx"))
+def _num_tokens(folder: Path, prefix: str) -> int:
+    """Return the tokens of a dataset. prefix: in parts.json."""
+    if Path(prefix).is_absolute():
+        return tokens_of(prefix)[0]
+    # Written datasets are not opened by Megatron, whose import takes longer than a small text.
+    return int(lengths_of(folder / prefix).sum(dtype=np.int64))
 
 
 def _check_not_empty(
@@ -180,15 +182,6 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
             "bytes; create or copy it again"
         )
     return num_tokens, dtype
-
-
-def _tokenized_documents(prefix: str) -> Iterator[np.ndarray]:
-    """Yield the token ids of each document of Megatron data."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(prefix)
-    for first, last in pairwise(dataset.document_indices):
-        yield np.concatenate([dataset[i] for i in range(first, last)])
 
 
 def check_ids(prefix: str, tokenizer: Tokenizer) -> None:

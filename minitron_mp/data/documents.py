@@ -9,6 +9,7 @@ import hashlib
 import math
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from minitron_mp.data import unused
 from minitron_mp.data.records import read_records
-from minitron_mp.data.sources import STDLIB, Source, Sources
+from minitron_mp.data.sources import Source, Sources, TextFile
 from minitron_mp.data.text_files import (
     CHUNK_BYTES,
     NotText,
@@ -78,30 +79,64 @@ class Piece(NamedTuple):
     text: str
 
 
-def read_documents(
-    sources: Sources, valid_fraction: float, seed: int, *, field: str, not_used: UnusedText
-) -> Iterator[Document]:
-    """Yield every document that is not blank. A document belongs to one part.
+class SplitRule(NamedTuple):
+    """How the documents of a source are divided among the parts."""
 
-    If a source has so few documents that a part might be empty, its documents are cut into pieces
-    of a thousandth of the source, and the pieces are divided among the parts. field: field of the
-    text in records. Text that is skipped or changed is added to not_used.
+    by_document: bool
+    """Whether a document belongs to one part. Otherwise its pieces are divided."""
+    piece_size: int
+    """Characters after which a document is cut into pieces."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The settings of the recipe from which documents and their parts follow."""
+
+    valid_fraction: float
+    seed: int
+    field: str
+    """Field of the text in records."""
+
+
+def split_rule(name: str, source: Source, settings: TextSettings) -> SplitRule:
+    """Return how the documents of a source are divided.
+
+    If the source has so few documents that a part might be empty, its documents are cut into pieces
+    of a thousandth of the source, and the pieces are divided among the parts.
+    """
+    num_documents = math.ceil(MIN_HELD_OUT_DOCUMENTS / settings.valid_fraction)
+    if name != "source" or _has_documents(source, num_documents, settings.field):
+        return SplitRule(True, MAX_PIECE)
+    return SplitRule(False, _small_piece_size(source, settings.field))
+
+
+def read_documents(sources: Sources, settings: TextSettings, not_used: UnusedText) -> Iterator[Document]:
+    """Yield every document of all text files that is not blank.
+
+    Text that is skipped or changed is added to not_used.
     """
     for name, source in sources.items():
-        by_document = name != "source" or _has_documents(
-            source, math.ceil(MIN_HELD_OUT_DOCUMENTS / valid_fraction), field
-        )
-        piece_size = MAX_PIECE if by_document else _small_piece_size(source, field)
+        rule = split_rule(name, source, settings)
         for file_name, path in source.files:
-            for number, piece in enumerate(read_pieces(path, piece_size, field, not_used)):
-                if not piece.text.strip():
-                    continue
-                if name in ("source", STDLIB):
-                    index = piece.document if by_document else number
-                    part = part_of(f"{seed}:{file_name}:{index}", valid_fraction)
-                else:
-                    part = name
-                yield Document(part, piece.text, path, piece.line)
+            yield from read_file(TextFile(name, file_name, path), rule, settings, not_used)
+
+
+def read_file(
+    file: TextFile, rule: SplitRule, settings: TextSettings, not_used: UnusedText
+) -> Iterator[Document]:
+    """Yield every document of a text file that is not blank, or its pieces.
+
+    The part of a document of a divided source depends on a hash of the seed, the name of the file
+    and the number of the document in it, so it is the same on every machine.
+    """
+    for number, piece in enumerate(read_pieces(file.path, rule.piece_size, settings.field, not_used)):
+        if not piece.text.strip():
+            continue
+        part = file.source
+        if file.is_divided:
+            index = piece.document if rule.by_document else number
+            part = part_of(f"{settings.seed}:{file.name}:{index}", settings.valid_fraction)
+        yield Document(part, piece.text, file.path, piece.line)
 
 
 def part_of(name: str, valid_fraction: float) -> str:
@@ -112,14 +147,14 @@ def part_of(name: str, valid_fraction: float) -> str:
     return "valid" if share < 2 * valid_fraction else "train"
 
 
-def next_batch(documents: Iterator[Document]) -> list[Document]:
-    """Return the next documents, with at least BATCH_CHARACTERS characters; fewer at the end."""
+def next_batch(documents: Iterator[Document], characters: int) -> list[Document]:
+    """Return the next documents, with at least so many characters; fewer at the end."""
     batch = []
     length = 0
     for document in documents:
         batch.append(document)
         length += len(document.text)
-        if length >= BATCH_CHARACTERS:
+        if length >= characters:
             break
     return batch
 

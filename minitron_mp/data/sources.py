@@ -12,9 +12,9 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron_mp.artifacts.files import fingerprint_files
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data import unused
+from minitron_mp.data.file_hashes import FileHashes, combined_hash
 from minitron_mp.data.folders import FileLister, is_output, is_same
 from minitron_mp.data.text_files import FORMATS_NOTE, format_of
 from minitron_mp.data.unused import UnusedText
@@ -37,6 +37,29 @@ class Source:
     """Absolute prefixes of Megatron's .bin and .idx files."""
     unused: UnusedText = field(default_factory=UnusedText)
     """Files and folders that are not read."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file, or Megatron data that is divided by document."""
+
+    source: str
+    """Name of its source."""
+    name: str
+    """Relative name, which decides the parts of its documents."""
+    path: Path
+    """The file, or the prefix of Megatron data."""
+    is_tokenized: bool = False
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether its documents are divided among the parts."""
+        return self.source in ("source", STDLIB)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files on disk."""
+        return [Path(f"{self.path}.bin"), Path(f"{self.path}.idx")] if self.is_tokenized else [self.path]
 
 
 Sources = dict[str, Source]
@@ -108,8 +131,9 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False, output: Path | 
     """Return the fingerprint of the text: of the files, or of the version of the standard library.
 
     The tokenizer is not part of it. held_out: return the fingerprint of data.held_out. output: as
-    in find_sources().
+    in find_sources(). Hashes of files are remembered there, so a file is read only if it changed.
     """
+    hashes = FileHashes(output)
     rows = []
     for name, source in find_sources(data, held_out, output).items():
         paths = [path for _, path in source.files]
@@ -122,7 +146,7 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False, output: Path | 
             # The name of a document decides its part, so the fingerprint contains names.
             names = repr([file_name for file_name, _ in source.files])
             names_hash = hashlib.sha256(names.encode()).hexdigest()[:16]
-            rows.append(f"{name} {names_hash} {fingerprint_files(paths)}")
+            rows.append(f"{name} {names_hash} {combined_hash(hashes.hashes_of(paths))}")
     return ", ".join(rows)
 
 

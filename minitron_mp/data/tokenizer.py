@@ -15,7 +15,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer for this library and for Megatron's GPTDatasetConfig."""
+    """A tokenizer for this library and for Megatron's GPTDatasetConfig. It can be pickled."""
 
     encode: Encode
     """Returns the token ids of each text, without special tokens."""
@@ -135,23 +135,61 @@ def _from_folder(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _read_hugging_face(folder: Path) -> _TokenizerParts:
-    tokenizer = _from_folder(folder)
+class _FastEncoder:
+    """Encodes texts by the library tokenizers, without offsets and masks.
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(
+    Its pickle is small, and a process that unpickles it imports neither transformers nor torch.
+    """
+
+    def __init__(self, backend: Any, split_special_tokens: bool):
+        self.backend = backend
+        self.split_special_tokens = split_special_tokens
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = split_special_tokens  # not part of the pickle of a backend
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def token_of(self, id: int) -> str:
+        return str(self.backend.id_to_token(id))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _FastEncoder, (self.backend, self.split_special_tokens)
+
+
+class _SlowEncoder:
+    """Encodes texts by a transformers tokenizer that is written in Python."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
-        )["input_ids"]
+        )
+        return encoded["input_ids"]  # type: ignore[no-any-return]
 
+    def token_of(self, id: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(id))
+
+
+def _read_hugging_face(folder: Path) -> _TokenizerParts:
+    tokenizer = _from_folder(folder)
+    encode: _FastEncoder | _SlowEncoder
+    if getattr(tokenizer, "is_fast", False):
+        encode = _FastEncoder(tokenizer.backend_tokenizer, bool(tokenizer.split_special_tokens))
+    else:
+        encode = _SlowEncoder(tokenizer)
     eod = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     first = tokenizer("a")["input_ids"][:1]
     bos = None if first == encode(["a"])[0][:1] else first[0]
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    return _TokenizerParts(encode, vocab_size, eod, bos, tokenizer.convert_ids_to_tokens)
+    return _TokenizerParts(encode, vocab_size, eod, bos, encode.token_of)
 
 
 def _read_sentencepiece(file: Path) -> _TokenizerParts:

@@ -62,6 +62,26 @@ def raise_open_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def num_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_environment(num_threads: int) -> dict[str, str]:
+    """Return the environment of a program that imports this package and tokenizes text.
+
+    num_threads: threads of its tokenizer.
+    """
+    package_folder = str(Path(__file__).resolve().parents[2])
+    paths = [package_folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TOKENIZERS_PARALLELISM": "true" if num_threads > 1 else "false",
+        "RAYON_NUM_THREADS": str(num_threads),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
     """In this context SIGTERM raises SystemExit in the main thread, so that clean-up code runs."""

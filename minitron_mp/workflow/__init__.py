@@ -1,6 +1,7 @@
 """The stages of a run. Each reads artifacts and writes one, so a run can be resumed.
 
-run              compress, run_stage
+run              compress, run_stage; join: the ranks that they run on
+shares           run_share: a share of a stage, for job arrays
 stage, stages    Stage; one module for each stage, in order
 graph            StageGraph: which stages a recipe has, and which artifacts are current
 context          StageContext: a stage on one rank; stage_files: its artifacts, without ranks

@@ -13,7 +13,6 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.console import say
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
 from minitron_mp.data.blend import blend_rows
-from minitron_mp.data.tokenizer import Tokenizer, for_model, load_tokenizer
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.batch import Batch
@@ -23,7 +22,7 @@ from minitron_mp.models.arch import Arch
 from minitron_mp.models.build import ModelOptions, build_model
 from minitron_mp.models.sharded_model import ShardedModel
 from minitron_mp.training.teacher_correction import PREFIX
-from minitron_mp.workflow.stage_files import StageFiles, tokenizer_path
+from minitron_mp.workflow.stage_files import StageFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +32,6 @@ class StageContext(StageFiles):
     world: World
     students: dict[str, Recipe] = field(default_factory=dict)
     """Role -> recipe of the students that a remote teacher serves in this context."""
-
-    def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer of data.tokenizer, or the model's."""
-        tokenizer = load_tokenizer(tokenizer_path(self.recipe, self.paths))
-        return for_model(tokenizer, self.arch("import").vocab_size)
 
     def empty_model(
         self,

@@ -123,6 +123,18 @@ class StageGraph:
         """Return the artifacts of a stage."""
         return StageFiles(self.recipe, self.paths, self.manifest(name))
 
+    def share_files(self, name: str) -> StageFiles:
+        """Return the artifacts of a stage for a share of its work.
+
+        The manifest has no fingerprint of the text, for which all of it would be read.
+        """
+        stage = self.stages[name]
+        sources = {key: files for key, files in stage.sources(self.recipe).items() if key != "text"}
+        inputs = {source: self.manifest(source).fingerprint for source in self.inputs(name)}
+        inputs |= {key: files.fingerprint() for key, files in sources.items()}
+        manifest = Manifest(stage=name, settings=stage.settings(self.recipe), inputs=inputs)
+        return StageFiles(self.recipe, self.paths, manifest)
+
     def why_not_done(self, name: str) -> list[str] | None:
         """Return None if the stage is done, else the differences; [] if there is no artifact."""
         manifest = find_manifest(self.paths[name])

@@ -19,6 +19,7 @@ from pathlib import Path
 from minitron_mp.artifacts.files import RUN_LOG, aside_path, hidden_sibling, write_text
 from minitron_mp.artifacts.output_lock import LOCK, locked
 from minitron_mp.config.recipe import RESOLVED_RECIPE, Recipe, recipe_yaml
+from minitron_mp.data.file_hashes import HASHES_FILE, SHARDS
 from minitron_mp.distributed.job import STOP_FILE
 from minitron_mp.errors import InputError
 
@@ -26,7 +27,18 @@ FINISHED = "finished"
 """File in the output folder that `compress` writes at its end. Launch scripts restart the job until
 it exists."""
 
-LOGS = ("checkpoints", "tensorboard", "profile", RUN_LOG, RESOLVED_RECIPE, FINISHED, STOP_FILE, LOCK)
+LOGS = (
+    "checkpoints",
+    "tensorboard",
+    "profile",
+    SHARDS,
+    HASHES_FILE,
+    RUN_LOG,
+    RESOLVED_RECIPE,
+    FINISHED,
+    STOP_FILE,
+    LOCK,
+)
 """Files and folders beside the artifacts that a run writes or deletes."""
 
 METRICS = ("metrics.jsonl", "metrics_correct.jsonl")

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, TypeVar
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import discard_checkpoints, find_manifest
 from minitron_mp.artifacts.run_log import JobInfo, append_record
-from minitron_mp.config.recipe import Recipe, load_recipe
+from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.join import co_student_recipes, join_any_ranks, join_ranks
 from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
 from minitron_mp.workflow.saved_steps import at_saved_step
 from minitron_mp.workflow.stage import Stage
-from minitron_mp.workflow.stage_files import checkpoint_folder
+from minitron_mp.workflow.stage_files import StopRequested, checkpoint_folder
 
 if TYPE_CHECKING:
     from minitron_mp.distributed.preemption import Preemption
@@ -53,7 +54,8 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False, step: str = "")
             with sigterm_exits(), locked_output(recipe.root):
                 _run_in_this_process(stage, graph, force=force)
         return graph.paths[name]
-    with _join_world(recipe) as world, _preemptible(world, [stage]):
+    join = join_any_ranks if stage.any_ranks else join_ranks
+    with join(recipe) as world, _preemptible(world, [stage]):
         if world.role == "student":
             with _locked(recipe, world):
                 _on_rank_0(lambda: _say_deleted_sources(graph))
@@ -71,7 +73,7 @@ def compress(recipe: Recipe) -> Path:
     require_launcher()
     graph = StageGraph(recipe)
     graph.check(saved_progress=False)  # rank 0 checks it, because it reads the model and the text
-    with _join_world(recipe) as world, _preemptible(world, graph.stages.values()):
+    with join_ranks(recipe) as world, _preemptible(world, graph.stages.values()):
         if world.role == "student":
             with _locked(recipe, world):
                 _run_all(graph, world)
@@ -135,11 +137,31 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
         manifest = _on_rank_0(lambda: graph.manifest(name))
         stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
     elif stage.run_on_one_rank is not None:
-        work = stage.run_on_one_rank
-        _on_rank_0(lambda: work(graph.files(name)))
+        _run_on_rank_0(stage, graph, world)
     seconds = time.monotonic() - start
     _on_rank_0(lambda: _record(stage, graph, seconds, world))
     say(f"{name}: {graph.paths[name]} in {seconds:.1f} s")
+
+
+def _run_on_rank_0(stage: Stage, graph: StageGraph, world: World) -> None:
+    """Run a stage that needs no ranks on rank 0, while the others wait. Called on all ranks."""
+    from minitron_mp.distributed.preemption import Preempted
+
+    preemption = _preemption(world)
+    work = stage.run_on_one_rank
+    assert work is not None
+
+    def run() -> str:
+        files = replace(graph.files(stage.name), stop_request=partial(preemption.stop_request, True))
+        try:
+            work(files)
+        except StopRequested as stop:
+            return str(stop)
+        return ""
+
+    reason = _on_rank_0(run)
+    if reason:
+        raise Preempted(f"stopped in {stage.name} ({reason})")
 
 
 def _run_in_this_process(stage: Stage, graph: StageGraph, *, force: bool) -> None:
@@ -189,7 +211,7 @@ def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None
         from minitron_mp.distributed.launcher import ranks_per_node
         from minitron_mp.evaluation.prefill_speed import device_name
 
-        layout = graph.recipe.parallel.model_dump(exclude_defaults=True)
+        layout = world.parallel.model_dump(exclude_defaults=True)
         job = JobInfo(world.job_size, ranks_per_node(), layout, device_name(world))
     append_record(graph.recipe.root, stage.name, graph.manifest(stage.name).fingerprint, seconds, job)
 
@@ -262,21 +284,9 @@ def _preemptible(world: World, stages: Iterable[Stage]) -> Iterator[None]:
 
 
 def _preemption(world: World) -> Preemption:
-    """Return the stop requests of a world that _join_world() made."""
+    """Return the stop requests of a world that join_ranks() made."""
     assert world.preemption is not None
     return world.preemption
-
-
-def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Return role -> recipe of all students of a remote teacher.
-
-    All recipes use the teacher section of the first student.
-    """
-    siblings = {
-        f"sibling {path}": load_recipe(path).model_copy(update={"teacher": recipe.teacher})
-        for path in recipe.teacher.siblings
-    }
-    return {"student": recipe, **siblings}
 
 
 def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = False) -> None:
@@ -305,37 +315,3 @@ def _active_students(stage: Stage, recipe: Recipe, world: World, active: bool) -
     is_active = world.channel.exchange(stage.name, active, timeout_s=None)
     _preemption(world).roles_met = True
     return {role: student for role, student in co_student_recipes(recipe).items() if is_active[role]}
-
-
-@contextmanager
-def _join_world(recipe: Recipe) -> Iterator[World]:
-    """Join the ranks of the job, or the ranks of the same role when the teacher is remote.
-
-    After the ranks have connected, SIGTERM requests a checkpoint. Before that it ends the process.
-    """
-    from minitron_mp.distributed.launcher import num_job_ranks
-    from minitron_mp.distributed.preemption import watch_for_preemption
-    from minitron_mp.distributed.roles import join_roles
-    from minitron_mp.distributed.world import join_world
-
-    teacher = recipe.teacher
-    if not teacher.is_remote:
-        with (
-            join_world(recipe.parallel, seed=recipe.seed) as world,
-            watch_for_preemption(recipe.root) as preemption,
-        ):
-            yield replace(world, preemption=preemption)
-        return
-    job_size = num_job_ranks()
-    students = co_student_recipes(recipe)
-    teacher_ranks = teacher.ranks_in(job_size)
-    student_ranks = teacher.student_ranks or max(0, job_size - teacher_ranks - sum(teacher.siblings.values()))
-    layouts = {"student": (student_ranks, recipe.parallel)}
-    for path, ranks in teacher.siblings.items():
-        role = f"sibling {path}"
-        layouts[role] = (ranks, students[role].parallel)
-    layouts["teacher"] = (teacher_ranks, teacher.parallel)
-    with join_roles(layouts, seed=recipe.seed, stream_timeout_s=teacher.timeout_s) as world:
-        output = students[world.role].root if world.role in students else recipe.root
-        with watch_for_preemption(output) as preemption:
-            yield replace(world, preemption=preemption)

@@ -16,6 +16,7 @@ from minitron_mp.artifacts.curves import Curve
 from minitron_mp.config.recipe import Recipe
 
 if TYPE_CHECKING:
+    from minitron_mp.data.shards import Share
     from minitron_mp.workflow.context import StageContext
     from minitron_mp.workflow.disk_sizes import DiskSizes
     from minitron_mp.workflow.stage_files import StageFiles
@@ -73,6 +74,12 @@ class Stage:
     """
     run_on_one_rank: Callable[[StageFiles], None] | None = None
     """Writes the artifact in one process, without process groups. None for a stage with run."""
+    run_share: Callable[[StageFiles, Share], None] | None = None
+    """Does a share of the work in one process, for --shard. The manifest has no user's files but the
+    tokenizer, because their fingerprints take long. None if the work is not divided."""
+    any_ranks: bool = False
+    """Whether a stage with run builds no model, so any number of ranks can run it alone, without the
+    recipe's layout."""
     problems: Callable[[StageFiles], list[str]] | None = None
     """Returns why a later stage would fail with the finished artifact, as sentences. Called by
     compress, which reports the problems of consecutive stages together."""

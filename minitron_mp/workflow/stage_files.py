@@ -5,17 +5,25 @@ This module needs neither torch nor ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.files import ASSETS
 from minitron_mp.artifacts.manifest import Manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import Arch
 
+if TYPE_CHECKING:
+    from minitron_mp.data.tokenizer import Tokenizer
+
 TOKENIZER = "tokenizer"
 """Folder in the artifact of the stage data with a copy of data.tokenizer."""
+
+
+class StopRequested(Exception):
+    """Raised by a stage on one rank that stops early. The text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class StageFiles:
     manifest: Manifest
     input_manifests: dict[str, Manifest] = field(default_factory=dict, repr=False)
     """Cache of the manifests that were read; each is read once."""
+    stop_request: Callable[[], str] = field(default=lambda: "", repr=False)
+    """Returns the reason to stop early, or "" to continue."""
 
     @property
     def output(self) -> Path:
@@ -44,6 +54,13 @@ class StageFiles:
         arch = self.manifest_of(stage).arch
         assert arch is not None, f"{self.paths[stage]} has no model"
         return arch
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of data.tokenizer, or the model's."""
+        from minitron_mp.data.tokenizer import for_model, load_tokenizer
+
+        tokenizer = load_tokenizer(tokenizer_path(self.recipe, self.paths))
+        return for_model(tokenizer, self.arch("import").vocab_size)
 
 
 def tokenizer_path(recipe: Recipe, paths: Mapping[str, Path]) -> Path:

@@ -170,3 +170,21 @@ def test_invalid_recipe_is_not_resubmitted(slurm, project):
     assert "invalid recipe or arguments, not resubmitted" in slurm.log(job)
     time.sleep(1)
     assert slurm.jobs()[-1] == job
+
+
+def test_stages_without_gpu_run_in_an_array_of_cpu_jobs(slurm, project):
+    """import, data as a job array, and data again, each of which waits for the one before."""
+    path, script = recipe(project, "prepared"), ROOT / "launch" / "cpu.sbatch"
+    options = ("--time=20",)
+    first = slurm.submit(*options, script, "import", path)
+    array = slurm.submit(*options, "--array=3-7:2", f"--dependency=afterok:{first}", script, "data", path)
+    last = slurm.submit(*options, f"--dependency=afterok:{array}", script, "data", path)
+    slurm.wait(lambda: slurm.ended(last), last, 600)
+    log = slurm.log(last)
+    assert slurm.job(last)["JobState"] == "COMPLETED", log
+    assert "data: 1 of 1 shards are done" in log
+    assert (project / "prepared" / "data" / "parts.json").is_file()
+    jobs = slurm.root / "jobs"
+    shares = [text for path in jobs.glob("minitron-cpu-*.out") for text in [path.read_text()]]
+    for share in ("share 1/3 has 1 of 1", "share 2/3 has 0 of 1", "share 3/3 has 0 of 1"):
+        assert any(share in text for text in shares), shares

@@ -20,6 +20,7 @@ from model_workers import joined
 
 from minitron_mp.cli import main
 from minitron_mp.config.recipe import load_recipe
+from minitron_mp.data import shards
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
 from minitron_mp.models.arch import Arch
@@ -141,6 +142,21 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
             return minitron(arguments=arguments)
         except _Stopped:
             return Done("stopped", "", "")
+
+
+def tokenize(*, arguments: list[str], stop_after: int | None = None) -> Done:
+    """Run minitron() with small shards. stop_after: a stop file appears after this many."""
+    make = shards.ShardStore.make
+    made = []
+
+    def count(store: Any, shard: Any, progress: Any = None) -> None:
+        make(store, shard, progress)
+        made.append(shard)
+        if len(made) == stop_after:
+            (load_recipe(Path(arguments[1])).root / "stop").touch()
+
+    with patch.object(shards, "SHARD_BYTES", 8000), patch.object(shards.ShardStore, "make", count):
+        return minitron(arguments=arguments, own_job=True)
 
 
 def run_script(path: Path, arguments: list[str]) -> str:

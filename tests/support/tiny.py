@@ -35,6 +35,7 @@ SIZES = {
 """Of a model that cuts on each axis and still divides by two tensor parallel ranks."""
 STEPS, CHECKPOINT_INTERVAL, MAX_LR = 30, 6, 5e-3
 OUTPUT = [
+    ".text_hashes.json",
     "data",
     "evaluation.json",
     "finished",

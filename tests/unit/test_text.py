@@ -16,7 +16,7 @@ from minitron_mp.config.data import DataConfig
 from minitron_mp.config.recipe import load_recipe
 from minitron_mp.data import documents, records, unused
 from minitron_mp.data.checks import corpus_problems
-from minitron_mp.data.documents import read_documents, read_pieces
+from minitron_mp.data.documents import TextSettings, read_documents, read_pieces
 from minitron_mp.data.sources import corpus_fingerprint, find_sources, unused_text
 from minitron_mp.data.text_files import open_text
 from minitron_mp.data.unused import UnusedText
@@ -39,10 +39,8 @@ def read(source, *, output=None, **settings):
     data = DataConfig(source=str(source), **settings)
     sources = find_sources(data, output=output)
     not_used = unused_text(sources)
-    found = [
-        document.text
-        for document in read_documents(sources, 0.03, 1, field=data.text_field, not_used=not_used)
-    ]
+    settings = TextSettings(0.03, 1, data.text_field)
+    found = [document.text for document in read_documents(sources, settings, not_used)]
     return found, {reason: tally.count for reason, tally in not_used.tallies.items()}
 
 

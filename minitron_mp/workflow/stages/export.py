@@ -36,6 +36,7 @@ EXPORT = Stage(
     inputs=("import", "distill"),
     settings=lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision},
     run=export_student,
+    any_ranks=True,
     reads_saved_steps=True,
     disk_bytes=lambda sizes: sizes.exported_student,
 )

@@ -6,16 +6,21 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.workflow.settings import text_files, text_settings
 from minitron_mp.workflow.stage import Stage
-from minitron_mp.workflow.stages.tokenize import short_texts, tokenize_text
+from minitron_mp.workflow.stages.tokenize import short_texts, tokenize_share, tokenize_text
 
 if TYPE_CHECKING:
-    from minitron_mp.workflow.context import StageContext
+    from minitron_mp.data.shards import Share
     from minitron_mp.workflow.stage_files import StageFiles
 
 
-def run(context: StageContext) -> None:
+def run(files: StageFiles) -> None:
     """Write one dataset for each text."""
-    tokenize_text(context, held_out=True)
+    tokenize_text(files, held_out=True)
+
+
+def run_share(files: StageFiles, share: Share) -> None:
+    """Make a share of the shards of the texts."""
+    tokenize_share(files, share, held_out=True)
 
 
 def problems(files: StageFiles) -> list[str]:
@@ -32,6 +37,7 @@ HELD_OUT = Stage(
     sources=lambda recipe: text_files(recipe, held_out=True),
     when=lambda recipe: bool(recipe.data.held_out),
     requirement="data.held_out",
-    run=run,
+    run_on_one_rank=run,
+    run_share=run_share,
     problems=problems,
 )

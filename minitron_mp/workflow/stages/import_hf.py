@@ -34,5 +34,6 @@ IMPORT = Stage(
     artifact=IMPORTED_MODELS["import"],
     sources=lambda recipe: model_files(recipe.model),
     run=run,
+    any_ranks=True,
     disk_bytes=lambda sizes: sizes.imported_base,
 )

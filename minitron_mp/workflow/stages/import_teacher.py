@@ -32,5 +32,6 @@ IMPORT_TEACHER = Stage(
     when=lambda recipe: recipe.teacher.model is not None,
     requirement="teacher.model",
     run=run,
+    any_ranks=True,
     disk_bytes=lambda sizes: sizes.imported_teacher,
 )

@@ -3,77 +3,150 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.workflow.settings import text_files, text_settings
 from minitron_mp.workflow.stage import Stage
-from minitron_mp.workflow.stage_files import TOKENIZER, tokenizer_path
+from minitron_mp.workflow.stage_files import TOKENIZER, StopRequested, tokenizer_path
 
 if TYPE_CHECKING:
-    from minitron_mp.workflow.context import StageContext
+    from minitron_mp.data.corpus import CorpusText
+    from minitron_mp.data.shards import ShardStore, Share
+    from minitron_mp.data.tokenize import WrittenText
     from minitron_mp.workflow.stage_files import StageFiles
 
-PROGRESS_DOCUMENTS = 250
-"""Number of documents between two progress lines."""
 
-
-def run(context: StageContext) -> None:
+def run(files: StageFiles) -> None:
     """Write the calibration, training and held-out parts of the text."""
-    tokenize_text(context, held_out=False)
+    tokenize_text(files, held_out=False)
 
 
-def tokenize_text(context: StageContext, *, held_out: bool) -> None:
+def run_share(files: StageFiles, share: Share) -> None:
+    """Make a share of the shards of the text."""
+    tokenize_share(files, share, held_out=False)
+
+
+def tokenize_text(files: StageFiles, *, held_out: bool) -> None:
     """Write the three parts of the text, or with held_out the texts of data.held_out.
 
-    Rank 0 writes, and the other ranks wait.
+    A large text is written shard by shard. Finished shards of an earlier run are used.
     """
     from minitron_mp.artifacts.manifest import writing_artifact
     from minitron_mp.console import say
-    from minitron_mp.data.corpus import tokenize_corpus
+    from minitron_mp.data.corpus import finish_corpus
     from minitron_mp.data.unused import load_unused
     from minitron_mp.distributed.launcher import environment_variable
-    from minitron_mp.distributed.sync import on_rank_0
     from minitron_mp.errors import InputError
 
-    recipe = context.recipe
-    stage = context.manifest.stage
-    last_shown = 0
+    recipe = files.recipe
+    stage = files.manifest.stage
+    text = _open_text(files, held_out)
+    store = _store(files, text)
+    try:
+        # The launch scripts disable the tokenizer's threads, because they break processes that are
+        # forked later. No process is forked here.
+        with (
+            environment_variable("TOKENIZERS_PARALLELISM", "true"),
+            writing_artifact(files.output, files.manifest) as folder,
+        ):
+            tokens = finish_corpus(text, _write(files, text, store, folder), folder)
+            if recipe.data.tokenizer and not held_out:
+                _copy_tokenizer(tokenizer_path(recipe, files.paths), folder / TOKENIZER)
+    except OSError as error:
+        raise InputError(f"{files.output} cannot be written: {error}; set another output") from error
+    store.discard()
+    say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+    not_used = load_unused(files.output).summary()
+    if not_used:
+        say(f"{stage}: text that is not used, or not as it is: {not_used}")
 
-    def progress(documents: int) -> None:
-        nonlocal last_shown
-        if documents - last_shown >= PROGRESS_DOCUMENTS:
-            last_shown = documents
-            say(f"{stage}: {documents} documents")
 
-    def write() -> None:
-        tokenizer = context.tokenizer()
-        try:
-            # The launch scripts disable the tokenizer's threads, because they break processes that
-            # are forked later. No process is forked here.
-            with (
-                environment_variable("TOKENIZERS_PARALLELISM", "true"),
-                writing_artifact(context.output, context.manifest) as folder,
-            ):
-                tokens = tokenize_corpus(
-                    recipe.data,
-                    tokenizer,
-                    folder,
-                    recipe.seed,
-                    held_out=held_out,
-                    output=recipe.root,
-                    progress=progress,
-                )
-                if recipe.data.tokenizer and not held_out:
-                    _copy_tokenizer(tokenizer_path(recipe, context.paths), folder / TOKENIZER)
-        except OSError as error:
-            raise InputError(f"{context.output} cannot be written: {error}; set another output") from error
-        say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
-        not_used = load_unused(context.output).summary()
-        if not_used:
-            say(f"{stage}: text that is not used, or not as it is: {not_used}")
+def tokenize_share(files: StageFiles, share: Share, *, held_out: bool) -> None:
+    """Make the missing shards of a share. The manifest of the files does not need the text.
 
-    on_rank_0(write, takes_long=True)
+    Several processes may do this at the same time, on several nodes.
+    """
+    from minitron_mp.console import say
+    from minitron_mp.data.file_hashes import FileHashes
+    from minitron_mp.data.shards import divide
+    from minitron_mp.data.workers import make_shards
+
+    text = _open_text(files, held_out)
+    store = _store(files, text)
+    shards = divide(text.files)
+    own = share.of(shards)
+    hashes = FileHashes(files.recipe.root)
+    missing = [shard for shard in own if not store.is_done(shard, hashes)]
+    stage = files.manifest.stage
+    done = len(own) - len(missing)
+    say(f"{stage}: share {share} has {len(own)} of {len(shards)} shards, of which {done} are done")
+    make_shards(store, missing, files.recipe.data.workers, _Progress(files, len(missing)))
+    say(f"{stage}: share {share} is done; `minitron-mp {stage}` puts all shards together")
+
+
+def _open_text(files: StageFiles, held_out: bool) -> CorpusText:
+    from minitron_mp.data.corpus import open_text_of
+
+    recipe = files.recipe
+    return open_text_of(recipe.data, files.tokenizer(), recipe.seed, held_out=held_out, output=recipe.root)
+
+
+def _store(files: StageFiles, text: CorpusText) -> ShardStore:
+    from minitron_mp.data.file_hashes import SHARDS
+    from minitron_mp.data.shards import ShardStore
+
+    inputs = files.manifest.inputs
+    return ShardStore(
+        files.recipe.root / SHARDS / files.output.name,
+        text.job,
+        tokenizer_hash=f"{inputs['import']} {inputs.get('tokenizer', '')}",
+    )
+
+
+def _write(files: StageFiles, text: CorpusText, store: ShardStore, folder: Path) -> WrittenText:
+    """Write the datasets of the parts into a folder, by way of shards if the text has several."""
+    from minitron_mp.console import say
+    from minitron_mp.data.file_hashes import FileHashes
+    from minitron_mp.data.shards import divide
+    from minitron_mp.data.tokenize import write_parts
+    from minitron_mp.data.workers import make_shards
+
+    shards = divide(text.files)
+    if len(shards) < 2 and not store.folder.exists():
+        return write_parts(text.files, text.job, folder, _Progress(files, 1))
+    hashes = FileHashes(files.recipe.root)
+    missing = [shard for shard in shards if not store.is_done(shard, hashes)]
+    stage = files.manifest.stage
+    say(f"{stage}: {len(shards) - len(missing)} of {len(shards)} shards are done")
+    make_shards(store, missing, files.recipe.data.workers, _Progress(files, len(missing)))
+    say(f"{stage}: putting {len(shards)} shards together")
+    return store.put_together(shards, folder)
+
+
+class _Progress:
+    """Prints the number of finished documents, and stops the stage early if that is requested."""
+
+    def __init__(self, files: StageFiles, num_shards: int):
+        self.files = files
+        self.num_shards = num_shards
+        self.num_documents = 0
+        self.started = time.monotonic()
+        self.last_line = self.started
+
+    def __call__(self, documents: int) -> None:
+        from minitron_mp.console import LINE_INTERVAL_S, say
+
+        self.num_documents += documents
+        now = time.monotonic()
+        if now - self.last_line >= LINE_INTERVAL_S:
+            self.last_line = now
+            speed = self.num_documents / (now - self.started)
+            say(f"{self.files.manifest.stage}: {self.num_documents:,} documents, {speed:,.0f} documents/s")
+        reason = self.files.stop_request()
+        if reason:
+            raise StopRequested(reason)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -156,6 +229,7 @@ TOKENIZE = Stage(
         **text_settings(recipe),
     },
     sources=lambda recipe: text_files(recipe, held_out=False),
-    run=run,
+    run_on_one_rank=run,
+    run_share=run_share,
     problems=problems,
 )
