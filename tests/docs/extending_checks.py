@@ -152,7 +152,7 @@ def _check_kernels(divergence: str) -> None:
     """The Triton kernels, run by Triton's interpreter, match the formulas in plain torch."""
     import torch
 
-    from minitron_mp.losses import kernel_calls, reference
+    from minitron_mp.losses import kernel_calls, torch_rows
     from minitron_mp.losses.rows import LogitRows, RowValues
 
     # Two blocks of columns, the second one short.
@@ -162,7 +162,7 @@ def _check_kernels(divergence: str) -> None:
     lse = [(x[:, :valid] / temperature).logsumexp(1) for x in (student, teacher)]
     values = RowValues(*lse, student[:, :valid].logsumexp(1), *torch.rand(3, n))
     found = []
-    for functions in (reference, kernel_calls):
+    for functions in (torch_rows, kernel_calls):
         statistics, exponentials = functions.statistics(rows, divergence)
         gradient = torch.empty_like(student)
         functions.gradient(rows, statistics, exponentials, values, divergence, True, gradient)
