@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minitron_mp.losses.divergences import DivergenceValue, add_cross_entropy
 from minitron_mp.losses.objective import TeacherTopK
-from minitron_mp.losses.torch_rows import write_gradient
 from minitron_mp.losses.rows import LogitRows, RowStatistics, RowSums, RowValues
+from minitron_mp.losses.torch_rows import write_gradient
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -102,6 +102,15 @@ def check_axis() -> None:
     assert torch.equal(read_tensors(Path("student"), key)[key], kept_tiles.flatten(1))
 
 
+def check_criterion() -> None:
+    """Scores match the dense formula on one rank, and one rank if two split the sequence."""
+    import pytest
+
+    chosen = "(plain and max) or (every_aggregation and l2-max-cp2)"
+    assert pytest.main(["-q", "tests/ranks/test_importance.py", "-k", chosen]) == 0
+    assert pytest.main(["-q", "tests/unit/test_tables.py"]) == 0
+
+
 def check_loss() -> None:
     """Value and gradients of the new divergence match a dense float64 computation, on one rank."""
     import torch
@@ -209,7 +218,13 @@ def _minitron(*words: str | Path, code: int = 0) -> str:
     return printed.getvalue()
 
 
-CHECKS = {"family": check_family, "axis": check_axis, "loss": check_loss, "stage": check_stage}
+CHECKS = {
+    "family": check_family,
+    "axis": check_axis,
+    "criterion": check_criterion,
+    "loss": check_loss,
+    "stage": check_stage,
+}
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
