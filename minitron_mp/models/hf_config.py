@@ -84,7 +84,7 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
         refuse(title, [missing_config_problem(folder), *problems])
     config = read_json(folder / "config.json")
     family = FAMILIES.get(str(config.get("model_type", "")))
-    if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
+    if family is None or not _is_supported_class(config.get("architectures"), family):
         refuse(title, [*problems, _family_problem(config)])
     assert family is not None
     problems += _unknown_setting_problems(config, family) + rope_contradictions(config)
@@ -125,6 +125,12 @@ def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, A
     written["dtype"] = dtype
     written["torch_dtype"] = dtype  # for transformers before 4.56
     return written
+
+
+def _is_supported_class(architectures: object, family: Family) -> bool:
+    """Return whether `architectures` of config.json is missing, empty, or one class of the family."""
+    classes = (family.transformers_class, *family.other_architectures)
+    return not architectures or architectures in [[name] for name in classes]
 
 
 def _family_problem(config: Mapping[str, object]) -> str:
@@ -197,10 +203,9 @@ def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list
     one of COMPUTATION_WORDS in its name is not found.
     """
     return [
-        f"{key} is {value!r}; the family {family.name} does not support this key, "
-        "and by its name it may change the computation. "
-        f"If {family.transformers_class} does not read this key, remove it from config.json; otherwise "
-        "this model is not supported"
+        f"{key} is {value!r}; the family {family.name} does not read this key, and its name suggests that "
+        f"it changes the result. Remove it from config.json if {family.transformers_class} ignores it. "
+        "Otherwise give another model"
         for key, value in config.items()
         if key not in family.settings and not key.startswith(("_", *KERNEL_SETTINGS))
         if _may_change_computation(key, value)
