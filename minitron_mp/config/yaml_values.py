@@ -88,7 +88,7 @@ def _parsed(text: str, failure: str, *, is_override: bool = False) -> Value:
     """Return the value of a YAML text. failure: start of the error message."""
     from yaml import MarkedYAMLError, SafeLoader
 
-    advice = "quote a value that has such characters: 'KEY=\"VALUE\"'" if is_override else "correct it"
+    advice = "put the whole value in quotes: 'KEY=\"VALUE\"'" if is_override else "correct it"
     loader = None
     try:
         loader = SafeLoader(text)
