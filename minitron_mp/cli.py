@@ -300,7 +300,7 @@ def main() -> None:
         _exit_with(os_error_text(error) if isinstance(error, OSError) else str(error))
     except (RuntimeError, ImportError) as error:
         if os.strerror(errno.EMFILE) in str(error):  # gloo and the loader of libraries
-            _exit_with(f"{str(error).splitlines()[0]}; {OPEN_FILES_ADVICE}")
+            _exit_with(f"too many open files; {OPEN_FILES_ADVICE}")
         if not (launched() and _is_lost_connection(error)):
             raise
         reason = str(error).splitlines()[0]

@@ -73,7 +73,10 @@ def test_value_of_an_override_is_its_text(recipe_file, name):
     ("override", "message"),
     [
         ("output='x", r"the override \"output='x\" cannot be read: found unexpected end of stream"),
-        ("output='x' #2", r"the override .* cannot be read: '#2' follows the value; put the whole value in quotes"),
+        (
+            "output='x' #2",
+            r"the override .* cannot be read: '#2' follows the value; put the whole value in quotes",
+        ),
         ("data.train=[a, b] #c", r"'#c' follows the value"),
         ("data.train=[a #c]", r"the override .* cannot be read"),
         ("data.train=[*a]", r"the override 'data\.train=\[\*a\]' cannot be read: found undefined alias 'a'"),
