@@ -612,7 +612,7 @@ def test_recipes_may_have_a_byte_order_mark(tmp_path, encoding):
     write(tmp_path / "r.yaml", "model: fl\u00fc\u00df\noutput: out\n".encode(encoding))
     assert load_recipe(tmp_path / "r.yaml").model == "fl\u00fc\u00df"
     write(tmp_path / "r.yaml", b"model: fl\xfc\n")
-    with pytest.raises(InputError, match=r"r\.yaml is not UTF-8 text .*convert it to UTF-8"):
+    with pytest.raises(InputError, match=r"r\.yaml is not UTF-8 text: line 1, byte 0xfc at offset 9"):
         load_recipe(tmp_path / "r.yaml")
 
 
