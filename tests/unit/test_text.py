@@ -14,7 +14,7 @@ import pytest
 
 from minitron_mp.config.data import DataConfig
 from minitron_mp.config.recipe import load_recipe
-from minitron_mp.data import documents, records, unused
+from minitron_mp.data import documents, records, text_files, unused
 from minitron_mp.data.checks import corpus_problems
 from minitron_mp.data.documents import read_documents, read_pieces
 from minitron_mp.data.sources import corpus_fingerprint, find_sources, unused_text
@@ -85,6 +85,34 @@ def test_joined_packed_files_are_read_whole(tmp_path):
     for suffix, pack in {**PACK, ".zst": zstd}.items():
         path = write(tmp_path / f"a.jsonl{suffix}", pack(first.encode()) + pack(second.encode()))
         assert read(path) == (TEXTS, {})
+
+
+@pytest.mark.parametrize("packed_bytes", [1, 70, 1 << 15])
+def test_no_text_after_the_first_stream_is_ignored(tmp_path, monkeypatch, packed_bytes):
+    """xz allows NUL bytes between streams. Other bytes between or after streams are damage."""
+    monkeypatch.setattr(text_files, "PACKED_BYTES", packed_bytes)
+    first, second = (JSONL[: len(JSONL) // 2].encode(), JSONL[len(JSONL) // 2 :].encode())
+    for suffix in (".bz2", ".xz"):
+        pack, path = PACK[suffix], tmp_path / f"a.jsonl{suffix}"
+        assert read(write(path, pack(first) + pack(second) + bytes(200))) == (TEXTS, {})
+        invalid = [pack(first) + b"\1\2\3\4" + pack(second), pack(first) + bytes(8) + pack(second)[:-3]]
+        invalid += [pack(JSONL.encode()) + b"rest", pack(first) + bytes(4) + b"\1" + pack(second)]
+        if suffix == ".bz2":
+            invalid.append(pack(first) + bytes(4) + pack(second))
+        else:
+            padded = pack(first) + bytes(8) + pack(b"") + bytes(120) + pack(second)
+            assert read(write(path, padded)) == (TEXTS, {})
+        for content in invalid:
+            with pytest.raises(InputError, match=r"is damaged or cut off .*; create or copy it again"):
+                read(write(path, content))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_bytes_between_packed_streams_are_damage(tmp_path, suffix):
+    pack = gzip.compress if suffix == ".gz" else zstd
+    path = write(tmp_path / f"a.jsonl{suffix}", pack(JSONL.encode()) + b"\1\2\3\4" + pack(JSONL.encode()))
+    with pytest.raises(InputError, match="is damaged or cut off"):
+        read(path)
 
 
 def test_few_packed_documents_are_cut_like_unpacked_ones(tmp_path):
