@@ -20,6 +20,9 @@ CHECKED_FILES = 500
 CHECKED_STDLIB_FILES = 10
 """Number of files of the standard library whose beginning is read."""
 
+MAX_BLANK_PIECES = 5_000
+"""Number of blank pieces at the beginning of a file that are read to find its first text."""
+
 CHECKED_CHARACTERS = 20_000
 """Characters of a file that are tokenized if the model has no embedding for some ids."""
 
@@ -63,7 +66,7 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
             except InputError as error:
                 problems.append(str(error))
             else:
-                pieces += [(path, piece)] if piece and piece.text.strip() else []
+                pieces += [(path, piece)] if piece else []
         if step == 1 and not pieces and not source.prefixes and not problems:
             problems.append(f"all files of {name} are empty ({paths[0]}); give files with text")
         if tokenizer is not None:
@@ -75,8 +78,15 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
 
 
 def _first_piece(path: Path, field: str) -> Piece | None:
+    """Return the first piece that is not blank, or a blank one after MAX_BLANK_PIECES of them.
+
+    None if the whole file is blank.
+    """
     with closing(read_pieces(path, MIN_PIECE, field, UnusedText())) as pieces:
-        return next(pieces, None)
+        for number, piece in enumerate(pieces):
+            if piece.text.strip() or number == MAX_BLANK_PIECES:
+                return piece
+    return None
 
 
 def _token_problems(pieces: list[tuple[Path, Piece]], prefixes: list[str], tokenizer: Tokenizer) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from minitron_mp.config.data import DataConfig
 from minitron_mp.config.recipe import load_recipe
-from minitron_mp.data import documents, records, text_files, unused
+from minitron_mp.data import checks, documents, records, text_files, unused
 from minitron_mp.data.checks import corpus_problems
 from minitron_mp.data.documents import read_documents, read_pieces
 from minitron_mp.data.sources import corpus_fingerprint, find_sources, unused_text
@@ -648,3 +648,38 @@ def test_text_does_not_depend_on_the_place_of_its_folder(tmp_path):
     first = texts_folder(tmp_path / "one" / "data", "a.txt", "b/c.txt")
     shutil.copytree(first, tmp_path / "two" / "data")
     assert names_of(first) == names_of(tmp_path / "two" / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning"),
+    [
+        ("a.jsonl", '{"text": ""}\n' * 3),
+        ("a.jsonl", json.dumps({"text": "\n" * 9000}) + "\n"),
+        ("a.txt", "\n" * 5000),
+        ("a.txt", " " * 3_000_000),
+    ],
+)
+def test_a_text_may_begin_blank(tmp_path, monkeypatch, name, beginning):
+    """The first record of WikiText is blank. A text is empty if all of it is blank."""
+    data, output = DataConfig(source=str(tmp_path / "data")), tmp_path / "out"
+    for folder in ("one", "two"):
+        write(tmp_path / "data" / folder / name, beginning + JSONL)
+    assert corpus_problems(data, output, None) == []
+    write(tmp_path / "data" / "one" / name, beginning)
+    assert corpus_problems(data, output, None) == []
+    write(tmp_path / "data" / "two" / name, beginning)
+    (problem,) = corpus_problems(data, output, None)
+    assert problem.startswith("all files of source are empty")
+    monkeypatch.setattr(checks, "MAX_BLANK_PIECES", 0)  # the rest of the files is not checked
+    assert corpus_problems(data, output, None) == []
+
+
+def test_a_table_may_begin_blank(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data = DataConfig(source=str(tmp_path / "a.parquet"))
+    parquet.write_table(pyarrow.table({"text": ["", " ", "word"]}), tmp_path / "a.parquet")
+    assert corpus_problems(data, tmp_path / "out", None) == []
+    parquet.write_table(pyarrow.table({"text": ["", " "]}), tmp_path / "a.parquet")
+    assert "are empty" in corpus_problems(data, tmp_path / "out", None)[0]
