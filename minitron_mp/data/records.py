@@ -93,8 +93,8 @@ def text_of(record: object, field: str, place: str) -> str:
         return _decoded(value, field, place)
     if not isinstance(value, str):
         raise InputError(
-            f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
-            "data.text_field"
+            f'{place} has {kind_of(value)} in the field "{field}", not a string; correct or delete it, or '
+            "set data.text_field"
         )
     return value
 
@@ -244,7 +244,7 @@ def _field(record: object, field: str) -> Any:
 def _no_field(record: object, field: str, place: str) -> str:
     if not isinstance(record, dict):
         advice = "name the file .json" if isinstance(record, list) else "correct or delete it"
-        return f"{place} is not a JSON object but {_kind(record)}; {advice}"
+        return f"{place} is not a JSON object but {kind_of(record)}; {advice}"
     return (
         f'{place} has no field "{field}" (its fields: {_fields(record)}); set data.text_field to the '
         "field with the text, or delete it"
@@ -266,7 +266,8 @@ def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Return the type of a JSON value in words."""
     if value is None:
         return "null"
     kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string"}

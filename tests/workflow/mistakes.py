@@ -246,6 +246,11 @@ MISTAKES: dict[str, list[Mistake]] = {
             write("animals.jsonl", '{"query": "a", "choices": ["b", "c"]}\n'),
         ),
         Mistake("An answer beyond the choices", TASK, write("animals.jsonl", _item(gold=2))),
+        Mistake(
+            "Choices that are no list",
+            TASK,
+            write("animals.jsonl", _item(choices={"text": [" sat", " ran"], "label": ["A", "B"]})),
+        ),
         Mistake("A single choice", TASK, write("animals.jsonl", _item(choices=[" sat"]))),
         overrides("Choice of layers by a task without a task", "depth.method=drop", "depth.metric=task"),
     ],
