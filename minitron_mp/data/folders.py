@@ -32,6 +32,7 @@ class FileLister:
     problems: list[str]
     """Sentences about files that cannot be read are added to this list."""
     unused: UnusedText = field(default_factory=UnusedText)
+    """What the last folder left out."""
     other_fields: dict[str, str] = field(default_factory=dict)
     """Path -> fields of the first record: .json files of the last folder without the field."""
     _seen_files: set[object] = field(default_factory=set)
@@ -50,6 +51,7 @@ class FileLister:
         self._found = []
         self._links = []
         self._invalid = []
+        self.unused = UnusedText()
         self.other_fields = {}
         self._scan("", folder)
         while self._links:

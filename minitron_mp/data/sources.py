@@ -126,7 +126,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 def _resolve(entries: list[str], lister: FileLister) -> Source:
     """Return the text of the entries. Add a sentence to lister.problems for each unusable entry."""
-    source = Source(unused=lister.unused)
+    source = Source()
     name, problems = lister.name, lister.problems
     if not all(entries) or not entries:
         problems.append(f"{name} is empty; give files or folders of text ({FORMATS_NOTE})")
@@ -137,7 +137,7 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
         if Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file():
             prefix = str(Path(prefix).resolve())
             if prefix in source.prefixes:
-                lister.unused.add(unused.REPEATED, entry)
+                source.unused.add(unused.REPEATED, entry)
             else:
                 source.prefixes.append(prefix)
         elif path.is_dir():
@@ -146,7 +146,7 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
             files = lister.file(path)
             source.files.extend(files)
             if not files:
-                lister.unused.add(unused.REPEATED, entry)
+                source.unused.add(unused.REPEATED, entry)
         elif path.exists():
             problems.append(
                 f"{name}: {entry} is neither a text file ({FORMATS_NOTE}) nor part of a .bin and .idx pair; "
@@ -185,7 +185,9 @@ def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
     num_problems = len(lister.problems)
     files = lister.folder(Path(entry))
     source.files.extend(files)
-    if files or len(lister.problems) > num_problems:
+    source.unused.update(lister.unused)
+    is_repeated = bool(source.files) and unused.REPEATED in lister.unused.tallies
+    if files or is_repeated or len(lister.problems) > num_problems:
         return
     content = lister.unused.summary()
     lister.problems.append(

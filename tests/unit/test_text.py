@@ -487,6 +487,23 @@ def test_each_file_is_read_once(tmp_path):
     assert sources["source"].unused.tallies[unused.REPEATED].count >= 4
 
 
+def test_entries_of_a_list_may_overlap_in_any_order(tmp_path):
+    data = texts_folder(tmp_path / "data", "a.txt", "b/c.txt", "b/d/e.txt")
+    texts_folder(tmp_path / "images", "x.png")
+    (tmp_path / "link").symlink_to(data / "b")
+    for entries in (["data", "data/b"], ["data/b", "data"], ["data", "data"], ["data", "link", "data/b/d"]):
+        sources = find_sources(DataConfig(source=[str(tmp_path / entry) for entry in entries]))
+        assert sorted(path.name for _, path in sources["source"].files) == ["a.txt", "c.txt", "e.txt"]
+        assert set(unused_text(sources).tallies) == {unused.REPEATED}
+    with pytest.raises(InputError) as error:
+        find_sources(DataConfig(source=[str(data), str(data), str(tmp_path / "images")]))
+    assert f"it has files of other kinds: 1 ({tmp_path}/images/x.png)" in str(error.value)
+    (tmp_path / "images" / "one").mkdir()
+    (tmp_path / "images" / "two").symlink_to("one")
+    with pytest.raises(InputError, match="images is a folder without text files"):
+        read(tmp_path / "images")
+
+
 def test_link_loops_are_counted(tmp_path):
     data = texts_folder(tmp_path / "data", "a.txt", "deep/b.txt")
     (data / "deep" / "up").symlink_to("..")
