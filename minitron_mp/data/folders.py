@@ -8,7 +8,8 @@ from pathlib import Path
 
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.data import unused
-from minitron_mp.data.records import NoField, TooLong, check_first_record
+from minitron_mp.data.record_errors import NoField, NoString
+from minitron_mp.data.records import TooLong, check_first_record
 from minitron_mp.data.text_files import format_of, unpacked_name
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import InputError
@@ -33,8 +34,8 @@ class FileLister:
     """Sentences about files that cannot be read are added to this list."""
     unused: UnusedText = field(default_factory=UnusedText)
     """What the last folder left out."""
-    other_fields: dict[str, str] = field(default_factory=dict)
-    """Path -> fields of the first record: .json files of the last folder without the field."""
+    not_text: dict[str, NoField] = field(default_factory=dict)
+    """Path -> error of the first record: .json files of the last folder without text."""
     _seen_files: set[object] = field(default_factory=set)
     _seen_folders: set[str] = field(default_factory=set)
     _found: list[tuple[str, Path]] = field(default_factory=list)
@@ -52,7 +53,7 @@ class FileLister:
         self._links = []
         self._invalid = []
         self.unused = UnusedText()
-        self.other_fields = {}
+        self.not_text = {}
         self._scan("", folder)
         while self._links:
             self._links.sort(reverse=True)
@@ -140,8 +141,9 @@ class FileLister:
             try:
                 check_first_record(path, self.text_field)
             except NoField as error:
-                self.unused.add(unused.no_field(self.text_field), str(path))
-                self.other_fields.setdefault(str(path), error.fields)
+                reason = unused.no_string if isinstance(error, NoString) else unused.no_field
+                self.unused.add(reason(self.text_field), str(path))
+                self.not_text.setdefault(str(path), error)
                 return False
             except TooLong:
                 file_format = None

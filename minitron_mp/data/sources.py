@@ -16,6 +16,7 @@ from minitron_mp.artifacts.files import fingerprint_files
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data import unused
 from minitron_mp.data.folders import FileLister, is_output, is_same
+from minitron_mp.data.record_errors import NoField
 from minitron_mp.data.text_files import FORMATS_NOTE, format_of
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import refuse
@@ -193,14 +194,14 @@ def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
     lister.problems.append(
         f"{lister.name}: {entry} is a folder without text files ({FORMATS_NOTE})"
         + (f"; it has {content}" if content else "")
-        + _field_advice(lister.other_fields)
+        + _advice(lister.not_text)
         + "; for Megatron data, give its prefix"
     )
 
 
-def _field_advice(other_fields: dict[str, str]) -> str:
-    """Return what to do if a folder has .json files with other fields."""
-    if not other_fields:
+def _advice(not_text: dict[str, NoField]) -> str:
+    """Return what to do if a folder has .json files without text."""
+    if not not_text:
         return ""
-    path, fields = next(iter(other_fields.items()))
-    return f"; set data.text_field to the field with the text ({path}, its fields: {fields})"
+    path, error = next(iter(not_text.items()))
+    return f"; {error.advice} ({path}, its fields: {error.fields})"

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_mp.data.records import kind_of, read_lines
+from minitron_mp.data.record_errors import kind_of
+from minitron_mp.data.records import read_lines
 from minitron_mp.data.text_files import open_text
 from minitron_mp.errors import InputError
 

@@ -262,12 +262,21 @@ def test_invalid_bytes_are_named_with_their_place(tmp_path, name, content, messa
     ("line", "message"),
     [
         ('{"text": null}', r'line 7 has null in the field "text"'),
-        ('{"text": ["a"]}', r'line 7 has a list in the field "text"'),
+        (
+            '{"text": ["a"]}',
+            r'line 7 has a list in the field "text", not a string; join its strings into one',
+        ),
         ('{"text": {"a": 1}}', r'line 7 has an object in the field "text"'),
         ('{"content": "x", "m": {"a": 1}}', r"\(its fields: content, m\.a\); set data\.text_field"),
         ('{"messages": [{"role": "user"}]}', r"\(its fields: messages\)"),
         ("{}", r"\(its fields: none\)"),
-        ('["text"]', r"line 7 is not a JSON object but a list; name the file \.json"),
+        (
+            '[{"text": "a"}]',
+            r"line 7 is not a JSON object but a list; name the file \.json if it",
+        ),
+        ('["text"]', r'line 7 is not a JSON object but a list; write each text as {"text": "\.\.\."}'),
+        ('"text"', r'line 7 is not a JSON object but a string; write each text as {"text": "\.\.\."}'),
+        ("[1, 2]", "line 7 is not a JSON object but a list; correct or delete it"),
         ("null", "line 7 is not a JSON object but null"),
         ("true", "line 7 is not a JSON object but a truth value"),
         ('{"text": "cut', r"line 7 is not a JSON object: .*Unterminated string"),
@@ -287,7 +296,14 @@ def test_records_without_text_are_named_with_their_line(tmp_path, line, message)
     [
         ('[\n{"text": "a"},\n{"text": tru}]', r"a\.json line 3 is not a JSON object"),
         ('[{"text": "a"}, 3]', r"a\.json line 1 is not a JSON object but a number"),
-        ('{"data": [{"text": "a"}]}', r"its fields: data"),
+        (
+            '{"id": "x", "data": [{"text": "a"}]}',
+            r'its fields: id, data\); set data\.text_field .*, or write the objects of "data" as records, or',
+        ),
+        ('["a", "b"]', r'line 1 is not a JSON object but a string; write each text as {"text": "\.\.\."}'),
+        ('[[{"text": "a"}]]', r"line 1 is not a JSON object but a list; write its objects without this list"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', r"line 2 is not a JSON object but a list; write its objects wi"),
+        ("[[", r"line 1 is not a JSON object: .*; correct or delete it"),
         ('[{"text": "a"},\n{"text": "b"}', r"a\.json is cut off: no closing \] at the end of .* \(line 2\)"),
         ('[{"text": "a"},\n{"text": "b"},\n', r"a\.json is cut off: no closing \]"),
         ('[{"text": "]"}', r"a\.json is cut off: no closing \]"),
@@ -307,8 +323,13 @@ def test_invalid_json_files_are_named(tmp_path, content, message):
         ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", r"is a git-lfs pointer"),
         ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())[:-12], r"is damaged or cut off"),
         ("a.json", json.dumps([None, *ROWS]), r"line 1 is not a JSON object but null"),
-        ("a.json", '[\n{"text": null}]', r'line 2 has null in the field "text", not a string'),
-        ("a.json", '[{"text": 3}]', r'line 1 has a number in the field "text"'),
+        ("a.json", '[\n{"text": null}, {"text": "a"}]', r'line 2 has null in the field "text", not a string'),
+        ("a.json", '[{"text": 3}, {"text": "a"}]', r'line 1 has a number in the field "text"'),
+        (
+            "a.json",
+            '{"text": ["a"]}',
+            r'line 1 has a list in the field "text", not a string; join its strings',
+        ),
         ("a.json", '{"text', r"line 1 is not a JSON object: .*Unterminated string"),
         ("a.json", '[{"text": tru, "id": 1}' + 600 * " " + '{"text": "a"}]', r"line 1 is not a JSON object"),
         ("a.json", "[" * 5000, r"line 1 is not a JSON object"),
@@ -324,6 +345,64 @@ def test_json_files_that_cannot_be_read_are_rejected_also_in_a_folder(
     for source in (data / name, data):
         with pytest.raises(InputError, match=rf"{name} {message}"):
             read(source)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"!": 0, "text": 5}',
+        '{"text": {"model_type": "t5"}}',
+        '{"text": null}',
+        '{"text": true}',
+        '{"text": []}',
+        '{"text": [1, 2]}',
+        "null",
+        '[null, {"text": null}, {"text": 3}]',
+    ],
+)
+def test_json_files_without_a_string_in_the_field_are_no_text(tmp_path, content):
+    """Vocabularies and settings. A file in a list is text, so it is rejected."""
+    write(tmp_path / "vocab.json", content)
+    with pytest.raises(InputError, match=r'vocab\.json line 1 (has .* in the field "text"|is not a JSON)'):
+        read(tmp_path / "vocab.json")
+    with pytest.raises(InputError, match=r"is a folder without text files .*; set data\.text_field|correct"):
+        read(tmp_path)
+    write(tmp_path / "a.jsonl", JSONL)
+    assert read(tmp_path) == (TEXTS, {unused.no_string("text"): 1})
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "Hello"}]},
+    {"id": 1, "meta": {"conversations": [{"from": "human", "value": "Hello"}]}},
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_no_value_of_text_field_is_advised_for_a_chat(tmp_path, chat, name):
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        chat = chat.get("meta", chat)
+        parquet.write_table(pyarrow.Table.from_pylist([chat]), path)
+    else:
+        write(path, json.dumps(chat))
+    field = "messages" if "messages" in chat else "meta.conversations" if "meta" in chat else "conversations"
+    advice = "is a chat: write it as one string, for example with the tokenizer's chat template"
+    for text_field in ("text", field, f"{field}.content"):
+        sources = [path, tmp_path] if name == "a.json" else [path]
+        for source in sources:
+            with pytest.raises(InputError, match=advice):
+                read(source, text_field=text_field)
+
+
+def test_fields_of_deep_objects_are_listed(tmp_path):
+    depth = 500
+    write(tmp_path / "a.jsonl", '{"a": ' * depth + "1" + "}" * depth)
+    with pytest.raises(InputError, match=r"its fields: a\.a\."):
+        read(tmp_path / "a.jsonl")
 
 
 def test_many_json_files_that_cannot_be_read_are_counted(tmp_path):

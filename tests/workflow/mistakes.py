@@ -222,6 +222,12 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("A folder without text", ("data.source=images",), write("images/a.png", b"\x89PNG\r\n")),
         Mistake("A file of another kind", ("data.source=text.csv",), write("text.csv", "a,b\n")),
         Mistake("An empty file", ("data.source=empty.txt",), write("empty.txt", "")),
+        Mistake(
+            "Chats instead of text",
+            ("data.source=chats.jsonl",),
+            write("chats.jsonl", '{"messages": [{"role": "user", "content": "Hello"}]}\n'),
+        ),
+        Mistake("Lines that are strings", ("data.source=a.jsonl",), write("a.jsonl", '"The cat sat."\n')),
         Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
         Mistake(
             "An .idx file that is none",
