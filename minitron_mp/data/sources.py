@@ -157,6 +157,11 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
             problems.append(
                 f"{name}: {entry} is a link to {os.readlink(path)}, which cannot be read; correct the link"
             )
+        elif entry == STDLIB:
+            problems.append(
+                f"{name}: {STDLIB} is not a file or folder and cannot be combined with other text; give it "
+                "alone as data.source, or remove it"
+            )
         elif WILDCARDS.intersection(entry):
             parent = next(parent for parent in path.parents if not WILDCARDS.intersection(str(parent)))
             problems.append(

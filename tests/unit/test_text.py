@@ -7,6 +7,7 @@ import lzma
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tracemalloc
 
@@ -779,3 +780,46 @@ def test_a_table_may_begin_blank(tmp_path):
     assert corpus_problems(data, tmp_path / "out", None) == []
     parquet.write_table(pyarrow.table({"text": ["", " "]}), tmp_path / "a.parquet")
     assert "are empty" in corpus_problems(data, tmp_path / "out", None)[0]
+
+
+def test_a_small_text_must_have_documents_for_each_part(tmp_path):
+    """With the message of the stage data, but before the first stage."""
+    path = write(tmp_path / "a.txt", "a line of six words in a text\n" * 200)
+    data, output = DataConfig(source=str(path)), tmp_path / "out"
+    (problem,) = corpus_problems(data, output, None, seed=1)
+    assert problem.startswith("no text for ")
+    assert "source has 1 documents that are not blank; give more text, raise data.valid_fraction" in problem
+    write(path, "a line of six words in a text\n\n" * 40_000)
+    assert corpus_problems(data, output, None, seed=1) == []
+    path = write(tmp_path / "a.jsonl", JSONL + '{"text": 3}\n')
+    (problem,) = corpus_problems(DataConfig(source=str(path)), output, None, seed=1)
+    assert 'a.jsonl line 7 has a number in the field "text"' in problem
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"source": ["python-stdlib", "a.txt"]},
+        {"calibration": ["python-stdlib"], "train": ["a.txt"], "valid": ["a.txt"]},
+    ],
+)
+def test_the_standard_library_is_not_combined_with_other_text(tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(texts_folder(tmp_path, "a.txt"))
+    with pytest.raises(InputError, match=r"python-stdlib is not a file or folder .*; give it alone as data"):
+        find_sources(DataConfig(**settings))
+
+
+def test_folders_may_be_nested_deeper_than_calls(tmp_path):
+    depth = 1200
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    with open(os.open("a.txt", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "w") as file:
+        file.write("text")
+    os.close(descriptor)
+    names = names_of(tmp_path)
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # pytest cannot remove it
+    assert names == ["d/" * depth + "a.txt"]

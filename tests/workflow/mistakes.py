@@ -238,6 +238,12 @@ MISTAKES: dict[str, list[Mistake]] = {
             "data.train without data.valid", ("data.train=[text]",), edit_recipe(data={"sequence_length": 32})
         ),
         overrides("data.source together with data.train", "data.train=[text]", "data.valid=[text]"),
+        overrides("The standard library with other text", "data.source=[python-stdlib, text]"),
+        Mistake(
+            "A text too small for three parts",
+            ("data.source=a.txt",),
+            write("a.txt", "The cat sat on the mat.\n" * 250),
+        ),
         overrides("Held-out text that does not exist", "data.held_out={news: [nowhere]}"),
         overrides("Samples longer than the model's positions", "data.sequence_length=256"),
         overrides("A held-out part of more than half", "data.valid_fraction=0.7"),
