@@ -81,7 +81,7 @@ def tokenize_corpus(
     for part in data.held_out if held_out else PARTS:
         written = [part] if part in writer.builders else []
         parts[part] = written + (sources[part].prefixes if part in sources else [])
-    _check_not_empty(parts, data, sources, num_documents)
+    check_not_empty(parts, data, sources, num_documents)
     write_text(folder / PARTS_FILE, json.dumps(parts, indent=1))
     not_used.save(folder)
     return {part: sum(tokens_of(prefix)[0] for prefix in prefixes_of(folder, part)) for part in parts}
@@ -122,9 +122,10 @@ class _PartWriter:
             builder.finalize(str(self.output / f"{part}.idx"))
 
 
-def _check_not_empty(
+def check_not_empty(
     parts: dict[str, list[str]], data: DataConfig, sources: Sources, num_documents: int
 ) -> None:
+    """Raise InputError if a part has no prefix. num_documents: number of documents of all sources."""
     empty = [part for part, prefixes in parts.items() if not prefixes]
     if not empty:
         return

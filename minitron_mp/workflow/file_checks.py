@@ -100,6 +100,7 @@ def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collect
         tokenizer,
         parts="data" not in deleted,
         held_out="texts" not in deleted,
+        seed=recipe.seed,
     )
     if recipe.search is None or not recipe.data.train or problems or "data" in deleted:
         return problems

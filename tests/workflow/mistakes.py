@@ -230,6 +230,12 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("A folder without text", ("data.source=images",), write("images/a.png", b"\x89PNG\r\n")),
         Mistake("A file of another kind", ("data.source=text.csv",), write("text.csv", "a,b\n")),
         Mistake("An empty file", ("data.source=empty.txt",), write("empty.txt", "")),
+        Mistake(
+            "Chats instead of text",
+            ("data.source=chats.jsonl",),
+            write("chats.jsonl", '{"messages": [{"role": "user", "content": "Hello"}]}\n'),
+        ),
+        Mistake("Lines that are strings", ("data.source=a.jsonl",), write("a.jsonl", '"The cat sat."\n')),
         Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
         Mistake(
             "An .idx file that is none",
@@ -240,6 +246,12 @@ MISTAKES: dict[str, list[Mistake]] = {
             "data.train without data.valid", ("data.train=[text]",), edit_recipe(data={"sequence_length": 32})
         ),
         overrides("data.source together with data.train", "data.train=[text]", "data.valid=[text]"),
+        overrides("The standard library with other text", "data.source=[python-stdlib, text]"),
+        Mistake(
+            "A text too small for three parts",
+            ("data.source=a.txt",),
+            write("a.txt", "The cat sat on the mat.\n" * 250),
+        ),
         overrides("Held-out text that does not exist", "data.held_out={news: [nowhere]}"),
         overrides("Samples longer than the model's positions", "data.sequence_length=256"),
         overrides("A held-out part of more than half", "data.valid_fraction=0.7"),
@@ -254,6 +266,11 @@ MISTAKES: dict[str, list[Mistake]] = {
             write("animals.jsonl", '{"query": "a", "choices": ["b", "c"]}\n'),
         ),
         Mistake("An answer beyond the choices", TASK, write("animals.jsonl", _item(gold=2))),
+        Mistake(
+            "Choices that are no list",
+            TASK,
+            write("animals.jsonl", _item(choices={"text": [" sat", " ran"], "label": ["A", "B"]})),
+        ),
         Mistake("A single choice", TASK, write("animals.jsonl", _item(choices=[" sat"]))),
         overrides("Choice of layers by a task without a task", "depth.method=drop", "depth.metric=task"),
     ],
