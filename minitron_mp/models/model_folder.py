@@ -209,9 +209,9 @@ def has_other_weights(folder: Path) -> bool:
 
 
 def _stray_weights(folder: Path) -> list[str]:
-    """Return the names of safetensors files that are not an adapter."""
+    """Return the names of safetensors files that are neither an adapter nor in another format."""
     paths = (path for path in folder.glob("*.safetensors") if path.is_file())
-    return sorted(path.name for path in paths if not path.name.startswith("adapter_"))
+    return sorted(path.name for path in paths if not path.name.startswith(("adapter_", "consolidated")))
 
 
 def missing_config_problem(folder: Path) -> str:
