@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import types
 import typing
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
@@ -29,6 +30,13 @@ if typing.TYPE_CHECKING:
 
 RESOLVED_RECIPE = "resolved_recipe.yaml"
 """File in the output folder with the recipe of the last command, with all defaults."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a recipe was read. It does not matter for the equality of recipes."""
+
+    file: Path | None = dataclasses.field(default=None, compare=False)
 
 
 class Recipe(Section):
@@ -67,6 +75,7 @@ class Recipe(Section):
     """Evaluation of teacher and student."""
     export: ExportConfig = ExportConfig()
     """The Hugging Face folder of the student."""
+    _origin: _Origin = PrivateAttr(_Origin())
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
@@ -79,6 +88,11 @@ class Recipe(Section):
     def root(self) -> Path:
         """The output folder."""
         return Path(self.output)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that load_recipe() read; None for a recipe that was made in Python."""
+        return self._origin.file
 
     @property
     def teacher_precision(self) -> Literal["bf16", "fp32"]:
@@ -128,7 +142,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
-    return make_recipe(values, source=str(path))
+    recipe = make_recipe(values, source=str(path))
+    recipe._origin = _Origin(Path(path))
+    return recipe
 
 
 def _apply_override(config: DictConfig, text: str) -> None:

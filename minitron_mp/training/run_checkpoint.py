@@ -7,7 +7,14 @@ import time
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_checkpoint, save_checkpoint
-from minitron_mp.artifacts.manifest import STEPS, Manifest, newest_checkpoint, require_artifact
+from minitron_mp.artifacts.manifest import (
+    MANIFEST,
+    STEPS,
+    Manifest,
+    newest_checkpoint,
+    require_artifact,
+    user_files,
+)
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
@@ -112,7 +119,8 @@ class RunCheckpoints:
 
     def _delete_old(self) -> None:
         for old in sorted(self.folder.glob(STEPS))[: -self.settings.keep_checkpoints]:
-            shutil.rmtree(old)
+            if not (old / MANIFEST).is_file() or not user_files(old):
+                shutil.rmtree(old)
 
     def _record_duration(self, seconds: float) -> None:
         if self.world.preemption is not None:

@@ -6,93 +6,24 @@ test_mistakes.py makes each in a small project and compares the answer with docs
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-Change = Callable[[Path], object]
-"""Changes the project in a folder: recipe.yaml, model/, text/."""
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """words: arguments of the command after the recipe. change: damage of the project.
-
-    command: stage, or another command. recipe: its argument. dry_run: add --dry-run.
-    """
-
-    title: str
-    words: tuple[str, ...] = ()
-    change: Change = lambda project: None
-    command: str = "compress"
-    recipe: str = "recipe.yaml"
-    dry_run: bool = True
-
-    def arguments(self) -> list[str]:
-        return [self.command, self.recipe, *self.words, *(["--dry-run"] if self.dry_run else [])]
-
-
-def overrides(title: str, *words: str) -> Mistake:
-    return Mistake(title, words)
-
-
-def write(path: str, content: str | bytes) -> Change:
-    def change(project: Path) -> None:
-        target = project / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return change
-
-
-def edit_json(path: str, **values: Any) -> Change:
-    """Set keys of a JSON file; a value None removes its key."""
-
-    def change(project: Path) -> None:
-        content = json.loads((project / path).read_text())
-        content |= values
-        kept = {key: value for key, value in content.items() if value is not None}
-        (project / path).write_text(json.dumps(kept))
-
-    return change
-
-
-def edit_recipe(**sections: Any) -> Change:
-    def change(project: Path) -> None:
-        recipe = yaml.safe_load((project / "recipe.yaml").read_text())
-        (project / "recipe.yaml").write_text(yaml.safe_dump(recipe | sections))
-
-    return change
-
-
-def edit_weights(edit: Callable[[dict[str, Any]], object]) -> Change:
-    """edit: changes the dictionary of tensors."""
-
-    def change(project: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        path = project / "model" / "model.safetensors"
-        tensors = load_file(path)
-        edit(tensors)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return change
-
-
-def _remove(path: str) -> Change:
-    return lambda project: (project / path).unlink()
-
-
-def _truncate(path: str, size: int) -> Change:
-    return lambda project: os.truncate(project / path, size)
-
-
-def _in_order(*changes: Change) -> Change:
-    return lambda project: [change(project) for change in changes]
+from mistake_changes import (
+    Mistake,
+    copy_recipe,
+    edit_json,
+    edit_recipe,
+    edit_weights,
+    evaluated_student,
+    in_order,
+    move_into,
+    overrides,
+    remove,
+    truncate,
+    write,
+    write_null,
+)
 
 
 def _item(**values: Any) -> str:
@@ -149,7 +80,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("A name on the hub instead of a folder", "model=meta-llama/Llama-3.1-8B"),
         overrides("A file instead of a folder", "model=model/config.json"),
         overrides("A folder without a model", "model=text"),
-        Mistake("config.json is cut off", change=_truncate("model/config.json", 100)),
+        Mistake("A cache of the hub", ("model=hub",), move_into("hub/snapshots/0123")),
+        Mistake("config.json is cut off", change=truncate("model/config.json", 100)),
         Mistake("config.json is a list", change=write("model/config.json", "[]")),
         Mistake("config.json without model_type", change=edit_json("model/config.json", model_type=None)),
         Mistake(
@@ -157,6 +89,10 @@ MISTAKES: dict[str, list[Mistake]] = {
             change=edit_json("model/config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
         ),
         Mistake("config.json without a size", change=edit_json("model/config.json", hidden_size=None)),
+        Mistake("A text instead of an id", change=edit_json("model/config.json", eos_token_id="2")),
+        Mistake(
+            "A null that transformers does not read", change=write_null("model/config.json", "use_cache")
+        ),
         Mistake("Sizes of another model", change=edit_json("model/config.json", hidden_size=72)),
         Mistake("More layers than weights", change=edit_json("model/config.json", num_hidden_layers=5)),
         Mistake("Fewer layers than weights", change=edit_json("model/config.json", num_hidden_layers=3)),
@@ -178,8 +114,14 @@ MISTAKES: dict[str, list[Mistake]] = {
             "Quantized weights",
             change=edit_json("model/config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         ),
-        Mistake("Without weights", change=_remove("model/model.safetensors"), dry_run=False),
-        Mistake("The weights are cut off", change=_truncate("model/model.safetensors", 100_000)),
+        Mistake("Without weights", change=remove("model/model.safetensors"), dry_run=False),
+        Mistake(
+            "A shard without its index",
+            change=lambda project: (project / "model/model.safetensors").rename(
+                project / "model/model-00001-of-00002.safetensors"
+            ),
+        ),
+        Mistake("The weights are cut off", change=truncate("model/model.safetensors", 100_000)),
         Mistake(
             "The weights are a Git LFS pointer",
             change=write(
@@ -204,8 +146,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
         Mistake(
             "The index names a file that is missing",
-            change=_in_order(
-                _remove("model/model.safetensors"),
+            change=in_order(
+                remove("model/model.safetensors"),
                 write(
                     "model/model.safetensors.index.json",
                     json.dumps({"weight_map": {UP: "model-00001-of-00002.safetensors"}}),
@@ -214,8 +156,23 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
     ],
     "Tokenizer": [
-        Mistake("Without a tokenizer", change=_remove("model/tokenizer.json")),
-        Mistake("tokenizer.json is cut off", change=_truncate("model/tokenizer.json", 500)),
+        Mistake("Without a tokenizer", change=remove("model/tokenizer.json")),
+        Mistake("tokenizer.json is cut off", change=truncate("model/tokenizer.json", 500)),
+        Mistake(
+            "A class in a Python file",
+            change=in_order(
+                edit_json(
+                    "model/tokenizer_config.json",
+                    tokenizer_class="MyTok",
+                    auto_map={"AutoTokenizer": ["tokenization_my.MyTok", None]},
+                ),
+                remove("model/tokenizer.json"),
+            ),
+        ),
+        Mistake(
+            "A chat template in UTF-16",
+            change=write("model/chat_template.jinja", "{{ messages }}".encode("utf-16")),
+        ),
         overrides("The folder does not exist", "data.tokenizer=nowhere"),
         overrides("A folder without a tokenizer", "data.tokenizer=text"),
         Mistake(
@@ -240,7 +197,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake(
             "An .idx file that is none",
             ("data.source=tokens",),
-            _in_order(write("tokens.bin", b"\0" * 8), write("tokens.idx", b"nothing")),
+            in_order(write("tokens.bin", b"\0" * 8), write("tokens.idx", b"nothing")),
         ),
         Mistake(
             "data.train without data.valid", ("data.train=[text]",), edit_recipe(data={"sequence_length": 32})
@@ -349,6 +306,13 @@ MISTAKES: dict[str, list[Mistake]] = {
             "A folder of the user where an artifact belongs",
             change=write("out/student/thesis.txt", "mine"),
             dry_run=False,
+        ),
+        Mistake("A file of the user where an artifact belongs", change=write("out/plan.json", '{"mine": 1}')),
+        Mistake("Files of the user in an artifact", change=evaluated_student),
+        Mistake(
+            "The recipe lies where an artifact belongs",
+            recipe="out/data/recipe.yaml",
+            change=copy_recipe("out/data/recipe.yaml"),
         ),
         Mistake("A damaged artifact", change=write("out/teacher/manifest.json", "{"), dry_run=False),
         Mistake(
