@@ -324,7 +324,7 @@ def test_templates_in_a_folder_reach_the_export(llama, tmp_path):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 10,000"),
         ({"vocab_size": 10**12}, "vocab_size is 1000000000000; at most 2,147,483,647"),
         ({"head_dim": -8}, "head_dim is -8, not a positive integer"),
-        ({"tie_word_embeddings": "perhaps"}, "tie_word_embeddings: Input should be a valid boolean"),
+        ({"tie_word_embeddings": "perhaps"}, 'tie_word_embeddings is "perhaps", not true or false'),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; give a finite number"),
         ({"pad_token_id": 131}, "pad_token_id is 131, above the last id 130.*set it to null"),
         ({"rope_theta": 1e6}, "rope_theta is 1000000.0 in config.json and 10000.0 in rope_parameters"),
