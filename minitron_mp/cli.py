@@ -5,6 +5,7 @@ The parser imports neither torch nor megatron.
 
 from __future__ import annotations
 
+import errno
 import io
 import locale
 import logging
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import launched, rank_name, say, speaks, standard_output
-from minitron_mp.errors import InputError, os_error_text
+from minitron_mp.errors import OPEN_FILES_ADVICE, InputError, os_error_text
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages import STAGES
 
@@ -333,6 +334,17 @@ def _require_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
+def _require_working_folder() -> None:
+    """Raise InputError if the working folder has been deleted. torch would end this process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError(
+            "the working folder has been deleted or replaced; change to a folder that exists: cd PATH, or "
+            'cd "$PWD" if the folder was made again'
+        ) from error
+
+
 def main() -> None:
     """Run the command line.
 
@@ -349,10 +361,13 @@ def main() -> None:
     # Megatron-Core 0.19 warns at each model that GPTModel will be removed.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
+        _require_working_folder()
         app()
     except (InputError, OSError) as error:
         _exit_with(os_error_text(error) if isinstance(error, OSError) else str(error))
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
+        if os.strerror(errno.EMFILE) in str(error):  # gloo and the loader of libraries
+            _exit_with(f"too many open files; {OPEN_FILES_ADVICE}")
         if not (launched() and _is_lost_connection(error)):
             raise
         reason = str(error).splitlines()[0]
@@ -376,7 +391,7 @@ def _exit_with(text: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
+def _is_lost_connection(error: Exception) -> bool:
     """Return whether gloo, NCCL or the store of the job has lost a rank."""
     is_of_torch = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return is_of_torch or "by peer" in str(error) or "Broken pipe" in str(error)

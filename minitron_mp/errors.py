@@ -16,12 +16,17 @@ def refuse(title: str, problems: Sequence[str]) -> None:
         raise InputError("\n".join([title, *(f"  - {problem}" for problem in problems)]))
 
 
+OPEN_FILES_ADVICE = "raise the limit of open files with `ulimit -n 4096` in the same shell"
+
+
 def os_error_text(error: OSError) -> str:
     """Return the text of an OSError, with what to do where that is known."""
     advice = {
         errno.ENOSPC: "free some space or set another output; the same command resumes",
         errno.EDQUOT: "the quota is used up: free some space or set another output; the same command resumes",
         errno.EFBIG: "the file is above the limit of the file system or of `ulimit -f`",
+        errno.EMFILE: OPEN_FILES_ADVICE,
+        errno.ENFILE: "the machine has too many open files; end other processes",
         errno.EROFS: "set another output",
         errno.ENAMETOOLONG: "the file system allows 255 bytes in a name; give a shorter one",
         errno.EACCES: "change the permissions, or set another output",

@@ -10,4 +10,5 @@ output_lock       locked: one job at a time in an output folder
 run_log           append_record, records_of
 curves            CORRECTION, DISTILLATION: metrics files of training runs
 files             atomic writes, fingerprints
+written_files     the files of an artifact that the user added or edited
 """

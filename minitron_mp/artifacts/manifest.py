@@ -20,8 +20,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from minitron_mp.artifacts.files import aside_path, hidden_sibling, write_text
+from minitron_mp.artifacts.written_files import changed_files, written_files
 from minitron_mp.errors import InputError, differing_fields, refuse
 from minitron_mp.models.arch import Arch
+from minitron_mp.models.model_folder import shortened
 
 FORMAT = 2
 """Version of the format of artifacts. Artifacts of a different version must be made again.
@@ -63,6 +65,9 @@ class Manifest(BaseModel):
     fingerprint. An artifact stays valid when the files at these paths are deleted."""
     made_by: str = ""
     """Version of this library, for information. It is not part of the fingerprint."""
+    files: dict[str, str] = {}
+    """Files of an artifact folder, as written_files() returns them; {} if they were not recorded.
+    They are not part of the fingerprint."""
 
     validation: Validation | None = None
     """Validation of a model in training. It is not part of the fingerprint."""
@@ -211,6 +216,29 @@ def _require_format(artifact: Path, format: object, stage: object) -> None:
         )
 
 
+def user_files(artifact: Path) -> list[str]:
+    """Return the files in an artifact folder that the user added or edited, for a message.
+
+    [] for a file, and for a folder whose files were not recorded. InputError for a folder that is
+    not an artifact.
+    """
+    manifest = find_manifest(artifact) if artifact.is_dir() else None
+    if manifest is None or not manifest.files:
+        return []
+    return shortened([name for name in changed_files(artifact, manifest.files) if name != MANIFEST])
+
+
+def user_files_problem(artifact: Path) -> str:
+    """Return why an artifact folder cannot be replaced without loss, or ""."""
+    files = user_files(artifact)
+    if not files:
+        return ""
+    return (
+        f"{artifact} would be replaced, and files in it would be lost that minitron-mp did not write, or "
+        f"that were edited: {', '.join(files)}; move them out of that folder, or set another output"
+    )
+
+
 @contextmanager
 def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
     """Yield a temporary folder, and on success replace the artifact by it, with its manifest.
@@ -228,7 +256,16 @@ def writing_artifact(folder: Path, manifest: Manifest) -> Iterator[Path]:
 
 
 def prepare_artifact(folder: Path) -> Path:
-    """Create and return the empty folder aside_path(folder). Rank 0 calls it before ranks write."""
+    """Create and return the empty folder aside_path(folder). Rank 0 calls it before ranks write.
+
+    InputError if commit_artifact() would delete files of the user in the folder.
+    """
+    # A checkpoint without a manifest is incomplete, and the run that resumes writes it again.
+    is_checkpoint = CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint:
+        problem = user_files_problem(folder)
+        if problem:
+            raise InputError(problem)
     temporary = aside_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -238,7 +275,8 @@ def prepare_artifact(folder: Path) -> Path:
 def commit_artifact(folder: Path, manifest: Manifest) -> None:
     """Replace the artifact by aside_path(folder) with its manifest. Rank 0 calls it at the end."""
     old = hidden_sibling(folder, "old")
-    write_text(aside_path(folder) / MANIFEST, manifest.model_dump_json(indent=1))
+    files = written_files(aside_path(folder))
+    write_manifest(aside_path(folder), manifest.model_copy(update={"files": files}))
     while True:
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -251,6 +289,11 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
             if not folder.exists():
                 raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of an artifact folder atomically."""
+    write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -301,14 +344,16 @@ def discard_checkpoints(
 ) -> None:
     """Delete the checkpoints of a finished run, and then the folder if it is empty.
 
-    lasting_checkpoints(), checkpoints of other runs, and other files are kept.
+    lasting_checkpoints(), checkpoints of other runs, checkpoints with files of the user in them, and
+    other files are kept.
     """
     lasting = lasting_checkpoints(folder, keep_every, final)
     for path in folder.iterdir() if folder.is_dir() else []:
         if not CHECKPOINT_NAME.fullmatch(path.name) or path in lasting:
             continue
         is_partial = path.name.startswith(".") or not (path / MANIFEST).is_file()
-        if is_partial or _manifest_of(path).fingerprint == manifest.fingerprint:
+        is_of_run = not is_partial and _manifest_of(path).fingerprint == manifest.fingerprint
+        if is_partial or (is_of_run and not user_files(path)):
             shutil.rmtree(path, ignore_errors=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # the folder does not exist, or is not empty

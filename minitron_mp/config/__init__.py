@@ -1,6 +1,7 @@
 """What a recipe may contain: frozen schemas, the rules between them, and YAML.
 
 recipe         Recipe, load_recipe, make_recipe, recipe_yaml
+yaml_values    values of YAML files and of overrides
 base           Section, the base class of all sections
 blend          UserTexts, Share: texts of a part, and their shares
 paths          UserPath: ~ and environment variables in paths

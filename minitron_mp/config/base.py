@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import typing
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
 
 NOT_IN_RESULT: JsonDict = {"result": False}
 """Mark of a field that does not change the result of a stage.
@@ -29,6 +39,51 @@ Count = Annotated[float, BeforeValidator(_with_suffix)]
 """A number, or a number with the suffix K, M or B."""
 
 
+NUMBER = re.compile(
+    r"[-+]?(?P<digits>\d[\d_]*)|(?P<base>0x[\da-fA-F]+|0o[0-7]+)"
+    r"|[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|(?P<special>[-+]?\.(inf|nan))",
+    re.ASCII,
+)
+"""A number of YAML 1.2, with _ between digits: 010 is ten, and 1:30 and `yes` are not numbers."""
+
+
+def _number(text: str) -> int | float | str:
+    """Return the number of a text, or the text if it is none."""
+    match = NUMBER.fullmatch(text.strip())
+    try:
+        if match is None:
+            return text
+        if match["digits"]:
+            return int(match[0])
+        if match["base"]:
+            return int(match[0], 0)
+        return float(match[0].replace(".", "", 1) if match["special"] else match[0])
+    except ValueError:  # 1__0, and integers of thousands of digits
+        return text
+
+
+def _leaves(annotation: Any) -> set[object]:
+    """Return the types of the values that a field may contain, inside lists and dictionaries, too."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) in (None, typing.Literal):
+        return {annotation}
+    if typing.get_origin(annotation) is dict:
+        arguments = arguments[1:]
+    if typing.get_origin(annotation) is Annotated:
+        arguments = arguments[:1]
+    return set().union(*map(_leaves, arguments))
+
+
+def _with_numbers(value: object, *, is_integer: bool) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type" if is_integer else "float_type", "must be a number")
+    if isinstance(value, dict):
+        return {key: _with_numbers(part, is_integer=is_integer) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(part, is_integer=is_integer) for part in value]
+    return _number(value) if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A frozen part of a recipe. Unknown keys are errors."""
 
@@ -42,6 +97,13 @@ class Section(BaseModel):
             return values
         sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
         return {key: value for key, value in values.items() if value is not None or key not in sections}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_numbers(cls, value: object, info: ValidationInfo) -> object:
+        """Read texts as numbers in fields of numbers, and refuse booleans, which are 0 and 1 in Python."""
+        leaves = _leaves(cls.model_fields[str(info.field_name)].annotation)
+        return _with_numbers(value, is_integer=float not in leaves) if {int, float} & leaves else value
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change a result: all fields except marked and empty ones."""

@@ -99,12 +99,11 @@ class DistillConfig(TrainingConfig):
         "js",
     ] = "forward_kl"
     """forward_kl: KL(teacher || student), as in the papers. reverse_kl: KL(student || teacher).
-    skewed_forward_kl: KL(teacher || skew teacher + (1 - skew) student), 2402.03898. js:
-    Jensen-Shannon.
+    skewed_forward_kl: KL(teacher || skew teacher + (1 - skew) student), 2402.03898.
+    js: Jensen-Shannon.
     Formulas: docs/distillation.md."""
     divergence_parameters: dict[str, float] | None = Field(default=None, validate_default=True)
-    """Parameters of the divergence, by name. skewed_forward_kl: skew, above 0 and at most
-    0.99, default 0.1. The others have none."""
+    """Parameters of the divergence, by name. Their limits and defaults: docs/distillation.md."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of both distributions."""
     kl_weight: float = Field(default=1.0, ge=0)

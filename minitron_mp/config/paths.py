@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from minitron_mp.errors import refuse
 
@@ -33,6 +34,8 @@ def expand_path(text: str) -> str:
             "set and export it, or write the whole path"
         )
     expanded = os.path.expanduser(os.path.expandvars(text))
+    if not expanded.isascii() and any("\ud800" <= character <= "\udfff" for character in expanded):
+        raise ValueError(f"{text!r} is not UTF-8 text; names of files must be UTF-8, so rename it")
     if "\0" in expanded:
         raise ValueError(f"{text!r} contains a null character, which no path may contain; remove it")
     if text and not expanded:
@@ -50,6 +53,14 @@ def _variables(text: str) -> list[str]:
     return list(dict.fromkeys(match[1] or match[2] for match in VARIABLE.finditer(text)))
 
 
+def _require_path_or_paths(value: object) -> object:
+    """Raise one error for both types. pydantic would raise one for each."""
+    parts = value if isinstance(value, list) else [value]
+    if not all(isinstance(part, str) for part in parts):
+        raise PydanticCustomError("path_or_paths", "must be a path or a list of paths")
+    return value
+
+
 UserPath = Annotated[str, AfterValidator(expand_path)]
 """A path, in which `~` and environment variables are expanded."""
 
@@ -60,6 +71,7 @@ UserPaths = Annotated[
 
 UserPathOrPaths = Annotated[
     str | list[str],
+    BeforeValidator(_require_path_or_paths),
     AfterValidator(
         lambda value: expand_path(value) if isinstance(value, str) else [expand_path(path) for path in value]
     ),
@@ -71,7 +83,7 @@ def variables_for_omegaconf(values: Any, keys: Mapping[str, Any], source: str) -
     """Return the content of a YAML recipe in which OmegaConf expands ${NAME} from the environment.
 
     NAME stays a reference to the recipe if the recipe has this key. InputError for a variable that
-    is not set.
+    is not set, and for ???, which OmegaConf reads as a value that is missing.
     """
     problems: list[str] = []
 
@@ -82,6 +94,8 @@ def variables_for_omegaconf(values: Any, keys: Mapping[str, Any], source: str) -
             return [expand(part, key) for part in value]
         if not isinstance(value, str):
             return value
+        if value == "???":
+            problems.append(f"{key}: ??? stands for a value that is missing; write the value")
 
         def replace(match: re.Match[str]) -> str:
             name = match[1]

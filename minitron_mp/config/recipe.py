@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from minitron_mp.config.base import Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
@@ -18,14 +20,23 @@ from minitron_mp.config.paths import UserPath, variables_for_omegaconf
 from minitron_mp.config.pruning import DepthConfig, ScoreConfig, SearchConfig, TargetConfig
 from minitron_mp.config.rules import rule_problems
 from minitron_mp.config.training import CorrectionConfig
+from minitron_mp.config.yaml_values import OVERRIDE, read_override, read_yaml_file
 from minitron_mp.errors import InputError, refuse
 
 if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
     from pydantic_core import ErrorDetails
 
 
 RESOLVED_RECIPE = "resolved_recipe.yaml"
 """File in the output folder with the recipe of the last command, with all defaults."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where a recipe was read. It does not matter for the equality of recipes."""
+
+    file: Path | None = dataclasses.field(default=None, compare=False)
 
 
 class Recipe(Section):
@@ -64,6 +75,7 @@ class Recipe(Section):
     """Evaluation of teacher and student."""
     export: ExportConfig = ExportConfig()
     """The Hugging Face folder of the student."""
+    _origin: _Origin = PrivateAttr(_Origin())
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
@@ -76,6 +88,11 @@ class Recipe(Section):
     def root(self) -> Path:
         """The output folder."""
         return Path(self.output)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that load_recipe() read; None for a recipe that was made in Python."""
+        return self._origin.file
 
     @property
     def teacher_precision(self) -> Literal["bf16", "fp32"]:
@@ -101,35 +118,48 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe, apply dotted overrides ("distill.steps=10") and return the recipe.
 
-    It raises one InputError that lists all mistakes.
+    A value of an override is the text itself unless it begins with a bracket, a brace or a quotation
+    mark, as in "data.train=[a, b]". It raises one InputError that lists all mistakes.
     """
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-    from yaml.reader import ReaderError
 
-    if not Path(path).is_file():
-        raise InputError(f"no recipe at {path}; give a YAML file such as examples/quickstart.yaml")
     refuse(
         "an override must be a dotted key and a value, like distill.steps=10; these are not:",
-        [text for text in overrides if "=" not in text],
+        [text for text in overrides if not OVERRIDE.fullmatch(text)],
     )
+    content = read_yaml_file(path)
+    if not isinstance(content, dict):
+        return make_recipe(content, source=str(path))
     try:
-        with open(path, "rb") as file:  # YAML recognises UTF-8 and UTF-16 by their byte order marks
-            loaded: Any = OmegaConf.load(file)
-        if isinstance(loaded, DictConfig):
-            loaded = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(loaded, resolve=False)
-        if isinstance(values, dict):
-            values = variables_for_omegaconf(values, Recipe.model_fields, str(path))
-            values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+        config = OmegaConf.create(content)
+        for text in overrides:
+            _apply_override(config, text)
+        values: Any = OmegaConf.to_container(config, resolve=False)
+        values = variables_for_omegaconf(values, Recipe.model_fields, str(path))
+        values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except InputError:
         raise
-    except ReaderError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}); convert it to UTF-8") from error
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} or an override cannot be read ({error}); correct it") from error
-    return make_recipe(values, source=str(path))
+    recipe = make_recipe(values, source=str(path))
+    recipe._origin = _Origin(Path(path))
+    return recipe
+
+
+def _apply_override(config: DictConfig, text: str) -> None:
+    """Set the key of an override. A dictionary is merged with the keys that are there."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    key, value = read_override(text)
+    try:
+        OmegaConf.update(config, key, value)
+    except (OmegaConfBaseException, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the override {text!r} cannot be used ({str(error).splitlines()[0]}); write a dotted key and a "
+            "value, like distill.steps=10"
+        ) from error
 
 
 def make_recipe(values: object, source: str = "recipe") -> Recipe:
@@ -138,14 +168,12 @@ def make_recipe(values: object, source: str = "recipe") -> Recipe:
     It raises one InputError that lists all mistakes, with the nearest known key.
     """
     if not isinstance(values, dict):
-        raise InputError(
-            f"{source} contains a {type(values).__name__}, not keys and values; write lines such as "
-            "model: PATH"
-        )
+        content = "a list" if isinstance(values, list) else f"only {values!r}"
+        raise InputError(f"{source} contains {content}, not keys and values; write lines such as model: PATH")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        refuse(f"{source} cannot be used:", [row for e in error.errors() for row in _sentences(e)])
+        refuse(f"{source} cannot be used:", _sentences(error.errors()))
         raise
 
 
@@ -185,34 +213,67 @@ _RULES = {
     "int_from_float": "must be an integer",
     "int_parsing": "must be an integer",
     "int_type": "must be an integer",
+    "invalid_key": "keys must be text",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be {le} or less",
     "list_type": "must be a list",
     "literal_error": "must be {expected}",
     "model_type": "must be a section with keys and values",
+    "path_or_paths": "must be a path or a list of paths",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
+    "string_unicode": "must be UTF-8 text",
     "too_short": "must have {min_length} or more values",
     "tuple_type": "must be a list",
 }
 """Type of a pydantic error -> the rule in plain English. Other errors keep pydantic's text."""
 
 
-def _sentences(error: ErrorDetails) -> list[str]:
-    """Return a validation error as sentences: one for each line of a validator of this package."""
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return [f"unknown key {key}; {_suggestion(error['loc'])}"]
-    if error["type"] == "missing":
-        return [f"{key} is missing; add it"]
-    if error["type"] == "value_error":
-        rows = error["msg"].removeprefix("Value error, ").splitlines()
-        return [f"{key}: {row}" if key else row for row in rows]
-    rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-    given = (
-        "nothing (an empty value and ~ are null in YAML)" if error["input"] is None else repr(error["input"])
-    )
-    return [f"{key}: {rule}, given {given}"]
+def _sentences(errors: Sequence[ErrorDetails]) -> list[str]:
+    """Return validation errors as sentences: one for each line of a validator of this package.
+
+    The rules of a field of two types are joined: "must be 'dynamic' or a number".
+    """
+    rules: dict[tuple[str, str], list[str]] = {}  # (start, end of a sentence) -> rules between them
+    for error in errors:
+        key = _key(error["loc"])
+        if error["type"] == "extra_forbidden":
+            rules[f"unknown key {key}; {_suggestion(error['loc'])}", ""] = []
+        elif error["type"] == "missing":
+            rules[f"{key} is missing; add it", ""] = []
+        elif error["type"] == "value_error":
+            for row in error["msg"].removeprefix("Value error, ").splitlines():
+                rules[f"{key}: {row}" if key else row, ""] = []
+        else:
+            rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+            subject = "its key " if error["loc"][-1:] == ("[key]",) else ""
+            others = rules.setdefault((f"{key}: {subject}", f", given {_given(error['input'])}"), [])
+            others.append(rule.removeprefix("must be ") if others else rule)
+    return [start + " or ".join(between) + end for (start, end), between in rules.items()]
+
+
+def _given(value: object) -> str:
+    return "nothing (an empty value and ~ are null in YAML)" if value is None else repr(value)
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """Return the dotted key of an error, without the parts that pydantic adds.
+
+    They are "[key]" for the key of a dictionary, and the kind of value that it tried: float.
+    """
+    section: type[Section] = Recipe
+    parts = [part for part in location if part != "[key]"]
+    for index, part in enumerate(parts):
+        field = section.model_fields.get(str(part))
+        inner = field and section_type(field.annotation)
+        if inner:
+            section = inner
+            continue
+        if field and len([kind for kind in typing.get_args(field.annotation) if kind is not type(None)]) > 1:
+            is_union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+            del parts[index + 1 : index + 2 if is_union else index + 1]
+        break
+    return ".".join(map(str, parts))
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

@@ -4,6 +4,7 @@ sources         text files of a recipe, and their fingerprint
 folders         text files of a folder
 text_files      formats, packings and encodings of text files
 records         texts of JSON lines, JSON arrays and parquet tables
+record_errors   what is wrong with a record, and what to do
 documents       documents of a text file, and their parts
 unused          counts of text that is not used
 checks          problems of the text before a run

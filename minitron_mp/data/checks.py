@@ -6,10 +6,10 @@ from contextlib import closing
 from pathlib import Path
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.corpus import check_ids
-from minitron_mp.data.documents import MIN_PIECE, Document, Piece, read_pieces
+from minitron_mp.data.corpus import check_ids, check_not_empty
+from minitron_mp.data.documents import MIN_PIECE, Document, Piece, TextSettings, read_documents, read_pieces
 from minitron_mp.data.folders import SHOWN_PROBLEMS
-from minitron_mp.data.sources import STDLIB, Sources, find_sources
+from minitron_mp.data.sources import PARTS, STDLIB, Sources, find_sources
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import InputError
@@ -19,6 +19,12 @@ CHECKED_FILES = 500
 
 CHECKED_STDLIB_FILES = 10
 """Number of files of the standard library whose beginning is read."""
+
+MAX_BLANK_PIECES = 5_000
+"""Number of blank pieces at the beginning of a file that are read to find its first text."""
+
+MAX_SMALL_TEXT = 1 << 22
+"""Bytes of the files of a source up to which its documents are divided among the parts."""
 
 CHECKED_CHARACTERS = 20_000
 """Characters of a file that are tokenized if the model has no embedding for some ids."""
@@ -31,11 +37,12 @@ def corpus_problems(
     *,
     parts: bool = True,
     held_out: bool = True,
+    seed: int | None = None,
 ) -> list[str]:
     """Return a sentence for each path or file of the recipe's text that cannot be used.
 
     output: as in find_sources(). tokenizer: None if it cannot be loaded. parts, held_out: as in
-    find_all_sources().
+    find_all_sources(). seed: None leaves out whether a small source has documents for each part.
     """
     problems = []
     for is_held_out, is_wanted in ((False, parts), (True, held_out)):
@@ -47,6 +54,8 @@ def corpus_problems(
             problems += [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
         else:
             problems += _file_problems(sources, data.text_field, tokenizer)
+            if seed is not None and "source" in sources and not problems:
+                problems += _part_problems(data, sources, seed)
     return problems
 
 
@@ -63,7 +72,7 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
             except InputError as error:
                 problems.append(str(error))
             else:
-                pieces += [(path, piece)] if piece and piece.text.strip() else []
+                pieces += [(path, piece)] if piece else []
         if step == 1 and not pieces and not source.prefixes and not problems:
             problems.append(f"all files of {name} are empty ({paths[0]}); give files with text")
         if tokenizer is not None:
@@ -74,9 +83,38 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
     return problems
 
 
+def _part_problems(data: DataConfig, sources: Sources, seed: int) -> list[str]:
+    """Return a sentence if a small source has no document for one of the parts."""
+    source = sources["source"]
+    if source.prefixes or sum(path.stat().st_size for _, path in source.files) > MAX_SMALL_TEXT:
+        return []
+    found: set[str] = set()
+    num_documents = 0
+    settings = TextSettings(data.valid_fraction, seed, data.text_field)
+    documents = read_documents(sources, settings, UnusedText())
+    try:
+        for document in documents:
+            num_documents += 1
+            found.add(document.part)
+            if len(found) == len(PARTS):
+                return []
+        parts = {part: [[part] if part in found else []] for part in PARTS}
+        check_not_empty(parts, data, sources, num_documents)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
 def _first_piece(path: Path, field: str) -> Piece | None:
+    """Return the first piece that is not blank, or a blank one after MAX_BLANK_PIECES of them.
+
+    None if the whole file is blank.
+    """
     with closing(read_pieces(path, MIN_PIECE, field, UnusedText())) as pieces:
-        return next(pieces, None)
+        for number, piece in enumerate(pieces):
+            if piece.text.strip() or number == MAX_BLANK_PIECES:
+                return piece
+    return None
 
 
 def _token_problems(pieces: list[tuple[Path, Piece]], prefixes: list[str], tokenizer: Tokenizer) -> list[str]:

@@ -107,7 +107,7 @@ def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[
         for name in [part] if text.held_out else set_names(data, part):
             datasets = [name] if name in written.parts else []
             parts[part].append(datasets + (text.sources[name].prefixes if name in text.sources else []))
-    _check_not_empty(parts, data, text.sources, written.num_documents)
+    check_not_empty(parts, data, text.sources, written.num_documents)
     if data.valid_tokens is not None and not text.held_out:
         seed = text.job.settings.seed
         limit_held_out(folder, {part: texts[0] for part, texts in parts.items()}, data.valid_tokens, seed)
@@ -130,9 +130,14 @@ def _num_tokens(folder: Path, prefix: str) -> int:
     return int(lengths_of(folder / prefix).sum(dtype=np.int64))
 
 
-def _check_not_empty(
+def check_not_empty(
     parts: dict[str, list[list[str]]], data: DataConfig, sources: Sources, num_documents: int
 ) -> None:
+    """Raise InputError if a text has no prefix.
+
+    parts: part -> the prefixes of each of its texts. num_documents: number of documents of all
+    sources.
+    """
     empty = [part for part, texts in parts.items() if not all(texts)]
     if not empty:
         return

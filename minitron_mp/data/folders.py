@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.data import unused
-from minitron_mp.data.records import NoField, TooLong, check_first_record
+from minitron_mp.data.record_errors import NoField, NoString
+from minitron_mp.data.records import TooLong, check_first_record
 from minitron_mp.data.text_files import format_of, unpacked_name
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import InputError
@@ -32,8 +34,9 @@ class FileLister:
     problems: list[str]
     """Sentences about files that cannot be read are added to this list."""
     unused: UnusedText = field(default_factory=UnusedText)
-    other_fields: dict[str, str] = field(default_factory=dict)
-    """Path -> fields of the first record: .json files of the last folder without the field."""
+    """What the last folder left out."""
+    not_text: dict[str, NoField] = field(default_factory=dict)
+    """Path -> error of the first record: .json files of the last folder without text."""
     _seen_files: set[object] = field(default_factory=set)
     _seen_folders: set[str] = field(default_factory=set)
     _found: list[tuple[str, Path]] = field(default_factory=list)
@@ -50,7 +53,8 @@ class FileLister:
         self._found = []
         self._links = []
         self._invalid = []
-        self.other_fields = {}
+        self.unused = UnusedText()
+        self.not_text = {}
         self._scan("", folder)
         while self._links:
             self._links.sort(reverse=True)
@@ -68,7 +72,18 @@ class FileLister:
         return [(unpacked_name(path.name), path)]
 
     def _scan(self, prefix: str, folder: Path) -> None:
-        """Add the files and links of a folder and of its subfolders."""
+        """Add the files and links of a folder and of its subfolders, depth first."""
+        # A stack of the unread entries of each folder: folders may be nested deeper than calls.
+        pending = [self._entries(prefix, folder)]
+        while pending:
+            relative, path = next(pending[-1], ("", None))
+            if path is None:
+                pending.pop()
+            elif self._is_new_folder(path):
+                pending.append(self._entries(f"{relative}/", path))
+
+    def _entries(self, prefix: str, folder: Path) -> Iterator[tuple[str, Path]]:
+        """Add the files and links of a folder, and yield (relative name, path) of its subfolders."""
         real_folder = os.path.realpath(folder)
         self._seen_folders.add(real_folder)
         try:
@@ -86,19 +101,21 @@ class FileLister:
             elif entry.is_symlink():
                 self._links.append((relative, path))
             elif entry.is_dir():
-                self._subfolder(relative, path)
+                yield relative, path
             elif entry.is_file():
                 self._file(relative, path, os.path.join(real_folder, entry.name))
             else:
                 self.unused.add(unused.SPECIAL, str(path))
 
-    def _subfolder(self, relative: str, path: Path) -> None:
+    def _is_new_folder(self, path: Path) -> bool:
+        """Return whether a subfolder is to be read. One that is not is counted."""
         if os.path.realpath(path) in self._seen_folders:
             self.unused.add(unused.REPEATED, str(path))
         elif is_output(path, self.output):
             self.unused.add(unused.OUTPUT, str(path))
         else:
-            self._scan(f"{relative}/", path)
+            return True
+        return False
 
     def _follow(self, relative: str, path: Path) -> None:
         """Add the file or the folder that a link leads to."""
@@ -117,8 +134,8 @@ class FileLister:
             self.unused.add(unused.SPECIAL, str(path))
         elif target == parent or target in parent.parents:
             self.unused.add(unused.LOOP, str(path))
-        else:
-            self._subfolder(relative, path)
+        elif self._is_new_folder(path):
+            self._scan(f"{relative}/", path)
 
     def _file(self, relative: str, path: Path, real_path: str) -> None:
         if not self._is_text(path):
@@ -138,8 +155,9 @@ class FileLister:
             try:
                 check_first_record(path, self.text_field)
             except NoField as error:
-                self.unused.add(unused.no_field(self.text_field), str(path))
-                self.other_fields.setdefault(str(path), error.fields)
+                reason = unused.no_string if isinstance(error, NoString) else unused.no_field
+                self.unused.add(reason(self.text_field), str(path))
+                self.not_text.setdefault(str(path), error)
                 return False
             except TooLong:
                 file_format = None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from minitron_mp.data.record_errors import NoString, Place, no_field, no_string, not_json
 from minitron_mp.data.text_files import INSTALL_PYARROW, Format, open_text, reading
 from minitron_mp.errors import InputError
 
@@ -19,6 +21,9 @@ MAX_RECORD = 1 << 28
 MAX_FIRST_RECORD = 1 << 24
 """Characters that are read to find out whether a .json file is text."""
 
+CHECKED_RECORDS = 1000
+"""Records of a .json file that are read to find a string in the field of the text."""
+
 CHUNK_CHARACTERS = 1 << 20
 
 LONGEST_WORD = 16
@@ -29,17 +34,6 @@ TABLE_ROWS = 64
 
 DECODER = json.JSONDecoder(parse_int=float)
 """Unlike int(), float() reads any number of digits. Numbers are not used."""
-
-
-class NoField(InputError):
-    """A record has no field with the name of the text's field.
-
-    fields: names of its fields, separated by commas.
-    """
-
-    def __init__(self, message: str, fields: str) -> None:
-        super().__init__(message)
-        self.fields = fields
 
 
 class TooLong(InputError):
@@ -67,39 +61,45 @@ def read_records(path: Path, file_format: Format, field: str) -> Iterator[Record
             yield from _line_records(file, path, field)
         else:
             for line, value in _json_values(file, path, MAX_RECORD):
-                yield Record(line, text_of(value, field, f"{path} line {line}"))
+                yield Record(line, text_of(value, field, Place(path, line)))
 
 
 def check_first_record(path: Path, field: str) -> None:
     """Raise InputError if the first record of a .json file has no string in the field.
 
-    NoField and TooLong (more than MAX_FIRST_RECORD) mean that the file is not text: many .json
-    files are settings. Other errors mean that it may be text which cannot be read.
+    NoField, NoString and TooLong (more than MAX_FIRST_RECORD) mean that the file is not text: many
+    .json files are settings. Other errors mean that it may be text which cannot be read. A file is
+    not text because of a number, an object or null if no record up to CHECKED_RECORDS has a string.
     """
+    problem = None
     with open_text(path) as file:
-        for line, value in _json_values(file, path, MAX_FIRST_RECORD):
-            text_of(value, field, f"{path} line {line}")
+        for line, value in islice(_json_values(file, path, MAX_FIRST_RECORD), CHECKED_RECORDS):
+            try:
+                text_of(value, field, Place(path, line))
+            except NoString as error:
+                problem = problem or error
+                continue
+            if problem:
+                raise InputError(str(problem))
             return
+    if problem:
+        raise problem
 
 
-def text_of(record: object, field: str, place: str) -> str:
+def text_of(record: object, field: str, place: Place) -> str:
     """Return the text of a record. InputError with the place if it has no string in the field."""
     try:
         value = _field(record, field)
     except KeyError:
-        message = _no_field(record, field, place)
-        raise (InputError(message) if record is None else NoField(message, _fields(record))) from None
+        raise no_field(record, field, place) from None
     if isinstance(value, bytes):  # of parquet: some programs write text without its type
         return _decoded(value, field, place)
     if not isinstance(value, str):
-        raise InputError(
-            f'{place} has {_kind(value)} in the field "{field}", not a string; correct or delete it, or set '
-            "data.text_field"
-        )
+        raise no_string(value, record, field, place)
     return value
 
 
-def _decoded(value: bytes, field: str, place: str) -> str:
+def _decoded(value: bytes, field: str, place: Place) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
@@ -128,12 +128,12 @@ def _line_records(file: TextIO, path: Path, field: str) -> Iterator[Record]:
         if isinstance(text, str):
             yield Record(number, text)
             continue
-        place = f"{path} line {number}"
+        place = Place(path, number)
         for value in _values_of_line(line, place):
             yield Record(number, text_of(value, field, place))
 
 
-def _values_of_line(line: str, place: str) -> list[Any]:
+def _values_of_line(line: str, place: Place) -> list[Any]:
     """Return the JSON values of a line that is not one object with the text in its field.
 
     A line has several values if files were joined without a line end, or with another line end
@@ -145,7 +145,7 @@ def _values_of_line(line: str, place: str) -> list[Any]:
         try:
             value, end = DECODER.raw_decode(rest)
         except (ValueError, RecursionError) as error:
-            raise InputError(_not_json(line, place, error)) from None
+            raise InputError(not_json(line, place, error)) from None
         values.append(value)
         rest = rest[end:].lstrip("\ufeff \t\r\n\x85\u2028\u2029")
     return values
@@ -181,7 +181,7 @@ def _json_values(file: TextIO, path: Path, longest: int) -> Iterator[tuple[int, 
                         raise InputError(_no_end(path, line)) from None
                     return
             if not more:
-                raise InputError(_not_json(text[position:], f"{path} line {line}", error)) from None
+                raise InputError(not_json(text[position:], Place(path, line), error)) from None
             text = text[position:] + more
             position = 0
             if len(text) > longest:
@@ -217,11 +217,11 @@ def _table_records(path: Path, field: str) -> Iterator[Record]:
                 names = table.schema_arrow.names
                 column = field if field in names else field.partition(".")[0]
                 if column not in names:
-                    raise InputError(_no_field(dict.fromkeys(names), field, str(path)))
+                    raise no_field(_sample_row(table.schema_arrow), field, path)
                 for batch in table.iter_batches(TABLE_ROWS, columns=[column]):
                     for value in batch.column(0).to_pylist():
                         number += 1
-                        yield Record(number, text_of({column: value}, field, f"{path} row {number}"))
+                        yield Record(number, text_of({column: value}, field, Place(path, number)))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path} cannot be read as a parquet file after row {number} ({str(error).strip()}); create "
@@ -241,44 +241,14 @@ def _field(record: object, field: str) -> Any:
     return _field(record[first], rest)
 
 
-def _no_field(record: object, field: str, place: str) -> str:
-    if not isinstance(record, dict):
-        advice = "name the file .json" if isinstance(record, list) else "correct or delete it"
-        return f"{place} is not a JSON object but {_kind(record)}; {advice}"
-    return (
-        f'{place} has no field "{field}" (its fields: {_fields(record)}); set data.text_field to the '
-        "field with the text, or delete it"
-    )
-
-
-def _fields(record: object) -> str:
-    """Return the names of the first fields of a record."""
-    names = _names(record) if isinstance(record, dict) else []
-    return ", ".join([name for name in names if isinstance(name, str)][:12]) or "none"
-
-
-def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the fields of a record, with the fields of objects in it."""
-    for name, value in record.items():
-        if isinstance(value, dict) and value:
-            yield from _names(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string"}
-    return kinds.get(type(value), "a number")
-
-
-def _not_json(text: str, place: str, error: Exception) -> str:
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    advice = "correct or delete it"
-    if text.strip()[:1] in ("[", "{") and len(text.strip()) == 1:
-        advice = "write one record on each line, or name the file .json"
-    return f"{place} is not a JSON object: {text[:80].strip()!r} ({reason}); {advice}"
+def _sample_row(schema: Any) -> dict[str, Any]:
+    """Return a row of a table with None in each column, and one object in columns of objects."""
+    row: dict[str, Any] = {}
+    for column in schema:
+        item = getattr(column.type, "value_type", None)
+        names = [item.field(i).name for i in range(item.num_fields)] if item is not None else []
+        row[column.name] = [dict.fromkeys(names)] if names else None
+    return row
 
 
 def _no_end(path: Path, number: int) -> str:

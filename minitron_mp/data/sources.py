@@ -16,6 +16,7 @@ from minitron_mp.config.data import DataConfig
 from minitron_mp.data import unused
 from minitron_mp.data.file_hashes import FileHashes, combined_hash
 from minitron_mp.data.folders import FileLister, is_output, is_same
+from minitron_mp.data.record_errors import NoField
 from minitron_mp.data.text_files import FORMATS_NOTE, format_of
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import refuse
@@ -186,7 +187,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 def _resolve(entries: list[str], lister: FileLister) -> Source:
     """Return the text of the entries. Add a sentence to lister.problems for each unusable entry."""
-    source = Source(unused=lister.unused)
+    source = Source()
     name, problems = lister.name, lister.problems
     if not all(entries) or not entries:
         problems.append(f"{name} is empty; give files or folders of text ({FORMATS_NOTE})")
@@ -197,7 +198,7 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
         if Path(prefix + ".bin").is_file() and Path(prefix + ".idx").is_file():
             prefix = str(Path(prefix).resolve())
             if prefix in source.prefixes:
-                lister.unused.add(unused.REPEATED, entry)
+                source.unused.add(unused.REPEATED, entry)
             else:
                 source.prefixes.append(prefix)
         elif path.is_dir():
@@ -206,7 +207,7 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
             files = lister.file(path)
             source.files.extend(files)
             if not files:
-                lister.unused.add(unused.REPEATED, entry)
+                source.unused.add(unused.REPEATED, entry)
         elif path.exists():
             problems.append(
                 f"{name}: {entry} is neither a text file ({FORMATS_NOTE}) nor part of a .bin and .idx pair; "
@@ -215,6 +216,11 @@ def _resolve(entries: list[str], lister: FileLister) -> Source:
         elif path.is_symlink():
             problems.append(
                 f"{name}: {entry} is a link to {os.readlink(path)}, which cannot be read; correct the link"
+            )
+        elif entry == STDLIB:
+            problems.append(
+                f"{name}: {STDLIB} is not a file or folder and cannot be combined with other text; give it "
+                "alone as data.source, or remove it"
             )
         elif WILDCARDS.intersection(entry):
             parent = next(parent for parent in path.parents if not WILDCARDS.intersection(str(parent)))
@@ -245,20 +251,22 @@ def _add_folder(source: Source, entry: str, lister: FileLister) -> None:
     num_problems = len(lister.problems)
     files = lister.folder(Path(entry))
     source.files.extend(files)
-    if files or len(lister.problems) > num_problems:
+    source.unused.update(lister.unused)
+    is_repeated = bool(source.files) and unused.REPEATED in lister.unused.tallies
+    if files or is_repeated or len(lister.problems) > num_problems:
         return
     content = lister.unused.summary()
     lister.problems.append(
         f"{lister.name}: {entry} is a folder without text files ({FORMATS_NOTE})"
         + (f"; it has {content}" if content else "")
-        + _field_advice(lister.other_fields)
+        + _advice(lister.not_text)
         + "; for Megatron data, give its prefix"
     )
 
 
-def _field_advice(other_fields: dict[str, str]) -> str:
-    """Return what to do if a folder has .json files with other fields."""
-    if not other_fields:
+def _advice(not_text: dict[str, NoField]) -> str:
+    """Return what to do if a folder has .json files without text."""
+    if not not_text:
         return ""
-    path, fields = next(iter(other_fields.items()))
-    return f"; set data.text_field to the field with the text ({path}, its fields: {fields})"
+    path, error = next(iter(not_text.items()))
+    return f"; {error.advice} ({path}, its fields: {error.fields})"

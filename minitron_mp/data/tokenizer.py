@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from minitron_mp.errors import InputError
+from minitron_mp.models.model_folder import asset_problems, own_tokenizer_class, read_json
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -70,17 +71,53 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         )
     try:
         parts = _read_hugging_face(path) if path.is_dir() else _read_sentencepiece(path)
+    except InputError:
+        raise
     except Exception as error:  # transformers and sentencepiece raise many types for invalid files
-        raise InputError(
-            f"{path} cannot be read as a tokenizer ({error}); give a Hugging Face folder or a sentencepiece "
-            ".model file"
-        ) from error
-    if parts.eod is None:
+        raise InputError(_cause(path, error)) from error
+    eod = parts.eod if parts.eod is not None else _eos_of_model(path, parts.vocab_size)
+    if eod is None:
+        where = "tokenizer_config.json" if path.is_dir() else "the training of the sentencepiece model"
         raise InputError(
             f"the tokenizer in {path} has no end-of-sequence (eos) or separator (sep) token to end documents "
-            "with; set eos_token"
+            f"with; set eos_token in {where}"
         )
-    return Tokenizer(parts.encode, parts.vocab_size, parts.eod, parts.bos, token_of=parts.token_of)
+    return Tokenizer(parts.encode, parts.vocab_size, eod, parts.bos, token_of=parts.token_of)
+
+
+def _cause(path: Path, error: Exception) -> str:
+    """Return why a tokenizer cannot be read. It names the side file or config.json if that is the cause.
+
+    transformers reads config.json before the tokenizer.
+    """
+    problems = asset_problems(path) if path.is_dir() else []
+    if problems:
+        return "\n".join([f"{path} cannot be read as a tokenizer:", *(f"  - {row}" for row in problems)])
+    config = path / "config.json"
+    if config.is_file():
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as config_error:
+            if str(config_error) == str(error):
+                return f"{config} cannot be read by transformers ({_on_one_line(error)}); correct it"
+    return (
+        f"{path} cannot be read as a tokenizer ({_on_one_line(error)}); give a Hugging Face folder or a "
+        "sentencepiece .model file"
+    )
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _eos_of_model(path: Path, vocab_size: int) -> int | None:
+    """Return the first eos_token_id of the config.json beside the tokenizer; None without one."""
+    config = path / "config.json"
+    value = read_json(config).get("eos_token_id") if config.is_file() else None
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) and 0 <= first < vocab_size else None
 
 
 def load_hugging_face(folder: Path, vocab_size: int) -> Any:
@@ -130,8 +167,18 @@ class _TokenizerParts:
 
 
 def _from_folder(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    settings = folder / "tokenizer_config.json"
+    own = own_tokenizer_class(read_json(settings)) if settings.is_file() else ""
+    if own and (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if own:
+        raise InputError(
+            f"the tokenizer in {folder} is the class {own} of a Python file in it, which is not run; "
+            "save the tokenizer as tokenizer.json with save_pretrained() of transformers, or set "
+            "data.tokenizer to another one"
+        )
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

@@ -36,6 +36,11 @@ def no_field(field: str) -> str:
     return f'.json files whose first record has no field "{field}"'
 
 
+def no_string(field: str) -> str:
+    """Return the reason for .json files with a number, an object or null instead of a text."""
+    return f'.json files whose first record has no string in the field "{field}"'
+
+
 @dataclass
 class Tally:
     """Number of cases of one reason, and the first names."""
@@ -46,7 +51,7 @@ class Tally:
 
 @dataclass
 class UnusedText:
-    """Reason -> its cases. The reasons are the constants of this file, and no_field()."""
+    """Reason -> its cases. The reasons are the constants of this file, no_field() and no_string()."""
 
     tallies: dict[str, Tally] = field(default_factory=dict)
 

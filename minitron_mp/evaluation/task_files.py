@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron_mp.data.record_errors import kind_of
 from minitron_mp.data.records import read_lines
 from minitron_mp.data.text_files import open_text
 from minitron_mp.errors import InputError
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 KINDS = (
     "text, or query, choices (two or more) and gold, or context_options (two or more), continuation and gold"
 )
+
+LISTS = ("choices", "context_options")
+"""Fields that must be lists. Items over the keys of an object would give a wrong accuracy."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,11 @@ def check_tokens(items: list[TaskItem], tokenizer: Tokenizer, path: Path) -> Non
 
 def _item(line: str, place: str, number: int) -> TaskItem:
     try:
-        item = _parsed(json.loads(line.lstrip("\ufeff")), number)
+        given = {key: value for key, value in json.loads(line.lstrip("\ufeff")).items() if value is not None}
+        _require_lists(given, place)
+        item = _parsed(given, number)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         item = None
     if item is None:
@@ -92,9 +100,22 @@ def _item(line: str, place: str, number: int) -> TaskItem:
     return item
 
 
-def _parsed(given: Any, number: int) -> TaskItem | None:
+def _require_lists(given: dict[str, Any], place: str) -> None:
+    for name in LISTS:
+        value = given.get(name, [])
+        if isinstance(value, list):
+            continue
+        advice = "give a list of strings"
+        for key, strings in value.items() if isinstance(value, dict) else ():
+            if isinstance(strings, list):
+                advice += f", for example the list in {name}.{key}"
+                break
+        raise InputError(f'{place} has {kind_of(value)} in the field "{name}", not a list; {advice}')
+
+
+def _parsed(given: dict[str, Any], number: int) -> TaskItem | None:
     """Return the item of a line, or None if it is not one. Errors for missing and other fields."""
-    if "text" in given:
+    if not any(name in given for name in LISTS):
         context, word = given["text"].rstrip().rsplit(maxsplit=1)
         return TaskItem([(context, word)], None, number)
     if "choices" in given:
@@ -103,7 +124,8 @@ def _parsed(given: Any, number: int) -> TaskItem | None:
         options = [(context, given["continuation"]) for context in given["context_options"]]
     gold = given["gold"]
     has_text = all(isinstance(part, str) and part.strip() for option in options for part in option)
-    if isinstance(gold, int) and 0 <= gold < len(options) > 1 and has_text:
+    is_index = isinstance(gold, int) and not isinstance(gold, bool)
+    if is_index and 0 <= gold < len(options) > 1 and has_text:
         return TaskItem(options, gold, number)
     return None
 

@@ -6,7 +6,7 @@ divergences       DIVERGENCES: name -> statistics, value and gradient
 parameters        parameters of the divergences; imports no torch
 top_k             KL to a teacher of which only the top-k probabilities are known
 rows              what the row functions take and return
-reference         row functions in plain torch
+torch_rows        row functions in plain torch
 kernel_calls      row functions for CUDA, which start the kernels
 kernels           the Triton kernels
 tensor_parallel   matrix products and their communication

@@ -11,9 +11,9 @@ p, q: softmax of the teacher's and the student's logits over the temperature t.
                        m = (p + q) / 2
 
 w t is RowValues.kl_weight = token weight x kl_weight x t: the loss has t², and d/dz brings 1/t.
-In skewed_forward_kl the derivative gives (1 - skew) p q / m for r. The gradient does not change
-when a multiple of q is subtracted from r. Here it is (1 - skew) q, so that r, its sum and the
-gradient are 0 for p = q.
+In skewed_forward_kl, differentiation gives r = (1 - skew) p q / m. Subtracting a multiple of q
+from r leaves the gradient unchanged. The formulas subtract (1 - skew) q: then r, sum r and the
+gradient are exactly 0 for p = q.
 
 The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the Minitron loss
 (2407.14679, section 3). Skewed forward KL is a loss of DistiLLM (2402.03898); it is at most
@@ -21,8 +21,9 @@ The gradients follow from d log q_v / d s_u = [u = v] - q_u. Forward KL is the M
 
 The formulas in this file are plain torch, for CPUs. kernels.py has the same formulas for GPUs,
 under the same names. A new divergence needs a row in DIVERGENCES, a branch in kernels.py, and its
-name in the recipe (config.distillation.DistillConfig.divergence). Parameters such as `skew` are
-declared in parameters.py, which the recipe reads, and arrive in LogitRows.parameters.
+name in the recipe (config.distillation.DistillConfig.divergence). docs/extending.md has an example.
+Parameters such as `skew` are declared in parameters.py, which the recipe reads, and arrive in
+LogitRows.parameters.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class CentredLogits(NamedTuple):
 
 
 class DivergenceValue(NamedTuple):
-    """The divergence of each row, and RowValues.extra for its gradient; float32 [n] each."""
+    """The divergence of each row, and RowValues.gradient_constant; float32 [n] each."""
 
     divergence: Tensor
-    extra: Tensor
+    gradient_constant: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Divergence:
 
     cross_sum(rows, student, teacher): returns RowStatistics.cross_sum of this rank, [n]. It may
         overwrite the centred logits. None: the divergence needs no such sum.
-    value(rows, sums, second): returns the divergence. second: second_sums() summed over the ranks;
-        None without second_sums.
+    value(rows, sums, second_sums): returns the divergence. second_sums: results of second_sums(),
+        summed over the ranks; None if the divergence has no second_sums.
     gradient(rows, statistics, exponentials, values, has_ce): returns the gradient of the weighted
         loss by this rank's logits, float32 [n, valid]. It includes the softmax term of the
         cross-entropy. write_gradient() subtracts 1 (times its weight) at the label.
@@ -81,13 +82,44 @@ class Divergence:
     second_sums: Callable[[LogitRows, Tensor, Tensor], Tensor] | None = None
 
 
+def log_skewed_mixture(
+    rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log q, log p and log m with m = skew p + (1 - skew) q, float32 [n, valid]."""
+    assert rows.teacher is not None
+    skew = rows.parameters["skew"]
+    log_q = log_probs(rows.student, student_lse, rows)
+    log_p = log_probs(rows.teacher, teacher_lse, rows)
+    return log_q, log_p, torch.logaddexp(log_q + math.log1p(-skew), log_p + math.log(skew))
+
+
+def log_mixture(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log q, log p and log m with m = (p + q) / 2, float32 [n, valid]."""
+    assert rows.teacher is not None
+    log_q = log_probs(rows.student, student_lse, rows)
+    log_p = log_probs(rows.teacher, teacher_lse, rows)
+    return log_q, log_p, torch.logaddexp(log_q, log_p) - math.log(2)
+
+
+def log_probs(logits: Tensor, lse: Tensor, rows: LogitRows) -> Tensor:
+    """Return log probabilities at the temperature, float32 [n, valid]."""
+    return logits[:, : rows.valid].float() / rows.temperature - lse[:, None]
+
+
+def add_cross_entropy(total: Tensor, rows: LogitRows, values: RowValues) -> Tensor:
+    """Add the weighted probabilities at temperature 1 to a gradient [n, valid], in place."""
+    probs = torch.exp(rows.student[:, : rows.valid].float() - values.student_lse_t1[:, None])
+    total += probs * values.ce_weight[:, None]
+    return total
+
+
 def forward_kl_cross_sum(rows: LogitRows, student: CentredLogits, teacher: CentredLogits) -> Tensor:
     """Return sum e^(u - max u) (u - s)."""
     shift = (teacher.peak - student.peak) * teacher.sum
     return teacher.centred.sub_(student.centred).mul_(teacher.exponentials).sum(1) + shift
 
 
-def forward_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+def forward_kl_value(rows: LogitRows, sums: RowSums, second_sums: Tensor | None) -> DivergenceValue:
     mean = (sums.by_rank.cross_sum * sums.teacher.scale).sum(0) / sums.teacher.sum
     return DivergenceValue(mean - sums.lse_gap, torch.zeros_like(mean))
 
@@ -121,7 +153,7 @@ def reverse_kl_cross_sum(rows: LogitRows, student: CentredLogits, teacher: Centr
     return student.centred.sub_(teacher.centred).mul_(student.exponentials).sum(1) + shift
 
 
-def reverse_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+def reverse_kl_value(rows: LogitRows, sums: RowSums, second_sums: Tensor | None) -> DivergenceValue:
     mean = (sums.by_rank.cross_sum * sums.student.scale).sum(0) / sums.student.sum
     divergence = mean + sums.lse_gap
     return DivergenceValue(divergence, divergence)
@@ -133,15 +165,16 @@ def reverse_kl_gradient(
     assert rows.teacher is not None
     log_q = log_probs(rows.student, values.student_lse, rows)
     log_p = log_probs(rows.teacher, values.teacher_lse, rows)
-    total = log_q.exp() * (log_q - log_p - values.extra[:, None]) * values.kl_weight[:, None]
+    total = log_q.exp() * (log_q - log_p - values.gradient_constant[:, None]) * values.kl_weight[:, None]
     return add_cross_entropy(total, rows, values) if has_ce else total
 
 
 def skewed_forward_kl_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
     """Return this rank's part of the divergence, of sum r, and of sum q.
 
-    The term (1 - skew) (q - p) = m - p sums to 0 over the vocabulary. With it no summand is
-    negative, and equal rounding errors of all log p or log q in a row cancel to first order.
+    The summand includes (1 - skew) (q - p) = m - p, which sums to 0 over the vocabulary. Adding it
+    makes every summand non-negative. An error of the log-sum-exp shifts all log p of a row equally;
+    this term cancels that error to first order. The same holds for log q.
     """
     log_q, log_p, log_m = log_skewed_mixture(rows, student_lse, teacher_lse)
     student_share = 1 - rows.parameters["skew"]
@@ -151,13 +184,13 @@ def skewed_forward_kl_second_sums(rows: LogitRows, student_lse: Tensor, teacher_
     return torch.stack([divergence.sum(1), r.sum(1), q.sum(1)], 1)
 
 
-def skewed_forward_kl_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
+def skewed_forward_kl_value(rows: LogitRows, sums: RowSums, second_sums: Tensor | None) -> DivergenceValue:
     """Return the divergence and sum r / sum q.
 
-    sum q is 1 but for the rounding of the log-sum-exp. With it the gradient of a row sums to 0.
+    sum q differs from 1 by rounding. Dividing by it makes the gradient of a row sum to 0.
     """
-    assert second is not None
-    return DivergenceValue(second[:, 0], second[:, 1] / second[:, 2])
+    assert second_sums is not None
+    return DivergenceValue(second_sums[:, 0], second_sums[:, 1] / second_sums[:, 2])
 
 
 def skewed_forward_kl_gradient(
@@ -166,7 +199,7 @@ def skewed_forward_kl_gradient(
     log_q, log_p, log_m = log_skewed_mixture(rows, values.student_lse, values.teacher_lse)
     ratio = (log_p - log_m).exp() - (log_q - log_m).exp()
     r = (1 - rows.parameters["skew"]) ** 2 * ratio
-    total = log_q.exp() * (values.extra[:, None] - r) * values.kl_weight[:, None]
+    total = log_q.exp() * (values.gradient_constant[:, None] - r) * values.kl_weight[:, None]
     return add_cross_entropy(total, rows, values) if has_ce else total
 
 
@@ -178,16 +211,18 @@ def js_second_sums(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) ->
     return torch.stack([of_p, of_q, torch.zeros_like(of_p)], 1)
 
 
-def js_value(rows: LogitRows, sums: RowSums, second: Tensor | None) -> DivergenceValue:
-    assert second is not None
-    return DivergenceValue(second[:, :2].mean(1), second[:, 1])
+def js_value(rows: LogitRows, sums: RowSums, second_sums: Tensor | None) -> DivergenceValue:
+    assert second_sums is not None
+    return DivergenceValue(second_sums[:, :2].mean(1), second_sums[:, 1])
 
 
 def js_gradient(
     rows: LogitRows, statistics: RowStatistics, exponentials: Exponentials, values: RowValues, has_ce: bool
 ) -> Tensor:
     log_q, _log_p, log_m = log_mixture(rows, values.student_lse, values.teacher_lse)
-    total = log_q.exp() * (log_q - log_m - values.extra[:, None]) * (values.kl_weight / 2)[:, None]
+    total = (
+        log_q.exp() * (log_q - log_m - values.gradient_constant[:, None]) * (values.kl_weight / 2)[:, None]
+    )
     return add_cross_entropy(total, rows, values) if has_ce else total
 
 
@@ -199,34 +234,3 @@ DIVERGENCES = {
     ),
     "js": Divergence(None, js_value, js_gradient, js_second_sums),
 }
-
-
-def log_skewed_mixture(
-    rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log q, log p and log m with m = skew p + (1 - skew) q, float32 [n, valid]."""
-    assert rows.teacher is not None
-    skew = rows.parameters["skew"]
-    log_q = log_probs(rows.student, student_lse, rows)
-    log_p = log_probs(rows.teacher, teacher_lse, rows)
-    return log_q, log_p, torch.logaddexp(log_q + math.log1p(-skew), log_p + math.log(skew))
-
-
-def log_mixture(rows: LogitRows, student_lse: Tensor, teacher_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log q, log p and log m with m = (p + q) / 2, float32 [n, valid]."""
-    assert rows.teacher is not None
-    log_q = log_probs(rows.student, student_lse, rows)
-    log_p = log_probs(rows.teacher, teacher_lse, rows)
-    return log_q, log_p, torch.logaddexp(log_q, log_p) - math.log(2)
-
-
-def log_probs(logits: Tensor, lse: Tensor, rows: LogitRows) -> Tensor:
-    """Return log probabilities at the temperature, float32 [n, valid]."""
-    return logits[:, : rows.valid].float() / rows.temperature - lse[:, None]
-
-
-def add_cross_entropy(total: Tensor, rows: LogitRows, values: RowValues) -> Tensor:
-    """Add the weighted probabilities at temperature 1 to a gradient [n, valid], in place."""
-    probs = torch.exp(rows.student[:, : rows.valid].float() - values.student_lse_t1[:, None])
-    total += probs * values.ce_weight[:, None]
-    return total

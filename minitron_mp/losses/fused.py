@@ -17,7 +17,7 @@ RowStatistics per tile, and a second all-gather for a divergence with second_sum
 the logits is local and has no factor of tp. Columns of the padded vocabulary are ignored. A row
 with weight zero has gradient exactly zero for any logits, including NaN.
 
-The row functions are in reference.py (plain torch) and kernel_calls.py (Triton, for CUDA).
+The row functions are in torch_rows.py (plain torch) and kernel_calls.py (Triton, for CUDA).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mp.losses import reference
+from minitron_mp.losses import torch_rows
 from minitron_mp.losses.divergences import DIVERGENCES, DivergenceValue
 from minitron_mp.losses.objective import (
     Objective,
@@ -53,7 +53,7 @@ from minitron_mp.losses.top_k import TopKRows
 
 
 class RowFunctions(Protocol):
-    """The functions that reference.py and kernel_calls.py both provide."""
+    """The functions that torch_rows.py and kernel_calls.py both provide."""
 
     def statistics(self, rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]: ...
 
@@ -259,7 +259,9 @@ class _TiledLoss:
             weights = self.token_weights[start:stop]
             kl_weight, ce_weight = weights * (objective.kl_weight * t), weights * objective.ce_weight
             student_lse, student_lse_t1 = sums.student.lse, sums.student_lse_t1
-            values = RowValues(student_lse, teacher_lse, student_lse_t1, kl_weight, ce_weight, result.extra)
+            values = RowValues(
+                student_lse, teacher_lse, student_lse_t1, kl_weight, ce_weight, result.gradient_constant
+            )
             has_ce = objective.ce_weight > 0
             if top is not None:
                 top.gradient(rows, values, has_ce, out)
@@ -272,11 +274,11 @@ class _TiledLoss:
     def _divergence(self, rows: LogitRows, sums: RowSums) -> DivergenceValue:
         name = self.objective.divergence
         formulas = DIVERGENCES[name]
-        second = None
+        second_sums = None
         if formulas.second_sums is not None:
             rank_sums = self.row_functions.second_sums(rows, name, sums.student.lse, sums.teacher.lse)
-            second = gather_statistics(rank_sums, self.group).sum(0)
-        return formulas.value(rows, sums, second)
+            second_sums = gather_statistics(rank_sums, self.group).sum(0)
+        return formulas.value(rows, sums, second_sums)
 
 
 def float32_logits(
@@ -297,7 +299,7 @@ def float32_logits(
 def _row_functions(x: Tensor) -> RowFunctions:
     """Return the module with the row functions for this device."""
     if not x.is_cuda:
-        return reference
+        return torch_rows
     from minitron_mp.losses import kernel_calls
 
     return kernel_calls

@@ -1,6 +1,6 @@
 """Row functions of the distillation loss for CUDA: they start the Triton kernels of kernels.py.
 
-Arguments and results are the same as in reference.py. Logits must be contiguous within a row; rows
+Arguments and results are the same as in torch_rows.py. Logits must be contiguous within a row; rows
 may have any stride. No function synchronises with the device.
 """
 
@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from minitron_mp.losses import kernels
+from minitron_mp.losses.parameters import PARAMETERS
 from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowValues
 
 BLOCK, WARPS = 2048, 8
@@ -19,7 +20,7 @@ multiprocessor works on four rows at a time (sm_90)."""
 
 
 def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]:
-    """Return the result of reference.statistics(), with None for the exponentials."""
+    """Return the result of torch_rows.statistics(), with None for the exponentials."""
     student, teacher, t = rows.student, _teacher(rows), rows.temperature
     table = torch.empty(
         (len(student), len(RowStatistics._fields)), dtype=torch.float32, device=student.device
@@ -43,7 +44,7 @@ def statistics(rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponen
 
 
 def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor) -> Tensor:
-    """Return the result of reference.second_sums()."""
+    """Return the result of torch_rows.second_sums()."""
     student, teacher = rows.student, _teacher(rows)
     sums = torch.empty((len(student), 3), dtype=torch.float32, device=student.device)
     kernels._second_sums[(len(student),)](
@@ -55,7 +56,7 @@ def second_sums(rows: LogitRows, divergence: str, student_lse: Tensor, teacher_l
         *_sizes(student, teacher),
         rows.valid,
         1 / rows.temperature,
-        _skew(rows),
+        **_parameters(rows),
         DIVERGENCE=divergence,
         BLOCK=_block(student),
         num_warps=WARPS,
@@ -72,7 +73,7 @@ def gradient(
     has_ce: bool,
     out: Tensor,
 ) -> None:
-    """Write the result of reference.gradient() into out, which may be the student's logits."""
+    """Write the result of torch_rows.gradient() into out, which may be the student's logits."""
     student, teacher, block = rows.student, _teacher(rows), _block(out)
     kernels._gradient[(len(out), triton.cdiv(out.shape[1], block))](
         student,
@@ -84,7 +85,7 @@ def gradient(
         _stride(out),
         rows.valid,
         1 / rows.temperature,
-        _skew(rows),
+        **_parameters(rows),
         HOT=rows.temperature != 1,
         TEACHER=rows.teacher is not None,
         CE=has_ce,
@@ -99,9 +100,13 @@ def _teacher(rows: LogitRows) -> Tensor:
     return rows.student if rows.teacher is None else rows.teacher
 
 
-def _skew(rows: LogitRows) -> float:
-    """Return the parameter skew, or for other divergences a number that the kernel does not read."""
-    return rows.parameters.get("skew", 0.0)
+def _parameters(rows: LogitRows) -> dict[str, float]:
+    """Return the parameters of all divergences by name, as arguments of the kernels.
+
+    Parameters of other divergences are 0. The kernels do not read them.
+    """
+    names = {name for declared in PARAMETERS.values() for name in declared}
+    return {name: rows.parameters.get(name, 0.0) for name in names}
 
 
 def _block(z: Tensor) -> int:

@@ -54,7 +54,7 @@ TEACHER_LSE = _row_value("teacher_lse")
 STUDENT_LSE_T1 = _row_value("student_lse_t1")
 KL_WEIGHT = _row_value("kl_weight")
 CE_WEIGHT = _row_value("ce_weight")
-EXTRA = _row_value("extra")
+GRADIENT_CONSTANT = _row_value("gradient_constant")
 
 
 @triton.jit
@@ -261,13 +261,13 @@ def _gradient(
         if DIVERGENCE == "forward_kl":
             total = w_kl * (q - tl.exp(log_p))
         if DIVERGENCE == "reverse_kl":
-            total = w_kl * (q * (log_q - log_p - tl.load(rows + EXTRA)))
+            total = w_kl * (q * (log_q - log_p - tl.load(rows + GRADIENT_CONSTANT)))
         if DIVERGENCE == "skewed_forward_kl":
             log_m = _log_skewed(log_p, log_q, skew)
             ratio = tl.exp(log_p - log_m) - tl.exp(log_q - log_m)
-            total = w_kl * (q * (tl.load(rows + EXTRA) - (1.0 - skew) * (1.0 - skew) * ratio))
+            total = w_kl * (q * (tl.load(rows + GRADIENT_CONSTANT) - (1.0 - skew) * (1.0 - skew) * ratio))
         if DIVERGENCE == "js":
-            total = 0.5 * w_kl * (q * (log_q - _log_mean(log_q, log_p) - tl.load(rows + EXTRA)))
+            total = 0.5 * w_kl * (q * (log_q - _log_mean(log_q, log_p) - tl.load(rows + GRADIENT_CONSTANT)))
     if CE:
         if HOT:
             q = tl.exp(raw - tl.load(rows + STUDENT_LSE_T1))

@@ -23,8 +23,10 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
 }
 """Divergence -> its parameters by name. Divergences that are not listed have none.
 
-skew: the divergence is proportional to (1 - skew)^2 when teacher and student are close. Above 0.99
-it has the size of its rounding errors in float32.
+The kernels of kernels.py have an argument with the name of each parameter.
+
+skew: the divergence is proportional to (1 - skew)^2 when teacher and student are close. Above 0.99,
+float32 rounding errors are as large as the divergence.
 """
 
 

@@ -79,8 +79,8 @@ class RowValues(NamedTuple):
     by a logit brings 1 / temperature"""
     ce_weight: Tensor
     """weight of the cross-entropy in the loss of this token"""
-    extra: Tensor
-    """value that only this divergence needs for its gradient, see divergences.py"""
+    gradient_constant: Tensor
+    """number that the gradient of this divergence needs once per row, see divergences.py"""
 
 
 class SoftmaxSum(NamedTuple):
@@ -107,7 +107,8 @@ class SoftmaxSum(NamedTuple):
 class RowSums:
     """Statistics of each row over the whole vocabulary.
 
-    by_rank: the statistics of each rank, [tp, n] each. All other tensors are [n].
+    by_rank: the statistics of each rank, [tp, n] each. All others are [n], except SoftmaxSum.scale
+    [tp, n].
     """
 
     by_rank: RowStatistics

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from minitron_mp.losses.divergences import DivergenceValue, add_cross_entropy
 from minitron_mp.losses.objective import TeacherTopK
-from minitron_mp.losses.reference import write_gradient
 from minitron_mp.losses.rows import LogitRows, RowStatistics, RowSums, RowValues
+from minitron_mp.losses.torch_rows import write_gradient
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -76,10 +76,10 @@ class TopKRows:
         return DivergenceValue(divergence, self.log_ghost.exp())
 
     def gradient(self, rows: LogitRows, values: RowValues, has_ce: bool, out: Tensor) -> None:
-        """Write the gradient of the weighted loss into out [n, v/tp], as reference.gradient() does.
+        """Write the gradient of the weighted loss into out [n, v/tp], as torch_rows.gradient() does.
 
-        values.teacher_lse: log sum e^s of the remaining tokens. values.extra: second result of
-        value().
+        values.teacher_lse: log sum e^s of the remaining tokens. values.gradient_constant: second
+        result of value().
         """
         if rows.valid == 0:
             out.zero_()
@@ -89,7 +89,9 @@ class TopKRows:
         q = F.pad(torch.exp(s - values.student_lse[:, None]), padding)
         remaining_softmax = F.pad(torch.exp(s - values.teacher_lse[:, None]), padding)
         top_gradient = q.gather(1, self.columns) - self.log_probs.exp()
-        total = (q - remaining_softmax * values.extra[:, None]).scatter_(1, self.columns, top_gradient)
+        total = (q - remaining_softmax * values.gradient_constant[:, None]).scatter_(
+            1, self.columns, top_gradient
+        )
         total = total[:, : rows.valid] * values.kl_weight[:, None]
         if has_ce:
             total = add_cross_entropy(total, rows, values)

@@ -5,6 +5,7 @@ This file reads only JSON and file names and does not import torch, so it is fas
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +25,13 @@ from minitron_mp.models.families.family import (
     Family,
 )
 from minitron_mp.models.model_folder import (
+    TOKEN_KEYS,
     asset_problems,
     missing_config_problem,
     missing_weights_problem,
     read_json,
     require_folder,
+    subfolder_problem,
     unknown_tokens,
     weight_files,
 )
@@ -43,6 +46,9 @@ REQUIRED_SIZES = (
     "max_position_embeddings",
 )
 """Fields of Arch that config.json must give, under the family's names."""
+BOOLEANS = ("use_cache", "attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
+"""Keys of config.json that are true or false. transformers 5 rejects null."""
+
 MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
 """Largest values that are taken for sizes and not for damage."""
 
@@ -81,13 +87,16 @@ def read_arch(folder: Path, *, weights: bool = True) -> Arch:
             problems.append(missing_weights_problem(folder))
         problems += asset_problems(folder)
     if not (folder / "config.json").is_file():
+        problem = subfolder_problem(folder)
+        refuse(title, [problem] if problem else [])
         refuse(title, [missing_config_problem(folder), *problems])
     config = read_json(folder / "config.json")
     family = FAMILIES.get(str(config.get("model_type", "")))
-    if family is None or config.get("architectures") not in (None, [], [family.transformers_class]):
+    if family is None or not _is_supported_class(config.get("architectures"), family):
         refuse(title, [*problems, _family_problem(config)])
     assert family is not None
     problems += _unknown_setting_problems(config, family) + rope_contradictions(config)
+    problems += _type_problems(config, family)
     config = {**DEFAULTS, **family.defaults, **config}
     refuse(title, problems + _size_problems(config, family) + _setting_problems(config, family))
     return _arch(config, family, title)
@@ -125,6 +134,12 @@ def new_config(config: Mapping[str, Any], arch: Arch, dtype: str) -> dict[str, A
     written["dtype"] = dtype
     written["torch_dtype"] = dtype  # for transformers before 4.56
     return written
+
+
+def _is_supported_class(architectures: object, family: Family) -> bool:
+    """Return whether `architectures` of config.json is missing, empty, or one class of the family."""
+    classes = (family.transformers_class, *family.other_architectures)
+    return not architectures or architectures in [[name] for name in classes]
 
 
 def _family_problem(config: Mapping[str, object]) -> str:
@@ -185,6 +200,37 @@ def _size_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     return problems
 
 
+def _type_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    """Return the values that transformers 5 rejects because of their type, when it reads config.json."""
+
+    def is_id(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    problems = []
+    for key in BOOLEANS:
+        if key in config and not isinstance(config[key], bool):
+            problems.append(
+                f"{key} is {json.dumps(config[key])}, not true or false; correct it in config.json, or "
+                "remove the key"
+            )
+    for key in (family.config_fields["norm_epsilon"], "initializer_range"):
+        value = config.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            problems.append(f"{key} is {json.dumps(value)}, not a number; correct config.json")
+    for key in TOKEN_KEYS:
+        value = config.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if value is not None and not all(is_id(id) for id in ids):
+            problems.append(f"{key} is {json.dumps(value)}, not an id such as 2; correct config.json")
+    layers, types = config.get(family.config_fields["num_layers"]), config.get("layer_types")
+    if isinstance(types, list) and is_id(layers) and len(types) != layers:
+        problems.append(
+            f"layer_types has {len(types)} entries for {layers} layers; give one entry for each layer in "
+            "config.json"
+        )
+    return problems
+
+
 def _is_positive(size: object) -> bool:
     return isinstance(size, int) and not isinstance(size, bool) and size > 0
 
@@ -197,10 +243,9 @@ def _unknown_setting_problems(config: Mapping[str, Any], family: Family) -> list
     one of COMPUTATION_WORDS in its name is not found.
     """
     return [
-        f"{key} is {value!r}; the family {family.name} does not support this key, "
-        "and by its name it may change the computation. "
-        f"If {family.transformers_class} does not read this key, remove it from config.json; otherwise "
-        "this model is not supported"
+        f"{key} is {value!r}; the family {family.name} does not read this key, and its name suggests that "
+        f"it changes the result. Remove it from config.json if {family.transformers_class} ignores it. "
+        "Otherwise give another model"
         for key, value in config.items()
         if key not in family.settings and not key.startswith(("_", *KERNEL_SETTINGS))
         if _may_change_computation(key, value)
@@ -228,8 +273,15 @@ def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     problems = [
         f"{name} is {config[name]!r}; this package supports only {value!r}, so give another model"
         for name, value in family.required_settings.items()
+        if name not in ("quantization_config", *BOOLEANS) or isinstance(config.get(name), bool)
         if config.get(name) not in (value, None)
     ]
+    if _is_quantized(config.get("quantization_config")):
+        problems.append(
+            f"quantization_config is {config['quantization_config']!r}; quantized weights are not supported, "
+            "so give the model in bf16, fp16 or fp32; if its weights are not quantized, remove this key from "
+            "config.json"
+        )
     layer_types = config.get("layer_types") or []
     unsupported_types = sorted({*map(str, layer_types)} - {"full_attention"})
     if unsupported_types:
@@ -244,6 +296,14 @@ def _setting_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     ]
     problems += _pad_problems(config)
     return [*problems, *family.config_problems(config), *rope_problems(config, family)]
+
+
+def _is_quantized(settings: object) -> bool:
+    """Return whether quantization_config quantizes. bitsandbytes may be switched off in it."""
+    if not isinstance(settings, dict) or settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return bool(settings)
+    switches = [settings[key] for key in ("load_in_4bit", "load_in_8bit") if key in settings]
+    return any(switches) if switches else bool(settings)
 
 
 def _pad_problems(config: Mapping[str, Any]) -> list[str]:

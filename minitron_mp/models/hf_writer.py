@@ -16,7 +16,14 @@ from torch import Tensor
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.hf_config import new_config
 from minitron_mp.models.hf_weights import hf_shapes, to_hf
-from minitron_mp.models.model_folder import INDEX, SINGLE_FILE, copy_asset_files, read_json, unknown_tokens
+from minitron_mp.models.model_folder import (
+    INDEX,
+    SINGLE_FILE,
+    copy_asset_files,
+    own_tokenizer_class,
+    read_json,
+    unknown_tokens,
+)
 
 
 def write_folder(
@@ -52,7 +59,10 @@ def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> No
     """Copy the asset_files() of a source without remote code, and write `config` as config.json."""
     if source:
         copy_asset_files(source, folder)
-        _rewrite(folder / "tokenizer_config.json", {})
+        tokenizer = folder / "tokenizer_config.json"
+        own = own_tokenizer_class(read_json(tokenizer)) if tokenizer.is_file() else ""
+        has_class = own and "tokenizer_class" in read_json(tokenizer)
+        _rewrite(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"} if has_class else {})
         settings = folder / "generation_config.json"
         if settings.is_file() and "vocab_size" in config:
             _rewrite(settings, unknown_tokens(read_json(settings), config["vocab_size"]))

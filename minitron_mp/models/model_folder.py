@@ -128,7 +128,27 @@ def folder_notes(folder: Path, vocab_size: int) -> list[str]:
                 f"the Python files that {name} names in auto_map are not used; the exported student is a "
                 "model of transformers without own code"
             )
+    if (folder / "adapter_config.json").is_file():
+        notes.append(
+            "adapter_config.json belongs to an adapter beside the weights, which is not used, although "
+            "transformers with peft loads it from this folder; to compress the model with the adapter, "
+            "merge it with merge_and_unload() of peft and save that model"
+        )
     return notes
+
+
+def own_tokenizer_class(settings: Mapping[str, Any]) -> str:
+    """Return the class that tokenizer_config.json names in a Python file of the folder; "" for none.
+
+    A class of transformers in the same file has priority, as in transformers.
+    """
+    auto_map = settings.get("auto_map")
+    value = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+    classes = [name.rpartition(".")[2] for name in names]
+    given = settings.get("tokenizer_class") or (classes[0] if classes else "")
+    stems = {name.removesuffix("Fast") for name in classes}
+    return str(given) if str(given).removesuffix("Fast") in stems else ""
 
 
 def unknown_tokens(content: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -172,7 +192,26 @@ def missing_weights_problem(folder: Path) -> str:
     for name in (SINGLE_FILE, INDEX):
         if (folder / name).is_symlink():
             return f"{name} cannot be read{_broken_link(folder / name)}; download the model again"
+    stray = _stray_weights(folder)
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in stray):
+        return f"{', '.join(shortened(stray))}: the index of these files, {INDEX}, is missing; download it"
+    if stray:
+        return (
+            f"the folder has {', '.join(shortened(stray))}, but no {SINGLE_FILE} or {INDEX}; rename the file "
+            f"with all weights to {SINGLE_FILE}, or download the model again"
+        )
     return text + _other_format(folder)
+
+
+def has_other_weights(folder: Path) -> bool:
+    """Return whether a folder has weights, but not under the names that are read."""
+    return not has_weights(folder) and bool(_stray_weights(folder) or _other_format(folder))
+
+
+def _stray_weights(folder: Path) -> list[str]:
+    """Return the names of safetensors files that are neither an adapter nor in another format."""
+    paths = (path for path in folder.glob("*.safetensors") if path.is_file())
+    return sorted(path.name for path in paths if not path.name.startswith(("adapter_", "consolidated")))
 
 
 def missing_config_problem(folder: Path) -> str:
@@ -182,8 +221,20 @@ def missing_config_problem(folder: Path) -> str:
     return "no config.json" + _other_format(folder)
 
 
+def subfolder_problem(folder: Path) -> str:
+    """Return which subfolders of a folder without config.json have one, as advice; "" without one.
+
+    They are the snapshots in a cache of the Hub, and the checkpoints of a training run.
+    """
+    found = sorted({file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/config.json")})
+    if not found:
+        return ""
+    names = ", ".join(shortened([str(path) for path in found]))
+    return f"no config.json, but a subfolder has one; give {'it' if len(found) == 1 else 'one'}: {names}"
+
+
 def asset_problems(folder: Path) -> list[str]:
-    """Return the side files that transformers cannot read: broken links, and JSON that is not UTF-8."""
+    """Return the side files that transformers cannot read: broken links, JSON and text not in UTF-8."""
     broken = (
         path
         for pattern in ASSETS
@@ -192,10 +243,11 @@ def asset_problems(folder: Path) -> list[str]:
     )
     problems = [f"{path.name} cannot be read{_broken_link(path)}; download it again" for path in broken]
     for path in asset_files(folder):
-        if path.suffix != ".json" or path.name == "config.json":  # config.json was read before
-            continue
         try:
-            read_json(path)
+            if path.suffix == ".json" and path.name != "config.json":  # config.json was read before
+                read_json(path)
+            elif path.suffix == ".jinja" or path.name == "merges.txt":
+                _read_text(path)
         except InputError as error:
             problems.append(str(error))
     return problems
@@ -229,6 +281,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def _parse_json(path: Path) -> Any:
     """Return the content of a JSON file in UTF-8. InputError if it cannot be read."""
     try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path} is damaged ({error}); JSON is UTF-8 text without comments and trailing commas: correct "
+            "it, or download it again"
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    """Return the content of a text file in UTF-8. InputError if it cannot be read."""
+    try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(
@@ -241,11 +306,10 @@ def _parse_json(path: Path) -> Any:
                 f"{path} {meaning}, which transformers cannot read; save it as UTF-8 without byte order mark"
             )
     try:
-        return json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+        return content.decode()
+    except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is damaged ({error}); JSON is UTF-8 text without comments and trailing commas: correct "
-            "it, or download it again"
+            f"{path} is damaged or not UTF-8 text ({error}); save it as UTF-8, or download it again"
         ) from error
 
 

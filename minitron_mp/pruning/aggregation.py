@@ -5,10 +5,8 @@
     score [d]     aggregate of m over the samples
 
 A new criterion is a row here, and its name in SequenceAggregation or BatchAggregation of
-config/pruning.py. Ranks that split a sequence add their `partial` results before `finish`. So
-`partial` returns sums over tokens; with another reduce_op it returns what that operation combines,
-for example maxima. An aggregation over samples gets only sum m and sum m²; it never sees single
-samples.
+config/pruning.py; docs/extending.md has an example. An aggregation over samples gets only sum m,
+sum m² and the number of samples. It never gets single samples.
 """
 
 from __future__ import annotations
@@ -25,10 +23,11 @@ from torch.distributed import ReduceOp
 class SequenceAggregation:
     """One aggregation over the sequence, in two steps.
 
-    partial: a [s, b, d] in its dtype -> sums [statistics, b, d] float32 over this rank's tokens. It
-    reads the tensor once for each statistic, without a float32 copy. finish: sums over the whole
-    sequence, and its number of tokens -> m [b, d]. reduce_op: combines the results of `partial` of
-    ranks that split a sequence. With ReduceOp.MAX, `partial` returns maxima over tokens.
+    partial: a [s, b, d] in its dtype -> statistics [n, b, d] float32 of this rank's tokens, for
+    example sums. Avoid a float32 copy of a: it can be as large as the MLP's activations.
+    reduce_op: how ranks that split a sequence combine their statistics. With ReduceOp.MAX,
+    `partial` returns maxima over tokens.
+    finish: statistics of the whole sequence, and its number of tokens -> m [b, d].
     """
 
     partial: Callable[[Tensor], Tensor]

@@ -1,10 +1,8 @@
 """Activation importance of a sharded model, by forward hooks and a few small reductions.
 
-Each hook accumulates one vector. Formulas: 2407.14679 section 2.2. For a probed tensor a [s, b, d],
-first over the sequence, then over samples:
-
-    m[b, c] = mean_s |a|        (sequence aggregation: mean; or l2 = sqrt(sum_s a^2), or var over s)
-    score[c] = sqrt(sum_b m^2)  (batch aggregation: l2; or mean, or var over b)
+Each hook accumulates one vector. Formulas: 2407.14679 section 2.2. A probed tensor a [s, b, d] is
+aggregated over the sequence to m [b, d], then over samples to a score [d]. aggregation.py has the
+formulas of both.
 
 The table of axes has the probes. The score of a unit with several channels (a head) is the l2 norm
 of the scores of its channels. The score of a unit of an axis that all layers share (hidden) is the

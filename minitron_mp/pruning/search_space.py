@@ -181,7 +181,7 @@ def _obstacle(arch: Arch, teacher: Arch, recipe: Recipe) -> str:
         if axis.group is not None:
             units, groups = getattr(arch, axis.size.field), getattr(arch, axis.group.field)
             if units % groups:
-                return f"{axis.size.field} {units} is no multiple of {axis.group.field} {groups}"
+                return f"{axis.size.field} {units} is not a multiple of {axis.group.field} {groups}"
             if crowded := crowded_groups(axis, teacher, arch):
                 return crowded
     if problems := layout_problems(arch, p.tp):

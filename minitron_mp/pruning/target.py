@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Collection
 
 from minitron_mp.config.pruning import DEPTH, TargetConfig
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch, layout_problems
-from minitron_mp.models.axes import AXES, SOLVED, STEPPED, Axis
-from minitron_mp.models.families.export import export_problems
+from minitron_mp.models.axes import AXES, HIDDEN, SOLVED, STEPPED, Axis
+from minitron_mp.models.families.export import export_problems, hidden_divisor, near_multiples
 
 WIDTH_FIELDS = tuple(size.field for axis in AXES.values() for size in axis.sizes)
 """Names of the width sizes that a target or a search may set."""
@@ -29,7 +30,7 @@ def resolve_target(teacher: Arch, target: TargetConfig, tp: int = 1, family: str
         if target.drop_layers:
             given["num_layers"] = teacher.num_layers - len(target.drop_layers)
         student = fill_groups(teacher, teacher.resized(**given), given)
-    refuse("this target is not possible:", _target_problems(teacher, student, target, tp))
+    refuse("this target is not possible:", _target_problems(teacher, student, target, tp, family))
     return student
 
 
@@ -66,7 +67,9 @@ def crowded_groups(axis: Axis, teacher: Arch, student: Arch) -> str:
     )
 
 
-def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int) -> list[str]:
+def _target_problems(
+    teacher: Arch, student: Arch, target: TargetConfig, tp: int, family: str | None
+) -> list[str]:
     problems = [
         f"drop_layers names layer {n}, the model has 0 to {teacher.num_layers - 1}; name those only"
         for n in target.drop_layers or []
@@ -76,7 +79,7 @@ def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int
         problems.append("drop_layers names every layer; name fewer")
     problems += _size_problems(teacher, student, "num_layers", 1, "")
     for axis in AXES.values():
-        problems += _axis_problems(axis, teacher, student, target.align, tp)
+        problems += _axis_problems(axis, teacher, student, target.align, tp, family)
     if problems:
         return problems
     for axis in AXES.values():
@@ -94,30 +97,38 @@ def _target_problems(teacher: Arch, student: Arch, target: TargetConfig, tp: int
     return problems or layout_problems(student, tp)
 
 
-def _axis_problems(axis: Axis, teacher: Arch, student: Arch, align: int, tp: int) -> list[str]:
+def _axis_problems(
+    axis: Axis, teacher: Arch, student: Arch, align: int, tp: int, family: str | None
+) -> list[str]:
     """Return the problems of one axis: sizes that are too large or not a valid multiple."""
     if axis.group is None:
         step = size_step(axis, align, tp)
-        why = f"align {align} x tp {tp}" if step != align else f"align {align}"
-        return _size_problems(teacher, student, axis.size.field, step, why)
-    problems = _size_problems(teacher, student, axis.group.field, tp, f"tp {tp}")
+        why = f"target.align {align} x parallel.tp {tp}" if step != align else "target.align"
+        divisor = hidden_divisor(student, family) if axis is HIDDEN else 1
+        return _size_problems(teacher, student, axis.size.field, step, why, divisor=divisor)
+    problems = _size_problems(teacher, student, axis.group.field, tp, "parallel.tp")
     groups = getattr(student, axis.group.field)
     hint = f", or cut {axis.group.field} too"
-    why = f"the {axis.group.units}"
+    why = axis.group.field
     return problems + _size_problems(teacher, student, axis.size.field, groups, why, hint)
 
 
 def _size_problems(
-    teacher: Arch, student: Arch, field: str, step: int, why: str, hint: str = ""
+    teacher: Arch, student: Arch, field: str, step: int, why: str, hint: str = "", divisor: int = 1
 ) -> list[str]:
+    """Return a problem if a size is larger than the teacher's, or smaller and not a multiple of step.
+
+    divisor: for hidden_size, hidden_divisor(). The suggested sizes are multiples of it, too.
+    """
     before, after = getattr(teacher, field), getattr(student, field)
     if after > before:
         return [f"{field} {after} is larger than the teacher's {before}; give at most that"]
     if after == before or after % step == 0:
         return []
-    near = [n for n in (after // step * step, (after // step + 1) * step) if 0 < n <= before]
-    nearest = " or ".join(map(str, near)) or "none"
-    return [f"{field} {after} is no multiple of {step} ({why}); nearest that work: {nearest}{hint}"]
+    both = math.lcm(step, divisor)
+    also = "" if both == step else f" (also a multiple of num_attention_heads {divisor}, for the export)"
+    suggestion = " or ".join(map(str, near_multiples(after, both, before) or [before])) + also + hint
+    return [f"{field} {after} is not a multiple of {step} ({why}); use {suggestion}"]
 
 
 def _largest(teacher: Arch, target: TargetConfig, tp: int, budget: float, family: str | None) -> Arch:

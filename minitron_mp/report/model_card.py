@@ -14,8 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.files import CARD, read_json, write_text
-from minitron_mp.artifacts.manifest import Manifest, find_manifest
+from minitron_mp.artifacts.manifest import Manifest, find_manifest, write_manifest
+from minitron_mp.artifacts.written_files import checksum
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.console import say
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.export import reader_rows
@@ -104,7 +106,10 @@ def _readers(student: Arch, family: str) -> list[Part]:
 
 
 def refresh_model_card(project: Project) -> None:
-    """Rewrite the card of a finished export if its evaluation has changed; for one process."""
+    """Rewrite the card of a finished export if its evaluation has changed; for one process.
+
+    A card that the user edited is kept.
+    """
     paths = project.paths
     manifest = find_manifest(paths["export"])
     if manifest is None or manifest.arch is None:
@@ -114,8 +119,16 @@ def refresh_model_card(project: Project) -> None:
     assets = paths["import"] / "assets"
     text = model_card(project.recipe, paths, manifest, manifest.arch.family, assets)
     card = paths["export"] / CARD
-    if not card.is_file() or card.read_bytes() != text.encode():
+    current, new = card.read_bytes() if card.is_file() else None, text.encode()
+    recorded = manifest.files.get(CARD)
+    if recorded and current is not None and current != new and checksum(current) != recorded:
+        say(f"{card} was edited, so the new evaluation is not written to it; delete it for a new card")
+        return
+    if current != new:
         write_text(card, text)
+    if recorded and recorded != checksum(new):
+        files = {**manifest.files, CARD: checksum(new)}
+        write_manifest(paths["export"], manifest.model_copy(update={"files": files}))
 
 
 def source_card(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_checkpoint, save_checkpoint
 from minitron_mp.artifacts.manifest import (
+    MANIFEST,
     STEPS,
     Manifest,
     Validation,
@@ -15,6 +16,7 @@ from minitron_mp.artifacts.manifest import (
     lasting_checkpoints,
     newest_checkpoint,
     require_artifact,
+    user_files,
 )
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
@@ -125,7 +127,9 @@ class RunCheckpoints:
     def _delete_old(self) -> None:
         lasting = lasting_checkpoints(self.folder, self.settings.keep_every)
         for old in sorted(self.folder.glob(STEPS))[: -self.settings.keep_checkpoints]:
-            if old not in lasting:
+            if old in lasting:
+                continue
+            if not (old / MANIFEST).is_file() or not user_files(old):
                 shutil.rmtree(old)
 
     def _record_duration(self, seconds: float) -> None:

@@ -23,8 +23,11 @@ def read_model(folder: str, archs: dict[str, Arch], weights: bool) -> None:
     """Add the architecture of a folder to archs, and check the headers of its weights."""
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.hf_weights import check_weights
+    from minitron_mp.models.model_folder import has_other_weights, missing_weights_problem
 
     archs[folder] = read_arch(Path(folder), weights=weights)
+    if not weights and has_other_weights(Path(folder)):
+        raise InputError(f"{folder} cannot be used: {missing_weights_problem(Path(folder))}")
     if weights:
         check_weights(Path(folder), archs[folder])
 
@@ -100,6 +103,7 @@ def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collect
         tokenizer,
         parts="data" not in deleted,
         held_out="texts" not in deleted,
+        seed=recipe.seed,
     )
     if recipe.search is None or not recipe.data.train or problems or "data" in deleted:
         return problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minitron_mp import __version__
-from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact
+from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact, user_files_problem
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.output_folder import output_problems
@@ -171,12 +171,26 @@ class StageGraph:
             self.recipe, self.paths, num_ranks, weights=weights, deleted=set(self.deleted_sources())
         )
         if saved_progress and weights:
-            problems += saved_progress_problems(self)
+            problems += saved_progress_problems(self) + self._user_file_problems()
         refuse("this recipe cannot run:", problems)
 
-    def check_saved_progress(self, stage: str) -> None:
-        """Raise InputError when checkpoints do not fit the recipe and the stage would orphan them."""
-        refuse("this recipe cannot run:", saved_progress_problems(self, stage))
+    def check_before_stage(self, stage: str) -> None:
+        """Raise InputError when the stage would orphan checkpoints or delete files of the user."""
+        problem = user_files_problem(self.paths[stage])
+        problems = saved_progress_problems(self, stage) + ([problem] if problem else [])
+        refuse("this recipe cannot run:", problems)
+
+    def _user_file_problems(self) -> list[str]:
+        """Return a sentence for each artifact that will be replaced and has files of the user in it."""
+        problems = []
+        for name, path in self.paths.items():
+            try:
+                problem = user_files_problem(path)
+                if problem and self.why_not_done(name) is not None:
+                    problems.append(problem)
+            except (InputError, OSError):  # left to the other checks
+                continue
+        return problems
 
     def check_output(self, *, report: bool) -> None:
         """Raise InputError when a run would overwrite or delete the user's files.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mp.artifacts.files import RUN_LOG, aside_path, hidden_sibling, write_text
+from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.artifacts.output_lock import LOCK, locked
 from minitron_mp.config.recipe import RESOLVED_RECIPE, Recipe, recipe_yaml
 from minitron_mp.data.file_hashes import HASHES_FILE, SHARDS
@@ -52,10 +53,14 @@ REPORT_MARK = "minitron-mp"
 def output_problems(recipe: Recipe, paths: Mapping[str, Path], *, report: bool) -> list[str]:
     """Return a sentence for each user file that a run would overwrite or delete.
 
-    paths: stage -> artifact. report: whether the run writes the report.
+    paths: stage -> artifact. report: whether all stages run and the report is written. A single
+    stage checks its own artifact later.
     """
     problems = _folder_problems(recipe.root)
-    return problems or _input_problems(recipe, paths) + _foreign_files(recipe.root, report=report)
+    if problems:
+        return problems
+    problems = _input_problems(recipe, paths) + _foreign_files(recipe.root, report=report)
+    return problems + (_foreign_artifacts(paths) if report else [])
 
 
 def _folder_problems(root: Path) -> list[str]:
@@ -123,6 +128,8 @@ def _inputs(recipe: Recipe) -> dict[str, Iterator[Path]]:
     """Return key of the recipe -> its paths, and the links in these folders."""
     data = recipe.data
     inputs: dict[str, Iterator[Path]] = {"model": _folder_inputs(recipe.model)}
+    if recipe.file and not _is_same(recipe.file, recipe.root / RESOLVED_RECIPE):
+        inputs["recipe"] = iter([recipe.file])
     if recipe.teacher.model:
         inputs["teacher.model"] = _folder_inputs(recipe.teacher.model)
     if data.tokenizer:
@@ -138,6 +145,10 @@ def _inputs(recipe: Recipe) -> dict[str, Iterator[Path]]:
     inputs |= {key: iter([Path(path)]) for key, path in tasks.items()}
     inputs["teacher.siblings"] = (Path(path) for path in recipe.teacher.siblings)
     return inputs
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _folder_inputs(entry: str) -> Iterator[Path]:
@@ -214,6 +225,17 @@ def _foreign_files(root: Path, *, report: bool) -> list[str]:
                 f"output: {path} would be {change}, but minitron-mp did not write it, or it was edited; "
                 "rename it, or set another output"
             )
+    return problems
+
+
+def _foreign_artifacts(paths: Mapping[str, Path]) -> list[str]:
+    """Return a sentence for each path of an artifact at which there is something else."""
+    problems = []
+    for path in paths.values():
+        try:
+            find_manifest(path)
+        except InputError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -208,7 +208,7 @@ def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
         return
     student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
     students.append(student)
-    exportable_arch(student, recipe.export.family)
+    exportable_arch(student, recipe.export.family, recipe.target.align)
     droppable = droppable_layers(recipe.depth, base.num_layers, base.num_layers - student.num_layers)
     protected = [layer for layer in recipe.target.drop_layers or [] if layer not in droppable]
     if protected:

@@ -190,7 +190,7 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
     if differences is None and not force:
         return None
     graph.require_inputs(name)
-    graph.check_saved_progress(name)
+    graph.check_before_stage(name)
     return differences or []
 
 

@@ -102,6 +102,14 @@ def check_axis() -> None:
     assert torch.equal(read_tensors(Path("student"), key)[key], kept_tiles.flatten(1))
 
 
+def check_criterion() -> None:
+    """The scores match the dense formula. test_importance.py splits the sequence of a maximum itself."""
+    import pytest
+
+    chosen = ["tests/ranks/test_importance.py", "tests/unit/test_tables.py"]
+    assert pytest.main(["-q", *chosen, "-k", "(plain and max) or aggregations"]) == 0
+
+
 def check_loss() -> None:
     """Value and gradients of the new divergence match a dense float64 computation, on one rank."""
     import torch
@@ -152,7 +160,7 @@ def _check_kernels(divergence: str) -> None:
     """The Triton kernels, run by Triton's interpreter, match the formulas in plain torch."""
     import torch
 
-    from minitron_mp.losses import kernel_calls, reference
+    from minitron_mp.losses import kernel_calls, torch_rows
     from minitron_mp.losses.rows import LogitRows, RowValues
 
     # Two blocks of columns, the second one short.
@@ -162,7 +170,7 @@ def _check_kernels(divergence: str) -> None:
     lse = [(x[:, :valid] / temperature).logsumexp(1) for x in (student, teacher)]
     values = RowValues(*lse, student[:, :valid].logsumexp(1), *torch.rand(3, n))
     found = []
-    for functions in (reference, kernel_calls):
+    for functions in (torch_rows, kernel_calls):
         statistics, exponentials = functions.statistics(rows, divergence)
         gradient = torch.empty_like(student)
         functions.gradient(rows, statistics, exponentials, values, divergence, True, gradient)
@@ -209,7 +217,13 @@ def _minitron(*words: str | Path, code: int = 0) -> str:
     return printed.getvalue()
 
 
-CHECKS = {"family": check_family, "axis": check_axis, "loss": check_loss, "stage": check_stage}
+CHECKS = {
+    "family": check_family,
+    "axis": check_axis,
+    "criterion": check_criterion,
+    "loss": check_loss,
+    "stage": check_stage,
+}
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported

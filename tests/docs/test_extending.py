@@ -51,17 +51,20 @@ def run(folder: Path, *words: str | Path, text: str | None = None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_diff_is_checked():
-    """The section on criteria has no diff: it names the tables and the tests."""
+def test_every_section_has_a_checked_diff():
     assert [name for name, text in sections().items() if "```diff" in text] == list(CHECKS)
+    assert list(sections()) == list(CHECKS)
 
 
 def test_loss_diff_applies_after_another_divergence(tmp_path):
+    """Also if a helper of the other one stands below the table."""
     copy_repository(tmp_path)
     diff = diff_of("loss")
-    for text in (diff.replace("hellinger", "other"), diff):
-        run(tmp_path, "git", "apply", "-", text=text)
-    table = (tmp_path / "minitron_mp" / "losses" / "divergences.py").read_text(encoding="utf-8")
+    formulas = tmp_path / "minitron_mp" / "losses" / "divergences.py"
+    run(tmp_path, "git", "apply", "-", text=diff.replace("hellinger", "other"))
+    formulas.write_text(formulas.read_text(encoding="utf-8") + "\n\ndef helper() -> None: ...\n")
+    run(tmp_path, "git", "apply", "-", text=diff)
+    table = formulas.read_text(encoding="utf-8")
     assert re.findall(r'^    "(\w+)": Divergence\(', table, re.M)[-2:] == ["other", "hellinger"]
 
 

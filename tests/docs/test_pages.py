@@ -13,7 +13,9 @@ from tiny import ROOT
 from minitron_mp.config.base import Section
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.losses.divergences import DIVERGENCES
+from minitron_mp.losses.parameters import PARAMETERS
 from minitron_mp.models.families import FAMILIES
+from minitron_mp.pruning.aggregation import BATCH_AGGREGATIONS, SEQUENCE_AGGREGATIONS
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.throughput import Throughput
 
@@ -162,25 +164,43 @@ def test_index_lists_every_page():
     assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
 
 
-def test_pages_list_every_family():
-    listed = {
-        "README.md": r"^\* Dense decoders of these families: (.*?)\.",
-        "docs/concepts.md": r"^\| family \| a kind of model: (.*?) \|$",
-    }
-    for page, pattern in listed.items():
-        (names,) = re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
-        assert [name.lower().replace("-", "_") for name in re.split(r",\s+", names)] == [*FAMILIES], page
+def rows_below(page: str, header: str) -> list[list[str]]:
+    """Return the cells of the table with this header. \\| in a cell separates no cells."""
+    text = (ROOT / page).read_text(encoding="utf-8").split(f"\n{header}\n")[1]
+    lines = text.split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def test_pages_list_every_divergence():
-    listed = {
-        "docs/concepts.md": r"^\| divergence \| (.*?) between",
-        "docs/distillation.md": r"^\| divergence \| formula \|\n\| --- \| --- \|\n(.*?)\n\n",
-        "docs/parallelism.md": r"has the name of `distill\.divergence`: (.*?)\.",
-    }
-    for page, pattern in listed.items():
-        (text,) = re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
-        assert re.findall(r"(?:^\| |^|, |,\n| or )`(\w+)`", text, re.M) == [*DIVERGENCES], page
+def test_readme_lists_every_family():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (names,) = re.findall(r"^\* Dense decoders of these families: (.*?)\.", text, re.M | re.S)
+    assert re.split(r",\s+", names) == [family.title for family in FAMILIES.values()]
+
+
+def test_distillation_page_lists_every_divergence():
+    """With its parameters, and the number of all-gathers: one more for second sums."""
+    rows = rows_below("docs/distillation.md", "| divergence | formula | parameters | all-gathers |")
+    assert [(name, parameters, gathers) for name, _, parameters, gathers in rows] == [
+        (
+            f"`{name}`",
+            "; ".join(
+                f"`{key}` above {limits.above:g} and at most {limits.at_most:g}, default {limits.default:g}"
+                for key, limits in PARAMETERS.get(name, {}).items()
+            ),
+            "1" if formulas.second_sums is None else "2",
+        )
+        for name, formulas in DIVERGENCES.items()
+    ]
+
+
+def test_pruning_page_lists_every_aggregation():
+    header = (
+        "| aggregation | over the sequence: `score.sequence_aggregation` "
+        "| over samples: `score.batch_aggregation` |"
+    )
+    rows = rows_below("docs/pruning.md", header)
+    for column, table in ((1, SEQUENCE_AGGREGATIONS), (2, BATCH_AGGREGATIONS)):
+        assert {row[0] for row in rows if row[column]} == {f"`{name}`" for name in table}
 
 
 def test_metrics_page_lists_every_column():

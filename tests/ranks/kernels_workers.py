@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mp.losses import fused, reference
+from minitron_mp.losses import fused, torch_rows
 from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.parameters import PARAMETERS, complete_parameters
 from minitron_mp.losses.rows import LogitRows, RowValues
@@ -29,7 +29,7 @@ def both(
     from minitron_mp.losses import kernel_calls
 
     found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
-    for name, module in (("rows", reference), ("kernels", kernel_calls)):
+    for name, module in (("rows", torch_rows), ("kernels", kernel_calls)):
         found[name] = run(
             module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how
         )
@@ -81,9 +81,9 @@ def row_values(
         else z_s.new_ones(n, dtype=torch.float32)
     )
     lse_1 = z_s[:, :valid].float().logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
-    extra = torch.full_like(lse_s, 0.25)
+    gradient_constant = torch.full_like(lse_s, 0.25)
     kl_weight, ce_weight = (w.to(lse_s) for w in weights)
-    return RowValues(lse_s, lse_t, lse_1, kl_weight, ce_weight, extra)
+    return RowValues(lse_s, lse_t, lse_1, kl_weight, ce_weight, gradient_constant)
 
 
 def _apart(z: Tensor) -> Tensor:

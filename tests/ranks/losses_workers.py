@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.losses import fused as fused_module
-from minitron_mp.losses import reference
+from minitron_mp.losses import torch_rows
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTarget
 from minitron_mp.losses.tile_sizes import TILE_SIZES, TileSizes
@@ -115,7 +115,7 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
     logits: the gradient of the logits, so both results change.
     hidden: only the gradient of the hidden states.
     """
-    gradient, reduce = reference.gradient, fused_module.reduce_hidden_gradient
+    gradient, reduce = torch_rows.gradient, fused_module.reduce_hidden_gradient
 
     def too_large(*arguments: Any) -> None:
         gradient(*arguments)
@@ -123,12 +123,12 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
 
     try:
         if defect == "logits":
-            reference.gradient = too_large
+            torch_rows.gradient = too_large
         if defect == "hidden":
             fused_module.reduce_hidden_gradient = _times(reduce, size)
         yield
     finally:
-        reference.gradient, fused_module.reduce_hidden_gradient = gradient, reduce
+        torch_rows.gradient, fused_module.reduce_hidden_gradient = gradient, reduce
 
 
 def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:

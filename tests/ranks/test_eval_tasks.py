@@ -83,6 +83,10 @@ def test_texts_start_with_the_bos_token(files):
         "[1]",
         '{"query": "", "choices": ["b", "c"], "gold": 0}',
         '{"query": "a", "choices": ["b"], "gold": 0}',
+        '{"query": "a", "choices": ["b", "c"], "gold": true}',
+        '{"query": "a", "choices": ["b", ["c"]], "gold": 0}',
+        '{"text": "not a last word", "choices": ["b", "c"], "gold": 0}',
+        "null",
     ],
 )
 def test_invalid_line_is_named(tmp_path, line):
@@ -92,6 +96,36 @@ def test_invalid_line_is_named(tmp_path, line):
         match=r"task\.jsonl line 3 is not a task item; it needs text, or query, choices \(two or more\)",
     ):
         read_task_file(tmp_path / "task.jsonl")
+
+
+@pytest.mark.parametrize("name", ["choices", "context_options"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"text": ["b", "c", "d"], "label": ["A", "B", "C"]},
+            r"has an object in the field \"NAME\", not a list; .*, for example the list in NAME\.text",
+        ),
+        ({"A": "b", "B": "c"}, r"has an object in the field \"NAME\", not a list; give a list of strings$"),
+        ("bc", r"has a string in the field \"NAME\", not a list"),
+        (2, r"has a number in the field \"NAME\", not a list"),
+    ],
+)
+def test_options_must_be_a_list(tmp_path, name, value, message):
+    """Items over the keys of an object, as of ARC on the Hub, would give a wrong accuracy."""
+    row = {"query": "a", "continuation": "a", name: value, "gold": 1}
+    (tmp_path / "task.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=rf"task\.jsonl line 2 {message.replace('NAME', name)}"):
+        read_task_file(tmp_path / "task.jsonl")
+
+
+def test_fields_with_null_are_ignored(tmp_path):
+    """Rows of several kinds that were saved as one table have null in the fields of the others."""
+    row = {"text": "the last word", "choices": None, "gold": None}
+    (tmp_path / "task.jsonl").write_text(json.dumps(row))
+    assert read_task_file(tmp_path / "task.jsonl")[0].options == [("the last", "word")]
+    (tmp_path / "task.jsonl").write_text(json.dumps(CHOICES[0] | {"text": None, "context_options": None}))
+    assert read_task_file(tmp_path / "task.jsonl")[0].gold == CHOICES[0]["gold"]
 
 
 @pytest.mark.parametrize(

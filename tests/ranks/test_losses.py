@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from minitron_mp.errors import InputError
-from minitron_mp.losses import reference
+from minitron_mp.losses import torch_rows
 from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss, float32_logits
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherLogits, TeacherTopK
@@ -42,8 +42,10 @@ OBJECTIVES = {
 
 
 def other_value(parameter):
-    """Return an allowed value that is not the default. Limits are finite: skew 0.1 of (0, 1) -> 0.7."""
-    return parameter.above + 0.7 * (parameter.at_most - parameter.above)
+    """Return the value at 70 % of the allowed range, or at 40 % if the default is near it."""
+    width = parameter.at_most - parameter.above
+    value = parameter.above + 0.7 * width
+    return value if abs(value - parameter.default) > 0.1 * width else parameter.above + 0.4 * width
 
 
 PARAMETER_VARIANTS = {
@@ -54,6 +56,13 @@ PARAMETER_VARIANTS = {
 }
 """Each divergence that has parameters, with other values than the defaults."""
 OBJECTIVES |= PARAMETER_VARIANTS
+ONE_PER_DIVERGENCE = [
+    *(name + ending for name, ending in zip(DIVERGENCES, itertools.cycle(("-ce", "-hot", "-hot-ce", "")))),
+    *PARAMETER_VARIANTS,
+]
+"""Names of OBJECTIVES: one for each divergence, and one more if it has parameters."""
+ONE_PER_KIND = {*ONE_PER_DIVERGENCE, "top_k-hot-ce", "ce"}
+"""Names of variants(): these, one with a top-k teacher, and one without a teacher."""
 CROSS_ENTROPY = Objective(temperature=2.0, kl_weight=0.0, ce_weight=1.0)
 
 # Relative to the norm. float32 sums of about ten products of order one. Logits, their exponentials
@@ -236,7 +245,7 @@ def test_loss_matches_dense_float64(ranks, tp, padded):
     """The teacher as hidden states, logits, top k, and none; its padding columns hold NaN."""
     case = make_case(padded)
     calls = variants(case)
-    for name in ("forward_kl-hot-ce", "reverse_kl", "js-ce"):
+    for name in ONE_PER_DIVERGENCE:
         calls[name + ", logits"] = (as_logits(case), OBJECTIVES[name], {"teacher_padding": 2})
     calls |= {name: (case, objective, {"teacher_padding": 3}) for name, objective in OBJECTIVES.items()}
     check_all(ranks, tp, calls)
@@ -247,8 +256,8 @@ def test_large_logits(ranks, tp):
     """Logits of size 300 give finite results.
 
     "far": both distributions are sharp, on different tokens. "shifted": ordinary logits, plus or
-    minus 300 for a full row. No exponential overflows, and no small one is lost. For "far", a
-    bounded divergence is at its bound, and its gradient vanishes (Jensen-Shannon: ln 2).
+    minus 300 for a full row. No exponential overflows, and no small one is lost. In "far", a
+    bounded divergence reaches its maximum (ln 2 for Jensen-Shannon), so its gradient is 0.
     """
     calls = {f"{name}, far": call for name, call in variants(by_logits(make_case(40, scale=300.0))).items()}
     shifted = by_logits(make_case(40))
@@ -279,11 +288,7 @@ def test_ghost_token_with_zero_student_probability(ranks, tp):
 @widths
 def test_gradient_matches_finite_differences(ranks, tp):
     step = 1e-2
-    calls = {
-        name: call
-        for name, call in variants(make_case(40, scale=1.0)).items()
-        if name in ("forward_kl", "reverse_kl-hot", "js", "top_k-hot-ce", "ce")
-    }
+    calls = {name: call for name, call in variants(make_case(40, scale=1.0)).items() if name in ONE_PER_KIND}
     slopes, moved = run_all(ranks, tp, calls), {}
     for name, (case, objective, _) in calls.items():
         for key, gradient in (("hidden", "dx"), ("weight", "dw")):
@@ -386,11 +391,7 @@ def test_loss_is_independent_of_chunk_size(ranks, tp):
     The last chunk may be shorter.
     """
     chunks = [None, (1, 1, 1), (1, 2, 4), (2, 4, 7), (2, 3, 100), (100, 4, 5)]
-    chosen = {
-        name: call
-        for name, call in variants(make_case(48)).items()
-        if name in ("forward_kl-hot-ce", "reverse_kl", "js-ce", "top_k-hot-ce")
-    }
+    chosen = {name: call for name, call in variants(make_case(48)).items() if name in ONE_PER_KIND}
     found = run_all(
         ranks,
         tp,
@@ -399,8 +400,9 @@ def test_loss_is_independent_of_chunk_size(ranks, tp):
     for (name, sizes), got in found.items():
         for key in ("loss", "per_token", "dx", "dw"):
             # Matrix products of other sizes, and sums over ranks whose order depends on the offset
-            # in the message.
-            assert (found[name, None][key] - got[key]).norm() <= 2e-6 * got[key].norm(), (name, sizes, key)
+            # in the message. 3e-6 seen for js, whose gradient is a small difference of logarithms;
+            # 4e-7 for the others.
+            assert (found[name, None][key] - got[key]).norm() <= 1e-5 * got[key].norm(), (name, sizes, key)
 
 
 @widths
@@ -570,7 +572,7 @@ def test_invalid_objectives_are_rejected():
         "  - temperature is 0; give a number above 0",
         "  - kl_weight is nan; give a number of at least 0",
         "  - ce_weight is -0.5; give a number of at least 0",
-        "  - divergence is 'kl'; give one of forward_kl, reverse_kl, skewed_forward_kl, js",
+        f"  - divergence is 'kl'; give one of {', '.join(DIVERGENCES)}",
     ]
     with pytest.raises(ValueError, match="divergence js is not defined for a top-k target; use forward_kl"):
         distillation_loss(*as_top_k(case, OBJECTIVES["js"]).values(), OBJECTIVES["js"], **sizes)
@@ -583,12 +585,12 @@ def test_skewed_gradient_of_equal_models_is_zero(skew):
     logits = 5 * torch.randn((4, 997), generator=generator)
     rows = LogitRows(logits, logits.clone(), torch.full((4,), -1), 997, 1.0, {"skew": skew})
     lse = logits.logsumexp(1)
-    sums = reference.second_sums(rows, "skewed_forward_kl", lse, lse)
+    sums = torch_rows.second_sums(rows, "skewed_forward_kl", lse, lse)
     ones, zeros = torch.ones(4), torch.zeros(4)
     values = RowValues(lse, lse, lse, ones, zeros, sums[:, 1] / sums[:, 2])
-    statistics, exponentials = reference.statistics(rows, "skewed_forward_kl")
+    statistics, exponentials = torch_rows.statistics(rows, "skewed_forward_kl")
     gradient = torch.empty_like(logits)
-    reference.gradient(rows, statistics, exponentials, values, "skewed_forward_kl", False, gradient)
+    torch_rows.gradient(rows, statistics, exponentials, values, "skewed_forward_kl", False, gradient)
     assert gradient.abs().max() == 0  # log p and log q are bitwise equal
 
 

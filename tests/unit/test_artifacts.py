@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from minitron_mp.artifacts.manifest import (
     find_manifest,
     prepare_artifact,
     require_artifact,
+    user_files,
     writing_artifact,
 )
 from minitron_mp.errors import InputError
@@ -51,19 +53,26 @@ def folder(tmp_path):
     return tmp_path / "teacher"
 
 
+def found(folder: Path) -> Manifest | None:
+    """The manifest of an artifact, without its list of files."""
+    manifest = find_manifest(folder)
+    return manifest and manifest.model_copy(update={"files": {}})
+
+
 def names(path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
 def test_folder_appears_with_its_manifest(folder, tmp_path):
     assert names(tmp_path) == ["teacher"]
-    assert find_manifest(folder) == require_artifact(folder, "score", make_manifest()) == make_manifest()
+    assert find_manifest(folder) == require_artifact(folder, "score", make_manifest())
+    assert found(folder) == make_manifest()
     with writing_artifact(folder, make_manifest(num_samples=5)) as aside:
         (aside / "other").write_text("second")
-        assert find_manifest(folder) == make_manifest()  # the old one until the end
+        assert found(folder) == make_manifest()  # the old one until the end
     assert names(folder) == ["manifest.json", "other"]
     assert names(tmp_path) == ["teacher"]
-    assert find_manifest(folder) == make_manifest(num_samples=5)
+    assert found(folder) == make_manifest(num_samples=5)
 
 
 def fail_in_the_middle(folder):
@@ -75,7 +84,7 @@ def fail_in_the_middle(folder):
 def test_failed_write_keeps_the_old_artifact(folder):
     with pytest.raises(RuntimeError, match="disk full"):
         fail_in_the_middle(folder)
-    assert find_manifest(folder) == make_manifest()
+    assert found(folder) == make_manifest()
     assert (folder / "weights").read_text() == "first"
     with writing_artifact(folder, make_manifest()) as aside:
         assert names(aside) == []  # what was left aside does not get into the next one
@@ -109,12 +118,57 @@ def test_kill_during_replacement(folder, monkeypatch, killed_at):
         patch.setattr(target, counted)
         with pytest.raises(KeyboardInterrupt):
             commit_artifact(folder, make_manifest(num_samples=5))
-    assert find_manifest(folder) == make_manifest(num_samples=5 if killed_at == "delete" else 4)
+    assert found(folder) == make_manifest(num_samples=5 if killed_at == "delete" else 4)
     assert (folder / "weights").read_text() == ("second" if killed_at == "delete" else "first")
     with writing_artifact(folder, make_manifest(num_samples=6)) as aside:
         (aside / "weights").write_text("third")
-    assert find_manifest(folder) == make_manifest(num_samples=6)
+    assert found(folder) == make_manifest(num_samples=6)
     assert names(folder.parent) == ["teacher"]
+
+
+def user_link(folder: Path) -> None:
+    (folder / "linked").symlink_to(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda folder: (folder / "results.json").write_text("mine"), "results.json"),
+        (lambda folder: (folder / "assets" / "eval.csv").write_text("mine"), "assets/eval.csv"),
+        (lambda folder: os.close(os.open(os.fsencode(folder) + b"/caf\xe9", os.O_CREAT)), "caf\\xe9"),
+        (lambda folder: (folder / "README.md").write_text("# my card"), "README.md"),
+        (lambda folder: (folder / "assets" / "config.json").write_text("{}"), "assets/config.json"),
+        (user_link, "linked"),
+    ],
+)
+def test_artifact_with_files_of_the_user_is_not_replaced(tmp_path, change, name):
+    """Nor is a folder that is no artifact. A file system's own files and deleted files do not matter."""
+    folder = tmp_path / "student"
+    with writing_artifact(folder, make_manifest()) as aside:
+        (aside / "assets").mkdir()
+        for path in ("weights", "README.md", "assets/config.json"):
+            (aside / path).write_text('{"a": 1}')
+    assert user_files(folder) == []
+    (folder / "weights").unlink()
+    (folder / ".nfs0001").touch()
+    assert user_files(folder) == []
+    change(folder)
+    assert user_files(folder) == [name]
+    for artifact in (folder, folder / "assets"):
+        before = names(artifact)
+        with pytest.raises(InputError, match=r"be lost that|did not write it"):
+            prepare_artifact(artifact)
+        assert names(artifact) == before
+        assert not aside_path(artifact).exists()
+
+
+def test_checkpoint_with_files_of_the_user_is_kept(tmp_path):
+    for step in ("step_00000001", "step_00000002"):
+        with writing_artifact(tmp_path / step, make_manifest()) as aside:
+            (aside / "weights").touch()
+    (tmp_path / "step_00000001" / "notes.md").touch()
+    discard_checkpoints(tmp_path, make_manifest())
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_missing_damaged_and_foreign_artifacts_are_rejected(folder, tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sysconfig
 from collections import Counter
 
@@ -147,6 +148,54 @@ def test_invalid_tokenizers_are_rejected(tmp_path, folder, tokenizer):
     )
     with pytest.raises(InputError, match="no end-of-sequence"):
         load_tokenizer(tmp_path)
+
+
+def test_tokenizer_of_own_code_is_read_from_tokenizer_json(tmp_path, folder, tokenizer):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "MyTok",
+        "auto_map": {"AutoTokenizer": ["tokenization_my.MyTok", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(LINES) == tokenizer.encode(LINES)
+    assert (loaded.bos, loaded.eod) == (tokenizer.bos, tokenizer.eod)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(
+        InputError, match=r"is the class MyTok of a Python file in it, which is not run; save"
+    ):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: (path / "chat_template.jinja").write_text("{{ a }}", "utf-16"), "jinja is UTF-16 text"),
+        (
+            lambda path: (path / "chat_template.jinja").write_bytes(b"caf\xe9"),
+            "jinja is damaged or not UTF-8",
+        ),
+        (
+            lambda path: (path / "config.json").write_text('{"model_type": "llama", "pad_token_id": "2"}'),
+            "config.json cannot be read by transformers",
+        ),
+    ],
+)
+def test_file_that_stops_the_tokenizer_is_named(tmp_path, folder, change, words):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    change(tmp_path)
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_end_of_text_may_be_in_config_json(tmp_path, folder):
+    text = (folder / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(InputError, match=r"set eos_token in tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": [1, 2]}')
+    assert load_tokenizer(tmp_path).eod == 1
 
 
 def test_tokenizer_may_have_ids_without_embedding(tmp_path, folder):

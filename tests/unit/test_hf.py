@@ -318,8 +318,8 @@ def test_defaults_of_a_family_with_other_names():
 def test_every_setting_of_transformers_is_supported_or_listed():
     """A new family cannot forget a key of its class: it has a field, or no effect on the logits.
 
-    If the file lacks a required key, transformers uses its default. That default must be the required
-    value, or stand in `defaults`, so that such a file is rejected.
+    If the file lacks a required key, transformers uses its default. That default must equal the
+    required value. Otherwise add it to `defaults`; then a file without the key is rejected.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -366,9 +366,12 @@ def test_every_setting_of_transformers_is_supported_or_listed():
             {"model_type": "mistral", "architectures": None, "max_position_embeddings": 8192},
             "sliding_window is 4096",
         ),
-        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; the family llama does not support"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; the family llama does not read"),
         ({"use_bias": True}, "use_bias is True"),
-        ({"rotary_emb_base": 5e5}, "rotary_emb_base is 500000.0.*If LlamaForCausalLM does not read this key"),
+        (
+            {"rotary_emb_base": 5e5},
+            "rotary_emb_base is 500000.0.*Remove it .* if LlamaForCausalLM ignores it",
+        ),
         ({"norm_eps": 1e-5}, "norm_eps"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
         ({"sliding_window": 128}, "sliding_window is 128"),
@@ -384,6 +387,18 @@ def test_every_setting_of_transformers_is_supported_or_listed():
 def test_unsupported_config_is_rejected(llama, changes, said):
     with pytest.raises(InputError, match=said):
         read_arch(edit(llama, **changes))
+
+
+def test_class_of_the_vendor_is_accepted_if_the_family_lists_it(llama, monkeypatch):
+    arch = read_arch(llama)
+    edit(llama, architectures=["VendorForCausalLM"])
+    with pytest.raises(InputError, match=r"architectures \['VendorForCausalLM'\] is not supported"):
+        read_arch(llama)
+    listed = replace(FAMILIES["llama"], other_architectures=("VendorForCausalLM",))
+    monkeypatch.setitem(FAMILIES, "llama", listed)
+    assert read_arch(llama) == arch
+    with pytest.raises(InputError, match="LlamaForCausalLM', 'VendorForCausalLM"):
+        read_arch(edit(llama, architectures=["LlamaForCausalLM", "VendorForCausalLM"]))
 
 
 def test_other_keys_are_ignored(llama):

@@ -18,6 +18,7 @@ from minitron_mp.models.hf_config import new_config, read_arch
 from minitron_mp.models.hf_weights import HFWeights, check_weights
 from minitron_mp.models.hf_writer import write_folder
 from minitron_mp.models.model_folder import asset_files, folder_notes, model_files
+from minitron_mp.workflow.file_checks import read_model
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -323,7 +324,7 @@ def test_templates_in_a_folder_reach_the_export(llama, tmp_path):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 10,000"),
         ({"vocab_size": 10**12}, "vocab_size is 1000000000000; at most 2,147,483,647"),
         ({"head_dim": -8}, "head_dim is -8, not a positive integer"),
-        ({"tie_word_embeddings": "perhaps"}, "tie_word_embeddings: Input should be a valid boolean"),
+        ({"tie_word_embeddings": "perhaps"}, 'tie_word_embeddings is "perhaps", not true or false'),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; give a finite number"),
         ({"pad_token_id": 131}, "pad_token_id is 131, above the last id 130.*set it to null"),
         ({"rope_theta": 1e6}, "rope_theta is 1000000.0 in config.json and 10000.0 in rope_parameters"),
@@ -577,3 +578,78 @@ def test_new_config_keeps_unknown_keys(llama):
     config = new_config(config_of(llama) | {"our_note": [1]}, arch, "bfloat16")
     assert config["our_note"] == [1]
     check_weights(llama, arch)
+
+
+# what is wrong with a folder is named
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        ({"use_cache": None}, "use_cache is null, not true or false"),
+        ({"attention_bias": None}, "attention_bias is null, not true or false"),
+        ({"tie_word_embeddings": "true"}, 'tie_word_embeddings is "true", not true or false'),
+        ({"rms_norm_eps": "1e-5"}, 'rms_norm_eps is "1e-5", not a number'),
+        ({"initializer_range": None}, "initializer_range is null, not a number"),
+        ({"eos_token_id": "2"}, 'eos_token_id is "2", not an id such as 2'),
+        ({"bos_token_id": [1]}, "bos_token_id is [1], not an id such as 2"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for"),
+    ],
+)
+def test_values_that_transformers_5_rejects_are_named(llama, change, row):
+    content = config_of(llama) | change
+    (llama / "config.json").write_text(json.dumps(content))
+    assert message(llama).count("  - ") == 1
+    assert f"  - {row}" in message(llama)
+
+
+@pytest.mark.parametrize("place", ["snapshots/0123", "0123", "checkpoint-500"])
+def test_subfolder_with_the_model_is_named(llama, tmp_path, place):
+    cache = tmp_path / "models--a--b"
+    shutil.copytree(llama, cache / place)
+    (cache / "refs").mkdir()
+    rows = message(cache).splitlines()[1:]
+    assert rows == [f"  - no config.json, but a subfolder has one; give it: {cache / place}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model-00001-of-00002.safetensors", "the index of these files, model.safetensors.index.json, is"),
+        ("model.fp16.safetensors", "the folder has model.fp16.safetensors, but no model.safetensors or"),
+    ],
+)
+def test_weights_under_other_names_are_named(llama, name, words):
+    """Also in a dry run, which needs no weights."""
+    (llama / "model.safetensors").rename(llama / name)
+    assert words in message(llama)
+    archs = {}
+    with pytest.raises(InputError, match=words):
+        read_model(str(llama), archs, weights=False)
+    (llama / name).unlink()
+    read_model(str(llama), archs, weights=False)
+    assert archs
+
+
+@pytest.mark.parametrize("method", [{}, {"quant_method": "bitsandbytes"}])
+def test_quantization_that_is_switched_off_is_accepted(llama, method):
+    arch = read_arch(llama)
+    off = method and method | {"load_in_4bit": False, "load_in_8bit": False}
+    edit(llama, quantization_config=off)
+    assert read_arch(llama) == arch
+    edit(llama, quantization_config=method | {"load_in_4bit": True})
+    assert "if its weights are not quantized, remove this key" in message(llama)
+
+
+def test_adapter_beside_full_weights_is_noted(llama):
+    assert not folder_notes(llama, 131)
+    (llama / "adapter_config.json").write_text("{}")
+    (note,) = folder_notes(llama, 131)
+    assert note.startswith("adapter_config.json belongs to an adapter beside the weights, which is not used")
+
+
+def test_tokenizer_of_own_code_is_exported_without_it(llama, tmp_path):
+    settings = {"tokenizer_class": "MyTok", "auto_map": {"AutoTokenizer": ["my.MyTok", None]}}
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = exported(llama, tmp_path / "out") / "tokenizer_config.json"
+    assert json.loads(written.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -332,26 +332,25 @@ def test_close_cuts_are_reported():
         (
             {"hidden_size": 40},
             1,
-            r"hidden_size 40 is no multiple of 16 \(align 16\); nearest that work: 32 or 48",
+            r"hidden_size 40 is not a multiple of 16 \(target.align\); use 32 or 48$",
         ),
         ({"hidden_size": 64}, 1, r"hidden_size 64 is larger than the teacher's 48"),
-        ({"hidden_size": 8}, 1, r"hidden_size 8 .* nearest that work: 16"),
+        ({"hidden_size": 8}, 1, r"hidden_size 8 .* use 16$"),
         (
             {"ffn_hidden_size": 80},
             2,
-            r"ffn_hidden_size 80 is no multiple of 32 \(align 16 x tp 2\); nearest that work: 64 or 96",
+            r"ffn_hidden_size 80 is not a multiple of 32 \(target.align 16 x parallel.tp 2\); use 64 or 96",
         ),
         (
             {"num_attention_heads": 5},
             1,
-            r"num_attention_heads 5 is no multiple of 2 \(the query groups\); "
-            r"nearest that work: 4 or 6, or cut num_q",
+            r"num_attention_heads 5 is not a multiple of 2 \(num_query_groups\); use 4 or 6, or cut num_q",
         ),
         ({"num_query_groups": 3}, 1, r"num_query_groups 3 is larger than the teacher's 2"),
         (
             {"num_query_groups": 1},
             2,
-            r"num_query_groups 1 is no multiple of 2 \(tp 2\); nearest that work: 2",
+            r"num_query_groups 1 is not a multiple of 2 \(parallel.tp\); use 2",
         ),
         (
             {"num_query_groups": 1, "num_attention_heads": 6},
@@ -424,13 +423,26 @@ def test_budget_respects_alignment_and_tensor_parallel_size():
     assert student.ffn_hidden_size % (32 * 8) == 0
 
 
+def test_suggested_hidden_sizes_are_valid():
+    """Align 16 and the 9 heads of a Llama together: 500 and 496 get the same suggestion, 432 or 576."""
+    teacher = make_arch(hidden_size=576, num_attention_heads=9, num_query_groups=3)
+    with pytest.raises(InputError, match=r"hidden_size 500 .* use 432 or 576 \(also a multiple of .* 9,"):
+        resolve_target(teacher, TargetConfig(hidden_size=500))
+    with pytest.raises(InputError, match=r"hidden_size 500 .* use 496 or 512$"):
+        resolve_target(teacher, TargetConfig(hidden_size=500), family="mistral")
+    student = resolve_target(teacher, TargetConfig(hidden_size=496))
+    with pytest.raises(InputError, match=r"hidden_size 496 .* Llama; use 432 or 576, or set export"):
+        exportable_arch(student, None, align=16)
+    assert exportable_arch(student, "mistral", align=16).family == "mistral"
+
+
 def test_llama_export_rule_suggests_mistral():
     student = LLAMA.resized(hidden_size=3088)
     assert export_problems(NEMO.resized(hidden_size=3088)) == []
     with pytest.raises(
         InputError,
-        match=r"hidden_size 3088 .*num_attention_heads 32; "
-        r"nearest hidden_size 3072, or set export\.family: mistral",
+        match=r"hidden_size 3088 is not a multiple of num_attention_heads 32, as transformers requires for "
+        r"Llama; use 3072 or 3104, or set export\.family: mistral",
     ):
         exportable_arch(student, None)
     assert exportable_arch(student, "mistral") == student.model_copy(update={"family": "mistral"})

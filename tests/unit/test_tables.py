@@ -5,6 +5,7 @@ from typing import get_args
 
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.pruning import BatchAggregation, SequenceAggregation
+from minitron_mp.config.reference import field_docstrings
 from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.parameters import PARAMETERS
 from minitron_mp.pruning.aggregation import BATCH_AGGREGATIONS, SEQUENCE_AGGREGATIONS
@@ -18,8 +19,11 @@ def test_recipe_accepts_the_aggregations_of_the_tables():
 
 
 def test_recipe_accepts_the_divergences_of_the_table():
-    assert get_args(DistillConfig.model_fields["divergence"].annotation) == (*DIVERGENCES,)
+    key = DistillConfig.model_fields["divergence"]
+    assert get_args(key.annotation) == (*DIVERGENCES,)
     assert PARAMETERS.keys() <= DIVERGENCES.keys()
+    description = field_docstrings(DistillConfig)["divergence"]
+    assert [name for name in DIVERGENCES if f"{name}: " not in description] == []
 
 
 def test_divergence_has_the_name_of_no_other_metric():

@@ -7,6 +7,7 @@ import lzma
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import tracemalloc
 
@@ -14,7 +15,7 @@ import pytest
 
 from minitron_mp.config.data import DataConfig
 from minitron_mp.config.recipe import load_recipe
-from minitron_mp.data import documents, records, unused
+from minitron_mp.data import checks, documents, records, text_files, unused
 from minitron_mp.data.checks import corpus_problems
 from minitron_mp.data.documents import TextSettings, read_documents, read_pieces
 from minitron_mp.data.sources import corpus_fingerprint, find_sources, unused_text
@@ -83,6 +84,34 @@ def test_joined_packed_files_are_read_whole(tmp_path):
     for suffix, pack in {**PACK, ".zst": zstd}.items():
         path = write(tmp_path / f"a.jsonl{suffix}", pack(first.encode()) + pack(second.encode()))
         assert read(path) == (TEXTS, {})
+
+
+@pytest.mark.parametrize("packed_bytes", [1, 70, 1 << 15])
+def test_no_text_after_the_first_stream_is_ignored(tmp_path, monkeypatch, packed_bytes):
+    """xz allows NUL bytes between streams. Other bytes between or after streams are damage."""
+    monkeypatch.setattr(text_files, "PACKED_BYTES", packed_bytes)
+    first, second = (JSONL[: len(JSONL) // 2].encode(), JSONL[len(JSONL) // 2 :].encode())
+    for suffix in (".bz2", ".xz"):
+        pack, path = PACK[suffix], tmp_path / f"a.jsonl{suffix}"
+        assert read(write(path, pack(first) + pack(second) + bytes(200))) == (TEXTS, {})
+        invalid = [pack(first) + b"\1\2\3\4" + pack(second), pack(first) + bytes(8) + pack(second)[:-3]]
+        invalid += [pack(JSONL.encode()) + b"rest", pack(first) + bytes(4) + b"\1" + pack(second)]
+        if suffix == ".bz2":
+            invalid.append(pack(first) + bytes(4) + pack(second))
+        else:
+            padded = pack(first) + bytes(8) + pack(b"") + bytes(120) + pack(second)
+            assert read(write(path, padded)) == (TEXTS, {})
+        for content in invalid:
+            with pytest.raises(InputError, match=r"is damaged or cut off .*; create or copy it again"):
+                read(write(path, content))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_bytes_between_packed_streams_are_damage(tmp_path, suffix):
+    pack = gzip.compress if suffix == ".gz" else zstd
+    path = write(tmp_path / f"a.jsonl{suffix}", pack(JSONL.encode()) + b"\1\2\3\4" + pack(JSONL.encode()))
+    with pytest.raises(InputError, match="is damaged or cut off"):
+        read(path)
 
 
 def test_few_packed_documents_are_cut_like_unpacked_ones(tmp_path):
@@ -232,12 +261,21 @@ def test_invalid_bytes_are_named_with_their_place(tmp_path, name, content, messa
     ("line", "message"),
     [
         ('{"text": null}', r'line 7 has null in the field "text"'),
-        ('{"text": ["a"]}', r'line 7 has a list in the field "text"'),
+        (
+            '{"text": ["a"]}',
+            r'line 7 has a list in the field "text", not a string; join its strings into one',
+        ),
         ('{"text": {"a": 1}}', r'line 7 has an object in the field "text"'),
         ('{"content": "x", "m": {"a": 1}}', r"\(its fields: content, m\.a\); set data\.text_field"),
         ('{"messages": [{"role": "user"}]}', r"\(its fields: messages\)"),
         ("{}", r"\(its fields: none\)"),
-        ('["text"]', r"line 7 is not a JSON object but a list; name the file \.json"),
+        (
+            '[{"text": "a"}]',
+            r"line 7 is not a JSON object but a list; name the file \.json if it",
+        ),
+        ('["text"]', r'line 7 is not a JSON object but a list; write each text as {"text": "\.\.\."}'),
+        ('"text"', r'line 7 is not a JSON object but a string; write each text as {"text": "\.\.\."}'),
+        ("[1, 2]", "line 7 is not a JSON object but a list; correct or delete it"),
         ("null", "line 7 is not a JSON object but null"),
         ("true", "line 7 is not a JSON object but a truth value"),
         ('{"text": "cut', r"line 7 is not a JSON object: .*Unterminated string"),
@@ -257,7 +295,14 @@ def test_records_without_text_are_named_with_their_line(tmp_path, line, message)
     [
         ('[\n{"text": "a"},\n{"text": tru}]', r"a\.json line 3 is not a JSON object"),
         ('[{"text": "a"}, 3]', r"a\.json line 1 is not a JSON object but a number"),
-        ('{"data": [{"text": "a"}]}', r"its fields: data"),
+        (
+            '{"id": "x", "data": [{"text": "a"}]}',
+            r'its fields: id, data\); set data\.text_field .*, or write the objects of "data" as records, or',
+        ),
+        ('["a", "b"]', r'line 1 is not a JSON object but a string; write each text as {"text": "\.\.\."}'),
+        ('[[{"text": "a"}]]', r"line 1 is not a JSON object but a list; write its objects without this list"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', r"line 2 is not a JSON object but a list; write its objects wi"),
+        ("[[", r"line 1 is not a JSON object: .*; correct or delete it"),
         ('[{"text": "a"},\n{"text": "b"}', r"a\.json is cut off: no closing \] at the end of .* \(line 2\)"),
         ('[{"text": "a"},\n{"text": "b"},\n', r"a\.json is cut off: no closing \]"),
         ('[{"text": "]"}', r"a\.json is cut off: no closing \]"),
@@ -277,8 +322,13 @@ def test_invalid_json_files_are_named(tmp_path, content, message):
         ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", r"is a git-lfs pointer"),
         ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())[:-12], r"is damaged or cut off"),
         ("a.json", json.dumps([None, *ROWS]), r"line 1 is not a JSON object but null"),
-        ("a.json", '[\n{"text": null}]', r'line 2 has null in the field "text", not a string'),
-        ("a.json", '[{"text": 3}]', r'line 1 has a number in the field "text"'),
+        ("a.json", '[\n{"text": null}, {"text": "a"}]', r'line 2 has null in the field "text", not a string'),
+        ("a.json", '[{"text": 3}, {"text": "a"}]', r'line 1 has a number in the field "text"'),
+        (
+            "a.json",
+            '{"text": ["a"]}',
+            r'line 1 has a list in the field "text", not a string; join its strings',
+        ),
         ("a.json", '{"text', r"line 1 is not a JSON object: .*Unterminated string"),
         ("a.json", '[{"text": tru, "id": 1}' + 600 * " " + '{"text": "a"}]', r"line 1 is not a JSON object"),
         ("a.json", "[" * 5000, r"line 1 is not a JSON object"),
@@ -294,6 +344,64 @@ def test_json_files_that_cannot_be_read_are_rejected_also_in_a_folder(
     for source in (data / name, data):
         with pytest.raises(InputError, match=rf"{name} {message}"):
             read(source)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"!": 0, "text": 5}',
+        '{"text": {"model_type": "t5"}}',
+        '{"text": null}',
+        '{"text": true}',
+        '{"text": []}',
+        '{"text": [1, 2]}',
+        "null",
+        '[null, {"text": null}, {"text": 3}]',
+    ],
+)
+def test_json_files_without_a_string_in_the_field_are_no_text(tmp_path, content):
+    """Vocabularies and settings. A file in a list is text, so it is rejected."""
+    write(tmp_path / "vocab.json", content)
+    with pytest.raises(InputError, match=r'vocab\.json line 1 (has .* in the field "text"|is not a JSON)'):
+        read(tmp_path / "vocab.json")
+    with pytest.raises(InputError, match=r"is a folder without text files .*; set data\.text_field|correct"):
+        read(tmp_path)
+    write(tmp_path / "a.jsonl", JSONL)
+    assert read(tmp_path) == (TEXTS, {unused.no_string("text"): 1})
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "Hello"}]},
+    {"id": 1, "meta": {"conversations": [{"from": "human", "value": "Hello"}]}},
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_no_value_of_text_field_is_advised_for_a_chat(tmp_path, chat, name):
+    path = tmp_path / name
+    if name == "a.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        chat = chat.get("meta", chat)
+        parquet.write_table(pyarrow.Table.from_pylist([chat]), path)
+    else:
+        write(path, json.dumps(chat))
+    field = "messages" if "messages" in chat else "meta.conversations" if "meta" in chat else "conversations"
+    advice = "is a chat: write it as one string, for example with the tokenizer's chat template"
+    for text_field in ("text", field, f"{field}.content"):
+        sources = [path, tmp_path] if name == "a.json" else [path]
+        for source in sources:
+            with pytest.raises(InputError, match=advice):
+                read(source, text_field=text_field)
+
+
+def test_fields_of_deep_objects_are_listed(tmp_path):
+    depth = 500
+    write(tmp_path / "a.jsonl", '{"a": ' * depth + "1" + "}" * depth)
+    with pytest.raises(InputError, match=r"its fields: a\.a\."):
+        read(tmp_path / "a.jsonl")
 
 
 def test_many_json_files_that_cannot_be_read_are_counted(tmp_path):
@@ -457,6 +565,23 @@ def test_each_file_is_read_once(tmp_path):
     assert sources["source"].unused.tallies[unused.REPEATED].count >= 4
 
 
+def test_entries_of_a_list_may_overlap_in_any_order(tmp_path):
+    data = texts_folder(tmp_path / "data", "a.txt", "b/c.txt", "b/d/e.txt")
+    texts_folder(tmp_path / "images", "x.png")
+    (tmp_path / "link").symlink_to(data / "b")
+    for entries in (["data", "data/b"], ["data/b", "data"], ["data", "data"], ["data", "link", "data/b/d"]):
+        sources = find_sources(DataConfig(source=[str(tmp_path / entry) for entry in entries]))
+        assert sorted(path.name for _, path in sources["source"].files) == ["a.txt", "c.txt", "e.txt"]
+        assert set(unused_text(sources).tallies) == {unused.REPEATED}
+    with pytest.raises(InputError) as error:
+        find_sources(DataConfig(source=[str(data), str(data), str(tmp_path / "images")]))
+    assert f"it has files of other kinds: 1 ({tmp_path}/images/x.png)" in str(error.value)
+    (tmp_path / "images" / "one").mkdir()
+    (tmp_path / "images" / "two").symlink_to("one")
+    with pytest.raises(InputError, match="images is a folder without text files"):
+        read(tmp_path / "images")
+
+
 def test_link_loops_are_counted(tmp_path):
     data = texts_folder(tmp_path / "data", "a.txt", "deep/b.txt")
     (data / "deep" / "up").symlink_to("..")
@@ -610,7 +735,7 @@ def test_recipes_may_have_a_byte_order_mark(tmp_path, encoding):
     write(tmp_path / "r.yaml", "model: fl\u00fc\u00df\noutput: out\n".encode(encoding))
     assert load_recipe(tmp_path / "r.yaml").model == "fl\u00fc\u00df"
     write(tmp_path / "r.yaml", b"model: fl\xfc\n")
-    with pytest.raises(InputError, match=r"r\.yaml is not UTF-8 text .*convert it to UTF-8"):
+    with pytest.raises(InputError, match=r"r\.yaml is not UTF-8 text: line 1, byte 0xfc at offset 9"):
         load_recipe(tmp_path / "r.yaml")
 
 
@@ -618,3 +743,81 @@ def test_text_does_not_depend_on_the_place_of_its_folder(tmp_path):
     first = texts_folder(tmp_path / "one" / "data", "a.txt", "b/c.txt")
     shutil.copytree(first, tmp_path / "two" / "data")
     assert names_of(first) == names_of(tmp_path / "two" / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "beginning"),
+    [
+        ("a.jsonl", '{"text": ""}\n' * 3),
+        ("a.jsonl", json.dumps({"text": "\n" * 9000}) + "\n"),
+        ("a.txt", "\n" * 5000),
+        ("a.txt", " " * 3_000_000),
+    ],
+)
+def test_a_text_may_begin_blank(tmp_path, monkeypatch, name, beginning):
+    """The first record of WikiText is blank. A text is empty if all of it is blank."""
+    data, output = DataConfig(source=str(tmp_path / "data")), tmp_path / "out"
+    for folder in ("one", "two"):
+        write(tmp_path / "data" / folder / name, beginning + JSONL)
+    assert corpus_problems(data, output, None) == []
+    write(tmp_path / "data" / "one" / name, beginning)
+    assert corpus_problems(data, output, None) == []
+    write(tmp_path / "data" / "two" / name, beginning)
+    (problem,) = corpus_problems(data, output, None)
+    assert problem.startswith("all files of source are empty")
+    monkeypatch.setattr(checks, "MAX_BLANK_PIECES", 0)  # the rest of the files is not checked
+    assert corpus_problems(data, output, None) == []
+
+
+def test_a_table_may_begin_blank(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data = DataConfig(source=str(tmp_path / "a.parquet"))
+    parquet.write_table(pyarrow.table({"text": ["", " ", "word"]}), tmp_path / "a.parquet")
+    assert corpus_problems(data, tmp_path / "out", None) == []
+    parquet.write_table(pyarrow.table({"text": ["", " "]}), tmp_path / "a.parquet")
+    assert "are empty" in corpus_problems(data, tmp_path / "out", None)[0]
+
+
+def test_a_small_text_must_have_documents_for_each_part(tmp_path):
+    """With the message of the stage data, but before the first stage."""
+    path = write(tmp_path / "a.txt", "a line of six words in a text\n" * 200)
+    data, output = DataConfig(source=str(path)), tmp_path / "out"
+    (problem,) = corpus_problems(data, output, None, seed=1)
+    assert problem.startswith("no text for ")
+    assert "source has 1 documents that are not blank; give more text, raise data.valid_fraction" in problem
+    write(path, "a line of six words in a text\n\n" * 40_000)
+    assert corpus_problems(data, output, None, seed=1) == []
+    path = write(tmp_path / "a.jsonl", JSONL + '{"text": 3}\n')
+    (problem,) = corpus_problems(DataConfig(source=str(path)), output, None, seed=1)
+    assert 'a.jsonl line 7 has a number in the field "text"' in problem
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"source": ["python-stdlib", "a.txt"]},
+        {"calibration": ["python-stdlib"], "train": ["a.txt"], "valid": ["a.txt"]},
+    ],
+)
+def test_the_standard_library_is_not_combined_with_other_text(tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(texts_folder(tmp_path, "a.txt"))
+    with pytest.raises(InputError, match=r"python-stdlib is not a file or folder .*; give it alone as data"):
+        find_sources(DataConfig(**settings))
+
+
+def test_folders_may_be_nested_deeper_than_calls(tmp_path):
+    depth = 1200
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    with open(os.open("a.txt", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "w") as file:
+        file.write("text")
+    os.close(descriptor)
+    names = names_of(tmp_path)
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # pytest cannot remove it
+    assert names == ["d/" * depth + "a.txt"]

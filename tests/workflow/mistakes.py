@@ -6,93 +6,24 @@ test_mistakes.py makes each in a small project and compares the answer with docs
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
-Change = Callable[[Path], object]
-"""Changes the project in a folder: recipe.yaml, model/, text/."""
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """words: arguments of the command after the recipe. change: damage of the project.
-
-    command: stage, or another command. recipe: its argument. dry_run: add --dry-run.
-    """
-
-    title: str
-    words: tuple[str, ...] = ()
-    change: Change = lambda project: None
-    command: str = "compress"
-    recipe: str = "recipe.yaml"
-    dry_run: bool = True
-
-    def arguments(self) -> list[str]:
-        return [self.command, self.recipe, *self.words, *(["--dry-run"] if self.dry_run else [])]
-
-
-def overrides(title: str, *words: str) -> Mistake:
-    return Mistake(title, words)
-
-
-def write(path: str, content: str | bytes) -> Change:
-    def change(project: Path) -> None:
-        target = project / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return change
-
-
-def edit_json(path: str, **values: Any) -> Change:
-    """Set keys of a JSON file; a value None removes its key."""
-
-    def change(project: Path) -> None:
-        content = json.loads((project / path).read_text())
-        content |= values
-        kept = {key: value for key, value in content.items() if value is not None}
-        (project / path).write_text(json.dumps(kept))
-
-    return change
-
-
-def edit_recipe(**sections: Any) -> Change:
-    def change(project: Path) -> None:
-        recipe = yaml.safe_load((project / "recipe.yaml").read_text())
-        (project / "recipe.yaml").write_text(yaml.safe_dump(recipe | sections))
-
-    return change
-
-
-def edit_weights(edit: Callable[[dict[str, Any]], object]) -> Change:
-    """edit: changes the dictionary of tensors."""
-
-    def change(project: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        path = project / "model" / "model.safetensors"
-        tensors = load_file(path)
-        edit(tensors)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    return change
-
-
-def _remove(path: str) -> Change:
-    return lambda project: (project / path).unlink()
-
-
-def _truncate(path: str, size: int) -> Change:
-    return lambda project: os.truncate(project / path, size)
-
-
-def _in_order(*changes: Change) -> Change:
-    return lambda project: [change(project) for change in changes]
+from mistake_changes import (
+    Mistake,
+    copy_recipe,
+    edit_json,
+    edit_recipe,
+    edit_weights,
+    evaluated_student,
+    in_order,
+    move_into,
+    overrides,
+    remove,
+    truncate,
+    write,
+    write_null,
+)
 
 
 def _item(**values: Any) -> str:
@@ -109,6 +40,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("The recipe is a folder", recipe="model"),
         Mistake("An override without a value", ("distill.steps",)),
         Mistake("An override with a space before the equals sign", ("distill.steps", "=50")),
+        Mistake("An override with a quotation mark that is not closed", ('output="runs',)),
+        Mistake("An override with text after its value", ('output="runs" #2',)),
+        Mistake("An override of an element that the list does not have", ("data.train[7]=text",)),
         Mistake("--world without --dry-run", ("--world", "8"), dry_run=False),
         Mistake("A stage that this recipe does not have", command="correct"),
         Mistake("A stage whose inputs do not exist yet", command="prune", dry_run=False),
@@ -121,12 +55,17 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
         Mistake("A key that occurs twice", change=write("recipe.yaml", "model: a\nmodel: b\noutput: out\n")),
         Mistake("Latin-1 text", change=write("recipe.yaml", b"model: caf\xe9\noutput: out\n")),
+        Mistake("A control character", change=write("recipe.yaml", "model: model\noutput: out\x07\n")),
+        Mistake("Only a number", change=write("recipe.yaml", "2024\n")),
+        Mistake("A placeholder instead of a value", ("output=???",)),
         Mistake("A variable that is not defined", ("output=${runs}/one",)),
         Mistake("Without model and output", change=write("recipe.yaml", "seed: 1\n")),
         overrides("A key with a typing error", "distill.stepz=50"),
         overrides("A section with a typing error", "destill.steps=50"),
         overrides("A key in the wrong section", "distill.sequence_length=64"),
         overrides("A text instead of a number", "distill.steps=many"),
+        overrides("A boolean instead of a number", "distill.steps=yes"),
+        overrides("A list instead of a path", "output=[runs, one]"),
         overrides("A fraction of a step", "distill.steps=10.5"),
         overrides("A negative seed", "seed=-1"),
         overrides("A precision that does not exist", "precision=fp16"),
@@ -141,7 +80,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("A name on the hub instead of a folder", "model=meta-llama/Llama-3.1-8B"),
         overrides("A file instead of a folder", "model=model/config.json"),
         overrides("A folder without a model", "model=text"),
-        Mistake("config.json is cut off", change=_truncate("model/config.json", 100)),
+        Mistake("A cache of the hub", ("model=hub",), move_into("hub/snapshots/0123")),
+        Mistake("config.json is cut off", change=truncate("model/config.json", 100)),
         Mistake("config.json is a list", change=write("model/config.json", "[]")),
         Mistake("config.json without model_type", change=edit_json("model/config.json", model_type=None)),
         Mistake(
@@ -149,6 +89,10 @@ MISTAKES: dict[str, list[Mistake]] = {
             change=edit_json("model/config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
         ),
         Mistake("config.json without a size", change=edit_json("model/config.json", hidden_size=None)),
+        Mistake("A text instead of an id", change=edit_json("model/config.json", eos_token_id="2")),
+        Mistake(
+            "A null that transformers does not read", change=write_null("model/config.json", "use_cache")
+        ),
         Mistake("Sizes of another model", change=edit_json("model/config.json", hidden_size=72)),
         Mistake("More layers than weights", change=edit_json("model/config.json", num_hidden_layers=5)),
         Mistake("Fewer layers than weights", change=edit_json("model/config.json", num_hidden_layers=3)),
@@ -170,8 +114,14 @@ MISTAKES: dict[str, list[Mistake]] = {
             "Quantized weights",
             change=edit_json("model/config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         ),
-        Mistake("Without weights", change=_remove("model/model.safetensors"), dry_run=False),
-        Mistake("The weights are cut off", change=_truncate("model/model.safetensors", 100_000)),
+        Mistake("Without weights", change=remove("model/model.safetensors"), dry_run=False),
+        Mistake(
+            "A shard without its index",
+            change=lambda project: (project / "model/model.safetensors").rename(
+                project / "model/model-00001-of-00002.safetensors"
+            ),
+        ),
+        Mistake("The weights are cut off", change=truncate("model/model.safetensors", 100_000)),
         Mistake(
             "The weights are a Git LFS pointer",
             change=write(
@@ -196,8 +146,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
         Mistake(
             "The index names a file that is missing",
-            change=_in_order(
-                _remove("model/model.safetensors"),
+            change=in_order(
+                remove("model/model.safetensors"),
                 write(
                     "model/model.safetensors.index.json",
                     json.dumps({"weight_map": {UP: "model-00001-of-00002.safetensors"}}),
@@ -206,8 +156,23 @@ MISTAKES: dict[str, list[Mistake]] = {
         ),
     ],
     "Tokenizer": [
-        Mistake("Without a tokenizer", change=_remove("model/tokenizer.json")),
-        Mistake("tokenizer.json is cut off", change=_truncate("model/tokenizer.json", 500)),
+        Mistake("Without a tokenizer", change=remove("model/tokenizer.json")),
+        Mistake("tokenizer.json is cut off", change=truncate("model/tokenizer.json", 500)),
+        Mistake(
+            "A class in a Python file",
+            change=in_order(
+                edit_json(
+                    "model/tokenizer_config.json",
+                    tokenizer_class="MyTok",
+                    auto_map={"AutoTokenizer": ["tokenization_my.MyTok", None]},
+                ),
+                remove("model/tokenizer.json"),
+            ),
+        ),
+        Mistake(
+            "A chat template in UTF-16",
+            change=write("model/chat_template.jinja", "{{ messages }}".encode("utf-16")),
+        ),
         overrides("The folder does not exist", "data.tokenizer=nowhere"),
         overrides("A folder without a tokenizer", "data.tokenizer=text"),
         Mistake(
@@ -225,11 +190,17 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("A share before the model is imported", ("--shard", "1/16"), command="data", dry_run=False),
         Mistake("No worker", ("data.workers=0",)),
         Mistake("An empty file", ("data.source=empty.txt",), write("empty.txt", "")),
+        Mistake(
+            "Chats instead of text",
+            ("data.source=chats.jsonl",),
+            write("chats.jsonl", '{"messages": [{"role": "user", "content": "Hello"}]}\n'),
+        ),
+        Mistake("Lines that are strings", ("data.source=a.jsonl",), write("a.jsonl", '"The cat sat."\n')),
         Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
         Mistake(
             "An .idx file that is none",
             ("data.source=tokens",),
-            _in_order(write("tokens.bin", b"\0" * 8), write("tokens.idx", b"nothing")),
+            in_order(write("tokens.bin", b"\0" * 8), write("tokens.idx", b"nothing")),
         ),
         Mistake(
             "data.train without data.valid", ("data.train=[text]",), edit_recipe(data={"sequence_length": 32})
@@ -246,6 +217,12 @@ MISTAKES: dict[str, list[Mistake]] = {
             edit_recipe(data={"sequence_length": 32}),
         ),
         overrides("A document mask without the local layers", "data.document_mask=true"),
+        overrides("The standard library with other text", "data.source=[python-stdlib, text]"),
+        Mistake(
+            "A text too small for three parts",
+            ("data.source=a.txt",),
+            write("a.txt", "The cat sat on the mat.\n" * 250),
+        ),
         overrides("Held-out text that does not exist", "data.held_out={news: [nowhere]}"),
         overrides("Samples longer than the model's positions", "data.sequence_length=256"),
         overrides("A held-out part of more than half", "data.valid_fraction=0.7"),
@@ -260,6 +237,11 @@ MISTAKES: dict[str, list[Mistake]] = {
             write("animals.jsonl", '{"query": "a", "choices": ["b", "c"]}\n'),
         ),
         Mistake("An answer beyond the choices", TASK, write("animals.jsonl", _item(gold=2))),
+        Mistake(
+            "Choices that are no list",
+            TASK,
+            write("animals.jsonl", _item(choices={"text": [" sat", " ran"], "label": ["A", "B"]})),
+        ),
         Mistake("A single choice", TASK, write("animals.jsonl", _item(choices=[" sat"]))),
         overrides("Choice of layers by a task without a task", "depth.method=drop", "depth.metric=task"),
     ],
@@ -346,6 +328,13 @@ MISTAKES: dict[str, list[Mistake]] = {
             "A folder of the user where an artifact belongs",
             change=write("out/student/thesis.txt", "mine"),
             dry_run=False,
+        ),
+        Mistake("A file of the user where an artifact belongs", change=write("out/plan.json", '{"mine": 1}')),
+        Mistake("Files of the user in an artifact", change=evaluated_student),
+        Mistake(
+            "The recipe lies where an artifact belongs",
+            recipe="out/data/recipe.yaml",
+            change=copy_recipe("out/data/recipe.yaml"),
         ),
         Mistake("A damaged artifact", change=write("out/teacher/manifest.json", "{"), dry_run=False),
         Mistake(

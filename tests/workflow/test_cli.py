@@ -115,21 +115,23 @@ def stage_states(out: str) -> dict[str, str]:
         (["target.hidden_size=128"], ["hidden_size 128 is larger than the teacher's 64"]),
         (
             ["target.hidden_size=40"],
-            ["hidden_size 40 is no multiple of 16 (align 16); nearest that work: 32 or 48"],
+            [
+                "hidden_size 40 is not a multiple of 16 (target.align); use 48 (also a multiple of num_att",
+            ],
         ),
         (
             ["target.ffn_hidden_size=80", "parallel.tp=2"],
-            ["ffn_hidden_size 80 is no multiple of 32 (align 16 x tp 2); nearest that work: 64 or 96"],
+            ["ffn_hidden_size 80 is not a multiple of 32 (target.align 16 x parallel.tp 2); use 64 or 96"],
         ),
         (
             ["target.num_attention_heads=5"],
-            ["num_attention_heads 5 is no multiple of 2 (the query groups); nearest that work: 4 or 6"],
+            ["num_attention_heads 5 is not a multiple of 2 (num_query_groups); use 4 or 6"],
         ),
         (
             ["target.hidden_size=32"],
             [
-                "hidden_size 32",
-                "num_attention_heads 6; nearest hidden_size 30, or set export.family: mistral",
+                "hidden_size 32 is not a multiple of num_attention_heads 6",
+                "Llama; use 48, or set export.family: mistral",
             ],
         ),
         (["target={keep: 0.01}"], ["parameters"]),
@@ -315,7 +317,8 @@ def test_dry_run_of_a_search(here, recipe, inputs):
     code, out, err = here("search", recipe, "--dry-run", *FREE, SEARCH)
     assert (code, err) == (0, "")
     assert (
-        "4 of 8 combinations left out: num_attention_heads 7 is no multiple of num_query_groups 2 (4)" in out
+        "4 of 8 combinations left out: num_attention_heads 7 is not a multiple of num_query_groups 2 (4)"
+        in out
     )
     text = sorted((inputs / "text").iterdir())
     parts = [

@@ -59,7 +59,7 @@ def answer(project, tmp_path, monkeypatch, capsys):
 
 
 def entry(mistake: Mistake, message: str) -> str:
-    words = " ".join(f"'{word}'" if set(word) & set(" {}[]$'") else word for word in mistake.arguments())
+    words = " ".join(f"'{word}'" if set(word) & set(" {}[]$'\"#?") else word for word in mistake.arguments())
     return f"### {mistake.title}\n\n```\n$ minitron-mp {words}\n{message.strip()}\n```\n"
 
 

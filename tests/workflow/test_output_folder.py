@@ -12,6 +12,7 @@ import yaml
 from tiny import environment, make_model, make_recipe_file, make_text, make_tokenizer, refused
 
 from minitron_mp import load_recipe
+from minitron_mp.artifacts.manifest import Manifest, write_manifest
 from minitron_mp.config.recipe import RESOLVED_RECIPE, make_recipe
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.output_folder import output_problems, write_resolved_recipe
@@ -35,6 +36,8 @@ def output(tmp_path) -> Path:
         "student_hf/tokenizer.json",
     ):
         (tmp_path / "out" / name).touch()
+    for name in ("teacher", "data", "student_hf"):
+        write_manifest(tmp_path / "out" / name, Manifest(stage=name, settings={}, inputs={}))
     for name in ("t", "m"):
         (tmp_path / name).mkdir()
     (tmp_path / "t/a.txt").touch()
@@ -145,6 +148,52 @@ def test_user_file_of_the_same_name_is_not_replaced(output, name):
     assert len(problems(output)) == 1
 
 
+@pytest.mark.parametrize("name", ["plan.json", "evaluation.json", "importance.safetensors", "student"])
+def test_user_file_in_the_place_of_an_artifact_is_found_before_the_first_stage(tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    if path.suffix:
+        path.write_text('{"mine": 1}')
+    else:
+        path.mkdir()
+    (row,) = problems(tmp_path / "out")
+    assert str(path) in row
+    assert "minitron-mp did not write it" in row
+    assert problems(tmp_path / "out", report=False) == []  # another stage may run
+
+
+def test_recipe_that_a_run_would_replace_is_refused(tmp_path):
+    """The recipe may lie in the output, and it may be the resolved one."""
+    output = tmp_path / "out"
+    for place in ("student_hf", "data", ".data.tmp", "checkpoints/distill"):
+        (output / place).mkdir(parents=True)
+    recipe = make_recipe({"model": str(tmp_path / "m"), "output": str(output)})
+    (tmp_path / "recipe.yaml").write_text(f"model: {tmp_path}/m\noutput: {output}\n")
+    (tmp_path / "link").symlink_to(output / "data")
+
+    def rows(path: Path) -> list[str]:
+        path.write_text((tmp_path / "recipe.yaml").read_text())
+        loaded = load_recipe(path)
+        assert loaded == recipe
+        return output_problems(loaded, StageGraph(loaded).paths, report=False)
+
+    for place in (
+        output / "student_hf",
+        output / "data",
+        tmp_path / "link",
+        output / ".data.tmp",
+        output / "checkpoints/distill",
+    ):
+        (row,) = rows(place / "recipe.yaml")
+        assert row.startswith(f"recipe: {place}/recipe.yaml would be lost, because it lies in ")
+    assert rows(output / "stages.jsonl")[0].startswith("recipe: ")
+    (output / "stages.jsonl").unlink()
+    assert rows(output / "recipe.yaml") == rows(tmp_path / "recipe.yaml") == []
+    write_resolved_recipe(recipe)
+    loaded = load_recipe(output / RESOLVED_RECIPE)
+    assert output_problems(loaded, StageGraph(loaded).paths, report=False) == []
+
+
 def test_resolved_recipe_is_replaced_unless_it_was_edited(output):
     recipe = make_recipe({"model": "m", "output": str(output)})
     write_resolved_recipe(recipe)
@@ -223,6 +272,28 @@ def run(project, ranks):
         return ranks(1, "output_workers.minitron_in", folder=str(project / "out"), arguments=arguments)[0]
 
     return run
+
+
+def test_files_of_the_user_in_an_artifact_are_kept(project, run):
+    """They are refused before a stage replaces the artifact. A finished artifact may have them."""
+    student = project / "out" / "student_hf"
+    card = (student / "README.md").read_text()
+    (student / "results.json").write_text("eval")
+    (student / "README.md").write_text("my card")
+    lost = ("student_hf would be replaced, and files in it would be lost", "README.md, results.json; move")
+    refused(run("export", "--force"), *lost)
+    refused(run("export", "export.dtype=bf16"), *lost)
+    refused(run("compress", "export.dtype=bf16", "--dry-run"), *lost)
+    refused(run("compress", "seed=7"), *lost)
+    code, out, err = run("report")
+    assert code == 0, err
+    assert "README.md was edited, so the new evaluation is not written to it" in out
+    assert (student / "results.json").read_text() == "eval"
+    assert (student / "README.md").read_text() == "my card"
+    (student / "results.json").unlink()
+    (student / "README.md").write_text(card)
+    code, out, err = run("export", "--force")
+    assert code == 0, err
 
 
 def test_odd_paths_and_locales(project, run):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from interrupt import kill_tree, start_and_kill, wait_past_a_checkpoint
 from tiny import (
     CHECKPOINT_INTERVAL,
@@ -111,6 +112,39 @@ def test_checkpoints_of_another_run_are_rejected(copied, on_rank):
         f"distill lr: 0.01, here {MAX_LR}. Restore the settings",
     )
     assert names(copied.output / "checkpoints" / "distill") == [f"step_{CHECKPOINT_INTERVAL:08d}"]
+
+
+def test_checkpoints_of_another_correction_are_rejected(copied, on_rank):
+    section = "correct={steps: 20, global_batch_size: 4, warmup_steps: 2}"
+    folder = copied.output / "checkpoints" / "correct"
+    with writing_artifact(folder / "step_00000005", copied.project(section).manifest("correct")):
+        pass
+    assert on_rank("compress", copied.recipe, section, "--dry-run").code == 0
+    for words in (("correct",), ("compress", "--dry-run"), ("compress",)):
+        refused(
+            on_rank(words[0], copied.recipe, section, "correct.lr=0.5", *words[1:]),
+            f"correct: {folder} has checkpoints of another run, so it cannot resume: correct lr: ",
+            f"here 0.5. Restore the settings, set another output, or delete {folder} to start correct again",
+        )
+    assert names(folder) == ["step_00000005"]
+
+
+def test_progress_of_another_search_is_rejected(copied, on_rank):
+    recipe = yaml.safe_load(copied.recipe.read_text()) | {"target": {}}
+    copied.recipe.write_text(yaml.safe_dump(recipe))
+    section = "search={parameters: 100000, steps: 8}"
+    file = copied.output / "search" / "progress.json"
+    file.parent.mkdir()
+    manifest = copied.project(section).manifest("search").model_dump()
+    file.write_text(json.dumps({"manifest": manifest, "candidates": []}))
+    assert on_rank("compress", copied.recipe, section, "--dry-run").code == 0
+    for words in (("search",), ("compress", "--dry-run"), ("compress",)):
+        refused(
+            on_rank(words[0], copied.recipe, section, "search.steps=9", *words[1:]),
+            f"search: {file.parent} has progress of another run, so it cannot resume: search ",
+            f"Restore the settings, set another output, or delete {file.parent} to start search again",
+        )
+    assert file.is_file()
 
 
 def test_run_that_would_orphan_its_checkpoints_is_refused_before_the_first_stage(copied, inputs, on_rank):

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from minitron_mp.errors import refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families import FAMILIES
-from minitron_mp.models.families.family import ExportProblem
+from minitron_mp.models.families.family import Family
 
 
-def export_problems(arch: Arch, family: str | None = None) -> list[ExportProblem]:
+@dataclass(frozen=True)
+class ExportProblem:
+    """A reason why transformers does not load a model.
+
+    text: the reason with the sizes of the model, and the remedy. reason: the same without the
+    sizes, so that a search can count equal reasons.
+    """
+
+    text: str
+    reason: str
+
+
+def hidden_divisor(arch: Arch, family: str | None = None) -> int:
+    """Return the number that hidden_size must be a multiple of, for transformers to load the model.
+
+    family: as in export_problems().
+    """
+    rules = FAMILIES.get(family or arch.family)
+    return arch.num_attention_heads if rules is not None and rules.heads_divide_hidden else 1
+
+
+def near_multiples(size: int, step: int, largest: int | None = None) -> list[int]:
+    """Return the multiples of step directly below and above size that are at least 1 and at most largest.
+
+    size is not a multiple of step. largest: no limit if None.
+    """
+    below = size // step * step
+    return [n for n in (below, below + step) if n > 0 and (largest is None or n <= largest)]
+
+
+def export_problems(arch: Arch, family: str | None = None, align: int = 1) -> list[ExportProblem]:
     """Return the reasons why transformers does not load a model of these sizes.
 
     family: family that the model is written as. Default: the family of arch. The result is empty
-    for a family that is not in FAMILIES, because Megatron-Bridge exports those.
+    for a family that is not in FAMILIES, because Megatron-Bridge exports those. align: the text
+    suggests only multiples of it.
     """
     rules = FAMILIES.get(family or arch.family)
     if rules is None:
@@ -23,7 +57,26 @@ def export_problems(arch: Arch, family: str | None = None) -> list[ExportProblem
             "give one size for all layers, or use the sharded checkpoint"
         )
         return [ExportProblem(text=text, reason=text)]
-    return rules.export_problems(arch)
+    if arch.hidden_size % hidden_divisor(arch, family) == 0:
+        return []
+    return [_head_problem(arch, rules, align)]
+
+
+def _head_problem(arch: Arch, rules: Family, align: int) -> ExportProblem:
+    """Return the problem that num_attention_heads does not divide hidden_size."""
+    hidden_size, heads = arch.hidden_size, arch.num_attention_heads
+    cause = f"is not a multiple of num_attention_heads {heads}, as transformers requires for {rules.title}"
+    sizes = " or ".join(map(str, near_multiples(hidden_size, math.lcm(heads, align))))
+    others = [
+        name
+        for name, conversion in rules.exports_as.items()
+        if not FAMILIES[name].heads_divide_hidden and not conversion.problems(arch)
+    ]
+    other_family = f"set export.family: {' or '.join(others)} (same computation)" if others else ""
+    return ExportProblem(
+        text=f"hidden_size {hidden_size} {cause}; use {sizes}" + (f", or {other_family}" if others else ""),
+        reason=f"hidden_size {cause}" + (f"; {other_family}" if others else ""),
+    )
 
 
 def reader_rows(arch: Arch) -> list[tuple[str, str]]:
@@ -49,15 +102,17 @@ def reader_lines(arch: Arch) -> list[str]:
     return lines
 
 
-def exportable_arch(student: Arch, family: str | None) -> Arch:
+def exportable_arch(student: Arch, family: str | None, align: int = 1) -> Arch:
     """Return the architecture with the family that it is exported as.
 
-    family: export.family of the recipe. InputError when transformers would not load the model.
+    family: export.family of the recipe. align: target.align, if the sizes can still be changed.
+    InputError when transformers would not load the model.
     """
     if family and family != student.family:
         refuse("the student cannot be exported:", _family_problems(student, family))
     exported = student.model_copy(update={"family": family or student.family})
-    refuse("the student cannot be exported:", [problem.text for problem in export_problems(exported)])
+    problems = export_problems(exported, align=align)
+    refuse("the student cannot be exported:", [problem.text for problem in problems])
     return exported
 
 

@@ -96,7 +96,7 @@ ON_BY_DEFAULT = (
     "gated",
     "glu",
 )
-"""Parts of the names of keys that switch on what all families do, so that false or 0 changes it."""
+"""Name parts of switches that must stay on: every family has these features. False or 0 is rejected."""
 
 KERNEL_SETTINGS = ("attn_implementation", "use_flash_attn", "use_flash_attention", "flash_attn")
 """Starts of the names of keys that choose a kernel of attention, and not what it computes."""
@@ -126,18 +126,6 @@ of Llama. Names of the weights of a layer have the prefix model.layers.N.
 
 
 @dataclass(frozen=True)
-class ExportProblem:
-    """A reason why transformers does not load a model.
-
-    text: the reason with the sizes of the model, and the remedy. reason: the same without the
-    sizes, so that a search can count equal reasons.
-    """
-
-    text: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class ExportAs:
     """Conversion of a model of one family to another family that computes the same function.
 
@@ -154,18 +142,30 @@ class ExportAs:
 class Family:
     """A model family: its names in transformers, its switches, and its rules.
 
-    The defaults describe Llama. A family sets only the fields that differ. Supported blocks have a
-    norm before attention and a norm before the MLP: RMSNorm, or LayerNorm whose Hugging Face weight
-    is stored minus one (Nemotron). Plain LayerNorm is not supported. They have an optional bias of
-    q, k and v and no other bias; an optional norm of q and k per head; SwiGLU, or squared ReLU
-    without a gate; q, k and v as three weights.
+    The defaults describe Llama. A family sets only the fields that differ. Supported layers:
+
+    Norms       one before attention, one before the MLP: RMSNorm, or LayerNorm with weight 1 + w,
+                where the file stores w (Nemotron). No plain LayerNorm, no norm after a sublayer.
+    Biases      of q, k and v, or none. Nemotron's norms have one.
+    Q/k norm    one RMSNorm of width head_dim for the heads of q and one for those of k, or none.
+    Activation  SwiGLU, or squared ReLU without a gate.
+    Positions   rotary, of the whole head or a part of it, unscaled or scaled as in Llama 3.
+    Attention   causal, over all positions, with the scale head_dim^-1/2.
+    Weights     separate q, k and v weights, separate gate and up.
     """
 
     name: str
     """model_type of config.json."""
+    title: str
+    """The vendor's name, for messages and README.md."""
     transformers_class: str
+    """Class in transformers. `architectures` of config.json must be missing, or this name alone, or
+    one of other_architectures alone. The export writes this name."""
     defaults: Mapping[str, Any]
     """Key of config.json -> default of transformers, in addition to DEFAULTS."""
+    other_architectures: tuple[str, ...] = ()
+    """Further values of `architectures` that are accepted: classes of the vendor's own code, if
+    transformers loads the folder with transformers_class."""
     switches: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Arch that are the same for every model of the family."""
     config_fields: Mapping[str, str] = field(default_factory=lambda: CONFIG_FIELDS)
@@ -173,9 +173,9 @@ class Family:
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: WEIGHTS)
     required_settings: Mapping[str, object] = field(default_factory=lambda: REQUIRED_SETTINGS)
     other_settings: tuple[str, ...] = ()
-    """Keys of config.json that `config_problems` checks, or that do not change the logits of supported
-    models. Keys of a dropout need no entry, see DROPOUT_WORDS. Any other key that no field lists is
-    rejected if its name has one of COMPUTATION_WORDS, unless its value switches nothing on or off."""
+    """Accepted keys that `config_problems` checks, or that have no effect on the logits. An unlisted
+    key is rejected if its name contains one of COMPUTATION_WORDS and its value is not empty, false or 0;
+    for ON_BY_DEFAULT, if it is false or 0. Keys of a dropout are accepted, see DROPOUT_WORDS."""
     rope_aliases: tuple[str, ...] = ()
     """Keys of config.json that must have the value of partial_rotary_factor if they are present.
     Transformers does not read them."""
@@ -185,7 +185,8 @@ class Family:
     """Returns further reasons why a config.json with its defaults is not supported."""
     layers_may_differ: bool = False
     """Whether transformers has separate sizes for each layer."""
-    export_problems: Callable[[Arch], list[ExportProblem]] = lambda arch: []
+    heads_divide_hidden: bool = False
+    """Whether transformers requires that hidden_size is a multiple of num_attention_heads."""
     exports_as: Mapping[str, ExportAs] = field(default_factory=dict)
     """Name of another family -> the conversion of a model of this family to it."""
     readers: Mapping[str, ReaderRule] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minitron_mp.models.families.family import Family
-from minitron_mp.models.families.readers import READS_HEAD_DIM
+from minitron_mp.models.families.readers import ALL_READERS_ANY_SIZE
 
 
 def _window_problems(config: Mapping[str, Any]) -> list[str]:
@@ -21,9 +21,10 @@ def _window_problems(config: Mapping[str, Any]) -> list[str]:
 
 MISTRAL = Family(
     name="mistral",
+    title="Mistral",
     transformers_class="MistralForCausalLM",
     defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     other_settings=("sliding_window",),
     config_problems=_window_problems,
-    readers=READS_HEAD_DIM,
+    readers=ALL_READERS_ANY_SIZE,
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.family import CONFIG_FIELDS, REQUIRED_SETTINGS, WEIGHTS, Family
-from minitron_mp.models.families.readers import READS_HEAD_DIM, heads_times_head_dim, not_supported
+from minitron_mp.models.families.readers import (
+    ALL_READERS_ANY_SIZE,
+    hidden_is_heads_times_head_dim,
+    not_supported,
+)
 from minitron_mp.models.parameters import FINAL_NORM_BIAS
 
 
@@ -12,11 +16,12 @@ def _llama_cpp(arch: Arch) -> str:
     """llama.cpp computes head_dim from hidden_size, and requires an output layer."""
     if arch.tied:
         return "it needs a separate output layer, and in this model the embedding is the output layer"
-    return heads_times_head_dim(arch)
+    return hidden_is_heads_times_head_dim(arch)
 
 
 NEMOTRON = Family(
     name="nemotron",
+    title="Nemotron",
     transformers_class="NemotronForCausalLM",
     defaults={
         "max_position_embeddings": 4096,
@@ -36,5 +41,5 @@ NEMOTRON = Family(
     required_settings={**REQUIRED_SETTINGS, "hidden_act": "relu2"},
     required_rope={},
     rope_aliases=("rope_percent", "rope_percentage"),
-    readers={**READS_HEAD_DIM, "llama.cpp": _llama_cpp, "CTranslate2": not_supported},
+    readers={**ALL_READERS_ANY_SIZE, "llama.cpp": _llama_cpp, "CTranslate2": not_supported},
 )

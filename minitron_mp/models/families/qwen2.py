@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from minitron_mp.models.families.family import WEIGHTS, Family
-from minitron_mp.models.families.readers import READS_HEAD_DIM, heads_times_head_dim
+from minitron_mp.models.families.readers import ALL_READERS_ANY_SIZE, hidden_is_heads_times_head_dim
 
 QWEN2 = Family(
     name="qwen2",
+    title="Qwen2",
     transformers_class="Qwen2ForCausalLM",
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
     switches={"qkv_bias": True},
@@ -20,9 +21,9 @@ QWEN2 = Family(
     },
     other_settings=("sliding_window", "max_window_layers"),  # without effect: use_sliding_window is False
     readers={
-        **READS_HEAD_DIM,
-        "vLLM": heads_times_head_dim,
-        "llama.cpp": heads_times_head_dim,
-        "CTranslate2": heads_times_head_dim,
+        **ALL_READERS_ANY_SIZE,
+        "vLLM": hidden_is_heads_times_head_dim,
+        "llama.cpp": hidden_is_heads_times_head_dim,
+        "CTranslate2": hidden_is_heads_times_head_dim,
     },
 )

@@ -24,7 +24,7 @@ def any_size(arch: Arch) -> str:
     return ""
 
 
-def multiple_of_heads(arch: Arch) -> str:
+def hidden_is_multiple_of_heads(arch: Arch) -> str:
     """The reader rejects a hidden_size that is not a multiple of num_attention_heads."""
     hidden_size, heads = arch.hidden_size, arch.num_attention_heads
     if hidden_size % heads == 0:
@@ -32,7 +32,7 @@ def multiple_of_heads(arch: Arch) -> str:
     return f"it needs a hidden_size that is a multiple of num_attention_heads, here {hidden_size} and {heads}"
 
 
-def heads_times_head_dim(arch: Arch) -> str:
+def hidden_is_heads_times_head_dim(arch: Arch) -> str:
     """The reader computes head_dim as hidden_size / num_attention_heads."""
     heads, head_dim = arch.num_attention_heads, arch.kv_channels
     if arch.hidden_size == heads * head_dim:
@@ -48,4 +48,5 @@ def not_supported(arch: Arch) -> str:
     return "it does not support this family"
 
 
-READS_HEAD_DIM: Mapping[str, ReaderRule] = dict.fromkeys(READERS, any_size)
+ALL_READERS_ANY_SIZE: Mapping[str, ReaderRule] = dict.fromkeys(READERS, any_size)
+"""Rules of a family of which every known reader accepts every size."""

@@ -7,6 +7,7 @@ from minitron_mp.models.families.readers import any_size
 
 SEED_OSS = Family(
     name="seed_oss",
+    title="Seed-OSS",
     transformers_class="SeedOssForCausalLM",
     defaults={"max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128},
     switches={"qkv_bias": True},

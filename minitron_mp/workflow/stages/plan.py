@@ -37,7 +37,7 @@ def plan_student(files: StageFiles) -> None:
         recipe.depth,
         trials,
     )
-    exported = exportable_arch(plan.student, recipe.export.family)
+    exported = exportable_arch(plan.student, recipe.export.family, target.align)
     plan.save(files.output, files.manifest.model_copy(update={"arch": plan.student}))
     table("plan", ("size", "teacher", "student", "kept"), plan.summary())
     if plan.dropped:

@@ -1,4 +1,7 @@
-"""Row functions of the distillation loss in plain torch: for CPUs, and to test kernels.py."""
+"""Row functions of the distillation loss in plain torch: for CPUs, and to test kernels.py.
+
+kernel_calls.py has the same functions for CUDA.
+"""
 
 from __future__ import annotations
 
