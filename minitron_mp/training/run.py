@@ -1,8 +1,8 @@
 """TrainingRun: one model in training, with its forward and backward passes and optimizer updates.
 
 A step is a pure function of weights, optimizer state and step number, because seed and step
-determine batches and random streams. So a checkpoint holds weights, optimizer state and step, and a
-resumed run is bitwise identical to an uninterrupted run with the same layout.
+determine batches and random streams. So a checkpoint holds weights, optimizer state, step and number
+of updates, and a resumed run is bitwise identical to an uninterrupted run with the same layout.
 """
 
 from __future__ import annotations
