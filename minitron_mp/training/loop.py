@@ -75,8 +75,8 @@ def train_together(
     """Train all runs to step `last` with one forward pass of the teacher, and finalize them.
 
     A run that resumes at a later step waits for the other runs. drop_diverged: a run with too
-    many steps without an update ends, and the other runs continue. Preempted when the job must stop.
-    Reached by all ranks.
+    many steps without an update ends, and the other runs continue. Preempted when the job must
+    stop. Reached by all ranks.
     """
     active = list(runs)
     stop_request = ""

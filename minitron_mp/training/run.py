@@ -1,8 +1,9 @@
 """TrainingRun: one model in training, with its forward and backward passes and optimizer updates.
 
 A step is a pure function of weights, optimizer state and step number, because seed and step
-determine batches and random streams. So a checkpoint holds weights, optimizer state and step, and a
-resumed run is bitwise identical to an uninterrupted run with the same layout.
+determine batches and random streams. So a checkpoint holds weights, optimizer state, step and
+number of updates, and a resumed run is bitwise identical to an uninterrupted run with the same
+layout.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class TrainingRun:
 
     model: model whose chunks are wrapped for data parallelism. steps_done: number of optimizer
     steps, with those before a resume. num_skipped_in_a_row: newest steps without an update, because
-    their gradient or loss was not finite. stop_request: reason why all ranks stop, or ""; it is empty
-    on all ranks or on no rank. All ranks must call every method.
+    their gradient or loss was not finite. stop_request: reason why all ranks stop, or ""; it is
+    empty on all ranks or on no rank. All ranks must call every method.
     """
 
     def __init__(
