@@ -3,6 +3,7 @@
 #
 #   bash launch/run.sh compress recipe.yaml parallel.tp=4          one rank per GPU
 #   bash launch/run.sh --ranks 2 distill recipe.yaml               two ranks, also without GPUs
+#   bash launch/run.sh --cpu data recipe.yaml parallel.tp=8        one process, for a stage that needs no GPU
 #
 # It uses the python on the PATH if minitron_mp is installed there, else the python of $VENV. VENV defaults
 # to .venv in this checkout, which launch/venv.sh creates. Exit code 2 means an invalid recipe or argument.
@@ -20,6 +21,7 @@ fail() {
 trap '[[ $? != 2 || -z ${MINITRON_JOB_FILE:-} ]] || : >"$MINITRON_JOB_FILE.refused"' EXIT
 
 ranks_per_node=
+cpu=
 while (($#)); do
     case $1 in
     --ranks)
@@ -27,8 +29,12 @@ while (($#)); do
         ranks_per_node=$2
         shift 2
         ;;
+    --cpu)
+        cpu=yes
+        shift
+        ;;
     -h | --help)
-        sed -n '2,8p' "$self"
+        sed -n '2,9p' "$self"
         exit
         ;;
     *) break ;;
@@ -48,6 +54,10 @@ if ! has_minitron; then
     PATH=${VENV:-$root/.venv}/bin:$PATH
     has_minitron ||
         fail "no python with minitron_mp on the PATH or in ${VENV:-$root/.venv}; run bash launch/venv.sh"
+fi
+
+if [[ -n $cpu ]]; then # the layout of the recipe need not fit, and no rank needs its environment
+    CUDA_VISIBLE_DEVICES='' exec python -m minitron_mp "$command" "$recipe" "$@"
 fi
 
 if [[ -z $ranks_per_node ]]; then

@@ -179,9 +179,10 @@ def test_stages_without_gpu_run_in_an_array_of_cpu_jobs(slurm, project):
     first = slurm.submit(*options, script, "import", path)
     array = slurm.submit(*options, "--array=3-7:2", f"--dependency=afterok:{first}", script, "data", path)
     last = slurm.submit(*options, f"--dependency=afterok:{array}", script, "data", path)
-    slurm.wait(lambda: slurm.ended(last), last, 600)
+    for job in (first, array, last):
+        slurm.wait(lambda job=job: slurm.ended(job), job, 300)
+        assert slurm.job(job)["JobState"] == "COMPLETED", slurm.log(job)
     log = slurm.log(last)
-    assert slurm.job(last)["JobState"] == "COMPLETED", log
     assert "data: 1 of 1 shards are done" in log
     assert (project / "prepared" / "data" / "parts.json").is_file()
     jobs = slurm.root / "jobs"
