@@ -222,9 +222,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("A folder without text", ("data.source=images",), write("images/a.png", b"\x89PNG\r\n")),
         Mistake("A file of another kind", ("data.source=text.csv",), write("text.csv", "a,b\n")),
         Mistake("A share that does not exist", ("--shard", "0/16"), command="data", dry_run=False),
-        Mistake(
-            "A share before the model is imported", ("--shard", "1/16"), command="data", dry_run=False
-        ),
+        Mistake("A share before the model is imported", ("--shard", "1/16"), command="data", dry_run=False),
         Mistake("No worker", ("data.workers=0",)),
         Mistake("An empty file", ("data.source=empty.txt",), write("empty.txt", "")),
         Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
