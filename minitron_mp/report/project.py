@@ -22,6 +22,10 @@ class ProjectStage(Protocol):
         """Return whether the stage runs on the ranks of a job, not in one process."""
 
     @property
+    def any_ranks(self) -> bool:
+        """Return whether any number of ranks can run the stage alone, without the recipe's layout."""
+
+    @property
     def meets_roles(self) -> bool:
         """Return whether the ranks of a remote teacher and of further students take part."""
 

@@ -53,7 +53,8 @@ def _commands(
     whole_job = [launch for name, launch in launches.items() if stages[name].meets_roles]
     usual = whole_job[0] if whole_job else (launcher, "")
     lines = []
-    if len(set(launches.values())) < 2:
+    # Any ranks can run a stage with any_ranks, so its launch need not be that of the whole run.
+    if len({launch for name, launch in launches.items() if not stages[name].any_ranks}) < 2:
         lines += [f"{usual[0]} compress {file}{usual[1]}", "", "# or stage by stage"]
     for name, stage in stages.items():
         start, layout = launches.get(name, usual) if stage.needs_ranks else ("minitron-mp", "")

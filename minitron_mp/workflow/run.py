@@ -211,7 +211,7 @@ def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None
         from minitron_mp.distributed.launcher import ranks_per_node
         from minitron_mp.evaluation.prefill_speed import device_name
 
-        layout = world.parallel.model_dump(exclude_defaults=True)
+        layout = graph.recipe.parallel.model_dump(exclude_defaults=True)
         job = JobInfo(world.job_size, ranks_per_node(), layout, device_name(world))
     append_record(graph.recipe.root, stage.name, graph.manifest(stage.name).fingerprint, seconds, job)
 
