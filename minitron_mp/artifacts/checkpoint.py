@@ -20,7 +20,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
@@ -196,7 +198,7 @@ def save_checkpoint(
     """
     _prepare(state, folder)
     with _write_errors(folder):
-        dist_checkpointing.save(state, str(aside_path(folder)))
+        dist_checkpointing.save(state, str(aside_path(folder)), _save_strategy())
 
     def finish() -> None:
         if extra is not None:
@@ -230,7 +232,7 @@ class AsyncCheckpointWriter:
         self.folder = folder
         with _write_errors(folder):
             request = dist_checkpointing.save(
-                state, str(aside_path(folder)), async_sharded_save=True, **WRITER_OPTIONS
+                state, str(aside_path(folder)), _save_strategy(), async_sharded_save=True, **WRITER_OPTIONS
             )
 
             def finish() -> None:
@@ -258,6 +260,11 @@ class AsyncCheckpointWriter:
         """Wait until the checkpoint is complete. InputError on every rank if writing failed."""
         with _write_errors(self.folder):
             self.queue.maybe_finalize_async_calls(blocking=True)
+
+
+def _save_strategy() -> FullyParallelSaveStrategyWrapper:
+    """Return Megatron's strategy in which all ranks that hold a tensor share the writing."""
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
 
 
 def _prepare(state: dict[str, Any], folder: Path) -> None:
