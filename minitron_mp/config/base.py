@@ -14,6 +14,12 @@ Write it as Field(default=1, json_schema_extra=NOT_IN_RESULT). Every field witho
 of the fingerprint of its stage.
 """
 
+IN_RESULT_IF_CHANGED: JsonDict = {"result": "if changed"}
+"""Mark of a field that is part of the fingerprint only if it differs from its default.
+
+Use it for a new field, so that artifacts from before the field stay valid.
+"""
+
 
 def _with_suffix(value: object) -> object:
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
@@ -47,6 +53,10 @@ class Section(BaseModel):
         """Return the settings that change a result: all fields except marked and empty ones."""
         fields = type(self).model_fields
         marked = {name for name, field in fields.items() if field.json_schema_extra == NOT_IN_RESULT}
+        for name, field in fields.items():
+            is_new = field.json_schema_extra == IN_RESULT_IF_CHANGED
+            if is_new and getattr(self, name) == field.default:
+                marked.add(name)
         return self.model_dump(exclude=marked, exclude_none=True)
 
     def changed(self, names: list[str]) -> list[str]:

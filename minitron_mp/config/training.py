@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from minitron_mp.config.base import NOT_IN_RESULT, Section
+from minitron_mp.config.base import IN_RESULT_IF_CHANGED, NOT_IN_RESULT, Section
 from minitron_mp.config.paths import UserPath
 
 FP8Scaling = Literal["tensorwise", "delayed", "blockwise"]
@@ -49,10 +49,23 @@ class TrainingConfig(Section):
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=1e-5, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step. A constant schedule does not use it."""
     warmup_steps: int = Field(default=40, ge=0)
-    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
-    cosine."""
+    """Steps of linear warm-up from 0 to `lr`."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", json_schema_extra=IN_RESULT_IF_CHANGED
+    )
+    """Learning rate after warm-up. cosine, linear: it falls from `lr` to `min_lr` at the last step.
+    constant: it stays `lr`. wsd (warm-up, stable, decay): it stays `lr` and falls to `min_lr` in
+    the last `decay_steps` steps."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Number of last steps in which schedule wsd lowers the learning rate. It has no default."""
+    decay_shape: Literal["minus_sqrt", "linear", "cosine", "exponential"] = Field(
+        default="minus_sqrt", json_schema_extra=IN_RESULT_IF_CHANGED
+    )
+    """Decay of schedule wsd. The rate is min_lr + (lr - min_lr) f(x), with x from 0 to 1 over
+    `decay_steps`. minus_sqrt: f = 1 - sqrt(x). linear: 1 - x. cosine: (1 + cos(pi x)) / 2.
+    exponential: 2 / 2^x - 1."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of AdamW."""
     clip_grad: float = Field(default=1.0, ge=0)
@@ -103,6 +116,7 @@ class TrainingConfig(Section):
             )
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}; lower min_lr or raise lr")
+        problems += self._schedule_problems()
         if self.cuda_graphs and self.recompute:
             problems.append("cuda_graphs and recompute cannot be combined; drop one of them")
         if self.profile and self.profile.steps[1] > self.steps:
@@ -113,6 +127,22 @@ class TrainingConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _schedule_problems(self) -> list[str]:
+        if self.schedule != "wsd":
+            unused = self.changed(["decay_steps", "decay_shape"])
+            return [
+                f"{name}: no effect with schedule {self.schedule}; drop it, or set schedule: wsd"
+                for name in unused
+            ]
+        if self.decay_steps is None:
+            return ["schedule wsd needs decay_steps, the steps in which the learning rate falls; set it"]
+        if self.warmup_steps + self.decay_steps > self.steps:
+            return [
+                f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} are more than steps "
+                f"{self.steps}; lower one of them"
+            ]
+        return []
 
     def _problems(self) -> list[str]:
         """Return further problems; a subclass overrides it."""
@@ -137,10 +167,9 @@ class CorrectionConfig(TrainingConfig):
     """Peak learning rate. Use a fifth of the peak in the teacher's pre-training. 6e-5 is the value
     for Llama 3.1 8B, which was trained with 3e-4."""
     min_lr: float = Field(default=1e-6, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step. A constant schedule does not use it."""
     warmup_steps: int = Field(default=120, ge=0)
-    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
-    cosine."""
+    """Steps of linear warm-up from 0 to `lr`."""
     baseline: UserPath | None = Field(default=None, json_schema_extra=NOT_IN_RESULT)
     """Output folder of a run of the same recipe without this section. The report compares the two
     students."""

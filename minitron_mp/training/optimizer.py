@@ -152,7 +152,8 @@ def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> Non
 
 
 def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
-    """Return the schedule: linear warm-up to lr, then a cosine to min_lr at the last step."""
+    """Return the schedule of learning rate and weight decay. settings.schedule describes it."""
+    is_wsd = settings.schedule == "wsd"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -160,7 +161,9 @@ def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamSchedul
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=settings.steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if is_wsd else settings.schedule,
+        wsd_decay_steps=settings.decay_steps,
+        lr_wsd_decay_style=settings.decay_shape if is_wsd else None,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=settings.steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,17 @@ def test_saved_optimizer_state_matches_plain_adam(results, ranks, arch, layout):
         tolerance = 0.05 * DISTILL.lr if ".param." in key else 5e-5 * expected.abs().max()
         difference = (saved[key] - expected).abs().max()
         assert difference <= tolerance, f"{key} differs by {difference:.2e}, allowed {tolerance:.2e}"
+
+
+@trained
+def test_all_ranks_write_the_checkpoint(results, arch, layout):
+    """Each data-parallel rank owns a part of the optimizer state, and writes a part of the weights."""
+    num_bytes = Counter()
+    for path in (results.stopped(arch, layout) / f"step_{RESUME_AT:08d}").glob("*.distcp"):
+        num_bytes[int(path.name.split("_")[2])] += path.stat().st_size
+    assert set(num_bytes) == set(range(layout.ranks))
+    if "pp" not in layout.parallel:  # embeddings are on the first and last stage only
+        assert max(num_bytes.values()) < 2 * min(num_bytes.values())
 
 
 @trained
