@@ -33,8 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="folder to write in; default: a temporary folder")
@@ -48,15 +48,17 @@ def main() -> None:
         num_attention_heads=16,
         num_query_groups=4,
         kv_channels=args.hidden // 16,
-        vocab_size=32000,
+        vocab_size=16000,
         tied=False,
         max_position_embeddings=4096,
     )
-    with tempfile.TemporaryDirectory(dir=args.folder) as own:
-        with join_world(ParallelConfig(tp=args.tp), seed=1) as world:
-            folders = [own]
-            dist.broadcast_object_list(folders)
-            measure(world, arch, Path(folders[0]) / "checkpoint", args.saves)
+    with (
+        tempfile.TemporaryDirectory(dir=args.folder) as own,
+        join_world(ParallelConfig(tp=args.tp), seed=1) as world,
+    ):
+        folders = [own]
+        dist.broadcast_object_list(folders)
+        measure(world, arch, Path(folders[0]) / "checkpoint", args.saves)
 
 
 def measure(world: World, arch: Arch, folder: Path, num_saves: int) -> None:
@@ -64,6 +66,8 @@ def measure(world: World, arch: Arch, folder: Path, num_saves: int) -> None:
     settings = DistillConfig()
     options = ModelOptions(precision="bf16", sequence_length=128, training=settings)
     run = TrainableModel(build_model(arch, world, options), settings)
+    run.zero_grad()
+    run.update()  # the optimizer allocates its state in the first step
     manifest = Manifest(stage="benchmark", settings={}, inputs={})
     seconds = []
     for number in range(num_saves + 1):

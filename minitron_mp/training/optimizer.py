@@ -34,7 +34,7 @@ class TrainableModel:
         self.overlap = settings.overlap
         self.model = _wrapped(model, settings)
         self.optimizer = _optimizer(self.model.chunks, settings)
-        self.schedule = _schedule(self.optimizer, settings)
+        self.schedule = learning_rate_schedule(self.optimizer, settings)
         _connect(self.model.chunks, self.optimizer, settings)
 
     def zero_grad(self) -> None:
@@ -151,7 +151,7 @@ def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> Non
         config.param_sync_func = chunks[0].start_param_sync
 
 
-def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
+def learning_rate_schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
     """Return the schedule of learning rate and weight decay. settings.schedule describes it."""
     is_wsd = settings.schedule == "wsd"
     return OptimizerParamScheduler(
