@@ -12,15 +12,18 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
+from minitron_mp.cli_options import Accept, DryRun, Force, FromStep, Overrides, RecipeFile, World
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import launched, rank_name, say, speaks
 from minitron_mp.errors import InputError, os_error_text
+from minitron_mp.workflow.changes import ResumeOptions, accepted_names
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stages import STAGES
 
@@ -31,34 +34,34 @@ app = typer.Typer(
     help="Compress large language models by the Minitron method.",
 )
 
-RecipeFile = Annotated[
-    Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)
-]
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False),
-]
+def _add_training_command(stage: Stage) -> None:
+    @app.command(stage.name, help=_help_of(stage))
+    def command(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        world: World = None,
+        force: Force = False,
+        accept: Accept = "",
+        from_step: FromStep = None,
+    ) -> None:
+        resolved, names = load_recipe(recipe, overrides or []), accepted_names(accept)
+        if dry_run:
+            _dry_run(resolved, world, stage.name, names)
+            return
+        _refuse_world(world)
+        from minitron_mp.workflow.run import run_stage
 
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing"
-    ),
-]
+        run_stage(stage.name, resolved, force=force, resume=ResumeOptions(names, from_step))
 
-World = Annotated[
-    int | None,
-    typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
-]
 
-Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
+def _help_of(stage: Stage) -> str:
+    return stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
 
 
 def _add_command(stage: Stage) -> None:
-    help_text = stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
-
-    @app.command(stage.name, help=help_text)
+    @app.command(stage.name, help=_help_of(stage))
     def command(
         recipe: RecipeFile,
         overrides: Overrides = None,
@@ -77,31 +80,56 @@ def _add_command(stage: Stage) -> None:
 
 
 for _stage in STAGES:
-    _add_command(_stage)
+    (_add_training_command if _stage.has_checkpoints else _add_command)(_stage)
 
 
 @app.command()
 def compress(
-    recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    world: World = None,
+    accept: Accept = "",
 ) -> None:
     """Run all stages in order.
 
     Finished stages are skipped, so the same command resumes after a stop.
     """
-    resolved = load_recipe(recipe, overrides or [])
+    resolved, names = load_recipe(recipe, overrides or []), accepted_names(accept)
     if dry_run:
-        _dry_run(resolved, world, None)
+        _dry_run(resolved, world, None, names)
         return
     _refuse_world(world)
     from minitron_mp.workflow.run import compress as run
 
-    run(resolved)
+    run(resolved, names)
 
 
-def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
+@app.command()
+def rewind(
+    recipe: RecipeFile,
+    stage: Annotated[str, typer.Argument(help="distill or correct", show_default=False)],
+    step: Annotated[int, typer.Argument(min=0, help="step of the checkpoint", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Move the checkpoints after a step aside, so that the next run of the stage resumes from it.
+
+    It needs no GPU. Use it before a job that resubmits itself.
+    """
+    from minitron_mp.distributed.job import sigterm_exits
+    from minitron_mp.workflow.changes import go_back
+    from minitron_mp.workflow.graph import StageGraph
+    from minitron_mp.workflow.output_folder import locked_output
+
+    graph = StageGraph(load_recipe(recipe, overrides or []))
+    with sigterm_exits(), locked_output(graph.recipe.root):
+        go_back(graph, stage, step)
+
+
+def _dry_run(recipe: Recipe, world: int | None, stage: str | None, accept: Sequence[str] = ()) -> None:
     from minitron_mp.workflow.dry_run import dry_run
 
-    dry_run(recipe, world, stage)
+    dry_run(recipe, world, stage, accept)
 
 
 def _refuse_world(world: int | None) -> None:

@@ -39,6 +39,7 @@ TOGETHER = {
     "test_compress": "projects",
     "test_rerun": "projects",
     "test_resume": "projects",
+    "test_run_control": "projects",
     "test_optional_stages": "projects",
     "test_teacher_placement": "projects",
     "test_report": "projects",

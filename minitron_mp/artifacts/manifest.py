@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,25 @@ MANIFEST = "manifest.json"
 STEPS = "step_" + "[0-9]" * 8
 """Pattern of the names of the checkpoints of a training run."""
 
-CHECKPOINT_NAME = re.compile(r"step_\d{8}|\.step_\d{8}\.(tmp|old)")
-"""Name of a checkpoint folder after a step, or of its temporary siblings."""
+TIMING = "timing"
+"""Name of a checkpoint that measures the duration of a save, and is deleted at once."""
+
+CHECKPOINT_NAME = re.compile(rf"(step_\d{{8}}|{TIMING})|\.(step_\d{{8}}|{TIMING})\.(tmp|old)")
+"""Name of a checkpoint folder after a step or to measure a save, or of its temporary siblings."""
+
+
+class Change(BaseModel):
+    """A setting that the user changed during a training run, with --accept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    """Number of steps that were trained with the old value."""
+    name: str
+    """Key in Manifest.settings; dotted in a section."""
+    old: Any = None
+    """None: the key was absent, because it had its default. The same for `new`."""
+    new: Any = None
 
 
 class Manifest(BaseModel):
@@ -53,6 +70,9 @@ class Manifest(BaseModel):
     fingerprint. An artifact stays valid when the files at these paths are deleted."""
     made_by: str = ""
     """Version of this library, for information. It is not part of the fingerprint."""
+    changes: list[Change] = []
+    """Settings that changed during the training run. `settings` has their last values. They are not
+    part of the fingerprint."""
 
     @property
     def fingerprint(self) -> str:
@@ -72,6 +92,30 @@ class Manifest(BaseModel):
         for row in differing_fields(self.inputs, other.inputs):
             rows.append(f"input {row}{self._changed_files(row.partition(':')[0], other)}")
         return rows
+
+    def at_step(self, step: int) -> Manifest:
+        """Return the manifest of this run's checkpoint after a step: without later changes."""
+        settings = self.settings
+        for change in reversed(self.changes):
+            if change.step >= step:
+                settings = _replaced(settings, change.name.split("."), change.old)
+        changes = [change for change in self.changes if change.step < step]
+        return self.model_copy(update={"settings": settings, "changes": changes})
+
+    def accepting(self, names: Collection[str], saved: Manifest, step: int) -> Manifest:
+        """Return this manifest with the history of the run that resumes.
+
+        saved: manifest of the run's checkpoint after `step`. names: settings that may differ from
+        it. They are added to the history.
+        """
+        old, new = _flat(saved.settings), _flat(self.at_step(step).settings)
+        accepted = [
+            Change(step=step, name=name, old=old.get(name), new=new.get(name))
+            for name in names
+            if old.get(name) != new.get(name)
+        ]
+        recorded = [change for change in self.changes if change.step >= step]
+        return self.model_copy(update={"changes": [*saved.changes, *accepted, *recorded]})
 
     def changed_settings(self, other: Manifest) -> list[str]:
         """Return 'x: 1, here 2' for each setting that differs."""
@@ -98,6 +142,15 @@ class Manifest(BaseModel):
         if before == now:
             return f" ({', '.join(now)} has changed since)"
         return f" (from {', '.join(before)}, here {', '.join(now)})"
+
+
+def _replaced(tree: dict[str, Any], keys: list[str], value: object) -> dict[str, Any]:
+    """Return nested settings with one other value. None: without the key."""
+    name, *rest = keys
+    if rest:
+        return {**tree, name: _replaced(tree.get(name, {}), rest, value)}
+    kept = {key: old for key, old in tree.items() if key != name}
+    return kept if value is None else {**kept, name: value}
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -256,12 +309,19 @@ def discard_checkpoints(folder: Path, manifest: Manifest) -> None:
         if not CHECKPOINT_NAME.fullmatch(path.name):
             continue
         is_partial = path.name.startswith(".") or not (path / MANIFEST).is_file()
-        if is_partial or _fingerprint_in(path) == manifest.fingerprint:
+        if is_partial or path.name == TIMING or _is_of_run(path, manifest):
             shutil.rmtree(path, ignore_errors=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # the folder does not exist, or is not empty
             empty.rmdir()
 
 
-def _fingerprint_in(folder: Path) -> str:
-    return Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8")).fingerprint
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint."""
+    return int(path.name.removeprefix("step_"))
+
+
+def _is_of_run(checkpoint: Path, manifest: Manifest) -> bool:
+    """Return whether a checkpoint belongs to the run that wrote an artifact with this manifest."""
+    saved = Manifest.model_validate_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    return saved.fingerprint == manifest.at_step(checkpoint_step(checkpoint)).fingerprint

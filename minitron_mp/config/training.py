@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minitron_mp.config.base import IN_RESULT_IF_CHANGED, NOT_IN_RESULT, Section
 from minitron_mp.config.paths import UserPath
@@ -66,6 +67,9 @@ class TrainingConfig(Section):
     """Decay of schedule wsd. The rate is min_lr + (lr - min_lr) f(x), with x from 0 to 1 over
     `decay_steps`. minus_sqrt: f = 1 - sqrt(x). linear: 1 - x. cosine: (1 + cos(pi x)) / 2.
     exponential: 2 / 2^x - 1."""
+    skip_batches: list[list[int]] = Field(default=[], json_schema_extra=IN_RESULT_IF_CHANGED)
+    """Ranges [first, last] of batches of the text that are left out, counted from 1. Step n reads
+    batch n plus the batches skipped before it. The number of steps does not change."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of AdamW."""
     clip_grad: float = Field(default=1.0, ge=0)
@@ -143,6 +147,18 @@ class TrainingConfig(Section):
                 f"{self.steps}; lower one of them"
             ]
         return []
+
+    @field_validator("skip_batches")
+    @classmethod
+    def _ascending(cls, ranges: list[list[int]]) -> list[list[int]]:
+        ends = [end for pair in ranges for end in pair]
+        if any(len(pair) != 2 for pair in ranges) or any(pair[0] > pair[1] for pair in ranges):
+            raise ValueError(f"{ranges} must be ranges [first, last]; write [[first, last], ...]")
+        if any(after <= before for (_, before), (after, _) in pairwise(ranges)) or min(ends, default=1) < 1:
+            raise ValueError(
+                f"{ranges} must be ascending ranges without overlap, counted from 1; sort or join them"
+            )
+        return ranges
 
     def _problems(self) -> list[str]:
         """Return further problems; a subclass overrides it."""

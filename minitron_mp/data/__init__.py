@@ -10,4 +10,5 @@ checks      problems of the text before a run
 corpus      tokenize_corpus: documents to Megatron's indexed datasets
 tokenizer   load_tokenizer: Hugging Face or sentencepiece
 batches     open_samples, microbatches
+positions   SamplePositions: the samples of a step, after changes of a run
 """

@@ -85,13 +85,19 @@ def training(recipe: Recipe) -> DistillConfig:
     """Return the settings of the short distillation: distill with search.steps steps.
 
     The warm-up is at most a tenth of the steps. The decay of schedule wsd has the same share of the
-    steps as in distill. There are no losses on states and no profile.
+    steps as in distill. There are no losses on states, no profile and no skipped batches.
     Checkpoints are saved synchronously, because asynchronous saves of several students would wait
     for each other.
     """
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
-    plain = {"states": None, "profile": None, "async_save": False, "log_interval": 1}
+    plain: dict[str, object] = {
+        "states": None,
+        "profile": None,
+        "async_save": False,
+        "log_interval": 1,
+        "skip_batches": [],
+    }
     decay_steps = None if d.decay_steps is None else max(1, d.decay_steps * steps // d.steps)
     warmup_steps = min(d.warmup_steps, steps // 10)
     lengths = {"steps": steps, "warmup_steps": warmup_steps, "decay_steps": decay_steps}

@@ -11,6 +11,7 @@ from minitron_mp.artifacts.checkpoint import load_weights
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
+from minitron_mp.data.positions import SamplePositions, sample_positions
 from minitron_mp.data.tokenizer import Tokenizer, for_model, load_tokenizer
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
@@ -31,6 +32,8 @@ class StageContext(StageFiles):
     world: World
     students: dict[str, Recipe] = field(default_factory=dict)
     """Role -> recipe of the students that a remote teacher serves in this context."""
+    accept: tuple[str, ...] = ()
+    """Settings that may change when a training run resumes."""
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of data.tokenizer, or the model's."""
@@ -135,8 +138,10 @@ class StageContext(StageFiles):
         return count, (group(number) for number in range(count))
 
 
-def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
-    """Return the samples of all steps, equal for every role."""
+def training_samples(
+    context: StageContext, settings: TrainingConfig, positions: SamplePositions | None = None
+) -> Dataset:
+    """Return the samples of all steps, equal for every role. positions: None for plain batches."""
     corpus = Corpus(
         context.paths["data"],
         context.tokenizer(),
@@ -144,4 +149,5 @@ def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset
         context.recipe.seed,
         index_owner="teacher" if context.world.role == "teacher" else "",
     )
-    return open_samples(corpus, "train", settings.steps * settings.global_batch_size, repeat=True)
+    positions = positions or sample_positions(settings, ())
+    return open_samples(corpus, "train", positions.num_samples(settings.steps), repeat=True)

@@ -5,6 +5,7 @@ A stage is done when its artifact exists and has the manifest that the recipe re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from minitron_mp import __version__
@@ -20,10 +21,13 @@ from minitron_mp.workflow.stages import STAGES
 
 
 class StageGraph:
-    """A recipe, its stages and their artifacts. It reads files, and needs neither a GPU nor torchrun."""
+    """A recipe, its stages and their artifacts. It reads files, and needs neither a GPU nor torchrun.
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    accept: settings that may differ from those of a checkpoint from which a stage resumes.
+    """
+
+    def __init__(self, recipe: Recipe, accept: Sequence[str] = ()):
+        self.recipe, self.accept = recipe, tuple(accept)
         self.stages: dict[str, Stage] = {stage.name: stage for stage in STAGES if stage.when(recipe)}
         self.paths: dict[str, Path] = {
             name: recipe.root / stage.artifact for name, stage in self.stages.items()

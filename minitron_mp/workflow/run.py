@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minitron_mp.artifacts.files import write_text
-from minitron_mp.artifacts.manifest import discard_checkpoints
+from minitron_mp.artifacts.manifest import discard_checkpoints, find_manifest
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe, load_recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.workflow.changes import NEWEST, ResumeOptions, go_back
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
 from minitron_mp.workflow.stage import Stage
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
+def run_stage(name: str, recipe: Recipe, *, force: bool = False, resume: ResumeOptions = NEWEST) -> Path:
     """Run one stage on all ranks of the job and return the path of its artifact.
 
-    Called on all ranks. A finished stage is skipped unless force is given.
+    Called on all ranks. A finished stage is skipped unless force is given. resume: for a training
+    stage.
     """
     require_launcher()
-    graph = StageGraph(recipe)
+    graph = StageGraph(recipe, resume.accept)
     graph.require_stage(name)
     graph.check_output(report=False)
     stage = graph.stages[name]
@@ -53,19 +55,22 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False) -> Path:
         if world.role == "student":
             with _locked(recipe, world):
                 _on_rank_0(lambda: _say_deleted_sources(graph))
+                if resume.from_step is not None:
+                    _on_rank_0(partial(go_back, graph, name, resume.from_step, force=force))
                 _run(stage, graph, world, force=force)
         elif stage.meets_roles:
-            _take_part(stage, recipe, world, force=force)
+            _take_part(stage, graph, world, force=force)
     return graph.paths[name]
 
 
-def compress(recipe: Recipe) -> Path:
+def compress(recipe: Recipe, accept: Sequence[str] = ()) -> Path:
     """Run all unfinished stages, then write the report. Called on all ranks.
 
-    Returns the path of the exported student. The report is report.md and report.html.
+    Returns the path of the exported student. The report is report.md and report.html. accept:
+    settings that may differ from those of a checkpoint.
     """
     require_launcher()
-    graph = StageGraph(recipe)
+    graph = StageGraph(recipe, accept)
     graph.check(saved_progress=False)  # rank 0 checks it, because it reads the model and the text
     with _join_world(recipe) as world, _preemptible(world, graph.stages.values()):
         if world.role == "student":
@@ -74,7 +79,7 @@ def compress(recipe: Recipe) -> Path:
         else:
             for stage in graph.stages.values():
                 if stage.meets_roles:
-                    _take_part(stage, recipe, world)
+                    _take_part(stage, graph, world)
     return graph.paths["export"]
 
 
@@ -129,7 +134,8 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
     start = time.monotonic()
     if stage.run is not None:
         manifest = _on_rank_0(lambda: graph.manifest(name))
-        stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
+        context = StageContext(recipe, graph.paths, manifest, world=world, students=students)
+        stage.run(replace(context, accept=graph.accept))
     elif stage.run_on_one_rank is not None:
         work = stage.run_on_one_rank
         _on_rank_0(lambda: work(graph.files(name)))
@@ -219,7 +225,8 @@ def _discard_checkpoints(graph: StageGraph) -> None:
     """Delete checkpoints of finished stages. They exist if the job was killed after the last save."""
     for name, stage in graph.stages.items():
         if stage.has_checkpoints:
-            discard_checkpoints(checkpoint_folder(graph.recipe, name), graph.manifest(name))
+            manifest = find_manifest(graph.paths[name]) or graph.manifest(name)
+            discard_checkpoints(checkpoint_folder(graph.recipe, name), manifest)
 
 
 def _write_report(graph: StageGraph) -> None:
@@ -270,19 +277,22 @@ def co_student_recipes(recipe: Recipe) -> dict[str, Recipe]:
     return {"student": recipe, **siblings}
 
 
-def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = False) -> None:
-    """Wait until the student reaches the stage, and take part in it. For ranks of another role."""
+def _take_part(stage: Stage, graph: StageGraph, world: World, *, force: bool = False) -> None:
+    """Wait until the student reaches the stage, and take part in it. For ranks of another role.
+
+    graph: the student's.
+    """
     from minitron_mp.workflow.context import StageContext
 
     assert stage.run is not None
+    recipe = graph.recipe
     if world.role != "teacher":
         sibling = co_student_recipes(recipe)[world.role]
         with _locked(sibling, world):
-            _run(stage, StageGraph(sibling), world, force=force)
+            _run(stage, StageGraph(sibling, graph.accept), world, force=force)
         return
     students = _active_students(stage, recipe, world, True)
     if students:
-        graph = StageGraph(recipe)
         manifest = _on_rank_0(lambda: graph.manifest(stage.name))
         stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
 
