@@ -46,7 +46,8 @@ def _add_training_command(stage: Stage) -> None:
         accept: Accept = "",
         from_step: FromStep = None,
     ) -> None:
-        resolved, names = load_recipe(recipe, overrides or []), accepted_names(accept)
+        resolved = load_recipe(recipe, overrides or [])
+        names = accepted_names(accept, resolved)
         if dry_run:
             _dry_run(resolved, world, stage.name, names)
             return
@@ -95,7 +96,8 @@ def compress(
 
     Finished stages are skipped, so the same command resumes after a stop.
     """
-    resolved, names = load_recipe(recipe, overrides or []), accepted_names(accept)
+    resolved = load_recipe(recipe, overrides or [])
+    names = accepted_names(accept, resolved)
     if dry_run:
         _dry_run(resolved, world, None, names)
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.manifest import MANIFEST, STEPS, checkpoint_step
+from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.stage_files import checkpoint_folder
@@ -51,7 +52,7 @@ NEWEST = ResumeOptions()
 """Resume from the newest checkpoint, with the same settings."""
 
 
-def accepted_names(text: str) -> tuple[str, ...]:
+def accepted_names(text: str, recipe: Recipe) -> tuple[str, ...]:
     """Return the names in the option --accept. InputError for one that must not change."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     wrong = [name for name in names if not _is_acceptable(name)]
@@ -59,6 +60,11 @@ def accepted_names(text: str) -> tuple[str, ...]:
         raise InputError(
             f"--accept {','.join(wrong)}: not a setting that may change during a run; give some of "
             f"{', '.join(ACCEPTABLE)} (correct.lr for a teacher that is trained in distill)"
+        )
+    if "global_batch_size" in names and recipe.teacher.placement == "cached":
+        raise InputError(
+            "--accept global_batch_size: teacher.placement cached has the signals of equal batches on disk; "
+            "set another placement, or keep the batch size"
         )
     return names
 

@@ -143,7 +143,8 @@ def compare_settings(
     channel: RoleChannel, students: Sequence[str], settings: dict[str, object], start: StreamStart
 ) -> StreamStart:
     """Return the start of the students; InputError on all ranks when the roles differ."""
-    sent = {"start": start, "settings": settings}
+    changes = [change.model_dump(mode="json") for change in start.changes]
+    sent = {"step": start.step, "changes": changes, "settings": settings}
     received = channel.exchange("settings", sent, roles=["teacher", *students])
     problems = [
         row
@@ -153,7 +154,10 @@ def compare_settings(
         )
     ]
     refuse("teacher and student must have the same settings:", problems)
-    starts: dict[str, StreamStart] = {role: received[role]["start"] for role in students}
+    starts = {
+        role: StreamStart(received[role]["step"], list(map(Change.model_validate, received[role]["changes"])))
+        for role in students
+    }
     steps = {role: start.step for role, start in starts.items()}
     if len(set(steps.values())) > 1:
         resumed = ", ".join(f"{role} at step {step}" for role, step in steps.items())

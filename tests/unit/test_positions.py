@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minitron_mp.artifacts.manifest import TIMING, Change, Manifest, discard_checkpoints, writing_artifact
+from minitron_mp.config.recipe import make_recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import KEYS, microbatches
 from minitron_mp.data.positions import SamplePositions, sample_positions
@@ -156,10 +157,14 @@ def test_checkpoints_of_early_stops_are_deleted_first(tmp_path, present, kept):
 
 
 def test_names_of_accept():
-    assert accepted_names("lr, clip_grad") == ("lr", "clip_grad")
-    assert accepted_names("correct.lr") == ("correct.lr",)
+    recipe = make_recipe({"model": "m", "output": "o"})
+    assert accepted_names("lr, clip_grad", recipe) == ("lr", "clip_grad")
+    assert accepted_names("correct.lr", recipe) == ("correct.lr",)
     with pytest.raises(InputError, match="--accept precision,temperature: not a setting that may change"):
-        accepted_names("lr,precision,temperature")
+        accepted_names("lr,precision,temperature", recipe)
+    cached = make_recipe({"model": "m", "output": "o", "teacher": {"placement": "cached"}})
+    with pytest.raises(InputError, match="cached has the signals of equal batches on disk"):
+        accepted_names("global_batch_size", cached)
     assert accept_option(["lr: 1, here 2", "correct.steps: 1, here 2"]) == "--accept lr,correct.steps"
     assert accept_option(["lr: 1, here 2", "temperature: 1, here 2"]) == ""
     assert set(ACCEPTABLE) <= set(TrainingConfig.model_fields)

@@ -111,6 +111,10 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("An override with a space before the equals sign", ("distill.steps", "=50")),
         Mistake("--world without --dry-run", ("--world", "8"), dry_run=False),
         Mistake("A stage that this recipe does not have", command="correct"),
+        Mistake("A setting that may not change during a run", ("--accept", "precision")),
+        Mistake(
+            "An older checkpoint that does not exist", ("distill", "100"), command="rewind", dry_run=False
+        ),
         Mistake("A stage whose inputs do not exist yet", command="prune", dry_run=False),
     ],
     "Recipe": [
@@ -134,6 +138,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("A section that contains a number", "distill=100"),
         overrides("A learning rate of 0", "distill.lr=0"),
         overrides("More warm-up steps than steps", "distill.warmup_steps=60"),
+        overrides("A WSD schedule without decay steps", "distill.schedule=wsd"),
+        overrides("Decay steps of another schedule", "distill.decay_steps=5"),
+        overrides("Ranges of skipped batches that overlap", "distill.skip_batches=[[3, 5], [5, 9]]"),
         overrides("An empty output", "output=''"),
     ],
     "Model folder": [

@@ -18,7 +18,7 @@ def stopped(copied, on_rank):
     """A run that stopped after STOP steps."""
     drop(copied.output, "distill", "evaluate", "export")
     (copied.output / "metrics.jsonl").unlink()
-    done = on_rank("distill", copied.recipe, stop_at=STOP)
+    done = on_rank("distill", copied.recipe, stop_at=STOP - 1)
     assert f"distill: stopped after step {STOP}" in done.out
     return copied
 
@@ -104,7 +104,7 @@ def test_batch_size_and_skipped_batches_change_with_any_teacher(stopped, whole, 
         assert done.code == 0, done.err
     remote = read_metrics(stopped.output)
     assert len(remote) == 16
-    assert remote[: STOP + 2] == metrics
+    assert remote[: len(metrics)] == metrics
 
 
 def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
@@ -126,7 +126,7 @@ def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
     # From the beginning, in a second folder. The first one stays.
     done = on_rank("rewind", stopped.recipe, "distill", "0")
     assert "set_aside_2" in done.out
-    assert names(aside.with_name("set_aside_2"))[1:] == [older, f"step_{CHECKPOINT_INTERVAL + 1:08d}"]
+    assert names(aside.with_name("set_aside_2"))[1:] == [older, f"step_{CHECKPOINT_INTERVAL + 2:08d}"]
     assert on_rank("distill", stopped.recipe).code == 0
     assert read_metrics(stopped.output) == read_metrics(whole.output)
     assert checkpoints(stopped) == ["set_aside_1", "set_aside_2"]
