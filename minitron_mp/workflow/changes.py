@@ -98,8 +98,9 @@ def go_back(graph: StageGraph, stage: str, step: int, *, force: bool = False) ->
     paths = sorted(folder.glob(STEPS))
     complete = [checkpoint_step(path) for path in paths if (path / MANIFEST).is_file()]
     if step and step not in complete:
-        existing = f"those after the steps {', '.join(map(str, complete))}" if complete else "none"
-        raise InputError(f"{folder} has no checkpoint after step {step}; it has {existing}")
+        steps = ", ".join(map(str, complete))
+        advice = f"give one of the steps {steps}" if complete else "the stage starts from its first step"
+        raise InputError(f"{folder} has no checkpoint after step {step}; {advice}")
     later = [path for path in paths if checkpoint_step(path) > step]
     if not later:
         say(f"{stage}: there are no checkpoints after step {step}")
@@ -111,9 +112,9 @@ def go_back(graph: StageGraph, stage: str, step: int, *, force: bool = False) ->
             shutil.copy(metrics, aside / metrics.name)
     for path in later:
         path.rename(aside / path.name)
-    steps = ", ".join(str(checkpoint_step(path)) for path in later)
+    moved = ", ".join(str(checkpoint_step(path)) for path in later)
     say(
-        f"{stage}: the checkpoints after the steps {steps} and the metrics are now in {aside}; delete it "
+        f"{stage}: the checkpoints after the steps {moved} and the metrics are now in {aside}; delete it "
         "when you do not need them"
     )
 

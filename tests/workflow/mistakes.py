@@ -112,9 +112,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("--world without --dry-run", ("--world", "8"), dry_run=False),
         Mistake("A stage that this recipe does not have", command="correct"),
         Mistake("A setting that may not change during a run", ("--accept", "precision")),
-        Mistake(
-            "An older checkpoint that does not exist", ("distill", "100"), command="rewind", dry_run=False
-        ),
+        Mistake("A checkpoint that does not exist", ("distill", "100"), command="rewind", dry_run=False),
         Mistake("A stage whose inputs do not exist yet", command="prune", dry_run=False),
     ],
     "Recipe": [

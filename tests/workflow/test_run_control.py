@@ -114,7 +114,7 @@ def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
     step = str(CHECKPOINT_INTERVAL)
     refused(
         on_rank("distill", stopped.recipe, "--from-step", "7"),
-        f"has no checkpoint after step 7; it has those after the steps {step}, {STOP}",
+        f"has no checkpoint after step 7; give one of the steps {step}, {STOP}",
     )
     refused(on_rank("rewind", stopped.recipe, "prune", "7"), "the stage prune has no checkpoints; give a")
     done = on_rank("distill", stopped.recipe, "--from-step", step, stop_at=CHECKPOINT_INTERVAL + 1)
