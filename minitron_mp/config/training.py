@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,8 +84,9 @@ class TrainingConfig(Section):
     the gradient at 131072 columns."""
     overlap: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
-    recompute: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
-    """Recompute the activations of each layer in the backward pass."""
+    recompute: bool | Annotated[int, Field(ge=1)] = Field(default=False, json_schema_extra=NOT_IN_RESULT)
+    """Recompute activations in the backward pass. true: of each layer. A number: of so many first
+    layers of each model chunk (pipeline stage, or its part with vpp)."""
     fp8: FP8Scaling | None = None
     """Compute the products of the linear layers in FP8. Weights, gradients and all remaining
     tensors keep their precision. It needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and
@@ -131,6 +133,12 @@ class TrainingConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def recomputed_share(self, chunks: Sequence[int]) -> float:
+        """Return the share of the layers that are recomputed. chunks: layers of each model chunk."""
+        if isinstance(self.recompute, bool):
+            return float(self.recompute)
+        return sum(min(self.recompute, num_layers) for num_layers in chunks) / sum(chunks)
 
     def _schedule_problems(self) -> list[str]:
         if self.schedule != "wsd":

@@ -189,9 +189,11 @@ def test_overlapped_communication_matches_one_rank(results, layout):
     assert_close(variant(results, layout, "overlap"), one_rank(results))
 
 
+@pytest.mark.parametrize("name", ["recompute", "recompute one"])
 @pytest.mark.parametrize("layout", RECOMPUTE_LAYOUTS)
-def test_recomputation_matches_one_rank(results, layout):
-    assert_close(variant(results, layout, "recompute"), one_rank(results))
+def test_recomputation_matches_one_rank(results, layout, name):
+    """All layers, and the first layer of each model chunk."""
+    assert_close(variant(results, layout, name), one_rank(results))
 
 
 @pytest.mark.parametrize("layout", BY_NAME)
