@@ -38,7 +38,7 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
     """
     state: dict[str, Any] = {}
     sharded = _sharded_by_parameter(model)
-    for number, (shards, parameter, owner) in enumerate(_parameters(optimizer)):
+    for number, (shards, parameter, owners) in enumerate(_parameters(optimizer)):
         group = shards.data_parallel_group
         piece = _piece(shards, parameter)
         local = shards._get_main_param_and_optimizer_states(parameter) if piece is not None else {}
@@ -47,8 +47,8 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
             if piece is not None:
                 joined[piece] = local[part].view(-1)
             if group.size() > 1:
-                dist.reduce(joined, group=group, group_dst=owner)
-            if group.rank() == owner:
+                dist.reduce(joined, group=group, group_dst=owners[part])
+            if group.rank() == owners[part]:
                 data = joined.view(parameter.shape).cpu()
                 state[_name(part, number)] = _like(sharded[id(parameter)], part, data)
     return state
@@ -61,10 +61,9 @@ def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, An
     """
     sharded = _sharded_by_parameter(model)
     state: dict[str, Any] = {}
-    for number, (shards, parameter, owner) in enumerate(_parameters(optimizer)):
-        if shards.data_parallel_group.rank() != owner:
-            continue
-        for part in PARTS:
+    for number, (shards, parameter, owners) in enumerate(_parameters(optimizer)):
+        rank = shards.data_parallel_group.rank()
+        for part in [part for part in PARTS if owners[part] == rank]:
             empty = torch.empty(parameter.shape, dtype=torch.float32)
             state[_name(part, number)] = _like(sharded[id(parameter)], part, empty)
     return state
@@ -80,17 +79,17 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
         shards.init_state_fn(shards.optimizer, shards.config)
         for group in shards.optimizer.param_groups:
             group["step"] = step
-    for number, (shards, parameter, owner) in enumerate(_parameters(optimizer)):
+    for number, (shards, parameter, owners) in enumerate(_parameters(optimizer)):
         group = shards.data_parallel_group
         piece = _piece(shards, parameter)
         pieces: dict[str, Tensor] = {}
         for part in PARTS:
-            if group.rank() == owner:
+            if group.rank() == owners[part]:
                 joined = state[_name(part, number)].view(-1).to(parameter.device)
             else:
                 joined = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if group.size() > 1:
-                dist.broadcast(joined, group=group, group_src=owner)
+                dist.broadcast(joined, group=group, group_src=owners[part])
             if piece is not None:
                 pieces[part] = joined[piece].clone()
         if piece is not None:
@@ -107,18 +106,21 @@ def _sharded_by_parameter(model: dict[str, Any]) -> dict[int, Any]:
     return {id(entry.data): entry for entry in nested_values(model)}
 
 
-def _parameters(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter, int]]:
-    """Yield (distributed optimizer, parameter, owner: rank in its data-parallel group).
+def _parameters(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter, dict[str, int]]]:
+    """Yield (distributed optimizer, parameter, part -> rank of its owner in the data-parallel group).
 
-    The order and the owners are the same on all data-parallel ranks.
+    The order and the owners are the same on all data-parallel ranks. The parts of one parameter have
+    different owners, because embeddings are a large share of a model.
     """
     for shards in _shards(optimizer):
         owned = [0] * shards.data_parallel_group.size()
         for buffer in shards.buffers:
             for parameter in buffer.param_index_map:
-                owner = owned.index(min(owned))
-                owned[owner] += parameter.numel()
-                yield shards, parameter, owner
+                owners = {}
+                for part in PARTS:
+                    owners[part] = owned.index(min(owned))
+                    owned[owners[part]] += parameter.numel()
+                yield shards, parameter, owners
 
 
 def _shards(optimizer: Any) -> list[Any]:
