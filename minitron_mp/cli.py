@@ -19,10 +19,12 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from minitron_mp.config.recipe import Recipe, load_recipe
+from minitron_mp.cli_options import Accept, DryRun, Overrides, RecipeFile, Step, World
+from minitron_mp.cli_stages import add_stage_command, print_dry_run, refuse_world
+from minitron_mp.config.recipe import load_recipe
 from minitron_mp.console import launched, rank_name, say, speaks, standard_output
 from minitron_mp.errors import OPEN_FILES_ADVICE, InputError, os_error_text
-from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.changes import accepted_names
 from minitron_mp.workflow.stages import STAGES
 
 app = typer.Typer(
@@ -32,149 +34,53 @@ app = typer.Typer(
     help="Compress large language models by the Minitron method.",
 )
 
-RecipeFile = Annotated[
-    Path, typer.Argument(help="YAML recipe, for example examples/quickstart.yaml", show_default=False)
-]
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="dotted overrides: distill.steps=50 parallel.tp=2", show_default=False),
-]
-
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="print the resolved recipe, layout, parameters per rank and memory; run nothing"
-    ),
-]
-
-World = Annotated[
-    int | None,
-    typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
-]
-
-Step = Annotated[
-    str,
-    typer.Option(
-        "--step", help="saved step of distill, or best: the one with the lowest held-out loss", metavar="N"
-    ),
-]
-
-Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
-
-
-ShardOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="make only this share of the shards, for job arrays: 1/16 to 16/16; without it the command "
-        "makes missing shards and puts all together",
-    ),
-]
-
-
-def _add_command(stage: Stage) -> None:
-    """Add the command of a stage, with --shard or --step if the stage has them."""
-    help_text = stage.help + (f" Needs {stage.requirement}." if stage.requirement else "")
-    if stage.run_share is not None:
-        _add_command_with_shard(stage, help_text)
-    elif stage.reads_saved_steps:
-        _add_command_with_step(stage, help_text)
-    else:
-        _add_plain_command(stage, help_text)
-
-
-def _add_plain_command(stage: Stage, help_text: str) -> None:
-    @app.command(stage.name, help=help_text)
-    def command(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        dry_run: DryRun = False,
-        world: World = None,
-        force: Force = False,
-    ) -> None:
-        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force)
-
-
-def _add_command_with_step(stage: Stage, help_text: str) -> None:
-    @app.command(stage.name, help=help_text)
-    def command(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        dry_run: DryRun = False,
-        world: World = None,
-        force: Force = False,
-        step: Step = "",
-    ) -> None:
-        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force, step)
-
-
-def _add_command_with_shard(stage: Stage, help_text: str) -> None:
-    @app.command(stage.name, help=help_text)
-    def command(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        dry_run: DryRun = False,
-        world: World = None,
-        force: Force = False,
-        shard: ShardOption = None,
-    ) -> None:
-        resolved = load_recipe(recipe, overrides or [])
-        if shard is None or dry_run:
-            _run_stage(stage.name, resolved, dry_run, world, force)
-            return
-        _refuse_world(world)
-        from minitron_mp.workflow.shares import run_share
-
-        run_share(stage.name, resolved, shard, force=force)
-
-
-def _run_stage(
-    name: str, recipe: Recipe, dry_run: bool, world: int | None, force: bool, step: str = ""
-) -> None:
-    if dry_run:
-        _dry_run(recipe, world, name)
-        return
-    _refuse_world(world)
-    from minitron_mp.workflow.run import run_stage
-
-    run_stage(name, recipe, force=force, step=step)
-
 
 for _stage in STAGES:
-    _add_command(_stage)
+    add_stage_command(app, _stage)
 
 
 @app.command()
 def compress(
-    recipe: RecipeFile, overrides: Overrides = None, dry_run: DryRun = False, world: World = None
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    world: World = None,
+    accept: Accept = "",
 ) -> None:
     """Run all stages in order.
 
     Finished stages are skipped, so the same command resumes after a stop.
     """
     resolved = load_recipe(recipe, overrides or [])
+    names = accepted_names(accept, resolved)
     if dry_run:
-        _dry_run(resolved, world, None)
+        print_dry_run(resolved, world, None, names)
         return
-    _refuse_world(world)
+    refuse_world(world)
     from minitron_mp.workflow.run import compress as run
 
-    run(resolved)
+    run(resolved, names)
 
 
-def _dry_run(recipe: Recipe, world: int | None, stage: str | None) -> None:
-    from minitron_mp.workflow.dry_run import dry_run
+@app.command()
+def rewind(
+    recipe: RecipeFile,
+    stage: Annotated[str, typer.Argument(help="distill or correct", show_default=False)],
+    step: Annotated[int, typer.Argument(min=0, help="step of the checkpoint", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Move the checkpoints after a step aside, so that the next run of the stage resumes from it.
 
-    dry_run(recipe, world, stage)
+    It needs no GPU. Use it before a job that resubmits itself.
+    """
+    from minitron_mp.distributed.job import sigterm_exits
+    from minitron_mp.workflow.changes import go_back
+    from minitron_mp.workflow.graph import StageGraph
+    from minitron_mp.workflow.output_folder import locked_output
 
-
-def _refuse_world(world: int | None) -> None:
-    if world is not None:
-        raise InputError(
-            "--world is for --dry-run; a run has the ranks that torchrun starts (--nproc-per-node)"
-        )
+    graph = StageGraph(load_recipe(recipe, overrides or []))
+    with sigterm_exits(), locked_output(graph.recipe.root):
+        go_back(graph, stage, step)
 
 
 @app.command()

@@ -42,6 +42,7 @@ TOGETHER = {
     "test_rerun": "projects",
     "test_resume": "projects",
     "test_saved_steps": "projects",
+    "test_run_control": "projects",
     "test_optional_stages": "projects",
     "test_teacher_placement": "projects",
     "test_blend_runs": "projects",

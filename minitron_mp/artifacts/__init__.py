@@ -1,6 +1,7 @@
 """What is on disk: manifests, sharded checkpoints, optimizer state, the run log.
 
 manifest          Manifest, find_manifest, require_artifact, writing_artifact
+run_folder        the checkpoints of a training run: newest, best, those that stay
 checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpointWriter
 writer_processes  the processes that write a checkpoint end with their parent
 saved_model       load_model, save_model, save_state

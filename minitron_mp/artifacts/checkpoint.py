@@ -21,7 +21,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
 
@@ -205,7 +207,7 @@ def save_checkpoint(
 
     with _write_errors(folder):
         with forked_writers():
-            dist_checkpointing.save(state, str(aside_path(folder)))
+            dist_checkpointing.save(state, str(aside_path(folder)), _save_strategy())
         on_rank_0(finish)
 
 
@@ -233,7 +235,7 @@ class AsyncCheckpointWriter:
         self.folder = folder
         with _write_errors(folder), forked_writers():
             request = dist_checkpointing.save(
-                state, str(aside_path(folder)), async_sharded_save=True, **WRITER_OPTIONS
+                state, str(aside_path(folder)), _save_strategy(), async_sharded_save=True, **WRITER_OPTIONS
             )
 
             def finish() -> None:
@@ -270,6 +272,11 @@ class AsyncCheckpointWriter:
             call.async_caller.close(abort=True)
         self.queue.async_calls.clear()
         _discard(self.folder)
+
+
+def _save_strategy() -> FullyParallelSaveStrategyWrapper:
+    """Return Megatron's strategy in which all ranks that hold a tensor share the writing."""
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
 
 
 def _prepare(state: dict[str, Any], folder: Path) -> None:

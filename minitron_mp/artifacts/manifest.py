@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,25 @@ FORMAT = 2
 
 MANIFEST = "manifest.json"
 
-STEPS = "step_" + "[0-9]" * 8
-"""Pattern of the names of the checkpoints of a training run."""
+TIMING = "timing"
+"""Name of a checkpoint that measures the duration of a save, and is deleted at once."""
 
-CHECKPOINT_NAME = re.compile(r"step_\d{8}|\.step_\d{8}\.(tmp|old)")
-"""Name of a checkpoint folder after a step, or of its temporary siblings."""
+CHECKPOINT_NAME = re.compile(rf"(step_\d{{8}}|{TIMING})|\.(step_\d{{8}}|{TIMING})\.(tmp|old)")
+"""Name of a checkpoint folder after a step or to measure a save, or of its temporary siblings."""
+
+
+class Change(BaseModel):
+    """A setting that the user changed during a training run, with --accept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    """Number of steps that were trained with the old value."""
+    name: str
+    """Key in Manifest.settings; dotted in a section."""
+    old: Any = None
+    """None: the key was absent, because it had its default. The same for `new`."""
+    new: Any = None
 
 
 class Validation(BaseModel):
@@ -68,9 +82,11 @@ class Manifest(BaseModel):
     files: dict[str, str] = {}
     """Files of an artifact folder, as written_files() returns them; {} if they were not recorded.
     They are not part of the fingerprint."""
-
     validation: Validation | None = None
     """Validation of a model in training. It is not part of the fingerprint."""
+    changes: list[Change] = []
+    """Settings that changed during the training run. `settings` has their last values. They are not
+    part of the fingerprint."""
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +106,30 @@ class Manifest(BaseModel):
         for row in differing_fields(self.inputs, other.inputs):
             rows.append(f"input {row}{self._changed_files(row.partition(':')[0], other)}")
         return rows
+
+    def at_step(self, step: int) -> Manifest:
+        """Return the manifest of this run's checkpoint after a step: without later changes."""
+        settings = self.settings
+        for change in reversed(self.changes):
+            if change.step >= step:
+                settings = _replaced(settings, change.name.split("."), change.old)
+        changes = [change for change in self.changes if change.step < step]
+        return self.model_copy(update={"settings": settings, "changes": changes})
+
+    def accepting(self, names: Collection[str], saved: Manifest, step: int) -> Manifest:
+        """Return this manifest with the history of the run that resumes.
+
+        saved: manifest of the run's checkpoint after `step`. names: settings that may differ from
+        it. They are added to the history.
+        """
+        old, new = _flat(saved.settings), _flat(self.at_step(step).settings)
+        accepted = [
+            Change(step=step, name=name, old=old.get(name), new=new.get(name))
+            for name in names
+            if old.get(name) != new.get(name)
+        ]
+        recorded = [change for change in self.changes if change.step >= step]
+        return self.model_copy(update={"changes": [*saved.changes, *accepted, *recorded]})
 
     def changed_settings(self, other: Manifest) -> list[str]:
         """Return 'x: 1, here 2' for each setting that differs."""
@@ -116,6 +156,15 @@ class Manifest(BaseModel):
         if before == now:
             return f" ({', '.join(now)} has changed since)"
         return f" (from {', '.join(before)}, here {', '.join(now)})"
+
+
+def _replaced(tree: dict[str, Any], keys: list[str], value: object) -> dict[str, Any]:
+    """Return nested settings with one other value. None: without the key."""
+    name, *rest = keys
+    if rest:
+        return {**tree, name: _replaced(tree.get(name, {}), rest, value)}
+    kept = {key: old for key, old in tree.items() if key != name}
+    return kept if value is None else {**kept, name: value}
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -294,71 +343,3 @@ def commit_artifact(folder: Path, manifest: Manifest) -> None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of an artifact folder atomically."""
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1))
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in the folder of a training run, in the order of their steps."""
-    # A checkpoint without a manifest is incomplete, because the machine stopped while writing it.
-    return sorted(path for path in folder.glob(STEPS) if (path / MANIFEST).is_file())
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in the folder of a training run; None without one."""
-    return max(complete_checkpoints(folder), default=None)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Return the step of a checkpoint."""
-    return int(path.name.removeprefix("step_"))
-
-
-def best_checkpoint(folder: Path, final: Validation | None = None) -> Path | None:
-    """Return the checkpoint with the lowest loss on held-out text.
-
-    None if no checkpoint was validated, or if the loss of the final model is at least as low.
-    """
-    losses = {}
-    for path in complete_checkpoints(folder):
-        validation = _manifest_of(path).validation
-        if validation is not None and (final is None or validation.loss < final.loss):
-            losses[path] = validation.loss
-    return min(losses, key=losses.__getitem__, default=None)
-
-
-def lasting_checkpoints(folder: Path, keep_every: int, final: Validation | None = None) -> list[Path]:
-    """Return the best checkpoint and those of every keep_every steps (0: none).
-
-    final: validation of the final model, None before the end.
-    """
-    steps = [
-        path
-        for path in complete_checkpoints(folder)
-        if keep_every and checkpoint_step(path) % keep_every == 0
-    ]
-    best = best_checkpoint(folder, final)
-    return steps if best is None else [*steps, best]
-
-
-def discard_checkpoints(
-    folder: Path, manifest: Manifest, keep_every: int = 0, final: Validation | None = None
-) -> None:
-    """Delete the checkpoints of a finished run, and then the folder if it is empty.
-
-    lasting_checkpoints(), checkpoints of other runs, checkpoints with files of the user in them, and
-    other files are kept.
-    """
-    lasting = lasting_checkpoints(folder, keep_every, final)
-    for path in folder.iterdir() if folder.is_dir() else []:
-        if not CHECKPOINT_NAME.fullmatch(path.name) or path in lasting:
-            continue
-        is_partial = path.name.startswith(".") or not (path / MANIFEST).is_file()
-        is_of_run = not is_partial and _manifest_of(path).fingerprint == manifest.fingerprint
-        if is_partial or (is_of_run and not user_files(path)):
-            shutil.rmtree(path, ignore_errors=True)
-    for empty in (folder, folder.parent):
-        with suppress(OSError):  # the folder does not exist, or is not empty
-            empty.rmdir()
-
-
-def _manifest_of(checkpoint: Path) -> Manifest:
-    return Manifest.model_validate_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))

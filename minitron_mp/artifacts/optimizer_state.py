@@ -2,7 +2,8 @@
 
 Each data-parallel rank holds a flat piece of the float32 weight, exp_avg and exp_avg_sq of some
 parameters. This file joins the pieces, one tensor at a time. The joined tensor has the checkpoint
-key and the sharding of the parameter.
+key and the sharding of the parameter. The data-parallel ranks share the tensors: each is joined on
+its owner, which writes and reads it. So all ranks write about the same number of bytes.
 
 Megatron's format "fully_reshardable" is not used, because it is wrong in 0.16.1 to 0.19.2. It
 removes the padding between buckets from a buffer, and then reads parameters at offsets that include
@@ -31,14 +32,14 @@ PARTS = ("param", "exp_avg", "exp_avg_sq")
 def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
     """Return the sharded state for save_checkpoint(), float32 on the CPU.
 
-    Only the first rank of each data-parallel group holds it; the other ranks return {}. It needs 12
-    bytes of host memory per local parameter. model: model_state() of the chunks. Reached by all
-    ranks.
+    Each data-parallel rank holds the tensors that it owns. It needs 12 bytes of host memory per
+    local parameter, divided by the number of data-parallel ranks. model: model_state() of the
+    chunks. Reached by all ranks.
     """
     state: dict[str, Any] = {}
     sharded = sharded_by_parameter(model)
     _create_moments(optimizer)
-    for number, (shards, parameter) in enumerate(parameters_of(optimizer)):
+    for number, (shards, parameter, owners) in enumerate(_parameters_and_owners(optimizer)):
         group = shards.data_parallel_group
         piece = local_piece(shards, parameter)
         local = shards._get_main_param_and_optimizer_states(parameter) if piece is not None else {}
@@ -47,8 +48,8 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
             if piece is not None:
                 joined[piece] = local[part].view(-1)
             if group.size() > 1:
-                dist.reduce(joined, group=group, group_dst=0)
-            if group.rank() == 0:
+                dist.reduce(joined, group=group, group_dst=owners[part])
+            if group.rank() == owners[part]:
                 data = joined.view(parameter.shape).cpu()
                 state[_name(part, number)] = _like(sharded[id(parameter)], part, data)
     return state
@@ -57,14 +58,13 @@ def optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
 def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
     """Return the tensors of optimizer_state(), uninitialised, for load_checkpoint().
 
-    Only the first rank of each data-parallel group holds them, with 12 bytes per parameter.
+    Each data-parallel rank holds the tensors that it owns.
     """
     sharded = sharded_by_parameter(model)
     state: dict[str, Any] = {}
-    for number, (shards, parameter) in enumerate(parameters_of(optimizer)):
-        if shards.data_parallel_group.rank() != 0:
-            continue
-        for part in PARTS:
+    for number, (shards, parameter, owners) in enumerate(_parameters_and_owners(optimizer)):
+        rank = shards.data_parallel_group.rank()
+        for part in [part for part in PARTS if owners[part] == rank]:
             empty = torch.empty(parameter.shape, dtype=torch.float32)
             state[_name(part, number)] = _like(sharded[id(parameter)], part, empty)
     return state
@@ -72,23 +72,23 @@ def empty_optimizer_state(optimizer: Any, model: dict[str, Any]) -> dict[str, An
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, state: dict[str, Any], num_updates: int) -> None:
-    """Fill every rank's pieces from the tensors that the first data-parallel rank has loaded.
+    """Fill every rank's pieces from the tensors that their owners have loaded.
 
     num_updates: updates done, for Adam's bias correction. Reached by all ranks.
     """
     for shards in optimizer_parts(optimizer):
         shards.init_state_fn(shards.optimizer, shards.config)
-    for number, (shards, parameter) in enumerate(parameters_of(optimizer)):
+    for number, (shards, parameter, owners) in enumerate(_parameters_and_owners(optimizer)):
         group = shards.data_parallel_group
         piece = local_piece(shards, parameter)
         pieces: dict[str, Tensor] = {}
         for part in PARTS:
-            if group.rank() == 0:
+            if group.rank() == owners[part]:
                 joined = state[_name(part, number)].view(-1).to(parameter.device)
             else:
                 joined = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if group.size() > 1:
-                dist.broadcast(joined, group=group, group_src=0)
+                dist.broadcast(joined, group=group, group_src=owners[part])
             if piece is not None:
                 pieces[part] = joined[piece].clone()
         if piece is not None:
@@ -127,6 +127,22 @@ def parameters_of(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter]]:
                 yield shards, parameter
 
 
+def _parameters_and_owners(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter, dict[str, int]]]:
+    """Yield (distributed optimizer, parameter, part -> rank of its owner in the data-parallel group).
+
+    The order and the owners are the same on all data-parallel ranks. The parts of one parameter have
+    different owners, because embeddings are a large share of a model.
+    """
+    for shards in optimizer_parts(optimizer):
+        owned = [0] * shards.data_parallel_group.size()
+        for _, parameter in parameters_of(shards):
+            owners = {}
+            for part in PARTS:
+                owners[part] = owned.index(min(owned))
+                owned[owners[part]] += parameter.numel()
+            yield shards, parameter, owners
+
+
 def optimizer_parts(optimizer: Any) -> list[Any]:
     """Return the DistributedOptimizers of an optimizer, which may be a chain of them."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
@@ -145,8 +161,16 @@ def _name(part: str, number: int) -> str:
 
 
 def _like(sharded: Any, part: str, data: Tensor) -> Any:
-    """Return float32 data with a parameter's sharding: a ShardedTensor or a factory of them."""
-    key = f"optimizer.{part}.{sharded.key}"
+    """Return float32 data with a parameter's sharding: a ShardedTensor or a factory of them.
+
+    Its owner writes it, although the owner may hold a replica of the parameter that is not written.
+    The last number of a replica is its data-parallel rank.
+    """
+    changed = {
+        "key": f"optimizer.{part}.{sharded.key}",
+        "data": data,
+        "replica_id": (*sharded.replica_id[:-1], 0),
+    }
     if isinstance(sharded, ShardedTensor):
-        return replace(sharded, key=key, data=data, dtype=torch.float32)
-    return replace(sharded, key=key, data=data)
+        changed["dtype"] = torch.float32
+    return replace(sharded, **changed)

@@ -24,6 +24,12 @@ Write it as Field(default=1, json_schema_extra=NOT_IN_RESULT). Every field witho
 of the fingerprint of its stage.
 """
 
+IN_RESULT_IF_CHANGED: JsonDict = {"result": "if changed"}
+"""Mark of a field that is part of the fingerprint only if it differs from its default.
+
+Use it for a new field, so that artifacts from before the field stay valid.
+"""
+
 
 def _with_suffix(value: object) -> object:
     units = {"K": 1e3, "M": 1e6, "B": 1e9}
@@ -47,7 +53,7 @@ NUMBER = re.compile(
 """A number of YAML 1.2, with _ between digits: 010 is ten, and 1:30 and `yes` are not numbers."""
 
 
-def _number(text: str) -> int | float | str:
+def read_number(text: str) -> int | float | str:
     """Return the number of a text, or the text if it is none."""
     match = NUMBER.fullmatch(text.strip())
     try:
@@ -81,7 +87,7 @@ def _with_numbers(value: object, *, is_integer: bool) -> object:
         return {key: _with_numbers(part, is_integer=is_integer) for key, part in value.items()}
     if isinstance(value, list):
         return [_with_numbers(part, is_integer=is_integer) for part in value]
-    return _number(value) if isinstance(value, str) else value
+    return read_number(value) if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -101,14 +107,24 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_numbers(cls, value: object, info: ValidationInfo) -> object:
-        """Read texts as numbers in fields of numbers, and refuse booleans, which are 0 and 1 in Python."""
+        """Read texts as numbers in fields of numbers, and refuse booleans, which are 0 and 1 in Python.
+
+        A field that also contains texts reads its numbers itself. A field that also contains booleans
+        allows them.
+        """
         leaves = _leaves(cls.model_fields[str(info.field_name)].annotation)
+        if str in leaves or (bool in leaves and isinstance(value, bool)):
+            return value
         return _with_numbers(value, is_integer=float not in leaves) if {int, float} & leaves else value
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change a result: all fields except marked and empty ones."""
         fields = type(self).model_fields
         marked = {name for name, field in fields.items() if field.json_schema_extra == NOT_IN_RESULT}
+        for name, field in fields.items():
+            is_new = field.json_schema_extra == IN_RESULT_IF_CHANGED
+            if is_new and getattr(self, name) == field.default:
+                marked.add(name)
         return self.model_dump(exclude=marked, exclude_none=True)
 
     def changed(self, names: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
+from minitron_mp.config.base import read_number
 from minitron_mp.config.paths import expand_path
 
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -73,8 +74,9 @@ def _read_texts(value: object) -> object:
         path = expand_path(str(key))
         if path in texts:
             raise ValueError(f"{path} occurs twice; give one share")
-        read_share(share)
-        texts[path] = share if isinstance(share, str) else float(share)
+        number = read_number(share) if isinstance(share, str) else share
+        read_share(number)
+        texts[path] = number if isinstance(number, str) else float(number)
     return texts
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from minitron_mp.config.base import Section
+from minitron_mp.config.base import NOT_IN_RESULT, Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
 from minitron_mp.config.distillation import DistillConfig, TeacherConfig
 from minitron_mp.config.parallel import ParallelConfig
@@ -53,6 +53,10 @@ class Recipe(Section):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto: use
     Transformer Engine in bf16 on a GPU if it is installed, else local."""
+    timeout_minutes: float = Field(default=30, gt=0, json_schema_extra=NOT_IN_RESULT)
+    """Timeout of a collective. A job with a rank that hangs ends after this time. It must be longer
+    than the longest work of one rank alone, such as a checkpoint on a slow disk. Work of rank 0 that
+    takes long has no timeout."""
     data: DataConfig = DataConfig()
     """Text for calibration, training and evaluation."""
     parallel: ParallelConfig = ParallelConfig()

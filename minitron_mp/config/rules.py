@@ -67,6 +67,10 @@ def correction_during_distillation(recipe: Recipe) -> list[str]:
                 f"correct.{name} {getattr(correct, name)} is not distill.{name} {getattr(distill, name)}; "
                 "with correct.when during both train on the same batches, so set the same value"
             )
+    if correct.skip_batches:
+        problems.append(
+            "correct.skip_batches: with correct.when during the batches are those of distill; drop it"
+        )
     if {"checkpoint_interval", "keep_checkpoints"} & correct.model_fields_set:
         problems.append(
             "correct.checkpoint_interval and keep_checkpoints: with correct.when during the teacher's "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from minitron_mp.config.base import NOT_IN_RESULT, Section
+from minitron_mp.config.base import IN_RESULT_IF_CHANGED, NOT_IN_RESULT, Section
 from minitron_mp.config.paths import UserPath
 
 FP8Scaling = Literal["tensorwise", "delayed", "blockwise"]
@@ -49,10 +51,26 @@ class TrainingConfig(Section):
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=1e-5, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step. A constant schedule does not use it."""
     warmup_steps: int = Field(default=40, ge=0)
-    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
-    cosine."""
+    """Steps of linear warm-up from 0 to `lr`."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", json_schema_extra=IN_RESULT_IF_CHANGED
+    )
+    """Learning rate after warm-up. cosine, linear: it falls from `lr` to `min_lr` at the last step.
+    constant: it stays `lr`. wsd (warm-up, stable, decay): it stays `lr` and falls to `min_lr` in
+    the last `decay_steps` steps."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Number of last steps in which schedule wsd lowers the learning rate. It has no default."""
+    decay_shape: Literal["minus_sqrt", "linear", "cosine", "exponential"] = Field(
+        default="minus_sqrt", json_schema_extra=IN_RESULT_IF_CHANGED
+    )
+    """Decay of schedule wsd. The rate is min_lr + (lr - min_lr) f(x), with x from 0 to 1 over
+    `decay_steps`. minus_sqrt: f = 1 - sqrt(x). linear: 1 - x. cosine: (1 + cos(pi x)) / 2.
+    exponential: 2 / 2^x - 1."""
+    skip_batches: list[list[int]] = Field(default=[], json_schema_extra=IN_RESULT_IF_CHANGED)
+    """Ranges [first, last] of batches of the text that are left out, counted from 1. Step n reads
+    batch n plus the batches skipped before it. The number of steps does not change."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of AdamW."""
     clip_grad: float = Field(default=1.0, ge=0)
@@ -69,8 +87,9 @@ class TrainingConfig(Section):
     the gradient at 131072 columns."""
     overlap: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
-    recompute: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
-    """Recompute the activations of each layer in the backward pass."""
+    recompute: bool | Annotated[int, Field(ge=1)] = Field(default=False, json_schema_extra=NOT_IN_RESULT)
+    """Recompute activations in the backward pass. true: of each layer. A number: of so many first
+    layers of each model chunk (pipeline stage, or its part with vpp)."""
     fp8: FP8Scaling | None = None
     """Compute the products of the linear layers in FP8. Weights, gradients and all remaining
     tensors keep their precision. It needs Transformer Engine, an Ada, Hopper or Blackwell GPU, and
@@ -117,6 +136,7 @@ class TrainingConfig(Section):
             )
         if self.min_lr > self.lr:
             problems.append(f"min_lr {self.min_lr} is above lr {self.lr}; lower min_lr or raise lr")
+        problems += self._schedule_problems()
         if self.cuda_graphs and self.recompute:
             problems.append("cuda_graphs and recompute cannot be combined; drop one of them")
         if self.profile and self.profile.steps[1] > self.steps:
@@ -160,6 +180,40 @@ class TrainingConfig(Section):
             )
         return problems
 
+    def recomputed_share(self, chunks: Sequence[int]) -> float:
+        """Return the share of the layers that are recomputed. chunks: layers of each model chunk."""
+        if isinstance(self.recompute, bool):
+            return float(self.recompute)
+        return sum(min(self.recompute, num_layers) for num_layers in chunks) / sum(chunks)
+
+    def _schedule_problems(self) -> list[str]:
+        if self.schedule != "wsd":
+            unused = self.changed(["decay_steps", "decay_shape"])
+            return [
+                f"{name}: no effect with schedule {self.schedule}; drop it, or set schedule: wsd"
+                for name in unused
+            ]
+        if self.decay_steps is None:
+            return ["schedule wsd needs decay_steps, the steps in which the learning rate falls; set it"]
+        if self.warmup_steps + self.decay_steps > self.steps:
+            return [
+                f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} are more than steps "
+                f"{self.steps}; lower one of them"
+            ]
+        return []
+
+    @field_validator("skip_batches")
+    @classmethod
+    def _ascending(cls, ranges: list[list[int]]) -> list[list[int]]:
+        ends = [end for pair in ranges for end in pair]
+        if any(len(pair) != 2 for pair in ranges) or any(pair[0] > pair[1] for pair in ranges):
+            raise ValueError(f"{ranges} must be ranges [first, last]; write [[first, last], ...]")
+        if any(after <= before for (_, before), (after, _) in pairwise(ranges)) or min(ends, default=1) < 1:
+            raise ValueError(
+                f"{ranges} must be ascending ranges without overlap, counted from 1; sort or join them"
+            )
+        return ranges
+
     def _problems(self) -> list[str]:
         """Return further problems; a subclass overrides it."""
         return []
@@ -183,10 +237,9 @@ class CorrectionConfig(TrainingConfig):
     """Peak learning rate. Use a fifth of the peak in the teacher's pre-training. 6e-5 is the value
     for Llama 3.1 8B, which was trained with 3e-4."""
     min_lr: float = Field(default=1e-6, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step. A constant schedule does not use it."""
     warmup_steps: int = Field(default=120, ge=0)
-    """Steps of linear warm-up. After it the learning rate falls from `lr` to `min_lr` along a
-    cosine."""
+    """Steps of linear warm-up from 0 to `lr`."""
     baseline: UserPath | None = Field(default=None, json_schema_extra=NOT_IN_RESULT)
     """Output folder of a run of the same recipe without this section. The report compares the two
     students."""

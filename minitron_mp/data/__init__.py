@@ -19,6 +19,7 @@ held_out        held-out parts of a fixed number of tokens
 tokenizer       load_tokenizer: Hugging Face or sentencepiece
 blend           samples of each text of a blend
 batches         open_samples, microbatches
+positions       SamplePositions: the samples of a step, after changes of a run
 mapped_samples  Megatron's samples over files without open descriptors
 prefetch        the next batches on a thread
 """

@@ -56,7 +56,8 @@ def join_roles(
     channel: RoleChannel | None = None
     try:
         channel = _open_channel(role, job, spans, device, timedelta(seconds=stream_timeout_s))
-        yield dataclasses.replace(build_groups(layouts[role][1], device, seed), role=role, channel=channel)
+        world = build_groups(layouts[role][1], device, seed, timeout_minutes)
+        yield dataclasses.replace(world, role=role, channel=channel)
         channel.barrier("end")  # no rank may destroy groups that another rank still uses
     except Exception as error:
         if channel is None:

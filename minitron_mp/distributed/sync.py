@@ -34,7 +34,7 @@ def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
     """Run action on rank 0 and return its result (picklable) on every rank; reached by all ranks.
 
     If action fails, every rank raises. takes_long: action may take longer than the timeout of a
-    collective (half an hour), for example to tokenize a corpus.
+    collective (recipe key timeout_minutes), for example to tokenize a corpus.
     """
     result: T | None = None
     failure: Exception | None = None

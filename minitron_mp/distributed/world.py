@@ -87,11 +87,12 @@ def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 
 
     It uses a GPU if the machine has one, else the CPU with gloo. If the process already has a
     default process group (a NeMo recipe, a test), that group is used and is not destroyed.
+    timeout_minutes: timeout of the collectives.
     """
     owns_group = not dist.is_initialized()
     device = start_job(timeout_minutes) if owns_group else local_device()
     try:
-        yield build_groups(parallel, device, seed)
+        yield build_groups(parallel, device, seed, timeout_minutes)
     finally:
         leave_groups()
         if owns_group and dist.is_initialized():
@@ -125,7 +126,9 @@ def init_default_group(device: torch.device, job: JobRank, timeout_minutes: floa
         dist.init_process_group("gloo", store=job.store, rank=job.rank, world_size=job.size, timeout=timeout)
 
 
-def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> World:
+def build_groups(
+    parallel: ParallelConfig, device: torch.device, seed: int, timeout_minutes: float = 30
+) -> World:
     """Make Megatron-Core's process groups for a layout, and return the world of this rank.
 
     InputError when the layout does not divide the number of ranks. Reached by all ranks.
@@ -146,6 +149,7 @@ def build_groups(parallel: ParallelConfig, device: torch.device, seed: int) -> W
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # a second set of groups on the CPU, which is not used
     )
     # new_group returns when this rank has connected. A rank that fails or finishes soon after would

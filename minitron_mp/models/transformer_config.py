@@ -154,8 +154,9 @@ def _training(training: TrainingConfig | None) -> dict[str, Any]:
         return settings
     if training.recompute:
         settings["recompute_granularity"] = "full"
-        settings["recompute_method"] = "uniform"
-        settings["recompute_num_layers"] = 1
+        is_partial = not isinstance(training.recompute, bool)
+        settings["recompute_method"] = "block" if is_partial else "uniform"
+        settings["recompute_num_layers"] = int(training.recompute)
     if training.tp_comm_overlap:
         settings["tp_comm_overlap"] = True
     if training.cuda_graphs:

@@ -109,11 +109,11 @@ def training_memory(
         block: activation_bytes_per_token(arch.with_block(block), p, size, transformer_engine=engine, fp8=fp8)
         for block in blocks
     }
+    recomputed = training.recomputed_share(p.layers_of_chunks(arch.num_layers)[stage :: p.pp])
+    saved = (1 - recomputed) * layers * mean_over_layers(blocks, layer_bytes)
     if training.recompute:
         # One layer at a time is recomputed and then saved in full.
-        saved = layers * (size * arch.hidden_size / sequence_split) + max(layer_bytes.values())
-    else:
-        saved = layers * mean_over_layers(blocks, layer_bytes)
+        saved += recomputed * layers * (size * arch.hidden_size / sequence_split) + max(layer_bytes.values())
     if is_last:  # input and output of the final norm
         saved += 2 * size * arch.hidden_size / sequence_split
     # Backward pass of one layer: gradients around the MLP, and tensors that sequence parallelism gathers.

@@ -59,7 +59,8 @@ class ModelPass:
     """Format of the matrix products: bf16, fp32 or a kind of FP8 scaling."""
     train: bool = False
     """Whether the microbatch also has a backward pass."""
-    recompute: bool = False
+    recompute: float = 0.0
+    """Share of the layers whose activations are recomputed."""
     tp_comm_overlap: bool = False
     cuda_graphs: bool = False
 
@@ -79,9 +80,9 @@ class ModelPass:
         return self.value_bytes * self.tokens * self.arch.hidden_size
 
     @property
-    def num_passes(self) -> int:
+    def num_passes(self) -> float:
         """Return the number of passes that communicate: forward, backward, recomputed forward."""
-        return 1 + (1 if self.train else 0) + (1 if self.recompute else 0)
+        return 1 + (1 if self.train else 0) + self.recompute
 
 
 def stage_times(work: ModelPass, times: Times) -> StageTimes:
@@ -106,11 +107,12 @@ def _layer_times(work: ModelPass, block: BlockArch, times: Times) -> tuple[Parts
     layer, basis = times.layer(arch, work.tokens, work.sequence_length, p, work.number_format, work.train)
     recomputed = 0.0
     if work.recompute:
-        recomputed, _ = times.layer(arch, work.tokens, work.sequence_length, p, work.number_format, False)
+        forward, _ = times.layer(arch, work.tokens, work.sequence_length, p, work.number_format, False)
+        recomputed = work.recompute * forward
     exposed = times.hardware.tp_exposed_overlapped if work.tp_comm_overlap else times.hardware.tp_exposed
     tensor = 4 * work.num_passes * times.collective_s(work.hidden_state_bytes, p.tp, 1) * exposed
     context = work.num_passes * times.collective_s(_key_value_bytes(work, block), p.cp, p.tp)
-    issued_passes = (3 if work.train else 1) + (1 if work.recompute else 0)
+    issued_passes = (3 if work.train else 1) + work.recompute
     issue_s = times.issue_s(work.number_format, issued_passes, cuda_graphs=work.cuda_graphs)
     host = max(0.0, issue_s - layer - recomputed - tensor - context)
     return {STUDENT: layer, RECOMPUTE: recomputed, TP: tensor, CP: context, HOST: host}, basis

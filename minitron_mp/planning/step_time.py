@@ -250,7 +250,7 @@ def estimate_training(
         training.micro_batch_size,
         training.fp8 or recipe.precision,
         train=True,
-        recompute=training.recompute,
+        recompute=training.recomputed_share(p.layers_of_chunks(arch.num_layers)),
         tp_comm_overlap=training.tp_comm_overlap,
         cuda_graphs=training.cuda_graphs,
     )

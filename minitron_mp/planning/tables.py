@@ -23,8 +23,9 @@ def layout_text(estimate: Estimate) -> str:
     t = estimate.recipe.teacher
     dp = estimate.case.student_ranks // p.model_ranks
     text = f"{_sizes_text(p)} dp {dp}, microbatch {estimate.recipe.distill.micro_batch_size}"
-    if estimate.recipe.distill.recompute:
-        text += ", recompute"
+    recompute = estimate.recipe.distill.recompute
+    if recompute:
+        text += ", recompute" if recompute is True else f", recompute {recompute}"
     if estimate.case.teacher_ranks:
         return f"{text}; teacher on {estimate.case.teacher_ranks} GPUs ({_sizes_text(t.parallel)})"
     return f"{text}; teacher {t.placement}"
@@ -102,7 +103,7 @@ def _short_cells(estimate: Estimate) -> tuple[str, str, str, str, str]:
     if d.micro_batch_size > 1:
         layout += f" mb{d.micro_batch_size}"
     if d.recompute:
-        layout += " re"
+        layout += " re" if d.recompute is True else f" re{d.recompute}"
     num_teachers = estimate.case.teacher_ranks
     teacher = f"{num_teachers} tp{estimate.recipe.teacher.parallel.tp}" if num_teachers else "colocated"
     overhead, share = estimate.largest_overhead

@@ -103,7 +103,7 @@ class Times:
         ratio, basis = self._ratio(("train" if train else "forward", dtype), flops)
         return seconds * ratio, basis
 
-    def issue_s(self, dtype: str, passes: int, *, cuda_graphs: bool = False) -> float:
+    def issue_s(self, dtype: str, passes: float, *, cuda_graphs: bool = False) -> float:
         """Return the seconds in which the host issues a layer. passes: 1 forward, 3 with backward."""
         if cuda_graphs:
             train_s = self.hardware.host_graphs_ms / 1e3

@@ -84,16 +84,24 @@ def inference_bytes(arch: Arch, precision: str, batch_size: int, context: int) -
 def training(recipe: Recipe) -> DistillConfig:
     """Return the settings of the short distillation: distill with search.steps steps.
 
-    The warm-up is at most a tenth of the steps. There are no losses on states and no profile.
+    The warm-up is at most a tenth of the steps. The decay of schedule wsd has the same share of the
+    steps as in distill. There are no losses on states, no profile and no skipped batches.
     Checkpoints are saved synchronously, because asynchronous saves of several students would wait
     for each other.
     """
     assert recipe.search is not None
     d, steps = recipe.distill, recipe.search.steps
-    plain = {"states": None, "profile": None, "async_save": False}
-    return d.model_copy(
-        update={"steps": steps, "warmup_steps": min(d.warmup_steps, steps // 10), "log_interval": 1, **plain}
-    )
+    plain: dict[str, object] = {
+        "states": None,
+        "profile": None,
+        "async_save": False,
+        "log_interval": 1,
+        "skip_batches": [],
+    }
+    decay_steps = None if d.decay_steps is None else max(1, d.decay_steps * steps // d.steps)
+    warmup_steps = min(d.warmup_steps, steps // 10)
+    lengths = {"steps": steps, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
+    return d.model_copy(update={**lengths, **plain})
 
 
 def front(points: Sequence[tuple[str, float, float, bool]]) -> list[str]:

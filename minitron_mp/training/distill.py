@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from minitron_mp.artifacts.manifest import Manifest, discard_checkpoints
+from minitron_mp.artifacts.manifest import Manifest
+from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.artifacts.saved_model import fingerprints, save_model
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig

@@ -135,7 +135,7 @@ def take_step(run: TrainingRun, batches: Sequence[Batch], *, is_last: bool = Fal
     if save or run.log_is_due:
         run.log()
     if save or run.time_a_checkpoint:
-        run.save()
+        run.save(keep=save)
 
 
 def _agree_to_stop(runs: Sequence[TrainingRun], teacher: Teacher | None, step: int) -> str:

@@ -43,7 +43,7 @@ class TrainableModel:
         self.overlap = settings.overlap
         self.model = _wrapped(model, settings)
         self.optimizer = _optimizer(self.model.chunks, settings)
-        self.schedule = _schedule(self.optimizer, settings)
+        self.schedule = learning_rate_schedule(self.optimizer, settings)
         self.num_updates = 0
         _connect(self.model.chunks, self.optimizer, settings)
 
@@ -198,8 +198,9 @@ def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> Non
         config.param_sync_func = chunks[0].start_param_sync
 
 
-def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
-    """Return the schedule: linear warm-up to lr, then a cosine to min_lr at the last step."""
+def learning_rate_schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamScheduler:
+    """Return the schedule of learning rate and weight decay. settings.schedule describes it."""
+    is_wsd = settings.schedule == "wsd"
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -207,7 +208,9 @@ def _schedule(optimizer: Any, settings: TrainingConfig) -> OptimizerParamSchedul
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=settings.steps,
-        lr_decay_style="cosine",
+        lr_decay_style="WSD" if is_wsd else settings.schedule,
+        wsd_decay_steps=settings.decay_steps,
+        lr_wsd_decay_style=settings.decay_shape if is_wsd else None,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=settings.steps,

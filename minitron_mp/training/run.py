@@ -273,16 +273,17 @@ class TrainingRun:
         )
         return request, RankStatus(bool(request), needs_time, checkpoints.writing, received)
 
-    def save(self, *, wait: bool = False) -> None:
+    def save(self, *, wait: bool = False, keep: bool = True) -> None:
         """Write a checkpoint after the current step, unless it exists or the step is the last one.
 
-        wait: return after it is committed, also with async_save.
+        wait: return after it is committed, also with async_save. keep: False for a checkpoint that
+        only measures the duration.
         """
         if self.checkpoints is None:
             return
         if self.checkpoints.is_needed(self.steps_done):
             self.log()
-            self.checkpoints.save(self, self.steps_done, self.validation)
+            self.checkpoints.save(self, self.steps_done, self.validation, keep=keep)
             self.time_a_checkpoint = False
             self.step_log.start_clock()
         if wait:

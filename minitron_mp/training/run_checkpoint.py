@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import AsyncCheckpointWriter, load_checkpoint, save_checkpoint
 from minitron_mp.artifacts.manifest import (
     MANIFEST,
-    STEPS,
+    TIMING,
     Manifest,
     Validation,
+    require_artifact,
+    user_files,
+)
+from minitron_mp.artifacts.run_folder import (
+    STEPS,
     checkpoint_step,
     lasting_checkpoints,
     newest_checkpoint,
-    require_artifact,
-    user_files,
 )
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
@@ -64,24 +69,30 @@ class RunCheckpoints:
         seconds, self._blocked_s = self._blocked_s, 0.0
         return seconds or None
 
-    def save(self, run: Stateful, step: int, validation: Validation | None = None) -> None:
+    def save(
+        self, run: Stateful, step: int, validation: Validation | None = None, *, keep: bool = True
+    ) -> None:
         """Write a checkpoint of a run after a step. With async_save, start to write it.
 
-        validation: of this step.
+        validation: of this step. keep: False to measure the duration, and delete the checkpoint when
+        it is complete.
         """
         self.finish()
         start = time.perf_counter()
         state = run.state_dict()
         if self.extra_state is not None:
             state["extra_state"] = self.extra_state.state_dict()
-        target = step_folder(self.folder, step)
+        target = step_folder(self.folder, step) if keep else self.folder / TIMING
+        clean = self._delete_old if keep else lambda: shutil.rmtree(target)
         manifest = self.manifest.model_copy(update={"validation": validation})
         if self.writer is not None:
-            self.writer.start(state, target, manifest, self._delete_old)
+            self.writer.start(state, target, manifest, clean)
         else:
             save_checkpoint(state, target, manifest)
-            on_rank_0(self._delete_old)
-        self.saved_step, self._save_started = step, start
+            on_rank_0(clean)
+        self._save_started = start
+        if keep:
+            self.saved_step = step
         seconds = time.perf_counter() - start
         self._blocked_s += seconds
         if self.writer is None:
@@ -103,11 +114,12 @@ class RunCheckpoints:
 
     def resume(self, run: Stateful) -> int:
         """Load the newest complete checkpoint of this run. Return its step, 0 without one."""
-        step = resume_step(self.folder, self.manifest)
-        if step:
-            self._load(run, step)
-        self.saved_step = step
-        return step
+        start = resume_point(self.folder, self.manifest)
+        self.manifest = start.manifest
+        if start.step:
+            self._load(run, start.step)
+        self.saved_step = start.step
+        return start.step
 
     def _load(self, run: Stateful, step: int) -> None:
         path, state = step_folder(self.folder, step), run.state_dict(empty=True)
@@ -125,8 +137,16 @@ class RunCheckpoints:
         run.load_state(state, step)
 
     def _delete_old(self) -> None:
+        """Keep the keep_checkpoints newest checkpoints, lasting ones, and those with user files.
+
+        Checkpoints of early stops count as older than all others, except the newest one. So a run
+        that is started again and again at one place keeps the checkpoints before it.
+        """
+        paths = sorted(self.folder.glob(STEPS))
+        regular = [path for path in paths[:-1] if self.is_due(checkpoint_step(path))]
+        early = [path for path in paths[:-1] if path not in regular]
         lasting = lasting_checkpoints(self.folder, self.settings.keep_every)
-        for old in sorted(self.folder.glob(STEPS))[: -self.settings.keep_checkpoints]:
+        for old in [*early, *regular, *paths[-1:]][: -self.settings.keep_checkpoints]:
             if old in lasting:
                 continue
             if not (old / MANIFEST).is_file() or not user_files(old):
@@ -137,25 +157,34 @@ class RunCheckpoints:
             self.world.preemption.record_checkpoint(self.folder, seconds)
 
 
-def resume_step(folder: Path, manifest: Manifest) -> int:
+@dataclass(frozen=True)
+class ResumePoint:
+    """The step from which a run resumes, and its manifest with the changes of its settings."""
+
+    step: int
+    manifest: Manifest
+
+
+def resume_point(folder: Path, manifest: Manifest, accept: Collection[str] = ()) -> ResumePoint:
     """Return the step of the newest complete checkpoint, 0 without one; reached by all ranks.
 
-    InputError when the checkpoints in the folder belong to a different run. It lists the fields
-    that differ.
+    accept: settings that may differ from those of the checkpoint. InputError when the checkpoints in
+    the folder belong to a different run. It lists the fields that differ.
     """
-    return on_rank_0(lambda: _newest_step(folder, manifest))
+    return on_rank_0(lambda: _newest(folder, manifest, accept))
 
 
-def _newest_step(folder: Path, manifest: Manifest) -> int:
+def _newest(folder: Path, manifest: Manifest, accept: Collection[str]) -> ResumePoint:
     path = newest_checkpoint(folder)
     if path is None:
-        return 0
-    newest = require_artifact(path, manifest.stage)
+        return ResumePoint(0, manifest)
+    saved, step = require_artifact(path, manifest.stage), checkpoint_step(path)
+    manifest = manifest.accepting(accept, saved, step)
     refuse(
         f"{folder} holds checkpoints of another run; move or delete it, or restore these settings:",
-        newest.differences(manifest),
+        saved.differences(manifest.at_step(step)),
     )
-    return checkpoint_step(path)
+    return ResumePoint(step, manifest)
 
 
 def step_folder(folder: Path, step: int) -> Path:

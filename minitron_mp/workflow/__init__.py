@@ -10,6 +10,7 @@ output_folder    what a run writes, and the user files that it keeps
 preflight        checks of a recipe before a run; file_checks: of the user's files
 saved_steps      --step: the model of a saved step of distill
 saved_progress   whether checkpoints fit the recipe
+changes          other settings in an unfinished run; resume from an older checkpoint
 dry_run          dry_run
 disk_sizes       DiskSizes: estimated sizes of artifacts
 training         run_training: the training of the stages correct and distill

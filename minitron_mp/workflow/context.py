@@ -13,6 +13,7 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.console import say
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
 from minitron_mp.data.blend import blend_rows
+from minitron_mp.data.positions import SamplePositions, sample_positions
 from minitron_mp.distillation.layer_pairs import LayerPairs
 from minitron_mp.distillation.teacher import ColocatedTeacher
 from minitron_mp.distributed.batch import Batch
@@ -32,6 +33,8 @@ class StageContext(StageFiles):
     world: World
     students: dict[str, Recipe] = field(default_factory=dict)
     """Role -> recipe of the students that a remote teacher serves in this context."""
+    accept: tuple[str, ...] = ()
+    """Settings that may change when a training run resumes."""
 
     def empty_model(
         self,
@@ -146,9 +149,12 @@ def corpus(context: StageContext) -> Corpus:
     )
 
 
-def training_samples(context: StageContext, settings: TrainingConfig) -> Dataset:
-    """Return the samples of all steps, equal for every role."""
-    text, num_samples = corpus(context), settings.num_samples
+def training_samples(
+    context: StageContext, settings: TrainingConfig, positions: SamplePositions | None = None
+) -> Dataset:
+    """Return the samples of all steps, equal for every role. positions: None for plain batches."""
+    positions = positions or sample_positions(settings, ())
+    text, num_samples = corpus(context), positions.num_samples(settings.steps)
     samples = open_samples(text, "train", num_samples, repeat=True)
     blend = text.blend("train")
     if blend and context.world.role != "teacher":

@@ -16,18 +16,19 @@ from minitron_mp.workflow.output_folder import stop_file_line
 from minitron_mp.workflow.preflight import artifact_arch
 
 
-def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None) -> None:
+def dry_run(recipe: Recipe, num_ranks: int | None, stage: str | None, accept: Sequence[str] = ()) -> None:
     """Print the resolved recipe, layout, sizes, memory per rank and the state of the stages.
 
     num_ranks: ranks to plan for; None: one copy of each model. stage: the stage to run; None for
-    all. InputError lists every problem that would stop the run.
+    all. accept: settings that may differ from those of a checkpoint. InputError lists every problem
+    that would stop the run.
     """
     from minitron_mp.models.hf_config import read_arch
     from minitron_mp.models.model_folder import has_weights
     from minitron_mp.planning.case import PlanningCase
     from minitron_mp.planning.dry_run import dry_run_rows
 
-    graph = StageGraph(recipe)
+    graph = StageGraph(recipe, accept)
     if stage is not None:
         graph.require_stage(stage)
     ranks = num_ranks or _ranks_of_one_copy(recipe)

@@ -5,10 +5,17 @@ A stage is done when its artifact exists and has the manifest that the recipe re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from minitron_mp import __version__
-from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_artifact, user_files_problem
+from minitron_mp.artifacts.manifest import (
+    Change,
+    Manifest,
+    find_manifest,
+    require_artifact,
+    user_files_problem,
+)
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.output_folder import output_problems
@@ -20,10 +27,13 @@ from minitron_mp.workflow.stages import STAGES
 
 
 class StageGraph:
-    """A recipe, its stages and their artifacts. It reads files, and needs neither a GPU nor torchrun."""
+    """A recipe, its stages and their artifacts. It reads files, and needs neither a GPU nor torchrun.
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    accept: settings that may differ from those of a checkpoint from which a stage resumes.
+    """
+
+    def __init__(self, recipe: Recipe, accept: Sequence[str] = ()):
+        self.recipe, self.accept = recipe, tuple(accept)
         self.stages: dict[str, Stage] = {stage.name: stage for stage in STAGES if stage.when(recipe)}
         self.paths: dict[str, Path] = {
             name: recipe.root / stage.artifact for name, stage in self.stages.items()
@@ -72,6 +82,14 @@ class StageGraph:
                 made_by=f"minitron_mp {__version__}",
             )
         return self._manifests[name]
+
+    def set_step(self, name: str, step: int, changes: Sequence[Change]) -> None:
+        """Make the manifest of a training stage that of its checkpoint after a step.
+
+        changes: settings that changed during the run. Call it before manifest() of later stages.
+        """
+        manifest = self.manifest(name).model_copy(update={"changes": list(changes)})
+        self._manifests[name] = manifest.at_step(step)
 
     def add_settings(self, name: str, settings: dict[str, object]) -> None:
         """Add settings to the manifest that the stage's artifact must have."""

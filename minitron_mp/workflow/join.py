@@ -33,7 +33,7 @@ def join_any_ranks(recipe: Recipe) -> Iterator[World]:
     from minitron_mp.distributed.world import join_world
 
     with (
-        join_world(ParallelConfig(), seed=recipe.seed) as world,
+        join_world(ParallelConfig(), seed=recipe.seed, timeout_minutes=recipe.timeout_minutes) as world,
         watch_for_preemption(recipe.root) as preemption,
     ):
         yield replace(world, preemption=preemption)
@@ -53,7 +53,7 @@ def join_ranks(recipe: Recipe) -> Iterator[World]:
     teacher = recipe.teacher
     if not teacher.is_remote:
         with (
-            join_world(recipe.parallel, seed=recipe.seed) as world,
+            join_world(recipe.parallel, seed=recipe.seed, timeout_minutes=recipe.timeout_minutes) as world,
             watch_for_preemption(recipe.root) as preemption,
         ):
             yield replace(world, preemption=preemption)
@@ -67,7 +67,12 @@ def join_ranks(recipe: Recipe) -> Iterator[World]:
         role = f"sibling {path}"
         layouts[role] = (ranks, students[role].parallel)
     layouts["teacher"] = (teacher_ranks, teacher.parallel)
-    with join_roles(layouts, seed=recipe.seed, stream_timeout_s=teacher.timeout_s) as world:
+    with join_roles(
+        layouts,
+        seed=recipe.seed,
+        timeout_minutes=recipe.timeout_minutes,
+        stream_timeout_s=teacher.timeout_s,
+    ) as world:
         output = students[world.role].root if world.role in students else recipe.root
         with watch_for_preemption(output) as preemption:
             yield replace(world, preemption=preemption)

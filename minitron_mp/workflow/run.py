@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minitron_mp.artifacts.files import write_text
-from minitron_mp.artifacts.manifest import discard_checkpoints, find_manifest
+from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.workflow.changes import NEWEST, ResumeOptions, go_back
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.join import co_student_recipes, join_any_ranks, join_ranks
 from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
@@ -36,14 +38,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def run_stage(name: str, recipe: Recipe, *, force: bool = False, step: str = "") -> Path:
+def run_stage(
+    name: str, recipe: Recipe, *, force: bool = False, step: str = "", resume: ResumeOptions = NEWEST
+) -> Path:
     """Run one stage on all ranks of the job and return the path of its artifact.
 
     Called on all ranks. A finished stage is skipped unless force is given. step: for evaluate and
-    export, a saved step of distill, or "best"; see saved_steps.py.
+    export, a saved step of distill, or "best"; see saved_steps.py. resume: for a training stage.
     """
     require_launcher()
-    graph = StageGraph(recipe)
+    graph = StageGraph(recipe, resume.accept)
     graph.require_stage(name)
     if step:
         graph = at_saved_step(graph, step)
@@ -59,19 +63,22 @@ def run_stage(name: str, recipe: Recipe, *, force: bool = False, step: str = "")
         if world.role == "student":
             with _locked(recipe, world):
                 _on_rank_0(lambda: _say_deleted_sources(graph))
+                if resume.from_step is not None:
+                    _on_rank_0(partial(go_back, graph, name, resume.from_step, force=force))
                 _run(stage, graph, world, force=force)
         elif stage.meets_roles:
-            _take_part(stage, recipe, world, force=force)
+            _take_part(stage, graph, world, force=force)
     return graph.paths[name]
 
 
-def compress(recipe: Recipe) -> Path:
+def compress(recipe: Recipe, accept: Sequence[str] = ()) -> Path:
     """Run all unfinished stages, then write the report. Called on all ranks.
 
-    Returns the path of the exported student. The report is report.md and report.html.
+    Returns the path of the exported student. The report is report.md and report.html. accept:
+    settings that may differ from those of a checkpoint.
     """
     require_launcher()
-    graph = StageGraph(recipe)
+    graph = StageGraph(recipe, accept)
     graph.check(saved_progress=False)  # rank 0 checks it, because it reads the model and the text
     with join_ranks(recipe) as world, _preemptible(world, graph.stages.values()):
         if world.role == "student":
@@ -80,7 +87,7 @@ def compress(recipe: Recipe) -> Path:
         else:
             for stage in graph.stages.values():
                 if stage.meets_roles:
-                    _take_part(stage, recipe, world)
+                    _take_part(stage, graph, world)
     return graph.paths["export"]
 
 
@@ -135,7 +142,8 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
     start = time.monotonic()
     if stage.run is not None:
         manifest = _on_rank_0(lambda: graph.manifest(name))
-        stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
+        context = StageContext(recipe, graph.paths, manifest, world=world, students=students)
+        stage.run(replace(context, accept=graph.accept))
     elif stage.run_on_one_rank is not None:
         _run_on_rank_0(stage, graph, world)
     seconds = time.monotonic() - start
@@ -250,7 +258,7 @@ def _discard_checkpoints(graph: StageGraph) -> None:
             written = find_manifest(graph.paths[name])
             final = written.validation if written else None
             folder = checkpoint_folder(graph.recipe, name)
-            discard_checkpoints(folder, graph.manifest(name), keep_every, final)
+            discard_checkpoints(folder, written or graph.manifest(name), keep_every, final)
 
 
 def _write_report(graph: StageGraph) -> None:
@@ -289,19 +297,22 @@ def _preemption(world: World) -> Preemption:
     return world.preemption
 
 
-def _take_part(stage: Stage, recipe: Recipe, world: World, *, force: bool = False) -> None:
-    """Wait until the student reaches the stage, and take part in it. For ranks of another role."""
+def _take_part(stage: Stage, graph: StageGraph, world: World, *, force: bool = False) -> None:
+    """Wait until the student reaches the stage, and take part in it. For ranks of another role.
+
+    graph: the student's.
+    """
     from minitron_mp.workflow.context import StageContext
 
     assert stage.run is not None
+    recipe = graph.recipe
     if world.role != "teacher":
         sibling = co_student_recipes(recipe)[world.role]
         with _locked(sibling, world):
-            _run(stage, StageGraph(sibling), world, force=force)
+            _run(stage, StageGraph(sibling, graph.accept), world, force=force)
         return
     students = _active_students(stage, recipe, world, True)
     if students:
-        graph = StageGraph(recipe)
         manifest = _on_rank_0(lambda: graph.manifest(stage.name))
         stage.run(StageContext(recipe, graph.paths, manifest, world=world, students=students))
 

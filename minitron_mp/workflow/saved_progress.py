@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minitron_mp.artifacts.manifest import Manifest, find_manifest, newest_checkpoint, require_format
+from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_format
+from minitron_mp.artifacts.run_folder import checkpoint_step, newest_checkpoint
 from minitron_mp.errors import InputError
+from minitron_mp.workflow.changes import accept_option
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -58,18 +60,27 @@ def _problem(graph: StageGraph, name: str, saved: Path, expected: Manifest) -> s
         require_format(saved, manifest)
     except InputError as error:
         return str(error)
+    own_changes: list[str] = []
+    if graph.stages[name].has_checkpoints:
+        step = checkpoint_step(saved)
+        expected = expected.accepting(graph.accept, manifest, step).at_step(step)
+        own_changes = manifest.changed_settings(expected)
     if manifest.fingerprint == expected.fingerprint:
         return ""
     files, settings = _root_changes(graph, name, manifest, expected)
     advice = ["put the files back"] if files else []
     advice += ["restore the settings"] if settings else []
+    option = accept_option(own_changes)
+    if option and manifest.inputs == expected.inputs:
+        advice.append(f"change them from here on with {option}")
     causes = files + settings
     if not causes:
         inputs = sorted({*manifest.inputs, *expected.inputs})
         changed = [each for each in inputs if manifest.inputs.get(each) != expected.inputs.get(each)]
         causes = [f"the artifacts of {', '.join(changed)} were made again"]
     what = "checkpoints" if graph.stages[name].has_checkpoints else "progress"
-    actions = [" and ".join(advice), "set another output"] if advice else ["set another output"]
+    conjunction = " and " if files else ", "
+    actions = [conjunction.join(advice), "set another output"] if advice else ["set another output"]
     return (
         f"{name}: {saved.parent} has {what} of another run, so it cannot resume: {'; '.join(causes)}. "
         f"{', '.join(actions).capitalize()}, or delete {saved.parent} to start {name} again"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minitron_mp.artifacts.manifest import (
+from minitron_mp.artifacts.manifest import Change, find_manifest
+from minitron_mp.artifacts.run_folder import (
     best_checkpoint,
     checkpoint_step,
     complete_checkpoints,
-    find_manifest,
+    newest_checkpoint,
 )
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.graph import StageGraph
@@ -26,12 +27,22 @@ def at_saved_step(graph: StageGraph, step: str) -> StageGraph:
     """
     number, folder = _saved_step(graph, step)
     changed = StageGraph(graph.recipe)
+    changed.set_step("distill", number, _changes(graph))
     changed.paths["distill"] = folder
     for name in ("evaluate", "export"):
         path = graph.paths[name]
         changed.paths[name] = path.with_name(f"{path.stem}_step_{number}{path.suffix}")
         changed.add_settings(name, {"step": number})
     return changed
+
+
+def _changes(graph: StageGraph) -> list[Change]:
+    """Return the settings of distill that changed during its run, with --accept."""
+    newest = newest_checkpoint(checkpoint_folder(graph.recipe, "distill"))
+    manifest = find_manifest(graph.paths["distill"])
+    if manifest is None and newest is not None:
+        manifest = find_manifest(newest)
+    return manifest.changes if manifest is not None else []
 
 
 def _saved_step(graph: StageGraph, step: str) -> tuple[int, Path]:

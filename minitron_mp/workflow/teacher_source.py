@@ -6,11 +6,13 @@ This module connects a recipe and its artifacts to the teachers, streams and cac
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from minitron_mp.console import say
 from minitron_mp.data.batches import microbatches
+from minitron_mp.data.positions import sample_positions
 from minitron_mp.data.prefetch import Prefetch
 from minitron_mp.distillation.cache import Reader
 from minitron_mp.distillation.layer_pairs import LayerPairs
@@ -127,7 +129,8 @@ def serve_students(context: StageContext) -> None:
     Called on all ranks of the role teacher.
     """
     link = role_link(context)
-    first_step = handshake(context, link, 0)
+    start = handshake(context, link, 0)
+    context = replace(context, manifest=context.manifest.model_copy(update={"changes": start.changes}))
     pairs = _layer_pairs(context)
     sender: SignalSender | None = None
     if context.world.is_last_stage:
@@ -139,7 +142,7 @@ def serve_students(context: StageContext) -> None:
     teacher = load_served_teacher(context, link.window, pairs, stream_end(context, link))
     serve_held_out(context, teacher, link)
     log_fp8_teacher_kl(context, teacher.model)
-    serve(context, teacher, sender, first_step)
+    serve(context, teacher, sender, start.step)
 
 
 def load_served_teacher(
@@ -175,13 +178,15 @@ def serve(
     """
     recipe = context.recipe
     settings = recipe.distill
-    samples = training_samples(context, settings)
+    positions = sample_positions(settings, context.manifest.changes)
+    samples = training_samples(context, settings, positions)
     per_step = settings.global_batch_size // settings.micro_batch_size
 
     def batch_of(id: int) -> Batch:
+        step = id // per_step
         (batch,) = microbatches(
-            samples,
-            id // per_step,
+            positions.from_step(samples, step),
+            step,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,
             dp_rank=id % per_step,

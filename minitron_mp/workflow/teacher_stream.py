@@ -4,9 +4,11 @@ that sender and receiver agree."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from minitron_mp.artifacts.manifest import Change
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.distillation.stream import STREAM_VERSION, Link
@@ -77,11 +79,19 @@ def _channel(context: StageContext) -> RoleChannel:
     return context.world.channel
 
 
-def handshake(context: StageContext, link: Link, first_step: int) -> int:
-    """Return the first step of the students, after the roles have compared their settings.
+@dataclass(frozen=True)
+class StreamStart:
+    """The first step of the students, and the changes of their settings before it."""
+
+    step: int
+    changes: list[Change]
+
+
+def handshake(context: StageContext, link: Link, first_step: int) -> StreamStart:
+    """Return the start of the students, after the roles have compared their settings.
 
     Called on all ranks of the roles. InputError on all of them names every field that differs.
-    first_step: of this student; the teacher's is not used.
+    first_step: of this student. The teacher's step and changes are not used.
     """
     recipe = context.recipe
     teacher = recipe.distillation_teacher
@@ -97,7 +107,8 @@ def handshake(context: StageContext, link: Link, first_step: int) -> int:
         },
         tokenizer=dict(context.tokenizer().unique_identifiers),
     )
-    return compare_settings(_channel(context), list(context.students), settings, first_step)
+    start = StreamStart(first_step, context.manifest.changes)
+    return compare_settings(_channel(context), list(context.students), settings, start)
 
 
 def stream_settings(
@@ -117,6 +128,7 @@ def stream_settings(
         "steps": recipe.distill.steps,
         "valid_batches": recipe.distill.valid_batches if recipe.distill.valid_interval else 0,
         "global_batch_size": recipe.distill.global_batch_size,
+        "skip_batches": recipe.distill.skip_batches,
         "temperature": recipe.distill.temperature,
         "states": recipe.distill.states and recipe.distill.states.model_dump(),
         **{f"head {name}": value for name, value in vars(HeadSpec.of(teacher)).items()},
@@ -132,10 +144,11 @@ def stream_settings(
 
 
 def compare_settings(
-    channel: RoleChannel, students: Sequence[str], settings: dict[str, object], first_step: int
-) -> int:
-    """Return the first step of the students; InputError on all ranks when the roles differ."""
-    sent = {"first": first_step, "settings": settings}
+    channel: RoleChannel, students: Sequence[str], settings: dict[str, object], start: StreamStart
+) -> StreamStart:
+    """Return the start of the students; InputError on all ranks when the roles differ."""
+    changes = [change.model_dump(mode="json") for change in start.changes]
+    sent = {"step": start.step, "changes": changes, "settings": settings}
     received = channel.exchange("settings", sent, roles=["teacher", *students])
     problems = [
         row
@@ -145,11 +158,26 @@ def compare_settings(
         )
     ]
     refuse("teacher and student must have the same settings:", problems)
-    steps = {role: received[role]["first"] for role in students}
+    starts = {
+        role: StreamStart(received[role]["step"], list(map(Change.model_validate, received[role]["changes"])))
+        for role in students
+    }
+    steps = {role: start.step for role, start in starts.items()}
     if len(set(steps.values())) > 1:
         resumed = ", ".join(f"{role} at step {step}" for role, step in steps.items())
         raise InputError(
             f"all students of one teacher must resume from the same step, given {resumed}; "
             f"delete the checkpoints after step {min(steps.values())}"
         )
-    return steps[students[0]]
+    sizes = {role: _batch_sizes(start.changes) for role, start in starts.items()}
+    if any(size != sizes[students[0]] for size in sizes.values()):
+        raise InputError(
+            f"all students of one teacher must change global_batch_size at the same steps, given {sizes}; "
+            "delete their checkpoints after the first of these steps"
+        )
+    return starts[students[0]]
+
+
+def _batch_sizes(changes: Sequence[Change]) -> dict[int, object]:
+    """Return step -> global_batch_size from it on, of changes during a run."""
+    return {change.step: change.new for change in changes if change.name == "global_batch_size"}

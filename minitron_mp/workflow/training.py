@@ -8,28 +8,32 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from minitron_mp.artifacts.checkpoint import model_state, prefixed, save_checkpoint
 from minitron_mp.artifacts.curves import Curve
 from minitron_mp.artifacts.hf_folder import copy_assets_from
-from minitron_mp.artifacts.manifest import Validation, discard_checkpoints
+from minitron_mp.artifacts.manifest import Validation
+from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
 from minitron_mp.data.batches import microbatches
+from minitron_mp.data.positions import sample_positions
 from minitron_mp.data.prefetch import Prefetch
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, Teacher
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.preemption import Preempted
 from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.errors import InputError
 from minitron_mp.evaluation.quality import Quality, compare
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
 from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 from minitron_mp.training.options import RunOptions
-from minitron_mp.training.run_checkpoint import resume_step
+from minitron_mp.training.run_checkpoint import ResumePoint, resume_point
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
 from minitron_mp.training.validation import Measure
@@ -42,8 +46,8 @@ PROFILE = "profile"
 
 OnStep = Callable[[StepMetrics], None]
 
-TeacherFactory = Callable[[int, OnStep], Teacher]
-"""(first step, callback for the metrics of a trained teacher) -> teacher."""
+TeacherFactory = Callable[[ResumePoint, OnStep], Teacher]
+"""(start of the run, callback for the metrics of a trained teacher) -> teacher."""
 
 
 def run_training(
@@ -59,13 +63,18 @@ def run_training(
     at the same time. make_teacher: None for training without a teacher.
     """
     recipe, world, name = context.recipe, context.world, context.manifest.stage
-    batches_of = _batches_of(context, settings)
-    batches_of(0)  # InputError for sizes that do not divide, before a model is built
-    model = context.build(start, training=settings)
     checkpoints = checkpoint_folder(recipe, name)
-    first_step = resume_step(checkpoints, context.manifest)
+    resumed = resume_point(checkpoints, context.manifest, context.accept)
+    first_step, context = resumed.step, replace(context, manifest=resumed.manifest)
+    _check_resume(resumed, settings)
+    batches_of = _batches_of(context, settings)
+    batches_of(first_step)  # InputError for sizes that do not divide, before a model is built
+    model = context.build(start, training=settings)
     if first_step:
         say(f"{name}: resuming from step {first_step}")
+    for change in resumed.manifest.changes:
+        if change.step == first_step:
+            say(f"{name}: {change.name} changes from {change.old} to {change.new} after step {change.step}")
     files = [recipe.root / curve.file for curve in curves]
     with Tracker(name, settings.steps, "steps", first_step) as tracker, ExitStack() as stack:
         logs = [
@@ -78,7 +87,7 @@ def run_training(
             tracker.advance(1, metrics.console_line())
 
         # The first log is that of a trained teacher. Other teachers have no metrics.
-        teacher = make_teacher(first_step, logs[0]) if make_teacher else None
+        teacher = make_teacher(resumed, logs[0]) if make_teacher else None
         options = RunOptions(
             checkpoints,
             context.manifest.model_copy(update={"arch": model.arch}),
@@ -119,16 +128,37 @@ def _measure(
     return measure
 
 
+def _check_resume(resumed: ResumePoint, settings: DistillConfig | CorrectionConfig) -> None:
+    """Raise InputError if accepted settings do not fit the steps that are already trained."""
+    if settings.steps <= resumed.step:
+        raise InputError(
+            f"steps {settings.steps} must be above the step {resumed.step} from which the run resumes; raise "
+            "it, or go back with --from-step"
+        )
+    skipped = [change for change in resumed.manifest.changes if change.name == "skip_batches"]
+    for change in skipped:
+        before = settings.model_copy(update={"skip_batches": change.old or []})
+        done = sample_positions(before, ()).batch(change.step - 1) + 1
+        old, new = ({tuple(pair) for pair in ranges or []} for ranges in (change.old, change.new))
+        changed = [pair for pair in sorted(old ^ new) if pair[0] <= done]
+        if changed:
+            raise InputError(
+                f"skip_batches {change.new} changes the batches {list(changed[0])}, and the run has read "
+                f"{done} batches; give later batches, or go back with --from-step"
+            )
+
+
 def _batches_of(
     context: StageContext, settings: DistillConfig | CorrectionConfig
 ) -> Callable[[int], Sequence[Batch]]:
     """Return the function from step to this data-parallel rank's microbatches."""
-    samples = training_samples(context, settings)
+    positions = sample_positions(settings, context.manifest.changes)
+    samples = training_samples(context, settings, positions)
     dp = context.world.groups.dp
 
     def batches_of(step: int) -> Sequence[Batch]:
         return microbatches(
-            samples,
+            positions.from_step(samples, step),
             step,
             global_batch_size=settings.global_batch_size,
             micro_batch_size=settings.micro_batch_size,

@@ -297,12 +297,13 @@ def wrong_credit(roles: Roles, shape: StreamShape) -> str:
 
 def contract(roles: Roles, **other: Any) -> str:
     """The refusal of a contract that differs in some fields, on this rank."""
-    from minitron_mp.workflow.teacher_stream import compare_settings
+    from minitron_mp.workflow.teacher_stream import StreamStart, compare_settings
 
     mine: dict[str, Any] = {"sequence_length": "24", "payload": "hidden", "window": 3}
     try:
         with joined_roles(roles) as world:
-            compare_settings(world.channel, ["student"], mine | other if world.role == "teacher" else mine, 0)
+            settings = mine | other if world.role == "teacher" else mine
+            compare_settings(world.channel, ["student"], settings, StreamStart(0, []))
     except InputError as error:
         return str(error)
     return ""

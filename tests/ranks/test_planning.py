@@ -144,6 +144,27 @@ def test_layers_in_flight_match_the_schedule(ranks):
         ], p
 
 
+def test_recomputation_of_more_layers_needs_less_memory_and_more_time(examples):
+    recipe, arch = load_recipe(TWELVE_TO_EIGHT), ARCHS["nemotron"].resized(num_layers=8)
+    recipe = recipe.model_copy(update={"parallel": ParallelConfig(pp=2)})
+
+    def activations(recompute: bool | int) -> float:
+        training = recipe.distill.model_copy(update={"recompute": recompute})
+        return training_memory(arch, training, recipe, 2, 0)["activations (estimate)"]
+
+    def seconds(recompute: bool | int) -> float:
+        training = recipe.distill.model_copy(update={"recompute": recompute})
+        return sum(estimate_training(arch, training, recipe, 2, shipped(), None).seconds.values())
+
+    assert activations(4) == activations(9) == activations(True)
+    assert activations(True) < activations(3) < activations(2)
+    assert activations(True) < activations(False)
+    steps = [seconds(n) for n in (False, 1, 2, 3, True)]
+    assert steps == sorted(steps)
+    assert steps[0] < steps[1]
+    assert seconds(4) == seconds(True)
+
+
 def test_training_bytes_are_exact(ranks, examples):
     """On the first rank. Only buffer padding may shift the optimizer's shard between ranks."""
     arch, recipe = ARCHS["nemotron"], load_recipe(TWELVE_TO_EIGHT)

@@ -283,6 +283,18 @@ def agreement(
         ("seed", {"recipe": {**RECIPE, "seed": 5}}),
         ("steps", {"recipe": {**RECIPE, "distill": {"steps": 50}}}),
         ("global_batch_size", {"recipe": {**RECIPE, "distill": {"global_batch_size": 4}}}),
+        ("skip_batches", {"recipe": {**RECIPE, "distill": {"skip_batches": [[2, 3]]}}}),
+        ("valid_batches", {"recipe": {**RECIPE, "distill": {"valid_interval": 50}}}),
+        (
+            "document_mask",
+            {
+                "recipe": {
+                    **RECIPE,
+                    "transformer_impl": "local",
+                    "data": {**RECIPE["data"], "document_mask": True},
+                }
+            },
+        ),
         ("temperature", {"recipe": {**RECIPE, "distill": {"temperature": 2.0}}}),
         ("states", {"recipe": {**RECIPE, "distill": {"states": {"layers": {0: 0}}}}}),
         ("head hidden_size", {"arch": ARCHS["qwen3"].resized(hidden_size=48)}),
@@ -317,6 +329,9 @@ def test_contract_has_no_other_field():
         "tokenizer",
         "seed",
         "steps",
+        "skip_batches",
+        "valid_batches",
+        "document_mask",
         "global_batch_size",
         "temperature",
         "states",

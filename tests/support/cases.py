@@ -347,6 +347,8 @@ def variants(layout: Layout) -> dict[str, DistillConfig | CorrectionConfig]:
     for name, where in (("overlap", OVERLAP_LAYOUTS), ("recompute", RECOMPUTE_LAYOUTS)):
         if layout.name in where:
             chosen[name] = settings(layout).model_copy(update={name: True})
+    if layout.name in RECOMPUTE_LAYOUTS:
+        chosen["recompute one"] = settings(layout).model_copy(update={"recompute": 1})
     return {
         **chosen,
         "correct": CORRECT.model_copy(update={"micro_batch_size": settings(layout).micro_batch_size}),

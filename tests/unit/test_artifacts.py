@@ -13,13 +13,13 @@ from minitron_mp.artifacts.files import aside_path, fingerprint_files, write_tex
 from minitron_mp.artifacts.manifest import (
     Manifest,
     commit_artifact,
-    discard_checkpoints,
     find_manifest,
     prepare_artifact,
     require_artifact,
     user_files,
     writing_artifact,
 )
+from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 

@@ -102,10 +102,17 @@ def test_budgets_that_do_not_fit_are_rejected(tmp_path, one_rank, shares, messag
         open_samples(blend(tmp_path, shares, [40, 100]), "train", 100, repeat=True)
 
 
-@pytest.mark.parametrize("share", [0, -1, True, None, "2", "epochs", "2B epochs", "1..2 tokens", [1], "nan"])
+@pytest.mark.parametrize("share", [0, -1, True, None, "0", "epochs", "2B epochs", "1..2 tokens", [1], "nan"])
 def test_invalid_shares_are_rejected(share):
     with pytest.raises(ValueError, match="is not the share of a text; give a weight above 0"):
         DataConfig(calibration="a", valid="b", train={"c": share})
+
+
+def test_names_that_look_like_numbers_stay_text():
+    """A recipe in YAML has the text of each number. Shares are read as numbers, paths are not."""
+    data = DataConfig(calibration="007", valid=["2024", "no"], train={"007": "3", "1e3": 0.5})
+    assert (data.calibration, data.valid) == (["007"], ["2024", "no"])
+    assert data.train == {"007": 3.0, "1e3": 0.5}
 
 
 def test_shares_belong_to_the_stages_that_read_samples():

@@ -45,6 +45,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake("An override of an element that the list does not have", ("data.train[7]=text",)),
         Mistake("--world without --dry-run", ("--world", "8"), dry_run=False),
         Mistake("A stage that this recipe does not have", command="correct"),
+        Mistake("A setting that may not change during a run", ("--accept", "precision")),
+        Mistake("A checkpoint that does not exist", ("distill", "100"), command="rewind", dry_run=False),
         Mistake("A stage whose inputs do not exist yet", command="prune", dry_run=False),
     ],
     "Recipe": [
@@ -73,6 +75,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("A section that contains a number", "distill=100"),
         overrides("A learning rate of 0", "distill.lr=0"),
         overrides("More warm-up steps than steps", "distill.warmup_steps=60"),
+        overrides("A WSD schedule without decay steps", "distill.schedule=wsd"),
+        overrides("Decay steps of another schedule", "distill.decay_steps=5"),
+        overrides("Ranges of skipped batches that overlap", "distill.skip_batches=[[3, 5], [5, 9]]"),
         overrides("An empty output", "output=''"),
     ],
     "Model folder": [

@@ -135,3 +135,25 @@ def test_base_image_packages_are_pinned_and_checked(tmp_path):
     done = run("check")
     assert done.returncode == 1
     assert "torch: 2.12.0a0 in" in done.stderr
+
+
+def progress_of(output: Path, job_file: Path) -> bool:
+    """Run the function progress() of launch/slurm.sbatch."""
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    function = text[text.index("progress() {") : text.index("\n}\n", text.index("progress() {")) + 3]
+    script = f"output={output} job_file={job_file}\n{function}progress"
+    return subprocess.run(["bash", "-c", script]).returncode == 0
+
+
+def test_measured_save_is_not_progress(tmp_path):
+    """A kill may leave the checkpoint that only measured the duration of a save."""
+    job_file, output = tmp_path / "job", tmp_path / "out"
+    job_file.touch()
+    os.utime(job_file, (1e9, 1e9))
+    for name in ("timing", ".timing.tmp"):
+        (output / "checkpoints" / "distill" / name).mkdir(parents=True)
+        (output / "checkpoints" / "distill" / name / "manifest.json").touch()
+    assert not progress_of(output, job_file)
+    (output / "checkpoints" / "distill" / "step_00000001").mkdir()
+    (output / "checkpoints" / "distill" / "step_00000001" / "manifest.json").touch()
+    assert progress_of(output, job_file)

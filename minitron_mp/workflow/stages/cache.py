@@ -72,6 +72,8 @@ def settings(recipe: Recipe) -> dict[str, object]:
         "payload": recipe.teacher.payload,
         **fp8_teacher(recipe),
     }
+    if recipe.distill.skip_batches:
+        result["skip_batches"] = recipe.distill.skip_batches
     if recipe.teacher.payload == "topk":
         result |= {"top_k": recipe.teacher.top_k, "temperature": recipe.distill.temperature}
     return result

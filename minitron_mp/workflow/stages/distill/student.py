@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from minitron_mp.artifacts.curves import CORRECTION, Curve
 from minitron_mp.distillation.teacher import Teacher
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run import TrainingRun
+from minitron_mp.training.run_checkpoint import ResumePoint
 from minitron_mp.training.teacher_correction import TrainableTeacher
 from minitron_mp.workflow.context import StageContext
 from minitron_mp.workflow.fp8_teacher import log_fp8_teacher_kl
@@ -24,12 +26,12 @@ def distill_student(context: StageContext, curves: Sequence[Curve]) -> None:
         serve_students(context)
         return
 
-    def make_teacher(first_step: int, on_teacher_step: OnStep) -> Teacher:
+    def make_teacher(start: ResumePoint, on_teacher_step: OnStep) -> Teacher:
         teacher: Teacher
         if context.recipe.corrects_during_distillation:
             teacher = _trainable_teacher(context, on_teacher_step)
         else:
-            teacher = open_teacher(context, first_step)
+            teacher = open_teacher(replace(context, manifest=start.manifest), start.step)
         # The ranks of a remote teacher call it, too, and only in this stage.
         log_fp8_teacher_kl(context, teacher.model)
         return teacher

@@ -287,8 +287,7 @@ def _distill_together(
             train_together(runs, teacher, batches_ahead, last_step, drop_diverged=True)
     quality = compare(models, teacher, groups)
     for candidate, run in zip(part, runs):
-        measured = quality[candidate.name]
-        loss, kl = measured.loss, measured.kl
+        loss, kl = quality[candidate.name].loss, quality[candidate.name].kl
         # After a divergence no step has an update, and the last weights may have a finite loss.
         has_diverged = run.steps_done < last_step or run.num_skipped_in_a_row > 0
         if has_diverged or not math.isfinite(loss):
