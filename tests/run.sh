@@ -144,7 +144,7 @@ with_py312() {
 # Make an environment with Megatron-Bridge on top of the one for Python 3.12. Bridge pins versions that pip
 # cannot resolve together, so it is installed without its dependencies, and those that it imports follow.
 with_bridge() {
-    local dir=${VENV_BRIDGE:-$PWD/.venv-bridge} pins=constraints/bridge.txt purelib log
+    local dir=${VENV_BRIDGE:-$PWD/.venv-bridge} pins=tests/support/bridge_requirements.txt purelib log
     purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
     if ! cmp -s "$pins" "$dir/minitron-mp.stamp"; then
         rm -rf "$dir"

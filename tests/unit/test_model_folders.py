@@ -360,7 +360,7 @@ def test_unusable_setting_is_named(llama, changes, said):
 )
 def test_unread_setting_of_the_computation_is_rejected(llama, changes):
     (key,) = changes
-    with pytest.raises(InputError, match=f"{key} is .* by its name it may change the computation"):
+    with pytest.raises(InputError, match=f"{key} is .* its name suggests that it changes the result"):
         read_arch(edit(llama, **changes))
 
 
