@@ -151,6 +151,15 @@ def test_wrong_names_give_one_short_message(llama, change, said):
     assert len(text.splitlines()) <= 10
 
 
+def test_dtype_is_named_before_the_scales_of_a_quantized_folder(llama):
+    def quantize(tensors):
+        return tensors | {UP: tensors[UP].to(torch.float8_e4m3fn), f"{UP}_scale_inv": torch.ones(1, 1)}
+
+    text = message(change_weights(llama, quantize))
+    assert f"1 of 21 tensors are F8_E4M3, for example {UP}" in text
+    assert "scale_inv" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "said"),
     [
