@@ -662,3 +662,23 @@ def test_tokenizer_of_own_code_is_exported_without_it(llama, tmp_path):
     (llama / "tokenizer_config.json").write_text(json.dumps(settings))
     written = exported(llama, tmp_path / "out") / "tokenizer_config.json"
     assert json.loads(written.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"extra_special_tokens": ["<a>", "<b>"]}, {"additional_special_tokens": ["<a>", "<b>"]}),
+        (
+            {"extra_special_tokens": ["<a>"], "additional_special_tokens": ["<b>", "<a>"]},
+            {"additional_special_tokens": ["<b>", "<a>"]},
+        ),
+        ({"extra_special_tokens": {"image": "<a>"}}, {"extra_special_tokens": {"image": "<a>"}}),
+        ({"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizer"}),
+    ],
+    ids=["class", "list", "both lists", "dictionary", "older class"],
+)
+def test_tokenizer_of_transformers_5_is_exported_for_4(llama, tmp_path, settings, changes):
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = exported(llama, tmp_path / "out") / "tokenizer_config.json"
+    assert json.loads(written.read_text()) == changes
