@@ -69,11 +69,11 @@ def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> No
 
 
 def _tokenizer_changes(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of tokenizer_config.json that transformers 4 and 5 read alike.
+    """Return the changes to tokenizer_config.json with which transformers 4 and 5 load one tokenizer.
 
-    transformers 4 does not have the class TokenizersBackend of transformers 5, and rejects a list of
-    extra_special_tokens. Both know their older names. A class of the folder's own code becomes that
-    of tokenizer.json.
+    transformers 5 writes the class TokenizersBackend and a list of extra_special_tokens, and
+    transformers 4 rejects both. The older names work in both versions. A class in the folder's own
+    Python code is replaced by the class that reads tokenizer.json.
     """
     changes: dict[str, Any] = {}
     given = settings.get("tokenizer_class")
