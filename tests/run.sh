@@ -67,15 +67,22 @@ run_tests() {
     python -m pytest --durations=10 -n 2 --no-loadscope-reorder "$@"
 }
 
+# extend DIR BASE: make an environment unless DIR is complete, and let it import what BASE has installed
+extend() {
+    local purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    if [[ ! -e $1/minitron-mp.stamp ]]; then
+        rm -rf "$1"
+        "$2/bin/python" -m venv "$1"
+    fi
+    "$2/bin/python" -c "$purelib" >"$("$1/bin/python" -c "$purelib")/base.pth"
+}
+
 # Make an environment with NeMo-Run on top of the pinned one, because NeMo-Run needs an older urllib3 than
 # the pins have. If pip cannot make it, the test is skipped.
 with_nemo_run() {
     local dir=$venv-nemo
+    extend "$dir" "$venv"
     if [[ ! -e $dir/minitron-mp.stamp ]]; then
-        rm -rf "$dir"
-        "$venv/bin/python" -m venv "$dir"
-        local purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-        "$venv/bin/python" -c "$purelib" >"$("$dir/bin/python" -c "$purelib")/pinned.pth"
         timeout 300 "$dir/bin/pip" install -q nemo-run 'leptonai<0.47' >/dev/null 2>&1 || {
             echo "pip cannot install nemo-run" >&2
             return
@@ -88,15 +95,14 @@ with_nemo_run() {
 # Make an environment with the programs that read exported folders, on top of the pinned one, because they
 # need an older transformers. Building llama.cpp takes 5 to 30 minutes on 2 cores.
 with_readers() {
-    local dir=${VENV_READERS:-$venv-readers} purelib log requirements=tests/readers/requirements.txt source
+    local dir=${VENV_READERS:-$venv-readers} log requirements=tests/readers/requirements.txt source
     source=$(grep ^llama-cpp-python "$requirements")
     if [[ ! -e $dir/minitron-mp.stamp ]]; then
         need cmake cmake
         need g++ g++
-        rm -rf "$dir"
-        "$venv/bin/python" -m venv "$dir"
-        purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-        "$venv/bin/python" -c "$purelib" >"$("$dir/bin/python" -c "$purelib")/pinned.pth"
+    fi
+    extend "$dir" "$venv"
+    if [[ ! -e $dir/minitron-mp.stamp ]]; then
         log=$dir/install.log
         mkdir "$dir/llama_cpp"
         # The converter is in the source of the Python package only.
@@ -144,18 +150,17 @@ with_py312() {
 # Make an environment with Megatron-Bridge on top of the one for Python 3.12. Bridge pins versions that pip
 # cannot resolve together, so it is installed without its dependencies, and those that it imports follow.
 with_bridge() {
-    local dir=${VENV_BRIDGE:-$PWD/.venv-bridge} pins=constraints/bridge.txt purelib log
-    purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-    if ! cmp -s "$pins" "$dir/minitron-mp.stamp"; then
-        rm -rf "$dir"
-        "$venv/bin/python" -m venv "$dir"
-        "$venv/bin/python" -c "$purelib" >"$("$dir/bin/python" -c "$purelib")/py312.pth"
+    local dir=${VENV_BRIDGE:-$PWD/.venv-bridge} pins=tests/support/bridge_requirements.txt log site
+    cmp -s "$pins" "$dir/minitron-mp.stamp" || rm -f "$dir/minitron-mp.stamp"
+    extend "$dir" "$venv"
+    if [[ ! -e $dir/minitron-mp.stamp ]]; then
+        site=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
         log=$dir/install.log
         {
             # nvidia-resiliency-ext has wheels for newer systems only; none of its binaries is used here.
             timeout 900 "$dir/bin/pip" install -q --no-deps -r "$pins" &&
                 timeout 300 "$dir/bin/pip" install -q --no-deps --platform manylinux_2_39_x86_64 \
-                    --only-binary=:all: --target "$("$dir/bin/python" -c "$purelib")" nvidia-resiliency-ext==0.6.0
+                    --only-binary=:all: --target "$site" nvidia-resiliency-ext==0.6.0
         } >"$log" 2>&1 || skip "pip cannot install Megatron-Bridge: $(tail -1 "$log")"
         cp "$pins" "$dir/minitron-mp.stamp"
     fi

@@ -119,7 +119,7 @@ def _leaves(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def kind_of(value: object) -> str:
-    """Return the type of a JSON value in words."""
+    """Return the kind of a JSON value with its article, such as "a list"."""
     if value is None:
         return "null"
     kinds = {dict: "an object", list: "a list", bool: "a truth value", str: "a string"}

@@ -61,12 +61,13 @@ class HFWeights:
             for name in list(file.keys()):
                 copies = self.files.setdefault(name, [])
                 copies.insert(0 if weights.named.get(name) == path.name else len(copies), file)
+        dtypes = self._dtypes()
+        # Quantized folders also have tensors with scales, whose names would hide the cause.
+        refuse(f"the weights in {folder} have a dtype that cannot be read:", self._dtype_problems(dtypes))
         refuse(
             f"the weights in {folder} do not fit its config.json; give the one that was saved with them:",
             shortened(self._problems()),
         )
-        dtypes = self._dtypes()
-        refuse(f"the weights in {folder} have a dtype that cannot be read:", self._dtype_problems(dtypes))
         self.dtype: torch.dtype = reduce(torch.promote_types, (DTYPES[name] for name in dtypes))
         """Dtype of the canonical tensors: the widest of the folder. So no value changes."""
         self.notes = self._notes(dtypes)
@@ -142,9 +143,13 @@ class HFWeights:
         return problems
 
     def _dtypes(self) -> Counter[str]:
-        """Return dtype -> number of the used tensors that have it."""
+        """Return dtype -> number of the used tensors that have it. Missing tensors are left out."""
+        return Counter(self.files[name][0].get_slice(name).get_dtype() for name in self._used_names())
+
+    def _used_names(self) -> list[str]:
+        """Return the names of the used tensors in the files."""
         names = {self._stored_name(name) for name in hf_shapes(self.arch)}
-        return Counter(self.files[name][0].get_slice(name).get_dtype() for name in sorted(names))
+        return sorted(names & self.files.keys())
 
     def _dtype_problems(self, dtypes: Counter[str]) -> list[str]:
         return [
@@ -157,8 +162,8 @@ class HFWeights:
 
     def _example(self, dtype: str) -> str:
         """Return the name of a used tensor that has a dtype."""
-        names = sorted(self._stored_name(name) for name in hf_shapes(self.arch))
-        return next(name for name in names if self.files[name][0].get_slice(name).get_dtype() == dtype)
+        used = self._used_names()
+        return next(name for name in used if self.files[name][0].get_slice(name).get_dtype() == dtype)
 
     def _notes(self, dtypes: Counter[str]) -> list[str]:
         notes = []

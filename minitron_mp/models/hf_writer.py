@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,21 +60,40 @@ def copy_assets(source: Path | None, folder: Path, config: dict[str, Any]) -> No
     if source:
         copy_asset_files(source, folder)
         tokenizer = folder / "tokenizer_config.json"
-        own = own_tokenizer_class(read_json(tokenizer)) if tokenizer.is_file() else ""
-        has_class = own and "tokenizer_class" in read_json(tokenizer)
-        _rewrite(tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"} if has_class else {})
+        if tokenizer.is_file():
+            _rewrite(tokenizer, _tokenizer_changes(read_json(tokenizer)), removed=["extra_special_tokens"])
         settings = folder / "generation_config.json"
         if settings.is_file() and "vocab_size" in config:
             _rewrite(settings, unknown_tokens(read_json(settings), config["vocab_size"]))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _rewrite(file: Path, changes: dict[str, Any]) -> None:
+def _tokenizer_changes(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes to tokenizer_config.json with which transformers 4 and 5 load one tokenizer.
+
+    transformers 5 writes the class TokenizersBackend and a list of extra_special_tokens, and
+    transformers 4 rejects both. The older names work in both versions. A class in the folder's own
+    Python code is replaced by the class that reads tokenizer.json.
+    """
+    changes: dict[str, Any] = {}
+    given = settings.get("tokenizer_class")
+    if given == "TokenizersBackend" or (given and own_tokenizer_class(settings)):
+        changes["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        known = settings.get("additional_special_tokens") or []
+        changes["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
+    elif extra is not None:
+        changes["extra_special_tokens"] = extra  # a dictionary has the same meaning for both
+    return changes
+
+
+def _rewrite(file: Path, changes: dict[str, Any], removed: Sequence[str] = ()) -> None:
     """Change a JSON file, and remove the names of Python files, which the export does not contain."""
     content = read_json(file) if file.is_file() else {}
-    if content.pop("auto_map", None) is not None or changes:
-        content |= changes
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    new = {key: value for key, value in content.items() if key not in ("auto_map", *removed)} | changes
+    if new != content:
+        file.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.cluster import temporary_folder
 from minitron_mp.cluster.temporary_folder import check_temporary_folder
-from minitron_mp.console import console, say
+from minitron_mp.console import say
 from minitron_mp.errors import InputError, os_error_text
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 
@@ -41,7 +42,7 @@ def test_each_error_of_a_disk_has_advice(number):
 
 def test_error_of_printing_names_the_output(monkeypatch):
     stream = SimpleNamespace(write=full, flush=full, isatty=lambda: False, encoding="utf-8")
-    monkeypatch.setattr(console, "file", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(OSError, match=r"No space left on device.*standard output"):
         say("text")
 

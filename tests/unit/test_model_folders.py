@@ -151,6 +151,15 @@ def test_wrong_names_give_one_short_message(llama, change, said):
     assert len(text.splitlines()) <= 10
 
 
+def test_dtype_is_named_before_the_scales_of_a_quantized_folder(llama):
+    def quantize(tensors):
+        return tensors | {UP: tensors[UP].to(torch.float8_e4m3fn), f"{UP}_scale_inv": torch.ones(1, 1)}
+
+    text = message(change_weights(llama, quantize))
+    assert f"1 of 21 tensors are F8_E4M3, for example {UP}" in text
+    assert "scale_inv" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "said"),
     [
@@ -360,7 +369,7 @@ def test_unusable_setting_is_named(llama, changes, said):
 )
 def test_unread_setting_of_the_computation_is_rejected(llama, changes):
     (key,) = changes
-    with pytest.raises(InputError, match=f"{key} is .* by its name it may change the computation"):
+    with pytest.raises(InputError, match=f"{key} is .* its name suggests that it changes the result"):
         read_arch(edit(llama, **changes))
 
 
@@ -653,3 +662,23 @@ def test_tokenizer_of_own_code_is_exported_without_it(llama, tmp_path):
     (llama / "tokenizer_config.json").write_text(json.dumps(settings))
     written = exported(llama, tmp_path / "out") / "tokenizer_config.json"
     assert json.loads(written.read_text()) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"extra_special_tokens": ["<a>", "<b>"]}, {"additional_special_tokens": ["<a>", "<b>"]}),
+        (
+            {"extra_special_tokens": ["<a>"], "additional_special_tokens": ["<b>", "<a>"]},
+            {"additional_special_tokens": ["<b>", "<a>"]},
+        ),
+        ({"extra_special_tokens": {"image": "<a>"}}, {"extra_special_tokens": {"image": "<a>"}}),
+        ({"tokenizer_class": "LlamaTokenizer"}, {"tokenizer_class": "LlamaTokenizer"}),
+    ],
+    ids=["class", "list", "both lists", "dictionary", "older class"],
+)
+def test_tokenizer_of_transformers_5_is_exported_for_4(llama, tmp_path, settings, changes):
+    (llama / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = exported(llama, tmp_path / "out") / "tokenizer_config.json"
+    assert json.loads(written.read_text()) == changes

@@ -193,7 +193,7 @@ def stage_states(out: str) -> dict[str, str]:
                 "8 pipeline",
                 "global_batch_size 4",
                 "num_samples 7",
-                "work: 32 or 48",
+                "(target.align); use 48",
                 "nowhere does not exist",
             ],
         ),
