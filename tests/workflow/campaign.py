@@ -34,6 +34,7 @@ LAYOUT = ("parallel.tp=2", "parallel.sequence_parallel=true", "distill.async_sav
 STAGES = ("import", "data", "score", "plan", "prune", "distill", "evaluate", "export")
 TARGETS = ("import", "score", "prune", "distill", "save", "export")
 """Moments of a fault. "save": while a checkpoint or the student is written."""
+HIDDEN = (".metadata", ".text_hashes.json")  # hidden files that belong to an output folder
 SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 """Kinds of faults that end a job in an orderly way."""
 
@@ -157,7 +158,7 @@ class Campaign:
 
     def _check_stopped(self, output: Path, fault: Fault) -> None:
         """After an interrupt or SIGTERM there is neither a lock nor half an artifact."""
-        half = [path.name for path in output.rglob(".*") if path.name not in (".metadata",)]
+        half = [path.name for path in output.rglob(".*") if path.name not in HIDDEN]
         if half:
             self.result.problems.append(f"{fault}: left on disk: {half}")
 
@@ -178,7 +179,7 @@ class Campaign:
         for name, value in self.reference.items():
             if content[name] != value:
                 self.result.problems.append(f"{output.name}: {name} differs from the undisturbed run")
-        hidden = [str(path.relative_to(output)) for path in output.rglob(".*") if path.name != ".metadata"]
+        hidden = [str(path.relative_to(output)) for path in output.rglob(".*") if path.name not in HIDDEN]
         if hidden or (output / "checkpoints").exists():
             self.result.problems.append(f"{output.name}: left on disk: {hidden or ['checkpoints']}")
 
