@@ -34,7 +34,8 @@ LAYOUT = ("parallel.tp=2", "parallel.sequence_parallel=true", "distill.async_sav
 STAGES = ("import", "data", "score", "plan", "prune", "distill", "evaluate", "export")
 TARGETS = ("import", "score", "prune", "distill", "save", "export")
 """Moments of a fault. "save": while a checkpoint or the student is written."""
-HIDDEN = (".metadata", ".text_hashes.json")  # hidden files that belong to an output folder
+HIDDEN = (".metadata", ".text_hashes.json")
+"""Hidden files that belong to an output folder."""
 SIGNALS = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 """Kinds of faults that end a job in an orderly way."""
 

@@ -124,8 +124,8 @@ def test_checkpoints_of_another_correction_are_rejected(copied, on_rank):
         refused(
             on_rank(words[0], copied.recipe, section, "correct.lr=0.5", *words[1:]),
             f"correct: {folder} has checkpoints of another run, so it cannot resume: correct lr: ",
-            "here 0.5. Restore the settings, change them from here on with --accept lr, set another output, or "
-            f"delete {folder} to start correct again",
+            "here 0.5. Restore the settings, change them from here on with --accept lr, "
+            f"set another output, or delete {folder} to start correct again",
         )
     assert names(folder) == ["step_00000005"]
 
