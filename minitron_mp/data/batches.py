@@ -9,6 +9,7 @@ function of the step, so an exact resume needs only the step.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 from collections.abc import Sequence, Sized
@@ -56,6 +57,9 @@ class Corpus:
 
     def text_weights(self, blend: Sequence[BlendedText], num_samples: int) -> list[float]:
         """Return a weight for each text of a blend of which num_samples samples are opened."""
+        if all(text.share.unit == "weight" for text in blend):
+            # Rounding would let Megatron's order depend on num_samples, and so on the steps of the run.
+            return [text.share.amount for text in blend]
         return blend_samples(blend, self.run_samples or num_samples, self.sequence_length)
 
 
@@ -96,6 +100,27 @@ def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -
         weights = _prefix_weights(corpus, part, blend, num_samples)
     index = corpus.folder / "index" / corpus.index_owner / part
     return _blended_dataset(corpus, prefixes, weights, num_samples, index)
+
+
+def epochs_in_order(corpus: Corpus, part: str, num_samples: int) -> list[tuple[int, bool]]:
+    """Return for each prefix of open_samples(repeat=True) what the order of its samples depends on.
+
+    That is the number of its epochs, and whether the last one is shuffled by itself, which
+    Megatron's GPTDataset does if less than 80 % of it is read.
+    """
+    prefixes, shares = prefixes_of(corpus.folder, part), [num_samples]
+    if len(prefixes) > 1:
+        weights = _prefix_weights(corpus, part, corpus.blend(part), num_samples)
+        surplus = 1 + len(prefixes) / num_samples  # as in _blended_dataset()
+        shares = [math.ceil(math.ceil(num_samples * weight / sum(weights)) * surplus) for weight in weights]
+    rows = []
+    for prefix, share in zip(prefixes, shares):
+        tokens = _num_tokens(prefix)
+        epochs = -(-(share * corpus.sequence_length + 1) // tokens)
+        last = share - ((epochs - 1) * tokens - 1) // corpus.sequence_length
+        is_separate = epochs > 1 and last < int(0.8 * ((tokens - 1) // corpus.sequence_length))
+        rows.append((epochs, is_separate))
+    return rows
 
 
 def blend_problems(

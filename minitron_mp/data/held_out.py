@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
+from minitron_mp.data.indexed_files import append
 from minitron_mp.errors import InputError
 
 HELD_OUT = ("calibration", "valid")
 
-SURPLUS = "train_surplus"
-"""Prefix of the documents that go back."""
+SURPLUS = "surplus"
+"""Prefix of the documents that go back, until they are in the training part."""
 
 
 def limit_held_out(folder: Path, parts: dict[str, list[str]], num_tokens: int, seed: int) -> None:
-    """Reduce the held-out parts in the folder to num_tokens tokens each, and the rest to SURPLUS.
+    """Reduce the held-out parts in the folder to num_tokens tokens each.
 
-    parts: part -> its prefixes, relative to the folder. SURPLUS is added to "train". The last
-    document of a part may exceed num_tokens. seed: of the choice of documents, which come from all
-    of the text. InputError if a part has fewer tokens.
+    The other documents are appended to the training part. parts: part -> its prefixes, relative to
+    the folder. The last document of a part may exceed num_tokens. seed: of the choice of documents,
+    which come from all of the text. InputError if a part has fewer tokens.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
@@ -51,7 +52,9 @@ def limit_held_out(folder: Path, parts: dict[str, list[str]], num_tokens: int, s
                 (folder / f"{prefix}.new{suffix}").replace(folder / f"{prefix}{suffix}")
     if builder is not None:
         builder.finalize(str(folder / f"{SURPLUS}.idx"))
-        parts["train"].append(SURPLUS)
+        append(folder / parts["train"][-1], folder / SURPLUS, np.dtype(dtype))
+        for suffix in (".bin", ".idx"):
+            (folder / f"{SURPLUS}{suffix}").unlink()
 
 
 def _choose(lengths: np.ndarray, num_tokens: int, seed: int) -> np.ndarray:

@@ -95,6 +95,15 @@ def concatenate(prefixes: list[Path], target: Path, dtype: np.dtype) -> None:
     _write_index(target, dtype, np.concatenate(lengths))
 
 
+def append(prefix: Path, other: Path, dtype: np.dtype) -> None:
+    """Append the documents of another dataset to a dataset, in place."""
+    lengths = [lengths_of(prefix), lengths_of(other)]
+    with prefix.with_name(f"{prefix.name}.bin").open("r+b") as file:
+        _copy_to(other.with_name(f"{other.name}.bin"), file.fileno(), file.seek(0, os.SEEK_END))
+        _sync_and_close(file)
+    _write_index(prefix, dtype, np.concatenate(lengths))
+
+
 def _copy_to(source: Path, target: int, position: int) -> None:
     """Copy a file to a position of an open file. target: file descriptor."""
     with source.open("rb", buffering=0) as file:

@@ -85,8 +85,8 @@ def training(recipe: Recipe) -> DistillConfig:
     """Return the settings of the short distillation: distill with search.steps steps.
 
     The warm-up is at most a tenth of the steps. The decay of schedule wsd has the same share of the
-    steps as in distill. There are no losses on states, no profile and no skipped batches.
-    Checkpoints are saved synchronously, because asynchronous saves of several students would wait
+    steps as in distill. There are no losses on states, no profile, no validations and no skipped
+    batches. Checkpoints are saved synchronously, because asynchronous saves of several students would wait
     for each other.
     """
     assert recipe.search is not None
@@ -97,6 +97,8 @@ def training(recipe: Recipe) -> DistillConfig:
         "async_save": False,
         "log_interval": 1,
         "skip_batches": [],
+        "valid_interval": 0,
+        "patience": None,
     }
     decay_steps = None if d.decay_steps is None else max(1, d.decay_steps * steps // d.steps)
     warmup_steps = min(d.warmup_steps, steps // 10)

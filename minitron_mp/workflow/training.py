@@ -19,7 +19,7 @@ from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.console import Tracker, say
-from minitron_mp.data.batches import microbatches
+from minitron_mp.data.batches import epochs_in_order, microbatches
 from minitron_mp.data.positions import sample_positions
 from minitron_mp.data.prefetch import Prefetch
 from minitron_mp.distillation.teacher import ColocatedTeacher, RemoteTeacher, Teacher
@@ -37,7 +37,7 @@ from minitron_mp.training.run_checkpoint import ResumePoint, resume_point
 from minitron_mp.training.teacher_correction import PREFIX, TrainableTeacher
 from minitron_mp.training.throughput import StepWork, distillation_work, training_work
 from minitron_mp.training.validation import Measure
-from minitron_mp.workflow.context import StageContext, training_samples
+from minitron_mp.workflow.context import StageContext, corpus, training_samples
 from minitron_mp.workflow.held_out_signals import HeldOutText
 from minitron_mp.workflow.stage_files import checkpoint_folder
 
@@ -75,6 +75,11 @@ def run_training(
     for change in resumed.manifest.changes:
         if change.step == first_step:
             say(f"{name}: {change.name} changes from {change.old} to {change.new} after step {change.step}")
+    if first_step and _order_changes(context, settings, first_step):
+        say(
+            f"{name}: these changes change the epochs of the text, so the order of its samples changes: some "
+            "text is read again, and some is left out (docs/changing_a_run.md)"
+        )
     files = [recipe.root / curve.file for curve in curves]
     with Tracker(name, settings.steps, "steps", first_step) as tracker, ExitStack() as stack:
         logs = [
@@ -146,6 +151,28 @@ def _check_resume(resumed: ResumePoint, settings: DistillConfig | CorrectionConf
                 f"skip_batches {change.new} changes the batches {list(changed[0])}, and the run has read "
                 f"{done} batches; give later batches, or go back with --from-step"
             )
+
+
+def _order_changes(context: StageContext, settings: DistillConfig | CorrectionConfig, step: int) -> bool:
+    """Return whether settings that change after this step also change the order of all samples."""
+    names = ("steps", "global_batch_size", "skip_batches")
+    changes = context.manifest.changes
+    now = {change.name: change for change in changes if change.step == step and change.name in names}
+    if not now:
+        return False
+    defaults = type(settings).model_fields
+    old = {
+        name: defaults[name].get_default() if change.old is None else change.old
+        for name, change in now.items()
+    }
+    before = settings.model_copy(update=old)
+    earlier = [change for change in changes if change.step < step]
+    text = corpus(context)
+    old_order, order = (
+        epochs_in_order(text, "train", sample_positions(each, history).num_samples(each.steps))
+        for each, history in ((before, earlier), (settings, changes))
+    )
+    return old_order != order
 
 
 def _batches_of(

@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import io
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,10 +146,19 @@ def search(*, arguments: list[str], stop_after: int | None = None, leave_after: 
             return Done("stopped", "", "")
 
 
-def tokenize(*, arguments: list[str], stop_after: int | None = None) -> Done:
-    """Run minitron() with small shards. stop_after: a stop file appears after this many."""
-    make = shards.ShardStore.make
+def tokenize(*, arguments: list[str], stop_after: int | None = None, meanwhile: Sequence[str] = ()) -> Done:
+    """Run minitron() with small shards.
+
+    stop_after: a stop file appears after this many. meanwhile: a command that runs while the shards
+    are put together.
+    """
+    make, put_together = shards.ShardStore.make, shards.ShardStore.put_together
     made = []
+
+    def disturbed(store: Any, *arguments: Any) -> Any:
+        if meanwhile:
+            subprocess.run(meanwhile, check=True)
+        return put_together(store, *arguments)
 
     def count(store: Any, shard: Any, progress: Any = None) -> None:
         make(store, shard, progress)
@@ -155,7 +166,10 @@ def tokenize(*, arguments: list[str], stop_after: int | None = None) -> Done:
         if len(made) == stop_after:
             (load_recipe(Path(arguments[1])).root / "stop").touch()
 
-    with patch.object(shards, "SHARD_BYTES", 8000), patch.object(shards.ShardStore, "make", count):
+    with (
+        patch.object(shards, "SHARD_BYTES", 8000),
+        patch.multiple(shards.ShardStore, make=count, put_together=disturbed),
+    ):
         return minitron(arguments=arguments, own_job=True)
 
 

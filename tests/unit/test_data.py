@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.batches import Corpus, microbatches, open_samples, too_short_problems
+from minitron_mp.data.batches import Corpus, epochs_in_order, microbatches, open_samples, too_short_problems
 from minitron_mp.data.checks import corpus_problems
-from minitron_mp.data.corpus import tokenize_corpus
+from minitron_mp.data.corpus import prefixes_of, tokenize_corpus, tokens_of
 from minitron_mp.data.sources import PARTS, corpus_fingerprint
 from minitron_mp.data.tokenizer import Tokenizer, for_model, load_tokenizer
 from minitron_mp.errors import InputError
@@ -518,6 +518,27 @@ def test_each_file_of_a_part_must_hold_a_sample(tmp_path, corpus, tokenizer):
     assert re.search(r"valid text: .*/data/valid has \d+ tokens, one sample needs", problem)
     with pytest.raises(InputError, match="one sample needs"):
         open_samples(Corpus(tmp_path / "data", tokenizer, S, 1), "valid", 1, repeat=False)
+
+
+def test_order_depends_on_the_epochs_of_each_text_only(tmp_path, tokenizer, one_rank):
+    """Two numbers of samples with equal epochs give equal orders, as far as both go. Others do not."""
+    for name, lines in (("large", LINES[:200]), ("small", LINES[200:300])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    large, small = (str(tmp_path / f"{name}.jsonl") for name in ("large", "small"))
+    for name, train in (("one", large), ("blend", {large: 3, small: 1})):
+        data = DataConfig(calibration=small, train=train, valid=small, sequence_length=S)
+        tokenize_corpus(data, tokenizer, tmp_path / name, 1)
+        text = Corpus(tmp_path / name, tokenizer, S, 1, data=data)
+        epoch = (tokens_of(prefixes_of(tmp_path / name, "train")[0])[0] - 1) // S
+        orders: dict[str, list] = {}
+        for num_samples in (epoch // 2, epoch - 3, epoch + 5, epoch + 9, 2 * epoch - 9, 2 * epoch + 5):
+            order = rows(open_samples(text, "train", num_samples, repeat=True))[:num_samples]
+            key = str(epochs_in_order(text, "train", num_samples))
+            for known, other in orders.items():
+                common = min(len(order), len(other))
+                assert (order[:common] == other[:common]) == (key == known), (name, num_samples)
+            orders[key] = max(orders.get(key, []), order, key=len)
+        assert 2 <= len(orders) < 6
 
 
 def test_prefixes_are_mixed_by_size(tmp_path, corpus, tokenizer, one_rank):

@@ -118,6 +118,32 @@ def test_killed_tokenization_resumes_with_its_finished_shards(imported, whole, t
     assert contents(imported.output / "data") == contents(whole.output / "data")
 
 
+def test_shards_that_another_job_replaces_are_not_used(imported, whole, tokenize):
+    """A job of a job array that was submitted with other settings starts late."""
+    late = [sys.executable, "-c", SMALL_SHARDS, "data", str(imported.recipe), "seed=7", "--shard", "1/2"]
+    refused(
+        tokenize("data", imported.recipe, meanwhile=late),
+        "another process has replaced shards of",
+        "(00000, 00002, 00004, 00006); end jobs with --shard and other settings, then run `minitron-mp data`",
+    )
+    assert not (imported.output / "data").exists()
+    assert tokenize("data", imported.recipe).code == 0
+    assert contents(imported.output / "data") == contents(whole.output / "data")
+
+
+def test_text_that_changes_during_the_stage_is_not_used(imported, inputs, tmp_path, tokenize):
+    text = tmp_path / "text"
+    shutil.copytree(inputs / "text", text)
+    more = [sys.executable, "-c", f"open({str(text / 'late.txt')!r}, 'w').write('It came late.')"]
+    recipe = make_recipe_file(tmp_path / "changing.yaml", inputs / "model", text, imported.output)
+    refused(
+        tokenize("data", recipe, meanwhile=more),
+        "files of the text were changed, added or removed while it was tokenized; run `minitron-mp data`",
+    )
+    assert not (imported.output / "data").exists()
+    assert tokenize("data", recipe).code == 0
+
+
 def test_run_stops_early_between_shards(imported, whole, tokenize):
     done = tokenize("compress", imported.recipe, "data.workers=1", stop_after=3)
     assert done.code == 0, done

@@ -51,7 +51,9 @@ def tokenize_text(files: StageFiles, *, held_out: bool) -> None:
             environment_variable("TOKENIZERS_PARALLELISM", "true"),
             writing_artifact(files.output, files.manifest) as folder,
         ):
-            tokens = finish_corpus(text, _write(files, text, store, folder), folder)
+            written = _write(files, text, store, folder)
+            _check_unchanged(files, text, store, held_out)
+            tokens = finish_corpus(text, written, folder)
             if recipe.data.tokenizer and not held_out:
                 _copy_tokenizer(tokenizer_path(recipe, files.paths), folder / TOKENIZER)
     except OSError as error:
@@ -123,6 +125,30 @@ def _write(files: StageFiles, text: CorpusText, store: ShardStore, folder: Path)
     make_shards(store, missing, files.recipe.data.workers, _Progress(files, len(missing)))
     say(f"{stage}: putting {len(shards)} shards together")
     return store.put_together(shards, folder)
+
+
+def _check_unchanged(files: StageFiles, text: CorpusText, store: ShardStore, held_out: bool) -> None:
+    """Raise InputError if the text or the shards are not those of the artifact's manifest any more."""
+    from minitron_mp.data.file_hashes import FileHashes
+    from minitron_mp.data.shards import divide
+    from minitron_mp.errors import InputError
+    from minitron_mp.models.model_folder import shortened
+
+    fingerprint = text_files(files.recipe, held_out=held_out)["text"].fingerprint()
+    if fingerprint != files.manifest.inputs["text"]:
+        raise InputError(
+            "files of the text were changed, added or removed while it was tokenized; run "
+            f"`minitron-mp {files.manifest.stage}` again when the text is complete. Shards whose files are "
+            "the same are kept"
+        )
+    hashes = FileHashes(files.recipe.root)
+    shards = divide(text.files) if store.folder.exists() else []
+    replaced = [shard.name for shard in shards if not store.is_done(shard, hashes)]
+    if replaced:
+        raise InputError(
+            f"another process has replaced shards of {store.folder} ({', '.join(shortened(replaced))}); end "
+            f"jobs with --shard and other settings, then run `minitron-mp {files.manifest.stage}` again"
+        )
 
 
 class _Progress:
