@@ -8,7 +8,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from minitron_mp.errors import InputError, os_error_text
+from minitron_mp.errors import InputError, OtherRankError, os_error_text
 
 T = TypeVar("T")
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 def raise_on_all_ranks(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error, so that no rank waits in the next collective.
 
-    error: error of this rank, or None. Ranks without an error raise an InputError that names the
-    failed ranks. Reached by all ranks.
+    error: error of this rank, or None. Ranks without an error raise an OtherRankError that names
+    the failed ranks. Reached by all ranks.
     """
     if dist.get_world_size() == 1 and error is None:
         return
@@ -27,7 +27,7 @@ def raise_on_all_ranks(error: Exception | None) -> None:
         raise error
     failed = [text for text in texts if text]
     if failed:
-        raise InputError("another rank failed: " + "; ".join(failed[:4]))
+        raise OtherRankError("another rank failed: " + "; ".join(failed[:4]))
 
 
 def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
@@ -53,7 +53,7 @@ def on_rank_0(action: Callable[[], T], *, takes_long: bool = False) -> T:
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raise InputError(f"rank 0 failed: {message[1]}")
+        raise OtherRankError(f"rank 0 failed: {message[1]}")
     return cast(T, message[0])
 
 
