@@ -71,16 +71,20 @@ if [[ -z $ranks_per_node ]]; then
     [[ $ranks_per_node -ge 1 ]] || fail "no GPU found; give the number of CPU ranks: --ranks 2"
 fi
 
-# Each node checks itself, so that a failure names a node. launch/slurm.sbatch reads the file.
+# Each node checks itself, so that a failure names a node. launch/slurm.sbatch reads the two files of a node.
 if [[ -n $doctor ]]; then
     # shellcheck source=launch/env.sh
     . "$root/launch/env.sh" --site
-    job_file=${MINITRON_JOB_FILE:-}
-    unset MINITRON_JOB_FILE
+    healthy=/dev/null
+    if [[ -n ${MINITRON_JOB_FILE:-} ]]; then
+        healthy=$MINITRON_JOB_FILE.healthy-$SLURMD_NODENAME
+        exec >"$MINITRON_JOB_FILE.doctor-$SLURMD_NODENAME" 2>&1
+        unset MINITRON_JOB_FILE
+    fi
     timeout --kill-after=10 "${MINITRON_DOCTOR_S:-300}" python -m torch.distributed.run --rdzv-backend c10d \
         --rdzv-endpoint localhost:0 --local-addr 127.0.0.1 --nproc-per-node "$ranks_per_node" \
         -m minitron_mp doctor
-    [[ -z $job_file ]] || : >"$job_file.healthy-$SLURMD_NODENAME"
+    : >"$healthy"
     exit
 fi
 
