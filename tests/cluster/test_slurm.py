@@ -261,20 +261,10 @@ def test_last_attempt_is_not_resubmitted(slurm, project, variable, said):
     assert slurm.jobs()[-1] == job
 
 
-def test_cancelled_job_is_not_resubmitted(slurm, project, unbroken):
-    _, whole = unbroken
-    output = project / "cancelled"
-    shutil.copytree(whole, output, ignore=shutil.ignore_patterns(*AFTER_PRUNING))
-    job = submit(slurm, "compress", recipe(project, "cancelled"))
-    slurm.wait(lambda: steps(output) >= 2, job, 300)
-    slurm.run("scancel", str(job))
-    slurm.wait(lambda: slurm.ended(job), job)
-    assert slurm.job(job)["JobState"] == "CANCELLED"
-    time.sleep(8)  # KillWait and more: the script may still be there, and must not submit anything
-    assert slurm.jobs()[-1] == job
-
-
-def test_node_that_fails_doctor_is_excluded(slurm, project):
+def test_bad_node_is_excluded_and_a_cancelled_job_ends(slurm, project):
+    """doctor fails on the node of the first job. The second one runs on the other node, and is
+    cancelled.
+    """
     site = Path(slurm.environment["MINITRON_SITE"])
     usual = site.read_text()
     site.write_text(usual.replace("MINITRON_DOCTOR=no\n", ""))
@@ -282,18 +272,22 @@ def test_node_that_fails_doctor_is_excluded(slurm, project):
         faults = with_faults(slurm.environment, BAD_NODE="n0")
         job = submit(slurm, "compress", recipe(project, "sick"), options=("--nodes=1",), **faults)
         slurm.wait(lambda: slurm.ended(job), job)
+        log = slurm.log(job)
+        assert "doctor failed on node n0:" in log, log
+        assert "no-address.invalid" in log, log
+        assert "(doctor failed on n0)" in log
+        assert "# job: ranks" not in log  # no rank of the job has started
+        successor = slurm.jobs()[-1]
+        assert slurm.job(successor)["ExcNodeList"] == "n0"
+        slurm.wait(lambda: "# job: ranks 0 to 1" in slurm.log(successor), successor)
+        assert "doctor: 1 nodes are healthy" in slurm.log(successor)
     finally:
         site.write_text(usual)
-    log = slurm.log(job)
-    assert "doctor failed on node n0:" in log, log
-    assert "no-address.invalid" in log, log
-    assert "(doctor failed on n0)" in log
-    assert "# job: ranks" not in log  # no rank of the job has started
-    successor = slurm.jobs()[-1]
-    assert slurm.job(successor)["ExcNodeList"] == "n0"
-    slurm.wait(lambda: "doctor: 1 nodes are healthy" in slurm.log(successor), successor)
     slurm.run("scancel", str(successor))
     slurm.wait(lambda: slurm.ended(successor), successor)
+    assert slurm.job(successor)["JobState"] == "CANCELLED"
+    time.sleep(8)  # KillWait and more: the script may still be there, and must not submit anything
+    assert slurm.jobs()[-1] == successor
 
 
 @pytest.mark.parametrize(
