@@ -23,6 +23,7 @@ from minitron_mp.cli_options import Accept, DryRun, Overrides, RecipeFile, Step,
 from minitron_mp.cli_stages import add_stage_command, print_dry_run, refuse_world
 from minitron_mp.config.recipe import load_recipe
 from minitron_mp.console import launched, rank_name, say, speaks, standard_output
+from minitron_mp.distributed.job import begin_start, record_refusal
 from minitron_mp.errors import OPEN_FILES_ADVICE, InputError, os_error_text
 from minitron_mp.workflow.changes import accepted_names
 from minitron_mp.workflow.stages import STAGES
@@ -268,8 +269,13 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         _require_working_folder()
+        begin_start()
         app()
+    except SystemExit as error:  # of typer, for example for an unknown option
+        record_refusal(error)
+        raise
     except (InputError, OSError) as error:
+        record_refusal(error)
         _exit_with(os_error_text(error) if isinstance(error, OSError) else str(error))
     except (RuntimeError, ImportError) as error:
         if os.strerror(errno.EMFILE) in str(error):  # gloo and the loader of libraries

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Error of the user's input. Its text states what was given, what is allowed and what to do."""
 
 
+class OtherRankError(InputError):
+    """Raised on a rank because another rank has failed. Its text has the error of that rank."""
+
+
 def refuse(title: str, problems: Sequence[str]) -> None:
     """Raise one InputError that lists every problem. Do nothing if the list is empty."""
     if problems:

@@ -107,6 +107,21 @@ VARIABLES = (
         "seconds that torchrun gives ranks to save after SIGTERM; its default of 30 is too short",
         lambda recipe, node: 120,
     ),
+    Variable(
+        "TORCH_FR_BUFFER_SIZE",
+        "flight recorder: each rank keeps its last collectives; 0 turns it off",
+        lambda recipe, node: 2000,
+    ),
+    Variable(
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+        "flight recorder: all ranks write their collectives when one times out",
+        lambda recipe, node: 1,
+    ),
+    Variable(
+        "TORCH_FR_DUMP_TEMP_FILE",
+        "flight recorder: files of the ranks, which `torchfrtrace` reads",
+        lambda recipe, node: recipe.root.absolute() / "logs" / "nccl_trace_rank_",
+    ),
     Variable("PYTHONUNBUFFERED", "log lines appear immediately", lambda recipe, node: 1),
     Variable("PYTHONFAULTHANDLER", "a crash in native code prints the Python stack", lambda recipe, node: 1),
 )

@@ -54,9 +54,10 @@ class Recipe(Section):
     """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto: use
     Transformer Engine in bf16 on a GPU if it is installed, else local."""
     timeout_minutes: float = Field(default=30, gt=0, json_schema_extra=NOT_IN_RESULT)
-    """Timeout of a collective. A job with a rank that hangs ends after this time. It must be longer
-    than the longest work of one rank alone, such as a checkpoint on a slow disk. Work of rank 0 that
-    takes long has no timeout."""
+    """Timeout of a collective. If a rank hangs, the others end after this time, and a Slurm job
+    restarts its ranks. It must be longer than the longest work of one rank alone, such as a
+    checkpoint on a slow disk. During long work of rank 0, such as reading the text, it is the
+    timeout of a heartbeat of that process."""
     data: DataConfig = DataConfig()
     """Text for calibration, training and evaluation."""
     parallel: ParallelConfig = ParallelConfig()

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -17,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from minitron_mp.console import launched
-from minitron_mp.errors import InputError
+from minitron_mp.console import launched, speaks
+from minitron_mp.errors import InputError, OtherRankError
 
 STOP_FILE = "stop"
 """Name of a file in the output folder that requests a stop. The job deletes it when it stops."""
@@ -49,6 +50,46 @@ def require_launcher() -> None:
                 "not set, so each task would run the whole command in one output folder; start torchrun once "
                 "per node (launch/slurm.sbatch and launch/run.sh do), or start one task (srun --ntasks=1)"
             )
+
+
+def begin_start() -> None:
+    """Record a start of the ranks in a job of launch/slurm.sbatch, whose torchrun restarts them.
+
+    SystemExit after an error that a restart does not change, and on rank 0 after too many restarts:
+    torchrun counts the restarts of each node separately.
+    """
+    job_file = os.environ.get("MINITRON_JOB_FILE")
+    if not job_file or not launched():
+        return
+    if _refusal_file(job_file).exists():
+        raise SystemExit(2)
+    if not speaks():
+        return
+    path = Path(job_file)
+    num_restarts = len(list(path.parent.glob(f"{path.name}.start-*")))
+    Path(f"{job_file}.start-{time.time_ns()}").touch()
+    allowed = os.environ.get("MINITRON_RESTARTS", "")
+    if allowed.isdigit() and num_restarts > int(allowed):
+        raise SystemExit(f"error: restart {num_restarts} of at most {allowed} in this job")
+
+
+def record_refusal(error: BaseException) -> None:
+    """Record that a restart of the job does not help, if the error is one of the user's input.
+
+    It does nothing for the error of another rank, which that rank records, and for a failure of the
+    file system. In a job without launch/slurm.sbatch it does nothing.
+    """
+    job_file = os.environ.get("MINITRON_JOB_FILE")
+    is_usage = isinstance(error, SystemExit) and error.code == 2
+    is_input = isinstance(error, InputError) and not isinstance(error, OtherRankError)
+    if job_file and (is_usage or (is_input and not isinstance(error.__cause__, OSError))):
+        with suppress(OSError):
+            _refusal_file(job_file).touch()
+
+
+def _refusal_file(job_file: str) -> Path:
+    """Return the file by which launch/run.sh and the ranks report an invalid recipe or argument."""
+    return Path(f"{job_file}.refused")
 
 
 def raise_open_file_limit() -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minitron_mp.distributed.launcher import JobRank
-from minitron_mp.errors import InputError
+from minitron_mp.errors import OtherRankError
 
 POLL_S = 0.05
 """Seconds between two reads of the store."""
@@ -151,7 +151,7 @@ class RoleChannel:
         roles: roles that take part. Default: all roles.
         timeout_s: 0 for the timeout of the channel, None to wait without a timeout (a role may work
             for hours before it takes part).
-        InputError when a rank fails, or when a role does not write its value in time.
+        OtherRankError when a rank fails, or when a role does not write its value in time.
         """
         store = self.store
         limit_s = timeout_s or self.timeout.total_seconds()
@@ -162,10 +162,10 @@ class RoleChannel:
         while not store.check(list(keys.values())):
             reason = self.failure()
             if reason:
-                raise InputError(reason)
+                raise OtherRankError(reason)
             if timeout_s is not None and time.monotonic() - start > limit_s:
                 missing = ", ".join(role for role, key in keys.items() if not store.check([key]))
                 text = f"no {topic} from {missing} within {limit_s:.0f} s; check that its ranks are running"
-                raise InputError(self.report_failure(text))
+                raise OtherRankError(self.report_failure(text))
             time.sleep(POLL_S)
         return {role: json.loads(store.get(key)) for role, key in keys.items()}

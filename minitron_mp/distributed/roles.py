@@ -21,7 +21,7 @@ from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank, fresh_prefix, local_device
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.distributed.world import World, build_groups, init_default_group, leave_groups
-from minitron_mp.errors import InputError
+from minitron_mp.errors import InputError, OtherRankError
 
 REASON_WAIT_S = 3.0
 """How long a rank whose collective broke waits for another rank to report the reason."""
@@ -69,7 +69,7 @@ def join_roles(
         reason = channel.report_failure(f"{role} rank {role_rank}: {error}")
         if str(error) in reason:
             raise
-        raise (InputError if isinstance(error, InputError) else RuntimeError)(reason) from error
+        raise (OtherRankError if isinstance(error, InputError) else RuntimeError)(reason) from error
     finally:
         leave_groups()
         if dist.is_initialized():

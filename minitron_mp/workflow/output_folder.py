@@ -32,6 +32,7 @@ LOGS = (
     "checkpoints",
     "tensorboard",
     "profile",
+    "logs",
     SHARDS,
     HASHES_FILE,
     RUN_LOG,

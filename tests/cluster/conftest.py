@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import recipe, submit
+from jobs import SHARES, recipe, submit
 from slurm import cluster, why_not
 from tiny import ROOT, make_model, make_text
+
+SITE = """GLOO_SOCKET_IFNAME=lo
+MINITRON_MARGIN_S=120
+MINITRON_DOCTOR=no
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=10
+"""
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +32,7 @@ def slurm():
     signal.signal(signal.SIGTERM, interrupt)
     with cluster() as made:
         site = made.root / "site.env"
-        site.write_text("GLOO_SOCKET_IFNAME=lo\nMINITRON_MARGIN_S=120\n")
+        site.write_text(SITE)
         paths = {
             "PATH": f"{Path(sys.executable).parent}:{made.environment['PATH']}",
             "PYTHONPATH": f"{ROOT}:{made.environment.get('PYTHONPATH', '')}",
@@ -42,10 +48,11 @@ def slurm():
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
-    """A folder with a model, a text and recipe.yaml."""
+    """A folder with a model, texts and recipe.yaml."""
     root = tmp_path_factory.mktemp("project")
     make_model(root / "model")
-    make_text(root / "text")
+    for name in ("calibration", "valid", *SHARES):
+        make_text(root / "text" / name, num_files=40 if name in SHARES else 12)
     recipe(root, "unbroken")
     return root
 

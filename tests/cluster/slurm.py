@@ -192,6 +192,15 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         self.daemons.pop(name).wait()
 
+    def suspend(self, rank: int) -> None:
+        """Stop a rank, so that it hangs."""
+        (pid,) = [
+            pid
+            for pid, variables in self._processes()
+            if variables.get("RANK") == str(rank) and not _is_rank(_parent(pid))
+        ]
+        os.kill(pid, signal.SIGSTOP)
+
     def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield pid and environment of all processes of this cluster."""
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -219,6 +228,10 @@ class Cluster:
             time.sleep(0.1)
         for daemon in self.daemons.values():
             daemon.wait(5)
+
+
+def _is_rank(pid: int) -> bool:
+    return b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
 
 
 def _parent(pid: int) -> int:

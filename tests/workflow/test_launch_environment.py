@@ -120,6 +120,8 @@ def test_existing_variables_are_kept(tmp_path):
         "NCCL_DEBUG=WARN",
         "PYTHONUNBUFFERED=2",
         "TORCH_NCCL_HIGH_PRIORITY=1",
+        "TORCH_FR_BUFFER_SIZE=2000",
+        f"TORCH_FR_DUMP_TEMP_FILE={Path.cwd() / 'out' / 'logs' / 'nccl_trace_rank_'}",
     } <= set(rows)
     assert any(row.startswith("OMP_NUM_THREADS=3  # ") for row in rows)
     refused = subprocess.run(

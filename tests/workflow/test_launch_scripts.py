@@ -157,3 +157,117 @@ def test_measured_save_is_not_progress(tmp_path):
     (output / "checkpoints" / "distill" / "step_00000001").mkdir()
     (output / "checkpoints" / "distill" / "step_00000001" / "manifest.json").touch()
     assert progress_of(output, job_file)
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+-c*torch.numa*) exit 1 ;;
+-c*) ;;
+*minitron_mp\\ environment*) echo "export MINITRON_OUTPUT=$FAKE_OUTPUT  # output" ;;
+*) echo "$*" && env ;;
+esac
+"""
+
+
+@pytest.fixture
+def torchrun_line(tmp_path):
+    """Return a function that runs launch/run.sh and returns the command line of torchrun, and its
+    variables.
+    """
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    site = tmp_path / "site.env"
+    site.touch()
+
+    def run(**variables: str) -> str:
+        path = f"{python.parent}:{os.environ['PATH']}"
+        given = {"PATH": path, "FAKE_OUTPUT": str(tmp_path / "out"), "MINITRON_SITE": str(site)} | variables
+        words = ["bash", ROOT / "launch" / "run.sh", "--ranks", "2", "compress", "r.yaml"]
+        done = subprocess.run(words, capture_output=True, text=True, env=given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+JOB = {
+    "MINITRON_RENDEZVOUS": "10.0.0.1:20007",
+    "MINITRON_ADDRESSES": "10.0.0.1 10.0.0.2",
+    "MINITRON_RESTARTS": "2",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "n1",
+}
+
+
+def test_run_sh_restarts_only_in_a_job(torchrun_line):
+    line = torchrun_line(**JOB)
+    assert "--max-restarts 2 " in line
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in line
+    alone = torchrun_line(MINITRON_RESTARTS="2")
+    assert "--standalone" in alone
+    assert "--max-restarts" not in alone
+
+
+def test_run_sh_keeps_the_newest_logs_of_the_ranks(torchrun_line, tmp_path):
+    logs = tmp_path / "out" / "logs"
+    for age in range(12):
+        folder = logs / f"job-{age}-0"
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    (logs / "notes").mkdir()
+    os.utime(logs / "notes", (1e8, 1e8))
+    line = torchrun_line(**JOB | {"SLURM_JOB_ID": "40", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n0"})
+    assert f"--log-dir {logs}/job-40-0/n0 --tee 3" in line
+    kept = {"notes", "job-40-0", *(f"job-{age}-0" for age in range(9))}
+    assert {path.name for path in logs.iterdir()} == kept
+    assert "--log-dir" not in torchrun_line(MINITRON_KEEP_LOGS="0")
+
+
+def bash_of_slurm_sbatch(begin: str, end: str) -> str:
+    text = (ROOT / "launch" / "slurm.sbatch").read_text()
+    start = text.index(begin)
+    return text[start : text.index(end, start) + len(end)]
+
+
+@pytest.mark.parametrize(
+    ("before", "starts", "progress", "failures"),
+    [
+        (0, [], None, 1),  # the ranks did not start
+        (1, [1, 2, 3], None, 4),
+        (2, [1, 2, 3], 1.5, 2),  # the first start made progress
+        (2, [1, 2], 2.5, 0),
+    ],
+)
+def test_restart_counts_like_a_job_without_progress(tmp_path, before, starts, progress, failures):
+    job_file, output = tmp_path / "job", tmp_path / "out"
+    output.mkdir()
+    for path, seconds in [(job_file, 0), *((tmp_path / f"job.start-{number}", number) for number in starts)]:
+        path.touch()
+        os.utime(path, (1e9 + seconds, 1e9 + seconds))
+    if progress is not None:
+        (output / "manifest.json").touch()
+        os.utime(output / "manifest.json", (1e9 + progress, 1e9 + progress))
+    functions = bash_of_slurm_sbatch("progress() {", "\n}\n") + bash_of_slurm_sbatch(
+        "count_failures() {", "\n}\n"
+    )
+    values = f"output={output} job_file={job_file} failures={before}"
+    script = f"set -eu; {values}\n{functions}count_failures; echo $failures"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (str(failures), "")
+
+
+@pytest.mark.parametrize(
+    ("given", "failures", "restarts"), [("", 0, 2), ("5", 0, 2), ("1", 0, 1), ("", 2, 0)]
+)
+def test_restarts_end_at_the_limit_of_failures(given, failures, restarts):
+    lines = bash_of_slurm_sbatch(
+        "restarts=${MINITRON_MAX_RESTARTS", "export MINITRON_RESTARTS=$((restarts > 0 ? restarts : 0))\n"
+    )
+    values = f"MINITRON_MAX_RESTARTS={given} failures={failures} max_failures=3"
+    script = f"set -eu; {values}\n{lines}echo $MINITRON_RESTARTS"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (str(restarts), "")
