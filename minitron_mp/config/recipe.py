@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,15 @@ class Recipe(Section):
     def corrects_during_distillation(self) -> bool:
         """Whether the teacher is corrected while the student is distilled from it."""
         return self.correct is not None and self.correct.when == "during"
+
+    def layer_problems(self, students: Collection[int], base: int, teacher: int) -> list[str]:
+        """Return the problems of parallel.layers and the like with the depths of the models.
+
+        students: numbers of layers of the student, or of all candidates of a search. base: of the
+        model that is pruned.
+        """
+        problems = self.parallel.depth_problems(students, {base, teacher})
+        return problems + self.teacher.parallel.depth_problems({teacher}, {teacher}, "teacher.parallel")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -129,6 +129,9 @@ def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
             f"{stages} pipeline stages (pp x vpp) for a student of {smallest.num_layers} layers; lower pp "
             "or vpp"
         )
+    if candidates:
+        depths = {arch.num_layers for arch in candidates}
+        problems += recipe.layer_problems(depths, base.num_layers, teacher.num_layers)
     return problems
 
 
