@@ -49,7 +49,8 @@ class Recipe(Section):
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed for the split of the text into parts and for the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of weights and activations. Optimizer state and gradients are float32."""
+    """Precision of weights and activations. Optimizer state and gradients are float32, unless
+    gradient_precision or moment_precision of a training run is bf16."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto: use
     Transformer Engine in bf16 on a GPU if it is installed, else local."""

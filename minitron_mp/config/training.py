@@ -85,6 +85,14 @@ class TrainingConfig(Section):
     logits_precision: Literal["bf16", "fp32"] = "fp32"
     """Precision of the logits inside the loss. In a bf16 model bf16 logits add 2 to 5 % error to
     the gradient at 131072 columns."""
+    gradient_precision: Literal["bf16", "fp32"] = Field(
+        default="fp32", json_schema_extra=IN_RESULT_IF_CHANGED
+    )
+    """Precision in which gradients are added up, over microbatches and over data parallel ranks. bf16
+    halves their memory and their transfer. It needs a bf16 model."""
+    moment_precision: Literal["bf16", "fp32"] = Field(default="fp32", json_schema_extra=IN_RESULT_IF_CHANGED)
+    """Precision of both moments of Adam. bf16 halves their memory; the optimizer's weights stay
+    float32. It needs a bf16 model, a GPU, and the Adam of Transformer Engine 2.4 or later."""
     overlap: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
     recompute: bool | Annotated[int, Field(ge=1)] = Field(default=False, json_schema_extra=NOT_IN_RESULT)

@@ -77,6 +77,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("More warm-up steps than steps", "distill.warmup_steps=60"),
         overrides("A WSD schedule without decay steps", "distill.schedule=wsd"),
         overrides("Decay steps of another schedule", "distill.decay_steps=5"),
+        overrides("Gradients in bf16 of a float32 model", "distill.gradient_precision=bf16"),
         overrides("Ranges of skipped batches that overlap", "distill.skip_batches=[[3, 5], [5, 9]]"),
         overrides("An empty output", "output=''"),
     ],
