@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from minitron_mp.config.base import NOT_IN_RESULT, Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
 from minitron_mp.config.distillation import DistillConfig, TeacherConfig
+from minitron_mp.config.log import LogConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.paths import UserPath, variables_for_omegaconf
 from minitron_mp.config.pruning import DepthConfig, ScoreConfig, SearchConfig, TargetConfig
@@ -80,6 +81,8 @@ class Recipe(Section):
     """Evaluation of teacher and student."""
     export: ExportConfig = ExportConfig()
     """The Hugging Face folder of the student."""
+    log: LogConfig = LogConfig()
+    """Experiment trackers."""
     _origin: _Origin = PrivateAttr(_Origin())
 
     @model_validator(mode="after")

@@ -79,6 +79,7 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("Decay steps of another schedule", "distill.decay_steps=5"),
         overrides("Gradients in bf16 of a float32 model", "distill.gradient_precision=bf16"),
         overrides("Ranges of skipped batches that overlap", "distill.skip_batches=[[3, 5], [5, 9]]"),
+        overrides("An experiment tracker whose package is not installed", "log.mlflow=minitron"),
         overrides("An empty output", "output=''"),
     ],
     "Model folder": [
