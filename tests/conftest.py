@@ -38,6 +38,7 @@ TOGETHER = {
     "test_non_finite": "training",
     "test_uneven_stages": "training",
     "test_optimizer_precision": "training",
+    "test_stragglers": "training",
     "test_slicing": "pruning",
     "test_importance": "pruning",
     "test_compress": "projects",

@@ -114,6 +114,9 @@ class TrainingConfig(Section):
     each rank collects when its counter is full, and the other ranks wait for it."""
     log_interval: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two lines of the log."""
+    straggler_factor: float = Field(default=1.3, gt=1, json_schema_extra=NOT_IN_RESULT)
+    """Log the slowest rank if its forward passes in a log interval take this many times the median
+    of the ranks of its pipeline stage."""
     checkpoint_interval: int = Field(default=100, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=NOT_IN_RESULT)

@@ -12,6 +12,7 @@ experiment_trackers  ExperimentLog: metrics to Weights & Biases and MLflow
 teacher_correction   TrainableTeacher: a teacher that is trained during distillation
 distill              distill, train: from Python, without a recipe
 non_finite           first rank and parameter of a gradient that is not finite
+stragglers           StragglerWatch: the slowest rank of a log interval
 validation, spikes   loss on held-out text and early stop; spikes of the training loss
 profiling            Profiler: traces of chosen steps
 """
