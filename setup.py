@@ -29,6 +29,8 @@ EXTRAS = {
     "eval": ["lm-eval>=0.4.13"],  # the first version tested
     "quickstart": ["gguf"],
     "formats": ["pyarrow>=14"],  # text in .parquet and .zst
+    "wandb": ["wandb>=0.19.10"],  # the first version with reinit="create_new"
+    "mlflow": ["mlflow-skinny>=2.14"],  # the client; a server needs mlflow
     # lm-eval is for the tests of the harness. triton's interpreter runs losses/kernels.py on a CPU.
     "dev": [
         "pytest",

@@ -2,7 +2,8 @@
 
 Each data-parallel rank holds a flat piece of the float32 weight, exp_avg and exp_avg_sq of some
 parameters. This file joins the pieces, one tensor at a time. The joined tensor has the checkpoint
-key and the sharding of the parameter. The data-parallel ranks share the tensors: each is joined on
+key and the sharding of the parameter. It is float32 for every precision of the moments, so bf16
+moments are saved exactly. The data-parallel ranks share the tensors: each is joined on
 its owner, which writes and reads it. So all ranks write about the same number of bytes.
 
 Megatron's format "fully_reshardable" is not used, because it is wrong in 0.16.1 to 0.19.2. It
@@ -77,7 +78,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], num_updates: int
     num_updates: updates done, for Adam's bias correction. Reached by all ranks.
     """
     for shards in optimizer_parts(optimizer):
-        shards.init_state_fn(shards.optimizer, shards.config)
+        _initialize_moments(shards)
     for number, (shards, parameter, owners) in enumerate(_parameters_and_owners(optimizer)):
         group = shards.data_parallel_group
         piece = local_piece(shards, parameter)
@@ -101,8 +102,22 @@ def _create_moments(optimizer: Any) -> None:
     """Create the moments before the first update, for a checkpoint after skipped steps only."""
     for shards in optimizer_parts(optimizer):
         if not shards.optimizer.state:
-            shards.init_state_fn(shards.optimizer, shards.config)
+            _initialize_moments(shards)
             _set_num_updates(shards.optimizer, 0)
+
+
+def _initialize_moments(shards: Any) -> None:
+    """Create the moments of this rank's pieces, with zeros."""
+    adam = shards.optimizer
+    if not shards.config.use_precision_aware_optimizer:
+        shards.init_state_fn(adam, shards.config)
+        return
+    # init_state_fn() of Megatron-Core 0.16 to 0.19 omits an argument that Transformer Engine 2.1 and
+    # later require.
+    for group in adam.param_groups:
+        for piece in group["params"]:
+            if not adam.state[piece]:
+                adam.initialize_state(piece, store_param_remainders=False)
 
 
 def _set_num_updates(adam: Any, num_updates: int) -> None:

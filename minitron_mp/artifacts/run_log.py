@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -61,9 +62,12 @@ class RunRecord(BaseModel):
     def layout_overrides(self, recipe: Recipe) -> str:
         """Return command line overrides that restore this layout, "" if the recipe has it."""
         recorded, current = ParallelConfig(**self.layout).model_dump(), recipe.parallel.model_dump()
-        return "".join(
-            f" parallel.{key}={json.dumps(value)}" for key, value in recorded.items() if value != current[key]
-        )
+        words = [
+            f"parallel.{key}={json.dumps(value, separators=(',', ':'))}"
+            for key, value in recorded.items()
+            if value != current[key]
+        ]
+        return "".join(f" {shlex.quote(word)}" for word in words)
 
     @property
     def launcher(self) -> str:

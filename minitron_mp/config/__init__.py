@@ -10,7 +10,9 @@ parallel       ParallelConfig
 pruning        ScoreConfig, TargetConfig, DepthConfig, SearchConfig
 training       TrainingConfig, CorrectionConfig, ProfileConfig
 distillation   DistillConfig, TeacherConfig, HiddenStatesConfig
-rules          rules across sections; engine_rules: those of Transformer Engine and FP8
+log            LogConfig: experiment trackers
+rules          rules across sections; engine_rules: those of Transformer Engine, FP8 and
+               the precision of the optimizer
 reference      the reference of all keys (docs/reference.md)
 
 No file of a model is opened here.

@@ -190,6 +190,11 @@ class TeacherConfig(Section):
                 f"parallel.vpp {self.parallel.vpp} is not supported for a teacher, because it does not speed "
                 "up forward passes; drop it"
             )
+        if self.parallel.teacher_layers:
+            problems.append(
+                "parallel.teacher_layers: all models in this layout are the teacher; set parallel.layers of "
+                "the section teacher instead"
+            )
         if self.window < self.parallel.pp:
             problems.append(
                 f"window {self.window} must be at least the teacher's pp {self.parallel.pp}, to fill its "

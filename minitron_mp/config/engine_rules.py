@@ -45,10 +45,27 @@ def _needs_transformer_engine(keys: str) -> str:
     )
 
 
+def _trained_precisions(recipe: Recipe) -> dict[str, str]:
+    """Return section -> precision of the model that it trains."""
+    during = recipe.corrects_during_distillation
+    return {
+        "correct": recipe.teacher_precision if during else recipe.precision,
+        "distill": recipe.precision,
+    }
+
+
+def optimizer_needs_bf16(recipe: Recipe) -> list[str]:
+    precisions = _trained_precisions(recipe)
+    return [
+        f"{name}.{key} bf16 needs a bf16 model, the precision is fp32; set precision: bf16, or drop {key}"
+        for name, training in training_sections(recipe)
+        for key in ("gradient_precision", "moment_precision")
+        if getattr(training, key) == "bf16" and precisions[name] == "fp32"
+    ]
+
+
 def fp8_needs_bf16(recipe: Recipe) -> list[str]:
-    precisions = {"correct": recipe.precision, "distill": recipe.precision}
-    if recipe.corrects_during_distillation:
-        precisions["correct"] = recipe.teacher_precision
+    precisions = _trained_precisions(recipe)
     problems = [
         f"{name}.fp8 needs bf16, the precision is fp32; set precision: bf16, or drop fp8"
         for name, training in training_sections(recipe)
@@ -148,6 +165,7 @@ def one_trained_model(recipe: Recipe) -> list[str]:
 
 ENGINE_RULES: tuple[Callable[[Recipe], list[str]], ...] = (
     engine_is_transformer_engine,
+    optimizer_needs_bf16,
     fp8_needs_bf16,
     communication_overlap,
     cuda_graphs,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
 from minitron_mp.config.base import Section
+
+LayerCounts = tuple[Annotated[int, Field(ge=1)], ...]
+"""Number of layers of each model chunk, in order of depth. A tuple, because layouts are hashed."""
 
 
 class ParallelConfig(Section):
@@ -24,6 +30,12 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split the activations outside the tensor parallel regions over the tp ranks. It needs tp of
     at least 2."""
+    layers: LayerCounts | None = None
+    """Layers of each pipeline stage of the student, such as [21, 19]. With vpp: of each model chunk,
+    in order of depth (chunk i is on stage i % pp). The list holds for every model with that number of
+    layers. Default: the first stages have one layer more if the layers do not divide."""
+    teacher_layers: LayerCounts | None = None
+    """The same for the unpruned model and the teacher, if the student has fewer layers."""
 
     @model_validator(mode="after")
     def _sensible(self) -> ParallelConfig:
@@ -32,9 +44,51 @@ class ParallelConfig(Section):
             problems.append(f"vpp {self.vpp} needs pp of at least 2, given 1; drop vpp or raise pp")
         if self.sequence_parallel and self.tp == 1:
             problems.append("sequence_parallel needs tp of at least 2, given 1; drop it or raise tp")
+        problems += self._list_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _list_problems(self) -> list[str]:
+        """Return the problems of `layers` and `teacher_layers` that need no model."""
+        lists = {"layers": self.layers, "teacher_layers": self.teacher_layers}
+        chunks = self.pp * (self.vpp or 1)
+        what = "model chunks (pp x vpp)" if self.vpp else "pipeline stages (pp)"
+        problems = [
+            f"{name} {list(counts)} has {len(counts)} numbers for {chunks} {what}; give one for each"
+            for name, counts in lists.items()
+            if counts is not None and len(counts) != chunks
+        ]
+        if self.layers and self.teacher_layers and sum(self.layers) == sum(self.teacher_layers):
+            problems.append(
+                f"teacher_layers has as many layers as layers, {sum(self.layers)}, and a list holds for "
+                "every model with that number; drop teacher_layers"
+            )
+        return problems
+
+    def depth_problems(
+        self, students: Collection[int], teachers: Collection[int], section: str = "parallel"
+    ) -> list[str]:
+        """Return the problems of `layers` and `teacher_layers` with the models of a recipe.
+
+        students, teachers: numbers of layers of the models that each list may be for. section: name
+        of this section in error messages.
+        """
+        lists = (
+            ("layers", self.layers, students, "the student has"),
+            ("teacher_layers", self.teacher_layers, teachers, "the unpruned model and the teacher have"),
+        )
+        problems = []
+        for name, counts, depths, who in lists:
+            if counts is None or sum(counts) in depths:
+                continue
+            numbers = " or ".join(map(str, sorted(set(depths))))
+            even = list(ParallelConfig(pp=self.pp, vpp=self.vpp).layers_of_chunks(max(depths)))
+            problems.append(
+                f"{section}.{name} {list(counts)} is {sum(counts)} layers, {who} {numbers}; give numbers "
+                f"with that sum, such as {even}, or drop it"
+            )
+        return problems
 
     @property
     def interleaved(self) -> int:
@@ -58,8 +112,12 @@ class ParallelConfig(Section):
     def layers_of_chunks(self, num_layers: int) -> list[int]:
         """Return the number of layers of each model chunk, in order of depth.
 
-        Chunk i is on pipeline stage i % pp. The first chunks take the remainder.
+        Chunk i is on pipeline stage i % pp. A model without a list in `layers` or `teacher_layers` is
+        split evenly. The first chunks take the remainder.
         """
+        for counts in (self.layers, self.teacher_layers):
+            if counts is not None and sum(counts) == num_layers:
+                return list(counts)
         chunks = self.pp * (self.vpp or 1)
         smallest, remainder = divmod(num_layers, chunks)
         return [smallest + 1 if i < remainder else smallest for i in range(chunks)]

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from minitron_mp.config.base import NOT_IN_RESULT, Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
 from minitron_mp.config.distillation import DistillConfig, TeacherConfig
+from minitron_mp.config.log import LogConfig
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.paths import UserPath, variables_for_omegaconf
 from minitron_mp.config.pruning import DepthConfig, ScoreConfig, SearchConfig, TargetConfig
@@ -49,7 +50,8 @@ class Recipe(Section):
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed for the split of the text into parts and for the order of the samples."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of weights and activations. Optimizer state and gradients are float32."""
+    """Precision of weights and activations. Optimizer state and gradients are float32, unless
+    gradient_precision or moment_precision of a training run is bf16."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of the layers: Megatron-Core's (local) or Transformer Engine's. auto: use
     Transformer Engine in bf16 on a GPU if it is installed, else local."""
@@ -80,6 +82,8 @@ class Recipe(Section):
     """Evaluation of teacher and student."""
     export: ExportConfig = ExportConfig()
     """The Hugging Face folder of the student."""
+    log: LogConfig = LogConfig()
+    """Experiment trackers."""
     _origin: _Origin = PrivateAttr(_Origin())
 
     @model_validator(mode="after")
@@ -118,6 +122,15 @@ class Recipe(Section):
     def corrects_during_distillation(self) -> bool:
         """Whether the teacher is corrected while the student is distilled from it."""
         return self.correct is not None and self.correct.when == "during"
+
+    def layer_problems(self, students: Collection[int], base: int, teacher: int) -> list[str]:
+        """Return the problems of parallel.layers and the like with the depths of the models.
+
+        students: numbers of layers of the student, or of all candidates of a search. base: of the
+        model that is pruned.
+        """
+        problems = self.parallel.depth_problems(students, {base, teacher})
+        return problems + self.teacher.parallel.depth_problems({teacher}, {teacher}, "teacher.parallel")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -86,7 +86,7 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
         return ", or ".join(kinds)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
-    if origin is list:
+    if origin in (list, tuple):
         return f"list of {_plural(_type(arguments[0]))}"
     if origin is dict:
         return f"map from {_type(arguments[0])} to {_type(arguments[1])}"

@@ -85,6 +85,14 @@ class TrainingConfig(Section):
     logits_precision: Literal["bf16", "fp32"] = "fp32"
     """Precision of the logits inside the loss. In a bf16 model bf16 logits add 2 to 5 % error to
     the gradient at 131072 columns."""
+    gradient_precision: Literal["bf16", "fp32"] = Field(
+        default="fp32", json_schema_extra=IN_RESULT_IF_CHANGED
+    )
+    """Precision in which gradients are added up, over microbatches and over data parallel ranks. bf16
+    halves their memory and their transfer. It needs a bf16 model."""
+    moment_precision: Literal["bf16", "fp32"] = Field(default="fp32", json_schema_extra=IN_RESULT_IF_CHANGED)
+    """Precision of both moments of Adam. bf16 halves their memory; the optimizer's weights stay
+    float32. It needs a bf16 model, a GPU, and the Adam of Transformer Engine 2.4 or later."""
     overlap: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Overlap gradient reduction and parameter gathering with computation."""
     recompute: bool | Annotated[int, Field(ge=1)] = Field(default=False, json_schema_extra=NOT_IN_RESULT)
@@ -106,6 +114,9 @@ class TrainingConfig(Section):
     each rank collects when its counter is full, and the other ranks wait for it."""
     log_interval: int = Field(default=1, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two lines of the log."""
+    straggler_factor: float = Field(default=1.3, gt=1, json_schema_extra=NOT_IN_RESULT)
+    """Log the slowest rank if its forward passes in a log interval take this many times the median
+    of the ranks of its pipeline stage."""
     checkpoint_interval: int = Field(default=100, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1, json_schema_extra=NOT_IN_RESULT)

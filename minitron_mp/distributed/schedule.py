@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +20,10 @@ OnOutput = Callable[[Tensor, Batch], object]
 """(hidden states after the final norm, local batch) -> result, on the last stage."""
 
 
+NO_TIMER = nullcontext()
+"""The default of timer."""
+
+
 def ignore_batch(batch: Batch) -> None:
     """Do nothing; the default of on_batch."""
 
@@ -31,6 +36,7 @@ def run_schedule(
     *,
     train: bool = False,
     on_batch: Callable[[Batch], None] = ignore_batch,
+    timer: AbstractContextManager[None] = NO_TIMER,
 ) -> list[Any]:
     """Run microbatches through the chunks and return the results of on_output.
 
@@ -42,6 +48,7 @@ def run_schedule(
     on_output(hidden [s', b, h], local batch [s/cp, b]): runs on the last stage for each microbatch
         in order. s' is s/cp, or s/cp/tp under sequence parallelism.
     on_batch(local batch): runs on every stage before each chunk's forward pass.
+    timer: context of each chunk's forward pass.
     train: on_output must return Megatron's (loss sum, number of tokens, report). Gradients are
         accumulated and finalized.
     """
@@ -55,7 +62,9 @@ def run_schedule(
     forward_backward = get_forward_backward_func()
     with torch.set_grad_enabled(train):
         return forward_backward(
-            forward_step_func=partial(_forward_step, world=world, on_output=on_output, on_batch=on_batch),
+            forward_step_func=partial(
+                _forward_step, world=world, on_output=on_output, on_batch=on_batch, timer=timer
+            ),
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
@@ -83,11 +92,18 @@ def local_batch(batch: Batch, world: World) -> Batch:
 
 
 def _forward_step(
-    iterator: Iterator[Batch], model: Any, *, world: World, on_output: OnOutput | None, on_batch: Callable
+    iterator: Iterator[Batch],
+    model: Any,
+    *,
+    world: World,
+    on_output: OnOutput | None,
+    on_batch: Callable,
+    timer: AbstractContextManager[None],
 ) -> tuple[Tensor, Callable]:
     batch = local_batch(next(iterator), world)
     on_batch(batch)
-    output = model(batch["tokens"], batch["position_ids"], batch.get("documents"))
+    with timer:
+        output = model(batch["tokens"], batch["position_ids"], batch.get("documents"))
 
     def finish(output: Tensor, non_loss_data: bool = False) -> object:
         return on_output(output.transpose(0, 1), batch) if on_output else None

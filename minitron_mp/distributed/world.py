@@ -80,6 +80,14 @@ class World:
         g = self.groups
         return f"rank {self.rank} (dp {g.dp.rank()}, pp {g.pp.rank()}, cp {g.cp.rank()}, tp {g.tp.rank()})"
 
+    def coordinates_of(self, rank: int) -> str:
+        """Return the coordinates of another rank. Megatron's order is tp fastest, cp, dp, pp."""
+        p = self.parallel
+        rest, tp = divmod(rank, p.tp)
+        rest, cp = divmod(rest, p.cp)
+        pp, dp = divmod(rest, self.size // p.model_ranks)
+        return f"rank {rank} (dp {dp}, pp {pp}, cp {cp}, tp {tp})"
+
 
 @contextmanager
 def join_world(parallel: ParallelConfig, *, seed: int, timeout_minutes: float = 30) -> Iterator[World]:

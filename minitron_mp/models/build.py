@@ -28,7 +28,9 @@ from minitron_mp.models.precision import (
     check_cuda_graphs,
     check_hardware,
     compile_for_fixed_shapes,
+    engine_version,
     fuse_gradient_accumulation,
+    optimizer_problems,
     uses_engine,
 )
 from minitron_mp.models.sharded_model import DTYPES, ShardedModel
@@ -107,6 +109,10 @@ def _check_machine(world: World, options: ModelOptions, engine: bool) -> None:
     training = options.training
     if training is None:
         return
+    refuse(
+        "these precisions of the optimizer are not available here:",
+        optimizer_problems(training, options.dtype, world.device, engine_version()),
+    )
     if not engine:
         for key, is_set in (
             ("tp_comm_overlap", training.tp_comm_overlap),

@@ -20,6 +20,9 @@ class FP8Requirement(NamedTuple):
     cuda: tuple[int, int]
 
 
+MOMENTS_ENGINE = "2.4"
+"""First version of Transformer Engine whose Adam stores bf16 moments (its pull request 1640)."""
+
 FP8_SUPPORT = {
     "delayed": FP8Requirement((8, 9), "2.1", (12, 1)),
     "tensorwise": FP8Requirement((8, 9), "2.2", (12, 1)),

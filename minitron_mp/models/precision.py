@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.models.number_formats import FP8_SUPPORT
+from minitron_mp.models.number_formats import FP8_SUPPORT, MOMENTS_ENGINE
 from minitron_mp.models.sharded_model import ShardedModel
 
 RECOMPILE_LIMIT = 64
@@ -90,6 +90,33 @@ def check_hardware(fp8: str, device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     problems = hardware_problems(fp8, capability, torch.version.cuda, engine_version())
     refuse("FP8 is not available here; drop fp8, or change the environment:", problems)
+
+
+def optimizer_problems(
+    training: TrainingConfig, dtype: torch.dtype, device: torch.device, engine: str | None
+) -> list[str]:
+    """Return the reasons why a machine cannot train with these precisions of gradients and moments.
+
+    dtype: of the model's weights. engine: version of Transformer Engine, None if not installed.
+    """
+    problems = [
+        f"{key} bf16 needs a bf16 model, given {dtype}; set precision: bf16, or drop {key}"
+        for key in ("gradient_precision", "moment_precision")
+        if getattr(training, key) == "bf16" and dtype is not torch.bfloat16
+    ]
+    if training.moment_precision == "fp32":
+        return problems
+    if device.type != "cuda":
+        problems.append(
+            f"moment_precision bf16 needs a GPU, this rank is on {device.type}; drop moment_precision here"
+        )
+    if engine is None or Version(engine) < Version(MOMENTS_ENGINE):
+        problems.append(
+            f"moment_precision bf16 needs the Adam of Transformer Engine {MOMENTS_ENGINE} or later, this "
+            f"environment has {engine or 'none'}; pip install -e .[te], use NVIDIA's PyTorch container, or "
+            "drop moment_precision"
+        )
+    return problems
 
 
 def check_cuda_graphs() -> None:

@@ -92,10 +92,10 @@ def _layout(arch: Arch, p: ParallelConfig) -> dict[str, Any]:
         "context_parallel_size": p.cp,
         "sequence_parallel": p.sequence_parallel,
     }
-    if arch.num_layers % (p.pp * (p.vpp or 1)):
-        # Megatron needs equal stages unless a layout lists the layers of each stage. The last
-        # stages get fewer layers, because the last one also holds the output layer.
-        stages = [["decoder"] * count for count in p.layers_of_chunks(arch.num_layers)]
+    counts = p.layers_of_chunks(arch.num_layers)
+    if len(set(counts)) > 1:
+        # Megatron needs equal stages unless a layout lists the layers of each stage.
+        stages = [["decoder"] * count for count in counts]
         stages[0].insert(0, "embedding")
         stages[-1].append("loss")
         settings["pipeline_model_parallel_layout"] = stages

@@ -10,7 +10,7 @@ from pathlib import Path
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, table
-from minitron_mp.errors import InputError
+from minitron_mp.errors import InputError, refuse
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.hf_config import read_arch
 from minitron_mp.planning.case import PlanningCase
@@ -123,7 +123,8 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
 def read_models(recipe: Recipe) -> Models:
     """Read the architectures of a recipe from config.json files.
 
-    With a search the student is the largest candidate.
+    With a search the student is the largest candidate. InputError for a list of layers of stages
+    that fits no model.
     """
     base = read_arch(Path(recipe.model), weights=False)
     teacher = read_arch(Path(recipe.teacher.model or recipe.model), weights=False)
@@ -132,6 +133,12 @@ def read_models(recipe: Recipe) -> Models:
         student = max(candidates, key=lambda arch: arch.num_parameters())
     else:
         student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
+        candidates = [student]
+    depths = {arch.num_layers for arch in candidates}
+    refuse(
+        "this layout does not fit the models:",
+        recipe.layer_problems(depths, base.num_layers, teacher.num_layers),
+    )
     return Models(base, teacher, student)
 
 

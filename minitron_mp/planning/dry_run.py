@@ -75,7 +75,7 @@ def _model_rows(base: Arch, case: PlanningCase) -> list[Row]:
         total = arch.num_parameters()
         without_embeddings = arch.num_parameters(embeddings=False)
         per_rank = ", ".join(f"{count:,}" for count in rank_parameters(arch, layout))
-        rows.append((f"{name} layers per stage", str(stage_layers(arch.num_layers, layout))))
+        rows.append((f"{name} layers per stage", _layers_text(arch.num_layers, layout)))
         rows.append(
             (
                 f"{name} parameters",
@@ -92,6 +92,13 @@ def _model_rows(base: Arch, case: PlanningCase) -> list[Row]:
         )
     )
     return rows
+
+
+def _layers_text(num_layers: int, layout: ParallelConfig) -> str:
+    """Return the layers of each stage, and those of the even split if they differ."""
+    stages = stage_layers(num_layers, layout)
+    even = stage_layers(num_layers, ParallelConfig(pp=layout.pp, vpp=layout.vpp))
+    return str(stages) if stages == even else f"{stages} (evenly split: {even})"
 
 
 def _memory_rows(base: Arch, case: PlanningCase) -> list[Row]:

@@ -101,6 +101,7 @@ def training_memory(
     sequence_split = p.tp if p.sequence_parallel else 1
     parameters = rank_parameters(arch, p)[stage]
     main_copy_bytes = 4 if precision == "bf16" else 0
+    gradient_bytes, moment_bytes = BYTES[training.gradient_precision], BYTES[training.moment_precision]
 
     layers = layers_in_flight(arch.num_layers, p, microbatches_per_replica(training, p, ranks), stage)
     blocks = stage_blocks(arch, p)[stage]
@@ -122,8 +123,8 @@ def training_memory(
     working = mlp / p.tp + (2 + gathered) * arch.hidden_size
     parts = {
         "weights": size * parameters,
-        "gradients (float32)": 4 * parameters,
-        "optimizer state": (8 + main_copy_bytes) * parameters / max(1, ranks // (p.tp * p.pp)),
+        gradients_label(training): gradient_bytes * parameters,
+        "optimizer state": (2 * moment_bytes + main_copy_bytes) * parameters / max(1, ranks // (p.tp * p.pp)),
         "activations (estimate)": tokens * saved,
         "working buffers (estimate)": size * tokens * working,
     }
@@ -132,6 +133,11 @@ def training_memory(
     if is_last:
         parts["logits and their gradient"] = _loss_bytes(arch, training, p, tokens, size)
     return parts
+
+
+def gradients_label(training: TrainingConfig) -> str:
+    """Return the name of the part with the gradients."""
+    return "gradients (float32)" if training.gradient_precision == "fp32" else "gradients (bf16)"
 
 
 def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens: int, size: int) -> float:

@@ -277,13 +277,15 @@ def estimate_training(
 
     parameters = max(rank_parameters(arch, p))
     group = dp * p.cp
+    gradient_bytes, moment_bytes = BYTES[training.gradient_precision], BYTES[training.moment_precision]
     if group > 1:
         seconds[DP] = _data_parallel_s(parameters, group, size, training, passes.slowest_s, p.tp, times)
-        sent = (4 + size) * parameters * (group - 1) / group
+        sent = (gradient_bytes + size) * parameters * (group - 1) / group
         traffic[DP] = Traffic(link_name(times, group, p.tp), sent)
-    # Adam reads gradient, weight and moments, and writes them and the model's weight: 34 bytes.
-    # Gradient buffers are zeroed and read for the norm: 8 bytes.
-    seconds[OPTIMIZER] = (34 * parameters / group + 8 * parameters) / times.hbm
+    # Adam reads gradient, weight and moments, and writes them and the model's weight: 34 bytes in
+    # float32. Gradient buffers are zeroed and read for the norm: 8 bytes.
+    update_bytes = 14 + gradient_bytes + 4 * moment_bytes
+    seconds[OPTIMIZER] = (update_bytes / group + 2 * gradient_bytes) * parameters / times.hbm
     return StepCost(seconds, traffic, less_certain(passes.basis, loss_basis))
 
 
@@ -297,11 +299,12 @@ def _data_parallel_s(
     times: Times,
 ) -> float:
     """Return the seconds of gradient scatter and weight gather that computation does not hide."""
-    scatter = times.collective_s(4 * parameters, group, stride)
+    gradient_bytes = BYTES[training.gradient_precision]
+    scatter = times.collective_s(gradient_bytes * parameters, group, stride)
     gather = times.collective_s(size * parameters, group, stride)
     if training.overlap:
         bucket = min(parameters, max(BUCKET, 1_000_000 * group))
-        scatter = max(scatter - slowest_s * 2 / 3, times.collective_s(4 * bucket, group, stride))
+        scatter = max(scatter - slowest_s * 2 / 3, times.collective_s(gradient_bytes * bucket, group, stride))
         gather = max(gather - slowest_s / 3, times.collective_s(size * bucket, group, stride))
     return scatter + gather
 

@@ -33,7 +33,9 @@ def layout_text(estimate: Estimate) -> str:
 
 def _sizes_text(p: ParallelConfig) -> str:
     text = f"tp {p.tp} pp {p.pp} cp {p.cp}"
-    return f"{text} vpp {p.vpp}" if p.vpp else text
+    if p.vpp:
+        text += f" vpp {p.vpp}"
+    return f"{text} layers {list(p.layers)}" if p.layers else text
 
 
 def summary_rows(estimate: Estimate, times: Times, price: float | None) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.launcher import environment_variable
 from minitron_mp.errors import refuse
 from minitron_mp.models.precision import silently_wrong
-from minitron_mp.models.sharded_model import ShardedModel, unwrap
+from minitron_mp.models.sharded_model import DTYPES, ShardedModel, unwrap
 
 
 class TrainableModel:
@@ -77,7 +77,10 @@ class TrainableModel:
             parameters = part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(
-                    parameters, max_norm=part.config.clip_grad, total_norm=gradient_norm
+                    parameters,
+                    max_norm=part.config.clip_grad,
+                    total_norm=gradient_norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
         self.optimizer.step_with_ready_grads()
         self.num_updates += 1
@@ -144,7 +147,7 @@ class TrainableModel:
 def _wrapped(model: ShardedModel, settings: TrainingConfig) -> ShardedModel:
     config = model.chunks[0].config
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=settings.gradient_precision == "fp32",  # otherwise in the model's precision
         use_distributed_optimizer=True,
         overlap_grad_reduce=settings.overlap,
         overlap_param_gather=settings.overlap,
@@ -177,10 +180,30 @@ def _optimizer(chunks: list[Any], settings: TrainingConfig) -> Any:
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=settings.overlap,
+            **_optimizer_precision(settings),
         ),
         chunks,
         use_gloo_process_groups=False,
     )
+
+
+def _optimizer_precision(settings: TrainingConfig) -> dict[str, Any]:
+    """Return Megatron's settings of an optimizer with moments in bf16, {} for moments in float32.
+
+    They are stored by Transformer Engine's Adam, which also holds the float32 weights then.
+    """
+    if settings.moment_precision == "fp32":
+        return {}
+    moments = DTYPES[settings.moment_precision]
+    return {
+        "use_precision_aware_optimizer": True,
+        "main_grads_dtype": DTYPES[settings.gradient_precision],
+        "exp_avg_dtype": moments,
+        "exp_avg_sq_dtype": moments,
+        # Otherwise Adam would store the 16 bits that the bf16 weights lack. Our checkpoints hold the
+        # float32 weights.
+        "store_param_remainders": False,
+    }
 
 
 def _connect(chunks: list[Any], optimizer: Any, settings: TrainingConfig) -> None:

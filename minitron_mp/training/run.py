@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from minitron_mp.training.optimizer import TrainableModel
 from minitron_mp.training.options import RunOptions
 from minitron_mp.training.run_checkpoint import RunCheckpoints
 from minitron_mp.training.step_log import Diverged, FinishedStep, RankStatus, StepLog
+from minitron_mp.training.stragglers import ForwardTimer
 from minitron_mp.training.validation import Validator
 
 OnOutput = Callable[[torch.Tensor, Batch], object]
@@ -63,6 +65,7 @@ class TrainingRun:
             HiddenStatesLoss(self.model.chunks, teacher, settings, self.world) if settings.states else None
         )
         self.loss = TrainingLoss(self.model, teacher, settings)
+        self.timer = ForwardTimer(self.world.device)
         self.steps_done = 0
         self.num_skipped_in_a_row = 0
         self.stop_request = ""
@@ -84,6 +87,7 @@ class TrainingRun:
             divergence=settings.divergence if teacher is not None else None,
             total_steps=settings.steps,
             first_step=self.steps_done,
+            straggler_factor=settings.straggler_factor,
         )
 
     @property
@@ -123,7 +127,14 @@ class TrainingRun:
         self.trainable.zero_grad()
         self.loss.sums.zero_()
         if self.hidden_states is None:
-            run_schedule(self.model.chunks, batches, self.world, on_output or self.loss, train=True)
+            run_schedule(
+                self.model.chunks,
+                batches,
+                self.world,
+                on_output or self.loss,
+                train=True,
+                timer=self.timer,
+            )
             return
         self.hidden_states.start_step()
         run_schedule(
@@ -133,6 +144,7 @@ class TrainingRun:
             on_output or self.loss,
             train=True,
             on_batch=self.hidden_states.begin,
+            timer=self.timer,
         )
 
     def update(self) -> None:
@@ -238,6 +250,7 @@ class TrainingRun:
         seconds = self.step_log.stop_clock()
         local_request, status = self._status(seconds / len(self.step_log.steps))
         blocked_s = self.checkpoints.take_blocked_s() if self.checkpoints is not None else None
+        status = replace(status, forward_s=self.timer.take_s())
         job, metrics = self.step_log.report(status, seconds, blocked_s)
         self.stop_request = (local_request or OTHER_RANK) if job.num_stop_requests else ""
         self.time_a_checkpoint = job.num_checkpoint_times > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from minitron_mp.distributed.world import World
 from minitron_mp.errors import InputError
 from minitron_mp.training.metrics import StepMetrics
 from minitron_mp.training.options import RunOptions
+from minitron_mp.training.stragglers import StragglerWatch, slowest_rank
 from minitron_mp.training.throughput import Throughput, peak_memory_gib
 
 
@@ -46,18 +48,20 @@ class FinishedStep:
 class RankStatus:
     """Status of one rank at the end of a log interval.
 
-    traffic: traffic from the teacher since the last log, None on a rank without a stream.
+    traffic: traffic from the teacher since the last log, None on a rank without a stream. forward_s:
+    seconds of the model's forward passes since the last log.
     """
 
     stop_requested: bool = False
     needs_checkpoint_time: bool = False
     writing_checkpoint: bool = False
     traffic: Traffic | None = None
+    forward_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The RankStatus of all ranks, added up; equal on all ranks."""
+    """The RankStatus of all ranks, added up; equal on all ranks. forward_s: of each rank."""
 
     num_stop_requests: float
     num_checkpoint_times: float
@@ -66,6 +70,7 @@ class JobStatus:
     num_bytes: float
     num_receivers: float
     peak_memory_gib: float
+    forward_s: Sequence[float]
 
 
 class StepLog:
@@ -73,6 +78,7 @@ class StepLog:
 
     divergence: name of the divergence between teacher and student; None without a teacher.
     total_steps: number of steps of the run. first_step: step at which this process starts.
+    straggler_factor: see TrainingConfig.
     """
 
     def __init__(
@@ -83,9 +89,11 @@ class StepLog:
         divergence: str | None,
         total_steps: int,
         first_step: int,
+        straggler_factor: float,
     ):
         self.options, self.world, self.divergence = options, world, divergence
         self.total_steps, self.first_step = total_steps, first_step
+        self.stragglers = StragglerWatch(world, straggler_factor, options.manifest.stage)
         self.steps: list[FinishedStep] = []
         self.validations: dict[int, Validation] = {}
         """Number of a step, counted from 1 -> its validation, until the step is reported."""
@@ -130,6 +138,15 @@ class StepLog:
         # Mean time over all steps of this process, with checkpoints and pauses.
         pace_s = (time.perf_counter() - self.begin) / max(1, self.steps[-1].step + 1 - self.first_step)
         shared = Throughput(peak_memory_gib=job.peak_memory_gib, save_s=checkpoint_blocked_s)
+        slowest = slowest_rank([total / num_steps for total in job.forward_s], self.world.parallel.pp)
+        self.stragglers.report(slowest, self.steps[-1].step + 1)
+        if slowest is not None:
+            shared = replace(
+                shared,
+                slowest_rank=slowest.rank,
+                slowest_forward_s=slowest.forward_s,
+                median_forward_s=slowest.median_s,
+            )
         if job.num_receivers:
             shared = replace(
                 shared,
@@ -138,7 +155,8 @@ class StepLog:
             )
         metrics = []
         for finished, row in zip(self.steps, rows):
-            rates = self.options.work.rates(finished.step, step_s) if self.options.work else {}
+            work = self.options.work
+            rates: dict[str, Any] = dict(work.rates(finished.step, step_s)) if work else {}
             measured = replace(
                 shared,
                 **rates,
@@ -163,8 +181,10 @@ class StepLog:
         """Return the global sums of each step, and the status of the job."""
         world = self.world
         sums = torch.stack([finished.sums for finished in self.steps])
-        memory = [0.0] * world.size  # each rank sets one entry, so that the sum holds all entries
+        # Each rank sets one entry of these lists, so that the sum holds all entries.
+        memory, forward_s = [0.0] * world.size, [0.0] * world.size
         memory[world.rank] = peak_memory_gib(world.device)
+        forward_s[world.rank] = status.forward_s
         traffic = status.traffic or Traffic(0.0, 0)
         flags = [
             float(status.stop_requested),
@@ -174,11 +194,11 @@ class StepLog:
             float(traffic.num_bytes),
             float(status.traffic is not None),
         ]
-        totals = torch.cat([sums.flatten(), sums.new_tensor([*flags, *memory])])
+        totals = torch.cat([sums.flatten(), sums.new_tensor([*flags, *memory, *forward_s])])
         dist.all_reduce(totals)
         values, columns, split = totals.tolist(), sums.shape[1], sums.numel()
         rows = [values[i : i + columns] for i in range(0, split, columns)]
-        counts, memories = values[split : split + len(flags)], values[split + len(flags) :]
+        counts, lists = values[split : split + len(flags)], values[split + len(flags) :]
         stop_requests, checkpoint_times, writers, wait_s, num_bytes, receivers = counts
         return rows, JobStatus(
             num_stop_requests=stop_requests,
@@ -187,7 +207,8 @@ class StepLog:
             wait_s=wait_s,
             num_bytes=num_bytes,
             num_receivers=receivers,
-            peak_memory_gib=max(memories),
+            peak_memory_gib=max(lists[: world.size]),
+            forward_s=lists[world.size :],
         )
 
 

@@ -89,6 +89,10 @@ class Throughput:
     teacher_wait_s: float | None = None
     transport_gb_per_s: float | None = None
     peak_memory_gib: float | None = None
+    slowest_rank: int | None = None
+    """Rank with the slowest forward passes in relation to its pipeline stage (stragglers.py)."""
+    slowest_forward_s: float | None = None
+    median_forward_s: float | None = None
     eta_s: float | None = None
     save_s: float | None = None
     """Seconds for which checkpoints have blocked training since the last log."""

@@ -19,7 +19,7 @@ from minitron_mp.artifacts.manifest import (
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.output_folder import output_problems
-from minitron_mp.workflow.preflight import recipe_problems
+from minitron_mp.workflow.preflight import recipe_problems, tracker_problems
 from minitron_mp.workflow.saved_progress import saved_progress_problems
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import StageFiles
@@ -196,6 +196,8 @@ class StageGraph:
         """Raise InputError when the stage would orphan checkpoints or delete files of the user."""
         problem = user_files_problem(self.paths[stage])
         problems = saved_progress_problems(self, stage) + ([problem] if problem else [])
+        if self.stages[stage].has_checkpoints:
+            problems += tracker_problems(self.recipe)
         refuse("this recipe cannot run:", problems)
 
     def _user_file_problems(self) -> list[str]:

@@ -31,6 +31,8 @@ it exists."""
 LOGS = (
     "checkpoints",
     "tensorboard",
+    "wandb",
+    "tracked_runs.json",
     "profile",
     "logs",
     SHARDS,

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from minitron_mp.artifacts.manifest import require_artifact
+from minitron_mp.config.log import TRACKERS
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.rules import run_rule_problems
@@ -44,12 +46,22 @@ def recipe_problems(
     problems += problems_of(partial(check_same_tokens, recipe.model, teacher))
     if weights:
         problems += file_problems(recipe, paths, archs.get(recipe.model), deleted)
-    problems += run_rule_problems(recipe)
+    problems += run_rule_problems(recipe) + tracker_problems(recipe)
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
     if recipe.model in archs and teacher in archs:
         problems += _model_problems(recipe, archs[recipe.model], archs[teacher])
     return problems
+
+
+def tracker_problems(recipe: Recipe) -> list[str]:
+    """Return one sentence for each experiment tracker whose package is not installed."""
+    return [
+        f"log.{key} needs the package {TRACKERS[key]}, which is not installed; run `pip install "
+        f"minitron-mp[{key}]`, or drop log.{key}"
+        for key in recipe.log.trackers
+        if find_spec(TRACKERS[key]) is None
+    ]
 
 
 def artifact_arch(paths: Mapping[str, Path], stage: str) -> Arch:
@@ -129,6 +141,9 @@ def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
             f"{stages} pipeline stages (pp x vpp) for a student of {smallest.num_layers} layers; lower pp "
             "or vpp"
         )
+    if candidates:
+        depths = {arch.num_layers for arch in candidates}
+        problems += recipe.layer_problems(depths, base.num_layers, teacher.num_layers)
     return problems
 
 

@@ -30,6 +30,7 @@ from minitron_mp.errors import InputError
 from minitron_mp.evaluation.quality import Quality, compare
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.sharded_model import ShardedModel, unwrap
+from minitron_mp.training.experiment_trackers import ExperimentLog, TrackedTraining
 from minitron_mp.training.loop import train_one
 from minitron_mp.training.metrics import MetricsLog, StepMetrics
 from minitron_mp.training.options import RunOptions
@@ -62,7 +63,7 @@ def run_training(
     Called on all ranks. curves: that of the model last, before it that of a teacher that is trained
     at the same time. make_teacher: None for training without a teacher.
     """
-    recipe, world, name = context.recipe, context.world, context.manifest.stage
+    recipe, name = context.recipe, context.manifest.stage
     checkpoints = checkpoint_folder(recipe, name)
     resumed = resume_point(checkpoints, context.manifest, context.accept)
     first_step, context = resumed.step, replace(context, manifest=resumed.manifest)
@@ -82,10 +83,7 @@ def run_training(
         )
     files = [recipe.root / curve.file for curve in curves]
     with Tracker(name, settings.steps, "steps", first_step) as tracker, ExitStack() as stack:
-        logs = [
-            stack.enter_context(MetricsLog(path, curve.name, first_step, world))
-            for curve, path in zip(curves, files)
-        ]
+        logs = [_metrics_log(stack, context, curve, path, first_step) for curve, path in zip(curves, files)]
 
         def on_step(metrics: StepMetrics) -> None:
             logs[-1](metrics)
@@ -112,6 +110,31 @@ def run_training(
         _close(teacher)
     _write_artifact(context, model, teacher, files, validation)
     on_rank_0(lambda: discard_checkpoints(checkpoints, context.manifest, settings.keep_every, validation))
+
+
+def _metrics_log(
+    stack: ExitStack, context: StageContext, curve: Curve, path: Path, first_step: int
+) -> OnStep:
+    """Open the metrics file, TensorBoard and the experiment trackers of a curve on rank 0."""
+    recipe = context.recipe
+    write = stack.enter_context(MetricsLog(path, curve.name, first_step, context.world))
+    if not recipe.log.trackers or not context.world.is_main:
+        return write
+    training = TrackedTraining(
+        root=recipe.root,
+        section=curve.name,
+        name=f"{recipe.log.name or recipe.root.absolute().name} {curve.name}",
+        projects={key: getattr(recipe.log, key) for key in recipe.log.trackers},
+        identity=context.manifest.at_step(0).fingerprint,  # --accept does not change it
+        settings=recipe.model_dump(mode="json"),
+    )
+    send = stack.enter_context(ExperimentLog(training))
+
+    def on_step(metrics: StepMetrics) -> None:
+        write(metrics)
+        send(metrics)
+
+    return on_step
 
 
 def _measure(

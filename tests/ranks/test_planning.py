@@ -136,6 +136,8 @@ def test_layers_in_flight_match_the_schedule(ranks):
         (ParallelConfig(pp=2, vpp=2), 2),
         (ParallelConfig(pp=2, vpp=2), 8),
         (ParallelConfig(pp=4, vpp=2), 8),
+        (ParallelConfig(pp=2, layers=(7, 2)), 4),
+        (ParallelConfig(pp=2, vpp=2, layers=(1, 4, 1, 3)), 8),
     ]
     (found,) = ranks(1, "planning_workers.in_flight", arch=arch, cases=cases)
     for (p, microbatches), peaks in zip(cases, found):

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pool
 from cases import SEQUENCE_LENGTH, Layout
+from fake_trackers import wandb_double
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from model_workers import joined
 
@@ -72,6 +73,12 @@ def minitron(
             code = end.code or 0
     RotaryEmbedding.forward.cache_clear()  # holds the last 32 modules and so their groups, see pool.serve
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def tracked(*, calls: Path, arguments: list[str], stop_at: int | None = None) -> Done:
+    """Run minitron() with a double of wandb that writes its calls to a file."""
+    with wandb_double(calls):
+        return minitron(arguments=arguments, stop_at=stop_at, own_job=True)
 
 
 def _stopping(write: Any, stop_at: int) -> Any:

@@ -50,6 +50,8 @@ ONLY_IN = {
     "matplotlib": {"report/figures"},
     "jinja2": {"report/document"},
     "huggingface_hub": {"report/model_card"},
+    "wandb": {"training/experiment_trackers"},
+    "mlflow": {"training/experiment_trackers"},
     "os.environ": {"distributed/launcher", "distributed/job", "console"},  # the last two import no torch
     "os.getenv": set(),
 }

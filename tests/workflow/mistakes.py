@@ -77,7 +77,9 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("More warm-up steps than steps", "distill.warmup_steps=60"),
         overrides("A WSD schedule without decay steps", "distill.schedule=wsd"),
         overrides("Decay steps of another schedule", "distill.decay_steps=5"),
+        overrides("Gradients in bf16 of a float32 model", "distill.gradient_precision=bf16"),
         overrides("Ranges of skipped batches that overlap", "distill.skip_batches=[[3, 5], [5, 9]]"),
+        overrides("An experiment tracker whose package is not installed", "log.mlflow=minitron"),
         overrides("An empty output", "output=''"),
     ],
     "Model folder": [
@@ -254,6 +256,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("Tensor parallel size that does not divide the heads", "parallel.tp=3"),
         overrides("More pipeline stages than layers", "parallel.pp=8"),
         overrides("Layers that the pipeline stages do not divide", "parallel.pp=2", "parallel.vpp=4"),
+        overrides("Stages with more layers than the student", "parallel.pp=2", "parallel.layers=[2, 3]"),
+        overrides("Layers of another number of stages", "parallel.pp=2", "parallel.layers=[1, 1, 1]"),
         overrides("Sequence parallelism without tensor parallelism", "parallel.sequence_parallel=true"),
         overrides("Context parallelism of an odd sequence", "parallel.cp=2", "data.sequence_length=30"),
         Mistake("A number of ranks that is no multiple", ("parallel.tp=2", "--world", "3")),

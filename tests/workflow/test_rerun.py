@@ -70,6 +70,7 @@ def test_changed_setting_repeats_dependent_stages(whole, override, why, first):
     [
         TWO_RANKS,
         ("parallel.pp=3", "parallel.cp=2"),
+        ("parallel.pp=2", "parallel.layers=[2, 1]", "parallel.teacher_layers=[1, 3]"),
         ("score.micro_batch_size=2", "distill.micro_batch_size=4", "evaluate.micro_batch_size=1"),
         ("distill.overlap=true", "distill.recompute=true"),
         ("distill.log_interval=7", "distill.checkpoint_interval=3", "distill.keep_checkpoints=1"),

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from fake_trackers import read_calls
 from tiny import CHECKPOINT_INTERVAL, MAX_LR, OUTPUT, REMOTE, STEPS, drop, names, read_metrics, refused
 
 from minitron_mp.artifacts.manifest import Change, find_manifest
@@ -116,6 +117,29 @@ def test_batch_size_and_skipped_batches_change_with_any_teacher(stopped, whole, 
     remote = read_metrics(stopped.output)
     assert len(remote) == 16
     assert remote[: len(metrics)] == metrics
+
+
+def test_resumed_run_continues_in_the_experiment_tracker(copied, ranks, whole, tmp_path):
+    """One process of two sends each step, to one run, also after accepted changes."""
+    drop(copied.output, "distill")
+    calls, words = tmp_path / "calls", ["distill", str(copied.recipe), "log.wandb=p", "log.name=small"]
+    for more, stop_at in (([], STOP - 1), (["distill.clip_grad=0.5", "--accept", "clip_grad"], None)):
+        case = {"arguments": words + more, "stop_at": stop_at}
+        for done in ranks(2, "project_workers.tracked", calls=calls, **case):
+            assert done.code == 0, done.err
+    rows = read_calls(calls)
+    starts = [row for row in rows if row["call"] == "init"]
+    assert len(starts) == 2
+    assert len({row["id"] for row in starts}) == 1
+    assert {(row["name"], row["project"], row["job_type"]) for row in starts} == {
+        ("small distill", "p", "distill")
+    }
+    assert starts[1]["config"]["distill"]["clip_grad"] == 0.5
+    assert len({row["process"] for row in rows}) == 1
+    sent = [row["values"]["loss"] for row in rows if row["call"] == "log"]
+    assert sent == [row["loss"] for row in read_metrics(copied.output)]
+    assert len(sent) == STEPS
+    assert [row["exit_code"] for row in rows if row["call"] == "finish"] == [0, 0]
 
 
 def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
