@@ -36,6 +36,7 @@ TOGETHER = {
     "test_hidden_states": "training",
     "test_validation": "training",
     "test_non_finite": "training",
+    "test_chat_loss": "training",
     "test_slicing": "pruning",
     "test_importance": "pruning",
     "test_compress": "projects",

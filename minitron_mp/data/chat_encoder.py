@@ -24,7 +24,7 @@ import numpy as np
 from minitron_mp.data.documents import Document
 from minitron_mp.data.record_fields import TOOLS
 from minitron_mp.data.tokenizer import FastEncoder, Tokenizer, from_folder
-from minitron_mp.errors import InputError, os_error_text
+from minitron_mp.errors import InputError
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """The mark at which the assistant's text begins."""
@@ -178,8 +178,7 @@ def _read(file: Path) -> str:
         raise InputError(f"data.chat_template: {file} is not UTF-8 text ({error}); convert it") from error
     except OSError as error:
         raise InputError(
-            f"data.chat_template: {file} cannot be read: {os_error_text(error)}; give a file with a Jinja "
-            "template"
+            f"data.chat_template: {file} cannot be read: {error.strerror}; give a file with a Jinja template"
         ) from error
 
 

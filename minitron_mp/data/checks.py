@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.corpus import check_ids, check_mask, check_not_empty
-from minitron_mp.data.documents import MIN_PIECE, Document, Piece, TextSettings, read_documents, read_pieces
+from minitron_mp.data.corpus import check_ids, check_mask, check_not_empty, no_chats
+from minitron_mp.data.documents import (
+    MAX_PIECE,
+    MIN_PIECE,
+    Document,
+    Piece,
+    TextSettings,
+    read_documents,
+    read_pieces,
+)
 from minitron_mp.data.folders import SHOWN_PROBLEMS
 from minitron_mp.data.record_fields import Fields
 from minitron_mp.data.sources import PARTS, STDLIB, Sources, fields_of, find_sources
@@ -29,7 +37,7 @@ MAX_BLANK_PIECES = 5_000
 """Number of blank pieces at the beginning of a file that are read to find its first text."""
 
 MAX_SMALL_TEXT = 1 << 22
-"""Bytes of the files of a source up to which its documents are divided among the parts."""
+"""Bytes of the files of a text up to which all of its documents are read."""
 
 CHECKED_CHARACTERS = 20_000
 """Characters of a file that are tokenized if the model has no embedding for some ids."""
@@ -60,6 +68,8 @@ def corpus_problems(
             problems += [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
         else:
             problems += _file_problems(sources, fields_of(data), tokenizer, chats)
+            if not is_held_out and not problems:
+                problems += _missing_chats(data, sources)
             if seed is not None and "source" in sources and not problems:
                 problems += _part_problems(data, sources, seed)
     return problems
@@ -160,6 +170,21 @@ def _token_problems(pieces: list[tuple[Path, Piece]], prefixes: list[str], token
             place = Document("", piece.text, path, piece.line).place_of(tokenizer.token_of(unknown))
             return [*problems, f"{place} {tokenizer.no_embedding(unknown)}"]
     return problems
+
+
+def _missing_chats(data: DataConfig, sources: Sources) -> list[str]:
+    """Return a sentence if no record of a small text has the field of chats."""
+    paths = [path for source in sources.values() for _, path in source.files]
+    is_tokenized = any(source.prefixes for source in sources.values())
+    if data.chat_field is None or is_tokenized or sum(path.stat().st_size for path in paths) > MAX_SMALL_TEXT:
+        return []
+    try:
+        for path in paths:
+            if any(piece.is_chat for piece in read_pieces(path, MAX_PIECE, fields_of(data), UnusedText())):
+                return []
+    except InputError as error:
+        return [str(error)]
+    return [no_chats(data)]
 
 
 def _chat_problems(pieces: list[tuple[Path, Piece]], chats: ChatEncoder) -> list[str]:

@@ -134,9 +134,7 @@ def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[
     if masks:
         content[MASKS] = masks
     elif data.chat_field is not None and not text.held_out:
-        raise InputError(
-            f'data.chat_field: no record of the text has the field "{data.chat_field}"; correct or drop it'
-        )
+        raise InputError(no_chats(data))
     write_text(folder / PARTS_FILE, json.dumps(content, indent=1))
     not_used = unused_text(text.sources)
     not_used.update(written.not_used)
@@ -145,6 +143,11 @@ def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[
         part: sum(_num_tokens(folder, prefix) for texts_of_part in texts for prefix in texts_of_part)
         for part, texts in parts.items()
     }
+
+
+def no_chats(data: DataConfig) -> str:
+    """Return a sentence about a text without chats."""
+    return f'data.chat_field: no record of the text has the field "{data.chat_field}"; correct or drop it'
 
 
 def _num_tokens(folder: Path, prefix: str) -> int:
