@@ -23,6 +23,7 @@ from minitron_mp.data.indexed_files import has_mask, lengths_of, mask_prefix
 from minitron_mp.data.shards import ShardStore, divide
 from minitron_mp.data.sources import corpus_fingerprint
 from minitron_mp.data.tokenizer import load_tokenizer
+from minitron_mp.data.unused import SURROGATE, load_unused
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.stages import HELD_OUT, TOKENIZE
 
@@ -285,6 +286,16 @@ def test_documents_without_chats_are_tokenized_as_before(tmp_path, tokenizer):
     counted = counted_tokens(tmp_path / "mixed", names)
     assert counted == dict.fromkeys(names, sum(map(sum, masks)))
     assert counted_tokens(tmp_path / "plain", names) == {}
+
+
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path, tokenizer, chats):
+    path = tmp_path / "a.jsonl"
+    line = '{"messages": [{"role": "user", "content": "a \\ud83d b"}, {"role": "assistant", "content": "c"}]}'
+    path.write_text(line + "\n")
+    tokenize(tmp_path / "data", tokenizer, **in_all_parts(path))
+    expected_ids = chats([turn("user", "a \ufffd b"), turn("assistant", "c")])[0][0]
+    assert documents_of(tmp_path / "data" / "train") == [expected_ids]
+    assert load_unused(tmp_path / "data").tallies[SURROGATE].count == 3
 
 
 def test_chats_are_not_cut(tmp_path, tokenizer, chats):
