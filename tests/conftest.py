@@ -39,6 +39,7 @@ TOGETHER = {
     "test_uneven_stages": "training",
     "test_optimizer_precision": "training",
     "test_stragglers": "training",
+    "test_chat_loss": "training",
     "test_slicing": "pruning",
     "test_importance": "pruning",
     "test_compress": "projects",

@@ -34,6 +34,13 @@ class DataConfig(Section):
     text_field: str = Field(default="text", min_length=1)
     """Field of the text in the records of .jsonl, .json and .parquet. a.b is the field b of the
     object a."""
+    chat_field: str | None = Field(default=None, min_length=1)
+    """Field of a list of messages in the records, for example messages. A record with this field is a
+    chat: the chat template makes its text, and only the tokens of the assistant count in the loss
+    (docs/text.md). Other records have their text in `text_field`. Default: no record is a chat."""
+    chat_template: UserPath | None = None
+    """File with the Jinja template of the chats. The assistant's text must be between {% generation %}
+    and {% endgeneration %} in it. Default: the template of the tokenizer."""
     valid_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Fraction of the documents of `source` in the held-out part. The calibration part has the same
     size."""
@@ -73,6 +80,8 @@ class DataConfig(Section):
                 raise ValueError(
                     f"held_out: the name {name!r} becomes a file name; use letters, digits, _ . and -"
                 )
+        if self.chat_template is not None and self.chat_field is None:
+            raise ValueError("chat_template needs chat_field; set chat_field, for example to messages")
         given = [name for name in PARTS if getattr(self, name)]
         missing = sorted(set(PARTS) - set(given))
         if given and missing:

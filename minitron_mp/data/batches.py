@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.blend import BlendedText, blend_problem, blend_samples
-from minitron_mp.data.corpus import prefixes_of, texts_of, tokens_of
+from minitron_mp.data.corpus import check_masks, prefixes_of, texts_of, tokens_of
 from minitron_mp.data.sources import PARTS
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.distributed.batch import Batch
@@ -79,8 +79,8 @@ def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -
 
     Every rank must call it. A part of one prefix also works without torch.distributed. A sample is
     {tokens, labels, position_ids: int64 [s], loss_mask: float32 [s]}, with data.document_mask also
-    documents: int64 [s]. labels are the tokens shifted by one. The order depends on seed,
-    num_samples, the text and the shares.
+    documents: int64 [s]. labels are the tokens shifted by one. loss_mask is 1 for labels that count.
+    The order depends on seed, num_samples, the text and the shares.
 
     Several prefixes are mixed evenly: in proportion to their sizes, or to the shares of the texts of
     a blend, whose prefixes are mixed in proportion to their sizes. repeat: allow several epochs, each
@@ -93,6 +93,7 @@ def open_samples(corpus: Corpus, part: str, num_samples: int, *, repeat: bool) -
     if blend and not problems:
         problems = blend_problems(part, blend, corpus.run_samples or num_samples, length, repeat=repeat)
     refuse("there is too little text:" if not blend else "the text cannot be blended:", problems)
+    check_masks(corpus.folder, part)
     prefixes = prefixes_of(corpus.folder, part)
     if len(prefixes) == 1 or not (repeat or blend):
         weights = None  # one epoch of each prefix, in proportion to its size
@@ -265,7 +266,7 @@ class _WithDocuments(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         sample = self.samples[number]
-        is_end = sample["tokens"] == self.eod
+        is_end = sample["ends"] if "ends" in sample else sample["tokens"] == self.eod
         return {**sample, "documents": is_end.cumsum(0) - is_end.long()}
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.data.corpus import check_ids, check_not_empty
-from minitron_mp.data.documents import MIN_PIECE, Document, Piece, TextSettings, read_documents, read_pieces
+from minitron_mp.data.corpus import check_ids, check_mask, check_not_empty, no_chats
+from minitron_mp.data.documents import (
+    MAX_PIECE,
+    MIN_PIECE,
+    Document,
+    Piece,
+    TextSettings,
+    read_documents,
+    read_pieces,
+)
 from minitron_mp.data.folders import SHOWN_PROBLEMS
-from minitron_mp.data.sources import PARTS, STDLIB, Sources, find_sources
+from minitron_mp.data.record_fields import Fields
+from minitron_mp.data.sources import PARTS, STDLIB, Sources, fields_of, find_sources
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import InputError
+
+if TYPE_CHECKING:
+    from minitron_mp.data.chat_encoder import ChatEncoder
 
 CHECKED_FILES = 500
 """Number of files whose beginning is read. They are spread evenly over the text."""
@@ -24,7 +37,7 @@ MAX_BLANK_PIECES = 5_000
 """Number of blank pieces at the beginning of a file that are read to find its first text."""
 
 MAX_SMALL_TEXT = 1 << 22
-"""Bytes of the files of a source up to which its documents are divided among the parts."""
+"""Bytes of the files of a text up to which all of its documents are read."""
 
 CHECKED_CHARACTERS = 20_000
 """Characters of a file that are tokenized if the model has no embedding for some ids."""
@@ -44,7 +57,8 @@ def corpus_problems(
     output: as in find_sources(). tokenizer: None if it cannot be loaded. parts, held_out: as in
     find_all_sources(). seed: None leaves out whether a small source has documents for each part.
     """
-    problems = []
+    problems: list[str] = []
+    chats = _chat_encoder(data, tokenizer, problems)
     for is_held_out, is_wanted in ((False, parts), (True, held_out)):
         if not is_wanted:
             continue
@@ -53,13 +67,30 @@ def corpus_problems(
         except InputError as error:
             problems += [row.removeprefix("  - ") for row in str(error).splitlines()[1:]]
         else:
-            problems += _file_problems(sources, data.text_field, tokenizer)
+            problems += _file_problems(sources, fields_of(data), tokenizer, chats)
+            if not is_held_out and not problems:
+                problems += _missing_chats(data, sources)
             if seed is not None and "source" in sources and not problems:
                 problems += _part_problems(data, sources, seed)
     return problems
 
 
-def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) -> list[str]:
+def _chat_encoder(data: DataConfig, tokenizer: Tokenizer | None, problems: list[str]) -> ChatEncoder | None:
+    """Return the encoder of chats, or None without chats. Add a sentence if the template is unusable."""
+    if data.chat_field is None or tokenizer is None:
+        return None
+    from minitron_mp.data.chat_encoder import load_chat_encoder
+
+    try:
+        return load_chat_encoder(tokenizer, data.chat_template)
+    except InputError as error:
+        problems.append(str(error))
+        return None
+
+
+def _file_problems(
+    sources: Sources, fields: Fields, tokenizer: Tokenizer | None, chats: ChatEncoder | None
+) -> list[str]:
     """Return a sentence for each file whose beginning cannot be used, SHOWN_PROBLEMS at most."""
     problems = []
     for name, source in sources.items():
@@ -68,7 +99,7 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
         pieces = []
         for path in paths[::step]:
             try:
-                piece = _first_piece(path, field)
+                piece = _first_piece(path, fields)
             except InputError as error:
                 problems.append(str(error))
             else:
@@ -77,6 +108,8 @@ def _file_problems(sources: Sources, field: str, tokenizer: Tokenizer | None) ->
             problems.append(f"all files of {name} are empty ({paths[0]}); give files with text")
         if tokenizer is not None:
             problems += _token_problems(pieces, source.prefixes, tokenizer)
+        if chats is not None:
+            problems += _chat_problems(pieces, chats)
     if len(problems) > SHOWN_PROBLEMS:
         more = len(problems) - SHOWN_PROBLEMS
         problems = [*problems[:SHOWN_PROBLEMS], f"{more:,} more files have such problems"]
@@ -90,7 +123,7 @@ def _part_problems(data: DataConfig, sources: Sources, seed: int) -> list[str]:
         return []
     found: set[str] = set()
     num_documents = 0
-    settings = TextSettings(data.valid_fraction, seed, data.text_field)
+    settings = TextSettings(data.valid_fraction, seed, fields_of(data))
     documents = read_documents(sources, settings, UnusedText())
     try:
         for document in documents:
@@ -105,12 +138,12 @@ def _part_problems(data: DataConfig, sources: Sources, seed: int) -> list[str]:
     return []
 
 
-def _first_piece(path: Path, field: str) -> Piece | None:
+def _first_piece(path: Path, fields: Fields) -> Piece | None:
     """Return the first piece that is not blank, or a blank one after MAX_BLANK_PIECES of them.
 
     None if the whole file is blank.
     """
-    with closing(read_pieces(path, MIN_PIECE, field, UnusedText())) as pieces:
+    with closing(read_pieces(path, MIN_PIECE, fields, UnusedText())) as pieces:
         for number, piece in enumerate(pieces):
             if piece.text.strip() or number == MAX_BLANK_PIECES:
                 return piece
@@ -123,14 +156,43 @@ def _token_problems(pieces: list[tuple[Path, Piece]], prefixes: list[str], token
     for prefix in prefixes:
         try:
             check_ids(prefix, tokenizer)
+            check_mask(prefix)
         except InputError as error:
             problems.append(str(error))
     if tokenizer.num_embeddings is None:
         return problems
     for path, piece in pieces:
+        if piece.is_chat:
+            continue
         (ids,) = tokenizer.encode([piece.text[:CHECKED_CHARACTERS]])
         unknown = tokenizer.id_without_embedding(ids)
         if unknown is not None:
             place = Document("", piece.text, path, piece.line).place_of(tokenizer.token_of(unknown))
             return [*problems, f"{place} {tokenizer.no_embedding(unknown)}"]
+    return problems
+
+
+def _missing_chats(data: DataConfig, sources: Sources) -> list[str]:
+    """Return a sentence if no record of a small text has the field of chats."""
+    paths = [path for source in sources.values() for _, path in source.files]
+    is_tokenized = any(source.prefixes for source in sources.values())
+    if data.chat_field is None or is_tokenized or sum(path.stat().st_size for path in paths) > MAX_SMALL_TEXT:
+        return []
+    try:
+        for path in paths:
+            if any(piece.is_chat for piece in read_pieces(path, MAX_PIECE, fields_of(data), UnusedText())):
+                return []
+    except InputError as error:
+        return [str(error)]
+    return [no_chats(data)]
+
+
+def _chat_problems(pieces: list[tuple[Path, Piece]], chats: ChatEncoder) -> list[str]:
+    """Return a sentence for each file whose first chat cannot be encoded."""
+    problems = []
+    for path, piece in pieces:
+        try:
+            chats([Document("", piece.text, path, piece.line)] if piece.is_chat else [])
+        except InputError as error:
+            problems.append(str(error))
     return problems

@@ -1,15 +1,17 @@
 """Text as Megatron indexed datasets: one or more datasets for each part.
 
-tokenize_corpus() writes <part>.bin, <part>.idx, text.json (unused.py), and parts.json, which lists
-the prefixes of each part, and of each text of a blend. Megatron data that the recipe lists for a
-part is not copied: parts.json lists its prefix. Megatron data in data.source is divided by document,
-like text. Importing this module imports neither torch nor Megatron.
+tokenize_corpus() writes <part>.bin, <part>.idx, the loss masks of chats (indexed_files.py), text.json
+(unused.py), and parts.json, which lists the prefixes of each part, and of each text of a blend.
+Megatron data that the recipe lists for a part is not copied: parts.json lists its prefix. Megatron
+data in data.source is divided by document, like text. Importing this module imports neither torch nor
+Megatron.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +22,16 @@ from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.config.data import DataConfig
 from minitron_mp.data.documents import TextSettings
 from minitron_mp.data.held_out import limit_held_out
-from minitron_mp.data.indexed_files import lengths_of
-from minitron_mp.data.sources import PARTS, Sources, TextFile, find_sources, set_names, unused_text
+from minitron_mp.data.indexed_files import MASK_DTYPE, has_mask, lengths_of, mask_prefix
+from minitron_mp.data.sources import (
+    PARTS,
+    Sources,
+    TextFile,
+    fields_of,
+    find_sources,
+    set_names,
+    unused_text,
+)
 from minitron_mp.data.tokenize import (
     Progress,
     TextJob,
@@ -36,6 +46,9 @@ if TYPE_CHECKING:
     from minitron_mp.data.tokenizer import Tokenizer
 
 PARTS_FILE = "parts.json"
+
+MASKS = "loss masks"
+"""Key in PARTS_FILE for the prefixes that have a loss mask. No text has a name with a space."""
 
 CHECKED_IDS = 1 << 22
 """Number of token ids at the start and end of Megatron data that must be in the vocabulary."""
@@ -91,8 +104,10 @@ def open_text_of(
     for source in sources.values():
         for prefix in source.prefixes:
             check_ids(prefix, tokenizer)
-    settings = TextSettings(data.valid_fraction, seed, data.text_field)
-    return CorpusText(data, held_out, sources, text_job(sources, tokenizer, settings))
+            check_mask(prefix)
+    settings = TextSettings(data.valid_fraction, seed, fields_of(data))
+    job = text_job(sources, tokenizer, settings, data.chat_template)
+    return CorpusText(data, held_out, sources, job)
 
 
 def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[str, int]:
@@ -111,7 +126,15 @@ def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[
     if data.valid_tokens is not None and not text.held_out:
         seed = text.job.settings.seed
         limit_held_out(folder, {part: texts[0] for part, texts in parts.items()}, data.valid_tokens, seed)
-    content = {part: texts[0] if data.shares(part) is None else texts for part, texts in parts.items()}
+    content: dict[str, object] = {
+        part: texts[0] if data.shares(part) is None else texts for part, texts in parts.items()
+    }
+    prefixes = [prefix for texts in parts.values() for text_prefixes in texts for prefix in text_prefixes]
+    masks = [prefix for prefix in prefixes if has_mask(folder / prefix)]
+    if masks:
+        content[MASKS] = masks
+    elif data.chat_field is not None and not text.held_out:
+        raise InputError(no_chats(data))
     write_text(folder / PARTS_FILE, json.dumps(content, indent=1))
     not_used = unused_text(text.sources)
     not_used.update(written.not_used)
@@ -120,6 +143,11 @@ def finish_corpus(text: CorpusText, written: WrittenText, folder: Path) -> dict[
         part: sum(_num_tokens(folder, prefix) for texts_of_part in texts for prefix in texts_of_part)
         for part, texts in parts.items()
     }
+
+
+def no_chats(data: DataConfig) -> str:
+    """Return a sentence about a text without chats."""
+    return f'data.chat_field: no record of the text has the field "{data.chat_field}"; correct or drop it'
 
 
 def _num_tokens(folder: Path, prefix: str) -> int:
@@ -167,6 +195,31 @@ def texts_of(folder: Path, part: str) -> list[list[str]]:
     return [[str(folder.resolve() / prefix) for prefix in prefixes] for prefixes in texts]
 
 
+def check_masks(folder: Path, part: str) -> None:
+    """Raise InputError if a loss mask of a part is missing. Without it all tokens would count."""
+    masks = read_json(folder / PARTS_FILE, "data --force").get(MASKS, [])
+    known = {str(folder.resolve() / prefix) for prefix in masks}
+    for prefix in prefixes_of(folder, part):
+        if prefix in known and not has_mask(prefix):
+            raise InputError(
+                f"{mask_prefix(prefix)}.idx, the loss mask of chats, is missing; restore it, or run "
+                "`minitron-mp data --force`"
+            )
+
+
+def counted_tokens(folder: Path, parts: Iterable[str]) -> dict[str, int]:
+    """Return the tokens of each part that count in the loss; {} if no text has a loss mask."""
+    if MASKS not in read_json(folder / PARTS_FILE, "data --force"):
+        return {}
+    return {part: sum(_num_counted(prefix) for prefix in prefixes_of(folder, part)) for part in parts}
+
+
+def _num_counted(prefix: str) -> int:
+    if not has_mask(prefix):
+        return tokens_of(prefix)[0]
+    return int(np.count_nonzero(np.memmap(f"{mask_prefix(prefix)}.bin", MASK_DTYPE, mode="r")))
+
+
 def tokens_of(prefix: str) -> tuple[int, np.dtype]:
     """Return the number of tokens and their dtype. InputError for damaged or missing files."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -187,6 +240,23 @@ def tokens_of(prefix: str) -> tuple[int, np.dtype]:
             "bytes; create or copy it again"
         )
     return num_tokens, dtype
+
+
+def check_mask(prefix: str) -> None:
+    """Raise InputError if Megatron data has a loss mask that does not fit its tokens."""
+    if not has_mask(prefix):
+        return
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    mask = str(mask_prefix(prefix))
+    _, dtype = tokens_of(mask)
+    # Keep references to the datasets, as in tokens_of().
+    tokens, counted = IndexedDataset(prefix), IndexedDataset(mask)
+    if dtype != MASK_DTYPE or not np.array_equal(tokens.sequence_lengths, counted.sequence_lengths):
+        raise InputError(
+            f"{mask}.bin and .idx, the loss mask of {prefix}, must have one byte for each of its tokens, and "
+            "the same documents; create or copy it again, or delete it"
+        )
 
 
 def check_ids(prefix: str, tokenizer: Tokenizer) -> None:

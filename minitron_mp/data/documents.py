@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minitron_mp.data import unused
+from minitron_mp.data.record_fields import Fields
 from minitron_mp.data.records import read_records
 from minitron_mp.data.sources import Source, Sources, TextFile
 from minitron_mp.data.text_files import (
@@ -58,6 +59,8 @@ class Document(NamedTuple):
     path: Path
     line: int
     """Number of its first line (of its row in a table), from 1."""
+    is_chat: bool = False
+    """Whether the text is the JSON text of a chat (chats.py)."""
 
     def place_of(self, words: str) -> str:
         """Return the file and line of words in the text, or of the document."""
@@ -71,12 +74,13 @@ class Document(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece of a document. Most documents have one piece."""
+    """A piece of a document. Most documents have one piece, and a chat always has."""
 
     document: int
     """Number of the document in its file, from 0."""
     line: int
     text: str
+    is_chat: bool = False
 
 
 class SplitRule(NamedTuple):
@@ -94,8 +98,8 @@ class TextSettings:
 
     valid_fraction: float
     seed: int
-    field: str
-    """Field of the text in records."""
+    fields: Fields
+    """Fields of records."""
 
 
 def split_rule(name: str, source: Source, settings: TextSettings) -> SplitRule:
@@ -105,9 +109,9 @@ def split_rule(name: str, source: Source, settings: TextSettings) -> SplitRule:
     of a thousandth of the source, and the pieces are divided among the parts.
     """
     num_documents = math.ceil(MIN_HELD_OUT_DOCUMENTS / settings.valid_fraction)
-    if name != "source" or _has_documents(source, num_documents, settings.field):
+    if name != "source" or _has_documents(source, num_documents, settings.fields):
         return SplitRule(True, MAX_PIECE)
-    return SplitRule(False, _small_piece_size(source, settings.field))
+    return SplitRule(False, _small_piece_size(source, settings.fields))
 
 
 def read_documents(sources: Sources, settings: TextSettings, not_used: UnusedText) -> Iterator[Document]:
@@ -129,14 +133,14 @@ def read_file(
     The part of a document of a divided source depends on a hash of the seed, the name of the file
     and the number of the document in it, so it is the same on every machine.
     """
-    for number, piece in enumerate(read_pieces(file.path, rule.piece_size, settings.field, not_used)):
+    for number, piece in enumerate(read_pieces(file.path, rule.piece_size, settings.fields, not_used)):
         if not piece.text.strip():
             continue
         part = file.source
         if file.is_divided:
             index = piece.document if rule.by_document else number
             part = part_of(f"{settings.seed}:{file.name}:{index}", settings.valid_fraction)
-        yield Document(part, piece.text, file.path, piece.line)
+        yield Document(part, piece.text, file.path, piece.line, piece.is_chat)
 
 
 def part_of(name: str, valid_fraction: float) -> str:
@@ -160,7 +164,7 @@ def next_batch(documents: Iterator[Document], characters: int) -> list[Document]
 
 
 def read_pieces(
-    path: Path, piece_size: int, field: str, not_used: UnusedText
+    path: Path, piece_size: int, fields: Fields, not_used: UnusedText
 ) -> Generator[Piece, None, None]:
     """Yield the pieces of a file. Each record of a file of records is a document.
 
@@ -176,10 +180,10 @@ def read_pieces(
                 raise
             not_used.add(unused.NOT_UTF8, str(path))
     else:
-        for number, (line, record) in enumerate(read_records(path, file_format, field)):
+        for number, (line, record, is_chat) in enumerate(read_records(path, file_format, fields)):
             text = _checked(record, f"{path} line {line}", not_used)
-            if len(text) < piece_size:
-                yield Piece(number, line, text)
+            if len(text) < piece_size or is_chat:
+                yield Piece(number, line, text, is_chat)
                 continue
             for piece_text in _pieces(text.splitlines(keepends=True), piece_size):
                 yield Piece(number, line, piece_text)
@@ -280,21 +284,21 @@ def _end_of_part(line: str, size: int) -> int:
     return size
 
 
-def _small_piece_size(source: Source, field: str) -> int:
+def _small_piece_size(source: Source, fields: Fields) -> int:
     """Return a thousandth of the characters of the source, within the limits of a piece."""
     limit = 1000 * MAX_PIECE
     total = 0
     for _, path in source.files:
-        total += _num_characters(path, field, limit - total)
+        total += _num_characters(path, fields, limit - total)
         if total >= limit:
             break
     return min(max(MIN_PIECE, total // 1000), MAX_PIECE)
 
 
-def _num_characters(path: Path, field: str, limit: int) -> int:
+def _num_characters(path: Path, fields: Fields, limit: int) -> int:
     """Return about the number of characters of a file. Packed files are read up to the limit."""
     if format_of(path.name) == "table":
-        sizes = (len(record.text) for record in read_records(path, "table", field))
+        sizes = (len(record.text) for record in read_records(path, "table", fields))
         return _sum_to(limit, sizes)
     with reading(path):
         if unpacked_name(path.name) == path.name:
@@ -313,7 +317,7 @@ def _sum_to(limit: int, sizes: Iterable[int]) -> int:
     return total
 
 
-def _has_documents(source: Source, count: int, field: str) -> bool:
+def _has_documents(source: Source, count: int, fields: Fields) -> bool:
     """Return whether the source has at least `count` documents. It reads no more than needed."""
     remaining = count
     for _, path in source.files:
@@ -321,7 +325,7 @@ def _has_documents(source: Source, count: int, field: str) -> bool:
         if file_format == "text":
             remaining -= 1
         else:
-            remaining -= sum(1 for _ in islice(read_records(path, file_format, field), remaining))
+            remaining -= sum(1 for _ in islice(read_records(path, file_format, fields), remaining))
         if remaining <= 0:
             return True
     return False

@@ -10,6 +10,7 @@ from pathlib import Path
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.data import unused
 from minitron_mp.data.record_errors import NoField, NoString
+from minitron_mp.data.record_fields import Fields
 from minitron_mp.data.records import TooLong, check_first_record
 from minitron_mp.data.text_files import format_of, unpacked_name
 from minitron_mp.data.unused import UnusedText
@@ -27,8 +28,8 @@ class FileLister:
 
     name: str
     """Name of the field, for problems."""
-    text_field: str
-    """Field of the text in records. A .json file is text if its first record has this field."""
+    fields: Fields
+    """Fields of records. A .json file is text if its first record has one of them."""
     output: Path | None
     """Output folder of the run, which is not read."""
     problems: list[str]
@@ -153,10 +154,10 @@ class FileLister:
         file_format = format_of(path.name)
         if file_format == "json":
             try:
-                check_first_record(path, self.text_field)
+                check_first_record(path, self.fields)
             except NoField as error:
                 reason = unused.no_string if isinstance(error, NoString) else unused.no_field
-                self.unused.add(reason(self.text_field), str(path))
+                self.unused.add(reason(self.fields), str(path))
                 self.not_text.setdefault(str(path), error)
                 return False
             except TooLong:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minitron_mp.data.indexed_files import append
+from minitron_mp.data.indexed_files import MaskedWriter, append, has_mask, mask_prefix, move
 from minitron_mp.errors import InputError
 
 HELD_OUT = ("calibration", "valid")
@@ -23,9 +23,9 @@ def limit_held_out(folder: Path, parts: dict[str, list[str]], num_tokens: int, s
     the folder. The last document of a part may exceed num_tokens. seed: of the choice of documents,
     which come from all of the text. InputError if a part has fewer tokens.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    builder = None
+    surplus = None
     for part in HELD_OUT:
         datasets = [IndexedDataset(str(folder / prefix)) for prefix in parts[part]]
         lengths = np.concatenate([dataset.sequence_lengths for dataset in datasets])
@@ -38,23 +38,23 @@ def limit_held_out(folder: Path, parts: dict[str, list[str]], num_tokens: int, s
         if is_kept.all():
             continue
         dtype = datasets[0].index.dtype
-        if builder is None:
-            builder = IndexedDatasetBuilder(str(folder / f"{SURPLUS}.bin"), dtype=dtype)
+        if surplus is None:
+            surplus = MaskedWriter(folder / SURPLUS, np.dtype(dtype))
         for prefix, dataset, kept in zip(parts[part], datasets, _per_dataset(is_kept, datasets)):
-            reduced = IndexedDatasetBuilder(str(folder / f"{prefix}.new.bin"), dtype=dtype)
+            masks = None
+            if has_mask(folder / prefix):
+                masks = IndexedDataset(str(mask_prefix(folder / prefix)))
+            reduced = MaskedWriter(folder / f"{prefix}.new", np.dtype(dtype))
             for number in range(len(dataset)):
-                ids = dataset[number]
-                (reduced if kept[number] else builder).add_document(ids, [len(ids)])
-            reduced.finalize(str(folder / f"{prefix}.new.idx"))
-        del datasets, dataset
+                writer = reduced if kept[number] else surplus
+                writer.add(dataset[number], None if masks is None else masks[number])
+            reduced.close()
+        del datasets, dataset, masks
         for prefix in parts[part]:
-            for suffix in (".bin", ".idx"):
-                (folder / f"{prefix}.new{suffix}").replace(folder / f"{prefix}{suffix}")
-    if builder is not None:
-        builder.finalize(str(folder / f"{SURPLUS}.idx"))
+            move(folder / f"{prefix}.new", folder / prefix)
+    if surplus is not None:
+        surplus.close()
         append(folder / parts["train"][-1], folder / SURPLUS, np.dtype(dtype))
-        for suffix in (".bin", ".idx"):
-            (folder / f"{SURPLUS}{suffix}").unlink()
 
 
 def _choose(lengths: np.ndarray, num_tokens: int, seed: int) -> np.ndarray:

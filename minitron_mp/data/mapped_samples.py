@@ -1,4 +1,5 @@
-"""Megatron's dataset of samples over files that are mapped into memory without open descriptors.
+"""Megatron's dataset of samples over files that are mapped into memory without open descriptors, with
+the loss masks of chats.
 
 Megatron-Core opens up to six descriptors per prefix, because np.memmap keeps one for each map.
 Hundreds of prefixes would exceed the usual limit of 1024.
@@ -13,8 +14,11 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
+
+from minitron_mp.data.indexed_files import has_mask, mask_prefix
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -69,7 +73,11 @@ class MappedText:
 
 
 class MappedSamples(GPTDataset):
-    """Megatron's samples of one prefix, in Megatron's order."""
+    """Megatron's samples of one prefix, in Megatron's order.
+
+    If the prefix has a loss mask, loss_mask is that of the labels, and the samples have "ends": bool
+    [s], whether a token is the last one of its document. In chats eod may also end each message.
+    """
 
     document_index: np.ndarray
     sample_index: np.ndarray
@@ -80,6 +88,34 @@ class MappedSamples(GPTDataset):
         self.document_index = _without_descriptor(self.document_index)
         self.sample_index = _without_descriptor(self.sample_index)
         self.shuffle_index = _without_descriptor(self.shuffle_index)
+        prefix = self.dataset.path_prefix
+        self.mask = MappedText(str(mask_prefix(prefix))) if has_mask(prefix) else None
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self.mask is None:
+            return sample
+        pieces = self._pieces(idx)
+        mask = np.concatenate([self.mask.get(*piece) for piece in pieces])
+        # The last of s + 1 tokens is only a label.
+        ends = np.zeros(len(mask) - 1, bool)
+        ends[np.cumsum([length for *_, length in pieces])[:-1] - 1] = True
+        sample["loss_mask"] = torch.from_numpy(mask[1:].astype(np.float32))
+        if self.config.eod_mask_loss:
+            sample["loss_mask"][ends] = 0
+        return {**sample, "ends": torch.from_numpy(ends)}
+
+    def _pieces(self, idx: int) -> list[tuple[int, int, int]]:
+        """Return (document, first token, tokens) of each piece of a sample and its last label."""
+        row = self.shuffle_index[idx]
+        (first, start), (last, end) = self.sample_index[row : row + 2].tolist()
+        pieces = []
+        for number in range(first, last + 1):
+            document = int(self.document_index[number])
+            stop = end + 1 if number == last else int(self.dataset.sequence_lengths[document])
+            pieces.append((document, start, stop - start))
+            start = 0
+        return pieces
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> MappedText:

@@ -8,12 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minitron_mp.data.record_fields import Fields
 from minitron_mp.data.text_files import format_of
 from minitron_mp.errors import InputError
 
 SET_FIELD = "set data.text_field to the field with the text"
 
-WRITE_CHAT = "write it as one string, for example with the tokenizer's chat template"
+RENAME_KEYS = 'rename "from" and "value" of its messages to "role" and "content"'
 
 
 class NoField(InputError):
@@ -38,17 +39,22 @@ class Place(NamedTuple):
     path: Path
     number: int
 
+    @property
+    def is_row(self) -> bool:
+        """Whether it is a row of a table."""
+        return format_of(self.path.name) == "table"
+
     def __str__(self) -> str:
-        return f"{self.path} {'row' if format_of(self.path.name) == 'table' else 'line'} {self.number}"
+        return f"{self.path} {'row' if self.is_row else 'line'} {self.number}"
 
 
-def no_field(record: object, field: str, place: Place | Path) -> NoField:
-    """Return the error for a record without the field, or that is no object."""
+def no_field(record: object, wanted: Fields, place: Place | Path) -> NoField:
+    """Return the error for a record without the fields, or that is no object."""
     if isinstance(record, dict):
         fields, advice = _fields(record), _field_advice(record)
-        message = f'{place} has no field "{field}" (its fields: {fields}); {advice}, or delete it'
+        message = f"{place} has no {wanted} (its fields: {fields}); {advice}, or delete it"
         return NoField(message, fields, advice)
-    advice = _record_advice(record, field, place)
+    advice = _record_advice(record, wanted.text, place)
     message = f"{place} is not a JSON object but {kind_of(record)}; {advice}"
     return (NoString if record is None else NoField)(message, "none", advice)
 
@@ -58,7 +64,7 @@ def no_string(value: object, record: object, field: str, place: Place) -> InputE
     item = _first_item(value)
     advice = "correct or delete it, or set data.text_field"
     if _is_chat(value):
-        advice = f"it is a chat: {WRITE_CHAT}"
+        advice = f"it is a chat: {_chat_advice(field, value)}"
     elif isinstance(item, str):
         advice = "join its strings into one, or set data.text_field"
     elif isinstance(item, dict):
@@ -73,7 +79,7 @@ def _record_advice(record: object, field: str, place: Place | Path) -> str:
     """Return what to do with a record that is no object."""
     item = _first_item(record)
     if _is_chat(record):
-        return f"it is a chat: {WRITE_CHAT}"
+        return "it is a chat: " + _chat_advice("messages", record, '{"messages": [...]}')
     if isinstance(record, str) or isinstance(item, str):
         return f'write each text as {{"{field}": "..."}}'
     if not isinstance(item, (dict, list)):
@@ -88,13 +94,22 @@ def _field_advice(record: dict[str, Any]) -> str:
     lists = [(name, value) for name, value in _leaves(record) if isinstance(_first_item(value), dict)]
     for name, value in lists:
         if _is_chat(value):
-            return f'"{name}" is a chat: {WRITE_CHAT}'
+            return f'"{name}" is a chat: {_chat_advice(name, value)}'
     return SET_FIELD + (f', or write the objects of "{lists[0][0]}" as records' if lists else "")
 
 
 def _is_chat(value: object) -> bool:
     first = _first_item(value)
     return isinstance(first, dict) and ("role" in first or first.keys() >= {"from", "value"})
+
+
+def _chat_advice(field: str, chat: object, form: str = "") -> str:
+    """Return what to do with a chat. form: how its record must be written, if it is no object."""
+    first = _first_item(chat)
+    steps = [f"write it as {form}"] if form else []
+    if isinstance(first, dict) and "role" not in first:
+        steps.append(RENAME_KEYS)
+    return ", ".join([*steps, f"set data.chat_field to {field}"])
 
 
 def _first_item(value: object) -> object:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from minitron_mp.data.chats import chat_of
 from minitron_mp.data.record_errors import NoString, Place, no_field, no_string, not_json
+from minitron_mp.data.record_fields import Fields, columns_of, field_of
 from minitron_mp.data.text_files import INSTALL_PYARROW, Format, open_text, reading
 from minitron_mp.errors import InputError
-
-DEFAULT_FIELD = "text"
 
 MAX_RECORD = 1 << 28
 """Characters of the longest line or record. Its memory is about ten bytes for each."""
@@ -32,8 +33,15 @@ LONGEST_WORD = 16
 TABLE_ROWS = 64
 """Rows of a parquet file that are read together."""
 
-DECODER = json.JSONDecoder(parse_int=float)
-"""Unlike int(), float() reads any number of digits. Numbers are not used."""
+MAX_INTEGER = 4000
+"""Digits of the longest integer. int() refuses longer ones, and float() reads any number of digits."""
+
+
+def _read_integer(digits: str) -> float:
+    return int(digits) if len(digits) <= MAX_INTEGER else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_read_integer)
 
 
 class TooLong(InputError):
@@ -45,27 +53,29 @@ class Record(NamedTuple):
 
     line: int
     text: str
+    """For a chat its JSON text (chats.py)."""
+    is_chat: bool = False
 
 
-def read_records(path: Path, file_format: Format, field: str) -> Iterator[Record]:
-    """Yield the text of each record of a file.
+def read_records(path: Path, file_format: Format, fields: Fields) -> Iterator[Record]:
+    """Yield the text or the chat of each record of a file.
 
-    field: name of the field with the text; a.b is the field b in the object a. InputError names
-    the first line without a string in this field.
+    InputError names the first line without a string in the field of the text, or with a malformed
+    chat.
     """
     if file_format == "table":
-        yield from _table_records(path, field)
+        yield from _table_records(path, fields)
         return
     with open_text(path) as file:
         if file_format == "lines":
-            yield from _line_records(file, path, field)
+            yield from _line_records(file, path, fields)
         else:
             for line, value in _json_values(file, path, MAX_RECORD):
-                yield Record(line, text_of(value, field, Place(path, line)))
+                yield _record(value, fields, Place(path, line))
 
 
-def check_first_record(path: Path, field: str) -> None:
-    """Raise InputError if the first record of a .json file has no string in the field.
+def check_first_record(path: Path, fields: Fields) -> None:
+    """Raise InputError if the first record of a .json file has neither a text nor a chat.
 
     NoField, NoString and TooLong (more than MAX_FIRST_RECORD) mean that the file is not text: many
     .json files are settings. Other errors mean that it may be text which cannot be read. A file is
@@ -75,7 +85,7 @@ def check_first_record(path: Path, field: str) -> None:
     with open_text(path) as file:
         for line, value in islice(_json_values(file, path, MAX_FIRST_RECORD), CHECKED_RECORDS):
             try:
-                text_of(value, field, Place(path, line))
+                _record(value, fields, Place(path, line))
             except NoString as error:
                 problem = problem or error
                 continue
@@ -86,17 +96,20 @@ def check_first_record(path: Path, field: str) -> None:
         raise problem
 
 
-def text_of(record: object, field: str, place: Place) -> str:
-    """Return the text of a record. InputError with the place if it has no string in the field."""
+def _record(value: object, fields: Fields, place: Place) -> Record:
+    """Return the chat or the text of a record. InputError with the place if it has none."""
+    chat = chat_of(value, fields, place)
+    if chat is not None:
+        return Record(place.number, chat, is_chat=True)
     try:
-        value = _field(record, field)
+        text = field_of(value, fields.text)
     except KeyError:
-        raise no_field(record, field, place) from None
-    if isinstance(value, bytes):  # of parquet: some programs write text without its type
-        return _decoded(value, field, place)
-    if not isinstance(value, str):
-        raise no_string(value, record, field, place)
-    return value
+        raise no_field(value, fields, place) from None
+    if isinstance(text, bytes):  # of parquet: some programs write text without its type
+        text = _decoded(text, fields.text, place)
+    if not isinstance(text, str):
+        raise no_string(text, value, fields.text, place)
+    return Record(place.number, text)
 
 
 def _decoded(value: bytes, field: str, place: Place) -> str:
@@ -117,20 +130,20 @@ def read_lines(file: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
-def _line_records(file: TextIO, path: Path, field: str) -> Iterator[Record]:
+def _line_records(file: TextIO, path: Path, fields: Fields) -> Iterator[Record]:
     for number, line in enumerate(read_lines(file, path), 1):
         if line.isspace():
             continue
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
+        text = None
+        if fields.chat is None:
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                text = json.loads(line)[fields.text]
         if isinstance(text, str):
             yield Record(number, text)
             continue
         place = Place(path, number)
         for value in _values_of_line(line, place):
-            yield Record(number, text_of(value, field, place))
+            yield _record(value, fields, place)
 
 
 def _values_of_line(line: str, place: Place) -> list[Any]:
@@ -199,7 +212,7 @@ def _may_be_cut(error: Exception, text: str) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos + LONGEST_WORD > len(text)
 
 
-def _table_records(path: Path, field: str) -> Iterator[Record]:
+def _table_records(path: Path, fields: Fields) -> Iterator[Record]:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -214,31 +227,18 @@ def _table_records(path: Path, field: str) -> Iterator[Record]:
         try:
             # Without buffers the file is read by column and row group, which may be gigabytes.
             with ParquetFile(path, pre_buffer=False, buffer_size=CHUNK_CHARACTERS) as table:
-                names = table.schema_arrow.names
-                column = field if field in names else field.partition(".")[0]
-                if column not in names:
-                    raise no_field(_sample_row(table.schema_arrow), field, path)
-                for batch in table.iter_batches(TABLE_ROWS, columns=[column]):
-                    for value in batch.column(0).to_pylist():
+                columns = columns_of(table.schema_arrow.names, fields)
+                if not columns:
+                    raise no_field(_sample_row(table.schema_arrow), fields, path)
+                for batch in table.iter_batches(TABLE_ROWS, columns=columns):
+                    for row in batch.to_pylist():
                         number += 1
-                        yield Record(number, text_of({column: value}, field, Place(path, number)))
+                        yield _record(row, fields, Place(path, number))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path} cannot be read as a parquet file after row {number} ({str(error).strip()}); create "
                 "or copy it again"
             ) from error
-
-
-def _field(record: object, field: str) -> Any:
-    """Return a field; a.b is the key "a.b", or b in the object a. KeyError if there is none."""
-    if not isinstance(record, dict):
-        raise KeyError(field)
-    if field in record:
-        return record[field]
-    first, _, rest = field.partition(".")
-    if not rest:
-        raise KeyError(field)
-    return _field(record[first], rest)
 
 
 def _sample_row(schema: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from minitron_mp.artifacts.files import read_json, write_text
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, writing_artifact
 from minitron_mp.artifacts.output_lock import locked
 from minitron_mp.data.file_hashes import SHARD_FILE, FileHash, FileHashes, combined_hash, status_of
-from minitron_mp.data.indexed_files import concatenate, ids_dtype, lengths_of
+from minitron_mp.data.indexed_files import concatenate, has_mask, ids_dtype, lengths_of, mask_prefix
 from minitron_mp.data.sources import TextFile
 from minitron_mp.data.tokenize import Progress, TextJob, WrittenText, write_parts
 from minitron_mp.data.unused import load_unused
@@ -132,8 +132,11 @@ class ShardStore:
             expected = self._manifest(shard, hashes.hashes_of(shard.paths))
             if manifest is None or manifest.fingerprint != expected.fingerprint:
                 return False
-            for part in read_json(folder / SHARD_FILE, "data")["parts"]:
+            content = read_json(folder / SHARD_FILE, "data")
+            for part in content["parts"]:
                 lengths_of(folder / part)
+            for part in content.get("masks", []):
+                lengths_of(mask_prefix(folder / part))
         except (InputError, KeyError, OSError, ValueError):
             return False
         return True
@@ -152,6 +155,7 @@ class ShardStore:
                 _check_unchanged(found)
                 content = {
                     "parts": written.parts,
+                    "masks": written.masks,
                     "documents": written.num_documents,
                     "files": [each.row for each in found if each.is_settled],
                 }
@@ -172,6 +176,7 @@ class ShardStore:
         for part, datasets in prefixes.items():
             concatenate(datasets, folder / part, ids_dtype(self.job.tokenizer.vocab_size))
         total.parts = list(prefixes)
+        total.masks = [part for part in prefixes if has_mask(folder / part)]
         return total
 
     def discard(self) -> None:
@@ -182,7 +187,7 @@ class ShardStore:
 
     def _manifest(self, shard: Shard, hashes: list[FileHash]) -> Manifest:
         """Return the manifest of a shard: everything that its token ids follow from."""
-        settings = self.job.settings
+        settings, chats = self.job.settings, self.job.chats
         sources = dict.fromkeys(file.source for file in shard.files)
         names = repr([(file.source, file.name) for file in shard.files])
         return Manifest(
@@ -190,7 +195,8 @@ class ShardStore:
             settings={
                 "valid_fraction": settings.valid_fraction,
                 "seed": settings.seed,
-                "text_field": settings.field,
+                "text_field": settings.fields.text,
+                **({} if chats is None else {"chat_field": settings.fields.chat, "chats": chats.digest}),
                 "rules": {source: list(self.job.rules[source]) for source in sources},
                 "names": hashlib.sha256(names.encode()).hexdigest()[:16],
             },

@@ -16,7 +16,9 @@ from minitron_mp.config.data import DataConfig
 from minitron_mp.data import unused
 from minitron_mp.data.file_hashes import FileHashes, combined_hash
 from minitron_mp.data.folders import FileLister, is_output, is_same
+from minitron_mp.data.indexed_files import has_mask, mask_prefix
 from minitron_mp.data.record_errors import NoField
+from minitron_mp.data.record_fields import Fields
 from minitron_mp.data.text_files import FORMATS_NOTE, format_of
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import refuse
@@ -60,7 +62,7 @@ class TextFile:
     @property
     def files(self) -> list[Path]:
         """The files on disk."""
-        return [Path(f"{self.path}.bin"), Path(f"{self.path}.idx")] if self.is_tokenized else [self.path]
+        return megatron_files(str(self.path)) if self.is_tokenized else [self.path]
 
 
 Sources = dict[str, Source]
@@ -74,6 +76,17 @@ def set_names(data: DataConfig, part: str) -> list[str]:
     return [part] if shares is None else [f"{part}_{number}" for number in range(len(shares))]
 
 
+def fields_of(data: DataConfig) -> Fields:
+    """Return the fields of records that are read."""
+    return Fields(data.text_field, data.chat_field)
+
+
+def megatron_files(prefix: str) -> list[Path]:
+    """Return the files of Megatron data: .bin and .idx, and those of its loss mask if it has one."""
+    prefixes = [prefix, mask_prefix(prefix)] if has_mask(prefix) else [prefix]
+    return [Path(f"{each}{suffix}") for each in prefixes for suffix in (".bin", ".idx")]
+
+
 def find_sources(data: DataConfig, held_out: bool = False, output: Path | None = None) -> Sources:
     """Return the text of each part if the parts are listed, else of "source" or "python-stdlib".
 
@@ -84,7 +97,7 @@ def find_sources(data: DataConfig, held_out: bool = False, output: Path | None =
     problems: list[str] = []
 
     def resolve(entries: list[str], name: str) -> Source:
-        return _resolve(entries, FileLister(name, data.text_field, output, problems))
+        return _resolve(entries, FileLister(name, fields_of(data), output, problems))
 
     if held_out:
         sources = {name: resolve(entries, f"data.held_out.{name}") for name, entries in data.held_out.items()}
@@ -139,7 +152,7 @@ def corpus_fingerprint(data: DataConfig, held_out: bool = False, output: Path | 
     for name, source in find_sources(data, held_out, output).items():
         paths = [path for _, path in source.files]
         for prefix in source.prefixes:
-            paths += [Path(prefix + ".bin"), Path(prefix + ".idx")]
+            paths += megatron_files(prefix)
         if name == STDLIB:
             num_bytes = sum(path.stat().st_size for path in paths)
             rows.append(f"{STDLIB} {platform.python_version()}: {len(paths)} files, {num_bytes} bytes")

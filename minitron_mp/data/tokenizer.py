@@ -33,6 +33,8 @@ class Tokenizer:
     """Rows of the model's embedding, if it has none for the largest ids. Otherwise None."""
     token_of: Callable[[int], str] = str
     """Returns the token of an id, for messages."""
+    path: Path | None = None
+    """The folder or file that it was loaded from. Chat templates are read there."""
     pad: ClassVar[int] = -1
     """Id that no text contains. Megatron masks the loss of labels that equal the pad id, so a real
     id would be masked."""
@@ -82,7 +84,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"the tokenizer in {path} has no end-of-sequence (eos) or separator (sep) token to end documents "
             f"with; set eos_token in {where}"
         )
-    return Tokenizer(parts.encode, parts.vocab_size, eod, parts.bos, token_of=parts.token_of)
+    return Tokenizer(parts.encode, parts.vocab_size, eod, parts.bos, token_of=parts.token_of, path=path)
 
 
 def _cause(path: Path, error: Exception) -> str:
@@ -132,7 +134,7 @@ def load_hugging_face(folder: Path, vocab_size: int) -> Any:
             "set data.tokenizer to a folder"
         )
     for_model(load_tokenizer(folder), vocab_size)
-    return _from_folder(folder)
+    return from_folder(folder)
 
 
 def for_model(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
@@ -166,7 +168,8 @@ class _TokenizerParts:
     token_of: Callable[[int], str]
 
 
-def _from_folder(folder: Path) -> Any:
+def from_folder(folder: Path) -> Any:
+    """Return the transformers tokenizer of a folder. Other errors than InputError are possible."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     settings = folder / "tokenizer_config.json"
@@ -182,8 +185,8 @@ def _from_folder(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-class _FastEncoder:
-    """Encodes texts by the library tokenizers, without offsets and masks.
+class FastEncoder:
+    """Encodes texts by the library tokenizers, without special tokens around them.
 
     Its pickle is small, and a process that unpickles it imports neither transformers nor torch.
     """
@@ -198,11 +201,16 @@ class _FastEncoder:
     def __call__(self, texts: list[str]) -> list[list[int]]:
         return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return the token ids of each text, and the (first, end) character of each token."""
+        rows = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [(row.ids, row.offsets) for row in rows]
+
     def token_of(self, id: int) -> str:
         return str(self.backend.id_to_token(id))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _FastEncoder, (self.backend, self.split_special_tokens)
+        return FastEncoder, (self.backend, self.split_special_tokens)
 
 
 class _SlowEncoder:
@@ -226,10 +234,10 @@ class _SlowEncoder:
 
 
 def _read_hugging_face(folder: Path) -> _TokenizerParts:
-    tokenizer = _from_folder(folder)
-    encode: _FastEncoder | _SlowEncoder
+    tokenizer = from_folder(folder)
+    encode: FastEncoder | _SlowEncoder
     if getattr(tokenizer, "is_fast", False):
-        encode = _FastEncoder(tokenizer.backend_tokenizer, bool(tokenizer.split_special_tokens))
+        encode = FastEncoder(tokenizer.backend_tokenizer, bool(tokenizer.split_special_tokens))
     else:
         encode = _SlowEncoder(tokenizer)
     eod = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id

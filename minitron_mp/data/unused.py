@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_mp.artifacts.files import read_json, write_text
+from minitron_mp.data.record_fields import Fields
 
 TEXT_FILE = "text.json"
 """File in the folder of the tokenized text with these counts."""
@@ -31,14 +32,14 @@ SURROGATE = "documents with half of a surrogate pair, which is replaced by U+FFF
 NUL = "documents with NUL characters, which are kept"
 
 
-def no_field(field: str) -> str:
-    """Return the reason for .json files without the field of the text."""
-    return f'.json files whose first record has no field "{field}"'
+def no_field(fields: Fields) -> str:
+    """Return the reason for .json files without the fields of text and chats."""
+    return f".json files whose first record has no {fields}"
 
 
-def no_string(field: str) -> str:
+def no_string(fields: Fields) -> str:
     """Return the reason for .json files with a number, an object or null instead of a text."""
-    return f'.json files whose first record has no string in the field "{field}"'
+    return f'.json files whose first record has no string in the field "{fields.text}"'
 
 
 @dataclass

@@ -177,7 +177,7 @@ class HiddenStatesLoss:
             if not self.counts:
                 gradient.zero_()
             dist.all_reduce(gradient)
-            gradient /= total[2]
+            gradient /= total[2].clamp(min=1)  # no token of the step may count
             self.projection.step(lr)
         if self.settings.weight == "dynamic":  # a student that equals its teacher has no ratio
             self.alpha = torch.where(total[1] > 0, total[0].clamp(min=0) / total[1], self.alpha)

@@ -16,6 +16,7 @@ from minitron_mp.distillation.teacher import Teacher, signal_of, with_signals
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import local_batch
 from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError
 from minitron_mp.losses.objective import TeacherHidden, TeacherTarget
 from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
@@ -105,6 +106,11 @@ def _quality(sums: Tensor, world: World, *, has_kl: bool) -> Quality:
     dist.all_reduce(sums, group=world.groups.dp_cp)
     dist.all_reduce(sums, group=world.groups.pp)  # only the last stage has nonzero sums
     loss, kl, tokens = sums.tolist()
+    if not tokens:
+        raise InputError(
+            "the held-out samples have no token that counts in the loss; read more samples "
+            "(evaluate.num_samples, valid_batches), or give other text"
+        )
     loss /= tokens
     return Quality(
         loss=loss,

@@ -25,6 +25,7 @@ from minitron_mp.distillation.last_stage_loss import evaluation_objective, last_
 from minitron_mp.distributed.batch import Batch
 from minitron_mp.distributed.schedule import local_batch, run_schedule
 from minitron_mp.distributed.world import World
+from minitron_mp.errors import InputError
 from minitron_mp.evaluation.log_likelihood import Row, row_batches, span_sums, summed
 from minitron_mp.models.sharded_model import ShardedModel, output_weight, unwrap
 
@@ -70,6 +71,11 @@ def losses_without(
 
     _walk(model, groups, [gone, *candidates], judge, progress)
     summed(sums, world)
+    if not sums[:, 1].all():
+        raise InputError(
+            "the calibration samples have no token that counts in the loss; raise depth.num_samples, or give "
+            "other text"
+        )
     base, *losses = (sums[:, 0] / sums[:, 1]).tolist()
     return base, losses
 

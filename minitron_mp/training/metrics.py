@@ -124,6 +124,8 @@ class MetricsLog:
     def _write(self, metrics: StepMetrics) -> None:
         assert self.file is not None
         assert self.board is not None
+        if not metrics.num_tokens:
+            say(f"{self.name}: step {metrics.step} has no token that counts in the loss, so it has no loss")
         spike_over = self.spikes.add(metrics.loss)
         if spike_over is not None:
             say(

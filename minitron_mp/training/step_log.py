@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -219,19 +220,20 @@ def _metrics(
     divergence_name: str | None,
     measured: Throughput,
 ) -> StepMetrics:
-    """Return the metrics of a step: means over its valid tokens, from global sums."""
+    """Return the metrics of a step: means over its valid tokens, from global sums; NaN without any."""
     loss, divergence, cross_entropy, tokens, *hidden_states = row
+    divisor = tokens or math.nan
     mean_states = alpha = None
     if hidden_states:
         assert finished.alpha is not None
         alpha = finished.alpha.item()
-        mean_states = hidden_states[0] / tokens
+        mean_states = hidden_states[0] / divisor
         loss += alpha * hidden_states[0]
     return StepMetrics(
         step=finished.step + 1,
-        loss=loss / tokens,
-        divergence=None if divergence_name is None else divergence / tokens,
-        ce=cross_entropy / tokens,
+        loss=loss / divisor,
+        divergence=None if divergence_name is None else divergence / divisor,
+        ce=cross_entropy / divisor,
         grad_norm=finished.grad_norm,
         lr=finished.lr,
         num_tokens=round(tokens),

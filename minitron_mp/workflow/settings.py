@@ -114,8 +114,7 @@ def model_files(model: str) -> dict[str, UserFiles]:
 
 def text_settings(recipe: Recipe) -> dict[str, object]:
     """Return the settings of how text is read; empty for the default."""
-    is_default = not recipe.data.changed(["text_field"])
-    return {} if is_default else {"text_field": recipe.data.text_field}
+    return {name: getattr(recipe.data, name) for name in recipe.data.changed(["text_field", "chat_field"])}
 
 
 def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, UserFiles]:
@@ -132,6 +131,8 @@ def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, UserFiles]:
     }
     if recipe.data.tokenizer:
         files["tokenizer"] = _tokenizer_files(recipe.data.tokenizer)
+    if recipe.data.chat_template:
+        files |= task_files({"chat template": recipe.data.chat_template})
     return files
 
 

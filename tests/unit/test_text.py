@@ -18,7 +18,8 @@ from minitron_mp.config.recipe import load_recipe
 from minitron_mp.data import checks, documents, records, text_files, unused
 from minitron_mp.data.checks import corpus_problems
 from minitron_mp.data.documents import TextSettings, read_documents, read_pieces
-from minitron_mp.data.sources import corpus_fingerprint, find_sources, unused_text
+from minitron_mp.data.record_fields import Fields
+from minitron_mp.data.sources import corpus_fingerprint, fields_of, find_sources, unused_text
 from minitron_mp.data.text_files import open_text
 from minitron_mp.data.unused import UnusedText
 from minitron_mp.errors import InputError
@@ -40,7 +41,7 @@ def read(source, *, output=None, **settings):
     data = DataConfig(source=str(source), **settings)
     sources = find_sources(data, output=output)
     not_used = unused_text(sources)
-    settings = TextSettings(0.03, 1, data.text_field)
+    settings = TextSettings(0.03, 1, fields_of(data))
     found = [document.text for document in read_documents(sources, settings, not_used)]
     return found, {reason: tally.count for reason, tally in not_used.tallies.items()}
 
@@ -367,7 +368,7 @@ def test_json_files_without_a_string_in_the_field_are_no_text(tmp_path, content)
     with pytest.raises(InputError, match=r"is a folder without text files .*; set data\.text_field|correct"):
         read(tmp_path)
     write(tmp_path / "a.jsonl", JSONL)
-    assert read(tmp_path) == (TEXTS, {unused.no_string("text"): 1})
+    assert read(tmp_path) == (TEXTS, {unused.no_string(Fields("text")): 1})
 
 
 CHATS = [
@@ -389,7 +390,10 @@ def test_no_value_of_text_field_is_advised_for_a_chat(tmp_path, chat, name):
     else:
         write(path, json.dumps(chat))
     field = "messages" if "messages" in chat else "meta.conversations" if "meta" in chat else "conversations"
-    advice = "is a chat: write it as one string, for example with the tokenizer's chat template"
+    rename = (
+        "" if "messages" in chat else 'rename "from" and "value" of its messages to "role" and "content", '
+    )
+    advice = f"is a chat: {rename}set data.chat_field to {field}"
     for text_field in ("text", field, f"{field}.content"):
         sources = [path, tmp_path] if name == "a.json" else [path]
         for source in sources:
@@ -492,7 +496,7 @@ def test_long_line_without_spaces_is_cut_between_characters(tmp_path):
 def test_lines_around_a_long_line_are_kept(tmp_path):
     text = "first\n" + "x y " * 9000 + "\nsecond\n\n" + "z" * 17_001 + "\nlast"
     path = write(tmp_path / "a.txt", text)
-    pieces = list(read_pieces(path, 4000, "text", UnusedText()))
+    pieces = list(read_pieces(path, 4000, Fields("text"), UnusedText()))
     assert "".join(piece.text for piece in pieces) == text
     lines = text.split("\n")
     for piece in pieces:
@@ -505,7 +509,7 @@ def test_lines_around_a_long_line_are_kept(tmp_path):
 def test_memory_for_one_long_line_is_bounded(tmp_path):
     path = write(tmp_path / "a.txt", b"some words " * (16 * 95_325))  # 16 MiB
     tracemalloc.start()
-    length = sum(len(piece.text) for piece in read_pieces(path, 1 << 16, "text", UnusedText()))
+    length = sum(len(piece.text) for piece in read_pieces(path, 1 << 16, Fields("text"), UnusedText()))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert length == path.stat().st_size
@@ -637,7 +641,7 @@ def test_files_that_are_not_read_are_counted(tmp_path):
     assert texts == ["text of data/a.txt", "both", "more"]
     assert counts == {
         unused.OTHER_KIND: 6,
-        unused.no_field("text"): 2,
+        unused.no_field(Fields("text")): 2,
         unused.HIDDEN: 3,
         unused.PACKED: 1,
         unused.SPECIAL: 2,
@@ -692,7 +696,7 @@ def test_changes_while_a_file_is_read_are_rejected(tmp_path):
     with pytest.raises(InputError, match=r"a\.txt vanished while the text was read"):
         next(file)
     with pytest.raises(InputError, match=r"gone\.jsonl vanished"):
-        list(read_pieces(tmp_path / "gone.jsonl", 4000, "text", UnusedText()))
+        list(read_pieces(tmp_path / "gone.jsonl", 4000, Fields("text"), UnusedText()))
 
 
 def test_empty_entries_are_rejected(tmp_path, monkeypatch):

@@ -30,6 +30,17 @@ def _item(**values: Any) -> str:
     return json.dumps({"query": "The cat", "choices": [" sat", " ran"], "gold": 0} | values) + "\n"
 
 
+def _chat(*messages: dict[str, str]) -> str:
+    return json.dumps({"messages": messages}) + "\n"
+
+
+USER, ANSWER = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+CHATS = ("data.source=chats.jsonl", "data.chat_field=messages")
+MARKED = """\
+{% for message in messages %}{% if message.role == 'assistant' %}
+{% generation %}{{ message.content }}{% endgeneration %}
+{% else %}{{ message.content }}{% endif %}{% endfor %}
+"""
 UP = "model.layers.1.mlp.up_proj.weight"
 TASK = ("evaluate.tasks={animals: animals.jsonl}",)
 REMOTE = ("teacher.placement=remote",)
@@ -202,6 +213,40 @@ MISTAKES: dict[str, list[Mistake]] = {
             ("data.source=chats.jsonl",),
             write("chats.jsonl", '{"messages": [{"role": "user", "content": "Hello"}]}\n'),
         ),
+        Mistake(
+            "A field of chats that no record has",
+            ("data.chat_field=messages", "data.chat_template=chat.jinja"),
+            write("chat.jinja", MARKED),
+        ),
+        Mistake(
+            "Chats for a tokenizer without a chat template", CHATS, write("chats.jsonl", _chat(USER, ANSWER))
+        ),
+        Mistake(
+            "A chat template that does not mark the text of the assistant",
+            CHATS,
+            in_order(
+                write("chats.jsonl", _chat(USER, ANSWER)),
+                write("model/chat_template.jinja", "{{ messages }}"),
+            ),
+        ),
+        Mistake(
+            "A chat without an answer",
+            (*CHATS, "data.chat_template=chat.jinja"),
+            in_order(write("chats.jsonl", _chat(USER)), write("chat.jinja", MARKED)),
+        ),
+        Mistake(
+            "A chat with other names for role and content",
+            (*CHATS, "data.chat_template=chat.jinja"),
+            in_order(
+                write("chats.jsonl", _chat({"from": "human", "value": "Hello"})), write("chat.jinja", MARKED)
+            ),
+        ),
+        Mistake(
+            "A chat template that does not exist",
+            (*CHATS, "data.chat_template=nowhere.jinja"),
+            write("chats.jsonl", _chat(USER, ANSWER)),
+        ),
+        overrides("A chat template without a field of chats", "data.chat_template=chat.jinja"),
         Mistake("Lines that are strings", ("data.source=a.jsonl",), write("a.jsonl", '"The cat sat."\n')),
         Mistake("A .bin file without its .idx file", ("data.source=tokens",), write("tokens.bin", b"\0" * 8)),
         Mistake(

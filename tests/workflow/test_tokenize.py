@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chats import TEMPLATE, make_chats
 from interrupt import kill_tree
 from tiny import Run, drop, environment, make_recipe_file, refused
 
@@ -191,3 +194,36 @@ def test_stages_without_gpu_run_on_a_number_of_ranks_that_no_layout_has(copied, 
     for done in in_job(3, stage, copied.recipe, *LARGE_LAYOUT):
         assert done.code == 0, done
     assert copied.to_repeat() == {}
+
+
+def test_chats_of_a_recipe(imported, tokenize, tmp_path):
+    """Shares have the same masks. The template belongs to the text."""
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for number in range(4):
+        chats = [{"messages": chat} for chat in make_chats(60, 60 * number)]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE)
+    words = [f"data.source={folder}", "data.chat_field=messages", f"data.chat_template={template}"]
+    words.append("data.workers=1")
+    share = tokenize("data", imported.recipe, "--shard", "1/2", *words)
+    assert share.code == 0, share
+    assert len(shard_times(imported.output)) == 2
+    done = tokenize("data", imported.recipe, *words)
+    assert done.code == 0, done
+    assert "data: 2 of 4 shards are done" in done.out
+    counted = re.search(r"data: tokens that count in the loss: .*train ([\d,]+) \((\d+)%\)", done.out)
+    assert counted
+    assert 5 < int(counted[2]) < 95
+
+    again = tmp_path / "again"
+    shutil.copytree(imported.output / "teacher", again / "teacher")
+    whole = tokenize("data", imported.recipe, *words, f"output={again}")
+    assert whole.code == 0, whole
+    names = contents(again / "data")
+    assert {"train.loss_mask.bin", "valid.loss_mask.idx"} <= names.keys()
+    assert names == contents(imported.output / "data")
+    assert "data" not in imported.to_repeat(*words)
+    template.write_text(TEMPLATE + " ")
+    assert "chat template" in str(imported.to_repeat(*words)["data"])

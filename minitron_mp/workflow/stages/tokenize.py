@@ -35,7 +35,7 @@ def tokenize_text(files: StageFiles, *, held_out: bool) -> None:
     """
     from minitron_mp.artifacts.manifest import writing_artifact
     from minitron_mp.console import say
-    from minitron_mp.data.corpus import finish_corpus
+    from minitron_mp.data.corpus import counted_tokens, finish_corpus
     from minitron_mp.data.unused import load_unused
     from minitron_mp.distributed.launcher import environment_variable
     from minitron_mp.errors import InputError
@@ -60,6 +60,10 @@ def tokenize_text(files: StageFiles, *, held_out: bool) -> None:
         raise InputError(f"{files.output} cannot be written: {error}; set another output") from error
     store.discard()
     say(f"{stage}: " + ", ".join(f"{part} {count:,} tokens" for part, count in tokens.items()))
+    counted = counted_tokens(files.output, tokens)
+    if counted:
+        rows = [f"{part} {count:,} ({count / tokens[part]:.0%})" for part, count in counted.items()]
+        say(f"{stage}: tokens that count in the loss: {', '.join(rows)}")
     not_used = load_unused(files.output).summary()
     if not_used:
         say(f"{stage}: text that is not used, or not as it is: {not_used}")
