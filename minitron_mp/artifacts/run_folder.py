@@ -48,15 +48,21 @@ def best_checkpoint(folder: Path, final: Validation | None = None) -> Path | Non
     return min(losses, key=losses.__getitem__, default=None)
 
 
+def is_kept_step(step: int, keep_every: int) -> bool:
+    """Return whether keep_every (0: none) keeps the checkpoint after a step."""
+    return keep_every > 0 and step % keep_every == 0
+
+
 def lasting_checkpoints(folder: Path, keep_every: int, final: Validation | None = None) -> list[Path]:
     """Return the best checkpoint and those of every keep_every steps (0: none).
 
-    final: validation of the final model, None before the end.
+    Checkpoints that an earlier start wrote with keep_every are among them. final: validation of the
+    final model, None before the end.
     """
     steps = [
         path
         for path in complete_checkpoints(folder)
-        if keep_every and checkpoint_step(path) % keep_every == 0
+        if is_kept_step(checkpoint_step(path), keep_every) or _manifest_of(path).lasts
     ]
     best = best_checkpoint(folder, final)
     return steps if best is None else [*steps, best]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from tiny import REMOTE, drop, names, read_metrics, refused
 
+from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.report.tables import harness_table
 
 VALIDATION = (
@@ -30,7 +31,9 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
     assert unvalidated == read_metrics(whole.output)
     held_out = {row["step"]: (row["valid_loss"], row["valid_kl"]) for row in metrics if "valid_loss" in row}
     assert list(held_out) == [6, 12, 18, 24, 30]
-    assert {"step_00000012", "step_00000024"} <= set(names(copied.output / "checkpoints" / "distill"))
+    checkpoints = copied.output / "checkpoints" / "distill"
+    assert {"step_00000012", "step_00000024"} <= set(names(checkpoints))
+    assert find_manifest(checkpoints / "step_00000012").lasts  # also without keep_every
 
     assert on_rank("evaluate", copied.recipe, *VALIDATION, "--step", "12").code == 0
     student = json.loads((copied.output / "evaluation_step_12.json").read_text())["distilled"]
