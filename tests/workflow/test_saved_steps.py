@@ -9,8 +9,9 @@ import pytest
 import yaml
 from tiny import REMOTE, drop, names, read_metrics, refused
 
-from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.manifest import Validation, find_manifest, write_manifest, writing_artifact
 from minitron_mp.report.tables import harness_table
+from minitron_mp.workflow.saved_steps import at_saved_step
 
 VALIDATION = (
     "distill.valid_interval=6",
@@ -52,6 +53,20 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
         "--step 13: this is not a saved step of distill; give best or a saved step: 12, 24, 30",
     )
     assert copied.to_repeat(*VALIDATION).keys() <= {"evaluate", "export"}
+
+
+def test_best_step_is_one_of_this_run(copied):
+    """Not the better final model of a finished run with other settings."""
+    final = copied.output / "student_distilled"
+    update = {"validation": Validation(step=30, loss=1.0)}
+    write_manifest(final, find_manifest(final).model_copy(update=update))
+    again = copied.project("distill.lr=1e-3")
+    checkpoint = copied.output / "checkpoints" / "distill" / "step_00000006"
+    update = {"validation": Validation(step=6, loss=2.0)}
+    with writing_artifact(checkpoint, again.manifest("distill").model_copy(update=update)):
+        pass
+    assert at_saved_step(again, "best").paths["distill"] == checkpoint
+    assert at_saved_step(copied.project(), "best").paths["distill"] == final
 
 
 def test_harness_reads_a_saved_step(copied, on_rank, tmp_path):
