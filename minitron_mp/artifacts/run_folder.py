@@ -18,6 +18,9 @@ from minitron_mp.artifacts.manifest import (
 STEPS = "step_" + "[0-9]" * 8
 """Pattern of the names of the checkpoints of a training run."""
 
+RETRAINING = ".retraining"
+"""File in the folder of a training run: the run trains a finished stage again, with --force."""
+
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in the folder of a training run, in the order of their steps."""
@@ -71,7 +74,7 @@ def lasting_checkpoints(folder: Path, keep_every: int, final: Validation | None 
 def discard_checkpoints(
     folder: Path, manifest: Manifest, keep_every: int = 0, final: Validation | None = None
 ) -> None:
-    """Delete the checkpoints of a finished run, and then the folder if it is empty.
+    """Delete the checkpoints of a finished run and RETRAINING, and then the folder if it is empty.
 
     lasting_checkpoints(), checkpoints of other runs, checkpoints with files of the user in them, and
     other files are kept.
@@ -84,6 +87,7 @@ def discard_checkpoints(
         is_kept = is_complete and path.name != TIMING
         if not is_kept or (_is_of_run(path, manifest) and not user_files(path)):
             shutil.rmtree(path, ignore_errors=True)
+    (folder / RETRAINING).unlink(missing_ok=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # the folder does not exist, or is not empty
             empty.rmdir()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import MANIFEST
-from minitron_mp.artifacts.run_folder import STEPS, checkpoint_step
+from minitron_mp.artifacts.run_folder import RETRAINING, STEPS, checkpoint_step
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say
 from minitron_mp.errors import InputError
@@ -81,6 +82,23 @@ def accept_option(rows: Sequence[str]) -> str:
 
 def _is_acceptable(name: str) -> bool:
     return name.removeprefix("correct.") in ACCEPTABLE
+
+
+def prepare_resume(graph: StageGraph, stage: str, options: ResumeOptions, *, force: bool) -> None:
+    """Move the checkpoints aside from which a training stage must not resume.
+
+    These are the checkpoints after options.from_step, or with force all that a finished stage has
+    kept. One process calls it, which holds the lock of the output folder.
+    """
+    folder = checkpoint_folder(graph.recipe, stage)
+    is_retraining = force and graph.stages[stage].has_checkpoints and graph.why_not_done(stage) is None
+    if options.from_step is not None:
+        go_back(graph, stage, options.from_step, force=force)
+    elif is_retraining and not (folder / RETRAINING).exists() and any(folder.glob(STEPS)):
+        go_back(graph, stage, 0, force=True)
+    if is_retraining:  # so that the same command resumes after a stop
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RETRAINING, "")
 
 
 def go_back(graph: StageGraph, stage: str, step: int, *, force: bool = False) -> None:

@@ -23,7 +23,7 @@ from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.workflow.changes import NEWEST, ResumeOptions, go_back
+from minitron_mp.workflow.changes import NEWEST, ResumeOptions, prepare_resume
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.join import co_student_recipes, join_any_ranks, join_ranks
 from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
@@ -63,8 +63,7 @@ def run_stage(
         if world.role == "student":
             with _locked(recipe, world):
                 _on_rank_0(lambda: _say_deleted_sources(graph))
-                if resume.from_step is not None:
-                    _on_rank_0(partial(go_back, graph, name, resume.from_step, force=force))
+                _on_rank_0(partial(prepare_resume, graph, name, resume, force=force))
                 _run(stage, graph, world, force=force)
         elif stage.meets_roles:
             _take_part(stage, graph, world, force=force)

@@ -8,9 +8,18 @@ import math
 import pytest
 from tiny import CHECKPOINT_INTERVAL, MAX_LR, OUTPUT, REMOTE, STEPS, drop, names, read_metrics, refused
 
-from minitron_mp.artifacts.manifest import Change, find_manifest
+from minitron_mp.artifacts.manifest import Change, find_manifest, writing_artifact
 
 STOP = 2 * CHECKPOINT_INTERVAL
+
+
+@pytest.fixture
+def kept(copied):
+    """A finished run that has kept the checkpoint after step 24. It cannot be read."""
+    checkpoint = copied.output / "checkpoints" / "distill" / "step_00000024"
+    with writing_artifact(checkpoint, copied.project().manifest("distill")):
+        pass
+    return copied
 
 
 @pytest.fixture
@@ -144,3 +153,15 @@ def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
     refused(on_rank("distill", stopped.recipe, "--from-step", step), "distill is finished; add --force to")
     manifest = json.loads((stopped.output / "student_distilled" / "manifest.json").read_text())
     assert manifest["changes"] == []
+
+
+def test_forced_stage_is_trained_again_from_its_first_step(kept, whole, on_rank):
+    """Its checkpoints are set aside once, so the same command resumes after a stop."""
+    done = on_rank("distill", kept.recipe, "--force", stop_at=STOP - 1)
+    assert f"distill: stopped after step {STOP}" in done.out
+    assert names(kept.output / "checkpoints" / "distill" / "set_aside_1")[-1] == "step_00000024"
+    done = on_rank("distill", kept.recipe, "--force")
+    assert done.code == 0, done
+    assert f"distill: resuming from step {STOP}" in done.out
+    assert read_metrics(kept.output) == read_metrics(whole.output)
+    assert checkpoints(kept) == ["set_aside_1"]
