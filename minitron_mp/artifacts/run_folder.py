@@ -85,7 +85,7 @@ def discard_checkpoints(
             continue
         is_complete = not path.name.startswith(".") and (path / MANIFEST).is_file()
         is_kept = is_complete and path.name != TIMING
-        if not is_kept or (_is_of_run(path, manifest) and not user_files(path)):
+        if not is_kept or (is_of_run(path, manifest) and not user_files(path)):
             shutil.rmtree(path, ignore_errors=True)
     (folder / RETRAINING).unlink(missing_ok=True)
     for empty in (folder, folder.parent):
@@ -97,7 +97,7 @@ def _manifest_of(checkpoint: Path) -> Manifest:
     return Manifest.model_validate_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
-def _is_of_run(checkpoint: Path, manifest: Manifest) -> bool:
+def is_of_run(checkpoint: Path, manifest: Manifest) -> bool:
     """Return whether a checkpoint belongs to the run that wrote an artifact with this manifest."""
     step = checkpoint_step(checkpoint)
     return _manifest_of(checkpoint).fingerprint == manifest.at_step(step).fingerprint

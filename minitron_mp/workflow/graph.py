@@ -192,10 +192,13 @@ class StageGraph:
             problems += saved_progress_problems(self) + self._user_file_problems()
         refuse("this recipe cannot run:", problems)
 
-    def check_before_stage(self, stage: str) -> None:
-        """Raise InputError when the stage would orphan checkpoints or delete files of the user."""
+    def check_before_stage(self, stage: str, *, force: bool = False) -> None:
+        """Raise InputError when the stage would orphan checkpoints or delete files of the user.
+
+        force: it may replace a finished model by one that resumes with other settings.
+        """
         problem = user_files_problem(self.paths[stage])
-        problems = saved_progress_problems(self, stage) + ([problem] if problem else [])
+        problems = saved_progress_problems(self, stage, force=force) + ([problem] if problem else [])
         refuse("this recipe cannot run:", problems)
 
     def _user_file_problems(self) -> list[str]:

@@ -197,7 +197,7 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
     if differences is None and not force:
         return None
     graph.require_inputs(name)
-    graph.check_before_stage(name)
+    graph.check_before_stage(name, force=force)
     return differences or []
 
 

@@ -165,3 +165,20 @@ def test_forced_stage_is_trained_again_from_its_first_step(kept, whole, on_rank)
     assert f"distill: resuming from step {STOP}" in done.out
     assert read_metrics(kept.output) == read_metrics(whole.output)
     assert checkpoints(kept) == ["set_aside_1"]
+
+
+def test_finished_run_is_not_changed(kept, on_rank):
+    """Its model would be replaced. --force allows it."""
+    words = ("distill.lr=1e-3", "--accept", "lr")
+    refused(
+        on_rank("compress", kept.recipe, "distill.lr=1e-3"),
+        "change them from here on with `minitron-mp distill --accept lr --force`",
+    )
+    for command in ("distill", "compress"):
+        refused(
+            on_rank(command, kept.recipe, *words),
+            f"student_distilled is finished with other settings (lr: {MAX_LR}, here 0.001), and a run from "
+            "its checkpoint step_00000024 would replace it",
+            "or run `minitron-mp distill` with --force",
+        )
+    refused(on_rank("distill", kept.recipe, *words, "--force"), "step_00000024 cannot be read")
