@@ -66,7 +66,7 @@ def run_stage(
                 _on_rank_0(partial(prepare_resume, graph, name, resume, force=force))
                 _run(stage, graph, world, force=force)
         elif stage.meets_roles:
-            _take_part(stage, graph, world, force=force)
+            _take_part(stage, graph, world, force=force, resume=resume)
     return graph.paths[name]
 
 
@@ -296,7 +296,9 @@ def _preemption(world: World) -> Preemption:
     return world.preemption
 
 
-def _take_part(stage: Stage, graph: StageGraph, world: World, *, force: bool = False) -> None:
+def _take_part(
+    stage: Stage, graph: StageGraph, world: World, *, force: bool = False, resume: ResumeOptions = NEWEST
+) -> None:
     """Wait until the student reaches the stage, and take part in it. For ranks of another role.
 
     graph: the student's.
@@ -306,9 +308,11 @@ def _take_part(stage: Stage, graph: StageGraph, world: World, *, force: bool = F
     assert stage.run is not None
     recipe = graph.recipe
     if world.role != "teacher":
-        sibling = co_student_recipes(recipe)[world.role]
-        with _locked(sibling, world):
-            _run(stage, StageGraph(sibling, graph.accept), world, force=force)
+        sibling = StageGraph(co_student_recipes(recipe)[world.role], graph.accept)
+        with _locked(sibling.recipe, world):
+            if force or _on_rank_0(lambda: sibling.why_not_done(stage.name)) is not None:
+                _on_rank_0(partial(prepare_resume, sibling, stage.name, resume, force=force))
+            _run(stage, sibling, world, force=force)
         return
     students = _active_students(stage, recipe, world, True)
     if students:

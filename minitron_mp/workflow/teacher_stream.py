@@ -3,7 +3,7 @@ that sender and receiver agree."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,16 +166,22 @@ def compare_settings(
     if len(set(steps.values())) > 1:
         resumed = ", ".join(f"{role} at step {step}" for role, step in steps.items())
         raise InputError(
-            f"all students of one teacher must resume from the same step, given {resumed}; "
-            f"delete the checkpoints after step {min(steps.values())}"
+            f"all students of one teacher must resume from the same step, given {resumed}; go back to a "
+            f"common one with `minitron-mp rewind RECIPE distill {min(steps.values())}`, which moves the later "
+            "checkpoints of all students aside"
         )
     sizes = {role: _batch_sizes(start.changes) for role, start in starts.items()}
     if any(size != sizes[students[0]] for size in sizes.values()):
         raise InputError(
-            f"all students of one teacher must change global_batch_size at the same steps, given {sizes}; "
-            "delete their checkpoints after the first of these steps"
+            f"all students of one teacher must change global_batch_size at the same steps, given {sizes}; go "
+            f"back to a step before with `minitron-mp rewind RECIPE distill {_first_change(sizes.values())}`, "
+            "which moves the later checkpoints of all students aside"
         )
     return starts[students[0]]
+
+
+def _first_change(sizes: Iterable[dict[int, object]]) -> int:
+    return min(step for changes in sizes for step in changes)
 
 
 def _batch_sizes(changes: Sequence[Change]) -> dict[int, object]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import CHECKPOINT_INTERVAL, MAX_LR, OUTPUT, REMOTE, STEPS, drop, names, read_metrics, refused
 
 from minitron_mp.artifacts.manifest import Change, find_manifest, writing_artifact
+from minitron_mp.errors import InputError
+from minitron_mp.workflow.teacher_stream import StreamStart, compare_settings
 
 STOP = 2 * CHECKPOINT_INTERVAL
 
@@ -153,6 +158,36 @@ def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
     refused(on_rank("distill", stopped.recipe, "--from-step", step), "distill is finished; add --force to")
     manifest = json.loads((stopped.output / "student_distilled" / "manifest.json").read_text())
     assert manifest["changes"] == []
+
+
+def test_rewind_moves_the_checkpoints_of_all_students(stopped, on_rank, tmp_path):
+    shutil.copytree(stopped.output, tmp_path / "second")
+    sibling = tmp_path / "second.yaml"
+    sibling.write_text(stopped.recipe.read_text().replace(str(stopped.output), str(tmp_path / "second")))
+    words = (*REMOTE, f"teacher.siblings={{{sibling}: 1}}")
+    folder = tmp_path / "second" / "checkpoints" / "distill"
+    older, newest = sorted(folder.iterdir())
+    hidden = older.rename(tmp_path / "older")
+    done = on_rank("rewind", stopped.recipe, "distill", CHECKPOINT_INTERVAL, *words)
+    refused(done, f"{folder} has no checkpoint after step {CHECKPOINT_INTERVAL}")
+    assert checkpoints(stopped) == [older.name, newest.name]
+    hidden.rename(older)
+    assert on_rank("rewind", stopped.recipe, "distill", CHECKPOINT_INTERVAL, *words).code == 0
+    assert checkpoints(stopped) == names(folder) == ["set_aside_1", older.name]
+
+
+def test_students_that_resume_from_different_steps_are_refused():
+    """The advice loses no data."""
+    starts = {"student": 12, "sibling a.yaml": 6}
+    received = {role: {"settings": {}, "step": step, "changes": []} for role, step in starts.items()}
+    channel: Any = SimpleNamespace(exchange=lambda *_, **__: {"teacher": {"settings": {}}, **received})
+    with pytest.raises(InputError, match=r"go back to .* `minitron-mp rewind RECIPE distill 6`"):
+        compare_settings(channel, list(starts), {}, StreamStart(0, []))
+    change = Change(step=9, name="global_batch_size", old=4, new=8).model_dump()
+    for role, changes in (("student", []), ("sibling a.yaml", [change])):
+        received[role] = {"settings": {}, "step": 12, "changes": changes}
+    with pytest.raises(InputError, match=r"go back to .* `minitron-mp rewind RECIPE distill 9`"):
+        compare_settings(channel, list(starts), {}, StreamStart(0, []))
 
 
 def test_forced_stage_is_trained_again_from_its_first_step(kept, whole, on_rank):
