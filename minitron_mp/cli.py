@@ -72,7 +72,8 @@ def rewind(
 ) -> None:
     """Move the checkpoints after a step aside, so that the next run of the stage resumes from it.
 
-    Those of the siblings of a remote teacher are moved as well. It needs no GPU. Use it before a job that resubmits itself.
+    Those of the siblings of a remote teacher are moved as well. It needs no GPU. Use it before a job
+    that resubmits itself.
     """
     from minitron_mp.distributed.job import sigterm_exits
     from minitron_mp.workflow.changes import rewind as go_back
