@@ -261,10 +261,16 @@ class TrainingRun:
             return "", RankStatus(writing_checkpoint=checkpoints.writing, traffic=received)
         preemption.step_s.append(step_s)
         stream_end = self.teacher.stream_end if self.teacher is not None else None
+        num_steps = self.settings.log_interval + (stream_end.lead_steps if stream_end else 0)
+        validation_s = 0.0
+        if self.validator is not None:
+            slowest_step_s = max(preemption.step_s)
+            validation_s = self.validator.seconds_until(self.steps_done, num_steps, slowest_step_s)
         request = preemption.stop_request(
             self.world.is_main,
-            steps=self.settings.log_interval + (stream_end.lead_steps if stream_end else 0),
+            steps=num_steps,
             checkpoints=2 if checkpoints.pending else 1,
+            validation_s=validation_s,
         )
         needs_time = (
             self.world.is_main
