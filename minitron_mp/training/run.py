@@ -223,10 +223,8 @@ class TrainingRun:
         self.step_log.validations[self.steps_done] = validation
         self.step_log.resume_clock(seconds)
         kl = "" if validation.kl is None else f", KL {validation.kl:.4f}"
-        best = self.validator.best
-        lowest = "" if best is None else f", lowest {best.loss:.4f} at step {best.step}"
-        stage = self.options.manifest.stage
-        say(f"{stage}: held-out loss {validation.loss:.4f}{kl} after step {self.steps_done}{lowest}")
+        stage, best = self.options.manifest.stage, self.validator.best_text
+        say(f"{stage}: held-out loss {validation.loss:.4f}{kl} after step {self.steps_done}{best}")
 
     def log(self) -> None:
         """Report the steps since the last log, and exchange stop requests with all ranks.

@@ -65,6 +65,15 @@ class Validator:
         return num_validations * (self.slowest_s or self.settings.valid_batches * step_s)
 
     @property
+    def best_text(self) -> str:
+        """The best validation for the log, "" without one. Not every validated step is saved."""
+        if self.best is None:
+            return ""
+        step, settings = self.best.step, self.settings
+        is_saved = step % settings.checkpoint_interval == 0 or step == settings.steps
+        return f", lowest {self.best.loss:.4f} at step {step}{'' if is_saved else ' (no checkpoint)'}"
+
+    @property
     def stop_reason(self) -> str:
         """Reason for an early stop; "" to continue."""
         patience = self.settings.patience

@@ -178,9 +178,27 @@ def test_time_of_the_validations_before_the_next_stop():
     with patch("time.perf_counter", iter([0.0, 8.0, 8.0, 12.0]).__next__):
         validator.validate(model, 10)
         validator.validate(model, 20)
+    assert validator.best_text == ", lowest 1.0000 at step 10"
     assert validator.seconds_until(10, 10, step_s=2.0) == 8.0
     assert validator.seconds_until(10, 30, step_s=2.0) == 16.0
     assert validator.seconds_until(20, 4, step_s=2.0) == 0.0
+
+
+def test_log_marks_a_best_step_without_checkpoint():
+    """Only validated checkpoints can be the best one. The last step is the final model."""
+    settings = TrainingConfig(steps=22, warmup_steps=0, valid_interval=5, checkpoint_interval=10)
+    losses = iter([3.0, 2.0, 1.0])
+    validator = Validator(settings, lambda model: SimpleNamespace(loss=next(losses), kl=None))
+    model: Any = None
+    texts = []
+    for step in (10, 15, 22):
+        validator.validate(model, step)
+        texts.append(validator.best_text)
+    assert texts == [
+        ", lowest 3.0000 at step 10",
+        ", lowest 2.0000 at step 15 (no checkpoint)",
+        ", lowest 1.0000 at step 22",
+    ]
 
 
 def test_invalid_deadline_is_rejected(monkeypatch):
