@@ -46,6 +46,9 @@ def test_positions_are_those_of_reading_batch_after_batch(sizes, skipped):
     assert [positions.first_sample(step) for step in range(STEPS)] == expected
     last = [size for first, size in sizes.items() if first < STEPS][-1]
     assert positions.num_samples(STEPS) == expected[-1] + last
+    for steps in (1, 10, 11, STEPS):
+        given = [[size for first, size in sizes.items() if first <= step][-1] for step in range(steps)]
+        assert positions.num_trained(steps) == sum(given)
 
 
 def test_positions_of_a_run_with_changes():
