@@ -38,6 +38,8 @@ class StageGraph:
         self.paths: dict[str, Path] = {
             name: recipe.root / stage.artifact for name, stage in self.stages.items()
         }
+        self.saved_step: int | None = None
+        """The saved step of distill that replaces its final model, with --step."""
         self._manifests: dict[str, Manifest] = {}
         self._sources: dict[str, dict[str, str]] = {}
         self._missing: dict[str, list[str]] = {}

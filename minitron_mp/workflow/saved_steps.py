@@ -29,11 +29,17 @@ def at_saved_step(graph: StageGraph, step: str) -> StageGraph:
     changed = StageGraph(graph.recipe)
     changed.set_step("distill", number, _changes(graph))
     changed.paths["distill"] = folder
+    changed.saved_step = number
     for name in ("evaluate", "export"):
         path = graph.paths[name]
         changed.paths[name] = path.with_name(f"{path.stem}_step_{number}{path.suffix}")
         changed.add_settings(name, {"step": number})
     return changed
+
+
+def saved_step_number(graph: StageGraph, step: str) -> int:
+    """Return the number of a saved step. step: as in at_saved_step()."""
+    return _saved_step(graph, step)[0]
 
 
 def _changes(graph: StageGraph) -> list[Change]:

@@ -10,6 +10,7 @@ import yaml
 from tiny import REMOTE, drop, names, read_metrics, refused
 
 from minitron_mp.artifacts.manifest import Validation, find_manifest, write_manifest, writing_artifact
+from minitron_mp.artifacts.output_lock import locked
 from minitron_mp.report.tables import harness_table
 from minitron_mp.workflow.saved_steps import at_saved_step
 
@@ -36,7 +37,16 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
     assert {"step_00000012", "step_00000024"} <= set(names(checkpoints))
     assert find_manifest(checkpoints / "step_00000012").lasts  # also without keep_every
 
-    assert on_rank("evaluate", copied.recipe, *VALIDATION, "--step", "12").code == 0
+    # Also beside a run, whose stop file and resolved recipe stay.
+    resolved = (copied.output / "resolved_recipe.yaml").read_text()
+    (copied.output / "stop").touch()
+    with locked(copied.output):
+        refused(on_rank("evaluate", copied.recipe, *VALIDATION, "--force"), "is in use")
+        done = on_rank("evaluate", copied.recipe, "--step", "12")
+        assert done.code == 0, done
+    (copied.output / "stop").unlink()
+    assert (copied.output / "resolved_recipe.yaml").read_text() == resolved
+    assert not [name for name in names(copied.output) if name.endswith(".lock")]
     student = json.loads((copied.output / "evaluation_step_12.json").read_text())["distilled"]
     assert math.isclose(student["loss"], held_out[12][0], rel_tol=1e-5)
     assert math.isclose(student["kl"], held_out[12][1], rel_tol=1e-4)
