@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -72,16 +73,20 @@ def rewind(
 ) -> None:
     """Move the checkpoints after a step aside, so that the next run of the stage resumes from it.
 
-    It needs no GPU. Use it before a job that resubmits itself.
+    Those of the siblings of a remote teacher are moved as well. It needs no GPU. Use it before a job
+    that resubmits itself.
     """
     from minitron_mp.distributed.job import sigterm_exits
-    from minitron_mp.workflow.changes import go_back
+    from minitron_mp.workflow.changes import rewind as go_back
     from minitron_mp.workflow.graph import StageGraph
+    from minitron_mp.workflow.join import co_student_recipes
     from minitron_mp.workflow.output_folder import locked_output
 
-    graph = StageGraph(load_recipe(recipe, overrides or []))
-    with sigterm_exits(), locked_output(graph.recipe.root):
-        go_back(graph, stage, step)
+    students = co_student_recipes(load_recipe(recipe, overrides or [])).values()
+    with sigterm_exits(), ExitStack() as locks:
+        for student in students:
+            locks.enter_context(locked_output(student.root))
+        go_back([StageGraph(student) for student in students], stage, step)
 
 
 @app.command()

@@ -84,6 +84,9 @@ class Manifest(BaseModel):
     They are not part of the fingerprint."""
     validation: Validation | None = None
     """Validation of a model in training. It is not part of the fingerprint."""
+    lasts: bool = False
+    """Whether a checkpoint stays after the end of its run, also if keep_every is changed later. It is
+    not part of the fingerprint."""
     changes: list[Change] = []
     """Settings that changed during the training run. `settings` has their last values. They are not
     part of the fingerprint."""

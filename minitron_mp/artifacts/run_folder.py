@@ -18,6 +18,9 @@ from minitron_mp.artifacts.manifest import (
 STEPS = "step_" + "[0-9]" * 8
 """Pattern of the names of the checkpoints of a training run."""
 
+RETRAINING = ".retraining"
+"""File in the folder of a training run: the run trains a finished stage again, with --force."""
+
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in the folder of a training run, in the order of their steps."""
@@ -48,15 +51,21 @@ def best_checkpoint(folder: Path, final: Validation | None = None) -> Path | Non
     return min(losses, key=losses.__getitem__, default=None)
 
 
+def is_kept_step(step: int, keep_every: int) -> bool:
+    """Return whether keep_every (0: none) keeps the checkpoint after a step."""
+    return keep_every > 0 and step % keep_every == 0
+
+
 def lasting_checkpoints(folder: Path, keep_every: int, final: Validation | None = None) -> list[Path]:
     """Return the best checkpoint and those of every keep_every steps (0: none).
 
-    final: validation of the final model, None before the end.
+    Checkpoints that an earlier start wrote with keep_every are among them. final: validation of the
+    final model, None before the end.
     """
     steps = [
         path
         for path in complete_checkpoints(folder)
-        if keep_every and checkpoint_step(path) % keep_every == 0
+        if is_kept_step(checkpoint_step(path), keep_every) or _manifest_of(path).lasts
     ]
     best = best_checkpoint(folder, final)
     return steps if best is None else [*steps, best]
@@ -65,7 +74,7 @@ def lasting_checkpoints(folder: Path, keep_every: int, final: Validation | None 
 def discard_checkpoints(
     folder: Path, manifest: Manifest, keep_every: int = 0, final: Validation | None = None
 ) -> None:
-    """Delete the checkpoints of a finished run, and then the folder if it is empty.
+    """Delete the checkpoints of a finished run and RETRAINING, and then the folder if it is empty.
 
     lasting_checkpoints(), checkpoints of other runs, checkpoints with files of the user in them, and
     other files are kept.
@@ -76,8 +85,9 @@ def discard_checkpoints(
             continue
         is_complete = not path.name.startswith(".") and (path / MANIFEST).is_file()
         is_kept = is_complete and path.name != TIMING
-        if not is_kept or (_is_of_run(path, manifest) and not user_files(path)):
+        if not is_kept or (is_of_run(path, manifest) and not user_files(path)):
             shutil.rmtree(path, ignore_errors=True)
+    (folder / RETRAINING).unlink(missing_ok=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):  # the folder does not exist, or is not empty
             empty.rmdir()
@@ -87,7 +97,7 @@ def _manifest_of(checkpoint: Path) -> Manifest:
     return Manifest.model_validate_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
 
 
-def _is_of_run(checkpoint: Path, manifest: Manifest) -> bool:
+def is_of_run(checkpoint: Path, manifest: Manifest) -> bool:
     """Return whether a checkpoint belongs to the run that wrote an artifact with this manifest."""
     step = checkpoint_step(checkpoint)
     return _manifest_of(checkpoint).fingerprint == manifest.at_step(step).fingerprint

@@ -125,13 +125,13 @@ class TrainingConfig(Section):
     """Also keep the checkpoint of every step that is a multiple of this, after the end of the run,
     too. 0: none."""
     valid_interval: int = Field(default=0, ge=0, json_schema_extra=NOT_IN_RESULT)
-    """Steps between two validations on the held-out text of `data`. The checkpoint with the lowest
-    held-out loss is kept. 0: no validation."""
+    """Steps between two validations on the held-out text of `data`. Of the validated checkpoints the
+    one with the lowest held-out loss is kept. 0: no validation."""
     valid_batches: int = Field(default=4, ge=1, json_schema_extra=NOT_IN_RESULT)
     """Held-out batches of `global_batch_size` samples in a validation."""
     patience: int | None = Field(default=None, ge=1)
     """Validations in a row without a lower held-out loss that end the run early. Default: no early
-    stop. The result is the model of the last step. --step best exports the best one."""
+    stop. The result is the model of the last step. --step best exports the best saved one."""
     async_save: bool = Field(default=False, json_schema_extra=NOT_IN_RESULT)
     """Continue training while a checkpoint is written. Meanwhile host memory holds a copy of the
     weights and the optimizer state."""
@@ -182,7 +182,7 @@ class TrainingConfig(Section):
         if interval and interval % checkpoints and checkpoints % interval:
             problems.append(
                 f"valid_interval {interval} must divide checkpoint_interval {checkpoints} or be a multiple "
-                "of it, so that the best step has a checkpoint; change one of them"
+                "of it, so that there are validated checkpoints; change one of them"
             )
         if interval and self.fp8 == "delayed":
             problems.append(

@@ -48,6 +48,13 @@ class SamplePositions:
         """Return the number of samples up to the last one of `steps` steps."""
         return self.first_sample(steps - 1) + self._size(steps - 1)
 
+    def num_trained(self, steps: int) -> int:
+        """Return the number of samples that `steps` steps read, without the skipped ones."""
+        ends = [*(first for first, _ in self.sizes[1:]), steps]
+        return sum(
+            (min(end, steps) - first) * size for (first, size), end in zip(self.sizes, ends) if first < steps
+        )
+
     def from_step(self, samples: Dataset, step: int) -> Dataset:
         """Return the samples, moved so that index step x batch size is the first one of the step."""
         offset = self.first_sample(step) - step * self._size(step)

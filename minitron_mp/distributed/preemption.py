@@ -67,11 +67,14 @@ class Preemption:
     def stop_file(self) -> Path:
         return self.output / STOP_FILE
 
-    def stop_request(self, is_main: bool, *, steps: int = 0, checkpoints: int = 1) -> str:
+    def stop_request(
+        self, is_main: bool, *, steps: int = 0, checkpoints: int = 1, validation_s: float = 0.0
+    ) -> str:
         """Return the reason to stop on this rank, or "" to continue. It does not communicate.
 
         Only the main rank checks the stop file and the deadline. steps: number of steps until the
         next possible stop. checkpoints: number of checkpoints to write before the process can end.
+        validation_s: seconds of the validations in these steps.
         """
         if self.sigterm:
             return "SIGTERM"
@@ -84,12 +87,12 @@ class Preemption:
         if self.deadline is None:
             return ""
         needed_s = steps * max(self.step_s, default=0.0) + checkpoints * sum(self.checkpoint_s.values())
+        needed_s += validation_s
         left_s = self.deadline - time.time()
         if left_s > needed_s:
             return ""
-        return (
-            f"{max(0.0, left_s):.0f} s to the deadline, {steps} steps and a checkpoint need {needed_s:.0f} s"
-        )
+        work = f"{steps} steps{', a validation' if validation_s else ''} and a checkpoint"
+        return f"{max(0.0, left_s):.0f} s to the deadline, {work} need {needed_s:.0f} s"
 
     def raise_if_requested(self, where: str, is_main: bool) -> None:
         """Raise Preempted on all ranks when any rank has a stop request.

@@ -14,6 +14,7 @@ from minitron_mp.planning.memory import (
     GIB,
     distillation_memory,
     fullest,
+    held_out_signal_bytes,
     payload_bytes_per_token,
     rank_parameters,
     training_peak,
@@ -47,6 +48,10 @@ def _layout_rows(case: PlanningCase) -> list[Row]:
         per_step = per_token * _tokens_per_step(case)
         payload = t.payload + (" and states" if case.recipe.distill.states else "")
         rows.append(("teacher stream", f"{payload}: {per_token:,} bytes per token, {per_step:,} per step"))
+        held_out = held_out_signal_bytes(case.teacher, case.recipe, case.student_ranks)
+        if held_out:
+            text = f"{_gib(held_out)} of host memory on each rank of the student's last stage"
+            rows.append(("teacher signals for the validations", text))
     return rows
 
 

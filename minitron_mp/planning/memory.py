@@ -236,6 +236,23 @@ def _signal_memory(case: PlanningCase) -> Parts:
     return {**parts, "teacher signals in the window": signal * (t.window * senders + in_use)}
 
 
+def held_out_signal_bytes(teacher: Arch, recipe: Recipe, student_ranks: int) -> float:
+    """Return the bytes of host memory for a remote teacher's signals for the held-out text.
+
+    On a rank of the student's last stage. workflow/held_out_signals.py keeps them during the run.
+    """
+    distill, p = recipe.distill, recipe.parallel
+    if not recipe.teacher.is_remote or not distill.valid_interval:
+        return 0.0
+    # A validation compares no hidden states.
+    without_states = recipe.model_copy(update={"distill": distill.model_copy(update={"states": None})})
+    sequence = recipe.data.sequence_length // p.cp
+    split = p.tp if recipe.teacher.payload == "logits" or sequence % p.tp == 0 else 1
+    replicas = max(1, student_ranks // p.model_ranks)
+    num_tokens = distill.valid_batches * distill.global_batch_size * sequence / replicas
+    return num_tokens * payload_bytes_per_token(teacher, without_states) / split
+
+
 def teacher_weights(teacher: Arch, recipe: Recipe, parallel: ParallelConfig, stage: int) -> float:
     """Return the bytes of a frozen teacher's weights on a rank of a stage.
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from minitron_mp import __version__
 from minitron_mp.artifacts.files import CARD, read_json, write_text
-from minitron_mp.artifacts.manifest import Manifest, find_manifest, write_manifest
+from minitron_mp.artifacts.manifest import Change, Manifest, find_manifest, require_artifact, write_manifest
 from minitron_mp.artifacts.written_files import checksum
+from minitron_mp.config.distillation import DistillConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say
+from minitron_mp.data.positions import sample_positions
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.export import reader_rows
@@ -27,6 +31,7 @@ from minitron_mp.report.project import Paths, Project
 from minitron_mp.report.tables import (
     TASKS_NOTE,
     UNITS_NOTE,
+    changes_note,
     harness_table,
     load_evaluation,
     quality_table,
@@ -69,7 +74,7 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     )
     sections = [
         Section("Sizes", [Table(("size", "before", "this model", "kept"), plan.summary())]),
-        Section("How it was made", _method(recipe, plan, name, _num_steps(recipe, paths, manifest))),
+        Section("How it was made", _method(recipe, plan, name, _training(recipe, paths, manifest))),
         *_evaluation_sections(recipe, paths, manifest),
         Section(
             "Usage",
@@ -86,14 +91,26 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
 
 
-def _num_steps(recipe: Recipe, paths: Paths, manifest: Manifest) -> int:
-    """Return the steps of distillation: up to a saved step, or up to an early stop."""
+@dataclass(frozen=True)
+class _Training:
+    """The distillation of a model. settings: its last ones. steps: up to a saved step or early stop."""
+
+    settings: DistillConfig
+    steps: int
+    changes: Sequence[Change]
+
+
+def _training(recipe: Recipe, paths: Paths, manifest: Manifest) -> _Training:
+    """Return the distillation of an exported model. manifest: of the export."""
+    distilled = require_artifact(paths["distill"], "distill")
+    steps = recipe.distill.steps
     if "step" in manifest.settings:
-        return int(manifest.settings["step"])
-    distilled = find_manifest(paths["distill"])
-    if distilled is not None and distilled.validation is not None:
-        return distilled.validation.step
-    return recipe.distill.steps
+        steps = int(manifest.settings["step"])
+    elif distilled.validation is not None:
+        steps = distilled.validation.step
+    # The recipe of a saved step may have later settings.
+    trained = {name: distilled.settings[name] for name in ("lr", "min_lr", "global_batch_size")}
+    return _Training(recipe.distill.model_copy(update=trained), steps, distilled.changes)
 
 
 def _readers(student: Arch, family: str) -> list[Part]:
@@ -188,14 +205,15 @@ def _hub_name(model: str, assets: Path) -> str | None:
     return name if is_hub_name else None
 
 
-def _method(recipe: Recipe, plan: PrunePlan, name: str, num_steps: int) -> list[Part]:
+def _method(recipe: Recipe, plan: PrunePlan, name: str, training: _Training) -> list[Part]:
     parts: list[Part] = []
     if recipe.search:
         parts.append("The sizes were chosen by an architecture search.")
     return [
         *parts,
         _pruning_text(recipe, plan),
-        _distillation_text(recipe, name, num_steps),
+        _distillation_text(recipe, name, training),
+        *changes_note(training.changes),
         f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",
     ]
 
@@ -219,8 +237,8 @@ def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:
     return text
 
 
-def _distillation_text(recipe: Recipe, name: str, num_steps: int) -> str:
-    d = recipe.distill
+def _distillation_text(recipe: Recipe, name: str, training: _Training) -> str:
+    d = training.settings
     length = recipe.data.sequence_length
     is_stdlib = recipe.data.source == "python-stdlib" and not recipe.data.train
     text = "the Python standard library" if is_stdlib else "the text of the recipe"
@@ -241,9 +259,11 @@ def _distillation_text(recipe: Recipe, name: str, num_steps: int) -> str:
         losses.append(f"{d.ce_weight:g} x cross-entropy")
     if d.states:
         losses.append(f"{d.states.kind} of {len(d.states.layers)} hidden states")
-    tokens = num_steps * d.global_batch_size * length
+    positions = sample_positions(d, training.changes)
+    batch_sizes = ", then ".join(f"{size:,}" for _, size in positions.sizes)
+    tokens = positions.num_trained(training.steps) * length
     return (
-        f"Distillation: {num_steps:,} steps of {d.global_batch_size:,} samples of {length:,} tokens, "
+        f"Distillation: {training.steps:,} steps of {batch_sizes} samples of {length:,} tokens, "
         f"{tokens:,} tokens of {text}; teacher: {teacher}. Loss: {' + '.join(losses)}, temperature "
         f"{d.temperature:g}. Learning rate: {d.lr:g} to {d.min_lr:g}."
     )

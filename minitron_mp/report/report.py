@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minitron_mp.artifacts.curves import CORRECTION
 from minitron_mp.artifacts.files import read_json, write_text
+from minitron_mp.artifacts.manifest import require_artifact
 from minitron_mp.artifacts.run_log import records_of
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, table
@@ -24,6 +25,7 @@ from minitron_mp.report.tables import (
     TASKS_NOTE,
     UNITS_NOTE,
     Evaluation,
+    changes_note,
     harness_table,
     headline,
     load_evaluation,
@@ -71,8 +73,14 @@ def build_report(project: Project) -> Document:
         pruned_section(plan, scores),
         importance_section(plan, scores, trials, recipe.depth.method),
     ]
+    changes = {
+        stage.curves(recipe)[-1]: changes_note(require_artifact(paths[name], name).changes)
+        for name, stage in project.stages.items()
+        if stage.curves(recipe)
+    }
     for curve, rows in metrics.items():
         before = correction_gain(project, evaluation) if curve == CORRECTION else []
+        before += changes.get(curve, [])
         sections.append(training_section(curve, rows, before, recipe.distill.divergence))
     curves = {curve.name: rows for curve, rows in metrics.items()}
     sections.append(cost_section(curves, candidates, recipe, run_log))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minitron_mp.artifacts.files import read_json
-from minitron_mp.artifacts.manifest import find_manifest, require_artifact
+from minitron_mp.artifacts.manifest import Change, find_manifest, require_artifact
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
@@ -136,6 +136,19 @@ def tasks_table(evaluation: Evaluation) -> Table | None:
                 ]
                 rows.append((f"{task} ({first['num_items']:,}), {label}", *scores))
     return Table(("task (items)", *models), rows)
+
+
+def changes_note(changes: Sequence[Change]) -> list[str]:
+    """Return a sentence on the settings that changed during a training run; [] if none did."""
+    rows = [
+        f"{change.name} from {_setting(change.old)} to {_setting(change.new)} after step {change.step:,}"
+        for change in changes
+    ]
+    return [f"Settings that changed during the run: {'; '.join(rows)}."] if rows else []
+
+
+def _setting(value: object) -> str:
+    return "its default" if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 HARNESS_HEADER = ("task", "version", "shots", "items", "metric", "value", "standard error")

@@ -235,10 +235,8 @@ class TrainingRun:
         self.step_log.validations[self.steps_done] = validation
         self.step_log.resume_clock(seconds)
         kl = "" if validation.kl is None else f", KL {validation.kl:.4f}"
-        best = self.validator.best
-        lowest = "" if best is None else f", lowest {best.loss:.4f} at step {best.step}"
-        stage = self.options.manifest.stage
-        say(f"{stage}: held-out loss {validation.loss:.4f}{kl} after step {self.steps_done}{lowest}")
+        stage, best = self.options.manifest.stage, self.validator.best_text
+        say(f"{stage}: held-out loss {validation.loss:.4f}{kl} after step {self.steps_done}{best}")
 
     def log(self) -> None:
         """Report the steps since the last log, and exchange stop requests with all ranks.
@@ -274,10 +272,16 @@ class TrainingRun:
             return "", RankStatus(writing_checkpoint=checkpoints.writing, traffic=received)
         preemption.step_s.append(step_s)
         stream_end = self.teacher.stream_end if self.teacher is not None else None
+        num_steps = self.settings.log_interval + (stream_end.lead_steps if stream_end else 0)
+        validation_s = 0.0
+        if self.validator is not None:
+            slowest_step_s = max(preemption.step_s)
+            validation_s = self.validator.seconds_until(self.steps_done, num_steps, slowest_step_s)
         request = preemption.stop_request(
             self.world.is_main,
-            steps=self.settings.log_interval + (stream_end.lead_steps if stream_end else 0),
+            steps=num_steps,
             checkpoints=2 if checkpoints.pending else 1,
+            validation_s=validation_s,
         )
         needs_time = (
             self.world.is_main

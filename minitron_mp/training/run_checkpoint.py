@@ -20,6 +20,7 @@ from minitron_mp.artifacts.manifest import (
 from minitron_mp.artifacts.run_folder import (
     STEPS,
     checkpoint_step,
+    is_kept_step,
     lasting_checkpoints,
     newest_checkpoint,
 )
@@ -84,7 +85,8 @@ class RunCheckpoints:
             state["extra_state"] = self.extra_state.state_dict()
         target = step_folder(self.folder, step) if keep else self.folder / TIMING
         clean = self._delete_old if keep else lambda: shutil.rmtree(target)
-        manifest = self.manifest.model_copy(update={"validation": validation})
+        lasts = is_kept_step(step, self.settings.keep_every)
+        manifest = self.manifest.model_copy(update={"validation": validation, "lasts": lasts})
         if self.writer is not None:
             self.writer.start(state, target, manifest, clean)
         else:

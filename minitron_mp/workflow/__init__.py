@@ -16,5 +16,5 @@ disk_sizes       DiskSizes: estimated sizes of artifacts
 training         run_training: the training of the stages correct and distill
 teacher_source   open_teacher: the teacher of a recipe; teacher_stream: its stream;
                  fp8_teacher: its KL to the bf16 teacher;
-                 held_out_signals: its signals for the validations
+                 held_out_signals: its signals for the validations; host_memory: their size
 """

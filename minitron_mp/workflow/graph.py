@@ -38,6 +38,8 @@ class StageGraph:
         self.paths: dict[str, Path] = {
             name: recipe.root / stage.artifact for name, stage in self.stages.items()
         }
+        self.saved_step: int | None = None
+        """The saved step of distill that replaces its final model, with --step."""
         self._manifests: dict[str, Manifest] = {}
         self._sources: dict[str, dict[str, str]] = {}
         self._missing: dict[str, list[str]] = {}
@@ -192,10 +194,13 @@ class StageGraph:
             problems += saved_progress_problems(self) + self._user_file_problems()
         refuse("this recipe cannot run:", problems)
 
-    def check_before_stage(self, stage: str) -> None:
-        """Raise InputError when the stage would orphan checkpoints or delete files of the user."""
+    def check_before_stage(self, stage: str, *, force: bool = False) -> None:
+        """Raise InputError when the stage would orphan checkpoints or delete files of the user.
+
+        force: it may replace a finished model by one that resumes with other settings.
+        """
         problem = user_files_problem(self.paths[stage])
-        problems = saved_progress_problems(self, stage) + ([problem] if problem else [])
+        problems = saved_progress_problems(self, stage, force=force) + ([problem] if problem else [])
         if self.stages[stage].has_checkpoints:
             problems += tracker_problems(self.recipe)
         refuse("this recipe cannot run:", problems)

@@ -22,7 +22,10 @@ from minitron_mp.distillation.stream import Link, Sender
 from minitron_mp.distillation.stream_layout import Traffic
 from minitron_mp.distillation.teacher import RemoteTeacher
 from minitron_mp.distributed.batch import Batch
+from minitron_mp.distributed.sync import on_rank_0
+from minitron_mp.errors import refuse
 from minitron_mp.workflow.context import StageContext, corpus
+from minitron_mp.workflow.host_memory import host_memory_problems
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def receive_held_out(context: StageContext, link: Link, head: Tensor | None) -> 
     ids, world = held_out_ids(context.recipe), context.world
     if not ids:
         return None
+    teacher = context.arch(context.recipe.distillation_teacher)
+    memory_problems = on_rank_0(lambda: host_memory_problems(context.recipe, teacher, world.size))
+    refuse("the validations cannot run:", memory_problems)
     receiver = None
     stage_link = link.to_stages({world.parallel.pp - 1: [0]}).get(world.groups.pp.rank())
     if stage_link is not None:

@@ -276,9 +276,10 @@ def write_resolved_recipe(recipe: Recipe) -> None:
 
 
 @contextmanager
-def locked_output(root: Path) -> Iterator[None]:
+def locked_output(root: Path, lock: str = LOCK) -> Iterator[None]:
     """Make the output folder and hold its lock in this context; for rank 0.
 
+    lock: file name of another lock, for a command that writes only one artifact of its own.
     Folders that it made are deleted if they are still empty at the end.
     """
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
@@ -289,7 +290,7 @@ def locked_output(root: Path) -> Iterator[None]:
             f"the output folder {root} cannot be written: {error}; set another output"
         ) from error
     try:
-        with locked(root):
+        with locked(root, lock):
             yield
     finally:
         with suppress(OSError):

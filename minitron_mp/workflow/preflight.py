@@ -15,9 +15,11 @@ from minitron_mp.config.log import TRACKERS
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.config.rules import run_rule_problems
+from minitron_mp.console import launched
 from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.workflow.file_checks import check_same_tokens, file_problems, problems_of, read_model
+from minitron_mp.workflow.host_memory import host_memory_problems
 
 
 def recipe_problems(
@@ -51,6 +53,8 @@ def recipe_problems(
     problems += _batch_problems(recipe, num_ranks)
     if recipe.model in archs and teacher in archs:
         problems += _model_problems(recipe, archs[recipe.model], archs[teacher])
+    if teacher in archs and num_ranks is not None and launched():  # a dry run is often on another node
+        problems += host_memory_problems(recipe, archs[teacher], _student_ranks(recipe, num_ranks))
     return problems
 
 

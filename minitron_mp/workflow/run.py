@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import find_manifest
+from minitron_mp.artifacts.output_lock import LOCK
 from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
-from minitron_mp.workflow.changes import NEWEST, ResumeOptions, go_back
+from minitron_mp.workflow.changes import NEWEST, ResumeOptions, prepare_resume
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.join import co_student_recipes, join_any_ranks, join_ranks
 from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
-from minitron_mp.workflow.saved_steps import at_saved_step
+from minitron_mp.workflow.saved_steps import at_saved_step, saved_step_number
 from minitron_mp.workflow.stage import Stage
 from minitron_mp.workflow.stage_files import StopRequested, checkpoint_folder
 
@@ -44,13 +45,12 @@ def run_stage(
     """Run one stage on all ranks of the job and return the path of its artifact.
 
     Called on all ranks. A finished stage is skipped unless force is given. step: for evaluate and
-    export, a saved step of distill, or "best"; see saved_steps.py. resume: for a training stage.
+    export, a saved step of distill, or "best"; see saved_steps.py. The run may go on meanwhile, so
+    nothing but the artifact is written. resume: for a training stage.
     """
     require_launcher()
     graph = StageGraph(recipe, resume.accept)
     graph.require_stage(name)
-    if step:
-        graph = at_saved_step(graph, step)
     graph.check_output(report=False)
     stage = graph.stages[name]
     if not stage.needs_ranks:
@@ -60,14 +60,19 @@ def run_stage(
         return graph.paths[name]
     join = join_any_ranks if stage.any_ranks else join_ranks
     with join(recipe) as world, _preemptible(world, [stage]):
-        if world.role == "student":
+        if world.role == "student" and step:
+            # Rank 0 chooses the step, because the run may save and delete others meanwhile.
+            number = _on_rank_0(partial(saved_step_number, graph, step))
+            graph = at_saved_step(graph, str(number))
+            with _locked(recipe, world, lock=f".{graph.paths[name].name}.lock"):
+                _run(stage, graph, world, force=force)
+        elif world.role == "student":
             with _locked(recipe, world):
                 _on_rank_0(lambda: _say_deleted_sources(graph))
-                if resume.from_step is not None:
-                    _on_rank_0(partial(go_back, graph, name, resume.from_step, force=force))
+                _on_rank_0(partial(prepare_resume, graph, name, resume, force=force))
                 _run(stage, graph, world, force=force)
         elif stage.meets_roles:
-            _take_part(stage, graph, world, force=force)
+            _take_part(stage, graph, world, force=force, resume=resume)
     return graph.paths[name]
 
 
@@ -129,7 +134,7 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
 
     name, recipe = stage.name, graph.recipe
     differences = _on_rank_0(lambda: _why_run(name, graph, force))
-    if differences is not None:
+    if differences is not None and graph.saved_step is None:
         _preemption(world).raise_if_requested(f"before {name}", world.is_main)
     students: dict[str, Recipe] = {}
     if stage.meets_roles and world.channel is not None:
@@ -138,7 +143,8 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
         say(f"{name}: done, {graph.paths[name]}")
         return
     _announce(name, differences)
-    _on_rank_0(lambda: write_resolved_recipe(recipe))
+    if graph.saved_step is None:
+        _on_rank_0(lambda: write_resolved_recipe(recipe))
     start = time.monotonic()
     if stage.run is not None:
         manifest = _on_rank_0(lambda: graph.manifest(name))
@@ -147,7 +153,8 @@ def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
     elif stage.run_on_one_rank is not None:
         _run_on_rank_0(stage, graph, world)
     seconds = time.monotonic() - start
-    _on_rank_0(lambda: _record(stage, graph, seconds, world))
+    if graph.saved_step is None:
+        _on_rank_0(lambda: _record(stage, graph, seconds, world))
     say(f"{name}: {graph.paths[name]} in {seconds:.1f} s")
 
 
@@ -198,7 +205,7 @@ def _why_run(name: str, graph: StageGraph, force: bool) -> list[str] | None:
     if differences is None and not force:
         return None
     graph.require_inputs(name)
-    graph.check_before_stage(name)
+    graph.check_before_stage(name, force=force)
     return differences or []
 
 
@@ -232,10 +239,10 @@ def _on_rank_0(action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _locked(recipe: Recipe, world: World) -> Iterator[None]:
-    """Hold the lock of the output folder on rank 0, in this context. Called on all ranks."""
+def _locked(recipe: Recipe, world: World, lock: str = LOCK) -> Iterator[None]:
+    """Hold a lock of the output folder on rank 0, in this context. Called on all ranks."""
     with ExitStack() as stack:
-        _on_rank_0(lambda: stack.enter_context(locked_output(recipe.root)))
+        _on_rank_0(lambda: stack.enter_context(locked_output(recipe.root, lock)))
         yield
 
 
@@ -297,7 +304,9 @@ def _preemption(world: World) -> Preemption:
     return world.preemption
 
 
-def _take_part(stage: Stage, graph: StageGraph, world: World, *, force: bool = False) -> None:
+def _take_part(
+    stage: Stage, graph: StageGraph, world: World, *, force: bool = False, resume: ResumeOptions = NEWEST
+) -> None:
     """Wait until the student reaches the stage, and take part in it. For ranks of another role.
 
     graph: the student's.
@@ -307,9 +316,11 @@ def _take_part(stage: Stage, graph: StageGraph, world: World, *, force: bool = F
     assert stage.run is not None
     recipe = graph.recipe
     if world.role != "teacher":
-        sibling = co_student_recipes(recipe)[world.role]
-        with _locked(sibling, world):
-            _run(stage, StageGraph(sibling, graph.accept), world, force=force)
+        sibling = StageGraph(co_student_recipes(recipe)[world.role], graph.accept)
+        with _locked(sibling.recipe, world):
+            if force or _on_rank_0(lambda: sibling.why_not_done(stage.name)) is not None:
+                _on_rank_0(partial(prepare_resume, sibling, stage.name, resume, force=force))
+            _run(stage, sibling, world, force=force)
         return
     students = _active_students(stage, recipe, world, True)
     if students:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.manifest import Manifest, find_manifest, require_format
-from minitron_mp.artifacts.run_folder import checkpoint_step, newest_checkpoint
+from minitron_mp.artifacts.run_folder import RETRAINING, checkpoint_step, is_of_run, newest_checkpoint
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.changes import accept_option
 from minitron_mp.workflow.stage_files import checkpoint_folder
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from minitron_mp.workflow.graph import StageGraph
 
 
-def saved_progress_problems(graph: StageGraph, stage: str | None = None) -> list[str]:
+def saved_progress_problems(graph: StageGraph, stage: str | None = None, *, force: bool = False) -> list[str]:
     """Return a sentence for each unfinished stage whose saved progress does not fit the recipe.
 
     It reads the user's files for their fingerprints. Files that cannot be used are left to the other
     checks. stage: the only one that will run; None for all. Progress that it does not affect is
-    left out.
+    left out. force: a run of that stage may replace a finished model by one with other settings.
     """
     problems = []
     for name in graph.stages:
@@ -37,6 +37,8 @@ def saved_progress_problems(graph: StageGraph, stage: str | None = None) -> list
         except (InputError, OSError):
             continue
         problem = _problem(graph, name, saved, expected)
+        if not problem and not (force and name == stage):
+            problem = _replaced_model(graph, name, saved)
         if problem:
             problems.append(problem)
     return problems
@@ -72,6 +74,8 @@ def _problem(graph: StageGraph, name: str, saved: Path, expected: Manifest) -> s
     advice += ["restore the settings"] if settings else []
     option = accept_option(own_changes)
     if option and manifest.inputs == expected.inputs:
+        if _is_of_finished(graph, name, saved):
+            option = f"`minitron-mp {name} {option} --force`"
         advice.append(f"change them from here on with {option}")
     causes = files + settings
     if not causes:
@@ -84,6 +88,31 @@ def _problem(graph: StageGraph, name: str, saved: Path, expected: Manifest) -> s
     return (
         f"{name}: {saved.parent} has {what} of another run, so it cannot resume: {'; '.join(causes)}. "
         f"{', '.join(actions).capitalize()}, or delete {saved.parent} to start {name} again"
+    )
+
+
+def _is_of_finished(graph: StageGraph, name: str, saved: Path) -> bool:
+    """Return whether a finished run has kept a checkpoint, and --force does not train it again."""
+    if not graph.stages[name].has_checkpoints or (saved.parent / RETRAINING).exists():
+        return False
+    written = find_manifest(graph.paths[name])
+    return written is not None and is_of_run(saved, written)
+
+
+def _replaced_model(graph: StageGraph, name: str, checkpoint: Path) -> str:
+    """Return a sentence if a run would resume from a checkpoint that a finished run has kept.
+
+    The run has other settings, because the finished model does not fit the recipe.
+    """
+    artifact = graph.paths[name]
+    written = find_manifest(artifact)
+    if written is None or not _is_of_finished(graph, name, checkpoint):
+        return ""
+    rows = "; ".join(written.changed_settings(graph.manifest(name)))
+    return (
+        f"{name}: {artifact} is finished with other settings ({rows}), and a run from its checkpoint "
+        f"{checkpoint.name} would replace it. Restore the settings, set another output, or run "
+        f"`minitron-mp {name}` with --force"
     )
 
 

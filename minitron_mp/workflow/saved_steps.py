@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minitron_mp.artifacts.manifest import Change, find_manifest
+from minitron_mp.artifacts.manifest import Change, Manifest, find_manifest
 from minitron_mp.artifacts.run_folder import (
     best_checkpoint,
     checkpoint_step,
@@ -29,6 +29,7 @@ def at_saved_step(graph: StageGraph, step: str) -> StageGraph:
     changed = StageGraph(graph.recipe)
     changed.set_step("distill", number, _changes(graph))
     changed.paths["distill"] = folder
+    changed.saved_step = number
     for name in ("evaluate", "export"):
         path = graph.paths[name]
         changed.paths[name] = path.with_name(f"{path.stem}_step_{number}{path.suffix}")
@@ -36,19 +37,32 @@ def at_saved_step(graph: StageGraph, step: str) -> StageGraph:
     return changed
 
 
+def saved_step_number(graph: StageGraph, step: str) -> int:
+    """Return the number of a saved step. step: as in at_saved_step()."""
+    return _saved_step(graph, step)[0]
+
+
 def _changes(graph: StageGraph) -> list[Change]:
     """Return the settings of distill that changed during its run, with --accept."""
     newest = newest_checkpoint(checkpoint_folder(graph.recipe, "distill"))
-    manifest = find_manifest(graph.paths["distill"])
+    manifest = _final_manifest(graph)
     if manifest is None and newest is not None:
         manifest = find_manifest(newest)
     return manifest.changes if manifest is not None else []
 
 
+def _final_manifest(graph: StageGraph) -> Manifest | None:
+    """Return the manifest of the final model; None if the run that wrote it had other settings."""
+    manifest = find_manifest(graph.paths["distill"])
+    if manifest is None or manifest.fingerprint != graph.manifest("distill").fingerprint:
+        return None
+    return manifest
+
+
 def _saved_step(graph: StageGraph, step: str) -> tuple[int, Path]:
     """Return the number of a saved step, and the checkpoint or artifact with its model."""
     folder, artifact = checkpoint_folder(graph.recipe, "distill"), graph.paths["distill"]
-    manifest = find_manifest(artifact)
+    manifest = _final_manifest(graph)
     final = manifest.validation if manifest is not None else None
     final_step = final.step if final is not None else graph.recipe.distill.steps
     if step == BEST:

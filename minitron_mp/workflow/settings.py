@@ -11,6 +11,7 @@ from pathlib import Path
 from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.config.pruning import DEPTH
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.training import TrainingConfig
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.workflow.stage import UserFiles
@@ -48,6 +49,14 @@ def blend_settings(recipe: Recipe, *parts: str) -> dict[str, object]:
         if any(share.unit != "weight" for share in shares):
             settings["samples of distill"] = recipe.distill.num_samples
     return settings
+
+
+def text_parts(settings: TrainingConfig) -> list[str]:
+    """Return the parts of the text that change the result of a training run.
+
+    With patience the validations decide its last step.
+    """
+    return ["train"] if settings.patience is None else ["train", "valid"]
 
 
 def fp8_teacher(recipe: Recipe) -> dict[str, object]:

@@ -137,7 +137,7 @@ def stream_settings(
         **{name: str(value) for name, value in vars(link.shape).items()},
         "window": link.window,
         "document_mask": recipe.data.document_mask,
-        **blend_settings(recipe, "train"),
+        **blend_settings(recipe, "train", *(["valid"] if recipe.distill.valid_interval else [])),
         "context parallel order": "zig-zag",
         "stream version": STREAM_VERSION,
     }
@@ -166,14 +166,17 @@ def compare_settings(
     if len(set(steps.values())) > 1:
         resumed = ", ".join(f"{role} at step {step}" for role, step in steps.items())
         raise InputError(
-            f"all students of one teacher must resume from the same step, given {resumed}; "
-            f"delete the checkpoints after step {min(steps.values())}"
+            f"all students of one teacher must resume from the same step, given {resumed}; go back to a "
+            f"common one with `minitron-mp rewind RECIPE distill {min(steps.values())}`, which moves later "
+            "checkpoints of all students aside"
         )
     sizes = {role: _batch_sizes(start.changes) for role, start in starts.items()}
     if any(size != sizes[students[0]] for size in sizes.values()):
+        first = min(step for changes in sizes.values() for step in changes)
         raise InputError(
             f"all students of one teacher must change global_batch_size at the same steps, given {sizes}; "
-            "delete their checkpoints after the first of these steps"
+            f"go back to a step before with `minitron-mp rewind RECIPE distill {first}`, "
+            "which moves later checkpoints of all students aside"
         )
     return starts[students[0]]
 

@@ -6,19 +6,22 @@ import resource
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
 from minitron_mp.config.data import DataConfig
-from minitron_mp.config.recipe import make_recipe
+from minitron_mp.config.recipe import Recipe, make_recipe
 from minitron_mp.data.batches import Corpus, microbatches, open_samples
 from minitron_mp.data.corpus import PARTS_FILE, texts_of, tokenize_corpus
 from minitron_mp.data.tokenizer import Tokenizer
 from minitron_mp.distributed.job import raise_open_file_limit
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.stages import CACHE, CORRECT, DISTILL, EVALUATE, SCORE, TOKENIZE
+from minitron_mp.workflow.teacher_stream import stream_settings
 
 S = 8
 NUM_SETS = 300
@@ -149,6 +152,25 @@ def test_shares_belong_to_the_stages_that_read_samples():
     assert {name for name in plain if masked[name] == plain[name]} == {"data"}
     budget = settings(train={"b": "2 epochs", "d": 1})["correct"]
     assert (budget["train shares"], budget["samples of distill"]) == (["2 epochs", 1.0], 400)
+
+
+def test_shares_of_the_held_out_text_belong_to_runs_that_validate():
+    """To the result of a run with patience, and to the agreement with a remote teacher."""
+
+    def recipe(*, share: int, **distill: int) -> Recipe:
+        data = {"calibration": ["a"], "train": ["b"], "valid": {"c": share, "d": 1}}
+        return make_recipe({"model": "m", "output": "o", "data": data, "distill": distill})
+
+    patient = {"valid_interval": 50, "patience": 2}
+    assert DISTILL.settings(recipe(share=3, **patient)) != DISTILL.settings(recipe(share=2, **patient))
+    assert "valid shares" not in DISTILL.settings(recipe(share=3, valid_interval=50))
+    link: Any = SimpleNamespace(teacher="", shape=SimpleNamespace(), window=1)
+    arch: Any = SimpleNamespace(hidden_size=1, vocab_size=1, padded_vocab_size=1)
+    for distill, expected in (({"valid_interval": 50}, [3.0, 1.0]), ({}, None)):
+        agreed = stream_settings(
+            recipe(share=3, **distill), link, arch, vocab_size=1, fingerprints={}, tokenizer={}
+        )
+        assert agreed.get("valid shares") == expected
 
 
 def test_end_of_document_can_be_left_out_of_the_loss(tmp_path, one_rank):

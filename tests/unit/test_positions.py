@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minitron_mp.artifacts.manifest import TIMING, Change, Manifest, Validation, writing_artifact
-from minitron_mp.artifacts.run_folder import complete_checkpoints, discard_checkpoints
+from minitron_mp.artifacts.run_folder import checkpoint_step, complete_checkpoints, discard_checkpoints
 from minitron_mp.config.recipe import make_recipe
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.data.batches import KEYS, microbatches
@@ -46,6 +46,9 @@ def test_positions_are_those_of_reading_batch_after_batch(sizes, skipped):
     assert [positions.first_sample(step) for step in range(STEPS)] == expected
     last = [size for first, size in sizes.items() if first < STEPS][-1]
     assert positions.num_samples(STEPS) == expected[-1] + last
+    for steps in (1, 10, 11, STEPS):
+        given = [[size for first, size in sizes.items() if first <= step][-1] for step in range(steps)]
+        assert positions.num_trained(steps) == sum(given)
 
 
 def test_positions_of_a_run_with_changes():
@@ -170,6 +173,21 @@ def test_lasting_checkpoints_stay_beside_the_newest_ones(tmp_path):
     RunCheckpoints(tmp_path, options, settings, world)._delete_old()
     kept = [path.name for path in complete_checkpoints(tmp_path)]
     assert kept == [step_folder(Path(), step).name for step in (200, 300, 400, 500, 550)]
+
+
+def test_checkpoints_that_were_written_to_last_stay_without_keep_every(tmp_path):
+    """A later start may lack the option, during the run and after its end."""
+    options: Any = SimpleNamespace(manifest=manifest(), extra_state=None)
+    world: Any = None
+    for step in (100, 200, 300, 400, 500):
+        saved = manifest().model_copy(update={"lasts": step == 200})
+        with writing_artifact(step_folder(tmp_path, step), saved):
+            pass
+    settings = TrainingConfig(steps=1000, checkpoint_interval=100)
+    RunCheckpoints(tmp_path, options, settings, world)._delete_old()
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [200, 400, 500]
+    discard_checkpoints(tmp_path, manifest())
+    assert [checkpoint_step(path) for path in complete_checkpoints(tmp_path)] == [200]
 
 
 def test_names_of_accept():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from cases import ARCHS
 
 from minitron_mp.config.recipe import make_recipe
+from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.launcher import job_deadline
 from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.errors import InputError
@@ -23,6 +26,7 @@ from minitron_mp.training.throughput import (
     peak_tflops,
     training_work,
 )
+from minitron_mp.training.validation import Validator
 
 
 def test_rates_of_a_step():
@@ -154,9 +158,47 @@ def test_deadline_leaves_time_for_steps_and_a_checkpoint(tmp_path):
     assert preemption.stop_request(True, steps=10) == ""
     assert "16 steps and a checkpoint need 62" in preemption.stop_request(True, steps=16)
     assert "10 steps and a checkpoint need 80" in preemption.stop_request(True, steps=10, checkpoints=2)
+    assert "10 steps, a validation and a checkpoint need 75" in preemption.stop_request(
+        True, steps=10, validation_s=25.0
+    )
     assert preemption.stop_request(False, steps=99) == "", "the first rank looks at the clock"
     preemption.sigterm = True
     assert preemption.stop_request(False) == "SIGTERM"
+
+
+def test_time_of_the_validations_before_the_next_stop():
+    """Before the first one, a held-out batch counts as a step. The last step is validated, too."""
+    settings = TrainingConfig(
+        steps=25, warmup_steps=0, valid_interval=10, checkpoint_interval=10, valid_batches=3
+    )
+    validator = Validator(settings, lambda model: SimpleNamespace(loss=1.0, kl=None))
+    assert validator.seconds_until(5, 4, step_s=2.0) == 0.0
+    assert validator.seconds_until(5, 5, step_s=2.0) == 6.0
+    model: Any = None
+    with patch("time.perf_counter", iter([0.0, 8.0, 8.0, 12.0]).__next__):
+        validator.validate(model, 10)
+        validator.validate(model, 20)
+    assert validator.best_text == ", lowest 1.0000 at step 10"
+    assert validator.seconds_until(10, 10, step_s=2.0) == 8.0
+    assert validator.seconds_until(10, 30, step_s=2.0) == 16.0
+    assert validator.seconds_until(20, 4, step_s=2.0) == 0.0
+
+
+def test_log_marks_a_best_step_without_checkpoint():
+    """Only validated checkpoints can be the best one. The last step is the final model."""
+    settings = TrainingConfig(steps=22, warmup_steps=0, valid_interval=5, checkpoint_interval=10)
+    losses = iter([3.0, 2.0, 1.0])
+    validator = Validator(settings, lambda model: SimpleNamespace(loss=next(losses), kl=None))
+    model: Any = None
+    texts = []
+    for step in (10, 15, 22):
+        validator.validate(model, step)
+        texts.append(validator.best_text)
+    assert texts == [
+        ", lowest 3.0000 at step 10",
+        ", lowest 2.0000 at step 15 (no checkpoint)",
+        ", lowest 1.0000 at step 22",
+    ]
 
 
 def test_invalid_deadline_is_rejected(monkeypatch):

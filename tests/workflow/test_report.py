@@ -21,6 +21,7 @@ from tiny import STAGES, STEPS, read_metrics
 from minitron_mp.artifacts import run_log as records
 from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION
 from minitron_mp.artifacts.files import RUN_LOG
+from minitron_mp.artifacts.manifest import Change, find_manifest, write_manifest
 from minitron_mp.artifacts.run_log import JobInfo, append_record, records_of
 from minitron_mp.config.pruning import DepthConfig, SearchConfig, TargetConfig
 from minitron_mp.pruning.candidates import front
@@ -427,6 +428,24 @@ def test_card_beside_the_exported_model(whole):
     assert "## Evaluation" not in model_card(
         project.recipe, project.paths, other, "llama", project.paths["import"] / "assets"
     )
+
+
+def test_card_and_report_have_the_changes_of_a_run(copied):
+    final = copied.output / "student_distilled"
+    changes = [
+        Change(step=21, name="global_batch_size", old=2, new=4),
+        Change(step=21, name="schedule", old=None, new="linear"),
+    ]
+    write_manifest(final, find_manifest(final).model_copy(update={"changes": changes}))
+    project = copied.project()
+    assets = project.paths["import"] / "assets"
+    card = model_card(project.recipe, project.paths, project.manifest("export"), "llama", assets)
+    assert f"{STEPS} steps of 2, then 4 samples of 32 tokens, 2,496 tokens of" in card
+    for text in (card, markdown(build_report(project))):
+        assert (
+            "Settings that changed during the run: global_batch_size from 2 to 4 after step 21; schedule "
+            "from its default to linear after step 21." in text
+        )
 
 
 @pytest.mark.parametrize(

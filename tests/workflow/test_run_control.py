@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_trackers import read_calls
 from tiny import CHECKPOINT_INTERVAL, MAX_LR, OUTPUT, REMOTE, STEPS, drop, names, read_metrics, refused
 
-from minitron_mp.artifacts.manifest import Change, find_manifest
+from minitron_mp.artifacts.manifest import Change, find_manifest, writing_artifact
+from minitron_mp.errors import InputError
+from minitron_mp.workflow.teacher_stream import StreamStart, compare_settings
 
 STOP = 2 * CHECKPOINT_INTERVAL
+
+
+@pytest.fixture
+def kept(copied):
+    """A finished run that has kept the checkpoint after step 24. It cannot be read."""
+    checkpoint = copied.output / "checkpoints" / "distill" / "step_00000024"
+    with writing_artifact(checkpoint, copied.project().manifest("distill")):
+        pass
+    return copied
 
 
 @pytest.fixture
@@ -168,3 +182,62 @@ def test_run_goes_back_to_an_older_checkpoint(stopped, whole, on_rank):
     refused(on_rank("distill", stopped.recipe, "--from-step", step), "distill is finished; add --force to")
     manifest = json.loads((stopped.output / "student_distilled" / "manifest.json").read_text())
     assert manifest["changes"] == []
+
+
+def test_rewind_moves_the_checkpoints_of_all_students(stopped, on_rank, tmp_path):
+    shutil.copytree(stopped.output, tmp_path / "second")
+    sibling = tmp_path / "second.yaml"
+    sibling.write_text(stopped.recipe.read_text().replace(str(stopped.output), str(tmp_path / "second")))
+    words = (*REMOTE, f"teacher.siblings={{{sibling}: 1}}")
+    folder = tmp_path / "second" / "checkpoints" / "distill"
+    older, newest = sorted(folder.iterdir())
+    hidden = older.rename(tmp_path / "older")
+    done = on_rank("rewind", stopped.recipe, "distill", CHECKPOINT_INTERVAL, *words)
+    refused(done, f"{folder} has no checkpoint after step {CHECKPOINT_INTERVAL}")
+    assert checkpoints(stopped) == [older.name, newest.name]
+    hidden.rename(older)
+    assert on_rank("rewind", stopped.recipe, "distill", CHECKPOINT_INTERVAL, *words).code == 0
+    assert checkpoints(stopped) == names(folder) == ["set_aside_1", older.name]
+
+
+def test_students_that_resume_from_different_steps_are_refused():
+    """The advice loses no data."""
+    starts = {"student": 12, "sibling a.yaml": 6}
+    received = {role: {"settings": {}, "step": step, "changes": []} for role, step in starts.items()}
+    channel: Any = SimpleNamespace(exchange=lambda *_, **__: {"teacher": {"settings": {}}, **received})
+    with pytest.raises(InputError, match=r"go back to .* `minitron-mp rewind RECIPE distill 6`"):
+        compare_settings(channel, list(starts), {}, StreamStart(0, []))
+    change = Change(step=9, name="global_batch_size", old=4, new=8).model_dump()
+    for role, changes in (("student", []), ("sibling a.yaml", [change])):
+        received[role] = {"settings": {}, "step": 12, "changes": changes}
+    with pytest.raises(InputError, match=r"go back to .* `minitron-mp rewind RECIPE distill 9`"):
+        compare_settings(channel, list(starts), {}, StreamStart(0, []))
+
+
+def test_forced_stage_is_trained_again_from_its_first_step(kept, whole, on_rank):
+    """Its checkpoints are set aside once, so the same command resumes after a stop."""
+    done = on_rank("distill", kept.recipe, "--force", stop_at=STOP - 1)
+    assert f"distill: stopped after step {STOP}" in done.out
+    assert names(kept.output / "checkpoints" / "distill" / "set_aside_1")[-1] == "step_00000024"
+    done = on_rank("distill", kept.recipe, "--force")
+    assert done.code == 0, done
+    assert f"distill: resuming from step {STOP}" in done.out
+    assert read_metrics(kept.output) == read_metrics(whole.output)
+    assert checkpoints(kept) == ["set_aside_1"]
+
+
+def test_finished_run_is_not_changed(kept, on_rank):
+    """Its model would be replaced. --force allows it."""
+    words = ("distill.lr=1e-3", "--accept", "lr")
+    refused(
+        on_rank("compress", kept.recipe, "distill.lr=1e-3"),
+        "change them from here on with `minitron-mp distill --accept lr --force`",
+    )
+    for command in ("distill", "compress"):
+        refused(
+            on_rank(command, kept.recipe, *words),
+            f"student_distilled is finished with other settings (lr: {MAX_LR}, here 0.001), and a run from "
+            "its checkpoint step_00000024 would replace it",
+            "or run `minitron-mp distill` with --force",
+        )
+    refused(on_rank("distill", kept.recipe, *words, "--force"), "step_00000024 cannot be read")

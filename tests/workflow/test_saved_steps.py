@@ -9,7 +9,10 @@ import pytest
 import yaml
 from tiny import REMOTE, drop, names, read_metrics, refused
 
+from minitron_mp.artifacts.manifest import Validation, find_manifest, write_manifest, writing_artifact
+from minitron_mp.artifacts.output_lock import locked
 from minitron_mp.report.tables import harness_table
+from minitron_mp.workflow.saved_steps import at_saved_step
 
 VALIDATION = (
     "distill.valid_interval=6",
@@ -30,9 +33,20 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
     assert unvalidated == read_metrics(whole.output)
     held_out = {row["step"]: (row["valid_loss"], row["valid_kl"]) for row in metrics if "valid_loss" in row}
     assert list(held_out) == [6, 12, 18, 24, 30]
-    assert {"step_00000012", "step_00000024"} <= set(names(copied.output / "checkpoints" / "distill"))
+    checkpoints = copied.output / "checkpoints" / "distill"
+    assert {"step_00000012", "step_00000024"} <= set(names(checkpoints))
+    assert find_manifest(checkpoints / "step_00000012").lasts  # also without keep_every
 
-    assert on_rank("evaluate", copied.recipe, *VALIDATION, "--step", "12").code == 0
+    # Also beside a run, whose stop file and resolved recipe stay.
+    resolved = (copied.output / "resolved_recipe.yaml").read_text()
+    (copied.output / "stop").touch()
+    with locked(copied.output):
+        refused(on_rank("evaluate", copied.recipe, *VALIDATION, "--force"), "is in use")
+        done = on_rank("evaluate", copied.recipe, "--step", "12")
+        assert done.code == 0, done
+    (copied.output / "stop").unlink()
+    assert (copied.output / "resolved_recipe.yaml").read_text() == resolved
+    assert not [name for name in names(copied.output) if name.endswith(".lock")]
     student = json.loads((copied.output / "evaluation_step_12.json").read_text())["distilled"]
     assert math.isclose(student["loss"], held_out[12][0], rel_tol=1e-5)
     assert math.isclose(student["kl"], held_out[12][1], rel_tol=1e-4)
@@ -49,6 +63,20 @@ def test_saved_steps_are_validated_evaluated_and_exported(copied, whole, on_rank
         "--step 13: this is not a saved step of distill; give best or a saved step: 12, 24, 30",
     )
     assert copied.to_repeat(*VALIDATION).keys() <= {"evaluate", "export"}
+
+
+def test_best_step_is_one_of_this_run(copied):
+    """Not the better final model of a finished run with other settings."""
+    final = copied.output / "student_distilled"
+    update = {"validation": Validation(step=30, loss=1.0)}
+    write_manifest(final, find_manifest(final).model_copy(update=update))
+    again = copied.project("distill.lr=1e-3")
+    checkpoint = copied.output / "checkpoints" / "distill" / "step_00000006"
+    update = {"validation": Validation(step=6, loss=2.0)}
+    with writing_artifact(checkpoint, again.manifest("distill").model_copy(update=update)):
+        pass
+    assert at_saved_step(again, "best").paths["distill"] == checkpoint
+    assert at_saved_step(copied.project(), "best").paths["distill"] == final
 
 
 def test_harness_reads_a_saved_step(copied, on_rank, tmp_path):

@@ -8,6 +8,11 @@ import shutil
 import pytest
 from tiny import REMOTE, STEPS, TWO_RANKS, make_recipe_file, read_metrics, refused
 
+from minitron_mp import load_recipe
+from minitron_mp.artifacts.manifest import writing_artifact
+from minitron_mp.workflow.graph import StageGraph
+from minitron_mp.workflow.join import co_student_recipes
+
 
 @pytest.mark.parametrize(
     ("size", "overrides", "tolerance"),
@@ -160,7 +165,14 @@ def test_siblings_share_one_teacher_stream(inputs, whole, tmp_path, on_rank, in_
         tmp_path / "first",
         teacher={"placement": "remote", "window": 2, "siblings": {str(sibling): 2}},
     )
-    for done in in_job(4, "distill", recipe):
+    # Checkpoints that cannot be read, of both students.
+    for student in co_student_recipes(load_recipe(recipe)).values():
+        with writing_artifact(
+            student.root / "checkpoints" / "distill" / "step_00000006",
+            StageGraph(student).manifest("distill"),
+        ):
+            pass
+    for done in in_job(4, "distill", recipe, "--from-step", "0"):
         assert done.code == 0, done.err
     for name, expected, tolerance in (("first", whole.output, 0.0), ("second", tmp_path / "alone", 1e-4)):
         here, there = read_metrics(tmp_path / name), read_metrics(expected)

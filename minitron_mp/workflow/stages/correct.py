@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import CORRECTION
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import blend_settings, loss_settings, run_settings
+from minitron_mp.workflow.settings import blend_settings, loss_settings, run_settings, text_parts
 from minitron_mp.workflow.stage import Stage
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def settings(recipe: Recipe) -> dict[str, object]:
         **recipe.correct.result_settings(),
         **run_settings(recipe),
         **loss_settings(recipe),
-        **blend_settings(recipe, "train"),
+        **blend_settings(recipe, *text_parts(recipe.correct)),
     }
 
 

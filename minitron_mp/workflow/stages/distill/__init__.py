@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION, Curve
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import blend_settings, fp8_teacher, loss_settings, run_settings
+from minitron_mp.workflow.settings import blend_settings, fp8_teacher, loss_settings, run_settings, text_parts
 from minitron_mp.workflow.stage import Stage, distillation_teacher
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def settings(recipe: Recipe) -> dict[str, object]:
         **recipe.distill.result_settings(),
         **run_settings(recipe),
         **loss_settings(recipe),
-        **blend_settings(recipe, "train"),
+        **blend_settings(recipe, *text_parts(recipe.distill)),
         "teacher": teacher,
     }
     if recipe.correct and recipe.corrects_during_distillation:
