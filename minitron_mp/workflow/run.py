@@ -6,6 +6,7 @@ that differs.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks
+from minitron_mp.data.file_hashes import SHARDS
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
 from minitron_mp.errors import InputError, refuse
 from minitron_mp.workflow.changes import NEWEST, ResumeOptions, prepare_resume
@@ -108,7 +110,7 @@ def _run_all(graph: StageGraph, world: World) -> None:
         "finished stage and checkpoint"
     )
     _run_unfinished(graph, world)
-    _on_rank_0(lambda: _discard_checkpoints(graph))
+    _on_rank_0(lambda: _discard_leftovers(graph))
     _on_rank_0(lambda: _write_report(graph))
     _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
 
@@ -256,9 +258,11 @@ def _remove_finished(graph: StageGraph) -> None:
         (graph.recipe.root / FINISHED).unlink(missing_ok=True)
 
 
-def _discard_checkpoints(graph: StageGraph) -> None:
-    """Delete checkpoints of finished stages. They exist if the job was killed after the last save."""
+def _discard_leftovers(graph: StageGraph) -> None:
+    """Delete checkpoints and shards of finished stages. They exist if a kill came after the last save."""
     for name, stage in graph.stages.items():
+        if stage.run_share is not None:
+            shutil.rmtree(graph.recipe.root / SHARDS / graph.paths[name].name, ignore_errors=True)
         if stage.has_checkpoints:
             settings = graph.recipe.correct if name == "correct" else graph.recipe.distill
             keep_every = settings.keep_every if settings else 0
