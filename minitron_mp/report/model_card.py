@@ -21,9 +21,10 @@ from minitron_mp.console import say
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.export import reader_rows
-from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.pruning.plan import PrunePlan, size_rows
 from minitron_mp.report.document import Code, Document, Part, Section, Table, markdown
 from minitron_mp.report.project import Paths, Project
+from minitron_mp.report.rounds import rounds_up_to
 from minitron_mp.report.tables import (
     TASKS_NOTE,
     UNITS_NOTE,
@@ -55,9 +56,10 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     small files of the model that was pruned. Held-out numbers are included if evaluation.json is
     about this student. InputError if an artifact is damaged.
     """
-    plan = PrunePlan.load(paths["plan"])
-    num_parameters = plan.student.num_parameters()
-    num_teacher_parameters = plan.teacher.num_parameters()
+    rounds = rounds_up_to(recipe, paths)
+    plans = {each: PrunePlan.load(each.paths["plan"]) for each in rounds if each.recipe.prunes}
+    teacher, student = next(iter(plans.values())).teacher, list(plans.values())[-1].student
+    num_parameters, num_teacher_parameters = student.num_parameters(), teacher.num_parameters()
     base = _hub_name(recipe.model, assets)
     name = base or Path(recipe.model).name
     data = ModelCardData(
@@ -67,13 +69,20 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
         tags=TAGS,
         **source_card(assets),
     )
+    method: list[Part] = []
+    for each in rounds:
+        if len(rounds) > 1:
+            method.append(f"Round {each.recipe.round_name}:")
+        num_steps = _num_steps(each.recipe, each.paths, manifest if each is rounds[-1] else None)
+        method += _method(each.recipe, plans.get(each), name, num_steps)
+    method.append(f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.")
     sections = [
-        Section("Sizes", [Table(("size", "before", "this model", "kept"), plan.summary())]),
-        Section("How it was made", _method(recipe, plan, name, _num_steps(recipe, paths, manifest))),
+        Section("Sizes", [Table(("size", "before", "this model", "kept"), size_rows(teacher, student))]),
+        Section("How it was made", method),
         *_evaluation_sections(recipe, paths, manifest),
         Section(
             "Usage",
-            ["In the folder of this file:", Code(USAGE.strip()), *_readers(plan.student, family)],
+            ["In the folder of this file:", Code(USAGE.strip()), *_readers(student, family)],
         ),
         Section("Limitations", _limitations(recipe, family, assets)),
     ]
@@ -86,9 +95,12 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{markdown(document)}"))
 
 
-def _num_steps(recipe: Recipe, paths: Paths, manifest: Manifest) -> int:
-    """Return the steps of distillation: up to a saved step, or up to an early stop."""
-    if "step" in manifest.settings:
+def _num_steps(recipe: Recipe, paths: Paths, manifest: Manifest | None) -> int:
+    """Return the steps of distillation: up to a saved step, or up to an early stop.
+
+    manifest: of the export; None for an earlier round.
+    """
+    if manifest is not None and "step" in manifest.settings:
         return int(manifest.settings["step"])
     distilled = find_manifest(paths["distill"])
     if distilled is not None and distilled.validation is not None:
@@ -188,16 +200,14 @@ def _hub_name(model: str, assets: Path) -> str | None:
     return name if is_hub_name else None
 
 
-def _method(recipe: Recipe, plan: PrunePlan, name: str, num_steps: int) -> list[Part]:
+def _method(recipe: Recipe, plan: PrunePlan | None, name: str, num_steps: int) -> list[Part]:
+    """Return paragraphs on one round. plan: None if it does not prune."""
     parts: list[Part] = []
     if recipe.search:
         parts.append("The sizes were chosen by an architecture search.")
-    return [
-        *parts,
-        _pruning_text(recipe, plan),
-        _distillation_text(recipe, name, num_steps),
-        f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",
-    ]
+    if plan is not None:
+        parts.append(_pruning_text(recipe, plan))
+    return [*parts, _distillation_text(recipe, name, num_steps)]
 
 
 def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:

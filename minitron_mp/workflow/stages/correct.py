@@ -37,6 +37,7 @@ CORRECT = Stage(
     help="Train the teacher on the distillation text by cross-entropy, before it is pruned.",
     artifact="teacher_corrected",
     inputs=("import", "data"),
+    shared="always",
     settings=settings,
     when=lambda recipe: recipe.pruning_base == "correct",
     requirement="a section correct whose `when` is before, for example correct: {steps: 1000}",
