@@ -138,7 +138,7 @@ class Recipe(Section):
         recipes = {recipe.round_name: recipe for recipe in self.all_rounds}
         if (name or FIRST) not in recipes:
             raise InputError(
-                f"--round {name}: the recipe has no such round; its rounds are {', '.join(recipes)}"
+                f"--round {name}: the recipe has no such round; give one of {', '.join(recipes)}"
             )
         return recipes[name or FIRST]
 

@@ -193,10 +193,10 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     # evaluate and search load this teacher in the student's layout.
     name = "teacher.model" if teacher.model else "the teacher"
     problems += [f"{name}: {problem}" for problem in layout_problems(arch, parallel.tp)]
-    if recipe.data.sequence_length > arch.max_position_embeddings:
+    if teacher.model and recipe.data.sequence_length > arch.max_position_embeddings:
         problems.append(
             f"data.sequence_length {recipe.data.sequence_length} is above max_position_embeddings "
-            f"{arch.max_position_embeddings} of {name}; give at most that"
+            f"{arch.max_position_embeddings} of teacher.model; give at most that"
         )
     stages = parallel.pp * (parallel.vpp or 1)
     if stages > arch.num_layers:

@@ -143,7 +143,17 @@ def _run_unfinished(graph: StageGraph, world: World) -> None:
         if name in to_run:
             _run(stage, graph, world, force=False)
         if stage.problems is not None:
-            problems += _on_rank_0(partial(graph.artifact_problems, name))
+            problems += _on_rank_0(partial(_artifact_problems, graph, name))
+
+
+def _artifact_problems(graph: StageGraph, name: str) -> list[str]:
+    """Return why an artifact would stop a later stage of this round, or of a round that shares it."""
+    problems = graph.artifact_problems(name)
+    for each in graph.rounds():
+        if each is not graph and name in each.stages and each.place(name)[0] is graph:
+            found = [problem for problem in each.artifact_problems(name) if problem not in problems]
+            problems += [f"round {each.recipe.round_name}: {problem}" for problem in found]
+    return problems
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:

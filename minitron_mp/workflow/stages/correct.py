@@ -39,7 +39,7 @@ CORRECT = Stage(
     inputs=("import", "data"),
     shared="always",
     settings=settings,
-    when=lambda recipe: recipe.pruning_base == "correct",
+    when=lambda recipe: recipe.distillation_teacher == "correct",
     requirement="a section correct whose `when` is before, for example correct: {steps: 1000}",
     run=run,
     curves=lambda recipe: (CORRECTION,),
