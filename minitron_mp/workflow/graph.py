@@ -64,7 +64,7 @@ class StageGraph:
         raise InputError(f"the recipe has no stage {name}; add {requirements[name]}")
 
     def rounds(self) -> Iterator[StageGraph]:
-        """Yield this round of a run and the following ones.
+        """Yield all rounds of a run, of which this is the first. A further round yields only itself.
 
         The sizes of a round can depend on a search before it, so a round must be finished before the
         next one is taken, unless only its recipe is needed.
@@ -91,6 +91,7 @@ class StageGraph:
 
     @property
     def is_last_round(self) -> bool:
+        """Whether no round follows."""
         return self.recipe.round_name == [FIRST, *self.recipe.run.rounds][-1]
 
     def inputs(self, name: str) -> list[str]:
