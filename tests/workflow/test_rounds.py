@@ -17,24 +17,26 @@ from minitron_mp.config.recipe import load_recipe
 from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.workflow.graph import StageGraph
 
-STEPS = 6
+STEPS = 4
 NARROW, STRETCH = "rounds/narrow", "rounds/stretch"
 
 
 def make_run(folder: Path, inputs: Path) -> Run:
     """Return a recipe with two further rounds. In the second one samples are twice as long."""
-    distill = {"steps": STEPS, "warmup_steps": 1, "checkpoint_interval": 2}
+    distill = {"steps": STEPS, "micro_batch_size": 4, "warmup_steps": 1, "checkpoint_interval": 2}
     recipe = make_recipe_file(
         folder / "recipe.yaml",
         inputs / "model",
         inputs / "text",
         folder / "out",
         distill=distill,
+        score={"num_samples": 4},
+        evaluate={"num_samples": 4},
         rounds={
             "narrow": {"target": {"ffn_hidden_size": 64, "num_attention_heads": 4}},
             "stretch": {
                 "data": {"sequence_length": 64},
-                "distill": {"global_batch_size": 2, "micro_batch_size": 1},
+                "distill": {"global_batch_size": 2, "micro_batch_size": 2},
             },
         },
     )
@@ -152,9 +154,9 @@ def test_finished_rounds_are_not_repeated(finished, copy, on_rank):
 
 def test_a_changed_round_repeats_only_what_depends_on_it(finished, copy, on_rank):
     last = ["distill", "evaluate", "export"]
-    assert to_repeat(finished, "rounds.narrow.distill.lr=1e-4") == ["distill", *last]
+    assert to_repeat(finished, "rounds.narrow.distill.lr=4e-3") == ["distill", *last]
     assert to_repeat(finished, "rounds.stretch.data.sequence_length=32") == last
-    assert to_repeat(finished, "rounds.more.distill.lr=1e-4") == last  # a further round
+    assert to_repeat(finished, "rounds.more.distill.lr=4e-3") == last  # a further round
     assert to_repeat(finished, "rounds.narrow.parallel.tp=2", "rounds.stretch.parallel.cp=2") == []
     done = on_rank("prune", copy.recipe, "--round", "narrow", "rounds.narrow.target.ffn_hidden_size=32")
     assert done.code == 2
@@ -188,13 +190,13 @@ def unfinished(run: Run) -> None:
 
 def test_stop_in_the_second_round_resumes_bitwise(finished, copy, on_rank, tensors):
     unfinished(copy)
-    done = on_rank("compress", copy.recipe, stop_at=3)
+    done = on_rank("compress", copy.recipe, stop_at=1)
     assert done.code == 0, done
-    assert "stopped after step 4" in done.out
+    assert "stopped after step 2" in done.out
     assert not (copy.output / STRETCH).exists()
     done = on_rank("compress", copy.recipe)
     assert done.code == 0, done
-    assert "distill: resuming from step 4" in done.out
+    assert "distill: resuming from step 2" in done.out
     for name in (NARROW, STRETCH):
         assert read_metrics(copy.output / name) == read_metrics(finished.output / name)
         folders = [run.output / name / "student_distilled" for run in (finished, copy)]
@@ -202,9 +204,11 @@ def test_stop_in_the_second_round_resumes_bitwise(finished, copy, on_rank, tenso
 
 
 def test_round_in_another_layout(copy, in_job, finished):
-    """The ranks make new process groups for the second round. Both layouts compute the same loss."""
+    """Two tensor parallel ranks, then two data parallel ranks, which compute the losses of one rank."""
     unfinished(copy)
-    words = ("rounds.narrow.parallel.tp=2", "rounds.narrow.parallel.sequence_parallel=true")
+    batches = ("distill.micro_batch_size=2", "score.micro_batch_size=2")
+    layout = ("rounds.narrow.parallel.tp=2", "rounds.narrow.parallel.sequence_parallel=true")
+    words = (*batches, *layout, "rounds.stretch.distill.micro_batch_size=1")
     (done, other) = in_job(2, "compress", copy.recipe, *words)
     assert (done.code, other.code) == (0, 0), done
     for name in (NARROW, STRETCH):  # sums of float32 in another order
@@ -230,7 +234,7 @@ def test_rounds_with_a_remote_teacher(copy, ranks, finished):
     """The ranks of the teacher serve each round. When the student stops, they do not start the next."""
     unfinished(copy)
     job = {"arguments": ["compress", str(copy.recipe), *REMOTE], "own_job": True}
-    stopped = ranks(2, "project_workers.minitron", **job, stop_at=3)
+    stopped = ranks(2, "project_workers.minitron", **job, stop_at=1)
     assert [done.code for done in stopped] == [0, 0], stopped
     assert "the same command resumes from there" in stopped[0].out
     assert not (copy.output / STRETCH).exists()
