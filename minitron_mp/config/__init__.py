@@ -10,6 +10,8 @@ parallel       ParallelConfig
 pruning        ScoreConfig, TargetConfig, DepthConfig, SearchConfig
 training       TrainingConfig, CorrectionConfig, ProfileConfig
 distillation   DistillConfig, TeacherConfig, HiddenStatesConfig
+rounds         RoundConfig: further rounds, and the recipe of a round
+mistakes       mistakes in a recipe as sentences
 rules          rules across sections; engine_rules: those of Transformer Engine and FP8
 reference      the reference of all keys (docs/reference.md)
 
