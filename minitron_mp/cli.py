@@ -20,7 +20,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from minitron_mp.cli_options import Accept, DryRun, Overrides, RecipeFile, Step, World
+from minitron_mp.cli_options import Accept, DryRun, Overrides, RecipeFile, Round, Step, World
 from minitron_mp.cli_stages import add_stage_command, print_dry_run, refuse_world
 from minitron_mp.config.recipe import load_recipe
 from minitron_mp.console import launched, rank_name, say, speaks, standard_output
@@ -70,6 +70,7 @@ def rewind(
     stage: Annotated[str, typer.Argument(help="distill or correct", show_default=False)],
     step: Annotated[int, typer.Argument(min=0, help="step of the checkpoint", show_default=False)],
     overrides: Overrides = None,
+    round: Round = "",
 ) -> None:
     """Move the checkpoints after a step aside, so that the next run of the stage resumes from it.
 
@@ -82,11 +83,16 @@ def rewind(
     from minitron_mp.workflow.join import co_student_recipes
     from minitron_mp.workflow.output_folder import locked_output
 
-    students = co_student_recipes(load_recipe(recipe, overrides or [])).values()
+    students = co_student_recipes(load_recipe(recipe, overrides or []).of_round(round)).values()
     with sigterm_exits(), ExitStack() as locks:
+        graphs = []
         for student in students:
-            locks.enter_context(locked_output(student.root))
-        go_back([StageGraph(student) for student in students], stage, step)
+            graph = StageGraph(student)
+            graph.require_stage(stage)
+            graph, _ = graph.place(stage)
+            locks.enter_context(locked_output(graph.recipe.run.root))
+            graphs.append(graph)
+        go_back(graphs, stage, step)
 
 
 @app.command()
@@ -108,6 +114,7 @@ def harness(
     ] = None,
     include_path: Annotated[Path | None, typer.Option(help="folder with further task files")] = None,
     step: Step = "",
+    round: Round = "",
     max_length: Annotated[
         int | None,
         typer.Option(min=2, help="longest input of the model in tokens; default: data.sequence_length"),
@@ -120,7 +127,7 @@ def harness(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("harness needs --tasks, for example --tasks arc_easy,lambada_openai")
-    resolved = load_recipe(recipe, overrides or [])
+    resolved = load_recipe(recipe, overrides or []).of_round(round)
     from minitron_mp.integrations.lm_eval.command import HarnessOptions, run_harness
 
     options = HarnessOptions(
@@ -146,11 +153,11 @@ def report(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from minitron_mp.workflow.graph import StageGraph
     from minitron_mp.workflow.output_folder import locked_output
 
-    graph = StageGraph(resolved)
+    *_, graph = StageGraph(resolved).rounds()
     graph.check_output(report=True)
     for name in ("evaluate", "export"):
         graph.require_inputs(name)
-        require_artifact(graph.paths[name], name, graph.manifest(name))
+        require_artifact(graph.paths[name], graph.command(name), graph.manifest(name))
     with sigterm_exits(), locked_output(resolved.root):
         write_report(graph)
 
@@ -186,6 +193,7 @@ def estimate(
     price: Annotated[float | None, typer.Option(min=0, help="price of a GPU-hour")] = None,
     top: Annotated[int, typer.Option(min=1, help="number of layouts to show")] = 10,
     json: Annotated[Path | None, typer.Option(help="write all results to this JSON file")] = None,
+    round: Round = "",
     plot: Annotated[Path | None, typer.Option(help="plot 8 to 2,048 GPUs: .png, .svg or .pdf")] = None,
 ) -> None:
     """Estimate memory, step time and GPU-hours, and find the best layouts on a number of GPUs."""
@@ -201,7 +209,7 @@ def estimate(
         json_file=json,
         plot_file=plot,
     )
-    run_estimate(load_recipe(recipe, overrides or []), options)
+    run_estimate(load_recipe(recipe, overrides or []).of_round(round), options)
 
 
 @app.command()

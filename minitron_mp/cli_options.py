@@ -28,6 +28,16 @@ World = Annotated[
     typer.Option("--world", min=1, help="ranks to plan for in a dry run; default: one copy of the model"),
 ]
 
+Round = Annotated[
+    str,
+    typer.Option(
+        "--round",
+        metavar="NAME",
+        help="round of the recipe (docs/rounds.md); default: first",
+        show_default=False,
+    ),
+]
+
 Force = Annotated[bool, typer.Option("--force", help="run the stage even if its artifact is up to date")]
 
 Accept = Annotated[

@@ -13,6 +13,7 @@ from minitron_mp.cli_options import (
     FromStep,
     Overrides,
     RecipeFile,
+    Round,
     ShardOption,
     Step,
     World,
@@ -44,8 +45,9 @@ def _add_plain_command(app: typer.Typer, stage: Stage, help_text: str) -> None:
         dry_run: DryRun = False,
         world: World = None,
         force: Force = False,
+        round: Round = "",
     ) -> None:
-        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force)
+        _run_stage(stage.name, load_recipe(recipe, overrides or []).of_round(round), dry_run, world, force)
 
 
 def _add_training_command(app: typer.Typer, stage: Stage, help_text: str) -> None:
@@ -56,10 +58,11 @@ def _add_training_command(app: typer.Typer, stage: Stage, help_text: str) -> Non
         dry_run: DryRun = False,
         world: World = None,
         force: Force = False,
+        round: Round = "",
         accept: Accept = "",
         from_step: FromStep = None,
     ) -> None:
-        resolved = load_recipe(recipe, overrides or [])
+        resolved = load_recipe(recipe, overrides or []).of_round(round)
         names = accepted_names(accept, resolved)
         if dry_run:
             print_dry_run(resolved, world, stage.name, names)
@@ -78,9 +81,12 @@ def _add_command_with_step(app: typer.Typer, stage: Stage, help_text: str) -> No
         dry_run: DryRun = False,
         world: World = None,
         force: Force = False,
+        round: Round = "",
         step: Step = "",
     ) -> None:
-        _run_stage(stage.name, load_recipe(recipe, overrides or []), dry_run, world, force, step)
+        _run_stage(
+            stage.name, load_recipe(recipe, overrides or []).of_round(round), dry_run, world, force, step
+        )
 
 
 def _add_command_with_shard(app: typer.Typer, stage: Stage, help_text: str) -> None:
@@ -91,9 +97,10 @@ def _add_command_with_shard(app: typer.Typer, stage: Stage, help_text: str) -> N
         dry_run: DryRun = False,
         world: World = None,
         force: Force = False,
+        round: Round = "",
         shard: ShardOption = None,
     ) -> None:
-        resolved = load_recipe(recipe, overrides or [])
+        resolved = load_recipe(recipe, overrides or []).of_round(round)
         if shard is None or dry_run:
             _run_stage(stage.name, resolved, dry_run, world, force)
             return

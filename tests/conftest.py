@@ -50,6 +50,7 @@ TOGETHER = {
     "test_optional_stages": "projects",
     "test_teacher_placement": "projects",
     "test_blend_runs": "projects",
+    "test_rounds": "projects",
     "test_report": "projects",
     "test_doctor": "projects",
     "test_depth": "judged",

@@ -24,6 +24,7 @@ from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.rounds import split_command
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy")
 
@@ -114,16 +115,14 @@ def append_record(root: Path, stage: str, fingerprint: str, seconds: float, job:
 def records_of(root: Path, paths: Mapping[str, Path]) -> dict[str, RunRecord]:
     """Return stage -> record of the artifact that exists now.
 
-    Stages without a readable record are left out. paths: stage -> artifact.
+    Stages without a readable record are left out. paths: stage, or the command of an earlier round
+    -> artifact.
     """
     manifests = {stage: find_manifest(path) for stage, path in paths.items()}
     fingerprints = {stage: manifest.fingerprint for stage, manifest in manifests.items() if manifest}
-    newest = {
-        record.stage: record
-        for record in _read(root / RUN_LOG)
-        if fingerprints.get(record.stage) == record.fingerprint
-    }
-    return {stage: newest[stage] for stage in paths if stage in newest}
+    newest = {(record.stage, record.fingerprint): record for record in _read(root / RUN_LOG)}
+    keys = {name: (split_command(name)[0], fingerprint) for name, fingerprint in fingerprints.items()}
+    return {name: newest[keys[name]] for name in paths if keys.get(name) in newest}
 
 
 def _read(file: Path) -> Iterator[RunRecord]:

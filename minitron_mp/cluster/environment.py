@@ -143,9 +143,10 @@ def environment_lines(recipe: Recipe, node: Node, num_nodes: int) -> list[str]:
         "# folder where ranks look for the file stop, and write the file finished"
     ]
     for variable in VARIABLES:
-        value = variable.value(recipe, node)
-        if value is not None:
-            lines.append(f"export {variable.name}={shlex.quote(str(value))}  # {variable.reason}")
+        values = [variable.value(each, node) for each in recipe.all_rounds]
+        needed = [value for value in values if value is not None]
+        if needed:  # of a round; others may not need it
+            lines.append(f"export {variable.name}={shlex.quote(str(needed[0]))}  # {variable.reason}")
     return lines + [f"# {line}" for line in role_lines(recipe, num_nodes, node.ranks)]
 
 

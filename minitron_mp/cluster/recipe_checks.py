@@ -39,12 +39,16 @@ def check_recipe(recipe: Recipe, job: RankTable, job_size: int | None) -> list[C
         project = StageGraph(recipe)
         deleted = project.deleted_sources()
         weights = bool(deleted) or all(has_weights(folder) for folder in models if folder.is_dir())
-        problems = output_problems(recipe, project.paths, report=True)
-        problems += recipe_problems(recipe, project.paths, job_size, weights=weights, deleted=set(deleted))
+        problems: list[str] = []
+        for each in project.rounds():
+            problems += output_problems(each.recipe, each.paths, report=True)
+            problems += recipe_problems(
+                each.recipe, each.paths, job_size, weights=weights, deleted=set(deleted)
+            )
     except InputError as error:
         return [failed("recipe", str(error))]
     if problems:
-        return [failed("recipe", problem) for problem in problems]
+        return [failed("recipe", problem) for problem in dict.fromkeys(problems)]
     results = [ok("recipe", f"valid; models: {', '.join(map(str, models))}")]
     not_used = ""
     if weights:
@@ -122,9 +126,10 @@ def check_disk_space(project: StageGraph, base: Arch, teacher: Arch) -> CheckRes
     from minitron_mp.artifacts.checkpoint import FREE_SPACE_MARGIN
 
     missing = {
-        name: size
-        for name, size in artifact_bytes(project, base, teacher).items()
-        if not project.paths[name].exists()
+        each.command(name): size
+        for each in project.rounds()
+        for name, size in artifact_bytes(each, base, teacher).items()
+        if not each.paths[name].exists()
     }
     root = project.recipe.root.absolute()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
@@ -151,11 +156,13 @@ def check_disk_space(project: StageGraph, base: Arch, teacher: Arch) -> CheckRes
 def artifact_bytes(project: StageGraph, base: Arch, teacher: Arch) -> dict[str, float]:
     """Return stage -> bytes of its artifact and of its training checkpoints.
 
-    It lists only stages that write models or teacher signals. base, teacher: as in
-    check_disk_space().
+    It lists only stages of this round that write models or teacher signals. base, teacher: as in
+    check_disk_space(); base is the model of the first round.
     """
     from minitron_mp.workflow.disk_sizes import DiskSizes
+    from minitron_mp.workflow.settings import base_arch
 
-    sizes = DiskSizes(project.recipe, base, teacher)
-    num_bytes = {name: stage.disk_bytes(sizes) for name, stage in project.stages.items()}
+    pruned = base_arch(project.recipe) if project.earlier else base
+    sizes = DiskSizes(project.recipe, base, teacher, pruned)
+    num_bytes = {name: project.stages[name].disk_bytes(sizes) for name in project.stages_of_compress()}
     return {name: size for name, size in num_bytes.items() if size}

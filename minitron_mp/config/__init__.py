@@ -11,6 +11,8 @@ pruning        ScoreConfig, TargetConfig, DepthConfig, SearchConfig
 training       TrainingConfig, CorrectionConfig, ProfileConfig
 distillation   DistillConfig, TeacherConfig, HiddenStatesConfig
 log            LogConfig: experiment trackers
+rounds         RoundConfig: further rounds, and the recipe of a round
+mistakes       mistakes in a recipe as sentences
 rules          rules across sections; engine_rules: those of Transformer Engine, FP8 and
                the precision of the optimizer
 reference      the reference of all keys (docs/reference.md)

@@ -137,8 +137,8 @@ class TeacherConfig(Section):
 
     model: UserPath | None = None
     """Hugging Face folder of the teacher of distillation, if it is not the model that is pruned.
-    Both must have the same vocabulary. Use it for iterative compression (2407.14679: 15B -> 8B ->
-    4B, with the 15B model as the teacher)."""
+    Both must have the same vocabulary. Use it for iterative compression in several runs (2407.14679:
+    15B -> 8B -> 4B, with the 15B model as the teacher). `rounds` do it in one run."""
     placement: Literal["colocated", "remote", "cached"] = "colocated"
     """colocated: the teacher runs on the student's ranks, in the student's layout. remote: it runs
     on separate ranks, the last ranks of the job. cached: the stage `cache` runs the teacher first

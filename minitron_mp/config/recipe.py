@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,9 +14,17 @@ from minitron_mp.config.base import NOT_IN_RESULT, Section
 from minitron_mp.config.data import DataConfig, EvaluateConfig, ExportConfig
 from minitron_mp.config.distillation import DistillConfig, TeacherConfig
 from minitron_mp.config.log import LogConfig
+from minitron_mp.config.mistakes import sentences
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.config.paths import UserPath, variables_for_omegaconf
 from minitron_mp.config.pruning import DepthConfig, ScoreConfig, SearchConfig, TargetConfig
+from minitron_mp.config.rounds import (
+    FIRST,
+    RoundConfig,
+    merged,
+    of_round,
+    round_problems,
+)
 from minitron_mp.config.rules import rule_problems
 from minitron_mp.config.training import CorrectionConfig
 from minitron_mp.config.yaml_values import OVERRIDE, read_override, read_yaml_file
@@ -26,7 +32,6 @@ from minitron_mp.errors import InputError, refuse
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
-    from pydantic_core import ErrorDetails
 
 
 RESOLVED_RECIPE = "resolved_recipe.yaml"
@@ -38,6 +43,14 @@ class _Origin:
     """Where a recipe was read. It does not matter for the equality of recipes."""
 
     file: Path | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """The place of a recipe in its run: the name of its round, and the recipe of the round before."""
+
+    name: str = FIRST
+    previous: Recipe | None = None
 
 
 class Recipe(Section):
@@ -84,18 +97,30 @@ class Recipe(Section):
     """The Hugging Face folder of the student."""
     log: LogConfig = LogConfig()
     """Experiment trackers."""
+    rounds: dict[str, RoundConfig] = {}
+    """Further rounds after the first one, by name, in their order. Each prunes and trains, or only
+    trains, the student of the round before (docs/rounds.md)."""
     _origin: _Origin = PrivateAttr(_Origin())
+    _round: _Round = PrivateAttr(_Round())
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
-        problems = rule_problems(self)
+        problems = rule_problems(self) + round_problems(self.rounds)
+        for name in [] if problems else self.rounds:
+            try:
+                Recipe.model_validate(self._values_of_round(name))
+            except ValidationError as error:
+                problems += [f"rounds.{name}: {row}" for row in sentences(error.errors(), Recipe)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
+    def _values_of_round(self, name: str) -> dict[str, Any]:
+        return merged(self.model_dump(exclude_unset=True), name, self.rounds[name])
+
     @property
     def root(self) -> Path:
-        """The output folder."""
+        """The folder of the artifacts of this round: `output`, or a folder in it."""
         return Path(self.output)
 
     @property
@@ -104,19 +129,79 @@ class Recipe(Section):
         return self._origin.file
 
     @property
+    def all_rounds(self) -> list[Recipe]:
+        """The recipe of each round, in order. The first one is this recipe."""
+        recipes = [self]
+        for name in self.rounds:
+            recipe = Recipe.model_validate(self._values_of_round(name))
+            recipe._round = _Round(name, recipes[-1])
+            recipes.append(recipe)
+        return recipes
+
+    def of_round(self, name: str) -> Recipe:
+        """Return the recipe of a round of this run; "" for the first. InputError without it."""
+        recipes = {recipe.round_name: recipe for recipe in self.all_rounds}
+        if (name or FIRST) not in recipes:
+            raise InputError(
+                f"--round {name}: the recipe has no such round; give one of {', '.join(recipes)}"
+            )
+        return recipes[name or FIRST]
+
+    @property
+    def round_name(self) -> str:
+        """Name of this round."""
+        return self._round.name
+
+    @property
+    def previous(self) -> Recipe | None:
+        """Recipe of the round before; None in the first round."""
+        return self._round.previous
+
+    @property
+    def earlier(self) -> list[Recipe]:
+        """Recipes of the rounds before this one, in order."""
+        return [] if self.previous is None else [*self.previous.earlier, self.previous]
+
+    @property
+    def run(self) -> Recipe:
+        """The recipe of the first round, which has all rounds and the output folder of the run."""
+        return [*self.earlier, self][0]
+
+    def command(self, stage: str) -> str:
+        """Return the command that runs a stage in this round: "prune --round narrow"."""
+        is_complete = self.previous is None or " --round " in stage
+        return stage if is_complete else of_round(stage, self.round_name)
+
+    @property
     def teacher_precision(self) -> Literal["bf16", "fp32"]:
         """Precision of the teacher of distillation."""
         return self.teacher.precision or self.precision
 
     @property
+    def prunes(self) -> bool:
+        """Whether this round prunes a model before it trains."""
+        return self.previous is None or self.target.given or self.search is not None
+
+    @property
     def pruning_base(self) -> str:
         """The stage whose model is scored and pruned."""
-        return "correct" if self.correct and self.correct.when == "before" else "import"
+        if self.previous is not None:
+            return of_round("distill", self.previous.round_name)
+        return self._corrected
+
+    @property
+    def initial_student(self) -> str:
+        """The stage whose model is trained by distillation."""
+        return "prune" if self.prunes else self.pruning_base
 
     @property
     def distillation_teacher(self) -> str:
-        """The stage whose model is the teacher of distillation."""
-        return "import-teacher" if self.teacher.model else self.pruning_base
+        """The stage whose model is the teacher of distillation, in every round."""
+        return "import-teacher" if self.teacher.model else self._corrected
+
+    @property
+    def _corrected(self) -> str:
+        return "correct" if self.correct and self.correct.when == "before" else "import"
 
     @property
     def corrects_during_distillation(self) -> bool:
@@ -131,6 +216,19 @@ class Recipe(Section):
         """
         problems = self.parallel.depth_problems(students, {base, teacher})
         return problems + self.teacher.parallel.depth_problems({teacher}, {teacher}, "teacher.parallel")
+
+    @property
+    def evaluated_models(self) -> dict[str, str]:
+        """Name of each model that `evaluate` compares with the teacher -> the stage that wrote it."""
+        stages = {"uncorrected": "import"} if self.correct else {}
+        if self.previous is None and self.distillation_teacher != self.pruning_base:
+            stages["unpruned"] = self.pruning_base
+        for recipe in self.earlier:
+            name = recipe.round_name
+            stages[f"distilled ({name})"] = of_round("distill", name)
+        if self.prunes:
+            stages["pruned"] = "prune"
+        return {**stages, "distilled": "distill"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -191,7 +289,7 @@ def make_recipe(values: object, source: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        refuse(f"{source} cannot be used:", _sentences(error.errors()))
+        refuse(f"{source} cannot be used:", sentences(error.errors(), Recipe))
         raise
 
 
@@ -199,7 +297,20 @@ def recipe_yaml(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, with all defaults. load_recipe() reads it."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(_without_references(recipe.model_dump())))
+    values = recipe.model_dump(exclude={"rounds"})
+    if recipe.rounds:
+        values["rounds"] = {
+            each.round_name: _given_keys(recipe.rounds[each.round_name], each)
+            for each in recipe.all_rounds[1:]
+        }
+    return OmegaConf.to_yaml(OmegaConf.create(_without_references(values)))
+
+
+def _given_keys(changes: RoundConfig, resolved: Recipe) -> dict[str, Any]:
+    """Return the keys that a round gives, with the values that its recipe has."""
+    values = resolved.model_dump()
+    given = {section: getattr(changes, section) for section in RoundConfig.model_fields}
+    return {section: {key: values[section][key] for key in keys} for section, keys in given.items() if keys}
 
 
 def _without_references(value: Any) -> Any:
@@ -209,113 +320,3 @@ def _without_references(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_references(part) for part in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
-
-
-def section_type(annotation: Any) -> type[Section] | None:
-    """Return the section in the type of a field: CorrectionConfig for `CorrectionConfig | None`."""
-    for kind in (annotation, *typing.get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
-
-
-_RULES = {
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "dict_type": "must be keys and values",
-    "finite_number": "must be finite",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "int_from_float": "must be an integer",
-    "int_parsing": "must be an integer",
-    "int_type": "must be an integer",
-    "invalid_key": "keys must be text",
-    "less_than": "must be below {lt}",
-    "less_than_equal": "must be {le} or less",
-    "list_type": "must be a list",
-    "literal_error": "must be {expected}",
-    "model_type": "must be a section with keys and values",
-    "path_or_paths": "must be a path or a list of paths",
-    "string_too_short": "must not be empty",
-    "string_type": "must be text",
-    "string_unicode": "must be UTF-8 text",
-    "too_short": "must have {min_length} or more values",
-    "tuple_type": "must be a list",
-}
-"""Type of a pydantic error -> the rule in plain English. Other errors keep pydantic's text."""
-
-
-def _sentences(errors: Sequence[ErrorDetails]) -> list[str]:
-    """Return validation errors as sentences: one for each line of a validator of this package.
-
-    The rules of a field of two types are joined: "must be 'dynamic' or a number".
-    """
-    rules: dict[tuple[str, str], list[str]] = {}  # (start, end of a sentence) -> rules between them
-    for error in errors:
-        key = _key(error["loc"])
-        if error["type"] == "extra_forbidden":
-            rules[f"unknown key {key}; {_suggestion(error['loc'])}", ""] = []
-        elif error["type"] == "missing":
-            rules[f"{key} is missing; add it", ""] = []
-        elif error["type"] == "value_error":
-            for row in error["msg"].removeprefix("Value error, ").splitlines():
-                rules[f"{key}: {row}" if key else row, ""] = []
-        else:
-            rule = _RULES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-            subject = "its key " if error["loc"][-1:] == ("[key]",) else ""
-            others = rules.setdefault((f"{key}: {subject}", f", given {_given(error['input'])}"), [])
-            others.append(rule.removeprefix("must be ") if others else rule)
-    return [start + " or ".join(between) + end for (start, end), between in rules.items()]
-
-
-def _given(value: object) -> str:
-    return "nothing (an empty value and ~ are null in YAML)" if value is None else repr(value)
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """Return the dotted key of an error, without the parts that pydantic adds.
-
-    They are "[key]" for the key of a dictionary, and the kind of value that it tried: float.
-    """
-    section: type[Section] = Recipe
-    parts = [part for part in location if part != "[key]"]
-    for index, part in enumerate(parts):
-        field = section.model_fields.get(str(part))
-        inner = field and section_type(field.annotation)
-        if inner:
-            section = inner
-            continue
-        if field and len([kind for kind in typing.get_args(field.annotation) if kind is not type(None)]) > 1:
-            is_union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
-            del parts[index + 1 : index + 2 if is_union else index + 1]
-        break
-    return ".".join(map(str, parts))
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    """Return what a user may have meant by an unknown key."""
-    section: type[Section] = Recipe
-    name = str(location[-1])
-    for part in location[:-1]:
-        field = section.model_fields.get(str(part))
-        section = (field and section_type(field.annotation)) or section
-    nearest = difflib.get_close_matches(name, section.model_fields, 1, 0.7)
-    if nearest:
-        return f"did you mean {nearest[0]}?"
-    elsewhere = [key for key in _keys(Recipe) if key.split(".")[-1] == name]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
-    return f"use one of {', '.join(section.model_fields)}"
-
-
-def _keys(section: type[Section], prefix: str = "") -> list[str]:
-    """Return the dotted keys of a section and of the sections inside it."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        inner = section_type(field.annotation)
-        if inner is not None:
-            keys += _keys(inner, f"{prefix}{name}.")
-    return keys

@@ -18,7 +18,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from minitron_mp.config.base import NOT_IN_RESULT, Count, Section
-from minitron_mp.config.recipe import Recipe, section_type
+from minitron_mp.config.mistakes import section_type
+from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.rounds import Keys
 
 INTRODUCTION = """# Recipe reference
 
@@ -46,11 +48,14 @@ def _section(section: type[Section], prefix: str) -> list[str]:
     for name, field in section.model_fields.items():
         inner = section_type(field.annotation)
         mark = " †" if field.json_schema_extra == NOT_IN_RESULT else ""
-        kind = f"[section](#{_anchor(prefix + name)})" if inner else _type(field.annotation, field)
+        key = f"{prefix}{name}" + (".NAME" if typing.get_origin(field.annotation) is dict else "")
+        kind = f"[section](#{_anchor(key)})" if inner else _type(field.annotation, field)
+        if inner and key.endswith(".NAME"):
+            kind = f"map from NAME to {kind}"
         cells = [f"`{name}`{mark}", kind, _default(field), _unwrapped(docs.get(name, ""))]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         if inner is not None:
-            nested += _section(inner, f"{prefix}{name}.")
+            nested += _section(inner, f"{key}.")
     return [*lines, "", *nested]
 
 
@@ -78,6 +83,8 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
     limits = _limits(field) if field else ""
     if annotation is Count:
         return f"number{limits}"
+    if annotation == Keys:
+        return "keys and values"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _type(arguments[0], field)

@@ -132,7 +132,7 @@ def cosine_measures_nothing(recipe: Recipe) -> list[str]:
 
 
 def sizes_are_given(recipe: Recipe) -> list[str]:
-    if not recipe.target.given and not recipe.search:
+    if recipe.prunes and not recipe.target.given and not recipe.search:
         return ["target is empty; give sizes, max_parameters or keep, or a section search"]
     return []
 
@@ -190,6 +190,34 @@ def early_stop_of_a_stream(recipe: Recipe) -> list[str]:
     return []
 
 
+# Rounds
+
+
+def rounds_with_one_frozen_teacher(recipe: Recipe) -> list[str]:
+    if not recipe.rounds:
+        return []
+    problems = []
+    if recipe.corrects_during_distillation:
+        problems.append(
+            "rounds need a teacher that no round trains, and correct.when is during; set correct.when: before"
+        )
+    if recipe.teacher.siblings:
+        problems.append(
+            "rounds and teacher.siblings exclude each other, because siblings have no rounds; run the "
+            "siblings in separate jobs"
+        )
+    return problems
+
+
+def rounds_without_states(recipe: Recipe) -> list[str]:
+    return [
+        f"rounds.{name}: distill.states needs a student that is pruned from the teacher itself; set states: "
+        "null in this round"
+        for name, changes in recipe.rounds.items()
+        if changes.distill.get("states", recipe.distill.states)
+    ]
+
+
 # Layout
 
 
@@ -235,6 +263,8 @@ RULES: tuple[Rule, ...] = (
     logits_of_float32,
     hidden_states,
     early_stop_of_a_stream,
+    rounds_with_one_frozen_teacher,
+    rounds_without_states,
     *ENGINE_RULES,
     sequence_length_divides,
     document_mask_of_local_layers,

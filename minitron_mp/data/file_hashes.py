@@ -18,6 +18,7 @@ from pathlib import Path
 
 from minitron_mp.artifacts.files import hash_content, write_text
 from minitron_mp.artifacts.output_lock import holds_lock
+from minitron_mp.config.rounds import ROUNDS
 from minitron_mp.distributed.job import num_cpus
 from minitron_mp.errors import InputError
 
@@ -73,9 +74,10 @@ class FileHashes:
         if self.output is None:
             return
         self._add_rows(_read(self.output / HASHES_FILE))
-        for file in self.output.glob(f"{SHARDS}/*/*/{SHARD_FILE}"):
-            content = _read(file)
-            self._add_rows(content.get("files") if isinstance(content, dict) else None)
+        for folder in (".", f"{ROUNDS}/*"):
+            for file in self.output.glob(f"{folder}/{SHARDS}/*/*/{SHARD_FILE}"):
+                content = _read(file)
+                self._add_rows(content.get("files") if isinstance(content, dict) else None)
 
     def _add_rows(self, rows: object) -> None:
         """Add saved hashes. Damaged ones are left out."""

@@ -7,5 +7,6 @@ memory            training_memory; activations: memory of a layer; stages: layer
 step_time         estimate_distillation; model_pass: one microbatch; times: parts of a model
 hardware          GPU data
 layouts           search_layouts
+rounds            estimate_rounds
 tables            estimates as tables, sentences and JSON
 """

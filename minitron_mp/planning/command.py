@@ -25,6 +25,13 @@ from minitron_mp.planning.layouts import (
     search_layouts,
     smallest_world,
 )
+from minitron_mp.planning.rounds import (
+    ROUNDS_HEADER,
+    Models,
+    estimate_rounds,
+    largest_student,
+    round_rows,
+)
 from minitron_mp.planning.step_time import WORK, Estimate, estimate_distillation, estimate_training
 from minitron_mp.planning.tables import (
     LAYOUT_HEADER,
@@ -41,8 +48,7 @@ from minitron_mp.planning.tables import (
     traffic_rows,
 )
 from minitron_mp.planning.times import Times, read_times
-from minitron_mp.pruning.search_space import search_candidates
-from minitron_mp.pruning.target import resolve_target
+from minitron_mp.pruning.search_space import possible_students
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,6 @@ class EstimateOptions:
     """Layouts to show."""
     json_file: Path | None = None
     plot_file: Path | None = None
-
-
-@dataclass(frozen=True)
-class Models:
-    """Architectures of a recipe."""
-
-    base: Arch
-    """The model that is pruned."""
-    teacher: Arch
-    """The model that the student is distilled from."""
-    student: Arch
 
 
 def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
@@ -96,7 +91,7 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
     )
     shown = _shown_estimate(case, search, times, problem)
     table(layout_text(shown), ("what", "value"), summary_rows(shown, times, options.price))
-    if recipe.correct and not recipe.corrects_during_distillation and not problem:
+    if recipe.pruning_base == "correct" and not problem:
         rows = _correction_rows(models.base, recipe, options, times)
         table("teacher correction (before distillation)", ("what", "value"), rows)
     _print_estimate(shown)
@@ -104,8 +99,11 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
     sweep = scaling(case, times)
     table("fastest layout on 8 to 2,048 GPUs (tok/s per GPU)", SCALING_HEADER, scaling_rows(sweep))
     say(efficiency_loss(sweep))
+    rounds = estimate_rounds(recipe, models, options.world, times)
+    if recipe.rounds:
+        table(f"rounds on {options.world} GPUs", ROUNDS_HEADER, round_rows(rounds, options.price))
     if options.json_file:
-        content = {
+        content: dict[str, object] = {
             "world": options.world,
             "hardware": hardware.model_dump(),
             "layer_times": times.about,
@@ -115,6 +113,10 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
             "impossible": dict(search.impossible),
             "scaling": [_scaling_json(world, estimate) for world, estimate in sweep],
         }
+        if recipe.rounds:
+            content["rounds"] = {
+                each.name: estimate_json(each.estimate) if each.estimate else None for each in rounds
+            }
         write_text(options.json_file, json.dumps(content, indent=1))
     if options.plot_file:
         _write_plot(options.plot_file, sweep, f"{hardware.name}, {Path(recipe.output).name}")
@@ -123,23 +125,20 @@ def run_estimate(recipe: Recipe, options: EstimateOptions) -> None:
 def read_models(recipe: Recipe) -> Models:
     """Read the architectures of a recipe from config.json files.
 
-    With a search the student is the largest candidate. InputError for a list of layers of stages
-    that fits no model.
+    With a search the student is the largest candidate. In a further round the pruned model is the
+    student of the round before. InputError for a list of layers of stages that fits no model.
     """
     base = read_arch(Path(recipe.model), weights=False)
     teacher = read_arch(Path(recipe.teacher.model or recipe.model), weights=False)
-    if recipe.search:
-        candidates = search_candidates(recipe, base)
-        student = max(candidates, key=lambda arch: arch.num_parameters())
-    else:
-        student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
-        candidates = [student]
+    for each in recipe.earlier:
+        base = largest_student(each, base)
+    candidates = possible_students(recipe, base)
     depths = {arch.num_layers for arch in candidates}
     refuse(
         "this layout does not fit the models:",
         recipe.layer_problems(depths, base.num_layers, teacher.num_layers),
     )
-    return Models(base, teacher, student)
+    return Models(base, teacher, max(candidates, key=lambda arch: arch.num_parameters()))
 
 
 def _shown_estimate(case: PlanningCase, search: LayoutSearch, times: Times, problem: str | None) -> Estimate:

@@ -72,7 +72,7 @@ def _model_rows(base: Arch, case: PlanningCase) -> list[Row]:
     recipe = case.recipe
     teacher_layout = recipe.teacher.parallel if recipe.teacher.is_remote else recipe.parallel
     models = [("teacher", case.teacher, teacher_layout)]
-    if base != case.teacher:
+    if base not in (case.teacher, case.student):
         models.append(("unpruned", base, recipe.parallel))
     models.append(("student", case.student, recipe.parallel))
     rows = []
@@ -111,7 +111,7 @@ def _memory_rows(base: Arch, case: PlanningCase) -> list[Row]:
     memory = fullest(distillation_memory(case))
     rows = [(f"memory: {part}", _gib(num_bytes)) for part, num_bytes in memory.items()]
     rows.append(("memory: sum on the fullest rank", _gib(sum(memory.values()))))
-    if recipe.correct and not recipe.corrects_during_distillation:
+    if recipe.correct and not recipe.corrects_during_distillation and not recipe.earlier:
         needed = training_peak(base, recipe.correct, recipe, case.student_ranks)
         rows.append(("memory during teacher correction", _gib(needed)))
     if recipe.search:

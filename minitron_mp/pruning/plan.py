@@ -118,16 +118,21 @@ class PrunePlan(BaseModel):
         return np.array(self.keep[axis.name][layer if axis.per_layer else NO_LAYER], np.int64)
 
     def summary(self) -> list[tuple[str, str, str, str]]:
-        """Return table rows (size, teacher, student, kept). A size that differs by layer is a mean."""
-        fields = [size.field for axis in AXES.values() for size in reversed(axis.sizes)]
-        rows = []
-        for name in ("num_layers", *fields, "kv_channels", "vocab_size"):
-            before, after = (_mean_size(arch, name) for arch in (self.teacher, self.student))
-            rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
-        for label, embeddings in (("parameters", True), ("non-embedding parameters", False)):
-            before, after = (a.num_parameters(embeddings=embeddings) for a in (self.teacher, self.student))
-            rows.append((label, f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
-        return rows
+        """Return table rows (size, teacher, student, kept)."""
+        return size_rows(self.teacher, self.student)
+
+
+def size_rows(teacher: Arch, student: Arch) -> list[tuple[str, str, str, str]]:
+    """Return table rows (size, teacher, student, kept). A size that differs by layer is a mean."""
+    fields = [size.field for axis in AXES.values() for size in reversed(axis.sizes)]
+    rows = []
+    for name in ("num_layers", *fields, "kv_channels", "vocab_size"):
+        before, after = (_mean_size(arch, name) for arch in (teacher, student))
+        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"))
+    for label, embeddings in (("parameters", True), ("non-embedding parameters", False)):
+        before, after = (a.num_parameters(embeddings=embeddings) for a in (teacher, student))
+        rows.append((label, f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
+    return rows
 
 
 def _mean_size(arch: Arch, field: str) -> float:

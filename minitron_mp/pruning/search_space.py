@@ -44,6 +44,18 @@ def layers_to_drop(recipe: Recipe, teacher: Arch) -> int:
     return teacher.num_layers - fewest
 
 
+def possible_students(recipe: Recipe, base: Arch) -> list[Arch]:
+    """Return the students that a round can make of a model: one, or the candidates of a search.
+
+    A round that does not prune keeps the model.
+    """
+    if not recipe.prunes:
+        return [base]
+    if recipe.search is not None:
+        return search_candidates(recipe, base)
+    return [resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)]
+
+
 def search_candidates(recipe: Recipe, teacher: Arch) -> list[Arch]:
     """Return all candidates of a recipe with a section search, as in survey_candidates()."""
     return survey_candidates(recipe, teacher)[0]

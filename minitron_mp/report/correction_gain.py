@@ -54,6 +54,8 @@ def _compared_with_baseline(project: Project, losses: Losses) -> list[Part]:
     """Return paragraphs that compare the student with the student of the run without correction."""
     correct = project.recipe.correct
     assert correct is not None
+    if project.recipe.earlier:
+        return []  # the student of the baseline has no further rounds
     if correct.baseline is None:
         return [
             "How much the student gains from correction is unknown. To measure it, run the recipe "

@@ -25,9 +25,10 @@ from minitron_mp.data.positions import sample_positions
 from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.families.export import reader_rows
-from minitron_mp.pruning.plan import PrunePlan
+from minitron_mp.pruning.plan import PrunePlan, size_rows
 from minitron_mp.report.document import Code, Document, Part, Section, Table, markdown
 from minitron_mp.report.project import Paths, Project
+from minitron_mp.report.rounds import rounds_up_to
 from minitron_mp.report.tables import (
     TASKS_NOTE,
     UNITS_NOTE,
@@ -60,9 +61,10 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
     small files of the model that was pruned. Held-out numbers are included if evaluation.json is
     about this student. InputError if an artifact is damaged.
     """
-    plan = PrunePlan.load(paths["plan"])
-    num_parameters = plan.student.num_parameters()
-    num_teacher_parameters = plan.teacher.num_parameters()
+    rounds = rounds_up_to(recipe, paths)
+    plans = {each: PrunePlan.load(each.paths["plan"]) for each in rounds if each.recipe.prunes}
+    teacher, student = next(iter(plans.values())).teacher, list(plans.values())[-1].student
+    num_parameters, num_teacher_parameters = student.num_parameters(), teacher.num_parameters()
     base = _hub_name(recipe.model, assets)
     name = base or Path(recipe.model).name
     data = ModelCardData(
@@ -72,13 +74,20 @@ def model_card(recipe: Recipe, paths: Paths, manifest: Manifest, family: str, as
         tags=TAGS,
         **source_card(assets),
     )
+    method: list[Part] = []
+    for each in rounds:
+        if len(rounds) > 1:
+            method.append(f"Round {each.recipe.round_name}:")
+        training = _training(each.recipe, each.paths, manifest if each is rounds[-1] else None)
+        method += _method(each.recipe, plans.get(each), name, training)
+    method.append(f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.")
     sections = [
-        Section("Sizes", [Table(("size", "before", "this model", "kept"), plan.summary())]),
-        Section("How it was made", _method(recipe, plan, name, _training(recipe, paths, manifest))),
+        Section("Sizes", [Table(("size", "before", "this model", "kept"), size_rows(teacher, student))]),
+        Section("How it was made", method),
         *_evaluation_sections(recipe, paths, manifest),
         Section(
             "Usage",
-            ["In the folder of this file:", Code(USAGE.strip()), *_readers(plan.student, family)],
+            ["In the folder of this file:", Code(USAGE.strip()), *_readers(student, family)],
         ),
         Section("Limitations", _limitations(recipe, family, assets)),
     ]
@@ -100,11 +109,11 @@ class _Training:
     changes: Sequence[Change]
 
 
-def _training(recipe: Recipe, paths: Paths, manifest: Manifest) -> _Training:
-    """Return the distillation of an exported model. manifest: of the export."""
-    distilled = require_artifact(paths["distill"], "distill")
+def _training(recipe: Recipe, paths: Paths, manifest: Manifest | None) -> _Training:
+    """Return the distillation of a model. manifest: of its export; None for an earlier round."""
+    distilled = require_artifact(paths["distill"], recipe.command("distill"))
     steps = recipe.distill.steps
-    if "step" in manifest.settings:
+    if manifest is not None and "step" in manifest.settings:
         steps = int(manifest.settings["step"])
     elif distilled.validation is not None:
         steps = distilled.validation.step
@@ -205,17 +214,14 @@ def _hub_name(model: str, assets: Path) -> str | None:
     return name if is_hub_name else None
 
 
-def _method(recipe: Recipe, plan: PrunePlan, name: str, training: _Training) -> list[Part]:
+def _method(recipe: Recipe, plan: PrunePlan | None, name: str, training: _Training) -> list[Part]:
+    """Return paragraphs on one round. plan: None if it does not prune."""
     parts: list[Part] = []
     if recipe.search:
         parts.append("The sizes were chosen by an architecture search.")
-    return [
-        *parts,
-        _pruning_text(recipe, plan),
-        _distillation_text(recipe, name, training),
-        *changes_note(training.changes),
-        f"Software: minitron-mp {__version__}. Method: arXiv 2407.14679, arXiv 2408.11796.",
-    ]
+    if plan is not None:
+        parts.append(_pruning_text(recipe, plan))
+    return [*parts, _distillation_text(recipe, name, training), *changes_note(training.changes)]
 
 
 def _pruning_text(recipe: Recipe, plan: PrunePlan) -> str:

@@ -51,6 +51,13 @@ class Project(Protocol):
     def stages(self) -> Mapping[str, ProjectStage]:
         """Return name -> stage, in order."""
 
+    @property
+    def all_stages(self) -> Mapping[str, ProjectStage]:
+        """Return stage, or command of an earlier round -> stage, in order."""
+
+    def command(self, name: str) -> str:
+        """Return the command that makes an artifact: "plan", or "plan --round narrow"."""
+
     def manifest(self, name: str) -> Manifest:
         """Return the manifest that the stage's artifact must have."""
 

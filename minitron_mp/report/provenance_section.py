@@ -8,10 +8,11 @@ from pathlib import Path
 
 from minitron_mp.artifacts.files import RUN_LOG
 from minitron_mp.artifacts.run_log import RunRecord, software
-from minitron_mp.config.recipe import RESOLVED_RECIPE, Recipe, recipe_yaml
+from minitron_mp.config.recipe import RESOLVED_RECIPE, recipe_yaml
+from minitron_mp.config.rounds import split_command
 from minitron_mp.data.unused import load_unused
 from minitron_mp.report.document import Code, Part, Section, Table
-from minitron_mp.report.project import Project, ProjectStage
+from minitron_mp.report.project import Project
 
 
 def provenance_section(project: Project, num_ranks: int | None, run_log: Mapping[str, RunRecord]) -> Section:
@@ -19,8 +20,8 @@ def provenance_section(project: Project, num_ranks: int | None, run_log: Mapping
 
     num_ranks: ranks of the student; None means one replica.
     """
-    recipe, stages = project.recipe, project.stages
-    commands = _commands(recipe, stages, num_ranks or recipe.parallel.model_ranks, run_log)
+    recipe, stages = project.recipe, project.all_stages
+    commands = _commands(project, num_ranks or recipe.parallel.model_ranks, run_log)
     parts: list[Part] = [Code("\n".join(commands))]
     missing = [name for name in stages if name not in run_log]
     if missing:
@@ -32,19 +33,19 @@ def provenance_section(project: Project, num_ranks: int | None, run_log: Mapping
     versions = _versions(run_log) or list(software().items())
     parts += [
         "The recipe with all defaults:",
-        Code(recipe_yaml(recipe)),
+        Code(recipe_yaml(recipe.run)),
         Table(("component", "version"), versions, "left"),
     ]
     return Section("How it was made", parts)
 
 
-def _commands(
-    recipe: Recipe, stages: Mapping[str, ProjectStage], num_ranks: int, run_log: Mapping[str, RunRecord]
-) -> list[str]:
+def _commands(project: Project, num_ranks: int, run_log: Mapping[str, RunRecord]) -> list[str]:
     """Return commands that repeat the run: one for all stages if they used one launch, then one each."""
-    file = shlex.quote(str(recipe.root / RESOLVED_RECIPE))
+    recipe, stages = project.recipe, project.all_stages
+    file = shlex.quote(str(recipe.run.root / RESOLVED_RECIPE))
+    recipes = {each.round_name: each for each in recipe.earlier}
     launches = {
-        name: (record.launcher, record.layout_overrides(recipe))
+        name: (record.launcher, record.layout_overrides(recipes.get(split_command(name)[1], recipe)))
         for name, record in run_log.items()
         if stages[name].needs_ranks
     }
@@ -58,7 +59,7 @@ def _commands(
         lines += [f"{usual[0]} compress {file}{usual[1]}", "", "# or stage by stage"]
     for name, stage in stages.items():
         start, layout = launches.get(name, usual) if stage.needs_ranks else ("minitron-mp", "")
-        lines.append(f"{start} {name} {file}{layout}")
+        lines.append(f"{start} {project.command(name)} {file}{layout}")
     return [*lines, f"minitron-mp report {file}"]
 
 

@@ -11,7 +11,6 @@ from minitron_mp.artifacts.manifest import Change, find_manifest, require_artifa
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
-from minitron_mp.pruning.plan import PrunePlan
 from minitron_mp.report.document import Table
 from minitron_mp.report.project import Paths
 
@@ -41,27 +40,27 @@ def load_evaluation(paths: Paths) -> dict[str, Any]:
 def quality_table(recipe: Recipe, paths: Paths, *, speed: bool = True) -> Table:
     """Return a table with size, loss and KL of every evaluated model.
 
-    The rows are: uncorrected teacher, teacher, unpruned model if it is not the teacher, pruned
-    student, distilled student. speed: add measured speeds, if `evaluate` measured them.
+    The rows are: uncorrected teacher, teacher, unpruned model if it is not the teacher, students of
+    earlier rounds, pruned student, distilled student. speed: add measured speeds, if `evaluate`
+    measured them.
     """
-    plan = PrunePlan.load(paths["plan"])
     evaluation = load_evaluation(paths)
-    teacher = require_artifact(paths[recipe.distillation_teacher], recipe.distillation_teacher).arch
-    assert teacher is not None
-    archs = {
-        "uncorrected": plan.teacher,
-        "teacher": teacher,
-        "unpruned": plan.teacher,
-        "pruned": plan.student,
-        "distilled": plan.student,
-    }
+    models = recipe.evaluated_models
+    stages = {"uncorrected": models.pop("uncorrected", "import"), "teacher": recipe.distillation_teacher}
+    archs = {name: _arch(paths, stage) for name, stage in {**stages, **models}.items()}
     speed_columns = _speed_columns(evaluation) if speed else []
     rows = []
     for name, arch in archs.items():
         if name in evaluation:
-            cells = _quality_cells(name, arch, recipe, plan.teacher, evaluation[name])
+            cells = _quality_cells(name, arch, recipe, _arch(paths, "import"), evaluation[name])
             rows.append([*cells, *(column.get(name, "") for _, column in speed_columns)])
     return Table([*QUALITY_HEADER, *(title for title, _ in speed_columns)], rows)
+
+
+def _arch(paths: Paths, stage: str) -> Arch:
+    arch = require_artifact(paths[stage], stage).arch
+    assert arch is not None
+    return arch
 
 
 def _quality_cells(
@@ -226,9 +225,12 @@ def headline(quality: Table, evaluation: Evaluation) -> str:
     """Return two sentences on the student with the numbers of the quality table."""
     rows = {row[0]: dict(zip(quality.header, row)) for row in quality.rows}
     student = rows["distilled"]
+    start = "pruned student before distillation", "pruned"
+    if "pruned" not in rows:
+        start = "student before the last round", list(rows)[-2]
     return (
         f"The student has {student['parameters']} parameters, {student['of unpruned']} of the unpruned "
         f"model. On {evaluation['distilled']['num_tokens']:,} held-out tokens its perplexity is "
-        f"{student['perplexity']} (teacher: {rows['teacher']['perplexity']}, pruned student before "
-        f"distillation: {rows['pruned']['perplexity']})."
+        f"{student['perplexity']} (teacher: {rows['teacher']['perplexity']}, {start[0]}: "
+        f"{rows[start[1]]['perplexity']})."
     )

@@ -5,6 +5,7 @@ shares           run_share: a share of a stage, for job arrays
 stage, stages    Stage; one module for each stage, in order
 graph            StageGraph: which stages a recipe has, and which artifacts are current
 context          StageContext: a stage on one rank; stage_files: its artifacts, without ranks
+earlier_rounds   artifacts of earlier rounds that a round uses; finish: the end of a run
 settings         settings and fingerprints that several stages share
 output_folder    what a run writes, and the user files that it keeps
 preflight        checks of a recipe before a run; file_checks: of the user's files

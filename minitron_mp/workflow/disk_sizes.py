@@ -11,20 +11,21 @@ from minitron_mp.config.training import TrainingConfig
 from minitron_mp.models.arch import Arch
 from minitron_mp.models.number_formats import BYTES
 from minitron_mp.planning.memory import payload_bytes_per_token, rank_parameters
-from minitron_mp.pruning.search_space import search_candidates
-from minitron_mp.pruning.target import resolve_target
+from minitron_mp.pruning.search_space import possible_students
 
 
 @dataclass(frozen=True)
 class DiskSizes:
     """Bytes of what the stages of a recipe write. Each stage returns its part (Stage.disk_bytes).
 
-    base: the model that is pruned. teacher: the teacher of distillation.
+    base: the model of the recipe. teacher: the teacher of distillation. pruned: the model that this
+    round prunes; base in the first round.
     """
 
     recipe: Recipe
     base: Arch
     teacher: Arch
+    pruned: Arch
 
     @cached_property
     def imported_base(self) -> float:
@@ -69,13 +70,7 @@ class DiskSizes:
     @cached_property
     def _num_student(self) -> int:
         """Return the parameters of the student, or of the largest candidate of a search."""
-        recipe = self.recipe
-        if recipe.search:
-            students = search_candidates(recipe, self.base)
-        else:
-            tp, family = recipe.parallel.tp, recipe.export.family
-            students = [resolve_target(self.base, recipe.target, tp, family)]
-        return max(self._num_parameters(arch) for arch in students)
+        return max(self._num_parameters(arch) for arch in possible_students(self.recipe, self.pruned))
 
     def _num_parameters(self, arch: Arch) -> int:
         """Return the parameters of a model over all ranks, with vocabulary padding."""

@@ -99,7 +99,7 @@ def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collect
 
     problems = corpus_problems(
         recipe.data,
-        recipe.root,
+        recipe.run.root,
         tokenizer,
         parts="data" not in deleted,
         held_out="texts" not in deleted,
@@ -107,7 +107,8 @@ def _text_problems(recipe: Recipe, tokenizer: Tokenizer | None, deleted: Collect
     )
     if recipe.search is None or not recipe.data.train or problems or "data" in deleted:
         return problems
-    shared = shared_parts(find_sources(recipe.data, output=recipe.root), recipe.data, "calibration", "train")
+    sources = find_sources(recipe.data, output=recipe.run.root)
+    shared = shared_parts(sources, recipe.data, "calibration", "train")
     if not shared:
         return []
     more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""

@@ -5,7 +5,7 @@ A stage is done when its artifact exists and has the manifest that the recipe re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minitron_mp import __version__
@@ -17,7 +17,9 @@ from minitron_mp.artifacts.manifest import (
     user_files_problem,
 )
 from minitron_mp.config.recipe import Recipe
+from minitron_mp.config.rounds import FIRST, of_round
 from minitron_mp.errors import InputError, refuse
+from minitron_mp.workflow.earlier_rounds import Place, artifacts_of_earlier_rounds, shared_artifacts
 from minitron_mp.workflow.output_folder import output_problems
 from minitron_mp.workflow.preflight import recipe_problems, tracker_problems
 from minitron_mp.workflow.saved_progress import saved_progress_problems
@@ -29,15 +31,22 @@ from minitron_mp.workflow.stages import STAGES
 class StageGraph:
     """A recipe, its stages and their artifacts. It reads files, and needs neither a GPU nor torchrun.
 
-    accept: settings that may differ from those of a checkpoint from which a stage resumes.
+    It has one round of a run. accept: settings that may differ from those of a checkpoint from which
+    a stage resumes. previous: graph of the round before, if there is one already.
     """
 
-    def __init__(self, recipe: Recipe, accept: Sequence[str] = ()):
+    def __init__(self, recipe: Recipe, accept: Sequence[str] = (), previous: StageGraph | None = None):
         self.recipe, self.accept = recipe, tuple(accept)
+        if previous is None and recipe.previous is not None:
+            previous = StageGraph(recipe.previous, accept)
+        self.earlier: list[StageGraph] = [*previous.earlier, previous] if previous else []
         self.stages: dict[str, Stage] = {stage.name: stage for stage in STAGES if stage.when(recipe)}
+        self._elsewhere = shared_artifacts(self) | artifacts_of_earlier_rounds(self)
+        self.own_stages = [name for name in self.stages if name not in self._elsewhere]
         self.paths: dict[str, Path] = {
-            name: recipe.root / stage.artifact for name, stage in self.stages.items()
+            name: earlier.paths[stage] for name, (earlier, stage) in self._elsewhere.items()
         }
+        self.paths |= {name: recipe.root / self.stages[name].artifact for name in self.own_stages}
         self.saved_step: int | None = None
         """The saved step of distill that replaces its final model, with --step."""
         self._manifests: dict[str, Manifest] = {}
@@ -51,13 +60,49 @@ class StageGraph:
         requirements = {stage.name: stage.requirement for stage in STAGES}
         if name not in requirements:
             raise InputError(f"there is no stage {name}; the stages are {', '.join(requirements)}")
+        if self.earlier:
+            added = requirements[name] or "a section target or search"
+            raise InputError(f"the round {self.recipe.round_name} has no stage {name}; add {added}")
         raise InputError(f"the recipe has no stage {name}; add {requirements[name]}")
+
+    def rounds(self) -> Iterator[StageGraph]:
+        """Yield all rounds of a run, of which this is the first. A further round yields only itself.
+
+        The sizes of a round can depend on a search before it, so a round must be finished before the
+        next one is taken, unless only its recipe is needed.
+        """
+        graph = self
+        yield graph
+        for recipe in self.recipe.all_rounds[1:]:
+            graph = StageGraph(recipe, self.accept, graph)
+            yield graph
+
+    def place(self, name: str) -> Place:
+        """Return the round that writes an artifact, and the name of its stage there."""
+        return self._elsewhere.get(name, (self, name))
+
+    @property
+    def all_stages(self) -> dict[str, Stage]:
+        """Return stage, or command of an earlier round -> stage, in the order of `paths`."""
+        places = {name: self.place(name) for name in self.paths}
+        return {name: earlier.stages[stage] for name, (earlier, stage) in places.items()}
+
+    def stages_of_compress(self) -> list[str]:
+        """Return the stages that `compress` runs in this round, in order."""
+        return [name for name in self.own_stages if self.is_last_round or not self.stages[name].in_last_round]
+
+    @property
+    def is_last_round(self) -> bool:
+        """Whether no round follows."""
+        return self.recipe.round_name == [FIRST, *self.recipe.run.rounds][-1]
 
     def inputs(self, name: str) -> list[str]:
         """Return the stages whose artifacts a stage reads."""
         stage = self.stages[name]
         names = [source if isinstance(source, str) else source(self.recipe) for source in stage.inputs]
         names += [source for source in stage.optional_inputs if source in self.stages]
+        if stage.reads_earlier_students:
+            names += [of_round("distill", earlier.recipe.round_name) for earlier in self.earlier]
         return list(dict.fromkeys(names))
 
     def before(self, name: str) -> list[str]:
@@ -66,10 +111,13 @@ class StageGraph:
         for stage in reversed(self.stages):
             if stage in needed:
                 needed |= set(self.inputs(stage))
-        return [stage for stage in self.stages if stage in needed]
+        return [artifact for artifact in self.paths if artifact in needed]
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest that the stage's artifact must have."""
+        earlier, stage = self.place(name)
+        if earlier is not self:
+            return earlier.manifest(stage)
         if name not in self._manifests:
             fingerprints = {source: self.manifest(source).fingerprint for source in self.inputs(name)}
             self._manifests[name] = Manifest(
@@ -120,9 +168,12 @@ class StageGraph:
 
     def deleted_sources(self) -> dict[str, list[str]]:
         """Return stage -> the deleted files of the user that its finished artifact replaces."""
-        deleted = {}
+        deleted: dict[str, list[str]] = {}
         for name, stage in self.stages.items():
-            if any(files.missing() for files in stage.sources(self.recipe).values()):
+            earlier, _ = self.place(name)
+            if earlier is not self:
+                deleted |= {key: files for key, files in earlier.deleted_sources().items() if key == name}
+            elif any(files.missing() for files in stage.sources(self.recipe).values()):
                 try:
                     is_done = self.why_not_done(name) is None
                 except (InputError, OSError):  # a file that no artifact replaces is missing, too
@@ -166,7 +217,11 @@ class StageGraph:
         """Raise InputError unless every artifact that the stage needs is up to date."""
         unrecorded = [source for source in self.stages[name].unrecorded_inputs if source in self.stages]
         for source in self.before(name) + unrecorded:
-            require_artifact(self.paths[source], source, self.manifest(source))
+            require_artifact(self.paths[source], self.command(source), self.manifest(source))
+
+    def command(self, name: str) -> str:
+        """Return the command that makes an artifact: "plan", or "plan --round narrow"."""
+        return self.recipe.command(name) if self.place(name)[0] is self else name
 
     def without_correction(self) -> StageGraph:
         """Return the same recipe without its section correct, in the folder of correct.baseline."""
@@ -186,13 +241,22 @@ class StageGraph:
         files. saved_progress: whether to also check that checkpoints fit, which reads the user's
         files; it needs the weights.
         """
+        problems: list[str] = []
+        for graph in self.rounds():
+            new = graph._problems(num_ranks, weights=weights, saved_progress=saved_progress and weights)
+            start = f"round {graph.recipe.round_name}: " if graph.earlier else ""
+            problems += [start + problem for problem in new if problem not in problems]
+        refuse("this recipe cannot run:", problems)
+
+    def _problems(self, num_ranks: int | None, *, weights: bool, saved_progress: bool) -> list[str]:
+        """Return the problems of this round."""
         problems = output_problems(self.recipe, self.paths, report=True)
         problems += recipe_problems(
             self.recipe, self.paths, num_ranks, weights=weights, deleted=set(self.deleted_sources())
         )
-        if saved_progress and weights:
+        if saved_progress:
             problems += saved_progress_problems(self) + self._user_file_problems()
-        refuse("this recipe cannot run:", problems)
+        return problems
 
     def check_before_stage(self, stage: str, *, force: bool = False) -> None:
         """Raise InputError when the stage would orphan checkpoints or delete files of the user.
@@ -208,7 +272,8 @@ class StageGraph:
     def _user_file_problems(self) -> list[str]:
         """Return a sentence for each artifact that will be replaced and has files of the user in it."""
         problems = []
-        for name, path in self.paths.items():
+        for name in self.own_stages:
+            path = self.paths[name]
             try:
                 problem = user_files_problem(path)
                 if problem and self.why_not_done(name) is not None:

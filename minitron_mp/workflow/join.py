@@ -34,7 +34,7 @@ def join_any_ranks(recipe: Recipe) -> Iterator[World]:
 
     with (
         join_world(ParallelConfig(), seed=recipe.seed, timeout_minutes=recipe.timeout_minutes) as world,
-        watch_for_preemption(recipe.root) as preemption,
+        watch_for_preemption(recipe.run.root) as preemption,
     ):
         yield replace(world, preemption=preemption)
 
@@ -54,7 +54,7 @@ def join_ranks(recipe: Recipe) -> Iterator[World]:
     if not teacher.is_remote:
         with (
             join_world(recipe.parallel, seed=recipe.seed, timeout_minutes=recipe.timeout_minutes) as world,
-            watch_for_preemption(recipe.root) as preemption,
+            watch_for_preemption(recipe.run.root) as preemption,
         ):
             yield replace(world, preemption=preemption)
         return
@@ -73,6 +73,6 @@ def join_ranks(recipe: Recipe) -> Iterator[World]:
         timeout_minutes=recipe.timeout_minutes,
         stream_timeout_s=teacher.timeout_s,
     ) as world:
-        output = students[world.role].root if world.role in students else recipe.root
+        output = students[world.role].run.root if world.role in students else recipe.run.root
         with watch_for_preemption(output) as preemption:
             yield replace(world, preemption=preemption)

@@ -270,9 +270,9 @@ def _header(body: str) -> str:
 
 
 def write_resolved_recipe(recipe: Recipe) -> None:
-    """Write the resolved recipe to the output folder. The report refers to that file."""
-    body = recipe_yaml(recipe)
-    write_text(recipe.root / RESOLVED_RECIPE, f"{_header(body)}\n{body}")
+    """Write the resolved recipe of the run to its output folder. The report refers to that file."""
+    body = recipe_yaml(recipe.run)
+    write_text(recipe.run.root / RESOLVED_RECIPE, f"{_header(body)}\n{body}")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from minitron_mp.errors import InputError, must_divide
 from minitron_mp.models.arch import Arch, fp8_problems, layout_problems
 from minitron_mp.workflow.file_checks import check_same_tokens, file_problems, problems_of, read_model
 from minitron_mp.workflow.host_memory import host_memory_problems
+from minitron_mp.workflow.settings import base_arch
 
 
 def recipe_problems(
@@ -52,7 +53,11 @@ def recipe_problems(
     problems += _rank_problems(recipe, num_ranks)
     problems += _batch_problems(recipe, num_ranks)
     if recipe.model in archs and teacher in archs:
-        problems += _model_problems(recipe, archs[recipe.model], archs[teacher])
+        base: Arch | None = archs[recipe.model]
+        if recipe.previous is not None:
+            base = _student_before(recipe)
+        if base is not None:
+            problems += _model_problems(recipe, base, archs[teacher])
     if teacher in archs and num_ranks is not None and launched():  # a dry run is often on another node
         problems += host_memory_problems(recipe, archs[teacher], _student_ranks(recipe, num_ranks))
     return problems
@@ -66,6 +71,14 @@ def tracker_problems(recipe: Recipe) -> list[str]:
         for key in recipe.log.trackers
         if find_spec(TRACKERS[key]) is None
     ]
+
+
+def _student_before(recipe: Recipe) -> Arch | None:
+    """Return the student of the round before; None if that round cannot run, which it reports."""
+    try:
+        return base_arch(recipe)
+    except InputError:
+        return None
 
 
 def artifact_arch(paths: Mapping[str, Path], stage: str) -> Arch:
@@ -115,8 +128,9 @@ def _batch_problems(recipe: Recipe, num_ranks: int | None) -> list[str]:
     data_parallel = max(1, _student_ranks(recipe, num_ranks) // recipe.parallel.model_ranks)
     sizes = [
         ("distill.global_batch_size", recipe.distill.global_batch_size, recipe.distill.micro_batch_size),
-        ("score.num_samples", recipe.score.num_samples, recipe.score.micro_batch_size),
     ]
+    if recipe.prunes:
+        sizes.append(("score.num_samples", recipe.score.num_samples, recipe.score.micro_batch_size))
     if recipe.correct:
         sizes.append(
             ("correct.global_batch_size", recipe.correct.global_batch_size, recipe.correct.micro_batch_size)
@@ -134,7 +148,7 @@ def _model_problems(recipe: Recipe, base: Arch, teacher: Arch) -> list[str]:
     candidates: list[Arch] = []
     problems += problems_of(partial(_size_students, recipe, base, candidates))
     smallest = candidates[-1] if candidates else base
-    if recipe.depth.method != "cosine" and candidates:
+    if recipe.prunes and recipe.depth.method != "cosine" and candidates:
         problems += _depth_problems(recipe, base, smallest)
     problems += _fp8_problems(recipe, base, teacher, smallest)
     if recipe.distill.states and candidates:
@@ -188,16 +202,17 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
         problems.append(
             f"teacher.top_k {teacher.top_k} is above the vocabulary of {base.vocab_size}; lower it"
         )
-    if teacher.model is None:
+    if teacher.model is None and recipe.previous is None:
         return problems
-    if Path(teacher.model).resolve() == Path(recipe.model).resolve():
+    if teacher.model and Path(teacher.model).resolve() == Path(recipe.model).resolve():
         problems.append(
             f"teacher.model {teacher.model} is the folder of model, so it has no effect; remove it"
         )
         return problems
     # evaluate and search load this teacher in the student's layout.
-    problems += [f"teacher.model: {problem}" for problem in layout_problems(arch, parallel.tp)]
-    if recipe.data.sequence_length > arch.max_position_embeddings:
+    name = "teacher.model" if teacher.model else "the teacher"
+    problems += [f"{name}: {problem}" for problem in layout_problems(arch, parallel.tp)]
+    if teacher.model and recipe.data.sequence_length > arch.max_position_embeddings:
         problems.append(
             f"data.sequence_length {recipe.data.sequence_length} is above max_position_embeddings "
             f"{arch.max_position_embeddings} of teacher.model; give at most that"
@@ -205,7 +220,7 @@ def _teacher_problems(recipe: Recipe, base: Arch, arch: Arch) -> list[str]:
     stages = parallel.pp * (parallel.vpp or 1)
     if stages > arch.num_layers:
         problems.append(
-            f"teacher.model: {stages} pipeline stages (pp x vpp) for {arch.num_layers} layers; "
+            f"{name}: {stages} pipeline stages (pp x vpp) for {arch.num_layers} layers; "
             "evaluate loads it in the student's layout, so lower pp or vpp"
         )
     return problems
@@ -218,15 +233,13 @@ def _size_students(recipe: Recipe, base: Arch, students: list[Arch]) -> None:
     """
     from minitron_mp.models.families.export import exportable_arch
     from minitron_mp.pruning.depth import droppable_layers
-    from minitron_mp.pruning.search_space import search_candidates
-    from minitron_mp.pruning.target import resolve_target
+    from minitron_mp.pruning.search_space import possible_students
 
-    if recipe.search:
-        students.extend(sorted(search_candidates(recipe, base), key=lambda arch: -arch.num_layers))
-        exportable_arch(students[-1], recipe.export.family)
+    students.extend(sorted(possible_students(recipe, base), key=lambda arch: -arch.num_layers))
+    student = students[-1]
+    if recipe.search or not recipe.prunes:
+        exportable_arch(student, recipe.export.family)
         return
-    student = resolve_target(base, recipe.target, recipe.parallel.tp, recipe.export.family)
-    students.append(student)
     exportable_arch(student, recipe.export.family, recipe.target.align)
     droppable = droppable_layers(recipe.depth, base.num_layers, base.num_layers - student.num_layers)
     protected = [layer for layer in recipe.target.drop_layers or [] if layer not in droppable]

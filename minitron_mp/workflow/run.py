@@ -6,7 +6,6 @@ that differs.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,23 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from minitron_mp.artifacts.files import write_text
-from minitron_mp.artifacts.manifest import find_manifest
 from minitron_mp.artifacts.output_lock import LOCK
-from minitron_mp.artifacts.run_folder import discard_checkpoints
 from minitron_mp.artifacts.run_log import JobInfo, append_record
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.console import say, speaks
-from minitron_mp.data.file_hashes import SHARDS
 from minitron_mp.distributed.job import require_launcher, sigterm_exits
-from minitron_mp.errors import InputError, refuse
+from minitron_mp.errors import refuse
 from minitron_mp.workflow.changes import NEWEST, ResumeOptions, prepare_resume
+from minitron_mp.workflow.finish import discard_leftovers, finish_run, remove_finished
 from minitron_mp.workflow.graph import StageGraph
 from minitron_mp.workflow.join import co_student_recipes, join_any_ranks, join_ranks
-from minitron_mp.workflow.output_folder import FINISHED, locked_output, write_resolved_recipe
+from minitron_mp.workflow.output_folder import locked_output, write_resolved_recipe
 from minitron_mp.workflow.saved_steps import at_saved_step, saved_step_number
 from minitron_mp.workflow.stage import Stage
-from minitron_mp.workflow.stage_files import StopRequested, checkpoint_folder
+from minitron_mp.workflow.stage_files import StopRequested
 
 if TYPE_CHECKING:
     from minitron_mp.distributed.preemption import Preemption
@@ -53,11 +49,13 @@ def run_stage(
     require_launcher()
     graph = StageGraph(recipe, resume.accept)
     graph.require_stage(name)
+    graph, _ = graph.place(name)
+    recipe = graph.recipe
     graph.check_output(report=False)
     stage = graph.stages[name]
     if not stage.needs_ranks:
         if speaks():  # one process does the work, also under torchrun
-            with sigterm_exits(), locked_output(recipe.root):
+            with sigterm_exits(), locked_output(recipe.run.root):
                 _run_in_this_process(stage, graph, force=force)
         return graph.paths[name]
     join = join_any_ranks if stage.any_ranks else join_ranks
@@ -79,40 +77,61 @@ def run_stage(
 
 
 def compress(recipe: Recipe, accept: Sequence[str] = ()) -> Path:
-    """Run all unfinished stages, then write the report. Called on all ranks.
+    """Run all unfinished stages of all rounds, then write the report. Called on all ranks.
 
     Returns the path of the exported student. The report is report.md and report.html. accept:
     settings that may differ from those of a checkpoint.
     """
     require_launcher()
-    graph = StageGraph(recipe, accept)
-    graph.check(saved_progress=False)  # rank 0 checks it, because it reads the model and the text
-    with join_ranks(recipe) as world, _preemptible(world, graph.stages.values()):
-        if world.role == "student":
-            with _locked(recipe, world):
-                _run_all(graph, world)
-        else:
-            for stage in graph.stages.values():
-                if stage.meets_roles:
-                    _take_part(stage, graph, world)
+    # Rank 0 checks saved progress, because that reads the model and the text.
+    StageGraph(recipe, accept).check(saved_progress=False)
+    for graph in StageGraph(recipe, accept).rounds():
+        if not _run_round(graph):
+            break
     return graph.paths["export"]
 
 
-def _run_all(graph: StageGraph, world: World) -> None:
-    """Run all unfinished stages and write the report. Called on all ranks of the student."""
+def _run_round(graph: StageGraph) -> bool:
+    """Run all unfinished stages of a round on all ranks, in its layout. Return False after an early stop."""
     recipe = graph.recipe
-    _on_rank_0(lambda: graph.check(world.job_size))
-    _on_rank_0(lambda: write_resolved_recipe(recipe))
-    _on_rank_0(lambda: _say_deleted_sources(graph))
-    _on_rank_0(lambda: _remove_finished(graph))
-    say(
-        f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
-        "finished stage and checkpoint"
-    )
+    is_finished = False
+    with join_ranks(recipe) as world:
+        with _preemptible(world, graph.stages.values()):
+            if world.role == "student":
+                with _locked(recipe, world):
+                    _run_all(graph, world)
+            else:
+                for stage in graph.stages.values():
+                    if stage.meets_roles:
+                        _take_part(stage, graph, world)
+            is_finished = True
+        if world.channel is not None and not graph.is_last_round:
+            # The ranks of the teacher do not notice a stop of the student that comes after distill.
+            is_finished = all(world.channel.exchange("round", is_finished, timeout_s=None).values())
+    return is_finished
+
+
+def _run_all(graph: StageGraph, world: World) -> None:
+    """Run all unfinished stages of a round, and after the last round write the report.
+
+    Called on all ranks of the student.
+    """
+    recipe = graph.recipe
+    if not graph.earlier:
+        _on_rank_0(lambda: graph.check(world.job_size))
+        _on_rank_0(lambda: write_resolved_recipe(recipe))
+        _on_rank_0(lambda: _say_deleted_sources(graph))
+        _on_rank_0(lambda: remove_finished(graph))
+        say(
+            f"{recipe.root}: the run can be stopped at any time; the same command resumes from the last "
+            "finished stage and checkpoint"
+        )
+    else:
+        say(f"round {recipe.round_name}: {recipe.root}")
     _run_unfinished(graph, world)
-    _on_rank_0(lambda: _discard_leftovers(graph))
-    _on_rank_0(lambda: _write_report(graph))
-    _on_rank_0(lambda: write_text(recipe.root / FINISHED, time.strftime("%Y-%m-%d %H:%M:%S\n")))
+    _on_rank_0(lambda: discard_leftovers(graph))
+    if graph.is_last_round:
+        _on_rank_0(lambda: finish_run(graph))
 
 
 def _run_unfinished(graph: StageGraph, world: World) -> None:
@@ -122,12 +141,24 @@ def _run_unfinished(graph: StageGraph, world: World) -> None:
     before the next stage that does not.
     """
     problems: list[str] = []
+    to_run = graph.stages_of_compress()
     for name, stage in graph.stages.items():
         if stage.problems is None and problems:
             _on_rank_0(partial(refuse, "a later stage would fail with these artifacts:", problems))
-        _run(stage, graph, world, force=False)
+        if name in to_run:
+            _run(stage, graph, world, force=False)
         if stage.problems is not None:
-            problems += _on_rank_0(partial(graph.artifact_problems, name))
+            problems += _on_rank_0(partial(_artifact_problems, graph, name))
+
+
+def _artifact_problems(graph: StageGraph, name: str) -> list[str]:
+    """Return why an artifact would stop a later stage of this round, or of a round that shares it."""
+    problems = graph.artifact_problems(name)
+    for each in graph.rounds():
+        if each is not graph and name in each.stages and each.place(name)[0] is graph:
+            found = [problem for problem in each.artifact_problems(name) if problem not in problems]
+            problems += [f"round {each.recipe.round_name}: {problem}" for problem in found]
+    return problems
 
 
 def _run(stage: Stage, graph: StageGraph, world: World, *, force: bool) -> None:
@@ -230,7 +261,7 @@ def _record(stage: Stage, graph: StageGraph, seconds: float, world: World | None
 
         layout = graph.recipe.parallel.model_dump(exclude_defaults=True)
         job = JobInfo(world.job_size, ranks_per_node(), layout, device_name(world))
-    append_record(graph.recipe.root, stage.name, graph.manifest(stage.name).fingerprint, seconds, job)
+    append_record(graph.recipe.run.root, stage.name, graph.manifest(stage.name).fingerprint, seconds, job)
 
 
 def _on_rank_0(action: Callable[[], T]) -> T:
@@ -244,38 +275,8 @@ def _on_rank_0(action: Callable[[], T]) -> T:
 def _locked(recipe: Recipe, world: World, lock: str = LOCK) -> Iterator[None]:
     """Hold a lock of the output folder on rank 0, in this context. Called on all ranks."""
     with ExitStack() as stack:
-        _on_rank_0(lambda: stack.enter_context(locked_output(recipe.root, lock)))
+        _on_rank_0(lambda: stack.enter_context(locked_output(recipe.run.root, lock)))
         yield
-
-
-def _remove_finished(graph: StageGraph) -> None:
-    """Delete the file `finished` if a stage must run or cannot run."""
-    try:
-        done = all(graph.why_not_done(name) is None for name in graph.stages)
-    except InputError:
-        done = False
-    if not done:
-        (graph.recipe.root / FINISHED).unlink(missing_ok=True)
-
-
-def _discard_leftovers(graph: StageGraph) -> None:
-    """Delete checkpoints and shards of finished stages. They exist if a kill came after the last save."""
-    for name, stage in graph.stages.items():
-        if stage.run_share is not None:
-            shutil.rmtree(graph.recipe.root / SHARDS / graph.paths[name].name, ignore_errors=True)
-        if stage.has_checkpoints:
-            settings = graph.recipe.correct if name == "correct" else graph.recipe.distill
-            keep_every = settings.keep_every if settings else 0
-            written = find_manifest(graph.paths[name])
-            final = written.validation if written else None
-            folder = checkpoint_folder(graph.recipe, name)
-            discard_checkpoints(folder, written or graph.manifest(name), keep_every, final)
-
-
-def _write_report(graph: StageGraph) -> None:
-    from minitron_mp.report.report import write_report  # imports matplotlib, which only one rank needs
-
-    write_report(graph)
 
 
 @contextmanager

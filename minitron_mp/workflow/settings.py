@@ -16,6 +16,9 @@ from minitron_mp.errors import InputError
 from minitron_mp.models.arch import Arch
 from minitron_mp.workflow.stage import UserFiles
 
+SEARCH_RESULT = "search.json"
+"""The artifact of the stage search."""
+
 IMPORTED_MODELS = {"import": "teacher", "import-teacher": "distilling_teacher"}
 """Stage -> its artifact, a model in Megatron-Core's form."""
 
@@ -67,16 +70,33 @@ def fp8_teacher(recipe: Recipe) -> dict[str, object]:
 def base_arch(recipe: Recipe) -> Arch:
     """Return the architecture of the model that is pruned.
 
-    It is read from the artifact of the stage import if the model folder has been deleted since.
+    It is read from the artifact of the stage import if the model folder has been deleted since. In a
+    further round it is the student of the round before.
     """
     from minitron_mp.models.hf_config import read_arch
 
+    if recipe.previous is not None:
+        return student_arch(recipe.previous)
     folder = Path(recipe.model)
     if not (folder / "config.json").is_file():
-        manifest = find_manifest(recipe.root / IMPORTED_MODELS["import"])
+        manifest = find_manifest(recipe.run.root / IMPORTED_MODELS["import"])
         if manifest and manifest.arch and manifest.sources.get("model") == [os.path.abspath(folder)]:
             return manifest.arch
     return read_arch(folder, weights=False)
+
+
+def student_arch(recipe: Recipe) -> Arch:
+    """Return the architecture of the student of a round.
+
+    Before a search has finished it is that of the largest candidate.
+    """
+    from minitron_mp.pruning.candidates import chosen
+    from minitron_mp.pruning.search_space import possible_students
+
+    found = recipe.root / SEARCH_RESULT
+    if recipe.search is not None and find_manifest(found) is not None:
+        return chosen(found)
+    return max(possible_students(recipe, base_arch(recipe)), key=lambda arch: arch.num_parameters())
 
 
 def num_dropped_layers(recipe: Recipe) -> int:
@@ -130,11 +150,11 @@ def text_files(recipe: Recipe, *, held_out: bool) -> dict[str, UserFiles]:
     """Return the files of the text, or of data.held_out, and of data.tokenizer."""
     from minitron_mp.data.sources import corpus_fingerprint
 
-    paths = [path for entries in _text_entries(recipe, held_out) for path in entries]
+    paths = [path for entries in text_entries(recipe, held_out) for path in entries]
     files = {
         "text": UserFiles(
             paths=paths,
-            fingerprint=lambda: corpus_fingerprint(recipe.data, held_out, recipe.root),
+            fingerprint=lambda: corpus_fingerprint(recipe.data, held_out, recipe.run.root),
             missing=lambda: [path for path in paths if not _text_exists(path)],
         )
     }
@@ -165,8 +185,11 @@ def _tokenizer_files(tokenizer: str) -> UserFiles:
     )
 
 
-def _text_entries(recipe: Recipe, held_out: bool) -> list[list[str]]:
-    """Return the paths of the text, or of data.held_out. The standard library has none."""
+def text_entries(recipe: Recipe, held_out: bool) -> list[list[str]]:
+    """Return the paths of each part of the text, or of each text of data.held_out.
+
+    The standard library has none.
+    """
     from minitron_mp.data.sources import STDLIB
 
     data = recipe.data

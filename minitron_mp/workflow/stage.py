@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from minitron_mp.artifacts.curves import Curve
 from minitron_mp.config.recipe import Recipe
@@ -55,6 +55,8 @@ class Stage:
     """Stages whose artifacts this stage reads."""
     optional_inputs: tuple[str, ...] = ()
     """Stages whose artifacts this stage reads if the recipe has them."""
+    reads_earlier_students: bool = False
+    """Whether this stage reads the students of all earlier rounds."""
     unrecorded_inputs: tuple[str, ...] = ()
     """Optional inputs that do not change the result, such as a cache. They must be up to date, but
     they are not in the manifest."""
@@ -66,6 +68,11 @@ class Stage:
     them, so they may be deleted when the stage is done."""
     when: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
+    shared: Literal["", "always", "if equal"] = ""
+    """Whether a further round uses the artifact of an earlier round: always, or if the round's own one
+    would be equal."""
+    in_last_round: bool = False
+    """Whether `compress` runs the stage only in the last round."""
     requirement: str = ""
     """The part of a recipe that adds this stage, for error messages. Empty for a stage of every
     recipe."""
@@ -110,6 +117,16 @@ class Stage:
 def pruning_base(recipe: Recipe) -> str:
     """Return the stage whose model is scored and pruned."""
     return recipe.pruning_base
+
+
+def initial_student(recipe: Recipe) -> str:
+    """Return the stage whose model is trained by distillation."""
+    return recipe.initial_student
+
+
+def prunes(recipe: Recipe) -> bool:
+    """Return whether a round prunes a model."""
+    return recipe.prunes
 
 
 def distillation_teacher(recipe: Recipe) -> str:

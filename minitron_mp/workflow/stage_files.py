@@ -46,7 +46,7 @@ class StageFiles:
     def manifest_of(self, stage: str) -> Manifest:
         """Return the manifest of another stage's artifact; InputError when it is missing."""
         if stage not in self.input_manifests:
-            self.input_manifests[stage] = require_artifact(self.paths[stage], stage)
+            self.input_manifests[stage] = require_artifact(self.paths[stage], self.recipe.command(stage))
         return self.input_manifests[stage]
 
     def arch(self, stage: str) -> Arch:

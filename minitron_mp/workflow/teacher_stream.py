@@ -95,7 +95,7 @@ def handshake(context: StageContext, link: Link, first_step: int) -> StreamStart
     """
     recipe = context.recipe
     teacher = recipe.distillation_teacher
-    model = context.arch(teacher if context.world.role == "teacher" else "prune")
+    model = context.arch(teacher if context.world.role == "teacher" else recipe.initial_student)
     settings = stream_settings(
         recipe,
         link,

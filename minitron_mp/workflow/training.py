@@ -123,7 +123,7 @@ def _metrics_log(
     training = TrackedTraining(
         root=recipe.root,
         section=curve.name,
-        name=f"{recipe.log.name or recipe.root.absolute().name} {curve.name}",
+        name=recipe.command(f"{recipe.log.name or recipe.run.root.absolute().name} {curve.name}"),
         projects={key: getattr(recipe.log, key) for key in recipe.log.trackers},
         identity=context.manifest.at_step(0).fingerprint,  # --accept does not change it
         settings=recipe.model_dump(mode="json"),

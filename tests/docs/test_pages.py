@@ -125,7 +125,9 @@ def test_recipe_keys_exist(page):
 
 def is_recipe_key(key: str) -> bool:
     sections = [Recipe]
-    for name in key.split("."):
+    first, *rest = key.split(".")
+    names = [first, *rest[1:]] if first == "rounds" else [first, *rest]  # without the name of the round
+    for name in names:
         fields = [section.model_fields[name] for section in sections if name in section.model_fields]
         if not fields:
             return False

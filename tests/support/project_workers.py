@@ -23,6 +23,7 @@ from model_workers import joined
 
 from minitron_mp.cli import main
 from minitron_mp.config.recipe import load_recipe
+from minitron_mp.config.rounds import ROUNDS
 from minitron_mp.data import shards
 from minitron_mp.distributed import launcher
 from minitron_mp.distributed.launcher import JobRank
@@ -85,7 +86,9 @@ def _stopping(write: Any, stop_at: int) -> Any:
     def note(log: Any, metrics: Any) -> None:
         write(log, metrics)
         if metrics.step == stop_at:
-            log.path.with_name("stop").touch()
+            folder = log.path.parent
+            output = folder.parents[1] if folder.parent.name == ROUNDS else folder
+            (output / "stop").touch()
 
     return note
 

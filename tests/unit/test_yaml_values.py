@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from minitron_mp.config.base import Section
-from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, recipe_yaml, section_type
+from minitron_mp.config.mistakes import section_type
+from minitron_mp.config.recipe import Recipe, load_recipe, make_recipe, recipe_yaml
 from minitron_mp.errors import InputError
 
 NEEDED = {"model": "m", "output": "o"}

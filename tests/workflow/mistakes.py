@@ -93,6 +93,35 @@ MISTAKES: dict[str, list[Mistake]] = {
         overrides("An experiment tracker whose package is not installed", "log.mlflow=minitron"),
         overrides("An empty output", "output=''"),
     ],
+    "Rounds": [
+        Mistake("A round that the recipe does not have", ("--round", "wide"), command="distill"),
+        Mistake(
+            "A stage that a round does not have, because it does not prune",
+            ("--round", "more", "rounds.more.distill.steps=50"),
+            command="prune",
+        ),
+        overrides("A round with a typing error in a section", "rounds.more.distil.steps=50"),
+        overrides("A round with a typing error in a key", "rounds.more.distill.stepz=50"),
+        overrides("A round with the name of the first one", "rounds.first.distill.steps=50"),
+        overrides("A round whose name is no folder name", "rounds={a/b: {}}"),
+        overrides("A round with another teacher", "rounds.more.teacher.model=model"),
+        overrides(
+            "A round with two kinds of sizes",
+            "rounds.more={target: {keep: 0.5}, search: {parameters: 60000}}",
+        ),
+        overrides("A round that enlarges the student", "rounds.more.target.hidden_size=64"),
+        overrides(
+            "A round with longer samples than the model has positions", "rounds.more.data.sequence_length=256"
+        ),
+        overrides(
+            "Hidden states in a second round", "distill.states.layers={0: 0}", "rounds.more.distill.steps=50"
+        ),
+        overrides(
+            "Rounds with a teacher that is trained during distillation",
+            "correct={steps: 10, warmup_steps: 2, when: during, global_batch_size: 4, micro_batch_size: 2}",
+            "rounds.more.distill.steps=50",
+        ),
+    ],
     "Model folder": [
         overrides("The folder does not exist", "model=nowhere"),
         overrides("A name on the hub instead of a folder", "model=meta-llama/Llama-3.1-8B"),

@@ -154,13 +154,8 @@ def _find_model(project: StageGraph, name: str) -> StoredModel:
     in_distillation = name == "teacher" and recipe.corrects_during_distillation
     stages = {
         "teacher": "distill" if in_distillation else recipe.distillation_teacher,
-        "pruned": "prune",
-        "distilled": "distill",
+        **recipe.evaluated_models,
     }
-    if recipe.correct:
-        stages["uncorrected"] = "import"
-    if recipe.distillation_teacher != recipe.pruning_base:
-        stages["unpruned"] = recipe.pruning_base
     if name not in stages:
         raise InputError(f"--model {name}: this recipe has no such model; give one of {', '.join(stages)}")
     require_artifact(project.paths["import"], "import", project.manifest("import"))  # the tokenizer

@@ -84,6 +84,7 @@ CACHE = Stage(
     help="Write the teacher's signals for all microbatches of distill to disk.",
     artifact="teacher_signals",
     inputs=(distillation_teacher, "data"),
+    shared="if equal",
     settings=settings,
     when=lambda recipe: recipe.teacher.placement == "cached",
     requirement="teacher.placement: cached",

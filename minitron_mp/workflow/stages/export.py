@@ -37,6 +37,7 @@ EXPORT = Stage(
     settings=lambda recipe: {**recipe.export.model_dump(), "precision": recipe.precision},
     run=export_student,
     any_ranks=True,
+    in_last_round=True,
     reads_saved_steps=True,
     disk_bytes=lambda sizes: sizes.exported_student,
 )

@@ -33,6 +33,7 @@ HELD_OUT = Stage(
     help="Tokenize further held-out texts.",
     artifact="held_out",
     inputs=("import",),
+    shared="if equal",
     settings=text_settings,
     sources=lambda recipe: text_files(recipe, held_out=True),
     when=lambda recipe: bool(recipe.data.held_out),

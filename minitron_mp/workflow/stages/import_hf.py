@@ -32,6 +32,7 @@ IMPORT = Stage(
     name="import",
     help="Convert a Hugging Face folder to a sharded checkpoint.",
     artifact=IMPORTED_MODELS["import"],
+    shared="always",
     sources=lambda recipe: model_files(recipe.model),
     run=run,
     any_ranks=True,

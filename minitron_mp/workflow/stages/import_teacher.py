@@ -28,6 +28,7 @@ IMPORT_TEACHER = Stage(
     name="import-teacher",
     help="Convert a separate teacher of distillation to a sharded checkpoint.",
     artifact=IMPORTED_MODELS["import-teacher"],
+    shared="always",
     sources=lambda recipe: model_files(str(_folder(recipe))),
     when=lambda recipe: recipe.teacher.model is not None,
     requirement="teacher.model",

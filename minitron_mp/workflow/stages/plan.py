@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import base_arch, num_dropped_layers
-from minitron_mp.workflow.stage import Stage
+from minitron_mp.workflow.stage import Stage, prunes
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.stage_files import StageFiles
@@ -79,5 +79,6 @@ PLAN = Stage(
     inputs=("score",),
     optional_inputs=("depth", "search"),
     settings=settings,
+    when=prunes,
     run_on_one_rank=plan_student,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minitron_mp.workflow.stage import Stage, pruning_base
+from minitron_mp.workflow.stage import Stage, prunes, pruning_base
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
@@ -41,6 +41,7 @@ PRUNE = Stage(
     help="Slice the teacher by the plan into the student.",
     artifact="student",
     inputs=(pruning_base, "plan"),
+    when=prunes,
     run=prune_teacher,
     disk_bytes=lambda sizes: sizes.pruned_student,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from minitron_mp.workflow.settings import blend_settings, run_settings
-from minitron_mp.workflow.stage import Stage, pruning_base
+from minitron_mp.workflow.stage import Stage, prunes, pruning_base
 
 if TYPE_CHECKING:
     from minitron_mp.distributed.batch import Batch
@@ -43,5 +43,6 @@ SCORE = Stage(
         **run_settings(recipe),
         **blend_settings(recipe, "calibration"),
     },
+    when=prunes,
     run=score_teacher,
 )

@@ -83,7 +83,7 @@ def tokenize_share(files: StageFiles, share: Share, *, held_out: bool) -> None:
     store = _store(files, text)
     shards = divide(text.files)
     own = share.of(shards)
-    hashes = FileHashes(files.recipe.root)
+    hashes = FileHashes(files.recipe.run.root)
     missing = [shard for shard in own if not store.is_done(shard, hashes)]
     stage = files.manifest.stage
     done = len(own) - len(missing)
@@ -96,7 +96,8 @@ def _open_text(files: StageFiles, held_out: bool) -> CorpusText:
     from minitron_mp.data.corpus import open_text_of
 
     recipe = files.recipe
-    return open_text_of(recipe.data, files.tokenizer(), recipe.seed, held_out=held_out, output=recipe.root)
+    output = recipe.run.root
+    return open_text_of(recipe.data, files.tokenizer(), recipe.seed, held_out=held_out, output=output)
 
 
 def _store(files: StageFiles, text: CorpusText) -> ShardStore:
@@ -122,7 +123,7 @@ def _write(files: StageFiles, text: CorpusText, store: ShardStore, folder: Path)
     shards = divide(text.files)
     if len(shards) < 2 and not store.folder.exists():
         return write_parts(text.files, text.job, folder, _Progress(files, 1))
-    hashes = FileHashes(files.recipe.root)
+    hashes = FileHashes(files.recipe.run.root)
     missing = [shard for shard in shards if not store.is_done(shard, hashes)]
     stage = files.manifest.stage
     say(f"{stage}: {len(shards) - len(missing)} of {len(shards)} shards are done")
@@ -145,7 +146,7 @@ def _check_unchanged(files: StageFiles, text: CorpusText, store: ShardStore, hel
             f"`minitron-mp {files.manifest.stage}` again when the text is complete. Shards whose files are "
             "the same are kept"
         )
-    hashes = FileHashes(files.recipe.root)
+    hashes = FileHashes(files.recipe.run.root)
     shards = divide(text.files) if store.folder.exists() else []
     replaced = [shard.name for shard in shards if not store.is_done(shard, hashes)]
     if replaced:
@@ -201,7 +202,9 @@ def problems(files: StageFiles) -> list[str]:
         calibration.append(recipe.depth.num_samples)
     if recipe.search:
         calibration.append(recipe.search.num_samples)
-    num_samples = {"calibration": max(calibration), "train": 0, "valid": recipe.evaluate.num_samples}
+    num_samples = {"train": 0, "valid": recipe.evaluate.num_samples}
+    if recipe.prunes:
+        num_samples = {"calibration": max(calibration), **num_samples}
     return short_texts(files, num_samples) or _blend_problems(files) or _short_validations(files)
 
 
@@ -252,6 +255,7 @@ TOKENIZE = Stage(
     help="Tokenize the text into calibration, training and held-out parts.",
     artifact="data",
     inputs=("import",),
+    shared="if equal",
     settings=lambda recipe: {
         "valid_fraction": recipe.data.valid_fraction,
         **({} if recipe.data.valid_tokens is None else {"valid_tokens": recipe.data.valid_tokens}),

@@ -45,7 +45,7 @@ DEPTH = Stage(
     inputs=(pruning_base, "data"),
     settings=settings,
     sources=lambda recipe: task_files({"task": recipe.depth.task} if recipe.depth.task else {}),
-    when=lambda recipe: recipe.depth.method != "cosine" and drops_layers(recipe),
+    when=lambda recipe: recipe.prunes and recipe.depth.method != "cosine" and drops_layers(recipe),
     requirement="depth.method: drop, block or greedy, and a target of fewer layers",
     run=run,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from minitron_mp.artifacts.curves import CORRECTION, DISTILLATION, Curve
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import blend_settings, fp8_teacher, loss_settings, run_settings, text_parts
-from minitron_mp.workflow.stage import Stage, distillation_teacher
+from minitron_mp.workflow.stage import Stage, distillation_teacher, initial_student
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
@@ -52,7 +52,7 @@ DISTILL = Stage(
     name="distill",
     help="Train the student on the teacher's distribution.",
     artifact="student_distilled",
-    inputs=(distillation_teacher, "data", "prune"),
+    inputs=(distillation_teacher, "data", initial_student),
     unrecorded_inputs=("cache",),
     settings=settings,
     run=run,

@@ -36,7 +36,7 @@ def distill_student(context: StageContext, curves: Sequence[Curve]) -> None:
         log_fp8_teacher_kl(context, teacher.model)
         return teacher
 
-    run_training(context, "prune", context.recipe.distill, curves, make_teacher)
+    run_training(context, context.recipe.initial_student, context.recipe.distill, curves, make_teacher)
 
 
 def _trainable_teacher(context: StageContext, on_step: OnStep) -> TrainableTeacher:

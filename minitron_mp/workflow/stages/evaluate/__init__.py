@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
 from minitron_mp.workflow.settings import blend_settings, loss_settings, run_settings, task_files
-from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
+from minitron_mp.workflow.stage import Stage, distillation_teacher, initial_student, pruning_base
 
 if TYPE_CHECKING:
     from minitron_mp.workflow.context import StageContext
@@ -40,7 +40,9 @@ EVALUATE = Stage(
     name="evaluate",
     help="Measure held-out loss, perplexity and KL of the teacher, the pruned and the distilled student.",
     artifact="evaluation.json",
-    inputs=(pruning_base, distillation_teacher, "data", "prune", "distill"),
+    inputs=(pruning_base, distillation_teacher, "data", initial_student, "distill"),
+    reads_earlier_students=True,
+    in_last_round=True,
     optional_inputs=("texts",),
     settings=settings,
     sources=lambda recipe: task_files({f"task {name}": path for name, path in recipe.evaluate.tasks.items()}),

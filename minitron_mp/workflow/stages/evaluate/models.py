@@ -36,7 +36,7 @@ def evaluate_models(context: StageContext) -> None:
     """
     settings, start = context.recipe.evaluate, time.monotonic()
     teacher = context.teacher(corrected=True)
-    models = {name: context.build(stage) for name, stage in _evaluated_stages(context).items()}
+    models = {name: context.build(stage) for name, stage in context.recipe.evaluated_models.items()}
     all_models = {"teacher": teacher.model, **models}
     quality = _quality(context, "valid", "evaluate", models, teacher)
     tasks = {
@@ -56,16 +56,6 @@ def evaluate_models(context: StageContext) -> None:
         "speed": speed.model_dump(),
     }
     on_rank_0(lambda: write_text(context.output, json.dumps(content, indent=1)))
-
-
-def _evaluated_stages(context: StageContext) -> dict[str, str]:
-    """Return the name of each evaluated model, except the teacher -> the stage that wrote it."""
-    recipe, stages = context.recipe, {}
-    if recipe.correct:
-        stages["uncorrected"] = "import"
-    if recipe.distillation_teacher != recipe.pruning_base:
-        stages["unpruned"] = recipe.pruning_base
-    return {**stages, "pruned": "prune", "distilled": "distill"}
 
 
 def _quality(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mp.config.recipe import Recipe
-from minitron_mp.workflow.settings import base_arch, blend_settings, fp8_teacher, loss_settings, run_settings
+from minitron_mp.workflow.settings import (
+    SEARCH_RESULT,
+    base_arch,
+    blend_settings,
+    fp8_teacher,
+    loss_settings,
+    run_settings,
+)
 from minitron_mp.workflow.stage import Stage, distillation_teacher, pruning_base
 
 if TYPE_CHECKING:
@@ -53,7 +60,7 @@ def settings(recipe: Recipe) -> dict[str, object]:
 SEARCH = Stage(
     name="search",
     help="Rank candidate sizes inside a budget by held-out loss, and distill the best ones for a short time.",
-    artifact="search.json",
+    artifact=SEARCH_RESULT,
     inputs=(pruning_base, distillation_teacher, "data", "score"),
     optional_inputs=("depth",),
     settings=settings,
