@@ -30,15 +30,16 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 )
 def trained(request, ranks, results, tmp_path_factory):
     layout, output = BY_NAME[request.param], tmp_path_factory.mktemp("precision")
+    changes = {name: change for name, change in CHANGES.items() if layout.ranks < 4 or name != "moments"}
     student_arch, student = results.student("qwen3", "all")
-    case = {"arch": student_arch, "student": student, "output": output, "changes": CHANGES}
+    case = {"arch": student_arch, "student": student, "output": output, "changes": changes}
     by_rank = ranks(layout.ranks, "optimizer_precision_workers.train_in", layout=layout, **case)
     return by_rank, output
 
 
 def test_resumed_run_is_bitwise_identical(trained):
     by_rank, _ = trained
-    for name in CHANGES:
+    for name in by_rank[0]:
         whole, resumed, *_ = by_rank[0][name]
         assert len(whole) == STEPS
         assert whole[RESUME_AT:] == resumed, name
@@ -49,7 +50,7 @@ def test_losses_are_close_to_those_of_float32(trained):
     """A bf16 value has a relative error of 0.4 %; the losses fall from 6 to 5 nats. 2e-3 seen."""
     by_rank, _ = trained
     want = by_rank[0]["float32"][0]
-    for name in CHANGES:
+    for name in by_rank[0]:
         found = by_rank[0][name][0]
         assert found[0][0] == want[0][0], "the forward pass of the first step is the same"
         for (loss, norm), (other_loss, other_norm) in zip(found, want):
@@ -60,14 +61,16 @@ def test_losses_are_close_to_those_of_float32(trained):
 
 def test_gradient_buffers_have_the_chosen_precision(trained):
     by_rank, _ = trained
-    for name, change in CHANGES.items():
+    for name in by_rank[0]:
+        change = CHANGES[name]
         dtype = torch.bfloat16 if "gradient_precision" in change else torch.float32
         assert all(rank[name][3] == {dtype} for rank in by_rank)
 
 
 def test_checkpoints_hold_the_moments_exactly_in_float32(trained, ranks):
-    _, output = trained
-    for name, change in CHANGES.items():
+    by_rank, output = trained
+    for name in by_rank[0]:
+        change = CHANGES[name]
         folder = output / name / "whole" / f"step_{RESUME_AT:08d}"
         saved = ranks(1, "model_workers.read_tensors", folder=folder, prefix="optimizer.")[0]
         moments = {key: value for key, value in saved.items() if ".exp_avg" in key}
