@@ -21,7 +21,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "one",
+        "tp2-pp2-sp",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "cp2-dp2", "pp2-vpp2")),
+    ],
+)
 def case(request, results, ranks):
     """(parameter, place, results by rank) of one layout."""
     layout = BY_NAME[request.param]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import pytest
 from tiny import REMOTE, STEPS, drop, make_recipe_file, read_metrics
 
 
+@pytest.mark.slow
 def test_blended_run_with_remote_teacher_resumes_bitwise(whole, inputs, tmp_path, on_rank, in_job, ranks):
     """Three texts: two of Megatron data, and a file. Beside its teacher the run has the same curve.
 
