@@ -10,7 +10,11 @@ class InputError(ValueError):
     """Error of the user's input. Its text states what was given, what is allowed and what to do."""
 
 
-class OtherRankError(InputError):
+class TransientError(InputError):
+    """Raised for a failure that a restart may not repeat: of a process, a rank or the file system."""
+
+
+class OtherRankError(TransientError):
     """Raised on a rank because another rank has failed. Its text has the error of that rank."""
 
 

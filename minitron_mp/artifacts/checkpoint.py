@@ -7,11 +7,8 @@ separate keys (models/parameters.py).
 from __future__ import annotations
 
 import inspect
-import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing import ProcessError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,9 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
+from minitron_mp.artifacts.checkpoint_errors import discard, read_errors, write_errors
 from minitron_mp.artifacts.files import aside_path
 from minitron_mp.artifacts.manifest import Manifest, commit_artifact, prepare_artifact
 from minitron_mp.artifacts.writer_processes import forked_writers
@@ -38,17 +36,6 @@ from minitron_mp.models.parameters import EMBEDDING, HEAD
 
 FREE_SPACE_MARGIN = 1.1
 """Free space that a save needs, relative to the bytes of its tensors."""
-
-DAMAGE_ERRORS = (
-    dist_checkpointing.core.CheckpointingException,
-    KeyError,
-    ValueError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    pickle.UnpicklingError,
-)
-"""Errors of torch and Megatron for a missing, truncated or unknown file in a checkpoint."""
 
 # Since 0.17 Megatron prefers nvidia-resiliency-ext, which only GPU containers have. All versions
 # include the writers "mcore".
@@ -148,39 +135,13 @@ def load_checkpoint(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     InputError if the checkpoint is damaged or belongs to a different model.
     """
-    with _read_errors(folder):
+    with read_errors(folder):
         return dist_checkpointing.load(state, str(folder))
-
-
-@contextmanager
-def _read_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except dist.DistError:
-        raise
-    except (CheckpointException, *DAMAGE_ERRORS) as error:
-        raise InputError(
-            f"{folder} is damaged or not a checkpoint of this model: {_cause(error)}; "
-            "delete it and run its stage again"
-        ) from error
-
-
-def _cause(error: BaseException) -> str:
-    """Return the cause of an error on one line.
-
-    torch's CheckpointException is a BaseException. It holds the failures by rank, but only on the
-    first rank.
-    """
-    while isinstance(error, CheckpointException):
-        if not error.failures:
-            return "see the error of rank 0"
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__} {error}".strip()
 
 
 def checkpoint_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Return checkpoint key -> dtype of every tensor. It reads the metadata only, on any rank."""
-    with _read_errors(folder):
+    with read_errors(folder):
         metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {
         key: entry.properties.dtype
@@ -205,7 +166,7 @@ def save_checkpoint(
             extra(aside_path(folder))
         commit_artifact(folder, manifest)
 
-    with _write_errors(folder):
+    with write_errors(folder):
         with forked_writers():
             dist_checkpointing.save(state, str(aside_path(folder)), _save_strategy())
         on_rank_0(finish)
@@ -233,7 +194,7 @@ class AsyncCheckpointWriter:
         self.finish()  # the queue may hold the calls of one checkpoint only
         _prepare(state, folder)
         self.folder = folder
-        with _write_errors(folder), forked_writers():
+        with write_errors(folder), forked_writers():
             request = dist_checkpointing.save(
                 state, str(aside_path(folder)), _save_strategy(), async_sharded_save=True, **WRITER_OPTIONS
             )
@@ -261,7 +222,7 @@ class AsyncCheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the checkpoint is complete. InputError on every rank if writing failed."""
-        with _write_errors(self.folder):
+        with write_errors(self.folder):
             self.queue.maybe_finalize_async_calls(blocking=True)
 
     def abandon(self) -> None:
@@ -271,7 +232,7 @@ class AsyncCheckpointWriter:
         for call in self.queue.async_calls:
             call.async_caller.close(abort=True)
         self.queue.async_calls.clear()
-        _discard(self.folder)
+        discard(self.folder)
 
 
 def _save_strategy() -> FullyParallelSaveStrategyWrapper:
@@ -285,43 +246,6 @@ def _prepare(state: dict[str, Any], folder: Path) -> None:
     on_rank_0(lambda: shutil.rmtree(aside_path(folder), ignore_errors=True))
     check_room(sum(_written_bytes(entry) for entry in nested_values(state)), folder)
     on_rank_0(lambda: prepare_artifact(folder))
-
-
-@contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
-    """Convert the errors of a save to InputError, and delete the incomplete files.
-
-    It does not communicate, because an error may be on one rank only, while the other ranks wait in
-    a collective of Megatron.
-    """
-    try:
-        yield
-    except (EOFError, ConnectionError, ProcessError) as error:
-        _discard(folder)
-        raise InputError(
-            f"{folder} could not be written: the helper process of the checkpoint writers has ended "
-            f"({_cause(error)}). It may have been killed, for example for lack of memory; run the same "
-            "command again"
-        ) from error
-    except (OSError, RuntimeError, CheckpointException) as error:
-        # The cause may be a quota or a lost mount. The old artifact is unchanged.
-        _discard(folder)
-        if isinstance(error, dist.DistError) or "closed by peer" in str(error):
-            raise InputError(
-                f"another rank has ended while {folder} was written ({_cause(error)}); see its error"
-            ) from error
-        raise InputError(
-            f"{folder} could not be written: {_cause(error)}; check the disk, or set another output"
-        ) from error
-    except BaseException:  # of `extra`, or an interrupt
-        _discard(folder)
-        raise
-
-
-def _discard(folder: Path) -> None:
-    """Delete the temporary folder of an artifact, on rank 0."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside_path(folder), ignore_errors=True)
 
 
 def check_room(num_bytes: float, folder: Path) -> None:

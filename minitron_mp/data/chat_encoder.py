@@ -158,6 +158,11 @@ def load_chat_encoder(tokenizer: Tokenizer, template_file: str | None = None) ->
                 "data.chat_template to a copy of it with {% generation %} and {% endgeneration %} around "
                 "this text (docs/text.md)"
             )
+        if "strftime_now" in text:
+            raise InputError(
+                f"{source} writes the current date (strftime_now) into each chat, so the text would "
+                "differ from day to day; set data.chat_template to a copy of it with a fixed date"
+            )
     encoder = ChatEncoder(tokenizer.encode, tokenizer.eod, templates, dict(loaded.special_tokens_map))
     for text in templates.values():
         _check_syntax(encoder, text, source)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from minitron_mp.console import launched, speaks
-from minitron_mp.errors import InputError, OtherRankError
+from minitron_mp.errors import InputError, TransientError
 
 STOP_FILE = "stop"
 """Name of a file in the output folder that requests a stop. The job deletes it when it stops."""
@@ -76,13 +76,16 @@ def begin_start() -> None:
 def record_refusal(error: BaseException) -> None:
     """Record that a restart of the job does not help, if the error is one of the user's input.
 
-    It does nothing for the error of another rank, which that rank records, and for a failure of the
-    file system. In a job without launch/slurm.sbatch it does nothing.
+    It does nothing for a TransientError, and for an error that a failure of the file system has
+    caused. In a job without launch/slurm.sbatch it does nothing.
     """
     job_file = os.environ.get("MINITRON_JOB_FILE")
     is_usage = isinstance(error, SystemExit) and error.code == 2
-    is_input = isinstance(error, InputError) and not isinstance(error, OtherRankError)
-    if job_file and (is_usage or (is_input and not isinstance(error.__cause__, OSError))):
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    is_transient = any(isinstance(each, (TransientError, OSError)) for each in causes)
+    if job_file and (is_usage or (isinstance(error, InputError) and not is_transient)):
         with suppress(OSError):
             _refusal_file(job_file).touch()
 

@@ -9,9 +9,11 @@ own prefix.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,9 @@ from minitron_mp.distributed.launcher import JobRank, fresh_prefix, local_device
 from minitron_mp.distributed.role_channel import RoleChannel
 from minitron_mp.distributed.world import World, build_groups, init_default_group, leave_groups
 from minitron_mp.errors import InputError, OtherRankError
+
+REPORT_S = 30.0
+"""Longest wait for the store of a job that fails."""
 
 REASON_WAIT_S = 3.0
 """How long a rank whose collective broke waits for another rank to report the reason."""
@@ -64,9 +69,10 @@ def join_roles(
             raise
         # A RuntimeError may come from a collective that broke because another rank failed. That
         # rank may not have reported its reason yet.
-        channel.failure(REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0)
+        text = f"{role} rank {role_rank}: {error}"
+        _within(REPORT_S, partial(channel.failure, REASON_WAIT_S if isinstance(error, RuntimeError) else 0.0))
         channel.abort()
-        reason = channel.report_failure(f"{role} rank {role_rank}: {error}")
+        reason = _within(REPORT_S, partial(channel.report_failure, text)) or text
         if str(error) in reason:
             raise
         raise (OtherRankError if isinstance(error, InputError) else RuntimeError)(reason) from error
@@ -74,6 +80,18 @@ def join_roles(
         leave_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _within(seconds: float, action: Callable[[], str | None]) -> str | None:
+    """Return the result of an action; None if it does not end in time.
+
+    A store whose process is suspended never answers.
+    """
+    results: list[str | None] = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 def _spans(layouts: Mapping[str, tuple[int, ParallelConfig]], job_size: int) -> dict[str, range]:

@@ -27,7 +27,7 @@ from minitron_mp.artifacts.run_folder import (
 from minitron_mp.config.training import TrainingConfig
 from minitron_mp.distributed.sync import on_rank_0
 from minitron_mp.distributed.world import World
-from minitron_mp.errors import InputError, refuse
+from minitron_mp.errors import InputError, TransientError, refuse
 from minitron_mp.training.options import RunOptions, Stateful
 
 
@@ -129,6 +129,8 @@ class RunCheckpoints:
             state["extra_state"] = self.extra_state.state_dict(empty=True)
         try:
             state = load_checkpoint(state, path)
+        except TransientError:
+            raise
         except InputError as error:
             raise InputError(
                 f"{path} cannot be read ({error}); delete it, and the run resumes from the previous "

@@ -116,8 +116,14 @@ class StageContext(StageFiles):
         most = min(4 * world.parallel.pp, num_units)
         size = unit * max(n for n in range(1, most + 1) if not exact or num_units % n == 0)
         stage = "texts" if part in recipe.data.held_out else "data"
+        step = self.manifest.settings.get("step")  # of evaluate --step, which runs beside the training
         text = Corpus(
-            self.paths[stage], self.tokenizer(), recipe.data.sequence_length, recipe.seed, data=recipe.data
+            self.paths[stage],
+            self.tokenizer(),
+            recipe.data.sequence_length,
+            recipe.seed,
+            index_owner=f"step_{step}" if step is not None else "",
+            data=recipe.data,
         )
         samples = open_samples(text, part, num_samples, repeat=False)
 

@@ -7,7 +7,8 @@ import time
 
 from minitron_mp.artifacts.files import write_text
 from minitron_mp.artifacts.manifest import find_manifest
-from minitron_mp.artifacts.run_folder import discard_checkpoints
+from minitron_mp.artifacts.run_folder import RETRAINING, discard_checkpoints
+from minitron_mp.console import say
 from minitron_mp.data.file_hashes import SHARDS
 from minitron_mp.errors import InputError
 from minitron_mp.workflow.graph import StageGraph
@@ -35,12 +36,19 @@ def discard_leftovers(graph: StageGraph) -> None:
     for name in graph.own_stages:
         if graph.stages[name].run_share is not None:
             shutil.rmtree(graph.recipe.root / SHARDS / graph.paths[name].name, ignore_errors=True)
-        if graph.stages[name].has_checkpoints:
+        if not graph.stages[name].has_checkpoints:
+            continue
+        folder = checkpoint_folder(graph.recipe, name)
+        if (folder / RETRAINING).exists():
+            say(
+                f"{name}: the checkpoints of an unfinished `{name} --force` stay in {folder}; run that "
+                "command again, or delete the folder"
+            )
+        else:
             settings = graph.recipe.correct if name == "correct" else graph.recipe.distill
             keep_every = settings.keep_every if settings else 0
             written = find_manifest(graph.paths[name])
             final = written.validation if written else None
-            folder = checkpoint_folder(graph.recipe, name)
             discard_checkpoints(folder, written or graph.manifest(name), keep_every, final)
 
 

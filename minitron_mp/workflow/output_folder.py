@@ -137,6 +137,8 @@ def _inputs(recipe: Recipe) -> dict[str, Iterator[Path]]:
         inputs["teacher.model"] = _folder_inputs(recipe.teacher.model)
     if data.tokenizer:
         inputs["data.tokenizer"] = _folder_inputs(data.tokenizer)
+    if data.chat_template:
+        inputs["data.chat_template"] = iter([Path(data.chat_template)])
     texts = {"data.source": [data.source] if isinstance(data.source, str) else data.source}
     texts |= {f"data.{part}": getattr(data, part) for part in ("calibration", "train", "valid")}
     texts |= {f"data.held_out.{name}": entries for name, entries in data.held_out.items()}

@@ -231,6 +231,11 @@ def test_malformed_chats_are_located(tmp_path, tokenizer, record, message):
             r"to a copy of it with \{% generation %\} and \{% endgeneration %\} around this text",
         ),
         (TEMPLATE, "{{ messages }}", r"data\.chat_template .*/template\.jinja does not mark the text of"),
+        (
+            None,
+            TEMPLATE + "{{ strftime_now('%d %B %Y') }}",
+            r"writes the current date \(strftime_now\) into each chat, .*; set data\.chat_template to a copy",
+        ),
         (None, "{% generation %}", r"template\.jinja is no valid Jinja template: line 1: .*; correct it"),
         (None, b"\xff", r"template\.jinja is not UTF-8 text .*; convert it"),
     ],

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from minitron_mp.distributed import sync
 from minitron_mp.distributed.job import begin_start, record_refusal
-from minitron_mp.errors import InputError, OtherRankError
+from minitron_mp.errors import InputError, OtherRankError, TransientError
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def of_a_full_disk() -> InputError:
         (SystemExit(1), False),
         (OtherRankError("another rank failed"), False),
         (of_a_full_disk(), False),
+        (TransientError("a checkpoint could not be written"), False),
         (OSError(5, "Input/output error"), False),
         (RuntimeError("a lost connection"), False),
     ],
