@@ -231,6 +231,28 @@ def test_run_sh_keeps_the_newest_logs_of_the_ranks(torchrun_line, tmp_path):
     assert "--log-dir" not in torchrun_line(MINITRON_KEEP_LOGS="0")
 
 
+@pytest.mark.parametrize("lacks", ["python", "GPU"])
+@pytest.mark.parametrize("doctor", [True, False], ids=["doctor", "start"])
+def test_run_sh_on_a_bad_node_does_not_refuse_the_recipe(tmp_path, lacks, doctor):
+    """Another node may have the python or the GPU."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    checks = "exit 1" if lacks == "python" else 'case "$*" in *device_count*) echo 0 ;; esac'
+    python.write_text(f"#!/bin/sh\n{checks}\n")
+    python.chmod(0o755)
+    variables = JOB | {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "VENV": str(tmp_path),
+        "MINITRON_JOB_FILE": str(tmp_path / "job"),
+    }
+    words = ["bash", ROOT / "launch" / "run.sh", *(["--doctor"] if doctor else []), "compress", "r.yaml"]
+    done = subprocess.run(words, capture_output=True, text=True, env=variables)
+    table = tmp_path / "job.doctor-n1"
+    assert done.returncode == 1, done.stderr
+    assert f"no {lacks}" in (table.read_text() if doctor else done.stderr)
+    assert [path.name for path in tmp_path.glob("job*")] == ([table.name] if doctor else [])
+
+
 def bash_of_slurm_sbatch(begin: str, end: str) -> str:
     text = (ROOT / "launch" / "slurm.sbatch").read_text()
     start = text.index(begin)
