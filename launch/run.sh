@@ -114,6 +114,18 @@ if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then
     printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE.output"
 fi
 
+# Keep the logs of the newest starts. The time of a start's folder does not change while its job runs, so a
+# folder in which anything has changed within a day also stays.
+prune_logs() {
+    local folder changed
+    find "$log_root" -mindepth 1 -maxdepth 1 -type d -regextype posix-extended \
+        -regex '.*/(job|run)-[0-9]+-[0-9]+' -printf '%T@ %p\0' |
+        sort -z -rn | tail -z -n "+$((${MINITRON_KEEP_LOGS:-10} + 1))" | cut -z -d' ' -f2- |
+        while IFS= read -r -d '' folder; do
+            changed=$(find "$folder" -mmin -1440 -print -quit) || continue
+            [[ -n $changed ]] || rm -rf "$folder"
+        done
+}
 
 # Write the output of each rank to a file, and to this output with the rank before each line. On a terminal
 # rank 0 writes to it directly, because its progress bar needs one.
@@ -132,10 +144,7 @@ if [[ ${MINITRON_KEEP_LOGS:-10} != 0 ]] && mkdir -p "$log_root/$start/$node" 2>/
     [[ -z $tee ]] || streams=(--log-dir "$log_root/$start/$node" --tee "$tee")
     # shellcheck disable=SC2016 # torchrun replaces it
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-'rank ${rank}: '}
-    if [[ ${SLURM_NODEID:-0} == 0 ]]; then # keep the logs of the newest starts
-        find "$log_root" -mindepth 1 -maxdepth 1 -type d \( -name 'job-*' -o -name 'run-*' \) -printf '%T@ %p\0' |
-            sort -z -rn | tail -z -n "+$((${MINITRON_KEEP_LOGS:-10} + 1))" | cut -z -d' ' -f2- | xargs -0 -r rm -rf
-    fi
+    if [[ ${SLURM_NODEID:-0} == 0 ]]; then prune_logs || true; fi # old logs are no reason not to start
 fi
 
 # Each rank runs on the cores and in the memory beside its GPU.

@@ -222,13 +222,30 @@ def test_run_sh_keeps_the_newest_logs_of_the_ranks(torchrun_line, tmp_path):
         folder = logs / f"job-{age}-0"
         folder.mkdir(parents=True)
         os.utime(folder, (1e9 - age, 1e9 - age))
-    (logs / "notes").mkdir()
-    os.utime(logs / "notes", (1e8, 1e8))
+    users = ["notes", "run-my-experiment-1", "job-7", "old-run-1-1"]
+    live = logs / "job-50-0" / "n0" / "attempt_0"  # the folder is old, its file is new
+    for folder in (*(logs / name for name in users), live):
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e8, 1e8))
+    (live / "stdout.log").touch()
+    os.utime(logs / "job-50-0", (1e8, 1e8))
     line = torchrun_line(**JOB | {"SLURM_JOB_ID": "40", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n0"})
     assert f"--log-dir {logs}/job-40-0/n0 --tee 3" in line
-    kept = {"notes", "job-40-0", *(f"job-{age}-0" for age in range(9))}
+    kept = {*users, "job-50-0", "job-40-0", *(f"job-{age}-0" for age in range(9))}
     assert {path.name for path in logs.iterdir()} == kept
     assert "--log-dir" not in torchrun_line(MINITRON_KEEP_LOGS="0")
+
+
+def test_run_sh_starts_if_old_logs_cannot_be_deleted(torchrun_line, tmp_path):
+    old = tmp_path / "out" / "logs" / "job-1-0"
+    old.mkdir(parents=True)
+    os.utime(old, (1e9, 1e9))
+    rm = tmp_path / "bin" / "rm"
+    rm.write_text("#!/bin/sh\nexit 1\n")
+    rm.chmod(0o755)
+    variables = {"SLURM_NODEID": "0", "MINITRON_KEEP_LOGS": "1"}
+    assert "--log-dir" in torchrun_line(**JOB | variables)
+    assert old.exists()
 
 
 @pytest.mark.parametrize("lacks", ["python", "GPU"])
