@@ -304,6 +304,46 @@ def test_restart_counts_like_a_job_without_progress(tmp_path, before, starts, pr
 
 
 @pytest.mark.parametrize(
+    ("before", "has_progress", "submitted", "at_the_end"),
+    [
+        (0, False, "submitted with 1\n", 1),  # a hang
+        (1, False, "submitted with 2\n", 2),
+        (2, False, "", 3),
+        (2, True, "submitted with 0\n", 0),
+    ],
+)
+def test_job_that_hangs_has_a_successor(tmp_path, before, has_progress, submitted, at_the_end):
+    job_file, output = tmp_path / "job", tmp_path / "out"
+    output.mkdir()
+    (tmp_path / "job.output").write_text(f"{output}\n")
+    for path, seconds in {job_file: 0, tmp_path / "job.start-1": 1}.items():
+        path.touch()
+        os.utime(path, (1e9 + seconds, 1e9 + seconds))
+    if has_progress:
+        (output / "manifest.json").touch()
+    functions = "".join(
+        bash_of_slurm_sbatch(begin, end)
+        for begin, end in {
+            "progress() {": "\n}\n",
+            "count_failures() {": "\n}\n",
+            "read_output() {": "}\n",
+            "on_usr1() {": "\n}\n",
+        }.items()
+    )
+    script = f"""set -eu
+job_file={job_file} output= next= cancelled= try=1 max_tries=100 failures={before} max_failures=3
+log() {{ :; }}
+resubmit() {{ next=8; echo "submitted with $failures"; }}
+{functions}on_usr1
+count_failures
+echo "$failures"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{submitted}{at_the_end}\n", "")
+    assert (output / "stop").exists()
+
+
+@pytest.mark.parametrize(
     ("given", "failures", "restarts"), [("", 0, 2), ("5", 0, 2), ("1", 0, 1), ("", 2, 0)]
 )
 def test_restarts_end_at_the_limit_of_failures(given, failures, restarts):
