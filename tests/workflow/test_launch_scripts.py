@@ -343,6 +343,29 @@ echo "$failures"
     assert (output / "stop").exists()
 
 
+def test_node_on_which_doctor_does_not_start_is_bad(tmp_path):
+    """n2 hangs before `doctor` and its time limit begin."""
+    programs = {
+        "srun": 'touch "$FILE.healthy-n1"\nexec sleep 60\n',
+        "scontrol": "echo n1\necho n2\n",
+    }
+    for name, lines in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}")
+        (tmp_path / name).chmod(0o755)
+    function = bash_of_slurm_sbatch("check_nodes() {", "\n}\n")
+    script = f"""set -Eeuo pipefail
+root=. job_file=$FILE cancelled= flags=() container=() SLURM_JOB_NODELIST=n1,n2
+log() {{ :; }}
+field() {{ :; }}
+{function}check_nodes compress r.yaml
+echo "$bad_nodes"
+"""
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    given = os.environ | {"PATH": path, "FILE": str(tmp_path / "job"), "MINITRON_DOCTOR_S": "-119"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=given, timeout=30)
+    assert (done.stdout, done.stderr) == ("n2\n", "")
+
+
 @pytest.mark.parametrize(
     ("given", "failures", "restarts"), [("", 0, 2), ("5", 0, 2), ("1", 0, 1), ("", 2, 0)]
 )
