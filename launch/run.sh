@@ -16,6 +16,10 @@ fail() {
     echo "launch/run.sh: $*" >&2
     exit 2
 }
+bad_node() { # not exit code 2, because another node may have what this one lacks
+    echo "launch/run.sh: $*" >&2
+    exit 1
+}
 
 # A file reports exit code 2 to launch/slurm.sbatch, because Slurm's exit code can come from another node
 # that srun stopped.
@@ -52,6 +56,15 @@ shift 2
 overrides=()
 for word in "$@"; do [[ $word == -* || $word != *=* ]] || overrides+=("$word"); done
 
+# Each node checks itself, so that a failure names a node. launch/slurm.sbatch reads the two files of a node.
+# A node that cannot even start python is not healthy either, and does not end the job's chain.
+healthy=/dev/null
+if [[ -n $doctor && -n ${MINITRON_JOB_FILE:-} ]]; then
+    healthy=$MINITRON_JOB_FILE.healthy-$SLURMD_NODENAME
+    exec >"$MINITRON_JOB_FILE.doctor-$SLURMD_NODENAME" 2>&1
+    unset MINITRON_JOB_FILE
+fi
+
 has_minitron() {
     command -v python >/dev/null || return 1
     python -c 'from importlib.util import find_spec as f; assert f("minitron_mp") and f("torch")' 2>/dev/null
@@ -59,7 +72,7 @@ has_minitron() {
 if ! has_minitron; then
     PATH=${VENV:-$root/.venv}/bin:$PATH
     has_minitron ||
-        fail "no python with minitron_mp on the PATH or in ${VENV:-$root/.venv}; run bash launch/venv.sh"
+        bad_node "no python with minitron_mp on the PATH or in ${VENV:-$root/.venv}; run bash launch/venv.sh"
 fi
 
 if [[ -n $cpu ]]; then # the layout of the recipe need not fit, and no rank needs its environment
@@ -68,19 +81,12 @@ fi
 
 if [[ -z $ranks_per_node ]]; then
     ranks_per_node=${SLURM_GPUS_ON_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-    [[ $ranks_per_node -ge 1 ]] || fail "no GPU found; give the number of CPU ranks: --ranks 2"
+    [[ $ranks_per_node -ge 1 ]] || bad_node "no GPU found; give the number of CPU ranks: --ranks 2"
 fi
 
-# Each node checks itself, so that a failure names a node. launch/slurm.sbatch reads the two files of a node.
 if [[ -n $doctor ]]; then
     # shellcheck source=launch/env.sh
     . "$root/launch/env.sh" --site
-    healthy=/dev/null
-    if [[ -n ${MINITRON_JOB_FILE:-} ]]; then
-        healthy=$MINITRON_JOB_FILE.healthy-$SLURMD_NODENAME
-        exec >"$MINITRON_JOB_FILE.doctor-$SLURMD_NODENAME" 2>&1
-        unset MINITRON_JOB_FILE
-    fi
     timeout --kill-after=10 "${MINITRON_DOCTOR_S:-300}" python -m torch.distributed.run --rdzv-backend c10d \
         --rdzv-endpoint localhost:0 --local-addr 127.0.0.1 --nproc-per-node "$ranks_per_node" \
         -m minitron_mp doctor
@@ -108,6 +114,18 @@ if [[ -n ${MINITRON_JOB_FILE:-} && ${SLURM_NODEID:-0} == 0 ]]; then
     printf '%s\n' "$MINITRON_OUTPUT" >"$MINITRON_JOB_FILE.output"
 fi
 
+# Keep the logs of the newest starts. The time of a start's folder does not change while its job runs, so a
+# folder in which anything has changed within a day also stays.
+prune_logs() {
+    local folder changed
+    find "$log_root" -mindepth 1 -maxdepth 1 -type d -regextype posix-extended \
+        -regex '.*/(job|run)-[0-9]+-[0-9]+' -printf '%T@ %p\0' |
+        sort -z -rn | tail -z -n "+$((${MINITRON_KEEP_LOGS:-10} + 1))" | cut -z -d' ' -f2- |
+        while IFS= read -r -d '' folder; do
+            changed=$(find "$folder" -mmin -1440 -print -quit) || continue
+            [[ -n $changed ]] || rm -rf "$folder"
+        done
+}
 
 # Write the output of each rank to a file, and to this output with the rank before each line. On a terminal
 # rank 0 writes to it directly, because its progress bar needs one.
@@ -126,10 +144,7 @@ if [[ ${MINITRON_KEEP_LOGS:-10} != 0 ]] && mkdir -p "$log_root/$start/$node" 2>/
     [[ -z $tee ]] || streams=(--log-dir "$log_root/$start/$node" --tee "$tee")
     # shellcheck disable=SC2016 # torchrun replaces it
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-'rank ${rank}: '}
-    if [[ ${SLURM_NODEID:-0} == 0 ]]; then # keep the logs of the newest starts
-        find "$log_root" -mindepth 1 -maxdepth 1 -type d \( -name 'job-*' -o -name 'run-*' \) -printf '%T@ %p\0' |
-            sort -z -rn | tail -z -n "+$((${MINITRON_KEEP_LOGS:-10} + 1))" | cut -z -d' ' -f2- | xargs -0 -r rm -rf
-    fi
+    if [[ ${SLURM_NODEID:-0} == 0 ]]; then prune_logs || true; fi # old logs are no reason not to start
 fi
 
 # Each rank runs on the cores and in the memory beside its GPU.

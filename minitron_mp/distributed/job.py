@@ -67,10 +67,10 @@ def begin_start() -> None:
         return
     path = Path(job_file)
     num_restarts = len(list(path.parent.glob(f"{path.name}.start-*")))
-    Path(f"{job_file}.start-{time.time_ns()}").touch()
     allowed = os.environ.get("MINITRON_RESTARTS", "")
     if allowed.isdigit() and num_restarts > int(allowed):
         raise SystemExit(f"error: restart {num_restarts} of at most {allowed} in this job")
+    Path(f"{job_file}.start-{time.time_ns()}").touch()
 
 
 def record_refusal(error: BaseException) -> None:

@@ -222,13 +222,52 @@ def test_run_sh_keeps_the_newest_logs_of_the_ranks(torchrun_line, tmp_path):
         folder = logs / f"job-{age}-0"
         folder.mkdir(parents=True)
         os.utime(folder, (1e9 - age, 1e9 - age))
-    (logs / "notes").mkdir()
-    os.utime(logs / "notes", (1e8, 1e8))
+    users = ["notes", "run-my-experiment-1", "job-7", "old-run-1-1"]
+    live = logs / "job-50-0" / "n0" / "attempt_0"  # the folder is old, its file is new
+    for folder in (*(logs / name for name in users), live):
+        folder.mkdir(parents=True)
+        os.utime(folder, (1e8, 1e8))
+    (live / "stdout.log").touch()
+    os.utime(logs / "job-50-0", (1e8, 1e8))
     line = torchrun_line(**JOB | {"SLURM_JOB_ID": "40", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n0"})
     assert f"--log-dir {logs}/job-40-0/n0 --tee 3" in line
-    kept = {"notes", "job-40-0", *(f"job-{age}-0" for age in range(9))}
+    kept = {*users, "job-50-0", "job-40-0", *(f"job-{age}-0" for age in range(9))}
     assert {path.name for path in logs.iterdir()} == kept
     assert "--log-dir" not in torchrun_line(MINITRON_KEEP_LOGS="0")
+
+
+def test_run_sh_starts_if_old_logs_cannot_be_deleted(torchrun_line, tmp_path):
+    old = tmp_path / "out" / "logs" / "job-1-0"
+    old.mkdir(parents=True)
+    os.utime(old, (1e9, 1e9))
+    rm = tmp_path / "bin" / "rm"
+    rm.write_text("#!/bin/sh\nexit 1\n")
+    rm.chmod(0o755)
+    variables = {"SLURM_NODEID": "0", "MINITRON_KEEP_LOGS": "1"}
+    assert "--log-dir" in torchrun_line(**JOB | variables)
+    assert old.exists()
+
+
+@pytest.mark.parametrize("lacks", ["python", "GPU"])
+@pytest.mark.parametrize("doctor", [True, False], ids=["doctor", "start"])
+def test_run_sh_on_a_bad_node_does_not_refuse_the_recipe(tmp_path, lacks, doctor):
+    """Another node may have the python or the GPU."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    checks = "exit 1" if lacks == "python" else 'case "$*" in *device_count*) echo 0 ;; esac'
+    python.write_text(f"#!/bin/sh\n{checks}\n")
+    python.chmod(0o755)
+    variables = JOB | {
+        "PATH": f"{python.parent}:{os.environ['PATH']}",
+        "VENV": str(tmp_path),
+        "MINITRON_JOB_FILE": str(tmp_path / "job"),
+    }
+    words = ["bash", ROOT / "launch" / "run.sh", *(["--doctor"] if doctor else []), "compress", "r.yaml"]
+    done = subprocess.run(words, capture_output=True, text=True, env=variables)
+    table = tmp_path / "job.doctor-n1"
+    assert done.returncode == 1, done.stderr
+    assert f"no {lacks}" in (table.read_text() if doctor else done.stderr)
+    assert [path.name for path in tmp_path.glob("job*")] == ([table.name] if doctor else [])
 
 
 def bash_of_slurm_sbatch(begin: str, end: str) -> str:
@@ -262,6 +301,69 @@ def test_restart_counts_like_a_job_without_progress(tmp_path, before, starts, pr
     script = f"set -eu; {values}\n{functions}count_failures; echo $failures"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == (str(failures), "")
+
+
+@pytest.mark.parametrize(
+    ("before", "has_progress", "submitted", "at_the_end"),
+    [
+        (0, False, "submitted with 1\n", 1),  # a hang
+        (1, False, "submitted with 2\n", 2),
+        (2, False, "", 3),
+        (2, True, "submitted with 0\n", 0),
+    ],
+)
+def test_job_that_hangs_has_a_successor(tmp_path, before, has_progress, submitted, at_the_end):
+    job_file, output = tmp_path / "job", tmp_path / "out"
+    output.mkdir()
+    (tmp_path / "job.output").write_text(f"{output}\n")
+    for path, seconds in {job_file: 0, tmp_path / "job.start-1": 1}.items():
+        path.touch()
+        os.utime(path, (1e9 + seconds, 1e9 + seconds))
+    if has_progress:
+        (output / "manifest.json").touch()
+    functions = "".join(
+        bash_of_slurm_sbatch(begin, end)
+        for begin, end in {
+            "progress() {": "\n}\n",
+            "count_failures() {": "\n}\n",
+            "read_output() {": "}\n",
+            "on_usr1() {": "\n}\n",
+        }.items()
+    )
+    script = f"""set -eu
+job_file={job_file} output= next= cancelled= try=1 max_tries=100 failures={before} max_failures=3
+log() {{ :; }}
+resubmit() {{ next=8; echo "submitted with $failures"; }}
+{functions}on_usr1
+count_failures
+echo "$failures"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{submitted}{at_the_end}\n", "")
+    assert (output / "stop").exists()
+
+
+def test_node_on_which_doctor_does_not_start_is_bad(tmp_path):
+    """n2 hangs before `doctor` and its time limit begin."""
+    programs = {
+        "srun": 'touch "$FILE.healthy-n1"\nexec sleep 60\n',
+        "scontrol": "echo n1\necho n2\n",
+    }
+    for name, lines in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}")
+        (tmp_path / name).chmod(0o755)
+    function = bash_of_slurm_sbatch("check_nodes() {", "\n}\n")
+    script = f"""set -Eeuo pipefail
+root=. job_file=$FILE cancelled= flags=() container=() SLURM_JOB_NODELIST=n1,n2
+log() {{ :; }}
+field() {{ :; }}
+{function}check_nodes compress r.yaml
+echo "$bad_nodes"
+"""
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    given = os.environ | {"PATH": path, "FILE": str(tmp_path / "job"), "MINITRON_DOCTOR_S": "-119"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=given, timeout=30)
+    assert (done.stdout, done.stderr) == ("n2\n", "")
 
 
 @pytest.mark.parametrize(
