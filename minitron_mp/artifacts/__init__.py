@@ -3,6 +3,7 @@
 manifest          Manifest, find_manifest, require_artifact, writing_artifact
 run_folder        the checkpoints of a training run: newest, best, those that stay
 checkpoint        save_checkpoint, load_checkpoint, load_weights, AsyncCheckpointWriter
+checkpoint_errors errors of reading and writing a checkpoint, as sentences
 writer_processes  the processes that write a checkpoint end with their parent
 saved_model       load_model, save_model, save_state
 hf_folder         import_hf, export_hf: Hugging Face folder to checkpoint and back
