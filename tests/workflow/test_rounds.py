@@ -145,11 +145,11 @@ def test_report_compares_the_rounds(finished):
 
 
 def test_finished_rounds_are_not_repeated(finished, copy, on_rank):
-    before = {path: path.stat().st_mtime_ns for path in copy.output.rglob("*.json")}
+    before = {path: path.stat().st_mtime_ns for path in copy.output.rglob("[!.]*.json")}
     done = on_rank("compress", copy.recipe)
     assert done.code == 0, done
     assert done.out.count(": done, ") == len(re.findall(r"^[a-z-]+: \S+ in ", finished.done.out, re.M)) == 13
-    assert {path: path.stat().st_mtime_ns for path in copy.output.rglob("*.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in copy.output.rglob("[!.]*.json")} == before
 
 
 def test_a_changed_round_repeats_only_what_depends_on_it(finished, copy, on_rank):
