@@ -67,7 +67,8 @@ def measure(world: World, arch: Arch, folder: Path, num_saves: int) -> None:
     options = ModelOptions(precision="bf16", sequence_length=128, training=settings)
     run = TrainableModel(build_model(arch, world, options), settings)
     run.zero_grad()
-    run.update()  # the optimizer allocates its state in the first step
+    run.next_lr()
+    run.apply(run.gradient_norm())  # the optimizer allocates its state in the first step
     manifest = Manifest(stage="benchmark", settings={}, inputs={})
     seconds = []
     for number in range(num_saves + 1):
