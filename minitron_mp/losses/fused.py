@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mp.losses import torch_rows
-from minitron_mp.losses.divergences import DIVERGENCES, DivergenceValue
+from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.objective import (
     Objective,
     TeacherHidden,
@@ -39,37 +39,33 @@ from minitron_mp.losses.objective import (
     TeacherTarget,
     TeacherTopK,
 )
-from minitron_mp.losses.rows import Exponentials, LogitRows, RowStatistics, RowSums, RowValues
+from minitron_mp.losses.rows import LogitRows, RankStatistics, TopK
 from minitron_mp.losses.tensor_parallel import (
     add_weight_gradient,
     for_product,
     gather_rows,
-    gather_statistics,
+    gather_table,
     product,
     reduce_hidden_gradient,
 )
 from minitron_mp.losses.tile_sizes import TILE_SIZES
-from minitron_mp.losses.top_k import TopKRows
 
 
 class RowFunctions(Protocol):
     """The functions that torch_rows.py and kernel_calls.py both provide."""
 
-    def statistics(self, rows: LogitRows, divergence: str) -> tuple[RowStatistics, Exponentials | None]: ...
+    def statistics(self, rows: LogitRows) -> RankStatistics: ...
 
-    def second_sums(
-        self, rows: LogitRows, divergence: str, student_lse: Tensor, teacher_lse: Tensor
-    ) -> Tensor: ...
+    def second_sums(self, rows: LogitRows, tables: Tensor) -> Tensor: ...
 
-    def gradient(
+    def finish(
         self,
         rows: LogitRows,
-        statistics: RowStatistics,
-        exponentials: Exponentials | None,
-        values: RowValues,
-        divergence: str,
-        has_ce: bool,
-        out: Tensor,
+        own: RankStatistics,
+        tables: Tensor,
+        second_sums: Tensor | None,
+        losses: Tensor,
+        gradient: Tensor | None,
     ) -> None: ...
 
 
@@ -176,14 +172,17 @@ class _TiledLoss:
         self.x = gather_rows(hidden, num_tokens, call.group)
         self.weight = weight.detach()
         self.logits_weight = for_product(self.x, self.weight, self.objective.logits_dtype)
-        self.target = _target_rows(call.target, num_tokens, call.group, self.objective.logits_dtype)
-        self.first_column = call.group.rank() * columns
-        self.valid = max(0, min(columns, call.vocab_size - self.first_column))  # 0: only padding
-        self.labels = call.labels.reshape(-1) - self.first_column
+        first_column = call.group.rank() * columns
+        self.target = _target_rows(
+            call.target, num_tokens, call.group, self.objective.logits_dtype, first_column
+        )
+        self.valid = max(0, min(columns, call.vocab_size - first_column))  # 0: only padding
+        self.labels = call.labels.reshape(-1) - first_column
         self.token_weights = call.token_weights.reshape(-1).float()
         self.has_weight = self.token_weights != 0
         self.row_functions = _row_functions(self.x)
         device = self.x.device
+        self.tile_rows = TILE_SIZES[device.type].rows(len(self.x), columns)
         self.out = torch.empty((3, len(self.x)), dtype=torch.float32, device=device)
         self.dx = torch.empty_like(self.x) if call.needs_gradient else None
         self.dw = call.main_grad
@@ -192,20 +191,16 @@ class _TiledLoss:
 
     def run(self) -> None:
         """Compute out, dx and dw block by block."""
-        sizes = TILE_SIZES[self.x.device.type]
-        columns = self.weight.shape[0]
-        block = max(1, sizes.weight_gradient_gemm // columns)
-        for start, stop in _spans(0, len(self.x), block):
+        for start, stop in _spans(0, len(self.x), self.tile_rows.weight_gradient_gemm):
             # This is a separate function, so that the logits of a block are freed before the next.
-            self._block(start, stop, block)
+            self._block(start, stop)
 
-    def _block(self, start: int, stop: int, block: int) -> None:
+    def _block(self, start: int, stop: int) -> None:
         """Compute rows [start, stop): logits part by part, then one gradient product per block."""
-        sizes = TILE_SIZES[self.x.device.type]
         columns, dtype = self.weight.shape[0], self.objective.logits_dtype
-        part, tile = max(1, sizes.logits_gemm // columns), max(1, sizes.softmax // columns)
+        part = self.tile_rows.logits_gemm
         # in_place: the gradient overwrites the logits.
-        in_place = part >= block and self.x.dtype == dtype
+        in_place = part >= stop - start and self.x.dtype == dtype
         dz: Tensor | None = None
         if self.needs_gradient and not in_place:
             dz = torch.empty((stop - start, columns), dtype=self.x.dtype, device=self.x.device)
@@ -214,12 +209,10 @@ class _TiledLoss:
             teacher = _target_part(self.target, first, last, dtype)
             if self.needs_gradient and in_place:
                 dz = student
-            for i, end in _spans(first, last, tile):
+            for i, end in _spans(first, last, self.tile_rows.softmax):
                 tile_rows = slice(i - first, end - first)
                 gradient = None if dz is None else dz[i - start : end - start]
-                self.out[:, i:end] = self._tile(
-                    i, end, student[tile_rows], _take(teacher, tile_rows), gradient
-                )
+                self._tile(i, end, student[tile_rows], _take(teacher, tile_rows), gradient)
             del student, teacher  # free them before the next part is allocated
         if dz is None or self.dx is None:
             return
@@ -230,55 +223,32 @@ class _TiledLoss:
             add_weight_gradient(self.dw, dz, x)
 
     def _tile(
-        self, start: int, stop: int, student: Tensor, teacher: Tensor | TeacherTopK | None, out: Tensor | None
-    ) -> Tensor:
-        """Return [3, n] (loss, divergence, CE) of rows [start, stop); write the gradient to `out`.
+        self,
+        start: int,
+        stop: int,
+        student: Tensor,
+        teacher: Tensor | TopK | None,
+        gradient: Tensor | None,
+    ) -> None:
+        """Write `out` and the gradient of the logits, if it is needed, of rows [start, stop).
 
-        student: logits [n, v/tp]. teacher: logits or top k of the rows. out: [n, v/tp].
+        student: logits [n, v/tp]. teacher: logits or top k of the rows. gradient: [n, v/tp].
         """
-        objective = self.objective
-        t, name = objective.temperature, objective.divergence
-        logits = teacher if isinstance(teacher, Tensor) else None
-        rows = LogitRows(student, logits, self.labels[start:stop], self.valid, t, objective.parameters)
-        statistics, exponentials = self.row_functions.statistics(rows, name)
-        top = None
-        if isinstance(teacher, TeacherTopK):
-            top = TopKRows.of(teacher, rows, self.first_column)
-            statistics = top.add_statistics(rows, statistics)
-        sums = RowSums.of(gather_statistics(statistics, self.group), t)
-        ce = sums.cross_entropy
-        zeros = torch.zeros_like(ce)
-        teacher_lse = zeros if teacher is None else sums.teacher.lse
-        if top is not None:
-            result = top.value(sums)
-        elif logits is not None:
-            result = self._divergence(rows, sums)
-        else:
-            result = DivergenceValue(zeros, zeros)
-        if out is not None:
-            weights = self.token_weights[start:stop]
-            kl_weight, ce_weight = weights * (objective.kl_weight * t), weights * objective.ce_weight
-            student_lse, student_lse_t1 = sums.student.lse, sums.student_lse_t1
-            values = RowValues(
-                student_lse, teacher_lse, student_lse_t1, kl_weight, ce_weight, result.gradient_constant
-            )
-            has_ce = objective.ce_weight > 0
-            if top is not None:
-                top.gradient(rows, values, has_ce, out)
-            else:
-                self.row_functions.gradient(rows, statistics, exponentials, values, name, has_ce, out)
-        divergence = result.divergence
-        total = objective.kl_weight * t**2 * divergence + objective.ce_weight * ce
-        return torch.stack([total, divergence, ce])
-
-    def _divergence(self, rows: LogitRows, sums: RowSums) -> DivergenceValue:
-        name = self.objective.divergence
-        formulas = DIVERGENCES[name]
+        rows = LogitRows(
+            student,
+            teacher if isinstance(teacher, Tensor) else None,
+            self.labels[start:stop],
+            self.token_weights[start:stop],
+            self.valid,
+            self.objective,
+            teacher if isinstance(teacher, TopK) else None,
+        )
+        own = self.row_functions.statistics(rows)
+        tables = gather_table(own.table, self.group)
         second_sums = None
-        if formulas.second_sums is not None:
-            rank_sums = self.row_functions.second_sums(rows, name, sums.student.lse, sums.teacher.lse)
-            second_sums = gather_statistics(rank_sums, self.group).sum(0)
-        return formulas.value(rows, sums, second_sums)
+        if rows.teacher is not None and DIVERGENCES[rows.divergence].second_sums is not None:
+            second_sums = gather_table(self.row_functions.second_sums(rows, tables), self.group)
+        self.row_functions.finish(rows, own, tables, second_sums, self.out[:, start:stop], gradient)
 
 
 def float32_logits(
@@ -287,10 +257,10 @@ def float32_logits(
     """Yield float32 logits [n, v/tp] of consecutive rows, without gradients.
 
     hidden [s', b, h]: s' is num_tokens, or a part of it that is gathered over the group. The
-    function yields num_tokens x b rows in total, in tiles of TILE_SIZES.logits_gemm elements.
+    function yields num_tokens x b rows in total, in tiles of TileRows.logits_gemm rows.
     """
     x = gather_rows(hidden, num_tokens, group)
-    tile = max(1, TILE_SIZES[hidden.device.type].logits_gemm // weight.shape[0])
+    tile = TILE_SIZES[hidden.device.type].rows(len(x), weight.shape[0]).logits_gemm
     weight = for_product(x, weight.detach(), torch.float32)
     for start, stop in _spans(0, len(x), tile):
         yield product(x[start:stop], weight, torch.float32)
@@ -305,36 +275,42 @@ def _row_functions(x: Tensor) -> RowFunctions:
     return kernel_calls
 
 
+RowTarget = TeacherHidden | TeacherLogits | TopK | None
+"""A target whose tensors have rows [n, ...] instead of [s', b, ...]."""
+
+
 def _target_rows(
-    target: TeacherTarget | None, num_tokens: int, group: dist.ProcessGroup, dtype: torch.dtype
-) -> TeacherTarget | None:
-    """Return the target with tensors [n, ...] instead of [s', b, ...]; its weight fits product()."""
+    target: TeacherTarget | None,
+    num_tokens: int,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    first_column: int,
+) -> RowTarget:
+    """Return the target by rows. Its weight fits product(), its columns are those of this rank."""
     if isinstance(target, TeacherHidden):
         hidden = gather_rows(target.hidden, num_tokens, group)
         return TeacherHidden(hidden, for_product(hidden, target.weight.detach(), dtype))
     if isinstance(target, TeacherLogits):
         return TeacherLogits(gather_rows(target.logits, num_tokens, group))
     if isinstance(target, TeacherTopK):
-        return TeacherTopK(
-            gather_rows(target.indices, num_tokens, group),
+        return TopK(
+            gather_rows(target.indices, num_tokens, group) - first_column,
             gather_rows(target.log_probs, num_tokens, group),
-            gather_rows(target.log_ghost, num_tokens, group),
+            gather_rows(target.log_ghost, num_tokens, group)[:, 0],
         )
     return None
 
 
-def _target_part(
-    target: TeacherTarget | None, first: int, last: int, dtype: torch.dtype
-) -> Tensor | TeacherTopK | None:
+def _target_part(target: RowTarget, first: int, last: int, dtype: torch.dtype) -> Tensor | TopK | None:
     """Return the teacher's logits, or its top k, of rows [first, last)."""
     if isinstance(target, TeacherHidden):
         return product(target.hidden[first:last], target.weight, dtype)
     return _take(target.logits if isinstance(target, TeacherLogits) else target, slice(first, last))
 
 
-def _take(x: Tensor | TeacherTopK | None, rows: slice) -> Tensor | TeacherTopK | None:
-    if isinstance(x, TeacherTopK):
-        return TeacherTopK(x.indices[rows], x.log_probs[rows], x.log_ghost[rows])
+def _take(x: Tensor | TopK | None, rows: slice) -> Tensor | TopK | None:
+    if isinstance(x, TopK):
+        return TopK(x.columns[rows], x.log_probs[rows], x.log_ghost[rows])
     return None if x is None else x[rows]
 
 

@@ -8,28 +8,63 @@ n rows  v padded vocabulary, of which this rank holds v/tp columns
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from minitron_mp.losses.objective import Objective
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's k most likely tokens of n rows.
+
+    columns int64 [n, k]: numbered from this rank's first column. A column outside [0, valid) belongs
+    to another rank. log_probs float32 [n, k]. log_ghost float32 [n]: log of the probability of all
+    remaining tokens.
+    """
+
+    columns: Tensor
+    log_probs: Tensor
+    log_ghost: Tensor
+
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Logits of n tokens on this rank.
+    """Logits of n tokens on this rank, and what the loss of these tokens is.
 
     student, teacher: float32 or bf16 [n, v/tp]. Columns from `valid` on are padding.
     labels int64 [n]: numbered from this rank's first column. A label outside [0, valid) belongs to
-    another rank. parameters: of the divergence, by name (Objective.parameters).
+    another rank. token_weights float32 [n]. top_k: of a teacher without logits.
     """
 
     student: Tensor
     teacher: Tensor | None
     labels: Tensor
+    token_weights: Tensor
     valid: int
-    temperature: float
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    objective: Objective
+    top_k: TopK | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher is not None or self.top_k is not None
+
+    @property
+    def temperature(self) -> float:
+        return self.objective.temperature
+
+    @property
+    def parameters(self) -> Mapping[str, float]:
+        """Parameters of the divergence by name."""
+        return self.objective.parameters
+
+    @property
+    def divergence(self) -> str:
+        return self.objective.divergence
 
 
 class RowStatistics(NamedTuple):
@@ -54,6 +89,11 @@ class RowStatistics(NamedTuple):
     cross_sum: Tensor
     """sum over the columns that the divergence needs, see divergences.py"""
 
+    @classmethod
+    def unpacked(cls, table: Tensor) -> RowStatistics:
+        """Return the fields of a table [..., 7]."""
+        return cls(*table.unbind(-1))
+
 
 class Exponentials(NamedTuple):
     """Exponentials that statistics() passes to the gradient in plain torch, float32 [n, valid].
@@ -63,6 +103,19 @@ class Exponentials(NamedTuple):
 
     student: Tensor
     teacher: Tensor | None
+
+
+@dataclass(frozen=True)
+class RankStatistics:
+    """Result of statistics(): table float32 [n, 7], the fields of RowStatistics.
+
+    exponentials: of plain torch; None on a rank with only padding. top_logits: of the kernels, the
+    student's logits [n, k] of the teacher's k tokens.
+    """
+
+    table: Tensor
+    exponentials: Exponentials | None = None
+    top_logits: Tensor | None = None
 
 
 class RowValues(NamedTuple):
@@ -117,7 +170,9 @@ class RowSums:
     student_lse_t1: Tensor
 
     @classmethod
-    def of(cls, by_rank: RowStatistics, temperature: float) -> RowSums:
+    def of(cls, tables: Tensor, temperature: float) -> RowSums:
+        """Combine the ranks' tables [tp, n, 7]."""
+        by_rank = RowStatistics.unpacked(tables)
         student = SoftmaxSum.of(by_rank.student_max, by_rank.student_sum)
         sum_t1 = (by_rank.student_sum_t1 * student.scale**temperature).sum(0)
         return cls(

@@ -5,15 +5,9 @@ s sequence  b microbatch  h hidden  v padded vocabulary  n rows (s b)
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from minitron_mp.losses.rows import RowStatistics
-
-Statistics = TypeVar("Statistics", Tensor, RowStatistics)
 
 
 def gather_rows(x: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
@@ -26,10 +20,8 @@ def gather_rows(x: Tensor, num_tokens: int, group: dist.ProcessGroup) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def gather_statistics(x: Statistics, group: dist.ProcessGroup) -> Statistics:
-    """Gather x [n, k] of all ranks into [tp, n, k], or statistics [n] into [tp, n]."""
-    if isinstance(x, RowStatistics):
-        return RowStatistics(*gather_statistics(torch.stack(x, 1), group).unbind(-1))
+def gather_table(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather x [n, k] of all ranks into [tp, n, k]."""
     if group.size() == 1:
         return x[None]
     gathered = x.new_empty((group.size(), *x.shape))

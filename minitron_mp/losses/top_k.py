@@ -6,13 +6,12 @@ The ghost token has the probability of all remaining tokens.
     gradient    t (q - p) on the k tokens, t q (1 - p_ghost / q_ghost) on the remaining tokens
 
 q / q_ghost is the softmax over the remaining tokens alone. The divergence is a lower bound of the
-full forward KL. TopKRows uses plain torch on every device, because k entries per row are too little
-work for a kernel.
+full forward KL.
+
+The row functions in this file are plain torch, for CPUs. kernel_calls.py has them for GPUs.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,85 +20,65 @@ from torch import Tensor
 
 from minitron_mp.losses.divergences import DivergenceValue, add_cross_entropy
 from minitron_mp.losses.objective import TeacherTopK
-from minitron_mp.losses.rows import LogitRows, RowStatistics, RowSums, RowValues
-from minitron_mp.losses.torch_rows import write_gradient
+from minitron_mp.losses.rows import LogitRows, RowStatistics, RowSums, RowValues, TopK
 
 LOWEST = torch.finfo(torch.float32).min
 
 
-@dataclass(frozen=True)
-class TopKRows:
-    """The k tokens of n rows.
+def add_statistics(rows: LogitRows, top: TopK, statistics: RowStatistics) -> RowStatistics:
+    """Return the student's statistics with this teacher's fields filled in.
 
-    columns int64 [n, k]: columns on this rank. A token of another rank has the column after the
-    last one. log_probs float32 [n, k]. log_ghost float32 [n].
+    teacher_max, teacher_sum: the student's softmax sum over the remaining tokens. It is summed over
+    them, because one minus the k probabilities would lose precision. cross_sum: sum of p s over the
+    k tokens.
     """
+    s = rows.student[:, : rows.valid].float() / rows.temperature
+    columns, padding = _columns(rows, top), _padding(rows)
+    remaining = F.pad(s, padding, value=-torch.inf).scatter_(1, columns, -torch.inf)
+    peak = remaining.amax(1).clamp_min(LOWEST)  # finite also when no token remains
+    return statistics._replace(
+        teacher_max=peak,
+        teacher_sum=torch.exp(remaining - peak[:, None]).sum(1),
+        cross_sum=(top.log_probs.exp() * F.pad(s, padding).gather(1, columns)).sum(1),
+    )
 
-    columns: Tensor
-    log_probs: Tensor
-    log_ghost: Tensor
 
-    @classmethod
-    def of(cls, target: TeacherTopK, rows: LogitRows, first_column: int) -> TopKRows:
-        """Return the target of these rows. first_column: vocabulary id of this rank's column 0."""
-        num_columns = rows.student.shape[1]
-        columns = target.indices - first_column
-        is_here = (columns >= 0) & (columns < rows.valid)
-        columns = torch.where(is_here, columns, num_columns)
-        return cls(columns, target.log_probs, target.log_ghost[:, 0])
+def value(top: TopK, sums: RowSums) -> DivergenceValue:
+    """Return the divergence and the teacher's probability of the ghost, for the gradient."""
+    p, remaining_lse, student_lse = top.log_probs.exp(), sums.teacher.lse, sums.student.lse
+    has_ghost = (top.log_ghost > -torch.inf) & (remaining_lse > -torch.inf)
+    ghost_gap = top.log_ghost - remaining_lse + student_lse
+    ghost = torch.where(has_ghost, top.log_ghost.exp() * ghost_gap, 0.0)
+    entropy = torch.where(p > 0, p * top.log_probs, 0.0).sum(1)
+    divergence = entropy - sums.by_rank.cross_sum.sum(0) + p.sum(1) * student_lse + ghost
+    return DivergenceValue(divergence, top.log_ghost.exp())
 
-    def add_statistics(self, rows: LogitRows, statistics: RowStatistics) -> RowStatistics:
-        """Return the student's statistics with this teacher's fields filled in.
 
-        teacher_max, teacher_sum: the student's softmax sum over the remaining tokens. It is summed
-        over them, because one minus the k probabilities would lose precision. cross_sum: sum of p s
-        over the k tokens.
-        """
-        s = rows.student[:, : rows.valid].float() / rows.temperature
-        padding = self._padding(rows)
-        remaining = F.pad(s, padding, value=-torch.inf).scatter_(1, self.columns, -torch.inf)
-        peak = remaining.amax(1).clamp_min(LOWEST)  # finite also when no token remains
-        return statistics._replace(
-            teacher_max=peak,
-            teacher_sum=torch.exp(remaining - peak[:, None]).sum(1),
-            cross_sum=(self.log_probs.exp() * F.pad(s, padding).gather(1, self.columns)).sum(1),
-        )
+def gradient(rows: LogitRows, top: TopK, values: RowValues, has_ce: bool) -> Tensor:
+    """Return the gradient as Divergence.gradient does, float32 [n, valid].
 
-    def value(self, sums: RowSums) -> DivergenceValue:
-        """Return the divergence and the teacher's probability of the ghost, for the gradient."""
-        p, remaining_lse, student_lse = self.log_probs.exp(), sums.teacher.lse, sums.student.lse
-        has_ghost = (self.log_ghost > -torch.inf) & (remaining_lse > -torch.inf)
-        ghost_gap = self.log_ghost - remaining_lse + student_lse
-        ghost = torch.where(has_ghost, self.log_ghost.exp() * ghost_gap, 0.0)
-        entropy = torch.where(p > 0, p * self.log_probs, 0.0).sum(1)
-        divergence = entropy - sums.by_rank.cross_sum.sum(0) + p.sum(1) * student_lse + ghost
-        return DivergenceValue(divergence, self.log_ghost.exp())
+    values.teacher_lse: log sum e^s of the remaining tokens. values.gradient_constant: second result
+    of value().
+    """
+    s = rows.student[:, : rows.valid].float() / rows.temperature
+    columns, padding = _columns(rows, top), _padding(rows)
+    q = F.pad(torch.exp(s - values.student_lse[:, None]), padding)
+    remaining_softmax = F.pad(torch.exp(s - values.teacher_lse[:, None]), padding)
+    top_gradient = q.gather(1, columns) - top.log_probs.exp()
+    total = (q - remaining_softmax * values.gradient_constant[:, None]).scatter_(1, columns, top_gradient)
+    total = total[:, : rows.valid] * values.kl_weight[:, None]
+    return add_cross_entropy(total, rows, values) if has_ce else total
 
-    def gradient(self, rows: LogitRows, values: RowValues, has_ce: bool, out: Tensor) -> None:
-        """Write the gradient of the weighted loss into out [n, v/tp], as torch_rows.gradient() does.
 
-        values.teacher_lse: log sum e^s of the remaining tokens. values.gradient_constant: second
-        result of value().
-        """
-        if rows.valid == 0:
-            out.zero_()
-            return
-        s = rows.student[:, : rows.valid].float() / rows.temperature
-        padding = self._padding(rows)
-        q = F.pad(torch.exp(s - values.student_lse[:, None]), padding)
-        remaining_softmax = F.pad(torch.exp(s - values.teacher_lse[:, None]), padding)
-        top_gradient = q.gather(1, self.columns) - self.log_probs.exp()
-        total = (q - remaining_softmax * values.gradient_constant[:, None]).scatter_(
-            1, self.columns, top_gradient
-        )
-        total = total[:, : rows.valid] * values.kl_weight[:, None]
-        if has_ce:
-            total = add_cross_entropy(total, rows, values)
-        write_gradient(total, rows, values, has_ce, out)
+def _columns(rows: LogitRows, top: TopK) -> Tensor:
+    """Return the columns [n, k]; the one after the last for tokens of other ranks."""
+    is_here = (top.columns >= 0) & (top.columns < rows.valid)
+    return torch.where(is_here, top.columns, rows.student.shape[1])
 
-    def _padding(self, rows: LogitRows) -> tuple[int, int]:
-        """Return (0, number of columns after the valid ones, with the column for other ranks)."""
-        return 0, rows.student.shape[1] + 1 - rows.valid
+
+def _padding(rows: LogitRows) -> tuple[int, int]:
+    """Return (0, number of columns after the valid ones, with the column for other ranks)."""
+    return 0, rows.student.shape[1] + 1 - rows.valid
 
 
 def top_k_of(
@@ -107,21 +86,29 @@ def top_k_of(
 ) -> TeacherTopK:
     """Return the k most likely tokens and the probability of the rest, from logits [..., v/tp].
 
-    All ranks of the tensor-parallel group must call the function. They get the same result.
+    The logits are overwritten on a GPU. All ranks of the tensor-parallel group must call the
+    function. They get the same result.
     """
     num_columns = logits.shape[-1]
     first_column = group.rank() * num_columns
-    z = logits.float() / temperature
+    z = logits if logits.is_cuda else logits.float() / temperature
     z[..., max(0, vocab_size - first_column) :] = -torch.inf
     values, indices = z.topk(min(k, num_columns), dim=-1)
     values, order = _gather_last(values, group).topk(k, dim=-1)
     indices = _gather_last(indices + first_column, group).gather(-1, order)
-    # The rest is summed, because one minus the k probabilities would lose precision. Tokens of
-    # other ranks use an extra column.
+    # The rest is summed, because one minus the k probabilities would lose precision.
     columns = indices - first_column
-    columns = torch.where((columns >= 0) & (columns < num_columns), columns, num_columns)
-    rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, columns, -torch.inf)
-    rest = torch.logsumexp(_gather_last(torch.logsumexp(rest, -1, keepdim=True), group), -1, keepdim=True)
+    if logits.is_cuda:
+        from minitron_mp.losses.kernel_calls import lse_without
+
+        values = values.float() / temperature
+        rest = lse_without(z, columns, temperature)
+    else:
+        # Tokens of other ranks use an extra column.
+        columns = torch.where((columns >= 0) & (columns < num_columns), columns, num_columns)
+        rest = F.pad(z, (0, 1), value=-torch.inf).scatter_(-1, columns, -torch.inf)
+        rest = torch.logsumexp(rest, -1, keepdim=True)
+    rest = torch.logsumexp(_gather_last(rest, group), -1, keepdim=True)
     total = torch.logaddexp(torch.logsumexp(values, -1, keepdim=True), rest)
     return TeacherTopK(indices, values - total, rest - total)
 

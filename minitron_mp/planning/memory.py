@@ -145,10 +145,10 @@ def _loss_bytes(arch: Arch, training: TrainingConfig, p: ParallelConfig, tokens:
 
     They are the logits of both models, their gradients, and the gathered sequence.
     """
-    logits = tokens * arch.padded_vocab_size / p.tp
-    tiles = TILE_SIZES["cuda"]
-    chunks = min(logits, tiles.logits_gemm) * 2 * BYTES[training.logits_precision]
-    chunks += min(logits, tiles.weight_gradient_gemm) * size
+    columns = arch.padded_vocab_size // p.tp
+    rows = TILE_SIZES["cuda"].rows(tokens, columns)
+    chunks = columns * min(tokens, rows.logits_gemm) * 2 * BYTES[training.logits_precision]
+    chunks += columns * min(tokens, rows.weight_gradient_gemm) * size
     return chunks + 2 * size * tokens * arch.hidden_size
 
 

@@ -161,20 +161,21 @@ def _check_kernels(divergence: str) -> None:
     import torch
 
     from minitron_mp.losses import kernel_calls, torch_rows
-    from minitron_mp.losses.rows import LogitRows, RowValues
+    from minitron_mp.losses.objective import Objective
+    from minitron_mp.losses.rows import LogitRows
 
     # Two blocks of columns, the second one short.
-    n, columns, valid, temperature = 3, 2100, 2077, 2.0
+    n, columns, valid = 3, 2100, 2077
     student, teacher = 3 * torch.randn(2, n, columns)
-    rows = LogitRows(student, teacher, torch.tensor([0, 7, valid - 1]), valid, temperature)
-    lse = [(x[:, :valid] / temperature).logsumexp(1) for x in (student, teacher)]
-    values = RowValues(*lse, student[:, :valid].logsumexp(1), *torch.rand(3, n))
+    objective = Objective(divergence, temperature=2.0, ce_weight=0.5)
+    labels = torch.tensor([0, 7, valid - 1])
+    rows = LogitRows(student, teacher, labels, torch.rand(n), valid, objective)
     found = []
     for functions in (torch_rows, kernel_calls):
-        statistics, exponentials = functions.statistics(rows, divergence)
-        gradient = torch.empty_like(student)
-        functions.gradient(rows, statistics, exponentials, values, divergence, True, gradient)
-        found.append((torch.stack(statistics), gradient))
+        own = functions.statistics(rows)
+        losses, gradient = torch.empty(3, n), torch.empty_like(student)
+        functions.finish(rows, own, own.table[None], None, losses, gradient)
+        found.append((own.table, losses, gradient))
     for want, got in zip(*found):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
 

@@ -7,33 +7,31 @@ numpy 2.4). It does not support & between a scalar and a block.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from losses_workers import chunked
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from minitron_mp.losses import fused, torch_rows
 from minitron_mp.losses.divergences import DIVERGENCES
-from minitron_mp.losses.parameters import PARAMETERS, complete_parameters
-from minitron_mp.losses.rows import LogitRows, RowValues
+from minitron_mp.losses.fused import distillation_loss
+from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherTarget, TeacherTopK
+from minitron_mp.losses.parameters import PARAMETERS
+from minitron_mp.losses.rows import LogitRows, TopK
 
 
 def row_functions(calls: list[dict[str, Any]]) -> list[dict[str, dict[str, Tensor]]]:
-    return [both(**call) for call in calls]
-
-
-def both(
-    z_s: Tensor, z_t: Tensor | None, labels: Tensor, weights: tuple[Tensor, Tensor], valid: int, **how: Any
-) -> dict[str, dict[str, Tensor]]:
-    """Return {"rows", "kernels"} -> results of both from the same row values."""
+    """Return {"rows", "kernels"} -> results of run() with plain torch and with the kernels."""
     from minitron_mp.losses import kernel_calls
 
-    found, values = {}, row_values(z_s, z_t, labels, weights, valid, how["t"], how["divergence"])
-    for name, module in (("rows", torch_rows), ("kernels", kernel_calls)):
-        found[name] = run(
-            module, _apart(z_s), None if z_t is None else _apart(z_t), labels, values, valid, **how
-        )
-    return found
+    return [{"rows": run(torch_rows, **call), "kernels": run(kernel_calls, **call)} for call in calls]
 
 
 def run(
@@ -41,53 +39,55 @@ def run(
     z_s: Tensor,
     z_t: Tensor | None,
     labels: Tensor,
-    values: RowValues,
+    token_weights: Tensor,
     valid: int,
-    t: float,
-    divergence: str,
-    ce: bool,
-    dtype: torch.dtype | None,
+    objective: Objective,
+    *,
+    ranks: int = 1,
+    top_k: TopK | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """dtype: of the gradient; None: it takes the place of z_s."""
-    logits = LogitRows(z_s, z_t, labels, valid, t, complete_parameters(divergence, {}))
-    statistics, exponentials = module.statistics(logits, divergence)
-    found = {"statistics": torch.stack(statistics, 1)}
-    if DIVERGENCES[divergence].second_sums is not None:
-        lse = (values.student_lse, values.teacher_lse)
-        found["second_sums"] = module.second_sums(logits, divergence, *lse)
-    out = z_s if dtype is None else _apart(torch.full_like(z_s, torch.nan, dtype=dtype))
-    module.gradient(logits, statistics, exponentials, values, divergence, ce, out)
-    return found | {"gradient": out.clone()}
+    """Return statistics [ranks, n, 7], losses [3, n] and gradient of rows split over `ranks` ranks.
 
-
-def row_values(
-    z_s: Tensor,
-    z_t: Tensor | None,
-    labels: Tensor,
-    weights: tuple[Tensor, Tensor],
-    valid: int,
-    t: float,
-    divergence: str,
-) -> RowValues:
-    """Return what the gradient takes, for one rank with the whole vocabulary.
-
-    Without valid columns the numbers are arbitrary.
+    z_s, z_t, labels, valid, top_k: of the full vocabulary. dtype: of the gradient; None: it takes the
+    place of z_s.
     """
-    n, known = len(z_s), valid > 0
-    lse_s = (z_s[:, :valid].float() / t).logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
-    lse_t = (
-        (z_t[:, :valid].float() / t).logsumexp(1)
-        if known and z_t is not None
-        else z_s.new_ones(n, dtype=torch.float32)
-    )
-    lse_1 = z_s[:, :valid].float().logsumexp(1) if known else z_s.new_ones(n, dtype=torch.float32)
-    gradient_constant = torch.full_like(lse_s, 0.25)
-    kl_weight, ce_weight = (w.to(lse_s) for w in weights)
-    return RowValues(lse_s, lse_t, lse_1, kl_weight, ce_weight, gradient_constant)
+    columns = z_s.shape[1] // ranks
+    rows = []
+    for rank in range(ranks):
+        first = rank * columns
+        rows.append(
+            LogitRows(
+                _apart(z_s[:, first : first + columns]),
+                None if z_t is None else _apart(z_t[:, first : first + columns]),
+                labels - first,
+                token_weights,
+                max(0, min(columns, valid - first)),
+                objective,
+                None if top_k is None else replace(top_k, columns=top_k.columns - first),
+            )
+        )
+    own = [module.statistics(each) for each in rows]
+    tables = torch.stack([each.table for each in own])
+    found = {"statistics": tables}
+    second_sums = None
+    if z_t is not None and DIVERGENCES[objective.divergence].second_sums is not None:
+        second_sums = torch.stack([module.second_sums(each, tables) for each in rows])
+        found["second_sums"] = second_sums
+    losses = torch.full((ranks, 3, len(labels) + 1), torch.nan, device=z_s.device)[:, :, 1:]
+    gradients = []
+    for rank, each in enumerate(rows):
+        out = each.student
+        if dtype is not None:
+            out = _apart(torch.full_like(each.student, torch.nan, dtype=dtype))
+        module.finish(each, own[rank], tables, second_sums, losses[rank], out)
+        gradients.append(out.clone())
+    assert torch.equal(losses.nan_to_num(), losses[:1].nan_to_num().expand_as(losses)), "ranks disagree"
+    return found | {"losses": losses[0], "gradient": torch.cat(gradients, 1)}
 
 
 def _apart(z: Tensor) -> Tensor:
-    """The same values, with room between the rows."""
+    """Return the same values in new memory, with room between the rows."""
     wide = z.new_full((z.shape[0], z.shape[1] + 16), torch.nan)
     wide[:, : z.shape[1]] = z
     return wide[:, : z.shape[1]]
@@ -97,14 +97,99 @@ def fused_all(calls: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """losses_workers.fused_all with the kernels in it."""
     import losses_workers
 
+    with with_kernels():
+        return losses_workers.fused_all(calls)
+
+
+@contextmanager
+def with_kernels() -> Iterator[None]:
+    """Make the loss use the kernels on CPU tensors."""
     from minitron_mp.losses import kernel_calls
 
     usual = fused._row_functions
     fused._row_functions = lambda _: kernel_calls
     try:
-        return losses_workers.fused_all(calls)
+        yield
     finally:
         fused._row_functions = usual
+
+
+def lse_without(logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
+    from minitron_mp.losses import kernel_calls
+
+    return kernel_calls.lse_without(logits, columns, temperature)
+
+
+def count_launches(tiles: int, kind: str) -> Counter[str]:
+    """Return name -> number of the kernels and of torch's operations that start work on a device.
+
+    All tiles of two rows share one product of the weight gradient.
+    """
+    from minitron_mp.losses import kernels
+
+    torch.manual_seed(0)
+    rows = 2 * tiles
+    hidden, weight = torch.randn(rows, 1, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    target: TeacherTarget | None = TeacherHidden(torch.randn(rows, 1, 12), torch.randn(64, 12))
+    if kind == "top_k":
+        top = torch.randn(rows, 1, 64).log_softmax(-1).topk(4)
+        target = TeacherTopK(top.indices, top.values, torch.full((rows, 1, 1), -1.0))
+    if kind == "ce":
+        target = None
+    divergence = kind if kind in DIVERGENCES else "forward_kl"
+    objective = Objective(divergence, 2.0, 0.0 if target is None else 1.0, 0.5)
+    labels, weights = torch.randint(0, 60, (rows, 1)), torch.ones(rows, 1)
+    weight.main_grad = torch.zeros(64, 8)
+    counts: Counter[str] = Counter()
+    launchers = {name: value for name, value in vars(kernels).items() if hasattr(value, "fn")}
+    try:
+        for name, kernel in launchers.items():
+            setattr(kernels, name, _CountedKernel(name, kernel, counts))
+        with with_kernels(), chunked((2, 2, rows), 64), _CountedOperations(counts):
+            distillation_loss(
+                hidden,
+                weight,
+                labels,
+                weights,
+                target,
+                objective,
+                vocab_size=60,
+                group=SimpleNamespace(rank=lambda: 0, size=lambda: 1),
+            )
+    finally:
+        for name, kernel in launchers.items():
+            setattr(kernels, name, kernel)
+    return counts
+
+
+class _CountedKernel:
+    def __init__(self, name: str, kernel: Any, counts: Counter[str]):
+        self.name, self.kernel, self.counts = name, kernel, counts
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.counts[self.name] += 1
+            with _disable_current_modes():  # the interpreter copies tensors
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kernel(*args, **kwargs)  # from another kernel
+
+
+class _CountedOperations(TorchDispatchMode):
+    """Counts operations whose result is neither new empty memory nor a view."""
+
+    def __init__(self, counts: Counter[str]):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = f"aten.{function._overloadpacket.__name__}"
+        if not function.is_view and "empty" not in name and "new_empty" not in name:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -115,13 +200,17 @@ def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 def argument_types(logits: str) -> dict[str, str]:
     """Return name -> type of the kernels' arguments. logits: type of the pointers to logits."""
-    floats = {"t", "inverse_t"} | {name for declared in PARAMETERS.values() for name in declared}
+    floats = {"t", "inverse_t", "kl_weight", "ce_weight"} | {
+        name for declared in PARAMETERS.values() for name in declared
+    }
     return {
         **dict.fromkeys(("z_s", "z_t", "a", "b"), logits),
-        **dict.fromkeys(("stats", "rows", "lse_s", "lse_t", "sums"), "*fp32"),
-        **{"labels": "*i64", "out": "*bf16"},
+        **dict.fromkeys(("stats", "rows", "tables", "sums", "second_sums", "values", "losses"), "*fp32"),
+        **dict.fromkeys(("token_weights", "top_logits", "top_log_probs", "top_log_ghost"), "*fp32"),
+        **{"labels": "*i64", "top_columns": "*i64", "out": "*bf16"},
         **dict.fromkeys(("stride_s", "stride_t", "stride_out", "stride_a", "stride_b"), "i32"),
-        **dict.fromkeys(("columns_s", "columns_t", "valid", "columns"), "i32"),
+        **dict.fromkeys(("columns_s", "columns_t", "valid", "columns", "k"), "i32"),
+        **dict.fromkeys(("num_rows", "ranks", "losses_stride"), "i32"),
         **dict.fromkeys(floats, "fp32"),
     }
 
@@ -154,16 +243,20 @@ def compile_for(architecture: int) -> dict[str, int]:
             argument_types(logits) | {"out": "*fp32"},
             {"BLOCK": kernel_calls.BLOCK},
         )
-        for number, divergence in enumerate(DIVERGENCES):
-            hot = number % 2 == 0
+        for number, divergence in enumerate([*DIVERGENCES, "top_k"]):
+            hot, is_top = number % 2 == 0, divergence == "top_k"
             options = {
                 "HOT": hot,
-                "TEACHER": True,
+                "TEACHER": not is_top,
+                "TOP": is_top,
                 "CE": True,
-                "DIVERGENCE": divergence,
+                "DIVERGENCE": "forward_kl" if is_top else divergence,
+                "RANKS": 8,
                 "BLOCK": kernel_calls.BLOCK,
             }
-            for kernel in (kernels._statistics, kernels._second_sums, kernels._gradient):
+            top = (kernels._take_top, kernels._put_top)
+            common = (kernels._statistics, kernels._row_values, kernels._gradient)
+            for kernel in (*common, *top) if is_top else (*common, kernels._second_sums):
                 constants = {name: options[name] for name in kernel.arg_names if name in options}
                 name = f"{kernel.fn.__name__} {logits} {hot} {divergence}"
                 found[name] = build(kernel, argument_types(logits), constants)

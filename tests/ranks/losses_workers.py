@@ -115,20 +115,21 @@ def broken(defect: str | None, size: int) -> Iterator[None]:
     logits: the gradient of the logits, so both results change.
     hidden: only the gradient of the hidden states.
     """
-    gradient, reduce = torch_rows.gradient, fused_module.reduce_hidden_gradient
+    finish, reduce = torch_rows.finish, fused_module.reduce_hidden_gradient
 
     def too_large(*arguments: Any) -> None:
-        gradient(*arguments)
-        arguments[-1].mul_(size)
+        finish(*arguments)
+        if arguments[-1] is not None:
+            arguments[-1].mul_(size)
 
     try:
         if defect == "logits":
-            torch_rows.gradient = too_large
+            torch_rows.finish = too_large
         if defect == "hidden":
             fused_module.reduce_hidden_gradient = _times(reduce, size)
         yield
     finally:
-        torch_rows.gradient, fused_module.reduce_hidden_gradient = gradient, reduce
+        torch_rows.finish, fused_module.reduce_hidden_gradient = finish, reduce
 
 
 def _times(function: Callable[..., Tensor], factor: int) -> Callable[..., Tensor]:
