@@ -8,7 +8,8 @@ top_k             KL to a teacher of which only the top-k probabilities are know
 rows              what the row functions take and return
 torch_rows        row functions in plain torch
 kernel_calls      row functions for CUDA, which start the kernels
-kernels           the Triton kernels
+kernels           the Triton kernels that read logits
+row_kernels       the Triton kernels that read a few numbers per row
 tensor_parallel   matrix products and their communication
 tile_sizes        rows per tile; imports no torch
 

@@ -1,4 +1,5 @@
-"""Row functions of the distillation loss for CUDA: they start the Triton kernels of kernels.py.
+"""Row functions of the distillation loss for CUDA: they start the Triton kernels of kernels.py
+and row_kernels.py.
 
 Arguments and results are the same as in torch_rows.py. Logits must be contiguous within a row; rows
 may have any stride. No function synchronises with the device.
@@ -13,13 +14,15 @@ import torch
 import triton
 from torch import Tensor
 
-from minitron_mp.losses import kernels
+from minitron_mp.losses import kernels, row_kernels
 from minitron_mp.losses.parameters import PARAMETERS
 from minitron_mp.losses.rows import LogitRows, RankStatistics, RowStatistics, RowValues
 
-BLOCK, WARPS = 2048, 8
-"""Each thread has eight columns: 16 bytes of bf16 in one load. With 64 registers a multiprocessor
-works on four rows at a time (sm_90). benchmarks/kd_loss_parts.py prints the registers."""
+BLOCK, WARPS = 1024, 8
+"""Each thread has four columns: 16 bytes of float32 in one load. So it uses at most 48 registers,
+and 132 multiprocessors (sm_90) work on 660 rows at a time: a tile of 512 rows is one wave. With eight
+columns there are 64 to 99 registers, and some tiles need a second wave
+(benchmarks/kd_loss_parts.py)."""
 
 SMALL_WARPS = 1
 """Of kernels that read a few numbers per row."""
@@ -59,7 +62,7 @@ def statistics(rows: LogitRows) -> RankStatistics:
 def second_sums(rows: LogitRows, tables: Tensor) -> Tensor:
     """Return the result of torch_rows.second_sums()."""
     student, teacher = rows.student, _teacher(rows)
-    sums = _float32(student, len(student), kernels.NUM_SECOND_SUMS.value)
+    sums = _float32(student, len(student), row_kernels.NUM_SECOND_SUMS.value)
     kernels._second_sums[(len(student),)](
         student,
         teacher,
@@ -126,7 +129,7 @@ def lse_without(logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
 def _take_top(logits: Tensor, columns: Tensor, valid: int) -> Tensor:
     """Return the logits [n, k] of the columns, in float32, and replace them by -inf."""
     taken = _float32(logits, *columns.shape)
-    kernels._take_top[(len(logits),)](
+    row_kernels._take_top[(len(logits),)](
         logits,
         columns.contiguous(),
         taken,
@@ -144,7 +147,7 @@ def _row_values(rows: LogitRows, tables: Tensor, second_sums: Tensor | None, los
     num_rows, objective = len(rows.student), rows.objective
     values = _float32(tables, num_rows, len(RowValues._fields))
     _, _, log_probs, k = _top(rows, None)
-    kernels._row_values[(num_rows,)](
+    row_kernels._row_values[(num_rows,)](
         tables,
         tables if second_sums is None else second_sums,
         rows.token_weights.contiguous(),
@@ -194,7 +197,7 @@ def _gradient(rows: LogitRows, values: Tensor, top_logits: Tensor | None, out: T
     )
     if rows.top_k is not None:
         columns, logits, log_probs, k = _top(rows, top_logits)
-        kernels._put_top[(len(out),)](
+        row_kernels._put_top[(len(out),)](
             out,
             values,
             labels,

@@ -23,7 +23,6 @@ from minitron_mp.losses import fused, torch_rows
 from minitron_mp.losses.divergences import DIVERGENCES
 from minitron_mp.losses.fused import distillation_loss
 from minitron_mp.losses.objective import Objective, TeacherHidden, TeacherTarget, TeacherTopK
-from minitron_mp.losses.parameters import PARAMETERS
 from minitron_mp.losses.rows import LogitRows, TopK
 
 
@@ -125,7 +124,7 @@ def count_launches(tiles: int, kind: str) -> Counter[str]:
 
     All tiles of two rows share one product of the weight gradient.
     """
-    from minitron_mp.losses import kernels
+    from minitron_mp.losses import kernels, row_kernels
 
     torch.manual_seed(0)
     rows = 2 * tiles
@@ -141,24 +140,21 @@ def count_launches(tiles: int, kind: str) -> Counter[str]:
     labels, weights = torch.randint(0, 60, (rows, 1)), torch.ones(rows, 1)
     weight.main_grad = torch.zeros(64, 8)
     counts: Counter[str] = Counter()
-    launchers = {name: value for name, value in vars(kernels).items() if hasattr(value, "fn")}
+    launchers = [
+        (module, name, kernel)
+        for module in (kernels, row_kernels)
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "fn")
+    ]
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     try:
-        for name, kernel in launchers.items():
-            setattr(kernels, name, _CountedKernel(name, kernel, counts))
+        for module, name, kernel in launchers:
+            setattr(module, name, _CountedKernel(name, kernel, counts))
         with with_kernels(), chunked((2, 2, rows), 64), _CountedOperations(counts):
-            distillation_loss(
-                hidden,
-                weight,
-                labels,
-                weights,
-                target,
-                objective,
-                vocab_size=60,
-                group=SimpleNamespace(rank=lambda: 0, size=lambda: 1),
-            )
+            distillation_loss(hidden, weight, labels, weights, target, objective, vocab_size=60, group=group)
     finally:
-        for name, kernel in launchers.items():
-            setattr(kernels, name, kernel)
+        for module, name, kernel in launchers:
+            setattr(module, name, kernel)
     return counts
 
 
@@ -198,66 +194,63 @@ def cosine_distances(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [cosine_distance(a, b) for a, b in pairs]
 
 
-def argument_types(logits: str) -> dict[str, str]:
-    """Return name -> type of the kernels' arguments. logits: type of the pointers to logits."""
-    floats = {"t", "inverse_t", "kl_weight", "ce_weight"} | {
-        name for declared in PARAMETERS.values() for name in declared
-    }
-    return {
-        **dict.fromkeys(("z_s", "z_t", "a", "b"), logits),
-        **dict.fromkeys(("stats", "rows", "tables", "sums", "second_sums", "values", "losses"), "*fp32"),
-        **dict.fromkeys(("token_weights", "top_logits", "top_log_probs", "top_log_ghost"), "*fp32"),
-        **{"labels": "*i64", "top_columns": "*i64", "out": "*bf16"},
-        **dict.fromkeys(("stride_s", "stride_t", "stride_out", "stride_a", "stride_b"), "i32"),
-        **dict.fromkeys(("columns_s", "columns_t", "valid", "columns", "k"), "i32"),
-        **dict.fromkeys(("num_rows", "ranks", "losses_stride"), "i32"),
-        **dict.fromkeys(floats, "fp32"),
-    }
+def compile_for(architecture: int) -> list[Any]:
+    """Compile all kernels for CUDA, without a device; return benchmarks/kd_loss_parts.Resources."""
+    from kd_loss_parts import _compile, compile_kernels
 
-
-def compile_for(architecture: int) -> dict[str, int]:
-    """{kernel and options: bytes of machine code} for CUDA, without a device."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from minitron_mp.losses import kernel_calls, kernels
+    from minitron_mp.losses import kernel_calls
     from minitron_mp.pruning import cosine_kernel
 
+    found = compile_kernels(architecture)
+    options, warps = {"BLOCK": kernel_calls.BLOCK}, kernel_calls.WARPS
+    for logits in ("fp32", "bf16"):
+        found.append(_compile(cosine_kernel._cosine_distance, logits, "", options, warps, architecture))
+    return found
+
+
+def count_bytes(columns: int, logits: torch.dtype, divergence: str) -> dict[str, tuple[float, float]]:
+    """Return kernel -> (bytes read, bytes written) per token and column, beside numbers per row."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from minitron_mp.losses import kernel_calls
+
+    moved = {"read": 0, "written": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        if mask.data.size > 64:
+            moved["read"] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        if mask.data.size > 64:
+            moved["written"] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return store(self, pointers, value, mask, *rest)
+
+    num_rows = 2
+    z_s, z_t = (torch.randn(num_rows, columns).to(logits) for _ in range(2))
+    labels, weights = torch.zeros(num_rows, dtype=torch.long), torch.ones(num_rows)
+    rows = LogitRows(z_s, z_t, labels, weights, columns, Objective(divergence, ce_weight=0.5))
+    out, losses = torch.empty((num_rows, columns), dtype=torch.bfloat16), torch.empty(3, num_rows)
+    InterpreterBuilder.create_masked_load = counted_load
+    InterpreterBuilder.create_masked_store = counted_store
     found = {}
 
-    def build(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> int:
-        unknown = set(kernel.arg_names) - types.keys() - constants.keys()
-        assert not unknown, f"add the type of {', '.join(sorted(unknown))} to argument_types()"
-        signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, constexprs=constants)
-        return len(
-            triton.compile(
-                source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": kernel_calls.WARPS}
-            ).asm["cubin"]
-        )
+    def record(name: str) -> None:
+        size = num_rows * columns
+        found[name] = moved["read"] / size, moved["written"] / size
+        moved.update(read=0, written=0)
 
-    for logits in ("*fp32", "*bf16"):
-        found[f"_cosine_distance {logits}"] = build(
-            cosine_kernel._cosine_distance,
-            argument_types(logits) | {"out": "*fp32"},
-            {"BLOCK": kernel_calls.BLOCK},
-        )
-        for number, divergence in enumerate([*DIVERGENCES, "top_k"]):
-            hot, is_top = number % 2 == 0, divergence == "top_k"
-            options = {
-                "HOT": hot,
-                "TEACHER": not is_top,
-                "TOP": is_top,
-                "CE": True,
-                "DIVERGENCE": "forward_kl" if is_top else divergence,
-                "RANKS": 8,
-                "BLOCK": kernel_calls.BLOCK,
-            }
-            top = (kernels._take_top, kernels._put_top)
-            common = (kernels._statistics, kernels._row_values, kernels._gradient)
-            for kernel in (*common, *top) if is_top else (*common, kernels._second_sums):
-                constants = {name: options[name] for name in kernel.arg_names if name in options}
-                name = f"{kernel.fn.__name__} {logits} {hot} {divergence}"
-                found[name] = build(kernel, argument_types(logits), constants)
+    try:
+        own = kernel_calls.statistics(rows)
+        record("statistics")
+        sums = None
+        if DIVERGENCES[divergence].second_sums is not None:
+            sums = kernel_calls.second_sums(rows, own.table[None])[None]
+            record("second_sums")
+        kernel_calls.finish(rows, own, own.table[None], sums, losses, out)
+        record("gradient")
+    finally:
+        InterpreterBuilder.create_masked_load = load
+        InterpreterBuilder.create_masked_store = store
     return found

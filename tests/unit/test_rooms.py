@@ -45,7 +45,12 @@ ONLY_IN = {
     "transformer_engine": {"models/precision"},
     "transformers": {"data/tokenizer", "data/chat_encoder", "integrations/megatron_bridge"},
     "pyarrow": {"data/text_files", "data/records"},
-    "triton": {"losses/kernels", "losses/kernel_calls", "pruning/cosine_kernel"},
+    "triton": {
+        "losses/kernels",
+        "losses/row_kernels",
+        "losses/kernel_calls",
+        "pruning/cosine_kernel",
+    },
     "lm_eval": {"integrations/lm_eval"},
     "matplotlib": {"report/figures"},
     "jinja2": {"report/document", "data/chat_encoder"},
