@@ -53,6 +53,7 @@ TOGETHER = {
     "test_rounds": "projects",
     "test_report": "projects",
     "test_doctor": "projects",
+    "test_tokenize": "projects",
     "test_depth": "judged",
     "test_eval_tasks": "judged",
 }

@@ -17,36 +17,10 @@ from unittest import mock
 
 
 def check_family() -> None:
-    """A small model of the new family has the logits of transformers, and passes its tests."""
+    """The tests of families pass with a case of the new one, such as logits of transformers."""
     import pytest
-    import torch
-    from cases import Layout, make_samples
-    from model_workers import global_logits, joined, load, write_hugging_face
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {
-        "vocab_size": 131,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-    }
-    torch.manual_seed(0)
-    source = Path("arcee")
-    config = AutoConfig.for_model("arcee", **sizes, initializer_range=0.2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(source)
-    (source / "tokenizer.json").write_text("{}")
-    arch = write_hugging_face(Path("teacher"), source)
-    samples = make_samples(arch, 0, 4)
-    with torch.no_grad(), joined(Layout("one", 1)) as world:
-        ours = global_logits(load(arch, Path("teacher"), world), samples)[..., : arch.vocab_size]
-        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(samples["tokens"]).logits
-    # float32 sums in another order, relative to logits of order one
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * theirs.abs().max().item())
-    assert pytest.main(["tests/unit/test_hf.py", "-k", "arcee or every_file"]) == 0
+    assert pytest.main(["-q", "tests/unit/test_hf.py", "-k", "arcee or every_file"]) == 0
 
 
 def check_axis() -> None:

@@ -1,4 +1,4 @@
-"""Jobs of two ranks that run the command line, and file systems that fill up.
+"""Jobs of a few ranks that run the command line, and file systems that fill up.
 
 The ranks are forked from a server that has imported torch and Megatron-Core, with the environment
 that torchrun would give them. Each is a real process in its own session, as under torchrun.
@@ -30,7 +30,7 @@ RUN_S = 180.0
 DISK_BYTES = 64 << 20
 
 
-def rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
+def rank_main(rank: int, size: int, port: int, arguments: list[str], log: str) -> None:
     """Main function of a rank: the command line with torchrun's environment."""
     os.setsid()
     with open(log, "a") as file:
@@ -45,8 +45,8 @@ def rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
         PYTHONWARNINGS="ignore",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         COLUMNS="160",
@@ -61,9 +61,9 @@ def rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
 
 
 class Job:
-    """A running job of RANKS ranks."""
+    """A running job."""
 
-    def __init__(self, arguments: list[str], log: Path):
+    def __init__(self, arguments: list[str], log: Path, ranks: int = RANKS):
         self.log = log
         log.write_text("")
         with socket.socket() as probe:
@@ -72,7 +72,8 @@ class Job:
         context = multiprocessing.get_context("forkserver")
         forkserver.set_forkserver_preload(PRELOADED)
         self.ranks = [
-            context.Process(target=rank_main, args=(rank, port, arguments, str(log))) for rank in range(RANKS)
+            context.Process(target=rank_main, args=(rank, ranks, port, arguments, str(log)))
+            for rank in range(ranks)
         ]
         for rank in self.ranks:
             rank.start()
@@ -111,6 +112,18 @@ class Job:
         for rank in self.ranks:
             rank.join(max(0.1, deadline - time.monotonic()))
         return next((code for code in codes if code), 0)
+
+    def kill(self) -> list[int | None]:
+        """Kill every process of the job at once. Return the exit codes of the ranks."""
+        for session in self.sessions:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.killpg(session, signal.SIGKILL)
+        for process in self.processes():  # children in process groups of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for rank in self.ranks:
+            rank.join(5)
+        return [rank.exitcode for rank in self.ranks]
 
     def _dump_stacks(self) -> None:
         """Make each rank write the stack of each of its threads to the log."""

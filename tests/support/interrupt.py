@@ -7,36 +7,32 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import psutil
-from tiny import CHECKPOINT_INTERVAL, Run, command, environment
+from forked_job import Job
+from tiny import CHECKPOINT_INTERVAL, Run
 
 
 def start_and_kill(run: Run, *overrides: str, ranks: int = 1) -> int:
-    """Start distill in a process, or under torchrun, and kill it after its first checkpoint.
+    """Start distill on forked ranks, and kill them all after the first checkpoint.
 
     Returns the number of logged steps.
     """
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
     (run.output / "metrics.jsonl").unlink()
-    process = subprocess.Popen(
-        command("distill", run.recipe, *overrides, ranks=ranks),
-        env=environment(),
-        start_new_session=True,
-        **quiet,
-    )
+    job = Job(["distill", str(run.recipe), *overrides], run.recipe.with_name("killed.log"), ranks)
     try:
-        logged = wait_past_a_checkpoint(run, process)
+        logged = wait_past_a_checkpoint(run, lambda: job.running)
     finally:
-        kill_tree(process)
-    assert process.returncode == -signal.SIGKILL, "it was done, or had failed, before the kill"
+        codes = job.kill()
+    assert codes == [-signal.SIGKILL] * ranks, f"it had ended before the kill: {job.log.read_text()[-1500:]}"
     return logged
 
 
-def wait_past_a_checkpoint(run: Run, process: subprocess.Popen) -> int:
+def wait_past_a_checkpoint(run: Run, running: Callable[[], bool]) -> int:
     """Steps that the run has logged by then."""
     log, deadline, logged = run.output / "metrics.jsonl", time.monotonic() + 120, 0
-    while logged < CHECKPOINT_INTERVAL + 2 and process.poll() is None and time.monotonic() < deadline:
+    while logged < CHECKPOINT_INTERVAL + 2 and running() and time.monotonic() < deadline:
         time.sleep(0.002)
         logged = log.read_bytes().count(b"\n") if log.exists() else 0
     return logged

@@ -23,7 +23,6 @@ from tiny import (
     environment,
     loss_curve,
     make_recipe_file,
-    minitron,
     names,
     read_metrics,
     refused,
@@ -207,14 +206,14 @@ def test_stopped_run_with_remote_teacher_resumes_bitwise(
     assert read_metrics(tmp_path / "out") == read_metrics(whole.output)
 
 
-def test_killed_run_with_remote_teacher_resumes(whole, copied):
+def test_killed_run_with_remote_teacher_resumes(whole, copied, in_job):
     """The stream starts where the student's checkpoint is."""
     drop(copied.output, "distill", "evaluate", "export")
     logged = start_and_kill(copied, *REMOTE, ranks=2)
     assert CHECKPOINT_INTERVAL < logged < STEPS
-    done = minitron("distill", copied.recipe, *REMOTE, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "distill: resuming from step" in done.stdout
+    student, teacher = in_job(2, "distill", copied.recipe, *REMOTE)
+    assert (student.code, teacher.code) == (0, 0), student.err + teacher.err
+    assert "distill: resuming from step" in student.out
     assert read_metrics(copied.output) == read_metrics(whole.output)
 
 
@@ -276,7 +275,7 @@ def test_remaining_teacher_replicas_take_over(whole, copied, tmp_path):
                     )
                 )
             time.sleep(1)
-        logged = wait_past_a_checkpoint(copied, agents[0])
+        logged = wait_past_a_checkpoint(copied, lambda: agents[0].poll() is None)
         kill_tree(agents[1])
         ended = agents[0].wait(120)
     finally:
