@@ -133,7 +133,7 @@ def _own_parallel_state() -> Iterator[None]:
         for name, value in vars(parallel_state).items()
         if name.startswith("_") and not name.startswith("__") and not callable(value)
     }
-    empty = {name: {} if isinstance(value, dict) else None for name, value in earlier.items()}
+    empty: dict[str, Any] = {name: {} if isinstance(value, dict) else None for name, value in earlier.items()}
     vars(parallel_state).update(empty)
     try:
         yield
