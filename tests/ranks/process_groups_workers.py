@@ -6,20 +6,26 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pool
 import torch
 import torch.distributed as dist
+from device_guard import HostTensorOnGPU, emulated_gpu
 from megatron.core import parallel_state
+from project_workers import Done, minitron
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from minitron_mp.artifacts.checkpoint import check_room
 from minitron_mp.config.parallel import ParallelConfig
 from minitron_mp.distributed import launcher, process_groups, roles, world
 from minitron_mp.distributed.launcher import JobRank
+from minitron_mp.distributed.preemption import Preemption
 from minitron_mp.distributed.process_groups import host_group
 from minitron_mp.distributed.roles import join_roles
+from minitron_mp.distributed.sync import on_rank_0, raise_on_all_ranks
 from minitron_mp.distributed.world import build_groups, join_world
 
 GPU = torch.device("cuda", 0)
@@ -48,11 +54,10 @@ def recorded_shutdowns() -> Iterator[list[str]]:
 
 def shut_down(*, layout: dict[str, int], owns_default: bool) -> list[str]:
     """Return the groups that this rank shuts down when it leaves a world, in their order."""
-    with own_job() if owns_default else contextlib.nullcontext():
-        with recorded_shutdowns() as names:
-            with join_world(ParallelConfig(**layout), seed=1):
-                names.clear()
-            return list(names)
+    with own_job() if owns_default else contextlib.nullcontext(), recorded_shutdowns() as names:
+        with join_world(ParallelConfig(**layout), seed=1):
+            names.clear()
+        return list(names)
 
 
 def inside_nemo(*, outer: dict[str, int], inner: dict[str, int]) -> tuple[float, float]:
@@ -200,3 +205,29 @@ def count_groups(*, layout: dict[str, int], num_ranks: int) -> dict[str, int]:
         world.leave_job(torch.device("cpu"))
         assert not process_groups._host_groups
     return dict(counts)
+
+
+def compress(*, arguments: list[str]) -> tuple[Done, dict[str, int]]:
+    """Run the command line over emulated groups of NCCL; return its end, and their collectives."""
+    with emulated_gpu() as collectives:
+        return minitron(arguments=arguments, own_job=True), dict(collectives)
+
+
+def checks_over_nccl(*, folder: Path) -> int:
+    """Run the checks between stages over emulated groups of NCCL; return the number of refusals.
+
+    The refusals are of a tensor in host memory on the default group, which is refused once.
+    """
+    num_refusals = 0
+    with own_job(), emulated_gpu(), join_world(ParallelConfig(tp=2), seed=1) as joined:
+        check_room(1.0, folder)
+        Preemption(folder).raise_if_requested("here", joined.is_main)
+        assert on_rank_0(lambda: 3, takes_long=True) == 3
+        raise_on_all_ranks(None)
+        value = torch.ones(1, device=joined.device)
+        dist.all_reduce(value * 2)
+        try:
+            dist.all_reduce(value.cpu())
+        except HostTensorOnGPU:
+            num_refusals += 1
+    return num_refusals

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 from pool import Pool
+from tiny import make_recipe_file
 
 INIT = "init nccl ['rank', 'store', 'timeout', 'world_size']"
 """The default group is of NCCL alone, and is not bound to a device."""
@@ -68,3 +69,25 @@ def test_groups_of_256_ranks_have_no_connections_over_gloo(ranks):
     assert counts.pop("gloo") == 1
     assert 900 < counts.pop("inherited") < 2000
     assert not counts
+
+
+def test_checks_between_stages_accept_a_plain_group_of_nccl(ranks, tmp_path):
+    assert ranks(2, "process_groups_workers.checks_over_nccl", folder=tmp_path) == [1, 1]
+
+
+STEPS = ("distill.steps=4", "distill.warmup_steps=1")
+CORRECT = "correct={steps: 2, global_batch_size: 4, micro_batch_size: 2, lr: 1e-4, warmup_steps: 1}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [["parallel.tp=2"], ["parallel.pp=2", "distill.states={layers: [[1, 1]]}"], [CORRECT]],
+    ids=["tp2", "pp2", "dp2"],
+)
+def test_all_stages_run_over_plain_groups_of_nccl(own_pool, inputs, tmp_path, overrides):
+    recipe = make_recipe_file(tmp_path / "r.yaml", inputs / "model", inputs / "text", tmp_path / "output")
+    words = ["compress", str(recipe), *STEPS, *overrides]
+    for done, collectives in own_pool.run("process_groups_workers.compress", arguments=words):
+        assert done.code == 0, done.err
+        assert sum(collectives.values()) > 100
